@@ -49,6 +49,7 @@ lint: style types  ## ruff and mypy
 
 style: setup
 	"$(PY)" -m ruff check .
+	"$(PY)" -m isort --check --quiet $(PACKAGES:/__init__.py=) tests benchmarks docs *.py
 
 types: setup
 	"$(PY)" -m mypy

@@ -53,8 +53,7 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
     from megatron_sov.data.token_shards import Source, TokenShard
-    from megatron_sov.mcore.parallel import device as determinism
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.mcore.parallel import device as determinism, world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer

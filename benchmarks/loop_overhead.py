@@ -130,10 +130,7 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     """Return Megatron-LM's train_step over the library's GPTModel."""
     import torch
     from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+        DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

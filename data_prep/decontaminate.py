@@ -21,11 +21,7 @@ from megatron_sov.documents.item_search import Search
 from megatron_sov.documents.records import parse_record
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
-from megatron_sov.settings import (
-    Flag,
-    add_options,
-    read_options,
-)
+from megatron_sov.settings import Flag, add_options, read_options
 
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with
 benchmarks: text, chats, preferences or prompts. Case, punctuation and markup make no difference. What is left

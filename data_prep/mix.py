@@ -19,32 +19,15 @@ from annotated_types import Gt
 
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON
 from data_prep.mixture.blend_file import (
-    Missing,
-    PhaseShares,
-    allot,
-    find_blend,
-    overall,
-    read_blend,
-    refuse_many_epochs,
-    table,
-)
+    Missing, PhaseShares, allot, find_blend, overall, read_blend, refuse_many_epochs, table)
 from data_prep.splits import TRAIN
 from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest, refuse_overlap
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.digests import algorithm_of, file_digest
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    AtLeastOne,
-    Code,
-    Flag,
-    NotNegative,
-    Problem,
-    SettingsError,
-    add_options,
-    num_cores,
-    problems_of,
-    read_options,
-)
+    AtLeastOne, Code, Flag, NotNegative, Problem, SettingsError, add_options, num_cores, problems_of,
+    read_options)
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
 """What must be the same in all parts."""

@@ -30,22 +30,10 @@ from data_prep.media.packing import banks_of, check_tokenizer, described, encodi
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
 from data_prep.steps import named_steps
 from data_prep.tags import (
-    GivenTag,
-    artifact_of,
-    parse_tags,
-    refuse_unknown_sources,
-    source_tags,
-    with_written,
-)
+    GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
 from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE, sidecars_of, token_dtype
 from data_prep.units import GROUP, Unit, UnitSettings, encode_units
-from megatron_sov.artifacts import (
-    ArtifactWriter,
-    new_artifact,
-    read_manifest,
-    refuse_existing,
-    sha256_file,
-)
+from megatron_sov.artifacts import ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file
 from megatron_sov.documents import Document, Reading, Span, list_files, plan_units, read_span
 from megatron_sov.documents.columns import column_problems
 from megatron_sov.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
@@ -54,18 +42,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
 from megatron_sov.settings import (
-    AtLeastOne,
-    Flag,
-    Fraction,
-    Problem,
-    SettingsError,
-    add_options,
-    name_options,
-    num_cores,
-    problems_of,
-    read_options,
-)
-from megatron_sov.settings import Code as ProblemCode
+    AtLeastOne, Code as ProblemCode, Flag, Fraction, Problem, SettingsError, add_options, name_options,
+    num_cores, problems_of, read_options)
 from megatron_sov.work.parts import open_parts
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's

@@ -45,12 +45,7 @@ def run(typed: argparse.Namespace) -> int:
     from data_prep.pipeline.pipeline_file import load_pipeline
     from data_prep.pipeline.plan import make_plan
     from data_prep.pipeline.running import (
-        check_folder,
-        describe,
-        refuse_inside_sources,
-        run_pipeline,
-        submit_pipeline,
-    )
+        check_folder, describe, refuse_inside_sources, run_pipeline, submit_pipeline)
 
     pipeline = load_pipeline(args.pipeline)
     check_folder(args.output)

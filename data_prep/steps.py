@@ -18,8 +18,7 @@ from megatron_sov.plugins.loading import Loaded, is_reference, load, telling
 from megatron_sov.plugins.reads import recording_reads
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.settings import Bound, Breach, Problem
-from megatron_sov.settings import Code as ProblemCode
+from megatron_sov.settings import Bound, Breach, Code as ProblemCode, Problem
 
 Function = Callable[[Document], Document | LeftOut]
 MAX_REASON_CHARS = 80

@@ -21,18 +21,8 @@ from megatron_sov.documents import BadRecord
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    Flag,
-    SettingsError,
-    Share,
-    add_options,
-    at_most,
-    problems_of,
-    read_options,
-)
+    AtLeastOne, Bound, Breach, Code, Flag, SettingsError, Share, add_options, at_most, problems_of,
+    read_options)
 
 KIND = "corpus"
 FILE = "trajectories.jsonl"

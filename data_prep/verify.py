@@ -14,15 +14,7 @@ from numpy.typing import NDArray
 
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import (
-    COLUMN_DTYPE,
-    SIDECARS,
-    IndexedSplit,
-    Shard,
-    document_hashes,
-    num_tokens,
-    read_tokens_manifest,
-    shards_of,
-)
+    COLUMN_DTYPE, SIDECARS, IndexedSplit, Shard, document_hashes, num_tokens, read_tokens_manifest, shards_of)
 from megatron_sov.artifacts import damaged_files
 from megatron_sov.chat.kinds import KIND_NONE, KINDS
 from megatron_sov.documents.routes import ROUTES, RouteShape

@@ -54,12 +54,8 @@ def import_everything() -> None:
             if not found.name.endswith("__main__"):
                 importlib.import_module(found.name)
     from transformers import (  # noqa: F401  (which imports a name's module when it is asked for)
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        ExaoneMoeForCausalLM,
-        PreTrainedTokenizerFast,
-        SolarOpenForCausalLM,
-    )
+        AutoModelForCausalLM, AutoTokenizer, ExaoneMoeForCausalLM, PreTrainedTokenizerFast,
+        SolarOpenForCausalLM)
 
 
 def make_what_is_kept() -> None:

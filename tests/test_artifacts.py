@@ -20,17 +20,8 @@ from blake3 import blake3
 
 from megatron_sov import artifacts
 from megatron_sov.artifacts import (
-    MANIFEST,
-    FileRecord,
-    atomic_write,
-    damaged_files,
-    manifest_sha256,
-    new_artifact,
-    read_manifest,
-    refuse_existing,
-    sha256_file,
-    to_json,
-)
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, new_artifact, read_manifest,
+    refuse_existing, sha256_file, to_json)
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
 

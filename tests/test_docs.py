@@ -19,17 +19,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.recipes.requested import BuiltIn, training_request
 from tests.pages_typed import (
-    ENTRIES,
-    PAGES,
-    ROOT,
-    TYPED,
-    commands_of,
-    lines_of,
-    name_of,
-    parse,
-    shell_blocks,
-    unheld,
-)
+    ENTRIES, PAGES, ROOT, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
 KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
 """Pages with tables whose first cell does not say alone what a row is of."""

@@ -15,15 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+    AutoModelForCausalLM, BertConfig, BertForSequenceClassification, DeepseekV3Config, DeepseekV3ForCausalLM,
+    PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 from data_prep.scoring.encoder import Encoder, EncoderSettings
 from data_prep.synth.generators.autoif.constraints import Entailment

@@ -8,14 +8,7 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.sealed import (
-    check_seal,
-    read_json,
-    seal_damage,
-    seal_file,
-    seal_of,
-    write_json,
-    write_sealed,
-)
+    check_seal, read_json, seal_damage, seal_file, seal_of, write_json, write_sealed)
 
 
 def test_a_sealed_file_is_what_was_written(tmp_path: Path) -> None:

@@ -17,19 +17,8 @@ from annotated_types import Ge, MinLen
 
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.settings import (
-    Bound,
-    Breach,
-    Code,
-    Fraction,
-    NotNegativeInt,
-    Place,
-    Problem,
-    SettingsError,
-    find_broken,
-    read,
-    read_located,
-    read_text,
-)
+    Bound, Breach, Code, Fraction, NotNegativeInt, Place, Problem, SettingsError, find_broken, read,
+    read_located, read_text)
 
 NUM_BYTES = 256
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

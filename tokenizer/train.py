@@ -10,25 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from megatron_sov.artifacts import (
-    ArtifactWriter,
-    new_artifact,
-    refuse_existing,
-    sha256_file,
-    to_json,
-)
+from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Flag,
-    Fraction,
-    NotNegative,
-    add_options,
-    not_with,
-    num_cores,
-    read_options,
-)
+    AboveZero, AtLeastOne, Flag, Fraction, NotNegative, add_options, not_with, num_cores, read_options)
 from megatron_sov.work.folders import work_folder
 from megatron_sov.work.parts import open_parts
 from tokenizer.mixture import Group, gather_groups

@@ -33,11 +33,7 @@ from vector_quantize_pytorch import VectorQuantize
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer
 from megatron_sov.codecs.training.tokenizers import (
-    AudioTokenizerTask,
-    CodebookUsage,
-    ImageTokenizerTask,
-    Learning,
-)
+    AudioTokenizerTask, CodebookUsage, ImageTokenizerTask, Learning)
 
 sys.path.append(str(Path(__file__).parents[1]))
 from seeds import over_seeds

@@ -29,8 +29,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
 from seed_runs import ALWAYS, rows_of, run, run_arms, write
-from synthesis.endpoint import MODEL as WRITER
-from synthesis.endpoint import ScriptedEndpoint, serving
+from synthesis.endpoint import MODEL as WRITER, ScriptedEndpoint, serving
 from synthesis.graded import grade, graded_in
 from synthesis.helps import ARMS, Taught, records, report_shares, run_of
 

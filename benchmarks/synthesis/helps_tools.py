@@ -33,8 +33,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from rl_tools import TOKENIZER
 from seed_runs import ALWAYS, rows_of, run, run_arms, words, write
 from synthesis.actors.shop_clerk import call
-from synthesis.endpoint import MODEL as WRITER
-from synthesis.endpoint import ScriptedEndpoint, serving
+from synthesis.endpoint import MODEL as WRITER, ScriptedEndpoint, serving
 from synthesis.helps import ARMS, Taught, report_shares, run_of
 
 from megatron_sov.artifacts import read_manifest

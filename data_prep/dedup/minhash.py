@@ -20,15 +20,7 @@ from numpy.typing import NDArray
 from data_prep.dedup.exact import Dropped, Partitions, write_report
 from data_prep.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
 from data_prep.dedup.work_files import (
-    BucketWriter,
-    Records,
-    Slice,
-    bucket_slice,
-    parts_of,
-    read_array,
-    save_array,
-    write_buckets,
-)
+    BucketWriter, Records, Slice, bucket_slice, parts_of, read_array, save_array, write_buckets)
 from data_prep.pipeline.step import Doc, Outcome, Pass, Step, View
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import new_file, new_folder

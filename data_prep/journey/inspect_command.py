@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.token_artifact import KIND as TOKENS
-from data_prep.token_artifact import table
+from data_prep.token_artifact import KIND as TOKENS, table
 from megatron_sov.errors import UserError
 from megatron_sov.runs.inspecting import Kind, LookOptions, look
 from megatron_sov.settings import AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_options, read_options

@@ -13,21 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.journey.facts import BINS, SCORES, Facts, facts_of_output, total
 from data_prep.journey.summary import (
-    Dropped,
-    Sample,
-    SourceSummary,
-    StepCounts,
-    Summary,
-    dropped_by_reason,
-    read_summary,
-)
+    Dropped, Sample, SourceSummary, StepCounts, Summary, dropped_by_reason, read_summary)
 from data_prep.journey.telling import changes, cut
 from megatron_sov.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import duration, large, size
-from megatron_sov.pages.page import Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain
-from megatron_sov.pages.page import render as render_page
+from megatron_sov.pages.page import (
+    Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain, render as render_page)
 
 # The charts of a pipeline's page.
 

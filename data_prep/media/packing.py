@@ -16,8 +16,7 @@ from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.errors import UserError
 from megatron_sov.media.banks import MEDIA, NONE, SIDECAR_DTYPE, BankShape, open_bank, read_shapes
 from megatron_sov.media.meant import MeantTokens, MediaEncoding
-from megatron_sov.media.vocabulary import MEDIA as BLOCKS
-from megatron_sov.media.vocabulary import read_blocks
+from megatron_sov.media.vocabulary import MEDIA as BLOCKS, read_blocks
 
 
 @dataclass(frozen=True)

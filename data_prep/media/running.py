@@ -25,13 +25,7 @@ from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import Code, Problem, SettingsError, add_options, as_problem, read_options
 from megatron_sov.work.arrays import (
-    FINISH_CPUS,
-    SharedWork,
-    profile_of,
-    refuse_living,
-    refuse_many_restarts,
-    submit_shares,
-)
+    FINISH_CPUS, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
 from megatron_sov.work.folders import slurm_folder, work_folder
 from megatron_sov.work.parts import begin_parts, open_parts, part_folder
 

@@ -15,16 +15,7 @@ from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.media.reading.limits import MediaLimits
 from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    Flag,
-    Problem,
-    num_cores,
-    only_with,
-)
+    AboveZero, AtLeastOne, Bound, Breach, Code, Flag, Problem, num_cores, only_with)
 from megatron_sov.work.cluster_options import ClusterOptions
 
 CODE_VERSION = 1

@@ -18,15 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from data_prep.media.encoder import (
-    TEXT,
-    MediaEncoder,
-    MediaRecord,
-    Medium,
-    Message,
-    Part,
-    UnitBanks,
-    parse_record,
-)
+    TEXT, MediaEncoder, MediaRecord, Medium, Message, Part, UnitBanks, parse_record)
 from data_prep.media.settings import CALL, STOP, MediaSettings
 from megatron_sov.artifacts import to_json
 from megatron_sov.documents import BadRecord

@@ -30,14 +30,7 @@ from data_prep.splits import HELDOUT, TRAIN
 from data_prep.tags import SOURCE, is_chosen, tags_of
 from data_prep.token_artifact import read_tokens_manifest, refuse_overlap
 from megatron_sov.artifacts import (
-    atomic_write,
-    disk_errors,
-    manifest_sha256,
-    new_artifact,
-    refuse_existing,
-    sha256_file,
-    to_json,
-)
+    atomic_write, disk_errors, manifest_sha256, new_artifact, refuse_existing, sha256_file, to_json)
 from megatron_sov.errors import ExitCode, UserError, how_to_install, nearest
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.work_bar import work_bar

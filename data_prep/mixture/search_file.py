@@ -11,18 +11,8 @@ from annotated_types import Ge, Le, Lt, MinLen
 
 from data_prep.mixture.blend_file import Where
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    NotBlank,
-    NotNegative,
-    SettingsError,
-    read,
-    read_located,
-    read_text,
-)
+    AboveZero, AtLeastOne, Bound, Breach, Code, NotBlank, NotNegative, SettingsError, read, read_located,
+    read_text)
 
 FitName = Literal["auto", "log_ridge", "boosting"]
 """What predicts a loss from shares; auto: the one that predicts mixtures best that it has not seen."""

@@ -18,16 +18,8 @@ from data_prep.pipeline.plan import OUTPUT, Layer, Plan, SourcePlan, link
 from data_prep.pipeline.tasks import pass_marks
 from data_prep.shard_damage import place_in_run, way_out
 from megatron_sov.artifacts import (
-    MANIFEST,
-    ArtifactWriter,
-    FileRecord,
-    atomic_write,
-    disk_errors,
-    file_damage,
-    manifest_sha256,
-    new_folder,
-    read_manifest,
-)
+    MANIFEST, ArtifactWriter, FileRecord, atomic_write, disk_errors, file_damage, manifest_sha256, new_folder,
+    read_manifest)
 from megatron_sov.documents import Reading
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError

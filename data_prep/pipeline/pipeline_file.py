@@ -20,20 +20,8 @@ from data_prep.sources.source import KINDS, SourceSettings
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.errors import UserError, list_problems, nearest
 from megatron_sov.settings import (
-    AtLeastOne,
-    Bound,
-    Code,
-    Fraction,
-    Located,
-    NotBlank,
-    Place,
-    Problem,
-    find_problems,
-    place_of,
-    read_located,
-    read_text,
-    rules_of,
-)
+    AtLeastOne, Bound, Code, Fraction, Located, NotBlank, Place, Problem, find_problems, place_of,
+    read_located, read_text, rules_of)
 
 # Settings of steps: paths that start at the pipeline file, and plain values to write down.
 

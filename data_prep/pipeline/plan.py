@@ -16,14 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_prep.pipeline.addresses import (
-    REASONS_FILE,
-    Mark,
-    address,
-    entries_of,
-    input_names,
-    known_file,
-    tree_hash,
-)
+    REASONS_FILE, Mark, address, entries_of, input_names, known_file, tree_hash)
 from data_prep.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.sources.formats import reader, reader_class

@@ -14,27 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.pipeline.addresses import (
-    REASONS_FILE,
-    Batch,
-    batches,
-    is_much,
-    read_batch,
-    told,
-    unknown_inputs,
-)
+    REASONS_FILE, Batch, batches, is_much, read_batch, told, unknown_inputs)
 from data_prep.pipeline.counts import Counts, StageProgress
 from data_prep.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.pipeline.pipeline_file import Pipeline
 from data_prep.pipeline.plan import (
-    OUTPUT,
-    Layer,
-    Plan,
-    SourcePlan,
-    make_plan,
-    note_reasons,
-    reusable,
-    take_over,
-)
+    OUTPUT, Layer, Plan, SourcePlan, make_plan, note_reasons, reusable, take_over)
 from data_prep.pipeline.tasks import Stage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shard_damage import way_out
 from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
@@ -45,18 +30,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.sealed import read_json, try_read_json
 from megatron_sov.work.arrays import (
-    FINISH,
-    FINISH_CPUS,
-    Arrays,
-    ClusterOptions,
-    Jobs,
-    TaskFailed,
-    profile_of,
-    refuse_living,
-    refuse_many_restarts,
-    refuse_unquotable,
-    tell_failures,
-)
+    FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, profile_of, refuse_living,
+    refuse_many_restarts, refuse_unquotable, tell_failures)
 from megatron_sov.work.locks import holding
 from megatron_sov.work.pool import LOST, WorkerLost, WorkerPool
 

@@ -22,15 +22,7 @@ import psutil
 from data_prep.journey.facts import write_shard_facts
 from data_prep.pipeline.addresses import refuse_changed
 from data_prep.pipeline.counts import Counts, noted_seal
-from data_prep.pipeline.layers import (
-    BASE_FIRST,
-    BASE_SCHEMA,
-    GROUP_BYTES,
-    GROUP_ROWS,
-    LayerFile,
-    Row,
-    groups,
-)
+from data_prep.pipeline.layers import BASE_FIRST, BASE_SCHEMA, GROUP_BYTES, GROUP_ROWS, LayerFile, Row, groups
 from data_prep.pipeline.pipeline_file import Pipeline, name_of
 from data_prep.pipeline.plan import OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes, pieces_of
 from data_prep.pipeline.step import KEPT, OF_A_RECORD, Doc, Outcome, ShardRef, Step, schema

@@ -12,15 +12,7 @@ from annotated_types import MinLen
 from data_prep.libraries import require
 from data_prep.pipeline.step import ColumnType, Doc, Outcome, Step
 from data_prep.quality.identify import (
-    FORMS,
-    KNOWN,
-    UNKNOWN,
-    Form,
-    form_of,
-    identify,
-    language_part,
-    model_file,
-)
+    FORMS, KNOWN, UNKNOWN, Form, form_of, identify, language_part, model_file)
 from megatron_sov.settings import Problem, Share, as_problem, one_of
 
 

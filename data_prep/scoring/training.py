@@ -16,13 +16,7 @@ from data_prep.scoring.labels import MIN_LABELS, Kind, Label, read_labels, refus
 from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.scorer import (
-    ARTIFACT,
-    ENCODER_FOLDER,
-    Scorer,
-    ScorerSettings,
-    load_scorer,
-    write_scorer,
-)
+    ARTIFACT, ENCODER_FOLDER, Scorer, ScorerSettings, load_scorer, write_scorer)
 from megatron_sov.artifacts import new_artifact, refuse_existing, sha256_file
 from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.obs.work_bar import work_bar

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from data_prep.sources.encodings import (
-    COMPRESSED,
-    Encoding,
-    LimitBytes,
-    Limits,
-    blocks_within,
-    decode_text,
-    unpacked,
-)
+    COMPRESSED, Encoding, LimitBytes, Limits, blocks_within, decode_text, unpacked)
 from data_prep.sources.reader import EMPTY, FileReader, Item, Job, kept
 from data_prep.sources.source import Broken, Piece, Raw
 from megatron_sov.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines

@@ -18,13 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.synth.candidates import (
-    ANSWERS,
-    Candidate,
-    RunRecord,
-    read_made,
-    read_run,
-    refuse_without_records,
-)
+    ANSWERS, Candidate, RunRecord, read_made, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import Judged, judge_samples
 from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings

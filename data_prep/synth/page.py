@@ -13,8 +13,7 @@ from megatron_sov.artifacts import write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.obs.figures import duration, figure, large
-from megatron_sov.pages.page import Chapter, Panel, Section, Table
-from megatron_sov.pages.page import render as render_page
+from megatron_sov.pages.page import Chapter, Panel, Section, Table, render as render_page
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"
 MAX_SUMMARY_BYTES = 64 << 20

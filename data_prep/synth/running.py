@@ -21,28 +21,10 @@ from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
 from data_prep.synth.candidates import (
-    ANSWERS,
-    RUN,
-    RunRecord,
-    digest_of,
-    read_made,
-    read_run,
-    record_of,
-    refuse_earlier,
-)
+    ANSWERS, RUN, RunRecord, digest_of, read_made, read_run, record_of, refuse_earlier)
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import (
-    Ask,
-    Door,
-    Drawn,
-    Generator,
-    Item,
-    NoReply,
-    NoUsableReply,
-    Role,
-    Sample,
-    writable,
-)
+    Ask, Door, Drawn, Generator, Item, NoReply, NoUsableReply, Role, Sample, writable)
 from data_prep.synth.known import generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
@@ -56,15 +38,7 @@ from megatron_sov.endpoints.transport import missing_libraries
 from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
 from megatron_sov.outputs import refuse_nowhere
 from megatron_sov.settings import (
-    Code,
-    Problem,
-    SettingsError,
-    as_problem,
-    num_cores,
-    parse_nested,
-    problems_of,
-    read,
-)
+    Code, Problem, SettingsError, as_problem, num_cores, parse_nested, problems_of, read)
 from megatron_sov.work.arrays import refuse_living
 from megatron_sov.work.folders import delete_work, slurm_folder, work_folder
 from megatron_sov.work.journal import Journal, begun, differences

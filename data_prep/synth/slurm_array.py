@@ -26,14 +26,7 @@ from megatron_sov.clusters.kubernetes import KubernetesProfile
 from megatron_sov.endpoints.cache import EndpointCache
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.work.arrays import (
-    FINISH_CPUS,
-    Arrays,
-    SharedWork,
-    TaskFailed,
-    profile_of,
-    refuse_many_restarts,
-    submit_shares,
-)
+    FINISH_CPUS, Arrays, SharedWork, TaskFailed, profile_of, refuse_many_restarts, submit_shares)
 from megatron_sov.work.folders import slurm_folder, work_folder
 from megatron_sov.work.journal import items_on_record
 

@@ -25,14 +25,7 @@ from pathlib import Path
 
 import megatron_sov
 from megatron_sov.artifacts import (
-    MANIFEST,
-    Manifest,
-    damaged_files,
-    disk_errors,
-    new_artifact,
-    read_manifest,
-    refuse_existing,
-)
+    MANIFEST, Manifest, damaged_files, disk_errors, new_artifact, read_manifest, refuse_existing)
 from megatron_sov.digests import SHA256
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.outputs import refuse_link_outside

@@ -11,19 +11,8 @@ from megatron_sov.artifacts import MANIFEST
 from megatron_sov.card.data_summary import DATA, FILE, DataCard, figures_of_data
 from megatron_sov.card.lineage import HF_MODEL, Lineage
 from megatron_sov.card.run_record import (
-    ANSWERS,
-    Answers,
-    Basis,
-    Compute,
-    Figure,
-    Origin,
-    RunRecord,
-    as_json,
-    compute_of,
-    figures_in,
-    total_compute,
-    unknown,
-)
+    ANSWERS, Answers, Basis, Compute, Figure, Origin, RunRecord, as_json, compute_of, figures_in,
+    total_compute, unknown)
 from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import COMPLETE
 from megatron_sov.obs.events import EVENTS

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import (
-    MANIFEST,
-    Manifest,
-    find_input,
-    inputs_of,
-    manifest_sha256,
-    places_of,
-    read_manifest,
-)
+    MANIFEST, Manifest, find_input, inputs_of, manifest_sha256, places_of, read_manifest)
 from megatron_sov.card.run_record import RunRecord, flops_per_token, read_run_record
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError

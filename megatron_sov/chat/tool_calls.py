@@ -12,14 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sov.chat.marks import (
-    BEGIN_CALL,
-    BEGIN_THOUGHTS,
-    END_CALL,
-    END_THOUGHTS,
-    as_written,
-    plain_form,
-)
+from megatron_sov.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, as_written, plain_form
 from megatron_sov.documents.messages import BadRecord, refuse_deep
 from megatron_sov.documents.strict_json import finite, no_constant
 

@@ -18,20 +18,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from megatron_sov.clusters.chips import CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, of_device
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    SettingsError,
-    find_broken,
-    read_text,
-    read_yaml,
-    rules_of,
-)
+    AboveZero, AtLeastOne, Bound, Breach, Code, NotNegative, NotNegativeInt, Problem, SettingsError,
+    find_broken, read_text, read_yaml, rules_of)
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""

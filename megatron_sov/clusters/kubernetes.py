@@ -15,16 +15,7 @@ from megatron_sov.clusters import cluster
 from megatron_sov.clusters.cluster import SECRET, KnownChip, VariableName
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    NotNegativeInt,
-    Problem,
-    find_broken,
-    read_text,
-    read_yaml,
-)
+    AtLeastOne, Bound, Breach, Code, NotNegativeInt, Problem, find_broken, read_text, read_yaml)
 
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 """A DNS label (RFC 1123): a namespace."""

@@ -11,17 +11,7 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.commands.shared_options import OverwriteOptions
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.settings import (
-    AboveZero,
-    Actions,
-    AtLeastOne,
-    Code,
-    Flag,
-    NotNegativeInt,
-    Problem,
-    add_actions,
-    change,
-    run_action,
-)
+    AboveZero, Actions, AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_actions, change, run_action)
 
 DECODERS = ("image-decoder", "vocoder")
 """Codecs that decode a tokenizer's ids."""

@@ -21,26 +21,13 @@ from annotated_types import Gt, Le
 from megatron_sov import recipes
 from megatron_sov.artifacts import atomic_write, to_json, write_output
 from megatron_sov.commands.shared_options import (
-    PARITY_LENGTHS,
-    CheckpointOut,
-    CheckpointPath,
-    OverwriteOptions,
-    RecordOptions,
-    RedoOptions,
-)
+    PARITY_LENGTHS, CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.config.train import AverageKind
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.counterparts.architecture import of_arguments
 from megatron_sov.counterparts.settings import (
-    MAX_CHARS,
-    Translated,
-    nested,
-    of_sections,
-    read_arguments,
-    read_sections,
-    translate,
-)
+    MAX_CHARS, Translated, nested, of_sections, read_arguments, read_sections, translate)
 from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.generate.request import RankOptions
 from megatron_sov.models.count import num_params
@@ -50,14 +37,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.settings import (
-    Actions,
-    AtLeastOne,
-    Flag,
-    NotNegative,
-    add_actions,
-    parse_nested,
-    run_action,
-)
+    Actions, AtLeastOne, Flag, NotNegative, add_actions, parse_nested, run_action)
 
 # What the actions of `megatron-sov convert` take.
 

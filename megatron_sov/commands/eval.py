@@ -17,12 +17,7 @@ from megatron_sov.commands.eval_passk import EvalPasskOptions, run_passk
 from megatron_sov.commands.eval_play import EvalPlayOptions, run_play
 from megatron_sov.commands.eval_suites import EvalSuitesOptions, run_suites
 from megatron_sov.commands.shared_options import (
-    PARITY_LENGTHS,
-    CheckpointPath,
-    ModelPath,
-    RecordOptions,
-    step_of,
-)
+    PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
 from megatron_sov.config import Language, NeedleConfig, NeedleKind, data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.request import RankOptions

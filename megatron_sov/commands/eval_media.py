@@ -12,17 +12,7 @@ from megatron_sov.commands.media_options import EvalMediaOptions, check_media, m
 from megatron_sov.commands.shared_options import step_of
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.media import (
-    AUDIO,
-    IMAGE,
-    PAIRS,
-    RETRIEVAL,
-    TEXT,
-    Judge,
-    Row,
-    figures,
-    judge_of,
-    read_rows,
-)
+    AUDIO, IMAGE, PAIRS, RETRIEVAL, TEXT, Judge, Row, figures, judge_of, read_rows)
 from megatron_sov.generate.request import Batching
 from megatron_sov.outputs import check_output
 from megatron_sov.pages.markdown import address_of

@@ -25,13 +25,7 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.asking import Asked, asked_of, check_engine, check_length
 from megatron_sov.generate.engine import ChosenEngine, Engine, engine_for, run_engine
 from megatron_sov.generate.request import (
-    Batching,
-    BatchSize,
-    RankOptions,
-    ResponseSampling,
-    Stop,
-    Temperature,
-)
+    Batching, BatchSize, RankOptions, ResponseSampling, Stop, Temperature)
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
 from megatron_sov.plugins.orders import Order

@@ -19,13 +19,7 @@ from megatron_sov.commands.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.errors import ExitCode, StopRequested, UserError
 from megatron_sov.eval.score_differences import (
-    FORGOTTEN,
-    NOT_KNOWN,
-    NOT_PROVEN,
-    Forgetting,
-    judge,
-    read_scored,
-)
+    FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import GATE

@@ -24,25 +24,10 @@ from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
 from megatron_sov.settings import (
-    AtLeastOne,
-    Code,
-    Flag,
-    NotNegative,
-    Problem,
-    add_options,
-    num_cores,
-    only_with,
-    parse_nested,
-    read_options,
-)
+    AtLeastOne, Code, Flag, NotNegative, Problem, add_options, num_cores, only_with, parse_nested,
+    read_options)
 from megatron_sov.work.arrays import (
-    ClusterOptions,
-    SharedWork,
-    profile_of,
-    refuse_living,
-    refuse_many_restarts,
-    submit_shares,
-)
+    ClusterOptions, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
 from megatron_sov.work.folders import slurm_folder
 from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
 from megatron_sov.work.journal import Journal, begin_journal, done_items

@@ -23,25 +23,12 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.orders import Order
 from megatron_sov.recipes.requested import RecipeOptions, requested
 from megatron_sov.rollouts.prompts import (
-    Prompt,
-    read_prompts,
-    refuse_unaskable,
-    round_prompts,
-    rounds_between,
-)
+    Prompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.settings import (
-    Flag,
-    NotNegative,
-    add_options,
-    change,
-    not_with,
-    only_with,
-    parse_nested,
-    read_options,
-)
+    Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.registry import BUILT_IN, make, order
 from megatron_sov.work.claims import Claims

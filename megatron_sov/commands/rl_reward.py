@@ -20,13 +20,7 @@ from megatron_sov.errors import ExitCode, GateFailed, StopRequested
 from megatron_sov.obs.warning import warn
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.post.rl.reward import (
-    ENVIRONMENT,
-    JudgingJob,
-    Summary,
-    judging,
-    reward_version,
-    second_opinions,
-)
+    ENVIRONMENT, JudgingJob, Summary, judging, reward_version, second_opinions)
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.settings import Flag, NotNegative, add_options, read_options
 from megatron_sov.work.claims import Claims

@@ -24,8 +24,7 @@ from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, ref
 from megatron_sov.runs.folder import COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.slurm.attempts import ATTEMPTS
-from megatron_sov.slurm.submission import JOBS as SUBMISSIONS
-from megatron_sov.slurm.submission import last_words, submitted_jobs
+from megatron_sov.slurm.submission import JOBS as SUBMISSIONS, last_words, submitted_jobs
 
 SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
 """Where a run folder has the submissions of its jobs; the first file of a run that Slurm is to start."""

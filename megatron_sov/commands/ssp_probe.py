@@ -27,14 +27,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
-from megatron_sov.settings import (
-    AtLeastOne,
-    Flag,
-    add_options,
-    at_most,
-    parse_nested,
-    read_options,
-)
+from megatron_sov.settings import AtLeastOne, Flag, add_options, at_most, parse_nested, read_options
 from megatron_sov.work.commands import run_command
 
 if TYPE_CHECKING:

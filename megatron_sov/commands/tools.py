@@ -22,15 +22,7 @@ from megatron_sov.outputs import check_output
 from megatron_sov.plugins.orders import Order
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.settings import (
-    NO_FLAG,
-    Actions,
-    AtLeastOne,
-    Flag,
-    add_actions,
-    change,
-    parse_nested,
-    run_action,
-)
+    NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
 from megatron_sov.tools.environment import Environment, Task
 from megatron_sov.tools.episode import Episode, lines_in, row_of
 from megatron_sov.tools.host import EnvironmentHost, Opening
@@ -38,13 +30,7 @@ from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
 from megatron_sov.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
 from megatron_sov.tools.transcript import (
-    moves_of_file,
-    moves_of_lines,
-    page_of,
-    play_by_hand,
-    summary_of,
-    transcript_of,
-)
+    moves_of_file, moves_of_lines, page_of, play_by_hand, summary_of, transcript_of)
 from megatron_sov.work.journal import open_journal
 
 KIND = "episodes"

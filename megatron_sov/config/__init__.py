@@ -9,17 +9,8 @@ from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.config.evaluate import (
-    BackgroundEvalConfig,
-    EvaluateConfig,
-    ExtendConfig,
-    ExtendStageConfig,
-    GateConfig,
-    Language,
-    LmEvalConfig,
-    NeedleConfig,
-    NeedleKind,
-    PartConfig,
-)
+    BackgroundEvalConfig, EvaluateConfig, ExtendConfig, ExtendStageConfig, GateConfig, Language, LmEvalConfig,
+    NeedleConfig, NeedleKind, PartConfig)
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.lora import LoraConfig
@@ -27,13 +18,7 @@ from megatron_sov.config.model import IdBlock, LatentAttentionConfig, ModelConfi
 from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.policy import PolicyConfig
 from megatron_sov.config.preference import PreferenceConfig
-from megatron_sov.config.reading import (
-    apply_settings,
-    data_paths,
-    from_dict,
-    layout_settings,
-    weighted_path,
-)
+from megatron_sov.config.reading import apply_settings, data_paths, from_dict, layout_settings, weighted_path
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.run import ObjectiveConfig, RunConfig
 from megatron_sov.config.train import GuardConfig, ObsConfig, TrainConfig

@@ -12,14 +12,7 @@ from megatron_sov.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.config.optim import Schedule
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Code,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    find_broken,
-)
+    AboveZero, AtLeastOne, Code, NotNegative, NotNegativeInt, Problem, find_broken)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,7 @@ from annotated_types import Ge
 
 from megatron_sov.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Code,
-    Fraction,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    Share,
-    find_broken,
-)
+    AboveZero, AtLeastOne, Code, Fraction, NotNegative, NotNegativeInt, Problem, Share, find_broken)
 
 # The needle suite: what is asked, where, and how often.
 

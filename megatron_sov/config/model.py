@@ -12,14 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from megatron_sov.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.config.encoders import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Code,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    find_broken,
-)
+    AboveZero, AtLeastOne, Code, NotNegative, NotNegativeInt, Problem, find_broken)
 from megatron_sov.settings.problem import show
 
 # Blocks of ids: where the discrete tokens of a medium stand in a vocabulary.

@@ -8,15 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from megatron_sov.settings import (
-    AboveZero,
-    AtLeastOne,
-    Finite,
-    Fraction,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    find_broken,
-)
+    AboveZero, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, Problem, find_broken)
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]

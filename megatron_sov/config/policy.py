@@ -13,16 +13,7 @@ from annotated_types import Gt, Le
 
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.settings import (
-    AboveZero,
-    Code,
-    Finite,
-    Fraction,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    Share,
-    find_broken,
-)
+    AboveZero, Code, Finite, Fraction, NotNegative, NotNegativeInt, Problem, Share, find_broken)
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
                        "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo"]

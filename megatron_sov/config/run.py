@@ -22,8 +22,7 @@ from megatron_sov.config.preference import SMOOTHED, PreferenceConfig
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.train import GuardConfig, ObsConfig, TrainConfig
 from megatron_sov.plugins.code import Code
-from megatron_sov.settings import Code as Kind
-from megatron_sov.settings import NotNegative, Problem, SettingsError, check, find_broken
+from megatron_sov.settings import Code as Kind, NotNegative, Problem, SettingsError, check, find_broken
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,8 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from megatron_sov.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
 from megatron_sov.settings import (
-    ONCE,
-    AboveZero,
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    Fraction,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    Share,
-    find_broken,
-)
+    ONCE, AboveZero, AtLeastOne, Bound, Breach, Code, Fraction, NotNegative, NotNegativeInt, Problem, Share,
+    find_broken)
 
 # What watches a run while it trains, and what it then does.
 

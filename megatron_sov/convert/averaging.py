@@ -29,17 +29,8 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import block_name
 from megatron_sov.models.family import OF_TRAINING
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN,
-    IMPORTED,
-    KIND,
-    MERGED,
-    adapter_base,
-    complete,
-    find_checkpoint,
-    refuse_missing,
-    settings_of,
-    step_of,
-)
+    CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, MERGED, adapter_base, complete, find_checkpoint, refuse_missing,
+    settings_of, step_of)
 
 # How much each of a run's checkpoints counts in their mean.
 

@@ -30,25 +30,9 @@ from megatron_sov.models.hf_layers import shortest_pattern
 from megatron_sov.models.weights import Link
 from megatron_sov.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import (
-    HF_MODEL,
-    IMPORTED,
-    KIND,
-    RUN,
-    find_checkpoint,
-    refuse_missing,
-    refuse_other_kind,
-    settings_of,
-)
+    HF_MODEL, IMPORTED, KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind, settings_of)
 from megatron_sov.settings import (
-    AtLeastOne,
-    Code,
-    NotNegative,
-    Problem,
-    SettingsError,
-    check,
-    find_broken,
-    name_options,
-)
+    AtLeastOne, Code, NotNegative, Problem, SettingsError, check, find_broken, name_options)
 from megatron_sov.work.resumable_artifact import resumable_artifact
 
 # A checkpoint whose blocks are computed from other checkpoints; a killed command goes on where it was.

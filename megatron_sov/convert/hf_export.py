@@ -32,8 +32,7 @@ from megatron_sov.media.vocabulary import AUDIO, IMAGE
 from megatron_sov.models.encoders import HF_PREFIXES
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import CONFIG, INDEX, SINGLE_FILE
-from megatron_sov.runs.checkpoints import HF_MODEL, RUN, refuse_other_kind, settings_of
-from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
+from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.work.resumable_artifact import resumable_artifact
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"

@@ -19,14 +19,7 @@ from tqdm import tqdm
 
 from megatron_sov import models
 from megatron_sov.artifacts import (
-    MANIFEST,
-    FileRecord,
-    atomic_write,
-    file_damage,
-    read_manifest,
-    refuse_existing,
-    to_json,
-)
+    MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
@@ -39,13 +32,7 @@ from megatron_sov.digests import fingerprint
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.assembling import StoredBlock
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
-    MAX_FILE_BYTES,
-    Index,
-    add_block,
-    block_name,
-    file_name,
-    write_index,
-)
+    MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.family import TokenIds
 from megatron_sov.models.weights import Link
@@ -53,15 +40,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.outputs import refuse_link_outside
 from megatron_sov.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
 from megatron_sov.runs.checkpoints import (
-    ADAPTER,
-    HF_MODEL,
-    IMPORTED,
-    KIND,
-    SOURCE,
-    instead_of,
-    refuse_missing,
-    refuse_other_kind,
-)
+    ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.resumable_artifact import resumable_artifact
 
 # Hashes the files of a source while it is converted, so that neither waits for the other.

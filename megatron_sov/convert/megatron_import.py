@@ -16,14 +16,7 @@ from megatron_sov.convert.hf_import import Imported, write_imported
 from megatron_sov.convert.sources import check_dtypes
 from megatron_sov.convert.torch_dist.apart import read_apart
 from megatron_sov.convert.torch_dist.weights import (
-    COMMON,
-    METADATA,
-    RUN_CONFIG,
-    TorchDistWeights,
-    find_iteration,
-    iteration_of,
-    num_padded_rows,
-)
+    COMMON, METADATA, RUN_CONFIG, TorchDistWeights, find_iteration, iteration_of, num_padded_rows)
 from megatron_sov.counterparts.architecture import architecture, of_arguments
 from megatron_sov.counterparts.settings import read_sections
 from megatron_sov.errors import UserError

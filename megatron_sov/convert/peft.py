@@ -13,14 +13,7 @@ from typing import Any
 import torch
 
 from megatron_sov.artifacts import (
-    MANIFEST,
-    ArtifactWriter,
-    atomic_write,
-    damaged_files,
-    new_artifact,
-    read_manifest,
-    to_json,
-)
+    MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
 from megatron_sov.config import LoraConfig, ModelConfig
 from megatron_sov.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.convert.changed_values import converted
@@ -32,24 +25,8 @@ from megatron_sov.models.adapters import MAGNITUDE, A, Adapted, B, Place, adapte
 from megatron_sov.obs.warning import warn
 from megatron_sov.pretrained import DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
-    ADAPTER,
-    BASE,
-    CHECKPOINTS_OF_A_RUN,
-    IMPORTED,
-    KIND,
-    PEFT_ADAPTER,
-    RUN,
-    SOURCE,
-    AdapterBase,
-    adapter_base,
-    damage,
-    found_base,
-    instead_of,
-    keep_as_base,
-    refuse_missing,
-    refuse_other_kind,
-    settings_of,
-)
+    ADAPTER, BASE, CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, PEFT_ADAPTER, RUN, SOURCE, AdapterBase, adapter_base,
+    damage, found_base, instead_of, keep_as_base, refuse_missing, refuse_other_kind, settings_of)
 
 # PEFT's names and shapes for the tensors of an adapter, and the settings that it wants beside them.
 #

@@ -25,8 +25,8 @@ from megatron_sov.mcore.checkpoint.writer import TensorFile
 from megatron_sov.models.family import TEXT_INSIDE, text_config
 from megatron_sov.models.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.models.weights import Link
-from megatron_sov.pretrained import CONFIG, DAMAGED_HF, listed, read_json, tensor_files
-from megatron_sov.pretrained import is_hf_folder as is_hf_folder
+from megatron_sov.pretrained import (
+    CONFIG, DAMAGED_HF, is_hf_folder as is_hf_folder, listed, read_json, tensor_files)
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint, settings_of
 
 # Reads weights that stand in a folder as MXFP4: blocks of 32 numbers of 4 bits that share a scale (OCP

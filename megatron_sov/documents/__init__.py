@@ -8,13 +8,7 @@ preference or a prompt.  Any of the text forms may be compressed (`.gz`, `.zst`)
 
 from megatron_sov.documents.cutting import cut_at_blank_lines, cut_text
 from megatron_sov.documents.files import (
-           DOCUMENT_BYTES,
-           TEXT_SUFFIXES,
-           WHOLE_FILE_BYTES,
-           Span,
-           list_files,
-           plan_units,
-)
+    DOCUMENT_BYTES, TEXT_SUFFIXES, WHOLE_FILE_BYTES, Span, list_files, plan_units)
 from megatron_sov.documents.messages import ROLES, BadRecord, Conversation, Message
 from megatron_sov.documents.reading import read_documents, read_span
 from megatron_sov.documents.records import KINDS, ROLLOUTS, Document, LeftOut, Reading

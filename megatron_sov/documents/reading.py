@@ -12,39 +12,15 @@ from typing import IO, Any, cast
 
 from megatron_sov.documents.cutting import cut_at_blank_lines
 from megatron_sov.documents.files import (
-    ARROW_SUFFIXES,
-    BYTE_ORDER_MARK,
-    DOCUMENT_BYTES,
-    JSON_SUFFIX,
-    JSONL_SUFFIXES,
-    PARQUET_SUFFIX,
-    TEXT_SUFFIXES,
-    WHOLE_FILE_BYTES,
-    Span,
-    arrow_batches,
-    is_records,
-    list_files,
-    open_bytes,
-    open_parquet,
-    spans_of,
-)
+    ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, Span, arrow_batches, is_records, list_files, open_bytes, open_parquet,
+    spans_of)
 from megatron_sov.documents.json_list import json_items
 from megatron_sov.documents.layouts import FOREIGN
 from megatron_sov.documents.messages import without_nulls
 from megatron_sov.documents.records import (
-    DIALOGUE,
-    NUM_PROMPT,
-    BadRecord,
-    Document,
-    Parse,
-    Reading,
-    columns_problem,
-    decode,
-    parse_line,
-    parse_object,
-    parse_record,
-    too_long,
-)
+    DIALOGUE, NUM_PROMPT, BadRecord, Document, Parse, Reading, columns_problem, decode, parse_line,
+    parse_object, parse_record, too_long)
 from megatron_sov.errors import UserError, first_line
 
 KEPT_BYTES = 1000

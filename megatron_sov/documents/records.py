@@ -11,17 +11,8 @@ from typing import Any
 from megatron_sov.documents.columns import read_bucket, read_columns, read_tags
 from megatron_sov.documents.layouts import KTO_TAG, LABEL, own_fields, refuse_media
 from megatron_sov.documents.messages import (
-    BadRecord,
-    Conversation,
-    Message,
-    Messages,
-    read_messages,
-    read_sharegpt,
-    read_tools,
-    refuse_deep,
-    refuse_other_types,
-    without_nulls,
-)
+    BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
+    refuse_other_types, without_nulls)
 
 KINDS = ("text", "chat", "preference", "prompt")
 ROLLOUTS = "rollouts"

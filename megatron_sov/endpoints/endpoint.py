@@ -13,17 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from megatron_sov.endpoints.answers import (
-    MAX_WAIT_S,
-    NO_TOOLS,
-    BadAnswer,
-    NeverAnswered,
-    Unavailable,
-    decoded,
-    reason_of,
-    seconds,
-    told_tokens,
-    why_never,
-)
+    MAX_WAIT_S, NO_TOOLS, BadAnswer, NeverAnswered, Unavailable, decoded, reason_of, seconds, told_tokens,
+    why_never)
 from megatron_sov.endpoints.cache import EndpointCache, Usage
 from megatron_sov.endpoints.recognition import Recognition
 from megatron_sov.endpoints.transport import Transport

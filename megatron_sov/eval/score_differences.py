@@ -20,15 +20,7 @@ from typing import Any
 
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.eval.lm.results import (
-    Item,
-    Metric,
-    Results,
-    TaskScores,
-    aligned,
-    read_items,
-    read_results,
-    score_name,
-)
+    Item, Metric, Results, TaskScores, aligned, read_items, read_results, score_name)
 from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"

@@ -23,15 +23,7 @@ from megatron_sov.convert.whole_model import checked
 from megatron_sov.errors import UserError
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
-    Batching,
-    Generated,
-    Sampling,
-    Stop,
-    Tokens,
-    refuse_drafts,
-    refuse_routes,
-    refuse_rules,
-)
+    Batching, Generated, Sampling, Stop, Tokens, refuse_drafts, refuse_routes, refuse_rules)
 from megatron_sov.generate.sampling import best_words, rows_of, seed_of
 from megatron_sov.pretrained import load_pretrained
 

@@ -11,16 +11,7 @@ from annotated_types import Gt, Le
 
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    NO_FLAG,
-    AtLeastOne,
-    Code,
-    Flag,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    SettingsError,
-    find_problems,
-)
+    NO_FLAG, AtLeastOne, Code, Flag, NotNegative, NotNegativeInt, Problem, SettingsError, find_problems)
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,16 +21,8 @@ from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.models.family import text_config
 from megatron_sov.pretrained import CONFIG, weight_files
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN,
-    HF_MODEL,
-    IMPORTED,
-    KIND,
-    RUN,
-    find_checkpoint,
-    refuse_missing,
-    refuse_other_kind,
-    settings_of,
-)
+    CHECKPOINTS_OF_A_RUN, HF_MODEL, IMPORTED, KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind,
+    settings_of)
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.settings import SettingsError
 

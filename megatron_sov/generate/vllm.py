@@ -20,17 +20,7 @@ from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError, how_to_install
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
-    LENGTH,
-    STOP,
-    Batching,
-    Generated,
-    Sampling,
-    Stop,
-    Tokens,
-    Written,
-    refuse_drafts,
-    refuse_rules,
-)
+    LENGTH, STOP, Batching, Generated, Sampling, Stop, Tokens, Written, refuse_drafts, refuse_rules)
 from megatron_sov.generate.sampling import seed_of
 
 PICKLES = "VLLM_ALLOW_INSECURE_SERIALIZATION"

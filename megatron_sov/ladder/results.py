@@ -19,8 +19,8 @@ from megatron_sov.ladder.family import Member, size_of
 from megatron_sov.ladder.laws import CONFIDENCE, ParametricLaw, PowerLaw, Prediction
 from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.obs.figures import large, number
-from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain
-from megatron_sov.pages.page import render as render_page
+from megatron_sov.pages.page import (
+    Chapter, Chart, Section, Table, chart, colour, plain, render as render_page)
 from megatron_sov.runs.folder import COMPLETION
 
 FILE = "ladder.json"

@@ -14,23 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sov.media.marks import (
-    AUDIO_AUX,
-    AUDIO_PAD,
-    CONTINUOUS_AUDIO,
-    CONTINUOUS_IMAGE,
-    CONTINUOUS_VIDEO,
-    DISCRETE_AUDIO,
-    DISCRETE_IMAGE,
-    END_OF_FRAME,
-    END_OF_LINE,
-    IMAGE_PAD,
-    MIME,
-    RATIOS,
-    VIDEO_AUX,
-    VIDEO_PAD,
-    entry,
-    ratio,
-)
+    AUDIO_AUX, AUDIO_PAD, CONTINUOUS_AUDIO, CONTINUOUS_IMAGE, CONTINUOUS_VIDEO, DISCRETE_AUDIO,
+    DISCRETE_IMAGE, END_OF_FRAME, END_OF_LINE, IMAGE_PAD, MIME, RATIOS, VIDEO_AUX, VIDEO_PAD, entry, ratio)
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
 
 TOOL, ARGUMENT = "t2i_model_generation", "discrete_image_token"

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.dense_families import (
-    EXAONE4,
-    GEMMA2,
-    GEMMA3,
-    HYPERCLOVAX,
-    LLAMA,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
-)
+    EXAONE4, GEMMA2, GEMMA3, HYPERCLOVAX, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
 from megatron_sov.models.family import Family
 from megatron_sov.models.moe_families import DEEPSEEK_V3, EXAONE_MOE, GLM4_MOE, GPT_OSS, MIXTRAL, SOLAR_OPEN
 from megatron_sov.plugins.code import Code

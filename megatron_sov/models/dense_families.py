@@ -6,39 +6,13 @@ from typing import Any
 
 from megatron_sov.models.family import COMMON_CONFIG, DECODER_CONFIG, EXPERTS_CONFIG, KV_HEADS, Family
 from megatron_sov.models.hf_config import (
-    AttentionScale,
-    EmbeddingsByWidth,
-    Fixed,
-    Item,
-    PeriodicLayers,
-    Renamed,
-    Rope,
-    SoftCap,
-    TwoThetas,
-    Unused,
-    hidden_over_heads,
-)
+    AttentionScale, EmbeddingsByWidth, Fixed, Item, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas, Unused,
+    hidden_over_heads)
 from megatron_sov.models.hf_layers import (
-    NormsBehind,
-    PredictionLayer,
-    RotatingWindows,
-    SlidingSwitch,
-    SparseSteps,
-)
+    NormsBehind, PredictionLayer, RotatingWindows, SlidingSwitch, SparseSteps)
 from megatron_sov.models.weights import (
-    ATTENTION,
-    DENSE_FFN,
-    EMBEDDINGS_AND_HEAD,
-    PROJECTIONS,
-    QK_NORM,
-    QKV_BIAS,
-    ROUTED_EXPERTS,
-    SWIGLU,
-    Same,
-    norms_behind,
-    prediction_layer,
-    trunk,
-)
+    ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SWIGLU, Same,
+    norms_behind, prediction_layer, trunk)
 
 # Llama 2 and 3 (`llama`), and what has its shape: a pre-norm decoder with RoPE in every layer, no biases.
 #

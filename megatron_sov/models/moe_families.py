@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 from megatron_sov.models.family import (
-    DECODER_CONFIG,
-    DEEPSEEK_ROUTER,
-    DEEPSEEK_ROUTER_CONFIG,
-    EXPERT_GROUPS,
-    EXPERTS_CONFIG,
-    KV_HEADS,
-    Family,
-)
+    DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG, KV_HEADS, Family)
 from megatron_sov.models.hf_config import (
-    AlternatingLayers,
-    Fixed,
-    LatentHeads,
-    LatentRope,
-    Quantization,
-    Renamed,
-    Rope,
-    SaidRope,
-    Unused,
-    hidden_over_heads,
-)
+    AlternatingLayers, Fixed, LatentHeads, LatentRope, Quantization, Renamed, Rope, SaidRope, Unused,
+    hidden_over_heads)
 from megatron_sov.models.hf_layers import (
-    ExpertStack,
-    LeadingDenseLayers,
-    OneWindow,
-    PredictionBehind,
-    PredictionLayer,
-    SlidingLayers,
-    Unclamped,
-)
+    ExpertStack, LeadingDenseLayers, OneWindow, PredictionBehind, PredictionLayer, SlidingLayers, Unclamped)
 from megatron_sov.models.weights import (
-    ATTENTION,
-    COPIES_BEHIND,
-    DEEPSEEK_EXPERTS,
-    DENSE_FFN,
-    EMBEDDINGS_AND_HEAD,
-    PREDICTION_BEHIND,
-    QK_NORM,
-    QKV_BIAS,
-    ROUTED_EXPERTS,
-    SHARED_EXPERTS,
-    Experts,
-    GateUp,
-    Same,
-    WeightEntry,
-    inside_prediction,
-    prediction_layer,
-    router_bias,
-    trunk,
-)
+    ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, QK_NORM,
+    QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, Experts, GateUp, Same, WeightEntry, inside_prediction,
+    prediction_layer, router_bias, trunk)
 
 # Mixtral (`mixtral`): Llama's decoder with experts in every layer, of which a softmax router chooses; the
 # scores of the chosen ones are divided by their sum.

@@ -19,8 +19,7 @@ from annotated_types import Ge, Le
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.runs.folder import PLAN
-from megatron_sov.settings import SettingsError
-from megatron_sov.settings import read as read_settings
+from megatron_sov.settings import SettingsError, read as read_settings
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 << 20

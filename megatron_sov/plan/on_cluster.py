@@ -12,8 +12,7 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import GIB
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.plan import post_training
-from megatron_sov.plan import quote as quote_tables
+from megatron_sov.plan import post_training, quote as quote_tables
 from megatron_sov.plan.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.memory import Account
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
@@ -21,14 +20,7 @@ from megatron_sov.plan.quote import Quote, as_json, gib, totals
 from megatron_sov.plan.recommended import leaves_layout_open, settings_for
 from megatron_sov.plan.space import own_choice
 from megatron_sov.plan.speed.parameters import Parameters
-from megatron_sov.plan.sweep import (
-    Search,
-    fewest_nodes,
-    fits_somehow,
-    num_layouts,
-    search,
-    told_nodes,
-)
+from megatron_sov.plan.sweep import Search, fewest_nodes, fits_somehow, num_layouts, search, told_nodes
 from megatron_sov.plan.telling import Told, name, set_line, sizes, submit_line
 from megatron_sov.recipes.requested import Request
 

@@ -18,15 +18,7 @@ from megatron_sov.config import ModelConfig, RunConfig
 from megatron_sov.models.count import TABLES
 from megatron_sov.models.encoders import encoder_buffer_bytes, is_frozen, is_table
 from megatron_sov.plan.held import (
-    BF16_BYTES,
-    FLOAT32_BYTES,
-    ITEM_BYTES,
-    Held,
-    chunk_layers,
-    held,
-    is_adapter,
-    rounded_up,
-)
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
 
 HOST = 4 * FLOAT32_BYTES
 """Bytes of the host for a parameter whose AdamW is there (`mcore/optimizer/host_adamw.py`): master weight,

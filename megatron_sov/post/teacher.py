@@ -20,13 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov import convert
-from megatron_sov.artifacts import (
-    FileRecord,
-    new_file,
-    read_manifest,
-    refuse_existing,
-    to_json,
-)
+from megatron_sov.artifacts import FileRecord, new_file, read_manifest, refuse_existing, to_json
 from megatron_sov.data.token_shards import Source, open_sources, provenance, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.digests import BLAKE3, Digest, file_digest
@@ -42,20 +36,8 @@ from megatron_sov.mcore.parallel.device import local_device, release_unused
 from megatron_sov.mcore.parallel.world import World, on_main
 from megatron_sov.post.parts.translation import Translated, Translation
 from megatron_sov.post.state_files import (
-    DTYPES,
-    HEAD,
-    HEAD_WEIGHT,
-    KIND,
-    Kept,
-    Part,
-    content_of,
-    lengths_of,
-    packed,
-    parts_of,
-    unpacked,
-)
-from megatron_sov.runs.checkpoints import ADAPTER, MODEL, adapter_base
-from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
+    DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, Part, content_of, lengths_of, packed, parts_of, unpacked)
+from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.resumable_artifact import ResumableArtifact, resumable_artifact
 

@@ -15,14 +15,7 @@ from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import (
-    hyperclova_omni,
-    k_exaone,
-    open_models,
-    policies,
-    solar_open,
-    typhoon_s,
-    vibethinker,
-)
+    hyperclova_omni, k_exaone, open_models, policies, solar_open, typhoon_s, vibethinker)
 from megatron_sov.recipes.sources import UNCOMPARED, Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
 

@@ -8,13 +8,7 @@ from dataclasses import replace
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import (
-    ExtendStageConfig,
-    ModelConfig,
-    OptimConfig,
-    PhaseConfig,
-    RunConfig,
-    YarnConfig,
-)
+    ExtendStageConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, YarnConfig)
 from megatron_sov.errors import UserError
 from megatron_sov.recipes.sources import Sources, ours
 

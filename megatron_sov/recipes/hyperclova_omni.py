@@ -10,15 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-)
+    DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig,
+    TrainConfig)
 from megatron_sov.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.config.model import IdBlock
 from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD

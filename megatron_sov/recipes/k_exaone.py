@@ -9,20 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    DataConfig,
-    ExtendConfig,
-    ExtendStageConfig,
-    GateConfig,
-    GpuConfig,
-    ModelConfig,
-    NeedleConfig,
-    OptimConfig,
-    ParallelConfig,
-    PartConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
+    OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig)
 from megatron_sov.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
 from megatron_sov.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    DataConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-    YarnConfig,
-)
+    DataConfig, LatentAttentionConfig, ModelConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig,
+    TrainConfig, YarnConfig)
 from megatron_sov.config.model import Llama3RopeConfig
 from megatron_sov.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 

@@ -8,23 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    DataConfig,
-    ExtendConfig,
-    ExtendStageConfig,
-    GateConfig,
-    GpuConfig,
-    ModelConfig,
-    NeedleConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    PartConfig,
-    PhaseConfig,
-    PreferenceConfig,
-    RunConfig,
-    TrainConfig,
-    YarnConfig,
-)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
+    TrainConfig, YarnConfig)
 from megatron_sov.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
 from megatron_sov.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    ExtendConfig,
-    ExtendStageConfig,
-    GpuConfig,
-    NeedleConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-)
+    ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig)
 from megatron_sov.config.model import IdBlock, ModelConfig
 from megatron_sov.recipes.sources import ours
 

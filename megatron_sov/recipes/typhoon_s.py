@@ -6,15 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    DataConfig,
-    DistillationConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-)
+    DataConfig, DistillationConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig,
+    TrainConfig)
 from megatron_sov.recipes.open_models import dense_sources, qwen3_8b
 from megatron_sov.recipes.sources import Sources, derive, ours, published
 

@@ -9,19 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_sov.config import (
-    DataConfig,
-    ExtendConfig,
-    ExtendStageConfig,
-    GateConfig,
-    NeedleConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    PartConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, NeedleConfig, ObjectiveConfig, OptimConfig,
+    ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig)
 from megatron_sov.recipes.extension import SET_IN_A_STAGE
 from megatron_sov.recipes.open_models import dense_sources, qwen2_1_5b
 from megatron_sov.recipes.sources import Sources, derive, ours, published

@@ -14,8 +14,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.obs.figures import duration, figure, large, number
-from megatron_sov.pages.page import Chapter, Chart, Panel, Section, Table, chart, colour, plain
-from megatron_sov.pages.page import render as render_page
+from megatron_sov.pages.page import (
+    Chapter, Chart, Panel, Section, Table, chart, colour, plain, render as render_page)
 from megatron_sov.report.charts import MAX_POINTS, MAX_WINDOW_STEPS, SMOOTH_FROM_STEPS
 from megatron_sov.report.judgements import verdict_table
 from megatron_sov.report.run_data import Run

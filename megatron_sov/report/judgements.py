@@ -15,16 +15,7 @@ from megatron_sov.obs.attempts import COMPLETE
 from megatron_sov.obs.figures import figure, number, of_field
 from megatron_sov.pages.markdown import is_picture, is_sound
 from megatron_sov.pages.page import (
-    Chart,
-    Exhibit,
-    Section,
-    Table,
-    chart,
-    colour,
-    line_with_intervals,
-    plain,
-    tables,
-)
+    Chart, Exhibit, Section, Table, chart, colour, line_with_intervals, plain, tables)
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.steps import last_value
 from megatron_sov.runs.rounds import LEARNS

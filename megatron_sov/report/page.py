@@ -13,8 +13,8 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import duration, figure, large, number
-from megatron_sov.pages.page import Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain
-from megatron_sov.pages.page import render as render_page
+from megatron_sov.pages.page import (
+    Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain, render as render_page)
 from megatron_sov.report.charts import MAX_WINDOW_STEPS, needle_map
 from megatron_sov.report.judgements import gate, verdict_table
 from megatron_sov.report.run_data import Run

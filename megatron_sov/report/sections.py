@@ -20,36 +20,14 @@ from megatron_sov.obs.figures import duration, figure, large, number, of_field
 from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.obs.units import GIB
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
-from megatron_sov.pages.page import (
-    Chart,
-    Section,
-    Table,
-    chart,
-    colour,
-    colour_bar,
-    plain,
-    tables,
-)
+from megatron_sov.pages.page import Chart, Section, Table, chart, colour, colour_bar, plain, tables
 from megatron_sov.plan.page import schedule_charts, schedule_table
 from megatron_sov.report.accounts import accounts_section
 from megatron_sov.report.charts import (
-    beside_charts,
-    expert_chart,
-    heldout_charts,
-    loss_charts,
-    meter_charts,
-    needle_charts,
-    plan_chart,
-    scalar_charts,
-)
+    beside_charts, expert_chart, heldout_charts, loss_charts, meter_charts, needle_charts, plan_chart,
+    scalar_charts)
 from megatron_sov.report.judgements import (
-    VERDICTS,
-    forgetting_section,
-    gate_section,
-    media_section,
-    passk_section,
-    round_section,
-)
+    VERDICTS, forgetting_section, gate_section, media_section, passk_section, round_section)
 from megatron_sov.report.run_data import ExpertLoad, Heldout, Phase, Provenance, RoutingHistory, Run
 from megatron_sov.report.scores import score_section
 from megatron_sov.report.steps import last_value

@@ -9,8 +9,7 @@ from typing import Any, get_type_hints
 from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import nearest
 from megatron_sov.rewards.ifbench import FORM_CHECKS, NEEDS_MORE, WORD_CHECKS
-from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS
-from megatron_sov.rewards.instruction_checks import Check
+from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS, Check
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of, told_short
 
 CHECKS: Mapping[str, Check] = {**IFEVAL_CHECKS, **WORD_CHECKS, **FORM_CHECKS}

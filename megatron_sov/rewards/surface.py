@@ -14,16 +14,7 @@ from megatron_sov.documents.scripts import LANGUAGES, letters_by_script, script_
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 from megatron_sov.settings import (
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    NotNegativeInt,
-    Problem,
-    Share,
-    at_most,
-    one_of,
-)
+    AtLeastOne, Bound, Breach, Code, NotNegativeInt, Problem, Share, at_most, one_of)
 
 MAX_CHARS = 400_000
 """Of a longer response the end is looked at: loops stand there."""

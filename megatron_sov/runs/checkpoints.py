@@ -17,15 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.artifacts import (
-    MANIFEST,
-    atomic_write,
-    delete_folder,
-    disk_errors,
-    file_damage,
-    fsync_path,
-    manifest_sha256,
-    read_manifest,
-)
+    MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
+    read_manifest)
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError, download
 from megatron_sov.obs.events import EVENTS

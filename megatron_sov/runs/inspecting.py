@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_sov.artifacts import (
-    MANIFEST,
-    damaged_files,
-    disk_errors,
-    origins_of,
-    read_manifest,
-    write_output,
-)
+    MANIFEST, damaged_files, disk_errors, origins_of, read_manifest, write_output)
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import GateFailed, UserError
 from megatron_sov.obs.events import EVENTS

@@ -3,54 +3,13 @@ for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports to
 
 from megatron_sov.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.settings.options import (
-    NO_FLAG,
-    Actions,
-    Flag,
-    add_actions,
-    add_options,
-    num_cores,
-    options_of,
-    read_options,
-    run_action,
-)
+    NO_FLAG, Actions, Flag, add_actions, add_options, num_cores, options_of, read_options, run_action)
 from megatron_sov.settings.problem import (
-    ONCE,
-    RISING,
-    AboveZero,
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    Finite,
-    Fraction,
-    NotBlank,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    Relation,
-    SettingsError,
-    Share,
-    as_problem,
-    at_most,
-    below,
-    find_broken,
-    multiple_of,
-    name_options,
-    not_with,
-    one_of,
-    only_with,
-    other_than,
-)
+    ONCE, RISING, AboveZero, AtLeastOne, Bound, Breach, Code, Finite, Fraction, NotBlank, NotNegative,
+    NotNegativeInt, Problem, Relation, SettingsError, Share, as_problem, at_most, below, find_broken,
+    multiple_of, name_options, not_with, one_of, only_with, other_than)
 from megatron_sov.settings.reading import (
-    check,
-    find_problems,
-    place_of,
-    plain,
-    problems_of,
-    read,
-    read_arguments,
-    rules_of,
-)
+    check, find_problems, place_of, plain, problems_of, read, read_arguments, rules_of)
 from megatron_sov.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
 
 __all__ = [

@@ -22,19 +22,8 @@ from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import (
-    Episode,
-    EpisodeLines,
-    Turn,
-    Written,
-    begin_line,
-    begun,
-    left_of,
-    result_line,
-    take_turn,
-    turn_line,
-    with_calls,
-    within,
-)
+    Episode, EpisodeLines, Turn, Written, begin_line, begun, left_of, result_line, take_turn, turn_line,
+    with_calls, within)
 from megatron_sov.tools.faults import INFRASTRUCTURE
 from megatron_sov.tools.host import EnvironmentHost, Opening
 from megatron_sov.tools.limits import EpisodeLimits

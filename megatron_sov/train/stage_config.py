@@ -13,12 +13,7 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.errors import UserError
-from megatron_sov.recipes.requested import (
-    BuiltIn,
-    Request,
-    TrainingOptions,
-    training_request,
-)
+from megatron_sov.recipes.requested import BuiltIn, Request, TrainingOptions, training_request
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.settings import Flag

@@ -48,14 +48,7 @@ from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.objective import (
-    GlobalBatch,
-    Objective,
-    columns_of,
-    doubt_of,
-    is_comparable,
-    parts_of,
-    refuse_nothing_learned,
-)
+    GlobalBatch, Objective, columns_of, doubt_of, is_comparable, parts_of, refuse_nothing_learned)
 from megatron_sov.train.objective_context import ObjectiveContext
 from megatron_sov.train.planning import keep_plan
 from megatron_sov.train.profiling import Profiling

@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import (
-    ArtifactWriter,
-    FileRecord,
-    clear_leftovers,
-    disk_errors,
-    publish,
-    refuse_existing,
-)
+    ArtifactWriter, FileRecord, clear_leftovers, disk_errors, publish, refuse_existing)
 from megatron_sov.outputs import behind_links
 from megatron_sov.version import __version__
 from megatron_sov.work.journal import Journal, open_journal

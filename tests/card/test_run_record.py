@@ -14,17 +14,8 @@ import pytest
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.card.lineage import Graph, Node, lineage
 from megatron_sov.card.run_record import (
-    Answers,
-    Compute,
-    Figure,
-    RunRecord,
-    compute_of,
-    flops_per_token,
-    read_run_record,
-    total,
-    total_compute,
-    unknown,
-)
+    Answers, Compute, Figure, RunRecord, compute_of, flops_per_token, read_run_record, total, total_compute,
+    unknown)
 from megatron_sov.config import apply_settings, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import train_flops_per_token

@@ -11,14 +11,7 @@ import pytest
 
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import (
-    FAMILIES,
-    MARKS,
-    as_written,
-    marks_decoder,
-    plain_form,
-    quoted,
-    text_decoder,
-)
+    FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder)
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.chat.turns import TurnEncoder

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_sov.chat.kinds import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
 from megatron_sov.chat.segments import Segment, Segments, around_contents, odd_opening

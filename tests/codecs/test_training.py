@@ -19,12 +19,7 @@ from megatron_sov.codecs.training.banks import PICTURES, SoundBank, media_files,
 from megatron_sov.codecs.training.draws import batch_rows
 from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.tokenizers import (
-    AudioTokenizerTask,
-    AudioTokenizerTraining,
-    ImageTokenizerTask,
-    ImageTokenizerTraining,
-    Learning,
-)
+    AudioTokenizerTask, AudioTokenizerTraining, ImageTokenizerTask, ImageTokenizerTraining, Learning)
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.settings import plain

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.commands import logs
-from megatron_sov.commands import run_state as states
+from megatron_sov.commands import logs, run_state as states
 from megatron_sov.commands.logs import LONGEST_LINE_BYTES, LogFile, Tail, log_files
 from megatron_sov.obs.events import EventLog
 

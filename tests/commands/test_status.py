@@ -11,8 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import cli, recipes
 from megatron_sov.commands.run_state import RunState, Start, find_runs, read_state

@@ -6,8 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RolloutConfig, RunConfig, TrainConfig, apply_settings

@@ -10,16 +10,8 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import (
-    AudioEncoderConfig,
-    DataConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-    VisionEncoderConfig,
-    YarnConfig,
-    apply_settings,
-)
+    AudioEncoderConfig, DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig, VisionEncoderConfig,
+    YarnConfig, apply_settings)
 from megatron_sov.recipes import get
 from megatron_sov.settings import Problem
 

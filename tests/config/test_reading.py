@@ -8,24 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import (
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    PhaseConfig,
-    PolicyConfig,
-    RunConfig,
-    TrainConfig,
-    apply_settings,
-    data_paths,
-    from_dict,
-)
+    DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
+    RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
 from megatron_sov.config.policy import METHODS
 from megatron_sov.config.reading import NOT_OFFERED, RENAMED
 from megatron_sov.errors import UserError

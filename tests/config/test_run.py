@@ -12,13 +12,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import config as config_module
-from megatron_sov.config import (
-    DataConfig,
-    ParallelConfig,
-    PhaseConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_sov.config import DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.settings import Problem
 
 Small = Callable[..., RunConfig]

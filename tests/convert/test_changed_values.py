@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from megatron_sov.convert.changed_values import (
-    DTYPES,
-    Changed,
-    SentWeights,
-    check_space,
-    converted,
-    exported_dtype,
-    planned_dtype,
-)
+    DTYPES, Changed, SentWeights, check_space, converted, exported_dtype, planned_dtype)
 from megatron_sov.errors import UserError
 
 Weights = dict[str, torch.Tensor]

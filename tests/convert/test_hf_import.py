@@ -90,12 +90,7 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
         solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers splits the text of every qwen2 folder its own way."""
     from transformers import (
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen2Tokenizer,
-    )
+        AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer)
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 1}

@@ -16,15 +16,7 @@ from megatron_sov.artifacts import new_artifact
 from megatron_sov.config import LoraConfig, apply_settings
 from megatron_sov.convert.growing import open_weights
 from megatron_sov.convert.peft import (
-    CONFIG,
-    WEIGHTS,
-    base_name_of,
-    from_peft,
-    frozen_copies,
-    lora_of,
-    merged,
-    to_peft,
-)
+    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merged, to_peft)
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.adapters import MAGNITUDE, A, B, places

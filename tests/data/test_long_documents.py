@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig

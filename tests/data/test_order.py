@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig, TrainConfig

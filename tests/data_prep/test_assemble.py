@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from data_prep import assemble
 from data_prep.assemble import EncodedSource, ShardedWriter, bad_rows, survey, write_quarantine, write_shards

@@ -11,19 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.encode import (
-    LONGEST_WHITESPACE_CHARS,
-    EncodedBatch,
-    Encoder,
-    EncodingSettings,
-    FastBpe,
-    load_fast,
-)
+    LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.kinds import KIND_NONE
 from megatron_sov.documents import BadRecord, Conversation, Document, Message, Reading, read_documents

@@ -5,8 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from data_prep.splits import HeldoutRule, document_hash
 from megatron_sov.documents import Conversation, Document, Message

@@ -10,21 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_prep.cli import main
 from data_prep.pack import PackSettings, Source, pack
 from data_prep.token_artifact import (
-    CONTENT_VERSION,
-    open_split,
-    read_tokens_manifest,
-    shards_of,
-    sidecars_of,
-    table,
-    token_dtype,
-)
+    CONTENT_VERSION, open_split, read_tokens_manifest, shards_of, sidecars_of, table, token_dtype)
 from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.errors import UserError

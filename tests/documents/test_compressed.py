@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pyarrow import parquet
 
 from megatron_sov.documents.zstd import ZstdFile

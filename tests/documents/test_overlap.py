@@ -6,18 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov.documents import overlap
-from megatron_sov.documents.overlap import (
-    WORDS,
-    find_units,
-    runs,
-    stretch_hashes,
-    units,
-    window_hashes,
-)
+from megatron_sov.documents.overlap import WORDS, find_units, runs, stretch_hashes, units, window_hashes
 
 LAW = "Section 4. Whoever, by fraud, obtains a licence under this Act shall be liable to a fine."
 THAI = "ผู้ใดกระทำความผิดตามพระราชบัญญัตินี้ต้องระวางโทษจำคุกไม่เกินหนึ่งปี"

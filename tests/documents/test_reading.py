@@ -15,14 +15,7 @@ from data_prep.sources.listing import source_files
 from data_prep.sources.source import SourceSettings
 from megatron_sov import documents
 from megatron_sov.documents import (
-    Document,
-    Message,
-    Reading,
-    list_files,
-    plan_units,
-    read_documents,
-    read_span,
-)
+    Document, Message, Reading, list_files, plan_units, read_documents, read_span)
 from megatron_sov.documents.messages import Messages
 from megatron_sov.errors import UserError
 

@@ -8,8 +8,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov.documents import cut_at_blank_lines, cut_text, unspaced
 from megatron_sov.documents.item_search import Item, Search

@@ -27,15 +27,8 @@ from megatron_sov.data.token_shards import Source, open_sources  # noqa: E402
 from megatron_sov.errors import UserError  # noqa: E402
 from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.heldout import (  # noqa: E402
-    HeldoutData,
-    KneserNeyBigram,
-    evaluate_bigram,
-    evaluate_rows,
-    open_heldout,
-    rows_of,
-    token_blocks,
-    train_bigram,
-)
+    HeldoutData, KneserNeyBigram, evaluate_bigram, evaluate_rows, open_heldout, rows_of, token_blocks,
+    train_bigram)
 
 
 def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:

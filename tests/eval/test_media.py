@@ -12,18 +12,7 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.eval.media import (
-    PAIRS,
-    Group,
-    Rank,
-    Row,
-    figures,
-    grouped,
-    judge_of,
-    normalised,
-    rank_figures,
-    ranks,
-    read_rows,
-)
+    PAIRS, Group, Rank, Row, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
 from megatron_sov.eval.statistics import mean_interval, wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]

@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.eval.pass_at_k import (
-    PromptCounts,
-    default_ks,
-    majority_estimates,
-    pass_at_k,
-    pass_estimates,
-)
+    PromptCounts, default_ks, majority_estimates, pass_at_k, pass_estimates)
 
 
 def test_of_many_samples_nothing_is_lost_in_rounding() -> None:

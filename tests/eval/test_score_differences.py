@@ -16,15 +16,7 @@ from megatron_sov.cli import main
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.results import TaskSampling
 from megatron_sov.eval.score_differences import (
-    FORGOTTEN,
-    KEPT,
-    NOT_PROVEN,
-    Forgetting,
-    differences,
-    judge,
-    read_scored,
-    table,
-)
+    FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, differences, judge, read_scored, table)
 from megatron_sov.eval.statistics import paired_difference
 
 Written = Callable[..., Path]

@@ -10,13 +10,7 @@ import pytest
 from scipy import stats
 
 from megatron_sov.eval.statistics import (
-    difference_interval,
-    mean_interval,
-    mean_of,
-    paired_difference,
-    student_quantile,
-    wilson_interval,
-)
+    difference_interval, mean_interval, mean_of, paired_difference, student_quantile, wilson_interval)
 
 
 def test_without_clusters_it_is_the_error_of_every_textbook() -> None:

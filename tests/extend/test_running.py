@@ -22,17 +22,9 @@ from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.suite import Cell, make_suite
 from megatron_sov.eval.statistics import wilson_interval
-from megatron_sov.extend import running
-from megatron_sov.extend import running as gate_module
+from megatron_sov.extend import running, running as gate_module
 from megatron_sov.extend.running import (
-    StageGate,
-    asks_too_little,
-    decide,
-    make_needles,
-    mean_loss,
-    run_stages,
-    with_needles_in_blends,
-)
+    StageGate, asks_too_little, decide, make_needles, mean_loss, run_stages, with_needles_in_blends)
 from megatron_sov.extend.stages import search
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, read_events

@@ -9,15 +9,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from megatron_sov.generate.request import Sampling
 from megatron_sov.generate.sampling import (
-    ROW_DOCUMENTS,
-    ROW_TOKENS,
-    accepted_by_chance,
-    accepted_greedily,
-    best_words,
-    draw,
-    probabilities,
-    rows_of,
-)
+    ROW_DOCUMENTS, ROW_TOKENS, accepted_by_chance, accepted_greedily, best_words, draw, probabilities,
+    rows_of)
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
 

@@ -24,8 +24,7 @@ from megatron_sov.errors import ExitCode
 from megatron_sov.work import array_job
 from megatron_sov.work.arrays import MAX_KILLS, Arrays, Jobs
 from tests.kubernetes.local_cluster import LocalCluster
-from tests.kubernetes.test_submit import PROFILE as PAGE_PROFILE
-from tests.kubernetes.test_submit import refused
+from tests.kubernetes.test_submit import PROFILE as PAGE_PROFILE, refused
 from tests.slurm.test_data_pipeline import text_hashes, write_pipeline
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("job_schema.yaml").read_text())

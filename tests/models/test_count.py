@@ -11,12 +11,7 @@ from megatron_sov import models
 from megatron_sov.config import LoraConfig
 from megatron_sov.models.adapters import adapted_modules, places
 from megatron_sov.models.count import (
-    layer_weights,
-    mean_keys,
-    multiplied_weights,
-    num_params,
-    train_flops_per_token,
-)
+    layer_weights, mean_keys, multiplied_weights, num_params, train_flops_per_token)
 from megatron_sov.models.family import TokenIds
 from megatron_sov.recipes import get, names
 

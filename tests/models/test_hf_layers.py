@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import models, recipes
 from megatron_sov.config import ModelConfig, YarnConfig
@@ -141,9 +140,7 @@ def test_queries_may_be_made_of_the_layers_input() -> None:
 def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> None:
     from transformers import AutoConfig
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-        DeepseekV3Attention,
-        DeepseekV3RotaryEmbedding,
-    )
+        DeepseekV3Attention, DeepseekV3RotaryEmbedding)
 
     from megatron_sov.mcore.model.rotary import frequencies, softmax_scale
 

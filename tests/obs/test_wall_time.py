@@ -11,8 +11,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov.obs import process_start
 from megatron_sov.obs.stretches import MAX_WARM_UP_STEPS, MeasuredStretch, Stretches

@@ -17,25 +17,9 @@ from megatron_sov.clusters.chips import chip, default_links
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import train_flops_per_token
-from megatron_sov.plan.calibrate import (
-    FACTORS,
-    NOISE,
-    calibrate,
-    calibration,
-    fit,
-    observations,
-    scaled,
-)
+from megatron_sov.plan.calibrate import FACTORS, NOISE, calibrate, calibration, fit, observations, scaled
 from megatron_sov.plan.learned import (
-    Learned,
-    LocalMachine,
-    Passes,
-    as_json,
-    learn,
-    passes_of,
-    read_learned,
-    shipped,
-)
+    Learned, LocalMachine, Passes, as_json, learn, passes_of, read_learned, shipped)
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run

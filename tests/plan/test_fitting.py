@@ -16,8 +16,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.models.count import TABLES, num_params
 from megatron_sov.obs.units import GIB
 from megatron_sov.plan.fitting import changes, fits, fullest, nearest, refuse_too_large
-from megatron_sov.plan.held import held as held_by
-from megatron_sov.plan.held import stage_params
+from megatron_sov.plan.held import held as held_by, stage_params
 from megatron_sov.plan.recommended import leaves_layout_open, recommended, says_layout, settings_for, table
 from megatron_sov.recipes.layouts import RECOMMENDED
 from megatron_sov.recipes.requested import Request

@@ -7,14 +7,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.plan.fitting import fullest
-from megatron_sov.plan.held import held, weight_bytes
-from megatron_sov.plan.held import quantized_weight_bytes as kept_bytes
+from megatron_sov.plan.held import held, quantized_weight_bytes as kept_bytes, weight_bytes
 from megatron_sov.plan.memory import communicators, nccl_bytes
 from megatron_sov.plan.states import Size, laid_out
 

@@ -20,28 +20,12 @@ from megatron_sov.clusters import cluster
 from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.plan.operation import (
-    Conditions,
-    FailureKind,
-    best_interval_s,
-    checkpoint_bytes,
-    conditions,
-    cost,
-    goodput,
-    operation,
-    rank_bytes,
-    write_times,
-)
+    Conditions, FailureKind, best_interval_s, checkpoint_bytes, conditions, cost, goodput, operation,
+    rank_bytes, write_times)
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from plan_failures import (
-    Breakage,
-    RepairConditions,
-    daly_interval_s,
-    progress,
-    simulate,
-    wall_of,
-    young_interval_s,
-)
+    Breakage, RepairConditions, daly_interval_s, progress, simulate, wall_of, young_interval_s)
 
 ANY = (FailureKind("any", 1.0, 600.0),)
 DAY_S = 86400.0

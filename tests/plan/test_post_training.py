@@ -11,14 +11,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.clusters.chips import chip, default_links
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.plan.decoding import (
-    Asked,
-    EngineCosts,
-    Engines,
-    step_s,
-    touched_params,
-    writing,
-)
+from megatron_sov.plan.decoding import Asked, EngineCosts, Engines, step_s, touched_params, writing
 from megatron_sov.plan.post_training import BUDGETS, Assumed, covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.quote import Quote, totals

@@ -17,38 +17,15 @@ from megatron_sov.config import apply_settings
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.errors import UserError
 from megatron_sov.obs.units import GIB
-from megatron_sov.plan import quote as quote_tables
-from megatron_sov.plan import timetable
+from megatron_sov.plan import quote as quote_tables, timetable
 from megatron_sov.plan.fitting import fullest
 from megatron_sov.plan.on_cluster import placed, searched
 from megatron_sov.plan.pricing import (
-    MAX_NODES,
-    Machines,
-    Pricing,
-    RunStage,
-    group_stages,
-    machines,
-    pricing,
-    quote,
-    refuse_precision,
-    run_stages,
-)
+    MAX_NODES, Machines, Pricing, RunStage, group_stages, machines, pricing, quote, refuse_precision,
+    run_stages)
 from megatron_sov.plan.quote import (
-    Memory,
-    Quote,
-    Traffic,
-    alike,
-    as_json,
-    dollars,
-    energy,
-    gib,
-    labels,
-    percent,
-    seconds,
-    tables,
-    text,
-    totals,
-)
+    Memory, Quote, Traffic, alike, as_json, dollars, energy, gib, labels, percent, seconds, tables, text,
+    totals)
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.recipes.requested import Request
 

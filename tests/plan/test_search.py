@@ -21,31 +21,10 @@ from megatron_sov.plan.pricing import Pricing, RunStage, machines, pricing, run_
 from megatron_sov.plan.space import LEAST_GAIN, Choice, Space, choices, layouts, own_choice, space_of, uneven
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.sweep import (
-    NODES_TRIED,
-    Common,
-    Found,
-    Search,
-    Sweep,
-    common,
-    fewest_nodes,
-    fits_somehow,
-    kinds,
-    search,
-    sweep,
-    told_nodes,
-)
+    NODES_TRIED, Common, Found, Search, Sweep, common, fewest_nodes, fits_somehow, kinds, search, sweep,
+    told_nodes)
 from megatron_sov.plan.telling import (
-    SHOWN_RULES,
-    Told,
-    broken,
-    name,
-    recomputes,
-    set_line,
-    sizes,
-    submit_line,
-    too_large,
-    why,
-)
+    SHOWN_RULES, Told, broken, name, recomputes, set_line, sizes, submit_line, too_large, why)
 from megatron_sov.settings import Code, Problem
 from megatron_sov.slurm.stages import work_of
 

@@ -10,12 +10,7 @@ from megatron_sov.config import ExtendStageConfig, OptimConfig, PhaseConfig, app
 from megatron_sov.errors import UserError
 from megatron_sov.recipes import get
 from megatron_sov.recipes.extension import (
-    extended,
-    length_settings,
-    micro_batch_size,
-    phase_setting,
-    stage_phases,
-)
+    extended, length_settings, micro_batch_size, phase_setting, stage_phases)
 
 
 def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:

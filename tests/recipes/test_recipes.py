@@ -18,16 +18,7 @@ from megatron_sov.models.family import PLAIN, text_config
 from megatron_sov.recipes import RECIPES, TINY, get, names, sources
 from megatron_sov.recipes.extension import extended
 from megatron_sov.recipes.sources import (
-    DEFAULT,
-    YOURS,
-    Sources,
-    derive,
-    in_effect,
-    ours,
-    published,
-    relabelled,
-    settings,
-)
+    DEFAULT, YOURS, Sources, derive, in_effect, ours, published, relabelled, settings)
 from megatron_sov.recipes.tiny import SHRUNK
 
 STRUCTURE = (

@@ -8,12 +8,7 @@ from typing import Any
 
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.report.judgements import (
-    MAX_CELLS,
-    forgetting_section,
-    gate_section,
-    passk_section,
-    verdict_table,
-)
+    MAX_CELLS, forgetting_section, gate_section, passk_section, verdict_table)
 from megatron_sov.report.run_data import Run, read_run
 from megatron_sov.report.scores import score_section, scores_of
 from megatron_sov.report.sections import sections

@@ -17,8 +17,7 @@ import pytest
 
 from megatron_sov.rewards.ifbench import FORM_CHECKS, NEEDS_MORE, WORD_CHECKS, sentences, tokens
 from megatron_sov.rewards.ifeval import CHECKS, IfEval, checked, instructions_of, loosened
-from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS
-from megatron_sov.rewards.instruction_checks import sentences as counted_sentences
+from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS, sentences as counted_sentences
 from megatron_sov.rewards.reward import Refused, judged
 
 NEEDS_LANGUAGE = {"language:response_language", "change_case:english_capital",

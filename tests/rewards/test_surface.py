@@ -13,17 +13,8 @@ from megatron_sov.rewards import patterns
 from megatron_sov.rewards.patterns import MAX_JSON_CHARS, NO_JSON, json_of
 from megatron_sov.rewards.reward import Refused
 from megatron_sov.rewards.surface import (
-    Format,
-    Language,
-    Length,
-    Repetition,
-    loop_at_end,
-    repeated_share,
-    soft_overlong,
-    switches,
-    tagged,
-    words_of,
-)
+    Format, Language, Length, Repetition, loop_at_end, repeated_share, soft_overlong, switches, tagged,
+    words_of)
 from megatron_sov.settings import problems_of
 
 TAGS = ("think", "answer")

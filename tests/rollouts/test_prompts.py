@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.errors import UserError
 from megatron_sov.rollouts.prompts import (
-    Prompt,
-    budget_of,
-    pieces,
-    read_prompts,
-    refuse_unaskable,
-    round_prompts,
-)
+    Prompt, budget_of, pieces, read_prompts, refuse_unaskable, round_prompts)
 
 
 def made(count: int) -> list[Prompt]:

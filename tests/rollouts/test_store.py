@@ -18,24 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pyarrow import parquet
 
 from megatron_sov.artifacts import Manifest, new_artifact, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.rollouts import columns
 from megatron_sov.rollouts.rows import (
-    NOT_WRITTEN,
-    Asked,
-    Judged,
-    Key,
-    Part,
-    Rollout,
-    not_written,
-    numbers_in,
-    part_name,
-)
+    NOT_WRITTEN, Asked, Judged, Key, Part, Rollout, not_written, numbers_in, part_name)
 from megatron_sov.rollouts.store import Store
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table

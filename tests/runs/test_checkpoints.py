@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov import convert, recipes
 from megatron_sov.artifacts import new_artifact
@@ -18,23 +17,8 @@ from megatron_sov.generate.target import find_target
 from megatron_sov.report.run_data import read_run
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
-    KEPT,
-    KIND,
-    TAKEN_BY,
-    AdapterBase,
-    clear_leftovers,
-    damage,
-    drop_after,
-    find_checkpoint,
-    found_base,
-    instead_of,
-    keep_as_base,
-    latest,
-    prune,
-    refuse_lost,
-    set_aside,
-    settings_of,
-)
+    KEPT, KIND, TAKEN_BY, AdapterBase, clear_leftovers, damage, drop_after, find_checkpoint, found_base,
+    instead_of, keep_as_base, latest, prune, refuse_lost, set_aside, settings_of)
 
 
 @pytest.fixture

@@ -12,16 +12,7 @@ import pytest
 from megatron_sov.command_line import Parser
 from megatron_sov.errors import UserError
 from megatron_sov.settings import (
-    NO_FLAG,
-    AtLeastOne,
-    Code,
-    Flag,
-    Fraction,
-    Problem,
-    SettingsError,
-    add_options,
-    read_options,
-)
+    NO_FLAG, AtLeastOne, Code, Flag, Fraction, Problem, SettingsError, add_options, read_options)
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov.documents import Document, Message
 from megatron_sov.errors import UserError
 from tokenizer.mixture import (
-    MIXTURES,
-    NUM_BUCKETS,
-    PIECE_BYTES,
-    Group,
-    Share,
-    Sizes,
-    gather_groups,
-    parse_input,
-    pieces,
-    repeats,
-    share_bytes,
-    share_of,
-)
+    MIXTURES, NUM_BUCKETS, PIECE_BYTES, Group, Share, Sizes, gather_groups, parse_input, pieces, repeats,
+    share_bytes, share_of)
 
 
 def sizes_of(buckets: dict[int, int]) -> Sizes:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import regex
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov.errors import UserError
 from megatron_sov.settings import SettingsError

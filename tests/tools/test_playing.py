@@ -19,16 +19,7 @@ from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.tools.episode import Episode, Written, lines_in, row_of
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.playing import (
-    STREAMS,
-    MessageTable,
-    NoTurn,
-    Policy,
-    Said,
-    Table,
-    messages_of,
-    play,
-    play_by_messages,
-)
+    STREAMS, MessageTable, NoTurn, Policy, Said, Table, messages_of, play, play_by_messages)
 from megatron_sov.tools.registry import order
 from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
 from megatron_sov.work.folders import work_folder

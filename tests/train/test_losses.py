@@ -25,13 +25,7 @@ from megatron_sov.train.data_objective import MTP, DataObjective  # noqa: E402
 from megatron_sov.train.lm import LanguageModelling  # noqa: E402
 from megatron_sov.train.microbatch import MicroBatch, from_row  # noqa: E402
 from megatron_sov.train.objective import (  # noqa: E402
-    GlobalBatch,
-    LossSums,
-    parts_of,
-    per_source,
-    refuse_nothing_learned,
-    total_loss,
-)
+    GlobalBatch, LossSums, parts_of, per_source, refuse_nothing_learned, total_loss)
 
 
 class Logits:

@@ -13,12 +13,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import launcher
 from megatron_sov.recipes.requested import training_request
 from megatron_sov.train.stage_config import (
-    StageOptions,
-    find_start,
-    parse_stage,
-    refuse_many_converters,
-    stage_request,
-)
+    StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
 from tests.typed_words import typed
 
 

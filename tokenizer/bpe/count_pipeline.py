@@ -26,17 +26,7 @@ from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, Words
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.mixture import (
-    NUM_BUCKETS,
-    Excerpt,
-    Group,
-    Share,
-    Sizes,
-    describe,
-    pieces,
-    repeats,
-    share_bytes,
-    share_of,
-)
+    NUM_BUCKETS, Excerpt, Group, Share, Sizes, describe, pieces, repeats, share_bytes, share_of)
 from tokenizer.presets import NUM_BYTES, Preset
 
 # Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.

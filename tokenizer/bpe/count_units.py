@@ -16,15 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.documents import (
-    BadRecord,
-    Document,
-    Reading,
-    Span,
-    list_files,
-    plan_units,
-    read_documents,
-    read_span,
-)
+    BadRecord, Document, Reading, Span, list_files, plan_units, read_documents, read_span)
 from megatron_sov.errors import UserError
 from megatron_sov.work.pool import in_processes
 from tokenizer.mixture import NUM_BUCKETS, Group, Sizes, pieces

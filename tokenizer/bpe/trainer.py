@@ -21,22 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.bpe.merging import (
-    BLOCK_BITS,
-    BYTES_FULL,
-    END,
-    ENOUGH,
-    EXHAUSTED,
-    HEAP_FULL,
-    NUM_SIZES,
-    NUM_TOKENS,
-    NUM_TRAITS,
-    PLACES_FULL,
-    JoinRule,
-    Store,
-    add_first_pairs,
-    describe_all,
-    learn_some,
-)
+    BLOCK_BITS, BYTES_FULL, END, ENOUGH, EXHAUSTED, HEAP_FULL, NUM_SIZES, NUM_TOKENS, NUM_TRAITS, PLACES_FULL,
+    JoinRule, Store, add_first_pairs, describe_all, learn_some)
 
 FIRST_PLACES = 4_000_000
 """Places of single symbols that are sorted at a time."""

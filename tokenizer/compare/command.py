@@ -85,14 +85,7 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
     from tokenizer.compare.measuring import (
-        ModelSize,
-        costs,
-        different_lines,
-        different_words,
-        names_of,
-        overlap,
-        speeds,
-    )
+        ModelSize, costs, different_lines, different_words, names_of, overlap, speeds)
     from tokenizer.report.measures import Measured, measure
 
     opened = [open_tokenizer(path) for path in paths]

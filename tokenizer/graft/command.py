@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_sov.artifacts import (
-    MANIFEST,
-    ArtifactWriter,
-    atomic_write,
-    new_artifact,
-    refuse_existing,
-    to_json,
-)
+    MANIFEST, ArtifactWriter, atomic_write, new_artifact, refuse_existing, to_json)
 from megatron_sov.errors import UserError
 from megatron_sov.pretrained import INDEX, hub_name, read_json, weight_files
 from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options

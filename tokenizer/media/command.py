@@ -11,26 +11,12 @@ from typing import Annotated, Any
 from annotated_types import Le
 
 from megatron_sov.artifacts import (
-    damaged_files,
-    new_artifact,
-    read_manifest,
-    refuse_existing,
-    sha256_file,
-    to_json,
-)
+    damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
 from megatron_sov.errors import UserError
 from megatron_sov.media.marks import DIGITS, MARKS, entry
 from megatron_sov.media.vocabulary import AUDIO, IMAGE, MEDIA, Block, described
 from megatron_sov.settings import (
-    Code,
-    Flag,
-    NotNegative,
-    NotNegativeInt,
-    Problem,
-    add_options,
-    only_with,
-    read_options,
-)
+    Code, Flag, NotNegative, NotNegativeInt, Problem, add_options, only_with, read_options)
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""

@@ -13,16 +13,8 @@ from megatron_sov.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, cut, shown
 from tokenizer.report.coverage import (
-    END,
-    check_determinism,
-    check_inventory,
-    check_scalars,
-    check_scripts,
-    check_streaming,
-    check_superwords,
-    num_blocks,
-    try_scalars,
-)
+    END, check_determinism, check_inventory, check_scalars, check_scripts, check_streaming, check_superwords,
+    num_blocks, try_scalars)
 from tokenizer.report.measures import NamedText, check_digits, check_texts, check_whitespace, measure, pieces
 from tokenizer.report.reach import check_reach, check_used, check_worst, worst_inputs
 

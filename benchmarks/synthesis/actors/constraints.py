@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from synthesis.cases import Case
-from synthesis.cases import asked as asked_of
+from synthesis.cases import Case, asked as asked_of
 from synthesis.graded import grade, graded_in
 from synthesis.rules import Rule, rules
 

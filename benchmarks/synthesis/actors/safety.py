@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from synthesis.cases import Case
-from synthesis.cases import asked as asked_of
+from synthesis.cases import Case, asked as asked_of
 from synthesis.graded import PLEA, grade, graded_in
 
 from data_prep.synth.generator import Item

@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.journey.card.lineage import (
-    CorpusRecord,
-    Lineage,
-    Origin,
-    RawFiles,
-    SynthesisRecord,
-    TokenSource,
-)
+    CorpusRecord, Lineage, Origin, RawFiles, SynthesisRecord, TokenSource)
 from data_prep.journey.facts import BINS, NONE, REST, SCORES, Facts, total
 from data_prep.journey.page import BYTES_PER_TOKEN
 from data_prep.journey.summary import SourceSummary

@@ -12,17 +12,9 @@ from typing import Any
 from data_prep.journey.facts import TEXT, Facts, facts_of_output
 from data_prep.journey.summary import SUMMARY, Summary, read_summary
 from data_prep.tags import CORPUS, SYNTHESIS, Tags, tags_of
-from data_prep.token_artifact import KIND as TOKENS
-from data_prep.token_artifact import read_tokens_manifest
+from data_prep.token_artifact import KIND as TOKENS, read_tokens_manifest
 from megatron_sov.artifacts import (
-    MANIFEST,
-    Manifest,
-    damaged_files,
-    find_input,
-    inputs_of,
-    manifest_sha256,
-    read_manifest,
-)
+    MANIFEST, Manifest, damaged_files, find_input, inputs_of, manifest_sha256, read_manifest)
 from megatron_sov.digests import BLAKE3
 from megatron_sov.errors import UserError
 

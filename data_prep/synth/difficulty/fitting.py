@@ -26,13 +26,7 @@ from data_prep.scoring.ngram_settings import NgramSettings
 from data_prep.scoring.ngrams import Ngrams
 from data_prep.scoring.training import library_problems, sparse_rows
 from data_prep.synth.difficulty.estimator import (
-    KIND,
-    Estimator,
-    EstimatorSettings,
-    load_estimator,
-    scaled,
-    write_estimator,
-)
+    KIND, Estimator, EstimatorSettings, load_estimator, scaled, write_estimator)
 from data_prep.synth.difficulty.features import form
 from data_prep.synth.difficulty.judgement import figures
 from data_prep.synth.difficulty.labels import Labels, Problem, read_labels

@@ -17,16 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from data_prep.synth.generator import (
-    Ask,
-    Generator,
-    Grade,
-    Item,
-    Kind,
-    NoUsableReply,
-    Sample,
-    Temperature,
-    Verdict,
-)
+    Ask, Generator, Grade, Item, Kind, NoUsableReply, Sample, Temperature, Verdict)
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import agreed

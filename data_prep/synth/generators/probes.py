@@ -24,29 +24,13 @@ from data_prep.decontamination.step import DecontaminateSettings
 from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import (
-    Ask,
-    Generator,
-    Item,
-    NoReply,
-    NoUsableReply,
-    Reply,
-    Sample,
-    Temperature,
-    Verdict,
-)
+    Ask, Generator, Item, NoReply, NoUsableReply, Reply, Sample, Temperature, Verdict)
 from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
 from megatron_sov.documents.item_search import Search
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.code import program_in
-from megatron_sov.settings import (
-    AtLeastOne,
-    NotNegativeInt,
-    Problem,
-    Share,
-    at_most,
-    rules_of,
-)
+from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, rules_of
 from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
 TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"

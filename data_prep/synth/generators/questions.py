@@ -19,10 +19,7 @@ from data_prep.synth.generators.documents.judging import agreed, graded
 from data_prep.synth.generators.documents.languages import in_language
 from data_prep.synth.generators.documents.likeness import letters_likeness
 from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import (
-    DocumentSettings,
-    fenced,
-)
+from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
 from megatron_sov.settings import AtLeastOne, Share, at_most, only_with

@@ -21,10 +21,7 @@ from data_prep.synth.generators.documents.judging import FAITHFUL, graded
 from data_prep.synth.generators.documents.languages import in_language
 from data_prep.synth.generators.documents.likeness import copied_share, size_ratio
 from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import (
-    DocumentSettings,
-    fenced,
-)
+from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
 from megatron_sov.settings import ONCE, NotNegative, Share, below

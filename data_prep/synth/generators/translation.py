@@ -30,12 +30,7 @@ from data_prep.synth.generators.documents.numbers import numbers_of
 from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
 from data_prep.synth.generators.documents.verdicts import (
-    complete,
-    refused,
-    unknown_language,
-    until_failed,
-    within,
-)
+    complete, refused, unknown_language, until_failed, within)
 from megatron_sov.documents import Reading, list_files, read_documents
 from megatron_sov.documents.overlap import fold
 from megatron_sov.errors import UserError

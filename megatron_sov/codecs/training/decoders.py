@@ -19,17 +19,7 @@ from megatron_sov.codecs.images.dit import DiT
 from megatron_sov.codecs.images.vae import open_vae
 from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.codecs.training.banks import (
-    PICTURES,
-    SOUNDS,
-    Ids,
-    MediaFiles,
-    Pictures,
-    Ragged,
-    SoundBank,
-    id_bank,
-    media_files,
-    picture_bank,
-)
+    PICTURES, SOUNDS, Ids, MediaFiles, Pictures, Ragged, SoundBank, id_bank, media_files, picture_bank)
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.schedule import Schedule

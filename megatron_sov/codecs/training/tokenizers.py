@@ -22,15 +22,7 @@ from megatron_sov.codecs.images.siglip import SiglipFeatures, load_siglip, sigli
 from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 from megatron_sov.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer
 from megatron_sov.codecs.training.banks import (
-    PICTURES,
-    SOUNDS,
-    MediaFiles,
-    Pictures,
-    SoundBank,
-    Sounds,
-    media_files,
-    picture_bank,
-)
+    PICTURES, SOUNDS, MediaFiles, Pictures, SoundBank, Sounds, media_files, picture_bank)
 from megatron_sov.codecs.training.draws import batch_rows, generator
 from megatron_sov.codecs.training.loop import Plan, train
 from megatron_sov.codecs.training.schedule import Schedule

@@ -18,14 +18,7 @@ from megatron_sov.chat.marks import as_written
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.eval.lm.answers import Request
 from megatron_sov.eval.lm.results import (
-    Item,
-    Metric,
-    Sample,
-    TaskSampling,
-    judged_by,
-    metric_of_items,
-    score_name,
-)
+    Item, Metric, Sample, TaskSampling, judged_by, metric_of_items, score_name)
 from megatron_sov.eval.lm.subject import Bridge, NotAnswered
 from megatron_sov.eval.statistics import mean_of, student_quantile
 from megatron_sov.eval.suites.folding import TURN, fold, without_thoughts

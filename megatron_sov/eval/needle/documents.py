@@ -19,13 +19,7 @@ from megatron_sov.config import NeedleConfig, NeedleKind
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.suite import (
-    PAIR_TOKENS,
-    PHRASES_OF,
-    make_plan,
-    needles_asked,
-    place_told,
-    weave,
-)
+    PAIR_TOKENS, PHRASES_OF, make_plan, needles_asked, place_told, weave)
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, Sentences, Slots, fill, pick
 
 SOURCE_NAME = "needle"

@@ -25,16 +25,8 @@ from megatron_sov.endpoints.recognition import CHAT_PROBES
 from megatron_sov.errors import UserError
 from megatron_sov.eval.lm.endpoint import endpoint_at
 from megatron_sov.eval.lm.results import (
-    EvaluatedModel,
-    Item,
-    Results,
-    Sample,
-    TaskSampling,
-    TaskScores,
-    judged_by,
-    metric_of_items,
-    write_results,
-)
+    EvaluatedModel, Item, Results, Sample, TaskSampling, TaskScores, judged_by, metric_of_items,
+    write_results)
 from megatron_sov.eval.lm.settings import EndpointSettings
 from megatron_sov.eval.lm.tasks import DATA
 from megatron_sov.eval.suites.catalogue import TaskFile

@@ -23,15 +23,7 @@ from megatron_sov.chat.marks import plain_form
 from megatron_sov.errors import UserError
 from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
 from megatron_sov.eval.suites.protocol import (
-    AT_LIMIT,
-    BOXED,
-    OWN_SCORERS,
-    Folded,
-    ItemScores,
-    Protocol,
-    Response,
-    TaskItem,
-)
+    AT_LIMIT, BOXED, OWN_SCORERS, Folded, ItemScores, Protocol, Response, TaskItem)
 from megatron_sov.rewards import patterns, registry
 from megatron_sov.rewards.answers import last_boxed, normalized
 from megatron_sov.rewards.reward import Refused, Result, Row, Score, checked, judged, told_short

@@ -27,20 +27,8 @@ from megatron_sov.rewards import patterns
 from megatron_sov.rewards.registry import BUILT_IN as REWARDS
 from megatron_sov.rewards.reward import Row, Score, text_of
 from megatron_sov.settings import (
-    AtLeastOne,
-    Bound,
-    Breach,
-    Code,
-    Finite,
-    NotNegativeInt,
-    Problem,
-    SettingsError,
-    find_broken,
-    find_problems,
-    one_of,
-    parse_nested,
-    read,
-)
+    AtLeastOne, Bound, Breach, Code, Finite, NotNegativeInt, Problem, SettingsError, find_broken,
+    find_problems, one_of, parse_nested, read)
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.tools.registry import BUILT_IN as ENVIRONMENTS
 

@@ -21,11 +21,7 @@ import torch
 
 from megatron_sov.artifacts import FileRecord
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
-    MAX_FILE_BYTES,
-    RANKS_PER_FOLDER,
-    Index,
-    TensorWriter,
-)
+    MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter)
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.parallel.device import Arena, num_bytes, on_gpu
 

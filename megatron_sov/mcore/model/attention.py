@@ -28,13 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_sov.mcore.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.mcore.model.varlen import (
-    PieceBounds,
-    Span,
-    attend_documents,
-    first_keys,
-    piece_bounds,
-    serves,
-)
+    PieceBounds, Span, attend_documents, first_keys, piece_bounds, serves)
 from megatron_sov.mcore.parallel import context
 from megatron_sov.mcore.parallel.device import to_device
 

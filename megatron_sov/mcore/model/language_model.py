@@ -15,17 +15,10 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
+    ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, set_tensor_model_parallel_attributes)
 from megatron.core.transformer import mlp
 from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
-    get_mtp_layer_spec,
-)
+    MultiTokenPredictionBlockSubmodules, MultiTokenPredictionLayer, get_mtp_layer_spec)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
@@ -40,13 +33,7 @@ from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.media_encoders import MediaEncoders
 from megatron_sov.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.mcore.model.specs import (
-    block_norm,
-    layer_specs,
-    mtp_layer_spec,
-    own_attention,
-    transformer_config,
-    uses_transformer_engine,
-)
+    block_norm, layer_specs, mtp_layer_spec, own_attention, transformer_config, uses_transformer_engine)
 from megatron_sov.mcore.parallel import context
 from megatron_sov.mcore.parallel.device import local_device, on_gpu
 from megatron_sov.media.placed import Media

@@ -16,13 +16,7 @@ from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainCon
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.mcore.model.gpu_settings import (
-    Here,
-    expert_settings,
-    keep_ends_in_bf16,
-    library_settings,
-    own_attention_serves,
-    transformer_settings,
-)
+    Here, expert_settings, keep_ends_in_bf16, library_settings, own_attention_serves, transformer_settings)
 from megatron_sov.mcore.model.rotary import local_turns, softmax_scale
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
@@ -321,10 +315,7 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
     """Return the spec of the transformer layer inside a multi-token prediction layer: dense, or as the
     trunk's last one."""
     from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_layer_specs,
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
+        get_gpt_decoder_layer_specs, get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec)
 
     te = uses_transformer_engine(config.params_dtype)
     if model.mtp_experts:

@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import (
-    MANIFEST,
-    atomic_write,
-    damaged_files,
-    new_artifact,
-    read_manifest,
-    to_json,
-)
+from megatron_sov.artifacts import MANIFEST, atomic_write, damaged_files, new_artifact, read_manifest, to_json
 from megatron_sov.convert.sources import is_hf_folder
 from megatron_sov.digests import fingerprint
 from megatron_sov.documents.rows import read_rows
@@ -30,13 +23,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.eval.pass_at_k import read_judged_parts
 from megatron_sov.post.ssp.choice import Measured, choose, gain
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN,
-    KIND,
-    MERGED,
-    complete,
-    find_checkpoint,
-    refuse_missing,
-)
+    CHECKPOINTS_OF_A_RUN, KIND, MERGED, complete, find_checkpoint, refuse_missing)
 
 TABLE_KIND = "ssp_probe"
 ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_sov.work.channel import receive, send
-from megatron_sov.work.sandbox import restrictions
-from megatron_sov.work.sandbox import system_calls as sc
+from megatron_sov.work.sandbox import restrictions, system_calls as sc
 from megatron_sov.work.sandbox.folders import MAX_ENTRIES, remove, size_bytes
 from megatron_sov.work.sandbox.program import Limits
 from megatron_sov.work.watch import Watch

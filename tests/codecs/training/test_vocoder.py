@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_sov.codecs.training.vocoder import (
-    Judges,
-    SpectralLoss,
-    deceiving_loss,
-    judges_loss,
-    mel_filters,
-)
+    Judges, SpectralLoss, deceiving_loss, judges_loss, mel_filters)
 
 
 def _tone(frequency_hz: float, phase: float = 0.0) -> torch.Tensor:

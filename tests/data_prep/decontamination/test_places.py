@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from data_prep.decontamination.places import places, whole_lines, without
 from megatron_sov.documents.overlap import find_units

@@ -14,14 +14,7 @@ import pytest
 
 from data_prep.journey import facts
 from data_prep.journey.facts import (
-    BINS,
-    Facts,
-    counted_beside,
-    facts_of_file,
-    facts_of_output,
-    total,
-    write_shard_facts,
-)
+    BINS, Facts, counted_beside, facts_of_file, facts_of_output, total, write_shard_facts)
 
 
 def documents(count: int) -> list[dict[str, object]]:

@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 
 from data_prep.mixture.blend_file import (
-    Blend,
-    BlendEntry,
-    BlendPhase,
-    allot,
-    blend_text,
-    epochs,
-    find_blend,
-    overall,
-    read_blend,
-    refuse_many_epochs,
-    table,
-)
+    Blend, BlendEntry, BlendPhase, allot, blend_text, epochs, find_blend, overall, read_blend,
+    refuse_many_epochs, table)
 from megatron_sov import recipes
 from megatron_sov.errors import UserError
 

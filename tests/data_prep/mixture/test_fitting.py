@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import RidgeCV
@@ -15,20 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from data_prep.mixture.fitting import (
-    DECIMALS,
-    FLOOR,
-    PENALTIES,
-    Shares,
-    Space,
-    cross_validated,
-    distinct,
-    draw,
-    draw_near,
-    fit,
-    fit_log_ridge,
-    judge,
-    space_of,
-)
+    DECIMALS, FLOOR, PENALTIES, Shares, Space, cross_validated, distinct, draw, draw_near, fit, fit_log_ridge,
+    judge, space_of)
 from megatron_sov.errors import UserError
 
 SPACE = space_of("abcde", [50, 20, 10, 10, 10], 0, 4)

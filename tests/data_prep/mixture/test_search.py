@@ -16,20 +16,8 @@ from data_prep.mixture import search as search_module
 from data_prep.mixture.blend_file import read_blend
 from data_prep.mixture.fitting import Judgement, Shares, space_of
 from data_prep.mixture.search import (
-    BEST,
-    JUDGED,
-    NATURAL,
-    UNIFORM,
-    Found,
-    Losses,
-    ProxySettings,
-    Tried,
-    blend_of,
-    clusters_of,
-    page,
-    search,
-    summary,
-)
+    BEST, JUDGED, NATURAL, UNIFORM, Found, Losses, ProxySettings, Tried, blend_of, clusters_of, page, search,
+    summary)
 from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
 from data_prep.pack import PackSettings, Source, pack
 from megatron_sov.artifacts import read_manifest

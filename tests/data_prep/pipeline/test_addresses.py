@@ -9,16 +9,7 @@ import pytest
 
 from data_prep.pipeline import addresses
 from data_prep.pipeline.addresses import (
-    Batch,
-    address,
-    batches,
-    hashes_of,
-    is_much,
-    read_batch,
-    told,
-    tree_hash,
-    unknown_inputs,
-)
+    Batch, address, batches, hashes_of, is_much, read_batch, told, tree_hash, unknown_inputs)
 from data_prep.pipeline.pipeline_file import load_pipeline
 from megatron_sov.digests import BLAKE3, file_digest
 from megatron_sov.errors import UserError

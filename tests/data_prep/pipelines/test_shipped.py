@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import cli
-from data_prep.mixture.blend_file import SHIPPED as BLENDS
-from data_prep.mixture.blend_file import read_blend
+from data_prep.mixture.blend_file import SHIPPED as BLENDS, read_blend
 from data_prep.pipeline.pipeline_file import load_pipeline, named_columns
 from data_prep.tags import SOURCE
 from megatron_sov.settings import read_located

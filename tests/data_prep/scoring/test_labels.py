@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.scoring.labels import (
-    MAX_PROBLEMS,
-    Kind,
-    Label,
-    read_labels,
-    refuse_one_class,
-    split,
-)
+from data_prep.scoring.labels import MAX_PROBLEMS, Kind, Label, read_labels, refuse_one_class, split
 from megatron_sov.errors import UserError
 
 TEXT = '{"text": "a text", "label": %s}\n'

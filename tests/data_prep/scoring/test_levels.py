@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from data_prep.pipeline.step import Doc
 from data_prep.scoring.levels import SMALL, Level, LevelSettings, _ordered, _score

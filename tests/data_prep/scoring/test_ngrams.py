@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from data_prep.scoring.ngram_settings import NgramSettings

@@ -13,13 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_prep.scoring.labels import Kind
 from data_prep.scoring.ngrams import Ngrams
-from data_prep.scoring.scorer import (
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    load_scorer,
-    scorer_files,
-    scorer_problems,
-)
+from data_prep.scoring.scorer import SETTINGS_FILE, WEIGHTS_FILE, load_scorer, scorer_files, scorer_problems
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.errors import UserError
 

@@ -16,23 +16,11 @@ from scipy import stats
 
 from megatron_sov.artifacts import MANIFEST, new_artifact
 from megatron_sov.errors import UserError
-from megatron_sov.eval.lm import scoring
-from megatron_sov.eval.lm import subject as lm_subject
+from megatron_sov.eval.lm import scoring, subject as lm_subject
 from megatron_sov.eval.lm.answers import Answers, Score
 from megatron_sov.eval.lm.results import (
-    Contamination,
-    EvaluatedModel,
-    Item,
-    Metric,
-    Results,
-    Sample,
-    TaskScores,
-    items_file,
-    read_items,
-    read_results,
-    table,
-    write_results,
-)
+    Contamination, EvaluatedModel, Item, Metric, Results, Sample, TaskScores, items_file, read_items,
+    read_results, table, write_results)
 from megatron_sov.eval.lm.subject import NotAnswered, content_hash
 
 

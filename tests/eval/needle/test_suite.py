@@ -23,18 +23,8 @@ prepare_megatron()
 
 from megatron_sov.eval.needle.documents import NeedleDocuments  # noqa: E402
 from megatron_sov.eval.needle.suite import (  # noqa: E402
-    PAIR_TOKENS,
-    Example,
-    NeedleSuite,
-    Way,
-    answers,
-    distractors_of,
-    is_right,
-    make_example,
-    result_of,
-    run_suite,
-    table,
-)
+    PAIR_TOKENS, Example, NeedleSuite, Way, answers, distractors_of, is_right, make_example, result_of,
+    run_suite, table)
 from megatron_sov.eval.needle.text import MIN_WORDS, Haystack, NeedleForm, fill  # noqa: E402
 from megatron_sov.eval.statistics import wilson_interval  # noqa: E402
 from megatron_sov.generate.generator import MegatronEngine  # noqa: E402

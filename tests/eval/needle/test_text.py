@@ -14,16 +14,8 @@ from megatron_sov.config import Language
 from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.text import (
-    LANGUAGES,
-    Haystack,
-    NeedleForm,
-    detect_language,
-    fill,
-    is_for_tests,
-    needle_form,
-    open_haystacks,
-    phrases,
-)
+    LANGUAGES, Haystack, NeedleForm, detect_language, fill, is_for_tests, needle_form, open_haystacks,
+    phrases)
 
 
 def test_words_are_rare_and_whole_and_read_as_a_sentence(form: NeedleForm, token_shards: Path) -> None:

@@ -17,8 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from suite_items import packed
 
 from megatron_sov.errors import UserError

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_sov.artifacts import FileRecord

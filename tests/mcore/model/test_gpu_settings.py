@@ -21,19 +21,8 @@ from megatron_sov.config import GpuConfig, RunConfig, TrainConfig, apply_setting
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model import gpu_settings
 from megatron_sov.mcore.model.gpu_settings import (
-    FUSIONS,
-    LIBRARY_FIELDS,
-    Here,
-    expert_settings,
-    gradient_settings,
-    in_bf16,
-    keep_ends_in_bf16,
-    library_settings,
-    mend_extra_state,
-    moment_settings,
-    refuse_without_chip,
-    transformer_settings,
-)
+    FUSIONS, LIBRARY_FIELDS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16,
+    library_settings, mend_extra_state, moment_settings, refuse_without_chip, transformer_settings)
 from megatron_sov.settings import SettingsError
 
 # 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.head_config import head_config
-from tests.mcore.model import test_divergence as divergences
-from tests.mcore.model import test_logprobs as labels_of
+from tests.mcore.model import test_divergence as divergences, test_logprobs as labels_of
 
 CAP, TEMPERATURE = 1.5, 0.7
 HEADS, KV_HEADS, DIM = 4, 2, 8

@@ -11,16 +11,7 @@ import pytest
 
 from megatron_sov.obs.telemetry import metrics
 from megatron_sov.obs.telemetry.metrics import (
-    MAX_LABEL_SETS,
-    MAX_WAITING,
-    METRICS,
-    OTHER,
-    PAUSES_S,
-    Board,
-    Webhook,
-    body_of,
-    webhook_of,
-)
+    MAX_LABEL_SETS, MAX_WAITING, METRICS, OTHER, PAUSES_S, Board, Webhook, body_of, webhook_of)
 
 # Alerts arrive, are tried again, and hold nothing up, whatever the other side does.
 

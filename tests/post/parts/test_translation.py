@@ -15,13 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.errors import UserError
 from megatron_sov.post.parts.translation import (
-    NO_SYMBOL,
-    NOTHING,
-    UNHEARD,
-    Chain,
-    Translation,
-    spelling_table,
-)
+    NO_SYMBOL, NOTHING, UNHEARD, Chain, Translation, spelling_table)
 
 END = "<|end|>"
 TOKENS = [b"a", b"b", b"c", b"ab", b"abc", b"."]

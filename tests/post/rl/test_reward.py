@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.post.rl.reward import (
-    ENVIRONMENT,
-    JudgingJob,
-    judging,
-    reward_version,
-    row_of,
-    second_opinions,
-)
+    ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
 from megatron_sov.rewards.composed import SECOND
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Asked, Judged, Key, Rollout

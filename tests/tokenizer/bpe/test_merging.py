@@ -7,19 +7,10 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tokenizer.bpe.merging import (
-    BEGINS_NEXT_WORD,
-    ENDS_IN_WORD,
-    INNER_SPACES,
-    SIZE_BYTES,
-    SPACES,
-    SUPERWORD,
-    JoinRule,
-    LowestPieces,
-)
+    BEGINS_NEXT_WORD, ENDS_IN_WORD, INNER_SPACES, SIZE_BYTES, SPACES, SUPERWORD, JoinRule, LowestPieces)
 from tokenizer.bpe.trainer import Merge, MergeLearner, Words
 from tokenizer.mixture import NUM_BUCKETS, Excerpt, Sizes, share_of
 

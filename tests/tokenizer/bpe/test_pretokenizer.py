@@ -6,8 +6,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_sov.errors import UserError
 from tokenizer.bpe.split_pattern import Splitter, automaton, check_coverage, oniguruma

@@ -14,8 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tokenizers import pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer

@@ -6,8 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tokenizer.bpe import counting
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter

@@ -16,15 +16,8 @@ from tokenizer.formats.loaders import Opened, Tiktoken, open_tokenizer
 from tokenizer.report import coverage as scalars_module
 from tokenizer.report.check import Check
 from tokenizer.report.coverage import (
-    check_determinism,
-    check_inventory,
-    check_scalars,
-    check_scripts,
-    check_streaming,
-    check_superwords,
-    num_blocks,
-    try_scalars,
-)
+    check_determinism, check_inventory, check_scalars, check_scripts, check_streaming, check_superwords,
+    num_blocks, try_scalars)
 from tokenizer.report.everything import CHECKS, check_all, check_neutral
 from tokenizer.report.measures import check_digits, check_whitespace, measure, read_texts
 from tokenizer.report.reach import Timed, check_reach, check_used, time_input, worst_inputs

@@ -13,14 +13,7 @@ from tokenizers import Tokenizer
 from megatron_sov.errors import UserError
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.measures import (
-    CHUNK_BYTES,
-    NamedText,
-    check_texts,
-    measure,
-    parse_text,
-    read_text,
-    read_texts,
-)
+    CHUNK_BYTES, NamedText, check_texts, measure, parse_text, read_text, read_texts)
 
 # Held-out texts: their figures, how much of them is read, and in which pieces.
 

@@ -16,8 +16,7 @@ from megatron_sov.config import GuardConfig
 from megatron_sov.errors import ExitCode, SilentCorruption
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.mcore.parallel.world import World
-from megatron_sov.train.guards import guards
-from megatron_sov.train.guards import guards as stragglers
+from megatron_sov.train.guards import guards, guards as stragglers
 from megatron_sov.train.guards.guards import Guards, SdcChecks
 
 # What is done when bits differ: it is told with rank and host, and ends the run or not,

@@ -15,11 +15,7 @@ from megatron_sov.obs.events import EventLog, read_events
 
 prepare_megatron()
 from megatron_sov.train.guards import guards  # noqa: E402
-from megatron_sov.train.guards.guards import (  # noqa: E402
-    MAX_SHOWN_RANKS,
-    RoutingMonitor,
-    Stragglers,
-)
+from megatron_sov.train.guards.guards import MAX_SHOWN_RANKS, RoutingMonitor, Stragglers  # noqa: E402
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]

@@ -18,16 +18,7 @@ from typing import Any, ClassVar
 from data_prep.json_lines import read_objects
 from data_prep.quality.identify import identify
 from data_prep.synth.generator import (
-    Ask,
-    Generator,
-    Item,
-    Kind,
-    NoReply,
-    NoUsableReply,
-    Reply,
-    Sample,
-    Verdict,
-)
+    Ask, Generator, Item, Kind, NoReply, NoUsableReply, Reply, Sample, Verdict)
 from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
 from data_prep.synth.generators.autoif.texts import Texts, texts_of

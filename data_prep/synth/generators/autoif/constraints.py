@@ -20,16 +20,7 @@ from annotated_types import Ge, Gt, Le
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask,
-    Generator,
-    Grade,
-    Item,
-    Kind,
-    NoReply,
-    NoUsableReply,
-    Sample,
-    Verdict,
-)
+    Ask, Generator, Grade, Item, Kind, NoReply, NoUsableReply, Sample, Verdict)
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled

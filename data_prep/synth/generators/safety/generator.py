@@ -12,20 +12,9 @@ from annotated_types import Ge, MinLen
 
 from data_prep.quality.identify import identify
 from data_prep.synth.generator import (
-    Ask,
-    Generator,
-    Grade,
-    Item,
-    Kind,
-    NoUsableReply,
-    Reply,
-    Sample,
-    Temperature,
-    Verdict,
-)
+    Ask, Generator, Grade, Item, Kind, NoUsableReply, Reply, Sample, Temperature, Verdict)
 from data_prep.synth.generators.autoif.texts import languages as named
-from data_prep.synth.generators.safety.refusals import languages as refusing
-from data_prep.synth.generators.safety.refusals import refuses
+from data_prep.synth.generators.safety.refusals import languages as refusing, refuses
 from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.patterns import json_of

@@ -17,17 +17,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Le
 
 from data_prep.synth.generator import (
-    Ask,
-    Generator,
-    Grade,
-    Item,
-    Kind,
-    NoReply,
-    NoUsableReply,
-    Sample,
-    Temperature,
-    Verdict,
-)
+    Ask, Generator, Grade, Item, Kind, NoReply, NoUsableReply, Sample, Temperature, Verdict)
 from data_prep.synth.generators.tools.conversation import Manner, Message, Played, Table, play, scored
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of

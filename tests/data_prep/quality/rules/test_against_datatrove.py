@@ -10,25 +10,12 @@ import random
 import pytest
 from datatrove.data import Document
 from datatrove.pipeline.filters import (
-    C4QualityFilter,
-    FineWebQualityFilter,
-    GopherQualityFilter,
-    GopherRepetitionFilter,
-)
-from datatrove.pipeline.filters import c4_filters as theirs_c4
-from datatrove.pipeline.filters import fineweb_quality_filter as theirs_fineweb
-from datatrove.pipeline.filters import gopher_quality_filter as theirs_quality
-from datatrove.pipeline.filters import gopher_repetition_filter as theirs_repetition
+    C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter,
+    c4_filters as theirs_c4, fineweb_quality_filter as theirs_fineweb,
+    gopher_quality_filter as theirs_quality, gopher_repetition_filter as theirs_repetition)
 
 from data_prep.quality.rules.step import (
-    c4,
-    fineweb,
-    language_rules,
-    num_sentences,
-    quality,
-    repetition,
-    with_thresholds,
-)
+    c4, fineweb, language_rules, num_sentences, quality, repetition, with_thresholds)
 from data_prep.quality.rules.words import Words, punctuation
 
 _WORDS = """the of and to in that with system installs package kernel it's user's file.txt 3.14 2024 x y z

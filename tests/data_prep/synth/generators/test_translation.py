@@ -14,13 +14,7 @@ import pytest
 from sacrebleu import sentence_chrf
 
 from data_prep.synth.generators.translation import (
-    KEPT,
-    glossary_verdict,
-    kept_verdicts,
-    read_glossary,
-    terms_in,
-    translated_verdicts,
-)
+    KEPT, glossary_verdict, kept_verdicts, read_glossary, terms_in, translated_verdicts)
 from megatron_sov.errors import UserError
 from megatron_sov.settings import problems_of
 from tests.typed_words import keys_of

@@ -8,11 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+    AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast)
 
 from data_prep.synth.generators.autoif.constraints import Entailment
 from megatron_sov.errors import UserError

@@ -22,11 +22,7 @@ from synthesis.actors import shop_clerk, tool_trajectories
 from data_prep.synth.generator import Item, NoReply
 from data_prep.synth.generators.tools import conversation
 from data_prep.synth.generators.tools.trajectories import (
-    DONE,
-    ToolTrajectories,
-    TrajectorySettings,
-    unfounded,
-)
+    DONE, ToolTrajectories, TrajectorySettings, unfounded)
 from megatron_sov.documents.messages import read_messages, read_tools
 from megatron_sov.errors import UserError
 
