@@ -57,11 +57,11 @@ types: setup
 check: style  ## a quick look: lint, the rules of the house, and one tiny way from text to a model and its report
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q tests/test_architecture.py tests/test_readme.py
 
-slurm:  ## install Slurm's daemons for tests/slurm, where root can do it on Debian or Ubuntu
-	@tests/slurm/install.sh
+slurm:  ## install Slurm's daemons for tests/operate/slurm, where root can do it on Debian or Ubuntu
+	@tests/operate/slurm/install.sh
 
 browser:  ## install Chromium for the tests that open pages in a browser, where root can do it on Debian
-	@tests/pages/install.sh
+	@tests/base/pages/install.sh
 
 test: style slurm browser  ## lint, and beside mypy all tests; three at a time on two cores, for many wait
 	$(MAKE) -j 2 types suite
@@ -70,19 +70,19 @@ test: style slurm browser  ## lint, and beside mypy all tests; three at a time o
 # them, evaluation, data with torch, what else imports it, text without, and all the rest, which do not either. Each run begins with
 # what takes longest.
 RUNS := JOBS LAYERS JUDGES DATA MODELS TEXT
-DATA := $(addprefix tests/,$(addprefix data_prep/,media scoring synth/generators/autoif/test_entailment.py test_encode.py \
-  test_pack_columns.py test_stats.py test_scorer.py test_datasets_layouts.py) test_byte_bpe.py test_docs_data_pages.py \
-  test_docs_data_scoring.py test_docs_omni.py commands/test_rl_knowledge.py)
-JUDGES := $(addprefix tests/,eval serving tools)
+DATA := $(addprefix tests/,$(addprefix data_prep/,media curate/scoring synth/generators/autoif/test_entailment.py \
+  shards/test_encode.py shards/test_pack_columns.py shards/test_stats.py curate/test_scorer.py test_datasets_layouts.py) base/documents/test_byte_bpe.py \
+  test_docs_data_pages.py test_docs_data_scoring.py test_docs_omni.py commands/rl/test_rl_knowledge.py)
+JUDGES := $(addprefix tests/,eval bench serve judge/tools)
 MODELS := $(addprefix tests/,test_mutations.py tokenizer/graft tokenizer/formats tokenizer/media tokenizer/test_train.py \
-  rewards/test_classifier.py slurm/test_preflight.py settings/test_programs.py recipes/test_requested.py test_pretrained.py test_docs.py \
-  test_architecture.py test_api.py test_objectives.py)
-JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py)) \
-  $(addprefix tests/,convert extend generate ladder post train)
-LAYERS := $(addprefix tests/,mcore layouts te_double codecs data doctor models obs runs chat config plan \
-  data_prep/test_adopt.py data_prep/test_pack.py)
+  judge/rewards/test_classifier.py operate/slurm/test_preflight.py base/settings/test_programs.py model/recipes/test_requested.py \
+  model/test_pretrained.py test_docs.py test_architecture.py test_api.py model/test_objectives.py)
+JOBS := tests/e2e tests/benchmarks $(filter-out $(DATA),$(wildcard tests/commands/test_*.py tests/commands/*/test_*.py)) \
+  $(addprefix tests/,engine/convert infer publish/ladder post train)
+LAYERS := $(addprefix tests/,engine/mcore layouts te_double omni/codecs engine/data operate/doctor model/families runs base/chat \
+  model/config plan data_prep/shards/test_adopt.py data_prep/shards/test_pack.py)
 TEXT := $(filter-out $(MODELS) %/__pycache__,$(patsubst %/,%,$(wildcard tests/tokenizer/*/ tests/tokenizer/test_*.py tests/work/sandbox/ \
-  tests/rewards/test_*.py)))
+  tests/judge/rewards/test_*.py)))
 # What is freed goes back to the system at once: a tenth of a worker's memory.
 TESTS_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072 OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 3 --dist worksteal --durations 25
 
@@ -92,7 +92,7 @@ suite: setup
 	"$(PY)" tests/rewrite_asserts.py
 	status=0; \
 	$(foreach run,$(RUNS),$(TESTS_AT_ONCE) $($(run)) || status=1;) \
-	$(TESTS_AT_ONCE) tests/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
+	$(TESTS_AT_ONCE) tests/operate/slurm tests $(foreach run,$(RUNS),$(addprefix --ignore ,$($(run)))) || status=1; \
 	exit $$status
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores

@@ -32,9 +32,9 @@ import torch
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, VOCAB_SIZE, write_shard
 
 from megatron_sov import recipes
-from megatron_sov.config import apply_settings
-from megatron_sov.data.token_shards import ShardChain, Source
-from megatron_sov.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.data.token_shards import ShardChain, Source
+from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.model.config import apply_settings
 
 NUM_RANKS, USUAL_STEPS, NUM_WORDS = 3, 60, 64
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=32", "model.num_layers=2",
@@ -50,7 +50,7 @@ EXPECTED = {"data": "data", "computation": "process", "memory": "weights", "rate
 def trained(seed: int, place: world.World, source: Source, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     """Return a trainer behind its usual steps, and the list that its attributions go to."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, f"train.seed={seed}"])
@@ -96,14 +96,14 @@ def plant_data(trainer: Any, case: int) -> Callable[[dict[str, Any]], bool]:
 
 def world_value(mine: int, place: world.World, of_rank: int) -> int:
     """Return what one rank has, on all of them."""
-    from megatron_sov.mcore.parallel.object_collectives import gather_objects
+    from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 
     return int(gather_objects(mine)[of_rank])
 
 
 def plant_bit(trainer: Any, case: int, kind: str) -> Callable[[dict[str, Any]], bool]:
     """Flip a high bit on one process; returns whether an attribution names that process alone."""
-    from megatron_sov.mcore.model import replica_checks
+    from megatron_sov.engine.mcore.model import replica_checks
 
     rank, bit = case % NUM_RANKS, 30 - case // NUM_RANKS % 2
     here = trainer.world.rank == rank

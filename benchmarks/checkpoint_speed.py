@@ -26,12 +26,12 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.digests import file_digest
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.parallel import cpu_shims, launcher, world
-from megatron_sov.models.count import num_params
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.digests import file_digest
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.families.count import num_params
 
 BYTES_PER_PARAMETER = 12
 """Weight and two moments in float32."""
@@ -79,10 +79,10 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.mcore.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
     place = world.join(ParallelConfig())
     model = build(config.model, config.parallel, config.train)

@@ -24,18 +24,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.digests import BLAKE3, SHA256, Digest
+from megatron_sov.base.digests import BLAKE3, SHA256, Digest
 
 HASH_BLOCKS = 128
 HASH = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2].split(":")
-from megatron_sov.digests import file_digest
+from megatron_sov.base.digests import file_digest
 for file in Path(sys.argv[1]).rglob("*"):
     file.is_file() and file_digest(file)
 """
-IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
+IDLE = "import megatron_sov.engine.convert.hf_export, megatron_sov.engine.convert.hf_import"
 CONVERT = """
 import sys
 from megatron_sov import convert
@@ -47,9 +47,9 @@ import dataclasses, json, sys
 from pathlib import Path
 import torch
 from megatron_sov import convert, models, recipes
-from megatron_sov.convert.shard_writer import plan_shards, write_files
-from megatron_sov.mcore.checkpoint.writer import TensorSpec
-from megatron_sov.models.family import TokenIds
+from megatron_sov.engine.convert.shard_writer import plan_shards, write_files
+from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.model.families.family import TokenIds
 folder, size_bytes = Path(sys.argv[1]), float(sys.argv[2])
 big = recipes.get("solar-open-102b").model
 model = dataclasses.replace(big, hidden_size=2048, num_heads=16, num_kv_heads=4, num_experts=64,

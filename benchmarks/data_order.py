@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
-from megatron_sov.data.batches import BatchStream
-from megatron_sov.data.long_documents import LongDocuments
-from megatron_sov.data.order import OrderState, SampleOrder
-from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut
-from megatron_sov.data.streams import WINDOW_DOCUMENTS
-from megatron_sov.data.token_shards import Source
+from megatron_sov.engine.data.batches import BatchStream
+from megatron_sov.engine.data.long_documents import LongDocuments
+from megatron_sov.engine.data.order import OrderState, SampleOrder
+from megatron_sov.engine.data.packing import Row, Segment, best_fit, concatenate, cut
+from megatron_sov.engine.data.streams import WINDOW_DOCUMENTS
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 
 NUM_SHARDS, DOCUMENTS_OF_A_SHARD = 4000, 250_000
 LENGTHS = {"web": (6.4, 1.1), "code": (6.5, 1.4), "books": (9.5, 1.0), "chats": (6.0, 0.8)}

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from megatron_sov.artifacts import read_manifest, sha256_file
-from megatron_sov.documents import Document, Reading, list_files, plan_units, read_span
+from megatron_sov.base.artifacts import read_manifest, sha256_file
+from megatron_sov.base.documents import Document, Reading, list_files, plan_units, read_span
 
 PRESETS = ("solar-open", "k-exaone")
 VOCAB_SIZE = 32_768
@@ -70,9 +70,9 @@ THREADS_OR_PROCESSES = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from data_prep.encode import EncodingSettings
-from data_prep.units import UnitEncoder, UnitSettings, encode_units
-from megatron_sov.documents import Reading, plan_units
+from data_prep.shards.encode import EncodingSettings
+from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units
+from megatron_sov.base.documents import Reading, plan_units
 if __name__ == "__main__":
     units = list(plan_units([Path(sys.argv[2])]))
     settings = UnitSettings(Path(sys.argv[1]), "", "", "uint16", Reading("text"), EncodingSettings(fast=True))

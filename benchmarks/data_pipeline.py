@@ -6,9 +6,9 @@ the same bytes after ten kills.
 
 FOLDER has raw documents, such as unpacked documentation packages (`apt-get download`, `dpkg-deb -x`, one
 folder for each package); whole packages are taken in their order by a hash of the name until there are enough
-megabytes.  Without --pipeline it is data_prep/pipelines/tiny.yaml.  CPU seconds are those that tasks note,
-reading and writing included.  CHECKOUT is an older tree of this repository: it works at the same time, on
-the same documents, with as many workers.
+megabytes.  Without --pipeline it is data_prep/curate/pipelines/tiny.yaml.  CPU seconds are those that tasks
+note, reading and writing included.  CHECKOUT is an older tree of this repository: it works at the same time,
+on the same documents, with as many workers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, required=True, help="folder of raw documents")
-    parser.add_argument("--pipeline", type=Path, default=ROOT / "data_prep/pipelines/tiny.yaml")
+    parser.add_argument("--pipeline", type=Path, default=ROOT / "data_prep/curate/pipelines/tiny.yaml")
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)

@@ -20,12 +20,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from data_prep.pipeline.step import Doc, Step
-from data_prep.quality.identify import form_of
-from data_prep.quality.language import Language, LanguageSettings
-from data_prep.quality.pii.step import FINDERS, Pii, PiiSettings, found_in
-from data_prep.quality.rules.step import Rules, RulesSettings
-from data_prep.quality.safety import Safety, SafetyList, SafetySettings
+from data_prep.curate.pipeline.step import Doc, Step
+from data_prep.curate.quality.identify import form_of
+from data_prep.curate.quality.language import Language, LanguageSettings
+from data_prep.curate.quality.pii.step import FINDERS, Pii, PiiSettings, found_in
+from data_prep.curate.quality.rules.step import Rules, RulesSettings
+from data_prep.curate.quality.safety import Safety, SafetyList, SafetySettings
 
 PACKAGES = {"en": ("python3.11-doc", "libreoffice-help-en-us", "debian-reference-en"),
             "ko": ("libreoffice-help-ko", "gimp-help-ko"),

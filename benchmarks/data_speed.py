@@ -31,8 +31,8 @@ PDFS = ("debian-policy/**/policy.pdf.gz", "debian-faq/**/debian-faq.en.pdf.gz", 
 def html(docs: Path) -> tuple[float, str]:
     """Return CPU seconds of the pages of the extraction benchmark, and a hash of their text."""
     from benchmarks.extraction import html_cases
-    from data_prep.sources.encodings import decode_page
-    from data_prep.sources.html import page_text
+    from data_prep.curate.sources.encodings import decode_page
+    from data_prep.curate.sources.html import page_text
 
     return _timed(lambda raw: page_text(decode_page(raw)), [c.file.read_bytes() for c in html_cases(docs)])
 

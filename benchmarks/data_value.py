@@ -37,7 +37,7 @@ from documentation_pages import Page, pages
 from seed_runs import run
 from seeds import over_seeds
 
-from data_prep.pipeline.step import Doc, ShardRef, Step, step_class
+from data_prep.curate.pipeline.step import Doc, ShardRef, Step, step_class
 
 RAW = ("python3.11-doc", "python-django-doc", "sqlite3-doc", "postgresql-doc-15", "fp-docs-3.2.2",
        "python-pandas-doc", "libreoffice-help-en-us", "gimp-help-en", "kicad-doc-en", "linuxcnc-doc-en")

@@ -24,13 +24,13 @@ import xxhash
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_prep.decontamination.hits import find_hits
-from megatron_sov.documents import list_files, read_documents
-from megatron_sov.documents.item_search import Item, Search
-from megatron_sov.documents.overlap import find_units, fold
-from megatron_sov.documents.plain import plain
-from megatron_sov.errors import UserError
-from tests.data_prep.decontamination.disguises import DISGUISES, ITEMS
+from data_prep.curate.decontamination.hits import find_hits
+from megatron_sov.base.documents import list_files, read_documents
+from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents.overlap import find_units, fold
+from megatron_sov.base.documents.plain import plain
+from megatron_sov.base.errors import UserError
+from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS
 
 _WORDS = re.compile(r"\w+")
 _TAGS = re.compile(r"<(script|style).*?</\1>|<[^>]*>", re.DOTALL)

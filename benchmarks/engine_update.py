@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.mcore.parallel import cpu_shims, launcher
+from megatron_sov.engine.mcore.parallel import cpu_shims, launcher
 
 TURNS = 7
 RECIPE = "tiny-solar-open"
@@ -44,12 +44,12 @@ RATES = (1e-6, 3e-6, 1e-5)
 def models(folder: Path) -> tuple[Any, Any]:
     """Return a model of ours, and transformers' model of another draw."""
     from megatron_sov import convert, recipes
-    from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.generate.hf import load_hf
-    from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.engines.hf import load_hf
+    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(RECIPE), SIZES)
     world.join(ParallelConfig())
@@ -65,11 +65,11 @@ def measure() -> None:
     """Print the table; runs inside a rank."""
     import torch
 
-    from megatron_sov.convert import export_weights
-    from megatron_sov.generate.generator import MegatronEngine
-    from megatron_sov.generate.hf import HfEngine, load_hf
-    from megatron_sov.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.convert import export_weights
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.engines.hf import HfEngine, load_hf
 
     written: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +120,8 @@ def measure_changed(masters: dict[str, Any], loaded: Any) -> None:
     """
     import torch
 
-    from megatron_sov.convert import SentWeights
-    from megatron_sov.generate.hf import HfEngine, live_views
+    from megatron_sov.engine.convert import SentWeights
+    from megatron_sov.infer.engines.hf import HfEngine, live_views
 
     engine, drawn = HfEngine(loaded), torch.Generator().manual_seed(0)
     before = {name: tensor.bfloat16() for name, tensor in masters.items()}

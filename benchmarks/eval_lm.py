@@ -34,24 +34,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
 import lm_eval  # noqa: E402
 import torch  # noqa: E402
 
-import megatron_sov.eval.lm.local  # noqa: E402
-import megatron_sov.eval.lm.run  # noqa: E402
-import megatron_sov.eval.lm.scoring  # noqa: E402
-import megatron_sov.eval.lm.subject  # noqa: E402
-import megatron_sov.generate.generator  # noqa: E402, F401  (forks share what is imported here)
+import megatron_sov.bench.lm.local  # noqa: E402
+import megatron_sov.bench.lm.run  # noqa: E402
+import megatron_sov.bench.lm.scoring  # noqa: E402
+import megatron_sov.bench.lm.subject  # noqa: E402
+import megatron_sov.infer.decoder.generator  # noqa: E402, F401  (forks share what is imported here)
 from megatron_sov import convert  # noqa: E402
+from megatron_sov.base.errors import ExitCode  # noqa: E402
 from megatron_sov.cli import main as megatron_sov_main  # noqa: E402
-from megatron_sov.errors import ExitCode  # noqa: E402
-from megatron_sov.generate.hf import load_hf  # noqa: E402
-from megatron_sov.generate.load import load_tokenizer  # noqa: E402
-from megatron_sov.work.journal import later_records  # noqa: E402
+from megatron_sov.infer.engines.hf import load_hf  # noqa: E402
+from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
+from megatron_sov.work.progress.journal import later_records  # noqa: E402
 
 VOCAB_SIZE = 1024
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,

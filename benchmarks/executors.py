@@ -3,9 +3,9 @@
     python benchmarks/executors.py [--rows 6400] [--busy-ms 5]
 
 The step keeps a core busy for so long a row.  It is done in this process, in two processes, by an array of
-two jobs on the Slurm of the tests (tests/slurm/virtual_cluster.py), and on a Ray cluster of two nodes; all on
-this one machine, so its two cores are what all have.  Each is done with no row's work too: what starting,
-reading, keeping and publishing take alone.  Rows must come out equal.
+two jobs on the Slurm of the tests (tests/operate/slurm/virtual_cluster.py), and on a Ray cluster of two
+nodes; all on this one machine, so its two cores are what all have.  Each is done with no row's work too: what
+starting, reading, keeping and publishing take alone.  Rows must come out equal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[1] / f"tests/{room}") for room in ("slurm", "work")]
+sys.path += [str(Path(__file__).parents[1] / f"tests/{hall}") for hall in ("operate/slurm", "work")]
 from ray_nodes import two_nodes
 from virtual_cluster import PROFILE, VirtualCluster, why_not
 

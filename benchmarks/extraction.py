@@ -35,11 +35,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from data_prep.sources.encodings import decode_page
-from data_prep.sources.html import page_text
-from data_prep.sources.pdf_layout import PdfOptions, pdf_document
-from data_prep.sources.reader import Job
-from data_prep.sources.source import Piece
+from data_prep.curate.sources.encodings import decode_page
+from data_prep.curate.sources.html import page_text
+from data_prep.curate.sources.pdf_layout import PdfOptions, pdf_document
+from data_prep.curate.sources.reader import Job
+from data_prep.curate.sources.source import Piece
 
 UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 RUN_UNITS = 4

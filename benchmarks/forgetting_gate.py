@@ -25,10 +25,10 @@ from pathlib import Path
 
 from kills import make_data
 
-from megatron_sov.errors import ExitCode
-from megatron_sov.eval.lm.results import read_results
-from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.bench.lm.results import read_results
 from megatron_sov.runs.folder import COMPLETION
+from megatron_sov.runs.obs.events import EVENTS, read_events
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=16", "model.expert_ffn_dim=32", "model.num_experts=4")

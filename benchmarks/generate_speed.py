@@ -51,20 +51,20 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(args.port))
-    from megatron_sov.mcore.parallel import cpu_shims
-    from megatron_sov.mcore.parallel.device import on_gpu
+    from megatron_sov.engine.mcore.parallel import cpu_shims
+    from megatron_sov.engine.mcore.parallel.device import on_gpu
 
     cpu_shims.prepare_megatron()
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import Source, TokenShard
-    from megatron_sov.generate.generator import MegatronEngine
-    from megatron_sov.generate.request import Sampling
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.token_shards import Source, TokenShard
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Sampling
+    from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     torch.set_num_threads(1)

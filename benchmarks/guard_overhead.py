@@ -20,10 +20,10 @@ from pathlib import Path
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SETTINGS, WARMUP_TURNS, on_one_and_more
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.token_shards import ShardChain, Source
-from megatron_sov.mcore.parallel import world
-from megatron_sov.obs.events import EventLog
+from megatron_sov.engine.data.token_shards import ShardChain, Source
+from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.runs.obs.events import EventLog
 
 SMALLER = ("train.global_batch_size=4", "train.micro_batch_size=2",
            'data.phases=[{"name": "main", "seq_len": 256}]')
@@ -37,7 +37,7 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
               guarded: bool) -> Callable[[], None]:
     """Return one step of the training loop, as `train.loop` does it."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 
@@ -65,9 +65,9 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
 
 def time_comparison(config: RunConfig, place: world.World) -> float:
     """Return the seconds in which all processes compare their replicas once."""
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.model.replica_checks import differing_replicas
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model.replica_checks import differing_replicas
 
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, 1)

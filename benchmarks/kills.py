@@ -26,9 +26,9 @@ from pathlib import Path
 
 import psutil
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.obs.events import read_events
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.runs.checkpoints import damage
+from megatron_sov.runs.obs.events import read_events
 
 STATES = ("start", "load", "step", "save")
 STEPS = 200

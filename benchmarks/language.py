@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.quality.identify import form_of, identify
+from data_prep.curate.quality.identify import form_of, identify
 
 Identify = Callable[[str], str]
 Sets = dict[str, dict[str, list[str]]]

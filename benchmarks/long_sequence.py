@@ -1,5 +1,5 @@
 """One optimizer step on a single sequence of 131,072 tokens: its peak memory against the account
-of `plan/memory.py`.
+of `plan/footprint/memory.py`.
 
 Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/results/long_sequence.txt
 
@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.parallel import cpu_shims, launcher, world
-from megatron_sov.plan.memory import Account, account
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.footprint.memory import Account, account
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",
@@ -79,7 +79,7 @@ def config_of(tokens: int) -> RunConfig:
 def step(config: RunConfig, folder: Path) -> None:
     """Train one step and write what this process needed; runs on every rank."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     place = world.join(config.parallel)

@@ -34,10 +34,10 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.token_shards import ShardChain, Source
-from megatron_sov.mcore.parallel import collectives, cpu_shims, launcher, world
-from megatron_sov.obs.events import EventLog
+from megatron_sov.engine.data.token_shards import ShardChain, Source
+from megatron_sov.engine.mcore.parallel import collectives, cpu_shims, launcher, world
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.runs.obs.events import EventLog
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64",
@@ -63,7 +63,7 @@ def write_shard(folder: Path) -> None:
 def our_step(config: RunConfig, place: world.World, source: Source, folder: Path) -> Callable[[], None]:
     """Return one step of the training loop, with its records."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 
@@ -82,7 +82,7 @@ def our_step(config: RunConfig, place: world.World, source: Source, folder: Path
 
 def ready_batches(config: RunConfig, place: world.World, source: Source) -> list[Any]:
     """Return the micro-batches of eight steps."""
-    from megatron_sov.train.data_batches import DataBatches
+    from megatron_sov.train.objectives.data_batches import DataBatches
 
     batches = DataBatches(config, [source], place)
     ready = [batches.next().micro_batches for _ in range(8)]
@@ -94,11 +94,11 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
 
-    from megatron_sov.mcore.model import init, pipeline
-    from megatron_sov.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.model.logprobs import head_of
-    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.mcore.model import init, pipeline
+    from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model.logprobs import head_of
+    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, config.train.seed)
@@ -136,8 +136,8 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sov.mcore.model.specs import transformer_config
-    from megatron_sov.mcore.parallel.collectives import all_reduce_dp
+    from megatron_sov.engine.mcore.model.specs import transformer_config
+    from megatron_sov.engine.mcore.parallel.collectives import all_reduce_dp
 
     library = transformer_config(config.model, config.parallel, config.train)
     spec = get_gpt_decoder_block_spec(library, use_transformer_engine=False, normalization="RMSNorm")

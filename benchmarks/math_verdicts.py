@@ -17,9 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.reward import judged
-from megatron_sov.rewards.running import runner
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.reward import judged
+from megatron_sov.judge.rewards.running import runner
 
 Item = tuple[str, str]
 """A gold answer, and a response."""

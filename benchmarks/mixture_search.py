@@ -28,8 +28,8 @@ from data_prep.cli import main as sov_data
 from data_prep.mixture.fitting import Judgement
 from data_prep.mixture.search import UNIFORM, Proxies, ProxySettings, blend_of, clusters_of
 from data_prep.mixture.search_file import read_search
-from data_prep.token_artifact import read_tokens_manifest
-from megatron_sov.artifacts import manifest_sha256, read_manifest
+from data_prep.shards.token_artifact import read_tokens_manifest
+from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from tokenizer.cli import main as sov_tokenizer
 
 TARGETS = ("english", "korean", "code")

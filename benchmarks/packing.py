@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.config import apply_settings
-from megatron_sov.data.packing import Segment, best_fit
-from megatron_sov.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.data.packing import Segment, best_fit
+from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.model.config import apply_settings
 
 RECIPE, SEQ_LEN, BATCH, MEDIAN_TOKENS, SPREAD = "tiny-qwen3", 512, 4, 70, 1.0
 Documents = Sequence[list[int]]
@@ -47,9 +47,9 @@ def micro_batch(row: Documents, padded_to: int = 0, min_tokens: int = 0) -> Any:
     """Return samples one behind the other, each padded to `padded_to` tokens; padding is not learned."""
     import torch
 
-    from megatron_sov.mcore.decode.forward_only import Inputs
-    from megatron_sov.mcore.parallel.device import local_device
-    from megatron_sov.train.microbatch import MicroBatch
+    from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.mcore.parallel.device import local_device
+    from megatron_sov.train.objectives.microbatch import MicroBatch
 
     inputs = Inputs([d + [0] * max(0, padded_to - len(d)) for d in row], local_device(), min_tokens).inputs
     weights = torch.zeros(len(inputs.tokens))
@@ -67,8 +67,8 @@ def rows_of(held: Documents) -> list[list[int]]:
 
 def built(precision: str, cp: int = 1) -> Any:
     """Return a model with numbers in it."""
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
 
     config = apply_settings(recipes.get(RECIPE), [f"train.precision={precision}", f"parallel.cp={cp}"])
     model = build(config.model, config.parallel, config.train)
@@ -116,10 +116,10 @@ def tell_speed(read: dict[str, int], seconds: dict[str, list[float]], tokens: in
 
 def measure_speed(held: Documents, turns: int) -> None:
     """Print a line for each way."""
-    from megatron_sov.mcore.model import pipeline
-    from megatron_sov.mcore.model.expert_load import ExpertLoad
-    from megatron_sov.mcore.model.logprobs import head_of
-    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.mcore.model import pipeline
+    from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
+    from megatron_sov.engine.mcore.model.logprobs import head_of
+    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
     model = built("fp32")
     optimizer = Optimizer(model, recipes.get(RECIPE).optim)
@@ -149,7 +149,7 @@ def measure_difference(held: Documents, precision: str, cp: int) -> None:
     """Print the largest difference of a packed sample's logits from its own alone."""
     import torch
 
-    from megatron_sov.mcore.decode.forward_only import ForwardModel
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
     from megatron_sov.runs.launch_environment import is_first
 
     model = ForwardModel(built(precision, cp), SEQ_LEN)
@@ -171,7 +171,7 @@ def measure_difference(held: Documents, precision: str, cp: int) -> None:
 
 def measure(count: int, turns: int, cp: int) -> None:
     """Print the speed, and the differences of one way to cut rows; runs inside a rank."""
-    from megatron_sov.config import ParallelConfig
+    from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig(cp=cp))
     held = documents(count, recipes.get(RECIPE).model.vocab_size)

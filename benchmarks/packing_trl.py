@@ -27,7 +27,7 @@ import packing
 from packing import BATCH, RECIPE, SEQ_LEN, Documents
 
 from megatron_sov import recipes
-from megatron_sov.mcore.parallel import launcher, world
+from megatron_sov.engine.mcore.parallel import launcher, world
 
 WAYS: dict[str, dict[str, Any]] = {
     "bfd": {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 1},
@@ -39,8 +39,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def measure_ours(held: Documents, turns: int, out: Path) -> None:
     """Print our table and leave the model as a checkpoint; runs inside a rank."""
-    from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())
     packing.measure_speed(held, turns)
@@ -133,7 +133,7 @@ def main() -> None:
             sys.exit(code)
         import torch
 
-        from megatron_sov.convert import to_hf
+        from megatron_sov.engine.convert import to_hf
 
         torch.set_num_threads(1)
         to_hf(work / "checkpoint", work / "hf")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from kills import make_data
 
-from megatron_sov.plan.calibrate import calibrate
-from megatron_sov.plan.expected import PARAMETERS
-from megatron_sov.report.accounts import accounts_section
-from megatron_sov.report.run_data import read_run
+from megatron_sov.plan.calibration.calibrate import calibrate
+from megatron_sov.plan.calibration.expected import PARAMETERS
+from megatron_sov.publish.report.accounts import accounts_section
+from megatron_sov.publish.report.run_data import read_run
 
 COMMON = ("model.vocab_size=368", "train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0",
           "data.heldout_tokens=128", "model.max_position_tokens=1024", "train.checkpoint_every_steps=1000",

@@ -7,8 +7,8 @@ autograd saves is counted by its storage, once, from when it is saved until it i
 out.
 `measured` is the most that was there at a time on the rank that `plan` is furthest off at, `said` what it
 says
-of that rank (`plan/activations.py`).  Routing is what an untrained router gives, so that a rank's experts can
-get more or fewer tokens than the even share that is counted.
+of that rank (`plan/footprint/activations.py`).  Routing is what an untrained router gives, so that a rank's
+experts can get more or fewer tokens than the even share that is counted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 from long_sequence import OneDocument
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.parallel import cpu_shims, launcher, world
-from megatron_sov.plan.activations import stored
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.footprint.activations import stored
 
 COMMON = ("train.precision=fp32", "train.steps=1", "train.eval_every_steps=0", "data.prefetch_steps=0",
           "train.micro_batch_size=1", "train.global_batch_size=1")
@@ -147,7 +147,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     from megatron.core import parallel_state
 
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     place = world.join(config.parallel)

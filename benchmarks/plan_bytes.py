@@ -4,10 +4,11 @@ valid layouts of all recipes, as one rank of the whole world, on meta tensors.
 Usage: python benchmarks/plan_bytes.py [--number 240] [--seed 1] > benchmarks/results/plan_bytes.txt
 
 For each layout the library's own modules, data-parallel buffers and optimizer are made by one process that
-plays a random rank in a fake group of all ranks (`mcore/optimizer/meta.py`), and every byte is compared: the
-gaps of ZeRO-1's buckets, filled-up vocabularies, copies of tied embeddings, the pieces of parameters that
-this rank updates, by AdamW or Muon, here or in host memory, and what is frozen.  Models in bf16 are made of
-Transformer Engine's modules, by its double of the tests, which has their parameters; others of torch's.
+plays a random rank in a fake group of all ranks (`engine/mcore/optimizer/meta.py`), and every byte is
+compared: the gaps of ZeRO-1's buckets, filled-up vocabularies, copies of tied embeddings, the pieces of
+parameters that this rank updates, by AdamW or Muon, here or in host memory, and what is frozen.  Models in
+bf16 are made of Transformer Engine's modules, by its double of the tests, which has their parameters; others
+of torch's.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_sov import recipes
-from megatron_sov.config import ModelConfig, RunConfig, apply_settings
-from megatron_sov.errors import UserError
-from megatron_sov.plan.states import Place, StageBuffers, States
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings
+from megatron_sov.plan.footprint.states import Place, StageBuffers, States
 
 DOUBLE = Path(__file__).parents[1] / "tests" / "te_double"
 PATTERNS = ("*router.weight", "embedding.*", "decoder.layers.0.*", "*experts.linear_fc2.weight",
@@ -157,7 +158,7 @@ def said(layout: Drawn, stage: int, place: Place) -> States:
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
     """Return what is built and what is said, for each layout; needs a process that has not imported
     megatron's groups yet."""
-    from megatron_sov.mcore.optimizer.meta import built
+    from megatron_sov.engine.mcore.optimizer.meta import built
 
     rows = []
     for number in numbers:
@@ -170,12 +171,12 @@ def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
 
 def worker(numbers: list[int], seed: int, double: bool) -> None:
     """Compare, and print JSON."""
-    from megatron_sov.mcore.parallel import cpu_shims
+    from megatron_sov.engine.mcore.parallel import cpu_shims
 
     if double:
         sys.path.insert(0, str(DOUBLE))
     cpu_shims.prepare_without_gpu()
-    from megatron_sov.mcore.model import specs
+    from megatron_sov.engine.mcore.model import specs
 
     if double:
         specs.on_gpu = lambda: True

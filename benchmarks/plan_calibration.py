@@ -21,8 +21,8 @@ from pathlib import Path
 
 from plan_fit import PRIORS, Sample, error, fit
 
-from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.errors import UserError
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.tables.cells import MissingInput, read_table
 from megatron_sov.plan.tables.predicted import tokens_per_s_per_gpu

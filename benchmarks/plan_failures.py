@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from megatron_sov import recipes
-from megatron_sov.clusters import cluster
-from megatron_sov.config import apply_settings
-from megatron_sov.obs.units import SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
+from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.operation import (
     Conditions, FailureKind, best_interval_s, checkpoint_bytes, conditions, goodput, operation)
+from megatron_sov.work.clusters import cluster
+from megatron_sov.work.clusters.units import SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
 
 GOAL = 0.97
 RECIPE, NUM_GPUS, STEP_S = "k-exaone-236b", 10_240, 5.0

@@ -21,15 +21,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_sov import recipes
-from megatron_sov.clusters.chips import chip, default_links
-from megatron_sov.config import apply_settings
+from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.decoding import Asked, EngineCosts, Engines, Round, round_of
+from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import BUDGETS, Assumed, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
-from megatron_sov.plan.quote import Quote, totals
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import Workload
 from megatron_sov.plan.tables.workloads import find
+from megatron_sov.work.clusters.chips import chip, default_links
 
 ROWS = Path(__file__).parent / "data" / "rl_throughput.csv"
 NAMES = {"Qwen3-30B3A": "Qwen3-30B-A3B", "LLAMA3.1_8B": "Llama 3.1 8B", "DeepSeek V3": "DeepSeek-V3",

@@ -20,14 +20,14 @@ import time
 from collections.abc import Sequence
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.obs.units import GIB
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.pages.quote import QuoteTable, component, text, totals
+from megatron_sov.plan.pages.telling import Told, name, set_line, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing, quote, run_stages
-from megatron_sov.plan.quote import QuoteTable, component, text, totals
-from megatron_sov.plan.recommended import settings_for
-from megatron_sov.plan.space import own_choice
-from megatron_sov.plan.sweep import Search, search
-from megatron_sov.plan.telling import Told, name, set_line, submit_line
+from megatron_sov.plan.search.recommended import settings_for
+from megatron_sov.plan.search.space import own_choice
+from megatron_sov.plan.search.sweep import Search, search
+from megatron_sov.work.clusters.units import GIB
 
 RUNS = (("solar-open-102b", "b200", 60), ("solar-open-102b-mid", "b200", 60),
         ("solar-open-102b-extend", "b200", 60), ("k-exaone-236b", "h100", 64),

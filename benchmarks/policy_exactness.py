@@ -19,8 +19,8 @@ from unittest.mock import MagicMock
 
 import numpy as np
 
-from megatron_sov.config import PolicyConfig
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.engine.mcore.parallel import cpu_shims
+from megatron_sov.model.config import PolicyConfig
 
 RESPONSES, TOKENS, LONGEST, LARGEST = 8, 12, 16, 1e-12
 LOW, HIGH = 0.85, 1.2

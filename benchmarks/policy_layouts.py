@@ -24,12 +24,12 @@ import numpy as np
 from kills import make_data
 
 from megatron_sov import recipes
-from megatron_sov.config import RolloutConfig, RunConfig, apply_settings
-from megatron_sov.config.rounds import with_rounds
-from megatron_sov.digests import file_digest
-from megatron_sov.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
-from megatron_sov.rollouts.rows import STOP, Judged, Key, Rollout
-from megatron_sov.rollouts.store import Store
+from megatron_sov.base.digests import file_digest
+from megatron_sov.judge.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.rows import STOP, Judged, Key, Rollout
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import RolloutConfig, RunConfig, apply_settings
+from megatron_sov.model.config.rounds import with_rounds
 
 VERSION, VOCAB = "a" * 64, 368
 ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=8, samples_per_prompt=4, piece_prompts=8,
@@ -95,9 +95,9 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
     """Leave loss, norm and gradients of each objective's first step."""
     import torch
 
-    from megatron_sov.data.rounds import rounds_of, rounds_source
-    from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.rounds import rounds_of, rounds_source
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
     from megatron_sov.runs.folder import RunFolder
@@ -137,7 +137,7 @@ def on_rank(work: Path, out: Path, settings: list[str]) -> int:
 
 def gradients(folder: Path) -> dict[str, Any]:
     """Return a step's gradients, whole."""
-    from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+    from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
 
     reader = TensorReader(folder, "model")
     return {key: reader.read(key).double() for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)
@@ -158,10 +158,10 @@ def apart(out: Path, reference: Path) -> list[float]:
 
 def main() -> int:
     """Compare all layouts in both precisions."""
-    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.mcore.parallel.launcher import launch
+    from megatron_sov.engine.mcore.parallel.launcher import launch
 
     print(f"{platform.machine()}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}; "
           f"{', '.join(POLICIES)}: largest relative difference from one process\n\n"

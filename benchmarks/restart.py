@@ -22,14 +22,14 @@ from typing import Any
 
 from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SEQ_LEN, VOCAB_SIZE, write_shard
 
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.engine.mcore.parallel import cpu_shims
 
 TURNS = 3
 SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=512", "model.num_layers=8",
             "model.head_dim=64", "model.num_experts=16", "model.expert_ffn_dim=448", "train.steps=10",
             "train.precision=bf16", "train.global_batch_size=1", "train.micro_batch_size=1",
             "train.eval_every_steps=0", f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
-MODULES = "megatron_sov.train.stage, megatron_sov.train.trainer"
+MODULES = "megatron_sov.train.stages.stage, megatron_sov.train.trainer"
 """What a rank imports, torch and megatron-core among it."""
 
 
@@ -65,12 +65,12 @@ def imports(times: Times) -> None:
 def restarts(times: Times, work: Path) -> int:
     """Build, initialise and load in turns; returns the parameters."""
     from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import ShardChain, Source
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.token_shards import ShardChain, Source
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     write_shard(work)

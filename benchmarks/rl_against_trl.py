@@ -92,10 +92,10 @@ json.dump(times, open(out, "w"))
 OUR_SCRIPT = '''
 import json, sys, time
 from megatron_sov import cli
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
-from megatron_sov.generate.generator import MegatronEngine
+from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.train.trainer import Trainer
 
 times = {"generate": [], "step": []}

@@ -36,22 +36,22 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.config.rounds import with_rounds
-from megatron_sov.data.rounds import RoundDocuments
-from megatron_sov.digests import SHA256, file_digest
-from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.digests import SHA256, file_digest
+from megatron_sov.engine.data.rounds import RoundDocuments
+from megatron_sov.infer.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts, stream_of
+from megatron_sov.judge.rollouts.rows import Rollout
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
+from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.post.rl.generate import Attempt, Desk, Missing, never, write_rounds
 from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.post.rl.responses import NO_TOKENS, Responses, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
-from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts, stream_of
-from megatron_sov.rollouts.rows import Rollout
-from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import Claims, Patience
+from megatron_sov.work.progress.claims import Claims, Patience
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64
 SHORT, TIMES, LONG_SHARE = (5, 16), 20, 0.1

@@ -40,13 +40,13 @@ import psutil
 from kills import final
 
 from megatron_sov import cli
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.config.rollout import RolloutConfig
-from megatron_sov.rollouts.checking import check
-from megatron_sov.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
-from megatron_sov.rollouts.rows import Rollout, later, part_name
-from megatron_sov.rollouts.store import Store
-from megatron_sov.work.claims import holders
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.judge.rollouts.checking import check
+from megatron_sov.judge.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.rows import Rollout, later, part_name
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.work.progress.claims import holders
 
 JOBS = ("generate", "reward", "train")
 ROLLOUT = RolloutConfig(rounds=4, prompts_per_round=16, samples_per_prompt=8, piece_prompts=8,
@@ -55,9 +55,9 @@ SETTINGS = ("optim.lr=2e-3", "train.num_threads=1", "train.micro_batch_size=8", 
             'data.phases=[{"name": "main", "seq_len": 128}]', "policy.method=gspo",
             "train.eval_every_steps=0", "train.keep_checkpoints=0")
 REWARD = f"{Path(__file__).with_name('rl_reward.py')}:Exact"
-HEAVY = ("generate.generator", "generate.target", "post.policy", "post.rl.feed", "post.rl.generate",
-         "post.rl.publish", "post.rl.responses", "train.stage", "commands.rl_generate", "commands.rl_reward",
-         "commands.rl_train")
+HEAVY = ("infer.decoder.generator", "infer.engines.target", "post.policy", "post.rl.feed", "post.rl.generate",
+         "post.rl.publish", "post.rl.responses", "train.stages.stage", "commands.rl.rl_generate",
+         "commands.rl.rl_reward", "commands.rl.rl_train")
 """What jobs import when they need it."""
 PATIENCE_S, LIMIT_S, POLL_S = 300, 1200, 0.05
 AT_WORK_S = 0.5

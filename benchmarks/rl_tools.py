@@ -30,9 +30,9 @@ from typing import Any
 
 from seed_runs import ALWAYS, MODEL, SeedFolder, parser_of, rows_of, run, words, write
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.tools.environment import Environment
-from megatron_sov.tools.registry import make, order
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.judge.tools.environment import Environment
+from megatron_sov.judge.tools.registry import make, order
 
 TEMPLATE = (
     "{% if tools %}<|begin|>system<|content|>{{ messages[0].content }}{% for tool in tools %}"

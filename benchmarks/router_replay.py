@@ -36,11 +36,11 @@ PROMPT_TOKENS, ROW_TOKENS, SAMPLES = 16, 128, 8
 def trained(tokens: Path, recipe: str, steps: int) -> tuple[Any, Any, list[list[int]]]:
     """Return a model in fp32, its settings, and beginnings of held-out documents."""
     from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import open_sources
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [
@@ -64,8 +64,8 @@ def in_precision(model: Any, config: Any, precision: str) -> Any:
     """Return the same model with weights of another precision."""
     import torch
 
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.model.config import apply_settings
 
     changed = apply_settings(config, [f"train.precision={precision}"])
     other = build(changed.model, changed.parallel, changed.train)
@@ -81,8 +81,8 @@ def read(policy: Any, document: list[int], routes: np.ndarray | None) -> tuple[A
     last visits, in ascending order."""
     import torch
 
-    from megatron_sov.data.routes import shape_of
-    from megatron_sov.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.data.routes import shape_of
+    from megatron_sov.engine.mcore.decode.forward_only import Inputs
 
     batch = Inputs([document], torch.device("cpu"))
     if routes is not None:
@@ -98,10 +98,10 @@ def read(policy: Any, document: list[int], routes: np.ndarray | None) -> tuple[A
 
 def compare(tokens: Path, recipe: str, steps: int, num_prompts: int, new_tokens: int) -> None:
     """Print the lines of a recipe."""
-    from megatron_sov.generate.generator import MegatronEngine
-    from megatron_sov.generate.request import Sampling
-    from megatron_sov.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Sampling
 
     model, config, prompts = trained(tokens, recipe, steps)
     trainer = ForwardModel(model, config.train.head_chunk_tokens)
@@ -137,7 +137,7 @@ def main() -> int:
     args = parser.parse_args()
     import torch
 
-    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     torch.set_num_threads(1)
     with socket.socket() as free:

@@ -38,7 +38,7 @@ from rl_learning import HERE, accuracy
 from router_replay import read
 from seed_runs import rows_of, run_arms, words
 
-from megatron_sov.obs.events import final_steps, read_events
+from megatron_sov.runs.obs.events import final_steps, read_events
 
 ROUNDS, LAST, NOISE = 30, 5, 2.0
 """Rounds, those of them whose rewards are told, and the noise in units of a router's standard deviation."""
@@ -91,10 +91,10 @@ def run_with_noise(noise: float, seed: int, told: Path, arguments: list[str]) ->
         arguments: of the command.
     """
     from megatron_sov import cli
-    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.generate.generator import MegatronEngine
+    from megatron_sov.infer.decoder.generator import MegatronEngine
 
     inner: Callable[..., Any] = MegatronEngine.generate
 

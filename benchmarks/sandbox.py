@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Program, Sandbox
 
 KINDS = (

@@ -35,10 +35,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
-from data_prep.pipeline.step import Doc
-from data_prep.scoring.kinds import Kind, KindSettings
-from data_prep.scoring.labels import read_labels, split
-from data_prep.scoring.scorer import load_scorer
+from data_prep.curate.pipeline.step import Doc
+from data_prep.curate.scoring.kinds import Kind, KindSettings
+from data_prep.curate.scoring.labels import read_labels, split
+from data_prep.curate.scoring.scorer import load_scorer
 
 SEEN = ("python3.11-doc", "python-django-doc", "sqlite3-doc", "debian-handbook", "developers-reference",
         "fp-docs-3.2.2", "python-pandas-doc", "libreoffice-help-en-us", "libreoffice-help-ko",

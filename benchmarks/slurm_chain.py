@@ -27,7 +27,7 @@ import yaml
 from slurm_events import PROFILE, virtual_cluster
 
 from megatron_sov import cli
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 
 MODEL = ("--set model.vocab_size=2048 --set model.hidden_size=32 --set model.num_layers=2 --set "
          "model.num_heads=4 --set model.num_kv_heads=2 --set model.head_dim=8 --set model.expert_ffn_dim=16")

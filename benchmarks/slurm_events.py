@@ -30,8 +30,8 @@ from typing import Any
 from kills import make_data
 
 from megatron_sov import cli
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.obs.events import final_steps, read_events
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.runs.obs.events import final_steps, read_events
 
 STEPS, EVENT_STEP, SOAK_STEPS = 60, 25, 200
 PATIENCE_S = 1800.0
@@ -57,7 +57,7 @@ preflight: {enabled: false}
 
 def virtual_cluster() -> ModuleType:
     """Return the module of the tests that holds the cluster."""
-    path = Path(__file__).parents[1] / "tests/slurm/virtual_cluster.py"
+    path = Path(__file__).parents[1] / "tests/operate/slurm/virtual_cluster.py"
     spec = importlib.util.spec_from_file_location("virtual_cluster", path)
     assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)

@@ -24,9 +24,9 @@ from typing import Any
 
 from kills import make_data
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.obs.events import read_events
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.runs.checkpoints import latest
+from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.guards.fault_injection import STATES, parse
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",

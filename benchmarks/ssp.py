@@ -33,9 +33,9 @@ import dataclasses, json, shutil, sys
 from pathlib import Path
 import torch
 from megatron_sov import convert, models, recipes
-from megatron_sov.convert.shard_writer import plan_shards, write_files
-from megatron_sov.mcore.checkpoint.writer import TensorSpec
-from megatron_sov.models.family import TokenIds
+from megatron_sov.engine.convert.shard_writer import plan_shards, write_files
+from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.model.families.family import TokenIds
 folder = Path(sys.argv[1])
 model = dataclasses.replace(recipes.get("solar-open-102b").model, hidden_size=512, num_heads=8,
                             num_kv_heads=2, head_dim=64, num_experts=16,

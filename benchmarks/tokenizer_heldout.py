@@ -21,9 +21,9 @@ from pathlib import Path
 from tokenizer_train import PAPER_SPLIT, PAPER_SUPERWORDS, PAPER_VOCAB_SIZE, machine, texts_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.byte_bpe import byte_characters
-from megatron_sov.documents import cut_text
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents import cut_text
+from megatron_sov.base.documents.byte_bpe import byte_characters
 from tokenizer.bpe.count_pipeline import ANYTHING
 from tokenizer.bpe.segmenting import merged
 from tokenizer.bpe.split_pattern import Splitter

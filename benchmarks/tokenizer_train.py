@@ -31,7 +31,7 @@ from string import ascii_lowercase
 
 import psutil
 
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 from tokenizer.presets import PRESETS
 
 SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)
@@ -51,7 +51,7 @@ HUGGING_FACE = """
 import json, sys
 from pathlib import Path
 from tokenizers import Tokenizer, trainers, pre_tokenizers, models
-from megatron_sov.documents import list_files, read_documents
+from megatron_sov.base.documents import list_files, read_documents
 from tokenizer.mixture import pieces
 from tokenizer.presets import PRESETS
 from tokenizer.bpe.split_pattern import untrained

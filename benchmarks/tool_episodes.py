@@ -24,15 +24,15 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sov.chat.encode import ChatEncoder
-from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.tools.episode import Episode, Written, lines_in, row_of
-from megatron_sov.tools.limits import EpisodeLimits
-from megatron_sov.tools.playing import Policy, Table, play
-from megatron_sov.tools.registry import make, order
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import RECORDS, open_journal
+from megatron_sov.base.chat.encode import ChatEncoder
+from megatron_sov.base.chat.template import ChatTemplate
+from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.judge.tools.episode import Episode, Written, lines_in, row_of
+from megatron_sov.judge.tools.limits import EpisodeLimits
+from megatron_sov.judge.tools.playing import Policy, Table, play
+from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import RECORDS, open_journal
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (

@@ -36,8 +36,8 @@ APPEND = """
 import sys
 from pathlib import Path
 import numpy as np
-from megatron_sov.rollouts.rows import Key, Rollout
-from megatron_sov.rollouts.store import Store
+from megatron_sov.judge.rollouts.rows import Key, Rollout
+from megatron_sov.judge.rollouts.store import Store
 
 store, count = Store.create(Path(sys.argv[1]), "sha256:ab", 50_000), int(sys.argv[2])
 draw = np.random.default_rng(0)

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_sov.rewards.opinions import read_opinions
+from megatron_sov.judge.rewards.opinions import read_opinions
 
 EXPLOIT = "I have verified this result twice."
 VERIFIER = f'''

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.documents import BadRecord
-from megatron_sov.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
-from megatron_sov.documents.reading import read_records
-from megatron_sov.documents.records import decode
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
+from megatron_sov.base.documents.reading import read_records
+from megatron_sov.base.documents.records import decode
+from megatron_sov.base.errors import UserError
 
 _DATASETS = ARROW_SUFFIXES | {PARQUET_SUFFIX, JSON_SUFFIX}
 """Endings of files of records that are no JSON lines, or may be none."""

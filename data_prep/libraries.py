@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from megatron_sov.errors import how_to_install
+from megatron_sov.base.errors import how_to_install
 
 
 def require(what: str, *libraries: str, extra: str = "data") -> list[str]:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.pipeline.step import Doc, Outcome, Step, View
-from megatron_sov.documents import Document, LeftOut
-from megatron_sov.documents.columns import BUCKET_NAME, is_float32
-from megatron_sov.errors import UserError
-from megatron_sov.plugins.code import Code
-from megatron_sov.plugins.loading import Loaded, is_reference, load, telling
-from megatron_sov.plugins.reads import recording_reads
-from megatron_sov.plugins.registry import Registry
-from megatron_sov.plugins.signatures import takes
-from megatron_sov.settings import Bound, Breach, Code as ProblemCode, Problem
+from data_prep.curate.pipeline.step import Doc, Outcome, Step, View
+from megatron_sov.base.documents import Document, LeftOut
+from megatron_sov.base.documents.columns import BUCKET_NAME, is_float32
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.code import Code
+from megatron_sov.base.plugins.loading import Loaded, is_reference, load, telling
+from megatron_sov.base.plugins.reads import recording_reads
+from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.signatures import takes
+from megatron_sov.base.settings import Bound, Breach, Code as ProblemCode, Problem
 
 Function = Callable[[Document], Document | LeftOut]
 MAX_REASON_CHARS = 80

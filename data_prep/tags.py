@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.documents.columns import tag_value
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.documents.columns import tag_value
+from megatron_sov.base.errors import UserError
 
 MAX_VALUES = 64
 """Values of one tag that a source may have; what has more, such as an address, chooses nothing."""

@@ -16,16 +16,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Gt, Lt
 
-from megatron_sov.artifacts import atomic_write
-from megatron_sov.config import RunConfig
-from megatron_sov.settings import Bound
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.settings import Bound
+from megatron_sov.model.config import RunConfig
 
 PAGE = Path(__file__).parent / "config.md"
 BOUNDS = {"Ge": ">= {:,}", "Gt": "> {:,}", "Le": "<= {:,}", "Lt": "< {:,}", "MinLen": "of {} or more",
           "MultipleOf": "multiple of {}"}
 HEAD = """# Settings
 
-<!-- Written by docs/generate_config.py from megatron_sov/config; change it there. -->
+<!-- Written by docs/generate_config.py from megatron_sov/model/config; change it there. -->
 
 A recipe (`megatron-sov recipes`) sets all of these; `--set key=value` changes one, e.g.
 `--set train.steps=100`, `--set data.phases.0.seq_len=512`, `--set 'data.phases.0.blend={"en": 2, "ko": 1}'`,

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.base.artifacts import atomic_write
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/pictures/house.svg"

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import atomic_write
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.obs.units import GIB
-from megatron_sov.plan.memory import account
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.footprint.memory import account
 from megatron_sov.plan.speed.workload import kv_bytes, of_model
+from megatron_sov.work.clusters.units import GIB
 
 PAGE = Path(__file__).parent / "memory.md"
 SEQ_LEN = 262_144
@@ -31,7 +31,7 @@ HEAD = f"""# Memory at {SEQ_LEN:,} tokens
 <!-- Written by docs/generate_memory.py; change it there. -->
 
 GiB of the fullest process, in bf16 with ZeRO-1, micro-batches of one sample and every layer recomputed, by
-the account that `megatron-sov plan` prices a run with (`megatron_sov/plan/memory.py`).
+the account that `megatron-sov plan` prices a run with (`megatron_sov/plan/footprint/memory.py`).
 
 - **Weights, gradients, optimizer** are those of the modules, buffers and optimizers that training makes, to
   the byte: `benchmarks/results/plan_bytes.txt` compares them with what megatron-core builds on meta tensors,
@@ -40,9 +40,9 @@ the account that `megatron-sov plan` prices a run with (`megatron_sov/plan/memor
   inside of one layer with its gradients, the logits of one chunk and the gradients that the head's loss
   leaves; of one layer and head the larger counts, for the head's part is gone when a layer's backward pass
   begins. `benchmarks/results/plan_activations.txt` compares them with what autograd saves in whole steps.
-- **Imbalance, NCCL, gaps** are estimates (`megatron_sov/plan/memory.py`): a fullest expert-parallel rank
-  with a fifth more tokens than the mean, a ring's buffers for each communicator, and the allocator's gaps.
-
+- **Imbalance, NCCL, gaps** are estimates (`megatron_sov/plan/footprint/memory.py`): a fullest expert-parallel
+  rank with a fifth more tokens than the mean, a ring's buffers for each communicator, and the allocator's
+gaps.
 The CUDA context and the workspaces of libraries come on top: a run may plan with 95 % of a GPU's memory.
 
 | recipe | processes | layout | stage | {" | ".join(COLUMNS.values())} | sum |

@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sov.artifacts import atomic_write
-from megatron_sov.commands.completion import PROGRAMS, parser_with_all
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.commands.operate.completion import PROGRAMS, parser_with_all
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Commands and their options

@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from megatron_sov.artifacts import atomic_write
-from megatron_sov.clusters.chips import CHIPS
-from megatron_sov.commands.recipes import summary
-from megatron_sov.plan import recommended
-from megatron_sov.recipes import RECIPES, TINY, get, sources
-from megatron_sov.recipes.layouts import RECOMMENDED
-from megatron_sov.recipes.sources import DEFAULT, Source, in_effect
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.commands.models.recipes import summary
+from megatron_sov.model.recipes import RECIPES, TINY, get, sources
+from megatron_sov.model.recipes.layouts import RECOMMENDED
+from megatron_sov.model.recipes.sources import DEFAULT, Source, in_effect
+from megatron_sov.plan.search import recommended
+from megatron_sov.work.clusters.chips import CHIPS
 
 PAGE = Path(__file__).parent / "recipes.md"
 HEAD = """# Recipes
 
-<!-- Written by docs/generate_recipes.py from megatron_sov/recipes; change it there. -->
+<!-- Written by docs/generate_recipes.py from megatron_sov/model/recipes; change it there. -->
 
 A recipe is a short Python function that returns a configuration, and a table that says where each value
 comes from.
@@ -100,11 +100,11 @@ What no table names is the default. `*` stands for any text.
 TAIL = """
 ## Add a recipe
 
-A function in `megatron_sov/recipes/` that returns a `RunConfig`, a table of sources beside it, and an entry
-in `megatron_sov/recipes/__init__.py`, which names both. Keys of the table are dotted settings; the last one
-that matches holds, so that a recipe derived from another one (`derive`) says only what it changes. A test
-fails for every value that a recipe sets and no entry names, for entries that name nothing, and for a value
-that is said to stand in a config.json and differs from it.
+A function in `megatron_sov/model/recipes/` that returns a `RunConfig`, a table of sources beside it, and an
+entry in `megatron_sov/model/recipes/__init__.py`, which names both. Keys of the table are dotted settings;
+the last one that matches holds, so that a recipe derived from another one (`derive`) says only what it
+changes. A test fails for every value that a recipe sets and no entry names, for entries that name nothing,
+and for a value that is said to stand in a config.json and differs from it.
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.base.artifacts import atomic_write
 
 PAGE = Path(__file__).parent / "results.md"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"

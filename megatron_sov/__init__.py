@@ -9,16 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_sov import convert, recipes
     from megatron_sov.api import generate_text, pretrain
-    from megatron_sov.config import RunConfig, apply_settings, from_dict
-    from megatron_sov.data.columns import NeededColumn
-    from megatron_sov.documents import Document, LeftOut
-    from megatron_sov.errors import UserError
-    from megatron_sov.models.family import Family
-    from megatron_sov.obs.events import read_events
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.objective import GlobalBatch, LossSums, Objective, per_source, with_denominators
+    from megatron_sov.base.documents import Document, LeftOut
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.engine import convert
+    from megatron_sov.engine.data.columns import NeededColumn
+    from megatron_sov.model import recipes
+    from megatron_sov.model.config import RunConfig, apply_settings, from_dict
+    from megatron_sov.model.families.family import Family
+    from megatron_sov.runs.obs.events import read_events
+    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.objective import (
+        GlobalBatch, LossSums, Objective, per_source, with_denominators)
     from megatron_sov.version import __version__
 
 __all__ = [
@@ -27,23 +29,25 @@ __all__ = [
     "generate_text", "per_source", "pretrain", "read_events", "recipes", "with_denominators",
 ]
 _PLACES = {
-    "__version__": "version", "UserError": "errors", "RunConfig": "config", "apply_settings": "config",
-    "from_dict": "config", "Family": "models.family", "Document": "documents", "LeftOut": "documents",
-    "NeededColumn": "data.columns", "read_events": "obs.events", "pretrain": "api", "generate_text": "api",
+    "__version__": "version", "UserError": "base.errors", "RunConfig": "model.config",
+    "apply_settings": "model.config", "from_dict": "model.config", "Family": "model.families.family",
+    "Document": "base.documents", "LeftOut": "base.documents", "NeededColumn": "engine.data.columns",
+    "read_events": "runs.obs.events", "pretrain": "api", "generate_text": "api",
 }
 _ON_MEGATRON = {
-    "LanguageModelling": "train.lm", "GlobalBatch": "train.objective", "LossSums": "train.objective",
-    "Objective": "train.objective", "per_source": "train.objective", "with_denominators": "train.objective",
+    "LanguageModelling": "train.objectives.lm",
+    **dict.fromkeys(("GlobalBatch", "LossSums", "Objective", "per_source", "with_denominators"),
+                    "train.objectives.objective"),
 }
 """Names whose modules import megatron, which has to find the process prepared for it."""
-_ROOMS = ("convert", "recipes")
+_FOLDERS = {"convert": "engine.convert", "recipes": "model.recipes"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"{__name__}.{name}")
+    if name in _FOLDERS:
+        return importlib.import_module(f"{__name__}.{_FOLDERS[name]}")
     if name in _ON_MEGATRON:
-        importlib.import_module(f"{__name__}.mcore.parallel.cpu_shims").prepare_megatron()
+        importlib.import_module(f"{__name__}.engine.mcore.parallel.cpu_shims").prepare_megatron()
     place = _PLACES.get(name) or _ON_MEGATRON.get(name)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

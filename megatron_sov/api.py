@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import to_json
-from megatron_sov.config import RunConfig
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.work.commands import start_command
+from megatron_sov.work.processes.commands import start_command
 
 AnyPath = str | Path
 _ERRORS: dict[int, type[Exception]] = {

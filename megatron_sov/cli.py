@@ -1,6 +1,6 @@
 """The door: `megatron-sov COMMAND ...`.
 
-Each command is a file of `commands/` with `add_arguments(parser)` and `run(args) -> exit code`, or such a
+Each command is a file below `commands/` with `add_arguments(parser)` and `run(args) -> exit code`, or such a
 module of an installed package.  Only the chosen command's module is imported, and none of ours imports torch
 before its arguments are parsed and checked.
 """
@@ -14,96 +14,14 @@ import time
 from types import ModuleType
 from typing import Any
 
-from megatron_sov.command_line import Command, Parser, exit_code, fill_commands, parser_of, version_of
-from megatron_sov.errors import ExitCode, UserError, nearest
-from megatron_sov.obs.process_start import process_started_s
-from megatron_sov.plugins.entry_points import Declared, declared
-from megatron_sov.plugins.signatures import takes
+from megatron_sov.base.command_line import Parser, exit_code, fill_commands, parser_of, version_of
+from megatron_sov.base.errors import ExitCode, UserError, nearest
+from megatron_sov.base.plugins.entry_points import Declared, declared
+from megatron_sov.base.plugins.signatures import takes
+from megatron_sov.commands import COMMANDS
+from megatron_sov.runs.obs.process_start import process_started_s
 
 PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
-
-COMMANDS = {
-    "pretrain": Command("megatron_sov.commands.pretrain",
-                        "train a model from token shards, from scratch or --from a checkpoint"),
-    "extend": Command("megatron_sov.commands.extend",
-                      "train on at longer contexts, stage by stage, each behind a needle gate"),
-    "sft": Command("megatron_sov.commands.sft", "fine-tune on chats, with an auxiliary text term"),
-    "prefer": Command("megatron_sov.commands.prefer",
-                      "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER"),
-    "distill": Command("megatron_sov.commands.distill",
-                       "learn a teacher's distributions, over the whole vocabulary or its top tokens"),
-    "distill states": Command("megatron_sov.commands.distill_states",
-                              "have a teacher read token shards, at a layout of its own, and keep its final "
-                              "hidden states"),
-    "distill write": Command("megatron_sov.commands.distill_write",
-                             "have a student answer prompts, as conversations that a teacher can read"),
-    "distill rounds": Command("megatron_sov.commands.distill_rounds",
-                              "on-policy rounds: the student writes, the teacher reads, the student learns"),
-    "rl generate": Command("megatron_sov.commands.rl_generate",
-                           "write responses to the prompts of rounds into a store, by the newest policy"),
-    "rl reward": Command("megatron_sov.commands.rl_reward",
-                         "judge the responses of a store that a reward has not judged yet"),
-    "rl store": Command("megatron_sov.commands.rl_store",
-                        "ls, show, stats, page, verify, gc: the rollout store between generation, reward and "
-                        "training"),
-    "convert": Command("megatron_sov.commands.convert",
-                       "from-hf, to-hf, from-megatron, settings, verify, inspect, average, upcycle, deepen, "
-                       "to-peft, from-peft: checkpoints, Hugging Face folders, adapters"),
-    "generate": Command("megatron_sov.commands.generate",
-                        "continue prompts with a checkpoint or a Hugging Face folder"),
-    "serve": Command("megatron_sov.commands.serve",
-                     "answer requests over HTTP as OpenAI's interface spells them, at any layout"),
-    "eval": Command("megatron_sov.commands.eval",
-                    "ppl, needle, pairs, passk, lm, media, play, suites, bigram, logits: judge a checkpoint "
-                    "or a Hugging Face folder"),
-    "eval difference": Command("megatron_sov.commands.eval_difference",
-                               "what the scores of two models on the same items tell, with intervals"),
-    "eval contamination": Command("megatron_sov.commands.eval_contamination",
-                                  "which items of a score stand in the training data, and the score without "
-                                  "them"),
-    "ssp probe": Command("megatron_sov.commands.ssp_probe",
-                         "pass@k of a run's checkpoints in each domain, and the best one of each"),
-    "ssp fuse": Command("megatron_sov.commands.ssp_fuse",
-                        "merge the best checkpoint of each domain, or any checkpoints, into one"),
-    "rl knowledge": Command("megatron_sov.commands.rl_knowledge",
-                            "in-domain text for InK-GRPO: each section once, none of the test's answers"),
-    "rl run": Command("megatron_sov.commands.rl_run",
-                      "reinforcement learning by one command: the model that learns writes its own rounds"),
-    "rl train": Command("megatron_sov.commands.rl_train",
-                        "reinforcement learning: train the rounds of responses that are written and judged"),
-    "inspect": Command("megatron_sov.commands.inspect",
-                       "what a folder or file is, made from what, how far, with some of its rows"),
-    "map": Command("megatron_sov.commands.map",
-                   "have a class of your own make rows of rows, here or on Slurm"),
-    "score": Command("megatron_sov.commands.score",
-                     "give answers rewards: verifiers, rules and judges over a file of rows"),
-    "tools": Command("megatron_sov.commands.tools",
-                     "list, play, run: tool environments, by hand or by a model"),
-    "submit": Command("megatron_sov.commands.submit",
-                      "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes"),
-    "status": Command("megatron_sov.commands.status",
-                      "how runs stand: step, speed, time left, restarts, use of time"),
-    "logs": Command("megatron_sov.commands.logs", "what a run's processes wrote, across ranks and restarts"),
-    "plan": Command("megatron_sov.commands.plan",
-                    "what a run will do at each step, and what it takes on a cluster: layout, memory, "
-                    "speed, days, cost"),
-    "report": Command("megatron_sov.commands.report",
-                      "write the self-contained HTML report of one or more runs"),
-    "card": Command("megatron_sov.commands.card",
-                    "write the card of a model from manifests and events: data, cost, scores, provenance"),
-    "ladder": Command("megatron_sov.commands.ladder",
-                      "train small models of a recipe's structure, fit a scaling law, predict the next size"),
-    "codec": Command("megatron_sov.commands.codec",
-                     "train, import, reconstruct, inspect: tokenizers and decoders of pictures and sounds"),
-    "bundle": Command("megatron_sov.commands.bundle",
-                      "gather wheels, code and folders for a cluster without a network"),
-    "doctor": Command("megatron_sov.commands.doctor",
-                      "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.recipes",
-                       "list the recipes, or print one with every setting and its source"),
-    "completion": Command("megatron_sov.commands.completion",
-                          "print what bash, zsh or fish needs to complete commands and options"),
-}
 
 
 def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import FileRecord
+from megatron_sov.base.artifacts import FileRecord
 
 HOSTILE = ("", " ", "-1", "0", "1", "1e99", "nan", "inf", "-0.0", "9" * 40, "x" * 5000, "é한\u2028", "a\nb",
            "..", "/", "/dev/null", "/proc/self/mem", "/proc/x", "/proc/nowhere/at/all", "[" * 3000, "{",

@@ -351,7 +351,7 @@ BROWSER_FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--enable-logging=stderr", "--window-size=1200,900", "--virtual-time-budget=10000", "--dump-dom")
 OpenPage = Callable[[Path], tuple[str, list[str]]]
-LAYOUT_JS = Path(__file__).parent / "pages/layout.js"
+LAYOUT_JS = Path(__file__).parent / "base/pages/layout.js"
 SCREENS = (("light", 390, 844), ("light", 820, 1180), ("light", 1440, 900), ("dark", 1440, 900))
 """Scheme of colours, and width and height in CSS pixels, of a phone, a tablet and a notebook; the dark scheme
 is colours alone and moves nothing, so that one screen shows it."""
@@ -589,8 +589,8 @@ def write_round() -> Callable[..., None]:
     """
     import numpy as np
 
-    from megatron_sov.rollouts.prompts import pieces, round_prompts
-    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout, part_name
+    from megatron_sov.judge.rollouts.prompts import pieces, round_prompts
+    from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout, part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])
@@ -629,7 +629,7 @@ def write_round() -> Callable[..., None]:
 def _written_scores(path: Path, scores: list[float | None], *, clusters: list[str] | None = None,
                     metric: str = "acc", value: float | None = None, model: str = "a", **fields: Any) -> Path:
     """Write results of one task, as `eval lm` would."""
-    from megatron_sov.eval.lm.results import EvaluatedModel, Item, Metric, Results, TaskScores, write_results
+    from megatron_sov.bench.lm.results import EvaluatedModel, Item, Metric, Results, TaskScores, write_results
 
     known = [s for s in scores if s is not None]
     first = Metric(metric, sum(known) / len(known) if value is None and known else value,

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.codecs.folder import save_codec
-from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.codecs.sounds.fsq import FSQSettings, FSQTokenizer
-from megatron_sov.config import apply_settings
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.model.config import apply_settings
+from megatron_sov.omni.codecs.folder import save_codec
+from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
+from megatron_sov.omni.codecs.sounds.fsq import FSQSettings, FSQTokenizer
 from tokenizer.media.command import MediaTokens, add_media
 
 GRID, NUM_PICTURE_TOKENS, NUM_SOUND_TOKENS = 4, 16, 512
@@ -38,13 +38,13 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
 
     tokenizer = path.with_name(f"{path.name}-tokenizer")
     add_media(plain_tokenizer, tokenizer, MediaTokens(NUM_SOUND_TOKENS, NUM_PICTURE_TOKENS))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import cli
-from megatron_sov.command_line import Parser
-from megatron_sov.settings import options_of
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.settings import options_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,11 +23,11 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 
 TYPED = {
     "README.md": "tests/test_readme.py",
-    "docs/card.md": "tests/card/test_command.py",
-    "docs/codecs.md": "tests/commands/test_codec.py",
-    "docs/convert.md": "tests/convert/test_convert_page.py",
+    "docs/card.md": "tests/publish/card/test_command.py",
+    "docs/codecs.md": "tests/commands/models/test_codec.py",
+    "docs/convert.md": "tests/engine/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data_pages.py",
-    "docs/data_journey.md": "tests/data_prep/journey/test_journey_page.py",
+    "docs/data_journey.md": "tests/data_prep/curate/journey/test_journey_page.py",
     "docs/data_pipeline.md": "tests/test_docs_data_pipeline.py",
     "docs/data_scoring.md": "tests/test_docs_data_scoring.py",
     "docs/decontamination.md": "tests/test_docs_dedup_pages.py",
@@ -35,25 +35,25 @@ TYPED = {
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
     "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
-    "docs/kubernetes.md": "tests/kubernetes/test_submit.py",
+    "docs/kubernetes.md": "tests/operate/kubernetes/test_submit.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
-    "docs/media_decoders.md": "tests/codecs/test_decoders_page.py",
+    "docs/media_decoders.md": "tests/omni/codecs/test_decoders_page.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
     "docs/mixtures.md": "tests/data_prep/mixture/test_page_of_docs.py",
     "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
-    "docs/plan_accounts.md": "tests/plan/test_page.py",
+    "docs/plan_accounts.md": "tests/plan/pages/test_page.py",
     "docs/rewards.md": "tests/commands/test_score.py",
-    "docs/rollout_store.md": "tests/commands/test_rl_store.py",
-    "docs/serve.md": "tests/serving/test_serve.py",
-    "docs/slurm.md": "tests/slurm/test_submit.py",
+    "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
+    "docs/serve.md": "tests/serve/test_serve.py",
+    "docs/slurm.md": "tests/operate/slurm/test_submit.py",
     "docs/synth_documents.md": "tests/test_docs_synth_documents.py",
     "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
     "docs/synth_autoif.md": "tests/data_prep/synth/generators/autoif/test_page.py",
     "docs/synth_solutions.md": "tests/test_docs_synth_solutions.py",
     "docs/tokenizer.md": "tests/test_docs_data_pages.py",
-    "docs/tools.md": "tests/commands/test_tools.py",
+    "docs/tools.md": "tests/commands/rl/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",
     "docs/tutorials/company.md": "tests/test_tutorials.py",
     "docs/tutorials/national_lab.md": "tests/test_tutorials.py",
@@ -66,8 +66,8 @@ command is parsed, and its settings are applied to the recipe."""
 SHELL = {
     "make": "its target stands in the Makefile", "pip": "its extra stands in setup.py",
     "python": "its script exists", "docker": "tests/test_containers.py",
-    "apptainer": "tests/test_containers.py", "sh": "tests/bundle",
-    "srun": "tests/slurm", "salloc": "tests/slurm", "sbatch": "tests/slurm",
+    "apptainer": "tests/test_containers.py", "sh": "tests/operate/bundle",
+    "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
     "kubectl": "not run",

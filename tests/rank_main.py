@@ -33,11 +33,11 @@ import data_prep.cli
 import megatron_sov.cli
 import tokenizer.cli
 from megatron_sov import recipes
-from megatron_sov.config import apply_settings, layout_settings
-from megatron_sov.mcore.parallel import launcher
+from megatron_sov.engine.mcore.parallel import launcher
+from megatron_sov.model.config import apply_settings, layout_settings
 from megatron_sov.version import OUR_PACKAGES
-from megatron_sov.work.children import die_with_parent
-from megatron_sov.work.watch import OwnTime, Watch
+from megatron_sov.work.processes.children import die_with_parent
+from megatron_sov.work.processes.watch import OwnTime, Watch
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # jobs' files import what tests share
@@ -160,12 +160,13 @@ def wait_for(child: int, timeout_s: float) -> int:
 
 def warm(doubles: list[str]) -> None:
     """Import what forks will need."""
-    from megatron_sov.mcore.parallel import cpu_shims
+    from megatron_sov.engine.mcore.parallel import cpu_shims
 
     sys.path[:0] = doubles  # megatron looks for the library while it is imported
     cpu_shims.prepare_megatron()
-    from megatron_sov.mcore.model import specs
-    from megatron_sov.train import lm, stage  # noqa: F401  (ranks need them)
+    from megatron_sov.engine.mcore.model import specs
+    from megatron_sov.train.objectives import lm  # noqa: F401  (ranks need it)
+    from megatron_sov.train.stages import stage  # noqa: F401  (ranks need it)
 
     if doubles:
         specs.on_gpu = lambda: True

@@ -15,8 +15,8 @@ import pytest
 
 import megatron_sov
 from megatron_sov import api
-from megatron_sov.errors import GateFailed, StopRequested, UserError
-from megatron_sov.work import commands
+from megatron_sov.base.errors import GateFailed, StopRequested, UserError
+from megatron_sov.work.processes import commands
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
 
@@ -64,7 +64,7 @@ def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path, warm_pyt
 
 
 def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None:
-    config = megatron_sov.recipes.get("tiny-qwen3")
+    config = megatron_sov.model.recipes.get("tiny-qwen3")
     with pytest.raises(UserError,
                        match=r"^--data .*none: does not exist; pass a folder made by `sov-data pack`$"):
         api.pretrain(config, [tmp_path / "none"], tmp_path / "run")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -23,92 +23,69 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-BASE = {"errors", "version", "command_line", "plugins", "settings", "config", "outputs",
-        "digests", "artifacts", "compiled", "pretrained", "sealed", "work", "clusters",
-        "byte_bpe", "documents", "media", "codecs", "chat", "endpoints", "rewards", "obs", "pages"}
-GROUND = BASE | {"models", "counterparts", "objectives", "recipes", "plan", "runs", "tools", "rollouts"}
-FIRST = GROUND | {"data", "mcore"}
-SECOND = FIRST | {"train", "convert", "generate"}
-THIRD = SECOND | {"eval"}
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(), "version": set(), "command_line": {"errors", "version", "documents"},
-    "plugins": {"errors", "version", "settings"}, "settings": {"errors"},
-    "config": {"errors", "plugins", "settings"}, "outputs": {"errors"},
-    "digests": set(), "compiled": set(), "artifacts": {"errors", "version", "outputs", "digests"},
-    "work": {"errors", "version", "outputs", "artifacts", "documents", "obs", "sealed", "settings",
-             "clusters"},
-    "pretrained": {"errors"},
-    # what reads pictures and sounds is enclosed as what runs programs is
-    "media": {"errors", "artifacts", "outputs", "documents", "compiled", "work", "settings"},
-    # networks: whoever needs them opens them where they are needed; pickles are bounded as templates are
-    "codecs": {"errors", "settings", "config", "artifacts", "digests", "outputs", "documents",
-               "media", "obs", "pages", "chat", "pretrained", "work"},
-    "sealed": {"errors", "artifacts", "digests"},
-    "byte_bpe": set(), "documents": {"errors", "compiled", "sealed"}, "endpoints": {"errors", "settings"},
-    "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
-    "pages": {"version", "documents"},
-    "models": BASE, "counterparts": BASE | {"models"}, "objectives": BASE,
-    "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
-    "runs": BASE, "clusters": {"errors", "settings", "obs"}, "data": GROUND, "mcore": GROUND,
-    # both accept a Hugging Face folder
-    "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},
-    "eval": SECOND, "serving": SECOND,
-    "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
-    "report": GROUND, "card": GROUND, "ladder": GROUND,
-    "kubernetes": GROUND | {"slurm"},
-    "bundle": BASE, "commands": THIRD | {"serving", "extend", "post", "doctor", "slurm", "kubernetes",
-                                         "report", "card", "ladder", "bundle"},
-    "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
-    "tokenizer": BASE, "data_prep": BASE | {"runs", "tools"},
-}
-"""Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only
-where it is named."""
+HALLS = ("version", "base", "work", "model", "runs", "judge", "omni", "plan", "engine", "train", "infer",
+         "eval", "post", "bench", "serve", "operate", "publish", "commands",
+         "api", "cli", "__main__", "__init__")
+"""What stands in `megatron_sov`, in the order of the flow: each imports only what stands before it."""
+LEAVES = {"bench", "serve", "operate", "publish"}
+"""Halls that only commands import: they stand on the core, and not on each other."""
+PROGRAMS = {"tokenizer": "omni", "data_prep": "omni"}
+"""Packages beside `megatron_sov` -> the last hall that they may import."""
+LIGHT = {"publish": "plan", "operate": "engine", "api": "runs", "cli": "base"}
+"""Hall -> the last hall that it may import, where that is less than its place allows, commands left out."""
+MOST_AT_THE_TOP = 12
+"""Files and folders of a hall."""
 
 WINGS: dict[str, tuple[set[str], ...]] = {
-    "megatron_sov/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
+    "megatron_sov/judge": ({"rewards"}, {"tools", "rollouts"}),
+    "megatron_sov/model": ({"config"}, {"families"}, {"recipes", "counterparts"}),
+    "megatron_sov/omni": ({"media"}, {"codecs"}),
+    "megatron_sov/engine": ({"data", "mcore"}, {"convert"}),
+    "megatron_sov/engine/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
     "megatron_sov/train": ({"guards", "side_jobs"}, {""}),
     "megatron_sov/plan": ({"speed"}, {"tables"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
-    "data_prep": ({"sources", "journey", "demo", "pipelines"}, {"pipeline"},
-                  {"quality", "dedup", "scoring", "mixture"}, {"decontamination"}),
+    "data_prep/curate": ({"sources", "journey", "pipelines"}, {"pipeline"},
+                         {"quality", "dedup", "scoring"}, {"decontamination"}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare", "media"}),
 }
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
 itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
-TORCH_FREE = GROUND - {"codecs"} | {
-    "doctor", "report", "card", "ladder", "bundle", "commands", "cli", "api", "__init__",
-    "tokenizer", "data_prep", "slurm", "kubernetes"}
+TORCH_FREE = {"version", "base", "work", "model", "runs", "judge", "omni", "plan", "operate", "publish",
+              "commands", "cli", "api", "__init__", "tokenizer", "data_prep"}
+NETWORKS = "megatron_sov/omni/codecs/"
+"""Of a hall without torch, what is imported where networks are wanted alone."""
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-MAY_UNPICKLE = {"megatron_sov/mcore/parallel/launcher.py", "megatron_sov/work/array_job.py",
-                "megatron_sov/work/arrays.py"}
+MAY_UNPICKLE = {"megatron_sov/engine/mcore/parallel/launcher.py", "megatron_sov/work/submit/array_job.py",
+                "megatron_sov/work/submit/arrays.py"}
 """They pass work of ours on to processes of ours."""
 STARTS = {"Popen", "Process", "Pool", "ProcessPoolExecutor", "fork", "flock", "get_context", "prctl"}
 _INSIDE = "runs inside of the sandbox"
-MAY_START = {"megatron_sov/mcore/parallel/launcher.py": "ranks",
-             "megatron_sov/artifacts.py": "holds temporary folders",
-             "megatron_sov/rewards/check_program.py": _INSIDE,
-             "megatron_sov/rewards/solution_tests.py": _INSIDE}
+MAY_START = {"megatron_sov/engine/mcore/parallel/launcher.py": "ranks",
+             "megatron_sov/base/artifacts.py": "holds temporary folders",
+             "megatron_sov/judge/rewards/check_program.py": _INSIDE,
+             "megatron_sov/judge/rewards/solution_tests.py": _INSIDE}
 """File outside of work that starts processes or holds locks -> why."""
-MAY_RENAME = {"megatron_sov/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
+MAY_RENAME = {"megatron_sov/engine/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
-              "megatron_sov/commands/eval_passk.py": "into an artifact that is made"}
+              "megatron_sov/commands/evaluate/eval_passk.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
 """What errors and programs say."""
 _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
 CUT_ANYWHERE = {
-    "megatron_sov/counterparts/settings.py": "the words of a script",
-    "megatron_sov/slurm/attempts.py": _PROGRAM, "megatron_sov/slurm/submission.py": _PROGRAM,
-    "megatron_sov/clusters/client.py": _PROGRAM, "megatron_sov/work/background.py": _PROGRAM,
+    "megatron_sov/model/counterparts/settings.py": "the words of a script",
+    "megatron_sov/operate/slurm/attempts.py": _PROGRAM, "megatron_sov/operate/slurm/submission.py": _PROGRAM,
+    "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "data_prep/mixture/search.py": _PROGRAM, "data_prep/synth/models.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
-    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/planning.py": _SYSTEM,
+    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/stages/planning.py": _SYSTEM,
     "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
-    "data_prep/journey/telling.py": "text that is shown; ends of lines that differ are told",
-    "data_prep/quality/rules/step.py": _PUBLISHED}
+    "data_prep/curate/journey/telling.py": "text that is shown; ends of lines that differ are told",
+    "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 
@@ -125,8 +102,8 @@ class Source:
         return self.path.relative_to(self.root).as_posix()
 
     @property
-    def room(self) -> str:
-        """The room of megatron_sov (`config.py` is the room `config`), or the top-level package."""
+    def hall(self) -> str:
+        """The hall of megatron_sov (`api.py` is the hall `api`), or the top-level package."""
         parts = self.path.relative_to(self.root).with_suffix("").parts
         return parts[1] if parts[0] == "megatron_sov" and len(parts) > 1 else parts[0]
 
@@ -176,32 +153,44 @@ def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def sources(root: Path) -> list[Source]:
-    """Return all sources of the rooms, and scripts at the top such as demo.py."""
+    """Return all sources of the halls, and scripts at the top such as demo.py."""
     inside = [p for package in OUR_PACKAGES for p in (root / package).rglob("*.py")]
     return [Source(root, p) for p in sorted([*inside, *root.glob("*.py")])]
 
 
+def may_import(hall: str) -> set[str]:
+    """Return the halls that a hall, or a package beside them, may import."""
+    last = PROGRAMS.get(hall) or LIGHT.get(hall)
+    below = set(HALLS[:HALLS.index(last) + 1] if last else HALLS[:HALLS.index(hall)])
+    if hall == "cli":
+        return below | {"runs", "commands"}
+    if hall == "__main__":
+        return {"cli"}
+    return below if hall == "commands" else below - LEAVES
+
+
 def import_problems(source: Source) -> Iterator[str]:
-    """Downwards only; the one door to megatron; nothing heavy where `--help` passes."""
+    """Upwards in the list only; the one door to megatron; nothing heavy where `--help` passes."""
+    here = source.hall
     for line, name in source.imports():
         parts = name.split(".")
         where = f"{source.name}:{line}: imports {name}"
-        if parts[0] == "megatron_sov" and len(parts) > 1 and source.room in MAY_IMPORT:
-            target = parts[1]
-            if target != source.room and target not in MAY_IMPORT[source.room]:
-                yield f"{where}: room '{source.room}' may not import '{target}'"
-        if parts[0] in {"tokenizer", "data_prep"} - {source.room} and source.room in MAY_IMPORT:
-            yield f"{where}: rooms meet '{parts[0]}' in artifacts only"
-        if parts[0] == "megatron" and source.room != "mcore":
-            yield f"{where}: only megatron_sov/mcore imports megatron"
+        known = here in HALLS or here in PROGRAMS
+        forbidden = set(HALLS) - {here} - may_import(here) if known else set()
+        if parts[0] == "megatron_sov" and set(parts[1:2]) & forbidden:
+            yield f"{where}: hall '{here}' may not import '{parts[1]}'"
+        if known and parts[0] in set(PROGRAMS) - {here}:
+            yield f"{where}: halls meet '{parts[0]}' in artifacts only"
+        if parts[0] == "megatron" and not source.name.startswith("megatron_sov/engine/mcore/"):
+            yield f"{where}: only megatron_sov/engine/mcore imports megatron"
         if parts[:2] in (["megatron", "training"], ["megatron", "legacy"]):
             yield f"{where}: only megatron.core is used"
         if parts[0] == "apex":
             yield f"{where}: apex is not used"
         if parts[0] in PICKLES and source.name not in MAY_UNPICKLE:
             yield f"{where}: foreign files are not unpickled"
-    if (source.room in TORCH_FREE or source.path.stem in ("cli", "command")
-            or source.path.stem.endswith("_command")):
+    free = here in TORCH_FREE and not source.name.startswith(NETWORKS)
+    if free or source.path.stem == "command" or source.path.stem.endswith("_command"):
         for line, name in source.imports(top_level_only=True):
             if name.split(".")[0] in HEAVY:
                 yield (f"{source.name}:{line}: imports {name} at module level; "
@@ -209,26 +198,26 @@ def import_problems(source: Source) -> Iterator[str]:
 
 
 def wing_problems(source: Source) -> Iterator[str]:
-    """Inside a room its wings stand on floors too."""
+    """Inside a hall its wings stand on floors too."""
     for folder, floors in WINGS.items():
-        here = _wing(source.path, source.root / folder)
         level = {wing: i for i, wings in enumerate(floors) for wing in wings}
+        here = _wing(source.path, source.root / folder, level)
         if here not in level:
             continue
         for line, name in source.imports():
             target = source.root.joinpath(*name.split("."))
-            there = _wing(target, source.root / folder)
+            there = _wing(target, source.root / folder, level)
             if there in level and there != here and level[there] >= level[here]:
                 yield (f"{source.name}:{line}: imports {name}: wing '{here}' of {folder} may not "
                        f"import '{there}'")
 
 
-def _wing(path: Path, folder: Path) -> str | None:
+def _wing(path: Path, folder: Path, wings: Collection[str]) -> str | None:
     """Return the sub-folder of `folder` that a module lies in, "" for a file of its own, None outside."""
     if not path.is_relative_to(folder) or path == folder:
         return None
     first = path.relative_to(folder).parts[0]
-    return first if (folder / first).is_dir() else ""
+    return first if first in wings or (folder / first).is_dir() else ""
 
 
 def circles(found: list[Source]) -> list[str]:
@@ -246,11 +235,16 @@ def circles(found: list[Source]) -> list[str]:
     return []
 
 
-def room_problems(source: Source) -> Iterator[str]:
-    """Every room stands in the table, so that a new one is given its floor."""
-    if (source.path.parent != source.root and source.room not in MAY_IMPORT
-            and source.path.name != "__init__.py"):
-        yield f"{source.name}: room '{source.room}' has no floor; add it to MAY_IMPORT"
+def hall_problems(source: Source) -> Iterator[str]:
+    """Every hall stands in the list, so that a new one is given its place, and shows few things."""
+    path = source.path.relative_to(source.root)
+    if path.parts[0] == "megatron_sov" and source.hall not in HALLS:
+        yield f"{source.name}: hall '{source.hall}' has no place; add it to HALLS"
+    if path.name == "__init__.py" and len(path.parts) == (3 if path.parts[0] == "megatron_sov" else 2):
+        shown = {p.stem for p in source.path.parent.iterdir()
+                 if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+        if len(shown) > MOST_AT_THE_TOP:
+            yield f"{source.name}: shows {len(shown)} files and folders, at most {MOST_AT_THE_TOP}"
 
 
 def loading_problems(source: Source) -> Iterator[str]:
@@ -268,10 +262,10 @@ def loading_problems(source: Source) -> Iterator[str]:
 def model_problems(source: Source) -> Iterator[str]:
     """A model that a library loads is loaded in one place, which refuses weights that it would make up."""
     for node in ast.walk(source.tree):
-        if (source.name != "megatron_sov/pretrained.py" and isinstance(node, ast.Attribute)
+        if (source.name != "megatron_sov/model/pretrained.py" and isinstance(node, ast.Attribute)
                 and node.attr == "from_pretrained" and "Tokenizer" not in ast.unparse(node.value)):
             yield (f"{source.name}:{node.lineno}: {ast.unparse(node)} makes up weights that are missing; use "
-                   "megatron_sov.pretrained.load_pretrained")
+                   "megatron_sov.model.pretrained.load_pretrained")
 
 
 def line_problems(source: Source) -> Iterator[str]:
@@ -299,7 +293,7 @@ def size_problems(source: Source) -> Iterator[str]:
 
 
 def work_problems(source: Source) -> Iterator[str]:
-    """Processes are started and locks held in one room, beside the launcher of ranks."""
+    """Processes are started and locks held in one hall, beside the launcher of ranks."""
     if source.name.startswith("megatron_sov/work/") or source.name in MAY_START:
         return
     for node in ast.walk(source.tree):
@@ -317,7 +311,7 @@ def rename_problems(source: Source) -> Iterator[str]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.rename", "os.replace"):
             yield (f"{source.name}:{node.lineno}: {ast.unparse(node.func)}: use new_file, new_folder or "
-                   "delete_folder of megatron_sov.artifacts")
+                   "delete_folder of megatron_sov.base.artifacts")
 
 
 def data_problems(source: Source) -> Iterator[str]:
@@ -329,7 +323,7 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
-RULES = (import_problems, wing_problems, room_problems, loading_problems, model_problems, line_problems,
+RULES = (import_problems, wing_problems, hall_problems, loading_problems, model_problems, line_problems,
          size_problems, work_problems, rename_problems, data_problems)
 
 
@@ -351,7 +345,7 @@ def problems(house: list[Source]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("rule", [rule.__name__ for rule in RULES])
 def test_the_house_keeps_its_rules(rule: str, house: list[Source], problems: dict[str, list[str]]) -> None:
-    assert {"config", "artifacts", "mcore", "tokenizer", "data_prep"} <= {s.room for s in house}
+    assert {"base", "model", "engine", "tokenizer", "data_prep"} <= {s.hall for s in house}
     assert problems[rule] == []
 
 
@@ -364,47 +358,54 @@ def test_no_files_import_each_other_in_a_circle(tmp_path: Path, house: list[Sour
 
 
 BAD = [
-    ("megatron_sov/config/run.py", "from megatron_sov.artifacts import to_json",
-     "room 'config' may not import 'artifacts'"),
-    ("megatron_sov/data/order.py", "def f():\n    import megatron_sov.train.loop",
-     "room 'data' may not import 'train'"),
-    ("megatron_sov/data/order.py", "from ..train import loop", "room 'data' may not import 'train'"),
-    ("megatron_sov/mcore/model/specs.py", "from megatron_sov import data",
-     "room 'mcore' may not import 'data'"),
-    ("megatron_sov/train/loop.py", "from megatron_sov import post", "room 'train' may not import 'post'"),
-    ("tokenizer/train.py", "from megatron_sov.models import count",
-     "room 'tokenizer' may not import 'models'"),
-    ("data_prep/pack.py", "import tokenizer.train", "rooms meet 'tokenizer' in artifacts only"),
-    ("data_prep/pack.py", "def f():\n    import megatron.core", "only megatron_sov/mcore imports megatron"),
-    ("demo.py", "from megatron.core import parallel_state", "only megatron_sov/mcore imports megatron"),
-    ("megatron_sov/mcore/model/specs.py", "from megatron.training import get_args",
+    ("megatron_sov/base/artifacts.py", "from megatron_sov.model.config import RunConfig",
+     "hall 'base' may not import 'model'"),
+    ("megatron_sov/engine/data/order.py", "from megatron_sov.engine.convert import proof",
+     "wing 'data' of megatron_sov/engine may not import 'convert'"),
+    ("megatron_sov/train/loop.py", "from megatron_sov.publish.report import page",
+     "hall 'train' may not import 'publish'"),
+    ("megatron_sov/engine/data/order.py", "def f():\n    import megatron_sov.train.loop",
+     "hall 'engine' may not import 'train'"),
+    ("megatron_sov/engine/data/order.py", "from ...train import loop",
+     "hall 'engine' may not import 'train'"),
+    ("megatron_sov/engine/mcore/model/specs.py", "from megatron_sov.engine import data",
+     "wing 'mcore' of megatron_sov/engine may not import 'data'"),
+    ("megatron_sov/train/loop.py", "from megatron_sov import post", "hall 'train' may not import 'post'"),
+    ("tokenizer/train.py", "from megatron_sov.plan import pricing",
+     "hall 'tokenizer' may not import 'plan'"),
+    ("data_prep/shards/pack.py", "import tokenizer.train", "halls meet 'tokenizer' in artifacts only"),
+    ("data_prep/shards/pack.py", "def f():\n    import megatron.core",
+     "only megatron_sov/engine/mcore imports megatron"),
+    ("demo.py", "from megatron.core import parallel_state",
+     "only megatron_sov/engine/mcore imports megatron"),
+    ("megatron_sov/engine/mcore/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
-    ("megatron_sov/mcore/model/specs.py", "import apex", "apex is not used"),
-    ("megatron_sov/ladder/state.py", "from megatron_sov.train import stage",
-     "room 'ladder' may not import 'train'"),
-    ("megatron_sov/report/page.py", "def f():\n    from megatron_sov import mcore",
-     "room 'report' may not import 'mcore'"),
-    ("megatron_sov/data/order.py", "import pickle", "not unpickled"),
-    ("megatron_sov/recipes/tiny.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
+    ("megatron_sov/engine/mcore/model/specs.py", "import apex", "apex is not used"),
+    ("megatron_sov/publish/ladder/state.py", "from megatron_sov.train import stage",
+     "hall 'publish' may not import 'train'"),
+    ("megatron_sov/publish/report/page.py", "def f():\n    from megatron_sov.engine import mcore",
+     "hall 'publish' may not import 'engine'"),
+    ("megatron_sov/engine/data/order.py", "import pickle", "not unpickled"),
+    ("megatron_sov/model/recipes/tiny.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
      "at module level"),
-    ("megatron_sov/commands/pretrain.py", "from transformers import AutoTokenizer", "at module level"),
-    ("megatron_sov/commands/sft.py", "import torch.distributed as dist", "at module level"),
+    ("megatron_sov/commands/train/pretrain.py", "from transformers import AutoTokenizer", "at module level"),
+    ("megatron_sov/commands/train/sft.py", "import torch.distributed as dist", "at module level"),
     ("megatron_sov/train/loop.py", "x = torch.load(f)", "weights_only=True"),
     ("megatron_sov/train/loop.py", "x = torch.load(f, weights_only=False)", "weights_only=True"),
-    ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
-    ("megatron_sov/eval/lm/local.py", "m = AutoModelForCausalLM.from_pretrained(f)", "makes up weights"),
-    ("data_prep/pack.py", "from_f = transformers.AutoModel.from_pretrained", "makes up weights"),
-    ("megatron_sov/data/order.py", "x = text.splitlines()", "cuts data at more than newlines"),
-    ("megatron_sov/data/utils.py", "", "named after nothing"),
-    ("megatron_sov/cellar/wine.py", "", "has no floor"),
-    ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval",
-     "room 'slurm' may not import 'commands'"),
-    ("megatron_sov/slurm/chain.py", "from megatron_sov.train import stage_config",
-     "room 'slurm' may not import 'train'"),
+    ("megatron_sov/engine/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
+    ("megatron_sov/bench/lm/local.py", "m = AutoModelForCausalLM.from_pretrained(f)", "makes up weights"),
+    ("data_prep/shards/pack.py", "from_f = transformers.AutoModel.from_pretrained", "makes up weights"),
+    ("megatron_sov/engine/data/order.py", "x = text.splitlines()", "cuts data at more than newlines"),
+    ("megatron_sov/engine/data/utils.py", "", "named after nothing"),
+    ("megatron_sov/cellar/wine.py", "", "has no place"),
+    ("megatron_sov/operate/slurm/stages.py", "from megatron_sov.commands import eval",
+     "hall 'operate' may not import 'commands'"),
+    ("megatron_sov/operate/slurm/chain.py", "from megatron_sov.train import stage_config",
+     "hall 'operate' may not import 'train'"),
     ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
     ("slurm/chains.py", "", "slurm holds data alone"),
-    ("megatron_sov/data/order.py", "x = 1\n" * 601, "has 601 lines"),
-    ("megatron_sov/data/order.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
+    ("megatron_sov/engine/data/order.py", "x = 1\n" * 601, "has 601 lines"),
+    ("megatron_sov/engine/data/order.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
 ]
 
 
@@ -421,21 +422,22 @@ def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expecte
 
 def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
     for wing in ("parallel", "model", "optimizer", "decode"):
-        (tmp_path / "megatron_sov/mcore" / wing).mkdir(parents=True)
-    mcore = tmp_path / "megatron_sov/mcore"
-    (mcore / "parallel/world.py").write_text("from megatron_sov.mcore.model import specs")
-    (mcore / "model/specs.py").write_text("from megatron_sov.mcore.parallel import world")
+        (tmp_path / "megatron_sov/engine/mcore" / wing).mkdir(parents=True)
+    mcore = tmp_path / "megatron_sov/engine/mcore"
+    (mcore / "parallel/world.py").write_text("from megatron_sov.engine.mcore.model import specs")
+    (mcore / "model/specs.py").write_text("from megatron_sov.engine.mcore.parallel import world")
     (mcore / "decode/cached.py").write_text(
-        "def f():\n    from megatron_sov.mcore.optimizer.muon import Muon")
+        "def f():\n    from megatron_sov.engine.mcore.optimizer.muon import Muon")
     assert [problem for source in sources(tmp_path) for problem in wing_problems(source)] == [
-        "megatron_sov/mcore/decode/cached.py:2: imports megatron_sov.mcore.optimizer.muon.Muon: "
-        "wing 'decode' of megatron_sov/mcore may not import 'optimizer'",
-        "megatron_sov/mcore/parallel/world.py:1: imports megatron_sov.mcore.model.specs: "
-        "wing 'parallel' of megatron_sov/mcore may not import 'model'"]
+        "megatron_sov/engine/mcore/decode/cached.py:2: imports "
+        "megatron_sov.engine.mcore.optimizer.muon.Muon: wing 'decode' of megatron_sov/engine/mcore "
+        "may not import 'optimizer'",
+        "megatron_sov/engine/mcore/parallel/world.py:1: imports megatron_sov.engine.mcore.model.specs: "
+        "wing 'parallel' of megatron_sov/engine/mcore may not import 'model'"]
 
 
 def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "megatron_sov/commands/pretrain.py"
+    path = tmp_path / "megatron_sov/commands/train/pretrain.py"
     path.parent.mkdir(parents=True)
     path.write_text("from typing import TYPE_CHECKING\n"
                     "if TYPE_CHECKING:\n    import torch\ndef run():\n    import torch\n")

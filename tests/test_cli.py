@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.errors import ExitCode
+from megatron_sov.base.errors import ExitCode
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "megatron.core")
@@ -184,10 +184,11 @@ def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
 
 
 @pytest.mark.parametrize(("command", "first"),
-                         [("commands/pretrain.py", "train.stage"), ("commands/extend.py", "extend.stages"),
-                          ("commands/sft.py", "post.sft import"),
-                          ("commands/generate.py", "generate.target import find_target"),
-                          ("commands/eval_passk.py", "generate.target import find_target")])
+                         [("commands/train/pretrain.py", "train.stages.stage"),
+                          ("commands/train/extend.py", "post.extend.stages"),
+                          ("commands/train/sft.py", "post.sft import"),
+                          ("commands/models/generate.py", "infer.engines.target import find_target"),
+                          ("commands/evaluate/eval_passk.py", "infer.engines.target import find_target")])
 def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
     """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step,
     and warnings abound."""

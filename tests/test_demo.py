@@ -10,10 +10,10 @@ import pytest
 
 from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli, recipes
-from megatron_sov.command_line import Parser
-from megatron_sov.config import apply_settings
-from megatron_sov.rewards.surface import Format
-from megatron_sov.settings import options_of
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.settings import options_of
+from megatron_sov.judge.rewards.surface import Format
+from megatron_sov.model.config import apply_settings
 from tokenizer.cli import build_parser as sov_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))

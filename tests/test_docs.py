@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.config import ParallelConfig, apply_settings
-from megatron_sov.errors import UserError
-from megatron_sov.plugins.loading import is_reference
-from megatron_sov.recipes.requested import BuiltIn, training_request
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.loading import is_reference
+from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.model.recipes.requested import BuiltIn, training_request
 from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 

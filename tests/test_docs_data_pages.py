@@ -15,7 +15,7 @@ import pytest
 import data_prep.cli
 import tokenizer.cli
 from data_prep.demo import corpus
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 
 DOCS = Path(__file__).parents[1] / "docs"
 MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}

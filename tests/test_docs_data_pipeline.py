@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import cli
-from data_prep.pipeline.step import STEPS
+from data_prep.curate.pipeline.step import STEPS
 
 PAGE = (Path(__file__).parents[1] / "docs/data_pipeline.md").read_text()
 OWN = """import dataclasses

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from data_prep.cli import main
-from data_prep.pipeline.step import STEPS, step_class
-from data_prep.scoring.labels import HIGHEST
-from megatron_sov.settings import problems_of
-from tests.data_prep.scoring.planted import planted, write_lines
+from data_prep.curate.pipeline.step import STEPS, step_class
+from data_prep.curate.scoring.labels import HIGHEST
+from megatron_sov.base.settings import problems_of
+from tests.data_prep.curate.scoring.planted import planted, write_lines
 
 PAGE = (Path(__file__).parents[1] / "docs/data_scoring.md").read_text(encoding="utf-8")
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import data_prep.cli
-from data_prep.pipeline.step import step_class
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.settings import problems_of
+from data_prep.curate.pipeline.step import step_class
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.settings import problems_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 QUESTION = "How many barrels of oil does a refinery with twelve towers fill each morning?"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.plan import space
+from megatron_sov.plan.search import space
 
 PAGE = (Path(__file__).parents[1] / "docs/plan.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

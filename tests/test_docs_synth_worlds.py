@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
+from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.cli import main as megatron_sov
-from megatron_sov.documents.messages import read_messages
-from megatron_sov.tools.virtual.expressions import FUNCTIONS
-from megatron_sov.tools.virtual.spec import COLUMN_WORDS, problems_of
-from megatron_sov.tools.virtual.steps import VERBS
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.judge.tools.virtual.expressions import FUNCTIONS
+from megatron_sov.judge.tools.virtual.spec import COLUMN_WORDS, problems_of
+from megatron_sov.judge.tools.virtual.steps import VERBS
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.actors import goals, tool_trajectories, worlds

@@ -203,11 +203,11 @@ def write_documents(folder: Path) -> None:
 
 def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None]) -> None:
     """Write two judged rounds of scripted responses, and the prompts that they answer."""
-    from megatron_sov.config import RolloutConfig
-    from megatron_sov.digests import file_digest
-    from megatron_sov.rewards.registry import make, order
-    from megatron_sov.rollouts.prompts import read_prompts
-    from megatron_sov.rollouts.store import Store
+    from megatron_sov.base.digests import file_digest
+    from megatron_sov.judge.rewards.registry import make, order
+    from megatron_sov.judge.rollouts.prompts import read_prompts
+    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.model.config import RolloutConfig
 
     write_lines(folder / "asked.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
     rollout = RolloutConfig(rounds=2, prompts_per_round=2, samples_per_prompt=2, steps_per_round=1,
@@ -220,8 +220,8 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
 
 def write_codec(folder: Path) -> None:
     """Write an untrained tokenizer of pictures."""
-    from megatron_sov.codecs.folder import save_codec
-    from megatron_sov.codecs.images.simvq import SimVQSettings, SimVQTokenizer
+    from megatron_sov.omni.codecs.folder import save_codec
+    from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
 
     settings = SimVQSettings(side_pixels=8, grid=2, width=8, num_layers=1, num_heads=2, code_width=4,
                              codebook_size=16)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.artifacts import new_artifact
+from megatron_sov.base.artifacts import new_artifact
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 STEPS = "train.steps=200"

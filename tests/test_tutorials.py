@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.artifacts import new_artifact
+from megatron_sov.base.artifacts import new_artifact
 from tests.pages_typed import lines_of, shell_blocks
 from tests.test_readme import gather
 

@@ -52,10 +52,10 @@ def test_ready_scripts_are_written_from_the_wheel(installed: Path) -> None:
 
 def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:
     program = (
-        "import importlib.resources as r, megatron_sov.recipes as m, megatron_sov.pages as p\n"
+        "import importlib.resources as r, megatron_sov.model.recipes as m, megatron_sov.base.pages as p\n"
         "print(m.__file__, r.files(p).joinpath('templates/page.html.j2').is_file(), m.names()[0])"
     )
     done = run_installed(installed, sys.executable, "-c", program)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(installed / "megatron_sov/recipes/__init__.py"), "True",
+    assert done.stdout.split() == [str(installed / "megatron_sov/model/recipes/__init__.py"), "True",
                                    recipes.names()[0]]

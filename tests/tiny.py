@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
-from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 
 SIZES = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16")
 RUN = ("model.vocab_size=368", "model.hidden_size=32", 'data.phases=[{"name": "main", "seq_len": 32}]')
@@ -19,9 +19,9 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
                seed: int = 1) -> tuple[RunConfig, Any]:
     """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
     model with the initial weights of a seed."""
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
 
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     if layout is not None:
@@ -36,11 +36,11 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
                  faults: str = "", place: Any = None) -> Any:
     """Runs inside a rank: join the world, unless its place is given; return the trainer of a small run on
     packed text."""
-    from megatron_sov.data.token_shards import open_sources
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [*RUN, *settings])

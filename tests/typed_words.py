@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from megatron_sov.command_line import Parser
-from megatron_sov.settings import add_options, problems_of, read_options
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.settings import add_options, problems_of, read_options
 
 S = TypeVar("S")
 

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_sov.work.children import die_with_parent
+from megatron_sov.work.processes.children import die_with_parent
 
 NAMESPACES = {"pid": 0x20000000, "uts": 0x04000000, "mnt": 0x00020000}
 """Of a node -> its flag; that of processes counts for children alone."""

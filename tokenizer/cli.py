@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_sov.command_line import Command, Parser, parser_of, run_program
+from megatron_sov.base.command_line import Command, Parser, parser_of, run_program
 
 COMMANDS = {
     "train": Command("tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text"),

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.documents import Document, cut_at_blank_lines
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.base.documents import Document, cut_at_blank_lines
+from megatron_sov.base.errors import UserError, nearest
 
 PIECE_BYTES = 20_000
 NUM_BUCKETS = 1 << 16

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, MinLen
 
-from megatron_sov.errors import UserError, nearest
-from megatron_sov.settings import (
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.settings import (
     Bound, Breach, Code, Fraction, NotNegativeInt, Place, Problem, SettingsError, find_broken, read,
     read_located, read_text)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.byte_bpe import adversarial_texts
-from megatron_sov.documents import cut_text, list_files, read_documents
+from megatron_sov.base.documents import cut_text, list_files, read_documents
+from megatron_sov.base.documents.byte_bpe import adversarial_texts
 
 Encode = Callable[[str], list[int]]
 CHUNK_BYTES = 20_000

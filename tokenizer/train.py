@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
-from megatron_sov.errors import UserError
-from megatron_sov.settings import (
+from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, Fraction, NotNegative, add_options, not_with, num_cores, read_options)
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.parts import open_parts
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.parts import open_parts
 from tokenizer.mixture import Group, gather_groups
 from tokenizer.presets import PRESETS, Preset, load_preset
 

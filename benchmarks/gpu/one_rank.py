@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.config import RunConfig
-from megatron_sov.data.rows import Row
-from megatron_sov.mcore.model import init
-from megatron_sov.mcore.model.expert_load import ExpertLoad
-from megatron_sov.mcore.model.language_model import build
-from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import world
+from megatron_sov.engine.data.rows import Row
+from megatron_sov.engine.mcore.model import init
+from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
+from megatron_sov.engine.mcore.model.language_model import build
+from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.model.config import RunConfig
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.guards.fault_injection import Faults
-from megatron_sov.train.lm import LanguageModelling
-from megatron_sov.train.microbatch import from_row
-from megatron_sov.train.objective import GlobalBatch
+from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.microbatch import from_row
+from megatron_sov.train.objectives.objective import GlobalBatch
 
 DOCUMENT_TOKENS = 1200
 """Mean length of the random documents that a row is packed from."""

@@ -44,9 +44,9 @@ def one(words: list[str], dry: bool, trace: str) -> dict[str, Any]:
     from one_rank import OneRank
 
     from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.models.count import train_flops_per_token
-    from megatron_sov.train.announcement import memory_of
+    from megatron_sov.model.config import apply_settings
+    from megatron_sov.model.families.count import train_flops_per_token
+    from megatron_sov.train.stages.announcement import memory_of
 
     config = apply_settings(recipes.get(recipe), [*layout, *words])
     runner = OneRank(config, rank, num_ranks)

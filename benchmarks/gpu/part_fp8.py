@@ -20,7 +20,7 @@ DRY_LIMIT = 0.1
 
 def available(setting: Setting) -> dict[str, str]:
     """Return recipe -> why this chip has not got it; empty: it has."""
-    from megatron_sov.mcore.model.gpu_settings import lacking
+    from megatron_sov.engine.mcore.model.gpu_settings import lacking
 
     return dict.fromkeys(RECIPES, "") if setting.dry else lacking()
 

@@ -201,7 +201,7 @@ class Seed:
 
 def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
     """Return what judges recognise in held-out media: as they are, and through the codec and back."""
-    from megatron_sov.codecs.reconstruction import reconstruct
+    from megatron_sov.omni.codecs.reconstruction import reconstruct
 
     found: dict[str, tuple[float, float]] = {}
     for name, rows in questions(shared.index, 0).items():
@@ -252,8 +252,8 @@ def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tup
 
 def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
     """Return the share of drawn pictures that are, token for token, in the training data."""
-    from megatron_sov.media.marks import entries
-    from megatron_sov.media.vocabulary import IMAGE
+    from megatron_sov.base.chat.media_marks import entries
+    from megatron_sov.base.chat.media_vocabulary import IMAGE
 
     corpus = shared.work / f"seed-{seed}/corpus"
     known = {tuple(entries(IMAGE, line)) for file in corpus.glob("*.jsonl")

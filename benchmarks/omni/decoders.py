@@ -32,11 +32,11 @@ import torch
 from PIL import Image
 from pystoi import stoi
 
-from megatron_sov.codecs.folder import open_codec
-from megatron_sov.codecs.images.dit import DiT
-from megatron_sov.codecs.sounds.bigvgan import UnitBigVGAN
-from megatron_sov.codecs.training import decoders, tokenizers
-from megatron_sov.settings import change
+from megatron_sov.base.settings import change
+from megatron_sov.omni.codecs.folder import open_codec
+from megatron_sov.omni.codecs.images.dit import DiT
+from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
+from megatron_sov.omni.codecs.training import decoders, tokenizers
 
 RATE_HZ = speech.SAMPLE_RATE_HZ
 TRAIN_WPM, HELDOUT_WPM = (120, 140, 160, 180), (130, 150, 170)

@@ -33,7 +33,7 @@ from synthesis.written_runs import fates, write_run
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import Generator, NoReply, NoUsableReply, Sample, Verdict
 from data_prep.synth.known import GENERATORS, generator_class
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.base.artifacts import atomic_write
 from tests.data_prep.synth.scripted import ScriptedAsk
 
 ACTORS = Path(__file__).parent / "actors"

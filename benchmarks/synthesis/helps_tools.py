@@ -36,8 +36,8 @@ from synthesis.actors.shop_clerk import call
 from synthesis.endpoint import MODEL as WRITER, ScriptedEndpoint, serving
 from synthesis.helps import ARMS, Taught, report_shares, run_of
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 ROOMS = ("kitchen", "hall", "attic", "cellar", "study", "garage", "nursery", "bath", "porch", "pantry")
 DEVICES = ("lamp", "heater", "fan", "radio", "camera", "screen", "kettle", "blind")

@@ -35,7 +35,7 @@ from synthesis.endpoint import MODEL, ScriptedEndpoint, serving, with_model_faul
 
 from data_prep.cli import main as main_of_data
 from data_prep.synth.known import GENERATORS
-from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.work.endpoints.cache import EndpointCache
 
 WIRE_FAULTS, MODEL_FAULTS = 0.25, 0.02
 TIMEOUT_S, LATE_S, SLOW_S = 4.0, 4.5, 0.02
@@ -45,7 +45,7 @@ LIMIT_S = 240.0
 """For one command."""
 FORKS = multiprocessing.get_context("forkserver")
 MODULES = ["openai", "data_prep.cli", "data_prep.synth.running",
-           "data_prep.synth.finishing", "data_prep.pipeline.running"]
+           "data_prep.synth.finishing", "data_prep.curate.pipeline.running"]
 
 
 @dataclass(frozen=True)

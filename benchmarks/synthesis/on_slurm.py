@@ -3,7 +3,8 @@ beside them, a double that is called vllm, and keep what one process keeps.
 
     python benchmarks/synthesis/on_slurm.py
 
-The cluster is that of the tests (tests/slurm/virtual_cluster.py).  vLLM itself has not been seen here.
+The cluster is that of the tests (tests/operate/slurm/virtual_cluster.py).  vLLM itself has not been seen
+here.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[2] / "tests/slurm"))
+sys.path.append(str(Path(__file__).parents[2] / "tests/operate/slurm"))
 from synthesis.actors import rewrite
 from synthesis.endpoint import ScriptedEndpoint, serving
 from virtual_cluster import PROFILE, VirtualCluster, why_not
 
 from data_prep import cli
-from megatron_sov.work.arrays import Jobs
-from megatron_sov.work.folders import slurm_folder, work_folder
+from megatron_sov.work.progress.folders import slurm_folder, work_folder
+from megatron_sov.work.submit.arrays import Jobs
 
 ROOT = Path(__file__).parents[2]
 VLLM = f"""#!{sys.executable}

@@ -23,10 +23,10 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from megatron_sov.artifacts import new_artifact, refuse_existing
-from megatron_sov.documents import cut_text, list_files, read_documents
-from megatron_sov.errors import UserError
-from megatron_sov.settings import Flag, add_options, read_options
+from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.documents import cut_text, list_files, read_documents
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import Flag, add_options, read_options
 
 # Korean text from Debian documentation packages, where this machine can fetch them.
 

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from data_prep.media.settings import MediaSettings
-from megatron_sov.documents import BadRecord
-from megatron_sov.documents.messages import refuse_deep
-from megatron_sov.errors import UserError
-from megatron_sov.media.banks import MEDIA, PICTURES, SOUNDS
-from megatron_sov.media.items import discrete_audio, discrete_image
-from megatron_sov.media.marks import spelled
-from megatron_sov.media.reading.places import place_of
-from megatron_sov.media.reading.reader import MediaReader, Read
-from megatron_sov.media.reading.videos import VideoFrames
-from megatron_sov.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
-from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_marks import spelled
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.messages import refuse_deep
+from megatron_sov.base.errors import UserError
+from megatron_sov.omni.media.banks import MEDIA, PICTURES, SOUNDS
+from megatron_sov.omni.media.items import discrete_audio, discrete_image
+from megatron_sov.omni.media.reading.places import place_of
+from megatron_sov.omni.media.reading.reader import MediaReader, Read
+from megatron_sov.omni.media.reading.videos import VideoFrames
+from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
 
 BATCH = 16
 """Pictures that a codec sees at a time: always as many, so that what it says of one does not depend on which
@@ -249,7 +249,7 @@ def _opened(folder: Path | None, option: str, device: str, needed: str) -> Any:
     """Return the codec of a folder; None: none is wanted."""
     if folder is None:
         return None
-    from megatron_sov.codecs.folder import open_codec
+    from megatron_sov.omni.codecs.folder import open_codec
 
     codec = open_codec(folder, device)
     if not hasattr(codec, needed) or not hasattr(codec, "encode"):

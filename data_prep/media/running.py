@@ -17,17 +17,18 @@ import numpy as np
 from data_prep.libraries import require
 from data_prep.media.settings import STOP, EncodeMediaOptions, MediaSettings
 from data_prep.media.units import BAD, KIND, RECORDS, ROWS, SUMMARY, Unit, UnitEncoder, bad_medium, plan
-from megatron_sov.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing
-from megatron_sov.errors import UserError
-from megatron_sov.media.banks import KINDS, MEDIA, BankShape, open_bank
-from megatron_sov.media.vocabulary import AUDIO, IMAGE, VIDEO
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.outputs import refuse_nowhere
-from megatron_sov.settings import Code, Problem, SettingsError, add_options, as_problem, read_options
-from megatron_sov.work.arrays import (
+from megatron_sov.base.artifacts import (
+    MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing)
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.settings import Code, Problem, SettingsError, add_options, as_problem, read_options
+from megatron_sov.omni.media.banks import KINDS, MEDIA, BankShape, open_bank
+from megatron_sov.work.progress.folders import slurm_folder, work_folder
+from megatron_sov.work.progress.parts import begin_parts, open_parts, part_folder
+from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.submit.arrays import (
     FINISH_CPUS, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
-from megatron_sov.work.folders import slurm_folder, work_folder
-from megatron_sov.work.parts import begin_parts, open_parts, part_folder
 
 BAD_MEDIA = "bad_media.jsonl"
 MADE_BY = "sov-data encode-media"

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Le
 
-from megatron_sov.artifacts import manifest_sha256, read_manifest
-from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.media.reading.limits import MediaLimits
-from megatron_sov.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
-from megatron_sov.settings import (
+from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, Code, Flag, Problem, num_cores, only_with)
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
+from megatron_sov.omni.media.reading.limits import MediaLimits
+from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
+from megatron_sov.work.submit.cluster_options import ClusterOptions
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from annotated_types import Ge, Le, MaxLen, MinLen
 
-from data_prep.splits import TRAIN
+from data_prep.shards.splits import TRAIN
 from data_prep.tags import is_chosen, tags_of
-from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.settings import Bound, Breach, Code, NotBlank, Problem, read_file
+from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.settings import Bound, Breach, Code, NotBlank, Problem, read_file
 
 SHIPPED = Path(__file__).parents[1] / "pipelines" / "blends"
 """Blends that come with the framework, one file each."""

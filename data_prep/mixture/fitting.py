@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.mixture.search_file import FitName
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 FLOOR = 0.02
 """Added to a share before its logarithm: below it, more of a cluster gains in proportion.  Of 0.005, 0.02,

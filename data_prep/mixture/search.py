@@ -26,17 +26,17 @@ from data_prep.mixture import fitting
 from data_prep.mixture.blend_file import Blend, BlendEntry, BlendPhase, blend_text
 from data_prep.mixture.fitting import Judgement, Shares, Space
 from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
-from data_prep.splits import HELDOUT, TRAIN
+from data_prep.shards.splits import HELDOUT, TRAIN
+from data_prep.shards.token_artifact import read_tokens_manifest, refuse_overlap
 from data_prep.tags import SOURCE, is_chosen, tags_of
-from data_prep.token_artifact import read_tokens_manifest, refuse_overlap
-from megatron_sov.artifacts import (
+from megatron_sov.base.artifacts import (
     atomic_write, disk_errors, manifest_sha256, new_artifact, refuse_existing, sha256_file, to_json)
-from megatron_sov.errors import ExitCode, UserError, how_to_install, nearest
-from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
-from megatron_sov.work.commands import end_commands, start_command
-from megatron_sov.work.parts import open_parts, part_folder
+from megatron_sov.base.errors import ExitCode, UserError, how_to_install, nearest
+from megatron_sov.base.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.work.processes.commands import end_commands, start_command
+from megatron_sov.work.progress.parts import open_parts, part_folder
+from megatron_sov.work.progress.work_bar import work_bar
 
 KIND = "mixture"
 BEST_SHARE, MIN_BEST = 0.01, 16

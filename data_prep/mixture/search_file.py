@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, Lt, MinLen
 
 from data_prep.mixture.blend_file import Where
-from megatron_sov.settings import (
+from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, Code, NotBlank, NotNegative, SettingsError, read, read_located,
     read_text)
 

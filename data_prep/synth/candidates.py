@@ -1,5 +1,5 @@
 """What a run has made so far: what made it, in `OUTPUT/run.json`, and a record of each item that is done,
-with samples and verdicts, in the output's journal (`megatron_sov.work.journal`)."""
+with samples and verdicts, in the output's journal (`megatron_sov.work.progress.journal`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import Item, Kind, Sample, Verdict
-from megatron_sov.artifacts import to_json
-from megatron_sov.documents.strict_json import finite, no_constant
-from megatron_sov.errors import UserError, first_line
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import JOB, records_by_item
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.documents.strict_json import finite, no_constant
+from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import JOB, records_by_item
 
 RUN, ANSWERS = "run.json", "answers.sqlite"
 CANDIDATES = "candidates"

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.synth.known import GENERATORS, generator_class
 from data_prep.synth.options import SynthOptions
-from megatron_sov.errors import UserError
-from megatron_sov.settings import add_options, read_options
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import add_options, read_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

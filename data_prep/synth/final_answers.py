@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from megatron_sov.rewards.answers import last_boxed, normalized, read_quantity
-from megatron_sov.rewards.composed import Runner
-from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.running import runner
+from megatron_sov.judge.rewards.answers import last_boxed, normalized, read_quantity
+from megatron_sov.judge.rewards.composed import Runner
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.running import runner
 
 Way = Literal["auto", "math", "stem"]
 """How answers are compared: by mathematics; as choices, quantities and words; auto: as the answer looks."""

@@ -26,13 +26,13 @@ from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
 from data_prep.synth.generator import Verdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
-from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
-from megatron_sov.documents.messages import BadRecord, Message
-from megatron_sov.documents.records import Reading, parse_record
-from megatron_sov.documents.strict_json import json_line
-from megatron_sov.documents.synthesis import KEPT, REJECTED
-from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.settings import SettingsError, problems_of
+from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
+from megatron_sov.base.documents.messages import BadRecord, Message
+from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.documents.strict_json import json_line
+from megatron_sov.base.documents.synthesis import KEPT, REJECTED
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.settings import SettingsError, problems_of
 
 MOST_KEPT, MOST_REJECTED, MOST_REASONS = 8, 3, 40
 MOST_TURNS, MOST_CHARS = 40, 4000

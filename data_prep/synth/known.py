@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from megatron_sov.errors import UserError, how_to_install, nearest
+from megatron_sov.base.errors import UserError, how_to_install, nearest
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator

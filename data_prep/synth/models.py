@@ -19,15 +19,15 @@ from typing import Any
 
 from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
-from megatron_sov.endpoints.addresses import address_problems, is_address
-from megatron_sov.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
-from megatron_sov.endpoints.cache import EndpointCache, Usage
-from megatron_sov.endpoints.endpoint import Endpoint, Limits
-from megatron_sov.endpoints.recognition import CHAT_PROBES, Recognition
-from megatron_sov.errors import StopRequested, UserError, download
-from megatron_sov.settings import Code, NotNegative, NotNegativeInt, Problem
-from megatron_sov.work.commands import end_commands, start_command
-from megatron_sov.work.threads import Stop
+from megatron_sov.base.errors import StopRequested, UserError, download
+from megatron_sov.base.settings import Code, NotNegative, NotNegativeInt, Problem
+from megatron_sov.work.endpoints.addresses import address_problems, is_address
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
+from megatron_sov.work.endpoints.cache import EndpointCache, Usage
+from megatron_sov.work.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.work.endpoints.recognition import CHAT_PROBES, Recognition
+from megatron_sov.work.processes.commands import end_commands, start_command
+from megatron_sov.work.processes.threads import Stop
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0

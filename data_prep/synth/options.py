@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from data_prep.synth.checks.arguments import CheckOptions
-from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, only_with
-from megatron_sov.work.cluster_options import ClusterOptions
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, only_with
+from megatron_sov.work.submit.cluster_options import ClusterOptions
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)

@@ -8,12 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data_prep.journey.page import bars
-from megatron_sov.artifacts import write_output
-from megatron_sov.documents.visible import visible
-from megatron_sov.errors import UserError
-from megatron_sov.obs.figures import duration, figure, large
-from megatron_sov.pages.page import Chapter, Panel, Section, Table, render as render_page
+from data_prep.curate.journey.page import bars
+from megatron_sov.base.artifacts import write_output
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.pages.page import Chapter, Panel, Section, Table, render as render_page
+from megatron_sov.runs.obs.figures import duration, figure, large
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"
 MAX_SUMMARY_BYTES = 64 << 20

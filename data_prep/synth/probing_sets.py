@@ -16,16 +16,16 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from data_prep.decontamination.benchmarks import text_in
+from data_prep.curate.decontamination.benchmarks import text_in
 from data_prep.json_lines import read_objects
 from data_prep.synth.generators.probes import DOMAIN
 from data_prep.synth.problems import line_files
-from megatron_sov.artifacts import new_artifact, refuse_existing
-from megatron_sov.documents.item_search import Item, Search
-from megatron_sov.documents.overlap import WORDS, find_units
-from megatron_sov.documents.plain import forms
-from megatron_sov.errors import UserError, list_problems
-from megatron_sov.settings import Flag, NotNegativeInt, add_options, read_options
+from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents.overlap import WORDS, find_units
+from megatron_sov.base.documents.plain import forms
+from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.settings import Flag, NotNegativeInt, add_options, read_options
 
 KIND = "probing_sets"
 MIN_WORDS = 5

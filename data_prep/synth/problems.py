@@ -10,9 +10,9 @@ from typing import Any
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import Item
-from megatron_sov.documents import list_files
-from megatron_sov.documents.files import JSONL_SUFFIXES
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents import list_files
+from megatron_sov.base.documents.files import JSONL_SUFFIXES
+from megatron_sov.base.errors import UserError
 
 TEXT_FIELDS = ("problem", "question", "query", "prompt", "instruction", "task", "messages", "text")
 """Fields that may hold a problem; the first that a record has is taken."""

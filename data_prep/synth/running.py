@@ -29,21 +29,21 @@ from data_prep.synth.known import generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
 from data_prep.synth.templates import PROMPTS, Prompt, load_prompts
-from megatron_sov.artifacts import atomic_write, disk_errors, to_json
-from megatron_sov.digests import file_digest
-from megatron_sov.documents.visible import visible
-from megatron_sov.endpoints.answers import Unavailable
-from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.endpoints.transport import missing_libraries
-from megatron_sov.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
-from megatron_sov.outputs import refuse_nowhere
-from megatron_sov.settings import (
+from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
+from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.settings import (
     Code, Problem, SettingsError, as_problem, num_cores, parse_nested, problems_of, read)
-from megatron_sov.work.arrays import refuse_living
-from megatron_sov.work.folders import delete_work, slurm_folder, work_folder
-from megatron_sov.work.journal import Journal, begun, differences
-from megatron_sov.work.locks import holding
-from megatron_sov.work.threads import Stop, in_threads
+from megatron_sov.work.endpoints.answers import Unavailable
+from megatron_sov.work.endpoints.cache import EndpointCache
+from megatron_sov.work.endpoints.transport import missing_libraries
+from megatron_sov.work.processes.threads import Stop, in_threads
+from megatron_sov.work.progress.folders import delete_work, slurm_folder, work_folder
+from megatron_sov.work.progress.journal import Journal, begun, differences
+from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.submit.arrays import refuse_living
 
 MADE_BY = "sov-data synth"
 MIN_TOLD_S, MAX_TOLD_S = 10.0, 900.0

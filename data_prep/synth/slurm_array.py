@@ -20,15 +20,15 @@ from data_prep.synth.candidates import ANSWERS
 from data_prep.synth.models import Most
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.running import Order, begun_run, finished, make, open_items, order_of, ready
-from megatron_sov.clusters import client
-from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.clusters.kubernetes import KubernetesProfile
-from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.errors import StopRequested, UserError
-from megatron_sov.work.arrays import (
+from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.work.clusters import client
+from megatron_sov.work.clusters.cluster import ClusterProfile
+from megatron_sov.work.clusters.kubernetes import KubernetesProfile
+from megatron_sov.work.endpoints.cache import EndpointCache
+from megatron_sov.work.progress.folders import slurm_folder, work_folder
+from megatron_sov.work.progress.journal import items_on_record
+from megatron_sov.work.submit.arrays import (
     FINISH_CPUS, Arrays, SharedWork, TaskFailed, profile_of, refuse_many_restarts, submit_shares)
-from megatron_sov.work.folders import slurm_folder, work_folder
-from megatron_sov.work.journal import items_on_record
 
 ADDRESS, SCRIPT = "server.json", "server.sbatch"
 KEY_ENV = "VLLM_API_KEY"

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import StrictUndefined, Template, TemplateError, UndefinedError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.base.errors import UserError, list_problems, nearest
 
 PROMPTS = Path(__file__).parent / "prompts"
 """The templates of the generators that come with the program."""

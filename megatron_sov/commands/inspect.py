@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.commands.rl_store import KIND
-from megatron_sov.errors import ExitCode
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.commands.rl.rl_store import KIND
 from megatron_sov.runs.inspecting import STORE, LookOptions, look
-from megatron_sov.settings import Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)

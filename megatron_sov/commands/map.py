@@ -10,28 +10,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
-from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.digests import file_digest
-from megatron_sov.documents.rows import check_rows, parse_row, read_lines
-from megatron_sov.documents.strict_json import json_line
-from megatron_sov.errors import ExitCode, UserError, told_in_a_line
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.outputs import refuse_nowhere
-from megatron_sov.plugins import orders
-from megatron_sov.plugins.loading import Loaded
-from megatron_sov.plugins.orders import Order
-from megatron_sov.plugins.registry import Registry
-from megatron_sov.plugins.signatures import check_methods
-from megatron_sov.settings import (
+from megatron_sov.base.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents.rows import check_rows, parse_row, read_lines
+from megatron_sov.base.documents.strict_json import json_line
+from megatron_sov.base.errors import ExitCode, UserError, told_in_a_line
+from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.plugins import orders
+from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.signatures import check_methods
+from megatron_sov.base.settings import (
     AtLeastOne, Code, Flag, NotNegative, Problem, add_options, num_cores, only_with, parse_nested,
     read_options)
-from megatron_sov.work.arrays import (
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
+from megatron_sov.work.processes.threads import in_threads
+from megatron_sov.work.progress.folders import slurm_folder
+from megatron_sov.work.progress.jobs import Executor, Job, in_workers, run_job, run_share
+from megatron_sov.work.progress.journal import Journal, begin_journal, done_items
+from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.submit.arrays import (
     ClusterOptions, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
-from megatron_sov.work.folders import slurm_folder
-from megatron_sov.work.jobs import Executor, Job, in_workers, run_job, run_share
-from megatron_sov.work.journal import Journal, begin_journal, done_items
-from megatron_sov.work.threads import in_threads
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
@@ -110,7 +110,7 @@ class MapOrder:
     def _executor(self, workers: int) -> Executor[Batch]:
         arguments = self.step, self.options.skip_failures, self.options.threads
         if self.options.ray:
-            from megatron_sov.work.on_ray import on_ray
+            from megatron_sov.work.submit.on_ray import on_ray
 
             return on_ray(_stepper, arguments, workers, self.options.ray, gpus=self.options.gpus)
         return in_workers(_stepper, arguments, workers)

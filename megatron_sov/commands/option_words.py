@@ -6,7 +6,7 @@ import argparse
 from functools import reduce
 from typing import Any
 
-from megatron_sov.settings import add_options
+from megatron_sov.base.settings import add_options
 
 
 def words_of(options: Any) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from megatron_sov.rewards.registry import BUILT_IN
-from megatron_sov.settings import AtLeastOne, Flag, num_cores
+from megatron_sov.base.settings import AtLeastOne, Flag, num_cores
+from megatron_sov.judge.rewards.registry import BUILT_IN
 
 REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME"
 RewardName = Annotated[str, Flag(value="NAME", help=REWARDS)]

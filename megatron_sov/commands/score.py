@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.artifacts import write_output
+from megatron_sov.base.artifacts import write_output
+from megatron_sov.base.documents.rows import check_rows
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import Flag, add_options, parse_nested, read_options
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName
 from megatron_sov.commands.shared_options import RedoOptions
-from megatron_sov.documents.rows import check_rows
-from megatron_sov.documents.visible import visible
-from megatron_sov.errors import ExitCode, GateFailed, UserError
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.outputs import check_output
-from megatron_sov.rewards.opinions import read_opinions
-from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.scoring import MAX_TOLD, Summary, score_file
-from megatron_sov.settings import Flag, add_options, parse_nested, read_options
+from megatron_sov.judge.rewards.opinions import read_opinions
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.scoring import MAX_TOLD, Summary, score_file
+from megatron_sov.work.progress.work_bar import work_bar
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
@@ -88,7 +88,7 @@ def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
         print(visible(f"ALARM {opinions.told()}" + (f"; look at answers with {strings}" if strings else "")),
               file=sys.stderr)
     if page is not None:
-        from megatron_sov.rewards.opinions import page_of
+        from megatron_sov.judge.rewards.opinions import page_of
 
         write_output(page, page_of(opinions, output.name, version))
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.settings import Flag
+from megatron_sov.base.settings import Flag
 
 if TYPE_CHECKING:
-    from megatron_sov.generate.target import Target
+    from megatron_sov.infer.engines.target import Target
     from megatron_sov.runs.append import RunEvents
 
 PARITY_LENGTHS = (1, 7, 64, 200)

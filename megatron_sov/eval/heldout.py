@@ -27,17 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.data.media_shards import check_encoders
-from megatron_sov.data.order import Sample
-from megatron_sov.data.rows import Row, heldout_samples
-from megatron_sov.data.token_bytes import token_bytes
-from megatron_sov.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
-from megatron_sov.data.vocabulary import refuse_other_tokens
-from megatron_sov.errors import UserError
-from megatron_sov.generate.load import Loaded
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.train.evaluate import PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.media_shards import check_encoders
+from megatron_sov.engine.data.order import Sample
+from megatron_sov.engine.data.rows import Row, heldout_samples
+from megatron_sov.engine.data.token_bytes import token_bytes
+from megatron_sov.engine.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
+from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+from megatron_sov.infer.engines.load import Loaded
+from megatron_sov.train.stages.evaluate import (
+    PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of)
+from megatron_sov.work.progress.work_bar import work_bar
 
 ROW_TOKENS = 8192
 """Tokens of a row, unless one document alone is longer."""

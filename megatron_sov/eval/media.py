@@ -20,17 +20,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.loading import calling, load
 from megatron_sov.eval.statistics import mean_interval, wilson_interval
-from megatron_sov.generate.request import Batching
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.plugins.loading import calling, load
+from megatron_sov.infer.request import Batching
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.work.progress.work_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.generate.load import Loaded
-    from megatron_sov.generate.shown_media import ShownMedia
-    from megatron_sov.generate.target import Target
+    from megatron_sov.infer.engines.load import Loaded
+    from megatron_sov.infer.engines.target import Target
+    from megatron_sov.infer.media.shown_media import ShownMedia
 
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
@@ -272,9 +272,9 @@ def likelihoods(target: Target, rows: Sequence[Row], groups: Sequence[Group], sh
     Raises:
         UserError: see `media_prompts.prompts_of`; or a row is longer than the model reads.
     """
-    from megatron_sov.generate.asking import check_length
-    from megatron_sov.generate.load import run_forward_model
-    from megatron_sov.generate.media_prompts import prompts_of
+    from megatron_sov.infer.asking import check_length
+    from megatron_sov.infer.engines.load import run_forward_model
+    from megatron_sov.infer.media.media_prompts import prompts_of
 
     order = [number for group in groups for number in group.rows]
     prompts = prompts_of(target, [rows[number].content for number in order], shown, chat=chat,
@@ -284,7 +284,7 @@ def likelihoods(target: Target, rows: Sequence[Row], groups: Sequence[Group], sh
     check_length(target, longest, "the longest prompt and the longest answer", "shorten one of them")
 
     def work(loaded: Loaded) -> list[list[float]]:
-        from megatron_sov.generate.answers import Question, answer_logprobs
+        from megatron_sov.infer.answers import Question, answer_logprobs
 
         answers = [[ids[answer] for answer in group.answers] for group in groups for _ in group.rows]
         questions = [Question(prompt, of, media) for prompt, of, media

@@ -16,21 +16,21 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_sov import convert
-from megatron_sov.artifacts import MANIFEST, manifest_sha256
-from megatron_sov.convert import ParityCheck
-from megatron_sov.convert.proof import Proof
-from megatron_sov.convert.sources import Weights
-from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.engine import convert
+from megatron_sov.engine.convert import ParityCheck
+from megatron_sov.engine.convert.proof import Proof
+from megatron_sov.engine.convert.sources import Weights
+from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.mcore.parallel import launcher
+from megatron_sov.engine.mcore.parallel.device import local_device
 from megatron_sov.eval.heldout import rows_of
-from megatron_sov.generate.hf import load_hf
-from megatron_sov.generate.load import Loaded, run_forward_model
-from megatron_sov.generate.target import Target, as_checkpoint
-from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.mcore.parallel import launcher
-from megatron_sov.mcore.parallel.device import local_device
-from megatron_sov.models.count import num_params
-from megatron_sov.obs.figures import size
+from megatron_sov.infer.engines.hf import load_hf
+from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.target import Target, as_checkpoint
+from megatron_sov.model.families.count import num_params
+from megatron_sov.runs.obs.figures import size
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.eval.statistics import mean_interval
-from megatron_sov.generate.request import LENGTH
-from megatron_sov.rewards.answers import normalized
+from megatron_sov.infer.request import LENGTH
+from megatron_sov.judge.rewards.answers import normalized
 
 
 @dataclass

@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_sov.clusters.chips import Chip, Links
-from megatron_sov.plan.held import BF16_BYTES
+from megatron_sov.plan.footprint.held import BF16_BYTES
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import ModelShape, Workload, kv_bytes, kv_cuts
+from megatron_sov.work.clusters.chips import Chip, Links
 
 SLICES = 64
 """Stretches of a response over which the number of running ones is taken for constant."""

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.errors import UserError
-from megatron_sov.obs.units import GIB
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.plan import post_training, quote as quote_tables
-from megatron_sov.plan.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
-from megatron_sov.plan.memory import Account
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.recipes.requested import Request
+from megatron_sov.plan import post_training
+from megatron_sov.plan.calibration.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
+from megatron_sov.plan.footprint.memory import Account
+from megatron_sov.plan.pages import quote as quote_tables
+from megatron_sov.plan.pages.quote import Quote, as_json, gib, totals
+from megatron_sov.plan.pages.telling import Told, name, set_line, sizes, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
-from megatron_sov.plan.quote import Quote, as_json, gib, totals
-from megatron_sov.plan.recommended import leaves_layout_open, settings_for
-from megatron_sov.plan.space import own_choice
+from megatron_sov.plan.search.recommended import leaves_layout_open, settings_for
+from megatron_sov.plan.search.space import own_choice
+from megatron_sov.plan.search.sweep import Search, fewest_nodes, fits_somehow, num_layouts, search, told_nodes
 from megatron_sov.plan.speed.parameters import Parameters
-from megatron_sov.plan.sweep import Search, fewest_nodes, fits_somehow, num_layouts, search, told_nodes
-from megatron_sov.plan.telling import Told, name, set_line, sizes, submit_line
-from megatron_sov.recipes.requested import Request
+from megatron_sov.work.clusters.units import GIB
+from megatron_sov.work.progress.work_bar import work_bar
 
 LEAST_SHOWN_BYTES = GIB // 20
 """Items of memory that one line has no place for are smaller."""

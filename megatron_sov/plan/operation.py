@@ -1,9 +1,9 @@
 """What keeps a run going and what that costs: checkpoints, failures, money.
 
 A run works for `interval_s`, is held up for `stall_s` while it copies its state, and goes on while the copy
-is written for `write_s`; the next checkpoint waits for the one before, as `mcore/checkpoint/save.py` has it.
-Whatever ends the run takes it back to the newest checkpoint that is there whole, and costs the time of a
-restart, during which it can fail again.  Failures come independently of each other and of the run's age
+is written for `write_s`; the next checkpoint waits for the one before, as `engine/mcore/checkpoint/save.py`
+has it.  Whatever ends the run takes it back to the newest checkpoint that is there whole, and costs the time
+of a restart, during which it can fail again.  Failures come independently of each other and of the run's age
 (a Poisson process), as published ones nearly do.
 """
 
@@ -14,14 +14,14 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
-from megatron_sov.errors import UserError
-from megatron_sov.models.adapters import adapted_modules
-from megatron_sov.models.count import TABLES, layer_weights
-from megatron_sov.models.encoders import encoder_tensors
-from megatron_sov.obs.units import HOURS_OF_A_DAY, SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
-from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
+from megatron_sov.model.families.adapters import adapted_modules
+from megatron_sov.model.families.count import TABLES, layer_weights
+from megatron_sov.model.families.encoders import encoder_tensors
+from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
+from megatron_sov.work.clusters.cluster import ClusterProfile
+from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _adapter(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
 
 
 def _algorithm(optim: OptimConfig, tensor: _Tensor) -> str:
-    """Return what updates a tensor, or "frozen", as `mcore/optimizer/parameter_groups.py` has it."""
+    """Return what updates a tensor, or "frozen", as `engine/mcore/optimizer/parameter_groups.py` has it."""
     may = tensor.is_matrix and tensor.key not in TABLES
     found: str = optim.name if may else "adamw"
     for group in optim.groups:

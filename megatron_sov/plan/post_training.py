@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_sov import recipes
-from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig
-from megatron_sov.config.preference import WITH_REFERENCE
-from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
+from megatron_sov.model import recipes
+from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
+from megatron_sov.model.config.preference import WITH_REFERENCE
+from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.decoding import PACKED_SHARE, Asked, Engines, Round, round_of, writing
-from megatron_sov.plan.fitting import fullest
 from megatron_sov.plan.operation import cost
+from megatron_sov.plan.pages.quote import Memory, Quote
 from megatron_sov.plan.pricing import Pricing, RunStage, quote, run_stages
-from megatron_sov.plan.quote import Memory, Quote
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import ModelShape, Workload, of_model, of_run
+from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from megatron_sov.clusters import cluster
-from megatron_sov.clusters.chips import CHIPS, Chip, Links
-from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.config import ExtendStageConfig, PhaseConfig, RunConfig
-from megatron_sov.config.schedules import Schedule
-from megatron_sov.errors import UserError
-from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
-from megatron_sov.plan.fitting import fullest, usable_bytes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
+from megatron_sov.model.config.schedules import Schedule
+from megatron_sov.model.recipes.extension import micro_batch_size
+from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
-from megatron_sov.plan.quote import Checkpoint, Memory, Quote, Traffic
-from megatron_sov.plan.space import as_dict, own_choice
+from megatron_sov.plan.pages.quote import Checkpoint, Memory, Quote, Traffic
+from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, step_time
 from megatron_sov.plan.speed.traffic import messages
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, of_run
-from megatron_sov.recipes.extension import micro_batch_size
+from megatron_sov.work.clusters import cluster
+from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
+from megatron_sov.work.clusters.cluster import ClusterProfile
+from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
 MAX_NODES = 1_000_000
 """More than anybody has; a number beyond is a slip of the finger."""

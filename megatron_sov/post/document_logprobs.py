@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov.data.batches import rows_per_micro_batch
-from megatron_sov.data.order import Sample
-from megatron_sov.data.packing import Row, Segment, best_fit
-from megatron_sov.data.rows import join_rows, sample_row
-from megatron_sov.documents.routes import RouteShape
+from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.engine.data.batches import rows_per_micro_batch
+from megatron_sov.engine.data.order import Sample
+from megatron_sov.engine.data.packing import Row, Segment, best_fit
+from megatron_sov.engine.data.rows import join_rows, sample_row
+from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+from megatron_sov.engine.mcore.model.logprobs import Head
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.world import World
 from megatron_sov.eval.heldout import row_losses
-from megatron_sov.mcore.decode.forward_only import ForwardModel
-from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.world import World
-from megatron_sov.train.microbatch import MicroBatch, from_row
+from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 
 if TYPE_CHECKING:
-    from megatron_sov.data.token_shards import Documents
+    from megatron_sov.engine.data.token_shards import Documents
 
 MICRO_BATCHES = 8
 """Those of a process that are passed through the model at a time."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.chat.encode import TYPE_RESPONSE
-from megatron_sov.data.token_shards import Documents, Source
+from megatron_sov.base.chat.encode import TYPE_RESPONSE
+from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.post.document_logprobs import document_logprobs
-from megatron_sov.train.gate import GateView
+from megatron_sov.train.stages.gate import GateView
 
 MAX_PAIRS = 2048
 """Most held-out pairs of a source that are looked at."""

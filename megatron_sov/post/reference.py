@@ -18,23 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov import convert
-from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
-from megatron_sov.config import RunConfig, layout_settings
-from megatron_sov.data.media_shards import banks_of, media_of
-from megatron_sov.data.token_shards import Documents, Source
-from megatron_sov.errors import UserError
-from megatron_sov.generate.load import run_forward_model
-from megatron_sov.generate.target import Target
-from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.media.placed import Media
-from megatron_sov.obs.warning import warn
-from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import seal_damage, write_sealed
+from megatron_sov.base.warning import warn
+from megatron_sov.engine import convert
+from megatron_sov.engine.data.media_shards import banks_of, media_of
+from megatron_sov.engine.data.token_shards import Documents, Source
+from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.infer.engines.load import run_forward_model
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.model.config import RunConfig, layout_settings
+from megatron_sov.omni.media.placed import Media
 from megatron_sov.post.document_logprobs import Running, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
-from megatron_sov.sealed import seal_damage, write_sealed
-from megatron_sov.train.gate import GateView
+from megatron_sov.train.stages.gate import GateView
+from megatron_sov.work.progress.work_bar import work_bar
 
 IDENTITY = "reference.json"
 COLUMN = "reference_logprobs"

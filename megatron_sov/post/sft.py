@@ -14,16 +14,16 @@ from typing import Literal
 
 import torch
 
-from megatron_sov.chat.encode import TYPE_RESPONSE, TYPE_TEXT
-from megatron_sov.config import RunConfig
-from megatron_sov.data.token_shards import Source
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.base.chat.encode import TYPE_RESPONSE, TYPE_TEXT
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.model.logprobs import Head
+from megatron_sov.model.config import RunConfig
 from megatron_sov.post.parts.responses import learned
-from megatron_sov.train.data_objective import DataObjective
-from megatron_sov.train.microbatch import MicroBatch, segments
-from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objective_context import ObjectiveContext
+from megatron_sov.train.objectives.data_objective import DataObjective
+from megatron_sov.train.objectives.microbatch import MicroBatch, segments
+from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objectives.objective_context import ObjectiveContext
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.errors import UserError
-from megatron_sov.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.obs.telemetry.telemetry import alert
+from megatron_sov.base.errors import UserError
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.runs.obs.telemetry.telemetry import alert
 
 CONFIG = "config.json"
 

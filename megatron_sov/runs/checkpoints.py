@@ -16,15 +16,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import (
+from megatron_sov.base.artifacts import (
     MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
     read_manifest)
-from megatron_sov.config import RunConfig, from_dict
-from megatron_sov.errors import UserError, download
-from megatron_sov.obs.events import EVENTS
-from megatron_sov.obs.warning import warn
-from megatron_sov.outputs import TRYING
-from megatron_sov.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
+from megatron_sov.base.errors import UserError, download
+from megatron_sov.base.outputs import TRYING
+from megatron_sov.base.warning import warn
+from megatron_sov.model.config import RunConfig, from_dict
+from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
+from megatron_sov.runs.obs.events import EVENTS
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"

@@ -9,15 +9,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import atomic_write, disk_errors, to_json
-from megatron_sov.config import OptimConfig, RolloutConfig, RunConfig, from_dict
-from megatron_sov.config.preference import BETAS
-from megatron_sov.errors import UserError
-from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.outputs import refuse_unwritable
+from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import refuse_unwritable
+from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
+from megatron_sov.model.config.preference import BETAS
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.lock import LOCK, living_holder
+from megatron_sov.runs.obs.events import EVENTS, read_events
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
@@ -26,7 +26,7 @@ HELD = "awaiting_gate.json"
 GATE = "gate"
 """Results of a forgetting gate; its first ones come before there is a run."""
 PLAN = "plan.json"
-"""What the run's settings predict on the machines that it found itself on (`megatron_sov.plan.kept`)."""
+"""What the run's settings predict on the machines that it found itself on (`plan/footprint/kept.py`)."""
 ROUNDS = "rounds"
 """Files and runs of the rounds before a run's last one (`megatron-sov prefer --rounds`), or the documents of
 the rounds of `megatron-sov rl train`."""

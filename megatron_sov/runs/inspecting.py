@@ -11,16 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.artifacts import (
+from megatron_sov.base.artifacts import (
     MANIFEST, damaged_files, disk_errors, origins_of, read_manifest, write_output)
-from megatron_sov.documents.visible import visible
-from megatron_sov.errors import GateFailed, UserError
-from megatron_sov.obs.events import EVENTS
-from megatron_sov.outputs import check_output
-from megatron_sov.settings import Flag, NotNegativeInt
-from megatron_sov.work.folders import delete_work, work_folder
-from megatron_sov.work.journal import read_job
-from megatron_sov.work.locks import holding
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import GateFailed, UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import Flag, NotNegativeInt
+from megatron_sov.runs.obs.events import EVENTS
+from megatron_sov.work.progress.folders import delete_work, work_folder
+from megatron_sov.work.progress.journal import read_job
+from megatron_sov.work.progress.locks import holding
 
 MAX_CHARS = 160
 """Of a value, or of a row, that is shown."""
@@ -159,8 +159,8 @@ def _rows(path: Path, count: int) -> Iterator[Any]:
     if not inside or not inside[0].is_file():
         return
     if inside[0].suffix == ".parquet":
-        from megatron_sov.documents import BadRecord
-        from megatron_sov.documents.files import open_parquet
+        from megatron_sov.base.documents import BadRecord
+        from megatron_sov.base.documents.files import open_parquet
 
         try:
             batches = open_parquet(inside[0]).iter_batches(batch_size=count)
@@ -222,7 +222,7 @@ def _clear(path: Path) -> str:
 
 def page_of(path: Path, found: Mapping[str, Any], held: Iterable[str], rows: list[Any]) -> str:
     """Return what is known of something as a page of HTML that loads nothing."""
-    from megatron_sov.pages.page import Chapter, Section, Table, render
+    from megatron_sov.base.pages.page import Chapter, Section, Table, render
 
     facts = [[f"{part}.{name}", _short(value)] for part in ("content", "settings")
              for name, value in found.get(part, {}).items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 MOST_LOCAL_RANKS = 4096
 """More are a slip of the hand, on whatever machine."""

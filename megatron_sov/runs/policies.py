@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import manifest_sha256
-from megatron_sov.config import RolloutConfig
+from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
 

@@ -8,10 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json, write_output
-from megatron_sov.digests import file_digest
-from megatron_sov.errors import UserError
-from megatron_sov.sealed import read_json, write_json
+from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest, to_json, write_output
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import read_json, write_json
 
 ASKED = "rounds.json"
 RESULTS = "results.json"

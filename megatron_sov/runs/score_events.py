@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 EVENT = "eval_lm"
 

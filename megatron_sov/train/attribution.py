@@ -17,11 +17,11 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_sov.mcore.model import replica_checks
-from megatron_sov.mcore.parallel.object_collectives import gather_objects
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.mcore.model import replica_checks
+from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.train.computation import OwnPart
-from megatron_sov.train.objective import GlobalBatch
+from megatron_sov.train.objectives.objective import GlobalBatch
 
 if TYPE_CHECKING:
     from megatron_sov.train.trainer import Trainer

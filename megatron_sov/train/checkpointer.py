@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.artifacts import manifest_sha256
-from megatron_sov.config import RunConfig
-from megatron_sov.data.token_shards import Source, tokenizer_folder
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.named_values import sum_dict
+from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import Source, tokenizer_folder
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.checkpoint.save import Companions, Saved, Saver
+from megatron_sov.engine.mcore.model.language_model import LanguageModel
+from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.model.config import RunConfig
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.restoring import TrainState

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.config import RunConfig
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.decode.forward_only import split_depths
-from megatron_sov.mcore.model import pipeline, replica_checks
-from megatron_sov.mcore.model.expert_load import ExpertLoad
-from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.logprobs import head_of
-from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.compute_timer import ComputeClock
-from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
-from megatron_sov.mcore.parallel.rng import reseed
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.decode.forward_only import split_depths
+from megatron_sov.engine.mcore.model import pipeline, replica_checks
+from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
+from megatron_sov.engine.mcore.model.language_model import LanguageModel
+from megatron_sov.engine.mcore.model.logprobs import head_of
+from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.compute_timer import ComputeClock
+from megatron_sov.engine.mcore.parallel.named_values import Shapes, pack, unpack
+from megatron_sov.engine.mcore.parallel.rng import reseed
+from megatron_sov.model.config import RunConfig
 from megatron_sov.train.guards.fault_injection import Faults
-from megatron_sov.train.microbatch import MicroBatch
-from megatron_sov.train.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
+from megatron_sov.train.objectives.microbatch import MicroBatch
+from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
 
 BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
 """Names in the message beside those of terms, which have no spaces in them."""

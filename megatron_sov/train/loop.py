@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.mcore.parallel.world import on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.attribution import attribute
 from megatron_sov.train.restoring import StepResult, newest_sound

@@ -19,30 +19,30 @@ from typing import Any
 
 import torch
 
-from megatron_sov.artifacts import manifest_sha256
-from megatron_sov.clusters.chips import of_device
-from megatron_sov.config import RunConfig
-from megatron_sov.data.ledger import LedgerEntry
-from megatron_sov.data.token_shards import Source, provenance
-from megatron_sov.mcore.checkpoint.save import Saved
-from megatron_sov.mcore.model import gpu_settings, specs
-from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.mcore.parallel.world import World
-from megatron_sov.models.count import num_params, train_flops_per_token
-from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.obs.incidents import BY_SETTING
-from megatron_sov.obs.progress_bar import ProgressBar
-from megatron_sov.obs.routing import max_violation
-from megatron_sov.obs.telemetry.nvml import open_meter
-from megatron_sov.obs.telemetry.telemetry import Telemetry
-from megatron_sov.obs.trackers import Trackers
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data.ledger import LedgerEntry
+from megatron_sov.engine.data.token_shards import Source, provenance
+from megatron_sov.engine.mcore.checkpoint.save import Saved
+from megatron_sov.engine.mcore.model import gpu_settings, specs
+from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.runs.checkpoints import KIND
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.runs.obs.events import EVENTS, EventLog
+from megatron_sov.runs.obs.incidents import BY_SETTING
+from megatron_sov.runs.obs.routing import max_violation
+from megatron_sov.runs.obs.telemetry.nvml import open_meter
+from megatron_sov.runs.obs.telemetry.telemetry import Telemetry
+from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.planning import device_name
 from megatron_sov.train.restoring import StepResult, TrainState
+from megatron_sov.train.stages.evaluate import HeldoutLoss
+from megatron_sov.train.stages.planning import device_name
+from megatron_sov.work.clusters.chips import of_device
+from megatron_sov.work.progress.progress_bar import ProgressBar
 
 # How well a step used its machine: model FLOPs, their share of the GPU's peak, memory.
 

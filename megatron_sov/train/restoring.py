@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.parallel.world import World, on_main
-from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.parallel.world import World, on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 # Plain values of a training run: how far it is, and what a step gave.
 

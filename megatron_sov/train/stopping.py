@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from megatron_sov.work.children import FORWARDED
+from megatron_sov.work.processes.children import FORWARDED
 
 
 class StopFlag:

@@ -15,46 +15,46 @@ from typing import Any
 import torch
 import torch._dynamo  # torch would import it with the first optimizer: here, forked ranks share it
 
-from megatron_sov.config import RunConfig
-from megatron_sov.config.schedules import Schedule
-from megatron_sov.data.ledger import LedgerEntry
-from megatron_sov.data.token_shards import Source
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint.save import Saved
-from megatron_sov.mcore.decode.forward_only import ForwardModel
-from megatron_sov.mcore.model import init, replica_checks
-from megatron_sov.mcore.model.expert_load import ExpertLoad
-from megatron_sov.mcore.model.language_model import LanguageModel, build
-from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.mcore.parallel.rng import reseed
-from megatron_sov.mcore.parallel.world import World
-from megatron_sov.models.adapters import PREFIX
-from megatron_sov.models.encoders import PREFIXES as ENCODERS
-from megatron_sov.obs.events import EventLog
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.ledger import LedgerEntry
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.checkpoint.save import Saved
+from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+from megatron_sov.engine.mcore.model import init, replica_checks
+from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
+from megatron_sov.engine.mcore.model.language_model import LanguageModel, build
+from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.mcore.parallel.rng import reseed
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.schedules import Schedule
+from megatron_sov.model.families.adapters import PREFIX
+from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.announcement import banner, memory_of
+from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation, StepSums
-from megatron_sov.train.data_batches import DataBatches
-from megatron_sov.train.encoder_weights import start_encoders
-from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
-from megatron_sov.train.feed import Feed
-from megatron_sov.train.garbage import Garbage
-from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.objective import (
+from megatron_sov.train.objectives.data_batches import DataBatches
+from megatron_sov.train.objectives.encoder_weights import start_encoders
+from megatron_sov.train.objectives.objective import (
     GlobalBatch, Objective, columns_of, doubt_of, is_comparable, parts_of, refuse_nothing_learned)
-from megatron_sov.train.objective_context import ObjectiveContext
-from megatron_sov.train.planning import keep_plan
-from megatron_sov.train.profiling import Profiling
+from megatron_sov.train.objectives.objective_context import ObjectiveContext
 from megatron_sov.train.recorder import Recorder, peak_memory
 from megatron_sov.train.restoring import StepResult, TrainState
+from megatron_sov.train.side_jobs.garbage import Garbage
+from megatron_sov.train.side_jobs.profiling import Profiling
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.stages.announcement import banner, memory_of
+from megatron_sov.train.stages.evaluate import HeldoutEvaluator, HeldoutLoss
+from megatron_sov.train.stages.feed import Feed
+from megatron_sov.train.stages.gate import Gate
+from megatron_sov.train.stages.planning import keep_plan
 from megatron_sov.train.stopping import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.config import apply_settings
+from megatron_sov.model.config import apply_settings
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import part_fp8

@@ -8,11 +8,11 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sov.clusters.chips import chip, default_links
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import Workload
 from megatron_sov.plan.tables.workloads import published
+from megatron_sov.work.clusters.chips import chip, default_links
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from plan_fit import PRIORS, Prior, Sample, error, fit

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.cli import main as data_main
-from megatron_sov.artifacts import new_artifact
+from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.cli import main
-from megatron_sov.rollouts.rows import part_name
-from megatron_sov.rollouts.store import Store
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import open_journal
-from megatron_sov.work.parts import part_folder
+from megatron_sov.judge.rollouts.rows import part_name
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import open_journal
+from megatron_sov.work.progress.parts import part_folder
 
 
 @pytest.fixture(autouse=True)

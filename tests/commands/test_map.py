@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands.map import BATCH_ROWS, STEPS
-from megatron_sov.work.pool import WAITING_PER_WORKER
+from megatron_sov.work.processes.pool import WAITING_PER_WORKER
 
 STEP = """
 import os, signal, sys, time

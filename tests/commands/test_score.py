@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.rewards.registry import OWN
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import RECORDS
+from megatron_sov.judge.rewards.registry import OWN
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import RECORDS
 
 PAGE = Path(__file__).parents[2] / "docs/rewards.md"
 ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
@@ -167,7 +167,7 @@ def test_a_journal_that_another_command_has_just_removed_is_not_held(
         os.rename(work_folder(Path("out.jsonl")), "published")
         return True
 
-    monkeypatch.setattr("megatron_sov.work.locks.holds", holds)
+    monkeypatch.setattr("megatron_sov.work.progress.locks.holds", holds)
     assert score("--set", "language=ko") == 2
     assert "is being written by another process" in capsys.readouterr().err
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.encode import Encoder
-from megatron_sov.artifacts import sha256_file
+from data_prep.shards.encode import Encoder
+from megatron_sov.base.artifacts import sha256_file
 
 Proof = tuple[bool, str]
 PROOFS: dict[str, Proof] = {}

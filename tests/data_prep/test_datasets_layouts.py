@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep.encode import Encoder
-from data_prep.unpaired import write_unpaired
-from megatron_sov.documents import Reading, list_files, read_documents
-from megatron_sov.errors import UserError
-from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
+from data_prep.responses.unpaired import write_unpaired
+from data_prep.shards.encode import Encoder
+from megatron_sov.base.documents import Reading, list_files, read_documents
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 
 datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 Rows = list[dict[str, Any]]

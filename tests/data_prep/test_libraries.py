@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from data_prep import cli
+from data_prep.curate.sources.formats import LIBRARIES
+from data_prep.curate.sources.source import SourceSettings
 from data_prep.libraries import require
-from data_prep.sources.formats import LIBRARIES
-from data_prep.sources.source import SourceSettings
-from megatron_sov.errors import how_to_install
-from megatron_sov.settings import problems_of
+from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.settings import problems_of
 
 PIPELINE = """name: small
 sources:

@@ -13,20 +13,20 @@ import pytest
 
 from data_prep import steps
 from data_prep.cli import main
-from data_prep.pipeline.plan import file_hashes
-from data_prep.pipeline.step import Outcome
+from data_prep.curate.pipeline.plan import file_hashes
+from data_prep.curate.pipeline.step import Outcome
 from data_prep.steps import CodeSettings, CodeStep, Steps, named_steps
-from megatron_sov.documents import Document, LeftOut
-from megatron_sov.errors import UserError
-from megatron_sov.plugins.reads import recording_reads
-from megatron_sov.settings import problems_of
-from tests.data_prep.pipeline.memory_view import MemoryView, docs, outcomes
+from megatron_sov.base.documents import Document, LeftOut
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.reads import recording_reads
+from megatron_sov.base.settings import problems_of
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
 
 STEPS = '''
 from dataclasses import replace
 from megatron_sov import LeftOut
-from megatron_sov.documents import Message
+from megatron_sov.base.documents import Message
 
 def long_enough(document):
     return document if len(document.text) >= 40 else LeftOut("short")
@@ -169,7 +169,7 @@ def test_other_steps_find_no_units_of_before(file: Path, tmp_path: Path, packed_
 
 OWN = """import dataclasses
 from words import BAD
-from megatron_sov.documents import LeftOut
+from megatron_sov.base.documents import LeftOut
 
 def judge(document):
     if BAD in document.text:

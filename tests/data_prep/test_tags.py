@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from data_prep.cli import main
 from data_prep.tags import GivenTag, artifact_of, is_chosen, parse_tags, source_tags, tags_of
-from megatron_sov.artifacts import new_artifact, read_manifest
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.errors import UserError
 
 
 def test_pack_records_what_each_source_is(tokenizers: dict[str, Path], tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.cli import main
-from megatron_sov.obs.events import read_events
 from megatron_sov.runs.checkpoints import damage
+from megatron_sov.runs.obs.events import read_events
 
 STEPS = 8
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.obs.events import read_events
+from megatron_sov.runs.obs.events import read_events
 
 
 @pytest.mark.distributed

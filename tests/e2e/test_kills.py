@@ -27,14 +27,14 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
 def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
     from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
-    from megatron_sov.mcore.parallel.world import STORE_PORT
-    from megatron_sov.obs.events import read_events
+    from megatron_sov.engine.mcore.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
+    from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.checkpoints import damage
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.stage import Stage, run_stage
+    from megatron_sov.runs.obs.events import read_events
+    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = apply_settings(recipes.get("tiny-solar-open"),
                             [f"data.paths={json.dumps({data: 1.0})}", *SETTINGS])
@@ -109,7 +109,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    from megatron_sov.artifacts import read_manifest
+    from megatron_sov.base.artifacts import read_manifest
 
     arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))

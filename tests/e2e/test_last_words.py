@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.runs.obs.events import EVENTS, read_events
 
 SETTINGS = ("train.steps=6", "train.eval_every_steps=0")
 
@@ -43,8 +43,8 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
 
 FAILING = """
 import os, time
-from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
-from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.engine.mcore.checkpoint.host_snapshot import Snapshot
+from megatron_sov.train.objectives.lm import LanguageModelling
 
 write = Snapshot.write
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 
 SETTINGS = ("train.steps=2", "train.async_save=false", "train.eval_every_steps=0", "optim.eps=1e-3",
             "train.deterministic=true")
 OWN = '''
-from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.objectives.lm import LanguageModelling
 
 class Own(LanguageModelling):
     """Of a file that a person names."""
@@ -25,8 +25,8 @@ class Own(LanguageModelling):
 def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
     """Run commands one after another; returns their exit codes.  Runs in a process that has imported all."""
     from megatron_sov.cli import main
-    from megatron_sov.mcore.parallel import launcher
-    from megatron_sov.mcore.parallel.world import STORE_PORT
+    from megatron_sov.engine.mcore.parallel import launcher
+    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
 
     def run(argv: list[str]) -> int:
         child = os.fork()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.obs.events import final_steps, read_events
+from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.runs.obs.events import final_steps, read_events
 
 STEPS, MIDDLE = 30, 20
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0",

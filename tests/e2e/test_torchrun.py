@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed import run as torchrun
 
-from megatron_sov.obs.events import final_steps, read_events
+from megatron_sov.runs.obs.events import final_steps, read_events
 
 PAGE = (Path(__file__).parents[2] / "docs/torchrun.md").read_text()
 STEPS = 6

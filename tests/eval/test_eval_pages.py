@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.bench.suites.catalogue import check_data, read_task, suite_tasks
+from megatron_sov.bench.suites.folding import fold
+from megatron_sov.bench.suites.protocol import Response, TaskItem
 from megatron_sov.cli import main
-from megatron_sov.commands.eval_suites import protocol_line
-from megatron_sov.eval.suites.catalogue import check_data, read_task, suite_tasks
-from megatron_sov.eval.suites.folding import fold
-from megatron_sov.eval.suites.protocol import Response, TaskItem
+from megatron_sov.commands.evaluate.eval_suites import protocol_line
 
 DOCS = Path(__file__).parents[2] / "docs"
 SUITES_PAGE = (DOCS / "eval_suites.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def test_what_the_page_shows_runs(page: str, count: int, said: str, one_rank: No
     lines = [line for line in commands if not line.startswith("megatron-sov pretrain")]
     assert len(lines) == count
     for line in lines:
-        program, *arguments = shlex.split(line.split(" --nproc")[0])  # several processes: tests/generate
+        program, *arguments = shlex.split(line.split(" --nproc")[0])  # several processes: tests/infer
         assert (program, main(arguments)) == ("megatron-sov", 0), line
     assert re.search(said, capsys.readouterr().out)
     if page == "eval_lm.md":

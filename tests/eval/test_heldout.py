@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.cli import main
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.obs import work_bar
-from megatron_sov.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.work.progress import work_bar
 
 prepare_megatron()
 
-from megatron_sov.data.token_shards import Source, open_sources  # noqa: E402
-from megatron_sov.errors import UserError  # noqa: E402
+from megatron_sov.base.errors import UserError  # noqa: E402
+from megatron_sov.engine.data.token_shards import Source, open_sources  # noqa: E402
 from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.heldout import (  # noqa: E402
     HeldoutData, KneserNeyBigram, evaluate_bigram, evaluate_rows, open_heldout, rows_of, token_blocks,

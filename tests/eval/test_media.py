@@ -10,7 +10,7 @@ import jiwer
 import numpy as np
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.eval.media import (
     PAIRS, Group, Rank, Row, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
 from megatron_sov.eval.statistics import mean_interval, wilson_interval

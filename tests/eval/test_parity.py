@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
-from megatron_sov.artifacts import manifest_sha256
+from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.bench.lm.results import read_items, read_results
 from megatron_sov.cli import main
-from megatron_sov.eval.lm.results import read_items, read_results
-from megatron_sov.generate.turns import EnginePolicy
+from megatron_sov.infer.turns import EnginePolicy
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
 
 TASK = """
 task: sums
-custom_dataset: !function megatron_sov.eval.suites.task_data.load
+custom_dataset: !function megatron_sov.bench.suites.task_data.load
 dataset_path: json
 dataset_kwargs: {data_files: {test: "${DATA}/sums.jsonl"}}
 output_type: generate_until

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.token_shards import open_sources, tokenizer_folder
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.mcore.model.local_shards import local_shards
-from megatron_sov.mcore.parallel import world
+from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.mcore.model.local_shards import local_shards
+from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.objectives.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov import recipes
-from megatron_sov.config import apply_settings
-from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.mcore.model.local_shards import local_shards
-from megatron_sov.mcore.parallel import world
-from megatron_sov.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.media.placed import Media, Placed, placed
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.mcore.model.local_shards import local_shards
+from megatron_sov.engine.mcore.parallel import world
+from megatron_sov.model.config import apply_settings
+from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
+from megatron_sov.omni.media.placed import Media, Placed, placed
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.objectives.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
 IMAGE_PAD, AUDIO_PAD = 5, 6

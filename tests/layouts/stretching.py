@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from megatron_sov.data.token_shards import open_sources
-from megatron_sov.mcore.model.language_model import ModelInputs
-from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.mcore.parallel import collectives, world
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.engine.mcore.model.language_model import ModelInputs
+from megatron_sov.engine.mcore.model.logprobs import Head
+from megatron_sov.engine.mcore.parallel import collectives, world
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.lm import LanguageModelling
-from megatron_sov.train.microbatch import MicroBatch
-from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objective_context import ObjectiveContext
+from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.microbatch import MicroBatch
+from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objectives.objective_context import ObjectiveContext
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
 

@@ -173,12 +173,12 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
     import torch
     from safetensors.torch import save_file
 
-    from megatron_sov.artifacts import read_manifest
-    from megatron_sov.config import ParallelConfig, apply_settings, from_dict
-    from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.base.artifacts import read_manifest
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
 
     place = world.join(ParallelConfig(**layout))
     for name in names:
@@ -249,7 +249,8 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: A
                                                                         tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from megatron_sov import convert, models
+    from megatron_sov import convert
+    from megatron_sov.model import families as models
 
     configs = {f"{family}-{seed}": odd_config(family, seed) for family in models.FAMILIES for seed in SEEDS}
     for name, config in configs.items():

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.artifacts import to_json
-from megatron_sov.config import RunConfig
-from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.model.config import RunConfig
+from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU = "AMD EPYC"

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.clusters import cluster
-from megatron_sov.config import apply_settings
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.operation import (
     Conditions, FailureKind, best_interval_s, checkpoint_bytes, conditions, cost, goodput, operation,
     rank_bytes, write_times)
+from megatron_sov.work.clusters import cluster
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from plan_failures import (
@@ -258,13 +258,13 @@ def written(folder: str, case: str) -> dict[str, Any]:
     its files and the manifest have them."""
     import torch.distributed as dist
 
-    from megatron_sov.artifacts import read_manifest
-    from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.base.artifacts import read_manifest
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import ParallelConfig
     from megatron_sov.runs.checkpoints import AdapterBase
 
     recipe, settings, layout = CASES[case]

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.clusters.chips import chip, default_links
-from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.plan.decoding import Asked, EngineCosts, Engines, step_s, touched_params, writing
+from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import BUDGETS, Assumed, covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
-from megatron_sov.plan.quote import Quote, totals
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import ModelShape, kv_bytes, kv_cuts, of_model
+from megatron_sov.work.clusters.chips import chip, default_links
 
 
 def gpus(num_gpus: int = 8) -> Pricing:
@@ -238,10 +238,10 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     """Return the bytes that a model's attention keeps once it has read a sequence."""
     import torch
 
-    from megatron_sov.config import TrainConfig
-    from megatron_sov.mcore.model import init, kv_cache
-    from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.model import init, kv_cache
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import TrainConfig
 
     world.join(ParallelConfig())
     config = recipes.get(recipe)

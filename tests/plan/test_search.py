@@ -14,19 +14,20 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.commands.submit import COMMANDS
-from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.obs.units import GIB
+from megatron_sov.base.settings import Code, Problem
+from megatron_sov.commands.operate.submit import COMMANDS
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.operate.slurm.stages import work_of
+from megatron_sov.plan.pages.telling import (
+    SHOWN_RULES, Told, broken, name, recomputes, set_line, sizes, submit_line, too_large, why)
 from megatron_sov.plan.pricing import Pricing, RunStage, machines, pricing, run_stages
-from megatron_sov.plan.space import LEAST_GAIN, Choice, Space, choices, layouts, own_choice, space_of, uneven
-from megatron_sov.plan.speed.parameters import default
-from megatron_sov.plan.sweep import (
+from megatron_sov.plan.search.space import (
+    LEAST_GAIN, Choice, Space, choices, layouts, own_choice, space_of, uneven)
+from megatron_sov.plan.search.sweep import (
     NODES_TRIED, Common, Found, Search, Sweep, common, fewest_nodes, fits_somehow, kinds, search, sweep,
     told_nodes)
-from megatron_sov.plan.telling import (
-    SHOWN_RULES, Told, broken, name, recomputes, set_line, sizes, submit_line, too_large, why)
-from megatron_sov.settings import Code, Problem
-from megatron_sov.slurm.stages import work_of
+from megatron_sov.plan.speed.parameters import default
+from megatron_sov.work.clusters.units import GIB
 
 
 def prices(nodes: int) -> Pricing:
@@ -427,8 +428,8 @@ def test_what_is_set_stays() -> None:
 
 def built(config: dict[str, Any], num_ranks: int) -> list[int]:
     """Build the stages of a run on meta tensors, as one rank after the other; returns their layers."""
-    from megatron_sov.config import from_dict
-    from megatron_sov.mcore.model.meta import built_stage
+    from megatron_sov.engine.mcore.model.meta import built_stage
+    from megatron_sov.model.config import from_dict
 
     run: RunConfig = from_dict(config)
     return [built_stage(run, num_ranks, stage).params.layers for stage in range(run.parallel.pp)]

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.clusters.chips import CHIPS, chip, default_links
-from megatron_sov.config import PhaseConfig, apply_settings
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import PhaseConfig, apply_settings
 from megatron_sov.plan.speed import work
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import beside_layers, step_time
 from megatron_sov.plan.speed.traffic import held_params, messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
 from megatron_sov.plan.tables.workloads import find, published
+from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
 
 LLAMA = next(model.shape for model in published() if "llama3-8b" in model.names)
 QWEN = next(model.shape for model in published() if "qwen3-30b-a3b" in model.names)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.tables import cells
 from megatron_sov.plan.tables.cells import PREDICTED, MissingInput, count, number, read_table

@@ -14,13 +14,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sov import recipes
-from megatron_sov.clusters.chips import CHIPS, chip, default_links
-from megatron_sov.models.count import TABLES, layer_weights, mean_keys, train_flops_per_token
-from megatron_sov.plan.learned import read_learned
+from megatron_sov.model.families.count import TABLES, layer_weights, mean_keys, train_flops_per_token
+from megatron_sov.plan.calibration.learned import read_learned
 from megatron_sov.plan.speed import work
 from megatron_sov.plan.speed.parameters import default, of_json
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model
 from megatron_sov.plan.tables.workloads import published
+from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
 
 ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not name.startswith("tiny-")}
 """Architecture -> a recipe that has it."""

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.chat.encode import TYPE_TEXT
-from megatron_sov.config import PolicyConfig
-from megatron_sov.data.token_shards import open_sources
-from megatron_sov.documents import ROLLOUTS
-from megatron_sov.errors import UserError
+from megatron_sov.base.chat.encode import TYPE_TEXT
+from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.model.config import PolicyConfig
+from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import check_sources, texts_of
-from megatron_sov.recipes import get
 
 LAYOUTS = {
     "TP2+SP x PP2 VPP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.vpp=2"]),
@@ -88,8 +88,8 @@ def _trainer(settings: list[str], run: str) -> Any:
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.data.token_shards import Source
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.token_shards import Source
+    from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.policy import check_sources, objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
@@ -108,7 +108,7 @@ def _trainer(settings: list[str], run: str) -> Any:
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and before the first what the first is by
     `_written_out`."""
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.parallel import world
 
     trainer, results = _trainer(settings, run), []
     if write_out:
@@ -128,7 +128,7 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
     """Return the terms of a batch, each document passed through the model alone."""
     import torch
 
-    from megatron_sov.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.mcore.decode.forward_only import Inputs
 
     gained, divergences, texts = [], [], []
     for m in batch.micro_batches:
@@ -176,10 +176,10 @@ def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job:
 
 def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.data.token_shards import Source
+    from megatron_sov.engine.data.token_shards import Source
+    from megatron_sov.model.config import apply_settings
     from megatron_sov.post.policy import check_sources, objective_of
-    from megatron_sov.train.objective import columns_of, formats_of
+    from megatron_sov.train.objectives.objective import columns_of, formats_of
 
     def made(*settings: str) -> Any:
         return objective_of(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.config import DataConfig, PhaseConfig, TrainConfig
-from megatron_sov.data.token_shards import Source
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.model.config import DataConfig, PhaseConfig, TrainConfig
 
 SEQ_LEN = 4
 

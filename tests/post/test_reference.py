@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact, read_manifest
-from megatron_sov.data.columns import NeededColumn, refuse_without_columns
-from megatron_sov.data.token_shards import Source, open_sources
-from megatron_sov.errors import UserError
-from megatron_sov.sealed import write_sealed
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import write_sealed
+from megatron_sov.engine.data.columns import NeededColumn, refuse_without_columns
+from megatron_sov.engine.data.token_shards import Source, open_sources
 
 
 def opened(pairs: Path) -> list[Source]:
@@ -115,7 +115,7 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
 def run_and_kill(text: str, pairs: str, folder: str, part_documents: int) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs, and kills all but the last."""
     from megatron_sov.cli import main
-    from megatron_sov.mcore.parallel.world import STORE_PORT
+    from megatron_sov.engine.mcore.parallel.world import STORE_PORT
     from megatron_sov.post import reference
 
     reference.PART_DOCUMENTS = part_documents

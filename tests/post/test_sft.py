@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
-from megatron_sov.config import RunConfig, apply_settings  # noqa: E402
-from megatron_sov.data.rows import Row, join_rows  # noqa: E402
-from megatron_sov.mcore.parallel import collectives  # noqa: E402
+from megatron_sov.engine.data.rows import Row, join_rows  # noqa: E402
+from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
+from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning, check_sources  # noqa: E402
-from megatron_sov.train.microbatch import from_row  # noqa: E402
-from megatron_sov.train.objective import GlobalBatch, total_loss  # noqa: E402
+from megatron_sov.train.objectives.microbatch import from_row  # noqa: E402
+from megatron_sov.train.objectives.objective import GlobalBatch, total_loss  # noqa: E402
 from tests.head_config import head_config  # noqa: E402
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
@@ -52,8 +52,8 @@ def config_of(*settings: str) -> RunConfig:
 def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Runs inside a rank: losses and gradient for one response and some copies of a text,
     through a head of 32 tokens."""
-    from megatron_sov.mcore.model.logprobs import Head
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.model.logprobs import Head
+    from megatron_sov.engine.mcore.parallel import world
 
     config = config_of()
     world.join(config.parallel)
@@ -192,7 +192,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
 
 
 def test_what_is_sent_to_a_device_has_the_weights_that_were_counted() -> None:
-    """As `tests/train/test_data_batches.py` does it: who sent a row keeps it on the host beside."""
+    """As `tests/train/objectives/test_data_batches.py` does it: who sent a row keeps it on the host."""
     context: Any = SimpleNamespace(config=config_per("turn"), batches=SimpleNamespace(num_sources=1))
     host = from_row(a_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weighted(dataclasses.replace(host, on_host=host))

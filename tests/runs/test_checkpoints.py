@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov import convert, recipes
-from megatron_sov.artifacts import new_artifact
-from megatron_sov.card.run_record import read_run_record
-from megatron_sov.convert.growing import open_weights
-from megatron_sov.convert.peft import from_peft, to_peft
-from megatron_sov.errors import UserError
-from megatron_sov.generate.target import find_target
-from megatron_sov.report.run_data import read_run
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.convert.growing import open_weights
+from megatron_sov.engine.convert.peft import from_peft, to_peft
+from megatron_sov.infer.engines.target import find_target
+from megatron_sov.publish.card.run_record import read_run_record
+from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
     KEPT, KIND, TAKEN_BY, AdapterBase, clear_leftovers, damage, drop_after, find_checkpoint, found_base,

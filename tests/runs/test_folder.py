@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.errors import UserError
-from megatron_sov.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.plugins.code import Code
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.code import Code
+from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import COMPLETION, CONFIG, RunFolder
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG_OF_RUN = recipes.get("tiny-solar-open")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.runs import lock
 from megatron_sov.runs.lock import LOCK, RunLock, living_holder
-from megatron_sov.work.process_identity import process_table
+from megatron_sov.work.processes.process_identity import process_table
 
 
 def write_record(run: Path, **changed: Any) -> None:
@@ -170,7 +170,7 @@ def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path
 
 def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
     write_record(tmp_path, pid=2 ** 22 + 1)  # no such process: both see a stale lock
-    code = ("import sys, time; from pathlib import Path; from megatron_sov.errors import UserError\n"
+    code = ("import sys, time; from pathlib import Path; from megatron_sov.base.errors import UserError\n"
             "from megatron_sov.runs.lock import RunLock\n"
             "print('ready', flush=True); sys.stdin.readline()\n"
             "try:\n    RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); "

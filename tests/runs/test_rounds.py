@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.artifacts import manifest_sha256, new_artifact
-from megatron_sov.config import RolloutConfig
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.runs.rounds import enter_rounds
 

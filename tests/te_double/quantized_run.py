@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.mcore.optimizer.adamw import HostAdamW
-from megatron_sov.mcore.parallel import device, world
+from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW
+from megatron_sov.engine.mcore.parallel import device, world
+from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
 

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.mcore.parallel import world
+from megatron_sov.engine.mcore.parallel import world
 from tests.layouts import layout_run
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.documents import Document, Message
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents import Document, Message
+from megatron_sov.base.errors import UserError
 from tokenizer.mixture import (
     MIXTURES, NUM_BUCKETS, PIECE_BYTES, Group, Share, Sizes, gather_groups, parse_input, pieces, repeats,
     share_bytes, share_of)

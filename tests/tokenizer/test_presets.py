@@ -11,8 +11,8 @@ import regex
 import yaml
 from hypothesis import given, strategies as st
 
-from megatron_sov.errors import UserError
-from megatron_sov.settings import SettingsError
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
 from tokenizer.bpe.split_pattern import untrained
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
 

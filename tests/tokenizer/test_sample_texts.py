@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer import sample_texts
 from tokenizer.sample_texts import BYTES_PER_FILE, CHUNK_BYTES, SENTENCES, built_in, first_difference, users
 

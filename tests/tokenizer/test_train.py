@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 from tokenizer.bpe import count_pipeline
 from tokenizer.cli import main
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.config import apply_settings
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import apply_settings
 from tests.tiny import tiny_trainer
 
 SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -62,7 +62,7 @@ def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -
 
 def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.mcore.model import replica_checks
+    from megatron_sov.engine.mcore.model import replica_checks
 
     trainer, told = make()
     assert update(trainer) is not None

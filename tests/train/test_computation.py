@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact, read_manifest
-from megatron_sov.config import apply_settings
-from megatron_sov.data.token_shards import open_sources
-from megatron_sov.documents.indexed_writer import IndexedWriter
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.model.config import apply_settings
 from tests.tiny import tiny_trainer
 
 SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -53,7 +53,7 @@ def flat(sums: Any) -> torch.Tensor:
 
 def gradients(model: Any) -> torch.Tensor:
     """Return copies of all gradients, as one vector."""
-    from megatron_sov.mcore.model.replica_checks import gradients as of
+    from megatron_sov.engine.mcore.model.replica_checks import gradients as of
 
     return torch.cat([g.detach().flatten().clone() for g in of(model)])
 
@@ -109,7 +109,7 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
     """Write token shards once more, with drawn routes of so many of their tokens."""
-    from megatron_sov.data.routes import shape_of
+    from megatron_sov.engine.data.routes import shape_of
 
     shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
 
 
 def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trace(make: Make) -> None:
-    from megatron_sov.mcore.parallel import rng
+    from megatron_sov.engine.mcore.parallel import rng
 
     settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
     probed, plain = make(*settings), make(*settings)

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.config import IdBlock, apply_settings
-from megatron_sov.data.rows import Row
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.data.rows import Row
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import IdBlock, apply_settings
 
 prepare_megatron()
-from megatron_sov.errors import UserError  # noqa: E402
+from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.data_objective import MTP, DataObjective  # noqa: E402
-from megatron_sov.train.lm import LanguageModelling  # noqa: E402
-from megatron_sov.train.microbatch import MicroBatch, from_row  # noqa: E402
-from megatron_sov.train.objective import (  # noqa: E402
+from megatron_sov.train.objectives.data_objective import MTP, DataObjective  # noqa: E402
+from megatron_sov.train.objectives.lm import LanguageModelling  # noqa: E402
+from megatron_sov.train.objectives.microbatch import MicroBatch, from_row  # noqa: E402
+from megatron_sov.train.objectives.objective import (  # noqa: E402
     GlobalBatch, LossSums, parts_of, per_source, refuse_nothing_learned, total_loss)
 
 

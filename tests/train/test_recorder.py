@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import manifest_sha256, new_artifact
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.ledger import LedgerEntry
-from megatron_sov.mcore.checkpoint.save import Saved
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.mcore.parallel.world import World
-from megatron_sov.models.count import train_flops_per_token
-from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.engine.data.ledger import LedgerEntry
+from megatron_sov.engine.mcore.checkpoint.save import Saved
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.families.count import train_flops_per_token
+from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.recorder import Efficiency, Recorder, peak_tflops
 from megatron_sov.train.restoring import StepResult, TrainState
+from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 # Figures of a step's efficiency.
 

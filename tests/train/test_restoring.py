@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.artifacts import MANIFEST, new_artifact
-from megatron_sov.config import GuardConfig
-from megatron_sov.data.ledger import Ledger, LedgerEntry
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.obs.events import EVENTS, read_events
 from tests.tiny import tiny_model
 
 prepare_megatron()
@@ -97,9 +97,9 @@ def synced(run: str) -> dict[str, Any]:
 
     import torch
 
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.checkpointer import Checkpointer
     from megatron_sov.train.restoring import TrainState

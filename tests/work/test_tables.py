@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.tables.table import Table, TablePart, clear
 
 WORDS = pa.schema([pa.field("word", pa.string(), nullable=False)])

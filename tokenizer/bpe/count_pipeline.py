@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_sov.artifacts import atomic_write, new_file
-from megatron_sov.errors import UserError
-from megatron_sov.work.pool import in_processes
+from megatron_sov.base.artifacts import atomic_write, new_file
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.processes.pool import in_processes
 from tokenizer.bpe.count_units import Unit, UnitSizes, group_sizes, look_through, plan
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces

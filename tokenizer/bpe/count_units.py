@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.artifacts import atomic_write
-from megatron_sov.documents import (
+from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.documents import (
     BadRecord, Document, Reading, Span, list_files, plan_units, read_documents, read_span)
-from megatron_sov.errors import UserError
-from megatron_sov.work.pool import in_processes
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.processes.pool import in_processes
 from tokenizer.mixture import NUM_BUCKETS, Group, Sizes, pieces
 
 

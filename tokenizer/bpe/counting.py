@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.artifacts import disk_errors
-from megatron_sov.compiled import compiled
+from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.documents.compiled import compiled
 from tokenizer.bpe.trainer import MAX_PLACES
 
 NUMBER_BITS = np.uint64(32)

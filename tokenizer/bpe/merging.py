@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.compiled import compiled
+from megatron_sov.base.documents.compiled import compiled
 from tokenizer.mixture import Excerpt
 
 # A sample of a unit's text, taken before it is known how much text its group has.

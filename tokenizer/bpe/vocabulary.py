@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.byte_bpe import byte_characters
+from megatron_sov.base.documents.byte_bpe import byte_characters
 from tokenizer.presets import NUM_BYTES
 
 if TYPE_CHECKING:

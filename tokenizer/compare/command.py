@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.errors import UserError
-from megatron_sov.outputs import check_output
-from megatron_sov.pages.page import Table
-from megatron_sov.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
+from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.pages.page import Table
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.command import HeldoutTextOptions, TokenizerPath
 from tokenizer.report.measures import NamedText, read_texts

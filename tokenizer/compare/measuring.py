@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.pages.page import Chapter, Chart, Section, Table, render as render_page
+from megatron_sov.base.pages.page import Chapter, Chart, Section, Table, render as render_page
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars
 from tokenizer.report.check import cut

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_sov.artifacts import to_json, write_output
-from megatron_sov.errors import UserError
-from megatron_sov.outputs import check_output
-from megatron_sov.settings import Flag, add_options, read_options
+from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import Flag, add_options, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ Made = tuple[list[bytes], Callable[[str], list[int]]]
 
 def _tiktoken(source: Any, name: str) -> Made:
     """Return the contents of ranks and rules, and the encoding by them."""
-    from megatron_sov.byte_bpe import NotByteBpe
+    from megatron_sov.base.documents.byte_bpe import NotByteBpe
     from tokenizer.formats.tiktoken_format import encoder, encoding, ranks_text, to_tiktoken
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe.split_pattern import untrained
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import Preset

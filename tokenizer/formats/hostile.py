@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from megatron_sov.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_line
 
 FREE_IDS = 1 << 20
 """So many ids above its tokens may be unused: reserved ones, and those of other kinds of input."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
-from megatron_sov.errors import UserError, nearest
-from megatron_sov.settings import Flag, add_options, read_options
+from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.settings import Flag, add_options, read_options
 
 PRESET = "imported"
 """What the manifest says where it names the preset of a trained tokenizer."""
@@ -125,7 +125,7 @@ def _check(folder: Path, source: Any, paths: Sequence[Path]) -> tuple[str, dict[
     """
     from transformers import AutoTokenizer
 
-    from megatron_sov.pretrained import read_json
+    from megatron_sov.model.pretrained import read_json
     from tokenizer.formats.hf_files import TOKENIZER_JSON
     from tokenizer.formats.reader import opened, plain_ids
     from tokenizer.sample_texts import CHUNK_BYTES, DISORDERED_MARKS, built_in, first_difference, users

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.byte_bpe import byte_characters
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents.byte_bpe import byte_characters
+from megatron_sov.base.errors import UserError
 from tokenizer.formats import reader, sentencepiece_format, tiktoken_format
 from tokenizer.formats.sentencepiece_format import SPACE, byte_piece
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.errors import UserError, download
-from megatron_sov.pretrained import read_json
+from megatron_sov.base.errors import UserError, download
+from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
 from tokenizer.formats.hostile import no_panics, refuse_far_ids

@@ -12,8 +12,8 @@ import base64
 from itertools import pairwise
 from typing import Any
 
-from megatron_sov.byte_bpe import merges
-from megatron_sov.errors import UserError, how_to_install
+from megatron_sov.base.documents.byte_bpe import merges
+from megatron_sov.base.errors import UserError, how_to_install
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import special_token
 

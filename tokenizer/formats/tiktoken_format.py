@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.byte_bpe import byte_characters, ranks, split_pattern
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents.byte_bpe import byte_characters, ranks, split_pattern
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import special_token
 from tokenizer.formats.hostile import ID_DIGITS, no_panics, refuse_far_ids

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.artifacts import (
+from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, new_artifact, refuse_existing, to_json)
-from megatron_sov.errors import UserError
-from megatron_sov.pretrained import INDEX, hub_name, read_json, weight_files
-from megatron_sov.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.model.pretrained import INDEX, hub_name, read_json, weight_files
 
 KIND = "hf_model"
 """As `megatron-sov convert to-hf` names its folders."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from megatron_sov.artifacts import FileRecord
-from megatron_sov.digests import Digest
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import FileRecord
+from megatron_sov.base.digests import Digest
+from megatron_sov.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch

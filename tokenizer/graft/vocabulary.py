@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.byte_bpe import byte_characters, merges
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.base.documents.byte_bpe import byte_characters, merges
+from megatron_sov.base.errors import UserError, nearest
 from tokenizer.bpe.segmenting import merged
 from tokenizer.formats.hf_files import special_token
 from tokenizer.formats.reader import ids_of, opened

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from annotated_types import Le
 
-from megatron_sov.artifacts import (
+from megatron_sov.base.artifacts import (
     damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
-from megatron_sov.errors import UserError
-from megatron_sov.media.marks import DIGITS, MARKS, entry
-from megatron_sov.media.vocabulary import AUDIO, IMAGE, MEDIA, Block, described
-from megatron_sov.settings import (
+from megatron_sov.base.chat.media_marks import DIGITS, MARKS, entry
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, MEDIA, Block, described
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import (
     Code, Flag, NotNegative, NotNegativeInt, Problem, add_options, only_with, read_options)
 
 FILLER = "<|reserved_media_{}|>"
@@ -135,7 +135,7 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     Raises:
         UserError: there is no such tokenizer, it has tokens of media, or text would get other ids.
     """
-    from megatron_sov.pretrained import read_json
+    from megatron_sov.model.pretrained import read_json
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
     from tokenizer.formats.reader import find_file, ids_of, open_hf, opened
 
@@ -185,7 +185,7 @@ def _check(folder: Path, source: Any, surgery: Any) -> str:
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.pretrained import read_json
+    from megatron_sov.model.pretrained import read_json
     from tokenizer.formats.hf_files import TOKENIZER_JSON
     from tokenizer.formats.reader import opened, plain_ids
     from tokenizer.sample_texts import built_in, first_difference

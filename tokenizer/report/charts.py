@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from megatron_sov.pages.page import (
+from megatron_sov.base.pages.page import (
     Chapter, Chart, Section, Table, chart, colour, plain, render as render_page)
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check

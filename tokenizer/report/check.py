@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.pages.page import Chart, Table
+from megatron_sov.base.pages.page import Chart, Table
 
 Verdict = Literal["good", "note", "bad"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.artifacts import sha256_file, to_json, write_output
-from megatron_sov.errors import UserError, nearest
-from megatron_sov.outputs import check_output
-from megatron_sov.settings import AboveZero, Flag, add_options, read_options
+from megatron_sov.base.artifacts import sha256_file, to_json, write_output
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.measures import DEFAULT_MB, read_texts
 

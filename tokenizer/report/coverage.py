@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.pages.page import Table
+from megatron_sov.base.pages.page import Table
 from tokenizer.formats.loaders import Opened, open_tokenizer
 from tokenizer.report.charts import bars
 from tokenizer.report.check import Check, Verdict, cut, is_text, shown

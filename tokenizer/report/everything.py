@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sov.pages.page import Table
+from megatron_sov.base.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, cut, shown
 from tokenizer.report.coverage import (

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.documents import Document, Reading, cut_text, list_files, plan_units, read_span
-from megatron_sov.errors import UserError
-from megatron_sov.pages.page import Table
+from megatron_sov.base.documents import Document, Reading, cut_text, list_files, plan_units, read_span
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars, lines
 from tokenizer.report.check import Check, Verdict, cut, is_text, shown

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.pages.page import Table
+from megatron_sov.base.pages.page import Table
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import lines
 from tokenizer.report.check import Check, Verdict, cut, is_text, shown

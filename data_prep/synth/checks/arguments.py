@@ -8,11 +8,11 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from megatron_sov.settings import Flag, one_of
+from megatron_sov.base.settings import Flag, one_of
 
 
 def _identified() -> frozenset[str]:
-    from data_prep.quality.identify import KNOWN
+    from data_prep.curate.quality.identify import KNOWN
 
     return KNOWN
 

@@ -19,22 +19,22 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from data_prep.curate.pipeline.counts import noted_seal
+from data_prep.curate.pipeline.finish import summary_of
+from data_prep.curate.pipeline.plan import Plan, SourcePlan, make_plan
+from data_prep.curate.pipeline.running import judge_documents
 from data_prep.json_lines import read_objects
-from data_prep.pipeline.counts import noted_seal
-from data_prep.pipeline.finish import summary_of
-from data_prep.pipeline.plan import Plan, SourcePlan, make_plan
-from data_prep.pipeline.running import judge_documents
-from data_prep.shard_damage import way_out
+from data_prep.shards.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
 from data_prep.synth.generator import Verdict
-from megatron_sov.artifacts import disk_errors, publish
-from megatron_sov.documents import Document, Reading, list_files, read_span
-from megatron_sov.documents.files import JSONL_SUFFIXES, spans_of
-from megatron_sov.errors import UserError
-from megatron_sov.sealed import open_parquet
-from megatron_sov.work.folders import work_folder
+from megatron_sov.base.artifacts import disk_errors, publish
+from megatron_sov.base.documents import Document, Reading, list_files, read_span
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import open_parquet
+from megatron_sov.work.progress.folders import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000

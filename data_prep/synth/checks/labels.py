@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.json_lines import read_objects
 from data_prep.libraries import require
 from data_prep.synth.generator import Verdict
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 ALL_CHECKS, JUDGE = "all checks", "judge"
 """What people are compared with: whether a sample is kept, and the verdicts whose names begin so."""

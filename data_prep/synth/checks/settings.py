@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline.pipeline_file import Pipeline, read_pipeline
+from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
-from megatron_sov.errors import UserError, list_problems
-from megatron_sov.settings import Code, Located, Problem, as_problem, read_located, read_text
+from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.settings import Code, Located, Problem, as_problem, read_located, read_text
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""

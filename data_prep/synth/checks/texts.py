@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep.decontamination.benchmarks import text_in
+from data_prep.curate.decontamination.benchmarks import text_in
 from data_prep.synth.generator import Kind
-from megatron_sov.documents.messages import BadRecord, Messages
-from megatron_sov.documents.records import Reading, parse_record
+from megatron_sov.base.documents.messages import BadRecord, Messages
+from megatron_sov.base.documents.records import Reading, parse_record
 
 SAMPLES, ANSWERS, CONTEXT, INPUT = "samples", "answers", "context", "input"
 SOURCES = (SAMPLES, ANSWERS, CONTEXT, INPUT)

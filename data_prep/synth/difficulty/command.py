@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.synth.options import PairWeight
-from megatron_sov.errors import UserError
-from megatron_sov.settings import Actions, AtLeastOne, Flag, add_actions, run_action
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scoring.ngram_settings import NgramSettings
-from data_prep.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.ngrams import Ngrams
 from data_prep.synth.difficulty.features import NAMES, form
-from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest, to_json
-from megatron_sov.errors import UserError
-from megatron_sov.settings import read
+from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import read
 
 KIND = "difficulty"
 SETTINGS_FILE, WEIGHTS_FILE = "difficulty.json", "weights.safetensors"

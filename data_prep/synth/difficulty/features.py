@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 
-from data_prep.scoring.ngrams import Ngrams
-from megatron_sov.documents.scripts import letters_by_script
+from data_prep.curate.scoring.ngrams import Ngrams
+from megatron_sov.base.documents.scripts import letters_by_script
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _COMMAND = re.compile(r"\\[A-Za-z]+")

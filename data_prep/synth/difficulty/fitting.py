@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.training import library_problems, sparse_rows
 from data_prep.json_lines import read_objects
-from data_prep.scoring.ngram_settings import NgramSettings
-from data_prep.scoring.ngrams import Ngrams
-from data_prep.scoring.training import library_problems, sparse_rows
 from data_prep.synth.difficulty.estimator import (
     KIND, Estimator, EstimatorSettings, load_estimator, scaled, write_estimator)
 from data_prep.synth.difficulty.features import form
@@ -32,9 +32,9 @@ from data_prep.synth.difficulty.judgement import figures
 from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
 from data_prep.synth.options import PairWeight
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
-from megatron_sov.artifacts import new_artifact, refuse_existing
-from megatron_sov.errors import UserError
-from megatron_sov.settings import RISING, SettingsError, Share, as_problem, name_options, problems_of
+from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import RISING, SettingsError, Share, as_problem, name_options, problems_of
 
 # Difficulty written into rows: of an estimator, or as it was measured; and the band that is kept.
 

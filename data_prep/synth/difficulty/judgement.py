@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.synth.difficulty.estimator import Estimator
 from data_prep.synth.difficulty.labels import Problem
-from megatron_sov.documents.scripts import letters_by_script
+from megatron_sov.base.documents.scripts import letters_by_script
 
 NUM_BINS = 10
 """Of the reliability table and the expected calibration error."""

@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from data_prep.json_lines import read_objects
-from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest, refuse_existing
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, refuse_existing
+from megatron_sov.base.errors import UserError
 
 KIND = "difficulty_labels"
 PROBLEMS, PAIRS = "problems.jsonl", "pairs.jsonl"

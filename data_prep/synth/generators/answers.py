@@ -16,7 +16,7 @@ from annotated_types import Le
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box
 from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Sample, Temperature, Verdict
 from data_prep.synth.problems import read_problems
-from megatron_sov.settings import AtLeastOne
+from megatron_sov.base.settings import AtLeastOne
 
 
 @dataclass(frozen=True)

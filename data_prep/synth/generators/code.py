@@ -17,15 +17,15 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Le
 
 from data_prep.json_lines import read_objects
+from data_prep.responses.trajectories import Solution, diverse
 from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply, Sample, Temperature, Verdict
 from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import MAX_CHARS, Task, assertions, defines, reaches_out, read_task
 from data_prep.synth.problems import line_files, problem_text, stated_id
-from data_prep.trajectories import Solution, diverse
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.code import Code, program_in
-from megatron_sov.rewards.reward import Refused
-from megatron_sov.settings import AboveZero, AtLeastOne, Share, at_most
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Share, at_most
+from megatron_sov.judge.rewards.code import Code, program_in
+from megatron_sov.judge.rewards.reward import Refused
 
 MOST_ENDLESS = 2
 """Tests of a program that take too long, each tried by itself; then all others count as failed."""

@@ -16,8 +16,8 @@ from annotated_types import Le
 
 from data_prep.synth.generator import Ask, Generator, Item, Sample, Verdict
 from data_prep.synth.problems import read_problems
-from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne
 
 MIN_LEAD = 0.5
 """Points of 10 by which the mean of both orders has to differ from 5, for a verdict that counts."""

@@ -27,7 +27,7 @@ from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import complete, until_failed
 from data_prep.synth.generators.multihop_graph import Facts, chain_id, chains, read_facts
 from data_prep.synth.generators.triples import PARTS
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, at_most
+from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, at_most
 
 _ANSWER_TAGS = re.compile(r"</?answer>")
 

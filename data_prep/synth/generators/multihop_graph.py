@@ -15,8 +15,8 @@ import networkx as nx
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generators.triples import PARTS
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.answers import normalized
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.answers import normalized
 
 KEPT = "kept.jsonl"
 MAX_STEPS = 5_000

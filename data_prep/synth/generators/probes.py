@@ -18,19 +18,19 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from annotated_types import Ge, Gt, Le
 
-from data_prep.decontamination.benchmarks import benchmark_files
-from data_prep.decontamination.hits import find_hits
-from data_prep.decontamination.step import DecontaminateSettings
+from data_prep.curate.decontamination.benchmarks import benchmark_files
+from data_prep.curate.decontamination.hits import find_hits
+from data_prep.curate.decontamination.step import DecontaminateSettings
 from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import (
     Ask, Generator, Item, NoReply, NoUsableReply, Reply, Sample, Temperature, Verdict)
 from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
-from megatron_sov.documents.item_search import Search
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.code import program_in
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, rules_of
+from megatron_sov.base.documents.item_search import Search
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, rules_of
+from megatron_sov.judge.rewards.code import program_in
 from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
 TOPICS = Path(__file__).parents[1] / "taxonomies" / "mathematics.yaml"

@@ -22,7 +22,7 @@ from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
-from megatron_sov.settings import AtLeastOne, Share, at_most, only_with
+from megatron_sov.base.settings import AtLeastOne, Share, at_most, only_with
 
 Form = Literal["text", "chat", "prompt"]
 SUPPORTED = ("Does SOURCE say what ANSWER says in reply to QUESTION? 10: it says exactly this; 0: it says "

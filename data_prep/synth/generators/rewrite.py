@@ -24,7 +24,7 @@ from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
-from megatron_sov.settings import ONCE, NotNegative, Share, below
+from megatron_sov.base.settings import ONCE, NotNegative, Share, below
 
 Style = Literal["clearer", "encyclopedic", "dialogue"]
 COPIED_WORDS = 8

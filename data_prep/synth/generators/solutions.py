@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt, Le
 
+from data_prep.responses.trajectories import Solution, diverse
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
 from data_prep.synth.generator import Ask, Generator, Grade, Item, Reply, Sample, Temperature, Verdict
 from data_prep.synth.problems import read_problems
-from data_prep.trajectories import Solution, diverse
-from megatron_sov.settings import AtLeastOne, Share, at_most
+from megatron_sov.base.settings import AtLeastOne, Share, at_most
 
 RUBRIC = ("Material is a problem and a solution whose final answer is known to be right. Is each step of the "
           "working true, and does it follow from what stands before it? 10: every step; 5: a gap that a "

@@ -22,7 +22,7 @@ from data_prep.synth.generators.documents.of_documents import OfDocuments
 from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_list, read_tagged
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
-from megatron_sov.settings import AtLeastOne, Share
+from megatron_sov.base.settings import AtLeastOne, Share
 
 Level = Literal["children", "school", "university"]
 COPIED_WORDS = 8

@@ -31,10 +31,10 @@ from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettin
 from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
 from data_prep.synth.generators.documents.verdicts import (
     complete, refused, unknown_language, until_failed, within)
-from megatron_sov.documents import Reading, list_files, read_documents
-from megatron_sov.documents.overlap import fold
-from megatron_sov.errors import UserError
-from megatron_sov.settings import NotNegative, Problem, as_problem, below, find_broken, other_than
+from megatron_sov.base.documents import Reading, list_files, read_documents
+from megatron_sov.base.documents.overlap import fold
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import NotNegative, Problem, as_problem, below, find_broken, other_than
 
 KEPT = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`"  # code

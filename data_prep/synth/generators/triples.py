@@ -14,8 +14,8 @@ from data_prep.synth.generators.documents.languages import language_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_list
 from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
-from megatron_sov.rewards.answers import normalized
-from megatron_sov.settings import AtLeastOne
+from megatron_sov.base.settings import AtLeastOne
+from megatron_sov.judge.rewards.answers import normalized
 
 PARTS = ("subject", "relation", "object", "sentence")
 MAX_NAME_CHARS = 60

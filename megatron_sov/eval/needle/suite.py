@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from megatron_sov.config import NeedleConfig, NeedleKind
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.text import Haystack, Language, NeedleForm, Sentences, fill
 from megatron_sov.eval.statistics import wilson_interval
-from megatron_sov.generate.engine import ChoosingEngine
-from megatron_sov.generate.request import Sampling
+from megatron_sov.infer.engine import ChoosingEngine
+from megatron_sov.infer.request import Sampling
+from megatron_sov.model.config import NeedleConfig, NeedleKind
 
 Way = Literal["generation", "likelihood"]
 BATCH_TOKENS = 1 << 21

@@ -22,10 +22,10 @@ from typing import get_args
 import numpy as np
 from tokenizers import Tokenizer
 
-from megatron_sov.chat.folder import open_tokenizer
-from megatron_sov.config import Language
-from megatron_sov.data.token_shards import Documents, Source
-from megatron_sov.errors import UserError
+from megatron_sov.base.chat.folder import open_tokenizer
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import Documents, Source
+from megatron_sov.model.config import Language
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64

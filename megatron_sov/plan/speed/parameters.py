@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megatron_sov.errors import nearest
+from megatron_sov.base.errors import nearest
 
 UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 """Precision -> the tensor cores' peak that counts."""

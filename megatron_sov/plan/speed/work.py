@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_sov.models.count import mean_keys
+from megatron_sov.model.families.count import mean_keys
 from megatron_sov.plan.speed.workload import Block, Workload
 
 ATTENTION_BACKWARD = 2.5

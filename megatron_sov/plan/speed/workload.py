@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
-from megatron_sov.clusters.chips import Chip, Links
-from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig
-from megatron_sov.models.count import mean_keys
-from megatron_sov.plan.held import BF16_BYTES
+from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
+from megatron_sov.model.families.count import mean_keys
+from megatron_sov.plan.footprint.held import BF16_BYTES
+from megatron_sov.work.clusters.chips import Chip, Links
 
 Block = Literal["attention", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
 HEAD = "head"

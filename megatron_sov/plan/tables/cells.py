@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_sov.clusters.chips import CHIPS, Chip, chip
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.plan.speed.workload import Precision
+from megatron_sov.work.clusters.chips import CHIPS, Chip, chip
 
 TEXTS = ("source", "source_ref", "model", "gpu", "dp_sharding", "precision", "recompute", "other", "router",
          "note")

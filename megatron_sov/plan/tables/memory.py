@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_sov.config import GpuConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_sov.config.gpu import RecomputeModule
-from megatron_sov.models.count import num_params
-from megatron_sov.plan.held import BF16_BYTES, FLOAT32_BYTES
-from megatron_sov.plan.memory import Account, account
+from megatron_sov.model.config import (
+    GpuConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig)
+from megatron_sov.model.config.gpu import RecomputeModule
+from megatron_sov.model.families.count import num_params
+from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
+from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.plan.speed.traffic import held_params
 from megatron_sov.plan.speed.workload import PRECISIONS, ModelShape, Workload
 

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import write_output
-from megatron_sov.errors import UserError
-from megatron_sov.obs.units import SECONDS_OF_AN_HOUR
-from megatron_sov.outputs import check_output, refuse_input
+from megatron_sov.base.artifacts import write_output
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import Workload
 from megatron_sov.plan.tables.cells import PREDICTED, MissingInput, count, number, read_table, words
 from megatron_sov.plan.tables.memory import peak_bytes
 from megatron_sov.plan.tables.workloads import workload_of
+from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
 
 @dataclass(frozen=True)

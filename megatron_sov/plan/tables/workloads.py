@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_sov.clusters.chips import Chip, Links, default_links
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.workload import ModelShape, Workload
 from megatron_sov.plan.tables import cells
 from megatron_sov.plan.tables.cells import MissingInput, count, number, words
 from megatron_sov.plan.tables.memory import peak_bytes
+from megatron_sov.work.clusters.chips import Chip, Links, default_links
 
 
 @dataclass(frozen=True)

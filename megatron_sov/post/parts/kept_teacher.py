@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from safetensors import safe_open
 
-from megatron_sov.artifacts import file_damage, read_manifest
-from megatron_sov.config.distillation import DistillationConfig
-from megatron_sov.data.rows import Origin
-from megatron_sov.data.token_shards import Source
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
-from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.mcore.parallel import collectives, context
-from megatron_sov.mcore.parallel.device import to_device
-from megatron_sov.mcore.parallel.world import World
-from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles, unpacked
-from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.base.artifacts import file_damage, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.rows import Origin
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
+from megatron_sov.engine.mcore.model.logprobs import Head
+from megatron_sov.engine.mcore.parallel import collectives, context
+from megatron_sov.engine.mcore.parallel.device import to_device
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config.distillation import DistillationConfig
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
+from megatron_sov.train.objectives.microbatch import MicroBatch
 
 
 class KeptTeacher:

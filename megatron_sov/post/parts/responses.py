@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sov.chat.encode import TYPE_RESPONSE
-from megatron_sov.mcore.parallel.device import to_device
-from megatron_sov.train.microbatch import MicroBatch, segments
+from megatron_sov.base.chat.encode import TYPE_RESPONSE
+from megatron_sov.engine.mcore.parallel.device import to_device
+from megatron_sov.train.objectives.microbatch import MicroBatch, segments
 
 
 @dataclass(frozen=True)

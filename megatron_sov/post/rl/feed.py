@@ -22,37 +22,37 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from megatron_sov.artifacts import atomic_write, read_manifest, to_json
-from megatron_sov.config import RolloutConfig, RunConfig
-from megatron_sov.data.rounds import Round, RoundDocuments
-from megatron_sov.data.routes import replayed_routes
-from megatron_sov.documents.routes import RouteShape
-from megatron_sov.errors import UserError
-from megatron_sov.generate.generator import MegatronEngine
-from megatron_sov.generate.request import Batching
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.model.local_shards import local_shards
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.named_values import sum_dict
-from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.models.adapters import PREFIX
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
+from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import seal_damage, write_sealed
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data.rounds import Round, RoundDocuments
+from megatron_sov.engine.data.routes import replayed_routes
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.model.local_shards import local_shards
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.request import Batching
+from megatron_sov.judge.rewards.opinions import Opinions
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rollouts.prompts import Prompt
+from megatron_sov.judge.rollouts.rows import Rollout
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import RolloutConfig, RunConfig
+from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.reference import files_sha256
 from megatron_sov.post.rl.generate import Desk, Missing, Writer, write_rounds
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
-from megatron_sov.rewards.opinions import Opinions
-from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.prompts import Prompt
-from megatron_sov.rollouts.rows import Rollout
-from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
-from megatron_sov.sealed import seal_damage, write_sealed
-from megatron_sov.train.feed import FeedView
-from megatron_sov.work.claims import Claims
+from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.work.progress.claims import Claims
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""

@@ -20,26 +20,26 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov import convert
-from megatron_sov.config.rollout import RolloutConfig
-from megatron_sov.errors import UserError
-from megatron_sov.generate.engine import MEGATRON, VLLM, Engine, run_engine
-from megatron_sov.generate.generator import MegatronEngine
-from megatron_sov.generate.held_weights import NamedTensors
-from megatron_sov.generate.load import Loaded, run_forward_model
-from megatron_sov.generate.request import Batching
-from megatron_sov.generate.target import Target
-from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.parallel.world import on_first
-from megatron_sov.obs.warning import warn
-from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.rollouts.prompts import Piece, Prompt, pieces, round_prompts
-from megatron_sov.rollouts.rows import UNFINISHED, Asked, Rollout
-from megatron_sov.rollouts.store import Store
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine import convert
+from megatron_sov.engine.mcore.checkpoint import load
+from megatron_sov.engine.mcore.parallel.world import on_first
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.decoder.held_weights import NamedTensors
+from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
+from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.request import Batching
+from megatron_sov.judge.rollouts.prompts import Piece, Prompt, pieces, round_prompts
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Asked, Rollout
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import POLL_S, Claims, Patience
+from megatron_sov.work.progress.claims import POLL_S, Claims, Patience
+from megatron_sov.work.progress.work_bar import work_bar
 from megatron_sov.work.tables.table import AlreadyPublished
 
 

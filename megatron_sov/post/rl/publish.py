@@ -18,24 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest
-from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.config import RolloutConfig, RunConfig
-from megatron_sov.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
-from megatron_sov.data.routes import replayed_routes
-from megatron_sov.data.token_bytes import token_bytes
-from megatron_sov.data.token_shards import CONTENT_VERSION
-from megatron_sov.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.data.written_sources import COUNTS, source_record
-from megatron_sov.documents import ROLLOUTS
-from megatron_sov.documents.indexed_writer import IndexedWriter
-from megatron_sov.documents.routes import ROUTES, RouteShape
-from megatron_sov.errors import UserError
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest
+from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.documents.routes import ROUTES, RouteShape
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
+from megatron_sov.engine.data.routes import replayed_routes
+from megatron_sov.engine.data.token_bytes import token_bytes
+from megatron_sov.engine.data.token_shards import CONTENT_VERSION
+from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
+from megatron_sov.engine.data.written_sources import COUNTS, source_record
+from megatron_sov.judge.rollouts.prompts import Prompt, budget_of, round_prompts
+from megatron_sov.judge.rollouts.rows import LENGTH, UNFINISHED, Judged, Key, Part, Rollout, domain_of, later
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.parts.advantages import Group, advantages
-from megatron_sov.rollouts.prompts import Prompt, budget_of, round_prompts
-from megatron_sov.rollouts.rows import LENGTH, UNFINISHED, Judged, Key, Part, Rollout, domain_of, later
-from megatron_sov.rollouts.store import Store
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
 

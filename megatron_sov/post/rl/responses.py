@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.config.rollout import RolloutConfig
-from megatron_sov.documents import BadRecord, Conversation
-from megatron_sov.errors import UserError
-from megatron_sov.generate.asking import Asker
-from megatron_sov.generate.engine import Engine
-from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
-from megatron_sov.generate.turns import EnginePolicy, with_policy
+from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.asking import Asker
+from megatron_sov.infer.engine import Engine
+from megatron_sov.infer.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.turns import EnginePolicy, with_policy
+from megatron_sov.judge.rollouts.prompts import OPTION, Prompt, budget_of, sampling_digest, stream_of
+from megatron_sov.judge.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
+from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.episode import Episode, EpisodeLines, Written, lines_of
+from megatron_sov.judge.tools.playing import STREAMS, Policy, Table, play
+from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.generate import Attempt, never
-from megatron_sov.rollouts.prompts import OPTION, Prompt, budget_of, sampling_digest, stream_of
-from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
-from megatron_sov.tools.environment import Task
-from megatron_sov.tools.episode import Episode, EpisodeLines, Written, lines_of
-from megatron_sov.tools.playing import STREAMS, Policy, Table, play
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""

@@ -11,21 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.errors import UserError
-from megatron_sov.obs.warning import warn
-from megatron_sov.rewards.composed import SECOND
-from megatron_sov.rewards.opinions import Opinions, opinion_of
-from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.reward import Result
-from megatron_sov.rewards.running import runner
-from megatron_sov.rewards.scoring import BATCH_ROWS, Tally
-from megatron_sov.rollouts.rows import UNFINISHED, Judged, Part, Rollout, not_written
-from megatron_sov.settings import parse_nested
-from megatron_sov.work.claims import Claims, Patience
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import parse_nested
+from megatron_sov.base.warning import warn
+from megatron_sov.judge.rewards.composed import SECOND
+from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import BATCH_ROWS, Tally
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Judged, Part, Rollout, not_written
+from megatron_sov.work.progress.claims import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
-    from megatron_sov.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import Store
 
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, atomic_write, damaged_files, new_artifact, read_manifest, to_json
-from megatron_sov.convert.sources import is_hf_folder
-from megatron_sov.digests import fingerprint
-from megatron_sov.documents.rows import read_rows
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import (
+    MANIFEST, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
+from megatron_sov.base.digests import fingerprint
+from megatron_sov.base.documents.rows import read_rows
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.convert.sources import is_hf_folder
 from megatron_sov.eval.pass_at_k import read_judged_parts
 from megatron_sov.post.ssp.choice import Measured, choose, gain
 from megatron_sov.runs.checkpoints import (

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sov.errors import UserError, nearest
-from megatron_sov.obs.events import EventLog
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.warning import warn
 from megatron_sov.runs.folder import FAULTS
+from megatron_sov.runs.obs.events import EventLog
 
 STATES: dict[str, tuple[str, ...]] = {
     "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sov.config import GuardConfig
-from megatron_sov.errors import SilentCorruption
-from megatron_sov.mcore.model import replica_checks
-from megatron_sov.mcore.model.expert_load import ExpertLoad
-from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.compute_timer import ComputeClock
-from megatron_sov.mcore.parallel.object_collectives import gather_objects
-from megatron_sov.mcore.parallel.world import World
-from megatron_sov.obs import routing
-from megatron_sov.obs.events import EventLog
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.errors import SilentCorruption
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.mcore.model import replica_checks
+from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
+from megatron_sov.engine.mcore.model.language_model import LanguageModel
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.compute_timer import ComputeClock
+from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config import GuardConfig
+from megatron_sov.runs.obs import routing
+from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.guards.fault_injection import Fault, Faults
 from megatron_sov.train.guards.step_guard import StepGuard
 from megatron_sov.train.guards.watchdog import Watchdog

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.config import GuardConfig
-from megatron_sov.data.ledger import Ledger
-from megatron_sov.mcore.parallel import collectives
-from megatron_sov.mcore.parallel.named_values import sum_dict
+from megatron_sov.engine.data.ledger import Ledger
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.model.config import GuardConfig
 
 MIN_STEPS = 20
 """Steps that say what is usual, at least."""

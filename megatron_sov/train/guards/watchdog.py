@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_sov.errors import ExitCode
+from megatron_sov.base.errors import ExitCode
 
 HANG = "hang"
 """Folder inside a run folder with the stacks of processes that stood still."""

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, atomic_write
-from megatron_sov.config import RunConfig
-from megatron_sov.config.evaluate import EvalTask, LmEvalConfig
-from megatron_sov.data.token_shards import TEXTS, Source
-from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.artifacts import MANIFEST, atomic_write
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data.token_shards import TEXTS, Source
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 from megatron_sov.runs.score_events import EVENT, score_events
-from megatron_sov.work.background import BackgroundProcess
+from megatron_sov.work.processes.background import BackgroundProcess
 
 LOOK_EVERY_S = 1.0
 _WAIT_S = 0.05

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.config import RunConfig, TrainConfig
-from megatron_sov.obs.warning import warn
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.warning import warn
+from megatron_sov.model import families as models
+from megatron_sov.model.config import RunConfig, TrainConfig
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINTS_OF_A_RUN, MODEL, latest, step_of
 from megatron_sov.runs.folder import AVERAGE, EXPORTS
 from megatron_sov.train.side_jobs.evaluations import Evaluations
-from megatron_sov.work.background import BackgroundProcess
+from megatron_sov.work.processes.background import BackgroundProcess
 
 # The mean of a run's newest checkpoints, made when the run is complete.
 #

@@ -19,11 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Protocol
 
-from megatron_sov.work.channel import receive, send
+from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.watch import Watch
 from megatron_sov.work.sandbox import restrictions, system_calls as sc
 from megatron_sov.work.sandbox.folders import MAX_ENTRIES, remove, size_bytes
 from megatron_sov.work.sandbox.program import Limits
-from megatron_sov.work.watch import Watch
 
 FIRST_UID, NUM_UIDS = 61184, 4336
 """systemd's range for users that exist for a moment; root's sandboxes take one of them each."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.documents import BadRecord
-from megatron_sov.work.channel import send
-from megatron_sov.work.children import start_interpreter
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.work.processes.channel import send
+from megatron_sov.work.processes.children import start_interpreter
 
 START_LIMIT_S = 120.0
 CLOCK_FACTOR = 10.0

@@ -20,15 +20,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_sov.errors import UserError, list_problems
-from megatron_sov.work.channel import receive, send
-from megatron_sov.work.children import Child, start_interpreter
+from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.children import Child, start_interpreter
+from megatron_sov.work.processes.watch import Watch
 from megatron_sov.work.sandbox.enclosures import Unavailable, identity_maps
 from megatron_sov.work.sandbox.folders import remove
 from megatron_sov.work.sandbox.program import Limits, Outcome, Program
 from megatron_sov.work.sandbox.restrictions import folders_of
 from megatron_sov.work.sandbox.supervise import MAX_STARVED_S, START_LIMIT_S, Ends, Subject, supervise
-from megatron_sov.work.watch import Watch
 
 ENCLOSURES = ("namespaces", "landlock")
 """What the kernel may give, the stronger one first."""

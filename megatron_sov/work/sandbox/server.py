@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sov.work.channel import receive, send
+from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox import system_calls as sc
 from megatron_sov.work.sandbox.child import NUM_FILES, be_as_programs, become_program
 from megatron_sov.work.sandbox.enclosures import Enclosure, Landlocked, Namespaces, Unavailable

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatron_sov.work.processes.watch import OwnTime, Totals
 from megatron_sov.work.sandbox.program import Limits, Outcome, Status
-from megatron_sov.work.watch import OwnTime, Totals
 
 LOOK_EVERY_S = 0.05
 """At what all processes of a program take together."""

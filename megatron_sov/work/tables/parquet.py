@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megatron_sov.artifacts import disk_errors, fsync_path, new_file
-from megatron_sov.errors import UserError, first_line
-from megatron_sov.sealed import open_parquet, seal_file, seal_parquet
+from megatron_sov.base.artifacts import disk_errors, fsync_path, new_file
+from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.sealed import open_parquet, seal_file, seal_parquet
 
 MAX_ROWS = 1 << 20
 """Of one file."""

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from megatron_sov.artifacts import (
+from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, is_held,
     manifest_sha256, new_artifact, read_manifest, rename_unless_taken, to_json)
-from megatron_sov.errors import UserError
-from megatron_sov.obs.warning import warn
-from megatron_sov.outputs import refuse_nowhere
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.warning import warn
 
 if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted without it
     import pyarrow as pa

@@ -18,8 +18,8 @@ from data_prep.demo import corpus
 from data_prep.demo.corpus import (
     Docstring, Unavailable, clean, docstrings, documentation, html_text, is_korean, korean_only, korean_pages,
     question_and_answer, select, stdlib_files, topics)
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.documents import list_files, read_documents
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents import list_files, read_documents
 
 # Korean text out of pages, and machines that have none.
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from data_prep.cli import main
 from data_prep.media import encoder
-from megatron_sov.artifacts import new_artifact
-from megatron_sov.media.reading.limits import MediaLimits
-from megatron_sov.media.reading.pictures import Asked, read_picture
-from megatron_sov.media.reading.places import place_of
-from megatron_sov.media.reading.reader import Read
-from megatron_sov.media.reading.sounds import read_sound
-from megatron_sov.media.reading.videos import VideoFrames, read_video
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.omni.media.reading.limits import MediaLimits
+from megatron_sov.omni.media.reading.pictures import Asked, read_picture
+from megatron_sov.omni.media.reading.places import place_of
+from megatron_sov.omni.media.reading.reader import Read
+from megatron_sov.omni.media.reading.sounds import read_sound
+from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
 from tests.data_prep.media.chats import Encode
 from tokenizer.media.command import MediaTokens, add_media
 
@@ -46,7 +46,7 @@ class Loudness:
 
 
 class Here:
-    """Reads media in this process, which starts sooner than those of tests/media/reading."""
+    """Reads media in this process, which starts sooner than those of tests/omni/media/reading."""
 
     def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
         self._root, self._limits = root.resolve(), limits

@@ -14,13 +14,13 @@ import pytest
 
 from data_prep.media import running, units
 from data_prep.media.encoder import CHAT, TEXT, MediaEncoder, parse_record
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.clusters import client
-from megatron_sov.documents import BadRecord
-from megatron_sov.errors import ExitCode
-from megatron_sov.media.banks import PICTURES, SOUNDS, open_bank, read_shapes
-from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
-from megatron_sov.work.arrays import WORK, Jobs, keeping_failure
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.omni.media.banks import PICTURES, SOUNDS, open_bank, read_shapes
+from megatron_sov.work.clusters import client
+from megatron_sov.work.submit.arrays import WORK, Jobs, keeping_failure
 from tests.data_prep.media.chats import Encode, shown
 
 
@@ -57,8 +57,8 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
 def test_spectrograms_are_those_of_whisper(encode: Encode, tmp_path: Path, media: Path) -> None:
     from transformers import WhisperFeatureExtractor
 
-    from megatron_sov.media.reading.limits import MediaLimits
-    from megatron_sov.media.reading.sounds import read_sound
+    from megatron_sov.omni.media.reading.limits import MediaLimits
+    from megatron_sov.omni.media.reading.sounds import read_sound
 
     assert encode([shown(("audio", "short.wav"))]) == 0
     samples, _ = read_sound(media / "short.wav", 16_000, MediaLimits())

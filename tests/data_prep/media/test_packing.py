@@ -15,21 +15,21 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_prep.cli import main
-from data_prep.token_artifact import open_split
-from data_prep.verify import check
+from data_prep.shards.token_artifact import open_split
+from data_prep.shards.verify import check
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact, read_manifest
-from megatron_sov.config import VisionEncoderConfig
-from megatron_sov.data.media_shards import check_encoders
-from megatron_sov.data.order import Sample
-from megatron_sov.data.packing import Segment
-from megatron_sov.data.rows import sample_row
-from megatron_sov.data.token_shards import open_sources
-from megatron_sov.documents import BadRecord
-from megatron_sov.errors import UserError
-from megatron_sov.media.banks import MEDIA, NONE, open_bank, read_shapes
-from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
-from megatron_sov.media.meant import MeantTokens, MediaEncoding
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.media_shards import check_encoders
+from megatron_sov.engine.data.order import Sample
+from megatron_sov.engine.data.packing import Segment
+from megatron_sov.engine.data.rows import sample_row
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.model.config import VisionEncoderConfig
+from megatron_sov.omni.media.banks import MEDIA, NONE, open_bank, read_shapes
+from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
 from tests.data_prep.media.chats import Encode, shown
 
 CHATS = [shown(("image", "light.png")),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.media.banks import MEDIA
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.omni.media.banks import MEDIA
 from tests.data_prep.media.chats import Encode
 from tokenizer.cli import main as sov_tokenizer
 

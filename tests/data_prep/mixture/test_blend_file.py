@@ -14,7 +14,7 @@ from data_prep.mixture.blend_file import (
     Blend, BlendEntry, BlendPhase, allot, blend_text, epochs, find_blend, overall, read_blend,
     refuse_many_epochs, table)
 from megatron_sov import recipes
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 
 def written(folder: Path, text: str) -> Path:

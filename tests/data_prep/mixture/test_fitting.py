@@ -16,7 +16,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from data_prep.mixture.fitting import (
     DECIMALS, FLOOR, PENALTIES, Shares, Space, cross_validated, distinct, draw, draw_near, fit, fit_log_ridge,
     judge, space_of)
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 SPACE = space_of("abcde", [50, 20, 10, 10, 10], 0, 4)
 

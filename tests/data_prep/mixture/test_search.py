@@ -19,10 +19,10 @@ from data_prep.mixture.search import (
     BEST, JUDGED, NATURAL, UNIFORM, Found, Losses, ProxySettings, Tried, blend_of, clusters_of, page, search,
     summary)
 from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
-from data_prep.pack import PackSettings, Source, pack
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.errors import UserError
-from megatron_sov.settings import SettingsError
+from data_prep.shards.pack import PackSettings, Source, pack
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
 
 SETTINGS = MixtureSearchSettings("tiny-qwen3-4b", {"clean": 1.0}, steps=10, seq_len=32, rounds=(16, 6, 4),
                                  judged=6, candidates=2000, fit="log_ridge")

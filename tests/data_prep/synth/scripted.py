@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.synth.generator import Ask, Generator, Item, Sample, T
 from data_prep.synth.templates import Prompt, load_prompt, load_prompts
-from megatron_sov.endpoints.cache import EndpointCache
+from megatron_sov.work.endpoints.cache import EndpointCache
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from synthesis.endpoint import Replies, completion

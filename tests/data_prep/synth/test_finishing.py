@@ -20,14 +20,14 @@ from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.finishing import MOST_KEPT, MOST_REJECTED, Shown, finish, turns_of
 from data_prep.synth.generator import Verdict
 from data_prep.synth.page import render
-from megatron_sov.artifacts import damaged_files, manifest_sha256, read_manifest
-from megatron_sov.documents import Reading, list_files, read_documents
-from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.rollouts.prompts import read_prompts, refuse_unaskable
-from megatron_sov.tools.registry import tasks_of
-from megatron_sov.tools.worlds.booking import Booking
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import begun, records_by_item
+from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
+from megatron_sov.base.documents import Reading, list_files, read_documents
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
+from megatron_sov.judge.tools.registry import tasks_of
+from megatron_sov.judge.tools.worlds.booking import Booking
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import begun, records_by_item
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
 GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from data_prep.synth.models import KEY_ENV, identity_of, serving
-from megatron_sov.errors import StopRequested, UserError
-from megatron_sov.work.threads import Stop
+from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.work.processes.threads import Stop
 
 SERVER = """import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer

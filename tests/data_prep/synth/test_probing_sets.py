@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 
 LONG = ("A beekeeper fills {} jars with honey on Monday and {} jars on Tuesday. How many jars has she filled "
         "on both days together?")

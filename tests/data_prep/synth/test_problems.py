@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_prep.synth.problems import problem_text, read_problems
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 
 def read(folder: Path, *records: Any, **more: Any) -> Any:

@@ -31,10 +31,10 @@ from data_prep.synth.candidates import record_of
 from data_prep.synth.generator import Ask, Item, Sample, Verdict, writable
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
-from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.errors import ExitCode
-from megatron_sov.work.folders import work_folder
-from megatron_sov.work.journal import records_by_item
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.work.endpoints.cache import EndpointCache
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import records_by_item
 
 KEY = "sk-very-secret-0123456789"
 

@@ -25,12 +25,12 @@ from data_prep.synth.known import GENERATORS
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.running import Order, begun_run, merge_answers, order_of, ready
 from data_prep.synth.slurm_array import ADDRESS, FinishSource, MakeShare, server_script
-from megatron_sov.clusters.cluster import ClusterProfile
-from megatron_sov.endpoints.cache import EndpointCache
-from megatron_sov.errors import ExitCode
-from megatron_sov.work.arrays import Jobs
-from megatron_sov.work.folders import slurm_folder, work_folder
-from megatron_sov.work.journal import records_by_item
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.work.clusters.cluster import ClusterProfile
+from megatron_sov.work.endpoints.cache import EndpointCache
+from megatron_sov.work.progress.folders import slurm_folder, work_folder
+from megatron_sov.work.progress.journal import records_by_item
+from megatron_sov.work.submit.arrays import Jobs
 
 PROFILE = """description: noted, not run
 partition: gpu

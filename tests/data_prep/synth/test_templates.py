@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.templates import load_prompt, load_prompts
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 GOOD = ("{# version: 2 #}\n{% block system %}\nBe brief.\n{% endblock %}\n"
         "{% block user %}\nRead: {{ text }}\n{% endblock %}\n")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.config import NeedleConfig, NeedleKind
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import NeedleConfig, NeedleKind
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
@@ -27,11 +27,11 @@ from megatron_sov.eval.needle.suite import (  # noqa: E402
     run_suite, table)
 from megatron_sov.eval.needle.text import MIN_WORDS, Haystack, NeedleForm, fill  # noqa: E402
 from megatron_sov.eval.statistics import wilson_interval  # noqa: E402
-from megatron_sov.generate.generator import MegatronEngine  # noqa: E402
-from megatron_sov.generate.hf import HfEngine, load_hf  # noqa: E402
-from megatron_sov.generate.load import run_forward_model  # noqa: E402
-from megatron_sov.generate.request import Generated, Sampling, Stop  # noqa: E402
-from megatron_sov.generate.target import Target  # noqa: E402
+from megatron_sov.infer.decoder.generator import MegatronEngine  # noqa: E402
+from megatron_sov.infer.engines.hf import HfEngine, load_hf  # noqa: E402
+from megatron_sov.infer.engines.load import run_forward_model  # noqa: E402
+from megatron_sov.infer.engines.target import Target  # noqa: E402
+from megatron_sov.infer.request import Generated, Sampling, Stop  # noqa: E402
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -368,11 +368,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
     """What a checkpoint says at a layout, on this process, by both ways."""
-    from megatron_sov.data.token_shards import open_sources
+    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.eval.needle.text import open_haystacks
-    from megatron_sov.generate.load import load_forward_model
-    from megatron_sov.generate.target import inference_config
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.infer.engines.load import load_forward_model
+    from megatron_sov.infer.engines.target import inference_config
 
     path = Path(checkpoint)
     size = layout.get("tp", 1) * layout.get("ep", 1) * layout.get("pp", 1) * layout.get("cp", 1)

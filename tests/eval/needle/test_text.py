@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sov.config import Language
-from megatron_sov.data.token_shards import Source, open_sources
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import Source, open_sources
 from megatron_sov.eval.needle.text import (
     LANGUAGES, Haystack, NeedleForm, detect_language, fill, is_for_tests, needle_form, open_haystacks,
     phrases)
+from megatron_sov.model.config import Language
 
 
 def test_words_are_rare_and_whole_and_read_as_a_sentence(form: NeedleForm, token_shards: Path) -> None:

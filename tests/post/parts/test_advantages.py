@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_sov.config import PolicyConfig
+from megatron_sov.model.config import PolicyConfig
 from megatron_sov.post.parts import advantages as parts
 from megatron_sov.post.parts.advantages import advantages
 

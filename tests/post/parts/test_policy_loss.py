@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.config import PolicyConfig
+from megatron_sov.model.config import PolicyConfig
 
 LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0
 CASES: list[dict[str, Any]] = [

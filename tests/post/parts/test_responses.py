@@ -8,11 +8,11 @@ import numpy as np
 def test_documents_are_counted_and_padding_is_not() -> None:
     import torch
 
-    from megatron_sov.data.order import Sample
-    from megatron_sov.data.packing import Segment
-    from megatron_sov.data.rows import join_rows, sample_row
+    from megatron_sov.engine.data.order import Sample
+    from megatron_sov.engine.data.packing import Segment
+    from megatron_sov.engine.data.rows import join_rows, sample_row
     from megatron_sov.post.parts.responses import responses_of
-    from megatron_sov.train.microbatch import from_row
+    from megatron_sov.train.objectives.microbatch import from_row
 
     class Documents:
         """Five documents of which the later tokens are responses; the fourth has none."""

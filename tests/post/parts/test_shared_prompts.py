@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.config import apply_settings
-from megatron_sov.documents import ROLLOUTS
+from megatron_sov.base.documents import ROLLOUTS
+from megatron_sov.model.config import apply_settings
 
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "optim.lr=0.01",
             "rollout.max_new_tokens=64", "policy.method=grpo", "policy.kl=none",
@@ -62,8 +62,8 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
     from layout_run import small_config
 
-    from megatron_sov.data.token_shards import Source
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.data.token_shards import Source
+    from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.post.policy import objective_of
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
@@ -102,9 +102,9 @@ def attention() -> list[float]:
     import torch
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.model import attention as module
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.model import attention as module
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import ParallelConfig
 
     world.join(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
@@ -153,9 +153,9 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     """Two responses to a prompt of four tokens, one to another prompt that begins alike, text, padding."""
     import torch
 
-    from megatron_sov.mcore.model.language_model import ModelInputs
+    from megatron_sov.engine.mcore.model.language_model import ModelInputs
     from megatron_sov.post.policy import sharing_prompts
-    from megatron_sov.train.microbatch import MicroBatch
+    from megatron_sov.train.objectives.microbatch import MicroBatch
 
     documents = [[7, 8, 9, 1, 4, 4], [7, 8, 9, 1, 5], [7, 8, 9, 2, 4], [7, 8], [0, 0]]
     learned = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1], [0, 0]]

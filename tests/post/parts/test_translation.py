@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.post.parts.translation import (
     NO_SYMBOL, NOTHING, UNHEARD, Chain, Translation, spelling_table)
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.chat.turns import TurnEncoder
-from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.judge.rollouts.prompts import Piece, Prompt
+from megatron_sov.judge.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.tools.episode import ENDS, Written
+from megatron_sov.judge.tools.playing import Table
+from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.generate import Attempt
 from megatron_sov.post.rl.responses import Episodes
-from megatron_sov.rollouts.prompts import Piece, Prompt
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
-from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
-from megatron_sov.tools.episode import ENDS, Written
-from megatron_sov.tools.playing import Table
-from megatron_sov.tools.registry import make, order
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from tool_episodes import LIMITS, FuzzedPolicy, chat_encoder

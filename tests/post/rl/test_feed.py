@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.config import RolloutConfig
-from megatron_sov.data.ledger import Ledger, LedgerEntry
-from megatron_sov.data.rounds import Round, RoundDocuments
-from megatron_sov.errors import UserError
-from megatron_sov.sealed import write_sealed
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import write_sealed
+from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
+from megatron_sov.engine.data.rounds import Round, RoundDocuments
+from megatron_sov.model.config import RolloutConfig
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}

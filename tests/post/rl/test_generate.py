@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.config.rollout import RolloutConfig
-from megatron_sov.errors import UserError
-from megatron_sov.generate.request import Batching, Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rollouts.prompts import Piece, Prompt, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.generate import Attempt, Desk, Missing, write_rounds
 from megatron_sov.post.rl.responses import Responses, key_digest
-from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.prompts import Piece, Prompt, read_prompts, round_prompts
-from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
-from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.claims import Claims, Patience
+from megatron_sov.work.progress.claims import Claims, Patience
 
 END = 5
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, piece_prompts=2,

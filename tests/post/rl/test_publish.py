@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.verify import check
+from data_prep.shards.verify import check
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact, read_manifest
-from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.config.rounds import with_rounds
-from megatron_sov.data.rounds import RoundDocuments
-from megatron_sov.data.token_shards import open_sources
-from megatron_sov.digests import file_digest
-from megatron_sov.errors import UserError
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.rounds import RoundDocuments
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.judge.rollouts.rows import Judged, part_name
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
+from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.post.rl.publish import Publisher
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
-from megatron_sov.rollouts.rows import Judged, part_name
-from megatron_sov.rollouts.store import Store
 
 VERSION = "a" * 64
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, steps_per_round=2,

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sov.judge.rewards.composed import SECOND
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rollouts.rows import STOP, UNFINISHED, Asked, Judged, Key, Rollout
+from megatron_sov.judge.rollouts.store import Store
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
-from megatron_sov.rewards.composed import SECOND
-from megatron_sov.rewards.reward import Result
-from megatron_sov.rollouts.rows import STOP, UNFINISHED, Asked, Judged, Key, Rollout
-from megatron_sov.rollouts.store import Store
-from megatron_sov.work.claims import Claims, Patience
+from megatron_sov.work.progress.claims import Claims, Patience
 
 SETTINGS = ["language=ko"]
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.config.rounds import with_rounds
-from megatron_sov.digests import file_digest
+from megatron_sov.base.digests import file_digest
+from megatron_sov.judge.rollouts.prompts import read_prompts
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
+from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.post.rl.publish import Publisher
-from megatron_sov.rollouts.prompts import read_prompts
-from megatron_sov.rollouts.store import Store
 
 RUN = str(Path(__file__).with_name("round_run.py"))
 VERSION = "a" * 64

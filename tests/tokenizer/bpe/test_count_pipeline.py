@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe import count_pipeline
 from tokenizer.bpe.count_pipeline import Plan, learn
 from tokenizer.mixture import Group

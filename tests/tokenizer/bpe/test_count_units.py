@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe.count_units import Unit, look_through, plan
 from tokenizer.mixture import Group
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow
 import pytest
 
-from megatron_sov.documents import list_files
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents import list_files
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe import count_pipeline
 from tokenizer.bpe.count_pipeline import CountSettings, UnitCounts, count_units
 from tokenizer.bpe.count_units import plan

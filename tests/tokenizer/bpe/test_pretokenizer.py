@@ -8,7 +8,7 @@ import pickle
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe.split_pattern import Splitter, automaton, check_coverage, oniguruma
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from tokenizers import pre_tokenizers
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids, spelled
 from tokenizer.formats.hf_files import finished
 from tokenizer.presets import SOLAR_OPEN

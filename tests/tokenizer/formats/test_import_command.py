@@ -17,8 +17,8 @@ import tiktoken
 from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer
 
-from data_prep.encode import Encoder
-from megatron_sov.artifacts import read_manifest
+from data_prep.shards.encode import Encoder
+from megatron_sov.base.artifacts import read_manifest
 from tokenizer.cli import main
 from tokenizer.formats.tiktoken_format import ranks_text
 

@@ -12,7 +12,7 @@ import sentencepiece
 import tiktoken
 from tokenizers import Tokenizer, models
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.formats.loaders import open_tokenizer
 
 Build = Callable[..., Path]

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_sov import convert
-from megatron_sov.artifacts import damaged_files, read_manifest
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from tokenizer.cli import main
 
 prepare_megatron()

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tokenizer.formats.sentencepiece_format import from_sentencepiece, new_proto
 from tokenizer.graft.vocabulary import CHARACTERS, Surgery, kind_of
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_sov.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
-from megatron_sov.media.marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD, entry
-from megatron_sov.media.vocabulary import AUDIO, IMAGE, Block, read_blocks
-from megatron_sov.recipes import get
+from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
+from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD, entry
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block, read_blocks
+from megatron_sov.model.recipes import get
 from tokenizer.cli import main
 from tokenizer.media.command import MediaTokens, laid_out
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.errors import UserError
-from megatron_sov.obs.events import EventLog, read_events
+from megatron_sov.base.errors import UserError
+from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.train.guards.fault_injection import STATES, Fault, Faults, corrupt, not_come, parse
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.config import GuardConfig
-from megatron_sov.errors import ExitCode, SilentCorruption
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.mcore.parallel.world import World
+from megatron_sov.base.errors import ExitCode, SilentCorruption
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards, guards as stragglers
 from megatron_sov.train.guards.guards import Guards, SdcChecks
 

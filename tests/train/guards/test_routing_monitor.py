@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.config import GuardConfig
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.obs.events import EventLog, read_events
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import GuardConfig
+from megatron_sov.runs.obs.events import EventLog, read_events
 
 prepare_megatron()
 from megatron_sov.train.guards import guards  # noqa: E402

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.config import GuardConfig
-from megatron_sov.data.ledger import Ledger, LedgerEntry
-from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import GuardConfig
 
 prepare_megatron()
 from megatron_sov.train.guards import step_guard  # noqa: E402
@@ -122,8 +122,8 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 def disagree() -> list[Any]:
     """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
     and what it remembers."""
-    from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import ParallelConfig
 
     place = world.join(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)

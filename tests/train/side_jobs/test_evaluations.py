@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.commands import eval
-from megatron_sov.commands.eval_lm import EvalLmOptions
-from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.eval.lm.results import read_results
-from megatron_sov.eval.lm.settings import Settings
-from megatron_sov.eval.lm.tasks import TaskSources
-from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.base.settings import options_of
+from megatron_sov.bench.lm.results import read_results
+from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.bench.lm.tasks import TaskSources
+from megatron_sov.commands.evaluate import eval
+from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions
+from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import EVALUATIONS
-from megatron_sov.settings import options_of
+from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.side_jobs import evaluations
 from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command
 

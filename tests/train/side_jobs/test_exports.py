@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov import convert, models
-from megatron_sov.artifacts import sha256_file
+from megatron_sov import convert
+from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.cli import main
-from megatron_sov.config import TrainConfig
-from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.model import families as models
+from megatron_sov.model.config import TrainConfig
 from megatron_sov.runs.folder import EXPORTS
+from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.side_jobs import side_jobs as exports_module
 from megatron_sov.train.side_jobs.side_jobs import Exports
 
@@ -100,7 +101,7 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
     monkeypatch.setattr(models.OWN, "_known", {})
     run.exports().offer(20, run.checkpoint(20), False)
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import replace\nfrom megatron_sov.models.dense_families import QWEN3\n"
+        "from dataclasses import replace\nfrom megatron_sov.model.families.dense_families import QWEN3\n"
         "MINE = replace(QWEN3, name='mine')\n")
     models.OWN.load(f"{tmp_path}/mine.py:MINE")
     run.exports().offer(40, run.checkpoint(40), False)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov import convert, recipes
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
-from megatron_sov.config import TrainConfig
+from megatron_sov.model.config import TrainConfig
 from megatron_sov.train.side_jobs import side_jobs, side_jobs as average_module
 from megatron_sov.train.side_jobs.side_jobs import SideJobs, make_average
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox
 from megatron_sov.work.sandbox.enclosures import Unavailable
 from megatron_sov.work.sandbox.folders import MAX_ENTRIES, remove, size_bytes

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from megatron_sov.rewards.code import Code
-from megatron_sov.rewards.reward import judged
+from megatron_sov.judge.rewards.code import Code
+from megatron_sov.judge.rewards.reward import judged
 from megatron_sov.work.sandbox import Program, Sandbox
 from megatron_sov.work.sandbox.sandbox import SANDBOXES
 

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from data_prep.curate.quality.identify import identify
 from data_prep.json_lines import read_objects
-from data_prep.quality.identify import identify
 from data_prep.synth.generator import (
     Ask, Generator, Item, Kind, NoReply, NoUsableReply, Reply, Sample, Verdict)
 from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
@@ -24,11 +24,11 @@ from data_prep.synth.generators.autoif.settings import AutoIfSettings
 from data_prep.synth.generators.autoif.texts import Texts, texts_of
 from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
 from data_prep.synth.generators.drawing import one_of, share_of
-from megatron_sov.documents import BadRecord
-from megatron_sov.documents.files import PARQUET_SUFFIX, list_files, open_parquet
-from megatron_sov.documents.scripts import script_of
-from megatron_sov.errors import UserError, first_line
-from megatron_sov.rewards.constraint import MAX_TEXT_CHARS, verdicts, views_of
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.files import PARQUET_SUFFIX, list_files, open_parquet
+from megatron_sov.base.documents.scripts import script_of
+from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, verdicts, views_of
 from megatron_sov.work.sandbox import shared_sandbox
 
 CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")

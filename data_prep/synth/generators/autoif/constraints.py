@@ -24,12 +24,13 @@ from data_prep.synth.generator import (
 from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
-from megatron_sov.errors import UserError, told_in_a_line
-from megatron_sov.pretrained import load_pretrained
-from megatron_sov.rewards import constraint as constraint_checks
-from megatron_sov.rewards.patterns import json_of
-from megatron_sov.rewards.reward import Refused
-from megatron_sov.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of
+from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.settings import (
+    AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of)
+from megatron_sov.judge.rewards import constraint as constraint_checks
+from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.reward import Refused
+from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.work.sandbox import shared_sandbox
 
 MAX_TOKENS = 512

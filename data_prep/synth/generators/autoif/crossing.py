@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_sov.rewards.code import program_in
-from megatron_sov.rewards.constraint import MAX_TEXT_CHARS, Verdict, problem_of
+from megatron_sov.judge.rewards.code import program_in
+from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, Verdict, problem_of
 
 Judging = Callable[[str, Sequence[str]], Sequence[Verdict]]
 """Source of a check and texts -> what it says of each."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generators.autoif.constraints import wording_problem
-from megatron_sov.errors import UserError, list_problems
-from megatron_sov.rewards.constraint import functions_of
-from megatron_sov.rewards.reward import Refused
+from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.judge.rewards.constraint import functions_of
+from megatron_sov.judge.rewards.reward import Refused
 
 FILE = "kept.jsonl"
 """Of the folder that `constraints` writes."""

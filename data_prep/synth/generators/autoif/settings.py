@@ -11,9 +11,9 @@ from annotated_types import Ge, Le
 from data_prep.synth.generator import Grade, Temperature
 from data_prep.synth.generators.autoif.constraints import SPACELESS, Named
 from data_prep.synth.generators.autoif.kept_constraints import FILE
-from megatron_sov.documents.scripts import LANGUAGES
-from megatron_sov.rewards.constraint import INSTALLED, Segmenter
-from megatron_sov.settings import AtLeastOne, Problem, Share, at_most, find_broken, one_of
+from megatron_sov.base.documents.scripts import LANGUAGES
+from megatron_sov.base.settings import AtLeastOne, Problem, Share, at_most, find_broken, one_of
+from megatron_sov.judge.rewards.constraint import INSTALLED, Segmenter
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
 

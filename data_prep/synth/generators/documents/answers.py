@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from data_prep.synth.generators.documents.numbers import numbers_of, without_numbers
-from megatron_sov.documents.overlap import fold
-from megatron_sov.documents.unspaced import OF_RUNS, in_brackets
-from megatron_sov.rewards.answers import final_answer, normalized
+from megatron_sov.base.documents.overlap import fold
+from megatron_sov.base.documents.unspaced import OF_RUNS, in_brackets
+from megatron_sov.judge.rewards.answers import final_answer, normalized
 
 _PARTICLE = re.compile(
     r"(?<=[가-힣0-9a-z)])(?:입니다|이었습니다|였습니다|이에요|예요|이었다|였다|이다|에서|에게|으로|이라고|라고|까지|부터|은|는|이|가"

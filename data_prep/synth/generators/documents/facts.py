@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from data_prep.synth.generator import Verdict
 from data_prep.synth.generators.documents.customs import customs_of
 from data_prep.synth.generators.documents.numbers import Numbers, numbers_of
-from megatron_sov.documents.overlap import fold
-from megatron_sov.documents.scripts import LANGUAGES
+from megatron_sov.base.documents.overlap import fold
+from megatron_sov.base.documents.scripts import LANGUAGES
 
 _QUOTES = re.compile("|".join(rf"{opening}([^{opening}{closing}\n]{{1,300}}){closing}" for opening, closing in
                               ("“”", "「」", "『』", "《》", "〈〉", "«»", "„“")) + r'|"([^"\n]{1,300})"')

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from data_prep.synth.generator import Ask, NoUsableReply, Verdict
 from data_prep.synth.generators.documents.answers import same_answer
-from megatron_sov.rewards.answers import normalized
+from megatron_sov.judge.rewards.answers import normalized
 
 FAITHFUL = (
     "TEXT was made from SOURCE. Is everything that TEXT states also stated in SOURCE, or does it follow from "

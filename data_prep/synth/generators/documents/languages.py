@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from data_prep.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
+from data_prep.curate.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
 from data_prep.synth.generator import Verdict
-from megatron_sov.documents.scripts import LANGUAGES, letters_by_script
-from megatron_sov.rewards.surface import Language
-from megatron_sov.settings import one_of
+from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script
+from megatron_sov.base.settings import one_of
+from megatron_sov.judge.rewards.surface import Language
 
 MIN_SCORE = 0.5
 """Below it the language of a text is not sure."""

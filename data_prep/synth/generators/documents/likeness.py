@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_sov.documents.overlap import find_units, fold
+from megatron_sov.base.documents.overlap import find_units, fold
 
 LETTERS = 3
 """Of a run that short texts are compared by."""

@@ -10,10 +10,10 @@ from typing import Annotated
 
 from data_prep.synth.generator import Item, Temperature
 from data_prep.synth.generators.documents.languages import ToldApart
-from megatron_sov.documents import Document, Reading, list_files, read_documents
-from megatron_sov.documents.cutting import cut_text
-from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, at_most
+from megatron_sov.base.documents import Document, Reading, list_files, read_documents
+from megatron_sov.base.documents.cutting import cut_text
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, at_most
 
 ID_CHARS = 24
 

@@ -10,16 +10,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, MinLen
 
-from data_prep.quality.identify import identify
+from data_prep.curate.quality.identify import identify
 from data_prep.synth.generator import (
     Ask, Generator, Grade, Item, Kind, NoUsableReply, Reply, Sample, Temperature, Verdict)
 from data_prep.synth.generators.autoif.texts import languages as named
 from data_prep.synth.generators.safety.refusals import languages as refusing, refuses
 from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.patterns import json_of
-from megatron_sov.rewards.reward import Refused
-from megatron_sov.settings import ONCE, AtLeastOne, one_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import ONCE, AtLeastOne, one_of
+from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.reward import Refused
 
 REQUEST_TEMPERATURE = 1.0
 MIN_LANGUAGE_SCORE = 0.5

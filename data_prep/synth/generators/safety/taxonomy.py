@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.settings import Located, read_located, read_text
+from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.settings import Located, read_located, read_text
 
 FILE = Path(__file__).parents[2] / "taxonomies/safety.yaml"
 """The 38 categories that come with the program."""

@@ -14,13 +14,13 @@ from typing import Any
 
 from data_prep.synth.generator import Ask, NoReply, NoUsableReply, Reply
 from data_prep.synth.generators.tools.draws import Draws
-from megatron_sov.chat.tool_calls import ToolCall
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.reward import Result
-from megatron_sov.tools.environment import Task
-from megatron_sov.tools.faults import BY_THE_MODEL
-from megatron_sov.tools.host import CallResult, EnvironmentHost
-from megatron_sov.tools.limits import EpisodeLimits
+from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.faults import BY_THE_MODEL
+from megatron_sov.judge.tools.host import CallResult, EnvironmentHost
+from megatron_sov.judge.tools.limits import EpisodeLimits
 
 Message = dict[str, Any]
 User = Callable[[Sequence[Message]], "str | None"]

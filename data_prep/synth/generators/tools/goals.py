@@ -18,12 +18,12 @@ from data_prep.synth.generators.tools.conversation import Manner, Table, play, s
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.reference import Reference, reference_of
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
-from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, at_most, find_broken
-from megatron_sov.tools.host import EnvironmentHost
-from megatron_sov.tools.limits import LIMITS
-from megatron_sov.tools.registry import order
-from megatron_sov.tools.virtual.spec import problems_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, at_most, find_broken
+from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.limits import LIMITS
+from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.virtual.spec import problems_of
 
 FIELDS = {"question", "calls", "answers"}
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.synth.generator import Verdict
-from megatron_sov.tools.faults import ToolFault
-from megatron_sov.tools.virtual.spec import Spec, ToolSpec, spec_of
-from megatron_sov.tools.worlds.goals import plain, says
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, spec_of
+from megatron_sov.judge.tools.worlds.goals import plain, says
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 SMALL = 20
 """Whole numbers up to this may stand in a question as words."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import Item, Reply
-from megatron_sov.documents.messages import BadRecord, refuse_deep
-from megatron_sov.documents.rows import read_objects
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.patterns import NO_JSON, json_of
-from megatron_sov.rewards.reward import Refused
+from megatron_sov.base.documents.messages import BadRecord, refuse_deep
+from megatron_sov.base.documents.rows import read_objects
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.patterns import NO_JSON, json_of
+from megatron_sov.judge.rewards.reward import Refused
 
 ID_CHARS = 16
 KEPT = "kept.jsonl"

@@ -21,12 +21,12 @@ from data_prep.synth.generator import (
 from data_prep.synth.generators.tools.conversation import Manner, Message, Played, Table, play, scored
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of
-from megatron_sov.chat.marks import BEGIN_CALL
-from megatron_sov.errors import UserError
-from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
-from megatron_sov.tools.host import EnvironmentHost
-from megatron_sov.tools.limits import LIMITS
-from megatron_sov.tools.registry import make, order
+from megatron_sov.base.chat.marks import BEGIN_CALL
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
+from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.limits import LIMITS
+from megatron_sov.judge.tools.registry import make, order
 
 DONE = "###DONE###"
 """What ends a conversation, as tau-bench's users (arXiv 2406.12045) have a word for it."""

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 from data_prep.synth.generator import Ask, Generator, Grade, Item, Kind, Sample, Temperature, Verdict
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
-from megatron_sov.settings import AtLeastOne, NotBlank, NotNegativeInt
-from megatron_sov.tools.faults import ToolFault
-from megatron_sov.tools.virtual.expressions import FUNCTIONS
-from megatron_sov.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
-from megatron_sov.tools.virtual.steps import Step, Tables
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt
+from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.virtual.expressions import FUNCTIONS
+from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
+from megatron_sov.judge.tools.virtual.steps import Step, Tables
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 DAYS = ("2026-03-02", "2026-07-15", "2027-01-31")
 """Where an argument is a day, beside those of the tables."""

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix
 
 from data_prep.synth.checks.labels import ALL_CHECKS, Comparison, Labels, gate_of, read_labels
 from data_prep.synth.generator import Verdict
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 
 def compared(pairs: list[tuple[bool, bool]]) -> Comparison:

@@ -16,7 +16,7 @@ from planted_rates import problem, write, write_measurements
 
 from data_prep.cli import main
 from data_prep.synth.difficulty.estimator import load_estimator
-from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
 
 
 @pytest.fixture(scope="module")

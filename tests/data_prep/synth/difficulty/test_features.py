@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from data_prep.scoring.ngram_settings import NgramSettings
-from data_prep.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.ngrams import Ngrams
 from data_prep.synth.difficulty.features import NAMES, form
 
 NGRAMS = Ngrams(NgramSettings(num_buckets=1 << 10))

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))

@@ -18,8 +18,8 @@ from data_prep.synth.generator import Item
 from data_prep.synth.generators.code import CodeSettings, agreement, fails, killed, passed, telling
 from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import Task, assertions, defines, parsed, reaches_out, read_task
-from megatron_sov.rewards.code import Code
-from megatron_sov.rewards.reward import Score
+from megatron_sov.judge.rewards.code import Code
+from megatron_sov.judge.rewards.reward import Score
 
 ENDLESS = ("tests that never end", "programs that never end", "a program that never ends beside right ones",
            "programs that are wrong each in its way", "tests by type alone", "tests whose values are wrong",
@@ -152,7 +152,7 @@ def test_the_function_stands_at_the_top() -> None:
 
 
 def test_input_is_a_task_or_a_seed(tmp_path: Path) -> None:
-    from megatron_sov.errors import UserError
+    from megatron_sov.base.errors import UserError
 
     (tmp_path / "in.jsonl").write_text('{"seed": "gears"}\n{"text": "a snippet"}\n{"seed": "gears"}\n')
     items = list(generator("code").items([tmp_path / "in.jsonl"]))

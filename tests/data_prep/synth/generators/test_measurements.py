@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
 from data_prep.synth.generator import Item
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 
 def test_right_answers_are_counted_and_all_else_is_wrong() -> None:

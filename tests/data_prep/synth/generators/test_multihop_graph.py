@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.generators.multihop_graph import Fact, Facts, chains, name_key, read_facts
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 NAMES = ("Aabb", "Ccdd", "Eeff", "Gghh", "Iijj", "Kkll")
 

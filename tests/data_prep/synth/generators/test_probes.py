@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
@@ -19,7 +19,7 @@ from synthesis.actors import probes
 
 from data_prep.synth.generator import Item, NoReply, Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Outcome
 
 

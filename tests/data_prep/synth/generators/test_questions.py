@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
@@ -16,9 +16,9 @@ from planted_cases import actor, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.questions import QuestionSettings
-from megatron_sov.documents import Reading
-from megatron_sov.documents.records import parse_record
-from megatron_sov.rewards.stem import Stem
+from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents.records import parse_record
+from megatron_sov.judge.rewards.stem import Stem
 
 CASES = one_of_each("questions")
 REASONS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))

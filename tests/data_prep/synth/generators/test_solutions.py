@@ -14,9 +14,9 @@ from tests.typed_words import keys_of
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
+from data_prep.responses.trajectories import read_queries
 from data_prep.synth.generator import Item, NoUsableReply
 from data_prep.synth.generators.solutions import SolutionsSettings
-from data_prep.trajectories import read_queries
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
@@ -118,7 +118,7 @@ def test_the_judge_reads_the_working_where_it_is_asked() -> None:
 
 
 def test_without_votes_a_problem_needs_its_answer(tmp_path: Path) -> None:
-    from megatron_sov.errors import UserError
+    from megatron_sov.base.errors import UserError
 
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "Why?"}\n')

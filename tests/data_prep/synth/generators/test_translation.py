@@ -15,8 +15,8 @@ from sacrebleu import sentence_chrf
 
 from data_prep.synth.generators.translation import (
     KEPT, glossary_verdict, kept_verdicts, read_glossary, terms_in, translated_verdicts)
-from megatron_sov.errors import UserError
-from megatron_sov.settings import problems_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
@@ -24,8 +24,8 @@ from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.translation import TranslationSettings, chrf
-from megatron_sov.documents import Reading
-from megatron_sov.documents.records import parse_record
+from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents.records import parse_record
 
 CASES = one_of_each("translation")
 REASONS = {

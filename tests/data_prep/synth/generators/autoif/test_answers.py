@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.generators.autoif.answers import quoted, with_quotes_of
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
@@ -21,10 +21,10 @@ from synthesis.actors import autoif as actor
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.autoif.answers import AutoIf
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
-from megatron_sov.documents.records import Reading, parse_record
-from megatron_sov.errors import UserError
-from megatron_sov.rewards.constraint import Constraint
-from megatron_sov.rewards.reward import judged
+from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.constraint import Constraint
+from megatron_sov.judge.rewards.reward import judged
 from tests.data_prep.synth.scripted import samples_of
 
 CASES = {case.what: case for case in reversed(actor.cases())}

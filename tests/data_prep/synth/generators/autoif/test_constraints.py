@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
@@ -19,7 +19,7 @@ from synthesis.actors import constraints as actor
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.autoif.constraints import Constraints, ConstraintsSettings, seeds_of
 from data_prep.synth.known import generator_class
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tests.data_prep.synth.scripted import ScriptedAsk, samples_of
 
 GENERATOR = Constraints(ConstraintsSettings(call_time_s=0.5))

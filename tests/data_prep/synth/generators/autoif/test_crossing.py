@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from data_prep.synth.generators.autoif.crossing import Case, Crossed, Draft, crossed, read_draft
-from megatron_sov.rewards.constraint import Verdict
+from megatron_sov.judge.rewards.constraint import Verdict
 
 EVERYTHING, NOTHING = "accepts", "rejects"
 

@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast)
 
 from data_prep.synth.generators.autoif.constraints import Entailment
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 WORDS = ["use", "no", "commas", "two", "lines", "write", "a", "dot", "at", "the", "end"]
 

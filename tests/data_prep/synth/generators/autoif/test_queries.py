@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.synth.generators.autoif.answers import queries_of, query_in
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"},
          {"role": "assistant", "content": "a"}, {"role": "user", "content": "second"}]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.settings import problems_of
+from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
@@ -19,7 +19,7 @@ from synthesis.actors import safety as actor
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.safety.generator import Safety, SafetySettings
 from data_prep.synth.generators.safety.refusals import refuses
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 from tests.data_prep.synth.scripted import samples_of
 
 GENERATOR = Safety(SafetySettings(pairs_per_call=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.generators.safety.taxonomy import Category, read_taxonomy
-from megatron_sov.errors import UserError
+from megatron_sov.base.errors import UserError
 
 ONE = """categories:
   - id: fraud

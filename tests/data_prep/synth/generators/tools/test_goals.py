@@ -18,8 +18,8 @@ from synthesis.actors import goals, shops
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.tools.goals import Goals, GoalSettings
 from data_prep.synth.generators.tools.reference import reference_of
-from megatron_sov.errors import UserError
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 ITEM = Item("shop-0", {"domain": "library", "world": shops.world(0)})
 UNSOLVED = GoalSettings(tasks_per_world=1, num_solvers=0)

@@ -23,8 +23,8 @@ from data_prep.synth.generator import Item, NoReply
 from data_prep.synth.generators.tools import conversation
 from data_prep.synth.generators.tools.trajectories import (
     DONE, ToolTrajectories, TrajectorySettings, unfounded)
-from megatron_sov.documents.messages import read_messages, read_tools
-from megatron_sov.errors import UserError
+from megatron_sov.base.documents.messages import read_messages, read_tools
+from megatron_sov.base.errors import UserError
 
 TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100, "nights": 2, "fee": 0.5}']
 ITEM = Item("task-0", tool_trajectories.task_fields(0))

@@ -6,8 +6,8 @@ import copy
 
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.worlds import DAYS, places_of, tried, values_of
-from megatron_sov.tools.virtual.spec import spec_of
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.judge.tools.virtual.spec import spec_of
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 LIBRARY = Virtual.EXAMPLES[0]["world"]
 

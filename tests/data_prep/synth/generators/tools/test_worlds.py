@@ -18,8 +18,8 @@ from synthesis.actors import shops, worlds
 
 from data_prep.synth.generator import Item
 from data_prep.synth.generators.tools.worlds import Worlds, WorldSettings
-from megatron_sov.errors import UserError
-from megatron_sov.tools.worlds.virtual import Virtual
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 ITEM = Item("library-1", {"domain": "a library", "number": 1})
 FEW = WorldSettings(calls_per_tool=25)

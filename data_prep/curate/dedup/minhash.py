@@ -1,0 +1,563 @@
+"""Step `minhash_dedup`: of documents that nearly agree one stays.
+
+signatures (per shard) -> bands in common (per partition) -> shingles and their comparison (per shard, where
+candidates are verified exactly) -> clusters (one task).
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge, Gt, Le
+from numpy.typing import NDArray
+
+from data_prep.curate.dedup.exact import Dropped, Partitions, write_report
+from data_prep.curate.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
+from data_prep.curate.dedup.work_files import (
+    BucketWriter, Records, Slice, bucket_slice, parts_of, read_array, save_array, write_buckets)
+from data_prep.curate.pipeline.step import Doc, Outcome, Pass, Step, View
+from data_prep.shards.shard_damage import place_in_run, way_out
+from megatron_sov.base.artifacts import new_file, new_folder
+from megatron_sov.base.documents.overlap import Units, find_units, stretch_hashes
+from megatron_sov.base.sealed import PLACE, check_seal, seal_file
+from megatron_sov.base.settings import AtLeastOne, Code, NotNegativeInt, Problem
+
+# Documents that have a band in common: found in memory that does not grow with the corpus.
+#
+# As for exact keys (`occurrences`), a shard's bands are written sorted and cut into partitions, and a
+# partition
+# is worked through in ranges of keys.  Of a band that many documents share, each is paired with the first
+# `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
+
+MOST_FIRST = 12
+RANGE_RECORDS = 1 << 17
+PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
+"""Numbers of two documents."""
+_HALF = np.uint64(32)
+
+
+def band_dtype(sketch_bytes: int) -> np.dtype[Any]:
+    """Return the structure of a band's record: its key, the number of the document, and the document's sketch
+    where that is wanted."""
+    return np.dtype([("key", "<u8"), ("doc", "<u8"), ("sketch", "u1", (sketch_bytes,))])
+
+
+def write_bands(path: Path, records: Records, num_partitions: int) -> None:
+    """Write a shard's bands."""
+    records = records[np.argsort(records["key"], kind="stable")]
+    partitions = ((records["key"] >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
+    write_buckets(path, records, partitions, num_partitions)
+
+
+def blocks_of_bands(files: list[Path], dtype: np.dtype[Any], partition: int, num_partitions: int
+                    ) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield records of bands with the pairs among them: the places of either side in the records.
+
+    Args:
+        files: what `write_bands` wrote, by rank.
+        dtype: of the records.
+        partition: which.
+        num_partitions: of how many.
+    """
+    slices = [found for file in files
+              if (found := bucket_slice(file, dtype, partition)).num_records]
+    total = sum(found.num_records for found in slices)
+    num_ranges = max(1, -(-total // RANGE_RECORDS))
+    low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
+    starts = [0] * len(slices)
+    for number in range(1, num_ranges + 1):
+        bound = low + (high - low) * number // num_ranges
+        stops = [found.num_records if number == num_ranges else _first_from(found, bound, start)
+                 for found, start in zip(slices, starts, strict=True)]
+        firsts = np.empty(0, dtype)
+        for block in _blocks(found.part(start, stop)
+                             for found, start, stop in zip(slices, starts, stops, strict=True)):
+            records, are_new = _in_bands(firsts, block)
+            places = _places_in_band(records["key"])
+            yield (records, *_pairs(places, are_new))
+            firsts = records[places < MOST_FIRST]
+        starts = stops
+
+
+def _first_from(found: Slice, bound: int, start: int) -> int:
+    """Return the first place from `start` on whose key is not below a bound."""
+    stop = found.num_records
+    while start < stop:
+        middle = (start + stop) // 2
+        if int(found.read(middle, middle + 1)["key"][0]) < bound:
+            start = middle + 1
+        else:
+            stop = middle
+    return start
+
+
+def _blocks(parts: Iterator[Slice]) -> Iterator[Records]:
+    """Read slices, joined to blocks of about `RANGE_RECORDS`, and cut where one has more."""
+    held: list[Records] = []
+    count = 0
+    for part in parts:
+        for start in range(0, part.num_records, RANGE_RECORDS):
+            held.append(part.read(start, min(start + RANGE_RECORDS, part.num_records)))
+            count += len(held[-1])
+            if count >= RANGE_RECORDS:
+                yield np.concatenate(held)
+                held, count = [], 0
+    if count:
+        yield np.concatenate(held)
+
+
+def _in_bands(firsts: Records, block: Records) -> tuple[Records, NDArray[np.bool_]]:
+    """Return the first ones of bands seen before together with a block, by band and document, and which of
+    them are new."""
+    records = np.concatenate([firsts, block])
+    order = np.lexsort((records["doc"], records["key"]))
+    return records[order], order >= len(firsts)
+
+
+def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return for each of ascending keys how many like it stand before it."""
+    here = np.arange(len(keys))
+    begins = np.concatenate([[True], keys[1:] != keys[:-1]])
+    places: NDArray[np.int64] = here - np.maximum.accumulate(np.where(begins, here, 0))
+    return places
+
+
+def _pairs(places: NDArray[np.int64], are_new: NDArray[np.bool_]
+           ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pair each new record with the first ones of its band."""
+    here = np.arange(len(places))
+    ones, others = [], []
+    for first in range(min(MOST_FIRST, int(places.max(initial=0)))):
+        later = here[(places > first) & are_new]
+        ones.append(later)
+        others.append(later - places[later] + first)
+    nothing = np.empty(0, np.int64)
+    return np.concatenate([nothing, *ones]), np.concatenate([nothing, *others])
+
+
+# MinHash signatures (Broder, 1997) and the keys of their bands (locality-sensitive hashing).
+#
+# The shingles of a text are its runs of some words (`documents.overlap`).  Each of the signature's numbers
+# is
+# the smallest of the shingles' images under a permutation of 32 bits, ``x -> a x + b`` with an odd `a`; two
+# texts agree in one of them with the probability of their Jaccard similarity.  With b bands of r numbers,
+# texts
+# of the similarity s have a band in common with the probability ``1 - (1 - s^r)^b``.
+
+Signature = NDArray[np.uint32]
+_PAIR_BLOCK = 1 << 15
+
+
+def shingles(text: str, words: int) -> NDArray[np.uint64]:
+    """Return the different shingles of a text, ascending: all runs of so many words, or the text itself
+    where it is shorter; none where it has no words."""
+    return np.unique(_shingles(find_units(text), words))
+
+
+def _shingles(units: Units, words: int) -> NDArray[np.uint64]:
+    found = units.runs(words)
+    if len(found) or not len(units.hashes):
+        return found
+    return stretch_hashes(units.hashes, np.array([0]), np.array([len(units.hashes)]))
+
+
+class Signer:
+    """Makes the signatures of texts."""
+
+    def __init__(self, num_bands: int, rows_per_band: int, words: int, seed: int) -> None:
+        """See `MinhashSettings`."""
+        draw = np.random.Generator(np.random.PCG64(seed))
+        count = num_bands * rows_per_band
+        self._factors = draw.integers(0, 1 << 32, count, np.uint32) | np.uint32(1)
+        self._terms = draw.integers(0, 1 << 32, count, np.uint32)
+        self._num_bands, self._words = num_bands, words
+
+    def sign(self, text: str) -> Signature | None:
+        """Return a text's signature [bands x rows] uint32; None: it has no words."""
+        from data_prep.curate.dedup import minhash_loops
+
+        found = _shingles(find_units(text), self._words)
+        if not len(found):
+            return None
+        signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
+        minhash_loops.take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms,
+                                    signature)
+        return signature
+
+    def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """Return a key for each band of each signature, [n, bands] uint64, that only the same numbers of the
+        same band share."""
+        from data_prep.curate.dedup import minhash_loops
+
+        keys = np.empty((len(signatures), self._num_bands), np.uint64)
+        minhash_loops.key_bands(signatures, keys)
+        return keys
+
+
+def sketches(signatures: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Return eight bits of each number of signatures (Li and König, 2010, b-bit minwise hashing)."""
+    return ((signatures * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
+
+
+def estimated(made: NDArray[np.uint8], ones: NDArray[np.int64], others: NDArray[np.int64]
+              ) -> NDArray[np.float64]:
+    """Return the estimated Jaccard similarity of pairs of sketches; of two different numbers eight bits agree
+    once in 256.
+
+    Args:
+        made: sketches [n, bands x rows].
+        ones: places of one side of each pair.
+        others: places of the other.
+    """
+    agree = np.empty(len(ones))
+    for start in range(0, len(ones), _PAIR_BLOCK):
+        part = slice(start, start + _PAIR_BLOCK)
+        agree[part] = (made[ones[part]] == made[others[part]]).mean(axis=1)
+    return (agree - 1 / 256) / (1 - 1 / 256)
+
+
+DROPPED = np.dtype([("doc", "<u8"), ("keeper", "<u8")])
+"""Numbers of a document that goes, and of the one that stays in its place."""
+EDGE_BLOCK = 1 << 18
+_LENGTH_BITS = 40
+_SIZES = (2, 3, 4, 5, 10, 30, 100, 1000)
+PAIR_BLOCK = 1 << 18
+REASON = "near duplicate"
+MOST_NUMBERS = 1024
+
+
+# Clusters of near duplicates, and who of each stays. Similarity is taken as passed on: two documents that
+# are similar to a third belong together. The parents of the union-find lie in a file with eight bytes for
+# every document of the corpus, of which only those parts take room on the disk, and in memory for as long
+# as there is some, that hold documents with a near duplicate.
+
+
+class Clusters:
+    """The clusters of a corpus."""
+
+    def __init__(self, view: View, register: Register, folder: Path) -> None:
+        """Begin with every document alone.
+
+        Args:
+            view: the pipeline.
+            register: of the documents.
+            folder: temporary; holds a few bytes for each document.
+        """
+        self._numbering, self._register = Numbering(view), register
+        last_rows = (register.read(rank)["row"][-1:] for rank in range(len(view.shards)))
+        counts = [int(last[0]) + 1 if len(last) else 0 for last in last_rows]
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        priorities = {view.priority(shard.source) for shard in view.shards}
+        order = {priority: place for place, priority in enumerate(sorted(priorities, reverse=True))}
+        self._class_of = [order[view.priority(shard.source)] for shard in self._numbering.shards]
+        self._parents = self._new(folder / "parents")
+        self._keepers = self._new(folder / "keepers")
+        self._best = self._new(folder / "best")
+        self._sizes = self._new(folder / "sizes")
+
+    def unite(self, edges: NDArray[np.uint64]) -> None:
+        """Unite the documents of pairs of numbers [n, 2]."""
+        from data_prep.curate.dedup import minhash_loops
+
+        for start in range(0, len(edges), EDGE_BLOCK):
+            block = np.asarray(edges[start:start + EDGE_BLOCK])
+            minhash_loops.unite(self._parents, self._places(block[:, 0]), self._places(block[:, 1]))
+
+    def write_dropped(self, path: Path, keep: str) -> None:
+        """Choose who stays of each cluster, and write who goes, with a bucket for each rank.
+
+        Args:
+            path: the file.
+            keep: "longest" or "first", of those of the highest priority.
+        """
+        for rank, places, roots in self._members():
+            self._choose(rank, places, roots, keep)
+        with new_file(path, makes_parents=True) as temporary:
+            writer = BucketWriter(temporary, len(self._numbering.shards))
+            for rank, places, roots in self._members():
+                keepers = self._keepers[roots].astype(np.int64) - 1
+                goes = keepers != places
+                found = np.empty(int(goes.sum()), DROPPED)
+                found["doc"], found["keeper"] = self._numbers(places[goes]), self._numbers(keepers[goes])
+                writer.append(rank, found)
+            writer.close()
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """Return how many clusters there are of each size, behind `write_dropped`."""
+        counts = np.zeros(len(_SIZES), np.int64)
+        for _, places, roots in self._members():
+            found = self._sizes[places[places == roots]].astype(np.int64)
+            counts += np.bincount(np.searchsorted(_SIZES, found, side="right") - 1, minlength=len(_SIZES))
+        ends = [str(end - 1) for end in _SIZES[1:]]
+        names = [str(begin) if str(begin) == end else f"{begin}-{end}"
+                 for begin, end in zip(_SIZES, ends, strict=False)]
+        return list(zip([*names, f"{_SIZES[-1]}+"], counts.tolist(), strict=True))
+
+    def _new(self, path: Path) -> NDArray[np.uint64]:
+        """Return a number for each document, in a file with holes where they are zero."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = np.memmap(path, np.uint64, "w+", shape=(max(1, int(self._first[-1])),))
+        return np.asarray(found)
+
+    def _places(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        places: NDArray[np.int64] = self._first[ranks(numbers)] + rows(numbers)
+        return places
+
+    def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.uint64]:
+        # the last of several that begin at one place is the one that is not empty
+        rank = np.searchsorted(self._first, places, side="right") - 1
+        return (rank.astype(np.uint64) << ROW_BITS) | (places - self._first[rank]).astype(np.uint64)
+
+    def _members(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield the rank, the places of its documents that are in a cluster, and their roots."""
+        from data_prep.curate.dedup import minhash_loops
+
+        for rank in range(len(self._numbering.shards)):
+            begin, end = self._first[rank:rank + 2].tolist()
+            places = begin + np.flatnonzero(self._parents[begin:end])
+            if len(places):
+                roots = np.empty(len(places), np.int64)
+                minhash_loops.find_roots(self._parents, places, roots)
+                yield rank, places, roots
+
+    def _choose(self, rank: int, places: NDArray[np.int64], roots: NDArray[np.int64], keep: str) -> None:
+        """Let the members of a shard stand for their clusters where they are better than those before."""
+        np.add.at(self._sizes, roots, np.uint64(1))
+        worth = np.full(len(places), self._class_of[rank] << _LENGTH_BITS, np.uint64)
+        if keep == "longest":
+            longest = (1 << _LENGTH_BITS) - 1
+            characters = self._register.at(rank, places - self._first[rank])["characters"]
+            worth += (longest - np.minimum(characters, longest)).astype(np.uint64)
+        order = np.lexsort((places, worth, roots))
+        best = order[np.concatenate([[True], roots[order][1:] != roots[order][:-1]])]
+        is_better = (self._keepers[roots[best]] == 0) | (worth[best] < self._best[roots[best]])
+        best = best[is_better]
+        self._best[roots[best]] = worth[best]
+        self._keepers[roots[best]] = (places[best] + 1).astype(np.uint64)
+
+
+# Candidates compared shingle by shingle: the exact Jaccard similarity of pairs, in files per shard.
+
+
+def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
+    """Write pairs of numbers [n, 2], each for the shards of both, once."""
+    both = distinct(np.concatenate([pairs, pairs[:, ::-1]]))
+    records = np.empty(len(both), PAIR)
+    records["own"], records["other"] = both[:, 0], both[:, 1]
+    write_buckets(file, records, ranks(records["own"]), num_ranks)
+
+
+def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
+    """Return the pairs of a shard's documents [n, 2], its own first, ascending; `folder`: with those of all
+    partitions."""
+    found = [bucket_slice(file, PAIR, rank).read() for file in parts_of(folder)]
+    joined = np.concatenate([np.empty(0, PAIR), *found])
+    return distinct(np.stack([joined["own"], joined["other"]], axis=1))
+
+
+def distinct(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return different pairs [n, 2], ascending; `np.unique` sorts rows as bytes, which takes several times
+    as long."""
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    is_new = np.ones(len(pairs), np.bool_)
+    is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    return pairs[is_new]
+
+
+class ShingleSets:
+    """The shingles of those documents of a shard that are candidates.
+
+    One file: each task of the comparison opens those of all other shards.  Behind the sets it has the rows,
+    where each row's set begins, and how many rows there are.
+    """
+
+    def __init__(self, file: Path) -> None:
+        check_seal(file, way_out(file), place_in_run(file))
+        with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(PLACE)) // np.uint64().nbytes)
+        places = 2 * int(words[-1]) + 2
+        self.shingles: NDArray[np.uint64] = words[:-places]
+        self.rows, self.begins = np.split(words[-places:-1].view(np.int64), [int(words[-1])])
+
+    def places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where rows stand among the sets."""
+        return np.searchsorted(self.rows, wanted)
+
+    @staticmethod
+    def write(file: Path, documents: Iterator[list[Doc]], wanted: NDArray[np.int64], words: int) -> None:
+        """Write the sets of rows of a shard."""
+        keep = set(wanted.tolist())
+        begins = [0]
+        with new_file(file, makes_parents=True) as temporary, open(temporary, "wb") as f:
+            for batch in documents:
+                for document in batch:
+                    if document.row in keep:
+                        found = shingles(document.text, words)
+                        found.tofile(f)
+                        begins.append(begins[-1] + len(found))
+            np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
+            seal_file(temporary, place_in_run(file))
+
+
+def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
+                  ) -> Iterator[NDArray[np.uint64]]:
+    """Yield those of a shard's pairs [n, 2] whose Jaccard similarity is at least the threshold.
+
+    Args:
+        pairs: the shard's own first.
+        folder: of the sets of all shards, by rank.
+        rank: of the shard.
+        threshold: in (0, 1].
+    """
+    from data_prep.curate.dedup import minhash_loops
+
+    pairs = pairs[pairs[:, 0] > pairs[:, 1]]
+    own = ShingleSets(folder / f"{rank:06}")
+    for other_rank in np.unique(ranks(pairs[:, 1])).tolist():
+        other = ShingleSets(folder / f"{other_rank:06}")
+        chosen = pairs[ranks(pairs[:, 1]) == other_rank]
+        for start in range(0, len(chosen), PAIR_BLOCK):
+            block = chosen[start:start + PAIR_BLOCK]
+            places = np.stack([own.places(rows(block[:, 0])), other.places(rows(block[:, 1]))], axis=1)
+            common = np.empty(len(block), np.int64)
+            minhash_loops.count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
+            sizes = (np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]])
+            yield block[common >= threshold * (sizes - common)]
+
+
+@dataclass(frozen=True)
+class MinhashSettings:
+    """What counts as nearly the same."""
+
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.8
+    """Least Jaccard similarity of two documents' shingles at which they are near duplicates."""
+    num_bands: AtLeastOne = 20
+    """Bands of a signature; documents with one in common are compared."""
+    rows_per_band: AtLeastOne = 6
+    """Numbers of a band: more of them make similarity count more steeply."""
+    ngram: Annotated[int, Ge(1), Le(1000)] = 5
+    """Words of a shingle; a character of Thai, Chinese or Japanese is a quarter of a word, a syllable of
+    Korean a third."""
+    seed: NotNegativeInt = 0
+    """Of the permutations."""
+    verify: Literal["exact", "estimated"] = "exact"
+    """"exact": candidates are compared by all their shingles; "estimated": by eight bits of each number of
+    their signatures, without reading any text again."""
+    keep: Literal["longest", "first"] = "longest"
+    """Who stays of a cluster, among those of the highest priority: the "longest", or the "first"."""
+    partitions: Partitions = 64
+    """Tasks of the second pass; as many workers can be busy with it."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        numbers = self.num_bands * self.rows_per_band
+        return [] if numbers <= MOST_NUMBERS else [Problem(
+            Code.RULE, "num_bands", f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
+            f"must be at most {MOST_NUMBERS}", self.num_bands)]
+
+
+class MinhashDedup(Step):
+    """Drops documents that are nearly the same as another one."""
+
+    kind = "minhash_dedup"
+    version = 2
+    adds = {"duplicate_of": "string"}
+    Settings = MinhashSettings
+    settings: MinhashSettings
+
+    def passes(self) -> Sequence[Pass]:
+        """Return them in order; without the two that read text again where similarity is estimated."""
+        exactly = [Pass("shingles", self._write_shingles), Pass("verify", self._verify)]
+        return [Pass("signatures", self._sign), Pass("bands", self._pair, self.settings.partitions),
+                *(exactly if self.settings.verify == "exact" else []),
+                Pass("clusters", self._cluster, 1)]
+
+    def start(self, view: View) -> None:
+        """Open what the passes left."""
+        self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON,
+                                _lists(view.work))
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+        """Drop what is listed."""
+        return self._dropped.outcomes(documents)
+
+    @property
+    def _dtype(self) -> np.dtype[np.void]:
+        size = self.settings.num_bands * self.settings.rows_per_band
+        return band_dtype(size if self.settings.verify == "estimated" else 0)
+
+    def _sign(self, view: View, task: int) -> None:
+        s, numbering, shard = self.settings, Numbering(view), view.shards[task]
+        signer = Signer(s.num_bands, s.rows_per_band, s.ngram, s.seed)
+        rank = numbering.rank_of[shard]
+        numbers: list[int] = []
+        found: list[Signature] = []
+        for batch in registered(view, shard, Register(view.work / "documents"), rank):
+            for document in batch:
+                if (signature := signer.sign(document.text)) is not None:
+                    numbers.append(rank << 32 | document.row)
+                    found.append(signature)
+        size = s.num_bands * s.rows_per_band
+        signatures = np.array(found, np.uint32).reshape(-1, size)
+        records = np.empty((len(found), s.num_bands), self._dtype)
+        records["key"] = signer.band_keys(signatures)
+        records["doc"] = np.array(numbers, np.uint64)[:, None]
+        if s.verify == "estimated":
+            records["sketch"] = sketches(signatures)[:, None, :]
+        write_bands(view.work / "bands" / f"{rank:06}", records.reshape(-1), s.partitions)
+
+    def _pair(self, view: View, task: int) -> None:
+        s = self.settings
+        files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
+        with new_folder(view.work / "pairs" / f"{task:05}") as temporary:
+            for number, (records, ones, others) in enumerate(
+                    blocks_of_bands(files, self._dtype, task, s.partitions)):
+                if s.verify == "estimated":
+                    agree = estimated(records["sketch"], ones, others) >= s.threshold
+                    ones, others = ones[agree], others[agree]
+                pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
+                if s.verify == "exact":
+                    write_pairs(temporary / f"{number:06}", pairs, len(files))
+                else:
+                    save_array(temporary / f"{number:06}.npy", distinct(pairs))
+
+    def _write_shingles(self, view: View, task: int) -> None:
+        rank = Numbering(view).rank_of[view.shards[task]]
+        wanted = np.unique(read_pairs(view.work / "pairs", rank)[:, 0] & np.uint64(0xFFFFFFFF))
+        ShingleSets.write(view.work / "shingles" / f"{rank:06}", view.documents(view.shards[task]),
+                          wanted.astype(np.int64), self.settings.ngram)
+
+    def _verify(self, view: View, task: int) -> None:
+        rank = Numbering(view).rank_of[view.shards[task]]
+        pairs = read_pairs(view.work / "pairs", rank)
+        with new_folder(view.work / "similar" / f"{rank:06}") as temporary:
+            found = similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold)
+            edges = np.concatenate([np.empty((0, 2), np.uint64), *found])
+            save_array(temporary / "edges.npy", edges)
+
+    def _cluster(self, view: View, task: int) -> None:
+        folder = view.work / "similar" if self.settings.verify == "exact" else view.work / "pairs"
+        scratch = view.work / ".clusters"
+        clusters = Clusters(view, Register(view.work / "documents"), scratch)
+        for file in parts_of(folder):
+            clusters.unite(read_array(file))
+        clusters.write_dropped(view.work / "dropped", self.settings.keep)
+        sizes = clusters.sizes()
+        write_report(view, _lists(view.work), "Near duplicates",
+                     [{"title": "Clusters by size", "labels": [name for name, _ in sizes],
+                       "counts": [count for _, count in sizes], "note": "documents of a cluster"}])
+        # what is large and has served
+        for used in (scratch, view.work / "bands", view.work / "shingles"):
+            shutil.rmtree(used, ignore_errors=True)
+
+
+def _lists(work: Path) -> Callable[[int], Records]:
+    """Return rank -> what goes from a shard."""
+    return lambda rank: bucket_slice(work / "dropped", DROPPED, rank).read()

@@ -1,0 +1,182 @@
+"""Files that the passes of one step leave for each other: each appears whole or not at all.
+
+A pass over shards writes for the tasks of the next pass what concerns them, and that task reads its part of
+every shard's file: records sorted by bucket, behind the places where the buckets begin and a checksum of each
+bucket.  Arrays have a checksum behind them (`sealed`).  Either is looked at before anything is believed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.shards.shard_damage import place_in_run, way_out
+from megatron_sov.base.artifacts import new_file
+from megatron_sov.base.digests import Digest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import check_seal, seal_file
+
+Records = NDArray[Any]
+"""Records of some structure [n]."""
+_PLACE = np.dtype("<u8")
+_BLOCK_BYTES = 1 << 20
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as .npy, on the disk behind it."""
+    with new_file(path, makes_parents=True) as temporary:
+        save_array(temporary, array)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as .npy with its checksum; `path`: a temporary name."""
+    with open(path, "wb") as f:
+        np.save(f, array, allow_pickle=False)
+    seal_file(path, place_in_run(path))
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Return a .npy file's array by memory map, an empty one as it is; what is written to it stays in
+    memory (compiled loops take arrays that may be written to for another type than others).
+
+    Raises:
+        UserError: it is damaged.
+    """
+    check_seal(path, way_out(path), place_in_run(path))
+    try:
+        found = np.load(path, mmap_mode="c", allow_pickle=False)
+    except ValueError:  # what is empty cannot be mapped
+        found = np.load(path, allow_pickle=False)
+    return np.asarray(found)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Return the files in the folders of a folder, in order, without those of a task that was killed."""
+    return [file for part in sorted(folder.iterdir()) if not part.name.startswith(".")
+            for file in sorted(part.iterdir())]
+
+
+def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_buckets: int) -> None:
+    """Write records that are sorted by bucket.
+
+    Args:
+        path: the file.
+        records: all, those of a bucket next to each other.
+        buckets: of each record, in [0, num_buckets), ascending.
+        num_buckets: of the file.
+    """
+    places = np.searchsorted(buckets, np.arange(num_buckets + 1)).astype(_PLACE)
+    digests = np.zeros(num_buckets, _PLACE)
+    for bucket in np.unique(buckets).tolist():
+        begin, end = places[bucket:bucket + 2].tolist()
+        digests[bucket] = _digest(path, bucket, begin, end, records[begin:end])
+    with new_file(path, makes_parents=True) as temporary, open(temporary, "wb") as f:
+        np.array([num_buckets], _PLACE).tofile(f)
+        places.tofile(f)
+        digests.tofile(f)
+        records.tofile(f)
+
+
+def _digest(path: Path, bucket: int, begin: int, end: int, records: Records) -> int:
+    """Return the checksum of a bucket, its place in the file, and the file's in the run."""
+    digest = _begun(path, bucket, begin, end)
+    if len(records):
+        digest.update(np.ascontiguousarray(records).view(np.uint8).data)
+    return _number(digest)
+
+
+def _begun(path: Path, *place: int) -> Digest:
+    digest = Digest()
+    digest.update(" ".join([place_in_run(path), *map(str, place), ""]).encode())
+    return digest
+
+
+def _number(digest: Digest) -> int:
+    return int(digest.text().partition(":")[2][:16], 16)
+
+
+class BucketWriter:
+    """Writes the buckets of a file one after the other."""
+
+    def __init__(self, path: Path, num_buckets: int) -> None:
+        """Begin a file; `path`: a temporary name."""
+        self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
+        self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
+        np.array([num_buckets], _PLACE).tofile(self._file)
+        self._places.tofile(self._file)
+        self._digests.tofile(self._file)
+
+    def append(self, bucket: int, records: Records) -> None:
+        """Write all records of a bucket, behind those of the buckets before it."""
+        if len(records):
+            begin = int(self._places[bucket])
+            self._digests[bucket] = _digest(self._path, bucket, begin, begin + len(records), records)
+        self._places[bucket + 1:] += np.uint64(len(records))
+        records.tofile(self._file)
+
+    def close(self) -> None:
+        """Write where the buckets begin, and their checksums."""
+        self._file.seek(_PLACE.itemsize)
+        self._places.tofile(self._file)
+        self._digests.tofile(self._file)
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The records of one bucket of a file, of which parts can be read."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    begin_bytes: int
+    """Place of the first record in the file."""
+    num_records: int
+
+    def part(self, start: int, stop: int) -> Slice:
+        """Return records `start` up to `stop` as a slice."""
+        return Slice(self.path, self.dtype, self.begin_bytes + start * self.dtype.itemsize, stop - start)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Records:
+        """Return records `start` up to `stop`."""
+        count = (self.num_records if stop is None else stop) - start
+        if not count:
+            return np.empty(0, self.dtype)
+        with open(self.path, "rb") as f:
+            f.seek(self.begin_bytes + start * self.dtype.itemsize)
+            found: Records = np.fromfile(f, self.dtype, count)
+        assert len(found) == count, f"{self.path}: is cut off"
+        return found
+
+
+def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
+    """Return a bucket of a file that `write_buckets` wrote; all of it is read once, for its checksum.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    def number(f: Any, place: int) -> int:
+        f.seek(min(place * _PLACE.itemsize, size_bytes))
+        return int.from_bytes(f.read(_PLACE.itemsize), "little")
+
+    size_bytes = path.stat().st_size
+    with open(path, "rb") as f:
+        count = number(f, 0)
+        begin, end = number(f, 1 + bucket), number(f, 2 + bucket)
+        wanted = number(f, 2 + count + bucket)
+        found = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
+        if begin == end:
+            is_sound = wanted == 0
+        else:
+            digest, left = _begun(path, bucket, begin, end), (end - begin) * dtype.itemsize
+            f.seek(min(found.begin_bytes, size_bytes))
+            while left > 0 and (block := f.read(min(left, _BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+            is_sound = left == 0 and _number(digest) == wanted
+    if not is_sound:
+        raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); {way_out(path)}")
+    return found

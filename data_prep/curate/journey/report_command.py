@@ -1,0 +1,55 @@
+"""`sov-data report`: the page of a pipeline's output."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+from data_prep.tags import SYNTHESIS
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.settings import Flag, add_options, read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReportOptions:
+    """Write what a run of the pipeline or of synthesis did as one page."""
+
+    data: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data run` or `sov-data synth` wrote."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """The page (default: DIR-report.html beside DIR, which stays as its manifest has it)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = ("Write one HTML file that loads nothing: what was read, what each step dropped and "
+                          "changed and why, with examples, and what the output holds. `sov-data run` leaves "
+                          "one at its end. Of a folder of `sov-data synth`: what was kept and rejected and "
+                          "why, what it has cost, and samples.")
+    add_options(parser, DataReportOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Write the page; returns 0."""
+    args = read_options(DataReportOptions, typed)
+    from megatron_sov.base.outputs import check_output
+
+    folder = args.data.resolve()
+    file = args.out or folder.parent / f"{folder.name}-report.html"
+    check_output("--out", file)
+    print(f"wrote {_writer(args.data)(args.data, file)}")
+    return 0
+
+
+def _writer(folder: Path) -> Callable[[Path, Path], Path]:
+    """Return what writes the page of a folder; by name, since rooms above this one know their own."""
+    is_synthesis = (folder / "answers.sqlite").is_file() or (
+        (folder / MANIFEST).is_file() and read_manifest(folder).kind == SYNTHESIS)
+    module, name = (("data_prep.synth.page", "write_page") if is_synthesis
+                    else ("data_prep.curate.journey.page", "write_report"))
+    found: Callable[[Path, Path], Path] = getattr(import_module(module), name)
+    return found

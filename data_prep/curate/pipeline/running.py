@@ -1,0 +1,357 @@
+"""A run from its plan to its end, here or by a cluster: stage after stage, what is done left as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from data_prep.curate.pipeline.addresses import (
+    REASONS_FILE, Batch, batches, is_much, read_batch, told, unknown_inputs)
+from data_prep.curate.pipeline.counts import Counts, StageProgress
+from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
+from data_prep.curate.pipeline.pipeline_file import Pipeline
+from data_prep.curate.pipeline.plan import (
+    OUTPUT, Layer, Plan, SourcePlan, make_plan, note_reasons, reusable, take_over)
+from data_prep.curate.pipeline.tasks import Stage, Task, do_task, done_mark, layer_of, stages, tasks
+from data_prep.shards.shard_damage import way_out
+from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
+from megatron_sov.base.documents.strict_json import changed_values
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.sealed import read_json, try_read_json
+from megatron_sov.work.clusters.cluster import ClusterProfile
+from megatron_sov.work.clusters.kubernetes import KubernetesProfile
+from megatron_sov.work.processes.pool import LOST, WorkerLost, WorkerPool
+from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.submit.arrays import (
+    FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, profile_of, refuse_living,
+    refuse_many_restarts, refuse_unquotable, tell_failures)
+
+MAX_NAMED = 8
+"""Tasks that are told where a worker was lost."""
+MAX_REASONS = 3
+"""That are told of a folder that is made anew."""
+
+
+def check_folder(output: Path) -> None:
+    """Raise `UserError` where a run cannot have its folder: it is something else's."""
+    refuse_nowhere(output)
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir() or not ((output / "plans").is_dir() or (output / "inputs").is_dir()):
+        raise UserError(f"{output}: exists and is no folder of a pipeline; choose another output folder")
+    if (output / MANIFEST).is_file():
+        read_manifest(output, KIND)
+
+
+def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
+    """Raise `UserError` where a run's folder lies in a source: its files would be read as documents."""
+    for source in pipeline.sources:
+        for path in source.path:
+            if output.resolve().is_relative_to((source.folder / path).resolve()):
+                raise UserError(f"--output {output}: lies in {path!r} of source {source.name}, and would be "
+                                "read with it; choose another output folder")
+
+
+def begin(plan: Plan, output: Path) -> Path:
+    """Write the plan where its tasks find it, clear what killed tasks have left, and take back the manifest
+    of an earlier plan; returns the plan's file."""
+    plans = output / "plans"
+    plans.mkdir(exist_ok=True)
+    file = plans / f"{plan.address}.json"
+    plan.write(file)
+    note_reasons(output, plan)
+    atomic_write(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
+    if not is_complete(plan, output):
+        (output / MANIFEST).unlink(missing_ok=True)
+    for folder in [output, *(output / layer.folder for source in plan.sources for layer in source.layers)]:
+        for leftover in [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    take_over(plan, output)
+    return file
+
+
+def open_tasks(plan: Plan, stage: Stage, output: Path) -> list[Task]:
+    """Return the tasks of a stage that are still to be done; passes of a step whose outcomes all stand are
+    for nobody."""
+    if stage.index >= 0 and not open_tasks(plan, Stage(stage.number, stage.kind), output):
+        return []
+    return [task for task in tasks(plan, stage) if not done_mark(plan, stage, task, output).exists()]
+
+
+def run_pipeline(plan: Plan, output: Path, workers: int) -> None:
+    """Do all that is not done, and finish the run.
+
+    Raises:
+        UserError: the user's data, settings or disk are in the way; what is done stays.
+    """
+    with holding(output, output), disk_errors(output):
+        refuse_living(output)
+        if is_complete(plan, output):
+            print(f"{output}: complete from before")
+            return
+        _do_stages(plan, begin(plan, output), output, workers, list(stages(plan)))
+        stands = finish(plan, output, workers)
+    print(stands)
+
+
+def judge_documents(plan: Plan, output: Path, workers: int) -> None:
+    """Do the steps of a plan, and write no corpus: what became of each document stands in its layers.
+
+    Raises:
+        UserError: as `run_pipeline`.
+    """
+    with holding(output, output), disk_errors(output):
+        _do_stages(plan, begin(plan, output), output, workers,
+                   [stage for stage in stages(plan) if stage.kind != OUTPUT])
+
+
+def _do_stages(plan: Plan, file: Path, output: Path, workers: int, wanted: list[Stage]) -> None:
+    """Do what is not done of some stages, in order, by processes that are the same for all of them."""
+    with WorkerPool(_doer, (file, output), workers) as pool:
+        for stage in wanted:
+            todo = open_tasks(plan, stage, output)
+            began = time.monotonic()
+            if todo:
+                _do_stage(pool, stage, todo)
+            _tell(plan, stage, output, len(todo), time.monotonic() - began)
+
+
+def _do_stage(pool: WorkerPool[tuple[Stage, Task], None], stage: Stage, todo: list[Task]) -> None:
+    under_way: deque[Task] = deque()
+
+    def begun() -> Iterator[tuple[Stage, Task]]:
+        for task in todo:
+            under_way.append(task)
+            yield stage, task
+
+    try:
+        with StageProgress(stage.name, len(todo), stage.what) as progress:
+            for _ in pool.each(begun()):
+                under_way.popleft()
+                progress()
+    except WorkerLost:
+        named = ", ".join(f"{number} of source {source}" for source, number in islice(under_way, MAX_NAMED))
+        more = f" and {len(under_way) - MAX_NAMED} more" if len(under_way) > MAX_NAMED else ""
+        raise UserError(f"step {stage.kind}: {LOST} while tasks were done of which these are not: {named}"
+                        f"{more}; take fewer --workers or smaller shard_bytes, and run the command again"
+                        ) from None
+
+
+def _doer(plan_file: Path, output: Path) -> Callable[[tuple[Stage, Task]], None]:
+    def do(item: tuple[Stage, Task]) -> None:
+        stage, task = item
+        try:
+            with disk_errors(output):
+                do_task(plan_file, output, stage, task)
+        except UserError:
+            raise
+        except Exception as e:  # of another process its notes would be lost
+            raise TaskFailed(f"step {stage.kind}: {''.join(traceback.format_exception(e))}") from None
+
+    return do
+
+
+def _tell(plan: Plan, stage: Stage, output: Path, num_done: int, wall_s: float) -> None:
+    total = len(tasks(plan, stage))
+    kept = total - num_done
+    line = f"{stage.name}: {total} {stage.what[:-1]}{'' if total == 1 else 's'}"
+    if kept:
+        line += f", {kept} from before"
+    if stage.index < 0:
+        counts = stage_counts(plan, stage, output)
+        line += f", {counts.documents_in:,} documents, {counts.documents_kept:,} kept"
+        if counts.broken:
+            line += f", {sum(counts.broken.values()):,} broken or left out"
+        if num_done:
+            line += f", {counts.bytes_in * num_done / total / max(wall_s, 1e-9) / 1e6:.1f} MB/s"
+    print(line, flush=True)
+
+
+def stage_counts(plan: Plan, stage: Stage, output: Path) -> Counts:
+    """Return the counts of a stage over all sources."""
+    return Counts.together(read_json(file := layer.counts(output, shard), way_out(file))
+                           for source in plan.sources if (layer := layer_of(source, stage))
+                           for shard in source.shards)
+
+
+# What a run would do: sources, steps, folders, what stands already, and why the rest is done anew.
+
+
+def describe(plan: Plan, output: Path) -> str:
+    lines = [f"{plan.pipeline.name}: {_many(len(plan.sources), 'source')}, {_many(len(plan.steps), 'step')}"]
+    for source in plan.sources:
+        lines.append(f"  source {source.settings.name}: {_many(source.num_files, 'file')}, "
+                     f"{source.raw_bytes / 1e6:,.1f} MB, {_many(len(source.shards), 'shard')}")
+        lines += [f"    {sentence}" for sentence in source.told]
+    if is_complete(plan, output):
+        lines.append(f"{output}: complete from before, nothing is done")
+        return "\n".join(lines)
+    taken = Counter(layer.folder for layer, *_ in reusable(plan, output))
+    for stage in stages(plan):
+        lines += _stage_lines(plan, stage, output, taken)
+    if plan.pipeline.pack is not None:
+        lines.append(f"  pack: {plan.pipeline.pack.tokenizer}")
+    return "\n".join(lines)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _stage_lines(plan: Plan, stage: Stage, output: Path, taken: Counter[str]) -> Iterator[str]:
+    layers = [(source, layer) for source in plan.sources if (layer := layer_of(source, stage))]
+    total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
+    if stage.index < 0:
+        left -= sum(taken[layer.folder] for _, layer in layers)
+    yield f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, {left:,} to do"
+    if stage.index >= 0:
+        return
+    for source, layer in layers:
+        done = sum(layer.rows(output, shard).exists() for shard in source.shards)
+        why = "; ".join(_why(source, layer, output)) if done < len(source.shards) else ""
+        yield (f"    {layer.folder}: {done} of {len(source.shards)} done"
+               + (f", {taken[layer.folder]} as an earlier run has them" if taken[layer.folder] else "")
+               + (f"; anew for {why}" if why else ""))
+
+
+def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
+    """Return what differs from the newest folder of the same step of a source; empty: there is none, or this
+    one has been begun."""
+    folder = output / layer.folder
+    others = [file for file in folder.parent.glob(f"*-{layer.kind}-*/{REASONS_FILE}")
+              if file.parent != folder and any(file.parent.glob("[0-9]*"))]
+    if not others or ((folder / REASONS_FILE).is_file() and any(folder.glob("[0-9]*"))):
+        return []
+    newest = max(others, key=lambda file: file.stat().st_mtime_ns)
+    if (before := try_read_json(newest)) is None:
+        return []
+    now = json.loads(json.dumps(layer.reasons))
+    own = [f"{name}: {old} -> {new}" for name, old, new in changed_values(
+        {k: v for k, v in before.items() if k != "reads"}, {k: v for k, v in now.items() if k != "reads"})]
+    return (own or ["what comes before it"])[:MAX_REASONS]
+
+
+# A run as arrays of a cluster's jobs: one for each stage, each waiting for the one before; all submitted at
+# once.  A job that fails takes those behind it away; the same command, run again, submits what is not done.
+
+
+READING = "reading"
+"""Stands for the address of a plan that there is not yet."""
+READING_STAGES = ("inputs", "submit")
+
+
+def do_share(plan_file: Path, output: Path, stage: Stage, todo: Sequence[Task], task: int) -> None:
+    refuse_many_restarts(f"step {stage.kind}", "take smaller shard_bytes")
+    do_task(plan_file, output, stage, todo[task])
+
+
+def finish_run(plan_file: Path, output: Path, task: int) -> None:
+    """Do the work of the last job."""
+    refuse_many_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
+    finish(Plan.read(plan_file), output, len(os.sched_getaffinity(0)))
+
+
+def read_share(output: Path, found: Sequence[Batch], task: int) -> None:
+    """Read one batch of raw files, before there is a plan."""
+    refuse_many_restarts("inputs", "cut raw files that are larger than 100 GB")
+    read_batch(found[task], output)
+
+
+def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
+                task: int) -> None:
+    """Do what the command would do when all raw files are read."""
+    with holding(output, output):
+        plan = make_plan(pipeline, output)
+        if not is_complete(plan, output):
+            _submit_run(plan, output, profile)
+
+
+def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> None:
+    """Submit what is not done, or tell how far jobs are that work on it.
+
+    Args:
+        pipeline: the file.
+        output: the run's folder, which all nodes see.
+        where: it is submitted to.
+
+    Raises:
+        UserError: the profile is wrong, a path cannot stand in a script, the cluster refuses, or jobs of
+            another plan are at work.
+    """
+    output = output.absolute()
+    refuse_unquotable(output)
+    profile = profile_of(where)
+    (output / "inputs").mkdir(parents=True, exist_ok=True)
+    with holding(output, output):
+        before = Jobs.read(output)
+        living = before.living()
+        if living and before.address == READING:
+            then = "the same command then submits" if before.namespace else "the last of them submits"
+            print(f"{output}: {before.told(living)} read the raw files; {then} the steps")
+            return
+        unknown = unknown_inputs(pipeline, output)
+        plan = None if is_much(unknown) else make_plan(pipeline, output)
+        if plan is not None and is_complete(plan, output):
+            print(f"{output}: complete from before")
+            return
+        if living and (plan is None or before.address != plan.address):
+            raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
+                            f"wait for them, or {before.way_to_end} them, and run the command again")
+        if plan is None:
+            _submit_reading(pipeline, output, profile, unknown)
+            return
+        if living:
+            print("\n".join([f"{output}: at work in {before.told(living)}",
+                             *_progress(plan, output)]))
+            return
+        for sentence in plan.told():
+            print(sentence)
+        tell_failures(output, [*READING_STAGES, *(stage.name for stage in stages(plan)), FINISH])
+        _submit_run(plan, output, profile)
+
+
+def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
+                    unknown: dict[str, dict[Path, int]]) -> None:
+    """Submit the jobs that read raw files, and the one behind them that submits the run."""
+    tell_failures(output, READING_STAGES)
+    found = tuple(batches(unknown))
+    reading, rest = READING_STAGES
+    with Arrays(output, READING, profile) as arrays:
+        first = arrays.submit(reading, partial(read_share, output, found), len(found))
+        if isinstance(profile, ClusterProfile):
+            second = arrays.submit(rest, partial(submit_rest, pipeline, output, profile))
+            said = (f"2 jobs: {first} reads them, {second} then submits the steps; the same command tells "
+                    "how far they are")
+        else:  # a pod has no right to make Jobs
+            said = f"1 job: {first} reads them; the same command, typed when it has ended, submits the steps"
+    print(f"{output}: the contents of {told(unknown)} are not known yet; submitted {said}")
+
+
+def _submit_run(plan: Plan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
+    """Submit the tasks of a plan that are not done, and the job that finishes the run."""
+    file = begin(plan, output)
+    with Arrays(output, plan.address, profile) as arrays:
+        for stage in stages(plan):
+            if todo := open_tasks(plan, stage, output):
+                arrays.submit(stage.name, partial(do_share, file, output, stage, todo), len(todo))
+        arrays.submit(FINISH, partial(finish_run, file, output), cpus=min(profile.cpus_per_node, FINISH_CPUS))
+    print("\n".join([*_progress(plan, output), f"{output}: submitted {len(arrays.jobs.numbers)} jobs: "
+                     f"{arrays.told()}; the same command tells how far they are"]))
+
+
+def _progress(plan: Plan, output: Path) -> Iterator[str]:
+    for stage in stages(plan):
+        total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
+        yield f"  {stage.name}: {total - left:,} of {total:,} {stage.what} done"

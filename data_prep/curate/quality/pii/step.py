@@ -1,0 +1,364 @@
+"""The step `pii`: personal data is masked by the name of what stood there."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import yaml
+from annotated_types import MinLen
+
+from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step
+from data_prep.libraries import require
+from megatron_sov.base.settings import Bound, Breach, Code, Problem, as_problem, one_of
+
+# Finders of personal data: each yields the spans of a text that are of its kind.
+#
+# A span counts only where its surroundings and, if it has any, its check digits say so: numbers of
+# versions,
+# dates, identifiers and measurements look like numbers of people.
+
+Span = tuple[int, int]
+REGIONS = {
+    "ko": ("KR",), "th": ("TH",), "ja": ("JP",), "vi": ("VN",), "zh": ("CN", "TW", "HK"), "en": ("US", "GB"),
+    "de": ("DE", "AT", "CH"), "es": ("ES", "MX", "AR", "CO"), "fr": ("FR", "BE", "CA"), "it": ("IT",),
+    "pt": ("BR", "PT"), "ru": ("RU",), "nl": ("NL",), "pl": ("PL",), "tr": ("TR",), "id": ("ID",),
+    "uk": ("UA",), "hi": ("IN",),
+}
+"""Language -> the countries whose plans its numbers without a country code are read by."""
+_MAX_PARTS = 4
+_PART = re.compile(r"(?<![\w.,/@#$%=\-])\(?\+?\(?\d[\d\-.()]{0,20}(?<=[\d)])(?![\w%]|[.,:/\-@]\w)",
+                   re.ASCII)
+"""Digits with what may stand between those of a phone number, less spaces."""
+_ANNOUNCED = re.compile(r"(?:\btel|phone|\bfax|mobile|\bcall|전화|휴대폰|연락처|팩스|โทร|แฟกซ์|電話|携帯"
+                        r"|电话|手机|điện thoại|sđt|teléfono|móvil|telefon|handy|téléphone|телефон)"
+                        r"[^\n\d]{0,12}$", re.IGNORECASE)
+_CARDS = (
+    ("4", "4", (13, 16, 19)), ("51", "55", (16,)), ("2221", "2720", (16,)), ("34", "34", (15,)),
+    ("37", "37", (15,)), ("6011", "6011", (16, 19)), ("644", "659", (16, 19)), ("3528", "3589", (16, 19)),
+    ("300", "305", (14,)), ("36", "36", (14,)), ("38", "39", (14,)), ("62", "62", (16, 17, 18, 19)))
+"""First digits from and to, and numbers of digits, of the large issuers (ISO/IEC 7812)."""
+_IBAN_CHARS = (
+    "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 "
+    "DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 "
+    "IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 "
+    "MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 "
+    "SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30")
+IBAN_CHARS = {entry[:2]: int(entry[2:]) for entry in _IBAN_CHARS.split()}
+"""Country -> characters of its account numbers (ISO 13616, SWIFT's registry)."""
+_LAST_RRN_WITH_CHECK = date(2020, 10, 1)
+"""From then on Korea gives numbers whose last six digits are drawn at random."""
+_NO_BIRTH_YET = date(2036, 1, 1)
+"""A date of birth from then on is none; fixed, so that a text is masked alike whenever it is masked."""
+_RRN_WEIGHTS = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)
+_EMAIL = re.compile(r"(?<![\w.+/-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}"
+                    r"(?![\w@-]|\.\w|:[\w~/.])", re.ASCII)
+"""Behind git@host there may stand a path: that is an address of code."""
+_PASSWORD_BEFORE = re.compile(r"//[^\s/]*:$")
+"""What stands before the password of an address of the web, which is followed by @host as well."""
+_NO_DOMAIN = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|org|net))?|test|invalid|localhost|local)$|"
+                        r"\.(?:png|jpe?g|gif|svg|webp|js|css|html?|json|md|txt|py|java|zip|gz)$",
+                        re.IGNORECASE)
+"""Reserved for examples (RFC 2606), and names of files such as icon@2x.png."""
+_IP4 = re.compile(r"(?<![\w.\-/])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|\.\w)", re.ASCII)
+_IP6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f]{1,4}:)[0-9A-Fa-f:]{8,39}(?![\w:.])", re.ASCII)
+_MIN_IP4_CHARS = 10
+"""Shorter ones, such as 1.2.3.4, are far more often versions and chapters than anyone's address."""
+_VERSION_BEFORE = re.compile(r"(?:\bv|versions?|release|ver\.?|rev\.?|build|section|§|chapter|\boid|버전"
+                             r"|版本|バージョン|เวอร์ชัน|phiên bản|versión)[\s:=v]*$", re.IGNORECASE)
+_IBAN = re.compile(r"(?<!\w)(?=([A-Z]{2}\d{2}(?: ?[0-9A-Z]{1,4}){3,8}))", re.ASCII)
+"""An account number, perhaps with what stands behind it, such as BIC or another account."""
+_BEFORE, _BEHIND = r"(?<![\w.,/@#$%=\-+])", r"(?![\w%]|[.,:/\-@]\w)"
+_CARD = re.compile(rf"{_BEFORE}(?:\d{{4}}([ -])\d{{4}}\1\d{{4}}\1\d{{1,4}}(?:\1\d{{1,3}})?"
+                   rf"|\d{{4}}([ -])\d{{6}}\2\d{{4,5}}|\d{{13,19}}){_BEHIND}", re.ASCII)
+_RRN = re.compile(rf"{_BEFORE}(?:\d{{6}} ?- ?\d{{7}}|\d{{13}}){_BEHIND}", re.ASCII)
+_THAI_ID = re.compile(rf"{_BEFORE}(?:\d([ -])\d{{4}}\1\d{{5}}\1\d{{2}}\1\d|\d{{13}}){_BEHIND}", re.ASCII)
+_API_KEY = re.compile(
+    r"(?<![A-Za-z0-9_])(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{50,251}"
+    r"|glpat-[A-Za-z0-9_\-]{20,60}|xox[abeprs]-[A-Za-z0-9-]{10,120}|AIza[0-9A-Za-z_\-]{35}|hf_[A-Za-z]{34}"
+    r"|sk-(?:proj-|ant-[a-z0-9]+-)?[A-Za-z0-9_\-]{32,200}|[rs]k_live_[A-Za-z0-9]{24,99}|npm_[A-Za-z0-9]{36}"
+    r"|pypi-AgEIcHlwaS5vcmc[A-Za-z0-9_\-]{50,250}|SG\.[A-Za-z0-9_\-]{22}\.[A-Za-z0-9_\-]{43}"
+    r"|eyJ[A-Za-z0-9_\-]{10,2000}\.eyJ[A-Za-z0-9_\-]{10,4000}\.[A-Za-z0-9_\-]{10,2000})"
+    r"(?![A-Za-z0-9_])"
+    r"|-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----[^-]{0,20000}-----END (?:[A-Z]+ ){0,3}PRIVATE KEY-----")
+"""Forms of keys that their issuers publish so that they can be found, and private keys in PEM."""
+
+
+# Finding phone numbers: set out as such, and valid by the numbering plan of a country of the language.
+
+
+def phones(text: str, language: str) -> Iterator[Span]:
+    """Yield phone numbers: with a country code, or valid in a country of the language and set out as a number
+    is there; bare digits only where they are a mobile phone's."""
+    parts = [m.span() for m in _PART.finditer(text)]
+    place = 0
+    while place < len(parts):
+        length = next((n for n in range(_MAX_PARTS, 0, -1)
+                       if _is_phone(text, parts[place:place + n], n, language)), 0)
+        if length:
+            yield parts[place][0], parts[place + length - 1][1]
+        place += length or 1
+
+
+def _is_phone(text: str, parts: list[Span], num_parts: int, language: str) -> bool:
+    if len(parts) < num_parts or any(text[a[1]:b[0]] != " " for a, b in pairwise(parts)):
+        return False
+    start, stop = parts[0][0], parts[-1][1]
+    written = text[start:stop]
+    num_digits = sum(map(str.isdigit, written))
+    if not 8 <= num_digits <= 15:
+        return False
+    is_announced = bool(_ANNOUNCED.search(text, max(start - 30, 0), start))
+    return _is_set_out(written, is_announced) and _is_valid(written, language)
+
+
+def _is_set_out(written: str, is_announced: bool) -> bool:
+    """Say whether digits stand as those of a phone number do, and not as a date, a sum or a table does."""
+    groups = re.findall(r"\d+", written)
+    if written.count(".") == 1:
+        return False
+    if written.lstrip("(").startswith("+"):
+        return True
+    if len(groups) == 1:
+        return is_announced or (len(written) in (10, 11) and written.startswith("0"))
+    lengths = list(map(len, groups))
+    is_date = sorted(lengths) in ([1, 1, 4], [1, 2, 4], [2, 2, 4])
+    if is_date or len(groups) > 5 or min(lengths) < 2 or max(lengths) > 8:
+        return False
+    return is_announced or written[0] in "(0" or (lengths == [3, 3, 4] and " " not in written)
+
+
+def _is_valid(written: str, language: str) -> bool:
+    import phonenumbers
+
+    is_bare = written.isdigit()
+    international = written.lstrip("(").startswith("+")
+    for region in (None,) if international else REGIONS.get(language, ()):
+        try:
+            number = phonenumbers.parse(written, region)
+        except phonenumbers.NumberParseException:
+            continue
+        if phonenumbers.is_valid_number(number) and (
+                not is_bare or phonenumbers.number_type(number) == phonenumbers.PhoneNumberType.MOBILE):
+            return True
+    return False
+
+
+# Check digits of numbers that name a person, a card or an account.
+
+
+def is_card(digits: str) -> bool:
+    """Say whether digits are a card number: an issuer's range and length, and Luhn's check digit
+    (ISO/IEC 7812-1, annex B)."""
+    if not any(len(digits) in lengths and low <= digits[:len(low)] <= high for low, high, lengths in _CARDS):
+        return False
+    total = sum(int(d) if place % 2 == 0 else int("0246813579"[int(d)])
+                for place, d in enumerate(reversed(digits)))
+    return total % 10 == 0 and len(set(digits)) > 1
+
+
+def is_korean_rrn(digits: str) -> bool:
+    """Say whether 13 digits are a Korean resident registration number: a date of birth, a digit for sex and
+    century, and, for people registered before October 2020, a check digit (foreigners: shifted by 2)."""
+    if len(digits) != 13:
+        return False
+    century = {"9": 1800, "0": 1800, "1": 1900, "2": 1900, "3": 2000, "4": 2000,
+               "5": 1900, "6": 1900, "7": 2000, "8": 2000}[digits[6]]
+    try:
+        born = date(century + int(digits[:2]), int(digits[2:4]), int(digits[4:6]))
+    except ValueError:
+        return False
+    if born >= _LAST_RRN_WITH_CHECK:
+        return born < _NO_BIRTH_YET
+    total = sum(int(d) * weight for d, weight in zip(digits[:12], _RRN_WEIGHTS, strict=True))
+    base = 13 if digits[6] in "5678" else 11
+    return (base - total % 11) % 10 == int(digits[12])
+
+
+def is_thai_id(digits: str) -> bool:
+    """Say whether 13 digits are a Thai identification number: a kind of person from 1 to 8, and a check digit
+    (Ministry of Interior: weights 13 to 2, modulo 11)."""
+    if len(digits) != 13 or digits[0] not in "12345678":
+        return False
+    total = sum(int(d) * (13 - place) for place, d in enumerate(digits[:12]))
+    return (11 - total % 11) % 10 == int(digits[12])
+
+
+def is_iban(text: str) -> bool:
+    """Say whether letters and digits are an IBAN: its country's length, and 1 modulo 97 (ISO 13616)."""
+    if IBAN_CHARS.get(text[:2]) != len(text) or not text.isalnum() or not text.isascii():
+        return False
+    return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
+
+
+def emails(text: str, language: str) -> Iterator[Span]:
+    """Yield addresses of e-mail, less those that are reserved for examples."""
+    if "@" in text:
+        for m in _EMAIL.finditer(text):
+            if not (_NO_DOMAIN.search(m.group().rpartition("@")[2]) or ".." in m.group()
+                    or _PASSWORD_BEFORE.search(text, max(m.start() - 100, 0), m.start())):
+                yield m.span()
+
+
+def addresses(text: str, language: str) -> Iterator[Span]:
+    """Yield IP addresses that are reached from anywhere, so that they may be someone's; none of private
+    networks and of documentation, none behind the word version."""
+    for pattern in (_IP4, _IP6):
+        for m in pattern.finditer(text):
+            try:
+                address = ipaddress.ip_address(m.group())
+            except ValueError:
+                continue
+            if not address.is_global or address.is_multicast or _VERSION_BEFORE.search(
+                    text, max(m.start() - 20, 0), m.start()):
+                continue
+            if address.version == 6 or len(m.group()) >= _MIN_IP4_CHARS:
+                yield m.span()
+
+
+def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], bare: bool) -> Iterator[Span]:
+    """Yield numbers that a check proves: set out in groups, or also bare digits."""
+    for m in pattern.finditer(text):
+        written = m.group()
+        if (bare or not written.isdigit()) and check(re.sub(r"\D", "", written)):
+            yield m.span()
+
+
+def cards(text: str, language: str) -> Iterator[Span]:
+    """Yield numbers of payment cards."""
+    yield from _proven(text, _CARD, is_card, bare=True)
+
+
+def korean_rrns(text: str, language: str) -> Iterator[Span]:
+    """Yield Korean resident registration numbers; bare digits only in Korean text."""
+    yield from _proven(text, _RRN, is_korean_rrn, bare=language == "ko")
+
+
+def thai_ids(text: str, language: str) -> Iterator[Span]:
+    """Yield Thai identification numbers; bare digits only in Thai text."""
+    yield from _proven(text, _THAI_ID, is_thai_id, bare=language == "th")
+
+
+def ibans(text: str, language: str) -> Iterator[Span]:
+    """Yield international bank account numbers."""
+    for m in _IBAN.finditer(text):
+        places = [place for place in range(*m.span(1)) if text[place] != " "]
+        size = IBAN_CHARS.get(text[m.start():m.start() + 2], len(places) + 1)
+        if size > len(places):
+            continue
+        stop = places[size - 1] + 1
+        is_whole = not re.match(r"\w", text[stop:stop + 1], re.ASCII)
+        if is_whole and is_iban(text[m.start():stop].replace(" ", "")):
+            yield m.start(), stop
+
+
+def api_keys(text: str, language: str) -> Iterator[Span]:
+    """Yield keys of services, and private keys."""
+    yield from (m.span() for m in _API_KEY.finditer(text))
+
+
+FINDERS: dict[str, Callable[[str, str], Iterator[Span]]] = {
+    "api_key": api_keys, "email": emails, "iban": ibans, "korean_rrn": korean_rrns, "thai_id": thai_ids,
+    "card": cards, "ip": addresses, "phone": phones,
+}
+"""Kind -> its finder, given a text and its language; of spans that overlap the kind that stands first here
+has it."""
+
+
+NAME = "{name}"
+"""What the name of the masked stands for in a placeholder."""
+NAMES_FILE = Path(__file__).with_name("names.yaml")
+
+
+Finder = Annotated[str, one_of(lambda: FINDERS)]
+"""A kind of personal data."""
+
+
+def _other_braces(placeholder: str) -> Breach | None:
+    if set(placeholder.replace(NAME, "")) & set("{}"):
+        return Code.BOUND, f"must have no braces but {NAME}", ""
+    return None
+
+
+@dataclass(frozen=True)
+class PiiSettings:
+    """What is masked, and by what."""
+
+    mask: Annotated[tuple[Finder, ...], MinLen(1)] = tuple(FINDERS)
+    """Kinds that are masked: api_key, email, iban, korean_rrn, thai_id, card, ip, phone."""
+    mask_in_code: tuple[Finder, ...] = ("api_key", "email")
+    """Of them, those that are masked in code and markup too, where a masked number would break what runs."""
+    placeholder: Annotated[str, Bound(_other_braces)] = "[{name}]"
+    """What stands in the place; {name}: what it was, in the document's language."""
+    names_in: Annotated[str, one_of(lambda: ("", *masked_names()["email"]))] = ""
+    """Language of the names; "": each document's own, and English where there are no names in it."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        return list(map(as_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
+
+
+@lru_cache(maxsize=1)
+def masked_names() -> dict[str, dict[str, str]]:
+    """Return kind -> language -> what stands in its place."""
+    names: dict[str, dict[str, str]] = yaml.safe_load(NAMES_FILE.read_text(encoding="utf-8"))
+    return names
+
+
+class Pii(Step):
+    """Masks personal data, and says how much of each kind was there."""
+
+    kind = "pii"
+    adds: ClassVar[dict[str, ColumnType]] = {"pii": "string"}
+    Settings = PiiSettings
+    settings: PiiSettings
+
+    def files(self) -> Sequence[Path]:
+        """Return the file of the names."""
+        return [NAMES_FILE]
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+        """Return each document with its personal data masked and counted."""
+        return [self._outcome(document) for document in documents]
+
+    def _outcome(self, document: Doc) -> Outcome:
+        language = document.columns.get("language") or ""
+        in_prose = (document.columns.get("form") or "prose") == "prose"
+        kinds = [kind for kind in FINDERS
+                 if kind in self.settings.mask and (in_prose or kind in self.settings.mask_in_code)]
+        spans = found_in(document.text, language, kinds)
+        if not spans:
+            return Outcome(values={"pii": ""})
+        counts = {kind: sum(of == kind for _, _, of in spans) for kind in kinds}
+        return Outcome(text=self._masked(document.text, spans, self.settings.names_in or language),
+                       values={"pii": " ".join(f"{kind}={n}" for kind, n in counts.items() if n)})
+
+    def _masked(self, text: str, spans: list[tuple[int, int, str]], language: str) -> str:
+        parts, end = [], 0
+        for start, stop, kind in spans:
+            names = masked_names()[kind]
+            name = names.get(language, names["en"])
+            parts += [text[end:start], self.settings.placeholder.replace(NAME, name)]
+            end = stop
+        return "".join([*parts, text[end:]])
+
+
+def found_in(text: str, language: str, kinds: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Return (start, stop, kind) of what is found, in order; where spans overlap, the one of the kind that is
+    named first."""
+    taken: list[tuple[int, int, str]] = []
+    for kind in kinds:
+        for start, stop in FINDERS[kind](text, language):
+            place = bisect_left(taken, (start,))
+            if (place == 0 or taken[place - 1][1] <= start) and (
+                    place == len(taken) or taken[place][0] >= stop):
+                taken.insert(place, (start, stop, kind))
+    return taken

@@ -1,0 +1,110 @@
+"""`sov-data scorer train|check`: a model that gives texts a score, from labels of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from data_prep.curate.scoring.encoder import EncoderSettings
+from data_prep.curate.scoring.judgement import told
+from data_prep.curate.scoring.ngram_settings import NgramSettings
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
+
+_LABELS = ("JSONL file of {\"text\": ..., \"label\": 0 or 1, or 0 to 5, \"language\": \"ko\"}; the language "
+           "may be left out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerTrainOptions:
+    """Train a linear model over hashed n-grams, or over the embeddings of a local Hugging Face encoder.
+
+    What it is worth on labels that were held out is printed."""
+
+    labels: Annotated[Path, Flag(value="FILE")]
+    """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
+    out."""
+    kind: Literal["classifier", "regressor"]
+    """classifier: labels 0 and 1, scores are probabilities; regressor: 0 to 5."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the scorer."""
+    encoder: Annotated[Path | None, Flag(value="HF_DIR")] = None
+    """Hugging Face folder of an encoder, in place of n-grams."""
+    max_chars: int | None = None
+    """Characters of a text that are read (default 20000)."""
+    max_ngram: int | None = None
+    """Units of the longest n-gram (default 2)."""
+    buckets: int | None = None
+    """Buckets of n-grams, a power of two (default 262144)."""
+    max_tokens: int | None = None
+    """Tokens of a text that an encoder reads (default 512)."""
+    overwrite: bool = False
+    """Replace a scorer that is already there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerCheckOptions:
+    """Print what a scorer is worth on labels that it was not trained on."""
+
+    model: Annotated[Path, Flag("DIR")]
+    """Folder that `sov-data scorer train` wrote."""
+    labels: Annotated[Path, Flag(value="FILE")]
+    """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
+    out."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Train a model that gives texts a score, or judge one on other labels."
+    add_actions(parser, ACTIONS)
+
+
+def run(typed: argparse.Namespace) -> int:
+    return run_action(ACTIONS, typed)
+
+
+def _check(args: ScorerCheckOptions) -> int:
+    from data_prep.curate.scoring.training import check
+
+    kind, figures = check(args.model, args.labels)
+    lines = [json.dumps(figures)] if args.json else [f"{args.model}, a {kind}", *told(kind, figures)]
+    print("\n".join(lines))
+    return 0
+
+
+def _train(args: ScorerTrainOptions) -> int:
+    from data_prep.curate.scoring.training import TrainSettings, train
+
+    content = train(TrainSettings(args.labels, args.kind, _features(args), args.encoder), args.output,
+                    overwrite=args.overwrite)
+    again = content["num_repeated"]
+    print(f"{args.labels}: {content['num_labels']:,} texts"
+          + (f" ({again:,} lines left out, whose text stood there before)" if again else ""))
+    print("\n".join(["held out:", *told(args.kind, content["heldout"])]))
+    print(f"wrote {args.output}")
+    return 0
+
+
+def _features(args: ScorerTrainOptions) -> NgramSettings | EncoderSettings:
+    """Return how texts are read.
+
+    Raises:
+        UserError: an option belongs to the other way.
+    """
+    ngrams = {"max_ngram": args.max_ngram, "num_buckets": args.buckets}
+    encoder = {"max_tokens": args.max_tokens}
+    if args.encoder is not None and any(value is not None for value in ngrams.values()):
+        raise UserError("--max-ngram and --buckets are about n-grams, which --encoder takes the place of; "
+                        "leave them out")
+    if args.encoder is None and args.max_tokens is not None:
+        raise UserError("--max-tokens is for an encoder; name one with --encoder, or leave it out")
+    given = {name: value for name, value in {**(ngrams if args.encoder is None else encoder),
+                                             "max_chars": args.max_chars}.items() if value is not None}
+    return NgramSettings(**given) if args.encoder is None else EncoderSettings(**given)
+
+
+ACTIONS: Actions = {"train": (ScorerTrainOptions, _train), "check": (ScorerCheckOptions, _check)}

@@ -1,0 +1,162 @@
+"""Step `kind`: the tag that blends are written in (Solar Open's table has six of them).
+
+The first rule that speaks decides:
+
+1. the source's own `kind`, where the pipeline file gives one other than `auto`;
+2. `math_code`: the step `language` calls its form code or markup, or it is dense with formulas;
+3. `domain:NAME`: a classifier of that domain gives at least `min_score`, the highest one of several; or, for
+   domains without a classifier, it has enough of the domain's words;
+4. its language: `en`, `ko`, `ja`, and `multilingual` for any other;
+5. nothing, where the language is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import yaml
+
+from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step, View
+from data_prep.curate.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Bound, Code, Problem, Share
+
+DOMAINS = ("finance", "law", "medicine")
+SPACED = ("en",)
+"""Languages whose words are matched whole."""
+WORDS_FILE = Path(__file__).with_name("domain_words.yaml")
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
+AUTO = "auto"
+MATH_CODE, MULTILINGUAL = "math_code", "multilingual"
+OWN_KINDS = ("en", "ko", "ja")
+"""Languages that are kinds of their own."""
+_UNKNOWN = ("", "und")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+_FORMULA = re.compile(r"\\(?:frac|sum|int|sqrt|alpha|beta|theta|lambda|sigma|infty|mathbb|mathcal|mathrm"
+                      r"|left|right|leq?|geq?|cdot|partial|begin\{(?:equation|align|pmatrix|cases))\b|\$\$|\\\(|\\\["
+                      r"|[∑∫√∂∇∈∀∃≤≥≠≈∞]")
+DomainName = Annotated[str, Bound(lambda name: None if _NAME.fullmatch(name) else (
+    Code.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
+
+
+# Domains by their words: a list of words of the trade for each of a few languages.
+
+
+@lru_cache(maxsize=1)
+def domain_words() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return language -> domain -> its words, in lower case."""
+    raw = yaml.safe_load(WORDS_FILE.read_text(encoding="utf-8"))
+    languages = sorted({language for of in raw.values() for language in of})
+    return {language: {domain: tuple(dict.fromkeys(raw[domain].get(language, ()))) for domain in DOMAINS}
+            for language in languages}
+
+
+def domain_hits(text: str, language: str) -> dict[str, tuple[int, int]]:
+    """Return, for each domain, how many of its words a text has, and how many times it has any of them;
+    nothing for a language without lists."""
+    lists = domain_words().get(language)
+    if lists is None:
+        return {}
+    looked = text.lower()
+    if language in SPACED:
+        looked = f" {_NOT_LETTERS.sub(' ', looked).replace(' ', '  ')} "
+    found = {}
+    for domain, words in lists.items():
+        counts = [looked.count(f" {word.replace(' ', '  ')} " if language in SPACED else word)
+                  for word in words]
+        found[domain] = (sum(count > 0 for count in counts), sum(counts))
+    return found
+
+
+@dataclass(frozen=True)
+class KindSettings:
+    """Settings of `kind`."""
+
+    domains: dict[DomainName, Path] = field(default_factory=dict)
+    """Domain -> folder of a classifier by `sov-data scorer train`, label 1 for documents of the domain."""
+    min_score: Share = 0.5
+    """Score from which a classifier's domain is taken."""
+    words: bool = True
+    """Tell finance, law and medicine by their words where no classifier is named (English, Korean,
+    Japanese)."""
+    min_words: AtLeastOne = 6
+    """Different words of a domain that a document must have."""
+    min_words_per_1000_chars: AboveZero = 3.0
+    """How many times it must have any of them, in 1,000 characters."""
+    min_formulas_per_1000_chars: AboveZero = 4.0
+    """Signs and commands of formulas in 1,000 characters that make a document one of mathematics."""
+    code_forms: tuple[str, ...] = ("code", "markup")
+    """Values of the column `form` that are taken for code."""
+    max_chars: AtLeastOne = 20_000
+    """Characters of a document that are read, from its beginning."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = []
+        for name, folder in self.domains.items():
+            p += scorer_problems(f"domains.{name}", folder, "classifier")
+        return p
+
+
+class Kind(Step):
+    """A column of kinds."""
+
+    kind: ClassVar[str] = "kind"
+    adds: ClassVar[Mapping[str, ColumnType]] = {"kind": "string"}
+    needs: ClassVar[Sequence[str]] = ("language",)
+    Settings = KindSettings
+
+    def __init__(self, settings: KindSettings) -> None:
+        super().__init__(settings)
+        self._scorers: dict[str, Scorer] = {}
+
+    def files(self) -> Sequence[Path]:
+        """Return what decides the classifiers' scores, and the words of domains."""
+        words = [WORDS_FILE] if self.settings.words else []
+        return [*words, *(file for _, folder in sorted(self.settings.domains.items())
+                          for file in scorer_files(Path(folder)))]
+
+    def start(self, view: View) -> None:
+        """Load the classifiers."""
+        self._scorers = {name: load_scorer(Path(folder))
+                         for name, folder in sorted(self.settings.domains.items())}
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+        """Return the kind of each document."""
+        return [Outcome(values={"kind": self._kind(document)}) for document in documents]
+
+    def _kind(self, document: Doc) -> str:
+        own = document.columns.get("kind") or ""
+        if own not in ("", AUTO):
+            return str(own)
+        language = document.columns.get("language") or ""
+        text = document.text[: self.settings.max_chars]
+        if document.columns.get("form") in self.settings.code_forms or self._is_mathematics(text):
+            return MATH_CODE
+        if domain := self._domain(document.text, text, language):
+            return f"domain:{domain}"
+        if language in _UNKNOWN:
+            return ""
+        return language if language in OWN_KINDS else MULTILINGUAL
+
+    def _is_mathematics(self, text: str) -> bool:
+        wanted = self.settings.min_formulas_per_1000_chars * len(text) / 1000
+        return len(text) > 0 and len(_FORMULA.findall(text)) >= max(wanted, 3)
+
+    def _domain(self, whole: str, text: str, language: str) -> str:
+        """Return the domain of a document; "": none."""
+        scores = {name: scorer.score(whole) for name, scorer in self._scorers.items()}
+        best = max(scores, key=lambda name: scores[name], default="")
+        if best and scores[best] >= self.settings.min_score:
+            return best
+        if not self.settings.words:
+            return ""
+        hits = {name: found for name, found in domain_hits(text, language).items() if name not in scores}
+        s = self.settings
+        enough = {name: num_hits for name, (num_words, num_hits) in hits.items()
+                  if num_words >= s.min_words and num_hits * 1000 >= s.min_words_per_1000_chars * len(text)}
+        return max(enough, key=lambda name: (enough[name], -DOMAINS.index(name)), default="")

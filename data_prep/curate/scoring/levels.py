@@ -1,0 +1,205 @@
+"""Step `level`: basic, L1, L2 or L3, by where a document's score stands among those of its language.
+
+Solar Open keeps the top 50 % by educational score for L2 and the top 35 % for L3, with percentiles for each
+language.  No share for L1 is published that we know of: here it is every document that has a score, until
+`l1` says less; `basic` is what has none, or stands below it.
+
+The cuts are exact.  A first pass writes for each shard the sorted keys of its documents, 8 bytes each; a
+second one finds the key of each cut byte by byte, by binary search in those files, and never holds more than
+one of them open.  Documents of one score are ordered by the hashes of their places, so a cut splits them
+in the same way every time, and a level has as many documents as its share says.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import blake2b
+from numbers import Real
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from annotated_types import Gt, Le
+
+from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
+from data_prep.shards.shard_damage import place_in_run, way_out
+from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.sealed import check_seal, read_json, sealed, write_json
+from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most
+
+LEVELS = ("L1", "L2", "L3")
+BASIC = "basic"
+SMALL = "small languages together"
+_FILE = "levels.json"
+ShareAboveZero = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class LevelSettings:
+    """Settings of `level`."""
+
+    by: NotBlank = "education"
+    """Column of scores; a higher one is better."""
+    l1: ShareAboveZero = 1.0
+    """Share of the documents with a score that are L1 or better."""
+    l2: Annotated[ShareAboveZero, at_most("l1")] = 0.5
+    """Share that is L2 or better."""
+    l3: Annotated[ShareAboveZero, at_most("l2")] = 0.35
+    """Share that is L3."""
+    per: str = "language"
+    """Column whose values are each judged apart; "": all documents together."""
+    min_documents: AtLeastOne = 100
+    """A value of `per` with fewer documents is judged together with the others of that sort: a percentile
+    of a handful says nothing."""
+
+
+class Level(Step):
+    """A column of levels."""
+
+    kind: ClassVar[str] = "level"
+    adds: ClassVar[Mapping[str, ColumnType]] = {"level": "string"}
+    Settings = LevelSettings
+
+    def __init__(self, settings: LevelSettings) -> None:
+        super().__init__(settings)
+        self.needs = tuple(filter(None, (settings.by, settings.per)))  # type: ignore[misc]
+        self._cuts: dict[str, list[int]] = {}
+
+    def passes(self) -> Sequence[Pass]:
+        """Return the two passes: keys of each shard, cuts of all."""
+        return (Pass("keys", self.write_keys), Pass("cuts", self.write_cuts, 1))
+
+    def write_keys(self, view: View, task: int) -> None:
+        """Write the sorted keys of a shard's documents, group after group."""
+        groups: dict[str, list[int]] = {}
+        num_without = 0
+        for documents in view.documents(view.shards[task]):
+            for document in documents:
+                key = self._key(document)
+                if key is None:
+                    num_without += 1
+                else:
+                    groups.setdefault(self._group(document), []).append(key)
+        places, start = {}, 0
+        for name in sorted(groups):
+            places[name] = [start, start + len(groups[name])]
+            start += len(groups[name])
+        found = np.concatenate([np.zeros(0, np.uint64), *(np.sort(np.array(groups[name], np.uint64))
+                                                          for name in sorted(groups))])
+        raw = io.BytesIO()
+        np.save(raw, found)
+        folder = view.work / "keys"
+        folder.mkdir(parents=True, exist_ok=True)
+        keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
+        atomic_write(keys, sealed(raw.getvalue(), place_in_run(keys)))
+        write_json(beside, {"groups": places, "num_without": num_without}, place_in_run(beside))
+
+    def write_cuts(self, view: View, task: int) -> None:
+        """Write the lowest key of each level for each group."""
+        shards = [(file.with_suffix(".npy"), read_json(file, way_out(file), place_in_run(file)))
+                  for file in sorted((view.work / "keys").glob("*.json"))]
+        counts: dict[str, int] = {}
+        for _, shard in shards:
+            for name, (start, stop) in shard["groups"].items():
+                counts[name] = counts.get(name, 0) + stop - start
+        small = {name: n for name, n in sorted(counts.items()) if n < self.settings.min_documents}
+        pool = {name: SMALL if name in small else name for name in counts}
+        totals: dict[str, int] = {}
+        for name, count in counts.items():
+            totals[pool[name]] = totals.get(pool[name], 0) + count
+        shares = [Fraction(str(getattr(self.settings, level.lower()))) for level in LEVELS]
+        ranks = {name: [math.ceil(n * share) for share in shares] for name, n in totals.items()}
+        cuts = _cuts(shards, pool, ranks)
+        record = {"groups": {name: {"judged_as": pool[name], "num_documents": counts[name],
+                                    "cuts": cuts[pool[name]]} for name in sorted(counts)},
+                  "num_without_score": sum(shard["num_without"] for _, shard in shards)}
+        write_json(view.work / _FILE, record, place_in_run(view.work / _FILE))
+        atomic_write(view.work / "report.json", to_json(self._report(record, small)))
+
+    def start(self, view: View) -> None:
+        """Load the cuts."""
+        file = view.work / _FILE
+        groups = read_json(file, way_out(file), place_in_run(file))["groups"]
+        self._cuts = {name: group["cuts"] for name, group in groups.items()}
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+        """Return the level of each document."""
+        found = []
+        for document in documents:
+            key, level = self._key(document), BASIC
+            if key is not None:
+                cuts = self._cuts[self._group(document)]
+                level = next((name for name, cut in zip(LEVELS[::-1], cuts[::-1], strict=True)
+                              if key >= cut), BASIC)
+            found.append(Outcome(values={"level": level}))
+        return found
+
+    def _group(self, document: Doc) -> str:
+        return str(document.columns.get(self.settings.per) or "") if self.settings.per else ""
+
+    def _key(self, document: Doc) -> int | None:
+        """Return what documents are ordered by: the score, then the hash of the place; None without a score.
+
+        Raises:
+            UserError: the column holds something else.
+        """
+        score = document.columns.get(self.settings.by)
+        if score is not None and (isinstance(score, bool) or not isinstance(score, Real)):
+            raise UserError(f"level: by = {self.settings.by}: document {document.id} has {str(score)[:40]!r} "
+                            "there, which is no number; name a column of scores")
+        if score is None or math.isnan(score):
+            return None
+        hashed = int.from_bytes(blake2b(document.lot.encode(), digest_size=4).digest(), "little")
+        return _ordered(float(score)) << 32 | hashed
+
+    def _report(self, record: dict[str, Any], small: Mapping[str, int]) -> dict[str, Any]:
+        """Return what the page shows: the cuts of each group, and which were too small for cuts of their
+        own."""
+        per = self.settings.per or "all documents"
+        rows = [[name or ("not known" if self.settings.per else "all"), group["num_documents"],
+                 *(_score(cut >> 32) for cut in group["cuts"])]
+                for name, group in record["groups"].items()]
+        notes = [f"{record['num_without_score']:,} documents without a score are {BASIC}."]
+        if small:
+            notes.append(f"Fewer than {self.settings.min_documents} documents, and so judged together: "
+                         + ", ".join(f"{name or 'not known'} ({n})" for name, n in small.items()) + ".")
+        return {"tables": [{"title": f"Lowest {self.settings.by} of each level, per {per}",
+                            "head": [per, "documents", *LEVELS], "rows": rows[:200]}],
+                "bars": [], "notes": notes}
+
+
+def _ordered(score: float) -> int:
+    """Return a float32 as a number of 32 bits that is larger where the float is."""
+    bits = int((np.float32(score) + np.float32(0.0)).view(np.uint32))  # -0.0 is 0.0
+    return bits ^ 0xFFFFFFFF if bits >> 31 else bits | 1 << 31
+
+
+def _score(ordered: int) -> float:
+    """Return the float32 that `_ordered` was given."""
+    return float(np.uint32(ordered & 0x7FFFFFFF if ordered >> 31 else ordered ^ 0xFFFFFFFF).view(np.float32))
+
+
+def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str],
+          ranks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Return, for each pool and rank r, the r-th largest of its keys: the largest number that at least r keys
+    reach, found from its highest byte to its lowest."""
+    cuts = {name: np.zeros(len(wanted), np.uint64) for name, wanted in ranks.items()}
+    for shift in range(56, -1, -8):
+        bytes_ = np.arange(256, dtype=np.uint64) << np.uint64(shift)
+        tried = {name: found[:, None] | bytes_ for name, found in cuts.items()}
+        reached = {name: np.zeros(found.shape, np.int64) for name, found in tried.items()}
+        for file, shard in shards:
+            check_seal(file, way_out(file), place_in_run(file))
+            keys = np.load(file, mmap_mode="r" if shard["groups"] else None)
+            for name, (start, stop) in shard["groups"].items():
+                below = np.searchsorted(keys[start:stop], tried[pool[name]], "left")
+                reached[pool[name]] += stop - start - below
+        for name, wanted in ranks.items():
+            best = (reached[name] >= np.array(wanted)[:, None]).sum(axis=1) - 1
+            cuts[name] = tried[name][np.arange(len(wanted)), best]
+    return {name: found.tolist() for name, found in cuts.items()}

@@ -1,0 +1,74 @@
+"""Folders of mixed files: each is read as its ending says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from data_prep.curate.sources.encodings import Limits
+from data_prep.curate.sources.listing import refuse_nothing, shown, source_files
+from data_prep.curate.sources.reader import FileReader
+from data_prep.curate.sources.source import PASSED_OVER, Broken, Piece, Raw
+from megatron_sov.base.documents.files import is_about, is_records
+from megatron_sov.base.errors import UserError
+
+BY_NAME = ("text", "jsonl", "parquet", "arrow", "html", "warc", "pdf", "epub", "office", "code")
+"""Formats that endings tell, the first that takes a name; the others have to be asked for."""
+
+
+class AutoReader(FileReader):
+    """Files of several formats, with each format's own options at their defaults."""
+
+    format = "auto"
+    version = 2  # text of pages by resiliparse
+    Options = Limits
+
+    def pieces(self) -> list[Piece]:
+        """Return the parts of the source, in order.
+
+        Raises:
+            UserError: there is nothing to read, or a file that the settings name has an ending of no format.
+        """
+        readers = self._readers()
+        named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
+        found: list[Piece] = []
+        left_out: list[Piece] = []
+        names = list(source_files(self.source, lambda name: True, left_out, self.told.append))
+        is_dataset = any(map(is_records, names))
+        for name in names:
+            is_named = os.fspath(self.source.file(name)) in named
+            if is_dataset and is_about(name) and not is_named:
+                found.append(Piece(PASSED_OVER, name, 0, 0, 0))
+            elif reader := next((r for r in readers if r.takes(name)), None):
+                found += reader.pieces_of(name)
+            elif is_named:
+                raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format")
+            else:
+                found.append(Piece(PASSED_OVER, name, 0, 0, 0))
+        if all(piece.format == PASSED_OVER for piece in found):
+            refuse_nothing(self.source)
+        return found + left_out
+
+    def read(self, piece: Piece) -> Iterator[Raw | Broken]:
+        """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
+        if piece.format == PASSED_OVER and not self.source.file(piece.file).is_file():
+            yield from super().read(piece)
+            return
+        if piece.format == PASSED_OVER:
+            if is_about(piece.file):
+                yield Broken(shown(piece.file), shown(piece.file), "about",
+                             "describes a dataset and is no part of it; to read it, give it a source of its "
+                             "own", is_left_out=True)
+                return
+            ending = shown(PurePosixPath(piece.file).suffix) or "none"
+            yield Broken(shown(piece.file), shown(piece.file), "ending",
+                         f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "
+                         "source that says its format", is_left_out=True)
+            return
+        yield from next(r for r in self._readers() if r.format == piece.format).read(piece)
+
+    def _readers(self) -> list[FileReader]:
+        from data_prep.curate.sources.formats import reader_class
+
+        return [reader_class(name)(self.source) for name in BY_NAME]

@@ -1,0 +1,206 @@
+"""Web pages: their text without what stands around it, with headings, items, rows of tables and code.
+
+The tree and the choice of the text are resiliparse's (Bevendorff et al., "Elastic ChatNoir", ECIR 2018); here
+is what it is told to leave out, and how its minimal HTML is written as text.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.curate.sources.encodings import Limits, decode_page, read_whole
+from data_prep.curate.sources.reader import FileReader, Job, kept
+from data_prep.curate.sources.source import Broken, Raw
+from megatron_sov.base.documents import BadRecord
+
+NO_TEXT = "no_text"
+"""Code of what was read well and holds no text."""
+MAX_DEPTH = 500
+"""Of elements in one another; browsers stop there too. The search for the main text takes the square of it,
+and so do the indents of lists: of a page that is nested deeper only the words are kept, all of them."""
+_DEEPER = " > ".join(["*"] * MAX_DEPTH)
+_UNSEEN = ["[hidden]", '[style*="display:none" i]', '[style*="display: none" i]', '[aria-hidden="true"]',
+           '[style*="visibility:hidden" i]', '[style*="visibility: hidden" i]', "rt", "rp", "svg", "iframe",
+           "object", "title", ".linenos", "a.headerlink", "a.anchor", ".mw-editsection"]
+"""Selectors of what no reader sees as text; `rt` is the reading beside a Japanese word."""
+_AROUND = ["dialog", "[role=navigation]", "[role=banner]", "[role=contentinfo]", "[role=search]",
+           "[role=menu]", "[role=complementary]", "[role=dialog]", "[role=toolbar]", ".sphinxsidebar",
+           ".breadcrumbs", ".toc", "body > div > div > div > footer", "body > div > div > div > * > footer"]
+"""Selectors of what stands around the text, which resiliparse's own rules do not look at."""
+_BODY = re.compile(r"<body\b[^<>]*>|</head\s*>", re.IGNORECASE)
+_CELL = re.compile(r"(<t[dh]\b[^<>]*>)\s*<p\b[^<>]*>((?:[^<]|<(?!/?(?:p|t[dhr]|table)\b))*+)</p>"
+                   r"\s*(?=</t[dh]>)", re.IGNORECASE)
+_MATH = re.compile(r"<math\b(?:[^<]|<(?!/?math\b))*+</math>", re.IGNORECASE)
+_ANNOTATION = re.compile(r"<annotation\b[^<>]*application/x-tex[^<>]*>([^<]*)", re.IGNORECASE)
+_MATH_SCRIPT = re.compile(r"<script\b[^<>]*\"math/tex[^<>]*>([^<]*)</script>", re.IGNORECASE)
+_IMAGE = re.compile(r"<img\b[^<>]*>", re.IGNORECASE)
+_MATH_CLASS = re.compile(r"\bclass=\"[^\"]*math", re.IGNORECASE)
+_ALT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
+_MARKS = re.compile(r"(<pre>.*?</pre>|</?(?:h[1-6]|p|ul|ol|li|br)>)", re.DOTALL)
+_CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/([a-z-]+)/(\d\.\d)|publicdomain/zero/1)")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
+                    r"([a-zA-Z][\w:-]*+)([^<>]*)/>")
+_HAN = r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]"
+_HAN_BREAK = re.compile(rf"(?<={_HAN})[ \t]*\r?\n\s*(?={_HAN})")
+_PREFORMATTED = re.compile(r"(<pre\b(?:[^<]|<(?!/?pre\b))*+</pre>)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class HtmlOptions(Limits):
+    """Options of web pages."""
+
+    whole_page: bool = False
+    """Keep menus, headers and footers too."""
+
+
+class HtmlReader(FileReader):
+    """Files of HTML."""
+
+    format = "html"
+    version = 2  # text of pages by resiliparse
+    suffixes = frozenset([".html", ".htm", ".xhtml", ".shtml"])
+    Options = HtmlOptions
+
+    @classmethod
+    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+        """Yield the page."""
+        yield page(decode_page(read_whole(job.file, job.options)), job.name, job,
+                   whole=job.options.whole_page)
+
+
+def page(source: str, place: str, job: Job, *, whole: bool) -> Raw | Broken:
+    """Return a page's text and what it says of itself.
+
+    Args:
+        source: HTML.
+        place: where it stands.
+        job: what it is read for.
+        whole: keep what stands around the text.
+    """
+    text, facts = page_text(source, whole=whole)
+    if not text:
+        reason = "holds no text but menus and links (whole_page: true keeps these)"
+        return job.broken(BadRecord(NO_TEXT, reason), place, is_left_out=True)
+    return Raw(text, place, facts)
+
+
+def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
+    """Return the text of a page, "" where it has none, and its columns."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
+
+    tree = HTMLTree.parse(_prepared(source))
+    if tree.body is None:
+        return "", {}
+    facts = _facts(tree)
+    if tree.body.query_selector(_DEEPER):
+        words = extract_plain_text(tree, preserve_formatting=False, alt_texts=False, skip_elements=_UNSEEN)
+        return words, facts
+    found = extract_plain_text(tree, preserve_formatting="minimal_html", main_content=not whole,
+                               alt_texts=False, skip_elements=_UNSEEN if whole else _UNSEEN + _AROUND)
+    return _markdown(found), facts
+
+
+def _facts(tree: Any) -> dict[str, Any]:
+    """Return columns of a page: title, url, date, licence, language_hint, as far as it tells them."""
+    root = tree.document
+    metas: dict[str, str] = {}
+    for meta in root.query_selector_all("meta"):
+        name = (meta.getattr("property") or meta.getattr("name") or meta.getattr("itemprop") or "").lower()
+        metas.setdefault(name, (meta.getattr("content") or "").strip()[:500])
+    links: dict[str, str] = {}
+    for link in root.query_selector_all("link[rel], a[rel]"):
+        for relation in (link.getattr("rel") or "").lower().split():
+            links.setdefault(relation, (link.getattr("href") or "").strip()[:500])
+    title = root.query_selector("title") or root.query_selector("h1")
+    published = next((metas[n] for n in ("article:published_time", "datepublished", "dc.date", "dcterms.date",
+                                         "date", "pubdate") if metas.get(n)), "")
+    time = root.query_selector("time[datetime]")
+    page_root = root.query_selector("html")
+    language = (page_root.getattr("lang") or page_root.getattr("xml:lang")) if page_root else ""
+    return kept({
+        "title": metas.get("og:title") or (" ".join(title.text.split())[:500] if title else ""),
+        "url": links.get("canonical") or metas.get("og:url"),
+        "date": published or (time.getattr("datetime") if time else ""),
+        "licence": licence_of(links.get("license") or metas.get("dc.rights") or ""),
+        "language_hint": (language or metas.get("og:locale") or "")[:35]})
+
+
+def licence_of(named: str) -> str:
+    """Return the SPDX name of a Creative Commons address, or what is named as it is."""
+    found = _CREATIVE_COMMONS.search(named.lower())
+    if found is None:
+        return named[:200]
+    return f"CC-{found[1].upper()}-{found[2]}" if found[1] else "CC0-1.0"
+
+
+def _prepared(source: str) -> str:
+    """Return a page with formulas as their TeX and each cell on one line, and its body three levels deeper:
+    nearer to it resiliparse takes any list for a menu; deeper ones are asked how much of them is links.
+
+    All on the source: a change of the tree wraps each of its nodes in Python.
+    """
+    source = _CONTROLS.sub(" ", source)
+    if "http://www.w3.org/1999/xhtml" in source[:2000]:
+        source = _EMPTY.sub(r"<\1\2></\1>", source)  # `<title/>` would hold the whole page
+    if not source.isascii():
+        parts = _PREFORMATTED.split(source)
+        parts[::2] = [_HAN_BREAK.sub("", part) for part in parts[::2]]
+        source = "".join(parts)
+    source = _CELL.sub(r"\1\2", _MATH.sub(_tex, _IMAGE.sub(_tex, _MATH_SCRIPT.sub(_tex, source))))
+    body = _BODY.search(source)
+    start = body.end() if body else 0
+    return source[:start] + "<div><div><div>" + source[start:]
+
+
+def _tex(formula: re.Match[str]) -> str:
+    """Return a formula's TeX, or what was found as it is where it has none."""
+    found: re.Match[str] | None = formula
+    if formula.re is _MATH:
+        found = _ANNOTATION.search(formula[0])
+    elif formula.re is _IMAGE:
+        found = _MATH_CLASS.search(formula[0]) and _ALT.search(formula[0])
+    return f"${found[1].strip()}$" if found and found[1].strip() else formula[0]
+
+
+def _markdown(found: str) -> str:
+    """Return resiliparse's minimal HTML as text: headings with "#", items with their marks, code between
+    fences, cells of a row between "|"."""
+    parts: list[str] = []
+    lists: list[int | None] = []  # that are open: the number of the last item, None where it has bullets
+    is_heading = False
+    for token in _MARKS.split(found):
+        is_end, tag = token.startswith("</"), token.strip("</>") if token.startswith("<") else ""
+        indent = "  " * (len(lists) - 1)
+        if token.startswith("<pre>"):
+            code = html.unescape(token[5:-6]).expandtabs().strip("\n").rstrip()
+            fence = "~~~~" if "```" in code else "```"
+            parts.append(f"\n\n{fence}\n{code}\n{fence}\n\n" if code else "")
+        elif tag in ("ul", "ol"):
+            before = len(lists)
+            lists = lists[:-1] if is_end else [*lists, 0 if tag == "ol" else None]
+            parts.append("" if before and lists else "\n\n")
+        elif tag == "li" and not is_end and lists:
+            number = lists[-1]
+            lists[-1] = None if number is None else number + 1
+            parts.append(f"\n{indent}{'- ' if number is None else f'{number + 1}. '}")
+        elif tag.startswith("h"):
+            is_heading = not is_end
+            parts.append("\n\n" if is_end else f"\n\n{'#' * int(tag[1])} ")
+        elif tag == "p":
+            is_first = bool(lists) and (is_end or parts[-1].endswith(("- ", ". ")))
+            parts.append("" if is_first else f"\n{indent}  " if lists else "\n\n")
+        elif not tag and token.strip(" \n"):
+            lines = [line.strip().replace("\t\t", " | ")
+                     for line in html.unescape(token).rstrip().split("\n")]
+            parts.append((" " if is_heading else f"\n{indent}  " if lists else "\n").join(lines))
+    text = "".join(parts)
+    if not text.isascii():
+        text = text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
+    return re.sub(r"\n(?:[ \t]*\n)+", "\n\n", text).strip("\n")
+

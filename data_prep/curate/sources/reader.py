@@ -1,0 +1,265 @@
+"""What all readers of files share: listing them, and reading each in a process with limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from data_prep.curate.sources.encodings import COMPRESSED, Limits
+from data_prep.curate.sources.listing import shown, source_files
+from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Piece, Raw, SourceSettings
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.files import why_left_out
+from megatron_sov.base.settings import read
+from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.sandbox.readers import KeptReader, Wording
+
+# A piece of a source as the process that reads it gets it, and what it is cut into there.
+
+EMPTY = "empty"
+"""Code of what a record without text, which is left out."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece as the reading process gets it."""
+
+    piece: Piece
+    """Which."""
+    root: Path
+    """Folder that names are relative to."""
+    text_field: str
+    """As `SourceSettings.text_field`."""
+    options: Any
+    """The format's, as its own class."""
+
+    @property
+    def file(self) -> Path:
+        """The file's path."""
+        return self.root / self.piece.file
+
+    @property
+    def name(self) -> str:
+        """The file's name as places have it."""
+        return shown(self.piece.file)
+
+    def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> Broken:
+        """Return what is told of a part of the file that cannot be read."""
+        content = error.content.decode("utf-8", "replace")[:KEPT_CHARS]
+        return Broken(self.name, place or self.name, error.code, str(error), content, is_left_out)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of a piece for which reading it has a time limit of its own."""
+
+    place: str
+    """Where it stands."""
+    read: Callable[[], Iterator[Raw | Broken]]
+    """Reads it; may raise `BadRecord`, or anything that a parser raises on what it does not understand."""
+
+
+def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return columns without those that say nothing."""
+    return {name: value for name, value in values.items() if value not in (None, "", [], {})}
+
+
+def job_message(job: Job) -> dict[str, Any]:
+    """Return a job as JSON holds it; `job_of` is its inverse."""
+    return {"piece": dataclasses.asdict(job.piece), "root": str(job.root), "text_field": job.text_field,
+            "options": dataclasses.asdict(job.options)}
+
+
+def job_of(message: Mapping[str, Any], options: type[Any]) -> Job:
+    """Return the job of a message; `options`: the class of its format's options."""
+    return Job(Piece(**_with_tuples(message["piece"])), Path(message["root"]), message["text_field"],
+               options(**_with_tuples(message["options"])))
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+# Reading files of others in a process of its own, with limits: one that hangs, eats memory or crashes its
+# parser costs the document and nothing else.
+#
+# The process is kept for the next file, and replaced where it was ended.  What it sends is JSON: nothing
+# that a
+# file could make of it is ever run or unpickled here.
+
+WORDING = Wording("parser", "read", "time_s")
+_MESSAGE_FACTOR = 8
+"""Bytes of JSON for a byte of text: a control character becomes six."""
+
+
+def read_apart(job: Job) -> Iterator[Raw | Broken]:
+    """Yield what a piece holds, in order.
+
+    Where the process is ended for taking too much, that document is told as `Broken` and reading goes on
+    behind it.
+    """
+    skip = 0
+    while True:
+        process = _process(str(job.root), job.options)
+        last = _Last()
+        finished = False
+        try:
+            yield from process.read(job, skip, last)
+            finished = True
+            return
+        except BadRecord as e:
+            yield job.broken(e, last.place)
+            if last.number is None:  # it ended between two of them, and would again
+                return
+            skip = last.number + 1
+        finally:
+            if not finished:  # ended, or nobody wants the rest
+                _forget(process)
+
+
+class _Last:
+    """How far a process has come."""
+
+    number: int | None = None
+    place = ""
+
+
+class _Process(KeptReader):
+    """One reading process."""
+
+    def __init__(self, root: str, limits: Limits) -> None:
+        super().__init__("data_prep.curate.sources.enclosed", root, {"memory_bytes": limits.memory_bytes},
+                         limits.time_s, WORDING)
+        self._root, self._limits = root, limits
+
+    def serves(self, root: str, limits: Limits) -> bool:
+        """Return whether it may read files in a folder, within these limits."""
+        return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
+            and Path(root).is_relative_to(self._root)
+
+    def read(self, job: Job, skip: int, last: _Last) -> Iterator[Raw | Broken]:
+        """Yield what a piece holds behind its first `skip` items.
+
+        Raises:
+            BadRecord: the process was ended, or sends what it should not.
+        """
+        limits: Limits = job.options
+        most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
+        with self.asking() as channel:
+            send(channel, {"job": job_message(job), "skip": skip})
+            while True:
+                self.wait_again()
+                message = receive(channel, most_bytes)
+                if "end" in message:
+                    return
+                if "at" in message:
+                    last.number, last.place = int(message["at"]), str(message["place"])
+                elif "error" in message:
+                    raise BadRecord(str(message["error"]), str(message["reason"]))
+                else:
+                    yield _told(message, limits)
+
+
+def _told(message: dict[str, Any], limits: Limits) -> Raw | Broken:
+    """Return what a message says.
+
+    Raises:
+        KeyError, TypeError, ValueError: it says nothing.
+    """
+    if "broken" in message:
+        told = message["broken"]
+        return Broken(str(told["file"]), str(told["place"]), str(told["code"]), str(told["reason"]),
+                      str(told["content"])[:KEPT_CHARS], told["is_left_out"] is True)
+    text, place, columns = message["text"], message["place"], message["columns"]
+    if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
+        raise TypeError("a document without text, place or columns")
+    if len(text.encode()) > limits.document_bytes:
+        raise ValueError("a document above the limit")
+    return Raw(text, place, columns)
+
+
+_kept: dict[int, _Process] = {}
+"""This process's reading process, by its own number: a fork has none yet."""
+
+
+def _process(root: str, limits: Limits) -> _Process:
+    known = _kept.get(os.getpid())
+    if known is not None and known.serves(root, limits) and not known.is_worn:
+        return known
+    if known is not None:
+        known.end()
+    _kept.clear()
+    _kept[os.getpid()] = _Process(root, limits)
+    return _kept[os.getpid()]
+
+
+def _forget(process: _Process) -> None:
+    process.end()
+    if _kept.get(os.getpid()) is process:
+        del _kept[os.getpid()]
+
+
+class FileReader:
+    """A reader of files; a format says which, and what is in one of them."""
+
+    format: ClassVar[str]
+    """Its name."""
+    version: ClassVar[int] = 1
+    """Raised where it gives another text of the same file: what an earlier one has parsed is parsed again."""
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+    """Endings of the files that are read from folders, with small letters."""
+    compressed: ClassVar[bool] = True
+    """Whether files may also end in `.gz` and `.zst`."""
+    Options: ClassVar[type[Any]] = Limits
+    """Frozen dataclass of its options, with `problems()`."""
+
+    def __init__(self, source: SourceSettings) -> None:
+        """Take a source without problems."""
+        self.source = source
+        # processes that only read start without pydantic
+        given = source.options
+        self.options: Any = read(self.Options, given, "options") if given else self.Options()
+        self.told: list[str] = []
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Return whether a file in a folder is read, by its name."""
+        stem, dot, suffix = name.lower().rpartition(".")
+        if cls.compressed and f".{suffix}" in COMPRESSED and stem:
+            stem, dot, suffix = stem.rpartition(".")
+        return bool(stem) and dot + suffix in cls.suffixes
+
+    def pieces(self) -> list[Piece]:
+        """Return the parts of the source, in order."""
+        left_out: list[Piece] = []
+        names = source_files(self.source, self.takes, left_out, self.told.append)
+        return [piece for name in names for piece in self.pieces_of(name)] + left_out
+
+    def pieces_of(self, name: str) -> Iterator[Piece]:
+        """Yield the parts of one file: itself."""
+        size_bytes = self.source.file(name).stat().st_size
+        yield Piece(self.format, name, 0, size_bytes, size_bytes)
+
+    def read(self, piece: Piece) -> Iterator[Raw | Broken]:
+        """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
+        if piece.format == PASSED_OVER:
+            name, reason = shown(piece.file), why_left_out(self.source.file(piece.file))
+            yield Broken(name, name, "left_out", reason, is_left_out=True)
+            return
+        job = Job(piece, self.source.root, self.source.text_field, self.options)
+        yield from read_apart(job)
+
+    @classmethod
+    def items(cls, job: Job) -> Iterator[Item]:
+        """Yield the parts of a piece; runs in the reading process.  The order, and how many there are, has
+        to be the same each time."""
+        yield Item(job.name, lambda: cls.documents(job))
+
+    @classmethod
+    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+        """Yield what a piece holds that has no further parts."""
+        raise NotImplementedError(cls.__name__)

@@ -1,0 +1,1 @@
+"""Judged responses as training data: groups, pairs, single ones, trajectories."""

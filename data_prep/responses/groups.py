@@ -1,0 +1,267 @@
+"""`sov-data groups`: responses to one prompt with their rewards, as chats with an advantage each (GrouPER).
+
+K-EXAONE's technical report: of a group with rewards z, the sum of rule and rubric rewards, a response's
+advantage is ``2 (z - min z) / (max z - min z) - 1``; a group whose rewards are all equal says nothing and is
+left out.
+
+A response that did not end (`finish_reason`: "length", as `megatron-sov generate` writes it) has its place in
+the group, and is learned as a bad one only: a chat of it would end where its writer did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+from data_prep.json_lines import read_objects
+from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.columns import is_float32
+from megatron_sov.base.documents.layouts import LABEL, own_fields, refuse_media, split_response
+from megatron_sov.base.documents.messages import read_messages
+from megatron_sov.base.documents.records import NUM_PROMPT, completion_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import Flag, add_options, read_options
+
+INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
+         'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
+         '"rewards", an object of numbers that are added.  Or it is a line of `megatron-sov score`, a '
+         '"response" with its "reward", or one of TRL for KTO, a "completion" with a "label" that is true or '
+         'false: those of one prompt, one after the other, are a group.  One whose "finish_reason" is '
+         '"length" did not end, and is not learned as a good one.')
+KIND = "corpus"
+FILE = "groups.jsonl"
+FINISH, LENGTH = "finish_reason", "length"
+"""Field of a response that `megatron-sov generate` wrote, and its value where the response is as long as was
+allowed."""
+BESIDE = ("prompt", "system", "id", "tools", "chat_template_kwargs")
+"""Fields of such a line that belong to its prompt."""
+COLUMNS = ("advantage", "group_share")
+"""Fields of a chat beside its messages: the advantage, and 1 / responses of its group.  With `NUM_PROMPT` its
+group is held out as a whole, and so are all groups of one prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """What every step over groups of judged responses takes."""
+
+    input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
+    """A .jsonl file of groups, or of what `megatron-sov score` wrote; several may follow, and it may be
+    repeated."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder that is written."""
+    keep_unfinished: bool = False
+    """Let a response with "finish_reason": "length", which did not end, be learned as a good one too, with
+    an end that it never had."""
+    overwrite: bool = False
+    """Replace a corpus that is already there."""
+
+
+@dataclass(frozen=True)
+class Group:
+    beside: dict[str, Any]
+    """The record's other fields, such as tools."""
+    prompt: list[dict[str, Any]]
+    """Its messages."""
+    responses: list[list[dict[str, Any]]]
+    """The messages of each response."""
+    rewards: list[float]
+    ended: list[bool]
+    """Whether each ended by itself, or nothing says that it did not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn groups of judged responses into chats with an advantage each, for `sov-data pack --format chat "
+        "--column advantage --column group_share`.  " + INPUT)
+    add_options(parser, GroupOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    args = read_options(GroupOptions, typed)
+    write_groups(args.input, args.output, FILE, chats_of, keep_unfinished=args.keep_unfinished,
+                 overwrite=args.overwrite)
+    return 0
+
+
+def write_groups(files: Sequence[Path], output: Path, file: str,
+                 records_of: Callable[[Group, Counter[str]], Iterable[Any]], *, keep_unfinished: bool = False,
+                 overwrite: bool = False) -> None:
+    """Write an artifact of kind "corpus" with what is made of each group.
+
+    Args:
+        files: of groups.
+        output: the artifact.
+        file: its file.
+        records_of: a group that says something -> its records; it counts as "passed_over" the responses that
+            are not learned as good ones because they did not end.
+        keep_unfinished: take every response for one that ended.
+        overwrite: replace an artifact that is already there.
+
+    Raises:
+        UserError: a record breaks a rule, or no group says anything; nothing is written then.
+    """
+    refuse_existing(output, KIND, overwrite)
+    counts: Counter[str] = Counter()
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        with open(artifact.path / file, "w", encoding="utf-8") as out:
+            for group in chain.from_iterable(map(read_groups, files)):
+                if len(group.rewards) < 2 or min(group.rewards) == max(group.rewards):
+                    counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
+                    continue
+                counts["groups"] += 1
+                counts["responses"] += len(group.rewards)
+                counts["unfinished"] += group.ended.count(False)
+                if keep_unfinished:
+                    group = replace(group, ended=[True] * len(group.ended))
+                for record in records_of(group, counts):
+                    counts["records"] += 1
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        _refuse_nothing(files, counts)
+        artifact.content = {"groups": {f"num_{name}": counts[name] for name in (
+            "groups", "responses", "equal_rewards", "alone", "unfinished", "passed_over")}}
+    print(f"{counts['groups']:,} groups of {counts['responses'] / counts['groups']:.1f} responses; left out: "
+          f"{_left_out(counts)}")
+    if counts["unfinished"]:
+        print(f"{counts['unfinished']:,} of {counts['responses']:,} responses did not end; "
+              f"{counts['passed_over']:,} of them would have been learned as good ones, and are not")
+
+
+def _left_out(counts: Counter[str]) -> str:
+    return f"{counts['equal_rewards']:,} with equal rewards and {counts['alone']:,} of one response"
+
+
+def _refuse_nothing(files: Sequence[Path], counts: Counter[str]) -> None:
+    """Raise `UserError` where no record was made."""
+    named = ", ".join(map(str, files))
+    if not counts["groups"]:
+        raise UserError(f"{named}: no group has two responses with different rewards ({_left_out(counts)}); "
+                        "add responses")
+    if not counts["records"] and counts["passed_over"]:
+        raise UserError(f"{named}: no response that is better than another one of its group ended "
+                        f"({counts['unfinished']:,} of {counts['responses']:,} have {FINISH!r}: {LENGTH!r}); "
+                        "write longer ones (`megatron-sov generate --max-new-tokens`), or pass "
+                        "--keep-unfinished")
+    if not counts["records"]:
+        raise UserError(f"{named}: no group has two different responses; add responses")
+
+
+def chats_of(group: Group, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield a chat for each response, with `NUM_PROMPT` and `COLUMNS`, and an id where the group has one."""
+    # what others have said before the responses is no part of them
+    prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
+    id_ = group.beside.get("id")
+    for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
+        if advantage > 0 and not group.ended[i]:
+            counts["passed_over"] += 1
+            continue
+        own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
+        yield {**group.beside, **own, "messages": [*prompt, *response],
+               NUM_PROMPT: len(prompt), COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
+
+
+def advantages(rewards: list[float]) -> list[float]:
+    """Return each response's place in its group, from -1, the worst, to 1, the best, where not all rewards
+    are equal."""
+    low, high = min(rewards), max(rewards)
+    return [2 * (z - low) / (high - low) - 1 for z in rewards]
+
+
+def read_groups(file: Path) -> Iterator[Group]:
+    """Yield the groups of a file.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not as it should be; the message names it.
+    """
+    for where, record in _joined((where, _of_layout(record, where)) for where, record in read_objects(file)):
+        yield _group(record, where)
+
+
+def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a judged response of another tool's layout as a prompt with its completion."""
+    try:
+        refuse_media(record, is_prompt=False)
+        return split_response(own_fields(record, "preference"))
+    except BadRecord as e:
+        raise UserError(f"{where}: {e.reason}") from None
+
+
+def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the record of each group: of scored lines, which have a response each, those of one prompt are
+    put together.  A response without a reward, or without a text, is none."""
+    def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
+        where, record = line
+        return json.dumps([record.get("prompt"), record.get("system")]) if is_scored(record) else where
+
+    def is_scored(record: dict[str, Any]) -> bool:
+        return "responses" not in record and completion_of(record) is not None
+
+    for _, same in groupby(lines, prompt_of):
+        scored = list(same)
+        where, first = scored[0]
+        if not is_scored(first):
+            yield where, first
+            continue
+        responses = []
+        for _, record in scored:
+            content = record.get(completion_of(record) or "")
+            is_text = isinstance(content, str) and content.strip()
+            if _reward(record) is not None and (is_text or isinstance(content, list)):
+                responses.append({"content" if is_text else "messages": content, "reward": _reward(record),
+                                  FINISH: record.get(FINISH)})
+        yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": responses}
+
+
+def _reward(record: dict[str, Any]) -> Any:
+    """Return the reward of a line with one response; a label counts as 1 or 0."""
+    label = record.get(LABEL)
+    return float(label) if "reward" not in record and label in (0, 1) else record.get("reward")
+
+
+def _group(record: dict[str, Any], where: str) -> Group:
+    if "prompt" not in record or not isinstance(record.get("responses"), list):
+        raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
+                        "'label'; add them")
+    own = {"prompt", "responses"}
+    if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
+        raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
+    prompt = _messages(record["prompt"], "user", f"{where}: prompt")
+    responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]
+    return Group({k: v for k, v in record.items() if k not in own}, prompt,
+                 [messages for messages, _ in responses], [reward for _, reward in responses],
+                 [r.get(FINISH) != LENGTH for r in record["responses"]])
+
+
+def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
+    if not isinstance(value, dict) or ("content" in value) == ("messages" in value):
+        raise UserError(f"{where} is {json.dumps(value, ensure_ascii=False)[:80]}, must be an object with "
+                        "either 'content' or 'messages', and 'reward' or 'rewards'")
+    if ("reward" in value) == ("rewards" in value):
+        raise UserError(f"{where}: needs either a number 'reward' or an object 'rewards' of numbers")
+    given = {"reward": value["reward"]} if "reward" in value else value["rewards"]
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{where}: 'rewards' is {str(given)[:40]!r}, must be an object of numbers")
+    for name, number in given.items():
+        if not is_float32(number):
+            raise UserError(f"{where}: {name} is {str(number)[:40]!r}, must be a finite number that float32 "
+                            "holds; a response that no judge could score does not belong into a group")
+    messages = _messages(value["messages"] if "messages" in value else value["content"], "assistant", where)
+    if not any(m.get("role") == "assistant" for m in messages):
+        raise UserError(f"{where}: holds no message of the assistant")
+    return messages, float(sum(given.values()))
+
+
+def _messages(value: Any, role: str, where: str) -> list[dict[str, Any]]:
+    """Return messages given as such, or as one string by `role`."""
+    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+    try:
+        read_messages(messages, "messages")
+    except BadRecord as e:
+        raise UserError(f"{where}: {e.reason}") from None
+    return list(messages)

@@ -1,0 +1,1 @@
+"""Token shards: packed, mixed, adopted, looked at, verified."""

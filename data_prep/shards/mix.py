@@ -1,0 +1,299 @@
+"""`sov-data mix`: several artifacts of token shards as one, with weights;
+the shards themselves are shared, not copied.
+
+Shards are hard links to those of the inputs where the file system allows it, and copies elsewhere.  An
+artifact is never changed in place, so a link cannot be pulled away from under a mix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Gt
+
+from data_prep.mixture.blend_file import (
+    Missing, PhaseShares, allot, find_blend, overall, read_blend, refuse_many_epochs, table)
+from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON
+from data_prep.shards.splits import TRAIN
+from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest, refuse_overlap
+from megatron_sov.base.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
+from megatron_sov.base.digests import algorithm_of, file_digest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import (
+    AtLeastOne, Code, Flag, NotNegative, Problem, SettingsError, add_options, num_cores, problems_of,
+    read_options)
+
+SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
+"""What must be the same in all parts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    path: Path
+    """Artifact of kind "tokens"."""
+    weight: float | None
+    """Its share of a run, relative to the others; None: by its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendLimits:
+    """How a blend becomes shares of sources."""
+
+    num_tokens: Annotated[NotNegative, Flag("--tokens", "N")] = 0
+    """--blend: tokens of all phases together (default: as the blend says)."""
+    max_epochs: Annotated[float, Gt(0), Flag(value="N")] = 4.0
+    """--blend: refuse to read a source more often than this; what is gained beyond four passes is little
+    (arXiv 2305.16264)."""
+    missing: Missing = "refuse"
+    """--blend: shares that no source is for: refuse the blend, or give them to the others of their
+    phase."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendSettings(BlendLimits):
+    """A blend, and how it becomes shares of sources."""
+
+    file: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOptions(BlendLimits):
+    """Join token shards of several folders into one."""
+
+    data: Annotated[tuple[str, ...], Flag("DIR[:WEIGHT]")]
+    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    output: Annotated[Path | None, Flag(value="DIR")] = None
+    """Folder for the mix, or for what was found."""
+    blend: Annotated[str | None, Flag(value="FILE|NAME")] = None
+    """Shares of each phase by kind, level, synthetic or name; a YAML file, or one that is shipped
+    (solar-open, k-exaone)."""
+    search: Annotated[Path | None, Flag(value="FILE")] = None
+    """Find shares that lower the loss on held-out text, as this YAML file says."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """--search: models that are trained at a time; what is found does not depend on it (default: this
+    machine's cores)."""
+    dry_run: bool = False
+    """--blend, --search: print shares and epochs, or the plan, and write nothing."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
+    @property
+    def limits(self) -> BlendLimits:
+        """How a blend becomes shares of sources."""
+        return BlendLimits(num_tokens=self.num_tokens, max_epochs=self.max_epochs, missing=self.missing)
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together, or would have no effect."""
+        p = []
+        if self.blend and self.search:
+            p.append(Problem(Code.RULE, "search", "goes without --blend; do one after the other"))
+        if self.output is None and not self.dry_run:
+            p.append(Problem(Code.RULE, "output", "is missing; name a folder to write"))
+        for name, value in vars(self.limits).items():
+            if value != getattr(BlendLimits, name) and not self.blend:
+                p.append(Problem(Code.RULE, name, "is for --blend; leave it out, or name a blend", value))
+        if self.dry_run and not (self.blend or self.search):
+            p.append(Problem(Code.RULE, "dry_run", "is for --blend and --search; leave it out"))
+        return p
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
+                          "a run relative to the others; without weights the tokens decide. "
+                          "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
+                          "a curriculum out by the tags of the sources; --search finds shares by training "
+                          "small models on many mixtures.")
+    add_options(parser, MixOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    args = read_options(MixOptions, typed)
+    parts = [parse_part(a) for a in args.data]
+    _refuse_idle_options(args, parts)
+    if args.search:
+        from data_prep.mixture.search import run_search
+
+        run_search([part.path for part in parts], args.search, args.output, workers=args.workers,
+                   dry_run=args.dry_run, overwrite=args.overwrite)
+        return 0
+    blend = BlendSettings(file=find_blend(args.blend), **vars(args.limits)) if args.blend else None
+    if args.dry_run:
+        assert blend is not None
+        print("\n".join(table(*_allotted([read_tokens_manifest(p.path) for p in parts], blend))))
+        return 0
+    assert args.output is not None
+    mix(parts, args.output, blend, overwrite=args.overwrite)
+    return 0
+
+
+def _refuse_idle_options(args: MixOptions, parts: list[Part]) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        UserError: naming it.
+    """
+    weighted = [part for part in parts if part.weight is not None]
+    if weighted and (args.blend or args.search):
+        raise UserError(f"{weighted[0].path}:{weighted[0].weight:g}: folders have no weights beside "
+                        "--blend and --search, which say every share; leave the weight out")
+
+
+def parse_part(argument: str) -> Part:
+    """Read `DIR[:WEIGHT]`.
+
+    Raises:
+        UserError: the weight is not a positive number.
+    """
+    head, colon, tail = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return Part(Path(argument), None)
+    try:
+        weight = float(tail)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise UserError(f"{argument!r}: the weight {tail!r} must be a positive number, e.g. {head}:0.5")
+    return Part(Path(head), weight)
+
+
+def mix(parts: list[Part], output: Path, blend: BlendSettings | None = None, *,
+        overwrite: bool = False) -> None:
+    """Write an artifact of kind "tokens" that holds the sources of all parts,
+    each with its `weight` (they sum to 1).
+
+    Args:
+        parts: folders of token shards.
+        output: the new artifact.
+        blend: shares by tags; the mix then holds the sources that they name, and the phases.
+        overwrite: replace an artifact that is already there.
+
+    Raises:
+        UserError: parts that do not fit together, weights for some only, a blend that cannot be had, or an
+            output that may not be replaced.
+    """
+    refuse_existing(output, KIND, overwrite)
+    manifests = [read_tokens_manifest(part.path) for part in parts]
+    _check_fit(parts, manifests)
+    phases = _allotted(manifests, blend)[0] if blend else []
+    weights = overall(phases) if blend else _weights(parts, manifests)
+    refuse_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        sources: list[dict[str, Any]] = []
+        for part, manifest in zip(parts, manifests, strict=True):
+            artifact.add_input(part.path)
+            sources += _take(artifact, part.path, manifest, weights)
+        (artifact.path / "tokenizer").mkdir()
+        for name in (f"tokenizer/{TOKENIZER_JSON}", f"tokenizer/{CONFIG_JSON}"):
+            shutil.copyfile(parts[0].path / name, artifact.path / name)
+            record = manifests[0].files.get(name)
+            known = record.digest if record is not None else "sha256:"
+            if file_digest(artifact.path / name, algorithm_of(known)) != known:
+                raise UserError(f"{parts[0].path / name}: is damaged, its hash is not that of the manifest; "
+                                "pack the data again or restore it from a copy")
+        shared = {field: manifests[0].content[field] for field in SHARED_FIELDS}
+        artifact.content = {"content_version": CONTENT_VERSION, **shared, **_rule(manifests),
+                            "sources": sources}
+        artifact.settings = {"parts": parts}
+        if blend:
+            artifact.content["phases"] = [{"name": p.name, "tokens": p.tokens, "blend": p.shares}
+                                          for p in phases]
+            artifact.settings |= {"blend": blend, "blend_sha256": sha256_file(blend.file)}
+    _tell(sources, phases, [s["name"] for m in manifests for s in m.content["sources"]])
+    print(f"wrote {output}")
+
+
+def _tell(sources: list[dict[str, Any]], phases: list[PhaseShares], names: list[str]) -> None:
+    if phases:
+        print("\n".join(table(phases, sources)))
+    for source in sources:
+        print(f"{source['name']}: {source['weight']:.1%}, {source['splits'][TRAIN]['num_tokens']:,} "
+              "tokens to train on")
+    if left := [name for name in names if name not in {s["name"] for s in sources}]:
+        print(f"left out, for the blend has no share for them: {', '.join(left)}")
+
+
+def _allotted(manifests: list[Manifest],
+              blend: BlendSettings) -> tuple[list[PhaseShares], list[dict[str, Any]]]:
+    """Return the shares of a blend's phases, and the records of all sources.
+
+    Raises:
+        UserError: a blend that cannot be had, or sources that would be repeated too often.
+    """
+    if problems := problems_of(blend):
+        raise SettingsError("blend", problems)
+    sources = [s for m in manifests for s in m.content["sources"]]
+    phases = allot(read_blend(blend.file), sources, blend.missing, blend.num_tokens)
+    refuse_many_epochs(phases, sources, blend.max_epochs)
+    return phases, sources
+
+
+def _check_fit(parts: list[Part], manifests: list[Manifest]) -> None:
+    first = parts[0].path
+    for part, manifest in zip(parts, manifests, strict=True):
+        for name in SHARED_FIELDS:
+            found, wanted = manifest.content[name], manifests[0].content[name]
+            if found != wanted:
+                raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}; "
+                                "pack both in the same way")
+    names = [s["name"] for m in manifests for s in m.content["sources"]]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"source {twice[0]!r}: occurs in several folders; "
+                        "pack it under another name (--input NAME=PATH)")
+    if len({part.weight is None for part in parts}) > 1:
+        raise UserError("give a weight to every folder or to none: those by tokens and those by weight "
+                        "cannot be compared")
+
+
+def _rule(manifests: list[Manifest]) -> dict[str, Any]:
+    """Return the held-out rule that all parts share, if they do."""
+    rules = [m.content.get("heldout") for m in manifests]
+    return {"heldout": rules[0]} if rules[0] is not None and all(r == rules[0] for r in rules) else {}
+
+
+def _weights(parts: list[Part], manifests: list[Manifest]) -> dict[str, float]:
+    """Return source -> its share of a run, by the weights of folders, or by tokens."""
+    raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None
+           else p.weight for p, m in zip(parts, manifests, strict=True)]
+    weights: dict[str, float] = {}
+    for manifest, share in zip(manifests, raw, strict=True):
+        sources = manifest.content["sources"]
+        inner = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
+        weights |= {s["name"]: share / (sum(raw) or 1.0) * w / (sum(inner) or 1.0)
+                    for s, w in zip(sources, inner, strict=True)}
+    return weights
+
+
+def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
+          weights: dict[str, float]) -> list[dict[str, Any]]:
+    """Link the shards of a part's sources that have a weight into the mix; returns their records."""
+    sources = [s for s in manifest.content["sources"] if s["name"] in weights]
+    folders = {s["name"] for s in sources}
+    for name, record in manifest.files.items():
+        if name.split("/")[0] in folders:
+            target = artifact.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(path / name, target)
+            artifact.known_files[name] = record
+    return [{**s, "weight": weights[s["name"]]} for s in sources]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy where links are not possible.
+
+    Raises:
+        UserError: `source` is missing.
+    """
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise UserError(f"{source}: is missing; pack the data again or restore it from a copy") from None
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target)

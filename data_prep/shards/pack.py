@@ -1,0 +1,413 @@
+"""`sov-data pack`: documents to token shards that Megatron-Core and the trainer read by memory map.
+
+The input is cut into units that worker processes encode (`units`), each kept in a hidden folder beside the
+output until the whole is complete; then the units are joined, in the order of the input, into shards per
+source and split (`assemble`).  So the bytes depend neither on the number of workers nor on how often the
+command was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Lt
+from tqdm import tqdm
+
+from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
+from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
+from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
+from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule
+from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, QUARANTINE, sidecars_of, token_dtype
+from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
+from data_prep.steps import named_steps
+from data_prep.tags import (
+    GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
+from megatron_sov.base.artifacts import (
+    ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
+from megatron_sov.base.documents import Document, Reading, Span, list_files, plan_units, read_span
+from megatron_sov.base.documents.columns import column_problems
+from megatron_sov.base.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
+from megatron_sov.base.documents.records import completion_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.code import Code
+from megatron_sov.base.settings import (
+    AtLeastOne, Code as ProblemCode, Flag, Fraction, Problem, SettingsError, add_options, name_options,
+    num_cores, problems_of, read_options)
+from megatron_sov.base.warning import warn
+from megatron_sov.work.progress.parts import open_parts
+
+DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
+format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
+text. A killed command continues where it was when it is run again."""
+SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
+"""Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
+NUM_PARTS, MIN_PART_BYTES, MAX_PART_BYTES = 20, 4_000, 20_000
+"""A source that is one text becomes about so many documents, within these bounds of their size."""
+MAX_BUCKETS = 64
+"""Sources that one may be sorted into; each writes files of its own at the same time."""
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+Bos = Literal["none", "start"]
+Eod = Literal["append", "none"]
+OnBad = Literal["refuse", "quarantine"]
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    """Name in blends, evaluations and folders."""
+    path: Path
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """How sources are packed."""
+
+    heldout_share: Fraction = 0.02
+    """Expected part of the documents in the split "heldout", in [0, 1)."""
+    reading: Reading = field(default_factory=lambda: Reading("text"))
+    """What records hold; its kind is the format."""
+    bos: Bos = "none"
+    """"start" or "none": whether documents begin with the tokenizer's bos."""
+    eod: Eod = "append"
+    """"append" or "none": whether documents end with the tokenizer's eos."""
+    on_bad: OnBad = "refuse"
+    """"refuse": stop at the first bad record; "quarantine": list them and go on."""
+    shard_tokens: AtLeastOne = 2_000_000_000
+    """Most tokens of one shard."""
+    steps: tuple[Code, ...] = ()
+    """Data steps that documents go through before they are encoded, in order."""
+    tags: tuple[GivenTag, ...] = ()
+    """Tags of sources beside those that are read from records (`Reading.tags`)."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = [Problem(ProblemCode.BOUND, "columns", said) for said in column_problems(self.reading.columns)]
+        if self.reading.columns and self.reading.kind == "prompt":
+            p.append(Problem(ProblemCode.RULE, "columns", "a prompt has no response to which its number "
+                             "could belong; its fields travel in .extra.jsonl as they are",
+                             self.reading.columns[0]))
+        return p
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """Turn text, chats, preferences or prompts into token shards."""
+
+    tokenizer: Annotated[Path, Flag(value="DIR")]
+    """Tokenizer that `sov-tokenizer train` wrote."""
+    input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)]
+    """A text, .jsonl, .json, .parquet or .arrow file (text and JSON also .gz and .zst) or a folder of them;
+    each is one source, named after the file or folder unless NAME is given; several may follow, and it may
+    be repeated."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the token shards."""
+    heldout: Annotated[Fraction, Flag(value="SHARE")] = PackSettings.heldout_share
+    """Part of the documents kept from training, chosen by a hash of their text."""
+    format: Literal["text", "chat", "preference", "prompt"] = "text"
+    """What records hold: text; chat: messages; preference: chosen and rejected; prompt: a prompt to respond
+    to."""
+    text_field: Annotated[str, Flag(value="NAME")] = Reading.text_field
+    """Field or column that holds the text."""
+    columns: Annotated[tuple[str, ...], Flag("--column", "NAME")] = ()
+    """A field with a number (of a preference, also a list of two: chosen, rejected) that goes with each
+    token into the objective; it may be repeated."""
+    bucket_by: Annotated[str, Flag(value="FIELD")] = ""
+    """Make each value of this field a source of its own, NAME-VALUE, for a curriculum's blends."""
+    tags: Annotated[tuple[str, ...], Flag("--tag", "KEY|[SOURCE:]KEY=VALUE")] = ()
+    """Say in the manifest what each source is, for blends: by a field of its records (kind), or by a value
+    (ko:kind=ko); it may be repeated."""
+    bos: Bos = "none"
+    """start: documents begin with bos."""
+    eod: Eod = "append"
+    """append: documents end with eos; prompts never do."""
+    on_bad: OnBad = "refuse"
+    """Bad records: stop at the first, or list them in quarantine.jsonl and go on."""
+    max_document_bytes: Annotated[AtLeastOne, Lt(1 << 31)] = Reading.max_document_bytes
+    """A longer record is a bad one."""
+    shard_tokens: AtLeastOne = PackSettings.shard_tokens
+    """Most tokens of one shard."""
+    steps: Annotated[tuple[str, ...], Flag("--step", "FILE.py:FUNCTION")] = ()
+    """A function of your own that changes documents or leaves them out; several work in order."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that encode; the output does not depend on it (default: this machine's cores)."""
+    overwrite: bool = False
+    """Replace token shards that are already there."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    add_options(parser, PackOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    args = read_options(PackOptions, typed)
+    tag_fields, tags = parse_tags(args.tags)
+    reading = Reading(args.format, args.text_field, args.max_document_bytes, args.columns,
+                      args.bucket_by, tag_fields)
+    settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
+                            named_steps(args.steps), tags)
+    pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
+         overwrite=args.overwrite)
+    return 0
+
+
+def parse_sources(arguments: Sequence[str]) -> list[Source]:
+    """Read `[NAME=]PATH` arguments.
+
+    Raises:
+        UserError: a name that cannot be a folder's name, or one given twice.
+    """
+    sources: list[Source] = []
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or Path(argument).exists():
+            path = argument
+            name = os.path.basename(os.path.realpath(argument))  # which a loop of links does not stop
+            if Path(argument).is_file():
+                name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
+        if not path:
+            raise UserError(f"--input {argument!r}: names no file or folder; write NAME=PATH")
+        if not _NAME.fullmatch(name) or name == "tokenizer":
+            raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
+                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input "
+                            f"{shlex.quote(f'web={path}')}")
+        if name in (s.name for s in sources):
+            raise UserError(f"--input {argument!r}: a source named {name!r} is given already; "
+                            f"name them apart, e.g. --input {shlex.quote(f'{name}2={path}')}")
+        sources.append(Source(name, Path(path)))
+    return sources
+
+
+def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSettings | None = None, *,
+         workers: int = 1, overwrite: bool = False) -> None:
+    """Encode sources with a tokenizer and write an artifact of kind "tokens".
+
+    Args:
+        tokenizer: artifact of kind "tokenizer".
+        sources: names and paths, each packed on its own.
+        output: the new artifact.
+        settings: how.
+        workers: processes that encode.
+        overwrite: replace an artifact that is already there.
+
+    Raises:
+        UserError: settings or input that break a rule; no output is written then,
+            and what is encoded is kept for the next try.
+    """
+    settings = settings or PackSettings()
+    origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
+    settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
+    if problems := problems_of(settings):
+        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column"))
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    refuse_existing(output, KIND, overwrite)
+    refuse_unknown_sources(settings.tags, [source.name for source in sources])
+    corpora = media_of({source.name: source.path for source in sources}, settings.reading.kind)
+    settings = replace(settings, reading=replace(settings.reading, media=bool(corpora)))
+    encoding = EncodingSettings(settings.bos, settings.eod, media=encoding_of(corpora))
+    encoder = Encoder(tokenizer, encoding)
+    check_tokenizer(tokenizer, corpora)
+    if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
+        warn(sentence)
+    units = [(source, unit) for source in sources
+             for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
+    if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
+        warn(sentence)
+    fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
+    print(sentence)
+    unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
+                                 sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
+                                 settings.reading, replace(encoding, fast=fast), settings.steps)
+    with open_parts(output, "sov-data pack") as work:
+        encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
+        for source in encoded:
+            source.banks = banks_of(corpora, encoder.meant).get(source.name)
+        with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+            rule = HeldoutRule(settings.heldout_share)
+            records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
+            artifact.content = {
+                "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
+                "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod,
+                "bos_id": encoder.bos_id, "dtype": unit_settings.dtype,
+                "heldout": rule.to_dict(), "sources": records}
+            artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
+            carry_tokenizer(artifact, tokenizer)
+            for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
+                artifact.add_input(origin)
+    _tell(artifact.content["sources"], output, settings.heldout_share)
+
+
+def _units_of(path: Path, cut: bool) -> Iterator[tuple[Span, ...]]:
+    """Yield the units of a source; `cut` is whether a text that is all of it becomes several documents, of
+    which some can be held out."""
+    files = list_files(records_of(path), print)
+    for unit in plan_units(files):
+        text = unit[0]
+        part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
+        if (cut and len(files) == 1 and part_bytes < text.size_bytes == text.document_bytes
+                and text.suffix not in RECORD_SUFFIXES | {JSON_SUFFIX}):
+            print(f"{path}: is one text; cut at blank lines into documents of at most {part_bytes:,} bytes, "
+                  "so that some are held out")
+            unit = (replace(text, document_bytes=part_bytes),)
+        yield unit
+
+
+def sample_texts(units: list[Unit], reading: Reading) -> list[str]:
+    """Return text from places spread over the input."""
+    spans = [span for unit in units for span in unit]
+    texts = []
+    for span in spans[:: max(1, len(spans) // SAMPLE_SPANS)]:
+        left = SAMPLE_CHARS
+        for item in read_span(span, reading):
+            if isinstance(item, Document):
+                texts += [text[:left] for text in item.texts()]
+                left -= sum(map(len, item.texts()))
+            if left <= 0 or not isinstance(item, Document):
+                break
+    return texts
+
+
+def _unlearned(units: list[Unit], settings: PackSettings) -> str:
+    """Return a sentence where prompts have responses of their own, which nobody learns."""
+    for span in (unit[0] for unit in units):
+        first = next(iter(read_span(span, settings.reading)), None)
+        if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
+            return (f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
+                    "as a field beside the prompt; pack it with --format chat to learn it")
+    return ""
+
+
+def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
+            workers: int, on_bad: str) -> list[EncodedSource]:
+    encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path,
+                                          columns=settings.reading.columns)
+               for source in sources}
+    kept = 0
+    total_bytes = sum(span.size_bytes for _, unit in units for span in unit)
+    with tqdm(total=total_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
+        records = encode_units([unit for _, unit in units], settings, work, workers)
+        for (source, unit), record in zip(units, records, strict=True):
+            encoded[source.name].units.append((unit, record))
+            bar.update(sum(span.size_bytes for span in unit))
+            kept += not record.encoded_now
+            if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
+                records.close()
+                raise _refusal(encoded[source.name], work, settings.dtype)
+    if kept:
+        print(f"{kept} of {len(units)} units were complete from before")
+    return list(encoded.values())
+
+
+def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
+    """Return the error for a source's first bad record."""
+    row = next(r for r in bad_rows(source, work, dtype) if r["code"] != "empty")
+    place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
+    return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine")
+
+
+def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
+           pack_settings: PackSettings, rule: HeldoutRule) -> list[dict[str, Any]]:
+    """Write the shards of all sources and the quarantine; returns the manifest's records of the sources."""
+    for source in encoded:
+        left = survey(source, work, settings.dtype, rule)
+        if source.dropped and pack_settings.on_bad == "refuse":
+            raise _refusal(source, work, settings.dtype)
+        if not left and left_out(source):
+            raise UserError(f"{source.path}: data steps leave out every document; see to their rules")
+        if not left:
+            raise UserError(f"{source.path}: holds no text; pass files with text in them")
+    for source in encoded:
+        _keep_one_for_training(source, rule)
+    _refuse_buckets(encoded, settings.reading.bucket_by)
+    records = []
+    with open(artifact / QUARANTINE, "w", encoding="utf-8") as quarantine:
+        for source in encoded:
+            written = write_shards(source, work, artifact, settings.dtype, rule, pack_settings.shard_tokens)
+            num_bad = write_quarantine(source, work, settings.dtype, quarantine)
+            for bucket, splits in written.items():
+                tags = source_tags(source.name, [record.tags.get(bucket, {}) for _, record in source.units],
+                                   pack_settings.tags)
+                records.append(_record(source, settings, bucket, splits,
+                                       num_bad if bucket == source.buckets[0] else {}, tags))
+    if not (artifact / QUARANTINE).stat().st_size:
+        (artifact / QUARANTINE).unlink()
+    return records
+
+
+def _keep_one_for_training(source: EncodedSource, rule: HeldoutRule) -> None:
+    """Have a source, or a bucket of it, of which every document would be held out train on one: a few
+    documents are no reason to give up the work on all the others."""
+    for bucket, largest in source.largest.items():
+        if rule.keep_one(largest):
+            warn(f"{source.name_of(bucket)}: every document would be held out; one of them is kept for "
+                 "training (lower --heldout, or add documents, to choose otherwise)")
+
+
+def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
+    """Raise `UserError` where buckets are too many, or one has the name of another source."""
+    for source in encoded:
+        if len(source.buckets) > MAX_BUCKETS:
+            raise UserError(f"{source.path}: field {field_name!r} has {len(source.buckets)} values, "
+                            f"--bucket-by makes at most {MAX_BUCKETS} sources; name a field with fewer")
+    names = Counter(source.name_of(bucket) for source in encoded for bucket in source.buckets)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise UserError(f"--bucket-by {field_name}: two sources would be named {twice!r}; name them apart "
+                        "(--input NAME=PATH)")
+
+
+def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: dict[str, Any],
+            num_bad: dict[str, int], tags: dict[str, list[str]]) -> dict[str, Any]:
+    """Return the manifest's record of a source, or of one of its buckets."""
+    return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
+            "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
+            **described(source.banks),
+            "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
+            "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
+            **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}
+               if bucket else {}), **({"tags": tags} if tags else {}), "splits": splits}
+
+
+def left_out(source: EncodedSource) -> dict[str, int]:
+    """Return reason -> documents of a source that data steps have left out."""
+    return dict(sum((Counter(record.num_left_out) for _, record in source.units), Counter()))
+
+
+def carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
+    """Copy the tokenizer into the artifact, so that later steps need only this folder."""
+    (artifact.path / "tokenizer").mkdir()
+    for name in (TOKENIZER_JSON, CONFIG_JSON):
+        shutil.copyfile(tokenizer / name, artifact.path / "tokenizer" / name)
+    artifact.add_input(tokenizer)
+
+
+def _tell(records: list[dict[str, Any]], output: Path, heldout_share: float) -> None:
+    for record in records:
+        splits = record["splits"]
+        if heldout_share and not splits[HELDOUT]["num_tokens"]:
+            warn(f"{record['name']}: is one document, nothing is held out; its loss will not be measured. "
+                 "Pass several files, or a .jsonl file with a document on each line")
+        print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
+              f"{splits[HELDOUT]['num_tokens']:,} held out")
+        if record.get("num_left_out"):
+            counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(record["num_left_out"].items()))
+            print(f"{record['name']}: {sum(record['num_left_out'].values()):,} documents left out by data "
+                  f"steps ({counts})")
+        if record["num_bad"]:
+            counts = ", ".join(f"{n} {code}" for code, n in sorted(record["num_bad"].items()))
+            print(f"{record['name']}: {sum(record['num_bad'].values()):,} records left out ({counts}): "
+                  f"{output / QUARANTINE}")
+    print(f"wrote {output}")

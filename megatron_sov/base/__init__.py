@@ -1,0 +1,1 @@
+"""What every hall stands on: errors, files and their hashes, settings, plug-ins, texts, chats, pages."""

@@ -1,0 +1,360 @@
+"""Conversations as token ids and types: the ids that a model is asked with, and which of them it learns.
+
+What the template writes and what a content says is encoded together wherever no special token stands
+between them, as the whole text is when a model is asked; only a response begins a text of its own, because
+the prompt before it was encoded when there was no response yet.  Special tokens come from the template
+alone: spelled out in a content they are ordinary text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_sov.base.chat.kinds import KIND_ANSWER, KIND_NONE, kinds_of_turn
+from megatron_sov.base.chat.marks import BEGINS_OF_THOUGHTS
+from megatron_sov.base.chat.segments import Segments, around_contents, around_turns
+from megatron_sov.base.chat.template import ChatTemplate
+from megatron_sov.base.documents import BadRecord, Conversation, Message
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
+"""What a token is: plain text, part of a prompt (template, system, user, tools),
+or of a response to learn."""
+_TYPE_OF_KIND = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
+SPLIT_TEXTS = 4096
+"""Pieces of templates that are remembered, split at their special tokens."""
+SHORT_TEXT = 1000
+"""Characters of a piece that is remembered; longer ones hold messages."""
+MOST_IDS_OF_A_MARK = 16
+"""`<think>` with the blanks behind it, where it is no token of its own."""
+PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
+          Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
+"""Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
+CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(CALL,)),
+                           Message("tool", "c")))
+"""One that shows how it writes and ends calls of tools: by a token of their own in Solar Open and gpt-oss."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as tokens."""
+
+    ids: list[int]
+    """Token ids."""
+    kinds: bytearray
+    """What each is learned as (`chat.kinds`); `KIND_NONE`: it is part of a prompt."""
+    is_open: bool
+    """Whether it ends in a response that no special token has ended: what is put behind it ends it."""
+
+    @property
+    def types(self) -> bytes:
+        """`TYPE_PROMPT` or `TYPE_RESPONSE` of each."""
+        return bytes(self.kinds.translate(_TYPE_OF_KIND))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Ordinary text, or one special token."""
+
+    text: str
+    special: int | None
+    kinds: bytes
+    """Of each character, or of the special token."""
+    begins_response: bool = False
+    is_asked_again: bool = False
+    """Whether it is a response that a model sees again when it is asked for a later turn."""
+
+
+class Meant(Protocol):
+    """Special tokens that are meant where a content spells them, such as those of pictures and sounds."""
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Their ids."""
+        ...
+
+    def split(self, text: str) -> list[tuple[str, int | None]]:
+        """Return a content as ordinary texts and such tokens with their ids, in order; never nothing."""
+        ...
+
+
+class _Joined(BadRecord):
+    """A response that other ids begin when it is asked again than when it is written."""
+
+
+Run = list[_Part]
+"""Texts that are encoded as one, or one special token."""
+
+
+class ChatEncoder:
+    """A tokenizer with its chat template."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
+                 encode_plain: Callable[[str], list[int]] | None = None, meant: Meant | None = None) -> None:
+        """Take both.
+
+        Args:
+            template: of this tokenizer.
+            tokenizer: finds special tokens in text.
+            encode_plain: gives the ids of ordinary text, in which special tokens are text, where something is
+                faster than the tokenizer itself.
+            meant: special tokens that contents may spell and then mean; None: none.
+        """
+        from tokenizers import Tokenizer
+
+        self._meant = meant
+        self._template, self._with_special = template, tokenizer
+        self._plain = Tokenizer.from_str(tokenizer.to_str())
+        self._plain.encode_special_tokens = True
+        self._encode_plain = encode_plain or self._plain_ids
+        special = {id_: token for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._special = {id_: token.content for id_, token in special.items()}
+        self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
+        self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
+        own = None if self._encode_plain == self._plain_ids else self._encode_plain
+        return ChatEncoder, (self._template, self._with_special, own, self._meant)
+
+    def encode(self, chat: Conversation, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
+        """Return a conversation as tokens.
+
+        A response is an assistant's turn (its thoughts, content and calls as the template shows them) and
+        what the template ends it with: white space and a special token, or, behind the last message, all up
+        to the first special token.
+
+        Args:
+            chat: the conversation.
+            num_prompt: so many messages are the prompt, whoever speaks.
+            awaits_response: open the assistant's turn at the end.
+
+        Raises:
+            BadRecord: the template refuses the chat or does not show where a learned turn stands, or a model
+                that is asked with the earlier turns would see other ids than these.
+        """
+        wanted = {i for i, m in enumerate(chat.messages)
+                  if i >= num_prompt and m.role == "assistant" and m.is_learned}
+        self._check_beside(chat)
+        try:
+            return self._encode_segments(self._segments(chat, wanted, awaits_response), chat, wanted)
+        except _Joined as joined:
+            # with the template's own text before it left to the template, as `odd_opening` tells
+            try:
+                segments = around_contents(self._template, chat, awaits_response)
+            except BadRecord:
+                raise joined from None
+            return self._encode_segments(segments, chat, wanted)
+
+    def _check_beside(self, chat: Conversation) -> None:
+        """Refuse a chat whose tools, variables or names would bring special tokens into the template's
+        text."""
+        beside = "\n".join(chat.beside())
+        if beside and (spelled := self._spelled([beside])):
+            raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
+                                             "chat_template_kwargs or a name, where it would become one; "
+                                             "remove it")
+
+    def _encode_segments(self, segments: Segments, chat: Conversation, wanted: set[int]) -> EncodedChat:
+        parts, is_open = self._parts(segments, chat, wanted)
+        ids: list[int] = []
+        kinds = bytearray()
+        before: Run = []
+        for run in _runs(parts):
+            new_ids, new_kinds = self._encode_run(run)
+            if run[0].is_asked_again and before and before[0].special is None:
+                self._check_joint(before, run, new_ids)
+            ids += new_ids
+            kinds += new_kinds
+            before = run
+        if self._takes_spaces:
+            self._check_spaces(segments, chat, ids)
+        return EncodedChat(ids, kinds, is_open)
+
+    def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool) -> Segments:
+        try:
+            return around_contents(self._template, chat, awaits_response, wanted)
+        except BadRecord as marked:
+            means: Collection[int] = self._meant.ids if self._meant else ()
+            spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
+            if spelled is None:
+                return around_turns(self._template, chat, wanted, self._ends, awaits_response)
+            raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
+                                             f"where the chat template of {self._template.where} shows "
+                                             "messages otherwise than they are, or with thoughts and calls, "
+                                             "the contents cannot be told from it") from marked
+
+    def _spelled(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
+        """Return the first special token that texts spell, besides those that are allowed; None: none."""
+        for text in texts:
+            ids = self._with_special.encode(text, add_special_tokens=False).ids
+            for id_ in ids:
+                if id_ in self._special and id_ not in allowed:
+                    return self._special[id_]
+        return None
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self._special[id_] for id_ in self._answer_ends())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens spelled out."""
+        text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens that are spelled out are meant."""
+        ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def opens_thoughts(self, asked: Sequence[int]) -> bool:
+        """Return whether what a model is asked with ends in the beginning of its thoughts."""
+        return self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip().endswith(BEGINS_OF_THOUGHTS)
+
+    def added_ids(self) -> dict[str, int]:
+        """Return the ids of added tokens, special or not, by how they are spelled."""
+        return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
+
+    def special_texts(self) -> tuple[str, ...]:
+        """Return how the special tokens are spelled."""
+        return tuple(self._special.values())
+
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the special tokens with which the template ends an assistant's turn, in the middle of a
+        chat, at its end, and behind calls of tools; none where it shows no such chat, or ends turns with
+        text."""
+        found = dict.fromkeys(self._answer_ends())
+        try:
+            encoded = self.encode(CALL_PROBE)
+        except BadRecord:
+            return tuple(found)
+        last = encoded.types.rfind(bytes([TYPE_RESPONSE]))
+        if found and last >= 0 and encoded.ids[last] in self._special:
+            found[encoded.ids[last]] = None
+        return tuple(found)
+
+    def _answer_ends(self) -> tuple[int, ...]:
+        found: dict[int, None] = {}
+        for chat in PROBES:
+            try:
+                segments = around_contents(self._template, chat)
+            except BadRecord:
+                continue
+            parts, _ = self._parts(segments, chat, {1})
+            found |= {p.special: None for p in parts
+                      if p.special is not None and p.kinds[0] != KIND_NONE}
+        return tuple(found)
+
+    def _parts(self, segments: Segments, chat: Conversation, wanted: set[int]) -> tuple[list[_Part], bool]:
+        """Return a chat as texts and special tokens, and whether it ends in an open response."""
+        parts: list[_Part] = []
+        learned = [s.message in wanted for s in segments]
+        last, is_open = len(segments) - 1, False
+        last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
+        for i, segment in enumerate(segments):
+            later = i < last_message
+            begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
+            kinds = bytes(len(segment.text))
+            if segment.message is not None and learned[i]:
+                kinds = kinds_of_turn(segment.text, chat.messages[segment.message])
+            if segment.is_turn:
+                split, place = self._split_at_special(segment.text), 0
+                for n, (text, special) in enumerate(split):
+                    parts.append(_Part(text, special, kinds[place:place + len(text)], n == 0,
+                                       n == 0 and later and special is None))
+                    place += len(text)
+                is_open = split[-1][1] is None
+                continue
+            if segment.message is not None:
+                place = 0
+                for n, (text, special) in enumerate(self._pieces(segment.text)):
+                    first = begins and n == 0
+                    parts.append(_Part(text, special, kinds[place:place + len(text)], first,
+                                       first and later and special is None))
+                    place += len(text)
+                is_open = learned[i]
+                continue
+            split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
+            # a turn that already has its end is not given what the template writes behind it
+            ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
+            end = _end_of_turn(split, i == last) if ends_here else 0
+            ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
+            parts += [_Part(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
+                      for n, (text, special) in enumerate(split)]
+            is_open = is_open and all(special is None for _, special in split[:end])
+        return parts, is_open
+
+    def _pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """Return a content as ordinary texts and the special tokens that are meant in it."""
+        return [(text, None)] if self._meant is None else self._meant.split(text)
+
+    def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
+        if run[0].special is not None:
+            return [run[0].special], run[0].kinds[:1]
+        text, kinds = "".join(p.text for p in run), b"".join(p.kinds for p in run)
+        if len(found := set(kinds)) <= 1:
+            ids = self._encode_plain(text)
+            return ids, bytes(found or {KIND_NONE}) * len(ids)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        # a token that reaches over an end counts with what it begins, and with a response rather than not
+        return encoding.ids, bytes((kinds[start:max(end, start + 1)].lstrip(bytes([KIND_NONE]))
+                                    or bytes([KIND_NONE]))[0] for start, end in encoding.offsets)
+
+    def _check_joint(self, before: Run, run: Run, ids: list[int]) -> None:
+        """Refuse a response whose first token would be another one together with what the template writes
+        before it: later turns would be trained behind other ids than a model is asked with."""
+        text = "".join(p.text for p in before)
+        if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
+            raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+                                        f"{text[-20:]!r} before it in one token when it is asked again, and "
+                                        "does not when it is written; remove the white space it begins "
+                                        "with, or let the template put a special token there")
+
+    def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
+        """Refuse a chat whose white space a special token takes when the whole text is encoded."""
+        if self._spelled(text for message in chat.messages for text in message.texts()):
+            return
+        if self._with_special.encode("".join(s.text for s in segments), add_special_tokens=False).ids != ids:
+            raise BadRecord("template", "has white space that a special token of this tokenizer takes when a "
+                                        "model is asked; strip the contents")
+
+    def _split_at_special(self, text: str) -> tuple[tuple[str, int | None], ...]:
+        """Return a template's text as ordinary texts and special tokens with their texts, in order."""
+        found: list[tuple[str, int | None]] = []
+        start = 0
+        encoding = self._with_special.encode(text, add_special_tokens=False)
+        for id_, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id_ in self._special:
+                found += [(text[start:first], None)] if start < first else []
+                found.append((text[first:end], id_))
+                start = end
+        return tuple(found + ([(text[start:], None)] if start < len(text) else []))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
+    """Return how many parts of what the template writes behind a response end its turn."""
+    first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
+    if first is None:
+        return len(split) if is_last else 0
+    return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
+
+
+def _runs(parts: list[_Part]) -> Iterator[Run]:
+    """Yield texts that stand together, up to where a response begins, and special tokens one by one."""
+    run: Run = []
+    for part in parts:
+        if run and (part.special is not None or part.begins_response or run[0].special is not None):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run

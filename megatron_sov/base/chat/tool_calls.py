@@ -1,0 +1,174 @@
+"""Calls of tools in what a model wrote, in one of the forms of `chat.marks`:
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>` stands for all.
+
+Read strictly: what is nearly a call is told apart from a call and from a text without one, so that a model
+is told what was wrong with it and a count of such turns can be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_sov.base.chat.marks import (
+    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, as_written, plain_form)
+from megatron_sov.base.documents.messages import BadRecord, refuse_deep
+from megatron_sov.base.documents.strict_json import finite, no_constant
+
+Fault = Literal["json", "form", "unclosed"]
+_SPACE = " \t\r\n"
+_MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
+_PIECE_CHARS = 1024
+"""Of a text, in which its JSON is looked for first."""
+_WORD_CHARS = 16
+"""More than the longest word or escape of JSON: an error nearer to the end may come from the cut."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call as a model wrote it; whether there is such a tool is another question."""
+
+    name: str
+    """Of the tool."""
+    arguments: dict[str, Any]
+    """Name -> JSON value."""
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """Something that begins as a call and is none."""
+
+    code: Fault
+    """json: what stands inside is no JSON; form: it is, and no object of a name and arguments; unclosed:
+    nothing ends it."""
+    reason: str
+    """One sentence for the model."""
+
+
+@dataclass(frozen=True)
+class WrittenTurn:
+    """A model's turn."""
+
+    content: str
+    """What it says, without thoughts and calls."""
+    calls: tuple[ToolCall | BadCall, ...]
+    """In order."""
+
+
+def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
+    """Return what a model's turn says and calls; calls inside of thoughts are thoughts.
+
+    The first `</think>` ends the thoughts that a turn begins with, as in the reasoning parsers of vLLM and
+    SGLang that serve the model later; thoughts without an end reach to the end of the turn.
+
+    Args:
+        text: of the turn.
+        in_thoughts: the template has opened thoughts before it.
+    """
+    text = plain_form(text, in_thoughts=in_thoughts)
+    place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
+    said: list[str] = []
+    calls: list[ToolCall | BadCall] = []
+    while mark := _MARK.search(text, place):
+        said.append(text[place:mark.start()])
+        if mark[0] == BEGIN_CALL:
+            call, place = _call(text, mark.end(), last_end)
+            calls.append(call)
+        else:
+            place = _behind_thoughts(text, mark.end())
+    said.append(text[place:])
+    return WrittenTurn(as_written("".join(said)).strip(), tuple(calls))
+
+
+def _first_place(text: str, in_thoughts: bool) -> int:
+    """Return where a turn goes on behind thoughts that it does not open itself."""
+    end, begin = text.find(END_THOUGHTS), text.find(BEGIN_THOUGHTS)
+    if in_thoughts or (end >= 0 and not 0 <= begin < end):
+        return _behind_thoughts(text, 0)
+    return 0
+
+
+def _behind_thoughts(text: str, start: int) -> int:
+    end = text.find(END_THOUGHTS, start)
+    return len(text) if end < 0 else end + len(END_THOUGHTS)
+
+
+def _call(text: str, start: int, last_end: int) -> tuple[ToolCall | BadCall, int]:
+    """Return the call whose opening tag ends at `start`, and where the text goes on behind it.
+
+    Args:
+        text: of the turn.
+        start: behind the tag.
+        last_end: place of the text's last closing tag; -1: it has none.
+    """
+    while start < len(text) and text[start] in _SPACE:
+        start += 1
+    try:
+        value, end = _value(text, start)
+        if (inside := as_written(text[start:end])) != text[start:end]:
+            value, _ = _value(inside, 0)
+        refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError, BadRecord) as e:
+        return _no_json(text, start, e)
+    while end < len(text) and text[end] in _SPACE:
+        end += 1
+    if not text.startswith(END_CALL, end):
+        if last_end >= end:
+            return _no_json(text, start, ValueError("more stands behind the object"))
+        return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
+    return _checked(value), end + len(END_CALL)
+
+
+def _value(text: str, start: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at a place, and where it ends; raises as `JSONDecoder.raw_decode`.
+
+    It is read from a piece that grows: where it is malformed json counts the lines of all that it is given,
+    so that many malformed calls in one long text would take the square of its length.
+    """
+    num_chars = _PIECE_CHARS
+    while True:
+        piece, is_rest = text[start:start + num_chars], start + num_chars >= len(text)
+        try:
+            value, end = _DECODER.raw_decode(piece)
+            if is_rest or end < len(piece):  # a number may go on
+                return value, start + end
+        except json.JSONDecodeError as e:
+            is_sure = not e.msg.startswith("Unterminated string") and e.pos < len(piece) - _WORD_CHARS
+            if is_rest or is_sure:
+                raise
+        except ValueError:
+            if is_rest:
+                raise
+        num_chars *= 2
+
+
+def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
+    """Return that there is no JSON, and where the call that should hold it ends."""
+    end = text.find(END_CALL, start)
+    if end < 0:
+        return BadCall("unclosed", f"a tool call has no {END_CALL} and no JSON object"), len(text)
+    said = "it is nested too deep" if isinstance(error, (RecursionError, BadRecord)) else str(error)[:100]
+    return (BadCall("json", f"what stands between {BEGIN_CALL} and {END_CALL} is not one JSON object "
+                            f"({said})"), end + len(END_CALL))
+
+
+def _checked(value: Any) -> ToolCall | BadCall:
+    if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
+        return BadCall("form", 'a tool call must be a JSON object with "name" and "arguments" and nothing '
+                               "else")
+    if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
+        return BadCall("form", 'in a tool call "name" must be a string and "arguments" an object')
+    return ToolCall(value["name"], value["arguments"])
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=no_constant, parse_float=finite)

@@ -1,0 +1,211 @@
+"""What all our programs do alike: their version, their arguments, and how an error becomes one sentence and
+an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_sov.base.errors import (
+    DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest)
+from megatron_sov.version import __version__
+
+MAX_PATH_CHARS = 300
+"""Of a path that is shown; the longest that a disk takes are longer than a screen."""
+
+
+def version_of(program: str) -> str:
+    """Return what `PROGRAM --version` prints."""
+    return f"{program} {__version__}"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
+
+    _typed: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what `argparse` does."""
+        self._typed = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Check a word against those that are taken, except where `read_options` does."""
+        if not getattr(action, "is_setting", False):
+            super()._check_value(action, value)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse complains about; an option that is missing may be there, misspelt."""
+        if "are required: " in message:
+            options = list(self._option_string_actions)
+            words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
+            wrong = [w for w in words if not any(option.startswith(w) for option in options)]
+            message += "".join(f"; {word}: nothing takes this{nearest(word, options)}" for word in wrong[:1])
+        raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
+
+    def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
+                   namespace: Any = None) -> argparse.Namespace:
+        """Return the arguments; what nothing takes is told with what was meant, where that can be known."""
+        found, rest = self.parse_known_args(args, namespace)
+        if not rest:
+            return found
+        settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
+        options = _options_of(self)
+        if settings and "--set" in options:
+            written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+            raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
+        option = rest[0].partition("=")[0]
+        near = "; another command does" if option in options else nearest(option, options)
+        self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
+
+
+def _path(text: str) -> Path:
+    """Return a path that is given; an empty one, as of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, where a file or folder is to be named")
+    return Path(text)
+
+
+def _options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser and of the commands below it."""
+    return [option for each in fill_commands(parser) for option in each._option_string_actions]
+
+
+def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Import every command below a parser; returns the parser and all below it."""
+    if isinstance(parser, _CommandParser):
+        parser.fill()
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [each for child in action.choices.values() for each in fill_commands(child)]
+    return found
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a program: the module that implements it and its line in `--help`."""
+
+    module: str
+    """Dotted path of the module with `add_arguments(parser)` and `run(args) -> exit code`."""
+    help: str
+    """One line for `--help`."""
+
+
+class _CommandParser(Parser):
+    """The parser of one command, whose module is imported when something is parsed by it: the other commands
+    of the program cost nothing."""
+
+    _module = ""
+
+    def fill(self) -> None:
+        """Import the command's module and add its arguments, once."""
+        module, self._module = self._module, ""
+        if module:
+            importlib.import_module(module).add_arguments(self)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what `argparse` does, with the command's arguments."""
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+
+def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
+    """Return the parser of a program; a command is imported when it is parsed."""
+    parser = Parser(prog=program, description=description)
+    parser.add_argument("--version", action="version", version=version_of(program))
+    actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
+                                    parser_class=_CommandParser)
+    for name, command in commands.items():
+        actions.add_parser(name, help=command.help)._module = command.module
+    return parser
+
+
+def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
+    """Parse and run a command of a parser of `parser_of`; returns its exit code."""
+    def action() -> int:
+        args = parser.parse_args(argv)
+        return int(importlib.import_module(commands[args.command].module).run(args))
+
+    return exit_code(action)
+
+
+def exit_code(action: Callable[[], int]) -> int:
+    """Run a command and return its exit code; what a user can mend becomes one message."""
+    for stream in (sys.stdout, sys.stderr):
+        # text of any language is shown in any locale, with escapes for what that does not have
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
+                stream.reconfigure(errors="backslashreplace")
+    try:
+        code = kept_code(action())
+        sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
+        return code
+    except SystemExit as e:
+        if isinstance(e.code, str):  # which Python prints
+            raise
+        raise SystemExit(kept_code(e.code)) from None
+    except DryRun as e:
+        print(_shown(str(e)))
+        return ExitCode.OK
+    except UserError as e:
+        print(f"error: {_shown(str(e))}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except GateFailed as e:
+        print(f"gate: {_shown(str(e))}", file=sys.stderr)
+        return ExitCode.GATE_FAILED
+    except StopRequested as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        return ExitCode.STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except MemoryError as e:
+        print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
+              "less to do at a time", file=sys.stderr)
+        return ExitCode.CRASH
+    except BrokenPipeError:
+        _drop_output()
+        return ExitCode.OK
+    except OSError as e:
+        if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _drop_output()
+            print(f"error: standard output, or a file of this command: {os.strerror(e.errno)}; free some "
+                  "space, or write elsewhere, and run the same command again", file=sys.stderr)
+            return ExitCode.USER_ERROR
+        if e.filename is None:  # not about a file that somebody named: a defect
+            raise
+        path = _shown(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
+        print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
+              "disk", file=sys.stderr)
+        return ExitCode.USER_ERROR
+
+
+def _shown(message: str) -> str:
+    """Return a message without control characters: names of files, and what files hold, are of strangers."""
+    if message.replace("\n", "").isprintable():
+        return message
+    from megatron_sov.base.documents.visible import visible  # slow, and needed by hardly any message
+
+    return visible(message)
+
+
+def _drop_output() -> None:
+    """Let Python end in peace: what is left of standard output goes nowhere."""
+    with contextlib.suppress(OSError):  # it is no file of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

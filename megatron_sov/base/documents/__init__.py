@@ -1,0 +1,18 @@
+"""Reading users' text: files, JSONL, Parquet and folders of them as a stream of documents, in bounded memory
+and a fixed order.
+
+A text file is one document; above `WHOLE_FILE_BYTES` it is cut at blank lines into documents of at most
+`DOCUMENT_BYTES`.  A line of a `.jsonl` file, or a row of a `.parquet` file, is one record: text, a chat, a
+preference or a prompt.  Any of the text forms may be compressed (`.gz`, `.zst`).
+"""
+
+from megatron_sov.base.documents.cutting import cut_at_blank_lines, cut_text
+from megatron_sov.base.documents.files import (
+    DOCUMENT_BYTES, TEXT_SUFFIXES, WHOLE_FILE_BYTES, Span, list_files, plan_units)
+from megatron_sov.base.documents.messages import ROLES, BadRecord, Conversation, Message
+from megatron_sov.base.documents.reading import read_documents, read_span
+from megatron_sov.base.documents.records import KINDS, ROLLOUTS, Document, LeftOut, Reading
+
+__all__ = ["DOCUMENT_BYTES", "KINDS", "ROLES", "ROLLOUTS", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord",
+           "Conversation", "Document", "LeftOut", "Message", "Reading", "Span", "cut_at_blank_lines",
+           "cut_text", "list_files", "plan_units", "read_documents", "read_span"]

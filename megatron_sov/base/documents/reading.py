@@ -1,0 +1,340 @@
+"""Reading spans: bytes to documents, with what is bad told apart and the good kept."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from megatron_sov.base.documents.cutting import cut_at_blank_lines
+from megatron_sov.base.documents.files import (
+    ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, Span, arrow_batches, is_records, list_files, open_bytes, open_parquet,
+    spans_of)
+from megatron_sov.base.documents.json_list import json_items
+from megatron_sov.base.documents.layouts import FOREIGN
+from megatron_sov.base.documents.messages import without_nulls
+from megatron_sov.base.documents.records import (
+    DIALOGUE, NUM_PROMPT, BadRecord, Document, Parse, Reading, columns_problem, decode, parse_line,
+    parse_object, parse_record, too_long)
+from megatron_sov.base.errors import UserError, first_line
+
+KEPT_BYTES = 1000
+"""What is kept of a bad record's content."""
+_BLOCK_BYTES = 1 << 20
+_ROWS = 256
+"""Rows of a Parquet file that are decoded at a time, and fewer of long ones."""
+_ROWS_BYTES = 64 << 20
+_JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+"""How a list, lines or one object of JSON begin, and no plain text does."""
+_JSON_TYPE = "extension<arrow.json>"
+_TABLES = {".csv": ",", ".tsv": "\t"}
+"""Endings of tables in plain text -> what stands between two columns."""
+
+
+def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Iterator[Document]:
+    """Yield the non-empty documents of files, in order.
+
+    Raises:
+        UserError: a file cannot be read, is not UTF-8, or has a malformed record (named by line or row).
+    """
+    reading = reading or Reading()
+    for file in files:
+        line = 0
+        for span in spans_of(file):
+            counted = CountedSpan(span, reading)
+            for item in counted:
+                if isinstance(item, Document):
+                    yield item
+                elif item.code != "empty":
+                    raise UserError(f"{place(file, item, line)}: {item.reason}")
+            line += counted.num_lines
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each record of a file or a dataset's folder stands, for messages, and its fields as they
+    are.
+
+    Raises:
+        UserError: it holds no records, or one is malformed.
+    """
+    files = [file for file in list_files(path)
+             if is_records(file.name) or file.suffix.lower() == JSON_SUFFIX]
+    if not files:
+        raise UserError(f"{path}: holds no records; pass a .jsonl, .json, .parquet or .arrow file, or a "
+                        "folder with such files")
+    for file in files:
+        before = 0
+        for span in spans_of(file):
+            counted = CountedSpan(span, Reading("prompt"), _fields)
+            for item in counted:
+                if isinstance(item, BadRecord):
+                    raise UserError(f"{place(file, item, before)}: {item.reason}")
+                number, record = cast(tuple[int, dict[str, Any]], item)
+                yield f"{file}:{before + number}", record
+            before += counted.num_lines
+
+
+def _fields(record: dict[str, Any], where: str, number: int, reading: Reading) -> tuple[int, dict[str, Any]]:
+    return number, {name: without_nulls(value) if name in DIALOGUE else value
+                    for name, value in record.items()}
+
+
+def place(file: Path, item: BadRecord, lines_before: int) -> str:
+    """Return where a bad record stands: the file, and its line or row."""
+    return f"{file}:{lines_before + item.line}" if item.line else str(file)
+
+
+def read_span(span: Span, reading: Reading) -> Iterator[Document | BadRecord]:
+    """Yield the documents and the bad records of a span, in order; lines count from 1 at its start."""
+    return iter(CountedSpan(span, reading))
+
+
+class CountedSpan:
+    """The documents and bad records of a span; when all are read, `num_lines` is the number of
+    its lines or rows."""
+
+    def __init__(self, span: Span, reading: Reading, parse: Parse = parse_record) -> None:
+        self.span, self.reading, self.parse = span, reading, parse
+        self.num_lines = 0
+
+    def __iter__(self) -> Iterator[Document | BadRecord]:
+        """Read.
+
+        Raises:
+            UserError: the file cannot be opened or read.
+        """
+        span = self.span
+        try:
+            if span.suffix == PARQUET_SUFFIX:
+                file = open_parquet(span.file)
+                columns = _columns(file.schema_arrow.names, self.reading)
+                yield from self._rows(_batches(file, range(span.start, span.stop), columns), columns)
+            elif span.suffix in ARROW_SUFFIXES:
+                with arrow_batches(span.file) as (names, batches):
+                    columns = _columns(names, self.reading)
+                    yield from self._rows(_slices(batches), columns)
+            else:
+                with _open(span) as f:
+                    yield from self._of_bytes(f)
+        except BadRecord as e:
+            yield e
+        except OSError as e:
+            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
+                            "check the path and its permissions") from e
+
+    def _of_bytes(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        if self.span.suffix in JSONL_SUFFIXES:
+            return self._lines(f)
+        if self.span.suffix != JSON_SUFFIX:
+            return self._pieces(f)
+        with _open(self.span) as beginning:
+            head = _guarded(beginning.read, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+        return self._items(f) if head.startswith(b"[") else self._lines(f)
+
+    def _items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        """Read a list in JSON."""
+        for item in json_items(lambda size: _guarded(f.read, size), self.reading.max_document_bytes):
+            self.num_lines += 1
+            try:
+                if isinstance(item, BadRecord):
+                    raise item
+                yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
+                                   self.parse)
+            except BadRecord as e:
+                yield _placed(e, self.num_lines, b"")
+
+    def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        limit = self.reading.max_document_bytes
+        left = float("inf") if self.span.compression else self.span.stop - self.span.start
+        while left > 0 and (line := _guarded(f.readline, limit + 1)):
+            self.num_lines += 1
+            left -= len(line)
+            if len(line) > limit and not line.endswith(b"\n"):
+                while (rest := _guarded(f.readline, _BLOCK_BYTES)):
+                    left -= len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                yield _placed(too_long(self.reading), self.num_lines, line)
+            elif line.strip():
+                if self.num_lines == 1 and self.span.start == 0:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                try:
+                    yield parse_line(line, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
+                                     self.parse)
+                except BadRecord as e:
+                    yield _placed(e, self.num_lines, line)
+
+    def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        span = self.span
+        if span.suffix in _TABLES and span.start == 0:
+            self._refuse_table()
+        if self.reading.kind not in (None, "text"):
+            raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
+                                      "pack it on its own with --format text")
+        if asked := (*self.reading.columns, *filter(None, [self.reading.bucket_by]), *self.reading.tags):
+            raise BadRecord("fields", f"is plain text, which has no field {asked[0]!r}; "
+                                      "pass JSONL or Parquet")
+        position = span.start
+        is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
+        blocks = _blocks(f, None if span.compression else span.stop - span.start)
+        limit_bytes = span.document_bytes
+        if span.compression:  # its size is known only by reading
+            first = b"".join(_until(blocks, WHOLE_FILE_BYTES))
+            limit_bytes = max(len(first), 1) if len(first) <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
+            blocks = _chain(first, blocks)
+        for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
+            raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
+            if position == 0 and is_vague and _JSON_BEGINS.match(raw):
+                raise BadRecord("json", "is JSON and no plain text; name it with the ending .json (a list of "
+                                        "records) or .jsonl (a record on each line)")
+            try:
+                text = decode(raw, position + len(piece) - len(raw))
+                if not text.strip():
+                    raise BadRecord("empty", f"holds no text at offset {position}")
+                yield Document(str(span.file), text)
+            except BadRecord as e:
+                yield _placed(e, 0, raw)
+            position += len(piece)
+
+    def _refuse_table(self) -> None:
+        """Refuse a table of records in plain text, which says nothing of types: lists in it are no JSON."""
+        with _open(self.span) as f:
+            head = _guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
+        found = head.decode(errors="replace").split(_TABLES[self.span.suffix])
+        names = [name.strip().strip('"') for name in found]
+        known = {self.reading.text_field, *DIALOGUE, *FOREIGN}
+        if self.reading.kind not in (None, "text") or known & {*names}:
+            raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
+                                     "JSON lines, e.g. with to_parquet or to_json of `datasets`")
+
+    def _rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
+        for batch in batches:
+            for i in range(batch.num_rows):
+                self.num_lines += 1
+                try:
+                    record = {name: _value(batch.column(name)[i]) for name in columns}
+                    yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
+                                     self.reading)
+                except BadRecord as e:
+                    yield _placed(e, self.num_lines, b"")
+
+
+def _placed(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
+    return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
+
+
+def _open(span: Span) -> IO[bytes]:
+    f = open_bytes(span.file, span.compression)
+    if not span.compression:
+        f.seek(span.start)
+    return f
+
+
+def _guarded(read: Callable[[int], bytes], size: int) -> bytes:
+    """Read from a stream that may be compressed.
+
+    Raises:
+        BadRecord: the compressed data ends too early or is damaged.
+    """
+    try:
+        return read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise BadRecord("truncated", f"is cut off or damaged ({e}); what came before is read; "
+                                     "fetch the file again") from None
+
+
+def _blocks(f: IO[bytes], left: int | None) -> Iterator[bytes]:
+    """Yield a stream's bytes up to `left` (None: all) in blocks."""
+    while ((size := _BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left))
+           and (block := _guarded(f.read, size))):
+        left = None if left is None else left - len(block)
+        yield block
+
+
+def _until(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
+    """Yield blocks until more than `limit_bytes` have been."""
+    passed = 0
+    while passed <= limit_bytes and (block := next(blocks, b"")):
+        passed += len(block)
+        yield block
+
+
+def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from blocks
+
+
+def _columns(names: list[str], reading: Reading) -> list[str]:
+    """Return the columns to read: all of a prompt's, which travel on, else those of the kind.
+
+    Raises:
+        BadRecord: the rows are of another kind, or two columns have one name.
+    """
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise BadRecord("parquet", f"has two columns {twice[0]!r}; rename or remove one")
+    if reading.kind == "prompt":
+        return names
+    if problem := columns_problem(names, reading):
+        raise problem
+    wanted = {"id", reading.bucket_by, *reading.columns, *reading.tags, *(["media"] if reading.media else [])}
+    if reading.kind in (None, "text"):
+        wanted.add(reading.text_field)
+    if reading.kind != "text":
+        wanted |= {*DIALOGUE, *FOREIGN, NUM_PROMPT, "chat_template_kwargs"}
+    return [name for name in names if name in wanted]
+
+
+def _slices(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the rows of batches, a few at a time."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS):
+            yield batch.slice(start, _ROWS)
+
+
+def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
+    """Yield the rows of row groups, so many at a time that they take about `_ROWS_BYTES`."""
+    import pyarrow
+
+    try:
+        for number in row_groups:
+            group = file.metadata.row_group(number)
+            rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
+            yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
+                                         columns=columns)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise BadRecord("parquet", f"is damaged ({first_line(e)}); what came before is read; "
+                                   "fetch it again") from None
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError as e:
+        raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
+    return _decoded(value, scalar.type) if _JSON_TYPE in str(scalar.type) else value
+
+
+def _decoded(value: Any, form: Any) -> Any:
+    """Return a value in which strings of Arrow's JSON type are what they spell: `datasets` stores so what
+    differs from row to row, such as the arguments of calls."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if str(form) == _JSON_TYPE:
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as e:
+            raise BadRecord("json", f"has {str(value)[:40]!r} in a column of JSON, which is none "
+                                    f"({e})") from None
+    if pyarrow.types.is_struct(form):
+        return {field.name: _decoded(value[field.name], field.type) for field in form
+                if value[field.name] is not None}
+    if pyarrow.types.is_list(form) or pyarrow.types.is_large_list(form):
+        return [_decoded(part, form.value_type) for part in value]
+    return value

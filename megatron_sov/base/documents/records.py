@@ -1,0 +1,387 @@
+"""One record of a user's file as a document: text, a chat, a preference (two answers to one
+prompt), or a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_sov.base.documents.columns import read_bucket, read_columns, read_tags
+from megatron_sov.base.documents.layouts import KTO_TAG, LABEL, own_fields, refuse_media
+from megatron_sov.base.documents.messages import (
+    BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
+    refuse_other_types, without_nulls)
+
+KINDS = ("text", "chat", "preference", "prompt")
+ROLLOUTS = "rollouts"
+"""What token shards hold that no record is packed to: responses of a model to prompts, as `rl` publishes
+them."""
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
+"""What chat templates are given beside a record's own variables."""
+COMPLETIONS = ("completion", "response")
+"""Names of what is answered to a `prompt`; the first is TRL's."""
+DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
+"""Fields of messages and of descriptions of tools."""
+DESIRABLE = "desirable"
+"""Field, and column, of a response beside one to another prompt, which may say the same: 1 of one that was
+judged good, 0 of one that was judged bad."""
+NUM_PROMPT = "num_prompt_messages"
+"""Field of a chat: how many of its first messages are the prompt that it shares with other chats."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What records are expected to hold."""
+
+    kind: str | None = None
+    """One of `KINDS`; None: text or a chat, by the record's fields."""
+    text_field: str = "text"
+    """Field, or column, that holds the text."""
+    max_document_bytes: int = 64 << 20
+    """A longer line, row or value is a bad record: it is passed over without being held in memory."""
+    columns: tuple[str, ...] = ()
+    """Fields that hold numbers, each of which becomes a column."""
+    bucket_by: str = ""
+    """Field whose values sort the records into buckets; "": none."""
+    tags: tuple[str, ...] = ()
+    """Fields whose values become tags of the source, by which blends choose."""
+    media: bool = False
+    """Whether they are those of a media corpus, whose texts hold tokens of media and which name rows of
+    banks."""
+
+
+Parse = Callable[[dict[str, Any], str, int, Reading], Any]
+"""What makes something of a record: record, place, line or row, how it is read."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document."""
+
+    where: str
+    """Its place for messages: the file, and the line of a JSONL file or the row of a Parquet file."""
+    text: str = ""
+    """Plain text."""
+    messages: Messages = ()
+    """A chat, or the prompt of a preference."""
+    chosen: Messages = ()
+    """The better continuation of a preference."""
+    rejected: Messages = ()
+    """The worse one."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the chat's tools are."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template."""
+    num_prompt: int = 0
+    """How many of a chat's first messages are its prompt, where it is one of several chats with that prompt,
+    which are then held out together; 0: it stands alone."""
+    awaits_response: bool = False
+    """Whether it is a prompt, for which responses will be generated."""
+    id: str | None = None
+    """The record's own `id`."""
+    extra: str = ""
+    """JSON of a prompt's other fields (what a reward needs, such as an answer)."""
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Column -> its number for each sequence: one, or those of chosen and rejected."""
+    bucket: str = ""
+    """The bucket that it belongs to; "": there are none."""
+    tags: tuple[str, ...] = ()
+    """The value of each of `Reading.tags`; "" where the record has none."""
+    media: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+    """Bank -> row and used slots of each of its records that features are made of; None: its texts hold no
+    tokens of media."""
+    line: int = 0
+    """Line or row, from 1, counted from where reading began; 0 where there is none."""
+
+    @property
+    def kind(self) -> str:
+        """Return which of `KINDS` it is."""
+        if self.chosen:
+            return "preference"
+        return "prompt" if self.awaits_response else "chat" if self.messages else "text"
+
+    def texts(self) -> tuple[str, ...]:
+        """Return the pieces of text that users wrote: the text itself, or each message's content."""
+        if not self.messages and not self.chosen:
+            return (self.text,)
+        return (*((json.dumps(self.tools, ensure_ascii=False),) if self.tools else ()),
+                *(text for m in (*self.messages, *self.chosen, *self.rejected) for text in m.texts()))
+
+    def conversation(self, *more: Message) -> Conversation:
+        """Return the chat, or the prompt, with more messages behind it, as chat templates take it."""
+        return Conversation((*self.messages, *more), self.tools, self.template_kwargs)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a data step returns for a document that is not to be packed."""
+
+    reason: str
+    """A few words to count by: documents of the same reason are one figure in the manifest."""
+
+
+def decode(raw: bytes, start_bytes: int = 0) -> str:
+    """Return UTF-8 bytes as text; `start_bytes`: their place in the file, for the message.
+
+    Raises:
+        BadRecord: they are not UTF-8.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise BadRecord("utf8", f"is not UTF-8 (byte {raw[e.start]:#04x} at offset {start_bytes + e.start}); "
+                                "convert it, e.g. iconv -f CP949 -t UTF-8") from None
+
+
+def parse_line(line: bytes, where: str, number: int, reading: Reading, parse: Parse) -> Any:
+    """Return what `parse` makes of one JSONL line.
+
+    Raises:
+        BadRecord: it is no JSON object of the expected kind.
+    """
+    try:
+        record = json.loads(decode(line))
+    except (ValueError, RecursionError) as e:
+        raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
+    return parse_object(record, where, number, reading, parse)
+
+
+def parse_object(record: Any, where: str, number: int, reading: Reading, parse: Parse) -> Any:
+    """Return what `parse` makes of a decoded JSON value.
+
+    Raises:
+        BadRecord: it is no object of the expected kind.
+    """
+    if not isinstance(record, dict):
+        raise BadRecord("json",
+                        f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
+    return parse(record, where, number, reading)
+
+
+def parse_record(record: dict[str, Any], where: str, number: int, reading: Reading) -> Document:
+    """Return the document of one record.
+
+    Raises:
+        BadRecord: fields are missing or malformed, a value is too long, or nothing is in it.
+    """
+    if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
+        record = own_fields(record, reading.kind)
+    kind = _kind(record, reading)
+    fields: dict[str, Any] = {}
+    if kind != "text":
+        refuse_deep(record)
+        if not reading.media:
+            refuse_media(record, kind == "prompt")
+        record = {name: without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
+                  for name, value in record.items()}
+    if kind == "text":
+        fields["text"] = record[reading.text_field]
+    elif kind == "chat":
+        fields["messages"], shared = _chat(record)
+        fields["num_prompt"] = _num_prompt(record, len(fields["messages"])) or shared
+    elif kind == "preference":
+        fields = _preference(record)
+    else:
+        fields["messages"] = _messages(record["prompt"], "prompt", "user")
+        if fields["messages"][-1].role == "assistant":
+            raise BadRecord("fields", "ends with an answer of the assistant, which a prompt would show; "
+                                      "leave it out")
+        fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
+                                     default=str)
+        fields["awaits_response"] = True
+    if kind != "text":
+        fields |= _beside(record) | _with_system(record, fields)
+    if reading.bucket_by:
+        fields["bucket"] = read_bucket(record, reading.bucket_by)
+    fields["tags"] = read_tags(record, reading.tags)
+    if reading.media:
+        fields["media"] = _media(record)
+    fields["columns"] = read_columns(record, reading.columns, 2 if kind == "preference" else 1)
+    id_ = record.get("id")
+    document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
+    check_texts(document.texts(), reading)
+    if kind != "text":
+        for text in (*document.conversation().beside(), document.extra):
+            _size_bytes(text)  # which are encoded too, if not counted
+    return document
+
+
+def _kind(record: dict[str, Any], reading: Reading) -> str:
+    """Return the kind to read a record as; with an expected kind, a record of another one is
+    refused by its name."""
+    present = {"preference": "chosen" in record and "rejected" in record,
+               "chat": "messages" in record or "conversations" in record
+               or ("prompt" in record and completion_of(record) is not None),
+               "prompt": "prompt" in record and "chosen" not in record,
+               "text": isinstance(record.get(reading.text_field), str)}
+    if reading.kind is None:
+        if present["chat"] or present["text"]:
+            return "chat" if present["chat"] else "text"
+    elif present[reading.kind]:
+        return reading.kind
+    elif found := next((kind for kind, is_one in present.items() if is_one), None):
+        article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
+                   "prompt": "a prompt"}[found]
+        if found == "chat" and isinstance(record.get(LABEL), bool):
+            raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
+                                      f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
+        beside = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
+                                               "'prompt' and 'completion'")
+        if found == "prompt" and isinstance(record.get("completions"), list):
+            beside = (": its 'completions' are not learned; steps with labels train reward models of steps, "
+                      "which no command here trains")
+        raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
+                                  f"pack it on its own with --format {found}{beside}")
+    wanted = ({"text": f"string field {reading.text_field!r}",
+               "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
+               "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
+              + (" and no 'messages'" if reading.kind is None else ""))
+    raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); add one"
+                    + (", or name the field with --text-field" if reading.kind == "text" else ""))
+
+
+_VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
+"""Values that stand for those of a table's columns, others being text."""
+
+
+def columns_problem(names: Iterable[str], reading: Reading) -> BadRecord | None:
+    """Return what is wrong with a table that has these columns; None: its rows may be read."""
+    try:
+        _kind(own_fields({name: _VALUES.get(name, "") for name in names}, None), reading)
+    except BadRecord as e:
+        return e
+    return None
+
+
+def completion_of(record: Mapping[str, Any]) -> str | None:
+    """Return the name of the field with what is answered to a record's `prompt`; None: it has none."""
+    return next((name for name in COMPLETIONS if record.get(name) is not None), None)
+
+
+def _chat(record: dict[str, Any]) -> tuple[Messages, int]:
+    """Return a chat's messages, and how many of them are a prompt that has a completion; of it nothing is
+    learned."""
+    chat = next((name for name in ("messages", "conversations") if name in record), None)
+    name = completion_of(record) or COMPLETIONS[0]
+    if isinstance(record.get(LABEL), bool):
+        raise BadRecord("fields", f"has a {LABEL!r} (or {KTO_TAG!r}), true or false, and a chat would learn "
+                                  f"its {chat or name!r} either way; turn such rows into pairs with "
+                                  "`sov-data unpaired`")
+    if chat is not None:
+        return (read_messages if chat == "messages" else read_sharegpt)(record[chat], chat), 0
+    both = [[{"role": role, "content": value}] if isinstance(value, str) else value
+            for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
+    for field_name, messages in zip(("prompt", name), both, strict=True):
+        if not isinstance(messages, list) or not messages:
+            raise BadRecord("fields", f"{field_name!r} must be a string, or a non-empty list of messages")
+    found = read_messages([*both[0], *both[1]], f"prompt + {name}")
+    num_prompt = len(both[0])
+    if not any(m.role == "assistant" and m.is_learned for m in found[num_prompt:]):
+        raise BadRecord("fields", f"{name!r} holds no message of the assistant that is learned")
+    return (*(replace(m, is_learned=False) for m in found[:num_prompt]), *found[num_prompt:]), num_prompt
+
+
+def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
+    """Return how many messages of a chat are the prompt that it shares with others; 0: it says nothing."""
+    count = record.get(NUM_PROMPT)
+    if count is None:
+        return 0
+    if type(count) is not int or not 0 < count < num_messages:
+        raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT!r}, must say how many of "
+                                  f"the {num_messages} messages are the prompt: at least 1, and not all")
+    return count
+
+
+def _beside(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a chat template is given beside the messages."""
+    kwargs = record.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
+    if own := GIVEN & kwargs.keys():
+        raise BadRecord("fields", f"'chat_template_kwargs' has {min(own)!r}, which the template is given "
+                                  "anyway; remove it")
+    refuse_other_types(kwargs, "'chat_template_kwargs'")
+    return {"tools": read_tools(record["tools"]) if record.get("tools") else (), "template_kwargs": kwargs}
+
+
+def _with_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the messages with the system prompt that a record has in a field of its own; a message goes
+    before it."""
+    system, messages = record.get("system"), fields["messages"]
+    if not isinstance(system, str) or not system.strip() or messages[0].role == "system":
+        return {}
+    num_prompt = fields.get("num_prompt", 0)
+    return {"messages": (Message("system", system), *messages), "num_prompt": num_prompt + bool(num_prompt)}
+
+
+def _messages(value: Any, name: str, role: str) -> Messages:
+    """Return messages given as such, or as one string by `role`."""
+    return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
+
+
+def _media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return the rows of banks that a record of a media corpus names."""
+    value = record.get("media")
+    try:
+        if not isinstance(value, dict):
+            raise TypeError("no object")
+        found = {str(kind): tuple((row, used) for row, used in rows) for kind, rows in value.items()}
+        numbers = [n for rows in found.values() for pair in rows for n in pair]
+        if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers):
+            raise ValueError("no whole numbers")
+    except (TypeError, ValueError) as e:
+        raise BadRecord("media_rows", f"has {str(value)[:80]!r} in 'media' ({e}), must be rows of banks; "
+                                      "encode the "
+                                      "media again") from None
+    return found
+
+
+def _preference(record: dict[str, Any]) -> dict[str, Messages]:
+    """Return prompt, chosen and rejected; without a `prompt`, or with one that the continuations hold again,
+    what both begin with is the prompt."""
+    chosen, rejected = (_messages(record[field], field, "assistant") for field in ("chosen", "rejected"))
+    prompt = _messages(record["prompt"], "prompt", "user") if record.get("prompt") is not None else ()
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not prompt or chosen[:len(prompt)] == prompt == rejected[:len(prompt)] or (
+            shared and isinstance(record["prompt"], str)):  # which both sides hold again, as messages
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with "
+                                  "the same messages")
+    if chosen == rejected and DESIRABLE not in record:
+        raise BadRecord("fields",
+                        "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
+    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not any(m.role == "assistant" and m.is_learned for m in messages):
+            raise BadRecord("fields", f"'{side}' holds no message of the assistant behind the prompt that is "
+                                      "learned")
+    return {"messages": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def check_texts(texts: tuple[str, ...], reading: Reading) -> None:
+    """Raise `BadRecord` where a document's texts are too long, no text, or none at all."""
+    size_bytes = 0
+    for text in texts:
+        size_bytes += _size_bytes(text)
+    if size_bytes > reading.max_document_bytes:
+        raise too_long(reading)
+    if not any(text.strip() for text in texts):
+        raise BadRecord("empty", "holds no text")
+
+
+def _size_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), "
+                                "which is no character; remove it") from None
+
+
+def too_long(reading: Reading) -> BadRecord:
+    """Return the refusal of a document above the limit."""
+    return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; "
+                                 "cut it, or raise the limit")

@@ -1,0 +1,99 @@
+"""Routes: which experts each token of a document visited, in every layer that has experts.
+
+The routes of n tokens are one array [n, layers, top_k] of expert numbers, in the narrowest unsigned type that
+leaves its largest value free.  That value is the mark of what was not recorded: it stands in the place of all
+experts of a choice, or of none.  Token t's row tells where t itself went when it was read; so a document's
+last token, which a generator writes and never reads, has the mark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.errors import UserError
+
+ROUTES = "routes"
+"""Ending of the sidecar of token shards that holds routes, and name of their shape in a source's record."""
+NARROW, WIDE = "uint8", "uint16"
+
+
+@dataclass(frozen=True)
+class RouteShape:
+    """What routes belong to: numbers of a model."""
+
+    layers: int
+    """Layers with experts, from the first one on."""
+    top_k: int
+    """Experts that each token visits in a layer."""
+    num_experts: int
+    """Experts of a layer; numbers count from 0."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of an expert's number: one byte while that leaves a value for the mark, then two."""
+        return NARROW if self.num_experts <= np.iinfo(NARROW).max else WIDE
+
+    @property
+    def mark(self) -> int:
+        """What stands for a choice that was not recorded."""
+        return int(np.iinfo(self.dtype).max)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Layers x top_k x bytes of a number."""
+        return self.layers * self.top_k * np.dtype(self.dtype).itemsize
+
+    def absent(self, num_tokens: int) -> np.ndarray:
+        """Return routes [num_tokens, layers, top_k] of which none was recorded."""
+        return np.full((num_tokens, self.layers, self.top_k), self.mark, self.dtype)
+
+    def of_document(self, routes: np.ndarray, num_tokens: int) -> np.ndarray:
+        """Return routes of all tokens of a document of which the first `len(routes)` were recorded."""
+        rows = self.absent(num_tokens)
+        rows[:len(routes)] = routes
+        return rows
+
+    def problem(self, routes: np.ndarray) -> str:
+        """Return what is impossible about routes [tokens, layers, top_k], with token and layer (both from
+        0); empty: nothing."""
+        if routes.shape[1:] != (self.layers, self.top_k) or routes.dtype != np.dtype(self.dtype):
+            return (f"has routes of shape {list(routes.shape)} and type {routes.dtype}, must be [tokens, "
+                    f"{self.layers}, {self.top_k}] of {self.dtype}")
+        marked = routes == self.mark
+        absent = marked.all(axis=2)
+        ordered = np.sort(routes, axis=2)
+        rules = (((routes >= self.num_experts).any(axis=2) & ~absent,
+                  f"expert numbers must lie below {self.num_experts}, or all be {self.mark} (not recorded)"),
+                 ((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=2) & ~absent,
+                  "a token visits an expert of a layer once"))
+        for wrong, rule in rules:
+            if wrong.any():
+                token, layer = np.argwhere(wrong)[0].tolist()
+                return (f"sends token {token} in layer {layer} of those with experts to "
+                        f"{routes[token, layer].tolist()}; {rule}")
+        return ""
+
+    def record(self) -> dict[str, Any]:
+        """Return what a manifest says of a source that has routes."""
+        return {**asdict(self), "dtype": self.dtype}
+
+    @classmethod
+    def from_record(cls, record: Any, where: str) -> RouteShape:
+        """Return what `record` gave.
+
+        Raises:
+            UserError: it is none; `where` names it.
+        """
+        try:
+            shape = cls(*(int(record[name]) for name in ("layers", "top_k", "num_experts")))
+            if min(shape.layers, shape.top_k) < 1 or shape.top_k > shape.num_experts:
+                raise ValueError("no model has such numbers")
+            if record["dtype"] != shape.dtype:
+                raise ValueError(f"{shape.num_experts} experts need {shape.dtype}")
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{where}: routes = {record!r} cannot be read ({type(e).__name__}: {e}); must "
+                            "have layers, top_k, num_experts and dtype; write the data again") from None
+        return shape

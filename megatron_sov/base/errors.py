@@ -1,0 +1,129 @@
+"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback),
+stops, gates, defects."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """Exit codes of commands and of ranks; scripts hold on to them."""
+
+    OK = 0
+    """Complete."""
+    CRASH = 1
+    """A defect, or a process that another one took down."""
+    USER_ERROR = 2
+    """The user has to change something; one sentence says what."""
+    GATE_FAILED = 3
+    """A gate, or another check, did not pass."""
+    STOPPED = 75
+    """Asked to stop, and everything is saved: to be queued again (EX_TEMPFAIL of sysexits.h)."""
+    HANG = 76
+    """A step stood still too long."""
+    CORRUPTION = 77
+    """A process computes or remembers wrong bits."""
+    INTERRUPTED = 130
+    """Ctrl-C, before there was anything to save (128 + SIGINT, as shells have it)."""
+
+
+def kept_code(code: object) -> int:
+    """Return an exit code that the system keeps whole, of what a command returns or `SystemExit` holds: it
+    keeps the lowest byte alone, and 256 would tell of a success."""
+    if code is None:
+        return ExitCode.OK
+    return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
+
+
+class UserError(Exception):
+    """A mistake in the user's input, settings or files.
+
+    The message is one clear sentence (or a short list) that names the file or field, its value, the rule it
+    breaks and what to do.  Commands print it without a traceback and end with `ExitCode.USER_ERROR`.
+    """
+
+
+class DryRun(Exception):
+    """All that was asked for is known, and no more is to be done; commands print the text and end with
+    `ExitCode.OK`."""
+
+
+class StopRequested(Exception):
+    """The run was asked to stop (signal or time limit) and everything is saved; commands end with
+    `ExitCode.STOPPED`."""
+
+
+class GateFailed(Exception):
+    """A gate did not pass and everything is saved; commands say which figures failed and end with
+    `ExitCode.GATE_FAILED`."""
+
+
+class SilentCorruption(Exception):
+    """A process computes or remembers other bits than it should; the ranks end with `ExitCode.CORRUPTION`."""
+
+
+def told_in_a_line(error: BaseException) -> str:
+    """Return an error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; many say nothing, and some begin with an empty line."""
+    return (str(error).strip() or "it says no more").splitlines()[0]
+
+
+def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
+    """Return ``"what: 2 problems; way out"`` and a line for each of them."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"{what}: {count}{way_out and f'; {way_out}'}",
+                      *(f"  {problem}" for problem in problems)])
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string;
+    `prefix` is what the name to write begins with."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+def download(path: str | os.PathLike[str]) -> str:
+    """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
+    Face hub: the command that fetches it; empty where it cannot be one."""
+    found = re.fullmatch(r"\w[\w.-]*/(\w[\w.-]*)", os.fspath(path))
+    if found is None or os.path.exists(os.path.dirname(path)):
+        return ""
+    name = shlex.quote(found[1])
+    return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "
+            f"{name}` where there is a network, and pass {name}")
+
+
+def how_to_install(extra: str, options: str = "") -> str:
+    """Return the command that installs what one of our extras adds.
+
+    It never names our distribution, which no package index has: whoever registered the name there would have
+    his code run.  A checkout is installed again with the extra, at the versions of its lock; beside an
+    installed wheel the packages themselves are.
+    """
+    root = Path(__file__).parents[2]
+    from importlib import metadata
+
+    # the Python that lacks it: a program of an environment runs without it being active
+    begin = f"{shlex.quote(sys.executable)} -m pip install {options}".strip()
+    if (root / "setup.py").is_file():
+        return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
+    try:
+        lines = metadata.requires("megatron-sov") or []
+    except metadata.PackageNotFoundError:  # a copy of the folders alone
+        lines = []
+    packages = [line.partition(";")[0].strip() for line in lines
+                if re.search(rf""";.*\bextra == ['"]{extra}['"]""", line)]
+    if not packages:
+        return f"install what the extra {extra} of setup.py names"
+    return f"{begin} {' '.join(map(shlex.quote, packages))}"

@@ -1,0 +1,247 @@
+"""Pages that are complete in themselves: charts, tables, chapters as data, and what writes them as HTML."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import plotly.graph_objects as go
+
+# Plotly figures on a page.  Colours are names of CSS variables, so that the page's light and dark themes
+# reach into charts.
+
+NUM_COLOURS = 8
+MARGINS = {"l": 64, "r": 16, "t": 28}
+SMALL_MARGINS = {"l": 8, "r": 12, "t": 10, "b": 60}
+"""Pixels; labels of the axes widen them where they need to."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart ready for the page."""
+
+    figure_json: str
+    """Plotly's figure; safe inside a <script> element."""
+    caption: str
+    note: str
+    """What was left out or changed for drawing; may be empty."""
+    height_px: int = 300
+
+
+def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px: int = 300, *,
+          small: bool = False) -> Chart:
+    """Return a figure as a `Chart`; its margins, fonts and colours are the page's.
+
+    Args:
+        figure: what is drawn.
+        caption: one sentence below it.
+        notes: what was left out or changed for drawing.
+        height_px: with axis titles and legend.
+        small: for a `Panel`, where the curve needs the room that margins take.
+    """
+    has_legend = len(figure.data) > 1
+    margins = SMALL_MARGINS if small else {**MARGINS, "b": 76 if has_legend else 56}
+    # The legend may take the whole width, not only that of the curves: names are long and phones are narrow.
+    legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container",
+              "x": 0}
+    axis = {"gridcolor": "var(--grid)", "linecolor": "var(--rule)", "zeroline": False, "automargin": True}
+    figure.update_layout(template="none", height=height_px, showlegend=has_legend, hovermode="closest",
+                         margin=margins, legend=legend, paper_bgcolor="rgba(0,0,0,0)",
+                         plot_bgcolor="rgba(0,0,0,0)", font={"color": "var(--ink)", "size": 12}, xaxis=axis,
+                         yaxis=axis)
+    # "<" could close the script element that carries the figure, "&" and U+2028 trip other readers.
+    text = figure.to_json()
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Chart(text, caption, " ".join(dict.fromkeys(n for n in notes if n)), height_px)
+
+
+def colour_bar(title: str) -> dict[str, object]:
+    """Return what a heat map's colours mean; the title stands behind the bar's numbers, not above them, where
+    it would lie over the highest one."""
+    # Spaces that do not break keep the title off the numbers.
+    return {"title": {"text": title, "side": "right"}, "thickness": 12, "ticksuffix": "\u00a0\u00a0"}
+
+
+def plain(text: object) -> str:
+    """Return a text for a figure; plotly reads HTML in labels, and names from data must not become markup."""
+    return html.escape(str(text))
+
+
+def colour(i: int) -> str:
+    """Return the CSS variable of the i-th colour."""
+    return f"var(--c{i % NUM_COLOURS + 1})"
+
+
+def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArray[np.float64],
+                        low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]) -> go.Scatter:
+    """Return the i-th line of a chart, its points with their intervals."""
+    import plotly.graph_objects as go
+
+    return go.Scatter(x=x, y=value.astype("float32"), name=name, mode="lines+markers",
+                      line={"color": colour(i), "width": 1.8},
+                      error_y={"type": "data", "symmetric": False, "thickness": 1,
+                               "array": (high - value).astype("float32"),
+                               "arrayminus": (value - low).astype("float32")})
+
+
+# What a page holds: chapters of sections of text, charts and tables.
+
+@dataclass(frozen=True)
+class Table:
+    """A table; cells are text and are escaped, unless they are `Markup`."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[Table]:
+    """Return the table of some things, a row for each; of nothing there is none.
+
+    Args:
+        things: events, or whatever the columns look at.
+        columns: heading -> what gives the cell of one thing.
+    """
+    rows = [[cell(thing) for cell in columns.values()] for thing in things]
+    return [Table(list(columns), rows)] if rows else []
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Texts side by side: what several wrote to one prompt, or one document before and after a change."""
+
+    prompt: str
+    texts: list[tuple[str, str]]
+    """(who or when, text), in the order of reading."""
+    label: str = "Prompt"
+    """What the prompt is; stands above it."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What was shown and what was made of it; media are addresses of `base/pages/markdown.py`."""
+
+    title: str
+    """What it is; stands above it."""
+    asked: str
+    """What was said beside the media that were shown."""
+    shown_pictures: list[str]
+    shown_sounds: list[str]
+    text: str
+    """What was written to it."""
+    pictures: list[str]
+    """What was drawn."""
+    sounds: list[str]
+    """What was said."""
+    recognised: str
+    """What others recognise in it."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a chapter."""
+
+    title: str
+    text: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    """(who, what was said), in order."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    exhibits: list[Exhibit] = field(default_factory=list)
+    json: str = ""
+    """Collapsible details, as JSON."""
+    side_by_side: bool = False
+    """Charts stand beside one another where there is room."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small part of a page's first screen; panels stand beside one another where there is room."""
+
+    title: str
+    columns: int
+    """Width on a wide screen, of twelve columns."""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    """(label, value)."""
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One thing that the page tells of, e.g. a run."""
+
+    name: str
+    detail: str
+    """Stands behind the name in small type; may be empty."""
+    figures: list[tuple[str, str, str]]
+    """(label, value, detail) of what a reader asks first."""
+    sections: list[Section]
+    """In reading order; none: the chapter says that there is nothing yet."""
+
+
+def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
+           opening: Sequence[Panel] = (), overview: tuple[str, Table] | None = None,
+           anchor: str = "part", nothing: str = "There is nothing to show.",
+           now_s: float | None = None) -> str:
+    """Return the HTML of a page.
+
+    Text is escaped by the template; a content security policy lets only the file's own two scripts run and
+    forbids every load, so that hostile text from a model or a corpus stays text even for a reader's browser
+    with a defect elsewhere.
+
+    Args:
+        kicker: what kind of page it is, above the title.
+        title: the heading.
+        subtitle: one line below it; may be empty.
+        chapters: what the page tells of, in order.
+        opening: what stands before all else, to be seen without scrolling on a wide screen.
+        overview: a heading and a table before the chapters.
+        anchor: how the chapters' addresses begin.
+        nothing: said in a chapter without sections.
+        now_s: Unix time to print as the time of writing; the current one by default.
+    """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(_resource("page.html.j2"))
+    plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")
+    return template.render(
+        kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
+        chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
+        opening=opening, overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"),
+        plotly_js=plotly_js, draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}",
+        version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
+    )
+
+
+def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:
+    parts = [{"section": s, "anchor": f"{anchor}-{re.sub('[^a-z]+', '-', s.title.lower())}"}
+             for s in chapter.sections]
+    return {"name": chapter.name, "detail": chapter.detail, "anchor": anchor, "figures": chapter.figures,
+            "parts": parts}
+
+
+def _resource(name: str) -> str:
+    return importlib.resources.files("megatron_sov.base.pages").joinpath("templates", name).read_text(
+        encoding="utf-8")
+
+
+def _csp_hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

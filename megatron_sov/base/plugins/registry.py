@@ -1,0 +1,155 @@
+"""What is known by name of one kind of code: what is built in, what a person named,
+what installed packages declare."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.plugins.code import Code, Kind
+from megatron_sov.base.plugins.entry_points import Declared, declared
+from megatron_sov.base.plugins.loading import Loaded, is_reference, load
+
+T = TypeVar("T")
+ABSENT = {"model family": ("is not supported", "families")}
+"""What is said of an unknown one, and how several are called, where that is not "does not exist" and an s."""
+
+
+@dataclass(frozen=True)
+class _Known(Generic[T]):
+    """Something that has been loaded and checked."""
+
+    value: T
+    code: Code
+
+
+class Registry(Generic[T]):
+    """All code of one kind that is not built in.
+
+    `load` runs a file and is for what a person named; `get` never does,
+    and is for what configs and checkpoints say.
+    """
+
+    def __init__(self, kind: Kind, group: str, built_in: Collection[str], check: Callable[[Loaded], None],
+                 own_name: Callable[[Any], str] | None = None) -> None:
+        """Nothing is looked for yet.
+
+        Args:
+            kind: what it holds.
+            group: group of entry points.
+            built_in: names that are taken.
+            check: raises `UserError` for what is none of this kind.
+            own_name: what it calls itself; without, its name in the file or the entry point's counts.
+        """
+        self.kind, self.group = kind, group
+        self._built_in, self._check, self._own_name = built_in, check, own_name
+        self._known: dict[str, _Known[T]] = {}
+
+    def load(self, reference: str) -> str:
+        """Run the code that a person named; returns the name that it is known by from now on.
+
+        Raises:
+            UserError: it cannot be run, is none of this kind, or its name is taken.
+        """
+        return self.add(load(reference))
+
+    def add(self, loaded: Loaded) -> str:
+        """Take in what was loaded; returns its name.
+
+        Raises:
+            UserError: it is none of this kind, or its name is taken.
+        """
+        self._check(loaded)
+        name = self._own_name(loaded.value) if self._own_name else loaded.attribute
+        known = self._known.get(name)
+        if name in self._built_in:
+            raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; "
+                            "give it another name")
+        if known is not None and known.code.reference != loaded.reference:
+            raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
+                            "give one of them another name")
+        self._keep(name, loaded)
+        return name
+
+    def get(self, name: str, recorded: Sequence[Code] = ()) -> T:
+        """Return what has a name: named by a person before, or declared by an installed package.
+
+        Args:
+            name: as settings have it.
+            recorded: what a config or checkpoint says about its code, for the message alone.
+
+        Raises:
+            UserError: there is none; the message names the nearest, or says how to name the file
+                that it stands in.
+        """
+        if name in self._known:
+            return self._known[name].value
+        found = [d for d in declared(self.group) if d.name == name]
+        if len(found) > 1:
+            raise UserError(f"{self.kind} {name!r}: is declared by "
+                            f"{' and by '.join(d.package for d in found)}; uninstall one of them")
+        if not found:
+            raise UserError(self._unknown(name, recorded))
+        self._import(found[0])
+        return self._known[name].value
+
+    def refuse_namesakes(self, built_in: str) -> None:
+        """Refuse a name of what is built in where an installed package declares it too: nobody could tell
+        which of the two a person means.
+
+        Raises:
+            UserError: one does.
+        """
+        for namesake in (d for d in declared(self.group) if d.name == built_in):
+            raise UserError(f"{self.kind} {built_in!r}: is built in, and {namesake.package} declares one of "
+                            f"that name; name {namesake.reference} for that one, uninstall the package for "
+                            "the built-in one")
+
+    def code(self, name: str) -> Code | None:
+        """Return the record of something that `load` or `get` has found; None for what is built in."""
+        return self._known[name].code if name in self._known else None
+
+    def listing(self) -> list[tuple[str, str]]:
+        """Return (name, origin) of all that is known, and of all that installed packages
+        declare; imports nothing."""
+        return [*((name, f"file {known.code.reference}") for name, known in self._known.items()
+                  if not known.code.package), *((d.name, f"package {d.package}") for d in declared(self.group)
+                                                if d.name not in self._built_in)]
+
+    def named(self) -> list[str]:
+        """Return the references that a person named, so that a process started from this one
+        can be given them."""
+        return [known.code.reference for known in self._known.values() if not known.code.package]
+
+    def _import(self, entry: Declared) -> None:
+        try:
+            loaded = load(entry.reference)
+            self._check(loaded)
+            called = self._own_name(loaded.value) if self._own_name else entry.name
+            if called != entry.name:
+                raise UserError(f"calls itself {called!r}; its entry point must have that name")
+        except UserError as e:
+            raise UserError(f"{self.kind} {entry.name!r} of package {entry.package}: {e}") from None
+        self._keep(entry.name, loaded, entry.package)
+
+    def _keep(self, name: str, loaded: Loaded, package: str = "") -> None:
+        code = Code(self.kind, name, loaded.reference, package, loaded.files)
+        self._known[name] = _Known(cast(T, loaded.value), code)
+
+    def _unknown(self, name: str, recorded: Sequence[Code]) -> str:
+        if is_reference(name):
+            return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
+                    "itself names it; if you know it and trust it, name it with --set or --plugin")
+        for code in recorded:
+            if ((code.kind, code.name) == (self.kind, name) and not code.package
+                    and code.reference.isprintable()):
+                return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
+                        "command line itself names it; if you know it and trust it, "
+                        f"add --plugin {shlex.quote(code.reference)}")
+        known = [*self._built_in, *(n for n, _ in self.listing())]
+        absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
+        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({plural}: {', '.join(known)}; "
+                "your own are named FILE.py:NAME)")

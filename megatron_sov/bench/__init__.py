@@ -1,0 +1,1 @@
+"""Benchmarks of others: the harness's tasks, suites, differences, contamination."""

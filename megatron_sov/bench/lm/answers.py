@@ -1,0 +1,200 @@
+"""What a model is asked on the way to a score (the likelihood of some tokens, or a continuation), and what it
+has answered.  No torch here.
+
+Each request has a key, which is the same wherever the same is asked; answers are kept by it.
+
+    CACHE/MODEL/records-*                 answers, in a journal of each process that asked (`work.journal`)
+    CACHE/MODEL/asking/*                  chunks that are being asked for, held (`work.locks`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.progress.journal import Journal, later_records
+from megatron_sov.work.progress.locks import taking
+
+Answer = dict[str, float | bool | str | None]
+"""What came back: of a `Score` `logprob` and `greedy`, of a `Write` `text` and `finish_reason`; of either
+`failed`, where an endpoint gave none."""
+WAIT_S = 1.0
+"""Before chunks that others hold are looked at again."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely some tokens are behind others."""
+
+    context: tuple[int, ...]
+    """What stands before, at least one token."""
+    continuation: tuple[int, ...]
+    """What is judged, at least one token."""
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Tokens that the model reads: all but the last one."""
+        return (self.context + self.continuation)[:-1]
+
+    @cached_property
+    def key(self) -> str:
+        return _digest(["score", self.context, self.continuation])
+
+
+@dataclass(frozen=True)
+class Write:
+    prompt: tuple[int, ...] | str
+    """Token ids; of an endpoint the text, or messages as JSON where `chat` says so."""
+    until: tuple[str, ...]
+    """Texts that end it and are no part of it."""
+    max_tokens: int
+    temperature: float = 0.0
+    """0: the most probable tokens."""
+    top_k: int = 0
+    """0: from all tokens."""
+    top_p: float = 1.0
+    """Smallest set of tokens that holds this much probability."""
+    seed: int = 0
+    sample: int = 0
+    """Which of several continuations of one prompt; 0 at temperature 0, where all are the same."""
+    chat: bool = False
+
+    @property
+    def sampling(self) -> tuple[int, float, int, float, int, tuple[str, ...]]:
+        """What an engine can be asked for together."""
+        return (self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, self.until)
+
+    @cached_property
+    def key(self) -> str:
+        return _digest(["write", self.prompt, *self.sampling, self.sample, self.chat])
+
+    @property
+    def stream(self) -> int:
+        """Number of its stream of random numbers: the same wherever the same is asked."""
+        return int(self.key[:12], 16)
+
+
+Request = Score | Write
+
+
+def distinct(requests: Iterable[Request]) -> list[Request]:
+    return list({request.key: request for request in requests}.values())
+
+
+def readings(scores: Sequence[Score]) -> list[list[Score]]:
+    """Return scores in groups for which the model reads the same tokens, the longest first: choices of one
+    token behind one question are read once."""
+    groups: dict[tuple[int, ...], list[Score]] = {}
+    for score in scores:
+        groups.setdefault(score.read, []).append(score)
+    return sorted(groups.values(), key=lambda group: -len(group[0].read))
+
+
+def _digest(value: list[object]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def folder_of(cache: Path, identity: Mapping[str, Any]) -> Path:
+    """Return where a model's answers lie.
+
+    Args:
+        cache: folder of all models' answers.
+        identity: JSON values on which answers depend beside the request: the model, and how it is run.
+    """
+    return cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class Answers(dict[str, Answer]):
+    """What a model has answered, by the keys of requests, in this and other evaluations.
+
+    Args:
+        folder: this model's, see `folder_of`.
+
+    Raises:
+        UserError: it has answers of an earlier version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self._journal: Journal | None = None
+        self._ends: dict[Path, int] = {}
+        if earlier := next(folder.glob("*.jsonl"), None):
+            raise UserError(f"--cache: {earlier} holds answers of an earlier version, which this one does "
+                            "not read; delete it, or name another --cache")
+        self.reread()
+
+    def keep(self, answers: Mapping[str, Answer]) -> None:
+        """Keep answers; a kill behind this loses none of them.
+
+        Raises:
+            UserError: the disk is full, or nothing can be written there.
+        """
+        if self._journal is None:
+            with disk_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._journal = Journal(self.folder, uuid.uuid4().hex)
+        self._journal.add((key, json.dumps(answer).encode()) for key, answer in answers.items())
+        self.update(answers)
+
+    def reread(self) -> None:
+        """Take in what has been written since, by this process or others."""
+        self.update((str(key), json.loads(answer)) for key, answer in later_records(self.folder, self._ends))
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def deal(self, chunks: Sequence[Sequence[Request]], should_stop: Callable[[], bool]
+             ) -> Generator[tuple[int, list[int]], None, None]:
+        """Yield what this process is to ask for: the number of a chunk, and the places in it that have no
+        answer.  Nobody else asks for the chunk until the next one is wanted; where a process ends, so does
+        its hold.  While others hold all that is left, the places are none.
+
+        Each job of a Slurm array begins at another chunk and goes once around.
+        """
+        index, count = _place_in_array()
+        begin = index * len(chunks) // count
+        left = deque([*range(begin, len(chunks)), *range(begin)])
+        num_busy = 0
+        while left and not should_stop():
+            chunk = chunks[number := left.popleft()]
+            if not self._places(chunk):
+                continue
+            name = hashlib.sha256("".join(request.key for request in chunk).encode()).hexdigest()[:24]
+            with taking(self.folder / "asking" / name) as is_ours:
+                self.reread()  # whoever held it before may have answered
+                if is_ours and (places := self._places(chunk)):
+                    yield number, places
+            if self._places(chunk):  # cut off by a wish to stop, or held by another
+                left.append(number)
+            num_busy = 0 if is_ours else num_busy + 1
+            if left and num_busy >= len(left):
+                time.sleep(WAIT_S)
+                num_busy = 0
+                yield number, []  # processes of the same model must not wait for minutes
+
+    def _places(self, chunk: Sequence[Request]) -> list[int]:
+        return [i for i, request in enumerate(chunk) if request.key not in self]
+
+
+def _place_in_array() -> tuple[int, int]:
+    """Return which job of a Slurm array this is, and of how many."""
+    try:
+        count = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - first
+    except ValueError:
+        return 0, 1
+    return (index, count) if 0 <= index < count else (0, 1)

@@ -1,0 +1,348 @@
+"""`megatron-sov eval ppl | needle | pairs | passk | media | lm | play | suites | logits | bigram`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
+from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.commands.evaluate.eval_media import EvalMediaOptions, run_media
+from megatron_sov.commands.evaluate.eval_passk import EvalPasskOptions, run_passk
+from megatron_sov.commands.evaluate.eval_play import EvalPlayOptions, run_play
+from megatron_sov.commands.evaluate.eval_suites import EvalSuitesOptions, run_suites
+from megatron_sov.commands.shared_options import (
+    PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
+from megatron_sov.infer.request import RankOptions
+from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.work.progress.work_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.eval.needle.suite import NeedleSuite
+    from megatron_sov.infer.engine import ChoosingEngine
+    from megatron_sov.infer.engines.target import Target
+
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
+
+@dataclass(frozen=True, kw_only=True)
+class OutOptions(RecordOptions):
+    """What tasks take whose figures a file may keep."""
+
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """Also write the figures into a JSON file, which appears whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutOptions(RecordOptions):
+    """What tasks take that read held-out documents."""
+
+    data: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards with held-out documents."""
+    seq_len: AtLeastOne | None = None
+    """Tokens of a row (default: the longest that was trained on)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(HeldoutOptions):
+    """What tasks take that read a part of them."""
+
+    max_tokens: AtLeastOne | None = None
+    """Held-out tokens of a source (default: the run's setting)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PplOptions(CutOptions, OutOptions, RankOptions):
+    """Loss and bits per byte on held-out documents, per source."""
+
+    target: ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleOptions(OutOptions, RankOptions):
+    """Find what a context says again, at any depth of any length, among other needles."""
+
+    data: Annotated[tuple[str, ...], Flag(value="DIR")] = ()
+    """Token shards with held-out documents."""
+    text: Annotated[tuple[str, ...], Flag(value="LANGUAGE=FILE")] = ()
+    """A text file that needles are hidden in; languages: english, korean, thai, code."""
+    language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
+    """A source's language, where its text does not show it."""
+    kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
+    """What is asked (default: the setting)."""
+    languages: Annotated[tuple[Language, ...], Flag(many=True)] = ()
+    """Languages of the text (default: all that there is)."""
+    lengths: Annotated[tuple[int, ...], Flag(many=True)] = ()
+    """Context lengths in tokens (default: the setting)."""
+    depths: Annotated[tuple[float, ...], Flag(value="D", many=True)] = ()
+    """Places of the first needle, 0 = start, 1 = end."""
+    samples: int | None = None
+    """Examples of a cell (default: the setting)."""
+    distractor_share: Annotated[float | None, Flag(value="S")] = None
+    """Part of each context that needles with other keys fill (default: the setting)."""
+    by: Literal["generation", "likelihood"] = "generation"
+    """Greedy decoding, or the most probable of all words."""
+    seed: int = 0
+    """Of keys, values and text (default 0)."""
+    target: ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
+    """Share of held-out pairs whose better answer the model would rather write."""
+
+    target: ModelPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsOptions(RecordOptions, RankOptions):
+    """Compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3 where
+    they differ."""
+
+    checkpoint: CheckpointPath
+    hf_dir: Annotated[Path, Flag("HF_DIR")]
+    """Hugging Face folder of the same model."""
+    lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = PARITY_LENGTHS
+    """Tokens of the random documents that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramOptions(CutOptions):
+    """The Kneser-Ney bigram baseline on the same held-out documents."""
+
+    max_train_tokens: AtLeastOne = DEFAULT_TRAIN_TOKENS
+    """Training tokens of each source that are counted at most."""
+
+
+def _begin(args: RecordOptions, *models: Path, out: Path | None = None) -> RunEvents:
+    """Refuse what cannot be read or written, before Megatron is imported; returns the run's events."""
+    events = RunEvents(args.run)
+    check_output("--out", out)
+    for model in models:
+        refuse_missing(model)
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    return events
+
+
+def _ppl(args: PplOptions) -> int:
+    events = _begin(args, args.target, out=args.out)
+    from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
+    from megatron_sov.infer.engines.target import find_target
+
+    target = find_target(args.target)
+    config = target.config
+    seq_len = args.seq_len or target.trained_tokens
+    max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
+    data = open_heldout(data_paths(args.data), seq_len, max_tokens, model_vocab_size=target.vocab_size,
+                        model_tokenizer=target.tokenizer_folder)
+
+    def policy_losses(loaded: Any) -> dict[str, Any]:
+        return {name: asdict(r) for name, r in evaluate_forward_model(loaded, data).items()}
+
+    def hf_losses(model: Any) -> dict[str, Any]:
+        return {name: asdict(r) for name, r in evaluate_hf(model, data).items()}
+
+    found = _measure(args, target, policy_losses, hf_losses)
+    if found is not None:
+        _write(args.out, found)
+        events.add("eval", step=step_of(target, events), heldout=found)
+        _show(args.json, found, _loss_table(found))
+    return ExitCode.OK
+
+
+def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
+             on_hf: Callable[[Any], Any]) -> Any:
+    """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None:
+    not ours to print."""
+    if not target.is_hf:
+        from megatron_sov.infer.engines.load import run_forward_model
+
+        return run_forward_model(target, args.settings, args.nproc, on_policy)
+    given = [*(f"--set {setting}" for setting in args.settings),
+             *([] if args.nproc is None else [f"--nproc {args.nproc}"])]
+    if given:
+        raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
+                        "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
+    from megatron_sov.infer.engines.hf import load_hf
+
+    return on_hf(load_hf(target.path))
+
+
+def _needle(args: NeedleOptions) -> int:
+    events = _begin(args, args.target, out=args.out)
+    from megatron_sov.eval.needle.suite import result_of, run_suite, table
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.engines.hf import HfEngine
+    from megatron_sov.infer.engines.target import find_target
+
+    target = find_target(args.target)
+    suite = suite_of(args, target)
+
+    def judged(engine: ChoosingEngine) -> dict[str, Any]:
+        with work_bar("judging", suite.num_examples, "example", is_first()) as bar:
+            return run_suite(suite, engine, bar.update).to_dict()
+
+    found = _measure(args, target, lambda loaded: judged(MegatronEngine(loaded.policy)),
+                     lambda model: judged(HfEngine(model)))
+    if found is not None:
+        _write(args.out, found)
+        events.add("needle", when="eval", step=step_of(target, events), **found)
+        _show(args.json, found, table(result_of(found)))
+    return ExitCode.OK
+
+
+def _pairs(args: PairsOptions) -> int:
+    events = _begin(args, args.target, out=args.out)
+    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+    from megatron_sov.eval.heldout import rows_per_batch
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.post.document_logprobs import document_logprobs, document_logprobs_hf
+    from megatron_sov.post.ranking import ranked
+
+    target = find_target(args.target)
+    seq_len = args.seq_len or target.trained_tokens
+    sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
+    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    if not any(s.num_tokens.get("heldout") for s in sources):
+        raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "
+                        "by; pack with --heldout 0.02")
+
+    def of_policy(loaded: Any) -> dict[str, Any]:
+        size = rows_per_batch(loaded, seq_len)
+        return ranked(sources, lambda documents, chosen: document_logprobs(
+            loaded, documents, chosen, seq_len, size), seq_len)
+
+    def of_hf(model: Any) -> dict[str, Any]:
+        return ranked(sources, lambda documents, chosen: document_logprobs_hf(
+            model, documents, chosen, seq_len), seq_len)
+
+    found = _measure(args, target, of_policy, of_hf)
+    if found is not None:
+        _write(args.out, found)
+        for source, figures in found.items():
+            events.add("heldout_pairs", step=step_of(target, events), source=source, **figures)
+        _show(args.json, found, "\n".join(
+            f"{source}: {100 * r['right']:.1f} % of {r['pairs']:,} pairs are ranked right"
+            for source, r in found.items()))
+    return ExitCode.OK
+
+
+def _logits(args: LogitsOptions) -> int:
+    events = _begin(args, args.checkpoint, args.hf_dir)
+    from megatron_sov.engine.convert import is_hf_folder
+    from megatron_sov.eval.parity import compare_logits, random_prompts
+    from megatron_sov.infer.engines.target import Target
+    from megatron_sov.runs.checkpoints import find_checkpoint
+
+    if not is_hf_folder(args.hf_dir):
+        raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; "
+                        "pass what `megatron-sov convert to-hf` wrote")
+    checkpoint = find_checkpoint(args.checkpoint)
+    prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
+    checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
+    if not checks:
+        return ExitCode.OK
+    events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
+    lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit "
+             f"{c.limit:g}) {c.detail}".rstrip() for c in checks]
+    _show(args.json, [asdict(c) for c in checks], "\n".join(lines))
+    return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
+
+
+def _bigram(args: BigramOptions) -> int:
+    events = _begin(args)
+    from megatron_sov.eval.heldout import evaluate_bigram, open_heldout
+    from megatron_sov.runs.folder import RunFolder
+
+    config = RunFolder(args.run).config() if args.run else None
+    seq_len = args.seq_len or (config.data.max_seq_len() if config else DEFAULT_SEQ_LEN)
+    max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
+    data = open_heldout(data_paths(args.data), seq_len, max_tokens)
+    found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}
+    events.add("baseline", bigram=found)
+    _show(args.json, found, _loss_table(found))
+    return ExitCode.OK
+
+
+def _loss_table(found: dict[str, dict[str, Any]]) -> str:
+    width = max(map(len, [*found, "source"]))
+    rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}"
+            for name, r in found.items()]
+    # of single turns alone it would say the same once more
+    rows += [f"{name}, {part} turns: {turn['tokens']:,} tokens, loss {turn['loss']:.4f}"
+             for name, r in found.items() if len(r.get("turns", {})) > 1 for part, turn in r["turns"].items()]
+    rows += [f"{name}, {part}s: {kind['tokens']:,} tokens, loss {kind['loss']:.4f}"
+             for name, r in found.items() if len(r.get("kinds", {})) > 1 for part, kind in r["kinds"].items()]
+    return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
+
+
+def _write(out: Path | None, values: Any) -> None:
+    if out is not None:
+        write_output(out, to_json(values))
+
+
+def _show(as_json: bool, values: Any, text: str) -> None:
+    print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
+
+
+def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
+    """Return the suite that the arguments and the target's settings describe.
+
+    Raises:
+        UserError: there is no text, it does not fit the model, or the numbers make no test.
+    """
+    from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.engine.data.vocabulary import refuse_other_tokens
+    from megatron_sov.eval.needle.suite import make_suite
+    from megatron_sov.eval.needle.text import open_haystacks
+
+    if not args.data and not args.text:
+        raise UserError("there is no text to hide needles in: pass --data DIR or --text LANGUAGE=FILE")
+    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize) if args.data else []
+    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    config = _config(args, target.config.needle if target.config else NeedleConfig())
+    told = {name: language for language, name in (_named(word, "--language", True) for word in args.language)}
+    files = [(language, Path(name))
+             for language, name in (_named(word, "--text", False) for word in args.text)]
+    haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
+                               told=told, files=files)
+    return make_suite(config, haystacks, seed=args.seed, by=args.by)
+
+
+def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:
+    given: dict[str, Any] = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths,
+                             "depths": args.depths, "samples": args.samples,
+                             "distractor_share": args.distractor_share}
+    return replace(defaults, **{k: v for k, v in given.items() if v not in (None, ())})
+
+
+def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:
+    """Return language and name of LANGUAGE=NAME or NAME=LANGUAGE."""
+    name, found, language = word.rpartition("=") if language_last else word.partition("=")[::-1]
+    if not found or language not in LANGUAGES or not name:
+        form = "SOURCE=LANGUAGE" if language_last else "LANGUAGE=FILE"
+        raise UserError(f"{option} {word}: must be {form}; languages are {', '.join(LANGUAGES)}")
+    return next(known for known in LANGUAGES if known == language), name
+
+
+ACTIONS: Actions = {
+    "ppl": (PplOptions, _ppl), "needle": (NeedleOptions, _needle), "pairs": (PairsOptions, _pairs),
+    "passk": (EvalPasskOptions, run_passk), "media": (EvalMediaOptions, run_media),
+    "lm": (EvalLmOptions, run_lm), "logits": (LogitsOptions, _logits), "bigram": (BigramOptions, _bigram),
+    "play": (EvalPlayOptions, run_play), "suites": (EvalSuitesOptions, run_suites)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

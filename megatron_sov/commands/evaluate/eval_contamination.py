@@ -1,0 +1,97 @@
+"""`megatron-sov eval contamination OUT.json --data SHARDS|FILES ...`: which items a model may have learned
+by heart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
+from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.runs.append import RunEvents
+
+if TYPE_CHECKING:
+    from megatron_sov.bench.contamination import Checked
+
+EVENT = "eval_contamination"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContaminationOptions(RecordOptions):
+    """Find items of a score that stand in the training data, and the score without them."""
+
+    results: Annotated[Path, Flag("OUT.json")]
+    """Results of `megatron-sov eval lm`."""
+    data: Annotated[tuple[Path, ...], Flag(many=True)]
+    """What the model was trained on: folders of token shards (their training split), or files and folders
+    of text; several may follow, and it may be repeated."""
+    text_field: Annotated[str, Flag(value="NAME")] = "text"
+    """Field that holds the text of JSONL and Parquet."""
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that search (default: one for each core)."""
+
+
+add_arguments = partial(add_options, cls=EvalContaminationOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Write what was found into OUT.json, and the places into OUT.hits.json beside it.
+
+    Raises:
+        UserError: the results or the data cannot be read.
+    """
+    args = read_options(EvalContaminationOptions, typed)
+    events = RunEvents(args.run)
+    check_output("OUT.json", args.results)
+    from megatron_sov.base.documents import Reading
+    from megatron_sov.bench.contamination import check
+    from megatron_sov.bench.score_differences import read_scored
+
+    for path in args.data:
+        if not path.exists():
+            raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
+    scored = read_scored(args.results)
+    found = check(scored, args.data, Reading(text_field=args.text_field), args.workers)
+    # first the places: results that name hits without them would be half a result
+    hits_file = args.results.with_name(f"{args.results.name.removesuffix('.json')}.hits.json")
+    write_output(hits_file, to_json(found.hits))
+    write_output(args.results, to_json(found.results))
+    model = found.results.model
+    for name, task in found.results.tasks.items():
+        if task.contamination is not None:
+            events.add(EVENT, step=model.step, model_hash=model.hash, task=name, task_hash=task.task_hash,
+                       metric=_first(found, name), **asdict(task.contamination))
+    print(json.dumps({name: task.contamination and asdict(task.contamination)
+                      for name, task in found.results.tasks.items()}, indent=1, ensure_ascii=False)
+          if args.json else _table(found, hits_file))
+    return ExitCode.OK
+
+
+def _first(found: Checked, task: str) -> str | None:
+    from megatron_sov.bench.score_differences import said
+
+    metrics = found.results.tasks[task].metrics
+    return said(metrics[0]) if metrics else None
+
+
+def _table(found: Checked, hits_file: Path) -> str:
+    lines = []
+    for name, task in found.results.tasks.items():
+        check = task.contamination
+        if check is None:
+            continue
+        first = task.metrics[0] if task.metrics else None
+        value = "not known" if first is None or first.value is None else f"{first.value:.4f}"
+        without = "not known" if check.value_without is None else f"{check.value_without:.4f}"
+        short = found.too_short.get(name, 0)
+        lines.append(f"{name}: {check.items_hit:,} of {task.items:,} items found; {_first(found, name)} "
+                     f"{value}, {without} without them"
+                     + (f"; {short:,} items are too short to be looked for" if short else ""))
+    return "\n".join([*lines, f"{found.num_documents:,} documents searched; places in {hits_file}"])

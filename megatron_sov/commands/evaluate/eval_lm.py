@@ -1,0 +1,43 @@
+"""`megatron-sov eval lm TARGET --tasks A,B --output OUT.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.settings import Flag
+from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.commands.shared_options import AnyTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLmOptions:
+    """Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline."""
+
+    target: AnyTarget
+    tasks: Annotated[str, Flag(value="A,B")]
+    """Names of tasks and groups."""
+    settings: Settings
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def run_lm(args: EvalLmOptions) -> int:
+    """Measure, write, and print the table.
+
+    Raises:
+        UserError: the model, a task or a setting cannot be used.
+        StopRequested: a signal asked for it.
+    """
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.bench.lm.results import table
+    from megatron_sov.bench.lm.run import evaluate
+
+    found = evaluate(args.target, [name for name in args.tasks.split(",") if name], args.settings)
+    if found is not None:
+        print(to_json(found).rstrip() if args.json else table(found))
+    return ExitCode.OK

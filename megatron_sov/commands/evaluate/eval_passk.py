@@ -1,0 +1,330 @@
+"""`megatron-sov eval passk`: sample, judge, estimate; each step goes on behind a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import MinLen
+
+from megatron_sov.base.artifacts import MANIFEST, to_json
+from megatron_sov.base.digests import file_digest, fingerprint
+from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.messages import read_messages
+from megatron_sov.base.documents.rows import check_rows, read_rows
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.outputs import behind_links
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.settings import AtLeastOne, Code, Finite, Flag, Problem, parse_nested
+from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
+from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of
+from megatron_sov.infer.asking import Asked, asked_of, check_engine, check_length
+from megatron_sov.infer.engine import ChosenEngine, Engine, engine_for, run_engine
+from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Stop, Temperature
+from megatron_sov.judge.rewards.registry import Made, make, order
+from megatron_sov.judge.rewards.scoring import score_file
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.jobs import Job, here, run_job
+from megatron_sov.work.progress.journal import done_items
+from megatron_sov.work.progress.work_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.infer.engines.target import Target
+
+KIND = "passk"
+RESULTS, SAMPLES = "results.json", "samples.jsonl"
+"""Files of the artifact: the figures, and every response with its reward."""
+PROMPT, PROMPT_INDEX = "prompt", "prompt_index"
+OF_A_PROBLEM = (PROMPT, "answer", "choices", "tests", "entry_point", "instructions", "instruction_id_list",
+                "kwargs", "rubric")
+"""Fields in which the responses to one problem do not differ: what is asked, and what rewards read of it."""
+CALL_SAMPLES = 1024
+"""Responses that an engine is asked for at a time, and lost at most when the command is killed."""
+
+
+@dataclass(frozen=True)
+class JudgedSampling(ResponseSampling):
+    """How each token of a judged response is chosen."""
+
+    max_new_tokens: AtLeastOne = 1024
+    """Longest response."""
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedSamplingOptions(JudgeOptions):
+    """How responses are sampled and judged, but for the sizes of the draws."""
+
+    reward: RewardName
+    reward_set: RewardSet = ()
+    right_from: Annotated[Finite, Flag(value="R")] = 1.0
+    """Least reward of a right response."""
+    samples: AtLeastOne = 8
+    """Responses to each prompt."""
+    sampling: JudgedSampling = field(default_factory=JudgedSampling)
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ()
+    """Text that ends a response; repeat it."""
+    chat: bool = False
+    """Frame each prompt by the chat template."""
+    engine: ChosenEngine = None
+    batch_size: BatchSize = Batching.batch_size
+
+    def problems(self) -> list[Problem]:
+        return [] if self.samples == 1 or self.sampling.temperature else [
+            Problem(Code.RULE, "samples", "are the same response again and again at --temperature 0",
+                    self.samples, "raise the temperature, or take one sample")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions,
+                       RedoOptions):
+    """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
+
+    target: Annotated[Path | None, Flag("TARGET")] = None
+    """Checkpoint, run (its newest one) or Hugging Face folder that answers --input."""
+    input: Annotated[Path | None, Flag(value="PROMPTS.jsonl")] = None
+    """A JSON object per line, with `prompt` (text, or messages with --chat) and what the reward needs."""
+    sampled: Annotated[Path | None, Flag(value="ROWS.jsonl")] = None
+    """In place of TARGET and --input: responses that are there already, a row each."""
+    group_by: Annotated[str | None, Flag(value="FIELD")] = None
+    """Field that --sampled responses to one prompt share (default prompt_index where rows have it, as those
+    of this command do, else prompt)."""
+    k: Annotated[tuple[AtLeastOne, ...], Flag(value="K", many=True)] = ()
+    """Sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a prompt)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder to make: the figures, and every response with its reward."""
+
+    def problems(self) -> list[Problem]:
+        p = super().problems()
+        if self.sampled is None and max(self.k, default=1) > self.samples:
+            p.append(Problem(Code.RULE, "k", f"is more than --samples {self.samples}", max(self.k)))
+        if (self.sampled is None) == (self.target is None) or (self.input is None) == (self.sampled is None):
+            p.append(Problem(Code.RULE, "", "pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl "
+                             "alone"))
+        return p
+
+    @property
+    def source(self) -> Path:
+        """Return the file of rows: prompts, or responses that are there."""
+        found = self.sampled or self.input
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    args: EvalPasskOptions
+    order: Order
+    reward: Made
+    target: Target | None
+    """None: the responses are there already."""
+    group_by: str = PROMPT_INDEX
+    """Field that the responses to one prompt share."""
+
+    @property
+    def engine(self) -> str:
+        assert self.target is not None
+        return self.args.engine or engine_for(self.target)
+
+    @cached_property
+    def model(self) -> dict[str, Any] | None:
+        """Which responses are sampled, and how; None: they are there already."""
+        if self.target is None:
+            return None
+        return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
+                "settings": list(self.args.settings), "chat": self.args.chat, "stop": list(self.args.stop),
+                "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
+                "sampling": asdict(self.args.sampling), "batch_size": self.args.batch_size,
+                "files": fingerprint(self.target.path)}
+
+    @cached_property
+    def responses(self) -> dict[str, Any]:
+        source = self.args.source
+        return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """What every byte of the artifact depends on."""
+        return {**self.responses, "right_from": self.args.right_from, "k": sorted(set(self.args.k)),
+                "group_by": self.group_by, "reward": {"name": self.order.name, "version": self.reward.version,
+                                                      "settings": dict(self.order.settings)}}
+
+    @property
+    def sampled_file(self) -> Path:
+        """Where responses stand until they are judged; its name tells on what they depend."""
+        digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
+        return work_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
+
+
+def run_passk(args: EvalPasskOptions) -> int:
+    """Sample and judge what is not there yet, and estimate; the output appears when all is done.
+
+    Raises:
+        UserError: what is asked for contradicts itself, bad rows, or nothing can be written there.
+    """
+    events = RunEvents(args.run)
+    if args.target is not None:
+        refuse_missing(args.target)
+    plan = _checked(args)
+    if not is_first():  # of a torchrun, or of ranks that run this command again
+        if plan.target is not None:
+            _sample(plan)
+        return ExitCode.OK
+    from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+
+    with resumable_artifact(args.output, KIND, "megatron-sov eval passk", plan.responses,
+                            overwrite=args.overwrite, redo=args.redo) as artifact:
+        responses = args.source if plan.target is None else _sample(plan)
+        figures = _judge(plan, responses, artifact.path)
+        artifact.writer.content = figures
+        artifact.writer.settings = plan.whole
+        if plan.target is not None and (plan.target.path / MANIFEST).is_file():
+            artifact.writer.add_input(plan.target.path)
+    step = events.last_step() if plan.target is None else step_of(plan.target, events)
+    events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
+               reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
+    from megatron_sov.eval.pass_at_k import table
+
+    print(to_json(figures).rstrip() if args.json
+          else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
+    return ExitCode.OK
+
+
+def _checked(args: EvalPasskOptions) -> _Plan:
+    asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
+    made = make(asked)
+    if args.sampled is None:
+        check_rows(args.source, field=PROMPT)
+    else:
+        group_by = _grouped_by(args.sampled, args.group_by)
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    if args.sampled is not None:
+        return _Plan(args, asked, made, None, group_by)
+    from megatron_sov.infer.engines.target import find_target
+
+    assert args.target is not None
+    return _Plan(args, asked, made, find_target(args.target))
+
+
+def _grouped_by(file: Path, asked: str | None) -> str:
+    """Return the field that tells the prompts of sampled rows apart.
+
+    Raises:
+        UserError: bad rows, one without that field, or two of different problems that have it in common.
+    """
+    check_rows(file, "--sampled")
+    group_by = asked or ""
+    first: dict[str, tuple[int, dict[str, str]]] = {}
+    for line, row in read_rows(file, "--sampled"):
+        group_by = group_by or (PROMPT_INDEX if PROMPT_INDEX in row else PROMPT)
+        if group_by not in row:
+            raise UserError(f"--sampled {file}: line {line} has no {group_by!r}, by which the responses to "
+                            "one prompt are known; name the field that they share with --group-by")
+        problem = {name: _digest(row[name]) for name in OF_A_PROBLEM if row.get(name) is not None}
+        first_line, known = first.setdefault(_digest(row[group_by]), (line, {}))
+        differs = next((name for name in problem if known.get(name, problem[name]) != problem[name]), None)
+        if differs is not None:
+            raise UserError(f"--sampled {file}: lines {first_line} and {line} have one {group_by!r} and "
+                            f"differ in {differs!r}, so they answer two problems; name a field that tells "
+                            "problems apart with --group-by")
+        known.update(problem)
+    return group_by
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sample(plan: _Plan) -> Path:
+    """Return the file with all responses, of which an engine writes what is not there yet."""
+    args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
+    assert target is not None
+    done = done_items(file, identity)
+    if file.exists():  # asked behind what is done: the first process may publish in between
+        return file
+    rows = [dict(row) for _, row in read_rows(args.source, field=PROMPT)]
+    asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
+    if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
+        raise UserError(f"--input {args.input}: prompt {empty[0]} is empty; write at least one character")
+    longest = asked.longest + args.sampling.max_new_tokens
+    check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
+    check_engine(plan.engine, target, args.settings, args.nproc)
+    # an engine whose samples depend on their batch meets the same batches behind a kill
+    size = max(1, CALL_SAMPLES // args.samples)
+    calls = [range(len(rows))[begin:begin + size] for begin in range(0, len(rows), size)]
+
+    def work(engine: Engine | None) -> None:
+        def ask(prompts: range) -> bytes:
+            assert engine is not None
+            return _responses(args, rows, asked, prompts, engine)
+
+        if not is_first():  # of the ranks of a model: the first one keeps what all say
+            for prompts in (prompts for number, prompts in enumerate(calls) if number not in done):
+                ask(prompts)
+            return
+        with work_bar("sample", len(rows) * args.samples, "response") as bar:
+            run_job(Job(made_by="megatron-sov eval passk", output=file, identity=identity, items=calls,
+                        do=here(ask), sink=lambda journal: journal.write_to(file),
+                        done=lambda prompts: bar.update(len(prompts) * args.samples)))
+
+    if done and is_first():
+        num_done = sum(len(calls[int(number)]) for number in done) * args.samples
+        print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
+    if len(done) < len(calls):
+        run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
+                   settings=args.settings, nproc=args.nproc)
+    elif is_first():  # else no process has anything to ask, and the first one publishes
+        work(None)
+    return file
+
+
+def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Asked, prompts: range,
+               engine: Engine) -> bytes:
+    """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
+    its own, by its place among all."""
+    stop = Stop(asked.end_ids, tuple(args.stop), asked.decode)
+    places = [(i, sample) for i in prompts for sample in range(args.samples)]
+    found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
+                            streams=[i * args.samples + sample for i, sample in places])
+    made = [{**rows[i], PROMPT_INDEX: i, "sample": sample, "response": stop.cut_text(asked.decode(tokens)),
+             "num_tokens": len(tokens), "finish_reason": reason}
+            for (i, sample), tokens, reason in zip(places, found.continuations, found.finish_reasons,
+                                                   strict=True)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in made)
+
+
+def _prompt(value: Any) -> str | Conversation:
+    if isinstance(value, str):
+        return value
+    try:
+        return Conversation(read_messages(value, PROMPT))
+    except BadRecord as e:
+        raise UserError(f"--input: a prompt {e}") from None
+
+
+def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
+    """Judge the responses into an artifact's folder, and return the figures."""
+    from megatron_sov.eval.pass_at_k import read_judged
+
+    scored = folder.parent / "scored.jsonl"
+    with work_bar("score", check_rows(responses, "--sampled"), "row") as bar:
+        summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update,
+                             redo=True)  # what was judged otherwise is of no use
+    for told in summary.tally.told:
+        print(visible(told), file=sys.stderr)
+    figures = read_judged(scored, plan.group_by, plan.args.right_from).figures(plan.args.k)
+    os.replace(scored, folder / SAMPLES)
+    (folder / RESULTS).write_text(to_json({**plan.whole, **figures}), encoding="utf-8")
+    return figures

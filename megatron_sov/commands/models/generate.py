@@ -1,0 +1,250 @@
+"""`megatron-sov generate TARGET --prompt TEXT ...`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import MinLen
+
+from megatron_sov.base.artifacts import write_output
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import AtLeastOne, Code, Flag, Problem, add_options, read_options
+from megatron_sov.base.settings.problem import UNSET
+from megatron_sov.commands.models.media_options import CodecsOptions, check_media, media_decoders, shown_media
+from megatron_sov.commands.shared_options import ModelPath, step_of
+from megatron_sov.infer.asking import Asked, asked_of, check_engine, check_length
+from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
+from megatron_sov.infer.prompts import Prompt, read_prompts, response_lines
+from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, Stop
+from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
+
+if TYPE_CHECKING:
+    from megatron_sov.infer.engines.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
+    """What is continued, by which model, and where the texts go."""
+
+    target: ModelPath
+    prompt: tuple[str, ...] = ()
+    """Text to continue; repeat it."""
+    prompts: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """Lines with "prompt" and, if wanted, "target"."""
+    chat: bool = False
+    """Frame each prompt as a user's message by the chat template."""
+    sampling: Sampling = field(default_factory=Sampling)
+    samples: AtLeastOne = 1
+    """Continuations of each prompt, with --temperature above 0."""
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ()
+    """Text that ends a continuation; repeat it."""
+    compare_speed: bool = False
+    """With --speculative: decode without drafts as well and tell how much faster drafts are."""
+    image: Annotated[tuple[Path, ...], Flag(value="FILE")] = ()
+    """Show it a picture before the prompt; repeat it."""
+    audio: Annotated[tuple[Path, ...], Flag(value="FILE")] = ()
+    """Let it hear a sound before the prompt; repeat it."""
+    out_image: Annotated[Path | None, Flag(value="DIR")] = None
+    """Let it draw, and write pictures there."""
+    out_audio: Annotated[Path | None, Flag(value="DIR")] = None
+    """Let it speak, and write sounds there."""
+    batching: Batching = field(default_factory=Batching)
+    engine: ChosenEngine = None
+    run: Annotated[Path | None, Flag(value="DIR")] = None
+    """Also add the texts to this run's events, for its report."""
+    output: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """Write a line for each continuation, the prompt's fields and `response`, as `megatron-sov score` reads
+    them, and print nothing."""
+    json: bool = False
+    """Print the texts and tokens as JSON."""
+    logprobs: bool = False
+    """With --json: also each token's log-probability, the temperature it belongs to, and what ended the
+    text."""
+
+    @property
+    def has_media(self) -> bool:
+        """Whether media are shown to the model, or made by it."""
+        return bool(self.image or self.audio or self.out_image or self.out_audio)
+
+    def problems(self) -> list[Problem]:
+        """Return what does not go together."""
+        return self._media_problems() if self.has_media else self._text_problems()
+
+    def _text_problems(self) -> list[Problem]:
+        temperature = f"is of use with --temperature above 0, and it is {self.sampling.temperature:g}"
+        rules = [(self.compare_speed and not self.sampling.num_drafts, "compare_speed", UNSET,
+                  "has no drafts to compare with", "add --speculative 1"),
+                 (self.samples > 1 and not self.sampling.temperature, "samples", self.samples, temperature,
+                  "add --temperature 1"),
+                 (self.output is not None and self.json, "output", self.output, "goes without --json",
+                  "leave one of them out"),
+                 (self.logprobs and not self.json, "logprobs", UNSET, "goes with --json", "add it")]
+        return [Problem(Code.RULE, key, rule, value, way_out) for broken, key, value, rule, way_out in rules
+                if broken]
+
+    def _media_problems(self) -> list[Problem]:
+        given = {"prompts": self.prompts, "sampling.num_drafts": self.sampling.num_drafts,
+                 "output": self.output, "samples": self.samples if self.samples > 1 else None,
+                 "stop": self.stop, "logprobs": self.logprobs, "run": self.run}
+        found = [Problem(Code.RULE, key, "does not go with media", UNSET,
+                         "leave it out (`eval media` asks many prompts)")
+                 for key, value in given.items() if value]
+        if self.engine not in (None, MEGATRON):
+            found.append(Problem(Code.RULE, "engine", "does not keep blocks of media whole", self.engine,
+                                 f"use {MEGATRON}"))
+        if not (self.prompt or self.image or self.audio):
+            found.append(Problem(Code.MISSING, "", "there is nothing to answer",
+                                 way_out="pass --prompt TEXT, --image FILE or --audio FILE"))
+        return found
+
+
+add_arguments = partial(add_options, cls=GenerateOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Continue the prompts and print what the model wrote."""
+    options = read_options(GenerateOptions, args)
+    load_plugins(options.plugins)
+    if options.has_media:
+        return _run_with_media(options)
+    prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
+               for _ in range(options.samples)]
+    refuse_missing(options.target)
+    check_output("--output", options.output)
+    events = RunEvents(options.run)
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.engines.target import find_target
+
+    target = find_target(options.target)
+    asked = asked_of(target, [p.text for p in prompts], options.chat)
+    stop = Stop(asked.end_ids, options.stop, asked.decode)
+    found = _continue(options, target, asked, stop)
+    if found is None:
+        return 0  # the job's first process prints
+    texts = [stop.cut_text(asked.decode(c)) for c in found.continuations]
+    if options.output is not None:
+        write_output(options.output, response_lines(prompts, texts, found))
+    else:
+        _show(options, prompts, texts, found)
+    step = step_of(target, events)
+    for prompt, text in zip(prompts, texts, strict=True):
+        events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
+    return 0
+
+
+def _continue(options: GenerateOptions, target: Target, asked: Asked, stop: Stop) -> Generated | None:
+    """Return what the chosen engine writes; None where another process of the job prints."""
+    sampling = options.sampling
+    longest = asked.longest + sampling.max_new_tokens
+    engine_name = options.engine or engine_for(target)
+    check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
+    check_engine(engine_name, target, options.settings, options.nproc, num_drafts=sampling.num_drafts)
+
+    def work(engine: Engine) -> dict[str, object]:
+        def timed(sampling: Sampling) -> tuple[Generated, float]:
+            began_s = time.monotonic()
+            return engine.generate(asked.ids, sampling, stop=stop), time.monotonic() - began_s
+
+        plain_s = timed(dataclasses.replace(sampling, num_drafts=0))[1] if options.compare_speed else 0.0
+        found, took_s = timed(sampling)
+        return {"found": vars(found), "faster": plain_s / took_s}
+
+    answer = run_engine(engine_name, target, work, longest=longest, batching=options.batching,
+                        settings=options.settings, nproc=options.nproc)
+    if answer is None:
+        return None
+    found = Generated(**answer["found"])
+    if sampling.num_drafts:
+        share = found.accepted / found.drafted if found.drafted else 0.0
+        speed = f", {answer['faster']:.2f} times the speed without drafts" if options.compare_speed else ""
+        print(f"drafts: {found.drafted}, accepted {share:.1%}{speed}", file=sys.stderr)
+    return found
+
+
+def _show(options: GenerateOptions, prompts: list[Prompt], texts: list[str], found: Generated) -> None:
+    if options.json:
+        rows: list[dict[str, object]] = [
+            {"prompt": p.text, "text": t, "tokens": c}
+            for p, t, c in zip(prompts, texts, found.continuations, strict=True)]
+        if options.logprobs:
+            for row, logprobs, reason in zip(rows, found.logprobs, found.finish_reasons, strict=True):
+                row |= {"logprobs": logprobs, "temperature": found.temperature, "finish_reason": reason}
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    for prompt, text in zip(prompts, texts, strict=True):
+        shown = f"{prompt.text}{text}"
+        if sys.stdout.isatty():
+            shown = visible(shown)
+        print(f"{shown}\n" if len(prompts) > 1 else shown)
+
+
+def _run_with_media(args: GenerateOptions) -> int:
+    """Answer the prompts, each with all the media before it; print text and files.
+
+    Raises:
+        UserError: a codec is missing, or see `media_replies.replies`.
+    """
+    out = {kind: folder for kind, folder in ((IMAGE, args.out_image), (AUDIO, args.out_audio))
+           if folder is not None}
+    check_media(args, out)
+    files = [(kind, file) for kind, given in ((IMAGE, args.image), (AUDIO, args.audio)) for file in given]
+    root = _root([file for _, file in files])
+    parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
+                                   for kind, file in files]
+    refuse_missing(args.target)
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.media.media_replies import Asking, replies
+
+    asking = Asking(shown_media(args, root), media_decoders(args, args.sampling.seed), out, args.sampling,
+                    chat=args.chat, max_audio_tokens=args.max_audio_tokens, batching=args.batching,
+                    with_features=not args.no_features)
+    prompts = [[*parts, *([{"type": "text", "text": text}] if text else [])] for text in args.prompt or [""]]
+    found = replies(find_target(args.target), prompts, asking, settings=args.settings, nproc=args.nproc)
+    if found is None:
+        return ExitCode.OK  # the job's first process prints
+    if args.json:
+        print(json.dumps([{"prompt": prompt, "text": reply.text,
+                           "pictures": list(map(str, reply.made.pictures)),
+                           "sounds": list(map(str, reply.made.sounds)),
+                           "broken_pictures": reply.made.num_broken}
+                          for prompt, reply in zip(args.prompt or [""], found, strict=True)],
+                         ensure_ascii=False, indent=1))
+        return ExitCode.OK
+    for reply in found:
+        if reply.text:
+            print(reply.text)
+        for file in (*reply.made.pictures, *reply.made.sounds):
+            print(f"wrote {file}")
+        if reply.made.num_broken:
+            print(f"{reply.made.num_broken} pictures broke off; raise --max-new-tokens")
+    return ExitCode.OK
+
+
+def _root(files: Sequence[Path]) -> Path:
+    """Return the folder that all media lie in."""
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: is no file; name a picture or a sound")
+    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+                if files else os.getcwd())

@@ -1,0 +1,115 @@
+"""`megatron-sov recipes [RECIPE] [--set key=value ...] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.entry_points import declared
+from megatron_sov.base.plugins.loading import is_reference
+from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.model import families as models, objectives, recipes
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families.count import num_params
+from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, requested
+from megatron_sov.model.recipes.sources import Source, Sources, derive, relabelled, settings
+from megatron_sov.plan.search.recommended import table
+
+BUILT_IN = "built in"
+SET = Source("yours", "--set")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions(RecipeOptions):
+    """List the recipes, or print one with every setting and its source."""
+
+    json: bool = False
+    """Print RECIPE's settings as JSON, without sources."""
+
+
+add_arguments = partial(add_options, cls=RecipesOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """List recipes, families and objectives with their origin, or print one recipe's settings
+    and their sources, and the layouts that it is recommended to have.
+
+    Raises:
+        UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
+    """
+    args = read_options(RecipesOptions, typed)
+    if args.recipe is None and args.config is None:
+        for given, used in (("--json", args.json), (f"--set {''.join(args.settings[:1])}", args.settings)):
+            if used:
+                raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
+        load_plugins(args.plugins)
+        print(listing())
+        return 0
+    asked = requested(args)
+    config = asked.config()
+    if args.json:
+        print(to_json(config), end="")
+    else:
+        sources = recipes.sources(args.recipe) if args.recipe and not is_reference(args.recipe) else {}
+        print(as_text(config, derive(sources, relabelled(asked.base, config, SET))))
+        for line in table(config):
+            print(f"recommended.{line}")
+    return 0
+
+
+def listing() -> str:
+    """Return a line for each recipe, then one for each model family and objective,
+    and for what packages add elsewhere."""
+    rows = [(name, BUILT_IN, summary(recipes.get(name))) for name in recipes.names()]
+    rows += [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
+    rows += [(name, BUILT_IN, "model family") for name in models.FAMILIES]
+    rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
+    rows += [(name, BUILT_IN, f"objective of `megatron-sov {command}`")
+             for name, command in objectives.BUILT_IN.items()]
+    rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
+    for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"),
+                        ("command", "megatron_sov.commands")):
+        rows += [(d.name, f"package {d.package}", what) for d in declared(group)]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)
+
+
+def _tried(name: str) -> str:
+    """Return the summary of a package's recipe, or why there is none:
+    one package must not hide all others."""
+    try:
+        return summary(recipes.get(name))
+    except UserError as e:
+        return str(e)
+
+
+def as_text(config: RunConfig, sources: Sources) -> str:
+    """Return a line for every setting: name, value, kind of source, and where it stands or why."""
+    found = settings(config, sources)
+    values = [json.dumps(s.value, ensure_ascii=False) for s in found]
+    width, value_width = max(len(s.key) for s in found), max(map(len, values))
+    return "\n".join(
+        f"{s.key:<{width}}  {value:<{value_width}}  {s.source.kind:<11}  {s.source.where}".rstrip()
+        for s, value in zip(found, values, strict=True))
+
+
+def summary(config: RunConfig) -> str:
+    """Return a recipe in one line: parameters, experts, attention, budget."""
+    model, count = config.model, num_params(config.model)
+    experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
+               else "dense")
+    attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
+    tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
+    budget = f"{config.train.steps:,} steps" if config.train.steps else \
+        f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
+    return (f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, "
+            f"{attention}, {budget}")
+
+
+def billions(count: int) -> str:
+    """Return a parameter count in billions, or in millions below one billion."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"

@@ -1,0 +1,89 @@
+"""`megatron-sov serve TARGET`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated
+
+from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import Code, Flag, Problem, add_options, read_options
+from megatron_sov.commands.shared_options import ModelPath
+from megatron_sov.infer.request import RankOptions
+from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.serve.settings import ServeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(PluginOptions, RankOptions):
+    """Which model is served, how it lies on this machine's processes, and to whom."""
+
+    target: ModelPath
+    serving: ServeSettings = field(default_factory=ServeSettings)
+    name: Annotated[str | None, Flag(value="MODEL")] = None
+    """The model's name in requests (default: that of the folder)."""
+    api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
+    """Variable of the environment with the key that requests must bring."""
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests."""
+        return self.target.resolve().name if self.name is None else self.name
+
+    def problems(self) -> list[Problem]:
+        """Return a name that no request can say, and what would leave the model open to all."""
+        found = []
+        if not self.serving.is_local and self.api_key_env is None:
+            found.append(Problem(
+                Code.RULE, "serving.host", "others than this machine reach it, and would need no key",
+                self.serving.host, "name an environment variable that holds one with --api-key-env, or take "
+                "127.0.0.1"))
+        name = self.model_name
+        if not (name.strip() and name.isprintable() and len(name) <= 200):
+            found.append(Problem(Code.BOUND, "name", "must be 1 to 200 printable characters", name))
+        return found
+
+
+add_arguments = partial(add_options, cls=ServeOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until it is asked to stop."""
+    options = read_options(ServeOptions, args)
+    load_plugins(options.plugins)
+    settings = dataclasses.replace(options.serving, name=options.model_name,
+                                   api_key=_key(options.api_key_env))
+    num_ranks(options.nproc)
+    refuse_missing(options.target)
+    check_output("--address-file", settings.address_file)
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError:
+        raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
+                        f"{how_to_install('serve')}") from None
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.serve.run import serve
+
+    serve(find_target(options.target), settings, options.settings, options.nproc)
+    return 0
+
+
+def _key(variable: str | None) -> str:
+    """Return the key that a variable of the environment holds; "" where none is named."""
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "")
+    if not key.strip() or not key.isascii() or not key.isprintable():
+        raise UserError(f"--api-key-env {variable}: the environment has no key there; set it to ASCII "
+                        "characters without line breaks, which no command line shows")
+    return key

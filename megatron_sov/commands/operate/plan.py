@@ -1,0 +1,179 @@
+"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]] [--json]
+[--html FILE]`: a run before it runs, step by step, and what it takes on a cluster.
+
+`megatron-sov plan --table ROWS.csv --out PREDICTED.csv`: the speed of runs that stand in a table."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
+from megatron_sov.model.recipes.requested import RecipeOptions, Request, requested
+from megatron_sov.plan.speed.parameters import Parameters
+from megatron_sov.work.clusters import cluster
+
+OF_A_RUN = ("recipe", "config", "plugins", "settings", "nproc", "cluster", "nodes", "sweep", "json", "html")
+"""Arguments that a table of runs has no use for."""
+
+
+CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is recommended for them, where "
+           "no parallel.* is set, and tell memory, speed, days and cost "
+           f"({', '.join(cluster.names())}, or a YAML file of your own).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(RecipeOptions):
+    """Show what a run will do at each step, and what it takes on a cluster."""
+
+    nproc: AtLeastOne | None = None
+    """Check the settings for so many processes (default: as few as the layout needs)."""
+    cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
+    nodes: AtLeastOne | None = None
+    """Nodes of --cluster (default 1)."""
+    sweep: bool = False
+    """Look at all layouts on --cluster, take the fastest that fits, and say why; what --set says of the
+    layout stays."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    html: Annotated[Path | None, Flag(value="FILE", writes=True)] = None
+    """Write tables and charts into this self-contained page as well."""
+    table: Annotated[Path | None, Flag(value="ROWS.csv")] = None
+    """In place of RECIPE: predict the speed and memory of every run of this table."""
+    calibrate: Annotated[tuple[Path, ...], Flag(value="RUN", many=True)] = ()
+    """In place of RECIPE: learn the parameters of speed from these runs of yours."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """Where --table writes its predictions, --calibrate its parameters."""
+    parameters: Annotated[Path | None, Flag(value="FILE")] = None
+    """Price by these parameters, which --calibrate wrote."""
+
+
+add_arguments = partial(add_options, cls=PlanOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Print what a run will do: learning rate, batch size, tokens and blend; with --cluster also what it
+    takes there.
+
+    Raises:
+        UserError: an unknown recipe or setting, settings that make no schedule, or a run that does not fit
+            the cluster's GPUs.
+    """
+    args = read_options(PlanOptions, typed)
+    if args.table is not None or args.calibrate or args.out is not None:
+        return _of_files(args)
+    if args.cluster is None and args.parameters is not None:
+        raise UserError(f"--parameters {args.parameters}: prices a run on a cluster; name it by --cluster")
+    if args.cluster is None and (args.nodes is not None or args.sweep):
+        asked = "--sweep" if args.sweep else f"--nodes {args.nodes}"
+        raise UserError(f"{asked}: looks at the nodes of a cluster; name it by --cluster"
+                        + ("" if args.sweep else ", or pass --nproc"))
+    if args.html is not None:
+        from megatron_sov.base.outputs import check_output, refuse_input
+
+        given = [Path(file) for file in (args.config, args.cluster, args.parameters) if file]
+        refuse_input("--html", args.html, *given)
+        check_output("--html", args.html)
+    request = requested(args)
+    return _on_cluster(args, request) if args.cluster else _schedule(args, request)
+
+
+def _schedule(args: PlanOptions, request: Request) -> int:
+    """Print a run's schedule alone."""
+    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.plan.pages import timetable
+
+    config = request.config()
+    config.check(math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
+                 if args.nproc is None else args.nproc)
+    print(to_json(timetable.as_json(config)) if args.json else timetable.as_text(config))
+    if args.html is not None:
+        from megatron_sov.plan.pages.page import plan_page
+
+        _write(args.html, plan_page(config, [], None))
+    return 0
+
+
+def _on_cluster(args: PlanOptions, request: Request) -> int:
+    """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
+    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.plan.on_cluster import placed, searched
+    from megatron_sov.plan.pages import timetable
+    from megatron_sov.plan.pricing import machines
+
+    if args.nproc is not None:
+        raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
+    assert args.cluster is not None
+    where = machines(args.cluster, args.nodes)
+    parameters = _parameters(args.parameters)
+    found = (searched(request, where, _recipe_words(args), parameters) if args.sweep
+             else placed(request, where, parameters))
+    if args.json:
+        print(to_json(timetable.as_json(found.config) | found.as_json()))
+    else:
+        print(found.as_text())
+        if not args.sweep:
+            print(f"\n{timetable.as_text(found.config)}")
+    if args.html is not None:
+        from megatron_sov.plan.pages.page import plan_page
+
+        _write(args.html, plan_page(found.config, found.quotes, found.told))
+    return 0
+
+
+def _recipe_words(args: PlanOptions) -> list[str]:
+    """Return what names the recipe on the command line."""
+    words = [args.recipe] if args.recipe else ["--config", str(args.config)]
+    return words + [word for plugin in args.plugins for word in ("--plugin", plugin)]
+
+
+def _of_files(args: PlanOptions) -> int:
+    """Predict the runs of a table, or learn from runs that were."""
+    if args.table is not None and args.calibrate:
+        raise UserError(f"--table {args.table} and --calibrate {args.calibrate[0]}: are two jobs; do one "
+                        "after the other")
+    if args.table is None and not args.calibrate:
+        raise UserError(f"--out {args.out}: is for --table ROWS.csv or --calibrate RUN; name one of them, or "
+                        "pass --html FILE for a page")
+    doing = f"--table {args.table}" if args.table is not None else f"--calibrate {args.calibrate[0]}"
+    given = [name for name in OF_A_RUN if getattr(args, name)]
+    if given:
+        raise UserError(f"{doing}: looks at runs that are written down, and {given[0]} belongs to one that "
+                        "is planned; leave one of them out")
+    if args.calibrate:
+        from megatron_sov.plan.calibration.calibrate import calibrate
+
+        if args.parameters is not None:
+            raise UserError(f"--parameters {args.parameters}: --calibrate begins with those of the package; "
+                            "leave it out")
+        print(calibrate(args.calibrate, args.out))
+        return 0
+    from megatron_sov.plan.tables.predicted import predict_file
+
+    assert args.table is not None
+    if args.out is None:
+        raise UserError(f"{doing}: needs --out PREDICTED.csv, where the predictions go")
+    print(predict_file(args.table, args.out, _parameters(args.parameters)).as_text())
+    return 0
+
+
+def _parameters(file: Path | None) -> Parameters | None:
+    """Return the parameters of a file; None: those of the package."""
+    if file is None:
+        return None
+    from megatron_sov.plan.calibration.learned import read_learned
+
+    return read_learned(file).parameters
+
+
+def _write(file: Path, page: str) -> None:
+    from megatron_sov.base.artifacts import write_output
+
+    write_output(file, page)
+    print(f"wrote {file}", file=sys.stderr)

@@ -1,0 +1,270 @@
+"""What a run folder says about its run; apart from `status`, whose `--help` needs none of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model import objectives
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.recipes.extension import PHASE
+from megatron_sov.operate.slurm.attempts import ATTEMPTS
+from megatron_sov.operate.slurm.submission import JOBS as SUBMISSIONS, last_words, submitted_jobs
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
+from megatron_sov.runs.folder import COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, RunFolder
+from megatron_sov.runs.lock import living_holder
+from megatron_sov.runs.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.incidents import is_incident
+from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
+from megatron_sov.work.clusters import client
+
+SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
+"""Where a run folder has the submissions of its jobs; the first file of a run that Slurm is to start."""
+RECENT_STEPS = 50
+"""Steps whose speed is the run's present one."""
+SILENT_AFTER_STEPS, SILENT_AFTER_S = 10, 60.0
+"""A living run is called silent after so many times its time of a step, and not before so many seconds."""
+TOLD_ELSEWHERE = ("restart", "failure", "fault")
+"""Incidents that are not counted: how each start ended stands beside it,
+and faults on purpose were asked for."""
+MAX_DEPTH = 3
+"""How deep a folder is searched for runs."""
+
+
+# What Slurm's side knows about a run: how its jobs' attempts ended, and whether a job of it waits or runs.
+
+
+def explain(run: Path, attempts: list[Attempt]) -> None:
+    """Give attempts that ended without a word, or by a signal,
+    the reason that their job's script recorded."""
+    ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
+            for r in read_events(run / JOBS / ATTEMPTS) if r["event"] == "end"]
+    for i, attempt in enumerate(attempts):
+        began_s = number(attempt.start.get("time_s"))
+        after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
+        for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
+            if attempt.outcome == UNFINISHED:
+                attempt.outcome = f"{outcome}: {reason}"
+            elif attempt.outcome.startswith("stopped: "):
+                attempt.outcome += f" ({reason})"
+
+
+def why_not_begun(run: Path) -> str:
+    """Return how the last job of a run ended that never came to training, as its log says;
+    empty where it has none."""
+    jobs = submitted_jobs(run / JOBS)
+    words = last_words(run / JOBS, jobs[-1]) if jobs else ""
+    return f"job {jobs[-1]}: {words}" if words else ""
+
+
+def living_job(run: Path) -> str:
+    """Return which job of a run waits or runs, in words; empty where there is none,
+    or Slurm does not answer."""
+    try:
+        states = client.states(submitted_jobs(run / JOBS))
+    except UserError:
+        return ""
+    return next((f"job {job} is {state.lower()}" for job, state in states.items()), "")
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run's processes."""
+
+    began_s: float
+    from_step: int
+    to_step: int | None
+    num_ranks: int
+    outcome: str
+
+
+@dataclass
+class RunState:
+    """A run as it is now."""
+
+    path: Path
+    stage: str = ""
+    """pretrain, extend or sft."""
+    recipe: str = ""
+    phase: str = ""
+    state: str = "not started"
+    """running, silent, waiting, complete, stopped, gate failed, ended, not started."""
+    why: str = ""
+    """Why it is in that state, for people."""
+    step: int = 0
+    num_steps: int = 0
+    tokens: int = 0
+    loss: float = math.nan
+    tokens_per_s: float = math.nan
+    """Median over the present attempt's last steps."""
+    eta_s: float = math.nan
+    """Seconds to the last step, at the speed of the last steps with all that came between them;
+    NaN unless it runs."""
+    checkpoint: str = ""
+    """The newest one, from the run's folder."""
+    checkpoint_step: int = 0
+    checkpoint_age_s: float = math.nan
+    last_event_age_s: float = math.nan
+    starts: list[Start] = field(default_factory=list)
+    warnings: int = 0
+    incidents: dict[str, int] = field(default_factory=dict)
+    """Kind of incident -> how many there were in the whole life of the run,
+    but for those of `TOLD_ELSEWHERE`."""
+    wall_time: WallTime | None = None
+
+    @property
+    def restarts(self) -> int:
+        """Starts after the first one."""
+        return max(0, len(self.starts) - 1)
+
+
+def find_runs(path: Path) -> list[Path]:
+    """Return the run folders that a path means: itself with the stages of an extension, or earlier rounds,
+    or those in a folder of runs.
+
+    Raises:
+        UserError: there is none.
+    """
+    if _is_run(path):
+        before = [*(path / STAGES).glob("*"), *(path / ROUNDS).glob("*/run")]
+        found = [*sorted(p for p in before if _is_run(p)), path]
+    else:
+        found = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
+                        for file in path.glob("/".join(["*"] * depth + [name]))
+                        if _is_run(p := file.parents[name.count("/")])})
+    if not found:
+        refuse_other_kind(path, (RUN,), "a run")
+        raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; "
+                        "pass the folder of a training command's --run, or one that holds such folders")
+    return found
+
+
+def _is_run(path: Path) -> bool:
+    """Return whether a folder holds a run's events, or settings or jobs of one that has no events yet."""
+    if (path / EVENTS).is_file() or (path / SUBMITTED).is_file():
+        return True
+    try:
+        return "recipe" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_state(path: Path, now_s: float | None = None) -> RunState:
+    """Read a run folder.
+
+    Args:
+        path: the folder.
+        now_s: Unix time; the current one by default.
+
+    Raises:
+        UserError: its settings are damaged.
+    """
+    now_s = time.time() if now_s is None else now_s
+    state = RunState(path)
+    config = RunFolder(path).config()
+    if config is not None:
+        state.recipe, state.num_steps = config.recipe, config.num_steps()
+        state.stage = ("extend" if _extends(path, config)
+                       else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
+    attempts, keeper = Attempts(), Timekeeper()
+    recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
+    last_s = math.nan
+    for event in read_events(path / EVENTS):
+        attempts.add(event)
+        keeper.add(event)
+        last_s = number(event.get("time_s"))
+        if event["event"] == "run_start":
+            recent.clear()
+            state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
+                                             event.get("num_steps") or state.num_steps)
+            state.step = int(event.get("resumed_from") or 0)
+        elif event["event"] == "step":
+            recent.append((int(event["step"]), last_s, number(event.get("tokens_per_s")),
+                           number(event.get("step_time_s"))))
+            state.step, state.loss = int(event["step"]), number(event.get("loss"))
+            state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
+        elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
+            state.stage = "extend"
+        state.warnings += event["event"] == "warning"
+        if is_incident(event) and event["event"] not in TOLD_ELSEWHERE:
+            state.incidents[event["event"]] = state.incidents.get(event["event"], 0) + 1
+    state.last_event_age_s = now_s - last_s
+    explain(path, attempts.all)
+    _judge(state, attempts.all, recent, now_s)
+    state.starts = [_start(a) for a in attempts.all]
+    alive = state.state in ("running", "silent", "waiting")
+    state.wall_time = keeper.account(now_s if alive else None, waits=state.state == "waiting")
+    if alive and state.state != "waiting":
+        state.tokens_per_s, state.eta_s = _speed(state, recent, now_s)
+    _find_checkpoint(state, now_s)
+    return state
+
+
+def _extends(path: Path, config: RunConfig) -> bool:
+    """Return whether a run's settings, or its place, are those of an extension."""
+    return (path.parent.name == STAGES or (path / STAGES).is_dir() or bool(config.extend.stages)
+            or bool(config.extend.gate.every_steps) or any(p.name == PHASE for p in config.data.phases))
+
+
+def _start(attempt: Attempt) -> Start:
+    start = attempt.start
+    return Start(number(start.get("time_s")), int(start.get("resumed_from") or 0), attempt.last_step,
+                 int(start.get("num_ranks") or 0), attempt.outcome)
+
+
+def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],
+           now_s: float) -> None:
+    """Say whether the run lives, and if not, why."""
+    folder, holder = RunFolder(state.path), living_holder(state.path)
+    outcome = attempts[-1].outcome if attempts else ""
+    if holder is not None:
+        step_times_s = [row[3] for row in recent if math.isfinite(row[3])]
+        patience_s = max(SILENT_AFTER_S,
+                         SILENT_AFTER_STEPS * statistics.median(step_times_s) if step_times_s else 0.0)
+        silent = state.last_event_age_s > patience_s
+        state.state = "silent" if silent else "running"
+        state.why = f"process {holder['pid']} on {holder['host']}" + (" lives, and writes nothing"
+                                                                      if silent else "")
+        if not attempts or (outcome != UNFINISHED and outcome != COMPLETE):
+            state.why += ", starting"
+    elif (folder.path / COMPLETION).is_file():
+        state.state, state.why = "complete", f"at step {(folder.completion() or {}).get('step')}"
+    elif (failure := folder.failure()) is not None:
+        state.state, state.why = "gate failed", failure.partition("\n")[0]
+    elif folder.held() is not None:
+        state.state, state.why = "waiting", "its last checkpoint is not judged yet"
+    elif job := living_job(folder.path):
+        state.state, state.why = "waiting", job
+    elif outcome.startswith("stopped: "):
+        state.state, state.why = "stopped", f"{outcome.removeprefix('stopped: ')}, everything is saved"
+    elif attempts:
+        state.state, state.why = ("ended",
+                                  "killed, or its machine went down" if outcome == UNFINISHED else outcome)
+    else:
+        state.why = why_not_begun(folder.path)
+
+
+def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
+           now_s: float) -> tuple[float, float]:
+    """Return tokens a second and the seconds to the last step; NaN without enough steps."""
+    speeds = [row[2] for row in recent if math.isfinite(row[2])]
+    tokens_per_s = statistics.median(speeds) if speeds else math.nan
+    if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
+        return tokens_per_s, math.nan
+    wall_s = (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
+    return tokens_per_s, max(0.0, (state.num_steps - state.step) * wall_s - (now_s - recent[-1][1]))
+
+
+def _find_checkpoint(state: RunState, now_s: float) -> None:
+    newest = latest(state.path / CHECKPOINTS_OF_A_RUN)
+    if newest is not None:
+        state.checkpoint, state.checkpoint_step = f"{CHECKPOINTS_OF_A_RUN}/{newest.name}", step_of(newest)
+        state.checkpoint_age_s = now_s - newest.stat().st_mtime

@@ -1,0 +1,1 @@
+"""Commands of reinforcement learning, of tools, of probing and fusing."""

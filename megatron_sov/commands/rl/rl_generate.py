@@ -1,0 +1,288 @@
+"""`megatron-sov rl generate RECIPE --prompts FILE --store DIR --from START --run RUN`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
+from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.errors import ExitCode, UserError, list_problems
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.settings import (
+    Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
+from megatron_sov.base.warning import warn
+from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
+from megatron_sov.engine.data.vocabulary import tokenizer_digest
+from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
+from megatron_sov.infer.request import Batching, BatchSize
+from megatron_sov.judge.rollouts.prompts import (
+    Prompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
+from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
+from megatron_sov.judge.tools.registry import BUILT_IN, make, order
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.recipes.requested import RecipeOptions, requested
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import ROLLOUT, RunFolder
+from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.work.progress.claims import Claims
+
+if TYPE_CHECKING:
+    from megatron_sov.infer.engines.target import Target
+    from megatron_sov.post.rl.generate import Writer
+
+OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
+"""Limit of an episode -> the setting of `rollout` that it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingOptions:
+    """How prompts are asked."""
+
+    plain: Annotated[bool, not_with("environment")] = False
+    """Continue each prompt as it is, without the chat template."""
+    environment: Annotated[str | None, Flag(
+        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
+                          "FILE.py:NAME")] = None
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    """A setting of the environment; may be repeated."""
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    """A limit of an episode, e.g. max_turns=7; may be repeated."""
+    batch_size: BatchSize = Batching.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
+    """Which rounds are written, and from where their policies come."""
+
+    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
+    """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
+    store: Annotated[Path, Flag(value="DIR", writes=True)]
+    """The rollout store, which is made where there is none."""
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
+    """The policy of the first round: what `rl train` starts from."""
+    run: Annotated[Path, Flag(value="DIR")]
+    """The run of `rl train`, whose checkpoints are the later policies; it need not be there yet."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Rounds to write (default: all of rollout.rounds)."""
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for a policy, or for pieces that other jobs have claimed (default: not at all, but
+    until it is known that these jobs live; the command then ends with 75)."""
+
+
+add_arguments = partial(add_options, cls=RlGenerateOptions)
+
+
+def rounds_of(given: str | None, last: int) -> range:
+    """Return the rounds that --rounds means; without it those up to the last.
+
+    Raises:
+        UserError: it has another form.
+    """
+    if given is not None:
+        return rounds_between(given)
+    if not last:
+        raise UserError("rollout.rounds = 0: there are no rounds; set it, or name some with --rounds")
+    return range(1, last + 1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write what is missing, and say what was written.
+
+    Raises:
+        UserError: the settings, prompts or start cannot be used, or the store is another one's.
+    """
+    options = read_options(RlGenerateOptions, args)
+    config = _config(options)
+    rollout = config.rollout
+    rounds = rounds_of(options.rounds, rollout.rounds)
+    if 0 < rollout.rounds < rounds[-1]:
+        raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
+                        "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
+    prompts = _prompts(options)
+    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
+    environment = environment_of(options, config)
+    refuse_missing(options.start_from, "--from ")
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.engines.target import find_target
+
+    start = find_target(options.start_from)
+    if not (start.path / MANIFEST).is_file():
+        raise UserError(f"--from {options.start_from}: has no {MANIFEST}, by whose hash its responses would "
+                        "be known; make a checkpoint of it with `megatron-sov convert from-hf`")
+    refuse_no_tokenizer(options.start_from, start.tokenizer_folder)
+    engine = _engine(options, start, rollout, environment)
+    summary = _write(options, config, rounds, prompts, start, engine, environment)
+    return ExitCode.OK if summary is None else _tell(options, rounds, summary)
+
+
+def _config(args: RlGenerateOptions) -> RunConfig:
+    config = requested(args).config()
+    problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
+    if problems:
+        raise UserError(list_problems("rl generate", problems))
+    return config
+
+
+def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
+    """Return a sentence for each setting by which the trainer, where it has begun, would not take what is
+    written, or counts its rounds otherwise."""
+    trained = RunFolder(run).config()
+    if trained is None:
+        return []
+    return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
+            f"{getattr(trained.rollout, name)}; give the same" for name in ROLLOUT
+            if getattr(rollout, name) != getattr(trained.rollout, name)]
+
+
+def _prompts(args: RlGenerateOptions) -> list[Prompt]:
+    prompts = read_prompts(args.prompts)
+    if args.environment is None:
+        refuse_unaskable(args.prompts, prompts)
+    return prompts
+
+
+@dataclass(frozen=True)
+class AskedEnvironment:
+    """The environment that prompts are played in."""
+
+    order: Order
+    version: str
+    """Of its code and settings."""
+    limits: EpisodeLimits
+
+
+def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment | None:
+    """Return the environment; None: there is none.
+
+    Raises:
+        UserError: the arguments contradict the settings.
+    """
+    if args.environment is None:
+        return None
+    if config.policy.router_replay:
+        raise UserError(f"--environment {args.environment}: the experts of episodes' tokens are not kept, "
+                        "and policy.router_replay = True replays them; set it to false")
+    if config.rollout.budget_text:
+        raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
+                        f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
+                        "out")
+    for given in args.limit:
+        name = given.partition("=")[0]
+        if name in OF_ROLLOUT:
+            raise UserError(f"--limit {given}: is rollout.{OF_ROLLOUT[name]}; set it there")
+    most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
+    own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
+    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
+    asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
+    _, version = make(asked)
+    return AskedEnvironment(asked, version, limits)
+
+
+def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
+            environment: AskedEnvironment | None) -> str:
+    name = args.engine or engine_for(start)
+    check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
+    refuse_too_long(rollout, environment, start)
+    if rollout.deadline_s and name != MEGATRON and environment is None:
+        raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
+                        f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
+    return name
+
+
+def refuse_too_long(rollout: RolloutConfig, environment: AskedEnvironment | None, start: Target) -> None:
+    """Refuse responses, or turns, that reach beyond the end of the model.
+
+    Raises:
+        UserError: they may.
+    """
+    turn = "" if environment is None else " and a turn's max_turn_tokens"
+    check_length(start, _longest(rollout, environment), f"rollout.max_prompt_tokens = "
+                 f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
+                 "lower them")
+
+
+def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
+    # of a turn an engine is asked for the whole length that one may have, whatever is left of the episode
+    more = 0 if environment is None else environment.limits.max_turn_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + more
+
+
+def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[Prompt],
+           start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
+    """Load the policy and write; None on other processes than the first."""
+    from megatron_sov.engine.mcore.parallel.world import on_first
+    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.post.rl.generate import Desk, Missing, Take, run_policies, write_rounds
+    from megatron_sov.post.rl.responses import key_digest
+
+    folder, rollout = start.tokenizer_folder, config.rollout
+    writer = writer_of(args, config, prompts, start, engine_name, environment)
+    policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    held = Policy(start.path, 0, manifest_sha256(start.path))
+
+    def work(engine: Engine, take: Take) -> dict[str, Any]:
+        create = partial(Store.create, args.store, tokenizer_digest(folder), start.vocab_size)
+        on_first(lambda: create() and None)  # made by one, before all open it
+        store = create()
+        missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
+                          lambda number: key_digest(rollout, number, writer.chosen_by))
+        told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
+        return write_rounds(engine, take, held, writer, Desk(missing, store, args.wait, told))
+
+    found: dict[str, Any] | None = run_policies(
+        engine_name, start, work, longest=_longest(rollout, environment),
+        batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
+        option=ENGINE_SET, with_routes=config.policy.router_replay)
+    return found
+
+
+def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], start: Target,
+              engine_name: str, environment: AskedEnvironment | None) -> Writer:
+    """Return what makes rows: plain responses, or episodes.
+
+    Raises:
+        UserError: a prompt is too long, or the model has no chat template.
+    """
+    from megatron_sov.base.chat.turns import TurnEncoder
+    from megatron_sov.infer.asking import Asker
+    from megatron_sov.judge.tools.playing import Table
+    from megatron_sov.post.rl.responses import Episodes, Responses
+
+    folder, rollout = start.tokenizer_folder, config.rollout
+    chat = read_chat_encoder(folder)
+    if not args.plain and chat is None:
+        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
+                        "first, or continue the prompts as they are with --plain")
+    asker = Asker(start, not args.plain)
+    chosen_by: dict[str, Any] = {
+        "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
+    if environment is None:
+        responses = Responses(asker, rollout, engine_name, args.plain, chosen_by,
+                              with_routes=config.policy.router_replay)
+        responses.refuse_unfit(prompts)
+        return responses
+    limits = environment.limits
+    assert chat is not None, "options refuse --plain"
+    table = Table(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
+    chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
+    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
+
+
+def _tell(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
+    print(f"{args.store}: {summary['parts']:,} parts with {summary['responses']:,} responses of "
+          f"{summary['tokens']:,} tokens were written by this job"
+          + (f", {summary['unfinished']:,} of them unfinished" if summary["unfinished"] else ""))
+    if summary["waits_for"]:
+        warn(f"{summary['waits_for']}; give the same command again, or more patience with --wait")
+        return ExitCode.STOPPED
+    print(f"rounds {rounds[0]} to {rounds[-1]} are written")
+    return ExitCode.OK

@@ -1,0 +1,152 @@
+"""`megatron-sov ssp probe`: pass@k of many checkpoints in many domains; each checkpoint is asked once.
+
+A checkpoint is asked by one `eval passk` over all domains' problems, so its weights are loaded once, and a
+user can give these commands one by one, on other machines too: --dry-run prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from megatron_sov.base.artifacts import damaged_files, disk_errors, read_manifest
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents.rows import check_rows
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, at_most, parse_nested, read_options
+from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
+from megatron_sov.commands.option_words import words_of
+from megatron_sov.infer.request import RankOptions
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.launch_environment import under_launcher
+from megatron_sov.runs.rounds import enter_rounds
+from megatron_sov.work.processes.commands import run_command
+from megatron_sov.work.progress.work_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.post.ssp.probing import Candidate
+
+PROBING_SETS = "probing_sets"
+"""Kind of the artifact that `sov-data probing-sets` writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SspProbeOptions(JudgedSamplingOptions, RankOptions):
+    """pass@k of a run's checkpoints in each domain, and the best one of each."""
+
+    checkpoints: Annotated[tuple[Path, ...], Flag("RUN|CHECKPOINT")]
+    """Checkpoints or Hugging Face folders; of a run all complete checkpoints."""
+    problem_sets: Annotated[tuple[str, ...], Flag("--problems", "DOMAIN=FILE.jsonl|DIR", many=True)]
+    """Problems of each domain: a JSON object per line, with `prompt` and what the reward needs; or sets of
+    `sov-data probing-sets`."""
+    k: Annotated[AtLeastOne, Flag(value="K"), at_most("samples")]
+    """The best checkpoint of a domain is that of the greatest pass@K."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """The probe's folder; the same command goes on in it, and adds checkpoints to it."""
+    run: Annotated[Path | None, Flag(value="DIR")] = None
+    """Also add the table to this run's events, for its report."""
+    dry_run: bool = False
+    """Print the command for each checkpoint that is not probed yet, and start none."""
+
+
+add_arguments = partial(add_options, cls=SspProbeOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Probe what is not probed yet and write the table; returns 0, or the exit code of a command that did not
+    end well.
+
+    Raises:
+        UserError: a mistake in the arguments, or the folder holds a probe that was asked for otherwise.
+    """
+    args = read_options(SspProbeOptions, typed)
+    events, domains = RunEvents(args.run), _checked(args)
+    from megatron_sov.post.ssp import probing
+
+    candidates = probing.candidates_of(args.checkpoints)
+    enter_rounds(args.output, args.output / probing.ASKED, _asked(args, domains), "--output", "answers",
+                 {args.output / probing.PROBLEMS})
+    known = probing.known_candidates(args.output, candidates)
+    with disk_errors(args.output):
+        problems = probing.write_problems(args.output, domains)
+    missing = [c for c in known if not c.is_done(args.output)]
+    commands = [_words(args, candidate, problems) for candidate in missing]
+    if args.dry_run:
+        for words in commands:
+            print(shlex.join(["megatron-sov", *words]))
+        return ExitCode.OK
+    if commands and under_launcher():
+        raise UserError("ssp probe: starts a process of its own for each checkpoint; under torchrun or Slurm "
+                        "give the commands that --dry-run prints, then this one alone")
+    for number, (candidate, words) in enumerate(zip(missing, commands, strict=True), 1):
+        print(f"checkpoint {number} of {len(missing)}: {candidate.name}", file=sys.stderr, flush=True)
+        if (code := run_command(["megatron_sov", *words], "the same command goes on")) != ExitCode.OK:
+            return code
+    with work_bar("estimate", len(known), "checkpoint") as bar:
+        content = probing.write_table(args.output, known, args.k, args.right_from)
+        bar.update(len(known))
+    events.add("ssp_probe", step=events.last_step(), output=str(args.output), reward=args.reward,
+               samples=args.samples, **content)
+    print(probing.table(content))
+    return ExitCode.OK
+
+
+def _checked(args: SspProbeOptions) -> dict[str, Path]:
+    """Return domain -> its problems, after everything that can be checked before the first command."""
+    domains: dict[str, Path] = {}
+    for given in args.problem_sets:
+        domain, equals, name = given.partition("=")
+        if not equals and Path(given).is_dir():
+            found = _frozen(Path(given))
+        elif domain and equals and name:
+            found = {domain: Path(name)}
+        else:
+            raise UserError(f"--problems {given}: must be DOMAIN=FILE.jsonl, e.g. algebra=algebra.jsonl, or "
+                            "a folder of `sov-data probing-sets`")
+        for name in found:
+            if name in domains:
+                raise UserError(f"--problems {given}: domain {name} has {domains[name]} already; put its "
+                                "problems into one file")
+        domains |= found
+    make(order(args.reward, parse_nested(args.reward_set, "--reward-set")))
+    for path in args.checkpoints:
+        refuse_missing(path)
+    for file in domains.values():
+        check_rows(file, "--problems", PROMPT)
+    return domains
+
+
+def _frozen(folder: Path) -> dict[str, Path]:
+    """Return domain -> problems of sets that are as they were frozen."""
+    content = read_manifest(folder, PROBING_SETS).content
+    if damage := damaged_files(folder):
+        raise UserError(f"--problems {folder}: {damage[0]}; these are not the problems that were frozen")
+    return {str(domain): folder / f"{domain}.jsonl" for domain in content.get("domains", {})}
+
+
+def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
+    """Return what is the same for every checkpoint, or their figures could not be compared."""
+    version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
+    return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
+            "reward_version": version,
+            **{name: getattr(args, name) for name in (
+                "reward", "reward_set", "right_from", "samples", "stop", "chat")},
+            **{name: getattr(args.sampling, name) for name in (
+                "temperature", "top_k", "top_p", "seed", "max_new_tokens")}}
+
+
+def _words(args: SspProbeOptions, candidate: Candidate, problems: Path) -> list[str]:
+    """Return the command that has a checkpoint answer and the answers judged."""
+    folder = candidate.folder(args.output)
+    same = {field.name: getattr(args, field.name) for cls in (JudgedSamplingOptions, RankOptions)
+            for field in fields(cls)}
+    return ["eval", "passk", *words_of(EvalPasskOptions(
+        **same, target=candidate.path, input=problems, k=tuple(sorted({1, args.k})), output=folder,
+        overwrite=folder.exists()))]  # what is there is of files that have changed since

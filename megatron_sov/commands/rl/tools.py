@@ -1,0 +1,212 @@
+"""`megatron-sov tools list | play ENV | run ENV TARGET`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from megatron_sov.base.artifacts import new_artifact, refuse_existing, write_output
+from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.settings import (
+    NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
+from megatron_sov.infer.asking import EngineOptions
+from megatron_sov.infer.engine import ENGINE_SET
+from megatron_sov.infer.request import WholeSampling
+from megatron_sov.judge.tools.environment import Environment, Task
+from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
+from megatron_sov.judge.tools.host import EnvironmentHost, Opening
+from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
+from megatron_sov.judge.tools.playing import Policy, Table, identity_of, play
+from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
+from megatron_sov.judge.tools.transcript import (
+    moves_of_file, moves_of_lines, page_of, play_by_hand, summary_of, transcript_of)
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.work.progress.journal import open_journal
+from megatron_sov.work.progress.work_bar import work_bar
+
+KIND = "episodes"
+"""Of the artifact that `run` writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsListOptions:
+    """List the environments that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentOptions:
+    """Which environment is played, with which tasks, and how far."""
+
+    environment: Annotated[str, Flag("ENV", help=f"{', '.join(BUILT_IN)}, or a class of your own, "
+                                                 "FILE.py:NAME")]
+    tasks: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """A task per line (default: the environment's examples)."""
+    settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
+    """A setting of the environment, e.g. corpus=laws.jsonl; may be repeated."""
+    limits: Literal["train", "test"] = "test"
+    """Of an episode: those for training or for testing."""
+    changes: Annotated[tuple[str, ...], Flag("--limit", "key=value")] = ()
+    """Another limit, e.g. max_turns=7; may be repeated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsPlayOptions(EnvironmentOptions):
+    """Play an environment by hand, or from a file of calls."""
+
+    task: int = 1
+    """Which of the tasks (default: 1)."""
+    calls: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """Lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks."""
+    page: Annotated[Path | None, Flag(value="FILE.html", writes=True)] = None
+    """Also write the transcript as a page."""
+
+
+@dataclass(frozen=True)
+class TurnSampling(WholeSampling):
+    """How each token of a turn is chosen."""
+
+    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # its limit bounds each turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsRunOptions(EnvironmentOptions, EngineOptions, RedoOptions, OverwriteOptions):
+    """Have a model play the tasks of an environment."""
+
+    target: Annotated[Path, Flag("TARGET")]
+    """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder to write: episodes.jsonl, transcripts.html and a manifest."""
+    parallel: AtLeastOne = 8
+    """Episodes at a time."""
+    sampling: TurnSampling = field(default_factory=TurnSampling)
+
+
+def _list(args: ToolsListOptions) -> int:
+    lines = [(name, text) for name, (_, _, text) in BUILT_IN.items()] + OWN.listing()
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _asked(args: EnvironmentOptions) -> tuple[Order, Environment, str, EpisodeLimits, list[Task]]:
+    """Return what both actions begin with: the environment, its version, the limits and the tasks."""
+    asked = order(args.environment, parse_nested(args.settings))
+    environment, version = make(asked)
+    return (asked, environment, version, change(LIMITS[args.limits], args.changes, "--limit"),
+            tasks_of(environment, args.environment, args.tasks))
+
+
+def _play(args: ToolsPlayOptions) -> int:
+    asked, _, _, limits, tasks = _asked(args)
+    if not 1 <= args.task <= len(tasks):
+        raise UserError(f"--task {args.task}: there are {len(tasks)} tasks; name one from 1 to {len(tasks)}")
+    check_output("--page", args.page)
+    task = tasks[args.task - 1]
+
+    def show(text: str) -> None:
+        print("\n".join(visible(line) for line in text.split("\n")), flush=True)
+
+    with EnvironmentHost(asked, limits) as host:
+        opening = host.reset(task)
+        seen = opening.observation
+        for said in filter(None, (seen.system, seen.user)):
+            show(said + "\n")
+        _show_tools(opening, show)
+        moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if args.calls is None
+                 else moves_of_file(args.calls))
+        found = play_by_hand(host, opening, moves, limits, show)
+    result = found.result
+    reward = result.status if result.reward is None else f"{result.reward:g}"
+    show(f"{found.end}: reward {reward} {json.dumps(dict(result.components), ensure_ascii=False)}"
+         + (f" ({result.reason})" if result.reason else ""))
+    if args.page is not None:
+        write_output(args.page, page_of(args.environment, [found], limits, {}))
+    return 0
+
+
+def _show_tools(opening: Opening, show: Any) -> None:
+    for tool in opening.tools:
+        function = tool["function"]
+        needed = function["parameters"].get("required", [])
+        names = ", ".join(name if name in needed else f"[{name}]"
+                          for name in function["parameters"].get("properties", {}))
+        show(f"  {function['name']}({names}): {function['description']}")
+
+
+def _run(args: ToolsRunOptions) -> int:
+    asked, _, version, limits, tasks = _asked(args)
+    refuse_missing(args.target)
+    refuse_existing(args.output, KIND, args.overwrite)
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.media.player import Player, Runs
+    from megatron_sov.post.distillation.teacher import weights_digest
+
+    player = Player(args.target, Runs(args.engine, args.engine_set, args.nproc, ENGINE_SET), limits,
+                    "lower them with --limit")
+    target, encoder = player.target, player.encoder
+    settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
+    settings["engine"] = player.engine
+    model: dict[str, object] = {"path": str(target.path), "step": target.step,
+                                "weights": weights_digest(target), "chat": player.chat}
+    identity = identity_of(digest_of(tasks), version, limits, model, settings)
+    table = Table(asked, encoder, limits, args.parallel)
+
+    def played(policy: Policy) -> dict[str, Any]:
+        with (open_journal(args.output, "megatron-sov tools run", identity, redo=args.redo) as journal,
+              work_bar("play", len(tasks), "episode") as bar):
+            episodes = play(tasks, policy, table, lines_in(journal), bar.update)
+            return _publish(args, episodes, encoder, limits, identity)
+
+    summary = player.run(args.sampling, args.parallel, played)
+    if summary is not None:
+        _tell(args.output, args.environment, summary, limits)
+    return 0
+
+
+def _publish(args: ToolsRunOptions, episodes: list[Episode], encoder: TurnEncoder, limits: EpisodeLimits,
+             identity: dict[str, object]) -> dict[str, Any]:
+    """Write the episodes as an artifact; returns what is counted over them."""
+    rows = [row_of(episode, encoder) for episode in episodes]
+    summary = summary_of(rows)
+    figures = {name: json.dumps(value) if isinstance(value, dict) else str(value)
+               for name, value in summary.items()}
+    page = page_of(args.environment, [transcript_of(e) for e in episodes], limits, figures)
+    with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (artifact.path / "episodes.jsonl").write_text("".join(lines), encoding="utf-8")
+        (artifact.path / "transcripts.html").write_text(page, encoding="utf-8")
+        artifact.content = summary | {"limits": asdict(limits)}
+        artifact.settings = identity | {"environment_name": args.environment, "settings": list(args.settings)}
+    return summary
+
+
+def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimits) -> None:
+    mean = summary["mean_reward"]
+    counts = ", ".join(f"{count:,} {end}" for end, count in sorted(summary["ends"].items()))
+    faults = ", ".join(f"{count:,} {fault}" for fault, count in sorted(summary["faults"].items()))
+    print(f"{output}: {name}: {summary['num_episodes']:,} episodes ({counts}), "
+          + (f"mean reward {mean:.4f} of {summary['num_scored']:,}" if mean is not None else "none scored"))
+    print(f"  limits: {', '.join(f'{key} {value:g}' for key, value in asdict(limits).items())}")
+    if faults:
+        print(f"  of {summary['num_calls']:,} calls without result: {faults}")
+    print(f"  of {summary['num_turns']:,} turns {summary['num_turns_that_differ']:,} have other tokens when "
+          "their text is encoded again")
+
+
+ACTIONS: Actions = {"list": (ToolsListOptions, _list), "play": (ToolsPlayOptions, _play),
+                    "run": (ToolsRunOptions, _run)}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -1,0 +1,59 @@
+"""`megatron-sov extend RECIPE --from CHECKPOINT --data DIR[:weight] ... --run DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from functools import partial
+
+from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
+from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of
+from megatron_sov.model.objectives import factory
+from megatron_sov.runs.folder import STAGES
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.guards.fault_injection import parse
+from megatron_sov.train.stages.stage_config import (
+    convert_start, find_start, refuse_many_converters, stage_request)
+
+add_arguments = partial(add_options, cls=TunedOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
+
+    Every stage's settings, data and folder are checked before a Hugging Face folder is converted and
+    the first one starts.
+    """
+    args = read_options(TunedOptions, typed)
+    request = stage_request(args, "lm", lengthens=True)
+    faults = parse(args.inject, num_ranks(args.nproc))
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.extend.stages import planned_stages
+    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.objective import formats_of
+
+    stages = planned_stages(request, args.start_from, args.run, args.nproc,
+                            lambda config: formats_of(factory(config, LanguageModelling)))
+    refuse_unknown_benchmarks(stages[-1].config)
+    for stage in stages:
+        stage.config.check(num_ranks(args.nproc))
+        stage.folder.enter(stage.config, args.resume)
+    start = find_start(args.start_from)
+    refuse_many_converters(start, args.run)
+    if not args.dry_run:
+        start = convert_start(start, args.run)
+    gate = gate_of(args, stages[-1].config, start)
+    from megatron_sov.post.extend.running import run_stages
+
+    try:
+        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
+                   typed.began_s, faults, gate, dry_run=args.dry_run)
+    finally:
+        for folder in () if args.dry_run else (args.run / STAGES, args.run):
+            with contextlib.suppress(OSError):  # not empty: a stage has begun
+                folder.rmdir()
+    return 0

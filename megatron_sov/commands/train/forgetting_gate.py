@@ -1,0 +1,194 @@
+"""`--gate TASKS --tolerance T` of the training commands: what the model could do before, it can still do.
+
+What the stage starts from is evaluated before its first step, and the last checkpoint when its processes have
+ended, each by `megatron-sov eval lm` as a command of its own; under torchrun or Slurm, whose processes cannot
+start others, in these.  Both keep their answers in RUN/gate/cache, so that nothing is asked twice.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError
+from megatron_sov.base.settings import Flag, NotNegative, add_options, read_options
+from megatron_sov.base.warning import warn
+from megatron_sov.bench.score_differences import (
+    FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
+from megatron_sov.commands.evaluate.eval_difference import named_tasks
+from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.model.config import RunConfig, layout_settings
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.folder import GATE
+from megatron_sov.runs.launch_environment import is_first, under_launcher
+from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
+from megatron_sov.work.processes.commands import run_command
+
+if TYPE_CHECKING:
+    from megatron_sov.train.stages.gate import EndVerdict
+
+EVENT = "forgetting_gate"
+DEFAULT_TOLERANCE = 0.03
+OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
+"""Arguments of `eval lm` that the gate gives itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions(StageOptions):
+    """What a stage takes that is held to what its start could do."""
+
+    gate: Annotated[str | None, Flag(value="TASKS")] = None
+    """Forgetting gate: evaluate what the stage starts from and what it makes on these tasks of `megatron-sov
+    eval lm`; exit code 3 where it has got worse for sure."""
+    tolerance: Annotated[NotNegative | None, Flag(value="T")] = None
+    """--gate: how much worse each task's first figure may be, in its own unit (default 0.03: 3 of 100 for a
+    share of right answers)."""
+    gate_with: Annotated[str | None, Flag(value="ARGUMENTS")] = None
+    """--gate: further arguments of `eval lm`, in one word, e.g. --gate-with='--task-dir tasks
+    --limit 500'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedOptions(TunedStageOptions, GateOptions):
+    """What commands take that go on from a model, and may be held to what it could do."""
+
+
+def refuse_gate(args: GateOptions, where: str) -> None:
+    """Raise `UserError` where a gate is asked for and there is none.
+
+    Args:
+        args: what was typed.
+        where: why, e.g. "--rounds 3".
+    """
+    if args.gate is not None:
+        raise UserError(f"--gate {args.gate}: {where} has no gate; evaluate with `megatron-sov eval lm`, and "
+                        "compare with `megatron-sov eval difference`")
+
+
+def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> ForgettingGate | None:
+    """Return the gate that the arguments ask for, or None.
+
+    Args:
+        args: what was typed.
+        config: the stage's settings, whose layout evaluates both models.
+        start: the checkpoint that it starts from, or, in a dry run, its Hugging Face folder.
+
+    Raises:
+        UserError: a mistake in them.
+    """
+    if args.gate is None:
+        for option, value in (("--tolerance", args.tolerance), ("--gate-with", args.gate_with)):
+            if value is not None:
+                raise UserError(f"{option} {value}: is for --gate TASKS; add it, or leave this out")
+        return None
+    tasks = named_tasks(args.gate)
+    if not tasks:
+        raise UserError(f"--gate {args.gate!r}: names no task; name some, separated by commas")
+    if start is None:
+        raise UserError(f"--gate {args.gate}: compares with what the stage starts from; name it by --from")
+    try:
+        more = shlex.split(args.gate_with or "")
+    except ValueError as e:
+        raise UserError(f"--gate-with {args.gate_with}: is not a command line ({e}); close every "
+                        "quote") from None
+    if own := [word for word in more if word.partition("=")[0] in OWN]:
+        raise UserError(f"--gate-with {args.gate_with}: {own[0]} is the gate's own; leave it out")
+    tolerance = DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
+    layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
+    ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
+    gate = ForgettingGate(args.run, start, tuple(tasks), tolerance, (*layout, *ranks, *more))
+    gate.refuse_wrong_arguments()
+    return gate
+
+
+@dataclass(frozen=True)
+class ForgettingGate:
+    """A `train.gate.EndGate` that compares the last checkpoint with what the stage started from."""
+
+    run: Path
+    """The run's folder."""
+    start: Path
+    """The checkpoint that it starts from."""
+    tasks: tuple[str, ...]
+    """What is evaluated; a group stands for its tasks."""
+    tolerance: float
+    """How much worse a task's first figure may be."""
+    words: tuple[str, ...]
+    """Further arguments of `eval lm`."""
+    name: str = EVENT
+    """Of the event, and of the verdict in the completion manifest."""
+
+    def refuse_wrong_arguments(self) -> None:
+        """Raise `UserError` where `eval lm` would not take them."""
+        words = self._words(self.start, "start")
+        try:
+            found = _eval_options(words)
+        except UserError as e:
+            raise UserError(f"--gate-with: {e}") from None
+        # an option may be shortened, and of two the last one counts
+        own = [words[words.index(option) + 1] for option in ("--tasks", "--output", "--cache")]
+        kept = found.settings
+        if [found.tasks, str(kept.output), str(kept.cache)] != own or kept.run is not None:
+            raise UserError("--gate-with: --tasks, --output, --cache and --run are the gate's own; leave "
+                            "them out")
+
+    def begin(self) -> None:
+        """Evaluate what the stage starts from."""
+        self._evaluate(self.start, "start", [])
+
+    def judge(self, checkpoint: Path) -> EndVerdict | None:
+        """Evaluate the last checkpoint, and compare; None on other processes than the first."""
+        self._evaluate(checkpoint, "last", ["--run", str(self.run)])
+        if not is_first():
+            return None
+        from megatron_sov.train.stages.gate import EndVerdict
+
+        first, last = (read_scored(self._output(when)) for when in ("start", "last"))
+        found = judge(first, last, self.tolerance)
+        RunEvents(self.run).add(self.name, step=last.results.model.step, start=str(self.start),
+                                **found.fields())
+        self._tell(found)
+        lost = found.lines(FORGOTTEN, NOT_KNOWN)
+        failure = "\n".join([f"the forgetting gate has not passed: {len(lost)} of {len(found.tasks)} tasks; "
+                             "change the data (rehearsal of what is lost) or the learning rate in a new "
+                             "--run, or allow more by --tolerance and --resume",
+                             *(f"  {line}" for line in lost)])
+        return EndVerdict(None if found.passed else failure, {self.name: found.fields()})
+
+    def _tell(self, found: Forgetting) -> None:
+        for line in found.lines():
+            print(f"forgetting gate: {line}", flush=True)
+        if found.passed and (open_ones := found.lines(NOT_PROVEN)):
+            warn(f"{self.run}: the forgetting gate passes, and {len(open_ones)} of {len(found.tasks)} tasks "
+                 "have too few items to prove that no more than the tolerance is lost; give them more")
+
+    def _output(self, when: str) -> Path:
+        return self.run / GATE / f"{when}.json"
+
+    def _words(self, target: Path, when: str) -> list[str]:
+        return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._output(when)), "--cache",
+                str(self.run / GATE / "cache"), *self.words]
+
+    def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
+        words = [*self._words(target, when), *more]
+        if under_launcher():
+            code = run_lm(_eval_options(words))
+        else:
+            print(f"forgetting gate: evaluates {target}", file=sys.stderr, flush=True)
+            code = run_command(["megatron_sov", "eval", "lm", *words], "continue with --resume")
+        if code == ExitCode.STOPPED:
+            raise StopRequested(f"{self.run}: the forgetting gate was stopped, and its answers are saved; "
+                                "continue with --resume")
+        if code != ExitCode.OK:
+            raise SystemExit(code)  # it has said why
+
+
+def _eval_options(words: list[str]) -> EvalLmOptions:
+    """Return what words ask of `eval lm`."""
+    parser = Parser(prog="megatron-sov eval lm")
+    add_options(parser, EvalLmOptions)
+    return read_options(EvalLmOptions, parser.parse_args(words))

@@ -1,0 +1,169 @@
+"""From samples to rows of numbers: tokens, labels, document bounds, loss weights, types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.engine.data.media_shards import media_of
+from megatron_sov.engine.data.order import Sample
+from megatron_sov.engine.data.packing import Segment, best_fit, concatenate, cut
+from megatron_sov.engine.data.token_shards import Documents
+from megatron_sov.omni.media.placed import Media, joined
+
+
+class Origin(NamedTuple):
+    """Where the tokens of a segment of a row come from."""
+
+    first: int
+    """Index in the row of its first token."""
+    source: int
+    """Index of the source."""
+    segment: Segment
+    """Which tokens of which document."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One or several samples in a row: n tokens."""
+
+    tokens: np.ndarray
+    """[n] int64."""
+    labels: np.ndarray
+    """[n] int64: the token that follows in the same document (0 where there is none)."""
+    weights: np.ndarray
+    """[n] float32: weight of each label in the loss; 0 where there is no label."""
+    positions: np.ndarray
+    """[n] int64 from the start of each segment."""
+    types: np.ndarray
+    """[n] uint8: type of the label (0 text, 1 prompt, 2 response)."""
+    sources: np.ndarray
+    """[n] int64: index of the source."""
+    padding: np.ndarray
+    """[n] bool."""
+    bounds: np.ndarray
+    """[segments + 1] int32: cumulative lengths of the segments (and of padding,
+    which is a segment of its own)."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Column -> [n] float32: number of each label; 0 where there is no label."""
+    origins: tuple[Origin, ...] = ()
+    """Where each segment comes from; padding comes from nowhere."""
+    routes: np.ndarray | None = None
+    """[n, layers, top_k]: where each token went when it was generated (`documents.routes`), marked where
+    that is not known; None: of no token it is."""
+    media: Media | None = None
+    """Pictures and sounds whose features stand over placeholders; None: there are none."""
+
+
+def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0,
+               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> Row:
+    """Return one sample as a row of `seq_len` tokens.
+
+    The last token of a segment has a label if the document goes on behind it.
+
+    Args:
+        sample: what the row holds.
+        documents: those of its source.
+        seq_len: its tokens.
+        pad_id: fills the rest.
+        columns: those that it is to have; 0 where the documents have none of that name.
+        routes: shape of the documents' routes; None: they have none.
+    """
+    numbers = {name: np.zeros(seq_len, np.float32) for name in columns}
+    tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
+    weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
+    positions, places = np.empty(seq_len, np.int64), _places(seq_len)
+    went = None if routes is None else routes.absent(seq_len)
+    bounds = [0]
+    found: list[tuple[int, Media]] = []
+    for document, start, count in sample.segments:
+        first, end = bounds[-1], bounds[-1] + count
+        length = documents.lengths[document]
+        ids = documents.tokens(document, start, count + (start + count < length))
+        labelled = slice(first, first + len(ids) - 1)
+        tokens[first:end], labels[labelled], positions[first:end] = ids[:count], ids[1:], places[:count]
+        if documents.is_plain:
+            weights[labelled] = 1
+        else:
+            weights[labelled] = documents.loss_weights(document, start + 1, len(ids) - 1)
+            types[labelled] = documents.types(document, start + 1, len(ids) - 1)
+        for name in columns:
+            if name in documents.columns:
+                numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
+        if went is not None:  # of the tokens themselves, not of their labels
+            went[first:end] = documents.routes(document, start, count)
+        found.append((first, media_of(documents, document, start, count)))
+        bounds.append(end)
+    filled = bounds[-1]
+    if filled < seq_len:
+        positions[filled:] = places[:seq_len - filled]
+        bounds.append(seq_len)
+    return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
+               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers, routes=went,
+               media=joined(found) or None,
+               origins=tuple(Origin(first, sample.source, segment) for first, segment in zip(
+                   bounds, sample.segments, strict=False)))
+
+
+@lru_cache(maxsize=4)
+def _places(seq_len: int) -> np.ndarray:
+    """Return [seq_len] int64: 0, 1, 2, ..."""
+    return np.arange(seq_len, dtype=np.int64)
+
+
+def join_rows(rows: list[Row]) -> Row:
+    """Return several rows as one."""
+    if len(rows) == 1:
+        return rows[0]
+    starts = np.cumsum([0] + [len(r.tokens) for r in rows[:-1]])
+    bounds = np.concatenate([[0]] + [r.bounds[1:] + s
+                                     for r, s in zip(rows, starts, strict=True)]).astype(np.int32)
+    fields = {name: np.concatenate([getattr(r, name) for r in rows])
+              for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
+    columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
+    origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
+                    for o in r.origins)
+    return Row(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows),
+               media=joined((int(s), r.media) for r, s in zip(rows, starts, strict=True)) or None)
+
+
+def _joined_routes(rows: list[Row]) -> np.ndarray | None:
+    """Return the routes of all rows' tokens, marked where a row has none; None: no row has any."""
+    known = next((row.routes for row in rows if row.routes is not None), None)
+    if known is None:
+        return None
+    mark = np.iinfo(known.dtype).max
+    return np.concatenate([np.full((len(row.tokens), *known.shape[1:]), mark, known.dtype)
+                           if row.routes is None else row.routes for row in rows])
+
+
+def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int, *,
+                    whole: bool = False) -> list[Sample]:
+    """Return samples over the first documents of a split, up to `max_tokens`; every token is in one of them.
+
+    Args:
+        documents: of the split.
+        source: their source's index.
+        seq_len: tokens of a sample.
+        max_tokens: tokens that are read.
+        whole: only a document longer than a sample is cut, as in training on conversations: an answer without
+            its question tells nothing of a model.  Else documents are cut at a sample's end.
+    """
+    first = _first_documents(documents, max_tokens)
+    rows = best_fit(cut(first, seq_len), seq_len) if whole else concatenate(first, seq_len)
+    return [Sample(source, row) for row in rows]
+
+
+def _first_documents(documents: Documents, max_tokens: int) -> Iterator[Segment]:
+    left = max_tokens
+    for document, length in enumerate(documents.lengths):
+        if left <= 0:
+            return
+        count = min(int(length), left)
+        yield Segment(document, 0, count)
+        left -= count

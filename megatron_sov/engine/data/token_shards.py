@@ -1,0 +1,437 @@
+"""Reading token shards: Megatron-Core's `.bin`/`.idx` by numpy memory maps,
+with optional sidecars of the same geometry."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.chat.kinds import KIND
+from megatron_sov.base.documents.routes import ROUTES, RouteShape
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data.lengths import ChainedLengths, Lengths
+from megatron_sov.engine.data.mapped_files import allow_open_files, numbers, read_index
+from megatron_sov.engine.data.media_shards import MediaShard
+from megatron_sov.omni.media.banks import MEDIA, BankShape, read_shapes
+from megatron_sov.omni.media.placed import Media
+from megatron_sov.runs.launch_environment import is_first
+
+OF_ARTIFACT = ("tokenizer_sha256", "vocab_size", "sources")
+OF_SOURCE = ("name", "format", "splits")
+OF_SPLIT = ("num_tokens", "shards")
+TEXTS = ("text", "chat")
+"""Formats that are learned from token by token."""
+NO_COLUMNS = ("loss", "type", ROUTES, MEDIA)
+"""Sidecars that are not columns of one number for each token as a label."""
+COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
+"""Of the columns that are not float32."""
+NO_BANKS: Mapping[str, BankShape] = {}
+CONTENT_VERSION = 2
+"""Layout of a token manifest's content that is read: each split is a list of shards."""
+
+
+# Whether the manifest of a token artifact says what is read of it.
+
+
+def check_described(path: str, content: dict[str, Any]) -> None:
+    """Refuse a manifest that another program, or a slip in an editor, has left without a part.
+
+    Args:
+        path: of the artifact.
+        content: of its manifest.
+
+    Raises:
+        UserError: parts are missing; all of them are named.
+    """
+    try:
+        lacking = list(_lacking(content))
+    except (TypeError, AttributeError, KeyError) as e:
+        lacking = [f"readable sources ({e})"]
+    if lacking:
+        raise UserError(f"{path}: its manifest lacks {', '.join(lacking)}; pack the data again, or restore "
+                        "it from a copy")
+
+
+def _lacking(content: dict[str, Any]) -> Iterator[str]:
+    yield from (name for name in OF_ARTIFACT if name not in content)
+    for i, source in enumerate(content.get("sources", ())):
+        where = f"sources[{i}]"
+        yield from (f"{where}.{name}" for name in OF_SOURCE if name not in source)
+        splits = source.get("splits", {})
+        for split in sorted({"train", *splits} if splits else ()):
+            for name in OF_SPLIT:
+                if name not in splits.get(split, {}):
+                    yield f"{where}.splits.{split}.{name}"
+
+
+# Whether artifacts that are read together hold out the same documents.
+
+
+def warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
+    """Warn of artifacts with documents of one kind that were not split into training and held-out
+    documents by one rule: the same document may be on both sides."""
+    for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
+        rules = {path: content.get("heldout") for path, content in contents.items()
+                 if any(s["format"] == kind for s in content["sources"])}
+        if any(rule != next(iter(rules.values())) for rule in rules.values()) and is_first():
+            warn(f"--data {', '.join(rules)}: documents were held out by different rules, so one may train "
+                 "on what another is judged by; `sov-data mix` joins them, and looks")
+
+
+class Documents(Protocol):
+    """What samples are made of: the token shards of a split, or documents made on the fly."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of each document."""
+        ...
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token weighs 1 and is of type 0, so that neither needs to be read."""
+        ...
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token ids, int64."""
+        ...
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's weight as a target, float32."""
+        ...
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token types, uint8."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that stand beside weights and types."""
+        ...
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's number in one of `columns`, as a target, float32."""
+        ...
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return where each of these tokens went, [count, layers, top_k] (`documents.routes`); asked of
+        sources that have `routes` alone."""
+        ...
+
+
+class TokenShard:
+    """The documents of one source and split; opening it costs the same for any size."""
+
+    def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = (),
+                 routes: RouteShape | None = None, banks: Mapping[str, BankShape] = NO_BANKS) -> None:
+        """Open the files.
+
+        Args:
+            prefix: their path, without `.bin` and so on.
+            vocab_size: what token ids must lie below.
+            columns: those that it has, each a file of that ending.
+            routes: shape of its routes, a file `.routes`; None: it has none.
+            banks: kind -> its bank of pictures or sounds, files of these endings beside `.media`.
+
+        Raises:
+            UserError: a file is damaged, or too many are open.
+        """
+        self.prefix, self._vocab_size = prefix, vocab_size
+        self._opened_by = prefix, vocab_size, columns, routes, banks
+        try:
+            index = read_index(self._file(".idx"))
+            self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
+            self._num_tokens = index.num_tokens
+            self._tokens = self._map(".bin", self.dtype)
+            self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
+            self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
+            self._columns = {name: self._map(f".{name}", COLUMN_DTYPES.get(name, np.dtype(np.float32)))
+                             for name in columns}
+            self.columns, self._route_shape = columns, routes
+            if routes is not None:
+                row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
+                self._routes = self._map(f".{ROUTES}", row)
+            self.banks = banks
+            self._media = MediaShard(prefix, banks, self._num_tokens) if banks else None
+            self.is_plain = self._loss is None and self._type is None
+        except OSError as e:
+            if e.errno == errno.EMFILE:
+                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, "
+                                "and this process may not open more; raise `ulimit -n`, or pack into larger "
+                                "shards (--shard-tokens)") from None
+            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
+        except (IndexError, KeyError, ValueError) as e:
+            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+        return TokenShard, self._opened_by
+
+    def _file(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+    def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
+        return numbers(self._file(suffix), dtype, self._num_tokens)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return `count` token ids of a document from `start`, int64.
+
+        Raises:
+            UserError: one lies outside of the vocabulary. A model whose embedding is split over processes
+                would take it for no token at all, and train on.
+        """
+        found: np.ndarray = self._tokens[self._range(document, start, count)].astype(np.int64)
+        # a negative number is a large one here
+        if count and found.view(np.uint64).max() >= self._vocab_size:
+            wrong = next(int(i) for i in found if not 0 <= i < self._vocab_size)
+            raise UserError(f"{self._file('.bin')}: document {document} has token id {wrong}, and its "
+                            f"tokenizer has {self._vocab_size} ids; `sov-data verify` names what is "
+                            "damaged, pack the data again")
+        return found
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return the loss weight of each of these tokens as a target,
+        float32 (1 where there is no sidecar)."""
+        if self._loss is None:
+            return np.ones(count, np.float32)
+        return self._loss[self._range(document, start, count)]
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return the type of each of these tokens, uint8: 0 text, 1 prompt, 2 response."""
+        if self._type is None:
+            return np.zeros(count, np.uint8)
+        return self._type[self._range(document, start, count)]
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Return the number of each of these tokens in a column, as a target, float32.
+
+        Raises:
+            UserError: one is not finite; a loss that it enters would tell neither the file nor the column.
+        """
+        found = self._columns[name][self._range(document, start, count)].astype(np.float32)
+        if not np.isfinite(found).all():
+            raise UserError(f"{self._file(f'.{name}')}: document {document} has "
+                            f"{found[~np.isfinite(found)][0]} in column {name!r}, must be a finite number; "
+                            "`sov-data verify` names what is damaged, make the column again")
+        return found
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return where each of these tokens went, [count, layers, top_k].
+
+        Raises:
+            UserError: one went where no token can.
+        """
+        found = self._routes[self._range(document, start, count)]
+        assert self._route_shape is not None
+        if problem := self._route_shape.problem(found):
+            raise UserError(f"{self._file('.routes')}: document {document}, from token {start} on, {problem};"
+                            " write the routes again")
+        return found
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """Return the pictures and sounds of these tokens, placed from the first of them.
+
+        Raises:
+            UserError: the bank has no such feature, or a placeholder stands for none.
+        """
+        assert self._media is not None
+        return self._media.placed(document, self._range(document, start, count),
+                                  self.tokens(document, start, count))
+
+    def _range(self, document: int, start: int, count: int) -> slice:
+        first = int(self.pointers[document]) // self.dtype.itemsize + start
+        if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
+            raise UserError(f"{self._file('.idx')}: document {document} has {self.lengths[document]} tokens "
+                            f"from byte {self.pointers[document]}, and the shard ends before; `sov-data "
+                            "verify` names what is damaged, pack the data again")
+        return slice(first, first + count)
+
+
+class ShardChain:
+    """The documents of several shards one after the other; opening it costs the same for
+    shards of any size."""
+
+    def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
+                 columns: tuple[str, ...] = (), routes: RouteShape | None = None,
+                 banks: Mapping[str, BankShape] = NO_BANKS) -> None:
+        allow_open_files()
+        self._opened_by = prefixes, vocab_size, columns, routes, banks
+        self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
+        self.columns, self.banks = columns, banks
+        self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
+        self.is_plain = all(shard.is_plain for shard in self._shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardChain, self._opened_by
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.tokens`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].tokens(index, start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.loss_weights`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].loss_weights(index, start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.types`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].types(index, start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.column`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].column(name, index, start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.routes`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].routes(index, start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        """As `TokenShard.media`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].media(index, start, count)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named source of a token artifact."""
+
+    name: str
+    """Name used in blends, events and the report."""
+    artifact: Path | None
+    """Folder of the token artifact; None for a source made on the fly."""
+    format: str
+    """What its documents are: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", of which
+    documents 2i and 2i + 1 are the chosen and the rejected response to one prompt."""
+    prefixes: dict[str, tuple[str, ...]]
+    """Split ("train", "heldout") -> prefixes of its shards inside the artifact."""
+    num_tokens: dict[str, int]
+    """Split -> tokens."""
+    share: float
+    """Weight that an empty blend gives it; those of the sources of all artifacts sum to 1."""
+    made: Documents | None = None
+    """Training documents made on the fly, in the place of the artifact's."""
+    vocab_size: int = sys.maxsize
+    """Token ids of the tokenizer that packed it."""
+    columns: tuple[str, ...] = ()
+    """Columns that its shards have beside weights and types."""
+    group: int = 1
+    """Documents in a row that are one unit, never parted: 2 of a preference."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; None: that in the artifact."""
+    routes: RouteShape | None = None
+    """Shape of the routes that its documents have, which are replayed; None: they have none."""
+    banks: Mapping[str, BankShape] = field(default_factory=dict)
+    """Kind -> bank of pictures or sounds whose features stand over placeholders."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations with loss weights (never cut in two)."""
+        return self.format != "text"
+
+    def shard(self, split: str) -> Documents:
+        """Open one split."""
+        if self.made is not None and split == "train":
+            return self.made
+        if self.artifact is None:
+            raise ValueError(f"source {self.name} has neither an artifact nor documents")
+        return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size,
+                          self.columns, self.routes, self.banks)
+
+
+def open_sources(paths: dict[str, float], vocab_size: int,
+                 formats: tuple[str, ...] = TEXTS) -> list[Source]:
+    """Open the sources of all token artifacts, checking that they fit together and fit the model.
+
+    Args:
+        paths: folder -> weight.
+        vocab_size: the model's.
+        formats: what the caller can learn from, see `Source.format`.
+
+    Raises:
+        UserError: no data, artifacts of different tokenizers, two sources of one name,
+            or a vocabulary larger than the model's.
+    """
+    if not paths:
+        raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
+                        "with --data DIR")
+    manifests = {path: read_manifest(path, "tokens") for path in paths}
+    for path, manifest in manifests.items():
+        if manifest.content.get("content_version") != CONTENT_VERSION:
+            raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
+                            f"this version reads layout {CONTENT_VERSION}; pack the data again")
+    for path, manifest in manifests.items():
+        check_described(path, manifest.content)
+    hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
+    first = next(iter(paths))
+    for path, value in hashes.items():
+        if value != hashes[first]:
+            raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
+                            f"{hashes[first][:12]}; pack all data with the same tokenizer")
+    warn_of_other_splits({path: m.content for path, m in manifests.items()})
+    total_weight = sum(paths.values())
+    if total_weight <= 0:
+        raise UserError(f"--data weights {list(paths.values())}: at least one must be positive")
+    sources: list[Source] = []
+    for path, manifest in manifests.items():
+        if manifest.content["vocab_size"] > vocab_size:
+            raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
+                            f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with "
+                            "another tokenizer")
+        sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight, formats)
+    folder_of: dict[str, str] = {}
+    for path, manifest in manifests.items():
+        for name in (source["name"] for source in manifest.content["sources"]):
+            if name in folder_of:
+                raise UserError(f"source {name!r}: is in --data {folder_of[name]} and in {path}; pack one of "
+                                "them under another name (sov-data pack --input NAME=PATH)")
+            folder_of[name] = path
+    return sources
+
+
+def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tuple[str, ...]) -> list[Source]:
+    described = content["sources"]
+    for s in described:
+        if s["format"] not in formats:
+            raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
+                            f"this stage learns from {' or '.join(formats)}; pass other data")
+    train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
+    if train_tokens == 0:
+        raise UserError(f"{path}: holds no training tokens; pack more text")
+    return [
+        Source(
+            name=s["name"], artifact=path, format=s["format"], prefixes={
+                split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
+            num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
+            share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
+            vocab_size=content["vocab_size"],
+            columns=tuple(name for name in s.get("sidecars", ()) if name not in NO_COLUMNS),
+            group=s.get("group_documents", 1),
+            routes=(RouteShape.from_record(s.get(ROUTES), f"{path}: source {s['name']!r}")
+                    if ROUTES in s.get("sidecars", ()) else None),
+            banks=read_shapes(s.get(MEDIA), f"{path}: source {s['name']!r}"),
+        )
+        for s in described
+    ]
+
+
+def tokenizer_folder(sources: list[Source]) -> Path | None:
+    """Return the tokenizer of the data, if it is there."""
+    folders = (s.tokenizer or (s.artifact and s.artifact / "tokenizer") for s in sources)
+    return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
+
+
+def provenance(sources: list[Source]) -> list[dict[str, str]]:
+    """Return kind, path and manifest hash of each artifact that the sources come from."""
+    folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
+    return [{"kind": "tokens", "path": str(f), "manifest_sha256": manifest_sha256(f)} for f in folders]

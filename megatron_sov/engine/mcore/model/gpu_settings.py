@@ -1,0 +1,359 @@
+"""From `gpu.*` to the library's fields: what is set, what `auto` comes to, why a setting cannot be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError, find_broken
+from megatron_sov.engine.mcore.model import router
+from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sov.model.config.gpu import fp8_format
+
+# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings
+# for
+# `train.fp8`, what the machine must have, and a defect of the library in checkpoints.
+
+AVAILABLE = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
+             "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}
+"""Recipe -> function of Transformer Engine that says whether this GPU has it, and why not."""
+FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
+"""Fields of the library's configuration that forward passes ask whether to quantise."""
+
+
+def library_settings(train: TrainConfig) -> dict[str, Any]:
+    """Return the fields of the library's `TransformerConfig` for `train.fp8`."""
+    if train.fp8 == "none":
+        return {}
+    scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
+               else {"fp8": fp8_format(train), "fp8_recipe": train.fp8})
+    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens}
+
+
+def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
+    """Name the trunk's layers that stay in bf16 in the library's `TransformerConfig`.
+
+    Behind its validation, which allows num_layers // pp of them at either end, also where stages are not
+    equal; layers are asked by their number in the whole model (`is_first_last_bf16_layer`), so nothing needs
+    that rule.
+    """
+    start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
+    config.first_last_layers_bf16 = start + end > 0
+    config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16 = start, end
+
+
+def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
+    """Refuse `train.fp8` where this process cannot compute it.
+
+    Args:
+        train: the settings.
+        serves: whether models are made of Transformer Engine's modules here.
+
+    Raises:
+        UserError: there is no GPU with Transformer Engine, or it lacks what the recipe needs.
+    """
+    if train.fp8 == "none":
+        return
+    if not serves:
+        raise UserError(f"train.fp8 = {train.fp8} needs an NVIDIA GPU with Transformer Engine, and this "
+                        "process has none; set train.fp8=none, or run it where `megatron-sov doctor` "
+                        "finds both")
+    reasons = lacking()
+    if reason := reasons[train.fp8]:
+        others = [fp8 for fp8, why in reasons.items() if not why]
+        raise UserError(f"train.fp8 = {train.fp8} cannot run on this GPU (Transformer Engine: {reason}); set "
+                        f"train.fp8 to {' or '.join([*others, 'none'])}")
+
+
+def lacking() -> dict[str, str]:
+    """Return recipe -> why Transformer Engine does not have it on this process's GPU; empty: it has."""
+    import transformer_engine.pytorch as te
+
+    answers = {fp8: getattr(te, name)(return_reason=True) for fp8, name in AVAILABLE.items()}
+    return {fp8: "" if available else str(reason) for fp8, (available, reason) in answers.items()}
+
+
+@contextmanager
+def in_bf16(config: Any) -> Iterator[None]:
+    """Have forward passes quantise nothing: rows that are only read may have any length, and what they give
+    is what the exported bf16 weights give."""
+    before = {name: getattr(config, name) for name in FIELDS}
+    config.fp8 = config.fp4 = None
+    config.moe_router_padding_for_quantization = False
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def mend_extra_state(grouped_linear: Any) -> None:
+    """Have a layer of experts be saved whose recipe keeps no state.
+
+    Defect of 0.16.1: Transformer Engine's extra state is an empty tensor then, `_split_extra_state` takes it
+    for one that can be decoded, and subscripts None.  A mended library is left alone.
+
+    Args:
+        grouped_linear: the library's class `TEGroupedLinear`.
+    """
+    split: Callable[[Any, torch.Tensor], list[torch.Tensor]] = grouped_linear._split_extra_state
+    empty = torch.empty(0, dtype=torch.uint8)
+    stateless = SimpleNamespace(num_gemms=2, fp8=True, fp8_calibration=False,
+                                fp8_meta={"fp8_checkpoint": True}, _decode_extra_state=lambda state: None)
+    try:
+        split(stateless, empty)
+    except TypeError:
+        pass
+    else:
+        return
+
+    def split_any(self: Any, state: torch.Tensor) -> list[torch.Tensor]:
+        return [state] * self.num_gemms if state.numel() == 0 else split(self, state)
+
+    grouped_linear._split_extra_state = split_any
+
+
+FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}
+"""Dispatcher -> what `megatron.core.transformer.moe.fused_a2a` says of its package."""
+TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
+                          "unfused": "NVTE_UNFUSED_ATTN"}
+"""Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a model is to run, as far as settings depend on it."""
+
+    te: bool
+    """Whether Transformer Engine's modules make the model."""
+    model: ModelConfig
+    """What it is."""
+    parallel: ParallelConfig
+    """How it is laid out."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A kernel that is on wherever it can be, unless it is switched off."""
+
+    setting: str
+    """Name in `GpuConfig`."""
+    field: str
+    """Field of the library's TransformerConfig."""
+    needs: Callable[[Here], bool]
+    """Whether the kernel can be on."""
+
+    def value(self, gpu: GpuConfig, here: Here) -> bool:
+        """Return what the library gets."""
+        return getattr(gpu, self.setting) != "off" and here.te and self.needs(here)
+
+
+FUSIONS = (
+    # YaRN's factor is in the scale of the softmax, so that the kernel rotates and does no more
+    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
+           # the kernel of latent attention wants a table of cosines and sines
+           and here.model.latent_attention is None),
+    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0),
+    Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
+    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
+    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
+)
+LIBRARY_FIELDS = {
+    **{f"gpu.{fusion.setting}": (f"TransformerConfig.{fusion.field}",) for fusion in FUSIONS},
+    "gpu.attention": ("TransformerConfig.attention_backend",),
+    "train.recompute": ("TransformerConfig.recompute_granularity", "TransformerConfig.recompute_method",
+                        "TransformerConfig.recompute_num_layers"),
+    "gpu.recompute_modules": ("TransformerConfig.recompute_modules",),
+    "gpu.offload_modules": ("TransformerConfig.fine_grained_activation_offloading",
+                            "TransformerConfig.offload_modules"),
+    "gpu.shared_expert_overlap": ("TransformerConfig.moe_shared_expert_overlap",),
+    "parallel.expert_dispatcher": ("TransformerConfig.moe_token_dispatcher_type",
+                                   "TransformerConfig.moe_flex_dispatcher_backend"),
+    "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
+    "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
+    "gpu.moment_dtype": tuple(f"OptimizerConfig.{field}" for field in (
+        "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders",
+        "fp8_recipe")),
+    "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
+}
+"""Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
+RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+"""Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+SINKS_TE, SINKS_CUDNN = (2, 13), 91800
+"""The first versions that attend packed rows with sinks; cuDNN's as torch counts them."""
+NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
+
+
+def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
+    """Return fields of the library's TransformerConfig.
+
+    Where something is on that cannot be here, it is off: training has been refused (`refuse`), and what is
+    left only looks at a model, as `plan` does.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, here) for fusion in FUSIONS}
+    settings["attention_backend"] = AttnBackend[gpu.attention if here.te else "auto"]
+    if train.recompute is True:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
+                     "recompute_num_layers": 1}
+    elif train.recompute == "selective":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": [
+            m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
+    if gpu.offload_modules and here.te:
+        settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
+    return settings
+
+
+def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
+    """Return fields of the library's TransformerConfig that models with experts have."""
+    dispatcher = here.parallel.expert_dispatcher
+    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te}
+    if dispatcher in FLEX_BACKENDS:
+        if not here.te:
+            return overlap | {"moe_token_dispatcher_type": "alltoall"}
+        return overlap | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
+    return overlap | {"moe_token_dispatcher_type": dispatcher}
+
+
+def gradient_settings(gpu: GpuConfig, bf16: bool) -> dict[str, Any]:
+    """Return fields of the library's DistributedDataParallelConfig for a model whose parameters are bf16
+    or wider."""
+    return {"grad_reduce_in_fp32": bf16 and gpu.grad_dtype == "fp32",
+            "pad_buckets_for_high_nccl_busbw": gpu.pad_buckets == "on",
+            "nccl_ub": gpu.nccl_user_buffers == "on" and on_gpu()}
+
+
+def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
+    """Return fields of the library's OptimizerConfig that differ from its own choice."""
+    if gpu.moment_dtype == "fp32":
+        return {}
+    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False,
+            # any but None and delayed leaves float32 master weights and gradients where they are without
+            # (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`); nothing else reads it for bf16 weights
+            "fp8_recipe": "tensorwise"}
+
+
+def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
+    """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
+    here = Here(te, config.model, config.parallel)
+    own = own_attention_serves(te, config.parallel.cp, config.gpu.attention,
+                               capped=config.model.attention_softcap is not None)
+    return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
+            "attention": "local" if own else config.gpu.attention}
+
+
+def own_attention_serves(te: bool, cp: int, attention: str, *, capped: bool = False) -> bool:
+    """Return whether this framework's own attention serves.
+
+    Args:
+        te: whether Transformer Engine's modules make the model.
+        cp: context parallel size.
+        attention: `gpu.attention`.
+        capped: whether the model caps products of queries and keys, which no other attention does.
+    """
+    return not te or cp > 1 or attention == "local" or capped
+
+
+def refuse(config: RunConfig, te: bool) -> None:
+    """Refuse to train with what cannot be here.
+
+    Args:
+        config: the run's settings, which break no rule of their own.
+        te: whether Transformer Engine's modules make the model.
+
+    Raises:
+        SettingsError: with a sentence for each.
+    """
+    gpu, here = config.gpu, Here(te, config.model, config.parallel)
+    dispatcher = config.parallel.expert_dispatcher
+    routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
+    why_not = router.problem(config.model) if routes else ""
+    problems = find_broken(
+        gpu, "gpu",
+        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
+           "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
+          for fusion in FUSIONS),
+        (not why_not, "router_fusion", why_not),
+        (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
+        *_attention_rules(gpu.attention, here),
+        *((te or module not in gpu.recompute_modules, "recompute_modules",
+           f"names {module}, which {NEEDS_TE}", f"name {instead}")
+          for module, instead in RECOMPUTED_WITH_TE.items()),
+        (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
+        # its newer path takes weights along; the library's offloading is made for the older one
+        (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
+         "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
+         "set it for all processes"),
+        (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
+        (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
+        (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
+        *((gpu.nccl_user_buffers == "off" or "expandable_segments:True" not in os.environ.get(name, ""),
+           "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
+           "not register", "take it out, or leave the setting out")
+          for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))
+    if dispatcher in FLEX_BACKENDS:
+        problems += find_broken(
+            config.parallel, "parallel",
+            (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
+            (not on_gpu() or _has_backend(dispatcher), "expert_dispatcher",
+             "cannot be: its package deep_ep does not import", "install DeepEP (github.com/deepseek-ai/"
+             "DeepEP, branch hybrid-ep for hybridep), or use alltoall"))
+    if problems:
+        raise SettingsError(f"recipe {config.recipe}", problems)
+
+
+def _has_backend(dispatcher: str) -> bool:
+    """Return whether the kernels that send tokens are there."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))
+
+
+def _attention_rules(attention: str, here: Here) -> list[tuple[bool, str, str, str]]:
+    """Return what asks for another attention than the chosen one: rules that do not hold."""
+    rules: list[tuple[str, str]] = []
+    sinks = here.model.attention_sinks
+    if attention not in ("auto", "local") and not here.te:
+        rules.append((NEEDS_TE, "set it to auto or local"))
+    elif attention not in ("auto", "local") and here.model.attention_softcap is not None:
+        rules.append(("cannot be: only this framework's own attention caps products of queries and keys "
+                      "(model.attention_softcap)", "set it to auto or local"))
+    elif attention == "flash" and sinks:
+        rules.append(("cannot be: Transformer Engine's FlashAttention has no sinks (model.attention_sinks)",
+                      "set it to auto or fused"))
+    elif attention == "flash" and not any(map(importlib.util.find_spec,
+                                              ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
+        rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
+    elif sinks and not own_attention_serves(here.te, here.parallel.cp, attention):
+        rules += [(f"cannot be: {lacking} attends packed rows with sinks (model.attention_sinks)",
+                   "install a newer one, or set it to local") for lacking in _without_sinks(attention)]
+    for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
+        # the library stops at variables that contradict the setting
+        value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
+        if value not in (None, wanted):
+            rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",
+                          "unset it"))
+    return [(False, "attention", *rule) for rule in rules]
+
+
+def _without_sinks(attention: str) -> list[str]:
+    """Return what is too old for attention with sinks over packed rows (Transformer Engine's pull request
+    2568); of cuDNN only where its kernel is not left out."""
+    from megatron.core.utils import get_te_version
+
+    version, cudnn = get_te_version(), torch.backends.cudnn.version()
+    return [*([f"Transformer Engine {version} never"]
+              if version is not None and version.release < SINKS_TE else []),
+            *([f"no fused kernel of cuDNN {cudnn}"] if cudnn is not None and cudnn < SINKS_CUDNN
+              and attention != "unfused" else [])]

@@ -1,0 +1,270 @@
+"""Attention that keeps keys and values, so that a sequence can be read span by span and
+continued token by token.
+
+A cache has slots, one for each sequence that is being read; a process keeps its own layers and key/value
+heads of them.  Global layers keep every token.  Sliding layers keep a ring: a token's place is its position
+modulo the size of the ring, which is the window and, for tokens that may be taken back, the longest step.  To
+take tokens back is to read the next ones at their positions: what stands further on is never seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import Attention
+
+from megatron_sov.engine.mcore.model.attention import attend, attend_whole
+from megatron_sov.engine.mcore.model.rotary import softmax_scale
+from megatron_sov.engine.mcore.model.sinks import attend_with_sinks, with_logits
+from megatron_sov.engine.mcore.model.softcap import FUSED, Kernel, kernel_of
+from megatron_sov.engine.mcore.parallel import context
+from megatron_sov.omni.media.placed import Media, joined
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """How much a cache can hold."""
+
+    slots: int
+    """Sequences."""
+    max_tokens: int
+    """Longest sequence, in tokens, drafts included."""
+    step_tokens: int = 1
+    """Most tokens of a span that may be taken back; longer spans stay."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """New tokens of one sequence."""
+
+    slot: int
+    """Place of the sequence in the cache."""
+    past: int
+    """How many of its tokens the cache holds; what it holds beyond is taken back."""
+    tokens: Sequence[int]
+    """What is read now, at least one token."""
+    media: Media | None = None
+    """Pictures and sounds that these tokens stand for, placed from the first of them; None: nothing."""
+
+
+@dataclass
+class Group:
+    """Pieces of equal length that stand side by side in a row, of sequences in neighbouring slots."""
+
+    start: int
+    """Row index of the first token."""
+    slot: int
+    """Slot of the first span."""
+    length: int
+    """Tokens of each span."""
+    past: list[int]
+    """Tokens that the cache holds of each sequence."""
+
+
+@dataclass
+class PackedSpans(PackedSeqParams):
+    """What attention needs to know about a row of spans; to the library the row is one sequence."""
+
+    groups: list[Group] = field(default_factory=list)
+    """In the order of the row."""
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """Pieces side by side, padded to a length that the layout can split;
+    whole on every process that reads them."""
+
+    tokens: torch.Tensor
+    """[tokens] int64."""
+    positions: torch.Tensor
+    """[tokens] int64, counted from the start of each sequence."""
+    ends: list[int]
+    """Row index after each span."""
+    packed: PackedSpans
+    """The spans."""
+    media: Media | None = None
+    """Pictures and sounds that its tokens stand for; None: nothing."""
+
+    def padding(self, sequence_parallel: bool) -> torch.Tensor:
+        """Return [tokens] bool, True where a token is padding;
+        under sequence parallelism this process's part."""
+        mask = torch.arange(len(self.tokens), device=self.tokens.device) >= (
+            self.ends[-1] if self.ends else 0)
+        if sequence_parallel:
+            mask = mask.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+                parallel_state.get_tensor_model_parallel_rank()]
+        return mask
+
+
+def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> ReadRow:
+    """Put spans into a row of `row_tokens`, which the layout must be able to split."""
+    groups: list[Group] = []
+    ends: list[int] = []
+    tokens: list[int] = []
+    positions: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    for span in spans:
+        last = groups[-1] if groups else None
+        if last is not None and (span.slot, len(span.tokens)) == (last.slot + len(last.past), last.length):
+            last.past.append(span.past)
+        else:
+            groups.append(Group(len(tokens), span.slot, len(span.tokens), [span.past]))
+        tokens += span.tokens
+        positions.append(torch.arange(span.past, span.past + len(span.tokens)))
+        ends.append(len(tokens))
+    gap = row_tokens - len(tokens)
+    place = torch.cat([*positions, torch.zeros(gap, dtype=torch.int64)])
+    # rotations are tabled by length: powers of two make few tables
+    longest = 1 << int(place.max()).bit_length()
+    # on the CPU, where the library reads it
+    whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
+    packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest,
+                         max_seqlen_kv=longest, groups=groups)
+    media = joined((end - len(span.tokens), span.media) for end, span in zip(ends, spans, strict=True))
+    return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed, media)
+
+
+class CachedAttention(torch.nn.Module):
+    """Core attention of one layer with what it keeps; takes the place of any other while `keep` holds."""
+
+    def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int,
+                 kernel: Kernel = FUSED, sinks: Callable[[], torch.Tensor] | None = None) -> None:
+        """Take another attention's place.
+
+        Args:
+            size: how much is kept.
+            softmax_scale: factor on the products of queries and keys.
+            window_tokens: sliding window, the current token included; 0: every token before.
+            kernel: what attends.
+            sinks: gives the sinks of this process's heads, which stay the other attention's; None: there
+                are none.
+        """
+        super().__init__()
+        self.kernel, self.sinks = kernel if sinks is None else attend_with_sinks, sinks
+        self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
+        whole = size.max_tokens + size.step_tokens
+        self.capacity = min(whole, window_tokens - 1 + size.step_tokens) if window_tokens else whole
+        self.stored: tuple[torch.Tensor, ...] | None = None
+        """Keys and values [slots, kv_heads, capacity, head_dim], once where they are the same; None before
+        the first token."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+                attn_mask_type: Any = None, attention_bias: None = None,
+                packed_seq_params: PackedSpans | None = None) -> torch.Tensor:
+        """Keep the new keys and values and attend to them and to those kept before.
+
+        Args:
+            query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim]; one tensor for both
+                is kept once.
+            packed_seq_params: the row's spans.
+
+        Returns:
+            [tokens, heads * head_dim]; zeros at padding.
+        """
+        assert packed_seq_params is not None
+        if self.stored is None:
+            shape = (self.size.slots, key.shape[1], self.capacity, key.shape[2])
+            # zeros: what is masked still must be finite
+            self.stored = tuple(t.new_zeros(shape) for t in ((key,) if value is key else (key, value)))
+        out = query.new_zeros(*query.shape[:2], value.shape[2])
+        if self.sinks is not None:
+            query = with_logits(query, self.sinks(), self.softmax_scale)
+        for group in packed_seq_params.groups:
+            here = slice(group.start, group.start + len(group.past) * group.length)
+            q, k, v = (t[here].unflatten(0, (len(group.past), group.length)) for t in (query, key, value))
+            if group.length <= self.size.step_tokens:
+                out[here] = self._step(group, q, k, v).flatten(0, 1)
+            elif not any(group.past) and not 0 < self.window_tokens < group.length:
+                out[here] = self._first(group, q, k, v).flatten(0, 1)
+            else:
+                out[here] = torch.cat([self._piece(group.slot + i, past, q[i], k[i], v[i])
+                                       for i, past in enumerate(group.past)])
+        return out.flatten(1)
+
+    def _step(self, group: Group, query: torch.Tensor, key: torch.Tensor,
+              value: torch.Tensor) -> torch.Tensor:
+        """Attend from a few new tokens of many sequences at once: [sequences, new, heads, head_dim]."""
+        assert self.stored is not None
+        device, count = query.device, len(group.past)
+        past = torch.tensor(group.past, device=device)[:, None]
+        positions = past + torch.arange(group.length, device=device)
+        rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
+        for kept, new in zip(self.stored, (key, value), strict=False):
+            kept[rows, :, positions % self.capacity] = new
+        filled = min(self.capacity, max(group.past) + group.length)
+        keys, values = (kept[group.slot:group.slot + count, :, :filled]
+                        for kept in (self.stored[0], self.stored[-1]))
+        last = past + group.length - 1
+        # position at each place; negative: none yet
+        held = last - (last - torch.arange(filled, device=device)) % self.capacity
+        distance = positions[:, :, None] - held[:, None]
+        visible = (held[:, None] >= 0) & (distance >= 0)
+        if self.window_tokens:
+            visible &= distance < self.window_tokens
+        # query heads of one key head become further queries: [sequences, kv_heads,
+        # heads / kv_heads x new, head_dim]
+        heads = query.shape[2] // keys.shape[1]
+        grouped = query.unflatten(2, (keys.shape[1], heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask = visible[:, None, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
+        out = self.kernel(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
+        return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _first(self, group: Group, query: torch.Tensor, key: torch.Tensor,
+               value: torch.Tensor) -> torch.Tensor:
+        """Attend from the first tokens of sequences at once: [sequences, new, heads, head_dim]."""
+        assert self.stored is not None
+        for kept, new in zip(self.stored, (key, value), strict=False):
+            kept[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
+        return attend_whole(query, key, value, self.softmax_scale, self.kernel)
+
+    def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
+               value: torch.Tensor) -> torch.Tensor:
+        """Attend from a span of one sequence, longer than a step: [new, heads, head_dim]."""
+        assert self.stored is not None
+        kept = [stored[slot] for stored in self.stored]
+        before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past,
+                              device=query.device)
+        keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
+                        for k, new in zip((kept[0], kept[-1]), (key, value), strict=True))
+        out = attend(query, keys, values, self.softmax_scale, self.window_tokens, self.kernel)
+        stays = min(len(key), self.capacity)
+        places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
+        for k, new in zip(kept, (key, value), strict=False):
+            k[:, places] = new[-stays:].transpose(0, 1)
+        return out
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        """Copy what one slot holds to others."""
+        for kept in self.stored or ():
+            kept[list(targets)] = kept[source].clone()  # they share memory
+
+
+@contextlib.contextmanager
+def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
+    """Have all attention of a `LanguageModel` keep keys and values; gives each layer's,
+    and puts back what was there before."""
+    config, architecture = model.config, model.architecture
+    kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
+    found = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, Attention)]
+    replaced = [(m, m.core_attention) for m in found]
+    # the fused kernel wants positions on the GPU and starts each sequence at 0
+    fused, config.apply_rope_fusion = config.apply_rope_fusion, False
+    try:
+        for module in found:
+            kind = kinds[module.layer_number - 1]
+            sinks = partial(getattr, module.core_attention, "softmax_offset")
+            module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
+                                                    architecture.window_tokens(kind),
+                                                    kernel_of(architecture.attention_softcap),
+                                                    sinks if architecture.attention_sinks else None)
+        yield [m.core_attention for m in found]
+    finally:
+        config.apply_rope_fusion = fused
+        for module, attention in replaced:
+            module.core_attention = attention

@@ -1,0 +1,118 @@
+"""What one process holds while it trains, without memory for it: model, gradient buffers and optimizer built
+on meta tensors, in one process that plays any rank of any size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from megatron_sov.engine.mcore.model.meta import fake_world
+from megatron_sov.engine.mcore.parallel import cpu_shims
+from megatron_sov.model.config import RunConfig
+from megatron_sov.plan.footprint.states import Place, States
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a process holds, counted on what training builds."""
+
+    states: States
+    """Bytes."""
+    stage: int
+    """Its pipeline stage."""
+    place: Place
+    """Which of the data-parallel processes it is."""
+    shapes: list[list[tuple[int, ...]]]
+    """Of the parameters of each chunk, in the order in which the library registers them."""
+
+
+def built(config: RunConfig, num_ranks: int, rank: int) -> Built:
+    """Return what a process holds, from the very modules and optimizers that training builds.
+
+    Must run in a process that is in no process group and that computes on no GPU, as `meta.built_stage`.
+    """
+    cpu_shims.prepare_without_gpu()
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
+
+    with fake_world(config.parallel, num_ranks, rank), _nothing_has_memory():
+        with torch.device("meta"):
+            model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
+                          config.media)
+        shapes = [[tuple(weight.shape) for weight in chunk.parameters()] for chunk in model.chunks]
+        optimizer = Optimizer(model, config.optim, config.parallel, config.gpu)
+        place = Place(parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                      parallel_state.get_expert_data_parallel_rank())
+        return Built(_states(model, optimizer), parallel_state.get_pipeline_model_parallel_rank(), place,
+                     shapes)
+
+
+class _Every:
+    """Contains everything: what other ranks' names would be."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+class _HostDouble:
+    """Stands for `HostAdamW`, which makes what it holds in real memory."""
+
+    def __init__(self, param_groups: list[dict[str, Any]]) -> None:
+        self.param_groups = param_groups
+        self.state: Any = defaultdict(dict)
+
+    def step(self) -> None:
+        """Nothing: nobody trains here."""
+
+
+@contextlib.contextmanager
+def _nothing_has_memory() -> Iterator[None]:
+    """Have the library's buffers, and AdamW in host memory, be made on meta tensors, and nobody ask the other
+    ranks, which are not there, for their parameters."""
+    import torch
+
+    from megatron_sov.engine.mcore.optimizer import matrix_exchange, parameter_groups
+
+    named = torch.Tensor.type
+
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = named(tensor, *args, **kwargs)
+        return found.replace(".meta.", ".") if isinstance(found, str) else found
+
+    with (mock.patch.object(torch.Tensor, "type", type_),
+          mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
+          mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
+          mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),
+          mock.patch.object(parameter_groups, "deferred_gather", lambda wrapped: None),
+          mock.patch.object(matrix_exchange, "gather_objects", lambda value, group: [value])):
+        yield
+
+
+def _states(model: Any, optimizer: Any) -> States:
+    """Count."""
+    storages, counters = {}, 0
+    for chunk in model.chunks:
+        for weight in chunk.parameters():
+            storage = weight.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        counters += sum(buffer.nbytes for buffer in chunk.buffers())
+    buffers = [buffer for wrapped in optimizer.wrapped
+               for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers)]
+    device = host = updated = 0
+    for shard in optimizer.shards:
+        size = sum(tensor.nbytes for tensor in shard.state().values())
+        if isinstance(shard.inner, _HostDouble):
+            host += size + 4 * shard.main.numel()  # and its gradient, in float32
+        else:
+            device += size
+            updated += shard.main.numel()
+    return States(weights=sum(storages.values()), gradients=sum(b.grad_data.nbytes for b in buffers),
+                  optimizer=device, on_host=host, counters=counters, updated=updated,
+                  elements=sum(weight.numel() for weight in model.parameters()))

@@ -1,0 +1,192 @@
+"""Where this process computes: on its CUDA device, or on the CPU once the shims for it are in place."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.runs.launch_environment import own_gpu_index
+from megatron_sov.work.clusters.chips import Gpu
+from megatron_sov.work.clusters.units import GIB
+
+# The same bits in every run: what has to be settled in a process before CUDA and NCCL start.
+
+VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+}
+"""Environment variable -> values under which results repeat; the first is set where the
+environment says nothing.
+
+Sources: cuBLAS' section on reproducibility; the list that Megatron-LM accepts for `--deterministic-mode`
+(in-switch reductions, NVLS, add up in no fixed order); Transformer Engine's variable for fused attention.
+"""
+
+
+def switch_on() -> None:
+    """Have torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose algorithms that give the
+    same bits each time.
+
+    An operation that has no such algorithm raises instead of running.  The model's part is the library's
+    `deterministic_mode`, which `model/specs.py` sets.
+
+    Raises:
+        UserError: the environment asks for something else.
+    """
+    for name, allowed in VARIABLES.items():
+        value = os.environ.setdefault(name, allowed[0])
+        if value not in allowed:
+            raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
+                            f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
+    if torch.cuda.is_initialized():
+        raise RuntimeError("CUDA has started before determinism.switch_on()")
+    torch.use_deterministic_algorithms(True)
+    # it would fill all empty memory, of every activation; what is read before it is written is a defect
+    # elsewhere
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+CPU = torch.device("cpu")
+_on_cpu = False
+
+
+def compute_on_cpu() -> None:
+    """Note that the CPU shims are in place: from now on `torch.cuda` answers for the CPU and no longer
+    says what is there."""
+    global _on_cpu
+    _on_cpu = True
+
+
+def computes_on_cpu() -> bool:
+    """Return whether the CPU shims are in place."""
+    return _on_cpu
+
+
+def on_gpu() -> bool:
+    """Return whether this process computes on a CUDA device; does not start CUDA."""
+    # the driver's own answer: torch's usual question starts CUDA, and a fork of this process could not use it
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return not _on_cpu and torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """Return the device of this process's parameters and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
+
+
+def release_unused() -> None:
+    """Give the memory of a model that is gone back to the device, for what this process does next."""
+    if on_gpu():
+        gc.collect()
+        torch.cuda.empty_cache()  # which starts no CUDA where there is none yet
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return values of the host on a device; to a GPU they go from pinned memory, so that nobody waits."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+# Host memory that a GPU copies to and from without waiting: pinned, in few large pieces.
+
+PIECE_BYTES = 1 << 30
+_ALIGN_BYTES = 64
+
+
+class Arena:
+    """Host memory in few large pieces: pinned memory is handed out in powers of two."""
+
+    def __init__(self, total_bytes: int) -> None:
+        """Prepare for tensors of so many bytes together."""
+        self._piece_bytes = min(PIECE_BYTES, total_bytes + _ALIGN_BYTES)
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return contiguous memory of a tensor's shape and dtype."""
+        wanted = -(-num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
+        if self._free.numel() < wanted:
+            self._free = torch.empty(max(wanted, self._piece_bytes), dtype=torch.uint8, pin_memory=on_gpu())
+        taken, self._free = self._free[:wanted], self._free[wanted:]
+        return taken[:num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+# The GPU of this process: which one it is, that no other rank has it, and that there is room on it.
+#
+# What is wrong with one rank's GPU is told by all of them, over the rendezvous, before NCCL begins: there a
+# rank that has left would only be waited for.
+
+def kind() -> Gpu:
+    """Return what this process's GPU is."""
+    found = torch.cuda.get_device_properties(own_gpu_index(torch.cuda.device_count()))
+    return Gpu(found.name, found.total_memory)
+
+
+def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
+             timeout: datetime.timedelta) -> torch.device:
+    """Make this process's GPU the current one; called by every rank.
+
+    Args:
+        store: the rendezvous.
+        rank: of this process.
+        size: number of ranks.
+        needs_bytes: memory that it will take at least; 0: nobody knows.
+        timeout: how long to wait for the other ranks.
+
+    Raises:
+        UserError: a GPU cannot be used, is another rank's as well, or has too little free memory; on every
+            rank.
+    """
+    device, uuid, problem = torch.device("cuda", own_gpu_index(torch.cuda.device_count())), "", ""
+    try:
+        torch.cuda.set_device(device)
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    except RuntimeError as e:  # CUDA's own: held by another process alone, fallen off the bus
+        problem = f"cannot be used ({first_line(e)}); `nvidia-smi` shows who has it and how it is"
+    else:
+        if free_bytes < needs_bytes:
+            problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "
+                       f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), "
+                       "or choose other GPUs by CUDA_VISIBLE_DEVICES")
+    agree(store, rank, size, uuid, problem, timeout)
+    return device
+
+
+def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
+          timeout: datetime.timedelta) -> None:
+    """Raise `UserError` on every rank where something is wrong with the GPU of one, or two have the same.
+
+    Args:
+        store: the rendezvous.
+        rank: of this process.
+        size: number of ranks.
+        uuid: of its GPU.
+        problem: what is wrong with that; empty: nothing.
+        timeout: how long to wait for the other ranks.
+    """
+    if uuid and store.add(f"gpu/{uuid}", 1) > 1:
+        place = f"LOCAL_RANK = {os.environ.get('LOCAL_RANK', '0')}"
+        problem = problem or (f"({uuid}) is another rank's as well: {place} of {torch.cuda.device_count()} "
+                              "visible GPUs; start one process for each GPU, and let each see all of its "
+                              "node or its own")
+    if problem:
+        store.set("gpu/problem", f"rank {rank}: its GPU {problem}")
+    if store.add("gpu/ranks", 1) == size:
+        store.set("gpu/all", "seen")
+    store.wait(["gpu/all"], timeout)
+    if store.check(["gpu/problem"]):
+        raise UserError(store.get("gpu/problem").decode())

@@ -1,0 +1,268 @@
+"""What a command asks of a model: prompts as its token ids, what ends an answer, whether an engine can do it.
+No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.base.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.base.chat.marks import text_decoder
+from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, Flag
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, ChosenEngine
+
+if TYPE_CHECKING:
+    from megatron_sov.infer.engines.target import Target
+    from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What runs a model, of commands whose --set is of something else."""
+
+    engine: ChosenEngine = None
+    engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
+    """Layout and precision, e.g. parallel.ep=2 (engine megatron)."""
+    nproc: AtLeastOne | None = None
+    """Local processes (engine megatron)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as a model reads them."""
+
+    ids: list[list[int]]
+    """Token ids of each prompt."""
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+    decode: Callable[[list[int]], str]
+    """From token ids to text (`chat.marks.text_decoder`)."""
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.ids))
+
+
+class Asker:
+    """A model's own tokenizer, and its chat template if wanted."""
+
+    def __init__(self, target: Target, chat: bool, media: MediaEncoding | None = None) -> None:
+        """Read both.
+
+        Args:
+            target: the model.
+            chat: whether prompts are framed by the chat template.
+            media: how tokens of media that prompts spell, and then mean, are numbered; None: they are text.
+
+        Raises:
+            UserError: the model has no tokenizer or no chat template.
+        """
+        from megatron_sov.infer.engines.load import load_tokenizer
+
+        tokenizer = load_tokenizer(target.tokenizer_folder)
+        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        self._eos = tuple(ends)
+        ends |= generation_ends(target)
+        self.meant = None if media is None else _meant(target.tokenizer_folder, media)
+        """Tokens of media that prompts mean; None: none."""
+        encoder = read_chat_encoder(target.tokenizer_folder, self.meant) if chat else None
+        if encoder is not None:
+            ends |= set(encoder.end_ids())
+        elif chat:
+            raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
+                            "leave --chat out, or fine-tune on chats first")
+        self._target, self._tokenizer = target, tokenizer
+        self.encoder = encoder
+        """Of conversations; None: prompts are texts."""
+        self.end_ids = tuple(sorted(ends))
+        """Tokens that end an answer."""
+        self._decode = text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
+                                    lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+
+    def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
+        """Return prompts in the model's ids, see `asked_of`.
+
+        Raises:
+            UserError: the model knows fewer ids than its tokenizer, or a prompt is no text.
+        """
+        _refuse_half_characters(prompts)
+        if self.encoder is not None:
+            ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
+        else:  # begun as documents in token shards begin: with nothing before the text
+            ids = [self._text_ids(_plain(prompt)) for prompt in prompts]
+        _refuse_unknown(ids, self._target)
+        return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        try:
+            pieces = self.meant.split(text) if self.meant else [(text, None)]
+        except BadRecord as e:
+            raise UserError(f"the prompt {text[:40]!r} {e}") from None
+        return [i for piece, id_ in pieces for i in (
+            self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of text that an answer begins with.
+
+        Raises:
+            UserError: the model knows fewer ids than its tokenizer, or it is no text.
+        """
+        _refuse_half_characters([text])
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False))
+        _refuse_unknown([ids], self._target)
+        return ids
+
+    def answer(self, text: str) -> list[int]:
+        """Return the ids of a whole answer, with what ends it: those that training on chats has seen, or with
+        the tokenizer's eos.
+
+        Raises:
+            UserError: the model knows fewer ids than its tokenizer, or it is no text.
+        """
+        if self.encoder is None:
+            return [*self.encode(text), *self._eos]
+        _refuse_half_characters([text])
+        try:
+            told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
+        except BadRecord as e:
+            raise UserError(f"the answer {text[:40]!r} {e}") from None
+        ids = [i for i, type_ in zip(told.ids, told.types, strict=True) if type_ == TYPE_RESPONSE]
+        _refuse_unknown([ids], self._target)
+        return ids
+
+    def id_of(self, token: str) -> int | None:
+        """Return a token's id; None where the tokenizer has no such token."""
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        return None if found is None or found == self._tokenizer.unk_token_id else int(found)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of ids (`chat.marks.text_decoder`)."""
+        return self._decode(tokens)
+
+
+def generation_ends(target: Target) -> set[int]:
+    """Return the tokens that end an answer by a Hugging Face folder's own generation settings, or by its
+    config where it has none, as transformers reads them."""
+    for name in ("generation_config.json", "config.json") if target.is_hf else ():
+        try:
+            found = json.loads((target.path / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        ends = {token for token in (found if isinstance(found, list) else [found])
+                if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
+        if ends:
+            return ends
+    return set()
+
+
+def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:
+    from tokenizers import Tokenizer
+
+    from megatron_sov.omni.media.meant import MeantTokens
+
+    try:
+        return MeantTokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), media)
+    except Exception as e:  # the binding raises a bare Exception
+        raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
+
+
+def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> Asked:
+    """Return prompts in the ids of a model's own tokenizer.
+
+    Args:
+        target: the model.
+        prompts: texts to continue; with `chat` each is a user's message, or a whole conversation.
+        chat: frame them by the chat template: the very ids that training on chats has seen.
+
+    Raises:
+        UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer; or a
+            prompt is no text.
+    """
+    _refuse_half_characters(prompts)  # before the tokenizer is looked for
+    asker = Asker(target, chat)
+    return Asked(asker.ask(prompts), asker.end_ids, asker.decode)
+
+
+def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:
+    """Raise `UserError` for half of a surrogate pair, which JSON and arguments can hold and no tokenizer
+    reads."""
+    for prompt in prompts:
+        texts = [prompt] if isinstance(prompt, str) else [t for m in prompt.messages for t in m.texts()]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                raise UserError(f"the prompt {text[:40]!r} has {text[e.start]!r} at character {e.start + 1}, "
+                                "half of a surrogate pair; write it in UTF-8") from None
+
+
+def _plain(prompt: str | Conversation) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise UserError(f"the prompt {prompt.messages[-1].content[:40]!r} is a conversation; add --chat")
+
+
+def _encode_chat(encoder: ChatEncoder, prompt: str | Conversation) -> list[int]:
+    chat = Conversation.of(("user", prompt)) if isinstance(prompt, str) else prompt
+    try:
+        return encoder.encode(chat, awaits_response=True).ids
+    except BadRecord as e:
+        raise UserError(f"the prompt {chat.messages[-1].content[:40]!r} {e}") from None
+
+
+def _refuse_unknown(prompts: list[list[int]], target: Target) -> None:
+    """Raise `UserError` where a tokenizer knows more ids than its model: one that is split over processes
+    would take them for no token at all, without a word."""
+    try:
+        vocab_size = target.vocab_size
+    except UserError:  # a Hugging Face folder of another family, of which transformers knows more
+        return
+    highest = max((max(ids, default=0) for ids in prompts), default=0)
+    if highest >= vocab_size:
+        raise UserError(f"{target.tokenizer_folder}: makes token id {highest} of a prompt, and the model has "
+                        f"{vocab_size} ids; put the tokenizer there that the model was trained with")
+
+
+def check_length(target: Target, longest: int, what: str, mend: str) -> None:
+    """Raise `UserError` where a model ends before what is asked of it does.
+
+    Args:
+        target: the model.
+        longest: tokens of the longest sequence, prompt and answer.
+        what: makes it so long, in the plural.
+        mend: what to do.
+    """
+    if longest > target.max_tokens:
+        raise UserError(f"{what} make {longest} tokens, and the model ends at {target.max_tokens}; {mend}")
+
+
+def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: int | None,
+                 option: str = "--set", num_drafts: int = 0) -> None:
+    """Raise `UserError` where an engine cannot do what is asked of a model.
+
+    Args:
+        engine: one of `ENGINES`.
+        target: the model.
+        settings: `key=value` changes of layout and precision.
+        nproc: local processes.
+        option: which gives the settings.
+        num_drafts: tokens that the multi-token prediction layer drafts.
+    """
+    if engine != MEGATRON and not target.is_hf:
+        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
+                        "convert it first with `megatron-sov convert to-hf`")
+    given = [*(f"{option} {setting}" for setting in settings),
+             *([] if nproc is None else [f"--nproc {nproc}"]),
+             *([f"--speculative {num_drafts}"] if num_drafts else [])]
+    if engine != MEGATRON and given:
+        raise UserError(f"{', '.join(given)}: {'is' if len(given) == 1 else 'are'} for --engine {MEGATRON}; "
+                        "add it or leave this out")
+    if num_drafts and not target.model.num_mtp_layers:
+        raise UserError(f"--speculative {num_drafts}: {target.path} has no multi-token prediction "
+                        "layer to draft with; leave it out")

@@ -1,0 +1,1 @@
+"""Decoding by a model that was trained here, at its own layout."""

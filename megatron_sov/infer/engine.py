@@ -1,0 +1,141 @@
+"""One interface to whatever runs a model: our own generator on Megatron-Core, transformers,
+vLLM.  No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
+
+from megatron_sov.base.settings import Flag
+from megatron_sov.infer.decoder.held_weights import NamedTensors
+from megatron_sov.infer.request import Batching, Generated, Sampling, Stop, Tokens
+
+if TYPE_CHECKING:
+    from megatron_sov.engine.convert.changed_values import Changed
+    from megatron_sov.infer.engines.target import Target
+
+EngineName = Literal["megatron", "transformers", "vllm"]
+MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
+"""Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
+ChosenEngine = Annotated[EngineName | None, Flag(
+    help="What runs the model (default: transformers for a Hugging Face folder)")]
+ENGINE_SET = "--engine-set"
+"""Gives layout and precision where --set gives something else."""
+
+
+class Engine(Protocol):
+    """A loaded model that continues prompts; where it runs on several processes, called by all together,
+    and all get the same."""
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None) -> Generated:
+        """Continue prompts.
+
+        Greedy continuations are those of any other engine, up to rounding; samples follow the same
+        distribution, and are the same only for the same engine.
+
+        Args:
+            prompts: token ids of each prompt, at least one.
+            sampling: how tokens are chosen.
+            stop: what ends a continuation early.
+            streams: number of each prompt's stream of random numbers, which with the seed decides its
+                samples; the prompt's place in the list unless given.
+
+        Raises:
+            UserError: the sampling has no meaning, the last update failed, or routes are asked for and the
+                engine does not tell them.
+        """
+        ...
+
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Write with other weights from now on, without a file.
+
+        Args:
+            weights: every tensor of the model under its Hugging Face name, once, as `convert.export_weights`
+                gives them; on each process that the engine runs on.  None: the engine's model is the one that
+                trains and has them already (megatron).
+            version: what `Generated.version` says of them.
+
+        Raises:
+            UserError: they are not this model's; the engine refuses all work then, until an update succeeds.
+        """
+        ...
+
+
+class PatchedEngine(Engine, Protocol):
+    """An engine that also takes in changed values alone."""
+
+    def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:
+        """Write with other weights from now on, as `update` with all of them would have it, to the bit.
+
+        Args:
+            changed: what differs in every tensor from the version before, as `convert.SentWeights` gives it.
+            version: what `Generated.version` says of the weights.
+            since: the version that it differs from.
+
+        Raises:
+            UserError: the engine holds another version, which stays; or these are not its model's values,
+                and the engine refuses all work until an update succeeds.
+        """
+        ...
+
+
+class ChoosingEngine(Engine, Protocol):
+    """An engine that also compares given words, which takes probabilities of more than
+    the best few tokens."""
+
+    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
+        """Return which word is the most probable in the place of each of a document's last tokens.
+
+        Args:
+            documents: of equal length.
+            count: places of each document, its last ones; what stands before a place is read as it is.
+            words: token ids to choose from.
+        """
+        ...
+
+
+def engine_for(target: Target) -> EngineName:
+    """Return the engine that runs a model where the user has chosen none."""
+    return TRANSFORMERS if target.is_hf else MEGATRON
+
+
+def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
+               batching: Batching | None = None, settings: Sequence[str] = (),
+               nproc: int | None = None, option: str = "--set", with_routes: bool = False,
+               for_updates: bool = False) -> Any:
+    """Load a model into an engine, and return what some work with it gave.
+
+    Args:
+        name: one of `ENGINES`; all but megatron need a Hugging Face folder.
+        target: the model.
+        work: is given the engine, on every process that it runs on; its result must be plain JSON values.
+        longest: tokens of the longest sequence, prompt and continuation.
+        batching: what bounds memory.
+        settings: `key=value` changes of layout and precision (megatron).
+        nproc: local processes (megatron).
+        option: that the settings are given by, for sentences.
+        with_routes: whether the work asks for routes, which vLLM must be started for.
+        for_updates: whether `update` will be called, for which some engines prepare.
+
+    Returns:
+        The result; None on other processes than the first of a torchrun or Slurm job.
+
+    Raises:
+        UserError: the engine is not installed, or cannot load the model.
+        SystemExit: a process failed, after it has said why.
+    """
+    if name == MEGATRON:
+        from megatron_sov.infer.decoder.generator import MegatronEngine
+        from megatron_sov.infer.engines.load import run_forward_model
+
+        return run_forward_model(target, settings, nproc,
+                                 lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
+    if name == VLLM:
+        from megatron_sov.infer.engines.vllm import VllmEngine
+
+        return work(VllmEngine(target.path, longest, batching, with_routes=with_routes,
+                               for_updates=for_updates))
+    from megatron_sov.infer.engines.hf import HfEngine, load_hf
+
+    return work(HfEngine(load_hf(target.path), batching))

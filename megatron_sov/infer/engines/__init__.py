@@ -1,0 +1,1 @@
+"""Engines that answer requests: the decoder of checkpoints, transformers, vLLM."""

@@ -1,0 +1,221 @@
+"""transformers as an engine, with its continuous batching; its weights under the names of its files, as views
+of the live memory.
+
+transformers 5 holds a layer's experts stacked, gate and up in one tensor, and renames others; files have one
+tensor for each expert.  How the two correspond is its own knowledge: the conversion that `save_pretrained`
+applies is run on views of the parameters, so writing into a result writes into the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.convert.changed_values import Changed
+from megatron_sov.engine.convert.sources import refuse_damaged_export, tensors_left_out
+from megatron_sov.engine.convert.whole_model import checked
+from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
+from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
+from megatron_sov.infer.request import (
+    Batching, Generated, Sampling, Stop, Tokens, refuse_drafts, refuse_routes, refuse_rules)
+from megatron_sov.model.pretrained import load_pretrained
+
+PAGE_TOKENS = 16
+"""Tokens of a page of transformers' cache."""
+MASK_PLACES = 1 << 28
+"""Places of the mask (tokens of a pass x tokens of the cache), which SDPA and eager attention lay out whole:
+1 GiB in fp32, and twice that for a model with sliding layers."""
+PASS_TOKENS = 1024
+"""Tokens of a pass below which rather fewer sequences are continued at a time."""
+
+
+def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
+    """Return transformers' model in evaluation mode, on the GPU if there is one;
+    code files in the folder are not run.
+
+    Raises:
+        UserError: transformers cannot load the folder, or would make up a part of the weights.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_damaged_export(folder)
+    model: Any = load_pretrained(AutoModelForCausalLM, folder, left_out=tensors_left_out(folder), dtype=dtype)
+    # the folder's own defaults would answer for what a caller left open
+    model.generation_config = GenerationConfig()
+    return model.eval().to(device)
+
+
+class HfEngine:
+    """A transformers model as an engine."""
+
+    def __init__(self, model: Any, batching: Batching | None = None) -> None:
+        """Take a model.
+
+        Args:
+            model: as `load_hf` gives it.
+            batching: what bounds memory.
+        """
+        self._model, self._batching = model, batching or Batching()
+        self._held = HeldWeights("transformers")
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None) -> Generated:
+        """Continue prompts, see `Engine`; samples depend on the whole batch,
+        of whose streams one seed is made.
+
+        Raises:
+            UserError: transformers gave a prompt up, as where memory is too small for it; or routes are
+                asked for.
+        """
+        refuse_drafts("transformers", sampling)
+        refuse_rules("transformers", sampling)
+        refuse_routes("transformers", sampling)
+        refuse_latent_attention(self._model.config)
+        sampling.check()
+        stop, version = stop or Stop(), self._held.version
+        if not prompts:
+            return Generated.of([], sampling, stop, version)
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        slots, pages, pass_tokens = cache_sizes(len(prompts), longest, self._batching)
+        chosen: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
+                      "top_k": sampling.top_k}
+        # -1: no token ends a continuation
+        asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1,
+                                 pad_token_id=0, **chosen)
+        # without sizes of its own the cache is made for the whole memory, and is slow
+        sizes = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots,
+            max_batch_tokens=pass_tokens, return_logprobs=True,
+            seed=sampling.seed if streams is None else seed_of(sampling.seed, *streams))
+        found = self._model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
+                                           continuous_batching_config=sizes, warmup=False)
+        outputs = list(found.values())
+        failed = [o.error for o in outputs if o.error is not None]
+        if failed or len(outputs) != len(prompts):
+            why = failed[0] if failed else "it says more above"
+            raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts "
+                            f"of up to {longest} tokens ({why}); with more memory, or with shorter prompts "
+                            "and continuations, it may")
+        # transformers tells those of the tempered and cut distribution; of a greedy token, of the plain one
+        written = [(stop.cut(o.generated_tokens), o.logprobs) for o in outputs]
+        return Generated.of([(tokens, logprobs[:len(tokens)]) for tokens, logprobs in written],
+                            sampling, stop, version)
+
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Copy other weights over the model's, see `Engine`."""
+        if weights is None:
+            raise ValueError("the engine transformers has a model of its own: an update needs its weights")
+        with self._held.replaced(version, weights):
+            copy_weights(self._model, weights)
+
+    def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:
+        """Write changed values over the model's, see `PatchedEngine`."""
+        with self._held.replaced(version, changed, since):
+            copy_changed(self._model, changed)
+
+    @torch.no_grad()
+    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
+        """Return the most probable words, see `ChoosingEngine`."""
+        self._held.check()
+        found: list[list[int]] = []
+        for row in rows_of(documents):
+            ids = torch.tensor([list(documents[i][:-1]) for i in row], device=self._model.device)
+            logits = self._model(input_ids=ids, logits_to_keep=count, use_cache=False).logits
+            found += best_words(logits.flatten(0, 1), words).reshape(len(row), count).tolist()
+        return found
+
+
+def refuse_latent_attention(config: Any) -> None:
+    """Raise `UserError` for a model with latent attention: pages of transformers (5.x) hold keys and values
+    of one width, `head_dim`, and its keys are wider than its values."""
+    if getattr(config, "kv_lora_rank", None):
+        raise UserError(f"kv_lora_rank = {config.kv_lora_rank}: transformers' continuous batching has no "
+                        "cache for latent attention; take the engine megatron or vllm (--engine)")
+
+
+def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:
+    """Return the sequences to continue at a time, the pages of their cache, and the tokens of a pass.
+
+    Both of the last two bound the mask, so that contexts of 262,144 tokens need no more memory for
+    it than short ones; a pass is no longer than all sequences together, so that a few short ones need
+    next to none.
+
+    Args:
+        num_prompts: all that are asked.
+        longest: tokens to which the longest of them may grow.
+        batching: bounds of the caller.
+    """
+    pages = -(-longest // PAGE_TOKENS) + 1
+    slots = max(1,
+                min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
+    cache_tokens = slots * pages * PAGE_TOKENS
+    most = min(batching.prefill_tokens, slots * longest, MASK_PLACES // cache_tokens)
+    return slots, slots * pages, max(slots, most)
+
+
+class _View(torch.Tensor):
+    """A tensor that stays where it is when transformers would lay a part of it out anew."""
+
+    def contiguous(self, *_: Any, **__: Any) -> _View:
+        return self
+
+
+def live_views(model: Any) -> dict[str, torch.Tensor]:
+    """Return the model's tensors by their names in files, as views of its memory.
+
+    Raises:
+        UserError: a tensor in files is more than a part of one in memory for this class of model.
+    """
+    live = model.state_dict()
+    # of an output head that is the embedding, files have one; what comes back may be copies, so names only
+    own = {name: live[name] for name in remove_tied_weights_from_state_dict(dict(live), model)}
+    memory = {t.untyped_storage().data_ptr() for t in own.values()}
+    found = revert_weight_conversion(model, {name: t.as_subclass(_View) for name, t in own.items()})
+    for name, view in found.items():
+        if view.untyped_storage().data_ptr() not in memory:
+            raise UserError(f"{type(model).__name__}: transformers computes {name} from tensors of its own, "
+                            "so it cannot be updated in place; load the model from a folder")
+    return {name: view.as_subclass(torch.Tensor) for name, view in found.items()}
+
+
+@torch.no_grad()
+def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy tensors into a loaded model, one after the other, in place.
+
+    Args:
+        model: as `load_hf` gives it.
+        weights: all of its tensors, by their names in files; those that its class ignores in files, such as
+            a multi-token prediction layer, may be among them.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape or comes twice; the model is then part
+            old, part new.
+    """
+    views = live_views(model)
+    for name, tensor in checked(weights, *_known(model, views)):
+        views[name].copy_(tensor)
+
+
+@torch.no_grad()
+def copy_changed(model: Any, changed: Iterable[Changed]) -> None:
+    """Write what has changed in every tensor into a loaded model; arguments and errors as of
+    `copy_weights`."""
+    views = live_views(model)
+    for name, found in checked(((one.name, one) for one in changed), *_known(model, views)):
+        view = views[name]
+        view.index_put_(tuple(axis.to(view.device) for axis in found.coordinates()), found.values.to(view))
+
+
+def _known(model: Any, views: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[int, ...]], Sequence[str]]:
+    """Return the shapes of a model's tensors, and what it may be given and does without."""
+    return ({name: tuple(view.shape) for name, view in views.items()},
+            model._keys_to_ignore_on_load_unexpected or ())

@@ -1,0 +1,1 @@
+"""What says how good an answer is: rewards, tool worlds, and the store of answers and rewards."""

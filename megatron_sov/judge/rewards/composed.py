@@ -1,0 +1,183 @@
+"""Rewards made of rewards: weights, gates, a choice by domain, and a second opinion on a sample."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Self
+
+from annotated_types import Gt, MinLen
+
+from megatron_sov.base.settings import Code, Finite, NotNegative, Problem, Share
+from megatron_sov.judge.rewards.reward import Result, Row, told_short
+
+WORST_FIRST = ("failed", "timeout", "refused")
+SECOND = "second_opinion"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the rewards."""
+
+    reward: str
+    """Its name, or FILE.py:NAME."""
+    weight: Finite = 1.0
+    """The row's reward is the sum of weight x reward over its parts."""
+    gate: Finite | None = None
+    """Where this part gives less, the row gets `gated_reward`, and the parts behind are not asked."""
+    domains: tuple[str, ...] = ()
+    """Rows that it judges; empty: all."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its own settings."""
+
+
+@dataclass(frozen=True)
+class Second:
+    """A stricter reward that looks at a sample of what a part has judged."""
+
+    reward: str
+    """Its name, or FILE.py:NAME."""
+    of: str
+    """The part whose judgement it repeats."""
+    share: Annotated[Share, Gt(0)] = 0.05
+    """Of the rows; which ones follows from what stands in them."""
+    tolerance: NotNegative = 0.5
+    """Two rewards that are further apart disagree."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its own settings."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The weighted sum of the parts that a row's domain has."""
+
+    parts: Annotated[dict[str, Part], MinLen(1)]
+    """Name -> part; they are asked in this order, gates first."""
+    gated_reward: Finite = 0.0
+    """Of a row that a gate stops."""
+    domain_field: str = "domain"
+    """Field of a row with its domain."""
+    second: Second | None = None
+    """A second opinion; it is reported and changes no reward."""
+
+    def problems(self) -> list[Problem]:
+        """Return what does not fit together."""
+        p = [Problem(Code.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
+                     "name its parts here") for name, part in self.parts.items() if part.reward == "composed"]
+        if SECOND in self.parts:
+            p.append(Problem(Code.RULE, f"parts.{SECOND}", "this name is taken", way_out="take another one"))
+        if self.second is not None and self.second.of not in self.parts:
+            p.append(Problem(Code.RULE, "second.of", f"is none of the parts {', '.join(self.parts)}",
+                             self.second.of))
+        return p
+
+    def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return name -> (reward, settings) of what has to be made."""
+        found = {name: (part.reward, part.settings) for name, part in self.parts.items()}
+        if self.second is not None:
+            found[SECOND] = self.second.reward, self.second.settings
+        return found
+
+    def judging(self, versions: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the version of the whole depends on: of the parts their versions, not settings."""
+        kept = asdict(self)
+        for made in (*kept["parts"].values(), *filter(None, [kept["second"]])):
+            del made["settings"]
+        return {**kept, "order": list(self.parts), "versions": dict(versions)}
+
+    def in_order(self) -> list[tuple[str, Part]]:
+        """Return the parts as they are asked."""
+        return sorted(self.parts.items(), key=lambda item: item[1].gate is None)
+
+    def judges(self, part: Part, row: Row) -> bool:
+        """Return whether a part judges a row."""
+        return not part.domains or row.get(self.domain_field) in part.domains
+
+    def stops(self, part: Part, result: Result) -> bool:
+        """Return whether nothing has to be asked behind this result."""
+        return result.reward is None or (part.gate is not None and result.reward < part.gate)
+
+    def combined(self, row: Row, results: Mapping[str, Result]) -> Result:
+        """Return the result of a row from those of its parts; without one of them there is no reward."""
+        if not results:
+            return Result(None, "refused", {}, f"no part judges {self.domain_field} = "
+                                               f"{told_short(row.get(self.domain_field))}")
+        components = {name: {"reward": r.reward, "status": r.status, **r.components} for name,
+                      r in results.items()}
+        for status in WORST_FIRST:
+            for name, result in results.items():
+                if result.reward is None and result.status == status:
+                    return Result(None, result.status, components, f"{name}: {result.reason}")
+        for name, result in results.items():
+            if self.stops(self.parts[name], result):
+                return Result(self.gated_reward, "scored", {**components, "gate": name})
+        total = sum(self.parts[name].weight * (r.reward or 0.0) for name, r in results.items())
+        return Result(total, "scored", components)
+
+    def is_sampled(self, row: Row) -> bool:
+        """Return whether a row gets a second opinion, by its content alone."""
+        text = json.dumps([row.get("prompt"), row.get("response")], sort_keys=True, default=repr)
+        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+        return self.second is not None and place < self.second.share
+
+
+class Runner(contextlib.AbstractContextManager["Runner"]):
+    """Scores batches; a context, since what it started has to end."""
+
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        """Return the results of rows, in their order."""
+        raise NotImplementedError
+
+
+class ComposedRunner(Runner):
+    """A composition over batches of rows; each part is asked for the rows that it judges alone.
+
+    Args:
+        composed: what is composed.
+        runners: name -> what runs a part.
+    """
+
+    def __init__(self, composed: Composed, runners: Mapping[str, Runner]) -> None:
+        self._composed, self._runners = composed, runners
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for running in self._runners.values():
+            self._stack.enter_context(running)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        composed = self._composed
+        found: list[dict[str, Result]] = [{} for _ in rows]
+        going_on = list(range(len(rows)))
+        for name, part in composed.in_order():
+            asked = [i for i in going_on if composed.judges(part, rows[i])]
+            results = dict(zip(asked, self._runners[name].score([rows[i] for i in asked]), strict=True))
+            for i, result in results.items():
+                found[i][name] = result
+            going_on = [i for i in going_on if i not in results or not composed.stops(part, results[i])]
+        whole = [composed.combined(row, results) for row, results in zip(rows, found, strict=True)]
+        return self._with_second(rows, found, whole) if composed.second else whole
+
+    def _with_second(self, rows: Sequence[Row], found: list[dict[str, Result]],
+                     whole: list[Result]) -> list[Result]:
+        """Return the results with a second opinion beside those of the sample."""
+        second = self._composed.second
+        assert second is not None
+        asked = [i for i, results in enumerate(found)
+                 if second.of in results and results[second.of].reward is not None
+                 and self._composed.is_sampled(rows[i])]
+        for i, other in zip(asked, self._runners[SECOND].score([rows[i] for i in asked]), strict=True):
+            first = found[i][second.of].reward or 0.0
+            disagrees = None if other.reward is None else abs(first - other.reward) > second.tolerance
+            opinion = {"first": first, "reward": other.reward, "status": other.status, "reason": other.reason,
+                       "disagrees": disagrees}
+            whole[i] = Result(whole[i].reward, whole[i].status, {**whole[i].components, SECOND: opinion},
+                              whole[i].reason)
+        return whole

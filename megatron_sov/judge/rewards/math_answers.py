@@ -1,0 +1,271 @@
+"""Math: whether a response's final answer equals the known one, by math-verify (Apache-2.0, extra `rl`).
+
+math-verify reads LaTeX and plain expressions and compares them with sympy.  Its own limits of time are
+signals, which need a main thread and do not stop C code; here the process that judges is ended instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.base.chat.marks import behind_thoughts
+from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Problem, as_problem
+from megatron_sov.judge.rewards.answers import final_answer, last_box, last_boxed, read_quantity, same
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
+
+DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
+"""What says that an answer is LaTeX; without, math-verify takes the 3 of 3\\sqrt{2} for the whole of it."""
+MAX_ANSWER_CHARS = 10_000
+MAX_BOXES = 12
+"""That are read as one answer of several values."""
+UNIT_TOLERANCE = 0.01
+"""Numbers are compared by math-verify; one with a prefix too many is off by ten at least."""
+_SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}",
+                          **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
+"""Minus, degrees and digits as East Asian keyboards write them -> as math-verify reads them."""
+_THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
+_BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
+"""Between boxes that are one answer of several values: all else makes the last one a correction."""
+_MIXED = re.compile(r"(?<![\d.,/^_}])(\d{1,9}) +(\d{1,4})/(\d{1,4})(?![\d.,]*[\d/^])")
+"""3 1/2, which is 7/2, and nothing where the fraction is no part of one."""
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]\+?(-?\d{1,3})(?![\w.])", re.ASCII)
+_COUNTED = re.compile(r"(?<=\d)\s*(?:개|명|원|마리|권|번|장|대|살|가지)(?=\s*(?:\}|\Z))")
+"""A Korean counter behind a number that is the whole of an answer."""
+_SIGNS = r"[+-]*"
+_INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!)\d{3})+|\d{1,5000})"
+_DECIMAL = rf"(?:{_INTEGER}(?:\.\d{{0,5000}})?|\.\d{{1,5000}})"
+_LITERAL = re.compile(
+    rf"{_SIGNS}(?:(?P<whole>\d{{0,5000}})(?:\\[dt]?frac\{{(?P<over>{_SIGNS}{_DECIMAL})\}}"
+    rf"\{{(?P<under>{_SIGNS}{_DECIMAL})\}})"
+    rf"|(?P<top>{_DECIMAL})/(?P<bottom>{_DECIMAL})"
+    rf"|(?P<number>{_DECIMAL})?(?P<power>(?:(?<=[\d.])(?:\\times|\\cdot|\*|×|·))?10(?:\^|\*\*)"
+    rf"(?:\{{[+-]?\d{{1,5}}\}}|[+-]?\d{{1,5}})|[eE][+-]?\d{{1,5}})?)(?:\\?%|\^\{{?\\circ\}}?|°)?", re.ASCII)
+"""A number as it is written, blanks, brackets around it and units taken away."""
+_NAME = re.compile(r"\\?[A-Za-z]\w{0,20}(?:_?\{?\w{0,8}\}?)?(?:\(\w{0,8}\))?'*", re.ASCII)
+_SIDES = re.compile(r"(?<![\\<>!])=|\\approx|≈|\\in(?![A-Za-z])")
+_UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim)(?![A-Za-z])")
+"""Operators that state a question and answer none."""
+_FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_HANGUL = re.compile("[가-힣]")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+@dataclass(frozen=True)
+class Math:
+    """1 for a right final answer, 0 for a wrong one or none."""
+
+    LIBRARIES = ("math-verify", "latex2sympy2-extended", "sympy", "antlr4-python3-runtime")
+    PRELOAD = ("math_verify",)
+    CONTROL = "\\boxed{1}"
+
+    cpu_limit_s: AboveZero = 2.0
+    """Of a processor, for a row; an answer that takes longer to compare is worth 0."""
+    time_limit_s: AboveZero = 60.0
+    """By the clock; a judge that has no processor for so long judges the row once more."""
+    tail_chars: AtLeastOne = 20_000
+    """Only so much of the response's end is read: the answer stands there."""
+    float_rounding: int = 6
+    """Decimals to which numbers have to agree."""
+    strict: bool = True
+    """Variables have to have the same names, and a set is no tuple."""
+    marked_only: bool = True
+    """A response has to mark its answer (a box, answer tags, "the answer is", a last line that is nothing
+    else); math-verify by itself takes any number in the text, so a response that lists numbers is paid."""
+    literal: bool = True
+    """Where the answer is a number, a response has to give the number: 6 \\times 7 restates a question."""
+
+    def problems(self) -> list[Problem]:
+        """Return what is missing."""
+        found = importlib.util.find_spec("math_verify") is not None
+        return [] if found else [as_problem(f"math-verify is not installed; {how_to_install('rl')}")]
+
+    def prepare(self) -> None:
+        """Import what judges, so that the first row does not wait for it."""
+        import math_verify
+
+        assert math_verify  # imported for its effect
+        for name in ("math_verify", "latex2sympy2_extended"):  # they tell each response that is no formula
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def score(self, row: Row) -> Score:
+        """Return whether the last answer of the response equals the row's `answer`.
+
+        Raises:
+            Refused: the row has no answer, or one that is no mathematics.
+        """
+        gold = self._gold(text_of(row, "answer"))
+        # a box in the thoughts of a response is no answer of it
+        said = behind_thoughts(text_of(row, "response")[-self.tail_chars:]).translate(_SPELLED)
+        said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
+        if not _HANGUL.search(row["answer"]):
+            said = _COUNTED.sub("", said)
+        found = self._found(said, gold)
+        # the text, since showing a number such as 10**10**10 would compute it
+        shown = next((item for item in reversed(found) if isinstance(item, str)), "")
+        right = (self._states(shown, found, gold) and self._equal(gold, found)
+                 and _has_its_unit(row["answer"], said))
+        return Score(float(right), {"extracted": shown[:200]})
+
+    def _equal(self, gold: list[Any], found: list[Any]) -> bool:
+        from math_verify import verify
+
+        return bool(verify(gold, found, float_rounding=self.float_rounding, strict=self.strict,
+                           timeout_seconds=None))
+
+    def _found(self, response: str, gold: list[Any]) -> list[Any]:
+        """Return the answer of a response as math-verify reads it: from the last box on, else where an answer
+        is announced."""
+        is_number = all(isinstance(item, str) or getattr(item, "is_number", False) for item in gold)
+        boxed = _from_last_boxes(response, alone=is_number)
+        if boxed or not self.marked_only:
+            return _parsed(boxed or response)
+        found = _parsed(response, anchored=True)
+        if all(isinstance(item, str) for item in found):
+            said = final_answer(response) or ""
+            found = [] if _is_prose(said) else _parsed(said)
+        return found
+
+    def _states(self, shown: str, found: list[Any], gold: list[Any]) -> bool:
+        """Return whether an answer gives what was asked for, and does not ask for it again."""
+        if not self.literal:
+            return True
+        wanted = next((item for item in reversed(gold) if isinstance(item, str)), "")
+        if _UNDONE.search(shown) and not _UNDONE.search(wanted):
+            return False
+        value = literal_value(_SIDES.split(wanted)[-1])
+        is_one = all(isinstance(item, str) or getattr(item, "is_number", False)
+                     or getattr(item, "is_Relational", False) for item in gold)
+        if value is None or not is_one:
+            return True
+        *sides, last = _SIDES.split(shown)
+        given = literal_value(last)
+        if given is None:
+            # what math-verify shows may be another match than the one that it reads: a number in the text
+            plain = [] if "\\boxed" in shown else _parsed(shown, expressions=True)
+            return bool(found and plain) and getattr(found[0], "is_Number", False) and plain[0] == found[0]
+        if not any(math.isclose(given * factor, value, rel_tol=0.01, abs_tol=0.01)
+                   for factor in (1, 100, 0.01)):
+            return False
+        # "a + b = 42" leaves open what its beginning is; all else before the number has to be the number
+        for i, side in enumerate(side for side in sides if _bare(side)):
+            read = [] if _NAME.fullmatch(_bare(side)) else _parsed(f"\\boxed{{{side}}}")
+            is_open = i == 0 and "," not in side and bool(read and getattr(read[0], "free_symbols", None))
+            if not (_NAME.fullmatch(_bare(side)) or is_open or self._equal(gold, read)):
+                return False
+        return True
+
+    def _gold(self, answer: str) -> list[Any]:
+        if not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
+            raise Refused(f"answer has {len(answer):,} characters; it must have 1 to {MAX_ANSWER_CHARS:,}")
+        answer = answer.translate(_SPELLED)
+        marked = any(mark in answer for mark in DELIMITERS)
+        gold = (_parsed(answer) if marked else []) or _parsed(f"\\boxed{{{answer}}}")
+        if not gold:
+            raise Refused(f"answer = {answer[:80]!r} is no mathematics that math-verify reads")
+        return gold
+
+
+def literal_value(text: str) -> float | None:
+    """Return the number that a text is, written out: whole, decimal, mixed, a fraction that is no whole
+    number, in scientific notation, with a sign of percent; None for expressions that have to be computed."""
+    found = _LITERAL.fullmatch(_bare(text))
+    several = re.search(r",\s", text) or ("," in text and text.lstrip().startswith(("(", "\\{", "\\left")))
+    if found is None or several or not any(char.isdigit() for char in found[0]):
+        return None
+    sign = -1.0 if found[0][:len(found[0]) - len(found[0].lstrip("+-"))].count("-") % 2 else 1.0
+    try:
+        over, under = found["over"] or found["top"], found["under"] or found["bottom"]
+        if over:
+            if (above := _number(over)) % (below := _number(under)) == 0:
+                return None
+            return sign * (float(found["whole"] or 0) + above / below)
+        power = re.search(r"[+-]?\d+\}?\Z", found["power"] or "0")
+        assert power is not None
+        exponent = int(power[0].rstrip("}"))
+        return sign * _number(found["number"] or "1") * 10.0 ** exponent
+    except (OverflowError, ZeroDivisionError):
+        return None
+
+
+def _has_its_unit(answer: str, response: str) -> bool:
+    """Return whether a response gives no other unit than the answer's: math-verify takes units away, and 5 m
+    would be 5 km.  A unit that either leaves out, or that is not known, is no other one."""
+    wanted = read_quantity(last_boxed(answer) or answer)
+    given = read_quantity(final_answer(response) or "")
+    if wanted is None or given is None or wanted.dimension is None or given.dimension is None:
+        return True
+    return same(wanted, given, UNIT_TOLERANCE)
+
+
+def _as_fraction(mixed: re.Match[str]) -> str:
+    whole, over, under = mixed.groups()
+    return f"{whole}\\frac{{{over}}}{{{under}}}" if 0 < int(over) < int(under) else mixed[0]
+
+
+def _is_prose(said: str) -> bool:
+    """Return whether a last line tells something instead of being an answer, as "between 1 and 42"."""
+    plain, formulas = _FORMULA.subn(" ", said)
+    is_one = formulas == 1 and not any(char.isdigit() for char in plain)
+    return not is_one and len(_WORD.findall(_COMMAND.sub(" ", plain))) > 1
+
+
+def _number(digits: str) -> float:
+    sign = -1 if digits.count("-") % 2 else 1
+    return sign * float(re.sub(r"[^\d.]", "", digits))
+
+
+def _bare(text: str) -> str:
+    """Return an answer without blanks, dollars, brackets around it and text marks."""
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[;: ]|[\s$~]", "", text)
+    text = text.strip("*").rstrip(".").removeprefix("\\{").removesuffix("\\}")
+    while text[:1] + text[-1:] in ("()", "{}"):
+        text = text[1:-1]
+    return text
+
+
+def _from_last_boxes(response: str, *, alone: bool) -> str:
+    """Return a response from its last box on, with those beside it that make one answer of several values;
+    empty: it has no box.
+
+    Args:
+        response: all of it.
+        alone: whether the answer is one number: boxes with nothing at all between them are corrections then.
+    """
+    text = re.sub(r"\\boxed\s+\{", r"\\boxed{", re.sub(r"\\boxed\s*\{\s*\}", "", response))  # no answer
+    end, start = len(text), -1
+    for _ in range(MAX_BOXES):
+        place = last_box(text[:end])
+        if place is None:
+            break
+        between = text[place[1]:start]
+        if start >= 0 and not (_BETWEEN.fullmatch(between) and (not alone or between.strip(" \n$\\()[]"))):
+            break
+        start = end = place[0]
+    return text[start:] if start >= 0 else ""
+
+
+def _parsed(text: str, *, anchored: bool = False, expressions: bool = False) -> list[Any]:
+    """Return what math-verify reads.
+
+    Args:
+        text: with boxes, formulas, or plain.
+        anchored: only where an answer is announced.
+        expressions: only numbers and expressions without LaTeX.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    kinds = [ExprExtractionConfig(not anchored)]
+    if not expressions:
+        kinds = [LatexExtractionConfig(not anchored), *kinds]
+    # it joins boxes that stand together by commas, and then reads 20 and 204 as 20,204: twenty thousand
+    first, *more = text.split("\\boxed")
+    more[1:] = [_THREE_DIGITS.sub(r"{\\,", box) for box in more[1:]]
+    return list(parse("\\boxed".join([first, *more]), kinds, parsing_timeout=None))

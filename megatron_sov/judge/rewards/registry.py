@@ -1,0 +1,90 @@
+"""Which rewards there are, by name, and how one is made from settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins import orders
+from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.signatures import check_methods
+from megatron_sov.judge.rewards.version import settings_of, version_of
+
+BUILT_IN: dict[str, tuple[str, str]] = {
+    "math": ("megatron_sov.judge.rewards.math_answers", "Math"),
+    "stem": ("megatron_sov.judge.rewards.stem", "Stem"),
+    "ifeval": ("megatron_sov.judge.rewards.ifeval", "IfEval"),
+    "classifier": ("megatron_sov.judge.rewards.classifier", "Classifier"),
+    "composed": ("megatron_sov.judge.rewards.composed", "Composed"),
+    "judge": ("megatron_sov.judge.rewards.judge", "Judge"),
+    "format": ("megatron_sov.judge.rewards.surface", "Format"),
+    "language": ("megatron_sov.judge.rewards.surface", "Language"),
+    "length": ("megatron_sov.judge.rewards.surface", "Length"),
+    "repetition": ("megatron_sov.judge.rewards.surface", "Repetition"),
+    "code": ("megatron_sov.judge.rewards.code", "Code"),
+    "constraint": ("megatron_sov.judge.rewards.constraint", "Constraint"),
+}
+"""Name -> module and class of what is built in."""
+
+
+def _check(loaded: Loaded) -> None:
+    if inspect.isfunction(loaded.value):
+        raise UserError(f"{loaded.reference}: is a function; a reward is a class with score(self, row). "
+                        "A reward function of TRL's becomes one by these lines in its file:\n"
+                        f"class Reward{loaded.attribute.title().replace('_', '')}:\n"
+                        "    def score(self, row):\n"
+                        f"        return {loaded.attribute}(completions=[row[\"response\"]], "
+                        "**{name: [value] for name, value in row.items()})[0]")
+    check_methods(loaded.value, loaded.reference, "a reward", {"score": ("row",)})
+
+
+OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.judge.rewards", BUILT_IN, _check)
+"""Rewards that are not built in."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A reward that is ready."""
+
+    reward: Any
+    """A `Reward`; or a `Composed` of the parts."""
+    version: str
+    """Hash of its code and settings."""
+    parts: Mapping[str, tuple[Order, Made]] = field(default_factory=dict)
+    """Of a composition: name -> its parts."""
+
+
+def order(name: str, settings: Mapping[str, Any]) -> Order:
+    """Return the order for a reward that a person named, a built-in one or FILE.py:NAME.
+
+    Raises:
+        UserError: there is none of that name, or its file cannot be run.
+    """
+    return orders.ordered(name, settings, BUILT_IN, OWN)
+
+
+def make(asked: Order) -> Made:
+    """Return the reward of an order.
+
+    Raises:
+        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
+            its file fails, or has changed since it was ordered.
+    """
+    built = orders.build(asked, BUILT_IN, OWN)
+    reward = built.value
+    if not hasattr(reward, "orders"):
+        return Made(reward, version_of(reward, settings_of(reward, built.settings), built.files))
+    wanted = {name: order(*part) for name, part in reward.orders().items()}
+    parts = {name: (part, make(part)) for name, part in wanted.items()}
+    versions = {name: part.version for name, (_, part) in parts.items()}
+    return Made(reward, version_of(reward, reward.judging(versions), built.files), parts)
+
+
+def build(asked: Order) -> Any:
+    """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
+    return orders.build(asked, BUILT_IN, OWN).value

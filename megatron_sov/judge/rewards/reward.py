@@ -1,0 +1,178 @@
+"""A reward: a row in, a number with its components out; and what is made of everything else that one does."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from megatron_sov.base.chat.marks import plain_form
+from megatron_sov.base.errors import UserError, told_in_a_line
+
+Row = Mapping[str, Any]
+"""A row: `response`, a text, and what its reward needs."""
+Status = Literal["scored", "timeout", "failed", "refused"]
+OPERATION: Mapping[str, bool] = {"operation": True}
+"""Metadata of a setting that says how a reward is run (speed, cost, where a key lies) and not what it gives:
+the version does not depend on it."""
+MAX_REASON_CHARS = 300
+"""Of what an error says; it may quote a response of megabytes."""
+
+
+class Refused(Exception):
+    """A row that a reward does not judge: it lacks a field, or is beyond a limit; one sentence."""
+
+
+class TooLong(TimeoutError):
+    """Judging a response has used its time of a processor, which no busy machine lengthens."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward gives for one response."""
+
+    reward: float
+    """The number."""
+    components: Mapping[str, Any] = field(default_factory=dict)
+    """What it is made of, and what was seen: numbers and short texts."""
+    timed_out: bool = False
+    """The response itself took too long, as a program that does not end: the reward says what that is worth,
+    the status is timeout."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one row."""
+
+    reward: float | None
+    """None: there is none, which is never a 0."""
+    status: Status
+    """scored; timeout: it took too long, with a reward where that was the response's own doing; failed: the
+    fault of the reward or of what it runs on; refused: the row is none that it judges."""
+    components: Mapping[str, Any] = field(default_factory=dict)
+    """As the reward has them."""
+    reason: str = ""
+    """Why there is no reward, or why judging the response was given up, which is worth 0."""
+    spent: bool = False
+    """Judging took what ordinary responses never take: time of a processor, memory, levels."""
+
+
+class Reward(Protocol):
+    """What every reward has; its settings are what it is made with, by name and with defaults."""
+
+    def score(self, row: Row) -> Score | float:
+        """Return the reward of a row's response.
+
+        Raises:
+            Refused: the row cannot be judged.
+        """
+        ...
+
+
+def text_of(row: Row, name: str) -> str:
+    """Return a field of a row that has to be text; thoughts and calls of a response in one form for all
+    families of models (`chat.marks`).
+
+    Raises:
+        Refused: it is missing or something else.
+    """
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise Refused(f"{name} = {told_short(value)} must be text" if name in row else f"has no {name!r}")
+    return plain_form(value) if name == "response" else value
+
+
+def messages_of(row: Row) -> list[dict[str, str]]:
+    """Return a row's `prompt` as messages with role and content.
+
+    Raises:
+        Refused: it has none.
+    """
+    prompt = row.get("prompt")
+    if isinstance(prompt, list) and prompt and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
+        return [{"role": str(m.get("role", "user")), "content": m["content"]} for m in prompt]
+    return [{"role": "user", "content": text_of(row, "prompt")}]
+
+
+def prompt_text(row: Row) -> str:
+    """Return a row's `prompt` as one text: as it is, or its messages with their roles; raises as
+    `messages_of` does."""
+    if isinstance(row.get("prompt"), str):
+        return text_of(row, "prompt")
+    return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages_of(row))
+
+
+def told_short(value: Any) -> str:
+    """Return what Python shows of a value, cut."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def judged(reward: Reward, row: Row) -> Result:
+    """Return what a reward makes of a row, whatever it does; `UserError` alone passes, for it would meet
+    every row."""
+    try:
+        return checked(reward.score(row))
+    except Refused as e:
+        return Result(None, "refused", {}, short(str(e)))
+    except TimeoutError as e:
+        return Result(None, "timeout", {}, short(str(e) or "took too long"), isinstance(e, TooLong))
+    except MemoryError:
+        return Result(None, "refused", {}, "asks for more memory than a process of the reward may have",
+                      spent=True)
+    except RecursionError as e:
+        return Result(None, "failed", {}, short(told_in_a_line(e)), spent=True)
+    except UserError:
+        raise
+    except Exception as e:
+        return Result(None, "failed", {}, short(told_in_a_line(e)))
+
+
+def checked(given: Any) -> Result:
+    """Return the result that a reward's return value stands for: one that is no finite number has failed."""
+    value = given.reward if isinstance(given, Score) else given
+    components = given.components if isinstance(given, Score) else {}
+    if not isinstance(value, numbers.Real):
+        return Result(None, "failed", {}, f"returned {told_short(value)}, a {type(value).__name__}, "
+                                          "where a number belongs")
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):
+        number = math.inf
+    if not math.isfinite(number):
+        return Result(None, "failed", {}, f"returned {told_short(value)}, which is no finite number")
+    plain = {str(name): _plain(part) for name, part in components.items()}
+    timed_out = isinstance(given, Score) and given.timed_out
+    return Result(number, "timeout" if timed_out else "scored", plain)
+
+
+def agreeing(first: Result, second: Result) -> Result:
+    """Return the result of a row that was judged twice: one that changed under one version has failed."""
+    if first.reward is not None and second.reward is not None and first.reward != second.reward:
+        return Result(None, "failed", {}, f"gave {first.reward:g}, then {second.reward:g} for the same row "
+                                          "under one version: it depends on something else than the row")
+    return first
+
+
+def short(text: str) -> str:
+    """Return the beginning of a reason, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_REASON_CHARS else line[:MAX_REASON_CHARS - 3] + "..."
+
+
+def _plain(value: Any) -> Any:
+    """Return a component as JSON has it."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Real):
+        if isinstance(value, numbers.Integral):
+            return int(value)
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return told_short(value)

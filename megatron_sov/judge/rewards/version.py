@@ -1,0 +1,138 @@
+"""The version of a reward, or of a tool environment: a hash of the code that judges and of the settings that
+it judges by.
+
+Code is read, not run: the module of the reward and what it imports from its own room, from this one and from
+that of the sandbox, without comments, docstrings and layout, so that a version changes when the judgement may
+and stays when words do.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import unicodedata
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.reward import OPERATION
+
+ROOMS = {__name__.rpartition(".")[0], "megatron_sov.work"}
+"""Their code counts wherever it is imported."""
+DIGITS = 16
+"""Of the hash; 64 bits tell versions apart."""
+
+
+def version_of(reward: Any, settings: Mapping[str, Any], files: Mapping[str, str] | None = None) -> str:
+    """Return the version of a reward.
+
+    Args:
+        reward: the reward, whose class says with `LIBRARIES` which distributions judge along.
+        settings: all its settings, defaults among them.
+        files: file -> hash of a reward that is not built in; None: it is.
+    """
+    made = type(reward)
+    libraries = {name: _installed(name) for name in getattr(made, "LIBRARIES", ())}
+    what = {"class": made.__qualname__,
+            "code": dict(files) if files is not None else code_of(made.__module__),
+            "libraries": libraries, "unicode": unicodedata.unidata_version,
+            "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
+            "settings": {name: value for name, value in settings.items()
+                         if name not in operational(made)}}
+    text = json.dumps(what, sort_keys=True, default=_as_json)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
+
+
+def operational(made: type) -> set[str]:
+    """Return the settings of a reward that say how it is run, not what it gives."""
+    fields = dataclasses.fields(made) if dataclasses.is_dataclass(made) else ()
+    return {f.name for f in fields if f.metadata.get("operation") == OPERATION["operation"]}
+
+
+@lru_cache
+def code_of(module: str) -> dict[str, str]:
+    """Return module -> hash of its code for a module and all that it imports of its room and of `ROOMS`."""
+    found: dict[str, str] = {}
+    to_read = [module]
+    while to_read:
+        name = to_read.pop()
+        if name in found:
+            continue
+        tree = ast.parse(_source(name))
+        found[name] = hashlib.sha256(_without_words(tree).encode()).hexdigest()
+        to_read += [other for other in _imported(tree, {_room(name), *ROOMS}) if other not in found]
+    return found
+
+
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{module}: has no source file, so no version of its reward can be told; "
+                        "install the package with its sources")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _room(module: str) -> str:
+    """Return a module's package: `megatron_sov.judge.rewards` of `megatron_sov.judge.rewards.stem`."""
+    return ".".join(module.split(".")[:3])
+
+
+def _imported(tree: ast.AST, rooms: set[str]) -> list[str]:
+    """Return the modules of some rooms that a module imports, wherever it does."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    ours = [name for name in names if name.startswith(tuple(f"{room}." for room in rooms))]
+    return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None
+            and _is_module(name)]
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # something inside a module
+        return False
+
+
+def _without_words(tree: ast.Module) -> str:
+    """Return a module's code without comments, layout and strings that stand alone: docstrings, and those
+    under a field."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [statement for statement in body  # type: ignore[attr-defined]
+                         if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                                 and isinstance(statement.value.value, str))]
+    return ast.unparse(tree)
+
+
+def settings_of(reward: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings that a reward was made with, defaults among them."""
+    if dataclasses.is_dataclass(reward) and not isinstance(reward, type):
+        return {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
+    bound = inspect.signature(type(reward)).bind(**given)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _as_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return repr(value)

@@ -1,0 +1,202 @@
+"""What a store holds: whether all of it is as it should be (bytes, rows, keys, and rewards of rows that are
+there), and figures by round and by domain; one piece in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.scoring import Tally
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, Part, Rollout, domain_of
+from megatron_sov.judge.rollouts.store import Store
+
+_ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
+                 ("part", np.int32), ("row", np.int32)])
+"""What is kept of a row while others are read: 29 bytes."""
+_COLUMNS = ("record", "prompt_tokens", "tokens", "versions", "finish_reason")
+
+
+@dataclass
+class Checked:
+    """What was looked at, and what is wrong with it."""
+
+    parts: int = 0
+    rows: int = 0
+    rewards: int = 0
+    problems: list[str] = field(default_factory=list)
+    """One sentence each, which names the part and the row."""
+
+
+def check(store: Store, done: Callable[[int], object] = lambda parts: None) -> Checked:
+    """Return what is wrong with a store."""
+    found = Checked()
+    parts = store.parts(refused=found.problems.append)
+    kept: list[np.ndarray] = []
+    for number, part in enumerate(parts):
+        try:
+            rows, problems = store.read_all(part.name)
+        except UserError as e:
+            found.problems.append(str(e))
+            continue
+        finally:
+            done(1)
+        found.parts, found.rows = found.parts + 1, found.rows + len(rows)
+        found.problems += [f"{part.file}: row {i} {problem}" for i, problem in enumerate(problems) if problem]
+        kept.append(_heads(rows, number))
+    found.problems += _key_problems(np.concatenate([np.zeros(0, _ROW), *kept]), parts)
+    for version in store.versions():
+        for part in store.parts(version=version, refused=found.problems.append):
+            found.problems += _reward_problems(store, part, found)
+            done(1)
+    return found
+
+
+def _heads(rows: list[Rollout], number: int) -> np.ndarray:
+    heads = np.zeros(len(rows), _ROW)
+    heads["key"] = np.frombuffer(b"".join(_digest(row.key) for row in rows), "<u8").reshape(-1, 2)
+    heads["attempt"] = [row.attempt for row in rows]
+    heads["is_unfinished"] = [row.finish_reason == UNFINISHED for row in rows]
+    heads["part"], heads["row"] = number, np.arange(len(rows))
+    return heads
+
+
+def _digest(key: Key) -> bytes:
+    return hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
+
+
+def _key_problems(heads: np.ndarray, parts: list[Part]) -> list[str]:
+    """Return a sentence for each key whose attempts are not 0, 1, ... behind unfinished ones."""
+    heads = heads[np.lexsort((heads["attempt"], *heads["key"].T))]
+    follows = np.append([False], (heads["key"][1:] == heads["key"][:-1]).all(1))[:len(heads)]
+    before = np.concatenate([heads[:1], heads[:-1]])
+    twice = follows & (heads["attempt"] == before["attempt"])
+    behind = follows & (heads["attempt"] == before["attempt"] + 1)
+    begins = ~follows & (heads["attempt"] == 0)
+    wrong = {"has the key and the attempt of": twice,
+             "goes on behind an attempt that is not there": ~(twice | behind | begins),
+             "goes on behind a finished one:": behind & ~before["is_unfinished"]}
+    return [f"{_place(heads[i], parts)} {what}"
+            + (f" {_place(before[i], parts)}" if follows[i] and "not there" not in what else "")
+            for what, where in wrong.items() for i in np.flatnonzero(where)]
+
+
+def _place(head: np.void, parts: list[Part]) -> str:
+    return f"{parts[int(head['part'])].file}: row {int(head['row'])}"
+
+
+def _reward_problems(store: Store, part: Part, found: Checked) -> list[str]:
+    """Return a sentence for each reward that is none of a row of the part that it judges."""
+    try:
+        said = store.read_rewards(part.version, part.name)
+        rows, _ = store.read_all(part.name, ())
+    except UserError as e:
+        return [f"{part.path}: judges rows that cannot be read: {e}"
+                if not store.part_path(part.name).exists() else str(e)]
+    found.parts, found.rewards = found.parts + 1, found.rewards + len(said)
+    there, seen, problems = {(row.key, row.attempt) for row in rows}, set(), []
+    for i, judged in enumerate(said):
+        head = (judged.key, judged.attempt)
+        if head not in there:
+            problems.append(f"{part.file}: row {i} judges sample {judged.key.sample} of prompt "
+                            f"{judged.key.prompt}, attempt {judged.attempt}, which {part.name} does not hold")
+        if head in seen:
+            problems.append(f"{part.file}: row {i} judges a row a second time")
+        seen.add(head)
+    return problems
+
+
+@dataclass
+class Figures:
+    """Of the rows of a round, or of a domain of it."""
+
+    rows: int = 0
+    prompts: set[str] = field(default_factory=set)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Behind the prompts, of all rows."""
+    written_tokens: int = 0
+    """Of them, those that a policy wrote."""
+    longest: int = 0
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    oldest_version: int | None = None
+    newest_version: int | None = None
+    version_total: int = 0
+    """Sum over the tokens that a policy wrote."""
+    rewards: dict[str, Tally] = field(default_factory=dict)
+    """By version."""
+
+    def add(self, row: Rollout) -> None:
+        self.rows += 1
+        self.prompts.add(row.key.prompt)
+        self.prompt_tokens += len(row.prompt_tokens)
+        self.tokens += len(row.tokens)
+        self.longest = max(self.longest, len(row.tokens))
+        self.finish_reasons[row.finish_reason] += 1
+        written = row.written_versions
+        if len(written):
+            oldest, newest = int(written.min()), int(written.max())
+            self.oldest_version = oldest if self.oldest_version is None else min(oldest, self.oldest_version)
+            self.newest_version = newest if self.newest_version is None else max(newest, self.newest_version)
+            self.written_tokens += len(written)
+            self.version_total += int(written.sum(dtype=np.int64))
+
+    def plain(self) -> dict[str, Any]:
+        mean_version = self.version_total / self.written_tokens if self.written_tokens else None
+        return {
+            "rows": self.rows, "prompts": len(self.prompts), "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens, "written_tokens": self.written_tokens,
+            "mean_length": self.tokens / self.rows if self.rows else None, "longest": self.longest,
+            "finish_reasons": dict(sorted(self.finish_reasons.items())),
+            "oldest_version": self.oldest_version, "newest_version": self.newest_version,
+            "mean_steps_behind_newest": (None if mean_version is None or self.newest_version is None
+                                         else self.newest_version - mean_version),
+            "rewards": {version: {"mean": found.mean, "rewards": found.num_rewards,
+                                  "statuses": dict(sorted(found.statuses.items()))}
+                        for version, found in sorted(self.rewards.items())}}
+
+
+def figures_of(store: Store, round: int | None = None,
+               done: Callable[[int], object] = lambda parts: None) -> dict[str, Any]:
+    """Return figures of each round, of all its rows and by domain, as JSON has them.
+
+    A row that another attempt goes on behind is counted as replaced alone, and so is what was said of it.
+
+    Args:
+        store: to look at.
+        round: the one to look at; None: all.
+        done: told the number of parts, as they are read.
+    """
+    rounds: dict[int, list[Part]] = {}
+    for part in store.parts(round):
+        rounds.setdefault(part.round, []).append(part)
+    judged: dict[str, set[str]] = {}
+    for part in (part for folder in store.versions() for part in store.parts(round, folder)):
+        judged.setdefault(part.version, set()).add(part.name)
+    return {str(number): _round(store, parts, judged, done) for number, parts in rounds.items()}
+
+
+def _round(store: Store, parts: list[Part], judged: Mapping[str, set[str]], done: Callable[[int], object]
+           ) -> dict[str, Any]:
+    whole, domains, replaced = Figures(), dict[str, Figures](), 0
+    for here, rows, num_replaced in store.pieces(parts, _COLUMNS):
+        replaced += num_replaced
+        counted = {(row.key, row.attempt): (whole, domains.setdefault(domain_of(row.record), Figures()))
+                   for row in rows}
+        for row in rows:
+            for figures in counted[row.key, row.attempt]:
+                figures.add(row)
+        for version, names in judged.items():
+            by = store.judgements(version, [part for part in here if part.name in names])
+            for head, said in by.items():
+                for figures in counted.get(head, ()):
+                    tally = figures.rewards.setdefault(version, Tally())
+                    tally.add(said.reward, said.status)
+        done(len(here))
+    return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,
+            **whole.plain(), "domains": {name: figures.plain() for name, figures in sorted(domains.items())}}

@@ -1,0 +1,290 @@
+"""One episode: a model and an environment in turns, with every token told apart.
+
+Ids are appended and never encoded again: what a model sampled is trained on as it was sampled, and what tools
+and the template say is not.
+
+What has been played is kept as lines, one for each turn, before the next round begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
+from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.documents import BadRecord, Conversation, Message
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.tools.environment import Observation, Task
+from megatron_sov.judge.tools.faults import INFRASTRUCTURE
+from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
+from megatron_sov.judge.tools.limits import EpisodeLimits, cut
+from megatron_sov.work.progress.journal import Journal
+
+ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")
+"""How an episode ends: with an answer; at the limit of turns or of tokens; in a turn that the model did not
+end within the limit of tokens; by the fault of what tools run on."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote in one turn."""
+
+    ids: list[int]
+    """With the token that ends the turn, where it came."""
+    logprobs: list[float] | None = None
+    """Of each, where the engine tells them."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A model's turn and what came of it."""
+
+    written: Written
+    """By the model."""
+    text: str
+    """Of it."""
+    calls: list[dict[str, Any]]
+    """Of each call: name, arguments, text, fault, is_cut."""
+    behind: list[int]
+    """Ids of the results and the opening of the next turn; none where the episode ended."""
+    state: str
+    """Of the environment, as JSON."""
+    end: str = ""
+    """One of `ENDS`, where it was the last turn."""
+    in_thoughts: bool = False
+    """Whether the template had opened thoughts before it."""
+    message: dict[str, Any] | None = None
+    """As it is given back to an endpoint that is asked with messages; None: the model was asked with ids."""
+    read_tokens: int = 0
+    """That an endpoint says it read for this turn: all before it."""
+    wrote_tokens: int = 0
+    """That it says it wrote."""
+
+    @property
+    def parsed(self) -> WrittenTurn:
+        """Return what it says and calls."""
+        return parse_turn(self.text, in_thoughts=self.in_thoughts)
+
+
+@dataclass
+class Episode:
+    """An episode as far as it has come."""
+
+    number: int
+    """Place in the list of tasks."""
+    task: Task
+    """What is to be done."""
+    opening: Opening
+    """What the model was told."""
+    prompt: list[int]
+    """Its ids."""
+    turns: list[Turn] = field(default_factory=list)
+    """In order."""
+    result: Result | None = None
+    """The reward, behind the end."""
+
+    @property
+    def end(self) -> str:
+        """Return how it ended; empty: it goes on."""
+        return self.turns[-1].end if self.turns else ""
+
+    @property
+    def ids(self) -> list[int]:
+        """Return all ids so far."""
+        return [*self.prompt, *(i for t in self.turns for i in (*t.written.ids, *t.behind))]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the places that the model wrote, as half-open intervals of `ids`."""
+        found, place = [], len(self.prompt)
+        for turn in self.turns:
+            found.append((place, place + len(turn.written.ids)))
+            place += len(turn.written.ids) + len(turn.behind)
+        return found
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Return the tokens behind the prompt."""
+        return sum(len(t.written.ids) + len(t.behind) for t in self.turns)
+
+    @property
+    def answer(self) -> str:
+        """Return what the model said in the end; empty where it did not come to one."""
+        return self.turns[-1].parsed.content if self.end == "answered" else ""
+
+    def faults(self) -> Counter[str]:
+        """Return fault -> calls."""
+        return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
+
+
+def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limits: EpisodeLimits) -> Episode:
+    """Return an episode that has just begun.
+
+    Raises:
+        UserError: the model's template refuses the question or the tools, or they are too long.
+    """
+    seen = opening.observation
+    messages = [Message("system", seen.system)] if seen.system else []
+    chat = Conversation((*messages, Message("user", seen.user)), opening.tools)
+    try:
+        prompt = encoder.opening(chat)
+    except BadRecord as e:
+        raise UserError(f"its conversation {e.reason}") from None
+    if len(prompt) > limits.max_prompt_tokens:
+        raise UserError(f"its question and tools make {len(prompt):,} tokens, more than max_prompt_tokens "
+                        f"{limits.max_prompt_tokens:,}; raise it with --limit, or shorten them")
+    return Episode(number, task, opening, prompt)
+
+
+def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder: TurnEncoder,
+              limits: EpisodeLimits) -> Turn:
+    """Return the next turn of an episode: what the model wrote, its calls and their results.
+
+    Args:
+        episode: which; it is left as it is.
+        written: within what is left of the limit of tokens.
+        host: of the episode's environment, whose state changes.
+        encoder: of the model.
+        limits: of the episode.
+    """
+    turn = Turn(written, encoder.text(written.ids), [], [], host.state,
+                in_thoughts=encoder.opens_thoughts(episode.ids))
+    left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
+    if not written.ids or written.ids[-1] not in encoder.end_ids:
+        return replace(turn, end="unended")
+    turn = with_calls(turn, len(episode.turns), host, limits)
+    if turn.end:
+        return turn
+    behind = encoder.behind_turn([call["text"] for call in turn.calls])
+    # a token at least has to be left for the model
+    if len(behind) >= left:
+        return replace(turn, end="tokens")
+    return replace(turn, behind=behind)
+
+
+def with_calls(turn: Turn, num_before: int, host: EnvironmentHost, limits: EpisodeLimits) -> Turn:
+    """Return a turn that the model has ended with the results of its calls, and its end where it has come.
+
+    Args:
+        turn: without calls.
+        num_before: turns before it.
+        host: of the episode's environment, whose state changes.
+        limits: of the episode.
+    """
+    found = turn.parsed.calls
+    if not found:
+        return replace(turn, end="answered")
+    made = [_made(call, place, host, limits) for place, call in enumerate(found)]
+    calls = [{**asked, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
+             for asked, result in made]
+    turn = replace(turn, calls=calls, state=host.state)
+    if any(result.fault == INFRASTRUCTURE for _, result in made):
+        return replace(turn, end="infrastructure")
+    return replace(turn, end="turns") if num_before + 1 >= limits.max_turns else turn
+
+
+def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
+          limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
+    """Make a call, unless it is none or one too many."""
+    if isinstance(call, BadCall):
+        return {"name": "", "arguments": {}}, _told(call.code, call.reason, limits)
+    asked = {"name": call.name, "arguments": call.arguments}
+    if place >= limits.max_calls_per_turn:
+        return asked, _told("many", f"a turn may have {limits.max_calls_per_turn} calls; this one was not "
+                                    "made", limits)
+    return asked, host.call(call)
+
+
+def _told(code: str, reason: str, limits: EpisodeLimits) -> CallResult:
+    text, is_cut = cut(f"error: {reason}", limits.max_tool_chars)
+    return CallResult(text, code, is_cut)
+
+
+def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
+    """Return an ended episode as a row: its reward, its tokens, and what was counted."""
+    assert episode.result is not None, "the episode has not been scored"
+    written = [turn.written for turn in episode.turns]
+    logprobs = [w.logprobs for w in written]
+    return {
+        "episode": episode.number, "task": dict(episode.task), "end": episode.end,
+        "reward": episode.result.reward, "status": episode.result.status,
+        "components": dict(episode.result.components), "reason": episode.result.reason,
+        "answer": episode.answer, "num_turns": len(episode.turns),
+        "num_calls": sum(len(turn.calls) for turn in episode.turns), "faults": dict(episode.faults()),
+        "num_cut": sum(call["is_cut"] for turn in episode.turns for call in turn.calls),
+        "num_turns_that_differ": sum(encoder.differs(w.ids) for w in written),
+        "ids": episode.ids, "spans": [list(span) for span in episode.spans],
+        "logprobs": logprobs if all(part is not None for part in logprobs) else None,
+    }
+
+
+def left_of(episode: Episode, limits: EpisodeLimits) -> int:
+    """Return how many tokens a model may write in the next turn."""
+    return limits.max_response_tokens - episode.num_response_tokens
+
+
+def within(written: Written, most: int) -> Written:
+    """Return what a model wrote up to its limit; engines are asked for several episodes at a time."""
+    logprobs = written.logprobs
+    return Written(written.ids[:most], None if logprobs is None else logprobs[:most])
+
+
+class EpisodeLines:
+    """Lines of episodes: those that were kept before, and where more are kept."""
+
+    def __init__(self, lines: Iterable[dict[str, Any]],
+                 keep: Callable[[Sequence[dict[str, Any]]], object] = lambda lines: None) -> None:
+        """`keep`: is given the lines of each round."""
+        self._lines, self.add = lines, keep
+
+    def episodes(self, tasks: Sequence[Task]) -> dict[int, Episode]:
+        """Return number -> the episodes that had begun, as far as they had come."""
+        found: dict[int, Episode] = {}
+        for line in self._lines:
+            number = line["episode"]
+            if "prompt" in line:
+                opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
+                found[number] = Episode(number, tasks[number], opening, line["prompt"])
+            elif "turn" in line:
+                turn = line["turn"]
+                found[number].turns.append(Turn(**turn | {"written": Written(**turn["written"])}))
+            else:
+                found[number].result = Result(**line["result"])
+        return found
+
+
+def begin_line(episode: Episode) -> dict[str, Any]:
+    """Return the line of an episode that has begun."""
+    return {"episode": episode.number, "prompt": episode.prompt,
+            "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
+
+
+def turn_line(episode: Episode) -> dict[str, Any]:
+    """Return the line of an episode's last turn."""
+    return {"episode": episode.number, "turn": asdict(episode.turns[-1])}
+
+
+def lines_of(episode: Episode) -> list[dict[str, Any]]:
+    """Return all lines of an episode that goes on: what another process needs to go on with it."""
+    return [begin_line(episode), *({"episode": episode.number, "turn": asdict(turn)}
+                                   for turn in episode.turns)]
+
+
+def result_line(episode: Episode) -> dict[str, Any]:
+    """Return the line of an episode's reward."""
+    assert episode.result is not None
+    return {"episode": episode.number, "result": asdict(episode.result)}
+
+
+def lines_in(journal: Journal) -> EpisodeLines:
+    """Return the lines of a journal, which keeps more."""
+    def keep(lines: Sequence[dict[str, Any]]) -> None:
+        journal.add([(line["episode"], json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                     for line in lines])
+
+    return EpisodeLines((json.loads(record) for _, record in journal.records()), keep)

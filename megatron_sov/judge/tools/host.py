@@ -1,0 +1,237 @@
+"""An environment in a process of its own: a tool that hangs, eats the machine or ends its process costs its
+call and nothing else.
+
+The state behind the last call lies here as JSON; where a process had to be ended, the next one goes on from
+it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Self
+
+from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.judge.rewards.reward import Result, checked, short
+from megatron_sov.judge.tools.environment import Environment, Observation, Task, unknown
+from megatron_sov.judge.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
+from megatron_sov.judge.tools.limits import EpisodeLimits, cut
+from megatron_sov.judge.tools.registry import BUILT_IN, make
+from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
+from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers
+
+_MORE_BYTES = 64 << 20
+"""An answer's size beside the state's."""
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What became of one call."""
+
+    text: str
+    """What the model is told."""
+    fault: str = ""
+    """One of `faults.FAULTS`; empty: the tool gave this."""
+    is_cut: bool = False
+    """Whether the tool said more."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How an episode begins."""
+
+    observation: Observation
+    """What the model is told."""
+    tools: tuple[dict[str, Any], ...]
+    """What it may call, as OpenAI describes functions."""
+
+
+class _Gone(Exception):
+    """The process did not answer: a fault's code and reason."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+class EnvironmentHost:
+    """An environment that plays one episode at a time; a context, since its process has to end."""
+
+    def __init__(self, asked: Order, limits: EpisodeLimits) -> None:
+        """Nothing is started yet.
+
+        Args:
+            asked: which environment.
+            limits: of calls and of what they leave.
+        """
+        self._asked, self._limits = asked, limits
+        self._workers = Workers(  # whose sandbox is a process of its own
+            f"tool environment {asked.name}", _serve,
+            (asked, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
+            modules=[module for module, _, _ in BUILT_IN.values()], may_start_processes=True,
+            most_bytes=limits.max_state_bytes + _MORE_BYTES)
+        self._task: Task = {}
+        self.state = "null"
+        """Of the environment behind the last call, as JSON."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._workers.end()
+
+    def reset(self, task: Task) -> Opening:
+        """Begin an episode.
+
+        Raises:
+            UserError: the environment cannot be made, or the task is none of its own.
+        """
+        self._task = task
+        answer = self._begin("reset", task=dict(task))
+        return Opening(Observation(**answer["observation"]), tuple(answer["tools"]))
+
+    def resume(self, task: Task, state: str) -> Opening:
+        """Go on in an episode whose state is known; raises as `reset` does."""
+        opening = self.reset(task)
+        self._begin("restore", task=dict(task), state=json.loads(state))
+        return opening
+
+    def call(self, call: ToolCall) -> CallResult:
+        """Return what a call gives, whatever the tool does."""
+        try:
+            answer = self._ask("call", self._limits.call_timeout_s, name=call.name, arguments=call.arguments)
+        except _Gone as gone:
+            try:
+                self._begin("restore", task=dict(self._task), state=json.loads(self.state))
+            except UserError as e:  # it could before: nothing is known about the model's doing
+                return CallResult(f"error: {call.name}: {gone.reason}, and {short(str(e))}", INFRASTRUCTURE)
+            return CallResult(f"error: {call.name}: {gone.reason}", gone.code)
+        self.state = answer.get("state", self.state)
+        return CallResult(answer["text"], answer["fault"], answer["is_cut"])
+
+    def score(self, answer: str) -> Result:
+        """Return the reward of the episode, or why there is none."""
+        try:
+            given = self._ask("score", self._limits.call_timeout_s, answer=answer)
+        except _Gone as gone:
+            return Result(None, "timeout" if gone.code == "timeout" else "failed", {}, gone.reason)
+        return Result(given["reward"], given["status"], given["components"], given["reason"])
+
+    def _begin(self, what: str, **request: Any) -> dict[str, Any]:
+        """Ask for what begins an episode, of a process that is started where there is none."""
+        try:
+            answer = self._ask(what, START_LIMIT_S, **request)
+        except _Gone as gone:
+            raise UserError(f"tool environment {self._asked.name}: {gone.reason} while an episode began; "
+                            "see what it wrote above") from None
+        if "problem" in answer:
+            raise UserError(answer["problem"])
+        self.state = answer["state"]
+        return answer
+
+    def _ask(self, what: str, timeout_s: float, **request: Any) -> dict[str, Any]:
+        """Return what the process answers; it is ended where it does not."""
+        ((_, answer),) = self._workers.answers(deque([(what, {"what": what, **request})]), timeout_s)
+        if isinstance(answer, Lost):
+            raise (_Gone("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
+                   else _Gone("ended", "ended its process"))
+        return dict(answer)
+
+
+def _serve(asked: Order, limits: dict[str, int]) -> Answer:
+    """Return what does as it is asked, in the environment's process."""
+    environment, _ = make(asked)
+    limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
+    return lambda request, again: _DO[request.pop("what")](environment, request | limits)
+
+
+def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        observation = environment.reset(request["task"])
+        shown = {"user": observation.user, "system": observation.system}
+        return {"observation": shown, "tools": list(environment.tools()),
+                "state": _state(environment, request)}
+    except UserError as e:
+        return {"problem": str(e)}
+    except (Exception, SystemExit) as e:
+        return {"problem": f"tool environment {type(environment).__name__}: the task "
+                           f"{short(json.dumps(request['task']))} makes it fail ({told_in_a_line(e)})"}
+
+
+def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    answer = _reset(environment, request)
+    if "problem" in answer:
+        return answer
+    try:
+        environment.restore(request["state"])
+        return answer | {"state": _state(environment, request)}
+    except (Exception, SystemExit) as e:
+        return {"problem": f"tool environment {type(environment).__name__}: its state "
+                           f"{short(json.dumps(request['state']))} makes it fail ({told_in_a_line(e)})"}
+
+
+def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    """Make a call; one that gives no result leaves the state as it was."""
+    before = environment.snapshot()
+    try:
+        text, is_cut = _shown(_value(environment, request), request["max_tool_chars"])
+        return {"text": text, "is_cut": is_cut, "fault": "", "state": _state(environment, request)}
+    except ToolFault as e:
+        fault = e
+    except MemoryError:
+        fault = ToolFault("memory", "asked for more memory than it may have")
+    except (Exception, SystemExit) as e:
+        fault = ToolFault("failed", f"failed ({short(told_in_a_line(e))})")
+    environment.restore(before)
+    said = fault.reason if fault.code in ("unknown_tool", "arguments") else (
+        f"{request['name']}: {fault.reason}")
+    text, is_cut = _shown(f"error: {said}", request["max_tool_chars"])
+    return {"text": text, "is_cut": is_cut, "fault": fault.code}
+
+
+def _value(environment: Environment, request: dict[str, Any]) -> Any:
+    names = [tool["function"]["name"] for tool in environment.tools()]
+    if request["name"] not in names:
+        raise ToolFault("unknown_tool", unknown(request["name"], names))
+    return environment.call(request["name"], request["arguments"])
+
+
+def _shown(value: Any, max_chars: int) -> tuple[str, bool]:
+    """Return a result as the text that a model is shown, and whether it was cut."""
+    if not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise ToolFault("result", f"returned something that is no JSON ({short(str(e))})") from None
+    text, is_cut = cut(value, max_chars)
+    return text.encode("utf-8", "replace").decode(), is_cut  # half a surrogate pair is no text
+
+
+def _state(environment: Environment, request: dict[str, Any]) -> str:
+    try:
+        state = json.dumps(environment.snapshot(), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ToolFault("state", f"left a state that is no JSON ({short(str(e))})") from None
+    if len(state) > request["max_state_bytes"]:
+        raise ToolFault("state", f"left a state of {len(state):,} bytes, more than "
+                                 f"{request['max_state_bytes']:,}")
+    return state
+
+
+def _score(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        result = checked(environment.score(request["answer"]))
+    except MemoryError:
+        result = Result(None, "failed", {}, "asked for more memory than it may have")
+    except InfrastructureFault as e:
+        result = Result(None, "failed", {}, e.reason)
+    except (Exception, SystemExit) as e:
+        result = Result(None, "failed", {}, short(told_in_a_line(e)))
+    return {"reward": result.reward, "status": result.status, "components": dict(result.components),
+            "reason": result.reason}
+
+
+_DO = {"reset": _reset, "restore": _restore, "call": _call, "score": _score}

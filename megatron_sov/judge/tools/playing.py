@@ -1,0 +1,364 @@
+"""Many episodes side by side, each with a process of its environment.
+
+`play` has a model write the next turn of all that go on, and then their tools run side by side: a round is as
+long as its longest turn; an episode that ends makes place for the next one.  `play_by_messages` is for models
+that are asked with a conversation and not with ids; each episode goes on by itself.  Nothing of it is for
+training: the tokens that such a model wrote are not known, only how many.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.episode import (
+    Episode, EpisodeLines, Turn, Written, begin_line, begun, left_of, result_line, take_turn, turn_line,
+    with_calls, within)
+from megatron_sov.judge.tools.faults import INFRASTRUCTURE
+from megatron_sov.judge.tools.host import EnvironmentHost, Opening
+from megatron_sov.judge.tools.limits import EpisodeLimits
+
+STREAMS = 1 << 16
+"""Streams of random numbers that an episode has, one for each turn."""
+Message = dict[str, Any]
+
+
+class Policy(Protocol):
+    """What writes turns: a model behind an engine, or a script."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+               streams: Sequence[int]) -> Sequence[Written]:
+        """Continue prompts to the end of a turn.
+
+        Args:
+            prompts: all ids of each conversation.
+            max_new_tokens: longest turn.
+            streams: number of each turn's stream of random numbers: the same for the same turn of the same
+                episode, whatever is asked beside it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """What episodes are played with."""
+
+    asked: Order
+    """The environment."""
+    encoder: TurnEncoder
+    """Of the model."""
+    limits: EpisodeLimits
+    """Of each episode."""
+    parallel: int = 8
+    """Episodes at a time, each with a process of its environment."""
+
+
+@dataclass
+class _Seat:
+    """A process of the environment, and the episode that it plays."""
+
+    host: EnvironmentHost
+    episode: Episode | None = None
+
+
+def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: EpisodeLines,
+         ended: Callable[[int], object] = lambda count: None,
+         should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
+    """Return the episodes of tasks, in order, each played to its end.
+
+    Args:
+        tasks: what is to be done.
+        policy: writes the turns.
+        table: what is played with.
+        journal: what was played before, and where this is kept.
+        ended: is told how many more episodes have ended.
+        should_stop: asked behind each round: whether all that go on are given back as they are, without a
+            result; those that have not begun are begun, and no more.
+
+    Raises:
+        UserError: a task is none of this environment's, or the environment cannot be made.
+    """
+    episodes = journal.episodes(tasks)
+    waiting = deque(n for n in range(len(tasks)) if n not in episodes or episodes[n].result is None)
+    ended(len(tasks) - len(waiting))
+    with ExitStack() as stack:
+        seats = [_Seat(stack.enter_context(EnvironmentHost(table.asked, table.limits)))
+                 for _ in range(min(table.parallel, len(waiting)))]
+        pool = stack.enter_context(ThreadPoolExecutor(max(len(seats), 1)))
+
+        def sit(newcomer: tuple[_Seat, int]) -> Episode:
+            seat, number = newcomer
+            seat.episode = _began(
+                seat.host, number, tasks[number], episodes.get(number),
+                lambda opening: begun(number, tasks[number], opening, table.encoder, table.limits))
+            return seat.episode
+
+        stopped = False
+        while waiting or any(seat.episode for seat in seats):
+            newcomers = []
+            for seat in seats:
+                if seat.episode is None and waiting:
+                    newcomers.append((seat, waiting.popleft()))
+            fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
+            journal.add([begin_line(episode) for episode in fresh])
+            if not stopped:
+                _round(seats, policy, table, journal, pool)
+            for seat in seats:
+                if seat.episode is not None and (stopped or seat.episode.result is not None):
+                    ended(seat.episode.result is not None)
+                    episodes[seat.episode.number], seat.episode = seat.episode, None
+            stopped = stopped or should_stop()
+    return [episodes[n] for n in range(len(tasks))]
+
+
+def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
+           begin: Callable[[Opening], Episode]) -> Episode:
+    """Begin an episode, or go on in one that the journal knows."""
+    try:
+        if known is None:
+            return begin(host.reset(task))
+        if known.turns:
+            host.resume(task, known.turns[-1].state)
+        else:
+            host.reset(task)
+        return known
+    except UserError as e:
+        raise UserError(f"task {number + 1}: {e}") from None
+
+
+def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: EpisodeLines,
+           pool: ThreadPoolExecutor) -> None:
+    """Play the next turn of all episodes that go on, and score those that end."""
+    playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
+    open_ = [(host, episode) for host, episode in playing if not episode.end]
+    if open_:
+        left = [min(left_of(episode, table.limits), table.limits.max_turn_tokens) for _, episode in open_]
+        streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
+        found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
+        turns = pool.map(
+            lambda given: take_turn(given[0][1], within(given[1], given[2]), given[0][0], table.encoder,
+                                    table.limits), zip(open_, found, left, strict=True))
+        for (_, episode), turn in zip(open_, turns, strict=True):
+            episode.turns.append(turn)
+    over = [(host, episode) for host, episode in playing if episode.end]
+    for (_, episode), result in zip(over, pool.map(lambda given: scored(*given), over), strict=True):
+        episode.result = result
+    journal.add([*(turn_line(episode) for _, episode in open_),
+                 *(result_line(episode) for _, episode in over)])
+
+
+def scored(host: EnvironmentHost, episode: Episode) -> Result:
+    """Return the reward of an episode that has ended, or why there is none."""
+    if episode.end == "infrastructure":
+        return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls
+                                               if call["fault"] == "infrastructure"))
+    return host.score(episode.answer)
+
+
+def identity_of(tasks_digest: str, version: str, limits: EpisodeLimits, model: dict[str, object],
+                sampling: dict[str, object]) -> dict[str, object]:
+    """Return what episodes depend on: another one of these is another set of episodes."""
+    return {"tasks": tasks_digest, "environment": version, "limits": asdict(limits), "model": model,
+            "sampling": sampling}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said in a turn."""
+
+    text: str
+    """Thoughts, content and calls in the form that `chat.tool_calls` reads."""
+    message: Message
+    """As it is given back to the model."""
+    is_cut: bool
+    """Whether the longest turn ended it."""
+    read_tokens: int
+    """Of all that it was asked with."""
+    wrote_tokens: int
+    """Of the turn, thoughts among them."""
+
+
+class NoTurn(Exception):
+    """The model has not answered, through no fault of its own."""
+
+
+class Speaker(Protocol):
+    """A model that is asked with messages; from any thread."""
+
+    def say(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], max_tokens: int,
+            stream: int) -> Said:
+        """Return the next turn of a conversation.
+
+        Args:
+            messages: all of it.
+            tools: that may be called, as OpenAI describes functions.
+            max_tokens: longest turn.
+            stream: number of the turn's stream of random numbers, as in `playing.Policy`.
+
+        Raises:
+            NoTurn: there is no answer.
+            UserError: there will be none to any request.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MessageTable:
+    """What episodes are played with."""
+
+    asked: Order
+    """The environment."""
+    limits: EpisodeLimits
+    """Of each episode; tokens are those that the model's side counts."""
+    parallel: int = 8
+    """Episodes at a time, each with a process of its environment."""
+
+
+def play_by_messages(tasks: Sequence[Task], speaker: Speaker, table: MessageTable, journal: EpisodeLines,
+                     ended: Callable[[int], object] = lambda count: None,
+                     check: Callable[[], object] = lambda: None) -> list[Episode]:
+    """Return the episodes of tasks, in order, each played to its end.
+
+    An episode whose model did not answer has failed, for this time alone: the journal keeps it open.
+
+    Args:
+        tasks: what is to be done.
+        speaker: the model.
+        table: what is played with.
+        journal: what was played before, and where this is kept.
+        ended: is told how many more episodes have ended.
+        check: called before each turn; what it raises ends the play behind the turns that are under way.
+
+    Raises:
+        UserError: a task is none of this environment's, the environment cannot be made, or the model cannot
+            be asked.
+        Exception: what `check` raises.
+    """
+    room = _Room(tasks, speaker, table, journal, ended, check, journal.episodes(tasks))
+    room.waiting.extend(n for n in range(len(tasks))
+                        if n not in room.episodes or room.episodes[n].result is None)
+    ended(len(tasks) - len(room.waiting))
+    seats = min(table.parallel, len(room.waiting))
+    with ThreadPoolExecutor(max(seats, 1)) as pool:
+        under_way = [pool.submit(room.sit) for _ in range(seats)]
+    for seat in under_way:
+        seat.result()
+    return [room.episodes[n] for n in range(len(tasks))]
+
+
+@dataclass
+class _Room:
+    """Seats that take tasks from one list."""
+
+    tasks: Sequence[Task]
+    speaker: Speaker
+    table: MessageTable
+    journal: EpisodeLines
+    ended: Callable[[int], object]
+    check: Callable[[], object]
+    episodes: dict[int, Episode]
+    waiting: deque[int] = field(default_factory=deque)
+    is_over: bool = False
+    """Whether a seat has met what ends the play."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of the journal, and of what is told."""
+
+    def sit(self) -> None:
+        """Play one episode after the other in a process of the environment."""
+        try:
+            with EnvironmentHost(self.table.asked, self.table.limits) as host:
+                while not self.is_over:
+                    try:
+                        number = self.waiting.popleft()
+                    except IndexError:
+                        return
+                    self._play(number, host)
+        except BaseException:
+            self.is_over = True
+            raise
+
+    def _play(self, number: int, host: EnvironmentHost) -> None:
+        self.check()
+        try:
+            episode = _began(host, number, self.tasks[number], self.episodes.get(number),
+                             lambda opening: Episode(number, self.tasks[number], opening, []))
+            if number not in self.episodes:
+                self._add(begin_line(episode))
+                self.episodes[number] = episode
+            while not episode.end:
+                self.check()
+                if self.is_over:
+                    return
+                episode.turns.append(self._turn(episode, host))
+                self._add(turn_line(episode))
+        except NoTurn as e:
+            episode.turns.append(Turn(Written([]), "", [], [], host.state, end=INFRASTRUCTURE))
+            episode.result = Result(None, "failed", {}, str(e))
+        else:
+            episode.result = scored(host, episode)
+            self._add(result_line(episode))
+        with self.lock:
+            self.ended(1)
+
+    def _turn(self, episode: Episode, host: EnvironmentHost) -> Turn:
+        """Return the next turn, with the results of its calls."""
+        limits = self.table.limits
+        left = limits.max_response_tokens - _used_tokens(episode.turns)
+        said = self.speaker.say(messages_of(episode), episode.opening.tools,
+                                min(left, limits.max_turn_tokens), episode.number * STREAMS
+                                + len(episode.turns))
+        if not episode.turns and said.read_tokens > limits.max_prompt_tokens:
+            raise UserError(f"task {episode.number + 1}: its question and tools make {said.read_tokens:,} "
+                            f"tokens, more than max_prompt_tokens {limits.max_prompt_tokens:,}; raise it in "
+                            "`limits` of a task file of your own, or shorten them")
+        turn = Turn(Written([]), said.text, [], [], host.state, message=said.message,
+                    read_tokens=said.read_tokens, wrote_tokens=said.wrote_tokens)
+        used = _used_tokens([*episode.turns, turn])
+        if used - turn.wrote_tokens >= limits.max_response_tokens:  # by what tools have said
+            return replace(turn, end="tokens")
+        if said.is_cut or used > limits.max_response_tokens:
+            return replace(turn, end="unended")
+        turn = with_calls(turn, len(episode.turns), host, limits)
+        is_full = not turn.end and used >= limits.max_response_tokens
+        return replace(turn, end="tokens") if is_full else turn
+
+    def _add(self, line: dict[str, Any]) -> None:
+        with self.lock:
+            self.journal.add([line])
+
+
+def _used_tokens(turns: Sequence[Turn]) -> int:
+    """Return the tokens behind the first prompt, as far as they have been counted."""
+    return turns[-1].read_tokens + turns[-1].wrote_tokens - turns[0].read_tokens if turns else 0
+
+
+def call_id(turn: int, place: int) -> str:
+    """Return the name of a call: nine letters and digits, as Mistral's templates want them."""
+    return f"call{turn:03}{place:02}"
+
+
+def messages_of(episode: Episode) -> list[Message]:
+    """Return an episode's conversation, as its model is asked for the next turn."""
+    seen = episode.opening.observation
+    messages: list[Message] = [{"role": "system", "content": seen.system}] if seen.system else []
+    messages.append({"role": "user", "content": seen.user})
+    for number, turn in enumerate(episode.turns):
+        assert turn.message is not None, "the episode was played with ids"
+        given = turn.message
+        if "tool_calls" in given:
+            named = [{**call, "id": call_id(number, place)} for place, call in enumerate(given["tool_calls"])]
+            given = {**given, "tool_calls": named}
+        messages.append(given)
+        messages += [{"role": "tool", "tool_call_id": call_id(number, place), "content": call["text"]}
+                     for place, call in enumerate(turn.calls)]
+    return messages

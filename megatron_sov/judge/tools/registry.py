@@ -1,0 +1,93 @@
+"""Which tool environments there are, by name, how one is made from settings, and the tasks that it gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_sov.base.documents.rows import read_objects
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins import orders
+from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.signatures import check_methods
+from megatron_sov.judge.rewards.version import settings_of, version_of
+from megatron_sov.judge.tools.environment import Environment, Task
+
+BUILT_IN: dict[str, tuple[str, str, str]] = {
+    "calculator": ("megatron_sov.judge.tools.worlds.calculator", "Calculator",
+                    "arithmetic, exact where it can be"),
+    "retrieval": ("megatron_sov.judge.tools.worlds.retrieval", "Retrieval",
+                  "search and read documents of your own, by BM25"),
+    "python": ("megatron_sov.judge.tools.worlds.python", "Python", "programs in the sandbox"),
+    "booking": ("megatron_sov.judge.tools.worlds.booking", "Booking",
+                 "hotel rooms: search, book, change, cancel"),
+    "tickets": ("megatron_sov.judge.tools.worlds.tickets", "Tickets",
+                 "customers' tickets: find, assign, close"),
+    "files": ("megatron_sov.judge.tools.worlds.files", "Files",
+               "a tree of text files: list, read, edit, search"),
+    "functions": ("megatron_sov.judge.tools.worlds.functions", "Functions",
+                  "functions that a task describes: which calls a model writes"),
+    "virtual": ("megatron_sov.judge.tools.worlds.virtual", "Virtual",
+                "tables and tools that a task describes as data"),
+    "mcp": ("megatron_sov.judge.tools.worlds.mcp", "Mcp", "the tools of an MCP server that a command starts"),
+}
+"""Name -> module, class and line in the list of what is built in."""
+METHODS: dict[str, tuple[str, ...]] = {"reset": ("task",), "tools": (), "call": ("name", "arguments"),
+                                       "score": ("answer",), "snapshot": (), "restore": ("state",)}
+
+
+def _check(loaded: Loaded) -> None:
+    check_methods(loaded.value, loaded.reference, "a tool environment", METHODS)
+
+
+OWN: Registry[type[Any]] = Registry("tool environment", "megatron_sov.environments", BUILT_IN, _check)
+"""Environments that are not built in."""
+
+
+def order(name: str, settings: Mapping[str, Any]) -> Order:
+    """Return the order for an environment that a person named, a built-in one or FILE.py:NAME.
+
+    Raises:
+        UserError: there is none of that name, or its file cannot be run.
+    """
+    return orders.ordered(name, settings, BUILT_IN, OWN)
+
+
+def make(asked: Order) -> tuple[Environment, str]:
+    """Return the environment of an order, and its version: a hash of its code and settings.
+
+    Raises:
+        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
+            its file fails, or has changed since it was ordered.
+    """
+    built = orders.build(asked, BUILT_IN, OWN)
+    return (cast(Environment, built.value),
+            version_of(built.value, settings_of(built.value, built.settings), built.files))
+
+
+def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Task]:
+    """Return the tasks of a file in JSON lines, or without one an environment's examples.
+
+    Raises:
+        UserError: there are none, or a line is no JSON object.
+    """
+    if path is None:
+        examples: Sequence[Task] = getattr(environment, "EXAMPLES", ())
+        if not examples:
+            raise UserError(f"tool environment {name}: brings no examples; write tasks into a file in JSON "
+                            "lines and name it with --tasks")
+        return list(examples)
+    found: list[Task] = [task for _, task in read_objects(path, "--tasks")]
+    if not found:
+        raise UserError(f"--tasks {path}: has no tasks; each line is a JSON object")
+    return found
+
+
+def digest_of(tasks: Sequence[Any]) -> str:
+    """Return a hash of tasks."""
+    return hashlib.sha256(json.dumps(tasks, sort_keys=True, default=dict).encode()).hexdigest()[:16]

@@ -1,0 +1,57 @@
+"""Python programs in the sandbox."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_sov.base.settings import AboveZero, AtLeastOne
+from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.faults import InfrastructureFault, ToolRefused
+from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
+from megatron_sov.work.sandbox import Limits, Program, Sandbox
+
+
+@dataclass
+class Python(AnsweredWorld):
+    """Each program begins anew: nothing of an earlier one is left."""
+
+    SYSTEM = ("Use Python where it helps: each program runs by itself, so print what you want to see. End "
+              'with "The answer is" and the answer.')
+    EXAMPLES = ({"question": "How many primes are there below 10,000?", "answer": "1229"},)
+    MAX_MEMORY_BYTES = 0
+    """The sandbox limits its programs itself."""
+
+    time_limit_s: AboveZero = 10.0
+    """For a program: of processors, and by the clock without the time that it waits for one."""
+    memory_bytes: AtLeastOne = 512 << 20
+    """For a program."""
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
+                              memory_bytes=self.memory_bytes))  # ends with the process of the environment
+
+    def first_state(self, task: Task) -> dict[str, Any]:
+        """Nothing changes here; a machine without a sandbox is told before the first call, of which it would
+        be no fault."""
+        self._sandbox  # noqa: B018  (it starts)
+        return {}
+
+    @tool
+    def run_python(self, code: str) -> str:
+        """Run a Python program and get what it printed.
+
+        Args:
+            code: the whole program.
+        """
+        outcome = self._sandbox.run(Program(code))
+        if outcome.status == "infrastructure":
+            raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
+        if outcome.status == "refused":
+            raise ToolRefused(outcome.reason)
+        parts = [outcome.stdout, outcome.stderr and f"[stderr]\n{outcome.stderr}",
+                 "" if outcome.status == "ok" else f"[{outcome.status}: {outcome.reason}]"]
+        return "\n".join(part.rstrip("\n") for part in parts if part) or "[the program printed nothing]"

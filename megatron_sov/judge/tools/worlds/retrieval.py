@@ -1,0 +1,193 @@
+"""Documents of a user's own, to be searched and read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
+
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.documents.rows import read_objects
+from megatron_sov.base.documents.scripts import script_of
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNegativeInt, other_than
+from megatron_sov.judge.tools.faults import ToolRefused
+from megatron_sov.judge.tools.schema import Parameter, Tool
+from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
+
+K1, B = 1.2, 0.75
+_WORD = re.compile(r"\w+")
+_NO_SPACES = {"THAI", "LAO", "KHMER", "MYANMAR", "CJK", "HIRAGANA", "KATAKANA"}
+MAX_DOCUMENTS = 500_000
+"""The index lies in the memory of each process."""
+MAX_QUERIES = 16
+_NAME = re.compile(r"[A-Za-z_]\w{0,63}")
+
+
+# BM25: documents ranked by the words of a query (Robertson and Zaragoza, "The Probabilistic Relevance
+# Framework: BM25 and Beyond", 2009, equation 3.15; the inverse document frequency with one added inside the
+# logarithm, as in Lucene, so that it is never negative).
+
+
+def terms_of(text: str) -> list[str]:
+    """Return the words of a text in lower case; of scripts without spaces, each two characters that stand
+    together."""
+    found: list[str] = []
+    for word in _WORD.findall(text.casefold()):
+        if len(word) > 1 and script_of(word[0]) in _NO_SPACES:
+            found += [word[i:i + 2] for i in range(len(word) - 1)]
+        else:
+            found.append(word)
+    return found
+
+
+class Bm25:
+    """An index of documents, in memory."""
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        self._lengths: list[int] = []
+        self._counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for number, document in enumerate(documents):
+            counts = Counter(terms_of(document))
+            self._lengths.append(sum(counts.values()))
+            for term, count in counts.items():
+                self._counts[term].append((number, count))
+        self._mean_length = sum(self._lengths) / max(len(self._lengths), 1) or 1.0
+
+    def search(self, query: str, count: int) -> list[tuple[int, float]]:
+        """Return (document, score) of the best, best first, of equal ones the earlier first; those without
+        any of the words are left out."""
+        scores: defaultdict[int, float] = defaultdict(float)
+        for term, times in Counter(terms_of(query)).items():
+            places = self._counts.get(term, [])
+            idf = math.log(1 + (len(self._lengths) - len(places) + 0.5) / (len(places) + 0.5))
+            for number, tf in places:
+                length = K1 * (1 - B + B * self._lengths[number] / self._mean_length)
+                scores[number] += times * idf * tf * (K1 + 1) / (tf + length)
+        return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]
+
+
+def _no_name(text: str) -> Breach | None:
+    return None if _NAME.fullmatch(text) else (Code.BOUND, "must be a name of letters, digits and _", "")
+
+
+def _no_file(path: str) -> Breach | None:
+    return None if Path(path).is_file() else (
+        Code.FILE, "is no file", "name one in JSON lines, a document each")
+
+
+ToolName = Annotated[str, Bound(_no_name)]
+
+
+@dataclass
+class Retrieval(AnsweredWorld):
+    """A tool that searches and a tool that reads; their names and arguments are settings, so that the world
+    looks as the one that a model was, or will be, used in."""
+
+    corpus: Annotated[str, Bound(_no_file)]
+    """File in JSON lines: a document each."""
+    text: str = "text"
+    """Field of its text."""
+    keys: Annotated[tuple[ToolName, ...], MinLen(1), ONCE] = ("id",)
+    """Fields by which a document is read: the first one is needed, the others narrow it down."""
+    search: ToolName = "search"
+    """Name of the tool that searches."""
+    read: Annotated[ToolName, other_than("search")] = "read"
+    """Name of the tool that reads."""
+    query: ToolName = "query"
+    """Name of its argument."""
+    queries: Literal["one", "list"] = "one"
+    """Whether the argument is a text, or a list of them."""
+    top_k: AtLeastOne = 3
+    """Documents that a query gives."""
+    snippet_chars: NotNegativeInt = 200
+    """Of a document that is found."""
+    system: str = ("Answer from the documents: search them, read what looks right. End with "
+                   '"The answer is" and the answer.')
+    """Rules for the model, where a task has none of its own."""
+
+    def rules(self) -> str:
+        """Return what models are told where a task has no `system` of its own."""
+        return self.system
+
+    def inputs(self) -> dict[str, str]:
+        """Return the digest of the corpus: other documents are another world."""
+        return {"corpus": file_digest(Path(self.corpus))}
+
+    @cached_property
+    def by_name(self) -> dict[str, Tool]:
+        """Both tools, by the settings' names."""
+        asked = Parameter(list[str] if self.queries == "list" else str,
+                          "queries, each of which is searched for" if self.queries == "list"
+                          else "words to search for")
+        read = {key: Parameter(str, f"{key} of the document") if i == 0 else
+                Parameter(str | None, f"{key}, where only that part is wanted", None)
+                for i, key in enumerate(self.keys)}
+        return {self.search: Tool(self.search, f"Search the documents; gives the {self.top_k} best of each "
+                                               "query, with the beginning of their text.",
+                                  {self.query: asked}, self._search),
+                self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read, self._read)}
+
+    @cached_property
+    def _documents(self) -> list[dict[str, Any]]:
+        found = []
+        for line, document in read_objects(Path(self.corpus), "corpus"):
+            where = f"corpus {self.corpus}: line {line}"
+            if not isinstance(document.get(self.text), str):
+                raise UserError(f"{where}: its {self.text!r} must be text; name the field with text=...")
+            if missing := [key for key in self.keys if not isinstance(document.get(key, ""), (str, int))]:
+                raise UserError(f"{where}: its {missing[0]!r} must be text or a whole number")
+            if self.keys[0] not in document:
+                raise UserError(f"{where}: has no {self.keys[0]!r}; name the fields with keys=[...]")
+            found.append(document)
+            if len(found) > MAX_DOCUMENTS:
+                raise UserError(f"corpus {self.corpus}: has more than {MAX_DOCUMENTS:,} documents, which lie "
+                                "in the memory of each process; take a search server, by the environment mcp")
+        if not found:
+            raise UserError(f"corpus {self.corpus}: has no documents")
+        return found
+
+    @cached_property
+    def _index(self) -> Bm25:
+        return Bm25([" ".join([*(str(d.get(key, "")) for key in self.keys), d[self.text]])
+                     for d in self._documents])
+
+    @cached_property
+    def _by_key(self) -> dict[str, list[dict[str, Any]]]:
+        found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for document in self._documents:
+            found[str(document[self.keys[0]])].append(document)
+        return dict(found)
+
+    def first_state(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing changes here; the documents are read before the first call is timed."""
+        assert self._index and self._by_key
+        return {}
+
+    def _search(self, **arguments: Any) -> list[Any]:
+        asked = arguments[self.query]
+        if self.queries == "one":
+            return self._found(asked)
+        if len(asked) > MAX_QUERIES:
+            raise ToolRefused(f"{self.query} has {len(asked)} queries, at most {MAX_QUERIES}")
+        return [{"query": query, "results": self._found(query)} for query in asked]
+
+    def _found(self, query: str) -> list[dict[str, Any]]:
+        return [{**{key: self._documents[number].get(key) for key in self.keys},
+                 self.text: self._documents[number][self.text][:self.snippet_chars]}
+                for number, _ in self._index.search(query, self.top_k)]
+
+    def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
+        asked = {key: value for key, value in wanted.items() if value is not None}
+        found = [d for d in self._by_key.get(asked[self.keys[0]], [])
+                 if all(str(d.get(key, "")) == value for key, value in asked.items())]
+        if not found:
+            raise ToolRefused(f"there is no document with {asked}; search for it first")
+        return [{**{key: d.get(key) for key in self.keys}, self.text: d[self.text]} for d in found]

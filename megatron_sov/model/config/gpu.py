@@ -1,0 +1,283 @@
+"""How a GPU's kernels, memory and messages are used: what changes no result beyond rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sov.base.settings import NotNegative, Problem, Share, find_broken
+from megatron_sov.model.config.bounds import Steps
+from megatron_sov.model.config.data import PhaseConfig
+from megatron_sov.model.config.layout import ParallelConfig
+from megatron_sov.model.config.model import ModelConfig
+from megatron_sov.model.config.optim import OptimConfig
+from megatron_sov.model.config.train import TrainConfig
+
+# What matrix products in 8 or 4 bits ask of precision, model, layout and rows: the rules of Transformer
+# Engine 2.20 and megatron-core 0.16.1, told before anything starts.
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to scale the operands of matrix products, as `train.fp8` names it."""
+
+    row_multiple: int
+    """What the tokens of a row on each process must be a multiple of; each expert's are padded to it."""
+    width_multiple: int
+    """What both sizes of every quantised weight must be a multiple of, on each process."""
+    auto_format: str
+    """The 8-bit format where `train.fp8_format` is auto; "" where the recipe has its own."""
+
+
+RECIPES = {
+    # rows: `get_fp8_align_size` and `get_fp4_align_size` of megatron-core; widths: the leading dimension of
+    # an FP8 product is a multiple of 16 (cublaslt_gemm.cu), whole MX blocks are 32 (quantizer.cpp), and
+    # 16 bytes of FP4 are 32 values (fp4_utils.py)
+    "tensorwise": Recipe(16, 16, "hybrid"),
+    "blockwise": Recipe(16, 16, "e4m3"),
+    "mxfp8": Recipe(32, 32, "e4m3"),
+    "nvfp4": Recipe(128, 32, ""),
+}
+OWN_SETTINGS = ("fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end", "fp8_pad_routed_tokens")
+
+
+def fp8_format(train: TrainConfig) -> str:
+    """Return the library's name of the 8-bit format."""
+    return RECIPES[train.fp8].auto_format if train.fp8_format == "auto" else train.fp8_format
+
+
+def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
+                          phases: Sequence[PhaseConfig]) -> list[Problem]:
+    """Return every rule that `train.fp8` breaks with what it meets."""
+    if train.fp8 == "none":
+        defaults = TrainConfig()
+        return find_broken(train, "train", *(
+            (getattr(train, name) == getattr(defaults, name), name, "needs train.fp8, which is none",
+             "set it or leave this out") for name in OWN_SETTINGS))
+    if train.fp8 == "delayed":
+        return find_broken(train, "train", (
+            False, "fp8", "is not to be had: its scales follow from the largest values of earlier steps, "
+            "which are in no checkpoint here, so that a resumed run would differ", "use tensorwise, which "
+            "scales each tensor by its own largest value"))
+    start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
+    pads = train.fp8_pad_routed_tokens
+    p = find_broken(
+        train, "train",
+        (train.precision == "bf16", "fp8", f"needs train.precision = bf16, it is {train.precision}: what is "
+         "not quantised stays in bf16"),
+        (train.fp8 != "nvfp4" or train.fp8_format == "auto", "fp8_format", "belongs to the 8-bit recipes, "
+         "and train.fp8 = nvfp4 has a format of its own (e2m1)", "leave it out"),
+        (start + end < model.num_layers, "fp8_bf16_layers_at_start",
+         f"and train.fp8_bf16_layers_at_end = {end} leave none of the {model.num_layers} layers to train.fp8 "
+         f"= {train.fp8}", "lower one or set train.fp8=none"),
+        (not pads or model.num_moe_layers() > 0, "fp8_pad_routed_tokens",
+         "needs experts, and the model has none", "leave it out"),
+        (not pads or parallel.expert_dispatcher != "allgather" or not model.num_moe_layers(),
+         "fp8_pad_routed_tokens", "does not go with parallel.expert_dispatcher = allgather",
+         "use alltoall or leave it out"))
+    multiple = RECIPES[train.fp8].row_multiple
+    parts = parallel.cp * (parallel.tp if parallel.sp else 1)
+    shared = (f" / parallel.cp {parallel.cp}" if parallel.cp > 1 else "") + (
+        f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")
+    for i, phase in enumerate(phases):
+        tokens = phase.seq_len * train.micro_batch_size
+        p += find_broken(phase, f"data.phases.{i}", (
+            tokens % (parts * multiple) == 0, "seq_len", f"x train.micro_batch_size {train.micro_batch_size}"
+            f"{shared} = {tokens / parts:g} tokens on each process, which train.fp8 = {train.fp8} wants to "
+            f"be a multiple of {multiple}"))
+    multiple, smaller = RECIPES[train.fp8].width_multiple, " or a smaller parallel.tp" * (parallel.tp > 1)
+    return p + find_broken(train, "train", *(
+        (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
+         f"choose another recipe{smaller}") for name, width in _widths(train, model, parallel)))
+
+
+def _widths(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, float]]:
+    """Return both sizes of every weight that is quantised, as each process holds it."""
+    # under nvfp4 the library keeps the prediction layer in bf16
+    predicts = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
+    tp, cut = parallel.tp, f" / parallel.tp {parallel.tp}" if parallel.tp > 1 else ""
+    shared = model.num_shared_experts * model.expert_ffn_dim if model.num_moe_layers() else 0
+    widths = [("model.hidden_size", float(model.hidden_size)), *_attention_widths(model, tp, cut)]
+    dense_prediction = predicts and not model.mtp_experts
+    if (model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers()
+            or dense_prediction):
+        widths.append((f"model.dense_ffn_dim {model.dense_ffn_dim}{cut}", model.dense_ffn_dim / tp))
+    if model.num_moe_layers():
+        etp = f" / parallel.etp {parallel.etp}" if parallel.etp > 1 else ""
+        widths.append((f"model.expert_ffn_dim {model.expert_ffn_dim}{etp}",
+                       model.expert_ffn_dim / parallel.etp))
+    if shared:
+        widths.append((f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
+                       f"{model.expert_ffn_dim}{cut}", shared / tp))
+    if predicts:
+        widths.append((f"model.hidden_size {model.hidden_size}{cut}, of the prediction layer's projection,",
+                       model.hidden_size / tp))
+    return widths
+
+
+def _attention_widths(model: ModelConfig, tp: int, cut: str) -> list[tuple[str, float]]:
+    """Return the sizes of attention's weights, each with its name."""
+    heads, kv_heads, head_dim, latent = (model.num_heads, model.num_kv_heads, model.head_dim,
+                                         model.latent_attention)
+    if latent is None:
+        return [(f"(model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
+                 f"{head_dim}{cut}", (heads + 2 * kv_heads) * head_dim / tp),
+                (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
+    at = "model.latent_attention"
+    whole = {"q_lora_rank": latent.q_lora_rank, "kv_lora_rank": latent.kv_lora_rank,
+             "kv_lora_rank + qk_rope_head_dim": latent.cached_dim}
+    by_head = {"head_dim": head_dim, "latent_attention.v_head_dim": latent.v_head_dim,
+               "latent_attention.(qk_nope_head_dim + v_head_dim)":
+                   latent.qk_nope_head_dim + latent.v_head_dim}
+    return [*((f"{at}.{name}", size) for name, size in whole.items() if size),
+            *((f"model.num_heads {heads} x model.{name} {size}{cut}", heads * size / tp)
+              for name, size in by_head.items())]
+
+
+Switch = Literal["auto", "on", "off"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+OF_EXPERTS = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
+"""Modules that only layers with experts have.  Norms are among them: all others are a part of Transformer
+Engine's linear layer behind them."""
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """How GPUs are used (docs/gpu.md): `auto` is on where the machine, the model and the layout can;
+    `on` where they cannot is refused."""
+
+    attention: Literal["auto", "fused", "flash", "unfused", "local"] = "auto"
+    """Attention kernel: Transformer Engine's choice (auto), its cuDNN (fused), FlashAttention or plain torch
+    (unfused) one, or this framework's own (local), which serves anyway under context parallelism,
+    without Transformer Engine, and where products are capped (`model.attention_softcap`)."""
+    rope_fusion: Switch = "auto"
+    """Rotate queries and keys in one kernel."""
+    router_fusion: Literal["on", "off"] = "off"
+    """Choose experts in Transformer Engine's kernels, which compute in float32 and take a chosen score from
+    its biased one, so that weights differ in their last bits."""
+    permute_fusion: Switch = "auto"
+    """Sort tokens by expert, and back, in one kernel."""
+    swiglu_fusion: Switch = "auto"
+    """Compute SwiGLU in one kernel."""
+    grad_accumulation_fusion: Switch = "auto"
+    """Add weight gradients to the accumulated ones inside the matrix product, not behind it."""
+    recompute_modules: tuple[RecomputeModule, ...] = ()
+    """What `train.recompute=selective` computes again in the backward pass: core_attn, layernorm (before
+    experts), mlp (dense layers), moe (all of a layer with experts), moe_act (their activation),
+    shared_experts."""
+    offload_modules: tuple[OffloadModule, ...] = ()
+    """Modules whose inputs wait in host memory between forward and backward pass."""
+    shared_expert_overlap: Literal["on", "off"] = "off"
+    """Compute shared experts while tokens travel to the routed ones."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which a bf16 model's gradients are accumulated and summed over processes; bf16 halves memory
+    and messages, and rounds at each addition."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which a bf16 model's AdamW keeps its two moments between updates, under ZeRO-1; bf16 saves 4
+    bytes of each weight that a process updates, and rounds at each update."""
+    optimizer_offload: Share = 0.0
+    """Share of a bf16 model's AdamW that lies in host memory and is computed there, under ZeRO-1: master
+    weights, moments and update; 0: none, 1: all of it.  Each weight of it frees 12 bytes of the GPU."""
+    pad_buckets: Literal["on", "off"] = "off"
+    """Make each bucket of ZeRO-1 a multiple of 65,536 elements over all processes together, a size that
+    NCCL's rings are fast at."""
+    nccl_user_buffers: Literal["on", "off"] = "off"
+    """Keep gradients and parameters in memory that NCCL has registered, so that sums need fewer of the
+    GPU's multiprocessors."""
+    gc_every_steps: Steps = 0
+    """Collect Python's garbage after every so many steps, on all processes at once, and never between;
+    0: whenever Python wants to, which makes processes wait for one another."""
+    profile_first_step: Steps = 0
+    """First step of which process 0 writes a trace into RUN/profile; 0: none."""
+    profile_last_step: Steps = 0
+    """Last step of the trace."""
+    peak_tflops: NotNegative = 0.0
+    """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
+    also where products are in 8 or 4 bits."""
+
+    def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+                 optim: OptimConfig) -> list[Problem]:
+        """Return every rule of the library that these settings break, on any machine."""
+        recomputed, offloaded = self.recompute_modules, self.offload_modules
+        first, last = self.profile_first_step, self.profile_last_step
+        dispatcher, experts = parallel.expert_dispatcher, model.num_moe_layers() > 0
+        parts_of_moe = [part for part in ("moe_act", "shared_experts") if part in recomputed]
+        p = find_broken(
+            self, "gpu",
+            ((train.recompute == "selective") == bool(recomputed), "recompute_modules",
+             f"must name modules exactly when train.recompute = selective, and it is {train.recompute}",
+             'set both, e.g. train.recompute=selective and gpu.recompute_modules=["layernorm"]'),
+            *_missing_modules("recompute_modules", recomputed, model),
+            (not parts_of_moe or "moe" not in recomputed, "recompute_modules",
+             f"names moe and {' and '.join(parts_of_moe)}, a part of moe", "leave one out"),
+            (not ("shared_experts" in recomputed and self.shared_expert_overlap == "on"), "recompute_modules",
+             "names shared_experts, which gpu.shared_expert_overlap = on cannot recompute",
+             "leave one of them out"),
+            ("mlp" not in recomputed or model.has_dense_layers(), "recompute_modules",
+             "names mlp, and the model has no dense layer", "leave it out, or name moe"),
+            *_missing_modules("offload_modules", offloaded, model),
+            (not offloaded or train.recompute is not True, "offload_modules",
+             "needs stored activations, and train.recompute = true stores none",
+             "set train.recompute to selective or false, or leave gpu.offload_modules out"),
+            ("attn_proj" not in offloaded or "core_attn" in offloaded, "offload_modules",
+             "names attn_proj without core_attn, whose output is attn_proj's input and stays for its own "
+             "backward pass", "name both"),
+            (first == last == 0 or 0 < first <= last, "profile_first_step",
+             f"and gpu.profile_last_step = {last} must be steps in order, both from 1 on, or both 0"))
+        if dispatcher in ("deepep", "hybridep"):
+            p += find_broken(
+                parallel, "parallel",
+                (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1, "
+                 "and nothing travels at 1", "use alltoall"),
+                (train.precision == "bf16", "expert_dispatcher",
+                 f"carries bf16 alone, and train.precision = {train.precision}", "use alltoall"))
+        return p + self._optimizer_problems(parallel, train, optim) + find_broken(
+            self, "gpu",
+            (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
+             f"needs train.precision = bf16, which is {train.precision}", "leave it out"),
+            (self.permute_fusion != "on" or experts, "permute_fusion",
+             f"sorts tokens by expert, and model.num_experts = {model.num_experts}", "leave it out"),
+            (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
+             f"knows no rows that are cut as by parallel.cp = {parallel.cp}",
+             "set gpu.rope_fusion to auto, or parallel.cp to 1"),
+            (parallel.cp == 1 or self.attention in ("auto", "local"), "attention",
+             f"cannot serve under parallel.cp = {parallel.cp}, where this framework's own attention does",
+             "set gpu.attention to auto or local, or parallel.cp to 1"),
+            (self.shared_expert_overlap == "off" or (experts and model.num_shared_experts > 0),
+             "shared_expert_overlap", "needs a shared expert, and the model has none", "leave it out"),
+            (self.shared_expert_overlap == "off" or dispatcher == "alltoall", "shared_expert_overlap",
+             f"needs parallel.expert_dispatcher = alltoall, which is {dispatcher}",
+             "set one of them otherwise"),
+            (self.pad_buckets == "off" or parallel.zero1, "pad_buckets",
+             "needs parallel.zero1 = true, whose buckets it pads", "set it, or leave gpu.pad_buckets out"))
+
+    def _optimizer_problems(self, parallel: ParallelConfig, train: TrainConfig,
+                            optim: OptimConfig) -> list[Problem]:
+        """Tell which optimizers cannot keep their state elsewhere, or in other numbers."""
+        share, sharded = self.optimizer_offload, train.precision == "bf16" and parallel.zero1
+        needs = ("needs train.precision = bf16 and parallel.zero1 = true, which are "
+                 f"{train.precision} and {str(parallel.zero1).lower()}", "set both, or leave it out")
+        return find_broken(
+            self, "gpu",
+            (self.moment_dtype == "fp32" or sharded, "moment_dtype", *needs),
+            (not share or sharded, "optimizer_offload", *needs),
+            (not share or self.moment_dtype == "fp32", "optimizer_offload",
+             "keeps moments in float32, and gpu.moment_dtype = bf16", "leave one of them out"),
+            (not share or "muon" not in (optim.name, *(group.optimizer for group in optim.groups)),
+             "optimizer_offload", "is for AdamW, and the settings under optim name muon, whose matrix "
+             "products the host is too slow for", "leave it out, or set adamw"))
+
+
+AUTO = GpuConfig()
+"""Everything as the machine can."""
+
+
+def _missing_modules(setting: str, chosen: tuple[str, ...], model: ModelConfig
+                     ) -> list[tuple[bool, str, str, str]]:
+    """Return the rules that the model has what is chosen."""
+    if not model.num_moe_layers():
+        return [(name not in OF_EXPERTS, setting, f"names {name}, and the model has no experts "
+                 f"(model.num_experts = {model.num_experts})", "leave it out") for name in chosen]
+    return [("shared_experts" not in chosen or model.num_shared_experts > 0, setting,
+             "names shared_experts, and model.num_shared_experts = 0", "leave it out")]

@@ -1,0 +1,233 @@
+"""A stage of training: every group of settings gathered in `RunConfig`, and the rules between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_sov.base.plugins.code import Code
+from megatron_sov.base.settings import Code as Kind, NotNegative, Problem, SettingsError, check, find_broken
+from megatron_sov.model.config.bounds import MAX_STEPS
+from megatron_sov.model.config.data import DataConfig, batch_size_at, phase_steps, ramp_changes
+from megatron_sov.model.config.distillation import DistillationConfig
+from megatron_sov.model.config.encoders import MediaConfig
+from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
+from megatron_sov.model.config.gpu import GpuConfig, quantization_problems
+from megatron_sov.model.config.layout import ParallelConfig
+from megatron_sov.model.config.lora import LoraConfig
+from megatron_sov.model.config.model import ModelConfig
+from megatron_sov.model.config.optim import OptimConfig
+from megatron_sov.model.config.policy import PolicyConfig
+from megatron_sov.model.config.preference import SMOOTHED, PreferenceConfig
+from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.train import GuardConfig, ObsConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned, and the weights of its terms."""
+
+    name: str = "lm"
+    """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
+    on responses; preference: pairs or groups of responses, see `preference`; distill: a teacher's
+    distribution, see `distillation`; policy: the model's own responses by their rewards, see `policy` and
+    `rollout`; or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
+    text_coeff: NotNegative = 0.0
+    """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
+    loss_per: Literal["token", "turn", "sample"] = "token"
+    """sft: what counts the same in the loss of responses: every token; every turn of the assistant, by its
+    mean; or every sample (conversation), by its mean."""
+    audio_weight: NotNegative = 1.0
+    """lm, sft: what the loss of a label in `model.audio_tokens` counts; that of text counts 1."""
+    image_weight: NotNegative = 1.0
+    """Likewise of `model.image_tokens`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of an objective of your own: the arguments that it takes by name."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one stage of training; saved resolved as RUN/config.json."""
+
+    recipe: str
+    """Name of the recipe that it came from."""
+    model: ModelConfig
+    """The architecture."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout."""
+    data: DataConfig = DataConfig()
+    """Sources, curriculum, packing."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    train: TrainConfig = TrainConfig()
+    """The loop."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is learned."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """What objective `preference` makes of responses that were judged."""
+    distillation: DistillationConfig = DistillationConfig()
+    """What objective `distill` makes of what a teacher says of the data."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Rounds of reinforcement learning."""
+    policy: PolicyConfig = PolicyConfig()
+    """What objective `policy` makes of the responses of these rounds."""
+    needle: NeedleConfig = NeedleConfig()
+    """The needle suite of `extend`."""
+    extend: ExtendConfig = ExtendConfig()
+    """Stages and gate of `extend`."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation beside training."""
+    obs: ObsConfig = ObsConfig()
+    """Trackers, metrics and alerts."""
+    gpu: GpuConfig = GpuConfig()
+    """How GPUs are used."""
+    guards: GuardConfig = GuardConfig()
+    """What watches the run."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adaptation of a frozen model."""
+    media: MediaConfig = MediaConfig()
+    """Which weights of encoders of pictures and sounds are trained."""
+    code: tuple[Code, ...] = ()
+    """Code of your own, or of installed packages, that the settings above name; written by the command."""
+
+    def problems(self, num_ranks: int = 1) -> list[Problem]:
+        """Return every rule between settings that this config, whose values lie within their bounds, breaks
+        on `num_ranks` processes; empty when it is sound."""
+        p = self.model.problems() + self.parallel.problems(self.model, num_ranks)
+        p += self.data.problems() + self._phase_problems() + self.train.problems()
+        p += self._objective_problems() + self.optim.problems() + self.extend.problems()
+        p += self.rollout.problems() + self.policy.problems(self.rollout)
+        p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
+        p += self._watching_problems()
+        p += quantization_problems(self.train, self.model, self.parallel, self.data.phases)
+        p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
+        p += find_broken(
+            self, "",
+            (not self.media.vision_from or self.model.vision is not None, "media.vision_from",
+             "is not taken: the model has no model.vision"),
+            (not self.media.audio_from or self.model.audio is not None, "media.audio_from",
+             "is not taken: the model has no model.audio"),
+            (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
+             "cannot be with lora.rank, which freezes all weights but those of its own adapters",
+             "set one of them off"))
+        return p or self._batch_problems(num_ranks)
+
+    def _objective_problems(self) -> list[Problem]:
+        """Check what is learned against the model and the objective's name."""
+        objective, distillation, preference = self.objective, self.distillation, self.preference
+        name, method, vocab_size = objective.name, preference.method, self.model.vocab_size
+        weights = [(f"objective.{medium}_weight", getattr(objective, f"{medium}_weight") == 1,
+                    f"model.{medium}_tokens", getattr(self.model, f"{medium}_tokens"))
+                   for medium in ("audio", "image")]
+        return find_broken(
+            self, "",
+            (not objective.text_coeff or name == "sft", "objective.text_coeff",
+             f"belongs to objective sft, not {name}"),
+            *((plain or ids is not None, key, f"needs {block}", "set the block, or leave it at 1")
+              for key, plain, block, ids in weights),
+            *((plain or name in ("lm", "sft"), key, f"belongs to objectives lm and sft, not {name}")
+              for key, plain, _, _ in weights),
+            (objective.loss_per == "token" or name == "sft", "objective.loss_per",
+             f"belongs to objective sft, not {name}"),
+            (distillation.top_k < vocab_size, "distillation.top_k",
+             f"must be below model.vocab_size = {vocab_size}", "0 is the whole vocabulary"),
+            (distillation.keep_remainder or distillation.top_k > 0, "distillation.keep_remainder",
+             "belongs to distillation.top_k: over the whole vocabulary nothing remains"),
+            (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
+             "needs distillation.top_k > 0: of a teacher of another tokenizer its most probable tokens are "
+             "kept"),
+            (not preference.label_smoothing or method in SMOOTHED, "preference.label_smoothing",
+             f"belongs to {', '.join(SMOOTHED)}, not to preference.method = {method}"),
+            (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
+             "is not taken: orpo learns chosen responses with a weight of 1 in any case", "leave it out"),
+            (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
+             "is not taken: groups have no chosen response", "leave it out"))
+
+    def _watching_problems(self) -> list[Problem]:
+        """Check guards and evaluations against how the run is trained."""
+        guards, jobs, lm = self.guards, self.evaluate.background, self.evaluate.lm
+        is_asked, deterministic = "lm" in jobs.tasks, self.train.deterministic
+        needs = ("needs train.deterministic = true: without it a sound process need not give the same bits "
+                 "twice")
+        return find_broken(
+            self, "",
+            (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
+            (not guards.attribute or deterministic, "guards.attribute", needs),
+            (not guards.attribute or guards.skip, "guards.attribute",
+             "needs guards.skip = true: it looks at steps that are refused"),
+            (not jobs.tasks or self.train.export_every_checkpoints > 0, "evaluate.background.tasks",
+             "measure exports, and train.export_every_checkpoints = 0 makes none"),
+            (len(set(jobs.tasks)) == len(jobs.tasks), "evaluate.background.tasks", "names a task twice"),
+            (jobs.where == "local" or bool(jobs.cluster), "evaluate.background.where",
+             "needs evaluate.background.cluster"),
+            (not is_asked or bool(lm.tasks), "evaluate.lm.tasks",
+             "names none, and evaluate.background.tasks asks for lm"),
+            (is_asked or not lm.tasks, "evaluate.lm.tasks", "are measured by nothing",
+             "add lm to evaluate.background.tasks"),
+            (all(name.strip() and "," not in name for name in lm.tasks), "evaluate.lm.tasks",
+             "must be names of tasks, each of its own, without commas"),
+            (len(set(lm.tasks)) == len(lm.tasks), "evaluate.lm.tasks", "names a task twice"),
+            (lm.mode is None or lm.apply_chat_template, "evaluate.lm.mode", "is a setting of the chat "
+             "template, and evaluate.lm.apply_chat_template = false frames no prompt by it"),
+            (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
+             "must have the form key=value"))
+
+    def _phase_problems(self) -> list[Problem]:
+        """Check every phase against what it is trained with: positions of the model,
+        rows of the layout, a budget."""
+        samples, multiple, tp, cp = (self.train.micro_batch_size, self.parallel.row_multiple,
+                                     self.parallel.tp, self.parallel.cp)
+        why = f"2 x parallel.cp {cp} x parallel.tp {tp} = {multiple}" if cp > 1 else f"parallel.tp = {tp}"
+        p = find_broken(self, "", (
+            bool(self.train.steps or self.train.tokens or all(phase.tokens for phase in self.data.phases)),
+            "train.steps", "needs a token budget", "set train.steps, train.tokens or every phase's tokens"))
+        for i, phase in enumerate(self.data.phases):
+            # a row, which is a micro-batch of whole samples, is cut over the processes that share it
+            row = phase.seq_len * samples
+            p += find_broken(
+                phase, f"data.phases.{i}",
+                (row % multiple == 0, "seq_len", f"x train.micro_batch_size {samples} = {row}, the tokens of "
+                 f"a row, must be a multiple of {why}"),
+                (phase.seq_len <= self.model.max_position_tokens, "seq_len",
+                 f"exceeds model.max_position_tokens = {self.model.max_position_tokens}"))
+        return p
+
+    def _batch_problems(self, num_ranks: int) -> list[Problem]:
+        """Check every batch size that the run will use, and the steps that follow from token budgets."""
+        t = self.train
+        dp = num_ranks // self.parallel.ranks_per_replica
+        unit = t.micro_batch_size * dp
+        sizes = {batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
+                 for step in [t.ramp_steps, 0, *ramp_changes(t, phase)]}
+        interleaved = self.parallel.vpp > 1
+        unit *= self.parallel.pp if interleaved else 1
+        pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
+        p = [Problem(Kind.RULE, "train.global_batch_size", f"(phase {phase.name}) must be a multiple of "
+                     f"train.micro_batch_size {t.micro_batch_size} x data parallel size {dp}{pipeline} = "
+                     f"{unit}", size)
+             for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
+        if (steps := self.num_steps()) > MAX_STEPS:
+            p.append(Problem(Kind.RULE, "train.tokens", f"the token budgets make {steps:,} steps, which must "
+                             f"be at most {MAX_STEPS:,}", way_out="ask for fewer tokens, or larger batches"))
+        return p
+
+    def check(self, num_ranks: int = 1) -> None:
+        """Raise `SettingsError` listing every value out of its bounds, or else every rule that is broken."""
+        problems = check(self) or self.problems(num_ranks)
+        if problems:
+            raise SettingsError(f"recipe {self.recipe}", problems)
+
+    def num_steps(self) -> int:
+        """Return the run's optimizer steps."""
+        return sum(phase_steps(self.data, self.train))
+
+    def phase_starts(self) -> list[int]:
+        """Return the first step (0-based) of each phase."""
+        steps = phase_steps(self.data, self.train)
+        return [sum(steps[:i]) for i in range(len(steps))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; `from_dict` gives back an equal config."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -1,0 +1,233 @@
+"""The loop of training: how long, how large, how often, how exact."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+from urllib.parse import urlsplit
+
+from annotated_types import Ge, Gt, Le, MinLen
+
+from megatron_sov.base.settings import (
+    ONCE, AboveZero, AtLeastOne, Bound, Breach, Code, Fraction, NotNegative, NotNegativeInt, Problem, Share,
+    find_broken)
+from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
+
+# What watches a run while it trains, and what it then does.
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Guards: steps that are refused, hangs, silent corruption, slow processes, collapsing experts."""
+
+    skip: bool = True
+    """Refuse the update of a step whose loss or gradient norm is not finite or a spike; off: a number that is
+    not finite ends the run."""
+    window_steps: Annotated[int, Ge(20)] = 128
+    """Steps whose loss and gradient norm say what is usual, once there are half as many, at least 20."""
+    sigma: NotNegative = 6.0
+    """A spike lies so many standard deviations above the mean of the window; 0:
+    only numbers that are not finite count."""
+    attribute: bool = False
+    """Compute a refused step again at once, and say whether a process (which is named), the data (whose
+    documents are named) or the optimisation is at fault; costs a pass over the gradients in every step."""
+    rollback_after_skips: NotNegativeInt = 4
+    """So many steps in a row that are refused for their loss, or for numbers that are not finite, take
+    weights and optimizer back to the last good checkpoint, and all samples since then are
+    passed over; 0: never."""
+    hang_timeout_s: NotNegative = 1500.0
+    """Seconds that a step may last before every process writes its stacks into RUN/hang and ends with exit
+    code 76; must be longer than the slowest step; 0: no watch. (Collectives give up by
+    themselves after `parallel.timeout_s`.)"""
+    compare_replicas: bool = True
+    """Before each checkpoint, compare the weights of processes that must hold the same, bit for bit."""
+    probe_every_steps: NotNegativeInt = 0
+    """Every so many steps each process computes a micro-batch twice and compares the gradients,
+    bit for bit; 0: never."""
+    on_sdc: Literal["exit", "record"] = "exit"
+    """When replicas or repetitions differ: end with exit code 77 before the next checkpoint,
+    or record it and go on."""
+    straggler_every_steps: NotNegativeInt = 100
+    """Steps over which each process's computing time is averaged for the report; 0: never."""
+    straggler_ratio: Annotated[float, Gt(1)] = 1.5
+    """A process that computes so many times longer than the median one is named as slow."""
+    routing_every_steps: NotNegativeInt = 20
+    """Steps between records of each layer's routing, from which alarms are raised; 0: never."""
+    min_load_entropy: Share = 0.5
+    """Alarm when the entropy of a layer's expert load, as a share of that of an even
+    load, falls below this."""
+    dead_after_records: AtLeastOne = 5
+    """Alarm when an expert got no token in so many routing records in a row."""
+    max_bias_spread: Annotated[float, Gt(0)] = 1.0
+    """Alarm when a layer's selection biases lie further apart: scores lie in (0, 1),
+    so the biases alone then choose."""
+
+
+# Where a run is watched from outside its folder: trackers, metrics, alerts.
+
+AlertKind = Literal["stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure", "run_end"]
+
+
+def _no_address(endpoint: str) -> Breach | None:
+    if not endpoint:
+        return None
+    try:
+        parts = urlsplit(endpoint)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound, parts = False, urlsplit("")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return (Code.BOUND, "must be an address alone, without user, password or query",
+                "put what the collector wants to know into the variable OTEL_EXPORTER_OTLP_HEADERS")
+    return None if sound else (Code.BOUND, "must be http://HOST:PORT or https://HOST:PORT", "")
+
+
+def _no_variable(name: str) -> Breach | None:
+    return None if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", name) else (
+        Code.BOUND, "must be the name of an environment variable that holds the URL, such as SOV_ALERT_URL; "
+        "what it is now is not shown, for it may be the URL, which no file should hold", "")
+
+
+def _not_read(file: str) -> Breach | None:
+    return None if not file or file.endswith(".prom") else (
+        Code.BOUND, "must end in .prom: node-exporter reads no other files", "")
+
+
+@dataclass(frozen=True)
+class ObsConfig:
+    """Where a run is watched, besides events.jsonl and the progress bar."""
+
+    tensorboard: bool = False
+    """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
+    wandb: bool = False
+    """Log to Weights & Biases; works offline with WANDB_MODE=offline (extra `dev`)."""
+    wandb_project: str = "megatron-sov"
+    """Weights & Biases project."""
+    mlflow: bool = False
+    """Log to MLflow: to the server whose address stands in the variable MLFLOW_TRACKING_URI, else into
+    RUN/mlflow (extra `mlflow`)."""
+    mlflow_experiment: str = "megatron-sov"
+    """MLflow experiment."""
+    otlp_endpoint: Annotated[str, Bound(_no_address, may_be_secret=True)] = ""
+    """Send metrics to this OpenTelemetry collector by OTLP over HTTP, e.g. http://localhost:4318 (extra
+    `telemetry`); what it wants as headers stands in the variable OTEL_EXPORTER_OTLP_HEADERS.  Empty: none."""
+    prometheus_port: Annotated[int, Ge(0), Le(65535)] = 0
+    """Port of process 0 at which Prometheus finds the metrics (extra `telemetry`); 0: none."""
+    prometheus_host: Annotated[str, MinLen(1)] = "127.0.0.1"
+    """Address that this port is open at; 0.0.0.0: to the whole network, without a password."""
+    prometheus_textfile: Annotated[str, Bound(_not_read)] = ""
+    """File that node-exporter's textfile collector reads, whose name ends in .prom (extra `telemetry`);
+    empty: none."""
+    telemetry_every_s: Annotated[float, Ge(1), Le(3600)] = 15.0
+    """Seconds between what is sent to the collector, and between writings of the text file."""
+    nvml: bool = True
+    """Read power, energy, use and temperature of each process's GPU, where `pynvml` is there to ask the
+    driver (extra `telemetry`)."""
+    alert_webhook: Annotated[str, Bound(_no_variable, may_be_secret=True)] = ""
+    """Name of the environment variable that holds the URL that alerts are sent to (Slack's form): the URL is
+    a secret, and so in no file.  Empty: no alerts."""
+    alert_on: Annotated[tuple[AlertKind, ...], ONCE] = (
+        "stop", "rollback", "hang", "gate_failed", "restart", "sdc", "failure")
+    """Events that alerts are sent of; run_end: the run is complete."""
+
+
+AverageKind = Literal["uniform", "linear", "ema"]
+AVERAGES = get_args(AverageKind)
+"""Ways to weigh the checkpoints of a mean."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how large, how often."""
+
+    steps: Steps = 0
+    """Optimizer steps; 0: as many as the token budgets need."""
+    tokens: Tokens = 0
+    """Token budget of the run, for phases without one of their own; used when `steps` is 0."""
+    global_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 512
+    """Samples of one optimizer step, over all processes."""
+    ramp_from_batch_size: Samples = 0
+    """Samples of the first step when the batch size ramps up to `global_batch_size`; 0: no ramp."""
+    ramp_increment: Samples = 0
+    """Samples by which the batch size grows at a time."""
+    ramp_steps: Annotated[NotNegativeInt, Le(1_000_000)] = 0
+    """Steps over which it grows, in equal stretches."""
+    micro_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 1
+    """Samples of one forward pass on one process."""
+    seed: int = 1234
+    """Seed of initial weights, data order and dropout."""
+    precision: Literal["fp32", "bf16", "fp64"] = "bf16"
+    """Dtype of weights and activations; bf16 keeps fp32 master weights and sums gradients in
+    `gpu.grad_dtype`; fp64 is slow, for proofs that layouts agree."""
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
+    """Matrix products of the transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
+    (docs/fp8.md): one scale per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32
+    values (mxfp8), per 16 values (nvfp4); delayed is refused, since its history is in no checkpoint."""
+    fp8_format: Literal["auto", "e4m3", "hybrid"] = "auto"
+    """8-bit format: e4m3 everywhere, or e5m2 for gradients (hybrid);
+    auto: hybrid for tensorwise, else e4m3."""
+    fp8_bf16_layers_at_start: NotNegativeInt = 0
+    """Layers at the start of the trunk that stay in bf16 under `fp8`."""
+    fp8_bf16_layers_at_end: NotNegativeInt = 0
+    """Layers at the end of the trunk that stay in bf16 under `fp8`."""
+    fp8_pad_routed_tokens: bool = False
+    """Send each expert as many tokens as the products of `fp8` want, by routing some more to it with weight
+    zero, instead of filling up copies behind the dispatcher."""
+    deterministic: bool = False
+    """The same bits in every run with the same settings on the same machines: slower algorithms where fast
+    ones do not repeat."""
+    hidden_dropout: Fraction = 0.0
+    """Share of values dropped behind the embedding, attention and feed-forward layers;
+    a function of seed, step and layout."""
+    recompute: bool | Literal["selective"] = False
+    """Recompute every layer's activations in the backward pass instead of storing them; selective: those of
+    `gpu.recompute_modules` alone."""
+    head_chunk_tokens: AtLeastOne = 2048
+    """Tokens whose logits exist at a time; the output head runs in chunks of this many."""
+    checkpoint_every_steps: AtLeastOne = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: NotNegativeInt = 2
+    """How many of the newest checkpoints stay; 0 keeps all."""
+    export_every_checkpoints: NotNegativeInt = 0
+    """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside
+    training; 0: none."""
+    average_last: Annotated[NotNegativeInt, Le(10_000)] = 0
+    """When the run is complete, the mean of so many of its newest checkpoints becomes RUN/average, to
+    evaluate or to start the next stage from; 0: none.  So many have to be kept."""
+    average_weights: AverageKind = "uniform"
+    """What each checkpoint of `average_last` weighs: the same; 1, 2, 3, ... in their order; or
+    `average_decay` times what the one behind it weighs."""
+    average_decay: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Of `average_weights` ema."""
+    keep_every_steps: NotNegativeInt = 0
+    """Checkpoints whose step is a multiple of this stay for ever, besides the newest; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background while training goes on; needs host memory for what
+    each process writes."""
+    save_timeout_s: AboveZero = 1800.0
+    """Seconds after which a checkpoint that is still not on disk (a file system that hangs) ends the run."""
+    eval_every_steps: NotNegativeInt = 500
+    """Steps between evaluations on held-out documents; 0: only at the end."""
+    log_every_steps: AtLeastOne = 1
+    """Steps between `step` events."""
+    max_restarts: NotNegativeInt = 3
+    """How often the local launcher starts the processes again after a fault, from the last checkpoint,
+    without a new checkpoint in between; under torchrun or Slurm they restart the ranks."""
+    num_threads: Annotated[NotNegativeInt, Le(4096)] = 0
+    """CPU threads of each process; 0: as OMP_NUM_THREADS says, else cores divided by local processes."""
+
+    def problems(self) -> list[Problem]:
+        """Return every rule that these settings break by themselves."""
+        ramp_from, every = self.ramp_from_batch_size, self.checkpoint_every_steps
+        return find_broken(
+            self, "train",
+            (ramp_from <= self.global_batch_size, "ramp_from_batch_size",
+             f"must be at most train.global_batch_size = {self.global_batch_size}"),
+            (not ramp_from or (self.ramp_increment > 0 and self.ramp_steps > 0), "ramp_from_batch_size",
+             "needs train.ramp_increment and train.ramp_steps above 0"),
+            (self.average_last != 1, "average_last", "must be 0, or from 2 to 10,000"),
+            (not self.keep_checkpoints or self.average_last <= self.keep_checkpoints, "average_last",
+             f"must be at most train.keep_checkpoints = {self.keep_checkpoints}: the others are deleted "
+             "before"),
+            (self.keep_every_steps % every == 0, "keep_every_steps",
+             f"must be a multiple of train.checkpoint_every_steps = {every}, or 0"))

@@ -1,0 +1,192 @@
+"""The weights of encoders of pictures and sounds: names and shapes from a config alone, and what they are
+called in a Hugging Face folder.
+
+Names are those of checkpoints: `vision.encoder.` or `audio.encoder.` and transformers' own name of the
+tensor, `*.adapter.`, and `audio.compressor.` with the authors' names.  Every process of the first pipeline
+stage holds all of them whole.  In a Hugging Face folder they have the prefixes of the released HyperCLOVA X
+8B Omni (OmniServe, model_converter/README.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_sov.model.config import AudioEncoderConfig, MediaConfig, ModelConfig, VisionEncoderConfig
+from megatron_sov.model.families.weights import Layout, Link
+
+VISION, AUDIO = "vision.", "audio."
+PREFIXES = (VISION, AUDIO)
+"""What the names of all these tensors begin with."""
+ENCODER, ADAPTER, COMPRESSOR = "encoder.", "adapter.", "compressor."
+HF_PREFIXES = {
+    VISION + ENCODER: "model.vision_model.", VISION + ADAPTER: "model.mm_projector.",
+    AUDIO + ENCODER: "model.audio_model.", AUDIO + ADAPTER: "model.audio_projector.",
+    AUDIO + COMPRESSOR: "model.video_audio_compressor.",
+}
+"""Beginning of a name in checkpoints -> in a Hugging Face folder."""
+_PLACES = "encoder.embed_positions.weight"
+_TABLES = (_PLACES, "encoder.embeddings.position_embedding.weight")
+Shapes = dict[str, tuple[int, ...]]
+
+
+def encoder_tensors(model: ModelConfig) -> Shapes:
+    """Return the shape of each tensor by its name, in the order in which the modules register them."""
+    found: Shapes = {}
+    if model.vision is not None:
+        found |= {VISION + name: shape for name, shape in _vision(model.vision, model.hidden_size)}
+    if model.audio is not None:
+        found |= {AUDIO + name: shape for name, shape in _audio(model.audio, model.hidden_size)}
+    return found
+
+
+def is_encoder(key: str) -> bool:
+    """Return whether a tensor belongs to an encoder, its adapter or compressor."""
+    return key.startswith(PREFIXES)
+
+
+def is_table(key: str) -> bool:
+    """Return whether it has a row per place, and is no matrix that vectors are multiplied with."""
+    return is_encoder(key) and key.endswith(_TABLES)
+
+
+def is_frozen(key: str, media: MediaConfig) -> bool:
+    """Return whether a tensor does not learn by what `media` says, or because it never does: Whisper's
+    places, which are sines."""
+    if not is_encoder(key):
+        return False
+    if key.endswith(_PLACES):
+        return True
+    encodes = key.startswith((VISION + ENCODER, AUDIO + ENCODER))
+    return not (media.train_encoders if encodes else media.train_adapters)
+
+
+def encoder_links(model: ModelConfig) -> list[Link]:
+    """Return every tensor with its name in a Hugging Face folder."""
+    return [Link(key, shape, (0,) * len(shape), (hf_name(key, model),), Layout(shape, 0, (shape[0],), 1),
+                 fp32=False)
+            for key, shape in encoder_tensors(model).items()]
+
+
+def hf_name(key: str, model: ModelConfig) -> str:
+    """Return the name of a tensor in a Hugging Face folder; a linear adapter has none of its own."""
+    prefix = next(prefix for prefix in HF_PREFIXES if key.startswith(prefix))
+    name = key.removeprefix(prefix)
+    of = model.vision if prefix.startswith(VISION) else model.audio
+    if prefix.endswith(ADAPTER) and of is not None and of.adapter == "linear":
+        name = name.removeprefix("fc2.")
+    return HF_PREFIXES[prefix] + name
+
+
+def _linear(name: str, out: int, into: int, *, bias: bool = True) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (out, into)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _vision(c: VisionEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _siglip(c) if c.kind == "siglip" else _qwen2_5_vl(c)
+    yield from _adapter(c.adapter, c.feature_size, hidden)
+
+
+def _siglip(c: VisionEncoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    w, places = c.hidden_size, (c.image_size // c.patch_size) ** 2
+    yield "encoder.embeddings.patch_embedding.weight", (w, 3, c.patch_size, c.patch_size)
+    yield "encoder.embeddings.patch_embedding.bias", (w,)
+    yield "encoder.embeddings.position_embedding.weight", (places, w)
+    for i in range(c.num_layers):
+        layer = f"encoder.encoder.layers.{i}."
+        yield from _norm(layer + "layer_norm1", w)
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield from _linear(f"{layer}self_attn.{name}", w, w)
+        yield from _norm(layer + "layer_norm2", w)
+        yield from _linear(layer + "mlp.fc1", c.ffn_dim, w)
+        yield from _linear(layer + "mlp.fc2", w, c.ffn_dim)
+    yield from _norm("encoder.post_layernorm", w)
+
+
+def _qwen2_5_vl(c: VisionEncoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    w, merged = c.hidden_size, c.hidden_size * c.merge_size ** 2
+    yield "encoder.patch_embed.proj.weight", (w, 3, c.temporal_patch_size, c.patch_size, c.patch_size)
+    for i in range(c.num_layers):
+        block = f"encoder.blocks.{i}."
+        yield block + "norm1.weight", (w,)
+        yield block + "norm2.weight", (w,)
+        yield from _linear(block + "attn.qkv", 3 * w, w)
+        yield from _linear(block + "attn.proj", w, w)
+        yield from _linear(block + "mlp.gate_proj", c.ffn_dim, w)
+        yield from _linear(block + "mlp.up_proj", c.ffn_dim, w)
+        yield from _linear(block + "mlp.down_proj", w, c.ffn_dim)
+    yield "encoder.merger.ln_q.weight", (w,)
+    yield from _linear("encoder.merger.mlp.0", merged, merged)
+    yield from _linear("encoder.merger.mlp.2", c.out_hidden_size, merged)
+
+
+def _audio(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    w = c.hidden_size
+    yield "encoder.conv1.weight", (w, c.num_mels, 3)
+    yield "encoder.conv1.bias", (w,)
+    yield "encoder.conv2.weight", (w, w, 3)
+    yield "encoder.conv2.bias", (w,)
+    yield _PLACES, (c.num_frames // 2, w)
+    for i in range(c.num_layers):
+        layer = f"encoder.layers.{i}."
+        yield from _linear(layer + "self_attn.k_proj", w, w, bias=False)
+        for name in ("v_proj", "q_proj", "out_proj"):
+            yield from _linear(f"{layer}self_attn.{name}", w, w)
+        yield from _norm(layer + "self_attn_layer_norm", w)
+        yield from _linear(layer + "fc1", c.ffn_dim, w)
+        yield from _linear(layer + "fc2", w, c.ffn_dim)
+        yield from _norm(layer + "final_layer_norm", w)
+    yield from _norm("encoder.layer_norm", w)
+    yield from _adapter(c.adapter, w, hidden)
+    if c.compression > 1:
+        for name, shape in _compressor(c, hidden):
+            yield COMPRESSOR + name, shape
+
+
+def _adapter(kind: str, width: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if kind == "mlp":
+        yield from _linear("adapter.fc1", width, width)
+    yield from _linear("adapter.fc2", hidden, width)
+
+
+def _compressor(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    w, heads = c.compressor_size, c.compressor_heads
+    inner = 2 * w
+    channels = inner + 2 * c.compressor_state_size
+    block = "model.layers.0."
+    yield "query_token", (w,)
+    yield from _linear("input_proj", w, hidden)
+    yield block + "norm.weight", (w,)
+    for name in ("dt_bias", "A_log", "D"):
+        yield f"{block}mixer.{name}", (heads,)
+    yield block + "mixer.conv1d.weight", (channels, 1, 4)
+    yield block + "mixer.conv1d.bias", (channels,)
+    yield from _linear(block + "mixer.in_proj", inner + channels + heads, w, bias=False)
+    yield block + "mixer.norm.weight", (inner,)
+    yield from _linear(block + "mixer.out_proj", w, inner, bias=False)
+    yield from _linear(block + "weight_fc", c.compression, w)
+    yield from _linear(block + "gate_fc", 1, w)
+    yield "model.norm_f.weight", (w,)
+    yield from _norm("input_norm", w)
+    yield from _linear("output_proj", hidden, w)
+
+
+def encoder_buffer_bytes(model: ModelConfig) -> int:
+    """Return the bytes of what encoders have beside parameters: SigLIP's numbers of places, and Qwen2.5-VL's
+    rotary frequencies, which transformers keeps twice."""
+    c = model.vision
+    if c is None:
+        return 0
+    return c.slots * 8 if c.kind == "siglip" else 2 * (c.hidden_size // c.num_heads // 4) * 4
+
+
+def encoder_params(model: ModelConfig) -> int:
+    """Return the parameters of all encoders, adapters and compressors of a model."""
+    return sum(math.prod(shape) for shape in encoder_tensors(model).values())

@@ -1,0 +1,442 @@
+"""Config items that say which layers slide, which are dense, and what the prediction layer is
+(see `hf_config.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.config.bounds import MAX_LAYERS
+from megatron_sov.model.families.weights import Layout, shape_of
+
+# Entries of a weight map for experts that a Hugging Face folder holds as one tensor of a layer, with inputs
+# before outputs, and the columns of gate and up projection in turns (gpt-oss).
+
+@dataclass(frozen=True)
+class StackLayout(Layout):
+    """A block that is one Hugging Face tensor, whose axes stand in another order."""
+
+    order: tuple[int, ...] = ()
+    """Axes of the view in the order in which they are stored."""
+    hf_shape: tuple[int, ...] = ()
+    """[experts, inputs, outputs], or [experts, outputs] of biases."""
+
+    @property
+    def rows_stay(self) -> bool:
+        """Return that the stored tensor is no run of the block's rows."""
+        return False
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Return [experts, outputs, inputs], or [experts, outputs] of biases."""
+        experts, *rest = self.hf_shape
+        return (experts, *reversed(rest))
+
+    def stored(self, length: int) -> tuple[int, ...]:
+        """Return the stored shape: there is one part."""
+        return self.hf_shape
+
+    def to_stored(self, part: Any, length: int) -> Any:
+        """Return the block as Hugging Face stores it."""
+        return part.permute(self.order).reshape(self.hf_shape).contiguous()
+
+    def to_view(self, tensor: Any, length: int) -> Any:
+        """Return the stored tensor as the view."""
+        turned = tensor.reshape([self.view[axis] for axis in self.order])
+        return turned.permute([self.order.index(axis) for axis in range(len(self.order))])
+
+    def places(self, stored: Any) -> Any:
+        """Return where in the block (row-major) values lie, by their places in the stored tensor
+        (row-major): numbers or integer tensors."""
+        coordinates = {}
+        for axis in reversed(self.order):
+            coordinates[axis] = stored % self.view[axis]
+            stored = stored // self.view[axis]
+        place = coordinates[0]
+        for axis in range(1, len(self.view)):
+            place = place * self.view[axis] + coordinates[axis]
+        return place
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """One Hugging Face tensor of all experts, which is a Megatron tensor with its axes turned."""
+
+    megatron: str
+    hf: str
+    shape: str
+    """Letters of one expert's tensor: inputs, outputs, or the outputs of a bias."""
+    in_turns: bool = False
+    """Whether columns of two matrices of that shape stand in turns, which in Megatron stand one behind the
+    other: gate and up projection."""
+    fp32: bool = False
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """Return the one name."""
+        return (self.hf,)
+
+    def layout(self, model: ModelConfig) -> Layout:
+        """Return the whole tensor as one part, viewed as [experts, (gate and up,) outputs, (inputs)]."""
+        *inputs, outputs = shape_of(self.shape, model)
+        halves = [2] if self.in_turns else []
+        view = (model.num_experts, *halves, outputs, *inputs)
+        at_outputs = 1 + len(halves)
+        order = (0, *(at_outputs + 1 for _ in inputs), at_outputs, *(1 for _ in halves))
+        hf_shape = (model.num_experts, *inputs, outputs * (1 + len(halves)))
+        return StackLayout(view, 0, (model.num_experts,), 1, order, hf_shape)
+
+
+PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
+"""How configs call the number of prediction layers behind the trunk; the first is written."""
+_LETTER = {"sliding_attention": "L", "full_attention": "G"}
+
+
+def _letters(types: list[str], name: str, length: int) -> str:
+    """Return a list of attention types as letters; `UserError` where it is not one known type per layer."""
+    letters = "".join(_LETTER.get(kind, "?") for kind in types)
+    if len(letters) != length or "?" in letters:
+        raise UserError(f"config.json: {name} must name sliding_attention or full_attention for each of "
+                        f"{length} layers; it has {types}")
+    return letters
+
+
+def shortest_pattern(letters: str) -> str:
+    """Return the shortest pattern whose repetition gives all letters."""
+    return next((letters[:n] for n in range(1, len(letters) + 1)
+                 if (letters[:n] * -(-len(letters) // n))[:len(letters)] == letters), "G")
+
+
+def _num_layers(config: dict[str, Any]) -> int:
+    """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
+    return _bounded(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
+
+
+def _bounded(count: int, name: str) -> int:
+    if count > MAX_LAYERS:
+        raise UserError(f"config.json: {name} = {count} must be at most {MAX_LAYERS:,}; count its zeros")
+    return count
+
+
+@dataclass(frozen=True)
+class SlidingLayers:
+    """Which layers slide: explicit `layer_types` (transformers derives a different list from
+    the pattern alone)."""
+
+    default_window: int
+    """What transformers assumes where `sliding_window` is absent, in tokens."""
+    names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern", "sliding_windows")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the explicit list, the window, the pattern, and the window of each layer (0:
+        global), which vLLM reads."""
+        return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
+                "sliding_window_pattern": model.attention_pattern,
+                "sliding_windows": [model.window_tokens(kind) for kind in model.layer_types()]}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the shortest pattern that gives the list, and the window;
+        `UserError` where windows differ or disagree."""
+        num_layers = _num_layers(config)
+        types = (config.get("layer_types")
+                 or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
+        letters = _letters(types, "layer_types", num_layers)
+        window = config.get("sliding_window", self.default_window) if "L" in letters else 0
+        expected = [window * (letter == "L") for letter in letters]
+        if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
+            raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
+                            f"that follow from layer_types and one sliding_window = {window} are supported")
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
+
+    @staticmethod
+    def from_period(period: Any, num_layers: int) -> list[str]:
+        """Return the types as transformers reads an integer: every `period`-th layer is global; `UserError`
+        for all else, which it does not accept without a list."""
+        if not isinstance(period, int) or period < 1:
+            raise UserError(f"config.json: sliding_window_pattern = {period!r} needs an explicit layer_types "
+                            "list beside it")
+        return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(num_layers)]
+
+
+@dataclass(frozen=True)
+class SlidingSwitch:
+    """Windows behind the switch `use_sliding_window`, as Qwen has them."""
+
+    by_layer: bool
+    """True: layers from `max_window_layers` on slide, or those that `layer_types` names;
+    False: every layer does."""
+    default_first: int = 28
+    """What transformers assumes where `max_window_layers` is absent."""
+    names: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the switch, the window and, where layers may differ, the explicit list;
+        `UserError` where they may not."""
+        types = model.layer_types()
+        slides = "sliding_attention" in types
+        written = {"use_sliding_window": slides, "sliding_window": model.sliding_window_tokens or None}
+        if self.by_layer:
+            first = types.index("sliding_attention") if slides else model.num_layers
+            return {**written, "max_window_layers": first, "layer_types": types}
+        if len(set(types)) > 1:
+            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
+                            f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
+        return written
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the pattern and the window; `UserError` where switch, window and list disagree."""
+        num_layers = _num_layers(config)
+        slides = config.get("use_sliding_window", False)
+        if slides and "sliding_window" not in config:
+            raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; "
+                            "add it, or switch it off")
+        first = config.get("max_window_layers", self.default_first) if self.by_layer else 0
+        types = ["sliding_attention" if slides and i >= first else "full_attention"
+                 for i in range(num_layers)]
+        if self.by_layer:
+            types = config.get("layer_types", types)
+        letters = _letters(types, "layer_types", num_layers)
+        if "L" in letters and not slides:
+            raise UserError(f"config.json: layer_types = {types} names sliding layers, "
+                            f"but use_sliding_window is {slides}; make them agree")
+        window = config["sliding_window"] if "L" in letters else 0
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window}
+
+
+@dataclass(frozen=True)
+class OneWindow:
+    """A window of every layer, or of none: `sliding_window` as Mistral's models have it."""
+
+    names: tuple[str, ...] = ("sliding_window",)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the window, null for none; `UserError` where layers differ."""
+        if len(set(model.layer_types())) > 1:
+            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
+                            f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
+        return {"sliding_window": model.sliding_window_tokens or None}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the pattern and the window."""
+        window = config.get("sliding_window", 0)
+        return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
+
+
+@dataclass(frozen=True)
+class RotatingWindows:
+    """Layers of EXAONE 4, which rotate where they slide; where no layer slides (`sliding_window` is null) all
+    rotate."""
+
+    names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
+    null_tells: tuple[str, ...] = ("sliding_window",)
+    """Fields whose absence is not null: transformers then assumes a window of 4096."""
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the explicit list, window and pattern; `UserError` where global layers rotate beside sliding
+        ones, or nothing rotates."""
+        types = model.layer_types()
+        slides = "sliding_attention" in types
+        if model.rope_on_global == slides:
+            raise UserError(f"model.rope_on_global = {model.rope_on_global}: in family '{model.family}' "
+                            "global layers rotate exactly where no layer slides; set it to "
+                            f"{str(not slides).lower()} for model.attention_pattern = "
+                            f"{model.attention_pattern!r}")
+        return {"layer_types": types, "sliding_window": model.sliding_window_tokens or None,
+                "sliding_window_pattern": model.attention_pattern if slides else None}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return pattern, window, and whether global layers rotate; `UserError` where a window is given that
+        no layer has."""
+        num_layers, window = _num_layers(config), config.get("sliding_window", 4096)
+        types = config.get("layer_types") or (
+            SlidingLayers.from_period(config.get("sliding_window_pattern", 4), num_layers) if window
+            else ["full_attention"] * num_layers)
+        letters = _letters(types, "layer_types", num_layers)
+        if bool(window) != ("L" in letters):
+            raise UserError(f"config.json: sliding_window = {window}, but layer_types names "
+                            f"{'no' if window else 'a'} sliding layer; transformers rotates global layers "
+                            "only where sliding_window is null, so make them agree")
+        return {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": window or 0,
+                "rope_on_global": not window}
+
+
+def _leading_dense(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
+    """Return the number of dense layers; `UserError` where they do not all stand before the
+    ones with experts."""
+    num_layers = _num_layers(config)
+    if len(dense) != num_layers or dense != sorted(dense, reverse=True):
+        raise UserError(f"config.json: {what} must name dense layers first and layers with experts after, "
+                        f"for num_hidden_layers = {num_layers} layers; a dense layer behind one with experts "
+                        "is not supported")
+    return {"num_dense_layers": sum(dense)}
+
+
+@dataclass(frozen=True)
+class LeadingDenseLayers:
+    """Dense layers before the experts, in every spelling that published configs use."""
+
+    default: int
+    """What transformers assumes where nothing is said."""
+    names: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "is_moe_layer",
+                              "first_last_k_dense_replace")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the count and the explicit list."""
+        return {"first_k_dense_replace": model.num_dense_layers, "mlp_layer_types": [
+            "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the count; `UserError` where two spellings disagree."""
+        leading: Callable[[Any], list[bool]] = lambda count: [i < count  # noqa: E731
+                                                              for i in range(_num_layers(config))]
+        spellings: dict[str, Callable[[Any], list[bool]]] = {
+            "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
+            "is_moe_layer": lambda flags: [not flag for flag in flags],
+            "first_k_dense_replace": leading,
+            "first_last_k_dense_replace": leading,
+        }
+        said = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        dense = next(iter(said.values()), leading(self.default))
+        if any(other != dense for other in said.values()):
+            raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; "
+                            "make them agree")
+        return _leading_dense(config, dense, next(iter(said), "first_k_dense_replace"))
+
+
+@dataclass(frozen=True)
+class SparseSteps:
+    """Dense layers as Qwen3-MoE names them: a list of them, and a step between layers with experts."""
+
+    names: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the leading dense layers as a list."""
+        return {"mlp_only_layers": list(range(model.num_dense_layers)), "decoder_sparse_step": 1}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return how many layers before all others are dense."""
+        listed, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
+        dense = [i in listed or (i + 1) % step != 0 for i in range(_num_layers(config))]
+        return _leading_dense(config, dense, "mlp_only_layers and decoder_sparse_step")
+
+
+@dataclass(frozen=True)
+class PredictionLayer:
+    """The multi-token prediction layer: whether there is one, its attention, and the weight of its loss."""
+
+    default_coeff: float = 0.05
+    """Published weight of its loss, where the config is silent."""
+    said_without: bool = True
+    """Whether a model without such a layer says so."""
+    names: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
+                              "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return everything explicit; without such a layer at most that there is none."""
+        if not model.num_mtp_layers:
+            return {"num_nextn_predict_layers": 0} if self.said_without else {}
+        window = model.sliding_window_tokens if model.mtp_attention == "L" else 0
+        n = model.num_mtp_layers
+        return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,
+                "mtp_sliding_windows": [window] * n, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the number of layers, their attention (global where the config is silent) and the
+        weight of their loss."""
+        num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
+        letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
+                           "mtp_layer_types", num_layers)
+        window = config.get("sliding_window", 0) if "L" in letters else 0
+        windows = config.get("mtp_sliding_windows", [window] * num_layers)
+        if any((found or 0) != window for found in windows):
+            raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
+                            "the trunk's window for a sliding prediction layer, 0 for a global one")
+        if config.get("mtp_num_speculative_steps", num_layers) != num_layers:
+            raise UserError("config.json: mtp_num_speculative_steps = "
+                            f"{config['mtp_num_speculative_steps']}, but only num_nextn_predict_layers = "
+                            f"{num_layers} is supported: no prediction layer is applied twice")
+        return {"num_mtp_layers": num_layers, "mtp_attention": letters[:1] or "G",
+                "mtp_loss_coeff": config.get("mtp_loss_scaling_factor", self.default_coeff)}
+
+
+@dataclass(frozen=True)
+class PredictionBehind:
+    """How many prediction layers with experts stand behind the trunk."""
+
+    names: tuple[str, ...] = (*PREDICTION_NAMES, "mtp_mlp_layer_types")
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return their number and, where there are any, that they have experts, which transformers' reader of
+        such layers asks for beside `mlp_layer_types`; `UserError` where one is dense."""
+        if model.num_mtp_layers and not model.mtp_experts:
+            raise UserError(f"model.mtp_experts = False: the prediction layer of family '{model.family}' has "
+                            "experts; set it to true, or model.num_mtp_layers to 0")
+        kinds = {"mtp_mlp_layer_types": ["sparse"] * model.num_mtp_layers} if model.num_mtp_layers else {}
+        return {PREDICTION_NAMES[0]: model.num_mtp_layers, **kinds}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return their number; `UserError` where the names disagree, or a layer has no experts."""
+        said = {name: config[name] for name in PREDICTION_NAMES if name in config}
+        if set(config.get("mtp_mlp_layer_types", [])) - {"sparse"}:
+            raise UserError(f"config.json: mtp_mlp_layer_types = {config['mtp_mlp_layer_types']}, but only "
+                            "prediction layers with experts ('sparse') are supported for this family")
+        if len(set(said.values())) > 1:
+            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in said.items())} disagree; "
+                            "remove one of them")
+        count = next(iter(said.values()), 0)
+        return {"num_mtp_layers": count, "mtp_experts": bool(count)}
+
+
+@dataclass(frozen=True)
+class Unclamped:
+    """A list with one limit for each layer, where 0 means none; no limit is supported."""
+
+    hf: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the one field."""
+        return (self.hf,)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return nothing: absence means no limit."""
+        return {}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing; `UserError` where a layer has a limit."""
+        limits = config.get(self.hf, [])
+        if any(limits):
+            raise UserError(f"config.json: {self.hf} = {limits}, but only layers without a limit "
+                            "(0) are supported")
+        return {}
+
+
+@dataclass(frozen=True)
+class NormsBehind:
+    """A switch for norms behind blocks that are normalised before, too."""
+
+    hf: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the one field."""
+        return (self.hf,)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the switch; `UserError` where blocks are not normalised before."""
+        if model.block_norms == "post":
+            raise UserError(f"model.block_norms = 'post': family '{model.family}' normalises before its "
+                            "blocks; use 'pre' or 'both'")
+        return {self.hf: model.block_norms == "both"}
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return where blocks are normalised; `UserError` where nothing is said."""
+        if not isinstance(config.get(self.hf), bool):
+            raise UserError(f"config.json: {self.hf} = {config.get(self.hf)} must be true or false, since "
+                            "programs assume different things where it is absent; add it (the weights have a "
+                            "post_norm1 in every layer, or none)")
+        return {"block_norms": "both" if config[self.hf] else "pre"}

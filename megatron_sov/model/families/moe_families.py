@@ -1,0 +1,264 @@
+"""Families with a mixture of experts."""
+
+from __future__ import annotations
+
+from megatron_sov.model.families.family import (
+    DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG, KV_HEADS, Family)
+from megatron_sov.model.families.hf_config import (
+    AlternatingLayers, Fixed, LatentHeads, LatentRope, Quantization, Renamed, Rope, SaidRope, Unused,
+    hidden_over_heads)
+from megatron_sov.model.families.hf_layers import (
+    ExpertStack, LeadingDenseLayers, OneWindow, PredictionBehind, PredictionLayer, SlidingLayers, Unclamped)
+from megatron_sov.model.families.weights import (
+    ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, QK_NORM,
+    QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, Experts, GateUp, Same, WeightEntry, inside_prediction,
+    prediction_layer, router_bias, trunk)
+
+# Mixtral (`mixtral`): Llama's decoder with experts in every layer, of which a softmax router chooses; the
+# scores of the chosen ones are divided by their sum.
+#
+# transformers computes the router's logits in the model's dtype, we in fp32; they are the same for fp32
+# models.
+
+_EXPERTS = (
+    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+    Same("mlp.router.weight", "block_sparse_moe.gate.weight", "E H"),
+    Experts(GateUp("mlp.experts.experts.linear_fc1.weight", "block_sparse_moe.experts.{e}.w1.weight",
+                   "block_sparse_moe.experts.{e}.w3.weight", "I H")),
+    Experts(Same("mlp.experts.experts.linear_fc2.weight", "block_sparse_moe.experts.{e}.w2.weight", "H I")),
+)
+
+MIXTRAL = Family(
+    name="mixtral",
+    hf_classes=("MixtralForCausalLM",),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, _EXPERTS)),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
+        Renamed("head_dim", "head_dim", hidden_over_heads),
+        Renamed("num_local_experts", "num_experts", 8),
+        Renamed("num_experts_per_tok", "num_experts_per_token", 2),
+        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
+        Rope(default_theta=1e6), OneWindow(), Fixed("router_jitter_noise", 0.0),
+        # of its own model class only; ours is chosen by model.seq_aux_loss_coeff
+        Unused(("router_aux_loss_coef",)),
+    ),
+    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": False,
+               "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
+               "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    training={"seq_aux_loss_coeff": 2e-2},
+)
+
+
+# GLM-4.5 and 4.6 (`glm4_moe`): half of each head rotates; biases on query, key and value; QK-norm in the
+# larger ones; leading dense layers, DeepSeek-V3's router and a shared expert.
+#
+# Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk,
+# with
+# copies of embedding and head.  transformers' model drops it on loading; its `MtpModel` and vLLM read it.
+
+GLM4_MOE = Family(
+    name="glm4_moe",
+    hf_classes=("Glm4MoeForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", ATTENTION),
+        trunk("every layer", QKV_BIAS, when="qkv_bias"),
+        trunk("every layer", QK_NORM, when="qk_norm"),
+        trunk("dense layers", DENSE_FFN),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_BEHIND, inside_prediction(ATTENTION, DEEPSEEK_EXPERTS),
+        inside_prediction(QKV_BIAS, when="qkv_bias"), inside_prediction(QK_NORM, when="qk_norm"),
+    ),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
+        Renamed("num_experts_per_tok", "num_experts_per_token", 8),
+        Renamed("moe_intermediate_size", "expert_ffn_dim", 1408),
+        Renamed("attention_bias", "qkv_bias", False), Renamed("use_qk_norm", "qk_norm", False),
+        Renamed("rms_norm_eps", "norm_eps", 1e-5),
+        Renamed("head_dim", "head_dim", hidden_over_heads), Renamed("intermediate_size", "dense_ffn_dim"),
+        Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
+        Rope(default_theta=10_000.0, default_share=0.5), LeadingDenseLayers(default=1),
+        PredictionBehind(),
+    ),
+    structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
+               "rope_on_global": True, "tied_embeddings": False},
+    varies=("rope_share", "mtp_experts", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
+    needs_shared_expert=True,
+    copies=COPIES_BEHIND,
+)
+
+
+# gpt-oss (`gpt_oss`, 20B and 120B): sinks in attention, windows in every other layer, biases everywhere,
+# experts with a clamped SwiGLU in every layer, chosen by a softmax router with a bias.
+#
+# Published weights of experts are MXFP4, which is read; bfloat16 is written (`convert/mxfp4.py`).
+# transformers
+# takes a softmax over the chosen logits, which is one over all divided by the sum of the chosen; it
+# computes
+# the router's logits in the model's dtype, we in fp32.
+
+_FURTHER = (
+    Same("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "H"),
+    Same("self_attention.core_attention.softmax_offset", "self_attn.sinks", "N"),
+    Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+    Same("mlp.router.weight", "mlp.router.weight", "E H"),
+    Same("mlp.router.bias", "mlp.router.bias", "E"),
+    ExpertStack("mlp.experts.experts.linear_fc1.weight", "mlp.experts.gate_up_proj", "H I", in_turns=True),
+    ExpertStack("mlp.experts.experts.linear_fc1.bias", "mlp.experts.gate_up_proj_bias", "I", in_turns=True),
+    ExpertStack("mlp.experts.experts.linear_fc2.weight", "mlp.experts.down_proj", "I H"),
+    ExpertStack("mlp.experts.experts.linear_fc2.bias", "mlp.experts.down_proj_bias", "H"),
+)
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    hf_classes=("GptOssForCausalLM",),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, _FURTHER)),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
+        Renamed("head_dim", "head_dim", 64), Renamed("num_local_experts", "num_experts", 128),
+        Renamed("num_experts_per_tok", "num_experts_per_token", 4, aliases=("experts_per_token",)),
+        Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
+        SaidRope(default_theta=150_000.0), AlternatingLayers(),
+        Fixed("attention_bias", True), Fixed("swiglu_alpha", 1.702), Fixed("swiglu_limit", 7.0),
+        Quantization("mxfp4"),
+        # the first is of its own model class only; ours is chosen by model.seq_aux_loss_coeff
+        Unused(("router_aux_loss_coef", "initial_context_length")),
+    ),
+    structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": True,
+               "qk_norm": False, "num_shared_experts": 0, "router_score": "softmax", "router_bias": False,
+               "norm_topk_prob": True, "routed_scaling_factor": 1.0, "linear_bias": True,
+               "attention_sinks": True, "activation": "clamped_swiglu"},
+    training={"seq_aux_loss_coeff": 1e-3},
+)
+
+
+# DeepSeek-V3 and R1, Kimi K2 (`deepseek_v3`): multi-head latent attention, leading dense layers,
+# DeepSeek-V3's router and a shared expert.
+#
+# Its prediction layer, which has experts of its own, stands in a folder as one more layer of the trunk,
+# with
+# copies of embedding and head.  transformers' model drops it on loading; its `MtpModel` and vLLM read it.
+
+LATENT_ATTENTION: tuple[WeightEntry, ...] = (
+    Same("input_layernorm.weight", "input_layernorm.weight", "H"),
+    Same("self_attention.linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", "C H"),
+    Same("self_attention.linear_kv_up_proj.layer_norm_weight", "self_attn.kv_a_layernorm.weight", "K"),
+    Same("self_attention.linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", "B K"),
+    Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H O"),
+)
+"""All of it but the queries."""
+QUERIES_OF_A_LATENT: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_down_proj.weight", "self_attn.q_a_proj.weight", "Q H"),
+    Same("self_attention.linear_q_up_proj.layer_norm_weight", "self_attn.q_a_layernorm.weight", "Q"),
+    Same("self_attention.linear_q_up_proj.weight", "self_attn.q_b_proj.weight", "A Q"),
+)
+WHOLE_QUERIES: tuple[WeightEntry, ...] = (
+    Same("self_attention.linear_q_proj.weight", "self_attn.q_proj.weight", "A H"),
+)
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    hf_classes=("DeepseekV3ForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", LATENT_ATTENTION),
+        trunk("every layer", QUERIES_OF_A_LATENT, when="has_query_latent"),
+        trunk("every layer", WHOLE_QUERIES, when="has_whole_queries"),
+        trunk("dense layers", DENSE_FFN),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_BEHIND, inside_prediction(LATENT_ATTENTION, DEEPSEEK_EXPERTS),
+        inside_prediction(QUERIES_OF_A_LATENT, when="has_query_latent"),
+        inside_prediction(WHOLE_QUERIES, when="has_whole_queries"),
+    ),
+    config=(
+        *DECODER_CONFIG, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG, LatentHeads(),
+        Fixed("tie_word_embeddings", False), Fixed("rope_interleave", True),
+        Fixed("moe_layer_freq", 1, written=False),
+        # transformers' class takes these where a config is silent
+        Renamed("n_group", "num_expert_groups", 8), Renamed("topk_group", "num_groups_per_token", 4),
+        Renamed("rms_norm_eps", "norm_eps", 1e-6), Renamed("intermediate_size", "dense_ffn_dim", 18432),
+        Renamed("n_routed_experts", "num_experts", 256), Renamed("n_shared_experts", "num_shared_experts", 1),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 2.5),
+        LatentRope(default_theta=10_000.0), LeadingDenseLayers(default=3),
+        PredictionBehind(),
+        # of balancing losses, and of how released programs were started
+        Unused(("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp")),
+    ),
+    structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
+               "rope_on_global": True, "tied_embeddings": False, "qkv_bias": False, "qk_norm": False},
+    varies=("latent_attention", "mtp_experts", *EXPERT_GROUPS),
+    training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
+    needs_shared_expert=True,
+    copies=COPIES_BEHIND,
+)
+
+
+# K-EXAONE (`exaone_moe`): sliding layers with RoPE, global layers without (NoPE), QK-norm, leading dense
+# layers, one MTP layer.
+#
+# transformers' attention rotates only layers of type sliding_attention; there is no config field for it.
+# Its
+# model drops the `mtp.*` tensors on loading; inference engines read them for self-speculative decoding.
+# The
+# prediction layer is dense, and attends globally without RoPE unless `mtp_layer_types` says otherwise
+# (TensorRT-LLM, `modeling_exaone_moe.py`: "A MTP layer uses the global attention"; the released config:
+# `mtp_layer_types: ["full_attention"]`).
+
+EXAONE_MOE = Family(
+    name="exaone_moe",
+    # the second: configs made before transformers had it
+    hf_classes=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", ATTENTION, QK_NORM),
+        trunk("dense layers", DENSE_FFN),
+        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS, (router_bias("mlp.e_score_correction_bias"),)),
+        *prediction_layer(ATTENTION, QK_NORM, DENSE_FFN),
+    ),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
+        Fixed("tie_word_embeddings", False),
+        Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("head_dim", "head_dim", hidden_over_heads),
+        Renamed("intermediate_size", "dense_ffn_dim"),
+        Renamed("num_experts", "num_experts", 64), Renamed("num_shared_experts", "num_shared_experts", 1),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 2.5),
+        Rope(default_theta=10_000.0), SlidingLayers(default_window=4096), LeadingDenseLayers(default=1),
+        PredictionLayer(), Unclamped("swiglu_limits"),
+    ),
+    structure={**DEEPSEEK_ROUTER, "rope_on_global": False, "qkv_bias": False, "qk_norm": True,
+               "tied_embeddings": False},
+    training={"router_bias_update_rate": 1e-4},
+    varies=EXPERT_GROUPS,
+    needs_shared_expert=True,
+)
+
+
+# Solar Open (`solar_open`): mixture of experts in every layer, global attention with RoPE, no QK-norm.
+
+SOLAR_OPEN = Family(
+    name="solar_open",
+    hf_classes=("SolarOpenForCausalLM",),
+    weights=(
+        *EMBEDDINGS_AND_HEAD,
+        trunk("every layer", ATTENTION),
+        trunk("moe layers", DEEPSEEK_EXPERTS),
+    ),
+    config=(
+        *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
+        Fixed("tie_word_embeddings", False),
+        Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("head_dim", "head_dim", 128),
+        Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
+        Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0), Rope(default_theta=1e6),
+        # transformers stores these and ignores them, so any other value would silently be another model
+        Fixed("first_k_dense_replace", 0, written=False), Fixed("use_qk_norm", False, written=False),
+        Fixed("partial_rotary_factor", 1.0, written=False),
+        Fixed("num_nextn_predict_layers", 0, written=False),
+        Unused(("intermediate_size",)),  # the published config has it; no layer is dense
+    ),
+    structure={**DEEPSEEK_ROUTER, "num_dense_layers": 0, "dense_ffn_dim": 0, "attention_pattern": "G",
+               "sliding_window_tokens": 0, "rope_on_global": True, "qkv_bias": False, "qk_norm": False,
+               "tied_embeddings": False, "num_mtp_layers": 0},
+    varies=EXPERT_GROUPS,
+    needs_shared_expert=True,
+)

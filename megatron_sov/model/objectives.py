@@ -1,0 +1,116 @@
+"""Which objective a run learns by: a built-in one, or one of your own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.base.documents import KINDS, ROLLOUTS
+from megatron_sov.base.documents.columns import column_problems
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.signatures import check_methods, takes
+from megatron_sov.base.settings import read_arguments
+from megatron_sov.model.config import RunConfig
+
+Factory = Callable[[Any], Any]
+"""The run's `train.objective_context.ObjectiveContext` -> a `train.objective.Objective`."""
+BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",
+            "policy": "rl train"}
+"""Built-in objective -> the command that trains by it."""
+METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
+"""What an objective has to have: method -> what it is given (`train/objectives/objective.py`)."""
+FORMATS = (*KINDS, ROLLOUTS)
+"""Formats of the sources that one may name in `formats`."""
+MEMORY = {"state": (), "restore": ("state",)}
+"""What one with a memory has besides."""
+
+
+def _check(loaded: Loaded) -> None:
+    check_methods(loaded.value, loaded.reference, "an objective", METHODS)
+    if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
+        check_methods(loaded.value, loaded.reference, "an objective with a memory", MEMORY)
+    formats = getattr(loaded.value, "formats", FORMATS)
+    if not isinstance(formats, tuple) or not formats or not set(formats) <= set(FORMATS):
+        raise UserError(f"{loaded.reference}: `formats` is {formats!r}, must be a tuple of "
+                        f"{', '.join(map(repr, FORMATS))}")
+    columns = getattr(loaded.value, "columns", {})
+    if not isinstance(columns, Mapping) or not all(hasattr(c, "made_by") for c in columns.values()):
+        raise UserError(f"{loaded.reference}: `columns` is {columns!r}, must be a dict of column -> "
+                        "NeededColumn(made_by)")
+    if problems := column_problems(columns):
+        raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
+    if not takes(loaded.value, ("context",)):
+        raise UserError(f"{loaded.reference}: is made by "
+                        f"{loaded.attribute}{inspect.signature(loaded.value)}; "
+                        f"an objective is made by {loaded.attribute}(context), with its own settings "
+                        "behind it, by name and with defaults")
+
+
+OWN: Registry[Callable[..., Any]] = Registry("objective", "megatron_sov.model.objectives", BUILT_IN, _check)
+"""Objectives that are not built in."""
+
+
+def check(config: RunConfig) -> None:
+    """Check that the objective is known and takes `objective.options`, by the types that it declares.
+
+    Raises:
+        UserError: it is not, or does not; every wrong option is named.
+    """
+    name, options = config.objective.name, config.objective.options
+    if name in BUILT_IN:
+        if options:
+            raise UserError(f"objective.options = {options}: belong to an objective of your own, "
+                            f"not to {name}")
+        return
+    made = OWN.get(name, config.code)
+    read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
+
+
+def factory(config: RunConfig, built_in: Factory) -> Factory:
+    """Return what makes the run's objective.
+
+    Args:
+        config: resolved settings.
+        built_in: the command's own objective, for runs that name no other.
+    """
+    name = config.objective.name
+    return built_in if name in BUILT_IN else OwnFactory(name, OWN.get(name), config.objective.options)
+
+
+@dataclass(frozen=True)
+class OwnFactory:
+    """Makes an objective that is not built in; what its class says of the data is said here too."""
+
+    name: str
+    """As the settings have it."""
+    made: Callable[..., Any]
+    """The class."""
+    options: dict[str, Any]
+    """Its own settings."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """See `train.objective.formats_of`."""
+        return tuple(getattr(self.made, "formats", ("text", "chat")))
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """See `train.objective.columns_of`."""
+        found: Mapping[str, Any] = getattr(self.made, "columns", {})
+        return found
+
+    def __call__(self, context: Any) -> Any:
+        """Return the objective.
+
+        Raises:
+            UserError: it has no coefficients.
+        """
+        objective = self.made(context, **self.options)
+        if not isinstance(getattr(objective, "coefficients", None), Mapping):
+            raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "
+                            "the loss; set it in __init__")
+        return objective

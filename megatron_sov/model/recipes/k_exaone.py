@@ -1,0 +1,132 @@
+"""K-EXAONE 236B-A23B: architecture, tokens, optimizer's kind, peak rate and context lengths as published.
+
+The rest is our choice, and labelled so.  The published run trained in FP8; these train in bf16 unless
+`train.fp8` is set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_sov.model.config import (
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
+    OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig)
+from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+
+REPORT = "arXiv 2601.01739"
+TOKENS = 11_000_000_000_000
+OTHER_LANGUAGES = ("spanish", "german", "japanese", "vietnamese")
+"""Beside Korean and English, which is the rest of the web: the published six languages."""
+
+
+def _others(share: float) -> dict[str, float]:
+    return dict.fromkeys(OTHER_LANGUAGES, share / len(OTHER_LANGUAGES))
+
+
+PHASES = (
+    PhaseConfig("foundation", tokens=round(0.7 * TOKENS), seq_len=8192,
+                blend={"web": 70.0, "korean": 10.0, **_others(10.0), "code": 10.0}),
+    PhaseConfig("expert-knowledge", tokens=round(0.2 * TOKENS), seq_len=8192,
+                blend={"web-high": 45.0, "korean": 10.0, **_others(5.0), "code": 15.0, "stem": 25.0}),
+    PhaseConfig("reasoning", tokens=round(0.1 * TOKENS), seq_len=8192, blend={
+        "web-high": 30.0, "korean": 10.0, "code": 15.0, "stem": 15.0, "reasoning-trajectories": 30.0}),
+)
+
+
+def _stage(name: str, seq_len: int, batch_size: int, long_share: float,
+           rehearsal_share: float) -> ExtendStageConfig:
+    """Return a stage of the extension: long documents, rehearsal, and synthetic reasoning as the rest."""
+    rehearsal = {"web-high/8192": 70.0, "korean/8192": 20.0, "needle/8192": 10.0}
+    return ExtendStageConfig(
+        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
+        blend={"reasoning-trajectories": 1.0},
+        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)))
+
+
+STAGES = (_stage("32k", 32768, 1024, 0.4, 0.3), _stage("256k", 262144, 128, 0.6, 0.2))
+
+
+def model() -> ModelConfig:
+    """Return the architecture: a dense first layer, sliding and NoPE global layers 3:1,
+    QK-norm, one MTP layer."""
+    return ModelConfig(
+        family="exaone_moe", vocab_size=153600, hidden_size=6144, num_layers=48, num_heads=64, num_kv_heads=8,
+        head_dim=128, num_dense_layers=1, dense_ffn_dim=18432, num_experts=128, num_experts_per_token=8,
+        num_shared_experts=1, expert_ffn_dim=2048, routed_scaling_factor=2.5, router_bias_update_rate=1e-4,
+        seq_aux_loss_coeff=1e-4, attention_pattern="LLLG", sliding_window_tokens=128, rope_on_global=False,
+        rope_theta=1e6, qk_norm=True, norm_eps=1e-5, num_mtp_layers=1, mtp_attention="G", mtp_loss_coeff=0.05,
+        max_position_tokens=262144,
+    )
+
+
+def k_exaone_236b() -> RunConfig:
+    """Return the pretraining run: 11 T tokens in three stages at 8K, Muon, WSD schedule with peak 3e-4."""
+    return RunConfig(
+        recipe="k-exaone-236b",
+        model=model(),
+        parallel=ParallelConfig(ep=16, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+        data=DataConfig(phases=PHASES),
+        optim=OptimConfig(name="muon", lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000,
+                          decay_share=0.1, weight_decay=0.1),
+        train=TrainConfig(global_batch_size=4096, micro_batch_size=1, recompute=True),
+        gpu=GpuConfig(gc_every_steps=100),
+    )
+
+
+def k_exaone_236b_extend() -> RunConfig:
+    """Return the extension 8K -> 32K -> 256K of the pretrained model, to be run by `extend`: gated stages."""
+    run = k_exaone_236b()
+    optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100,
+                        weight_decay=0.1)
+    return replace(
+        run, recipe="k-exaone-236b-extend", parallel=replace(run.parallel, tp=8, sp=True, cp=8, ep=64),
+        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
+        train=replace(run.train, global_batch_size=1024),
+        needle=NeedleConfig(lengths_tokens=(8192, 32768, 262144)),
+        extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+
+
+SOURCES: Sources = {
+    "model.*": config_json("LGAI-EXAONE/K-EXAONE-236B-A23B"),
+    "model.router_bias_update_rate": published(f"{REPORT}, pre-training setup"),
+    "model.seq_aux_loss_coeff": published(f"{REPORT}, pre-training setup"),
+    "model.mtp_loss_coeff": published(f"{REPORT}, pre-training setup"),
+    "parallel.*": ours("a layout that fits; none is published"),
+    "data.phases.*.name": published(f"{REPORT}, pre-training: three stages"),
+    "data.phases.*.tokens": ours(f"11 T in all are published ({REPORT}), not each stage's part"),
+    "data.phases.*.seq_len": published(f"{REPORT}, context length extension: from 8K"),
+    "data.phases.*.blend.*": ours("the six languages and stage 3's trajectories are published, no shares"),
+    "optim.name": published(f"{REPORT}, pre-training setup"),
+    "optim.lr": published(f"{REPORT}, pre-training setup"),
+    "optim.schedule": published(f"{REPORT}, pre-training setup"),
+    "optim.min_lr": ours("a tenth of the peak; not published"),
+    "optim.warmup_steps": ours("as Solar Open; not published"),
+    "optim.decay_share": ours("a tenth of the run; not published"),
+    "optim.weight_decay": ours("not published"),
+    "train.global_batch_size": ours("33.6 M tokens a step; not published"),
+    "train.micro_batch_size": ours("memory"),
+    "train.precision": ours("published is FP8: --set train.fp8=blockwise; not yet run on a GPU"),
+    "train.recompute": ours("memory"),
+    "gpu.gc_every_steps": ours("processes collect garbage together"),
+}
+EXTEND_SOURCES = derive(SOURCES, {
+    **PHASE_SOURCES,
+    "optim.lr": ours("where pretraining ends; not published"),
+    "optim.min_lr": ours("a tenth of it; not published"),
+    "optim.schedule": ours("not published"),
+    "optim.warmup_steps": ours("not published"),
+    "optim.decay_share": DEFAULT,
+    "train.global_batch_size": ours("33.6 M tokens a step, as in pretraining; not published"),
+    "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
+    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    "extend.stages.*.seq_len": published(f"{REPORT}, context length extension: 8K -> 32K -> 256K"),
+    "extend.stages.*.kind": published(f"{REPORT}, context length extension"),
+    "extend.stages.*.blend.*": published(f"{REPORT}, context length extension: synthetic reasoning"),
+    "extend.stages.*.parts.*.name": published(f"{REPORT}, context length extension"),
+    "extend.stages.*.parts.*.share": ours("published: adjusted by stage, more long documents in the second"),
+    "extend.stages.*.parts.*.blend.*": ours("published: good samples of the pretraining distribution"),
+    "extend.gate.every_steps": ours("published: until passed, without a rhythm"),
+    "extend.gate.min_accuracy": ours("published: near-perfect"),
+    "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound"),
+})

@@ -1,0 +1,291 @@
+"""Models whose weights are published, to be trained further: data, rate and batch are for fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_sov.model.config import (
+    DataConfig, LatentAttentionConfig, ModelConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig,
+    TrainConfig, YarnConfig)
+from megatron_sov.model.config.model import Llama3RopeConfig
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+
+# Published Qwen models that training goes on from: their architectures; data,
+# rate and batch are for fine-tuning.
+#
+# Start them `--from` converted weights; sizes are those of the models' own config.json.
+
+PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
+
+
+def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
+    """Return a run that goes on from a trained model: a low rate, a short warm-up."""
+    return RunConfig(
+        recipe=recipe, model=model, parallel=parallel, data=DataConfig(phases=PHASES),
+        optim=OptimConfig(lr=2e-5, min_lr=2e-6, schedule="cosine", warmup_steps=50, weight_decay=0.1),
+        train=TrainConfig(global_batch_size=128, micro_batch_size=1, recompute=True))
+
+
+def qwen2_1_5b() -> RunConfig:
+    """Return Qwen2.5-Math-1.5B: biases on query, key and value, tied embeddings, 4K."""
+    return continued("qwen2-1.5b", ModelConfig(
+        family="qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2,
+        head_dim=128, dense_ffn_dim=8960, num_experts=0, rope_theta=10_000.0, qkv_bias=True,
+        tied_embeddings=True, norm_eps=1e-6, max_position_tokens=4096), ParallelConfig())
+
+
+def qwen3_8b() -> RunConfig:
+    """Return Qwen3-8B: QK-norm, no biases, 40K."""
+    return continued("qwen3-8b", ModelConfig(
+        family="qwen3", vocab_size=151936, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
+        head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
+        max_position_tokens=40960),
+        ParallelConfig())
+
+
+def qwen3_4b() -> RunConfig:
+    """Return Qwen3-4B: as the 8B, narrower, with tied embeddings."""
+    return continued("qwen3-4b", ModelConfig(
+        family="qwen3", vocab_size=151936, hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8,
+        head_dim=128, dense_ffn_dim=9728, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
+        tied_embeddings=True, max_position_tokens=40960), ParallelConfig())
+
+
+def qwen3_4b_2507() -> RunConfig:
+    """Return Qwen3-4B-Instruct-2507: the 4B with slower rotations, 256K."""
+    run = qwen3_4b()
+    return replace(run, recipe="qwen3-4b-2507",
+                   model=replace(run.model, rope_theta=5e6, max_position_tokens=262144))
+
+
+def qwen3_moe_30b() -> RunConfig:
+    """Return Qwen3-30B-A3B: 8 of 128 experts in every layer by a softmax router, no shared expert, 40K."""
+    return continued("qwen3-moe-30b", ModelConfig(
+        family="qwen3_moe", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4,
+        head_dim=128, dense_ffn_dim=6144, num_experts=128, num_experts_per_token=8, num_shared_experts=0,
+        expert_ffn_dim=768, router_score="softmax", router_bias=False, seq_aux_loss_coeff=1e-3,
+        rope_theta=1e6, qk_norm=True, norm_eps=1e-6, max_position_tokens=40960), ParallelConfig(ep=8))
+
+
+def qwen3_30b_a3b_2507() -> RunConfig:
+    """Return Qwen3-30B-A3B-Instruct-2507: the 30B-A3B with slower rotations, 256K."""
+    run = qwen3_moe_30b()
+    return replace(run, recipe="qwen3-30b-a3b-2507",
+                   model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
+
+
+TRAINING_SOURCES: Sources = {
+    "parallel.*": ours("a layout that fits"),
+    "data.phases.*.name": ours("one phase"),
+    "data.phases.*.tokens": ours("a billion tokens, to be set"),
+    "data.phases.*.seq_len": ours("short enough for every one of these models"),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
+                     "optim.weight_decay"),
+                    ours("a low rate that leaves a trained model what it knows")),
+    "train.global_batch_size": ours("half a million tokens a step"),
+    "train.micro_batch_size": ours("memory"),
+    "train.recompute": ours("memory"),
+}
+"""What the published models were trained by is not what continuing them asks for."""
+
+
+def moe_sources(released: str) -> Sources:
+    """Return the table of a model with experts."""
+    return {
+        "model.*": config_json(released),
+        "model.router_bias_update_rate": DEFAULT,
+        "model.seq_aux_loss_coeff": ours("router_aux_loss_coef of config.json, for our form of the loss"),
+        "model.mtp_*": DEFAULT,
+        **TRAINING_SOURCES,
+    }
+
+
+def dense_sources(released: str) -> Sources:
+    """Return the table of a dense model, whose config.json has nothing to say about experts."""
+    without = ("num_experts_per_token", "num_shared_experts", "expert_ffn_dim", "router_*", "routed_*",
+               "norm_topk_prob", "seq_aux_loss_coeff")
+    return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
+
+
+# DeepSeek-V3 and Kimi K2, which training goes on from: their architecture; data, rate and batch are for
+# fine-tuning, as those of `qwen.py`.
+
+LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+                               q_lora_rank=1536)
+"""Of both models."""
+DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
+REPORT = "arXiv 2412.19437, section 4.2"
+DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
+    "model.mtp_experts": config_json(DEEPSEEK_RELEASED),
+    "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
+})
+KIMI_SOURCES = derive(
+    moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script of it"),
+    {"model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer")})
+
+
+def deepseek_v3() -> RunConfig:
+    """Return DeepSeek-V3: 8 of 256 experts, from 4 of 8 groups, by a sigmoid router, one shared, latent
+    attention, one MTP layer with experts, 160K by YaRN."""
+    return continued("deepseek-v3", ModelConfig(
+        family="deepseek_v3", vocab_size=129280, hidden_size=7168, num_layers=61, num_heads=128,
+        num_kv_heads=128, head_dim=192, latent_attention=LATENT, num_dense_layers=3, dense_ffn_dim=18432,
+        num_experts=256, num_experts_per_token=8, num_expert_groups=8, num_groups_per_token=4,
+        num_shared_experts=1, expert_ffn_dim=2048, num_mtp_layers=1, mtp_experts=True, mtp_loss_coeff=0.1,
+        routed_scaling_factor=2.5, rope_theta=10_000.0, yarn=YarnConfig(40.0, 4096), norm_eps=1e-6,
+        max_position_tokens=163840), ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(
+            7, 8, 8, 8, 8, 8, 8, 6)))
+
+
+def kimi_k2() -> RunConfig:
+    """Return Kimi K2: DeepSeek-V3 with half the heads, 8 of 384 experts, one dense layer; 128K by YaRN."""
+    return continued("kimi-k2", ModelConfig(
+        family="deepseek_v3", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64,
+        num_kv_heads=64, head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432,
+        num_experts=384, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=2048,
+        mtp_loss_coeff=0.1, routed_scaling_factor=2.827, rope_theta=50_000.0,
+        yarn=YarnConfig(32.0, 4096, 1.0, 1.0), norm_eps=1e-6, max_position_tokens=131072),
+        ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
+
+
+# Published Gemmas that training goes on from: their architectures; data, rate and batch are for fine-
+# tuning,
+# as those of `qwen.py`.
+
+def gemma_3_1b() -> RunConfig:
+    """Return Gemma-3-1B: windows of 512 in five layers of six, norms before and behind blocks, 32K."""
+    return continued("gemma-3-1b", ModelConfig(
+        family="gemma3_text", vocab_size=262144, hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
+        head_dim=256, dense_ffn_dim=6912, num_experts=0, attention_pattern="LLLLLG",
+        sliding_window_tokens=512, rope_theta=1e6, local_rope_theta=1e4, qk_norm=True,
+        zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
+        embedding_multiplier=1152 ** 0.5, tied_embeddings=True, norm_eps=1e-6, max_position_tokens=32768),
+        ParallelConfig())
+
+
+def gemma3_27b() -> RunConfig:
+    """Return Gemma-3-27B's text model: windows of 1,024 in five layers of six, positions of global layers
+    divided by 8, 128K."""
+    return continued("gemma3-27b", ModelConfig(
+        family="gemma3_text", vocab_size=262208, hidden_size=5376, num_layers=62, num_heads=32,
+        num_kv_heads=16, head_dim=128, dense_ffn_dim=21504, num_experts=0, attention_pattern="LLLLLG",
+        sliding_window_tokens=1024, rope_theta=1e6, local_rope_theta=1e4, linear_rope_factor=8.0,
+        qk_norm=True, zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
+        embedding_multiplier=5376 ** 0.5, attention_multiplier=168 ** -0.5, tied_embeddings=True,
+        norm_eps=1e-6, max_position_tokens=131072), ParallelConfig(tp=4, sp=True, zero1=True))
+
+
+def gemma2_9b() -> RunConfig:
+    """Return Gemma-2-9B: windows of 4,096 in every other layer, soft caps on attention and logits, 8K."""
+    return continued("gemma2-9b", ModelConfig(
+        family="gemma2", vocab_size=256000, hidden_size=3584, num_layers=42, num_heads=16, num_kv_heads=8,
+        head_dim=256, dense_ffn_dim=14336, num_experts=0, attention_pattern="LG", sliding_window_tokens=4096,
+        rope_theta=1e4, zero_centered_norms=True, activation="gelu_tanh", block_norms="both",
+        embedding_multiplier=3584 ** 0.5, attention_softcap=50.0, logits_softcap=30.0, tied_embeddings=True,
+        norm_eps=1e-6, max_position_tokens=8192), ParallelConfig(tp=2, sp=True, zero1=True))
+
+
+# GLM-4.5-Air, which training goes on from: its architecture; data, rate and batch are for fine-tuning, as
+# those of `qwen.py`.
+
+GLM_RELEASED = "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py"
+GLM_SOURCES = derive(moe_sources(GLM_RELEASED), {
+    "model.mtp_experts": config_json(GLM_RELEASED),
+    "model.mtp_loss_coeff": ours("what the second half of its pre-training is remembered to have had"),
+})
+
+
+def glm_4_5_air() -> RunConfig:
+    """Return GLM-4.5-Air: 8 of 128 experts by a sigmoid router, one shared, half of each head rotates, one
+    MTP layer with experts, 128K."""
+    return continued("glm-4.5-air", ModelConfig(
+        family="glm4_moe", vocab_size=151552, hidden_size=4096, num_layers=46, num_heads=96, num_kv_heads=8,
+        head_dim=128, num_dense_layers=1, dense_ffn_dim=10944, num_experts=128, num_experts_per_token=8,
+        num_shared_experts=1, expert_ffn_dim=1408, routed_scaling_factor=1.0, rope_theta=1e6, rope_share=0.5,
+        qkv_bias=True, norm_eps=1e-5, num_mtp_layers=1, mtp_experts=True, mtp_loss_coeff=0.1,
+        max_position_tokens=131072), ParallelConfig(tp=2, sp=True, ep=8))
+
+
+# gpt-oss 20B and 120B, which training goes on from: their architecture; data, rate and batch are for
+# fine-tuning, as those of `qwen.py`.
+
+OTHERS = {"model.dense_ffn_dim": DEFAULT, "model.seq_aux_loss_coeff": ours(
+    "what transformers' class assumes for router_aux_loss_coef")}
+"""Settings that are not from config.json, whose router_aux_loss_coef is 0.9."""
+_SMALL = ModelConfig(
+    family="gpt_oss", vocab_size=201088, hidden_size=2880, num_layers=24, num_heads=64, num_kv_heads=8,
+    head_dim=64, num_experts=32, num_experts_per_token=4, num_shared_experts=0, expert_ffn_dim=2880,
+    router_score="softmax", router_bias=False, seq_aux_loss_coeff=1e-3, attention_pattern="LG",
+    sliding_window_tokens=128, rope_theta=150_000.0,
+    yarn=YarnConfig(factor=32.0, original_max_position_tokens=4096, truncate=False), qkv_bias=True,
+    linear_bias=True, attention_sinks=True, activation="clamped_swiglu", max_position_tokens=131072)
+SOURCES_20B = derive(moe_sources("openai/gpt-oss-20b, compared with the copy in EchoCog/gpt-oss-20b"),
+                     OTHERS)
+SOURCES_120B = derive(moe_sources("openai/gpt-oss-120b, compared with the defaults of transformers' "
+                                  "GptOssConfig"), OTHERS)
+
+
+def gpt_oss_20b() -> RunConfig:
+    """Return gpt-oss-20b: 4 of 32 experts, sinks, windows of 128 in every other layer, 128K."""
+    return continued("gpt-oss-20b", _SMALL, ParallelConfig(ep=8, zero1=True))
+
+
+def gpt_oss_120b() -> RunConfig:
+    """Return gpt-oss-120b: 4 of 128 experts, sinks, windows of 128 in every other layer, 128K."""
+    return continued("gpt-oss-120b", replace(_SMALL, num_layers=36, num_experts=128),
+                     ParallelConfig(pp=4, ep=8, zero1=True))
+
+
+# Published models of Llama's shape that training goes on from: their architectures; data, rate and batch
+# are for fine-tuning, as those of `qwen.py`.
+
+def llama_3_1_8b() -> RunConfig:
+    """Return Llama-3.1-8B: rotations scaled for 128K."""
+    return continued("llama-3.1-8b", ModelConfig(
+        family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
+        head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=5e5, llama3_rope=Llama3RopeConfig(),
+        norm_eps=1e-5, max_position_tokens=131072), ParallelConfig())
+
+
+def mixtral_8x7b() -> RunConfig:
+    """Return Mixtral-8x7B: 2 of 8 experts in every layer by a softmax router, 32K."""
+    return continued("mixtral-8x7b", ModelConfig(
+        family="mixtral", vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
+        head_dim=128, num_experts=8, num_experts_per_token=2, num_shared_experts=0, expert_ffn_dim=14336,
+        router_score="softmax", router_bias=False, seq_aux_loss_coeff=2e-2, rope_theta=1e6, norm_eps=1e-5,
+        max_position_tokens=32768), ParallelConfig(ep=8))
+
+
+MIXTRAL_SOURCES = derive(moe_sources("mistralai/Mixtral-8x7B-v0.1"), {"model.dense_ffn_dim": DEFAULT})
+
+
+# Published Korean models that training goes on from: their architectures; data, rate and batch are for
+# fine-tuning, as those of `qwen.py`.
+
+def exaone_4_32b() -> RunConfig:
+    """Return EXAONE-4.0-32B: three sliding layers of four, global ones without positions, 128K."""
+    return continued("exaone-4.0-32b", ModelConfig(
+        family="exaone4", vocab_size=102400, hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8,
+        head_dim=128, dense_ffn_dim=27392, num_experts=0, attention_pattern="LLLG",
+        sliding_window_tokens=4096, rope_on_global=False, rope_theta=1e6,
+        llama3_rope=Llama3RopeConfig(factor=16.0), qk_norm=True, block_norms="post", norm_eps=1e-5,
+        max_position_tokens=131072), ParallelConfig(tp=4, sp=True))
+
+
+def exaone_4_1_2b() -> RunConfig:
+    """Return EXAONE-4.0-1.2B: global attention with rotations, tied embeddings, 64K."""
+    return continued("exaone-4.0-1.2b", ModelConfig(
+        family="exaone4", vocab_size=102400, hidden_size=2048, num_layers=30, num_heads=32, num_kv_heads=8,
+        head_dim=64, dense_ffn_dim=4096, num_experts=0, rope_theta=1e6,
+        llama3_rope=Llama3RopeConfig(factor=16.0), qk_norm=True, block_norms="post", norm_eps=1e-5,
+        tied_embeddings=True, max_position_tokens=65536), ParallelConfig())
+
+
+def hyperclovax_14b() -> RunConfig:
+    """Return HyperCLOVAX-SEED-Think-14B: norms before and behind blocks, multiplied embeddings, attention and
+    logits."""
+    return continued("hyperclovax-14b", ModelConfig(
+        family="hyperclovax", vocab_size=110592, hidden_size=6144, num_layers=38, num_heads=48,
+        num_kv_heads=8, head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=1e8, block_norms="both",
+        embedding_multiplier=10.0, attention_multiplier=0.0078125, logits_multiplier=0.125, norm_eps=1e-5,
+        init_std=0.012727922061357855, max_position_tokens=131072), ParallelConfig(tp=4, sp=True))

@@ -1,0 +1,197 @@
+"""Published runs of reinforcement learning, over the recipe of the model that they go on from.
+
+Of these runs some numbers were not published, and no default claims otherwise: MGPO's lambda and the clip of
+VibeThinker-1.5B, and the bound of K-EXAONE's ratios, are left out, so that a run has to set them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_sov.model.config import (
+    ExtendConfig, GroupConfig, NeedleConfig, ParallelConfig, PhaseConfig, PreferenceConfig, RunConfig)
+from megatron_sov.model.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES, k_exaone_236b
+from megatron_sov.model.recipes.open_models import dense_sources, qwen3_4b_2507
+from megatron_sov.model.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
+from megatron_sov.model.recipes.sources import DEFAULT, Source, Sources, derive, ours, published
+from megatron_sov.model.recipes.vibethinker import SOURCES as VIBETHINKER_SOURCES, vibethinker_1_5b
+
+TYPHOON, VIBETHINKER = "arXiv 2601.18129", "arXiv 2511.06221"
+SOLAR, K_EXAONE = "arXiv 2601.07022", "arXiv 2601.01739"
+Values = dict[str, tuple[Any, Source]]
+"""Dotted setting -> its value, and where that comes from."""
+
+
+def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
+    """Return `base` as another recipe, with values over it, and rows that hold a prompt and a response."""
+    run = base
+    for key, (value, _) in values.items():
+        room, _, field = key.partition(".")
+        run = replace(run, **{room: replace(getattr(run, room), **{field: value})})
+    rollout = run.rollout
+    rows = PhaseConfig("rounds", seq_len=rollout.max_prompt_tokens + rollout.max_new_tokens)
+    return replace(run, recipe=recipe, data=replace(run.data, phases=(rows,)),
+                   train=replace(run.train, steps=rollout.rounds * rollout.steps_per_round))
+
+
+def _sources(base: Sources, values: Values) -> Sources:
+    """Return the table of such a run."""
+    return derive(base, {
+        **{key: source for key, (_, source) in values.items()},
+        "data.phases.*": DEFAULT,
+        "data.phases.*.name": ours("rounds are the phases"),
+        "data.phases.*.seq_len": ours("a row holds the longest prompt and response"),
+        "train.steps": ours("rounds x steps of a round"),
+        "train.global_batch_size": ours("a step has as many rows as its responses fill; this only has to "
+                                        "suit the layout"),
+        **dict.fromkeys(("extend.*", "needle.*", "preference.*"), DEFAULT)})
+
+
+def _steady(lr: float) -> Values:
+    """Return a rate that stays as it is."""
+    why = ours("not published: a steady rate")
+    return {"optim.schedule": ("constant", why), "optim.min_lr": (lr, why), "optim.warmup_steps": (0, why),
+            "optim.weight_decay": (0.0, why)}
+
+
+def _ink(run: str, response_tokens: int, batch: int, steps: int, epochs: int) -> Values:
+    """Return a run of InK-GRPO, the single-turn one or the agentic one."""
+    told = published(f"{TYPHOON}, InK-GRPO, {run} run and its released script")
+    return {
+        "objective.name": ("policy", told),
+        "policy.method": ("ink_grpo", told),
+        "policy.aggregation": ("token", told),
+        "policy.clip_low": (0.2, told),
+        "policy.clip_high": (0.24, told),
+        "policy.kl": ("none", told),
+        "policy.knowledge_coeff": (0.1, told),
+        "policy.knowledge_share": (0.6, told),
+        "policy.knowledge_batch_size": (batch, told),
+        "policy.overlong_buffer_tokens": (1024, told),
+        "policy.overlong_penalty": (1.0, told),
+        "rollout.prompts_per_round": (32, told),
+        "rollout.samples_per_prompt": (8, told),
+        "rollout.steps_per_round": (steps, told),
+        "rollout.temperature": (0.7, told),
+        "rollout.max_prompt_tokens": (2048, told),
+        "rollout.max_new_tokens": (response_tokens, told),
+        "rollout.rounds": (100, ours(f"{epochs} epochs are published; their rounds follow from the prompts")),
+        "optim.lr": (1e-6, told),
+        **_steady(1e-6),
+    }
+
+
+LEGAL = _ink("single-turn", 4096, batch=64, steps=1, epochs=2)
+LEGAL_AGENT = _ink("agentic", 8192, batch=16, steps=4, epochs=1)
+_QWEN = dense_sources("Qwen/Qwen3-4B-Instruct-2507")
+LEGAL_SOURCES, LEGAL_AGENT_SOURCES = _sources(_QWEN, LEGAL), _sources(_QWEN, LEGAL_AGENT)
+
+
+def _typhoon(recipe: str, values: Values) -> RunConfig:
+    return _run(recipe, replace(qwen3_4b_2507(), parallel=ParallelConfig(zero1=True)), values)
+
+
+def typhoon_s_4b_legal() -> RunConfig:
+    """Return InK-GRPO on legal questions, with the laws as text beside: single turn, one update a batch, for
+    `rl run`."""
+    return _typhoon("typhoon-s-4b-legal", LEGAL)
+
+
+def typhoon_s_4b_legal_agent() -> RunConfig:
+    """Return InK-GRPO with tools that search and read laws, four updates a batch, for `rl run`."""
+    return _typhoon("typhoon-s-4b-legal-agent", LEGAL_AGENT)
+
+
+def _mgpo(stage: str, response_tokens: int, length: Source) -> Values:
+    """Return a stage of VibeThinker's signal phase, of which lambda, clip, group, rate and batch were not
+    published."""
+    told = published(f"{VIBETHINKER}, signal phase: {stage}")
+    return {
+        "objective.name": ("policy", told),
+        "policy.method": ("mgpo", told),
+        "policy.kl": ("none", told),
+        "policy.aggregation": ("sequence", told),
+        "rollout.max_new_tokens": (response_tokens, length),
+        "rollout.samples_per_prompt": (16, ours("not published: enough to tell shares of right answers")),
+        "rollout.rounds": (100, ours("not published")),
+        "optim.lr": (1e-6, ours("not published")),
+        **_steady(1e-6),
+    }
+
+
+MATH_16K = _mgpo("mathematics at 16K", 16384, published(f"{VIBETHINKER}, training: 16K"))
+MATH_32K = _mgpo("mathematics at 32K", 32768, published(f"{VIBETHINKER}, training: 32K"))
+CODE = _mgpo("code", 32768, ours("not published: that of the stage before"))
+MATH_16K_SOURCES, MATH_32K_SOURCES, CODE_SOURCES = (
+    _sources(VIBETHINKER_SOURCES, values) for values in (MATH_16K, MATH_32K, CODE))
+
+
+def _vibethinker(recipe: str, values: Values) -> RunConfig:
+    return _run(recipe, replace(vibethinker_1_5b(), extend=ExtendConfig(), needle=NeedleConfig()), values)
+
+
+def vibethinker_1_5b_math_16k() -> RunConfig:
+    """Return MGPO on mathematics with responses up to 16K, for `rl run`; policy.mgpo_lambda, policy.clip_low
+    and policy.clip_high have to be set."""
+    return _vibethinker("vibethinker-1.5b-math-16k", MATH_16K)
+
+
+def vibethinker_1_5b_math_32k() -> RunConfig:
+    """Return MGPO on mathematics with responses up to 32K, from the stage at 16K."""
+    return _vibethinker("vibethinker-1.5b-math-32k", MATH_32K)
+
+
+def vibethinker_1_5b_code() -> RunConfig:
+    """Return MGPO on code, from the stage at 32K."""
+    return _vibethinker("vibethinker-1.5b-code", CODE)
+
+
+def _large(told: Source) -> Values:
+    """Return what was not published of the two large models' runs."""
+    unsaid = ours("not published")
+    return {"objective.name": ("policy", told), "policy.kl": ("none", told),
+            "rollout.max_prompt_tokens": (4096, unsaid), "rollout.max_new_tokens": (28672, unsaid),
+            "rollout.prompts_per_round": (512, unsaid), "optim.lr": (1e-6, unsaid), **_steady(1e-6)}
+
+
+_PHASE_A = published(f"{SOLAR}, SnapPO, phase A")
+_GSPO = published("arXiv 2507.18071; Solar's own clip was not seen")
+SNAPPO: Values = {
+    **_large(_PHASE_A),
+    "policy.method": ("gspo", _PHASE_A),
+    "policy.clip_low": (3e-4, _GSPO),
+    "policy.clip_high": (4e-4, _GSPO),
+    "rollout.steps_per_round": (4, _PHASE_A),
+    "rollout.samples_per_prompt": (16, published(f"{SOLAR}, SnapPO: 8 to 16")),
+    "rollout.rounds": (400, ours("about 200,000 prompts are published")),
+}
+SNAPPO_SOURCES = _sources(DPO_SOURCES, SNAPPO)
+
+
+def solar_open_102b_rl() -> RunConfig:
+    """Return SnapPO's phase A: GSPO over about 200,000 prompts, four steps a snapshot, for `rl run`."""
+    return _run("solar-open-102b-rl", replace(solar_open_102b_dpo(), preference=PreferenceConfig()), SNAPPO)
+
+
+_AGAPO = published(f"{K_EXAONE}, reinforcement learning: AGAPO")
+AGAPO: Values = {
+    **_large(_AGAPO),
+    "policy.method": ("agapo", _AGAPO),
+    "optim.groups": ((GroupConfig("*router.weight", frozen=True),),
+                     published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
+    "model.router_bias_update_rate": (
+        0.0, published(f"{K_EXAONE}, reinforcement learning: the router stays as it is")),
+    "optim.name": ("adamw", ours("not published")),
+    "rollout.rounds": (100, ours("not published")),
+}
+AGAPO_SOURCES = derive(_sources(K_EXAONE_SOURCES, {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
+    "optim.groups.*": AGAPO["optim.groups"][1], "optim.decay_share": DEFAULT})
+
+
+def k_exaone_236b_rl() -> RunConfig:
+    """Return AGAPO with a router that stays as it is, for `rl run`; policy.clip_high has to be set."""
+    base = k_exaone_236b()
+    return _run("k-exaone-236b-rl", replace(
+        base, parallel=replace(base.parallel, pp=4, cp=4),
+        optim=replace(base.optim, decay_share=type(base.optim)().decay_share)), AGAPO)

@@ -1,0 +1,196 @@
+"""Solar Open 102B-A12B (arXiv 2601.07022): architecture, curriculum and optimizer as published.
+
+The form of the learning rate's decay, the rates after pretraining and the layouts are ours, and labelled so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_sov.model.config import (
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
+    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
+    TrainConfig, YarnConfig)
+from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+
+REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
+TRILLION = 1_000_000_000_000
+
+
+def _phase(name: str, tokens_t: float, filter_level: str, korean_pct: float,
+           synthetic_pct: float) -> PhaseConfig:
+    """Return a pretraining phase at 4K: `web-LEVEL` is the rest beside Korean and synthetic text.
+
+    The report gives the two percentages and the quality filter of each phase; that they do not
+    overlap is our reading.
+    """
+    blend = {f"web-{filter_level}": 100 - korean_pct - synthetic_pct, "korean": korean_pct,
+             "synthetic": synthetic_pct}
+    return PhaseConfig(name, tokens=round(tokens_t * TRILLION), blend=blend, seq_len=4096)
+
+
+PHASES = (
+    _phase("1", 10.8, "basic", 3.3, 10.2),
+    _phase("2.A", 5.3, "l1", 3.2, 32.0),
+    _phase("2.B", 2.7, "l2", 16.4, 36.1),
+    _phase("2.C", 1.2, "l3", 13.6, 64.5),
+)
+"""Quality levels: basic filter, L1, L2 (about the top half by educational score), L3 (about the top 35 %)."""
+MID_TRAINING = (
+    PhaseConfig("mid-training", tokens=round(1.155 * TRILLION), seq_len=32768, global_batch_size=1440,
+                blend={"reasoning-trajectories": 850.0, "long@8192": 135.0, "phase-2c": 170.0}),
+)
+"""Trajectory documents (a query and 2 to 5 solutions), long documents, and a part of
+phase 2.C's data again."""
+
+
+def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float,
+           yarn_factor: float, yarn_original_tokens: int = 0) -> ExtendStageConfig:
+    """Return a stage of the extension: long documents, phase 2.C again, and trajectories as the rest."""
+    rehearsal = {"web-l3/4096": 20.0, "korean/4096": 12.0, "synthetic/4096": 58.0, "needle/4096": 10.0}
+    return ExtendStageConfig(
+        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
+        blend={"reasoning-trajectories": 1.0},
+        yarn_factor=yarn_factor, yarn_original_tokens=yarn_original_tokens,
+        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)))
+
+
+STAGES = (_stage("32k", 32768, 1440, 0.4, 0.3, yarn_factor=1),
+          _stage("100k", 102400, 480, 0.6, 0.2, yarn_factor=2, yarn_original_tokens=65536))
+"""Plain rotations reach over the first stage; those of the second are the released ones."""
+
+
+def model() -> ModelConfig:
+    """Return what pretraining begins with: 48 mixture-of-experts layers, all global, plain rotations."""
+    return ModelConfig(
+        family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8,
+        head_dim=128, num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280,
+        routed_scaling_factor=1.0, router_bias_update_rate=1e-3, seq_aux_loss_coeff=1e-4, rope_theta=1e6,
+        norm_eps=1e-5, max_position_tokens=131072,
+    )
+
+
+def released_model() -> ModelConfig:
+    """Return the architecture as released, with the rotations of the last stage: 128K by YaRN over 64K."""
+    return replace(model(), yarn=YarnConfig(factor=2.0, original_max_position_tokens=65536))
+
+
+def solar_open_102b() -> RunConfig:
+    """Return the pretraining run: 20 T tokens in four phases at 4K, AdamW, cosine from 2.5e-4 to 3e-6."""
+    return RunConfig(
+        recipe="solar-open-102b",
+        model=model(),
+        parallel=ParallelConfig(ep=8, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+        data=DataConfig(phases=PHASES),
+        optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1,
+                          beta2=0.95),
+        train=TrainConfig(global_batch_size=13440, micro_batch_size=1, recompute=True),
+        gpu=GpuConfig(gc_every_steps=100),
+    )
+
+
+def solar_open_102b_mid() -> RunConfig:
+    """Return mid-training at 32K, to be run --from the pretrained model: the rate is warmed up again
+    and decays linearly."""
+    run = solar_open_102b()
+    return replace(
+        run, recipe="solar-open-102b-mid", data=replace(run.data, phases=MID_TRAINING),
+        optim=replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=500))
+
+
+def solar_open_102b_extend() -> RunConfig:
+    """Return the extension 4K -> 32K -> 100K of the pretrained model, to be run by `extend`: gated stages."""
+    run = solar_open_102b()
+    optim = replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=100)
+    return replace(
+        run, recipe="solar-open-102b-extend", model=released_model(),
+        parallel=replace(run.parallel, tp=4, sp=True, cp=8, ep=32),
+        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
+        train=replace(run.train, global_batch_size=1440),
+        needle=NeedleConfig(lengths_tokens=(4096, 32768, 102400)),
+        extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+
+
+def solar_open_102b_dpo() -> RunConfig:
+    """Return a round of iterative DPO (SnapPO's phase B): pairs of preference, safety and degeneration, with
+    reasoning among them, for `prefer`."""
+    run = solar_open_102b()
+    return replace(
+        run, recipe="solar-open-102b-dpo", model=released_model(),
+        parallel=replace(run.parallel, pp=4, cp=4),
+        data=DataConfig(phases=(PhaseConfig("pairs", tokens=128 * 32768 * 500, seq_len=32768, blend={
+            "preference": 30.0, "safety": 20.0, "degeneration": 20.0, "reasoning": 30.0}),)),
+        optim=replace(run.optim, lr=5e-7, min_lr=0.0, warmup_steps=25),
+        train=replace(run.train, global_batch_size=128),
+        objective=ObjectiveConfig(name="preference"), preference=PreferenceConfig(method="dpo", beta=0.1))
+
+
+_OPTIMIZER = published(f"{REPORT}, pretraining: optimizer")
+_CURRICULUM = published(f"{REPORT}, pretraining: phases")
+SOURCES: Sources = {
+    "model.*": config_json(RELEASED),
+    "model.yarn": ours("no source has YaRN before the last stage; the released config has it"),
+    "model.router_bias_update_rate": published(f"{REPORT}, router"),
+    "model.seq_aux_loss_coeff": published(f"{REPORT}, router"),
+    "model.mtp_*": DEFAULT,
+    "parallel.*": ours("a layout that fits; published is HSDP, 6 x 10 nodes of 8 B200"),
+    "data.phases.*.name": _CURRICULUM,
+    "data.phases.*.tokens": _CURRICULUM,
+    "data.phases.*.seq_len": _OPTIMIZER,
+    "data.phases.*.blend.korean": _CURRICULUM,
+    "data.phases.*.blend.synthetic": _CURRICULUM,
+    "data.phases.*.blend.web-*": ours("the rest, if Korean and synthetic text do not overlap"),
+    **dict.fromkeys(("optim.name", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
+                     "optim.beta1", "optim.beta2", "optim.eps", "optim.clip_grad", "train.global_batch_size"),
+                    _OPTIMIZER),
+    "optim.schedule": ours("the report gives both ends of the decay, not its form"),
+    "train.micro_batch_size": ours("memory"),
+    "train.precision": ours("published is FP8 beside bf16: --set train.fp8=blockwise; not yet run on a GPU"),
+    "train.recompute": published(f"{REPORT}, infrastructure"),
+    "gpu.gc_every_steps": ours("processes collect garbage together"),
+}
+_MID_TRAINING = published(f"{REPORT}, mid-training")
+MID_SOURCES = derive(SOURCES, {
+    "data.phases.*.name": _MID_TRAINING,
+    "data.phases.*.tokens": _MID_TRAINING,
+    "data.phases.*.global_batch_size": _OPTIMIZER,
+    "data.phases.*.blend.*": _MID_TRAINING,
+    "data.phases.*.blend.long@8192": published(f"{REPORT}, mid-training; that long means 8,192 is ours"),
+    "optim.lr": ours("not published"),
+    "optim.min_lr": ours("where pretraining ends; not published"),
+    "optim.warmup_steps": ours("not published"),
+    "optim.schedule": ours("not published"),
+    "train.global_batch_size": ours("the phase has its own"),
+})
+EXTEND_SOURCES = derive(SOURCES, {
+    "model.yarn.*": config_json(RELEASED),
+    **PHASE_SOURCES,
+    "optim.lr": ours("not published"),
+    "optim.min_lr": ours("where pretraining ends; not published"),
+    "optim.warmup_steps": ours("not published"),
+    "optim.schedule": ours("not published"),
+    "train.global_batch_size": _OPTIMIZER,
+    "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
+    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    "extend.stages.*.seq_len": published(f"{REPORT}, pretraining: 32K, 100K (102,400 is our reading)"),
+    "extend.stages.*.global_batch_size": _OPTIMIZER,
+    **dict.fromkeys(("extend.stages.*.yarn_factor", "extend.stages.*.yarn_original_tokens"),
+                    ours("the released config's, at the last stage: nothing says when YaRN began")),
+    "extend.stages.*.blend.*": ours("sources of the published mid-training"),
+    "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
+    "extend.gate.every_steps": ours("not published"),
+    "extend.gate.min_accuracy": ours("not published"),
+})
+_PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
+DPO_SOURCES = derive(SOURCES, {
+    "model.yarn.*": config_json(RELEASED),
+    "data.phases.*": ours("not published"),
+    "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
+                                  "shares are not"),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
+                     "train.global_batch_size"), ours("not published")),
+    "objective.name": _PHASE_B,
+    "preference.method": _PHASE_B,
+    "preference.beta": ours("not published; what DPO's authors took (arXiv 2305.18290)"),
+})

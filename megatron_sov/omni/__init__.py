@@ -1,0 +1,1 @@
+"""Pictures and sounds: their files, tokens and networks."""

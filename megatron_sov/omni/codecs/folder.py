@@ -1,0 +1,268 @@
+"""A codec on disk: an artifact of kind "codec" whose manifest has its kind and settings, and whose weights
+lie in `model.safetensors`.  Opening one runs nothing that the folder brings, and reserves no memory that its
+files do not fill.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
+from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.base.settings import plain, read
+
+# What all codecs do, whoever made them.
+#
+# Each is opened from a local folder; nothing is downloaded.  All are deterministic on one device, given a
+# generator where they draw.
+
+class ImageTokenizer(Protocol):
+    """Pictures as a fixed number of ids."""
+
+    side_pixels: int
+    """Height and width of what it reads."""
+    grid: int
+    """Tokens of a row and of a column: a picture has grid * grid of them, row by row."""
+    codebook_size: int
+    """Ids are below it."""
+    width: int
+    """Of its embeddings."""
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
+        ...
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [n, grid * grid, width] float32 embeddings of ids, which a decoder begins with."""
+        ...
+
+
+class AudioTokenizer(Protocol):
+    """Speech as ids at a fixed rate."""
+
+    sample_rate_hz: int
+    """Of what it hears: one channel, float32 in -1..1."""
+    samples_per_token: int
+    """A sound of s samples has ceil(s / samples_per_token) tokens."""
+    codebook_size: int
+    """Ids are below it."""
+    max_piece_s: float
+    """A longer sound is cut into pieces of this length."""
+
+    def encode(self, sound: torch.Tensor) -> torch.Tensor:
+        """Return [t] int64 ids of [s] samples; the last token's silence is filled up."""
+        ...
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [t, width] float32 embeddings of ids."""
+        ...
+
+
+class ImageDecoder(Protocol):
+    """Pictures from the ids of one image tokenizer."""
+
+    side_pixels: int
+    """Height and width of what it draws."""
+
+    def decode(self, ids: torch.Tensor, *, steps: int, seed: int) -> torch.Tensor:
+        """Return [n, 3, side, side] float32 pictures in 0..1 of [n, tokens] ids; a function of the seed."""
+        ...
+
+
+class Vocoder(Protocol):
+    """Speech from the ids of one audio tokenizer."""
+
+    sample_rate_hz: int
+    """Of what it says."""
+    speakers: tuple[str, ...]
+    """Names of the voices that it was trained with."""
+
+    def decode(self, ids: torch.Tensor, speaker: str) -> torch.Tensor:
+        """Return [samples] float32 in -1..1 of [t] ids."""
+        ...
+
+    def stream(self, ids: Iterable[torch.Tensor], speaker: str) -> Iterator[torch.Tensor]:
+        """Yield one sound for each piece of ids that has some, as soon as it is there (perhaps no sample
+        yet), and what is left at the end; together they are what `decode` returns."""
+        ...
+
+
+# The kinds of codec there are; none is imported before it is asked for.
+
+KNOWN = {
+    "simvq": "megatron_sov.omni.codecs.images.simvq:SimVQTokenizer",
+    "ta-tok": "megatron_sov.omni.codecs.images.ta_tok:TATok",
+    "fsq": "megatron_sov.omni.codecs.sounds.fsq:FSQTokenizer",
+    "cosyvoice2": "megatron_sov.omni.codecs.sounds.cosyvoice2:CosyVoice2Tokenizer",
+    "nemo-audio": "megatron_sov.omni.codecs.sounds.nemo_audio:NemoAudioTokenizer",
+    "dit": "megatron_sov.omni.codecs.images.dit:DiT",
+    "unit-bigvgan": "megatron_sov.omni.codecs.sounds.bigvgan:UnitBigVGAN",
+}
+"""Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
+and keeps them as `.settings`."""
+
+
+def codec_class(kind: str, where: str) -> Any:
+    """Return the class of a kind.
+
+    Raises:
+        UserError: there is no such kind, or a package that it needs is not installed.
+    """
+    if kind not in KNOWN:
+        raise UserError(f"{where}: {kind!r} is no kind of codec; there are {', '.join(KNOWN)}")
+    module, _, name = KNOWN[kind].partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("megatron_sov"):
+            raise
+        raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
+                        f"`{how_to_install('omni')}`") from None
+
+
+KIND = "codec"
+"""Of the artifact."""
+WEIGHTS = "model.safetensors"
+MAX_CONFIG_BYTES = 1_000_000
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_REMEDY = "make the codec again, or restore it from a copy"
+
+
+def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, Any] | None = None,
+               training: Mapping[str, Any] | None = None, files: Mapping[str, Path] | None = None,
+               overwrite: bool = False) -> None:
+    """Write a codec's folder.
+
+    Args:
+        path: the folder.
+        kind: one of `known.KNOWN`.
+        codec: has `.settings`; its state is written as it is.
+        facts: goes into the manifest's content beside kind and config, e.g. figures of held-out media.
+        training: the settings that it was trained with.
+        files: name in the folder -> a file that is copied into it.
+        overwrite: replace a codec that is already there.
+
+    Raises:
+        UserError: the folder is taken, or the disk refuses.
+    """
+    with new_artifact(path, KIND, overwrite=overwrite) as writer:
+        state = {name: tensor.detach().cpu().clone().contiguous()
+                 for name, tensor in codec.state_dict().items()}
+        save_file(state, writer.path / WEIGHTS)
+        for name, file in (files or {}).items():
+            (writer.path / name).write_bytes(file.read_bytes())
+        writer.content = {"codec": kind, "config": plain(codec.settings), **(facts or {})}
+        writer.settings = dict(training or {})
+
+
+def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str | None = None) -> Any:
+    """Return the codec of a folder, ready for use: on `device`, without dropout, its weights frozen.
+
+    Args:
+        folder: what `megatron-sov codec train` or `codec import` wrote.
+        device: where it computes.
+        kind: the only one that will do; None: any.
+
+    Raises:
+        UserError: there is no codec, its settings break a rule, a file is not what the manifest says, its
+            weights are not the ones that these settings ask for, or it is of another kind.
+    """
+    folder = Path(folder)
+    found, settings, cls = read_codec(folder)
+    if kind is not None and found != kind:
+        raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another one")
+    file = folder / WEIGHTS
+    refuse_link_outside(folder, file)
+    if problems := damaged_files(folder):
+        raise UserError(f"{problems[0]}; {_REMEDY}")
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+        with torch.device("meta"):
+            expected = cls(settings).state_dict()
+        codec = load_weights(file, expected, lambda: cls(settings))
+    return codec.to(device).eval().requires_grad_(False)
+
+
+def read_codec(folder: Path) -> tuple[str, Any, Any]:
+    """Return kind, settings and class of a codec's folder; reads no weights.
+
+    Raises:
+        UserError: as `open_codec`.
+    """
+    content = read_manifest(folder, KIND).content
+    where = f"{folder}: config of the manifest"
+    if not isinstance(content, dict) or not isinstance(content.get("codec"), str):
+        raise UserError(f"{folder}: its manifest names no kind of codec; {_REMEDY}")
+    if len(json.dumps(content.get("config"))) > MAX_CONFIG_BYTES:
+        raise UserError(f"{where}: is larger than {MAX_CONFIG_BYTES:,} bytes; {_REMEDY}")
+    cls = codec_class(content["codec"], str(folder))
+    return content["codec"], read(cls.Settings, content.get("config"), where), cls
+
+
+def load_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -> Any:
+    """Return what `build` makes, with the weights of a safetensors file.
+
+    Names, shapes and kinds of number are compared with `expected` (on no device) by the file's header before
+    anything is made, so that settings cannot reserve more memory than the file has bytes.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown, of another shape, or not finite.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            _compare(file, {name: opened.get_slice(name) for name in opened.keys()}, expected)  # noqa: SIM118
+            network = build()
+            own = network.state_dict()
+            for name, tensor in own.items():
+                read = opened.get_tensor(name)
+                if read.is_floating_point() and not bool(read.isfinite().all()):
+                    raise UserError(f"{file}: {name} has numbers that are not finite; {_REMEDY}")
+                tensor.copy_(read)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{file}: cannot be read as a safetensors file ({e}); {_REMEDY}") from None
+    return network
+
+
+def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise `UserError` where a file's tensors are not the expected ones."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise UserError(f"{file}: lacks {name}, which its settings ask for; {_REMEDY}")
+        shape, dtype = list(found[name].get_shape()), found[name].get_dtype()
+        if shape != list(tensor.shape):
+            raise UserError(f"{file}: {name} has the shape {shape}, its settings say {list(tensor.shape)}; "
+                            f"{_REMEDY}")
+        if (dtype in _FLOATS) != tensor.dtype.is_floating_point:
+            raise UserError(f"{file}: {name} has numbers of kind {dtype}, not {tensor.dtype}; {_REMEDY}")
+    if extra := [name for name in found if name not in expected]:
+        raise UserError(f"{file}: has {extra[0]}, which its settings do not ask for; {_REMEDY}")
+
+
+# What a codec's folder says of itself, its weights unread.
+
+def inspected(folder: Path) -> dict[str, Any]:
+    """Return kind, settings, number of parameters, and figures on held-out media where it was trained here.
+
+    Raises:
+        UserError: it is no codec, or one that no network can be made of.
+    """
+    kind, settings, _ = read_codec(folder)
+    heldout = read_manifest(folder, KIND).content.get("heldout")
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read as a safetensors file ({e}); make the codec "
+                        "again, or restore it from a copy") from None
+    return {"codec": kind, "config": plain(settings), "num_parameters": sum(sizes),
+            "heldout": heldout if isinstance(heldout, dict) else {}}

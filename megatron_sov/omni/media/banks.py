@@ -1,0 +1,126 @@
+"""Banks: the raw pictures and sounds whose features are put over placeholders of token shards.
+
+A bank is a file of records of one shape.  A medium takes one record, a long sound or a video several.  Each
+record becomes as many features as it has slots; the token that stands for a feature says which by
+``row * slots + slot``, in a sidecar of the same geometry as the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.base.errors import UserError
+
+MEDIA = "media"
+"""Ending of the sidecar, int64 per token (-1: it stands for no feature); and name of the banks' description
+in a source's record."""
+PICTURES, SOUNDS = "pictures", "sounds"
+"""Kinds of banks, and endings of their files."""
+KINDS = (PICTURES, SOUNDS)
+SIDECAR_DTYPE = "int64"
+NONE = -1
+MOST_SLOTS, MOST_RECORD_BYTES = 1 << 20, 1 << 30
+_DTYPES = {PICTURES: "uint8", SOUNDS: "float16"}
+_DIMENSIONS = {PICTURES: 3, SOUNDS: 2}
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """What a bank's records are."""
+
+    kind: str
+    """`PICTURES` or `SOUNDS`."""
+    shape: tuple[int, ...]
+    """Of a record: [3, side, side] of pictures, [mels, frames] of sounds."""
+    slots: int
+    """Features of a record."""
+    placeholder_ids: tuple[int, ...] = ()
+    """Tokens that stand for a feature; () where no vocabulary is known yet."""
+    sample_rate_hz: int = 0
+    """Of the sounds that spectrograms were made of; 0: these are pictures."""
+    hop_samples: int = 0
+    """Samples from one frame of a spectrogram to the next."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of a number."""
+        return _DTYPES[self.kind]
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a record."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def slots_of(self, num_frames: int) -> int:
+        """Return the features of a sound that fills `num_frames` frames of its record: the share of its
+        slots, rounded up."""
+        return -(-num_frames * self.slots // self.shape[-1])
+
+    def record(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        found = {"shape": list(self.shape), "dtype": self.dtype, "slots": self.slots,
+                 "placeholder_ids": list(self.placeholder_ids)}
+        if self.kind == SOUNDS:
+            found |= {"sample_rate_hz": self.sample_rate_hz, "hop_samples": self.hop_samples}
+        return found
+
+    @classmethod
+    def from_record(cls, kind: str, record: Any, where: str) -> BankShape:
+        """Return what `record` gave.
+
+        Raises:
+            UserError: it is none; `where` names it.
+        """
+        try:
+            shape = cls(kind, tuple(int(n) for n in record["shape"]), int(record["slots"]),
+                        tuple(int(i) for i in record["placeholder_ids"]),
+                        int(record.get("sample_rate_hz", 0)), int(record.get("hop_samples", 0)))
+            if len(shape.shape) != _DIMENSIONS[kind] or min(shape.shape) < 1:
+                raise ValueError(f"a record has {_DIMENSIONS[kind]} sizes, each at least 1")
+            if not 0 < shape.slots <= MOST_SLOTS or not shape.record_bytes <= MOST_RECORD_BYTES:
+                raise ValueError("no encoder has such sizes")
+            if record["dtype"] != shape.dtype:
+                raise ValueError(f"{kind} are {shape.dtype}")
+        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"{where}: {MEDIA}.{kind} = {str(record)[:200]} cannot be read "
+                            f"({type(e).__name__}: {e}); must have shape, dtype, slots and placeholder_ids; "
+                            "write the data again") from None
+        return shape
+
+
+def read_shapes(record: Any, where: str) -> dict[str, BankShape]:
+    """Return the banks that a manifest's record describes, by kind.
+
+    Raises:
+        UserError: it is no such record; `where` names it.
+    """
+    if record is None:
+        return {}
+    if not isinstance(record, dict) or not set(record) <= set(KINDS):
+        raise UserError(f"{where}: {MEDIA} = {str(record)[:200]} must describe {' and '.join(KINDS)}; write "
+                        "the data again")
+    return {kind: BankShape.from_record(kind, record[kind], where) for kind in KINDS if kind in record}
+
+
+def open_bank(file: Path, shape: BankShape) -> np.ndarray:
+    """Return a bank's records by memory map, [rows, *shape].
+
+    Raises:
+        UserError: the file is missing, or does not hold whole records.
+    """
+    try:
+        size_bytes = file.stat().st_size
+        if size_bytes % shape.record_bytes:
+            raise UserError(f"{file}: has {size_bytes} bytes, which are no whole records of "
+                            f"{shape.record_bytes}; write the data again or restore it from a copy")
+        numbers = (np.memmap(file, np.dtype(shape.dtype).newbyteorder("<"), "r") if size_bytes
+                   else np.zeros(0, shape.dtype))
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); write the data again or restore it "
+                        "from a copy") from None
+    return numbers.reshape(-1, *shape.shape)

@@ -1,0 +1,338 @@
+"""The stages that can be submitted: which command each one is, where its records lie,
+and when it is complete.
+
+Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their
+`add_arguments` in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.command_line import Parser
+from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, options_of
+from megatron_sov.model.config import RunConfig, apply_settings, data_paths
+from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.recipes.requested import BuiltIn, training_request
+from megatron_sov.plan.calibration.fitting import refuse_too_large
+from megatron_sov.plan.search.recommended import leaves_layout_open, says_layout, settings_for
+from megatron_sov.runs.folder import COMPLETION, JOBS
+from megatron_sov.work.clusters import cluster, kubernetes
+from megatron_sov.work.clusters.chips import CHIPS
+
+Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
+"""Stage -> what declares the arguments of its command to a parser;
+for every stage of `megatron-sov` itself."""
+
+ADDRESSES = ("http://", "https://")
+"""What the address of an endpoint begins with."""
+PROFILES = f"{', '.join((*cluster.names(), *kubernetes.names()))}, or a YAML file of your own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitOptions:
+    """Submit a stage, or a chain of stages from a file, to Slurm; or make a stage's job for Kubernetes."""
+
+    cluster: Annotated[str | None, Flag(value="PROFILE", help=PROFILES)] = None
+    nodes: AtLeastOne | None = None
+    """Nodes of a training stage (default 1)."""
+    min_nodes: AtLeastOne | None = None
+    """Go on with as few nodes as this when others are missing."""
+    nodes_set: Annotated[tuple[str, ...], Flag(value="N:key=value")] = ()
+    """A setting that changes with N nodes."""
+    array: NotNegativeInt = 0
+    """Share the inputs of data pack, or the work of eval-lm, rl-generate and rl-reward, out over N jobs
+    (default: one job does all)."""
+    account: Annotated[str | None, Flag(value="NAME")] = None
+    """Instead of the profile's."""
+    partition: Annotated[str | None, Flag(value="NAME")] = None
+    """Instead of the profile's."""
+    time_limit: Annotated[str | None, Flag("--time", "LIMIT")] = None
+    """Time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS."""
+    dry_run: bool = False
+    """Print what would be submitted; writes nothing, needs neither Slurm nor Kubernetes."""
+    scripts: Annotated[Path | None, Flag(value="DIR")] = None
+    """Chain: submit nothing, write a script of each stage for `sbatch`, with paths that begin with $WORK."""
+    continue_chain: Annotated[bool, Flag("--continue")] = False
+    """Chain: submit what is not complete yet."""
+    job_name: Annotated[str | None, Flag(value="NAME")] = None
+    """Kubernetes: instead of the stage's and its folder's."""
+    manifest: Annotated[Path | None, Flag(value="FILE")] = None
+    """Kubernetes: write the manifest to this file."""
+    apply: bool = False
+    """Kubernetes: have `kubectl create` make the job."""
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """One stage that can be submitted."""
+
+    title: str
+    """What it does, at the top of its script."""
+    program: tuple[str, ...]
+    """What follows `python -m`."""
+    ranks: bool
+    """Whether it trains: one process for each GPU, on many nodes; others are one process on one node."""
+    gpus: bool
+    """Whether it uses GPUs."""
+    time_limit: str = ""
+    """Time limit where nobody says another, and the profile's is not shorter; empty: the profile's."""
+    objective: BuiltIn = "lm"
+    """What a training stage learns."""
+    shares: bool = False
+    """Whether several jobs of the same command share its work."""
+
+
+STAGES = {
+    "tokenizer": StageKind(
+        "Tokenizer: text to a tokenizer.  One process on one node.",
+        ("tokenizer.cli",), ranks=False, gpus=False),
+    "data": StageKind(
+        "Data: text to token shards, on all cores of one node.  A killed job continues where it was.",
+        ("data_prep.cli",), ranks=False, gpus=False),
+    "pretrain": StageKind(
+        "Pretraining: token shards to checkpoints.",
+        ("megatron_sov", "pretrain"), ranks=True, gpus=True),
+    "extend": StageKind(
+        "Context extension: trains on at longer and longer contexts, each behind its gate (exit code 3 where "
+        "it does not pass).", ("megatron_sov", "extend"), ranks=True, gpus=True),
+    "sft": StageKind(
+        "Supervised fine-tuning on chats.",
+        ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
+    "prefer": StageKind(
+        "Learning from preferences: pairs or groups of responses.",
+        ("megatron_sov", "prefer"), ranks=True, gpus=True, objective="preference"),
+    "distill": StageKind(
+        "Distillation: a teacher reads the data, and a student learns its distributions.",
+        ("megatron_sov", "distill"), ranks=True, gpus=True, objective="distill"),
+    "rl-run": StageKind(
+        "Reinforcement learning: writes, judges and trains its rounds, all in one job.",
+        ("megatron_sov", "rl", "run"), ranks=True, gpus=True, objective="policy"),
+    "rl-train": StageKind(
+        "Reinforcement learning: trains the rounds that other jobs write and judge, and waits for them.",
+        ("megatron_sov", "rl", "train"), ranks=True, gpus=True, objective="policy"),
+    "convert": StageKind(
+        "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  "
+        "Reads and writes files, needs no GPU.",
+        ("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
+    "eval": StageKind(
+        "Evaluation of a checkpoint or Hugging Face folder on one node.",
+        ("megatron_sov", "eval"), ranks=False, gpus=True, time_limit="4:00:00"),
+    "eval-lm": StageKind(
+        "Evaluation on tasks of lm-eval's form, on one node.",
+        ("megatron_sov", "eval", "lm"), ranks=False, gpus=True, time_limit="4:00:00", shares=True),
+    "rl-generate": StageKind(
+        "Reinforcement learning: writes responses into a rollout store, on one node.",
+        ("megatron_sov", "rl", "generate"), ranks=False, gpus=True, shares=True),
+    "rl-reward": StageKind(
+        "Reinforcement learning: judges the responses of a rollout store, on the cores of one node.",
+        ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True),
+}
+ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
+"""Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage with its arguments: what a job has to do."""
+
+    stage: str
+    """Name in `STAGES`."""
+    arguments: tuple[str, ...]
+    """What follows the command, as a user would type it."""
+    target: Path
+    """The run's or artifact's folder, absolute."""
+    records: Path
+    """Where the job's records lie: RUN/slurm, or OUTPUT.slurm beside an artifact, which is one whole."""
+    done: Path
+    """What exists when the stage is complete."""
+    writes_done: bool = True
+    """Whether the command itself leaves `done`; where it does not the job writes it."""
+    inputs: tuple[Path, ...] = ()
+    """Folders of earlier stages that it reads."""
+    data: tuple[str, ...] = ()
+    """--data of a training stage, as a user would type it."""
+    config: RunConfig | None = None
+    """Settings of a training stage, as far as they are known before its checkpoint is."""
+    layout_open: bool = False
+    """Whether nobody has said anything about the layout of a training stage."""
+
+    @property
+    def kind(self) -> StageKind:
+        """What stage it is."""
+        return STAGES[self.stage]
+
+
+def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
+    """Return what a job has to do; looks at the arguments alone, not at what they name.
+
+    Args:
+        stage: name in `STAGES`.
+        arguments: what follows its command.
+        commands: the parsers of those commands.
+
+    Raises:
+        UserError: there is no such stage, or its arguments or settings are wrong.
+    """
+    if stage not in STAGES:
+        raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
+                        f"{', '.join(STAGES)}, chain)")
+    if stage not in commands:
+        return _artifact(stage, arguments)
+    parser = Parser(prog=f"submit {stage}")
+    commands[stage](parser)
+    if STAGES[stage].shares:
+        return _sharing(stage, arguments, options_of(parser.parse_args(arguments)))
+    reader = {"convert": _convert, "eval": _eval}.get(stage)
+    typed = parser.parse_args(arguments)
+    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed))
+
+
+def _training(stage: str, arguments: list[str], args: Any) -> Work:
+    if args.nproc is not None:
+        raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
+    if getattr(args, "rounds", None) is not None:
+        raise UserError(f"--rounds {args.rounds}: starts processes of its own; submit the commands of a "
+                        "round one by one, as docs/prefer.md shows them")
+    if args.dry_run:
+        raise UserError("--dry-run: would be the job's, which trains nothing then; type it where you are, or "
+                        f"`megatron-sov submit {stage} --dry-run ...` to see the job")
+    has_rounds = STAGES[stage].objective == "policy"
+    request = training_request(args, STAGES[stage].objective, needs_data=not has_rounds,
+                               lengthens=stage == "extend")
+    config = with_rounds(request.config()) if has_rounds else request.config()
+    run = args.run.absolute()
+    argv = arguments if args.resume else [*arguments, "--resume"]
+    inputs = [_path_of(text) for text in args.data or config.data.paths]
+    others = (args.start_from, args.config,
+              *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
+    inputs += [path for path in others if path is not None]
+    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
+                inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
+                layout_open=leaves_layout_open(request))
+
+
+def _artifact(stage: str, arguments: list[str]) -> Work:
+    parser = Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--input", nargs="+", action="extend", default=[])
+    args, _ = parser.parse_known_args(arguments)
+    if arguments[0] not in ARTIFACTS[stage]:
+        raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; "
+                        f"begin with one of {', '.join(ARTIFACTS[stage])}, and run others where you are")
+    inputs = [_path_of(text) for text in args.input] + [p for p in (args.tokenizer,) if p]
+    return _making(stage, arguments, args.output, inputs)
+
+
+def _path_of(text: str) -> Path:
+    """Return the path in [NAME=]PATH[:WEIGHT]."""
+    if Path(text).exists():
+        return Path(text)
+    path = text.partition("=")[2] if "=" in text else text
+    head, colon, weight = path.rpartition(":")
+    return Path(head if colon and re.fullmatch(r"[0-9.e+-]+", weight) else path)
+
+
+def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> Work:
+    target = output.absolute()
+    return Work(stage, tuple(arguments), target, target.with_name(f"{target.name}.slurm"), target / MANIFEST,
+                inputs=tuple(p.absolute() for p in inputs))
+
+
+def _convert(arguments: list[str], typed: argparse.Namespace) -> Work:
+    if typed.action not in ("from-hf", "to-hf"):
+        raise UserError(f"submit convert {typed.action}: writes no folder; "
+                        "run it where you are (stages write: from-hf, to-hf)")
+    args = options_of(typed)
+    return _making("convert", arguments, args.out,
+                   [args.hf_dir if typed.action == "from-hf" else args.checkpoint])
+
+
+def _eval(arguments: list[str], typed: argparse.Namespace) -> Work:
+    found = vars(options_of(typed))
+    subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
+                   None)
+    if subject is None:
+        raise UserError(f"submit eval {typed.action}: names no model or run; pass --run, "
+                        "the job's records lie beside it")
+    if str(subject).startswith(ADDRESSES):
+        raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
+                        "where you are, or `submit eval-lm`, whose records lie beside its --output")
+    target = Path(subject).absolute()
+    records = target.with_name(f"{target.name}.{typed.action}.slurm")
+    return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
+                inputs=(target,))
+
+
+def _sharing(stage: str, arguments: list[str], args: Any) -> Work:
+    """Return a job of those that meet in a rollout store, or in the answers beside an evaluation's output; it
+    is complete when the command finds nothing left to do, and another command, such as one with more rounds,
+    begins anew."""
+    target = (args.settings.output if stage == "eval-lm" else args.store).absolute()
+    records = target.with_name(f"{target.name}.{stage}.slurm")
+    asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+    named = (args.settings.sources.data_dir, args.settings.endpoint.tokenizer) if stage == "eval-lm" else (
+        getattr(args, "prompts", None), getattr(args, "start_from", None))
+    inputs = [path for path in named if path is not None]
+    if stage == "eval-lm" and not args.target.startswith(ADDRESSES):
+        inputs.append(Path(args.target))
+    return Work(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
+                writes_done=False, inputs=tuple(path.absolute() for path in inputs))
+
+
+def check_inputs(work: Work, promised: set[Path]) -> None:
+    """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
+    made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
+    for path in work.inputs:
+        if path not in made and not path.exists():
+            raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
+                            "the same chain")
+    if not made:
+        data_paths(list(work.data))
+
+
+def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
+                  settings: dict[int, tuple[str, ...]], gpu: str = "") -> dict[int, tuple[str, ...]]:
+    """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
+
+    Where nobody has said anything about the layout it is the recommended one of so many GPUs, if there is
+    one.
+
+    Args:
+        work: a training stage.
+        profile_ranks: ranks of a node.
+        num_nodes: nodes that are asked for; they have to fit.
+        least: fewest nodes to go on with.
+        settings: number of nodes -> settings that change then.
+        gpu: kind of the nodes' GPUs; empty: nobody looks at their memory.
+
+    Raises:
+        UserError: the layout does not fit `num_nodes` or `least`, or a number has settings
+            that do not fit it; or it does not fit the GPUs' memory.
+    """
+    assert work.config is not None, work.stage
+    fitting: dict[int, tuple[str, ...]] = {}
+    for count in range(num_nodes, least - 1, -1):
+        num_ranks, said = count * profile_ranks, settings.get(count, ())
+        open_ = work.layout_open and not says_layout(said)
+        chosen = (*(settings_for(work.config, num_ranks, gpu) if open_ else ()), *said)
+        config = apply_settings(work.config, list(chosen)) if chosen else work.config
+        problems = config.problems(num_ranks)
+        if not problems:
+            if gpu:
+                refuse_too_large(config, num_ranks, CHIPS[gpu])
+            fitting[count] = chosen
+        elif count in (num_nodes, least) or count in settings:
+            raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
+                            f"{'; '.join(map(str, problems))}")
+    return fitting
+

@@ -1,0 +1,1 @@
+"""Plans held against runs: what was measured, learned, expected, and what fits."""

@@ -1,0 +1,211 @@
+"""Whether a run fits the memory of a GPU by the account of `memory.py`, and the nearest layout that does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+
+import psutil
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.plan.footprint.activations import kinds
+from megatron_sov.plan.footprint.held import chunk_layers
+from megatron_sov.plan.footprint.memory import Account, account
+from megatron_sov.plan.footprint.states import Place, StageBuffers
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.work.clusters.chips import Gpu
+from megatron_sov.work.clusters.units import GIB
+
+USABLE_SHARE = 0.95
+"""Share of a GPU's memory that an account may fill: the rest is for what it leaves out, the CUDA context with
+its kernels' code and the workspaces of cuBLAS, cuDNN and Transformer Engine, 2 to 4 GiB of 79.  NCCL's
+buffers and the allocator's gaps are in the account.  Our choice; not measured yet."""
+MAX_TP = 8
+"""Largest tensor parallel size that is proposed: inside a node."""
+
+
+def fullest(config: RunConfig, num_ranks: int) -> tuple[int, Account]:
+    """Return the pipeline stage whose processes need most, and the account of one of them, at the run's
+    longest samples."""
+    longest = max(phase.seq_len for phase in config.data.phases)
+    found: tuple[int, Account] | None = None
+    for stage in _distinct_stages(config):
+        needs = account(config, num_ranks, stage, longest)
+        if found is None or needs.total > found[1].total:
+            found = stage, needs
+    assert found is not None
+    return found
+
+
+def _distinct_stages(config: RunConfig) -> list[int]:
+    """Return the stages that are not like an earlier one, which has no fewer micro-batches under way: most
+    stages of a long pipeline hold the same."""
+    m, p = config.model, config.parallel
+    of_layers = kinds(m)
+    known: dict[tuple[object, ...], int] = {}
+    for stage in range(p.pp):
+        layers = chunk_layers(p, stage, m.num_layers)
+        # rules may name single layers; and the bf16 ones under train.fp8 are the first and the last
+        alike = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
+        edge = config.train.fp8 != "none" or config.optim.groups
+        known.setdefault((alike, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
+    return list(known.values())
+
+
+def usable_bytes(gpu: Gpu) -> int:
+    """Return what an account may fill of a GPU's memory."""
+    return int(USABLE_SHARE * gpu.memory_bytes)
+
+
+def fits(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
+    """Return whether every process of a run fits a GPU."""
+    return fullest(config, num_ranks)[1].total <= usable_bytes(gpu)
+
+
+def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
+    """Refuse a run that does not fit, by its account.
+
+    Raises:
+        UserError: what it needs, what there is, and the nearest layout that fits.
+    """
+    stage, needs = fullest(config, num_ranks)
+    if needs.total <= usable_bytes(gpu):
+        return
+    which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
+    found = nearest(config, num_ranks, gpu)
+    way_out = ("the nearest layout that fits: "
+               + " ".join(f"--set {shlex.quote(s)}" for s in changes(config.parallel, found))
+               if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
+                             "long samples")
+    raise UserError(
+        f"{config.recipe} on {num_ranks} processes: {_layout(config.parallel)} needs "
+        f"{needs.total / GIB:.1f} GiB on each process{which} ({_items(needs)}), and a run may take "
+        f"{usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
+        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}")
+
+
+def _items(needs: Account) -> str:
+    """Return what a process needs memory for, in GiB."""
+    states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
+              "gradients": needs.gradients, "optimizer": needs.optimizer}
+    items = {name: n for name, n in states.items() if n or name != "quantised weights"}
+    others = {"activations": needs.allocated - sum(items.values()),
+              "NCCL and gaps": needs.total - needs.allocated}
+    return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | others).items())
+
+
+def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
+    """Return the layout that fits and differs least: in ZeRO-1, then in the sizes of ep, pp and tp, each
+    doubling being a step, as is giving up an uneven pipeline; of equal ones the one that leaves most memory.
+    """
+    p = config.parallel
+    found: tuple[float, float, ParallelConfig] | None = None
+    for candidate in _candidates(config.model, p):
+        steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
+        steps += candidate.pipeline_layout != p.pipeline_layout
+        if found is not None and steps > found[0]:
+            continue
+        changed = dataclasses.replace(config, parallel=candidate)
+        if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
+            continue
+        needs = fullest(changed, num_ranks)[1].total
+        if needs <= usable_bytes(gpu) and (found is None or (steps, needs) < found[:2]):
+            found = (steps, needs, candidate)
+    return found[2] if found else None
+
+
+def changes(before: ParallelConfig, after: ParallelConfig) -> list[str]:
+    """Return the settings that make one layout of another, as --set takes them."""
+    values = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)}
+    return [f"parallel.{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in values.items() if value != getattr(before, name)]
+
+
+def _candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Yield layouts with ZeRO-1 and the cp and etp of one: of equal stages, and those of an uneven pipeline
+    as they are."""
+    experts = _divisors(model.num_experts) if model.num_moe_layers() else [1]
+    if p.pipeline_layout:
+        for ep, tp in itertools.product(experts, _divisors(MAX_TP)):
+            yield dataclasses.replace(p, ep=ep, tp=tp, sp=tp > 1, zero1=True)
+    for ep, pp, tp in itertools.product(experts, _divisors(model.num_layers), _divisors(MAX_TP)):
+        vpp = p.vpp if pp > 1 and (model.num_layers // pp) % p.vpp == 0 else 1
+        yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True, pipeline_layout=())
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _layout(p: ParallelConfig) -> str:
+    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(p, name) > 1]
+    return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"
+
+
+# Whether a node has the host memory that `gpu.optimizer_offload` pins, and the nearest share that it has
+# it for.
+
+
+USABLE_HOST_SHARE = 0.9
+"""Share of a host's memory that may be pinned: the rest is for the processes themselves, data that waits, and
+the system.  Our choice; not measured yet."""
+
+
+def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
+    """Return what some processes of a run of `count` pin together."""
+    of_stage = [StageBuffers(config, count, stage).held(Place()).on_host
+                for stage in range(config.parallel.pp)]
+    return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
+
+
+def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: int, gpu: Gpu | None) -> None:
+    """Refuse a run that pins more than one of its nodes may give.
+
+    Raises:
+        UserError: what it needs, what there is, and the nearest share that fits.
+    """
+    if config.gpu.optimizer_offload:
+        nodes = [range(first, min(first + per_node, count)) for first in range(0, count, per_node)]
+        fullest = max(nodes, key=lambda ranks: node_bytes(config, count, ranks))
+        _refuse(config, count, fullest, memory_bytes, "has", gpu)
+
+
+def refuse_on_this_node(config: RunConfig, gpu: Gpu | None) -> None:
+    """Refuse a run whose processes here pin more than this machine has available; raises as
+    `refuse_on_nodes` does.  No process may have begun to take its part."""
+    if config.gpu.optimizer_offload:
+        here, own = (int(os.environ.get(name, default)) for name, default in (
+            ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        first = int(os.environ.get("RANK", "0")) - own
+        _refuse(config, num_ranks(None), range(first, first + here), psutil.virtual_memory().available,
+                "has available", gpu)
+
+
+def _refuse(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,
+            gpu: Gpu | None) -> None:
+    needs, usable = node_bytes(config, count, ranks), USABLE_HOST_SHARE * memory_bytes
+    if needs <= usable:
+        return
+    share = config.gpu.optimizer_offload
+    # as many elements as fit, in hundredths; and parameters move as a whole
+    nearest = math.floor(100 * share * usable / needs) / 100
+    changed = _with_share(config, nearest)
+    while nearest > 0 and node_bytes(changed, count, ranks) > usable:
+        nearest = round(nearest - 0.01, 2)
+        changed = _with_share(config, nearest)
+    way_out = (f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
+               if gpu is None or fits(changed, count, gpu) else
+               "no share fits both host and GPU: use more GPUs, or nodes with more memory")
+    raise UserError(f"gpu.optimizer_offload = {share:g} pins {needs / GIB:.1f} GiB of host memory for the "
+                    f"{len(ranks)} processes of a node, and a run may take {usable / GIB:.1f} GiB of the "
+                    f"{memory_bytes / GIB:.1f} GiB that it {has}; {way_out}")
+
+
+def _with_share(config: RunConfig, share: float) -> RunConfig:
+    return dataclasses.replace(config, gpu=dataclasses.replace(config.gpu, optimizer_offload=share))

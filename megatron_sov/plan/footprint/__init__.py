@@ -1,0 +1,1 @@
+"""Bytes of one GPU: parameters, states, activations."""

@@ -1,0 +1,340 @@
+"""Bytes that a layer keeps for its backward pass, part by part, and what recomputing or offloading leaves.
+
+Counted by what the modules save: Transformer Engine's in bf16 (its 2.20.2: a norm inside a linear layer its
+input and its output, a linear layer its input, SwiGLU its input, fused attention queries, keys, values and
+output), megatron-core's own and ours elsewhere (0.16.1; unfused, so that norms and SwiGLU save more; the
+angles of rotations, which all layers share, are left out).  The second kind is measured in
+`benchmarks/plan_activations.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_sov.model.config import LatentAttentionConfig, ModelConfig, RunConfig
+from megatron_sov.model.config.lora import HEAD
+from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, chunk_layers
+
+INDEX_BYTES = 8
+QUERY_BLOCK = 1024
+"""Queries of a sliding layer whose mask torch's attention keeps at a time, without a fused kernel
+(`mcore.model.attention`)."""
+SCORES = 5
+"""Float32 numbers of every router's score that stay: logits, scores, their shares, weights and the balancing
+loss's.  Measured."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    residuals: int = 0
+    """Inputs of its norms over the residual's width; unfused ones also normed."""
+    qkv_input: int = 0
+    """Norm output that the projection to queries, keys and values takes."""
+    qkv: int = 0
+    """Queries, keys and values as projected."""
+    rotated: int = 0
+    """Queries and keys as attention takes them."""
+    core: int = 0
+    """What attention itself adds: its output and the sums of its softmax; without a fused kernel the masks of
+    windows."""
+    attended: int = 0
+    """Input of the output projection, where that is not the core's own output."""
+    gathered: int = 0
+    """Keys and values of the whole row, under context parallelism."""
+    ffn_input: int = 0
+    """Norm output that the feed-forward network takes."""
+    router: int = 0
+    """Scores, choices and the order of tokens."""
+    expert_input: int = 0
+    """Routed tokens in the order of their experts."""
+    expert_hidden: int = 0
+    """Gate and up projection of routed experts."""
+    expert_activated: int = 0
+    """Their product, which the down projection takes; unfused with its factors."""
+    shared: int = 0
+    """Inside of the shared experts."""
+    dense: int = 0
+    """Inside of a dense feed-forward network."""
+
+    @property
+    def routed(self) -> int:
+        return self.expert_input + self.expert_hidden + self.expert_activated
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+class Kind(NamedTuple):
+    with_experts: bool
+    slides: bool
+    rotates: bool
+
+
+@lru_cache(maxsize=64)
+def kinds(m: ModelConfig) -> tuple[Kind, ...]:
+    first_moe = m.num_layers - m.num_moe_layers()
+    return tuple(_kind(m, layer >= first_moe, kind) for layer, kind in enumerate(m.layer_types()))
+
+
+def prediction_kind(m: ModelConfig) -> Kind:
+    """Return the kind of the layer inside a multi-token prediction layer."""
+    return _kind(m, m.mtp_experts, m.mtp_layer_type())
+
+
+def _kind(m: ModelConfig, with_experts: bool, attention: str) -> Kind:
+    slides = attention == "sliding_attention"
+    return Kind(with_experts, slides, slides or m.rope_on_global)
+
+
+class Tokens(NamedTuple):
+    """How many tokens of a micro-batch one process has."""
+
+    row: int
+    """Of the row that the processes of a context-parallel group share."""
+    local: int
+    share: int
+    """Its own where sequence parallelism cuts them."""
+
+
+def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
+    """Return the tokens of a process, for a micro-batch of so many."""
+    p = config.parallel
+    local = row_tokens // p.cp
+    return Tokens(row_tokens, local, local // (p.tp if p.sp else 1))
+
+
+def saved(config: RunConfig, row_tokens: int, kind: Kind) -> Saved:
+    """Return what a layer saves where nothing is recomputed, routing being even."""
+    p = config.parallel
+    return _saved(config.model, config.train.precision, tokens_of(config, row_tokens), p.tp, p.etp, p.cp,
+                  kind)
+
+
+@lru_cache(maxsize=1 << 14)
+def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int, kind: Kind) -> Saved:
+    """Return what `saved` says, from what it depends on."""
+    item, fused = ITEM_BYTES[precision], precision == "bf16"
+    hidden = tokens.share * m.hidden_size * item
+    # torch's norm keeps its input, that divided by its length, and 1 / length
+    norm = hidden if fused else 2 * hidden + tokens.share * item
+    attention = _attention(m, precision, tokens, tp, cp, kind)
+    if not kind.with_experts:
+        dense = m.dense_ffn_dim // tp
+        return Saved(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
+                     dense=tokens.local * dense * item * (3 if fused else 4))
+    shared = m.num_shared_experts * m.expert_ffn_dim // tp
+    routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
+    # a process of an expert that is cut has the tokens of all processes that share it
+    arrived = routed * etp
+    return Saved(
+        residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
+        router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
+                + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
+        expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item,
+        expert_activated=arrived * inner * item * (1 if fused else 3),
+        shared=tokens.local * shared * item * (3 if fused else 4))
+
+
+def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
+               kind: Kind) -> dict[str, int]:
+    """Return what attention saves, by the names of `Saved`."""
+    if m.latent_attention is not None:
+        return _latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
+    item, fused = ITEM_BYTES[precision], precision == "bf16"
+    queries, keys = m.num_heads * m.head_dim // tp, m.num_kv_heads * m.head_dim // tp
+    sums = tokens.local * (m.num_heads // tp) * max(item, FLOAT32_BYTES)
+    per_token = tokens.local * item
+    slides = kind.slides and m.sliding_window_tokens < tokens.row
+    # the norm of each head's queries is of a copy, where these do not lie side by side
+    copied = queries * (m.num_kv_heads > tp) if m.qk_norm else 0
+    found = {"gathered": 0}
+    if cp > 1:
+        window = m.sliding_window_tokens
+        reached = min(tokens.row, tokens.local + 2 * window) if slides else tokens.row
+        found["gathered"] = 2 * reached * keys * item
+    if fused:
+        return found | {"qkv": per_token * (queries + 2 * keys + copied),
+                        "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
+    projected = per_token * (queries + 2 * keys)  # values are a part of it
+    qkv = projected + per_token * (copied + (queries + keys if m.qk_norm else 0))
+    if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
+        return found | {"qkv": qkv, "rotated": per_token * queries,
+                        "attended": per_token * queries}
+    masks = _mask_numbers(tokens.local, m.sliding_window_tokens) * item if slides and cp == 1 else 0
+    return found | {"qkv": qkv, "rotated": per_token * (queries + keys),
+                    "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
+
+
+def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: str, tokens: Tokens, tp: int,
+                      cp: int) -> dict[str, int]:
+    """Return what latent attention saves: both narrow vectors before and behind their norms, then queries,
+    keys and values of every head.  Not measured."""
+    item, heads = ITEM_BYTES[precision], m.num_heads // tp
+    per_token, narrow = tokens.local * item, latent.kv_lora_rank + (latent.q_lora_rank or 0)
+    # without a fused kernel, values are as wide as queries
+    values = heads * (latent.v_head_dim if precision == "bf16" and cp == 1 else latent.query_dim)
+    return {"gathered": 2 * tokens.row * heads * latent.query_dim * item if cp > 1 else 0,
+            "qkv": tokens.share * item * (2 * narrow + latent.qk_rope_head_dim),
+            "rotated": per_token * (2 * heads * latent.query_dim + values),
+            "core": per_token * values + tokens.local * heads * max(item, FLOAT32_BYTES),
+            "attended": per_token * heads * latent.v_head_dim}
+
+
+def _mask_numbers(tokens: int, window: int) -> int:
+    """Return the numbers in the masks of a row of one document under a sliding window."""
+    return sum(min(QUERY_BLOCK, tokens - start) * (min(tokens, start + QUERY_BLOCK)
+                                                   - max(0, start - window + 1))
+               for start in range(0, tokens, QUERY_BLOCK))
+
+
+def kept(config: RunConfig, row_tokens: int, kind: Kind, whole: Saved) -> int:
+    """Return how many bytes of a layer stay on the device until its backward pass, under `train.recompute`
+    and `gpu.offload_modules`.
+
+    Args:
+        config: settings.
+        row_tokens: tokens of a micro-batch, before it is cut over processes.
+        kind: of the layer.
+        whole: what it saves (`saved`).
+    """
+    if config.train.recompute is True:
+        return tokens_of(config, row_tokens).share * config.model.hidden_size * (
+            ITEM_BYTES[config.train.precision])
+    return whole.total - _recomputed(config, whole, kind) - _offloaded(config, whole)
+
+
+def _recomputed(config: RunConfig, whole: Saved, kind: Kind) -> int:
+    """Return what of a layer `gpu.recompute_modules` computes again."""
+    modules, found = config.gpu.recompute_modules, 0
+    fused = config.train.precision == "bf16"
+    if "core_attn" in modules and not fused:  # a fused one keeps what its recomputation would need
+        found += whole.core
+    if "mlp" in modules:
+        found += whole.dense
+    if "moe" in modules:
+        return found + whole.router + whole.routed + whole.shared
+    if "layernorm" in modules and kind.with_experts and config.model.block_norms != "post":
+        found += whole.ffn_input  # all other norms are a part of the linear layer behind them
+    if "moe_act" in modules:
+        found += whole.expert_activated
+    return found + (whole.shared if "shared_experts" in modules else 0)
+
+
+def _offloaded(config: RunConfig, whole: Saved) -> int:
+    """Return what of a layer waits in host memory."""
+    again, m = config.gpu.recompute_modules, config.model
+    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
+    parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
+             "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
+             "moe_act": whole.expert_hidden}
+    return sum(parts[module] for module in config.gpu.offload_modules
+               if not ("moe" in again and module in ("expert_fc1", "moe_act")))
+
+
+# What waits on a pipeline stage for the backward pass: micro-batches under way, and what each of them
+# keeps.
+
+
+def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int]:
+    """Return how many micro-batches wait at most for the backward pass of each of a stage's chunks.
+
+    1F1B (arXiv 2104.04473, section 2.2), interleaved (section 2.3): forward passes run ahead by the library's
+    number (`schedules.get_pp_rank_microbatches`, 0.16.1), in groups of `pp` for each chunk.
+
+    Args:
+        pp: pipeline stages.
+        vpp: chunks of each.
+        stage: 0-based.
+        num_micro_batches: of a step, on each replica.
+    """
+    if vpp == 1:
+        return [min(pp - stage, num_micro_batches)]
+    ahead = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, num_micro_batches * vpp)
+    rounds, rest = divmod(ahead, pp * vpp)
+    return [rounds * pp + min(pp, max(0, rest - chunk * pp)) for chunk in range(vpp)]
+
+
+@dataclass(frozen=True)
+class Stored:
+    waiting: int
+    """Kept by layers, embedding and prediction layers for the backward pass, of all micro-batches under
+    way."""
+    head: int
+    """What a loss leaves for its backward pass: gradients of hidden states and of the head's weight."""
+    recomputed: int
+    """What the largest layer saves anew while it is computed again; 0: nothing is."""
+    norms: int
+    """Of `waiting`, what the newest micro-batch keeps behind the trunk's layers, and lets go before any of
+    them is computed again."""
+    largest: int
+    """What the largest layer saves where nothing is recomputed."""
+    unevenly: int
+    """Of `waiting` and `recomputed`, what routed experts keep: more, where routing is uneven."""
+
+    @property
+    def saved(self) -> int:
+        return self.waiting + max(self.head, self.recomputed - self.norms)
+
+
+def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) -> Stored:
+    """Return what a process of a stage keeps."""
+    m, p = config.model, config.parallel
+    row = seq_len * config.train.micro_batch_size
+    of_layers = kinds(m)
+    counts = under_way(p.pp, p.vpp, stage, num_micro_batches)
+    last = stage == p.pp - 1
+    here: dict[Kind, int] = {}
+    for layers, count in zip(chunk_layers(p, stage, m.num_layers), counts, strict=True):
+        for layer in layers:
+            here[of_layers[layer]] = here.get(of_layers[layer], 0) + count
+    if last and m.num_mtp_layers:
+        kind = prediction_kind(m)
+        here[kind] = here.get(kind, 0) + counts[-1] * m.num_mtp_layers
+    wholes = {kind: saved(config, row, kind) for kind in here}
+    keeps = {kind: kept(config, row, kind, whole) for kind, whole in wholes.items()}
+    waiting = sum(keeps[kind] * count for kind, count in here.items())
+    waiting += (stage == 0) * counts[0] * row // p.cp * INDEX_BYTES
+    norms = last * _behind_layers(config, row)
+    waiting += counts[-1] * norms
+    again = {kind: wholes[kind].total - keeps[kind] for kind in here} if config.train.recompute else {}
+    largest = max(here, key=lambda kind: wholes[kind].total)
+    return Stored(waiting=waiting, head=head_keeps(config, row) if last else 0,
+                  recomputed=max(again.values(), default=0), norms=norms, largest=wholes[largest].total,
+                  unevenly=_of_experts(config, here, wholes) + (
+                      wholes[largest].routed if again.get(largest) else 0))
+
+
+def _of_experts(config: RunConfig, here: dict[Kind, int], wholes: dict[Kind, Saved]) -> int:
+    """Return the bytes of routed tokens among what waits."""
+    if config.train.recompute is True or "moe" in config.gpu.recompute_modules:
+        return 0
+    return sum(wholes[kind].routed * count for kind, count in here.items())
+
+
+def _behind_layers(config: RunConfig, row_tokens: int) -> int:
+    """Return what the last stage keeps of a micro-batch beside layers: final norm, and around a prediction
+    layer three norms and the projection of two states to one."""
+    m, item = config.model, ITEM_BYTES[config.train.precision]
+    tokens, fused = tokens_of(config, row_tokens), config.train.precision == "bf16"
+    hidden = tokens.share * m.hidden_size * item
+    norm = hidden if fused else 2 * hidden + tokens.share * item
+    if not m.num_mtp_layers:
+        return norm
+    around = tokens.local * INDEX_BYTES + m.num_mtp_layers * (
+        # recomputed, a prediction layer keeps its two inputs
+        2 * hidden if config.train.recompute is True else 3 * norm + 2 * hidden)
+    return norm + around
+
+
+def head_keeps(config: RunConfig, row_tokens: int) -> int:
+    """Return what the head's losses leave in the forward pass: the gradient of every hidden state, of whole
+    rows under tensor parallelism, and that of the head's weight (`mcore.model.chunked_head`)."""
+    m, item = config.model, ITEM_BYTES[config.train.precision]
+    tokens, wide = tokens_of(config, row_tokens), max(ITEM_BYTES[config.train.precision], FLOAT32_BYTES)
+    rows = -(-m.vocab_size // config.parallel.tp)
+    trained = not config.lora.on or HEAD in config.lora.adapted(m)
+    of_weight = rows * m.hidden_size * wide if trained else 0
+    return (1 + m.num_mtp_layers) * (of_weight + tokens.local * (m.hidden_size * item + wide))

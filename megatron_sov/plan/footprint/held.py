@@ -1,0 +1,288 @@
+"""The parameters that a process of a pipeline stage holds, one by one, in the order in which the library
+registers them: of it ZeRO-1's buffers are made (`buffers`).
+
+Names and global shapes are those of the family's weight map.  Shapes are cut as megatron-core cuts them:
+matrices of attention, dense layers, shared experts and vocabulary over `tp`, experts over `ep` and their
+matrices over `etp`, layers over stages.  Norms and routers are whole on every process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.model.families.adapters import PREFIX, Adapted, adapted_modules
+from megatron_sov.model.families.count import EMBEDDING, HEAD, layer_weights
+from megatron_sov.model.families.encoders import encoder_tensors
+
+ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of a weight or an activation, by `train.precision`."""
+FLOAT32_BYTES = 4
+BF16_BYTES = 2
+BLOCK = 128
+"""Rows and columns of a weight with one scale under `train.fp8=blockwise`."""
+MX_VALUES, NVFP4_VALUES = 32, 16
+"""Values with one scale of a byte."""
+SPLIT_BY_ROWS = ("linear_qkv", "linear_fc1", "linear_q_proj", "_up_proj", "eh_proj", "output_layer",
+                 "word_embeddings")
+"""Linear layers that tensor parallelism cuts by rows of their weight and bias."""
+SPLIT_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+"""Weights that it cuts by columns."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one shape that a process holds one behind the other."""
+
+    key: str
+    """Name of the global tensor; {l} stands for the layer."""
+    shape: tuple[int, ...]
+    """Of each, on this process."""
+    count: int = 1
+    """How many: the local experts."""
+    routed: bool = False
+    """Whether they are routed experts', whose copies are those of the expert data-parallel group."""
+    is_copied: bool = False
+    """Whether the first and the last pipeline stage hold it both."""
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+Run = tuple[int | None, tuple[Held, ...]]
+"""A layer (0-based; None: none) and parameters of it."""
+
+
+def held(config: RunConfig, stage: int) -> list[list[Run]]:
+    """Return what a process of a stage holds, by chunks of an interleaved pipeline."""
+    m, p = config.model, config.parallel
+    # Transformer Engine's modules make models in bf16 (`mcore.model.specs.transformer_engine_serves`)
+    fused = config.train.precision == "bf16"
+    sizes = m, p.tp, p.ep, p.etp, fused
+    first_moe = m.num_layers - m.num_moe_layers()
+    chunks = []
+    for turn, layers in enumerate(chunk_layers(p, stage, m.num_layers)):
+        first = stage == 0 and turn == 0
+        last = stage == p.pp - 1 and turn == p.vpp - 1
+        runs: list[Run] = []
+        if first or (last and m.num_mtp_layers):
+            runs.append((None, (_table(m, p, EMBEDDING),)))
+        # layers with experts are the last ones, and the same by themselves
+        kinds = {kind: _layer(*sizes, m.num_layers - 1 if kind else 0)
+                 for kind in {layer >= first_moe for layer in layers}}
+        runs += [(layer, kinds[layer >= first_moe]) for layer in layers]
+        if last:
+            runs.append((None, (Held("decoder.final_layernorm.weight", (m.hidden_size,)),)))
+            runs += [(i, _layer(*sizes, None)) for i in range(m.num_mtp_layers)]
+            if not (first and m.tied_embeddings):
+                runs.append((None, (_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
+        if first:
+            runs += _encoders(m)
+        if config.lora.on:
+            runs += _adapters(config, layers, first, last)
+        chunks.append(runs)
+    return chunks
+
+
+def chunk_layers(parallel: ParallelConfig, stage: int, num_layers: int) -> list[list[int]]:
+    """Return the trunk's layers (0-based) on a stage, by chunks."""
+    runs = parallel.pipeline_layout or (num_layers // (parallel.pp * parallel.vpp),) * (
+        parallel.pp * parallel.vpp)
+    return [list(range(sum(runs[:run]), sum(runs[:run + 1]))) for run in range(stage, len(runs), parallel.pp)]
+
+
+@lru_cache(maxsize=16)
+def _encoders(m: ModelConfig) -> tuple[Run, ...]:
+    """Return the encoders of pictures and sounds, whole on every process."""
+    return tuple((None, (Held(key, shape),)) for key, shape in encoder_tensors(m).items())
+
+
+def _table(m: ModelConfig, p: ParallelConfig, key: str) -> Held:
+    """Return an embedding or head, whose rows are filled up to a multiple of `tp`; a tied head has the
+    embedding's name."""
+    copied = key == EMBEDDING and p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers > 0)
+    return Held(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=copied)
+
+
+_ORDER = (
+    "enorm", "hnorm", "eh_proj", "input_layernorm", "softmax_offset", "linear_proj.weight",
+    "linear_proj.bias", "linear_qkv.layer_norm_weight", "linear_qkv.weight", "linear_qkv.bias",
+    "q_layernorm", "k_layernorm", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj.layer_norm_weight",
+    "linear_q_up_proj.weight", "linear_kv_down_proj", "linear_kv_up_proj.layer_norm_weight",
+    "linear_kv_up_proj.weight", "self_attn_bda", "pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight",
+    "router.weight", "router.bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc1.bias",
+    "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "linear_fc1", "linear_fc2",
+    "mlp_bda", "final_layernorm")
+"""Parts of names, in the order in which Transformer Engine's modules register the parameters of a layer."""
+
+
+def _place(key: str, fused: bool) -> tuple[int, int]:
+    """Return where in its layer a parameter is registered."""
+    at = next((i for i, name in enumerate(_ORDER) if name in key), len(_ORDER))
+    if fused or ".linear_" not in key or not key.endswith(".layer_norm_weight"):
+        return at, 0
+    # without Transformer Engine a norm is a module of its own, before attention or behind its projections
+    beside = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+    module = next((other for linear, other in beside.items() if linear in key), "self_attn_bda")
+    return _ORDER.index(module), at - len(_ORDER)
+
+
+@lru_cache(maxsize=256)
+def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int | None) -> tuple[Held, ...]:
+    """Return the parameters of a layer in their order.
+
+    Args:
+        m: model.
+        tp: tensor parallel size.
+        ep: expert parallel size.
+        etp: tensor parallel size of experts.
+        fused: whether Transformer Engine's modules make it, which have norms inside the linear layers behind
+            them, and the first matrices of all experts before the second ones.
+        layer: one of the trunk; None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+    """
+    weights = sorted((w for w in layer_weights(m) if not w.is_buffer and (
+        w.predicts if layer is None else layer in w.layers)), key=lambda w: _place(w.key, fused))
+    found: list[Held] = []
+    for routed, group in itertools.groupby(weights, key=lambda w: w.num_experts > 0):
+        parts = [Held(w.key, _cut(w.key, w.shape, etp if routed else tp), routed=routed) for w in group]
+        found += _experts(parts, m.num_experts // ep, fused) if routed else parts
+    return tuple(found)
+
+
+def _experts(parts: list[Held], count: int, fused: bool) -> list[Held]:
+    """Return the parameters of so many routed experts, of which one has these."""
+    if not fused:
+        return parts * count
+    half = len(parts) // 2
+    if half == 1:
+        return [replace(part, count=count) for part in parts]
+    return parts[:half] * count + parts[half:] * count
+
+
+def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Return the part of a parameter that one of so many tensor-parallel processes holds."""
+    linear, _, name = key.rpartition(".")
+    if name == "layer_norm_weight":
+        return shape
+    if linear.endswith(SPLIT_BY_ROWS) or name == "softmax_offset":
+        return (shape[0] // size, *shape[1:])
+    return (shape[0], shape[1] // size) if key.endswith(SPLIT_BY_COLUMNS) else shape
+
+
+def _adapters(config: RunConfig, layers: list[int], first: bool, last: bool) -> Iterator[Run]:
+    """Yield the adapters of a chunk, layer by layer, then those of embedding and head
+    (`mcore.model.adapters`)."""
+    m, p, lora = config.model, config.parallel, config.lora
+    by_linear = _adapted(m, lora)
+    for layer in layers:
+        prefix = f"decoder.layers.{layer}."
+        for linear, modules in by_linear.items():
+            if linear.startswith(prefix):
+                count = max(1, modules[0].num_experts // p.ep)
+                yield layer, tuple(part for of in modules for part in _factors(of, lora, p)) * count
+    rows = -(-m.vocab_size // p.tp)
+    for linear, here in (("embedding.word_embeddings", first), ("output_layer", last)):
+        if here and linear in by_linear:
+            yield None, _factors(by_linear[linear][0], lora, p, rows)
+
+
+@lru_cache(maxsize=16)
+def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
+    """Return linear layer -> what of it is adapted."""
+    found: dict[str, list[Adapted]] = {}
+    for of in adapted_modules(m, lora):
+        found.setdefault(of.linear, []).append(of)
+    return found
+
+
+def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
+    """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
+    (`mcore.model.lora.Factors`)."""
+    size = p.etp if of.num_experts else p.tp
+    by_rows = of.linear.endswith(SPLIT_BY_ROWS)
+    height = rows or of.out_features // (size if by_rows else 1)
+    width = of.in_features // (1 if by_rows else size)
+    shapes = {"lora_A": (lora.rank, width), "lora_B": (height, lora.rank)} | (
+        {"magnitude": (height,)} if lora.dora else {})
+    return tuple(Held(of.key(name), shape, routed=bool(of.num_experts)) for name, shape in shapes.items())
+
+
+def is_adapter(key: str) -> bool:
+    return key.startswith(PREFIX)
+
+
+@dataclass(frozen=True)
+class StageParams:
+    """Parameters that one process of a pipeline stage holds, adapters included."""
+
+    dense: int
+    """Those that every data-parallel process has: attention, norms, routers, shared experts, embeddings."""
+    experts: int
+    """Those of its routed experts."""
+    layers: int
+    """Layers of the trunk on it, and multi-token prediction layers."""
+
+
+def stage_params(config: RunConfig) -> list[StageParams]:
+    """Return what a process of each stage holds; the layout has to fit the model."""
+    found = []
+    for stage in range(config.parallel.pp):
+        parts = [part for runs in held(config, stage) for _, here in runs for part in here]
+        dense, experts = (sum(part.numel * part.count for part in parts if part.routed == routed)
+                          for routed in (False, True))
+        layers = len(config.parallel.layers_of_stage(stage, config.model.num_layers))
+        if stage == config.parallel.pp - 1:
+            layers += config.model.num_mtp_layers
+        found.append(StageParams(dense, experts, layers))
+    return found
+
+
+# Quantised weights, which Transformer Engine keeps beside the bf16 ones under `train.fp8`.  It quantises a
+# weight in the first micro-batch of a step into buffers that stay (`_fp8_workspaces`, 2.20.2): rowwise for
+# the forward pass, columnwise for the gradients of inputs.  The shapes are those of its quantisers
+# (`pytorch/tensor/*_tensor.py`: data, and `get_scale_shape`).
+
+
+def quantized_weight_bytes(config: RunConfig, stage: int) -> int:
+    """Return the bytes on a process of pipeline stage `stage` (0-based); 0 where nothing is quantised."""
+    m, train = config.model, config.train
+    if train.fp8 == "none":
+        return 0
+    in_8_bits = range(train.fp8_bf16_layers_at_start, m.num_layers - train.fp8_bf16_layers_at_end)
+    total = 0
+    for layer, parts in (run for runs in held(config, stage) for run in runs):
+        if layer is None or is_adapter(parts[0].key):
+            continue
+        # nvfp4 leaves the prediction layers in bf16
+        if train.fp8 != "nvfp4" if parts[0].key.startswith("mtp.") else layer in in_8_bits:
+            total += sum(part.count * weight_bytes(train.fp8, *part.shape) for part in parts
+                         if len(part.shape) == 2 and not part.key.endswith("router.weight"))
+    return total
+
+
+def weight_bytes(fp8: str, rows: int, columns: int) -> int:
+    """Return what is kept of one weight [rows, columns] under a recipe, both of its forms.
+
+    `tensorwise` is counted as on a Hopper, whose products want a transposed copy; Blackwell has none of it.
+    """
+    numbers = rows * columns
+    if fp8 == "tensorwise":
+        return 2 * numbers + FLOAT32_BYTES
+    if fp8 == "blockwise":
+        down, across = -(-rows // BLOCK), -(-columns // BLOCK)
+        return 2 * numbers + FLOAT32_BYTES * (down * rounded_up(across, 4) + across * rounded_up(down, 4))
+    if fp8 == "mxfp8":
+        return (2 * numbers + rounded_up(rows, 128) * rounded_up(columns // MX_VALUES, 4)
+                + rounded_up(rows // MX_VALUES, 4) * rounded_up(columns, 128))
+    # nvfp4: two values in a byte, and the largest value of the tensor for either form
+    return (numbers + 2 * FLOAT32_BYTES + rounded_up(rows, 128) * rounded_up(-(-columns // NVFP4_VALUES), 4)
+            + rounded_up(columns, 128) * rounded_up(-(-rows // NVFP4_VALUES), 4))
+
+
+def rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,197 @@
+"""Memory of one process while it trains, as an account of single items: weights, gradients and optimizer to
+the byte (`states`), activations by what modules save (`activations`, `in_flight`), Transformer Engine's
+quantised weights (`quantized_weights`), and estimates of what the libraries take beside (`overheads`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sov.model.config import DistillationConfig, RunConfig
+from megatron_sov.model.config.lora import HEAD
+from megatron_sov.plan.footprint.activations import head_keeps, kinds, saved, stored
+from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes
+from megatron_sov.plan.footprint.states import States, states_of
+
+# What a process's GPU holds beside a model, its training and its activations: estimates, each by a
+# formula with its source.
+
+
+SIMPLE_BYTES = 4 << 20
+"""Buffer of a channel to one peer: NCCL_BUFFSIZE (NCCL's user guide, "Environment variables")."""
+LL_BYTES = 8 * 512 * 8 * 16
+"""The same of its protocol LL: 8 lines of 16 bytes for each of 512 threads, 8 steps (NCCL 2.2x,
+`src/include/device.h`: NCCL_LL_LINES_PER_THREAD, NCCL_LL_MAX_NTHREADS, NCCL_STEPS)."""
+LL128_BYTES = 120 * 640 * 8 * 8
+"""And of LL128: 120 numbers of 8 bytes for each of 640 threads, 8 steps (the same file)."""
+CHANNELS = 16
+"""Channels of a communicator's ring.  NCCL opens 16 to 32 over NVLink and fewer over a network; the smaller
+number for all.  Ours."""
+EXPECTED_IMBALANCE = 1.2
+"""Tokens of the fullest expert-parallel rank in units of the mean, where a bias balances experts: they are
+seldom further off than that behind the first hundreds of steps.  Ours; `plan` takes another one."""
+FRAGMENTATION_SHARE = 0.05
+"""Part of what comes and goes in a micro-batch that torch's allocator holds in gaps besides.  Ours: with
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; without it gaps of a tenth and more are common
+(GMLake, arXiv 2401.08156, figure 4)."""
+
+
+def communicators(config: RunConfig, num_ranks: int) -> int:
+    """Return how many NCCL communicators of more than one process a process is in.
+
+    Those that a step uses (`megatron.core.parallel_state`, 0.16.1): of all processes, tensor, context,
+    pipeline
+    and expert parallelism, tensor parallelism inside experts, both data-parallel groups, the one of gradient
+    norms, and that of embeddings that two stages hold.
+    """
+    p, m = config.parallel, config.model
+    experts = m.num_moe_layers() > 0
+    sizes = [num_ranks, p.tp, p.cp, p.pp, p.tp * p.pp, num_ranks // (p.tp * p.pp)]
+    if experts:
+        sizes += [p.ep, p.etp, p.ep * p.etp * p.pp, num_ranks // (p.etp * p.ep * p.pp)]
+    if p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers):
+        sizes.append(2)
+    return sum(size > 1 for size in sizes)
+
+
+def nccl_bytes(config: RunConfig, num_ranks: int) -> int:
+    """Return the bytes of NCCL's buffers: of each communicator a ring's channels, each with buffers of three
+    protocols from the peer before."""
+    return communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
+
+
+LOGIT_BYTES = 4
+"""A softmax is computed in float32, or in the model's dtype where that is wider."""
+DISTILL = "distill"
+"""The objective that compares two distributions over the vocabulary."""
+MATRIX_ROUND = 1 << 24
+"""Elements of whole matrices that a process has in a round of Muon's exchange
+(`mcore.optimizer.matrix_exchange`)."""
+ROUND_COPIES = 4
+"""Sent, received, whole and updated ones."""
+PASSING_COPIES = 3
+"""Of each routed token while its layer is computed, beside what its expert saves: before and behind the
+experts in the order of tokens, and behind them in theirs."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of one process.
+
+    Of `one_layer` and `head` the larger counts: the head's backward pass lets go what it took before that of
+    the last layer begins, and no layer is computed again before then.
+    """
+
+    weights: int
+    """With the gaps of ZeRO-1's buffers."""
+    gradients: int
+    """The buffers in which they are summed."""
+    optimizer: int
+    layer_inputs: int
+    """Kept for the backward pass by each layer and micro-batch under way: its input, or more."""
+    one_layer: int
+    """The inside of the layer that is being computed again, the gradients of as much, and copies of routed
+    tokens that pass."""
+    head: int
+    """Logits of one chunk, the head's gradients that a loss leaves in its forward pass, and the head with its
+    adapter inside."""
+    quantized_weights: int = 0
+    """What Transformer Engine keeps of weights in 8 or 4 bits beside `weights`, under `train.fp8`."""
+    on_host: int = 0
+    """In the host's memory, under `gpu.optimizer_offload`: masters, moments and gradients; in no total."""
+    counters: int = 0
+    """Routers' counters and selection biases, YaRN's angles."""
+    update: int = 0
+    """While weights are updated: gradients in float32 where they are summed in bf16, Muon's matrices."""
+    imbalance: int = 0
+    """What routed experts keep more on the fullest expert-parallel rank than on an average one; an
+    estimate."""
+    angles: int = 0
+    nccl: int = 0
+    """Buffers of the communication library; an estimate."""
+    fragmentation: int = 0
+    """Gaps of the allocator; an estimate."""
+
+    def components(self) -> dict[str, int]:
+        """Return what the device holds at its peak, by name; adds up to `total`."""
+        smaller = "one_layer" if self.one_layer < self.head else "head"
+        return {name: 0 if name == smaller else value for name, value in vars(self).items()
+                if name != "on_host"}
+
+    @property
+    def total(self) -> int:
+        """All of it that the device holds at its peak."""
+        return sum(vars(self).values()) - self.on_host - min(self.one_layer, self.head)
+
+    @property
+    def allocated(self) -> int:
+        """What torch allocates at its peak: all but NCCL's buffers and the allocator's gaps."""
+        return self.total - self.nccl - self.fragmentation
+
+    @property
+    def states(self) -> int:
+        """What stays from step to step: weights in all their forms, gradients, optimizer."""
+        return self.weights + self.quantized_weights + self.gradients + self.optimizer
+
+
+def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
+            imbalance: float = EXPECTED_IMBALANCE) -> Account:
+    """Return the account of the fullest process on pipeline stage `stage` (0-based).
+
+    Args:
+        config: model, layout, precision, recomputation, use of GPUs.
+        num_ranks: processes; the layout has to fit them.
+        stage: pipeline stage.
+        seq_len: tokens of a sample.
+        imbalance: tokens of the fullest expert-parallel rank in units of the mean.
+    """
+    p, train = config.parallel, config.train
+    states = states_of(config, num_ranks, stage)
+    replicas = max(1, num_ranks // p.ranks_per_replica)
+    micro_batches = max(1, train.global_batch_size // (replicas * train.micro_batch_size))
+    waits = stored(config, stage, seq_len, micro_batches)
+    row = seq_len * train.micro_batch_size
+    passing = PASSING_COPIES * max(saved(config, row, kind).expert_input for kind in set(kinds(config.model)))
+    # the layer whose gradients are being computed, and what of it is there anew
+    one_layer = waits.largest + waits.recomputed + passing
+    head = _head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
+    uneven = int((imbalance - 1) * (waits.unevenly + passing)) if p.ep > 1 else 0
+    moving = waits.waiting + max(one_layer, head) + uneven
+    return Account(
+        weights=states.weights, gradients=states.gradients, optimizer=states.optimizer,
+        on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
+        layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
+        quantized_weights=quantized_weight_bytes(config, stage),
+        angles=2 * row * config.model.rotated_channels() * FLOAT32_BYTES,
+        nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
+
+
+def _update_bytes(config: RunConfig, states: States) -> int:
+    """Return what an update of the weights takes for as long as it lasts."""
+    bf16_sums = config.train.precision == "bf16" and config.gpu.grad_dtype == "bf16"
+    muon = "muon" in (config.optim.name, *(group.optimizer for group in config.optim.groups))
+    return ((states.updated * FLOAT32_BYTES if bf16_sums else 0)
+            + (ROUND_COPIES * MATRIX_ROUND * ITEM_BYTES[config.train.precision] if muon else 0))
+
+
+def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
+    """Return what the output head takes while a micro-batch's loss is computed."""
+    m, item = config.model, ITEM_BYTES[config.train.precision]
+    # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy,
+    # and are summed in float32
+    logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
+    if config.objective.name == DISTILL:
+        logit_bytes = _divergence_buffers(config.distillation) * max(item, LOGIT_BYTES)
+    if m.logits_softcap is not None:
+        logit_bytes += max(item, LOGIT_BYTES)  # the slope of the cap
+    chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
+    copy = m.hidden_size * item if HEAD in config.lora.adapted(m) else 0  # the head with its adapter inside
+    return -(-m.vocab_size // config.parallel.tp) * (chunk + copy) + head_keeps(config, row_tokens)
+
+
+def _divergence_buffers(distillation: DistillationConfig) -> int:
+    """Return how many times a chunk of logits is there at most while `mcore.model.divergence` compares."""
+    if distillation.top_k:
+        return 3  # the student's log-probabilities, its probabilities, and their product
+    # the log-probabilities and probabilities of both; beside a mixture also that, and a difference
+    return 6 if 0 < distillation.beta < 1 else 4

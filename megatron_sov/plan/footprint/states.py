@@ -1,0 +1,411 @@
+"""Bytes of weights, gradients and optimizer that one process holds while it trains: those of the modules,
+buffers and optimizers that training makes (`mcore.optimizer`), element by element.
+
+`tests/plan/footprint/test_states.py` and `benchmarks/plan_bytes.py` hold them against the library's own, on
+meta tensors in a fake group of all processes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_sov.model.config import ModelConfig, RunConfig
+from megatron_sov.model.families.count import TABLES
+from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_table
+from megatron_sov.plan.footprint.held import (
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
+
+HOST = 4 * FLOAT32_BYTES
+"""Bytes of the host for a parameter whose AdamW is there (`mcore/optimizer/host_adamw.py`): master weight,
+two moments and gradient."""
+DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
+"""Elements of a bucket under `parallel.overlap_grad_reduce`: the larger one of the first and as many times
+the second as there are data-parallel processes (`DistributedDataParallel`, 0.16.1)."""
+START_MULTIPLE = 64
+"""Elements; a parameter's beginning, under ZeRO-1."""
+END_MULTIPLE = 128
+"""Elements; a bucket's end."""
+FAST_END_MULTIPLE = 1 << 16
+"""The same under `gpu.pad_buckets`."""
+
+
+# The buffers in which the library lays parameters and gradients end to end, and what of them each
+# data-parallel process updates: the arithmetic of `_ParamAndGradBuffer` in `param_and_grad_buffer.py`
+# (0.16.1) over runs of parameters of one size, of which a stage has hundreds where it has ten thousands of
+# parameters.  Parameters lie in the reverse order of their registration.  Under ZeRO-1 each begins at a
+# multiple of 64 elements, and each bucket, which all processes of the data-parallel group share in equal
+# stretches, ends at a multiple of their number and of 128.
+
+
+class Size(NamedTuple):
+    """Parameters of one size, in the order in which they are laid out."""
+
+    numel: int
+    number: int
+    mark: int
+    """What the caller knows them by."""
+    is_alone: bool
+    """Whether each has a bucket of its own (tables that two pipeline stages hold)."""
+
+
+class Piece(NamedTuple):
+    """Parameters, or parts of parameters, of one size that a process updates."""
+
+    numel: int
+    number: int
+    mark: int
+
+
+class Placed(NamedTuple):
+    start: int
+    stride: int
+    """Elements from one to the next."""
+    size: Size
+    """What they are, as far as they lie in one bucket."""
+
+    @property
+    def end(self) -> int:
+        return self.start + (self.size.number - 1) * self.stride + self.size.numel
+
+
+@dataclass(frozen=True)
+class Buffer:
+    numel: int
+    buckets: tuple[tuple[int, int, tuple[Placed, ...]], ...]
+    """First element, the one behind the last, and what lies there."""
+
+    def updated(self, rank: int, num_ranks: int) -> Iterator[Piece]:
+        """Yield what one of the processes updates that share the buffer under ZeRO-1."""
+        for first, end, placed in self.buckets:
+            share = (end - first) // num_ranks
+            start = first + rank * share
+            for run in placed:
+                if run.start >= start + share:
+                    break
+                if run.end > start:
+                    yield from _within(run, start, start + share)
+
+
+def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_numel: int | None,
+             end_multiple: int) -> Buffer:
+    """Return the buffer of parameters.
+
+    Args:
+        sizes: in the order in which they are laid out.
+        sharded: whether ZeRO-1 shares it, and there are gaps.
+        num_ranks: processes that share it.
+        bucket_numel: elements from which on a bucket is full; None: all are in one.
+        end_multiple: what a bucket's end is a multiple of, beside the number of processes.
+    """
+    if not sharded:
+        placed, offset = [], 0
+        for size in sizes:
+            placed.append(Placed(offset, size.numel, size))
+            offset += size.numel * size.number
+        return Buffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+    return _Sharded(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
+
+
+class _Sharded:
+    """A buffer under ZeRO-1, while it is laid out."""
+
+    def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
+        self._multiple, self._full = end_multiple, bucket_numel
+        self._buckets: list[tuple[int, int, tuple[Placed, ...]]] = []
+        self._placed: list[Placed] = []
+        self._first = self._offset = 0
+
+    def of(self, sizes: Iterable[Size]) -> Buffer:
+        for size in sizes:
+            self._offset = rounded_up(self._offset, START_MULTIPLE)
+            if size.is_alone and self._placed:
+                self._close()
+            self._place(size)
+        if self._placed:
+            self._close()
+        return Buffer(self._offset, tuple(self._buckets))
+
+    def _place(self, size: Size) -> None:
+        stride, left = rounded_up(size.numel, START_MULTIPLE), size.number
+        while left:
+            self._offset = rounded_up(self._offset, START_MULTIPLE)
+            taken, closes = left, size.is_alone
+            if size.is_alone:
+                taken = 1
+            elif self._full is not None:
+                missing = self._full - (self._offset - self._first) - size.numel
+                until_full = max(1, -(-missing // stride) + 1)
+                taken, closes = min(left, until_full), until_full <= left
+            placed = size if taken == size.number else size._replace(number=taken)
+            self._placed.append(Placed(self._offset, stride, placed))
+            self._offset = self._placed[-1].end
+            left -= taken
+            if closes:
+                self._close()
+
+    def _close(self) -> None:
+        self._offset = rounded_up(self._offset, self._multiple)
+        self._buckets.append((self._first, self._offset, tuple(self._placed)))
+        self._first, self._placed = self._offset, []
+
+
+def _within(run: Placed, start: int, end: int) -> Iterator[Piece]:
+    """Yield the parts of a run between two elements of the buffer: whole parameters together."""
+    numel, count, mark, _ = run.size
+
+    def part(place: int) -> int:
+        begins = run.start + place * run.stride
+        return max(0, min(end, begins + numel) - max(start, begins))
+
+    first = max(0, (start - run.start) // run.stride)
+    last = min(count - 1, (end - 1 - run.start) // run.stride)
+    # whole ones can only be missing at the ends
+    between = [(first + 1, last - first - 1)] if last - first > 1 else []
+    for place, number in [(first, 1), *between, *([(last, 1)] if last > first else [])]:
+        if elements := part(place):
+            yield Piece(elements, number, mark)
+
+
+@dataclass(frozen=True)
+class States:
+    weights: int
+    """Bytes, ZeRO-1's gaps included."""
+    gradients: int
+    """Bytes of the buffers in which they are summed."""
+    optimizer: int
+    """Bytes of master weights and moments on the device."""
+    on_host: int
+    """Bytes of the host's memory, under `gpu.optimizer_offload`."""
+    counters: int
+    """Bytes of the model's buffers, which nobody trains: routers' counters and selection biases, YaRN's
+    angles."""
+    updated: int
+    """Elements whose master weights are on the device and that this process updates."""
+    elements: int
+    """Elements of all parameters, without gaps."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the data-parallel processes one is."""
+
+    dense: int = 0
+    """Rank in the data- and context-parallel group."""
+    experts: int = 0
+    """Rank in the expert data-parallel group."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How a parameter is updated (`mcore.optimizer.parameter_groups.Rule`)."""
+
+    frozen: bool
+    by_muon: bool
+    is_vector: bool
+
+
+class _Updated(NamedTuple):
+    """What one of the library's two optimizers holds of a process's parameters."""
+
+    optimizer: int
+    on_host: int
+    updated: int
+    """Elements whose masters are on the device."""
+
+
+class StageBuffers:
+    """The buffers of a pipeline stage, from which follows what each of its processes holds."""
+
+    def __init__(self, config: RunConfig, num_ranks: int, stage: int) -> None:
+        """Lay them out; the layout has to fit the model and the number of processes."""
+        p = config.parallel
+        self._config, self._num_ranks, self._chunks = config, num_ranks, held(config, stage)
+        self._sizes = {False: num_ranks // (p.tp * p.pp), True: num_ranks // (p.etp * p.ep * p.pp)}
+        self._is_first = stage == 0
+        self._rules: list[_Rule] = []
+        self._known: dict[int, list[int]] = {}
+        self._buffers: dict[bool, list[Buffer]] = {False: [], True: []}
+        self._frozen = self._trained = 0
+        for number, runs in enumerate(self._chunks):
+            marked = [pair for layer, parts in runs
+                      for pair in zip(parts, self._marks(layer, parts), strict=True)]
+            for routed in (False, True):
+                self._lay_out(marked, routed, stage, number)
+
+    def _marks(self, layer: int | None, parts: tuple[Held, ...]) -> list[int]:
+        """Return the numbers of the rules of some parameters; layers are alike where no rule names one."""
+        if id(parts) in self._known and not self._config.optim.groups:
+            return self._known[id(parts)]
+        found = []
+        for part in parts:
+            rule = rule_of(self._config, layer, part)
+            if rule not in self._rules:
+                self._rules.append(rule)
+            found.append(self._rules.index(rule))
+        self._known[id(parts)] = found
+        return found
+
+    def _lay_out(self, marked: list[tuple[Held, int]], routed: bool, stage: int, number: int) -> None:
+        p = self._config.parallel
+        mine = [(part, mark) for part, mark in reversed(marked) if part.routed == routed]
+        self._frozen += sum(part.numel * part.count for part, mark in mine if self._rules[mark].frozen)
+        sizes = [Size(part.numel, part.count, mark, part.is_copied) for part, mark in mine
+                 if not self._rules[mark].frozen]
+        if not sizes:
+            return
+        self._trained += sum(size.numel * size.number for size in sizes)
+        full = bucket_numel(self._config, self._num_ranks) if stage == 0 and number == 0 else None
+        self._buffers[routed].append(laid_out(
+            sizes, sharded=p.zero1, num_ranks=self._sizes[routed], bucket_numel=full,
+            end_multiple=FAST_END_MULTIPLE if self._config.gpu.pad_buckets == "on" else END_MULTIPLE))
+
+    def fullest(self) -> Place:
+        """Return the process that holds most: the first, or, where Muon keeps one moment and AdamW two, one
+        of those that update tables."""
+        rules = self._rules
+        if not self._config.parallel.zero1 or len({rule.by_muon for rule in rules if not rule.frozen}) < 2:
+            return Place()
+        ranks, found = self._sizes[False], {0}
+        for first, end, placed in (bucket for buffer in self._buffers[False] for bucket in buffer.buckets):
+            share = (end - first) // ranks
+            for run in placed:
+                rule = rules[run.size.mark]
+                if not (rule.by_muon or rule.is_vector):
+                    begins = (run.start - first) // share
+                    found |= {begins, min(begins + 1, (run.end - 1 - first) // share)}
+        return Place(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
+
+    def held(self, place: Place) -> States:
+        config = self._config
+        item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
+        numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
+        dense, experts = self._optimizer(False, place.dense), self._optimizer(True, place.experts)
+        return States(
+            weights=(numel + self._frozen) * item,
+            gradients=numel * (BF16_BYTES if bf16 and config.gpu.grad_dtype == "bf16"
+                               else max(item, FLOAT32_BYTES)),
+            optimizer=dense.optimizer + experts.optimizer, on_host=dense.on_host + experts.on_host,
+            counters=self._counters(), updated=dense.updated + experts.updated,
+            elements=self._trained + self._frozen)
+
+    def _optimizer(self, routed: bool, rank: int) -> _Updated:
+        """Return what one of the library's two optimizers, of dense parameters and of experts, holds."""
+        config = self._config
+        item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
+        moment = item
+        if bf16:
+            moment = BF16_BYTES if config.gpu.moment_dtype == "bf16" else FLOAT32_BYTES
+        master = FLOAT32_BYTES if bf16 else 0
+        pieces = self._updated(routed, rank)
+        moved = _moved(pieces, self._rules, config.gpu.optimizer_offload)
+        here = sum([piece.numel * piece.number for piece in pieces]) - moved
+        by_muon = sum([piece.numel * piece.number for piece in pieces if self._rules[piece.mark].by_muon])
+        return _Updated(
+            (here - by_muon) * (master + 2 * moment) + by_muon * (master + max(item, FLOAT32_BYTES)),
+            moved * HOST, here)
+
+    def _updated(self, routed: bool, rank: int) -> list[Piece]:
+        """Return what a process updates of dense parameters or experts."""
+        size = self._sizes[routed]
+        if self._config.parallel.zero1:
+            return [piece for buffer in self._buffers[routed] for piece in buffer.updated(rank, size)]
+        return [Piece(run.size.numel, run.size.number, run.size.mark)
+                for buffer in self._buffers[routed] for _, _, placed in buffer.buckets for run in placed]
+
+    def _counters(self) -> int:
+        """Return the bytes of buffers, float32 each: of a router every expert's tokens and bias, of a chunk
+        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.16.1); and
+        those of encoders."""
+        m = self._config.model
+        layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1
+                  and parts[0].key.startswith("decoder.layers.{l}"))
+        first_moe = m.num_layers - m.num_moe_layers()
+        routers = sum(layer is not None and layer >= first_moe for layer in layers) + sum(
+            parts[0].key.startswith("mtp.layers.") for runs in self._chunks
+            for _, parts in runs) * m.mtp_experts
+        cp = self._config.parallel.cp
+        # latent attention without YaRN has its angles, too, of as few positions as can be
+        positions = (m.yarn.original_max_position_tokens if m.yarn is not None
+                     else 2 * cp if m.latent_attention is not None else 0)
+        angles = len(self._chunks) * 2 * m.rotated_channels() * positions // cp
+        return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
+                + (encoder_buffer_bytes(m) if self._is_first else 0))
+
+
+_known: dict[tuple[object, ...], States] = {}
+MAX_KNOWN = 1 << 16
+"""Stages whose states are remembered."""
+
+
+def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
+    """Return what the fullest process of a pipeline stage holds.
+
+    Length, micro-batch and recomputation have no part in it, stages with as many layers of each kind hold the
+    same, and context parallelism changes little: a search asks for many a layout once.
+    """
+    gpu, p, m = config.gpu, config.parallel, config.model
+    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision,
+           gpu.pad_buckets, gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp,
+           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
+           bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
+    if key not in _known:
+        if len(_known) >= MAX_KNOWN:
+            _known.clear()
+        buffers = StageBuffers(config, num_ranks, stage)
+        _known[key] = buffers.held(buffers.fullest())
+    return _known[key]
+
+
+@lru_cache(maxsize=64)
+def _but_for_length(m: ModelConfig) -> ModelConfig:
+    """Return a model without what stages of an extension differ in, and no parameter depends on."""
+    return replace(m, max_position_tokens=0)
+
+
+def _alike(config: RunConfig, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Return what tells the layers of a stage's chunks from those of another one: how many are dense and how
+    many have experts, or, where rules or adapters name single layers, which they are."""
+    m = config.model
+    chunks = chunk_layers(config.parallel, stage, m.num_layers)
+    if config.optim.groups or config.lora.on:
+        return tuple(tuple(layers) for layers in chunks)
+    first_moe = m.num_layers - m.num_moe_layers()
+    return tuple((sum(layer < first_moe for layer in layers), len(layers)) for layers in chunks)
+
+
+def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
+    """Return the elements from which on a bucket of the first chunk is full; None: all are in one."""
+    p = config.parallel
+    if not p.overlap_grad_reduce:
+        return None
+    return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK * (num_ranks // p.ranks_per_replica))
+
+
+def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
+    matrix = len(part.shape) == 2 and part.key not in TABLES and not is_table(part.key)
+    algorithm, frozen = config.optim.name, False
+    if config.optim.groups:
+        key = part.key.replace("{l}", str(layer))
+        for group in config.optim.groups:
+            if fnmatch.fnmatchcase(key, group.pattern):
+                algorithm, frozen = group.optimizer or config.optim.name, group.frozen
+    frozen = frozen or is_frozen(part.key, config.media)
+    return _Rule(frozen or (config.lora.on and not is_adapter(part.key)),
+                 matrix and algorithm == "muon", len(part.shape) == 1)
+
+
+def _moved(pieces: list[Piece], rules: list[_Rule], share: float) -> int:
+    """Return how many elements lie in host memory: the first pieces that are `share` of all together, or
+    more; matrices come before vectors, which have no weight decay (`mcore.optimizer.host_adamw.split`)."""
+    if not share:
+        return 0
+    wanted, moved = share * sum(piece.numel * piece.number for piece in pieces), 0
+    for piece in sorted(pieces, key=lambda piece: rules[piece.mark].is_vector):
+        if wanted > moved:
+            moved += piece.numel * min(piece.number, -int((moved - wanted) // piece.numel))
+    return moved

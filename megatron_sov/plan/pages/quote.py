@@ -1,0 +1,348 @@
+"""What a stage of training takes on a cluster: the record that tables, page and JSON of `plan` show.
+
+It holds plain values alone, so that whatever prices a stage (a phase of a curriculum, one of an extension, a
+job of reinforcement learning) can make one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from megatron_sov.runs.obs.figures import duration, large, size
+from megatron_sov.work.clusters.units import GIB, HOURS_OF_A_DAY
+
+
+@dataclass(frozen=True)
+class Memory:
+    by_component: Mapping[str, int]
+    """Item -> bytes on the device; they add up to what it needs."""
+    limit_bytes: int
+    """What a run may take of the device; 0: nobody knows."""
+    stage: int = 0
+    """Pipeline stage of the process (0-based)."""
+    on_host_bytes: int = 0
+    """What it pins of the host's memory beside."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.by_component.values())
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one GPU sends in a step to the others of a group."""
+
+    group: str
+    """tp, cp, ep, pp, dp (weights that all have), edp (experts)."""
+    link: Literal["inside", "between"]
+    """inside: NVLink alone; between: the network, where the slowest message goes."""
+    num_bytes: float
+    """Bytes that one GPU sends in one optimizer step."""
+    seconds: float
+    """Time of the messages in one step, before any of it is hidden behind arithmetic."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    size_bytes: int
+    """Of one of them, over all processes."""
+    write_s: float
+    """Seconds from its start until it is on disk."""
+    stall_s: float
+    """Seconds of them in which training waits."""
+    interval_s: float
+    """Best time between two of them (Young 1974, Daly 2006)."""
+    interval_steps: int
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What one stage takes: a phase of a curriculum, a stage of an extension, a job of post-training."""
+
+    name: str
+    kind: str
+    """phase, extension stage, SFT, distillation, preference, RL: generate, ..."""
+    gpu: str
+    """Kind of the GPUs, as people call it."""
+    num_gpus: int
+    tokens: int
+    """Tokens that it reads or writes, padding counted in."""
+    steps: int
+    """Optimizer steps; of a job without an optimizer its batches."""
+    seq_len: int
+    global_batch_size: int
+    layout: Mapping[str, Any]
+    """Setting -> value: those of `parallel` that matter, and train.micro_batch_size, train.recompute."""
+    memory: Memory
+    seconds: Mapping[str, float]
+    """Component -> seconds of one step, on the slowest process; they add up to the step."""
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    """Floating-point operations that the model needs, 1e12 a second and GPU; 0: not counted."""
+    mfu: float
+    """The same as a share of the chip's dense peak in bf16; 0: not counted."""
+    hours: float
+    """Hours of undisturbed work."""
+    effective_share: float
+    """Share of the wall-clock time that is this work: the rest is checkpoints, lost steps and restarts."""
+    energy_kwh: float
+    cost_usd: float
+    cost_range_usd: tuple[float, float] = (0.0, 0.0)
+    """Cheapest and dearest, where the price is a guess; zeros: it is the cluster's own."""
+    traffic: tuple[Traffic, ...] = ()
+    bubble_share: float = 0.0
+    """Share of the step in which pipeline stages have nothing to do."""
+    imbalance: float = 1.0
+    """Tokens of the busiest expert process beside the mean that was reckoned with."""
+    checkpoint: Checkpoint | None = None
+    """None: it writes none."""
+    notes: tuple[str, ...] = field(default=())
+    """Sentences on what the figures leave out or assume."""
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def days(self) -> float:
+        """Days by the calendar, failures counted in."""
+        return self.hours / HOURS_OF_A_DAY / self.effective_share
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * HOURS_OF_A_DAY * self.num_gpus
+
+
+@dataclass(frozen=True)
+class Totals:
+    """All stages of a run together, one after the other."""
+
+    tokens: int
+    days: float
+    gpu_hours: float
+    energy_kwh: float
+    cost_usd: float
+    cost_range_usd: tuple[float, float]
+    """Cheapest and dearest; the same twice where the price is the cluster's own."""
+    effective_share: float
+    peak_memory_bytes: int
+
+
+def totals(quotes: Sequence[Quote]) -> Totals:
+    """Return what stages take one after the other; there is at least one."""
+    days = sum(q.days for q in quotes)
+    ranges = [q.cost_range_usd if any(q.cost_range_usd) else (q.cost_usd, q.cost_usd) for q in quotes]
+    return Totals(
+        tokens=sum(q.tokens for q in quotes), days=days, gpu_hours=sum(q.gpu_hours for q in quotes),
+        energy_kwh=sum(q.energy_kwh for q in quotes), cost_usd=sum(q.cost_usd for q in quotes),
+        cost_range_usd=(sum(low for low, _ in ranges), sum(high for _, high in ranges)),
+        effective_share=(sum(q.hours for q in quotes) / HOURS_OF_A_DAY / days if days else 1.0),
+        peak_memory_bytes=max(q.memory.total_bytes for q in quotes))
+
+
+def as_json(quote: Quote) -> dict[str, Any]:
+    """Return a quote as plain values; what follows from others stands beside them."""
+    values = asdict(quote)
+    values["memory"] |= {"total_bytes": quote.memory.total_bytes}
+    return values | {"step_s": quote.step_s, "days": quote.days, "gpu_hours": quote.gpu_hours}
+
+
+# Amounts of a plan as people read them, beside those of `obs.figures`: memory, seconds, money, energy.
+
+
+def gib(num_bytes: float) -> str:
+    """Return bytes in GiB: 38.8; the smallest amounts with more digits."""
+    return f"{num_bytes / GIB:,.1f}" if num_bytes >= GIB / 20 or not num_bytes else f"{num_bytes / GIB:.2g}"
+
+
+def seconds(amount: float) -> str:
+    """Return the time of a part of a step: 1.52 s, 31 ms, 4 us."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if amount >= scale:
+            return f"{_three_digits(amount / scale)} {unit}"
+    return "0 s"
+
+
+def dollars(amount: float) -> str:
+    """Return money: $12,300, $4.21 M."""
+    if amount >= 1e6:
+        return f"${_three_digits(amount / 1e6)} M"
+    return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"
+
+
+def energy(kwh: float) -> str:
+    """Return energy: 830 kWh, 2.31 GWh."""
+    for scale, unit in ((1e6, "GWh"), (1e3, "MWh")):
+        if kwh >= scale:
+            return f"{_three_digits(kwh / scale)} {unit}"
+    return f"{_three_digits(kwh)} kWh"
+
+
+def percent(share: float) -> str:
+    """Return a share in per cent: 43 %; the outermost with a digit more: 97.2 %, 0.4 %."""
+    return f"{100 * share:.1f} %" if 0.9 <= share < 1 or 0 < share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+# Quotes as tables, for a terminal and for a page: price, memory, a step, messages, checkpoints.
+
+
+GROUPS = {"tp": "tensor parallel", "cp": "context parallel", "ep": "experts: tokens", "pp": "pipeline",
+          "dp": "data parallel", "edp": "data parallel, experts"}
+"""Group of a `Traffic` -> who sends."""
+COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
+    group: f"{group} messages" for group in ("tp", "cp", "ep", "pp", "dp")}
+"""Component of a step -> what it is called where its own name is a word for something else as well."""
+OTHERS = "other items"
+NOTHING_SHARE = 0.001
+"""Items of memory that take less are not told."""
+LINKS = {"inside": "inside NVLink", "between": "over the network"}
+
+
+@dataclass(frozen=True)
+class QuoteTable:
+    """A table of text; the first column is names, the others are figures."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
+    """Return all tables of a run's stages; there is at least one stage."""
+    found = [stages(quotes), memory(quotes), step(quotes), traffic(quotes), checkpoints(quotes)]
+    return [table for table in found if table.rows]
+
+
+def stages(quotes: Sequence[Quote]) -> QuoteTable:
+    """Return what each stage takes and what all of them take."""
+    head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "days", "GPU-hours",
+            "energy", "cost"]
+    rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", large(q.tokens), seconds(q.step_s),
+             f"{q.tokens_per_s_per_gpu:,.0f}" if q.num_gpus else "-", percent(q.mfu) if q.mfu else "-",
+             f"{q.days:,.1f}", large(q.gpu_hours), energy(q.energy_kwh), dollars(q.cost_usd)] for q in quotes]
+    if len(quotes) > 1:
+        t = totals(quotes)
+        rows.append(["total", "", "", large(t.tokens), "", "", "", f"{t.days:,.1f}", large(t.gpu_hours),
+                     energy(t.energy_kwh), dollars(t.cost_usd)])
+    return QuoteTable("What it takes", head, rows)
+
+
+def memory(quotes: Sequence[Quote]) -> QuoteTable:
+    """Return the items of the fullest process's memory, for each kind of stage."""
+    kinds = alike(quotes, lambda q: (q.memory,))
+    shown = [seen(same[0].memory) for same in kinds]
+    names = list(dict.fromkeys(name for items in shown for name in items))
+    rows = [[_words(name), *(gib(items.get(name, 0)) for items in shown)] for name in names]
+    rows.append(["total", *(gib(same[0].memory.total_bytes) for same in kinds)])
+    if any(same[0].memory.limit_bytes for same in kinds):
+        rows.append(["may take", *(gib(same[0].memory.limit_bytes) for same in kinds)])
+    if any(same[0].memory.on_host_bytes for same in kinds):
+        rows.append(["in the host's memory", *(gib(same[0].memory.on_host_bytes) for same in kinds)])
+    stage = {same[0].memory.stage + 1 for same in kinds}
+    where = f", pipeline stage {stage.pop()}" if len(stage) == 1 and quotes[0].layout.get("pp", 1) > 1 else ""
+    return QuoteTable(f"Memory of the fullest GPU in GiB{where}", ["item", *labels(kinds)], rows)
+
+
+def seen(memory: Memory, share: float = NOTHING_SHARE) -> dict[str, int]:
+    """Return the items of memory that take more than a share of it, the others together, if they are
+    anything."""
+    large = {item: n for item, n in memory.by_component.items() if n > share * memory.total_bytes}
+    rest = memory.total_bytes - sum(large.values())
+    return large | ({OTHERS: rest} if rest > NOTHING_SHARE * memory.total_bytes else {})
+
+
+def step(quotes: Sequence[Quote]) -> QuoteTable:
+    """Return where the time of a step goes, for each kind of stage."""
+    kinds = alike(quotes, lambda q: (q.seconds,))
+    names = list(dict.fromkeys(name for same in kinds for name, s in same[0].seconds.items() if s))
+
+    def cell(q: Quote, name: str) -> str:
+        part = q.seconds.get(name, 0.0)
+        return f"{seconds(part)} {percent(part / q.step_s):>6}" if part else "-"
+
+    rows = [[component(name), *(cell(same[0], name) for same in kinds)] for name in names]
+    rows.append(["step", *(f"{seconds(same[0].step_s)} {'100 %':>6}" for same in kinds)])
+    if any(same[0].imbalance > 1 for same in kinds):
+        rows.append(["busiest experts / mean", *(f"{same[0].imbalance:.2f}" for same in kinds)])
+    return QuoteTable("A step", ["component", *labels(kinds)], rows)
+
+
+def component(name: str) -> str:
+    return COMPONENTS.get(name, _words(name))
+
+
+def traffic(quotes: Sequence[Quote]) -> QuoteTable:
+    """Return what a GPU sends in a step, by group and link, for each kind of stage."""
+    kinds = alike(quotes, lambda q: (q.traffic,))
+    keys = list(dict.fromkeys((t.group, t.link) for same in kinds for t in same[0].traffic if t.num_bytes))
+
+    def cell(q: Quote, key: tuple[str, str]) -> str:
+        found = [t for t in q.traffic if (t.group, t.link) == key and t.num_bytes]
+        return (f"{size(sum(t.num_bytes for t in found))} {seconds(sum(t.seconds for t in found)):>8}"
+                if found else "-")
+
+    rows = [[f"{GROUPS.get(key[0], key[0])}, {LINKS[key[1]]}", *(cell(same[0], key) for same in kinds)]
+            for key in keys]
+    return QuoteTable("What a GPU sends in a step, before overlap", ["group", *labels(kinds)], rows)
+
+
+def checkpoints(quotes: Sequence[Quote]) -> QuoteTable:
+    """Return size, time and rhythm of checkpoints, and the share of time that is training."""
+    kinds = alike([q for q in quotes if q.checkpoint], lambda q: (q.checkpoint, q.effective_share))
+    rows = [[name, size(c.size_bytes), seconds(c.write_s), seconds(c.stall_s),
+             f"{c.interval_steps:,} steps, {duration(c.interval_s)}", percent(same[0].effective_share)]
+            for name, same in zip(labels(kinds), kinds, strict=True)
+            if (c := same[0].checkpoint) is not None]
+    return QuoteTable("Checkpoints", ["stage", "size", "on disk after", "training waits", "best interval",
+                                      "effective training time"], rows)
+
+
+def alike(quotes: Sequence[Quote], key: Callable[[Quote], object]) -> list[list[Quote]]:
+    """Return stages in groups that a table shows in one column."""
+    groups: list[list[Quote]] = []
+    for quote in quotes:
+        same = next((group for group in groups if key(group[0]) == key(quote)), None)
+        if same is None:
+            groups.append([quote])
+        else:
+            same.append(quote)
+    return groups
+
+
+def notes(quotes: Sequence[Quote]) -> list[str]:
+    """Return what the figures assume, a sentence each, and between what prices the cost lies."""
+    low, high = totals(quotes).cost_range_usd
+    said = list(dict.fromkeys(note for q in quotes for note in q.notes))
+    return said + ([f"At the prices that were found the whole is {dollars(low)} to {dollars(high)}."]
+                   if high > low else [])
+
+
+def text(table: QuoteTable) -> str:
+    """Return a table for a terminal: names to the left, figures to the right."""
+    rows = [table.head, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width
+                                                   in zip(row[1:], widths[1:], strict=True))]).rstrip()
+             for row in rows]
+    return "\n".join([f"{table.title}:", *(f"  {line}" for line in lines)])
+
+
+def totals_json(found: Totals) -> dict[str, float]:
+    return dataclasses.asdict(found)
+
+
+def labels(kinds: list[list[Quote]]) -> list[str]:
+    if len(kinds) == 1 and len(kinds[0]) > 1:
+        return ["each stage"]
+    return [", ".join(dict.fromkeys(q.name for q in same)) for same in kinds]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,257 @@
+"""What a search found, as tables and lines for people and as plain values for scripts."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.model.config import ParallelConfig, RunConfig
+from megatron_sov.model.objectives import BUILT_IN
+from megatron_sov.plan.pages.quote import QuoteTable, component, gib, percent, seconds
+from megatron_sov.plan.pricing import Machines
+from megatron_sov.plan.search.space import AXES, Choice, as_dict
+from megatron_sov.plan.search.sweep import Common, Found, Search, Sweep, values
+from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_AN_HOUR
+
+SHOWN = 10
+"""Layouts that the table shows."""
+NEAR_SHARE, SPARED_SHARE = 0.02, 0.1
+"""A layout that needs so much less memory is told of where it is hardly slower: figures of speed are less
+certain than that."""
+FASTER_SHARE = 0.03
+"""A stage is told of a layout of its own where that is faster by more."""
+
+
+@dataclass(frozen=True)
+class Told:
+    search: Search
+    machines: Machines
+    recommended: Choice
+    """The layout that a plan takes without a search."""
+    settings: list[str]
+    """What makes the winner of the run's own settings."""
+    submit: str
+    """The command that submits the run with them."""
+
+    def lines(self) -> list[str]:
+        """Return everything but the tables, a line each."""
+        found = self.search
+        lines = [f"looked at {found.num_looked_at:,} layouts on {self.machines.num_ranks:,} GPUs: "
+                 f"{len(found.best):,} fit" + (" all stages" if len(found.sweeps) > 1 else "")]
+        lines.append(self._recommended(self.recommended))
+        if (roomy := self._roomiest()) is not None:
+            lines.append(roomy)
+        lines += ["why:", *(f"  {line}" for line in why(found.best, found.sweeps))]
+        for sweep, stages in zip(found.sweeps, found.names, strict=True):
+            of = f" ({stages})" if len(found.sweeps) > 1 else ""
+            lines += [f"{line}{of}" for line in too_large(sweep)] + self._alone(sweep, of)
+        return [*lines, *broken(found.sweeps)]
+
+    def _roomiest(self) -> str | None:
+        """Tell which layout leaves most memory among those that are about as fast as the first."""
+        best = self.search.best
+        near = [c for c in best if c.seconds <= (1 + NEAR_SHARE) * best[0].seconds]
+        least = min(near, key=lambda c: c.needs_bytes)
+        if least.needs_bytes > (1 - SPARED_SHARE) * best[0].needs_bytes:
+            return None
+        slower = least.seconds / best[0].seconds - 1
+        return (f"{gib(best[0].needs_bytes - least.needs_bytes)} GiB less, {100 * slower:.1f} % slower: "
+                f"{name(least.choice)}")
+
+    def _alone(self, sweep: Sweep, of: str) -> list[str]:
+        """Tell of a faster layout that one kind of stage could have if it were a run of its own."""
+        chosen = next(f for f in sweep.ranked if f.choice == self.search.best[0].choice)
+        fastest = sweep.ranked[0]
+        faster = chosen.step_s / fastest.step_s - 1
+        if faster < FASTER_SHARE:
+            return []
+        return [f"as a run of its own{of}: {percent(faster)} faster with {name(fastest.choice)}: "
+                f"{set_line(fastest.choice.settings(self.search.config))}"]
+
+    def _recommended(self, choice: Choice) -> str:
+        places = [c.choice for c in self.search.best]
+        said = f"without --sweep: {name(choice)}"
+        if choice not in places:
+            return f"{said}; does not fit, or breaks a rule"
+        slower = self.search.best[places.index(choice)].seconds / self.search.best[0].seconds - 1
+        return (f"{said}; number {places.index(choice) + 1:,} of {len(places):,}"
+                + (f", {100 * slower:.1f} % slower" if slower else ""))
+
+    def table(self) -> QuoteTable:
+        several = len(self.search.sweeps) > 1
+        head = ["", "layout", "GiB"]
+        for stages in self.search.names:
+            head += [f"step{f' {stages}' if several else ''}", "tokens/s/GPU"]
+        rows = []
+        for i, one in enumerate(self.search.best[:SHOWN], 1):
+            row = [f"{i}", name(one.choice), gib(one.needs_bytes)]
+            for sweep, found in zip(self.search.sweeps, self.search.found(one.choice), strict=True):
+                assert found is not None, one.choice
+                row += [seconds(found.step_s), f"{self.speed(sweep, found):,.0f}"]
+            rows.append([*row, f"{one.seconds / SECONDS_OF_AN_HOUR / HOURS_OF_A_DAY:,.1f}"])
+        return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
+
+    def speed(self, sweep: Sweep, found: Found) -> float:
+        tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
+        return tokens / found.step_s / self.machines.num_ranks
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the search as plain values; of layouts the fastest."""
+        kinds = []
+        for sweep, stages in zip(self.search.sweeps, self.search.names, strict=True):
+            kinds.append({
+                "stages": stages, "looked_at": sweep.num_looked_at, "fit": len(sweep.ranked),
+                "too_large": sweep.num_too_large,
+                "nearest_lacks_bytes": sweep.nearest[0] if sweep.nearest else None,
+                "rules": [{"count": count, "example": sweep.examples[rule]}
+                          for rule, count in sweep.broken.most_common()],
+                "fastest": [self._found(sweep, found) for found in sweep.ranked[:SHOWN]]})
+        return {"looked_at": self.search.num_looked_at, "fit": len(self.search.best), "kinds": kinds,
+                "best": [{"layout": as_dict(c.choice), "memory_bytes": c.needs_bytes, "seconds": c.seconds}
+                         for c in self.search.best[:SHOWN]],
+                "recommended": as_dict(self.recommended),
+                "settings": self.settings, "submit": self.submit}
+
+    def _found(self, sweep: Sweep, found: Found) -> dict[str, Any]:
+        return {"layout": as_dict(found.choice), "memory_bytes": found.needs_bytes, "step_s": found.step_s,
+                "seconds": found.seconds, "tokens_per_s_per_gpu": self.speed(sweep, found)}
+
+
+# Why a layout was chosen, and why the others were not, in a few lines.
+
+
+PARALLEL_AXES = AXES[:6]
+"""Axes that are settings of `parallel`."""
+SHOWN_RULES = 6
+"""Broken rules that are told apart; the rest are counted together."""
+SAME_SHARE = 0.005
+"""Steps that differ by less are called equally long."""
+
+
+def sizes(parallel: ParallelConfig) -> str:
+    """Return the sizes of a layout above 1, as the first line of a plan and its page have them."""
+    found = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in PARALLEL_AXES
+                      if getattr(parallel, axis) > 1)
+    return f"{found or 'data parallel alone'}{', ZeRO-1' if parallel.zero1 else ''}"
+
+
+def name(choice: Choice) -> str:
+    """Return a layout as people say it: the sizes above 1."""
+    p = choice.parallel
+    parts = [f"{axis} {getattr(p, axis)}" for axis in PARALLEL_AXES if getattr(p, axis) > 1]
+    if p.pipeline_layout:
+        parts.append(f"{sum(p.pipeline_layout[p.pp - 1::p.pp])} layers on the last stage")
+    if not p.zero1:
+        parts.append("no ZeRO-1")
+    parts.append(f"micro-batch {choice.micro_batch_size}")
+    return ", ".join([*(parts if len(parts) > 1 else ["data parallel alone", *parts]), recomputes(choice)])
+
+
+def recomputes(choice: Choice) -> str:
+    recompute, modules = choice.recompute
+    if recompute == "selective":
+        return f"recomputes {' + '.join(modules)}"
+    return "recomputes layers" if recompute else "recomputes nothing"
+
+
+def too_large(sweep: Sweep) -> list[str]:
+    """Return the line on layouts of a kind of stage that do not fit; none where all do."""
+    if sweep.nearest is None:
+        return []
+    lacks, choice = sweep.nearest
+    return [f"{sweep.num_too_large:,} do not fit: the nearest lacks {gib(lacks)} GiB ({name(choice)})"]
+
+
+def broken(sweeps: Sequence[Sweep]) -> list[str]:
+    """Return a line for each rule that layouts break, over all kinds of stages."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for sweep in sweeps:
+        counts.update(sweep.broken)
+        examples = {**sweep.examples, **examples}
+    most = counts.most_common()
+    lines = [f"{count:,} break a rule, as: {examples[rule].partition(';')[0]}"
+             for rule, count in most[:SHOWN_RULES]]
+    if most[SHOWN_RULES:]:
+        lines.append(f"{sum(count for _, count in most[SHOWN_RULES:]):,} break one of "
+                     f"{len(most) - SHOWN_RULES} other rules")
+    return lines
+
+
+def why(best: Sequence[Common], sweeps: Sequence[Sweep]) -> list[str]:
+    """Return a line for each setting: what its other values would cost beside the chosen one, the first.
+
+    Every other value is judged by the fastest layout that has it, whatever its other settings.
+    """
+    fastest: dict[tuple[str, object], Common] = {}
+    for found in best:
+        for key in values(found.choice):
+            fastest.setdefault(key, found)
+    own, lines = dict(values(best[0].choice)), []
+    known = dict.fromkeys([*fastest, *(key for sweep in sweeps for key in sweep.lacks)])
+    for axis in AXES:
+        others = sorted((value for at, value in known if at == axis and value != own[axis]),
+                        key=lambda value: (isinstance(value, tuple), str(value).zfill(6)))
+        told = [f"{_value(axis, other)} {_beside(best[0], fastest.get((axis, other)), sweeps, (axis, other))}"
+                for other in others]
+        if told:
+            lines.append(f"{axis.replace('_', '-')} {_value(axis, own[axis])}: {'; '.join(told)}")
+    return lines
+
+
+def _value(axis: str, value: object) -> str:
+    if axis != "recompute":
+        return str(value)
+    assert isinstance(value, tuple)
+    recompute, modules = value
+    return "+".join(modules) if modules else ("everything" if recompute else "nothing")
+
+
+def _beside(chosen: Common, other: Common | None, sweeps: Sequence[Sweep], key: tuple[str, object]) -> str:
+    """Return what a layout with another value costs beside the chosen one."""
+    if other is None:
+        lacks = [sweep.lacks[key][0] for sweep in sweeps if key in sweep.lacks]
+        return f"lacks {gib(max(lacks))} GiB"
+    slower = other.seconds / chosen.seconds - 1
+    if slower < SAME_SHARE:
+        return "is as fast"
+    part, more = max(((part, spent - chosen.by_component.get(part, 0.0))
+                           for part, spent in other.by_component.items()), key=lambda found: found[1])
+    return (f"is {100 * slower:.0f} % slower ({component(part)} "
+            f"+{100 * more / chosen.seconds:.0f} %)")
+
+
+# What to type: the settings of a layout, and the command that submits the run with them.
+
+
+PLACEHOLDERS = {"extend": ("--from CHECKPOINT",), "sft": ("--from CHECKPOINT",),
+                "prefer": ("--from CHECKPOINT",),
+                "distill": ("--from CHECKPOINT", "--teacher TEACHER"),
+                "rl-train": ("--from CHECKPOINT", "--store STORE", "--prompts PROMPTS", "--reward REWARD")}
+"""Stage -> what it has to be told beside --data and --run; capitals stand for folders of the user's."""
+
+
+def set_line(settings: Sequence[str]) -> str:
+    """Return settings as they are typed; empty where there are none."""
+    return " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+
+
+def stage_of(config: RunConfig) -> str:
+    """Return the stage of `submit` that trains a run."""
+    command = BUILT_IN.get(config.objective.name, "pretrain")
+    return "extend" if config.extend.stages and command == "pretrain" else command.replace(" ", "-")
+
+
+def submit_line(config: RunConfig, machines: Machines, recipe: Sequence[str],
+                settings: Sequence[str]) -> str:
+    """Return the command that submits a run."""
+    stage = stage_of(config)
+    account = [] if machines.profile.account is not None else ["--account", "ACCOUNT"]
+    data = [] if stage == "rl-train" else ["--data", "DATA"]
+    words = ["megatron-sov", "submit", stage, "--cluster", machines.cluster, "--nodes", str(machines.nodes),
+             *account, *recipe, *data, "--run", "RUN",
+             *(word for pair in PLACEHOLDERS.get(stage, ()) for word in pair.split())]
+    return " ".join([shlex.join(words), *([set_line(settings)] if settings else [])])

@@ -1,0 +1,1 @@
+"""Learning from a teacher: its states, the loss, what the student writes."""

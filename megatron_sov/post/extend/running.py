@@ -1,0 +1,384 @@
+"""Runs the stages of an extension one after the other; each starts from the one before,
+when that is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
+from megatron_sov.engine.data.views import SHORT
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.eval.heldout import HeldoutData, evaluate_forward_model, open_heldout
+from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
+from megatron_sov.eval.needle.suite import Cell, NeedleResult, NeedleSuite, make_suite, run_suite, table
+from megatron_sov.eval.needle.text import open_haystacks
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.model.config import GateConfig, RunConfig
+from megatron_sov.post.extend.stages import Decontamination, PlannedStage, refuse_contaminated, search
+from megatron_sov.runs.checkpoints import find_checkpoint, latest
+from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.guards.fault_injection import Fault
+from megatron_sov.train.objectives.objective import formats_of
+from megatron_sov.train.stages.evaluate import HeldoutLoss
+from megatron_sov.train.stages.gate import EndGate, GateView
+from megatron_sov.train.stages.stage import Stage, run_stage
+from megatron_sov.train.stages.stage_config import tokenizer_of
+from megatron_sov.train.trainer import ObjectiveFactory
+
+# Needles in an extension: documents that teach retrieval beside the data, and the test before and after.
+
+@dataclass(frozen=True)
+class Needles:
+    """What an extension trains on beside its data, and what it is judged by."""
+
+    suite: NeedleSuite
+    """Held-out text, keys and values kept for tests."""
+    data: tuple[Source, ...]
+    """The packed data, open."""
+    sources: tuple[Source, ...]
+    """Documents for training; none where `needle.train_share` is 0 and no blend names them."""
+
+    def before(self, run: GateView) -> None:
+        """Judge the model as it will be trained: with stretched rotations,
+        if it gets them, before any step."""
+        self.record(run, "before", self.measure(run))
+
+    def after(self, run: GateView) -> dict[str, Any]:
+        """Judge the trained model; returns what joins the completion manifest."""
+        return {"needle": self.record(run, "after", self.measure(run))}
+
+    def measure(self, run: GateView) -> NeedleResult:
+        """Judge the model as it is; called by all processes together."""
+        return run_suite(self.suite, MegatronEngine(run.policy))
+
+    def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
+        """Write a result into the run's events and show it; returns it as plain values."""
+        run.events.write("needle", when=when, step=run.step, **result.to_dict())
+        if run.world.is_main:
+            print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
+        return result.to_dict()
+
+
+def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
+    """Return test and training documents for an extension.
+
+    Args:
+        config: resolved settings.
+        start: the checkpoint, or Hugging Face folder, it starts from, whose tokenizer serves where none
+            travels with the data.
+        formats: of data that is learned from; needles are hidden in text alone.
+
+    Raises:
+        UserError: the data holds no text to train on or to test by, or the settings make no test.
+    """
+    needle = config.needle
+    data = open_sources(config.data.paths, config.model.vocab_size, formats)
+    if SOURCE_NAME in (s.name for s in data):
+        raise UserError(f"--data: a source named {SOURCE_NAME!r} is kept for documents made on the fly; "
+                        "pack that text under another name (--input NAME=PATH)")
+    tokenizer = tokenizer_folder(data) or tokenizer_of(start)
+    suite = make_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
+    lengths = _document_lengths(config)
+    if not lengths:
+        return Needles(suite, tuple(data), ())
+    haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
+    return Needles(suite, tuple(data), tuple(
+        needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
+                      needle.train_share if name == SOURCE_NAME else 0.0, name)
+        for name, length in lengths.items()))
+
+
+def _document_lengths(config: RunConfig) -> dict[str, int]:
+    """Return source -> tokens of its documents: `needle`, as long as the longest phase,
+    and `needle/N` where a blend has it.
+
+    Raises:
+        UserError: N is not a number.
+    """
+    named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
+    lengths: dict[str, int] = {}
+    if config.needle.train_share or SOURCE_NAME in named:
+        lengths[SOURCE_NAME] = config.data.max_seq_len()
+    for name in named:
+        base, mark, number = name.partition(SHORT)
+        if base == SOURCE_NAME and mark:
+            if not number.isdecimal() or int(number) < 1:
+                raise UserError(f"data.phases blend {name!r}: after the {SHORT} stands a number of tokens, "
+                                f"e.g. {base}{SHORT}4096")
+            lengths[name] = int(number)
+    return lengths
+
+
+def with_needles_in_blends(config: RunConfig) -> RunConfig:
+    """Return `config` with the share of needle documents in every blend that is spelled out and
+    does not name them."""
+    share = config.needle.train_share
+    if share == 0:
+        return config
+    phases = tuple(
+        dataclasses.replace(p, blend={**p.blend, SOURCE_NAME: sum(p.blend.values()) * share / (1 - share)})
+        if p.blend and SOURCE_NAME not in p.blend else p for p in config.data.phases)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
+
+
+# The gate of an extension stage: needle retrieval at all lengths and depths,
+# with the short context as good as it was.
+#
+# Every process comes to the same verdict: needle answers and held-out losses are the same on all of them.
+
+def short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
+    """Return the held-out documents by which the short context is judged: rows as long as what was
+    trained on before, of data of these formats."""
+    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
+                        model_vocab_size=config.model.vocab_size, formats=formats)
+
+
+def mean_loss(losses: dict[str, HeldoutLoss]) -> float:
+    """Return the mean over all held-out tokens, in nats."""
+    tokens = sum(r.tokens for r in losses.values())
+    return sum(r.loss * r.tokens for r in losses.values()) / max(1, tokens)
+
+
+def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None) -> float | None:
+    """Return a checkpoint's loss on the short context as it is: its own rotations, not those of the stage.
+
+    Returns:
+        Nats per token; None on other processes than the first of a torchrun or Slurm job.
+    """
+    layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
+    found: float | None = run_forward_model(Target(start, False),
+                                            [*layout, f"train.precision={config.train.precision}"], nproc,
+                                            lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
+    return found
+
+
+class StageGate:
+    """A `train.gate.Gate` that judges needles and the short context."""
+
+    def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
+                 min_steps: int, clean: Decontamination) -> None:
+        """Make a gate that has seen nothing.
+
+        Args:
+            settings: threshold, tolerance, rhythm.
+            needles: the test.
+            short: held-out text cut as short as before.
+            start_loss: loss on it before the first stage, nats per token; the first process must know it.
+            min_steps: steps before the gate may end the stage.
+            clean: what the search of the training text found.
+        """
+        self.passed = False
+        self._settings, self._needles, self._short, self._clean = settings, needles, short, clean
+        self._start_loss, self._min_steps = start_loss, min_steps
+        self._checks: list[dict[str, Any]] = []
+        self._result: dict[str, Any] | None = None
+
+    def begin(self, run: GateView) -> None:
+        """Record what was searched, and judge the model as it is before the first step."""
+        run.events.write("decontamination", step=run.step, **self._clean.fields())
+        self._measure(run)
+
+    def check(self, run: GateView) -> None:
+        """Judge the model every `every_steps` steps and after the last one."""
+        step = run.step
+        if step % self._settings.every_steps == 0 or step == run.num_steps or step == self._min_steps:
+            self._measure(run)
+
+    def _measure(self, run: GateView) -> None:
+        step = run.step
+        result = self._needles.measure(run)
+        losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
+        known = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
+        start_loss = self._start_loss = float(collectives.all_reduce_world(
+            torch.tensor([known], dtype=torch.float64)))
+        verdict = decide(result.cells, mean_loss(losses), start_loss, self._settings)
+        self.passed = verdict.passed and step >= self._min_steps
+        self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
+        run.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
+                             losses={name: r.loss for name, r in losses.items()}, seq_len=self._short.seq_len,
+                             min_steps=self._min_steps, **verdict.fields())
+        if step == 0:
+            self._needles.record(run, "before", result)
+        elif run.finished:
+            self._result = self._needles.record(run, "after", result)
+        if run.world.is_main:
+            said = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
+            early = (f", and the stage goes on to step {self._min_steps}"
+                     if verdict.passed and not self.passed else "")
+            print(f"gate at step {step} {said}{early}", flush=True)
+
+    def failure(self) -> str:
+        last = self._checks[-1]
+        lines = "\n".join(f"  {line}" for line in last["failures"])
+        return (f"the gate has not passed within its {last['step']} steps; give the stage more with "
+                f"max_steps (or train.steps) and --resume, or change its data\n{lines}")
+
+    def completion(self, run: GateView) -> dict[str, Any]:
+        return {"needle": self._result,
+                "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
+                         "decontamination": self._clean.fields()}}
+
+    def state(self) -> dict[str, Any]:
+        return {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
+                "result": self._result}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; a stage that was given up is judged anew with more steps."""
+        self.passed, self._start_loss, self._checks = (state["passed"], state["start_loss"],
+                                                       list(state["checks"]))
+        self._result = state["result"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one check of the gate found."""
+
+    failing_cells: list[Cell]
+    """Cells whose whole confidence interval lies below the threshold."""
+    failing_rows: list[dict[str, Any]]
+    """Rows (kind, language, length) whose accuracy over all depths lies below it."""
+    loss: float
+    """Held-out loss on the short context, nats per token."""
+    loss_limit: float
+    """What it may be."""
+    threshold: float
+    """Accuracy asked for."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Accuracy of every row."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failing_cells and not self.failing_rows and self.loss <= self.loss_limit
+
+    def fields(self) -> dict[str, Any]:
+        """Return plain values for the event and the report."""
+        return {**asdict(self), "judged": self.passed}
+
+    def lines(self) -> list[str]:
+        """Return what failed, a line each."""
+        said = [f"{_place(r)}: {r['correct']} of {r['samples']} right over all depths = {r['accuracy']:.1%}, "
+                f"below {self.threshold:.0%}" for r in self.failing_rows]
+        said += [f"{_place(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
+                 f"interval {c.interval[0]:.1%} to {c.interval[1]:.1%}, below {self.threshold:.0%}"
+                 for c in self.failing_cells]
+        if not self.loss <= self.loss_limit:  # a loss that is no number is no pass
+            said.append(f"short context: held-out loss {self.loss:.4f} nats per token, "
+                        f"above {self.loss_limit:.4f}")
+        return said
+
+
+def _place(cell: dict[str, Any]) -> str:
+    return f"{cell['kind']}, {cell['language']}, {cell['length_tokens']:,} tokens"
+
+
+def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> Verdict:
+    """Return the verdict.
+
+    A cell of 20 samples cannot prove 90 %: one that is right 97 % of the time misses two or more in 12 % of
+    all tests.  So a single cell fails where its whole interval lies below the threshold, and the samples of a
+    row together must reach it.
+
+    Args:
+        cells: the test's cells.
+        loss: held-out loss on the short context, nats per token.
+        start_loss: the same before the first stage.
+        gate: threshold and tolerance.
+    """
+    rows: dict[tuple[str, str, int], list[int]] = {}
+    for cell in cells:
+        row = rows.setdefault((cell.kind, cell.language, cell.length_tokens), [0, 0])
+        row[0] += cell.correct
+        row[1] += cell.samples
+    described: list[dict[str, Any]] = [
+        {"kind": kind, "language": language, "length_tokens": length, "correct": correct, "samples": samples,
+         "accuracy": correct / samples} for (kind, language, length), (correct, samples) in rows.items()]
+    return Verdict(
+        failing_cells=[c for c in cells if c.interval[1] < gate.min_accuracy],
+        failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
+        loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,
+        rows=described)
+
+
+def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
+               resume: bool, began_s: float, faults: tuple[Fault, ...] = (),
+               end_gate: EndGate | None = None, *, dry_run: bool = False) -> None:
+    """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
+
+    Args:
+        stages: as planned.
+        start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
+        objective: what is learned.
+        nproc: local processes.
+        resume: whether folders may hold the runs already.
+        began_s: Unix time at which the work on the first stage that is not complete began.
+        faults: what is to come on purpose, once in each stage.
+        end_gate: judges the last stage's last checkpoint.
+        dry_run: check and tell of each stage, and run none; its gate's search of the data is left out.
+
+    Raises:
+        UserError: settings, data or a folder do not allow it.
+        GateFailed: a stage's gate has not passed within its steps.
+        StopRequested: it was asked to stop, and everything is saved.
+    """
+    first, formats = start, formats_of(objective)
+    prepared = [make_needles(stage.config, start, formats) for stage in stages]
+    start_loss: float | None = None
+    begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
+    if end_gate is not None and begins:
+        end_gate.begin()  # what is wrong with it is told before all stages, not before the last one
+    for planned, needles in zip(stages, prepared, strict=True):
+        judge = end_gate if planned is stages[-1] else None
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
+                      needles.data, needles.sources, before=needles.before, after=needles.after,
+                      end_gate=judge, faults=faults, dry_run=dry_run)
+        if planned.config.extend.gate.every_steps and not dry_run:
+            fresh = latest(planned.folder.checkpoints) is None
+            if fresh and start_loss is None:
+                start_loss = loss_of_checkpoint(
+                    first, short_context(planned.config, Target(first, False).trained_tokens, formats),
+                    planned.config, nproc)
+            gate = _gate(planned, needles, short_context(
+                planned.config, Target(first, False).trained_tokens, formats), start_loss)
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data,
+                          needles.sources, after=gate.completion, gate=gate,
+                          end_gate=judge, faults=faults)
+        was_complete = stage.folder.completion() is not None
+        if not run_stage(stage, nproc, began_s):
+            return
+        if not was_complete:
+            began_s = time.time()  # with it begins the work on the next one
+        start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
+
+
+def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None) -> StageGate:
+    """Return a stage's gate, after the search that proves it clean."""
+    config: RunConfig = planned.config
+    settings = config.extend.gate
+    if (text := asks_too_little(config)) and is_first():
+        warn(f"{planned.folder.path.name}: {text}")
+    clean = search(list(needles.suite.questions()), [*needles.data, *needles.sources], settings.scan_tokens)
+    refuse_contaminated(clean, settings.max_overlap)
+    return StageGate(settings, needles, short, start_loss, planned.min_steps, clean)
+
+
+def asks_too_little(config: RunConfig) -> str | None:
+    """Return a sentence where a gate's needles do not reach the length of its stage,
+    as only a setting can have it."""
+    longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
+    if longest >= wanted:
+        return None
+    return (f"needle.lengths_tokens = {list(config.needle.lengths_tokens)}: "
+            f"the gate asks at most {longest:,} tokens, and the stage has {wanted:,}; "
+            "leave the setting out, and it asks at the old and the new length")

@@ -1,0 +1,371 @@
+"""What was judged of a run: gates, forgetting, pass@k, media, and all verdicts of a model in one table."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from markupsafe import Markup
+
+from megatron_sov.base.pages.markdown import is_picture, is_sound
+from megatron_sov.base.pages.page import (
+    Chart, Exhibit, Section, Table, chart, colour, line_with_intervals, plain, tables)
+from megatron_sov.publish.report.run_data import Run
+from megatron_sov.publish.report.steps import last_value
+from megatron_sov.runs.obs.attempts import COMPLETE
+from megatron_sov.runs.obs.figures import figure, number, of_field
+from megatron_sov.runs.rounds import LEARNS
+
+MAX_CELLS = 40
+MAX_CURVES = 12
+"""Curves of a chart of rounds at most, those with the most responses."""
+MAX_ROUNDS = 40
+"""Rounds in the table at most, the newest ones."""
+SHOWN = 8
+"""Samples of each pair of modalities."""
+VERDICTS = {True: Markup('<span class="good">passed</span>'),
+            False: Markup('<span class="bad">FAILED</span>')}
+WORDS = {"kept": Markup('<span class="good">kept</span>'),
+         "forgotten": Markup('<span class="bad">FORGOTTEN</span>'),
+         "not known": Markup('<span class="bad">not known</span>')}
+Event = dict[str, Any]
+_STEP = of_field("step", ",.0f", "–")
+
+
+def gate_section(checks: list[Event], searches: list[Event]) -> Section:
+    """Return every check of an extension's gate with what failed, and the search that proves the test clean.
+
+    Args:
+        checks: `gate` events in the order of steps.
+        searches: `decontamination` events.
+    """
+    failing = (checks[-1].get("failing_cells") or []) if checks else []
+    below = tables(failing[:MAX_CELLS], {
+        "cells below at the last check": of_field("kind"), "language": of_field("language"),
+        "tokens": lambda c: f"{int(c['length_tokens']):,}", "depth": of_field("depth", ".0%"),
+        "right": lambda c: f"{c['correct']} of {c['samples']}",
+        "95 % interval": lambda c: f"{number(c['interval'][0]):.1%} to {number(c['interval'][1]):.1%}"})
+    if len(failing) > MAX_CELLS:
+        below[0].rows.append([f"and {len(failing) - MAX_CELLS:,} more", "", "", "", "", ""])
+    return Section("Gate", tables=[*tables(checks, {
+        "step": lambda c: f"{int(c.get('step') or 0):,}",
+        "worst row": lambda c: f"{min(worst):.1%}" if (worst := _accuracies(c)) else "–",
+        "threshold": of_field("threshold", ".0%"),
+        "rows below": lambda c: str(len(c.get("failing_rows") or [])),
+        "cells below for sure": lambda c: str(len(c.get("failing_cells") or [])),
+        "short-context loss": of_field("loss", ".4f"), "at the start": of_field("start_loss", ".4f"),
+        "limit": of_field("loss_limit", ".4f"), "verdict": verdict,
+    }), *below, *map(_search, searches[-1:])], text=(
+        "A stage is complete when every row of needles (kind, language, length) reaches the threshold, "
+        "no single cell lies below it with its whole confidence interval, and the loss on the short context "
+        "is within its tolerance."))
+
+
+def verdict(check: Event) -> Markup:
+    """Return what a check found, in one word or two."""
+    if check.get("judged") and not check.get("passed"):
+        return Markup("good, before step {}").format(check.get("min_steps"))
+    return VERDICTS[bool(check.get("passed"))]
+
+
+def _accuracies(check: Event) -> list[float]:
+    return [number(row.get("accuracy")) for row in check.get("rows") or []]
+
+
+def _search(found: Event) -> Table:
+    held = found.get("train_tokens") or {}
+    rows = [
+        ["questions of the test in the training text",
+         f"{found.get('questions_found')} of {found.get('questions'):,}"],
+        [f"windows of {found.get('window_tokens')} held-out tokens in the training text",
+         f"{found.get('windows_found'):,} of {found.get('windows'):,} ({number(found.get('overlap')):.2%})"]]
+    rows += [[f"tokens searched of {name}", f"{count:,} of {held.get(name, 0):,}"]
+             for name, count in (found.get("scanned_tokens") or {}).items()]
+    return Table(["search for the test in the training data", "found"], rows)
+
+
+def forgetting_section(events: list[Event]) -> Section:
+    """Return each task of the newest `forgetting_gate` event before and after, with the paired difference."""
+    event = events[-1] if events else {}
+    step = number(event.get("step"))
+    return Section("Forgetting gate", tables=tables(event.get("tasks") or [], {
+        "task": of_field("task"), "metric": of_field("metric"),
+        "at the start": lambda t: figure(number(t.get("before"))),
+        "at the end": lambda t: figure(number(t.get("after"))),
+        "difference": lambda t: _signed(t.get("value")),
+        "90 % interval": lambda t: " to ".join(map(_signed, ends)) if len(
+            ends := _list(t.get("interval"))) == 2 else "–",
+        "items": of_field("items", ",.0f"),
+        "verdict": lambda t: WORDS.get(str(t.get("verdict")), str(t.get("verdict")))}), text=(
+        "What the stage started from against its last checkpoint (step "
+        f"{'not known' if math.isnan(step) else f'{step:,.0f}'}), on the same items. "
+        f"Forgotten: the whole interval lies below -{number(event.get('tolerance')):g}; not proven: too few "
+        "items to tell."))
+
+
+def _signed(value: Any) -> str:
+    return "–" if math.isnan(found := number(value)) else f"{found:+.4f}"
+
+
+def verdict_table(runs: list[Run], others: list[Run]) -> list[Table]:
+    """Return the table, or nothing where nothing was judged.
+
+    Args:
+        runs: the stages of the model that the report is on.
+        others: runs of other models; of these the gates alone are named, as another model's.
+    """
+    rows = [*_stages(runs), *(row for run in runs for row in (
+        *gate(run), *_forgetting(run), *_needle_row(run), *_baseline(run))),
+            *(row for run in runs for row in _exports(run))]
+    for other in others:
+        rows += [["Other's gate", word, f"another model, {found}"] for _, word, found in gate(other)]
+    return [Table(["what", "verdict", "measured"], rows)] if rows else []
+
+
+def gate(run: Run) -> list[list[str]]:
+    """Return the gate's last check, in one row; nothing for a run without a gate."""
+    if not run.gate_checks:
+        return []
+    check = run.gate_checks[-1]
+    loss, limit = number(check.get("loss")), number(check.get("loss_limit"))
+    found = f"short-context loss {loss:.3f}, limit {limit:.3f}; step {int(check.get('step') or 0):,}"
+    if accuracies := _accuracies(check):
+        found = f"needles {min(accuracies):.0%}, {number(check.get('threshold')):.0%} needed; {found}"
+    return [["Gate", verdict(check), f"{run.name}: {found}"]]
+
+
+def _forgetting(run: Run) -> list[list[str]]:
+    """Return what the forgetting gate found."""
+    if not run.of("forgetting_gate"):
+        return []
+    event = run.of("forgetting_gate")[-1]
+    tasks = event.get("tasks") or []
+    lost = [str(task.get("task")) for task in tasks if task.get("verdict") in ("forgotten", "not known")]
+    unproven = sum(task.get("verdict") == "not proven" for task in tasks)
+    found = f"worse on {', '.join(lost)}" if lost else f"{len(tasks) - unproven} of {len(tasks)} tasks kept"
+    if unproven:
+        found += f", {unproven} not proven"
+    return [["Forgetting", VERDICTS[bool(event.get("passed"))],
+             f"{run.name}: {found}; tolerance {number(event.get('tolerance')):g}"]]
+
+
+def _stages(runs: list[Run]) -> list[list[str]]:
+    """Return whether every stage came to its end."""
+    started = [run for run in runs if run.attempts]
+    open_ones = [f"{run.name} {run.attempts[-1].outcome}" for run in started
+                 if run.attempts[-1].outcome != COMPLETE]
+    if not started:
+        return []
+    count = f"{len(started) - len(open_ones)} of {len(started)}"
+    word = Markup('<span class="bad">{}</span>').format(count) if open_ones else Markup(
+        '<span class="good">{}</span>').format(count)
+    return [["Stages", word, "; ".join(open_ones) or f"{', '.join(run.name for run in started)}: complete"]]
+
+
+def _needle_row(run: Run) -> list[list[str]]:
+    """Return what a needle test without a gate found: a figure and no verdict."""
+    found = [n for n in run.needles if n.get("cells")]
+    if run.gate_checks or not found:
+        return []
+    longest = max(int(cell["length_tokens"]) for cell in found[-1]["cells"])
+    return [["Needles", "no gate set",
+             f"{run.name}: {number(found[-1].get('score')):.1%} found, up to {longest:,} tokens"]]
+
+
+def _baseline(run: Run) -> list[list[str]]:
+    """Return on how many sources the model needs fewer bits than a bigram model."""
+    judged = {name: last_value(h.bits_per_byte) < h.baseline_bits_per_byte
+              for name, h in run.heldout.items() if h.baseline_bits_per_byte is not None}
+    if not judged:
+        return []
+    worse = [name for name, better in judged.items() if not better]
+    why = f"more on {', '.join(worse)}" if worse else f"fewer on {len(judged)} of {len(judged)} sources"
+    return [["Bigram model", VERDICTS[not worse], f"{run.name}: bits per byte, {why}"]]
+
+
+def _exports(run: Run) -> list[list[str]]:
+    """Return the last proof of an export."""
+    proofs = [c for c in run.of("conversion") if c.get("checks")]
+    if not proofs:
+        return []
+    passed = [bool(check.get("passed")) for check in proofs[-1]["checks"]]
+    return [["Export", VERDICTS[all(passed)], f"{run.name}: {sum(passed)} of {len(passed)} checks"]]
+
+
+def passk_section(events: list[Event]) -> Section:
+    """Return a curve over k for each set of prompts, and what the responses were.
+
+    Args:
+        events: `passk` events; of one set of prompts, reward and step the newest counts.
+    """
+    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in events if e.get("pass_at_k")}
+    shared = Counter(file.rpartition("/")[2] for file in {file for file, *_ in found})
+
+    def name(event: Event) -> str:  # the path where several files have one name
+        file = str(event.get("input"))
+        last = file.rpartition("/")[2]
+        return f"{file if shared[last] > 1 else last}, {event.get('reward')}"
+
+    def share(event: Event, at: int) -> str:
+        return f"{number(event['pass_at_k'][at]['value']):.1%} (k = {event['pass_at_k'][at]['k']})"
+
+    return Section("pass@k", side_by_side=True, charts=[_passk_chart(e, name(e)) for e in found.values()],
+                   tables=tables(found.values(), {
+        "prompts, reward": name, "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
+        "responses": of_field("num_samples", ",.0f"), "without a reward": of_field("num_unscored", ",.0f"),
+        "pass@k": lambda e: share(e, 0), "at most": lambda e: share(e, -1),
+        "mean reward": of_field("mean_reward", ".4f"),
+        "sampling": lambda e: "temperature {temperature}, top-p {top_p}, seed {seed}".format_map(
+            e["sampling"]) if e.get("sampling") else "sampled elsewhere",
+    }), text="The probability that of k responses to a prompt one at least is right (pass@k), or the most "
+             "frequent answer (maj@k).")
+
+
+def _passk_chart(event: Event, name: str) -> Chart:
+    lines = {}
+    for field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
+        rows = [r for r in event.get(field) or [] if len(r["interval"]) == 2]
+        if rows:
+            lines[label] = np.array([[number(r["k"]), number(r["value"]), *map(number, r["interval"])]
+                                     for r in rows]).T
+    drawn = go.Figure()
+    for i, (label, (k, value, low, high)) in enumerate(lines.items()):
+        drawn.add_trace(line_with_intervals(label, i, k.astype(np.int32), value, low, high))
+    drawn.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
+                        yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
+    return chart(drawn, f"{name}, step {_STEP(event)}: 95 % intervals over "
+                        f"{int(number(event.get('num_prompts'))):,} prompts.")
+
+
+def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> Section:
+    """Return what a model was shown of pictures and speech, what it made of it, what others recognised.
+
+    Args:
+        events: `media` events; of one pair and step the newest counts.
+        retrieval: `media_retrieval` events, likewise.
+    """
+    def newest(of: Sequence[Event], count: str) -> list[Event]:
+        return list({(str(e.get("pair")), str(e.get("step"))): e for e in of
+                     if number(e.get(count)) > 0}.values())
+
+    def share(event: Event, name: str, more: str = "") -> str:
+        low, high = (*_list(event.get(f"{name}_interval")), 0, 0)[:2]
+        return f"{number(event.get(name)):.1%} ({number(low):.1%} to {number(high):.1%}{more})"
+
+    def recall(event: Event, k: int) -> str:
+        return share(event, f"recall_at_{k}", f"; {number(event.get(f'chance_at_{k}')):.1%}")
+
+    found = newest(events, "num_rows")
+    return Section("From one modality to another", tables=[*tables(found, {
+        "pair": of_field("pair"), "step": _STEP, "rows": of_field("num_rows", ",.0f"),
+        "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", ".1%", "–"),
+        "words wrong": of_field("wer", ".3f", "–"), "characters wrong": of_field("cer", ".3f", "–"),
+    }), *tables(newest(retrieval, "num_questions"), {
+        "retrieval": of_field("pair"), "step": _STEP, "questions": of_field("num_questions", ",.0f"),
+        "candidates": of_field("num_candidates", ",.0f"),
+        "right first (95 %; chance)": lambda e: recall(e, 1), "among the first 5": lambda e: recall(e, 5),
+        "mean rank (chance)": lambda e: f"{number(e.get('mean_rank')):.2f} "
+                                        f"({number(e.get('chance_mean_rank')):.2f})",
+    })], exhibits=[_exhibit(e, sample) for e in found for sample in _list(e.get("samples"))[:SHOWN]
+                   if isinstance(sample, dict)],
+        text="What was recognised in what the model wrote, drew or said, and samples of it; and how often a "
+             "right candidate is among those that it holds for the most probable.")
+
+
+def _exhibit(event: dict[str, Any], sample: dict[str, Any]) -> Exhibit:
+    parts = [part for part in _list(sample.get("content")) if isinstance(part, dict)]
+    asked = [str(part["text"]) for part in parts if part.get("type") == "text" and "text" in part]
+    shown, made = [part.get("address") for part in parts], _list(sample.get("addresses"))
+    return Exhibit(
+        f"{event.get('pair')}, asked for {sample.get('answer')}", " ".join(asked),
+        [str(a) for a in shown if is_picture(a)], [str(a) for a in shown if is_sound(a)],
+        str(sample.get("text") or ""), [str(a) for a in made if is_picture(a)],
+        [str(a) for a in made if is_sound(a)], str(sample.get("recognised") or "nothing"))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def round_section(rounds: Sequence[dict[str, Any]]) -> Section:
+    """Return the section; of a run without rounds it has no content, and is left out."""
+    means = [content["means"] for content in rounds]
+    charts = [
+        _round_chart(rounds, {"reward": _values(means, "reward"), **_of_names(means, "components")}, "reward",
+               "Mean reward of a round's responses, and the parts that it is made of."),
+        _round_chart(rounds, _of_domains(means), "reward", "Mean reward by domain of the prompts."),
+        _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
+               "Mean length of responses, in tokens that the policy wrote."),
+        _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
+               "Share of responses that were as long as allowed and did not end."),
+        _round_chart(rounds, {"staleness": _values(means, "staleness_steps")}, "optimizer steps",
+               "Age of the policy that wrote a token, when its round began to be trained."),
+        _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
+                        for reason in _reasons(rounds)}, "groups", "What became of each group of responses.")]
+    return Section("Rounds", charts=[c for c in charts if c is not None],
+                   tables=_round_tables(rounds[-MAX_ROUNDS:]), side_by_side=True,
+                   text="A round is written by a policy, judged, and trained; a group is the responses to "
+                        "one prompt.")
+
+
+def _values(means: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([number(m.get(name)) for m in means])
+
+
+def _of_names(means: Sequence[dict[str, Any]], field: str,
+              of: Callable[[Any], Any] = lambda value: value) -> dict[str, np.ndarray]:
+    """Return a curve for each name of a field, those that most rounds have first."""
+    counts: dict[str, int] = {}
+    for m in means:
+        for name in m.get(field) or {}:
+            counts[name] = counts.get(name, 0) + 1
+    kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
+    return {name: np.array([number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
+
+
+def _of_domains(means: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return _of_names(means, "domains", lambda found: found.get("reward") if isinstance(found, dict) else None)
+
+
+def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
+    return sorted({reason for content in rounds for reason in content.get("groups") or {}})
+
+
+def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray], title: str,
+           caption: str) -> Chart | None:
+    """Draw curves over rounds; None where there is nothing to draw."""
+    at = np.array([int(number(content["round"])) for content in rounds], np.int32)
+    figure = go.Figure()
+    for i, (name, values) in enumerate(curves.items()):
+        known = np.isfinite(values)
+        if known.any():
+            figure.add_trace(go.Scatter(
+                x=at[known], y=values[known].astype(np.float32), name=plain(name),
+                mode="lines+markers" if len(at) <= 20 else "lines", line={"color": colour(i), "width": 1.8}))
+    if not figure.data:
+        return None
+    figure.update_layout(xaxis={"title": "round"}, yaxis={"title": title})
+    return chart(figure, caption)
+
+
+def _round_tables(rounds: Sequence[Event]) -> list[Table]:
+    def counts(of: Event | None, *, but: str = "") -> str:
+        return ", ".join(f"{name} {number(count):,.0f}" for name, count in sorted((of or {}).items())
+                         if name != but) or "–"
+
+    def mean(name: str, form: str) -> Callable[[Event], str]:
+        return lambda c: of_field(name, form)(c["means"])
+
+    return tables(rounds, {
+        "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
+        "mean reward": mean("reward", ".4f"), "mean tokens": mean("response_tokens", ",.1f"),
+        "did not end": mean("truncated", ".1%"),
+        "groups trained": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
+        "groups not trained": lambda c: counts(c.get("groups"), but=LEARNS),
+        "without a reward": lambda c: counts(c.get("unjudged")),
+        "left out as late": lambda c: f"{len(c.get('late') or []):,}",
+        "late ones joined": lambda c: f"{len(c.get('late_from') or []):,}"})

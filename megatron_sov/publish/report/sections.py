@@ -1,0 +1,544 @@
+"""What the report says about one run: key figures and sections.  A section without data is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from markupsafe import Markup
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.pages.page import Chart, Section, Table, chart, colour, colour_bar, plain, tables
+from megatron_sov.model.config import from_dict
+from megatron_sov.plan.pages.page import schedule_charts, schedule_table
+from megatron_sov.publish.report.accounts import accounts_section
+from megatron_sov.publish.report.charts import (
+    beside_charts, expert_chart, heldout_charts, loss_charts, meter_charts, needle_charts, plan_chart,
+    scalar_charts)
+from megatron_sov.publish.report.judgements import (
+    VERDICTS, forgetting_section, gate_section, media_section, passk_section, round_section)
+from megatron_sov.publish.report.run_data import ExpertLoad, Heldout, Phase, Provenance, RoutingHistory, Run
+from megatron_sov.publish.report.scores import score_section
+from megatron_sov.publish.report.steps import last_value
+from megatron_sov.runs.obs import routing
+from megatron_sov.runs.obs.attempts import Attempt
+from megatron_sov.runs.obs.figures import duration, figure, large, number, of_field
+from megatron_sov.runs.obs.incidents import KINDS, describe
+from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
+from megatron_sov.work.clusters.units import GIB
+
+MAX_COLUMNS = 400
+"""Steps of one heat map at most."""
+SHOWN = (("max_violation", "MaxVio", 0.0, "MaxVio of each layer: 0 is perfect balance."),
+         ("entropy", "entropy", 1.0,
+          "Entropy of each layer's expert load, as a share of that of an even load."),
+         ("dead", "experts", 0.0, "Experts of each layer that got no token in the step."),
+         ("bias_spread", "spread", 0.0,
+          "Selection biases of each layer: the largest less the smallest. Scores lie in (0, 1)."))
+"""Figure of a routing record, what its colours mean, its best value, and the caption."""
+MAX_ROWS = 200
+MEANINGS = {
+    "productive": "optimizer steps that are part of the model",
+    "lost": "steps done again after a restart, taken back or refused",
+    "evaluation": "held-out loss, needles, gates",
+    "saving": "training stood still for a checkpoint",
+    "startup": "from the start of the processes to their first step",
+    "waiting": "from the last sign of life of one attempt to the start of the next",
+}
+MAX_SAMPLES = 24
+MAX_SAMPLE_CHARACTERS = 4000
+
+
+# The report's section on expert routing: load over the run, by layer and by source, and how selection
+# biases drift.
+
+
+def expert_section(run: Run) -> Section:
+    """Return the section; without charts for a dense model."""
+    charts = [expert_chart(run.expert_load)] if run.expert_load else []
+    charts += scalar_charts(run, [("max_violation", "MaxVio", "MaxVio of the worst layer over steps.")])
+    if run.routing is not None:
+        charts += [_history_chart(run.routing, *shown)
+                   for shown in SHOWN if run.routing.values[shown[0]].any()]
+    by_source = run.expert_load_by_source
+    if len(by_source) > 1:
+        charts += [expert_chart(load, name) for name, load in by_source.items()]
+    return Section("Expert load", charts=charts, tables=_source_tables(by_source), side_by_side=True,
+                   text="MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
+                        "2408.15664); 0 is perfect balance. What belongs to a source was counted on its "
+                        "held-out documents.")
+
+
+def _history_chart(history: RoutingHistory, name: str, title: str, best: float, caption: str) -> Chart:
+    """Return the heat map layer x step of one figure; in a long run a column is the worst of some records."""
+    every = -(-len(history.steps) // MAX_COLUMNS)
+    worst_is_high = best == 0.0
+    firsts = np.arange(0, len(history.steps), every)
+    values = (np.maximum if worst_is_high else np.minimum).reduceat(history.values[name], firsts, axis=0).T
+    steps = history.steps[firsts]
+    figure = go.Figure(go.Heatmap(
+        z=values.astype(np.float32), x=steps.astype(np.int32), y=[f"{layer}" for layer in history.layers],
+        zmin=0 if worst_is_high else None, zmax=None if worst_is_high else 1, reversescale=not worst_is_high,
+        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar=colour_bar(title),
+        hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
+    figure.update_layout(xaxis={"title": "optimizer step"},
+                         yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
+    notes = [f"Each column is the worst of {every:,} records."] if every > 1 else []
+    return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
+
+
+def _source_tables(loads: dict[str, ExpertLoad]) -> list[Table]:
+    """Return for each source how its tokens spread over experts, and how far that is from the
+    spread of all sources."""
+    common = np.mean([load.load for load in loads.values()], axis=0) if loads else 0
+    own = {name: np.abs(load.load - common).sum(axis=1) / 2 for name, load in loads.items()}
+    return tables(loads, {
+        "source": plain, "MaxVio, worst layer": lambda n: f"{routing.max_violation(loads[n].load).max():.3g}",
+        "entropy, worst layer": lambda n: f"{routing.load_entropy(loads[n].load).min():.3f}",
+        "experts without a token, all layers": lambda n: f"{int(routing.num_dead(loads[n].load).sum()):,}",
+        "tokens that other sources would send elsewhere": lambda n: f"{own[n].mean():.1%}",
+        "most so in layer": lambda n: f"{loads[n].layers[int(own[n].argmax())]}"})
+
+
+# The spectrum of a run's checkpoints in the report: pass@k of each in each domain, and the best ones.
+
+
+def spectrum_section(events: list[dict[str, Any]]) -> Section:
+    """Return the section; without events it has no content, and is left out.
+
+    Args:
+        events: `ssp_probe` events; of one probe's folder the newest counts.
+    """
+    newest = {str(e.get("output")): e for e in events if e.get("table")}.values()
+    return Section("Spectrum of the checkpoints", tables=[t for e in newest for t in _spectrum_tables(e)],
+                   text="pass@k of each checkpoint in each domain, with 95 % intervals over problems; the "
+                        "best single checkpoint of a domain is bold.")
+
+
+def _spectrum_tables(event: dict[str, Any]) -> list[Table]:
+    k, domains = event["k"], event["domains"]
+    found = {(row["checkpoint"], row["domain"]): row for row in event["table"]}
+    best = {(c["checkpoint"], c["domain"]) for c in event["choice"]}
+    sizes = {row["domain"]: row["num_prompts"] for row in event["table"]}
+
+    def cell(checkpoint: str, domain: str) -> str:
+        estimate = next(e for e in found[checkpoint, domain]["pass_at_k"] if e["k"] == k)
+        low, high = map(number, estimate["interval"])
+        text = f"{number(estimate['value']):.1%} ({low:.1%} to {high:.1%})"
+        return Markup("<strong>{}, best</strong>").format(text) if (checkpoint, domain) in best else text
+
+    return [
+        Table([f"pass@{k}, {event.get('reward')}, {event.get('samples')} samples",
+               *(f"{domain} ({int(number(sizes[domain])):,} problems)" for domain in domains)],
+              [[f"{c['name']} (merged)" if c["is_merged"] else c["name"],
+                *(cell(c["name"], domain) for domain in domains)] for c in event["checkpoints"]]),
+        Table(["domain", "best checkpoint", f"pass@{k}", "not told from it by these problems"],
+              [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
+                ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]]),
+        *tables(event.get("merged") or [], {
+            "merged checkpoint": of_field("checkpoint"), "domain": of_field("domain"),
+            "against its expert": of_field("expert"), "figure": lambda g: f"pass@{g['k']}",
+            "gain": of_field("gain", "+.1%"), "95 % interval": lambda g: " to ".join(
+                f"{number(end):+.1%}" for end in g["interval"][:2])})]
+
+
+# The report's section on what went wrong, and what the run did about it.
+
+
+def incident_section(run: Run) -> Section:
+    """Return the section; without tables where nothing happened."""
+    return Section("Warnings, guards and faults",
+                   tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
+
+
+def _warning_tables(run: Run) -> list[Table]:
+    """Return what the run warned of, and the stretches of steps that it passed over as the settings asked."""
+    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.of("warning")]
+    skipped = np.array(run.skipped_steps, dtype=np.int64)
+    for stretch in np.split(skipped, np.flatnonzero(np.diff(skipped) > 1) + 1) if len(skipped) else []:
+        first, last = int(stretch[0]), int(stretch[-1])
+        steps = f"step {first:,} was" if first == last else f"steps {first:,} to {last:,} were"
+        rows.append((first, f"{steps} passed over: their samples were drawn and not learned"))
+    return [Table(["step", "what"], [[f"{step:,}", text] for step, text in sorted(rows)])] if rows else []
+
+
+def _incident_tables(run: Run) -> list[Table]:
+    """Return one row for each incident in the order of time."""
+    rows = [[f"{int(e.get('step') or 0):,}", KINDS[e["event"]], describe(e)]
+            for e in run.incidents[:MAX_ROWS]]
+    if len(run.incidents) > MAX_ROWS:
+        rows.append(["", "", f"… and {len(run.incidents) - MAX_ROWS:,} more in the run's events"])
+    return [Table(["step", "incident", "what the run saw and did"], rows)] if rows else []
+
+
+def _compute_tables(run: Run) -> list[Table]:
+    """Return the computing time of each process, the slowest first, as it was last measured."""
+    measured = run.compute_time or {}
+    median_s = number(measured.get("median_s"))
+    seconds = sorted((measured.get("seconds") or {}).items(), key=lambda item: -number(item[1]))
+    if len(seconds) < 2:
+        return []
+    rows = [[rank, f"{number(s):.4g}", f"{number(s) / median_s:.2f}",
+             "slow" if int(rank) in (measured.get("slow") or []) else ""]
+            for rank, s in seconds[:16]]
+    return [Table([f"process (step {int(measured.get('step') or 0):,})", "seconds of computing in a step",
+                   "of the median process", ""], rows)]
+
+
+# Where a run's wall time went: one bar and its figures.
+
+
+def time_section(time: WallTime | None) -> Section:
+    """Return the section; without a start it has no content, and is left out."""
+    if time is None or time.total_s <= 0:
+        return Section("Where the time went")
+    rows = [[label, duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}", MEANINGS[name]]
+            for name, label in CATEGORIES.items()]
+    return Section("Where the time went", charts=[_bar(time)],
+                   tables=[Table(["", "time", "share", "what it is"], rows)])
+
+
+def _bar(time: WallTime) -> Chart:
+    figure = go.Figure()
+    for i, (name, label) in enumerate(CATEGORIES.items()):
+        share = 100 * time.spent_s[name] / time.total_s
+        figure.add_trace(go.Bar(x=[share], y=[""], orientation="h", name=label, marker={"color": colour(i)},
+                                hovertemplate=f"{label}: {share:.1f} %, "
+                                              f"{duration(time.spent_s[name])}<extra></extra>"))
+    figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
+                         yaxis={"showticklabels": False})
+    caption = (f"Of {duration(time.total_s)} since the first start, "
+               f"{time.goodput:.1%} moved the model forward.")
+    return chart(figure, caption, height_px=240)  # on a phone the legend has three rows
+
+
+# Held-out loss of conversations: their first learned turns beside all later ones, and what is thought
+# beside what is called and answered.
+
+
+def turn_tables(run: Run) -> list[Table]:
+    """Return a table of the sources whose conversations have more than one learned turn, and one of those
+    whose turns are more than answers; of one part alone it would say the same again."""
+    of = {"turns of the conversations": {name: h.turns for name, h in run.heldout.items()},
+          "what a turn says": {name: h.kinds for name, h in run.heldout.items()}}
+    return [table for title, parts in of.items() for table in tables(
+        [(name, part, found) for name, of_source in parts.items() if len(of_source) > 1
+         for part, found in of_source.items()],
+        {"source": lambda row: row[0], title: lambda row: row[1],
+         "tokens": lambda row: f"{row[2].num_tokens:,}",
+         "first loss": lambda row: figure(float(row[2].loss.values[0])),
+         "last loss": lambda row: figure(last_value(row[2].loss))})]
+
+
+# Held-out figures of runs that learn from a teacher or from preferences, before and after.
+
+
+def divergence_section(events: list[dict[str, Any]]) -> Section:
+    """Return the section of `heldout_divergence` events, in the order in which they were written."""
+    return Section("Distance from the teacher", tables=_before_and_after(events, "tokens", {
+        "KL": ("kl", ".4g"), "learned divergence": ("divergence", ".4g")}),
+                   text="On held-out documents, means over the tokens that are learned, in nats: "
+                        "KL(teacher || student), and the divergence that the run learns.")
+
+
+def pair_section(events: list[dict[str, Any]]) -> Section:
+    """Return the section of `heldout_pairs` events, in the order in which they were written; of an older
+    step one may come later, by `megatron-sov eval pairs --run`."""
+    in_order = sorted(events, key=lambda event: number(event.get("step")))
+    return Section("Held-out pairs", tables=_before_and_after(in_order, "pairs", {
+        "ranked right": ("right", ".1%")}),
+                   text="The share of pairs whose chosen answer the model would rather write than the "
+                        "rejected one: greater log-probability per token.")
+
+
+def _before_and_after(events: list[dict[str, Any]], count: str,
+                      figures: Mapping[str, tuple[str, str]]) -> list[Table]:
+    """Return each source's first and last figures: title -> field and format."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        by_source.setdefault(str(event.get("source")), []).append(event)
+
+    def cell(name: str, form: str, at: int) -> Callable[[list[dict[str, Any]]], str]:
+        def text(found: list[dict[str, Any]]) -> str:
+            value = number(found[at].get(name))
+            shown = "–" if math.isnan(value) and form == ".4g" else format(value, form)
+            return f"{shown} (step {number(found[at].get('step')):,.0f})"
+        return text
+
+    return tables(by_source.values(), {
+        "source": lambda found: str(found[0].get("source")),
+        count: lambda found: of_field(count, ",.0f")(found[-1]),
+        **{f"{title} {when}": cell(*of, at) for title, of in figures.items()
+           for when, at in (("before", 0), ("after", -1))}})
+
+
+def key_figures(run: Run) -> list[tuple[str, str, str]]:
+    """Return (label, value, detail) of what a reader asks first; figures that the run lacks are left out."""
+    found = []
+    if run.start("num_params"):
+        active = run.start("num_active_params")
+        found.append(("Parameters", large(run.start("num_params")),
+                      f"{large(active)} active for each token" if active else ""))
+    tokens = last_value(run.curve("tokens"))
+    if math.isfinite(tokens):
+        loss = run.curve("loss")
+        found.append(("Tokens trained", large(tokens), f"{int(loss.steps[-1]):,} steps" if loss else ""))
+    if run.wall_s() > 0:
+        ranks = run.start("num_ranks")
+        found.append(("Wall time", duration(run.wall_s()),
+                      f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
+    if run.wall_time is not None and math.isfinite(run.wall_time.goodput):
+        found.append(("Effective training time", f"{run.wall_time.goodput:.1%}",
+                      "of the time since the first start"))
+    speed = run.curve("tokens_per_s")
+    if speed and len(speed.finite().steps):
+        found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
+    found += _efficiency_figures(run)
+    bits = run.overall_bits_per_byte
+    if bits:
+        best = int(np.argmin(bits.values))
+        found.append(("Best held-out", f"{bits.values[best]:.4f}",
+                      f"bits per byte, step {int(bits.steps[best]):,}"))
+    final = run.curve("loss")
+    if final and math.isfinite(last_value(final)):
+        found.append(("Last training loss", f"{last_value(final):.4f}", "nats per token"))
+    for needle in run.needles[-1:]:
+        if needle.get("cells"):
+            longest = max(int(c["length_tokens"]) for c in needle["cells"])
+            found.append(("Needle score", f"{number(needle.get('score')):.1%}", f"up to {longest:,} tokens"))
+    return found
+
+
+def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
+    """Return what the steps made of their machine."""
+    found = []
+    tflops, mfu = run.curve("tflops_per_process"), run.curve("mfu")
+    if tflops and len(tflops.finite().steps):
+        share = ""
+        if mfu and len(mfu.finite().steps):
+            share = f", {np.median(mfu.finite().values):.1%} of the peak"
+        found.append(("Model TFLOP/s", f"{np.median(tflops.finite().values):.3g}",
+                      f"each process, median over steps{share}"))
+    memory = run.curve("peak_memory_bytes")
+    if memory and math.isfinite(last_value(memory)):
+        found.append(("Peak memory", f"{last_value(memory) / GIB:.2f} GiB", "process 0"))
+    return found
+
+
+def sections(run: Run) -> list[Section]:
+    """Return a run's sections in reading order."""
+    wanted = [
+        Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
+        Section("Meters", charts=meter_charts(run), side_by_side=True,
+                text="What the objective measures beside its loss."),
+        Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run) + turn_tables(run),
+                side_by_side=True),
+        pair_section(run.of("heldout_pairs")),
+        divergence_section(run.of("heldout_divergence")),
+        score_section(run.scores, run.of("eval_contamination")),
+        forgetting_section(run.of("forgetting_gate")),
+        round_section(run.rounds),
+        Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
+                side_by_side=True),
+        Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
+            ("lr", "learning rate", "Learning rate."),
+            ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
+        _plan_section(run),
+        accounts_section(run),
+        expert_section(run),
+        Section("Speed", side_by_side=True, charts=scalar_charts(run, [
+            ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
+            ("step_time_s", "seconds", "Time of one optimizer step."),
+            ("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
+            ("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
+            ("peak_memory_bytes", "bytes", "Most memory that process 0 has had, on its GPU or the host."),
+            ("reserved_memory_bytes", "bytes", "Most memory that process 0's allocator has held."),
+            ("gpu_power_w", "W", "Power of process 0's GPU."),
+            ("gpu_utilization", "share", "Share of time in which process 0's GPU computed something."),
+            ("gpu_temperature_c", "°C", "Temperature of process 0's GPU.")]),
+            tables=_checkpoint_tables(run)),
+        _data_section(run),
+        incident_section(run),
+        Section("Needle in a haystack", side_by_side=True,
+                charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
+                text="Share of questions about hidden facts that the model answers, by the length of the "
+                     "context and their depth in it."),
+        passk_section(run.of("passk")),
+        media_section(run.of("media"), run.of("media_retrieval")),
+        spectrum_section(run.of("ssp_probe")),
+        gate_section(run.gate_checks, run.of("decontamination")),
+        _sample_section(run),
+        Section("Proof of the conversion",
+                tables=[t for c in run.of("conversion") if c.get("checks") for t in _conversion_table(c)],
+                text="The exported model against the trained one."),
+        time_section(run.wall_time),
+        Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
+        Section("Settings", json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
+                text="The resolved settings that the run was started with."),
+        Section("Provenance", tables=_provenance_tables(run.provenance),
+                text="An artifact's manifest holds the hashes of all its files, "
+                     "so its own hash stands for them."),
+    ]
+    return [s for s in wanted if s.charts or s.tables or s.samples or s.json]
+
+
+def _plan_section(run: Run) -> Section:
+    """Return what the settings plan for each step; nothing for settings of another version."""
+    title = "Plan: learning rate, batch size, blends"
+    try:
+        config = from_dict(run.config) if run.config else None
+    except UserError:
+        config = None
+    if config is None or config.problems(run.start("num_ranks") or 1):
+        return Section(title)
+    return Section(title, charts=schedule_charts(config), tables=[schedule_table(config)],
+                   side_by_side=True)
+
+
+def _beside_tables(run: Run) -> list[Table]:
+    return tables([b for b in run.evaluations if b.failure], {
+        "step": lambda b: f"{b.step:,}", "task": lambda b: b.task,
+        "why there is no figure": lambda b: b.failure})
+
+
+def _provenance_tables(provenance: list[Provenance]) -> list[Table]:
+    return tables(provenance, {
+        "": lambda p: p.role, "kind": lambda p: p.kind, "artifact": lambda p: p.path,
+        "SHA-256 of the manifest": lambda p: Markup("<code>{}</code>").format(p.manifest_sha256)})
+
+
+def _phase_tables(run: Run) -> list[Table]:
+    loss, tokens = run.curve("loss"), run.curve("tokens")
+    if not run.phases or loss is None:
+        return []
+    rows = []
+    for phase in run.phases:
+        inside = loss.values[(loss.steps >= phase.first_step) & (loss.steps <= phase.last_step)]
+        if not len(inside):
+            continue
+        before = tokens.values[tokens.steps < phase.first_step] if tokens else np.empty(0)
+        within = tokens.values[tokens.steps <= phase.last_step] if tokens else np.empty(0)
+        consumed = large(within[-1] - (before[-1] if len(before) else 0)) if len(within) else "–"
+        tail = inside[-max(1, len(inside) // 20):]
+        total = sum(phase.blend.values())
+        blend = (", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items())
+                 if total > 0 else "by size")
+        rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}",
+                     _batch_sizes(phase), blend, consumed, figure(float(inside[0])),
+                     figure(float(np.mean(tail)))])
+    head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss",
+            "loss, mean of the last 5 %"]
+    return [Table(head, rows)] if rows else []
+
+
+def _batch_sizes(phase: Phase) -> str:
+    """Return the samples of a step: one number, or first to last of a ramp."""
+    sizes = [f"{n:,}" for n in phase.batch_sizes if n]
+    return "–" if not sizes else sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def _heldout_tables(run: Run) -> list[Table]:
+    def gain(h: Heldout) -> str:
+        bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
+        return f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
+
+    return tables(run.heldout.items(), {
+        "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
+        "first loss": lambda item: figure(float(item[1].loss.values[0])),
+        "last loss": lambda item: figure(last_value(item[1].loss)),
+        "bits per byte": lambda item: figure(last_value(item[1].bits_per_byte)),
+        "bigram's bits per byte": lambda item: figure(number(item[1].baseline_bits_per_byte)),
+        "bits against the bigram": lambda item: gain(item[1])})
+
+
+def _checkpoint_tables(run: Run) -> list[Table]:
+    save_s = [number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
+    if not save_s:
+        return []
+    stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
+    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))),
+           duration(max(save_s)), duration(float(np.mean(stall_s)))]
+    return [Table(["checkpoints", "last at step", "mean time to save", "longest", "mean stall of training"],
+                  [row])]
+
+
+def _data_section(run: Run) -> Section:
+    padding = scalar_charts(run, [("padding_share", "share", "Part of each batch that is padding.")])
+    consumed = run.data_consumed or {}
+    drawn = plan_chart(consumed)
+    if drawn is None:
+        return Section("Data consumed", charts=padding)
+    tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
+    rows = []
+    for name in dict.fromkeys([*plan, *tokens]):
+        got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
+        rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
+                     f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
+    tables = [Table(["source", "tokens consumed", "tokens planned", "difference"], rows)]
+    if over_long := consumed.get("over_long"):
+        fate = {"cut": "cut", "drop": "left out"}.get(str(consumed.get("over_long_are")), "too long")
+        tables.append(Table(["source", f"conversations or pairs longer than a sample, {fate}"],
+                            [[name, f"{number(count):,.0f}"] for name, count in over_long.items()]))
+    return Section("Data consumed", charts=[drawn, *padding], tables=tables)
+
+
+def _sample_section(run: Run) -> Section:
+    shown = [{k: _cut(s.get(k)) for k in ("prompt", "text", "target")} for s in run.samples[:MAX_SAMPLES]]
+    text = ""
+    if shown:
+        left_out = len(run.samples) - len(shown)
+        more = f" {left_out:,} more are in the run's events." if left_out else ""
+        text = f"What the model wrote at step {int(run.samples[0].get('step') or 0):,}, unedited.{more}"
+    return Section("Samples", text=text, samples=shown)
+
+
+def _cut(text: Any) -> str:
+    text = "" if text is None else str(text)
+    left_out = len(text) - MAX_SAMPLE_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out:,} more characters)"
+
+
+def _conversion_table(conversion: dict[str, Any]) -> list[Table]:
+    return tables(conversion["checks"], {
+        f"check of {conversion.get('target') or 'the export'}": of_field("name", none=""),
+        "measured": lambda c: measured(c.get("value")), "limit": lambda c: measured(c.get("limit")),
+        "result": lambda c: VERDICTS[bool(c.get("passed"))]})
+
+
+def measured(value: Any) -> str:
+    """Return what a check measured, or its limit; a dash where it has none."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
+    def origin(attempt: Attempt) -> str:
+        resumed = attempt.start.get("resumed_from")
+        why = f" ({attempt.resume_reason})" if attempt.resume_reason else ""
+        return f"{f'from step {resumed}' if resumed else 'from the beginning'}{why}"
+
+    def processes(attempt: Attempt) -> str:
+        layout = ", ".join(f"{k} {v}" for k, v in (attempt.start.get("layout") or {}).items())
+        return f"{attempt.start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
+
+    return tables(enumerate(attempts, 1), {
+        "": lambda one: str(one[0]),
+        "started": lambda one: time.strftime("%Y-%m-%d %H:%M:%S UTC",
+                                             time.gmtime(number(one[1].start.get("time_s")))),
+        "resumed": lambda one: origin(one[1]), "processes (layout)": lambda one: processes(one[1]),
+        "machine": lambda one: machine(one[1].start.get("machine")),
+        "last step": lambda one: "–" if one[1].last_step is None else f"{one[1].last_step:,}",
+        "time": lambda one: duration(one[1].wall_s()), "outcome": lambda one: one[1].outcome})
+
+
+def machine(value: Any) -> str:
+    """Return the machine of a `run_start` in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value or "–")

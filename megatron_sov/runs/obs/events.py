@@ -1,0 +1,111 @@
+"""Run events: one JSON object per line in `events.jsonl`, appended as things happen.
+
+Every line has `event` and `time_s` (Unix time), usually `step`.  Floats are written by their shortest exact
+form, so they read back to the same bits.  Everything that watches a run (report, status,
+trackers) reads this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.artifacts import disk_errors
+
+EVENTS = "events.jsonl"
+
+
+class EventLog:
+    """Appends events to a run's `events.jsonl`; a null log (path None) drops them.
+
+    Args:
+        path: the file.
+        listener: is told every event that is written, as it stands in the file; must not raise.
+    """
+
+    def __init__(self, path: Path | None, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._file = None
+        self._listener = listener
+        if path is not None:
+            with disk_errors(path):
+                _end_last_line(path)
+                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether events are written, not dropped."""
+        return self._file is not None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event; the line reaches the operating system before this returns.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self._file is not None:
+            record = {"event": event, "time_s": time.time(), **_finite(fields)}
+            with disk_errors(Path(self._file.name)):
+                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._file.flush()
+            if self._listener is not None:
+                self._listener(record)
+
+    def close(self) -> None:
+        """Sync the events to disk and close the file."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with disk_errors(Path(file.name)):
+                os.fsync(file.fileno())
+                file.close()
+
+
+def _finite(value: Any) -> Any:
+    """Spell NaN and infinities as strings: bare `NaN` is not JSON and breaks other readers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _end_last_line(path: Path) -> None:
+    """Close a line that a killed process left unfinished, so that the next event starts on its own line."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as f:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+
+
+def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield a run's events in order; lines that a killed process left unfinished, and those of a step that
+    is no whole number, are passed over; an event may belong to no step."""
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and "event" in record and _is_step(record.get("step")):
+                yield record
+
+
+def _is_step(step: Any) -> bool:
+    """Return whether a step is none, as of an evaluation of a folder, or a number that tables can hold."""
+    return step is None or (isinstance(step, int) and abs(step) < 1 << 63)
+
+
+def final_steps(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
+    """Return the events of one kind by step, ascending; of a step done again after a restart,
+    the last one counts."""
+    by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
+    return [by_step[s] for s in sorted(by_step)]

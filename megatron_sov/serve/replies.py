@@ -1,0 +1,352 @@
+"""Answers as OpenAI's objects: whole, or as the chunks of a stream."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from megatron_sov.base.chat.marks import (
+    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, as_written, plain_form)
+from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
+from megatron_sov.infer.request import STOP, Stop, Written
+from megatron_sov.serve.bodies import Question, Reader
+from megatron_sov.serve.scheduler import Begun
+
+# What a model's turn says, thinks and calls, while it is being written and at its end.
+
+_OTHERS = tuple(mark for family in FAMILIES[1:] for mark in family)
+_UNFINISHED = re.compile(r"(?:<\|start\|>[^<]*)?(?:<\|channel\|>[^<]*(?:<\|constrain\|>\w*)?)?\Z")
+"""The frame of a part that has not begun yet."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn, or as much of it as is sure."""
+
+    thoughts: str
+    """What it thinks before it speaks."""
+    content: str
+    """What it says."""
+    calls: tuple[ToolCall, ...] = ()
+    """What it calls."""
+
+
+def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
+    """Return what a turn that has ended says.
+
+    Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
+    reach to its end.  Where one of its calls is malformed none is told, and the text stays as it was written,
+    for the client to see.
+
+    Args:
+        text: of the turn.
+        in_thoughts: the template has opened thoughts before it.
+        has_tools: whether calls are looked for.
+    """
+    text = plain_form(text, in_thoughts=in_thoughts)
+    thoughts, said = _split(text, in_thoughts)
+    place = said.find(BEGIN_CALL) if has_tools else -1
+    if place < 0:
+        return _turn(thoughts, said)
+    behind = parse_turn(said[place:])
+    calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
+    if not calls or any(isinstance(call, BadCall) for call in behind.calls):
+        return _turn(thoughts, said)
+    more = f"\n{behind.content}" if behind.content else ""
+    return _turn(thoughts, said[:place].rstrip(), calls, more)
+
+
+def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
+    """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
+    it, without calls."""
+    marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
+    sure = _UNFINISHED.sub("", text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)])
+    text = plain_form(sure, in_thoughts=in_thoughts)
+    has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
+    text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]
+    if BEGIN_THOUGHTS.startswith(text.lstrip()):
+        return Turn("", "")
+    thoughts, said = _split(text, in_thoughts)
+    if has_tools:
+        said = said.partition(BEGIN_CALL)[0].rstrip()
+    return _turn(thoughts, said)
+
+
+def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> Turn:
+    return Turn(as_written(thoughts), as_written(said) + more, calls)
+
+
+def _split(text: str, in_thoughts: bool) -> tuple[str, str]:
+    """Return thoughts and what is said behind them."""
+    begun = text.lstrip()
+    if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
+        return "", text
+    # a model may open its thoughts again where the template has done so
+    thoughts, _, said = begun.removeprefix(BEGIN_THOUGHTS).partition(END_THOUGHTS)
+    return thoughts.strip(), said.lstrip()
+
+
+def _begun_turn(text: str, mark: str) -> int:
+    """Return how many characters at the end of a text may begin a mark."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+CUT_CHARACTER = "\ufffd"
+"""What the beginning of a character of several tokens is shown as."""
+DONE = b"data: [DONE]\n\n"
+
+
+# One answer as it grows: its tokens, its text up to what ends it, and how much of the text is sure.
+
+
+class Writing:
+    """An answer that is being written."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...],
+                 end_ids: tuple[int, ...]) -> None:
+        """Begin with nothing.
+
+        Args:
+            decode: from ids to text.
+            stops: strings that end the answer, and do not belong to it.
+            end_ids: tokens that end it.
+        """
+        self._decode, self._ends = decode, end_ids
+        self._stop = Stop(end_ids, stops, decode)
+        self.tokens: list[int] = []
+        """Ids, with the one that ends it."""
+        self.logprobs: list[float] = []
+        """Of each token."""
+        self.prompt: list[Written] = []
+        """Of the prompt's tokens from the second on, where they are asked for: the token and then the most
+        probable ones, with log-probabilities."""
+        self.tops: list[list[tuple[int, float]]] = []
+        """Of each token, where they are asked for: the most probable ones in its place."""
+        self.reason: str | None = None
+        """What has ended it; None: nothing yet."""
+        self._text, self._first, self._shown = "", 0, 0
+
+    def add(self, token: int, logprob: float, reason: str | None, ranked: Sequence[Written] = ()) -> None:
+        """Take the next token; what comes behind the end is passed over.
+
+        Args:
+            token: its id.
+            logprob: its log-probability.
+            reason: why the model goes on no further; None: it does.
+            ranked: see `News`.
+        """
+        if self.reason is not None:
+            return
+        self.tokens.append(token)
+        if ranked:
+            self.prompt += ranked[:-1]
+            self.tops.append(top_of(ranked[-1]))
+            logprob = ranked[-1][1][0]  # to the last bit what stands among the most probable ones
+        self.logprobs.append(logprob)
+        self.reason = STOP if self._stop.ends(self.tokens) else reason
+
+    def text(self) -> str:
+        """Return the text of all tokens, up to the string that ends it."""
+        return self._stop.cut_text(self._decode(self.tokens))
+
+    def sure_text(self) -> str:
+        """Return the beginning of the text that what comes will not change, while it is being written.
+
+        Tokens are decoded together with those before them that have been shown, from the last place where
+        that was whole, so that each is read a few times and not with all that went before.
+        """
+        before = self._decode(self.tokens[self._first:self._shown])
+        behind = self._decode(self.tokens[self._first:])
+        if len(behind) > len(before) and not behind.endswith(CUT_CHARACTER):
+            self._text += behind[len(before):]
+            self._first, self._shown = self._shown, len(self.tokens)
+        held = max((_begun(self._text, stop) for stop in self._stop.texts), default=0)
+        return self._stop.cut_text(self._text[:len(self._text) - held])
+
+
+def top_of(ranked: Written) -> list[tuple[int, float]]:
+    """Return the most probable tokens of a place, with their log-probabilities."""
+    tokens, logprobs = ranked
+    return list(zip(tokens[1:], logprobs[1:], strict=True))
+
+
+def _begun(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text may begin a stop string."""
+    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """Return an event of a stream."""
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+class Reply:
+    """What is said to one request.
+
+    Args:
+        question: the request.
+        begun: how many tokens its prompts have.
+        reader: of the model.
+        model: its name.
+    """
+
+    def __init__(self, question: Question, begun: Begun, reader: Reader, model: str) -> None:
+        self._question, self._begun, self._reader = question, begun, reader
+        chat = question.is_chat
+        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+                      "object": "chat.completion" if chat else "text_completion",
+                      "created": int(time.time()), "model": model}
+        self.writings = [Writing(reader.decoder(question), reader.stops(question), begun.end_ids)
+                         for _ in range(question.num_sequences)]
+        """The answers, prompt by prompt."""
+        self._told = [Turn("", "") for _ in self.writings]
+        self._num_told = [0] * len(self.writings)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all answers have ended."""
+        return all(writing.reason is not None for writing in self.writings)
+
+    def whole(self) -> dict[str, Any]:
+        """Return the object of all answers, which have ended."""
+        return self._head | {"choices": [self._choice(i) for i in range(len(self.writings))],
+                             "usage": self.usage()}
+
+    def usage(self) -> dict[str, int]:
+        """Return how many tokens were read and written."""
+        read = sum(self._begun.prompt_tokens)
+        written = sum(len(writing.tokens) for writing in self.writings)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        writing = self.writings[index]
+        logprobs = self._logprobs(writing, 0)
+        if not self._question.is_chat:
+            return {"index": index, "text": self._echo(index) + writing.text(), "logprobs": logprobs,
+                    "finish_reason": writing.reason}
+        turn = self._turn(writing)
+        message: dict[str, Any] = {"role": "assistant", "content": turn.content, "refusal": None}
+        if turn.thoughts:
+            message["reasoning_content"] = turn.thoughts
+        if turn.calls:
+            message |= {"content": turn.content or None, "tool_calls": _calls(turn.calls)}
+        return {"index": index, "message": message, "logprobs": logprobs,
+                "finish_reason": "tool_calls" if turn.calls else writing.reason}
+
+    def _turn(self, writing: Writing) -> Turn:
+        if writing.reason is None:
+            return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.has_tools)
+        return whole_turn(writing.text(), self._begun.in_thoughts, self._question.has_tools)
+
+    # streams
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks that a stream begins with."""
+        if not self._question.is_chat:
+            return []
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.writings))]
+
+    def news(self, index: int) -> list[dict[str, Any]]:
+        """Return the chunks of what is new in an answer."""
+        writing = self.writings[index]
+        if self._question.is_chat:
+            return self._chat_news(index, writing)
+        text = writing.sure_text() if writing.reason is None else writing.text()
+        new = text[len(self._told[index].content):]
+        if not new and writing.reason is None:
+            return []
+        self._told[index] = Turn("", text)
+        return [self._chunk(index, {"text": new}, writing.reason, self._new_logprobs(index, writing))]
+
+    def _chat_news(self, index: int, writing: Writing) -> list[dict[str, Any]]:
+        turn, told = self._turn(writing), self._told[index]
+        delta: dict[str, Any] = {}
+        if thoughts := turn.thoughts[len(told.thoughts):]:
+            delta["reasoning_content"] = thoughts
+        if content := turn.content[len(told.content):]:
+            delta["content"] = content
+        if turn.calls:
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(_calls(turn.calls))]
+        self._told[index] = turn
+        chunks = []
+        if delta:
+            chunks.append(self._chunk(index, delta, None, self._new_logprobs(index, writing)))
+        if writing.reason is not None:
+            reason = "tool_calls" if turn.calls else writing.reason
+            chunks.append(self._chunk(index, {}, reason, self._new_logprobs(index, writing)))
+        return chunks
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Return the chunks that a stream ends with."""
+        if not self._question.tells_usage:
+            return []
+        return [self._chunk_head() | {"choices": [], "usage": self.usage()}]
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head | ({"object": "chat.completion.chunk"} if self._question.is_chat else {})
+
+    def _chunk(self, index: int, said: dict[str, Any], reason: str | None = None,
+               logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        choice = {"delta": said} if self._question.is_chat else said
+        return self._chunk_head() | {"choices": [
+            {"index": index, **choice, "logprobs": logprobs, "finish_reason": reason}]}
+
+    # log-probabilities
+
+    def _new_logprobs(self, index: int, writing: Writing) -> dict[str, Any] | None:
+        first, self._num_told[index] = self._num_told[index], len(writing.tokens)
+        return self._logprobs(writing, first)
+
+    def _logprobs(self, writing: Writing, first: int) -> dict[str, Any] | None:
+        if not self._question.with_logprobs:
+            return None
+        places = list(zip(writing.tokens[first:], writing.logprobs[first:],
+                          writing.tops[first:] or [[]] * (len(writing.tokens) - first), strict=True))
+        if self._question.is_chat:
+            return {"content": [self._of_chat(token, logprob) | {
+                "top_logprobs": [self._of_chat(*one) for one in top]} for token, logprob, top in places],
+                "refusal": None}
+        before = [(tokens[0], logprobs[0], top_of((tokens, logprobs))) for tokens, logprobs in writing.prompt]
+        found = self._of_completion([*before, *places])
+        if self._question.echoes:  # nothing stands before the first
+            prompt = self._begun.echoed[self.writings.index(writing) // self._question.num_choices]
+            found["tokens"].insert(0, self._reader.piece(prompt[0]))
+            for values in (found["token_logprobs"], found["top_logprobs"] or []):
+                values.insert(0, None)
+        return found
+
+    def _of_chat(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._reader.piece(token), "logprob": logprob, "bytes": None}
+
+    def _of_completion(self, places: Sequence[tuple[int, float, Sequence[tuple[int, float]]]]
+                       ) -> dict[str, Any]:
+        """Return what is told of tokens, of each with its most probable ones; among these it stands itself,
+        and of two that read the same the more probable one."""
+        piece = self._reader.piece
+        tops = [{piece(one): value for one, value in sorted([(token, logprob), *top], key=itemgetter(1))}
+                for token, logprob, top in places] if self._question.num_top else None
+        return {"tokens": [piece(token) for token, _, _ in places],
+                "token_logprobs": [logprob for _, logprob, _ in places], "top_logprobs": tops,
+                "text_offset": None}
+
+    def _echo(self, index: int) -> str:
+        """Return what stands before an answer."""
+        if not self._question.echoes:
+            return ""
+        number = index // self._question.num_choices
+        prompt = self._question.prompts[number]
+        if isinstance(prompt, str):
+            return prompt
+        return self._reader.decoder(self._question)(list(self._begun.echoed[number]))
+
+
+def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    return [{"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+             "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
+            for call in calls]

@@ -1,0 +1,281 @@
+"""Requests of all clients, and the one thread that has the model answer them together."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from megatron_sov.infer.engines.live import Joining, News, Orders
+from megatron_sov.infer.request import Written
+from megatron_sov.serve.bodies import Question, Read, Reader, Refused
+
+# Where requests wait, between the thread of the server and the one that the model runs on.
+
+RETRY_S = 5
+"""After which a client that was turned away may come back."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A request's prompts have been read as tokens."""
+
+    prompt_tokens: tuple[int, ...]
+    """Of each prompt."""
+    in_thoughts: bool
+    """Whether the template has opened the thoughts that the answer begins with."""
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+    echoed: tuple[tuple[int, ...], ...] = ()
+    """Ids of each prompt, where answers begin with it."""
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """A token of an answer."""
+
+    sequence: int
+    """Place of the answer in its request: that of its prompt times the choices, and of its choice."""
+    token: int
+    """Its id."""
+    logprob: float
+    """Its log-probability."""
+    reason: str | None
+    """Why the answer ends with it; None: it goes on."""
+    ranked: tuple[Written, ...] = ()
+    """What is asked of probable tokens, see `News`."""
+
+
+Event = Begun | Wrote | Refused
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that waits or is answered."""
+
+    question: Question
+    """What is asked."""
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    """What comes of it, for the server's thread."""
+    has_left: bool = False
+    """Whether nobody waits for it any more."""
+
+
+class Desk:
+    """Takes requests in on the server's thread and hands them to the model's.
+
+    Args:
+        max_waiting: answers that may wait for the model.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = threading.Condition()
+        self._tickets = deque[Ticket]()
+        self._left: list[tuple[Ticket, int]] = []
+        self._closed: str | None = None
+        self.num_waiting = 0
+        """Answers that the model has not begun."""
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tell on which loop the server runs, before the first request."""
+        self._loop = loop
+
+    # on the server's thread
+
+    @property
+    def closed(self) -> str | None:
+        """Why nothing is taken in; None: something is."""
+        return self._closed
+
+    def submit(self, question: Question) -> Ticket:
+        """Take a request in.
+
+        Raises:
+            Refused: too many wait, or the server is about to end.
+        """
+        with self._changed:
+            if self._closed is not None:
+                raise Refused(503, self._closed)
+            if question.num_sequences > self._max_waiting:
+                raise Refused(400, f"{question.num_sequences} answers are asked for, and at most "
+                                   f"{self._max_waiting} may wait here; send fewer at a time", "n")
+            if self.num_waiting + question.num_sequences > self._max_waiting:
+                raise Refused(429, f"{self.num_waiting} answers wait already, of at most "
+                                   f"{self._max_waiting}; try again in {RETRY_S} s")
+            ticket = Ticket(question)
+            self._tickets.append(ticket)
+            self.num_waiting += question.num_sequences
+            self._changed.notify()
+        return ticket
+
+    def leave(self, ticket: Ticket, sequence: int | None = None) -> None:
+        """Say that nobody waits for a request any more, or for one of its answers."""
+        with self._changed:
+            if sequence is None:
+                ticket.has_left = True
+            places = range(ticket.question.num_sequences) if sequence is None else [sequence]
+            self._left += [(ticket, place) for place in places]
+            self._changed.notify()
+
+    # on the model's thread
+
+    def next(self, wait_s: float = 0.0) -> Ticket | None:
+        """Return the request that waits longest, if any; waits for one for so long, or until one leaves."""
+        with self._changed:
+            if not self._tickets and wait_s:
+                self._changed.wait(wait_s)
+            while self._tickets:
+                ticket = self._tickets.popleft()
+                if not ticket.has_left:
+                    return ticket
+                self.num_waiting -= ticket.question.num_sequences
+        return None
+
+    def began(self, num_sequences: int) -> None:
+        """Take note that answers no longer wait."""
+        with self._changed:
+            self.num_waiting -= num_sequences
+
+    def taken_back(self) -> list[tuple[Ticket, int]]:
+        """Return the answers for which nobody waits any more, each once."""
+        with self._changed:
+            left, self._left = self._left, []
+        return left
+
+    def close(self, why: str) -> None:
+        """Take nothing in any more; what waits is still answered."""
+        with self._changed:
+            self._closed = why
+
+    def tell(self, told: Sequence[tuple[Ticket, Event]]) -> None:
+        """Hand over what has come of requests."""
+        if self._loop is None:
+            raise RuntimeError("a desk that is not open has no requests")
+        self._loop.call_soon_threadsafe(_deliver, told)
+
+
+def _deliver(told: Sequence[tuple[Ticket, Event]]) -> None:
+    for ticket, event in told:
+        ticket.events.put_nowait(event)
+
+
+# Between the desk and the model: reads questions as tokens, has them join what is under way, tells what was
+# written.
+
+WAIT_S = 0.5
+"""For which the model's thread waits for a request before it looks at other things."""
+DRAIN_S = 120.0
+"""After a wish to stop, for which answers are written on."""
+CLOSING = "the server is about to end; ask another one, or this one when it is back"
+
+
+class Clerk:
+    """An office of `continue_live`, on the first process's main thread.
+
+    Args:
+        desk: where requests wait.
+        reader: of the model.
+        wants_stop: says why to stop in good order; None: go on.
+        must_stop: whether to stop at once.
+    """
+
+    def __init__(self, desk: Desk, reader: Reader, wants_stop: Callable[[], str | None],
+                 must_stop: Callable[[], bool]) -> None:
+        self._desk, self._reader = desk, reader
+        self._wants_stop, self._must_stop = wants_stop, must_stop
+        self._ready = deque[Joining]()
+        self._under_way: dict[int, tuple[Ticket, int]] = {}
+        self._next_number = 0
+        self._deadline_s = float("inf")
+
+    def orders(self, num_free: int, is_idle: bool) -> Orders:
+        """Return who joins and who leaves, see `Office`."""
+        leaving = self._leaving()
+        if self._desk.closed is None and self._wants_stop() is not None:
+            self._desk.close(CLOSING)
+            self._deadline_s = time.monotonic() + DRAIN_S
+        joining: list[Joining] = []
+        wait_s = WAIT_S if is_idle and self._desk.closed is None else 0.0
+        while len(joining) < num_free:
+            if not self._ready and not self._read_next(wait_s if not joining else 0.0):
+                break
+            if self._ready:
+                joining.append(self._ready.popleft())
+                self._desk.began(1)
+        idle = is_idle and not joining
+        ends = self._must_stop() or (self._desk.closed is not None
+                                     and (idle or time.monotonic() > self._deadline_s))
+        if ends:
+            self._give_up()
+            return Orders(ends=True)
+        return Orders(joining, leaving)
+
+    def tell(self, news: Sequence[News]) -> None:
+        """Tell clients what a row has brought, see `Office`."""
+        told: list[tuple[Ticket, Event]] = []
+        for one in news:
+            ticket, sequence = self._under_way[one.number]
+            told.append((ticket, Wrote(sequence, one.token, one.logprob, one.reason, one.ranked)))
+            if one.reason is not None:
+                del self._under_way[one.number]
+        self._desk.tell(told)
+
+    def _read_next(self, wait_s: float) -> bool:
+        """Read the request that waits longest as tokens; returns whether there was one."""
+        ticket = self._desk.next(wait_s)
+        if ticket is None:
+            return False
+        question = ticket.question
+        try:
+            read = self._read(ticket)
+        except Refused as e:
+            self._desk.began(question.num_sequences)
+            self._desk.tell([(ticket, e)])
+            return True
+        self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids,
+                                         tuple(map(tuple, read.prompts)) if question.echoes else ()))])
+        for place in range(question.num_sequences):
+            prompt, choice = divmod(place, question.num_choices)
+            sampling = replace(question.sampling, max_new_tokens=read.limits[prompt])
+            self._ready.append(Joining(self._next_number, read.prompts[prompt], sampling, choice,
+                                       read.end_ids, question.tells))
+            self._under_way[self._next_number] = (ticket, place)
+            self._next_number += 1
+        return True
+
+    def _read(self, ticket: Ticket) -> Read:
+        try:
+            return self._reader.read(ticket.question)
+        except Refused:
+            raise
+        except Exception:  # of one request, for which the others must not be left
+            traceback.print_exc()
+            raise Refused(500, "the prompt cannot be read, by a defect; the server's own output says which"
+                          ) from None
+
+    def _leaving(self) -> list[int]:
+        """Return the sequences under way for which nobody waits; those that have not begun are forgotten."""
+        left = set(self._desk.taken_back())
+        if not left:
+            return []
+        numbers = {number for number, asked in self._under_way.items() if asked in left}
+        waiting = {joining.number for joining in self._ready} & numbers
+        self._ready = deque(joining for joining in self._ready if joining.number not in waiting)
+        self._desk.began(len(waiting))
+        for number in numbers:
+            del self._under_way[number]
+        return sorted(numbers - waiting)
+
+    def _give_up(self) -> None:
+        """Tell those who still wait that nothing more comes."""
+        self._desk.close(CLOSING)
+        tickets = {ticket for ticket, _ in self._under_way.values()}
+        while (ticket := self._desk.next()) is not None:
+            tickets.add(ticket)
+        self._desk.tell([(ticket, Refused(503, CLOSING)) for ticket in tickets])

@@ -1,0 +1,1 @@
+"""One stage of training from its settings to its end: begun, planned, restored, judged."""

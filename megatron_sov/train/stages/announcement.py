@@ -1,0 +1,104 @@
+"""What a run says to the one who started it: before the first step what is about to happen, and behind the
+last one what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_sov.engine.data.ledger import LedgerEntry
+from megatron_sov.engine.data.over_long import over_long
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families.count import num_params
+from megatron_sov.plan.footprint.memory import Account, account
+from megatron_sov.train.restoring import TrainState
+from megatron_sov.train.stages.evaluate import HeldoutLoss
+from megatron_sov.work.clusters.units import GIB
+
+CHATTING = ("sft", "preference", "policy")
+"""Objectives that train on chats, mostly: what they make is asked in that form."""
+SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
+           sources: Sequence[Source], memory: Account) -> str:
+    """Return what a run is about to do, a few lines.
+
+    Args:
+        config: its settings.
+        num_ranks: processes.
+        run: its folder.
+        steps: those to come, 0-based.
+        entries: the ledger over the whole run.
+        sources: what is read.
+        memory: of this process.
+    """
+    count, p, rollout = num_params(config.model), config.parallel, config.rollout
+    dp_size = num_ranks // (p.tp * p.pp * p.cp)
+    planned = planned_tokens(entries, steps)
+    states = _gib(memory.states)
+    activations = f", {_gib(memory.total)} with activations" if config.train.recompute else ""
+    if memory.on_host:
+        activations += f", {_gib(memory.on_host)} of the host's memory"
+    layout = ", ".join(f"{name} {size}" for name, size in (
+        ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
+    tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
+    read = ", ".join(
+        f"{name} {short(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
+        for name, n in planned.items() if n)
+    length = f", {short(sum(planned.values()))} tokens"
+    if rollout.rounds:  # how long responses are, and how often text is drawn, nobody knows yet
+        length, read = "", (f"{rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
+                            f"{rollout.samples_per_prompt:,} responses")
+    fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
+    too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
+                       f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
+    return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active)"
+            f"{f', {short(count.encoders)} of encoders' if count.encoders else ''}, steps "
+            f"{steps.start + 1} to {steps.stop}{length}\n"
+            f"  processes  {num_ranks}{f': {layout}' if layout else ''}; {config.train.precision}, "
+            f"{states} of weights, gradients and optimizer each{activations}\n"
+            f"  data       {read}{too_long}\n"
+            f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps"
+            + (" and behind each round" if rollout.rounds else ""))
+
+
+def _gib(num_bytes: int) -> str:
+    gib = num_bytes / GIB
+    return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
+
+
+def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:
+    """Return the tokens of each source that the ledger asks for in some steps (0-based)."""
+    planned: dict[str, float] = {}
+    ends = [*(e.first_step for e in entries[1:]), steps.stop]
+    for entry, end in zip(entries, ends, strict=True):
+        count = max(0, min(end, steps.stop) - max(entry.first_step, steps.start))
+        for name, weight in entry.weights.items():
+            planned[name] = planned.get(name, 0.0) + count * entry.global_batch_size * entry.seq_len * weight
+    return planned
+
+
+def memory_of(config: RunConfig, num_ranks: int) -> Account:
+    """Return the account of a process of the first pipeline stage, at the longest samples."""
+    return account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
+
+
+def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
+            heldout: Mapping[str, HeldoutLoss], objective: str) -> str:
+    """Return what came of a complete run, and what to type next; `objective`: by which it was trained."""
+    chat = " --chat" if objective in CHATTING else ""
+    minutes, seconds = divmod(round(wall_s), 60)
+    losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items())
+    return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
+            + (f"; held-out loss{losses[1:]}" if losses else "")
+            + f"\n  checkpoint  {checkpoint}\n"
+            f"  next        megatron-sov report {run} | megatron-sov generate {run}{chat} --prompt TEXT | "
+            f"megatron-sov convert to-hf {run} HF_DIR")
+
+
+def short(number: float) -> str:
+    """Return a number with three digits and a letter for its thousands."""
+    scaled = (f"{number / scale:.3g} {letter}" for scale, letter in SCALES if number >= scale)
+    return next(scaled, f"{number:.3g}")

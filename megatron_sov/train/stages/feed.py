@@ -1,0 +1,44 @@
+"""What brings data that come while the run goes on: the loop asks it before every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_sov.train.checkpointer import Checkpointer
+from megatron_sov.train.objectives.data_batches import DataBatches
+from megatron_sov.train.stages.gate import GateView
+
+
+class FeedView(GateView, Protocol):
+    """What a feed sees of the run that it feeds."""
+
+    @property
+    def batches(self) -> DataBatches:
+        """Those of the data order."""
+        ...
+
+    @property
+    def checkpointer(self) -> Checkpointer:
+        """The run's checkpoints: the data may wait for one that is still being written."""
+        ...
+
+
+class Feed(Protocol):
+    """Makes the data of a step available."""
+
+    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """See to it that the next step's data are there; called by all processes together, with no step
+        watched and everything saved that was to be saved.
+
+        Args:
+            view: the run.
+            asked_to_stop: whether this process was asked to stop.
+
+        Returns:
+            None: they are there; else why the run has to end until they are.
+
+        Raises:
+            UserError: they cannot be used.
+        """
+        ...

@@ -1,0 +1,424 @@
+"""Runs one training stage: checks all that can be checked cheaply, starts the ranks, says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.base.warning import warn
+from megatron_sov.engine.data import over_long
+from megatron_sov.engine.data.columns import refuse_without_columns
+from megatron_sov.engine.data.ledger import LedgerEntry, plan
+from megatron_sov.engine.data.model_fit import refuse_unreadable
+from megatron_sov.engine.data.token_shards import Source, open_sources, tokenizer_folder
+from megatron_sov.engine.data.views import with_views
+from megatron_sov.engine.data.vocabulary import read_vocabulary, refuse_other_tokens
+from megatron_sov.engine.mcore.model import gpu_settings, specs
+from megatron_sov.engine.mcore.model.gpu_settings import refuse_without_chip
+from megatron_sov.engine.mcore.parallel import device, launcher, world
+from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.model import families as models
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.schedules import changed_schedule
+from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
+from megatron_sov.runs.lock import RunLock
+from megatron_sov.runs.nvidia_smi import visible_gpus
+from megatron_sov.runs.obs.events import EVENTS
+from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
+from megatron_sov.train.loop import train
+from megatron_sov.train.objectives.objective import columns_of, formats_of
+from megatron_sov.train.restoring import newest_sound, refuse_other_base
+from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
+from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.stages.announcement import banner, memory_of, summary
+from megatron_sov.train.stages.feed import Feed
+from megatron_sov.train.stages.gate import EndGate, Gate, GateView, conclude
+from megatron_sov.train.stages.stage_config import converted, tokenizer_of, will_convert
+from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.trainer import ObjectiveFactory, Trainer
+from megatron_sov.work.clusters.chips import Gpu
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage, ready to run."""
+
+    config: RunConfig
+    """Resolved settings."""
+    folder: RunFolder
+    """Where the run lives."""
+    objective: ObjectiveFactory
+    """What is learned."""
+    start_from: Path | None = None
+    """Checkpoint whose weights the run starts from, or, in a dry run, the Hugging Face folder that would
+    become one; None: initial weights."""
+    resume: bool = False
+    """Continue a run that is already in the folder."""
+    sources: tuple[Source, ...] | None = None
+    """Those of `config.data.paths`, where they are open already; None: they are opened here."""
+    extra_sources: tuple[Source, ...] = ()
+    """Sources made on the fly, beside those of `config.data.paths`."""
+    before: Callable[[GateView], None] | None = None
+    """Called on every rank before the first step of a new run."""
+    after: Callable[[GateView], dict[str, Any]] | None = None
+    """Called on every rank after the last step; what it returns joins the completion manifest."""
+    gate: Gate | None = None
+    """What must pass for the stage to be complete."""
+    end_gate: EndGate | None = None
+    """What judges the last checkpoint; the stage is complete when it has passed."""
+    feed: Feed | None = None
+    """What brings data that are not there yet when the run begins."""
+    faults: tuple[Fault, ...] = ()
+    """Faults that are to come on purpose."""
+    dry_run: bool = False
+    """Whether it is checked and told of, and not run."""
+
+
+def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
+    """Run a stage to its end.
+
+    Args:
+        stage: what to run.
+        nproc: local processes.
+        began_s: Unix time at which the work on it began; None: now.
+
+    Returns:
+        Whether it is complete, or a dry run; False only under a launcher, whose ranks leave in peace however
+        a run ended.
+
+    Raises:
+        UserError: settings, data or folder do not allow it; nothing was changed.
+        StopRequested: it was asked to stop, and everything is saved.
+        GateFailed: its gate has not passed within its steps, and everything is saved.
+    """
+    begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
+    stage.config.check(num_ranks(nproc))
+    models.get(stage.config.model.family).check(stage.config.model)
+    # torchrun starts the same command again
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    begin.goes_on = begin.goes_on or restarted
+    stage.folder.enter(stage.config, begin.goes_on)
+    completion = stage.folder.completion()
+    if completion is not None:
+        return _is_complete(stage, completion)
+    if on_gpu() and not under_launcher():
+        for gpu in visible_gpus()[:num_ranks(nproc)]:
+            refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
+    data = _open_data(stage)
+    _check_start(stage, data)
+    if stage.dry_run:
+        _tell(stage, data, num_ranks(nproc))
+        return True
+    return _run_ranks(stage, data, begin, nproc)
+
+
+def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
+    """Start the processes of a stage and wait for their end; returns and raises what `run_stage` does."""
+    stage.folder.forget_failure()
+    if stage.end_gate is not None:
+        stage.end_gate.begin()
+    restarts = launcher.Restarts(stage.config.train.max_restarts,
+                              lambda: checkpoints.latest(stage.folder.checkpoints),
+                              partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
+    code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
+    if code != 0:
+        if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
+            stage.folder.remove_unstarted()
+        raise SystemExit(code)  # the rank that failed has said why
+    conclude(stage.folder, stage.end_gate)
+    if stage.folder.completion() is not None:
+        for fault in not_come(stage.faults, stage.folder.path):
+            warn(f"--inject {fault.name}: never came")
+        _finish_side_jobs(stage)
+        return True
+    failure = stage.folder.failure()
+    if under_launcher():
+        if failure is not None and is_first():
+            print(f"gate: {stage.folder.path}: {failure}", file=sys.stderr, flush=True)
+        return False
+    if failure is not None:
+        raise GateFailed(f"{stage.folder.path}: {failure}")
+    raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+
+
+def _is_complete(stage: Stage, completion: dict[str, Any]) -> bool:
+    if is_first():
+        print(f"{stage.folder.path}: is complete at step {completion['step']}")
+        if stage.end_gate is not None and stage.end_gate.name not in completion:
+            warn(f"{stage.folder.path}: was complete before a gate was asked for, and is not judged")
+    if not stage.dry_run:
+        _finish_side_jobs(stage)
+    return True
+
+
+def _tell(stage: Stage, data: _Data, count: int) -> None:
+    """Print what `count` processes would do."""
+    if not is_first():
+        return
+    newest = checkpoints.latest(stage.folder.checkpoints)
+    steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
+    start = newest or stage.start_from
+    print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
+                 memory_of(stage.config, count)))
+    print(f"  start      {start or f'initial weights, train.seed = {stage.config.train.seed}'}")
+    if stage.start_from is not None and will_convert(stage.start_from, stage.folder.path):
+        print(f"  converts   {stage.start_from} into {converted(stage.folder.path)} first")
+    print("dry run: nothing was written, and nothing ran")
+
+
+def _check_start(stage: Stage, data: _Data) -> None:
+    """Raise `UserError` where a run cannot start from what it is to start from."""
+    if (start := checkpoints.latest(stage.folder.checkpoints) or stage.start_from) is not None:
+        refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
+    elif stage.config.lora.on:
+        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
+                        "exists; name it by --from")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the ranks read, opened and planned before they start: those that are forked inherit it."""
+
+    sources: list[Source]
+    """All sources, views and those made on the fly included."""
+    planned: list[LedgerEntry]
+    """The ledger that the settings ask for."""
+
+
+def _open_data(stage: Stage) -> _Data:
+    packed = stage.sources
+    if packed is None:
+        packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size,
+                                    formats_of(stage.objective)))
+    refuse_unjudged(stage.config, packed)
+    chats = [s.name for s in packed if s.is_chat]
+    if chats and stage.config.objective.name == "lm" and is_first():
+        warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "
+             "`megatron-sov sft` is made for them")
+    tokenizer = tokenizer_folder(list(packed))
+    if tokenizer is not None:
+        read_vocabulary(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
+    for source in packed:
+        if source.num_tokens.get("heldout"):
+            source.shard("heldout")
+    sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
+    refuse_without_columns(sources, columns_of(stage.objective))
+    refuse_unreadable(sources, stage.config.model)
+    planned = plan(stage.config, sources)
+    if stage.config.data.over_long == "refuse":
+        over_long.refuse(over_long.over_long(sources, planned))
+    elif stage.config.data.over_long == "cut":
+        over_long.refuse_halves(over_long.over_long([s for s in sources if s.group > 1], planned))
+    return _Data(sources, planned)
+
+
+def _finish_side_jobs(stage: Stage) -> None:
+    """Make the exports that a complete run has begun, and judge them; no rank waits in a
+    collective any more."""
+    if is_first():
+        SideJobs(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
+
+
+@dataclass
+class _Begin:
+    """The beginning of the work of the ranks that are started next."""
+
+    time_s: float
+    """Unix time."""
+    goes_on: bool
+    """Whether the folder may hold the run already."""
+    restarts: list[dict[str, Any]] = field(default_factory=list)
+    """Events of those that came before the folder held the run; whoever opens its records writes them."""
+    shared: int = field(default_factory=lambda: _byte_for_ranks())
+    """File descriptor of `declared`; -1: forked ranks alone share it."""
+    declared: mmap.mmap = field(init=False)
+    """One byte that the ranks share with this process: 1 once the folder holds this run."""
+
+    def __post_init__(self) -> None:
+        self.declared = mmap.mmap(self.shared, 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Begin, (self.time_s, self.goes_on, self.restarts, self.shared)
+
+
+def _byte_for_ranks() -> int:
+    """Return a file of one byte in memory, which new processes inherit; -1 where the system has none."""
+    if not hasattr(os, "memfd_create"):
+        return -1
+    file = os.memfd_create("declared", 0)
+    os.truncate(file, 1)
+    return file
+
+
+def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
+    """Say that the processes are started again; they hold no records at that moment."""
+    begin.time_s, begin.goes_on = time.time(), True
+    newest = checkpoints.latest(folder.checkpoints)
+    text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
+    warn(text)
+    event = {"step": checkpoints.step_of(newest) if newest else 0, "exit_code": code, "text": text}
+    if not (folder.path / EVENTS).is_file():  # it ended before the run had begun
+        begin.restarts.append(event)
+        return
+    begin.restarts.clear()
+    RunEvents(folder.path).add("restart", **event)
+
+
+def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
+    """Say that the processes are not started again."""
+    limit, newest = stage.config.train.max_restarts, checkpoints.latest(stage.folder.checkpoints)
+    text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
+            if limit else "lets no process start again") + "; find the cause above, and go on with --resume")
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if (stage.folder.path / EVENTS).is_file():
+        RunEvents(stage.folder.path).add(
+            "failure", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+
+
+def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
+    stop = StopFlag()
+    if stage.config.train.deterministic:
+        device.switch_on()
+    latest = checkpoints.latest(stage.folder.checkpoints)
+    faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
+    faults.trigger("start", checkpoints.step_of(latest) if latest else 0)
+    place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
+    lock = RunLock(stage.folder.path) if place.is_main else None
+    trainer: Trainer | None = None
+    try:
+        te = specs.uses_transformer_engine(specs.PRECISION[stage.config.train.precision])
+        on_main(place, lambda: gpu_settings.refuse(stage.config, te))
+        on_main(place, lambda: refuse_without_chip(stage.config.train, te))
+        on_main(place, lambda: _lock(stage, lock, begin))
+        newest = _own_checkpoint(stage, place)
+        trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
+                          stage.faults, begin.time_s, data.planned,
+                          initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
+        resumed = _restore(stage, trainer, newest)
+        on_main(place, lambda: _open(stage, trainer, begin))
+        if stage.before is not None and not resumed:
+            stage.before(trainer)
+        if stage.gate is not None and not resumed:
+            stage.gate.begin(trainer)
+        if train(trainer, stop):
+            _finish(stage, trainer)
+    except Exception as e:
+        if trainer is not None:
+            with contextlib.suppress(UserError):  # a full disk may be what the mistake is about
+                trainer.abandon()
+                if isinstance(e, UserError):
+                    trainer.events.write("failure", step=trainer.step, text=str(e))
+        raise
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if lock is not None:
+            lock.release()
+            stage.folder.remove_if_empty()
+    dist.barrier()
+    world.leave()
+    return 0
+
+
+def _bytes_of_own_gpu(config: RunConfig) -> int:
+    """Return what a rank takes at least of its GPU's memory; 0 on CPUs.
+
+    Raises:
+        UserError: no such GPU has so much, or the host too little for all of its ranks.
+    """
+    gpu = device.kind() if on_gpu() else None
+    refuse_on_this_node(config, gpu)
+    if gpu is None:
+        return 0
+    refuse_too_large(config, num_ranks(None), gpu)
+    return fullest(config, num_ranks(None))[1].total
+
+
+def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
+    stage.folder.create()
+    if lock is not None:
+        lock.acquire()
+    # another run may have come and gone since the folder was looked at, without a lock
+    stage.folder.enter(stage.config, begin.goes_on)
+
+
+def _own_checkpoint(stage: Stage, place: world.World) -> Path | None:
+    """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
+    folder = stage.folder.checkpoints
+    on_main(place, lambda: checkpoints.clear_leftovers(folder))
+    newest = newest_sound(stage.folder, place)
+    if newest is None:
+        on_main(place, lambda: checkpoints.refuse_lost(folder))
+    return newest
+
+
+def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
+    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
+    start = newest or stage.start_from
+    if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
+        on_main(trainer.world, lambda: checkpoints.keep_as_base(
+            (checkpoints.adapter_base(start) or checkpoints.AdapterBase.of(start)).path))
+    if newest is not None:
+        if stage.start_from is not None:
+            refuse_other_base(newest, stage.start_from)
+        trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
+        trainer.resume(newest)
+        _tell_changes(stage, trainer)
+        return True
+    if stage.start_from is not None:
+        trainer.start_from(stage.start_from)
+    return False
+
+
+def _tell_changes(stage: Stage, trainer: Trainer) -> None:
+    """Say that a run goes on with another learning rate than it would have had."""
+    earlier = stage.folder.config()
+    told = changed_schedule(earlier, stage.config, trainer.step) if earlier is not None else None
+    if told is not None and trainer.world.is_main:
+        warn(f"{stage.folder.path}: {told}")
+
+
+def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
+    """Write the first files."""
+    stage.folder.declare(stage.config)
+    begin.declared[0] = 1
+    if trainer is not None:
+        trainer.open_records()
+        for restart in begin.restarts:
+            trainer.events.write("restart", **restart)
+
+
+def _finish(stage: Stage, trainer: Trainer) -> None:
+    if stage.gate is not None and not stage.gate.passed:
+        failure = stage.gate.failure()
+        trainer.recorder.gate_failed(trainer.step, failure)
+        on_main(trainer.world, lambda: stage.folder.fail(failure))
+        return
+    extra = stage.after(trainer) if stage.after is not None else {}
+    last = stage.folder.checkpoint(trainer.step)
+    end = stage.folder.complete if stage.end_gate is None else stage.folder.hold
+    on_main(trainer.world, lambda: end({
+        "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
+        "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
+        "checkpoint_sha256": manifest_sha256(last), **extra}))
+    if trainer.world.is_main:
+        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout,
+                       trainer.config.objective.name)
+        print(f"{told}\n", end="", file=sys.stderr, flush=True)

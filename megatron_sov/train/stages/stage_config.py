@@ -1,0 +1,186 @@
+"""The arguments that all training commands share, and how they become a stage.  No torch
+until --from is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.base.artifacts import MANIFEST
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import Flag
+from megatron_sov.model import recipes
+from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
+from megatron_sov.model.recipes.requested import BuiltIn, Request, TrainingOptions, training_request
+from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+
+INJECT = f"Do this to the run, once, to see what it does ({', '.join(STATES)})."
+
+
+@dataclass(frozen=True)
+class ParsedStage:
+    """A training command's arguments, checked."""
+
+    config: RunConfig
+    """Resolved settings."""
+    start: Path | None
+    """Checkpoint, or Hugging Face folder, to start from; None: initial weights."""
+    faults: tuple[Fault, ...]
+    """What is to come on purpose."""
+
+    def with_checkpoint(self, run: Path) -> ParsedStage:
+        """Return it with a checkpoint to start from: a Hugging Face folder is converted into RUN.from-hf."""
+        return dataclasses.replace(self, start=self.start and convert_start(self.start, run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions(TrainingOptions):
+    """What all training commands take."""
+
+    run: Annotated[Path, Flag(value="DIR")]
+    """Folder of this run."""
+    start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
+    """Start from these weights (and their architecture)."""
+    nproc: int | None = None
+    """Local processes to start (under Slurm, or torchrun ... -m -- megatron_sov, the environment decides)."""
+    inject: Annotated[tuple[str, ...], Flag(value="FAULT@step=N[,rank=R]", help=INJECT)] = ()
+    resume: bool = False
+    """Continue the run that is in --run."""
+    dry_run: bool = False
+    """Check all that can be checked without processes, print what would be read, run and written, and do
+    nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedStageOptions(StageOptions):
+    """What commands take that go on from a model."""
+
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = dataclasses.field()
+    """Start from these weights (and their architecture)."""
+
+
+def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
+                completed: Callable[[RunConfig], RunConfig] = lambda config: config) -> ParsedStage:
+    """Return what a training command is to do; nothing is written.
+
+    Args:
+        args: what was typed.
+        objective: what the command trains by.
+        needs_data: whether --data must be given.
+        completed: settings as they are asked for -> with those that follow from them.
+
+    Raises:
+        UserError: a mistake in the arguments, settings or layout, missing data, another family or objective
+            than the command's, or nothing to start from.
+    """
+    from megatron_sov.engine.data.mixed_phases import with_mixed_phases  # numpy, which --help does without
+
+    asked = stage_request(args, objective, needs_data=needs_data)
+    config = completed(with_mixed_phases(asked.config(), asked.base))
+    config.check(num_ranks(args.nproc))
+    faults = parse(args.inject, num_ranks(args.nproc))
+    start = args.start_from and find_start(args.start_from)
+    if start is not None:
+        refuse_many_converters(start, args.run)
+    return ParsedStage(config, start, faults)
+
+
+def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
+                  lengthens: bool = False) -> Request:
+    """Return what a training command was asked for, with its data, and its checkpoint's architecture in
+    the recipe's place; see `training_request`.
+
+    Raises:
+        UserError: it cannot be used, data is missing, or --from names nothing to start from,
+            or another family.
+    """
+    asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens)
+    base = asked.base
+    paths = data_paths(args.data) or {path: base.data.paths[path]
+                                      for path in data_paths(list(base.data.paths))}
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
+    if args.start_from is not None:
+        asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
+        base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
+    return dataclasses.replace(asked, base=base)
+
+
+def _model_of(start_from: Path, asked: Request) -> ModelConfig:
+    """Return the architecture of what --from names, from headers alone.
+
+    Raises:
+        UserError: it is no checkpoint, run or Hugging Face folder, or of another family than the recipe.
+    """
+    start = find_start(start_from)
+    from megatron_sov.engine import convert
+
+    model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
+    family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
+                   if key == "model.family"), asked.base.model.family)
+    if model.family != family:
+        known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
+        raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
+                        f"{family}; choose a recipe of that family ({known})")
+    return model
+
+
+def find_start(start_from: Path) -> Path:
+    """Return the checkpoint, or Hugging Face folder, that --from means.
+
+    Raises:
+        UserError: it is neither, and no run with a checkpoint.
+    """
+    refuse_missing(start_from, "--from ")
+    from megatron_sov.engine import convert
+
+    return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
+
+
+def convert_start(start: Path, run: Path) -> Path:
+    """Return a checkpoint to start from: a Hugging Face folder becomes one in RUN.from-hf."""
+    from megatron_sov.engine import convert
+    from megatron_sov.engine.mcore.parallel import launcher
+
+    if not convert.is_hf_folder(start):
+        return start
+    out = converted(run)
+    if will_convert(start, run):
+        code = launcher.apart(lambda: convert.from_hf(start, out, overwrite=True, redo=True))
+        if code:
+            raise SystemExit(code)
+    return out
+
+
+def converted(run: Path) -> Path:
+    """Return where the checkpoint lies that a run's Hugging Face folder becomes."""
+    return run.with_name(run.name + ".from-hf")
+
+
+def will_convert(start: Path, run: Path) -> bool:
+    """Return whether a start is a Hugging Face folder that is to be converted; not so where the run has a
+    checkpoint and needs no weights: what lies there may come from another folder."""
+    from megatron_sov.engine import convert
+    from megatron_sov.runs import checkpoints
+
+    is_there = (converted(run) / MANIFEST).is_file()
+    return convert.is_hf_folder(start) and not (
+        is_there and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None)
+
+
+def refuse_many_converters(start: Path, run: Path) -> None:
+    """Raise `UserError` where many processes would convert a Hugging Face folder at once."""
+    if num_ranks(None) > 1 and will_convert(start, run):
+        raise UserError(f"--from {start}: many processes would convert it at once; "
+                        "run `megatron-sov convert from-hf` before, and pass its output")
+
+
+def tokenizer_of(start: Path) -> Path:
+    """Return the folder where the tokenizer of a checkpoint, or of a Hugging Face folder, lies."""
+    from megatron_sov.engine import convert
+
+    return start if convert.is_hf_folder(start) else start / "tokenizer"

@@ -1,0 +1,165 @@
+"""What endpoints have answered, by the hash of what was asked, and what it has cost: one SQLite file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import UserError
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
+                                     output_tokens INTEGER, cost REAL, wall_s REAL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS models (name TEXT PRIMARY KEY, number INTEGER NOT NULL, answer TEXT NOT NULL);
+"""
+_COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
+_LATER = "ALTER TABLE requests ADD COLUMN wall_s REAL DEFAULT 0"
+"""What files of earlier versions lack."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request was billed for."""
+
+    input_tokens: int
+    """Tokens that were read."""
+    output_tokens: int
+    """Tokens that were written."""
+    cost: float
+    """In the currency of the prices."""
+
+
+class EndpointCache:
+    """Answers and costs in a file, from any thread and several processes.
+
+    Args:
+        path: the file; made where it is missing.
+        others: files that are read as well, and written by nobody meanwhile.
+    """
+
+    def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._others = [EndpointCache(other) for other in others if other.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
+                                               isolation_level=None)
+            self._connection.executescript(_TABLES)
+            if "wall_s" not in {row[1] for row in self._connection.execute("PRAGMA table_info(requests)")}:
+                self._connection.execute(_LATER)
+        except (OSError, sqlite3.Error) as e:
+            raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another "
+                            "file") from None
+
+    @staticmethod
+    def key(url: str, payload: Mapping[str, Any]) -> str:
+        """Return the hash of what is asked, and where."""
+        text = json.dumps([url, payload], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def get(self, key: str) -> Any | None:
+        """Return a kept answer; None where there is none."""
+        found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
+        if found:
+            try:
+                return json.loads(found[0][0])
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(f"cache = {self._path}: the answer {key} is damaged; restore the file from a "
+                                "copy, or delete it: then its answers are asked, and paid, again") from None
+        return next((answer for other in self._others if (answer := other.get(key)) is not None), None)
+
+    def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
+        """Note a request, whatever came back, and keep its answer where it is one; both or none.
+
+        Args:
+            key: hash of what was asked.
+            outcome: what came back, in a word.
+            usage: what it was billed for.
+            wall_s: how long it took.
+            answer: what is kept; None: it is no answer.
+        """
+        request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
+        with self._told(), self._lock, self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            if answer is not None:
+                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)",
+                                         (key, json.dumps(answer)))
+            self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
+
+    def model(self, name: str) -> tuple[int, Any] | None:
+        """Return which of the models that have had a name it was last, from 0, and what it answered to
+        the questions by which it is recognised; None: it was never asked."""
+        found = self._do("SELECT number, answer FROM models WHERE name = ?", (name,))
+        try:
+            if found:
+                return int(found[0][0]), json.loads(found[0][1])
+            return next((model for other in self._others if (model := other.model(name)) is not None), None)
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"cache = {self._path}: what {name} answered is damaged; restore the file from a "
+                            "copy, or delete it: then its answers are asked, and paid, again") from None
+
+    def note_model(self, name: str, number: int, answer: Any) -> None:
+        """Note what `model` returns."""
+        self._do("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (name, number, json.dumps(answer)))
+
+    def keys(self) -> set[str]:
+        """Return what is kept."""
+        return {row[0] for row in self._do("SELECT key FROM answers", ())}
+
+    def cost(self) -> float:
+        """Return what all requests on record have cost."""
+        return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
+
+    def usage(self) -> Usage:
+        """Return what all requests on record were billed for."""
+        return Usage(*self._do("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
+                               "coalesce(sum(cost), 0.0) FROM requests", ())[0])
+
+    def num_requests(self) -> int:
+        """Return how many requests are on record."""
+        return int(self._do("SELECT count(*) FROM requests", ())[0][0])
+
+    def close(self) -> None:
+        """Close the files."""
+        for cache in (self, *self._others):
+            cache._connection.close()
+
+    def take_over(self, other: Path) -> None:
+        """Move all that another file holds into this one, in one step, and remove the file."""
+        with self._told(), self._lock:
+            EndpointCache(other).close()  # brings it to this version's form
+            self._connection.execute("ATTACH ? AS other", (str(other),))
+            try:
+                with self._connection:
+                    self._connection.execute("BEGIN IMMEDIATE")
+                    self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
+                    self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
+                                             "FROM other.requests")
+                    self._connection.execute("INSERT OR REPLACE INTO models SELECT * FROM other.models")
+                    for table in ("answers", "requests", "models"):
+                        self._connection.execute(f"DELETE FROM other.{table}")
+            finally:
+                self._connection.execute("DETACH other")
+        other.unlink()
+
+    def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
+        with self._told(), self._lock:
+            return self._connection.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell a user what SQLite complains about."""
+        try:
+            yield
+        except sqlite3.Error as e:
+            raise UserError(f"cache = {self._path}: cannot be used ({e}); free some space, or name another "
+                            "file, and run the same command again") from None

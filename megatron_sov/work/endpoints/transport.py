@@ -1,0 +1,220 @@
+"""One request over HTTP by the `openai` client, bounded in time and size; imported when the first is made.
+
+The key is read from the environment for each request, stands in a header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_sov.base.errors import how_to_install
+from megatron_sov.work.endpoints.answers import BadAnswer
+
+_PIECE_BYTES = 1 << 16
+"""Between two looks at the clock while a request is sent."""
+MAX_BODY_BYTES = 8 << 20
+
+
+# A time by which a request is over, whatever its connection does. A client's own limit is of each read and
+# each write: an endpoint that sends its headers byte by byte, or says again and again that it is still at
+# work, passes it for ever.
+
+
+class Deadline(threading.local):
+    """Of the request that this thread is at."""
+
+    at_s = float("inf")
+    """By the monotonic clock."""
+
+    def left_s(self, limit_s: float | None) -> float:
+        """Return the seconds that a step may take, 0 or less for none; `limit_s`: its own limit."""
+        left_s = self.at_s - time.monotonic()
+        return left_s if limit_s is None else min(limit_s, left_s)
+
+
+def bound_streams(client: Any, deadline: Deadline) -> None:
+    """Hold what an `httpx.Client` reads and writes to a deadline; before its first request."""
+    # httpx gives no other way to its connections; `test_endpoint.py` sees whether it still does
+    for transport in filter(None, (client._transport, *client._mounts.values())):
+        pool = transport._pool
+        pool._network_backend = _bounded_backend(pool._network_backend, deadline)
+
+
+def _bounded_backend(inner: Any, deadline: Deadline) -> Any:
+    import httpcore
+
+    class Stream(httpcore.NetworkStream):
+        """A connection."""
+
+        def __init__(self, stream: httpcore.NetworkStream) -> None:
+            self._inner = stream
+
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            return self._inner.read(max_bytes, _left(deadline, timeout, httpcore.ReadTimeout))
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            for start in range(0, len(buffer), _PIECE_BYTES):
+                left_s = _left(deadline, timeout, httpcore.WriteTimeout)
+                self._inner.write(buffer[start:start + _PIECE_BYTES], left_s)
+
+        def close(self) -> None:
+            self._inner.close()
+
+        def start_tls(self, ssl_context: Any, server_hostname: str | None = None,
+                      timeout: float | None = None) -> httpcore.NetworkStream:
+            left_s = _left(deadline, timeout, httpcore.ConnectTimeout)
+            return Stream(self._inner.start_tls(ssl_context, server_hostname, left_s))
+
+        def get_extra_info(self, info: str) -> Any:
+            return self._inner.get_extra_info(info)
+
+    class Backend(httpcore.NetworkBackend):
+        """Makes them."""
+
+        def connect_tcp(self, host: str, port: int, timeout: float | None = None,
+                        local_address: str | None = None,
+                        socket_options: Iterable[Any] | None = None) -> httpcore.NetworkStream:
+            left_s = _left(deadline, timeout, httpcore.ConnectTimeout)
+            return Stream(inner.connect_tcp(host, port, left_s, local_address, socket_options))
+
+    return Backend()
+
+
+def _left(deadline: Deadline, limit_s: float | None, error: type[Exception]) -> float:
+    left_s = deadline.left_s(limit_s)
+    if left_s <= 0:
+        raise error("the request has taken its time")
+    return left_s
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came back."""
+
+    status: int
+    """Of HTTP."""
+    headers: Mapping[str, str]
+    """Names in small letters."""
+    body: bytes
+    """All of it."""
+
+
+def missing_libraries() -> list[str]:
+    """Return one sentence for each library that is needed and not installed."""
+    return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
+            if importlib.util.find_spec(name) is None]
+
+
+class Transport:
+    """Posts JSON to one address, from any thread.
+
+    Args:
+        url: the address.
+        key_env: variable of the environment with the key; none is sent where it is not set.
+        timeout_s: for a request as a whole.
+        key: the key itself, of a server of one's own; goes before the variable.
+    """
+
+    def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "") -> None:
+        self._base, _, self._path = url.rpartition("/")
+        self._is_secure = url.startswith("https:")
+        self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        self._key_env, self._timeout_s, self._key = key_env, timeout_s, key
+        self._deadline = Deadline()
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def post(self, payload: Mapping[str, Any]) -> Answered:
+        """Return what comes back, whatever its status.
+
+        Raises:
+            TimeoutError: it takes too long.
+            BadAnswer: there is no connection, or too much comes.
+        """
+        import httpx
+        import openai
+
+        secret = self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
+        headers: dict[str, Any] = {"Accept-Encoding": "identity",
+                                   "Authorization": f"Bearer {secret}" if secret else openai.Omit()}
+        try:
+            response = self._opened().post(f"/{self._path}", body=dict(payload), cast_to=httpx.Response,
+                                           options={"headers": headers})
+        except openai.APIStatusError as e:
+            response = e.response
+        except openai.APITimeoutError:
+            raise TimeoutError(f"the endpoint took longer than {self._timeout_s:g} s") from None
+        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
+            cause = e.__cause__ or e
+            if isinstance(cause, _unbounded()):
+                raise BadAnswer(str(cause)) from None
+            raise BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True) from None
+        return Answered(response.status_code,
+                        {name.lower(): value for name, value in response.headers.items()}, response.content)
+
+    def _opened(self) -> Any:
+        """Return the client, made once: openai's, over an HTTP client of ours that keeps the limits."""
+        import httpx
+        import openai
+
+        with self._lock:
+            if self._client is None:
+                http = httpx.Client(timeout=self._timeout_s, limits=httpx.Limits(max_connections=None),
+                                    # reading all certificates takes long, and plain HTTP has none
+                                    verify=self._is_secure,
+                                    # a proxy of the environment knows this machine as itself
+                                    trust_env=not self._is_here,
+                                    event_hooks={"request": [self._begin], "response": [_bound]})
+                bound_streams(http, self._deadline)
+                self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
+                                             timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
+            return self._client
+
+    def _begin(self, request: Any) -> None:
+        self._deadline.at_s = time.monotonic() + self._timeout_s
+
+
+def _bound(response: Any) -> None:
+    """Let a response be read up to its limits alone; a packed one might be anything when unpacked."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        response.close()
+        raise _unbounded()("the endpoint sent a packed answer, which was not asked for",
+                           request=response.request)
+    response.stream = _bounded_stream(response)
+
+
+def _unbounded() -> Any:
+    """Return the class of errors for answers beyond a limit."""
+    import httpx
+
+    return httpx.DecodingError
+
+
+def _bounded_stream(response: Any) -> Any:
+    import httpx
+
+    inner, request = response.stream, response.request
+
+    class Bounded(httpx.SyncByteStream):
+        """A stream that ends with an error at a limit."""
+
+        def __iter__(self) -> Iterator[bytes]:
+            size_bytes = 0
+            for block in inner:
+                size_bytes += len(block)
+                if size_bytes > MAX_BODY_BYTES:
+                    raise _unbounded()(f"the endpoint sent more than {MAX_BODY_BYTES >> 20} MiB",
+                                       request=request)
+                yield block
+
+        def close(self) -> None:
+            inner.close()
+
+    return Bounded()

@@ -1,0 +1,1 @@
+"""Processes that are started, limited, answered and ended: children, workers, pools, commands."""

@@ -1,0 +1,139 @@
+"""Work in several processes, with the results in the order of the input."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from megatron_sov.base.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_work: Callable[[Any], Any]
+"""What this worker process does with each item."""
+WAITING_PER_WORKER = 4
+"""Items that are handed out, so that no worker waits for the next one."""
+LOST = "a worker process was ended from outside (for want of memory?)"
+
+
+class WorkerLost(UserError):
+    """A worker was ended from outside."""
+
+
+class WorkerPool(Generic[Item, Result]):
+    """Processes that work on items; each is started when there is an item for it."""
+
+    def __init__(self, build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
+                 workers: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            build: a function of a module; called once in each process with `arguments`,
+                it returns what is called with each item.
+            arguments: plain values.
+            workers: processes.
+        """
+        self._build, self._arguments, self._workers = build, arguments, workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._here: Callable[[Item], Result] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Wait for what is under way, or end the processes at once behind an error."""
+        if failure is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self.end()
+
+    def end(self) -> None:
+        """Wait for what is under way, and end the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def each(self, items: Iterable[Item]) -> Iterator[Result]:
+        """Yield the result of each item, in order; items are taken as they are needed.  This process does
+        all where there is one worker, or one item for the first time.
+
+        Raises:
+            WorkerLost: a worker was ended from outside.
+        """
+        left = iter(items)
+        first = list(islice(left, self._workers)) if self._pool is None else []
+        if self._pool is None and len(first) <= 1:
+            self._here = self._here or self._build(*self._arguments)
+            yield from map(self._here, chain(first, left))
+            return
+        from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
+
+        # Fresh processes: forking one that runs a library's threads could deadlock.
+        self._pool = self._pool or ProcessPoolExecutor(
+            self._workers, multiprocessing.get_context("spawn"), _start_worker,
+            (self._build, self._arguments))
+        under_way: deque[Future[Result]] = deque()
+        try:
+            for item in chain(first, left):
+                with _without_interrupts():
+                    under_way.append(self._pool.submit(_do, item))
+                while under_way and (under_way[0].done()
+                                     or len(under_way) >= WAITING_PER_WORKER * self._workers):
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool:
+            raise WorkerLost(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
+                             ) from None
+
+
+def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
+                 items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+    """Yield the result of each item, in order; arguments and errors as of `WorkerPool`."""
+    pool = WorkerPool(build, arguments, workers)
+    try:
+        yield from pool.each(items)
+    finally:
+        pool.end()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that are started here never see Ctrl-C, which goes to all of a terminal's: this process
+    alone takes it, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    global _work
+    # one thread per process; the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work = build(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed command must not leave workers
+    that wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(ExitCode.CRASH)
+
+
+def _do(item: Any) -> Any:
+    return _work(item)

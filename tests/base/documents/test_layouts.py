@@ -1,0 +1,259 @@
+"""Layouts of data that people bring: folders of the hub, lists in JSON, Arrow, and the fields of TRL."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import ipc, parquet
+
+from megatron_sov.base.documents import BadRecord, Document, Reading, list_files, read_documents, read_span
+from megatron_sov.base.documents.files import passed_over, spans_of
+from megatron_sov.base.documents.json_list import json_items
+from megatron_sov.base.documents.messages import Message
+from megatron_sov.base.errors import UserError
+
+ROWS = [{"text": f"line {i}\u2028 \x85 \x1c 한국어"} for i in range(5)]
+ASK, SAY = [{"role": "user", "content": "2 + 2?"}], [{"role": "assistant", "content": "4"}]
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
+    "type": "object", "properties": {name[0]: {"type": "string"}}}}} for name in ("add", "find")]
+
+
+def as_arrow(rows: list[dict[str, Any]], is_file: bool = False) -> bytes:
+    table, sink = pyarrow.Table.from_pylist(rows), io.BytesIO()
+    with (ipc.new_file if is_file else ipc.new_stream)(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+STORED: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    "a.jsonl": as_lines, "a.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "bom.json": lambda rows: b"\xef\xbb\xbf" + json.dumps(rows).encode(), "lines.json": as_lines,
+    "a.json.gz": lambda rows: gzip.compress(json.dumps(rows).encode()),
+    "a.json.zst": lambda rows: zstandard.compress(json.dumps(rows).encode()),
+    "a.jsonl.gz": lambda rows: gzip.compress(as_lines(rows)), "a.parquet": as_parquet,
+    "stream.arrow": as_arrow, "file.arrow": lambda rows: as_arrow(rows, True), "a.feather": as_arrow,
+}
+CALLS = [*ASK, {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "add", "arguments": {"a": "1"}}},
+    {"type": "function", "function": {"name": "find", "arguments": {"f": "x"}}}]},
+    {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, *SAY]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("text", ROWS[0]), "messages": ("chat", {"messages": [*ASK, *SAY]}),
+    "tools": ("chat", {"messages": CALLS, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": True}}),
+    "sharegpt": ("chat", {"conversations": [{"from": "human", "value": "2?"},
+                                            {"from": "gpt", "value": "2"}]}),
+    "prompt and completion": ("chat", {"prompt": "2 + 2?", "completion": "4"}),
+    "messages of both": ("chat", {"prompt": ASK, "completion": SAY}),
+    "pair of strings": ("preference", {"prompt": "2?", "chosen": "2", "rejected": "3"}),
+    "pair of messages": ("preference", {"prompt": ASK, "chosen": SAY, "rejected": ASK + SAY}),
+    "pair that begins alike": ("preference", {"chosen": ASK + SAY, "rejected": [
+        *ASK, {"role": "assistant", "content": "5"}]}),
+    "prompt": ("prompt", {"prompt": ASK, "answer": "4"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_are_the_same_however_they_are_stored(tmp_path: Path, kind: str) -> None:
+    form, row = KINDS[kind]
+    found = {}
+    for name, stored in STORED.items():
+        (tmp_path / name).write_bytes(stored([row, row]))
+        found[name] = [{**vars(d), "where": "", "line": 0} for d in read_documents([tmp_path / name],
+                                                                                   Reading(form))]
+    assert all(one == found["a.jsonl"] and len(one) == 2 for one in found.values())
+
+
+def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
+    earlier = [*ASK, *SAY, {"role": "user", "content": "and 3 + 3?"}]
+    rows = [{"prompt": "2 + 2?", "completion": "4"}, {"prompt": "2 + 2?", "response": "4"},
+            {"prompt": ASK, "completion": SAY}, {"prompt": earlier, "completion": [
+                {"role": "assistant", "content": "6"}]}]
+    (tmp_path / "a.jsonl").write_bytes(as_lines(rows))
+    *short, long = read_documents([tmp_path / "a.jsonl"], Reading("chat"))
+    assert all(d.messages == (Message("user", "2 + 2?", is_learned=False), Message("assistant", "4"))
+               and d.num_prompt == 1 for d in short)
+    assert [m.is_learned for m in long.messages] == [False, False, False, True] and long.num_prompt == 3
+    [auto, *_] = read_documents([tmp_path / "a.jsonl"])
+    assert auto.kind == "chat"
+
+
+@pytest.mark.parametrize(("row", "kind", "told"), [
+    ({"prompt": "p", "completion": "c"}, "text", "is a chat.*--format chat"),
+    ({"prompt": "p", "completion": "c"}, "preference", "is a chat.*--format chat"),
+    ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "messages": ASK}, "prompt", "--format preference"),
+    ({"prompt": "p", "completion": "c", "label": False}, "chat", "`sov-data unpaired`"),
+    ({"prompt": "p", "completion": ASK}, "chat", "no message of the assistant"),
+    ({"prompt": "p", "completion": 4}, "chat", "must be a string, or a non-empty list"),
+    ({"prompt": [], "completion": "c"}, "chat", "'prompt' must be a string, or a non-empty list"),
+    ({"prompt": ["p"], "completion": "c"}, "chat", "has role 'p'"),
+    ({"prompt": "p", "completion": None}, "chat", "is a prompt"),
+])
+def test_no_advice_drops_answers(tmp_path: Path, row: dict[str, Any], kind: str, told: str) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        (tmp_path / name).write_bytes(STORED[name]([row]))
+        if name == "a.jsonl":
+            with pytest.raises(UserError, match=told):
+                list(read_documents([tmp_path / name], Reading(kind)))
+        else:
+            with pytest.raises((UserError, BadRecord)):
+                list(read_documents([tmp_path / name], Reading(kind)))
+
+
+def fill(folder: Path, **files: bytes) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+CARD = b"---\nlicense: mit\n---\n# A dataset card\n"
+HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattributes": b"*.parquet",
+       "dataset_infos.json": b"{}", "README_ko.md": CARD, "CITATION.cff": b"cff",
+       "requirements.txt": b"numpy"}
+
+
+@pytest.mark.parametrize("data", [
+    {"data/train-0.parquet": as_parquet(ROWS)}, {"train.jsonl.gz": gzip.compress(as_lines(ROWS))},
+    {"train.json": json.dumps(ROWS).encode()}, {"train.json": as_lines(ROWS)},
+    {"data-0.arrow": as_arrow(ROWS), "state.json": b'{"a": 1}', "dataset_info.json": b'{\n"b": 2}',
+     "cache-12.arrow": as_arrow(ROWS)},
+    {"train/data-0.arrow": as_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}',
+     "note.json": b"[1]"},
+], ids=["hub", "lines", "list", "lines in json", "save_to_disk", "dict on disk"])
+def test_what_describes_a_dataset_is_no_text_of_it(tmp_path: Path, data: dict[str, bytes]) -> None:
+    told: list[str] = []
+    files = list_files(fill(tmp_path, **HUB, **data), told.append)
+    assert [d.text for d in read_documents(files)] == [row["text"] for row in ROWS]
+    [sentence] = told
+    assert "passed over" in sentence and "plain text" not in sentence
+
+
+def test_a_folder_of_text_keeps_its_readme_and_says_what_it_leaves(tmp_path: Path) -> None:
+    told: list[str] = []
+    fill(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"",
+                      "d.json": json.dumps(ROWS).encode()})
+    assert [file.name for file in list_files(tmp_path, told.append)] == ["README.md", "b.txt"]
+    assert told == [f"{tmp_path}: passed over 2 files (c.png, d.json)"]
+    for name in ("c.png", "d.json"):
+        (tmp_path / name).unlink()
+    assert list_files(tmp_path, told.append) and len(told) == 1
+    fill(tmp_path, **{".env": b"", ".git/config": b"", "c\x1b[2J.png": b""})
+    list_files(tmp_path, told.append)
+    assert told[1:] == [f"{tmp_path}: passed over 1 file (c\\x1b[2J.png) and 2 hidden (.env, .git)"]
+
+
+def test_of_many_files_that_are_not_read_the_most_frequent_endings_are_told() -> None:
+    names = [f"{i}.e{j}" for j in range(12) for i in range(12 - j)]
+    assert passed_over(names, [f".{i}" for i in range(6)]) == (
+        "passed over 78 files (12 .e0, 11 .e1, 10 .e2, 9 .e3, 8 .e4, 7 .e5, 6 .e6, 5 .e7, 10 others) and "
+        "6 hidden (.0, .1, .2, .3, ...)")
+
+
+def test_a_dataset_says_which_text_and_which_splits_it_reads(tmp_path: Path) -> None:
+    told: list[str] = []
+    fill(tmp_path, **{f"data/{split}-0.parquet": as_parquet(ROWS) for split in ("train", "test")},
+         **{"docs/guide.md": b"text"})
+    assert len(list_files(tmp_path, told.append)) == 3
+    assert "1 files of plain text (docs/guide.md)" in told[0] and "splits train, test" in told[0]
+
+
+def test_a_hub_dataset_that_is_not_there_is_told_how_to_load(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="hf download HuggingFaceH4/ultrachat_200k --repo-type dataset"):
+        list_files(Path("HuggingFaceH4/ultrachat_200k"))
+    for nothing in (tmp_path / "nowhere", Path("judged/pairs.jsonl"), Path("corpus/a.json.gz")):
+        with pytest.raises(UserError) as e:
+            list_files(nothing)
+        assert "hf download" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "data", "a.data", "a.txt.gz"])
+@pytest.mark.parametrize("content", [json.dumps(ROWS), json.dumps({"messages": ASK}, indent=2),
+                                     '\n [\n {"a": 1}, {"b": 2}]', '{"a\\"b": 1}\n{"a": 2}'])
+def test_json_is_not_read_as_text(tmp_path: Path, name: str, content: str) -> None:
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(UserError, match="is JSON and no plain text"):
+        list(read_documents([tmp_path / name]))
+
+
+@pytest.mark.parametrize("content", ["{curly} text", "[1] A note.", '{ "quoted" text }', "[[wiki]] text",
+                                     "{}"])
+def test_text_with_brackets_stays_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    assert [d.text for d in read_documents([tmp_path / "a.txt"])] == [content]
+
+
+@pytest.mark.parametrize(("content", "told", "num_good"), [
+    ('[{"text": "a"}', "a ',' or the list's ']' must stand", 1),
+    ('[{"text": "a"} {"text": "b"}]', "a ',' or the list's ']' must stand", 1),
+    ('[{"text": "a"}, {"text": }]', "is not valid JSON", 1),
+    ('[{"text": "a"}, {"text": "b', "is not valid JSON", 1),
+    ('[{"text": "a"},]', "is not valid JSON", 1),
+    ('[{"text": "a"}] []', "more behind the end", 1),
+    ('[{"text": "a"}, 3, {"text": "b"}]', "is a JSON int", 2),
+    ('[{"text": "a"}, ' + "[" * 200_000, "is not valid JSON", 1),
+    ('{"text": "a",\n"b": 1}', "is not valid JSON", 0),
+    ("", "", 0), ("3", "is a JSON int", 0),
+])
+def test_a_damaged_list_is_named_by_its_record(tmp_path: Path, content: str, told: str,
+                                               num_good: int) -> None:
+    (tmp_path / "a.json").write_text(content)
+    found = [item for span in spans_of(tmp_path / "a.json") for item in read_span(span, Reading("text"))]
+    bad = [item for item in found if isinstance(item, BadRecord)]
+    assert sum(isinstance(item, Document) for item in found) == num_good
+    assert (bad and told in bad[0].reason) if told else not found
+
+
+def test_a_stream_that_ends_between_two_batches_is_cut_off(tmp_path: Path) -> None:
+    batch, sink = pyarrow.RecordBatch.from_pylist(ROWS), io.BytesIO()
+    writer = ipc.new_stream(sink, batch.schema)
+    writer.write_batch(batch)
+    (tmp_path / "cut.arrow").write_bytes(sink.getvalue())
+    writer.close()
+    (tmp_path / "whole.arrow").write_bytes(sink.getvalue())
+    assert len(list(read_documents([tmp_path / "whole.arrow"]))) == len(ROWS)
+    with pytest.raises(UserError, match="the end of the stream is missing"):
+        list(read_documents([tmp_path / "cut.arrow"]))
+
+
+def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    texts = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(texts, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has two columns 'text'"):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_items_are_the_same_wherever_reads_end(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.base.documents.json_list._BLOCK_BYTES", step)
+    wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
+    raw = io.BytesIO(json.dumps(wanted, indent=1).encode())
+    assert list(json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
+
+
+def test_an_item_beyond_the_limit_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.base.documents.json_list._BLOCK_BYTES", 100)
+    raw = io.BytesIO(json.dumps(["a" * 100_000]).encode())
+    [bad] = json_items(raw.read, 1000)
+    assert isinstance(bad, BadRecord) and bad.code == "too_long" and raw.tell() < 10_000

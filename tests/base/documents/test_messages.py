@@ -1,0 +1,78 @@
+"""Messages in the spellings that data sets have, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.documents import BadRecord, Message, Reading
+from megatron_sov.base.documents.messages import read_messages, read_sharegpt, read_tools
+from megatron_sov.base.documents.records import parse_record
+
+USER = {"role": "user", "content": "1 + 2?"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+ANSWER = {"role": "assistant", "content": "3"}
+
+
+def calling(*calls: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+
+def test_thoughts_calls_and_what_is_learned_are_read() -> None:
+    thinks = {"role": "assistant", "content": "It is 3.", "reasoning_content": "add them", "train": False}
+    found = read_messages([USER, calling(CALL), RESULT, thinks], "messages")
+    assert found[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert found[2].to_dict() == {"role": "tool", "content": "3", "tool_call_id": "c1"}
+    assert found[3].reasoning == "add them" and not found[3].is_learned and found[0].is_learned
+    assert found[3].texts() == ("add them", "It is 3.")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {**ANSWER, "weight": 0}]
+    assert read_messages(parts, "messages") == (Message("user", "hi"),
+                                                Message("assistant", "3", is_learned=False))
+
+
+def test_sharegpt_is_the_same_conversation() -> None:
+    turns = [{"from": "human", "value": "1 + 2?"},
+             {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+             {"from": "observation", "value": "3"}, {"from": "gpt", "value": "3"}]
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    same = read_messages([{"role": "user", "content": "1 + 2?"},
+                          {"role": "assistant", "content": "", "tool_calls": [call]},
+                          {"role": "tool", "content": "3"}, ANSWER], "messages")
+    assert read_sharegpt(turns, "conversations") == same
+    record = {"conversations": turns, "tools": json.dumps([{"name": "add"}]),
+              "chat_template_kwargs": {"enable_thinking": False}}
+    document = parse_record(record, "a.jsonl", 1, Reading())
+    assert document.kind == "chat" and document.conversation().tools == ({"name": "add"},)
+    assert document.conversation().template_kwargs == {"enable_thinking": False}
+    assert document.texts()[0] == '[{"name": "add"}]'
+
+
+@pytest.mark.parametrize(("messages", "says"), [
+    ([USER, RESULT], "result without a call: m\\[1\\]"),
+    ([USER, calling(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
+    ([USER, calling(CALL), ANSWER], "1 tool calls and 0 results before m\\[2\\]"),
+    ([USER, calling({"function": {"name": "add", "arguments": "{a"}})], "is '{a', which is not JSON"),
+    ([USER, calling({"function": {"name": "add", "arguments": [1]}})], "must be a JSON object"),
+    ([USER, calling({"function": {"name": "add", "arguments": '{"a": NaN}'}})],
+     r"arguments is no JSON \(Out of range"),
+    ([USER, calling({"function": {"name": "add", "arguments": '{"a":' * 70 + "1" + "}" * 70}})],
+     "nested more than 64 levels"),
+    ([USER, calling({"function": {}})], "has no function with a name"),
+    ([USER, {"role": "assistant", "content": " "}], "empty turn: m\\[1\\] \\(assistant\\)"),
+    ([{"role": "user", "content": "a", "reasoning_content": "b"}], "which only an assistant's message has"),
+    ([USER, {**ANSWER, "train": "yes"}], "m\\[1\\].train is 'yes', must be True or False"),
+    ([{"role": "user", "content": [{"type": "image"}]}], "must be a string"),
+])
+def test_what_does_not_belong_together_is_named(messages: list[Any], says: str) -> None:
+    with pytest.raises(BadRecord, match=says):
+        read_messages(messages, "m")
+
+
+def test_tools_are_a_list_and_speakers_are_known() -> None:
+    with pytest.raises(BadRecord, match="must be a list of objects that describe functions"):
+        read_tools({"name": "add"})
+    with pytest.raises(BadRecord, match="is from 'alien', must be one of system, human"):
+        read_sharegpt([{"from": "alien", "value": "x"}], "conversations")

@@ -1,0 +1,208 @@
+"""Reading files: what becomes a document, and what is refused with its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from data_prep.curate.sources.listing import source_files
+from data_prep.curate.sources.source import SourceSettings
+from megatron_sov.base import documents
+from megatron_sov.base.documents import (
+    Document, Message, Reading, list_files, plan_units, read_documents, read_span)
+from megatron_sov.base.documents.messages import Messages
+from megatron_sov.base.errors import UserError
+
+
+def read(path: Path) -> list[str]:
+    return [d.text for d in read_documents(list_files(path))]
+
+
+def test_a_text_file_is_one_document_kept_to_the_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two\t\n")
+    assert read(tmp_path / "a.txt") == ["one\r\n\r\n  two\t\n"]
+
+
+def test_a_large_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraph = "x" * 999 + "\n\n"
+    (tmp_path / "big.txt").write_text(paragraph * 1200)
+    found = read(tmp_path / "big.txt")
+    assert "".join(found) == paragraph * 1200
+    assert all(len(t) <= documents.DOCUMENT_BYTES and t.endswith("\n\n") for t in found)
+    assert len(found) == -(-1200 // (documents.DOCUMENT_BYTES // len(paragraph)))
+
+
+def test_jsonl_holds_text_or_messages_and_blank_ones_are_passed_over(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    lines = [{"text": "한국어"}, {"text": "  "}, {"messages": chat}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    first, second = read_documents([tmp_path / "a.jsonl"])
+    assert first.text == "한국어" and first.where.endswith("a.jsonl:1")
+    assert second.messages == (Message("user", "hi"), Message("assistant", "yo"))
+    assert second.texts() == ("hi", "yo")
+
+
+def test_other_encodings_and_missing_paths_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cp949.txt").write_bytes("abc 한국어".encode("cp949"))
+    with pytest.raises(UserError, match=r"cp949.txt: is not UTF-8 \(byte 0xc7 at offset 4\)"):
+        read(tmp_path / "cp949.txt")
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no text file"):
+        read(tmp_path / "empty")
+
+
+def test_compressed_files_of_one_or_more_frames_read_as_plain_ones(tmp_path: Path) -> None:
+    text = "".join(f"line {i} 한국어\n\n" for i in range(100_000))  # above the size of a whole document
+    raw = text.encode()
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw[:777]) + gzip.compress(raw[777:]))
+    (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(raw[:777]) + zstandard.compress(raw[777:]))
+    plain = read(tmp_path / "a.txt")
+    assert "".join(plain) == text and len(plain) > 5
+    assert plain == read(tmp_path / "b.txt.gz") == read(tmp_path / "c.txt.zst")
+    assert [p.name for p in list_files(tmp_path)] == ["a.txt", "b.txt.gz", "c.txt.zst"]
+    for name in ("b.txt.gz", "c.txt.zst"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
+        with pytest.raises(UserError, match=f"{name}: is cut off or damaged"):
+            read(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text_of_jsonl_either(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert read(tmp_path / "a.jsonl") == ["one", "two"]
+
+
+def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[1:]]}),
+                        tmp_path / "a.parquet", row_group_size=1)
+    first, second = read_documents([tmp_path / "a.parquet"])
+    assert (first.messages == (Message("user", "hi"), Message("assistant", "yo"))
+            and (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1"))
+    assert second.messages == (Message("assistant", "yo"),)
+    parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):
+        list(read_documents([tmp_path / "b.parquet"], Reading("text", "body")))
+    with pytest.raises(UserError, match=r"b\.parquet: has no string field 'text' \(fields: body\)"):
+        list(read_documents([tmp_path / "b.parquet"], Reading("text")))
+
+
+# Which files are read, in which order, and in which parts.
+
+
+def test_a_folder_is_read_recursively_in_sorted_order_and_only_its_text(tmp_path: Path) -> None:
+    for name in ("b.md", "a/z.py", "a/y.txt", ".git/config.txt", "picture.png", "manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["a/y.txt", "a/z.py", "b.md"]
+
+
+@pytest.mark.parametrize("span_bytes", [150, 1000, 2_000_000])
+def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  span_bytes: int) -> None:
+    texts = ["a", "b" * 700, *(f"text {i}\n한국어" for i in range(300))]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
+    monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 100)
+    [*units] = plan_units([tmp_path / "a.jsonl"], span_bytes)
+    assert (len(units) > 10) == (span_bytes <= 1000)
+    found = [item for unit in units for span in unit for item in read_span(span, Reading("text"))]
+    assert [d.text for d in found if isinstance(d, Document)] == texts and len(found) == len(texts)
+
+
+def test_small_files_share_a_unit_and_order_is_kept(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text("x" * 100)
+    units = list(plan_units(list_files(tmp_path), 450))
+    assert [len(unit) for unit in units] == [4] * 5
+    assert [span.file.name for unit in units for span in unit] == [f"{i:02}.txt" for i in range(20)]
+
+
+# Of a folder of samples only those that were kept are data.
+
+
+def test_what_was_rejected_is_read_by_nobody(tmp_path: Path) -> None:
+    for name in ("made/kept.jsonl", "made/rejected.jsonl", "made/candidates/part-0.jsonl",
+                 "made/kept-prompt.jsonl", "made/checks/texts/samples/a.jsonl", "web/a.jsonl", "kept.jsonl",
+                 "half/candidates/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    assert list_files(tmp_path / "made") == [tmp_path / "made/kept.jsonl"]
+    found = ["half/candidates/a.jsonl", "kept.jsonl", "made/kept.jsonl", "web/a.jsonl"]
+    assert [file.relative_to(tmp_path).as_posix() for file in list_files(tmp_path)] == found
+    assert list_files(tmp_path / "made/rejected.jsonl"), "who names a file means it"
+    source = SourceSettings("made", (".",), tmp_path, "jsonl")
+    assert source_files(source, lambda name: name.endswith(".jsonl")) == found
+
+
+# One record as a document: what each kind needs, and what is refused with its place.
+
+
+@pytest.mark.parametrize(("line", "rule"), [
+    ("{bad", "is not valid JSON"),
+    ("[1]", "is a JSON list"),
+    ('{"txt": "a"}', "no string field 'text'"),
+    ('{"text": 3}', "no string field 'text'"),
+    ('{"text": "\\ud800"}', "surrogate"),
+    ('{"messages": []}', "non-empty list"),
+    ('{"messages": [{"role": "<|end|>", "content": "a"}]}', "must be one of system, user"),
+    ('{"messages": [{"role": "user", "content": null}]}', "must be a string"),
+    ('{"messages": [{"role": "user", "content": "a"}], "num_prompt_messages": 1}', "at least 1, and not all"),
+    ('{"messages": [{"role": "user", "content": "a"}], "num_prompt_messages": true}', "has 'True' in"),
+    (b'{"text": "\xb0\xa1"}', "is not UTF-8"),
+])
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, rule: str) -> None:
+    raw = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + raw + b"\n")
+    with pytest.raises(UserError, match=rule) as e:
+        read(tmp_path / "a.jsonl")
+    assert f"{tmp_path}/a.jsonl:2" in str(e.value)
+
+
+PREFERENCES = [
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, (Message("user", "p"),), (Message("assistant", "c"),),
+     (Message("assistant", "r"),)),
+    ({"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
+      "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
+     (Message("user", "p"),), (Message("assistant", "c"),), (Message("assistant", "r"),)),
+]
+
+
+@pytest.mark.parametrize(("record", "prompt", "chosen", "rejected"), PREFERENCES,
+                         ids=["strings", "shared beginning"])
+def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record: dict[str, object],
+                                                         prompt: Messages, chosen: Messages,
+                                                         rejected: Messages) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    [found] = read_documents([tmp_path / "a.jsonl"], Reading("preference"))
+    assert (found.kind, found.messages, found.chosen, found.rejected) == (
+        "preference", prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize(("record", "rule"), [
+    ({"prompt": "p", "chosen": "same", "rejected": "same"}, "nothing to prefer"),
+    ({"chosen": "c", "rejected": "r"}, "has no prompt"),
+    ({"prompt": "p", "chosen": [{"role": "user", "content": "c"}], "rejected": "r"},
+     "'chosen' holds no message of the assist"),
+    ({"prompt": "p"}, "is a prompt, but --format is preference"),
+    ({"text": "t"}, "is plain text, but --format is preference"),
+])
+def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, object], rule: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rule):
+        list(read_documents([tmp_path / "a.jsonl"], Reading("preference")))
+
+
+def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4},
+                                                  "level": "쉬움"}))
+    [found] = read_documents([tmp_path / "a.jsonl"], Reading("prompt"))
+    assert found.kind == "prompt" and found.messages == (Message("user", "2 + 2?"),)
+    assert json.loads(found.extra) == {"answer": {"value": 4}, "level": "쉬움"}

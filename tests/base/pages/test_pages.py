@@ -1,0 +1,78 @@
+"""A page: complete in itself, its text escaped, its chapters in the contents."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+import soundfile
+from PIL import Image
+
+from megatron_sov.base.pages.markdown import MOST_BYTES, address_of, is_picture, is_sound
+from megatron_sov.base.pages.page import Chapter, Comparison, Panel, Section, Table, chart, render
+
+HOSTILE = "</script><script>window.hacked = 1</script>"
+
+
+def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
+    drawn = chart(go.Figure(go.Bar(x=[HOSTILE], y=[1])), HOSTILE)
+    page = render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
+        Section(HOSTILE, HOSTILE, [drawn], [Table([HOSTILE], [[HOSTILE]])],
+                comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[
+            Panel(HOSTILE, 4, [(HOSTILE, HOSTILE)], [Table([HOSTILE], [[HOSTILE]])], [drawn],
+                  [Comparison(HOSTILE, [(HOSTILE, HOSTILE)])])],
+                  overview=(HOSTILE, Table([HOSTILE], [[HOSTILE]])))
+    assert "<script>window" not in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+    assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 2
+
+
+def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:
+    page = render("Report", "t", "",
+                  [Chapter("a", "", [], [Section("One two", "x")]), Chapter("b", "", [], [])],
+                  anchor="it", nothing="Nothing here.", now_s=0)
+    assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
+    assert all(f'id="{anchor}"' in page for anchor in ("it-1", "it-1-one-two", "it-2"))
+    assert page.count("Nothing here.") == 1 and "1970-01-01 00:00 UTC" in page
+
+
+def test_what_stands_first_comes_before_all_chapters_and_can_be_reached() -> None:
+    page = render("Report", "t", "", [Chapter("a", "", [], [])], opening=[
+        Panel("In short", 3, facts=[("Parameters", "2 M")]),
+        Panel("In words", 9, comparisons=[Comparison("Why?", [("before", "x"), ("after", "y")])])])
+    assert re.findall(r'href="#([^"]*)"', page) == ["overview", "part-1"]
+    places = [page.index(text)
+              for text in ('id="overview"', "In short", "2 M", "In words", "Why?", 'id="part-1"')]
+    assert places == sorted(places)
+
+
+# Small media inside a page: what goes in comes out again, and nothing else is taken for it.
+
+
+def test_a_picture_and_a_sound_are_held_whole(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "a.png")
+    soundfile.write(tmp_path / "b.wav", [0.0, 0.5, -0.5], 16000)
+    picture, sound = address_of(tmp_path / "a.png"), address_of(tmp_path / "b.wav")
+    assert is_picture(picture) and not is_sound(picture) and is_sound(sound) and not is_picture(sound)
+    content = base64.b64decode(picture.partition(",")[2])
+    assert Image.open(io.BytesIO(content)).getpixel((2, 1)) == (1, 2, 3)
+    assert base64.b64decode(sound.partition(",")[2]) == (tmp_path / "b.wav").read_bytes()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"<svg onload=alert(1)>", b"RIFF1234AVI ", b"\x89PNG\r\n\x1a\n" * 40_000])
+def test_other_files_and_large_ones_are_left_out(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    assert address_of(tmp_path / "a.png") == "" == address_of(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("hostile", [
+    None, 3, "", "http://example.com/a.png", "data:text/html;base64,AAAA", "data:image/svg+xml;base64,AAAA",
+    'data:image/png;base64,AAAA" onerror="x', "data:image/png;base64,AAAA\n",
+    "data:image/png;base64," + "A" * (2 * MOST_BYTES)])
+def test_only_its_own_addresses_are_shown(hostile: object) -> None:
+    assert not is_picture(hostile) and not is_sound(hostile)

@@ -1,0 +1,39 @@
+"""Settings of every kind that the reader meets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Le, MinLen
+
+from megatron_sov.base.settings import ONCE, AtLeastOne, Code, NotBlank, NotNegative, Problem, Share, one_of
+
+
+@dataclass(frozen=True)
+class Block:
+    size: Annotated[AtLeastOne, Le(1_000_000)] = 1
+    share: Share = 0.5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    block: Block = Block()
+    blocks: tuple[Block, ...] = (Block(),)
+    maybe: Block | None = None
+    kind: Literal["adamw", "muon"] = "adamw"
+    weights: dict[str, NotNegative] = field(default_factory=dict)
+    either: int | str | None = None
+    file: Path = Path("a")
+    pairs: tuple[tuple[int, int], ...] = ()
+    words: Annotated[tuple[NotBlank, ...], MinLen(1), ONCE] = ("a",)
+    language: Annotated[str, one_of(lambda: ("", "ko", "en"))] = ""
+    on: bool = False
+
+    def problems(self) -> list[Problem]:
+        """Refuse a size that the kind does not have."""
+        if self.kind == "muon" and self.block.size == 1:
+            return [Problem(Code.RULE, "block.size", "must be above 1 with kind = muon", 1, "set it")]
+        return []

@@ -1,0 +1,15 @@
+"""Each field of each class of settings, driven over its bounds and to wrong types from three sources.  Those
+of codecs, which need torch, are tried in their own room."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.base.settings.every_field import classes_below, find_wrongs
+
+
+@pytest.mark.parametrize("folder", ["megatron_sov", "data_prep", "tokenizer"])
+def test_each_field_is_told_by_its_code_from_every_source(folder: str) -> None:
+    found = list(classes_below(folder, without="codecs"))
+    assert len(found) > 3
+    assert not [wrong for cls in found for wrong in find_wrongs(cls)]

@@ -1,0 +1,399 @@
+"""Artifacts: a half-written one does not exist, damage is found, and nothing is replaced by accident."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from blake3 import blake3
+
+from megatron_sov.base import artifacts
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, new_artifact, read_manifest,
+    refuse_existing, sha256_file, to_json)
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.errors import UserError
+
+BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+"""As in the test vectors of other implementations."""
+
+
+def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
+    with new_artifact(path, kind, **options) as writer:
+        writer.content["num_documents"] = 1
+        writer.settings["seed"] = 7
+        (writer.path / "sub").mkdir()
+        (writer.path / "sub/data.bin").write_text(text)
+    return path
+
+
+def killed_in_the_middle(body: str, path: Path) -> None:
+    """Run `body` in a process that is killed (SIGKILL) where it prints "now"."""
+    program = "import os, sys, time\nfrom megatron_sov import artifacts\npath = artifacts.Path(sys.argv[1])\n"
+    process = subprocess.Popen([sys.executable, "-c", program + textwrap.dedent(body), str(path)],
+                               stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.kill()
+    process.communicate()
+
+
+def test_an_artifact_holds_what_was_written_and_says_so(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "corpus")
+    with new_artifact(tmp_path / "deep/er/a", "tokens") as writer:
+        writer.content["num_tokens"] = 3
+        writer.settings["seed"] = 7
+        writer.add_input(source)
+        (writer.path / "data.bin").write_bytes(b"abc")
+    manifest = read_manifest(tmp_path / "deep/er/a", "tokens")
+    assert (manifest.content, manifest.settings) == ({"num_tokens": 3}, {"seed": 7})
+    assert manifest.files == {"data.bin": FileRecord(f"blake3:{BLAKE3_OF_ABC}", 3)}
+    assert manifest.inputs == [{"kind": "corpus", "path": str(source),
+                                "manifest_sha256": manifest_sha256(source)}]
+    assert damaged_files(tmp_path / "deep/er/a") == []
+    assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["a"]
+
+
+def test_an_artifact_whose_process_is_killed_does_not_exist_and_its_remains_are_cleared(
+        tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    killed_in_the_middle("""
+        with artifacts.new_artifact(path, "tokens") as writer:
+            (writer.path / "data.bin").write_text("half")
+            print("now", flush=True)
+            time.sleep(60)
+    """, path)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1, "the temporary folder is still there"
+    build(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_artifact_that_a_killed_process_had_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
+    path = build(tmp_path / "a", text="old")
+    killed_in_the_middle("""
+        rename = os.rename
+        def stop_after(source, target):
+            rename(source, target)
+            print("now", flush=True)
+            time.sleep(60)
+        os.rename = stop_after
+        with artifacts.new_artifact(path, "tokens", overwrite=True):
+            pass
+    """, path)
+    assert not path.exists()
+    with pytest.raises(UserError, match="already exists"):
+        build(path, text="new")
+    assert (path / "sub/data.bin").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".a.tmp-{os.getppid()}"
+    other.mkdir()
+    build(tmp_path / "a")
+    assert other.exists()
+
+
+def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_took_no_note(
+        tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
+        (leftover := tmp_path / f".a.tmp-{child.pid}").mkdir()
+        build(tmp_path / "a")
+        assert not leftover.exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_killed_process_of_this_number_left_is_cleared(tmp_path: Path, begun: bool) -> None:
+    """In a container the first process has the number 1, every time that it is started."""
+    old = build(tmp_path / "a", text="old")
+    os.rename(old, tmp_path / f".a.old-{os.getpid()}")
+    (half := tmp_path / f".a.tmp-{os.getpid()}").mkdir()
+    (half / "data.bin").write_text("half")
+    if begun:
+        build(tmp_path / "a", overwrite=True, text="new")
+    else:
+        with pytest.raises(UserError, match="already exists"):
+            build(tmp_path / "a")
+    assert (tmp_path / "a/sub/data.bin").read_text() == ("new" if begun else "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
+def test_what_a_process_of_another_container_works_on_is_left_alone(tmp_path: Path, number: str) -> None:
+    """Here its number is that of nobody, or of this process."""
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        child.wait()
+    pid = os.getpid() if number == "this process's own" else child.pid
+    killed_at = tmp_path / f".a.tmp-{pid}"
+    program = """import sys
+from pathlib import Path
+from megatron_sov import artifacts
+artifacts.os.getpid = lambda: int(sys.argv[2])
+with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
+    print("now", flush=True)
+    sys.stdin.read()
+    (writer.path / "data.bin").write_text("theirs")
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a"), str(pid)], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          cwd=Path(__file__).parents[2]) as other:
+        assert other.stdout is not None and other.stdout.readline() == "now\n"
+        if pid == os.getpid():
+            with pytest.raises(UserError, match="a: another process is making it; wait for it, choose"):
+                build(tmp_path / "a")
+        else:
+            artifacts.clear_leftovers(tmp_path / "a")
+        assert killed_at.is_dir()
+        other.communicate("")
+    assert other.returncode == 0 and (tmp_path / "a/data.bin").read_text() == "theirs"
+
+
+def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_artifact(tmp_path / "a", "tokens") as writer:
+        (writer.path / "data.bin").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with (pytest.raises(UserError, match="a: no space left on the device; free some"),
+          new_artifact(tmp_path / "a", "tokens")):
+        Path("/dev/full").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "sentence"), [
+    (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
+    (errno.EACCES, "cannot be written"),
+])
+def test_atomic_write_keeps_the_old_content_when_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sentence: str,
+) -> None:
+    path = tmp_path / "report.html"
+    atomic_write(path, "old")
+
+    def refuse(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"report\.html: {sentence}"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_atomic_write_takes_text_and_bytes(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "한국어")
+    assert (tmp_path / "a").read_bytes() == "한국어".encode()
+    atomic_write(tmp_path / "a", b"\x00\xff")
+    assert (tmp_path / "a").read_bytes() == b"\x00\xff"
+
+
+@pytest.mark.parametrize(("path", "sentence"), [
+    (".", "has no name of its own"), ("..", "has no name of its own"),
+    ("file/x", "file is a file, so nothing can lie in it")])
+def test_where_no_artifact_can_lie_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=sentence):
+        refuse_existing(Path(path), "text", overwrite=True)
+    with pytest.raises(UserError, match=sentence), new_artifact(path, "text"):
+        pytest.fail("it begins to be made")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unexpected_disk_error_is_not_dressed_up(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), new_artifact(tmp_path / "a", "tokens") as writer:
+        writer.path.write_text("a folder cannot be written like a file")
+
+
+def test_damage_is_named_file_by_file(tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "a", "tokens") as writer:
+        for name in ("flipped", "gone", "short", "whole"):
+            (writer.path / name).write_text("content")
+    (tmp_path / "a/flipped").write_text("cOntent")
+    (tmp_path / "a/gone").unlink()
+    (tmp_path / "a/short").write_text("cont")
+    assert damaged_files(tmp_path / "a") == [
+        f"{tmp_path}/a/flipped: its content differs from the hash in the manifest",
+        f"{tmp_path}/a/gone: is missing",
+        f"{tmp_path}/a/short: has 4 bytes, the manifest says 7",
+    ]
+
+
+def test_an_existing_artifact_is_replaced_only_on_request_and_only_by_its_own_kind(tmp_path: Path) -> None:
+    path = build(tmp_path / "a", text="old")
+    with pytest.raises(UserError, match="already exists; choose another output folder, or pass --overwrite"):
+        build(path, text="new")
+    with pytest.raises(UserError, match="is not a 'tokenizer' artifact, so it is not replaced"):
+        build(path, kind="tokenizer", text="new", overwrite=True)
+    assert (path / "sub/data.bin").read_text() == "old"
+    build(path, text="new", overwrite=True)
+    assert (path / "sub/data.bin").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_foreign_folders_and_files_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for name in ("home", "file"):
+        with pytest.raises(UserError, match="so it is not replaced"):
+            build(tmp_path / name, overwrite=True)
+    assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert damaged_files(build(tmp_path / "a")) == []
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """Change fields of an artifact's manifest by hand, which has no hash of itself then,
+    as in earlier versions."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""} | changes))
+    return path
+
+
+def test_an_artifact_of_the_first_format_is_read_and_checked_as_ever(tmp_path: Path) -> None:
+    """Its files have the hash that was used then, and keep it where they are handed on."""
+    path = build(tmp_path / "a")
+    old = {"sha256": hashlib.sha256(b"hello").hexdigest(), "size_bytes": 5}
+    rewritten(path, format_version=1, files={"sub/data.bin": old})
+    record = read_manifest(path).files["sub/data.bin"]
+    assert record == FileRecord(f"sha256:{old['sha256']}", 5) and damaged_files(path) == []
+    with new_artifact(tmp_path / "b", "tokens") as writer:
+        (writer.path / "taken.bin").write_text("hello")
+        writer.known_files["taken.bin"] = record
+        (writer.path / "new.bin").write_bytes(b"abc")
+    found = json.loads((tmp_path / "b" / MANIFEST).read_text())
+    assert found["format_version"] == 2 and found["files"] == {
+        "taken.bin": {"digest": f"sha256:{old['sha256']}", "size_bytes": 5},
+        "new.bin": {"digest": f"blake3:{BLAKE3_OF_ABC}", "size_bytes": 3}}
+    assert damaged_files(tmp_path / "b") == []
+    for folder in (path / "sub/data.bin", tmp_path / "b/taken.bin"):
+        folder.write_text("hullo")
+    assert len(damaged_files(path)) == len(damaged_files(tmp_path / "b")) == 1
+
+
+@pytest.mark.parametrize("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
+                                    {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
+def test_a_digest_that_nobody_can_check_is_damage(tmp_path: Path, record: Any) -> None:
+    path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+        read_manifest(path)
+
+
+def test_a_newer_format_is_refused_even_where_it_has_other_fields(tmp_path: Path) -> None:
+    path = rewritten(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
+    with pytest.raises(UserError,
+                       match="format_version 3 is newer than 2, the newest that this version reads; update"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 1}',
+])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    path = build(tmp_path / "a")
+    (path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+        read_manifest(path)
+
+
+def test_a_manifest_knows_its_own_bytes(tmp_path: Path) -> None:
+    """Any byte that is changed anywhere is noticed, also where the manifest still reads as one."""
+    file = build(tmp_path / "a") / MANIFEST
+    sound = file.read_bytes()
+    assert read_manifest(tmp_path / "a").sha256.encode() in sound
+    for place in range(len(sound)):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1:])
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            read_manifest(tmp_path / "a")
+    for length in (0, 1, len(sound) // 2, len(sound) - 1):
+        file.write_bytes(sound[:length])
+        with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
+            read_manifest(tmp_path / "a")
+    file.write_bytes(sound)
+    assert read_manifest(rewritten(tmp_path / "a", kind="tokens")).sha256 == ""
+
+
+def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, says in (("nowhere", "does not exist"), ("file", "has no manifest.json")):
+        with pytest.raises(UserError, match=f"{name}: {says}, so it is not a 'tokens' artifact"):
+            read_manifest(tmp_path / name, "tokens")
+    with pytest.raises(UserError, match="is a 'tokens' artifact where a 'tokenizer' artifact is needed"):
+        read_manifest(build(tmp_path / "a"), "tokenizer")
+
+
+def test_hashes_agree_with_the_libraries_across_block_borders(tmp_path: Path) -> None:
+    for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
+        data = bytes(i % 251 for i in range(256)) * (size // 256 + 1)
+        (tmp_path / "f").write_bytes(data[:size])
+        assert sha256_file(tmp_path / "f") == hashlib.sha256(data[:size]).hexdigest()
+        assert file_digest(tmp_path / "f") == f"blake3:{blake3(data[:size]).hexdigest()}"
+
+
+def test_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Point:
+        x: float
+        where: Path
+
+    assert json.loads(to_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
+    with pytest.raises(TypeError, match="set cannot be written as JSON"):
+        to_json({1, 2})
+
+
+@pytest.mark.parametrize("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
+def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, files: dict[str, int]) -> None:
+    record = {"size_bytes": 1, "sha256": "0" * 64}
+    (tmp_path / "manifest.json").write_text(json.dumps({
+        "format_version": 1, "kind": "tokens", "files": dict.fromkeys(files, record)}))
+    with pytest.raises(UserError, match=r"is damaged .it names the file .*, which is not inside the folder"):
+        read_manifest(tmp_path)
+
+
+def test_json_without_end_is_a_damaged_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Path) -> None:
+    """As where a folder is a link to a larger disk."""
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/real")
+    refuse_existing(tmp_path / "out", "tokens", overwrite=False)
+    build(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and read_manifest(tmp_path / "disk/real").kind == "tokens"
+    with pytest.raises(UserError, match="already exists"):
+        build(tmp_path / "out")
+    build(tmp_path / "out", text="again", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/real/sub/data.bin").read_text() == "again"
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    lost = tmp_path / "lost"
+    for refuse in (lambda: refuse_existing(lost, "tokens", overwrite=False), lambda: build(lost)):
+        with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
+            refuse()

@@ -1,0 +1,137 @@
+"""What all programs do alike."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import build_parser as sov_data
+from megatron_sov import cli
+from megatron_sov.base.command_line import Parser, exit_code
+from megatron_sov.base.errors import GateFailed, StopRequested, UserError
+from megatron_sov.operate.slurm.stages import work_of
+from megatron_sov.version import __version__
+from tokenizer.cli import build_parser as sov_tokenizer
+
+ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
+
+
+@pytest.mark.parametrize("program", ENTRIES)
+def test_every_program_tells_its_version(program: str) -> None:
+    done = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True,
+                          text=True, check=False, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {__version__}\n", "")
+
+
+@pytest.mark.parametrize(("outcome", "code", "said"), [
+    (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"),
+    (UserError("\x1b[2Ja\n\tnicht schön"), 2, "error: \\x1b[2Ja\n\tnicht schön\n"),
+    (GateFailed("too low"), 3, "gate: too low\n"),
+    (StopRequested("saved"), 75, "stopped: saved\n"), (BrokenPipeError(), 0, ""),
+    (FileNotFoundError(2, "No such file", "\x9bx"), 2,
+     "error: \\x9bx: cannot be used (No such file); look at the path, its permissions and its disk\n"),
+    (OSError(36, "File name too long", "x" * 9999), 2, f"error: {'x' * 300}: cannot be used (File name too "
+     "long); look at the path, its permissions and its disk\n"),
+])
+def test_what_a_user_can_mend_is_one_message_and_a_code(
+    outcome: int | Exception, code: int, said: str, capsys: pytest.CaptureFixture[str],
+) -> None:
+    def action() -> int:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert exit_code(action) == code
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_finds_no_room_is_told_and_a_reader_that_has_seen_enough_is_no_error(
+        buffered: str) -> None:
+    def run(stdout: int) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "megatron_sov", "recipes"], check=False, text=True,
+                              stdout=stdout, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
+                              env=os.environ | {"PYTHONUNBUFFERED": buffered})
+        return done.returncode, done.stderr
+
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        code, said = run(full.fileno())
+    assert (code, said.count("\n")) == (2, 1) and said.startswith("error: standard output, or a file of this "
+                                                                  "command: No space left on device; free")
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run(writing) == (0, "")
+    os.close(writing)
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 // 0)
+    with pytest.raises(OSError):
+        exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("pretrain tiny-solar-open --data d --run r --set train.steps=1 train.seed=2",
+     "train.seed=2: every setting needs a --set of its own; write --set train.seed=2"),
+    ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
+     "train.steps=3: every setting needs a --set of its own; write --set train.steps=3 "
+     "--set 'data.phases.0.blend={\"a b\": 1}'"),
+    ("recipes train.steps=3", "train.steps=3: stands where the recipe does; write --set train.steps=3"),
+    ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
+    ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
+    ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
+    ("eval bigram --data d --out f", "--out f: nothing takes this; another command does (--help"),
+    ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
+    ("card sft --ouput c", "required: --output; --ouput: nothing takes this; did you mean '--output'?"),
+    ("card '' --output c", "RUN: is empty, where a file or folder is to be named"),
+    ("eval pll", "invalid choice: 'pll' (choose from"),
+])
+def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(shlex.split(line)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("line", ["--input a b --input c", "--input a --input b --input c", "--input a b c"])
+def test_an_input_may_be_several_and_may_be_repeated(line: str) -> None:
+    def inputs(program: Parser, words: str) -> list[str]:
+        return [str(value) for value in program.parse_args(f"{words} {line} --output o".split()).input]
+
+    assert inputs(sov_data(), "pack --tokenizer t") == ["a", "b", "c"]
+    assert inputs(sov_data(), "trajectories") == ["a", "b", "c"]
+    assert inputs(sov_tokenizer(), "train --preset solar-open --vocab-size 9") == ["a", "b", "c"]
+    work = work_of("data", f"pack --tokenizer t {line} --output o".split(), {})
+    assert [path.name for path in work.inputs] == ["a", "b", "c", "t"]
+
+
+def test_text_of_any_language_is_shown_in_any_locale() -> None:
+    """Old shells have no UTF-8, and names of files may be none."""
+    text = "\ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22, half \udcff, \u2028"
+    code = ("import sys; from megatron_sov.base.command_line import exit_code\n"
+            f"exit_code(lambda: print({text!a}) or print({text!a}, file=sys.stderr) or 0)")
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+                   "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment,
+                          cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (0, done.stderr)
+    assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize(("code", "kept"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
+def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -> None:
+    assert exit_code(lambda: code) == kept
+
+    def child_fails() -> int:
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit) as ended:
+        exit_code(child_fails)
+    assert ended.value.code == kept

@@ -1,0 +1,111 @@
+"""Where a result cannot come to lie is said before the work, by every command that makes one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.base.artifacts import refuse_existing, write_output
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output, refuse_link_outside, refuse_unwritable
+from megatron_sov.cli import main as megatron_sov
+from tokenizer.cli import main as sov_tokenizer
+
+NOWHERE = "/proc/x"
+"""A folder in which not even root makes anything, though nothing forbids it."""
+
+
+def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, sentence in ((tmp_path, "is a folder; name the file"),
+                           (tmp_path / "file/a/b", "file is a file, so nothing"),
+                           (tmp_path / ("a" * 999), "File name too long"),
+                           (Path("/dev/null"), "is no regular file"), (Path(NOWHERE), "nothing can be made")):
+        with pytest.raises(UserError, match=rf"--out {path}: .*{sentence}"):
+            check_output("--out", path)
+    check_output("--out", tmp_path / "new/folders/page.html")
+    with pytest.raises(UserError, match="File name too long"):
+        refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
+    with pytest.raises(UserError, match=r"udcff': is no UTF-8"):
+        refuse_existing(tmp_path / "\udcff", "tokens", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    write_output(tmp_path / "new/folders/page.html", "x")
+    assert (tmp_path / "new/folders/page.html").read_text() == "x"
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_trying_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make(prefix: str, dir: Path) -> str:
+        made.append(mkdtemp(prefix=prefix, dir=dir))
+        return made[-1]
+
+    def refuse(folder: Path, flags: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "this file system makes no files without names")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make)
+    if not nameless:
+        monkeypatch.setattr(os, "open", refuse)
+    refuse_unwritable(tmp_path, "--run x")
+    assert list(tmp_path.iterdir()) == [] and bool(made) != nameless
+
+
+COMMANDS = {
+    "pack": (sov_data, "pack --tokenizer {data.tokenizer} --input {text} --output {out}"),
+    "mix": (sov_data, "mix {data.text} --output {out}"),
+    "trajectories": (sov_data, "trajectories --input {text} --output {out}"),
+    "demo-corpus": (sov_data, "demo-corpus --output {out}"),
+    "tokenizer train": (sov_tokenizer,
+                        "train --preset solar-open --vocab-size 300 --input {text} --output {out}"),
+    "tokenizer import": (sov_tokenizer, "import {data.tokenizer} --output {out}"),
+    "tokenizer export": (sov_tokenizer, "export {data.tokenizer} --format tiktoken --output {out}"),
+    "tokenizer report": (sov_tokenizer, "report {data.tokenizer} --output {out}"),
+    "tokenizer compare": (sov_tokenizer,
+                          "compare {data.tokenizer} {data.tokenizer} --text a={text} --output {out}"),
+    "graft": (sov_tokenizer, "graft {data.tokenizer} --add {text} --output {out}"),
+    "plan": (megatron_sov, "plan tiny-solar-open --html {out}"),
+    "report": (megatron_sov, "report {text} --out {out}"),
+    "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --out {out}"),
+    "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),
+    "bundle": (megatron_sov, "bundle --output {out}"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_place_where_nothing_can_be_made(
+        name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    main, line = COMMANDS[name]
+    text = packed_data.tokenizer.parent / "even.jsonl"
+    for out, why in ((NOWHERE, "nothing can be made in /proc"), (text / "x", "even.jsonl is a file")):
+        words = line.format(data=packed_data, text=text, out=out).split()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert why in error and len(error.splitlines()) == 1, error
+
+
+def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret.txt", tmp_path / "model"
+    secret.write_text("secret")
+    folder.mkdir()
+    (folder / "own.txt").write_text("own")
+    for name, target in (("inside.txt", "own.txt"), ("outside.txt", secret), ("up.txt", "../secret.txt")):
+        (folder / name).symlink_to(target)
+    refuse_link_outside(folder, folder / "own.txt")
+    refuse_link_outside(folder, folder / "inside.txt")
+    for name in ("outside.txt", "up.txt"):
+        with pytest.raises(UserError, match=f"{name}: is a link to .*secret.txt, outside of its folder"):
+            refuse_link_outside(folder, folder / name)
+    snapshot, blobs = tmp_path / "models--a/snapshots/abc", tmp_path / "models--a/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    refuse_link_outside(snapshot, snapshot / "config.json")

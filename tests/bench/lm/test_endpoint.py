@@ -1,0 +1,222 @@
+"""An OpenAI-compatible endpoint: what it is asked, what its answers mean, and what it cannot tell; in
+conversations each question stands behind the answers before it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.bench.lm import endpoint
+from megatron_sov.bench.lm.results import read_items, read_results
+from megatron_sov.cli import main
+from megatron_sov.work.endpoints.cache import EndpointCache
+
+
+def reply(payload: dict[str, Any]) -> dict[str, Any] | None:
+    """Answer with the last number of the prompt."""
+    if "fail" in json.dumps(payload):
+        return None
+    if payload.get("echo"):
+        logprobs = [None, *(-token / 1000 for token in payload["prompt"][1:]), -9.0]
+        top = [None, *({"a": -0.2} for _ in payload["prompt"][1:]), {}]
+        told = {"token_logprobs": logprobs, "top_logprobs": top}
+        return {"choices": [{"text": "", "logprobs": told, "finish_reason": "length"}]}
+    said = {"text": "3 the rest\nmore"} if "messages" not in payload else {"message": {"content": "3"}}
+    return {"choices": [{**said, "finish_reason": "stop"}]}
+
+
+@pytest.fixture
+def command(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("MY_KEY", "secret")
+    script.reply = reply
+    rows = [{"q": f"{i} + 1 = {'fail' if i == 3 else ''}", "a": str(i + 1)} for i in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(
+        "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "generation_kwargs: {until: [' the'], max_gen_toks: 7}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n")
+    (tmp_path / "likely.yaml").write_text(
+        "task: likely\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
+        "output_type: loglikelihood\ndoc_to_text: 'sum'\ndoc_to_target: ' {{a}}'\nmetric_list:\n"
+        "- {metric: acc, aggregation: mean, higher_is_better: true}\n")
+    return ["eval", "lm", script.url, "--model", "m", "--key-env",
+            "MY_KEY", "--task-dir", str(tmp_path), "--output", str(tmp_path / "out.json")]
+
+
+def test_texts_are_asked_for_and_what_is_not_answered_is_named(command: list[str], script: Any,
+                                                               tmp_path: Path, capsys) -> None:
+    assert main([*command, "--tasks", "sums"]) == 0
+    path, payload, key = script.asked[0]
+    assert (path, key) == ("/v1/completions", "Bearer secret")
+    assert payload.items() >= {"model": "m", "max_tokens": 7, "temperature": 0.0, "stop": [" the"]}.items()
+    found = read_results(tmp_path / "out.json")
+    assert (found.model.kind, found.tasks["sums"].items, found.tasks["sums"].failed) == ("endpoint", 4, 1)
+    assert found.tasks["sums"].metrics[0].value == 1 / 3
+    items = list(read_items(tmp_path / "out.json", found))
+    assert [i.samples[0].response for i in items[:3]] == ["3"] * 3
+    assert "HTTP 500" in str(items[3].failed)
+    said = capsys.readouterr()
+    assert "sums: 1 of 4 items have no score; of the first: the endpoint answered HTTP 500" in said.err
+    assert "secret" not in said.out + said.err + (tmp_path / "out.json").read_text()
+
+    # what was answered is kept, what failed is asked for again
+    before = len(script.asked)
+    assert main([*command, "--tasks", "sums"]) == 0
+    assert {json.dumps(p)[:200].count("fail") for _, p, _ in script.asked[before:]} == {1}
+
+
+def test_another_model_under_the_same_name_is_refused_until_the_user_decides(
+        command: list[str], script: Any, tmp_path: Path, capsys) -> None:
+    sums = [*command, "--tasks", "sums", "--limit", "3"]
+    assert main(sums) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 1 / 3
+    script.name = "two"
+    script.reply = lambda payload: {"choices": [{"text": "no", "finish_reason": "stop"}]}
+    before = len(script.asked)
+    [file] = (tmp_path / "out.cache").rglob("endpoint.sqlite")
+    kept = EndpointCache(file).keys()
+    assert main(sums) == 2
+    said = capsys.readouterr().err
+    assert "answers 4 of 4 fixed questions otherwise than the model 'm'" in said
+    assert "name another --cache" in said
+    assert len(script.asked) == before and EndpointCache(file).keys() == kept and kept
+    assert main([*sums, "--cache", str(tmp_path / "new")]) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 0
+    before = len(script.asked)
+    assert main([*sums, "--same-model"]) == 0 and main(sums) == 0
+    assert read_results(tmp_path / "out.json").tasks["sums"].metrics[0].value == 1 / 3
+    assert len(script.asked) == before
+
+
+def test_likelihoods_are_those_of_the_echoed_tokens(command: list[str], script: Any, tmp_path: Path,
+                                                    token_shards: Path, capsys) -> None:
+    from megatron_sov.infer.engines.load import load_tokenizer
+
+    folder = token_shards / "tokenizer"
+    likely = [*command, "--tasks", "likely", "--tokenizer", str(folder), "--max-length", "64"]
+    assert main(likely) == 0
+    tokens = load_tokenizer(folder).encode("sum 1")
+    asked = [payload["prompt"] for _, payload, _ in script.asked]
+    assert tokens in asked
+    found = read_results(tmp_path / "out.json")
+    answer_tokens = tokens[len(load_tokenizer(folder).encode("sum")):]
+    items = list(read_items(tmp_path / "out.json", found))
+    # the server's best token has -0.2, so tokens below 200 are the most probable ones
+    assert items[0].scores["acc"] == float(all(token <= 200 for token in answer_tokens))
+
+    script.reply = lambda payload: {"choices": [{"text": "", "logprobs": None, "finish_reason": "length"}]}
+    assert main([*likely, "--cache", str(tmp_path / "other")]) == 2
+    assert "tells no likelihoods of what it is given" in capsys.readouterr().err
+
+
+def test_a_wrong_key_ends_the_command(command: list[str], script: Any, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(script.RequestHandlerClass, "do_POST", lambda self: self.send_error(401))
+    assert main([*command, "--tasks", "sums"]) == 2
+    assert "the key is not accepted (HTTP 401)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [[None, float("nan")], [None, True], [None, "-1"]])
+def test_a_likelihood_that_is_no_number_is_none(values: list[Any]) -> None:
+    raw = {"choices": [{"logprobs": {"token_logprobs": values}}]}
+    with pytest.raises(endpoint.BadAnswer, match="told no likelihood"):
+        endpoint._likelihood(raw, 1, 2)
+
+
+@pytest.mark.parametrize("top", [{"a": "x"}, {"a": None}, [], None])
+def test_top_likelihoods_of_a_stranger_are_not_believed(top: Any) -> None:
+    raw = {"choices": [{"logprobs": {"token_logprobs": [None, -1.0], "top_logprobs": [None, top]}}]}
+    assert endpoint._likelihood(raw, 1, 2) == {"logprob": -1.0, "greedy": False}
+
+
+class Chat:
+    """A model that says how many messages it was given, and a judge that likes answers to the second turn."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.judged: list[str] = []
+        self.failing = "no such words"
+
+    def reply(self, payload: dict[str, Any]) -> dict[str, Any] | None:
+        if self.failing in json.dumps(payload["messages"]):
+            return None
+        if payload["model"] == "judge":
+            self.judged.append(payload["messages"][1]["content"])
+            score = 10 if "I read 3" in self.judged[-1].partition("RESPONSE:")[2] else 1
+            said = json.dumps({"reason": "so", "score": score})
+        else:
+            self.asked.append(payload)
+            said = f"<think>hm</think>I read {len(payload['messages'])}"
+        return {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
+
+
+@pytest.fixture
+def chat(script: Any) -> Chat:
+    chat = Chat()
+    script.reply = chat.reply
+    return chat
+
+
+@pytest.fixture
+def talk(script: Any, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"turns": [f"Question {i}?", f"And {i}?"], "category": "math",
+             **({"reference": ["first", "second"]} if i else {})} for i in range(2)]
+    (tmp_path / "data/mt-bench-like").mkdir(parents=True)
+    (tmp_path / "data/mt-bench-like/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["eval", "lm", script.url, "--model", "m", "--tasks", "mt-bench-like", "--data-dir", "data",
+            "--output", "out.json", "--judge", f"endpoint={script.url}", "--judge", "model=judge", "--judge",
+            "backoff_s=0.001", "--workers", "1"]
+
+
+def test_the_second_question_stands_behind_the_first_answer(talk: list[str], chat: Chat, script: Any
+                                                            ) -> None:
+    assert main([*talk, "--apply-chat-template", "--mode", "no-thinking"]) == 0
+    asked = sorted((payload["messages"] for payload in chat.asked), key=lambda m: (len(m), str(m)))
+    assert asked[:2] == [[{"role": "user", "content": f"Question {i}?"}] for i in range(2)]
+    assert asked[2:] == [[{"role": "user", "content": f"Question {i}?"},
+                          {"role": "assistant", "content": "I read 1"},  # without its thoughts
+                          {"role": "user", "content": f"And {i}?"}] for i in range(2)]
+    assert all(p["chat_template_kwargs"] == {"enable_thinking": False} for p in chat.asked)
+    assert {path for path, _, _ in script.asked} == {"/v1/chat/completions"}
+    results = read_results(Path("out.json"))
+    scores = results.tasks["mt-bench-like"]
+    assert scores.mode == "no-thinking"
+    [metric] = scores.metrics
+    assert (scores.items, scores.failed, metric.value, metric.clusters) == (4, 0, 0.5, 2)
+    items = {item.item: item for item in read_items(Path("out.json"), results)}
+    assert {name: item.scores for name, item in items.items()} == {
+        "0/1": {"avg@1": 0.0}, "0/2": {"avg@1": 1.0}, "1/1": {"avg@1": 0.0}, "1/2": {"avg@1": 1.0}}
+    assert (items["1/2"].question, items["1/2"].answer, items["1/2"].cluster) == ("And 1?", "second", "1")
+    [second] = [text for text in chat.judged if "And 1?" in text]
+    assert "[user]\nQuestion 1?\n\n[assistant]\nI read 1\n\n[user]\nAnd 1?" in second
+    assert "second" in second.partition("KNOWN ANSWER:")[2]
+    assert "judge " in str(scores.judge)
+
+
+def test_a_turn_that_was_not_answered_has_failed_and_is_asked_for_again(talk: list[str], chat: Chat
+                                                                        ) -> None:
+    chat.failing = "And 0?"
+    words = [*talk, "--apply-chat-template"]
+    assert main(words) == 0
+    results = read_results(Path("out.json"))
+    assert results.tasks["mt-bench-like"].failed == 1
+    [failed] = [item for item in read_items(Path("out.json"), results) if item.failed]
+    assert (failed.item, "HTTP 500" in str(failed.failed)) == ("0/2", True)
+    before, chat.failing = len(chat.asked), "no such words"
+    assert main(words) == 0
+    assert len(chat.asked) == before + 1
+    assert read_results(Path("out.json")).tasks["mt-bench-like"].failed == 0
+
+
+def test_a_conversation_needs_a_chat_template(talk: list[str], capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(talk) == 2
+    assert "asks whole conversations; pass --apply-chat-template" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*talk, "--apply-chat-template"]) == 2
+    assert "leave torchrun or srun out" in capsys.readouterr().err

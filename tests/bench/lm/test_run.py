@@ -1,0 +1,207 @@
+"""`eval lm` from a command to a table: item by item what lm-eval's own model gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.cli import main
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+
+prepare_megatron()
+
+from megatron_sov.bench.lm import local, results  # noqa: E402
+from megatron_sov.infer.engines.hf import load_hf  # noqa: E402
+from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
+
+TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")
+FAMILY = "solar_open"
+
+
+@pytest.fixture(scope="session")
+def reference(task_dir: Path, hf_models: dict[str, Path]) -> dict[str, Any]:
+    """lm-eval's own evaluation of the Hugging Face folder by its own model."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    before = Path.cwd()
+    os.chdir(task_dir)  # where it looks for data files
+    try:
+        loaded = TaskManager(include_path=str(task_dir), include_defaults=False).load(list(TASKS))
+        for task in loaded["tasks"].values():  # as its command does
+            task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+            task.set_fewshot_seed(1234)
+        model, tokenizer = load_hf(hf_models[FAMILY], "float32"), load_tokenizer(hf_models[FAMILY])
+        model.generation_config.eos_token_id = tokenizer.eos_token_id  # or sequences go on behind their end
+        found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), loaded, bootstrap_iters=0)
+    finally:
+        os.chdir(before)
+    assert found is not None
+    return dict(found)
+
+
+def agrees(out: Path, reference: dict[str, Any]) -> None:
+    """Check every item's scores and texts, and every figure, against lm-eval's."""
+    found = results.read_results(out)
+    items = {(item.task, int(item.item)): item for item in results.read_items(out, found)}
+    assert len(items) == sum(map(len, reference["samples"].values())) == 36
+    for task, samples in reference["samples"].items():
+        for sample in samples:
+            item = items[task, sample["doc_id"]]
+            for metric in sample["metrics"]:
+                name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                if isinstance(sample[metric], (int, float)) and metric != "perplexity":
+                    assert item.scores[name] == sample[metric], (task, sample["doc_id"], name)
+            if found.tasks[task].output_type == "generate_until":
+                assert [s.response for s in item.samples] == [r for resps in sample["resps"] for r in resps]
+    for task, scores in found.tasks.items():
+        for figure in scores.metrics:
+            if task in reference["samples"]:
+                assert figure.value == pytest.approx(
+                    reference["results"][task][f"{figure.name},{figure.filter}"], rel=2e-5)
+
+
+def test_a_hugging_face_folder_is_scored_as_lm_eval_does(
+        task_dir: Path, hf_models: dict[str, Path], reference: dict[str, Any], tmp_path: Path,
+        capsys) -> None:
+    log = EventLog(tmp_path / EVENTS)
+    log.write("step", step=41, loss=1.0)
+    log.close()
+    out = tmp_path / "out.json"
+    argv = ["eval", "lm", str(hf_models[FAMILY]), "--tasks", "last_word,rolling,choices,stopped,unended",
+            "--task-dir", str(task_dir), "--output", str(out), "--run", str(tmp_path)]
+    assert main(argv) == 0
+    agrees(out, reference)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["task", "metric", "value", "95", "%", "interval", "items", "failed", "at",
+                                "limit"]
+    assert table[-1].split()[:2] == ["choices", "acc"]
+    found = results.read_results(out)
+    assert found.tasks["unended"].at_limit == found.tasks["unended"].items == 6  # answers that never end
+    assert found.tasks["words"].metrics[0].clusters == 3
+    assert found.tasks["choices"].metrics[0].value == pytest.approx(
+        (found.tasks["words"].metrics[0].value + found.tasks["letters"].metrics[0].value) / 2)
+    item = next(results.read_items(out, found))
+    assert (item.question, item.answer.strip()) == (item.question.strip(), item.answer.strip()) != ("", "")
+    events = [e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]
+    assert [e["step"] for e in events] == [41] * 9
+    assert {e["published_as"] for e in events if e["task"] == "words"} == {"mmlu"}
+    assert {e["output"] for e in events} == {str(out)}
+
+    # what was answered is never asked again, the results are the same to the byte, and the run knows already
+    before = out.read_bytes()
+    assert main(argv) == 0
+    assert "asked" not in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert len([e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]) == 9
+
+
+def test_a_checkpoint_split_over_processes_is_too(
+        task_dir: Path, imported: dict[str, Path], reference: dict[str, Any], tmp_path: Path,
+        run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    out = tmp_path / "out.json"
+    done = run_command("eval", "lm", str(imported[FAMILY]), "--tasks", ",".join(TASKS), "--task-dir",
+                       str(task_dir), "--output", str(out), "--nproc", "4", "--set", "parallel.tp=2", "--set",
+                       "parallel.pp=2", "--set", "parallel.sp=true", "--batch-size", "2")
+    assert done.returncode == 0, done.stderr
+    agrees(out, reference)
+
+
+def test_a_killed_evaluation_goes_on_behind_what_was_answered(
+        one_rank: None, task_dir: Path, imported: dict[str, Path], tmp_path: Path, monkeypatch,
+        capsys) -> None:
+    def argv(name: str) -> list[str]:
+        return ["eval", "lm", str(imported[FAMILY]), "--tasks", "words,stopped", "--task-dir", str(task_dir),
+                "--output", str(tmp_path / name), "--batch-size", "1"]
+
+    assert main(argv("whole.json")) == 0
+    asked: list[str] = []
+    plain, calls = local._chunk_answers, 0
+
+    def dies(model: Any, running: Any, chunk: Any, flag: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise KeyboardInterrupt  # as good as a kill: nothing behind it is written
+        asked.extend(request.key for request in chunk)
+        return plain(model, running, chunk, flag)
+
+    monkeypatch.setattr(local, "_chunk_answers", dies)
+    codes = [main(argv("killed.json"))]
+    while codes[-1]:
+        assert not (tmp_path / "killed.json").exists()
+        codes.append(main(argv("killed.json")))
+    assert len(codes) > 2
+    assert len(asked) == len(set(asked)) > 20
+    for end in (".json", ".items.jsonl"):
+        whole = (tmp_path / f"whole{end}").read_text().replace("whole.items", "killed.items")
+        assert (tmp_path / f"killed{end}").read_text() == whole
+
+
+def test_a_signal_stops_it_in_good_order(one_rank: None, task_dir: Path, imported: dict[str, Path],
+                                         tmp_path: Path, monkeypatch, capsys) -> None:
+    plain = local._chunk_answers
+
+    def stops(model: Any, running: Any, chunk: Any, flag: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(model, running, chunk, flag)
+
+    argv = ["eval", "lm", str(imported[FAMILY]), "--tasks", "words,unended", "--task-dir", str(task_dir),
+            "--output", str(tmp_path / "out.json")]
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "_chunk_answers", stops)
+        before = signal.getsignal(signal.SIGTERM)
+        assert main(argv) == 75
+        assert signal.getsignal(signal.SIGTERM) == before
+    said = capsys.readouterr().err
+    assert "stopped: 18 of 24 requests are answered and kept; run the same command again" in said
+    assert main(argv) == 0
+    assert "18 of 24 requests were answered before" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out.json").read_text())["tasks"]["unended"]["at_limit"] == 6
+
+
+def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, Path], tmp_path: Path,
+                                           capsys) -> None:
+    model, out = str(hf_models[FAMILY]), str(tmp_path / "out.json")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in hf_models[FAMILY].iterdir():
+        if file.name not in ("tokenizer_config.json", "manifest.json"):
+            (bare / file.name).symlink_to(file)
+    (bare / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    common = ["--task-dir", str(task_dir), "--output", out]
+    cases = [
+        ([model, "--tasks", "word", *common], "did you mean 'words'?"),
+        ([model, "--tasks", ",", *common], "--tasks: names none"),
+        ([model, "--tasks", "words", "--task-dir", "nowhere", "--output", out], "nowhere: is no folder"),
+        ([model, "--tasks", "words,words", *common], "words is asked for twice"),
+        (["missing", "--tasks", "words", *common], "missing"),
+        ([str(bare), "--tasks", "words", "--apply-chat-template", *common], "has no chat template"),
+        ([model, "--tasks", "unended", "--max-length", "4", *common], "pass --max-gen-tokens"),
+        ([model, "--tasks", "words", "--max-length", "1000", *common], "the model ends at 512"),
+        (["http://127.0.0.1:9/v1", "--tasks", "words", *common], "--model: is missing"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--nproc", "2", "--tasks", "words", *common],
+         "runs its model itself"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--tasks", "words", *common], "pass --tokenizer DIR"),
+        ([model, "--tasks", "words", "--task-dir", str(task_dir), "--output", str(tmp_path)], "is a folder"),
+        ([model, "--tasks", "words", "--samples", "4", *common], "--samples 4: none of the tasks samples"),
+        ([model, "--tasks", "words", "--judge", "x", *common], "--judge x: none of the tasks samples"),
+        ([model, "--tasks", "words", "--mode", "thinking", *common], "is only for --apply-chat-template"),
+        (["http://me:pw@127.0.0.1:9/v1", "--model", "m", "--tasks", "words", *common], "without user"),
+    ]
+    for argv, said in cases:
+        assert main(["eval", "lm", *argv]) == 2, argv
+        error = capsys.readouterr().err
+        assert said in error, error
+        assert "Traceback" not in error and "me:pw" not in error
+        assert "did you mean" not in error or not (tmp_path / "out.cache").exists()
+    assert not Path(out).exists()

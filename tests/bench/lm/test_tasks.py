@@ -1,0 +1,164 @@
+"""Foreign task folders: what they would run, fetch or read is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.bench.lm import tasks as task_files
+from megatron_sov.bench.lm.tasks import TaskFolder, TaskSources, hash_of, load_tasks
+
+PLAIN = ("task: plain\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
+         "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/d.jsonl").write_text(json.dumps({"q": "1 + 1 =", "a": "2"}) + "\n")
+    return tmp_path / "tasks"
+
+
+def load(folder: Path, text: str, **more: object) -> object:
+    (folder / "plain.yaml").write_text(text)
+    return load_tasks(["plain"], TaskSources((folder,), **more), folder.parent)  # type: ignore[arg-type]
+
+
+def test_a_plain_task_is_loaded_with_the_hashes_of_its_data(folder: Path) -> None:
+    loaded = load(folder, PLAIN)
+    assert list(loaded.tasks) == ["plain"]
+    assert list(loaded.files["plain"]) == ["tasks/d.jsonl"]
+
+
+EVIL = [
+    ("process_docs: !function evil.run", "process_docs is !function evil.run"),
+    ("doc_to_text: !function evil.run", "doc_to_text is !function"),
+    ("metric_list: [{metric: ./evil.py}]", "metric './evil.py' is none that lm-eval has built in"),
+    ("metric_list: [{metric: exact_match, hf_evaluate: true}]", "metric 'exact_match'"),
+    ("unsafe_code: true", "unsafe_code"),
+    ("use_prompt: 'x.yaml:y'", "use_prompt"),
+    ("dataset_path: pandas", "would be fetched"),
+    ("dataset_path: someone/dataset", "someone/dataset' would be fetched"),
+    ("dataset_kwargs: {data_files: {test: /etc/hostname}}", "lies outside of its folder"),
+    ("dataset_kwargs: {data_files: {test: ../../../../etc/hostname}}", "lies outside of its folder"),
+    ("dataset_kwargs: {data_files: {test: 'https://example.com/d.jsonl'}}", "does not exist"),
+    ("dataset_kwargs: {data_files: {test: '${DATA}/d.jsonl'}}", "pass --data-dir DIR"),
+    ("dataset_kwargs: {data_files: {test: gone.jsonl}}", "gone.jsonl does not exist; put the split's items"),
+    ("dataset_kwargs: {data_files: {test: d.jsonl}, cache_dir: /}", "cache_dir, which is none of"),
+    ("include: ../outside.yaml", "lies outside of"),
+    ("include: gone.yaml", "so the task folder is incomplete"),
+    ("include: 5", "include is 5; write a text"), ("tag: 5", "tag is 5; write a text"),
+    ('include: "a\\0b"', "no path of this machine"), ("x: !!int ''", "is no YAML of a task"),
+    ("x: !!timestamp soon", "is no YAML of a task"),
+    ("dataset_path: [a]", "dataset_path is ['a']; write a text"),
+    ("metric_list: 5", "metric_list is 5; write a list"), ("metric_list: [{metric: [a]}]", "metric ['a']"),
+    ("dataset_kwargs: [a]", "dataset_kwargs is ['a']; write names and values"),
+    ("dataset_kwargs: {5: 1}", "dataset_kwargs has 5, which is none of"),
+    ('dataset_kwargs: {data_files: "\\ud800.json"}', "no path of this machine"),
+    ("include: plain.yaml", "go round in a circle"),
+    ("doc_to_text: !!python/object/apply:os.system ['true']", "is no YAML of a task"),
+    ("description: &a [*a]", "holds itself"),
+    ("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+     "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]",
+     "50,000 values, aliases counted"),
+    ("doc_to_text: \"{{ ''.__class__.__mro__[1].__subclasses__() }}\"", "SecurityError"),
+    ("doc_to_text: '{{ nothing }}'", "'nothing' is undefined"),
+    ("test_split: other", "KeyError: 'other'"),
+    ("output_type: paint", "Got invalid output_type"),
+    ("metric_list: [{metric: exact_match, aggregation: sum_of_all}]",
+     "the aggregation of its metric 'exact_match' is none that lm-eval has"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), EVIL, ids=[line[:60] for line, _ in EVIL])
+def test_what_a_stranger_could_do_is_refused(folder: Path, line: str, said: str) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    (folder.parent / "outside.yaml").write_text("num_fewshot: 1")
+    key = line.partition(":")[0]
+    kept = [old for old in PLAIN.splitlines() if not old.startswith(f"{key}:")]
+    with pytest.raises(UserError) as told:
+        load(folder, "\n".join([*kept, line]))
+    assert said in str(told.value)
+
+
+def test_merged_mappings_do_not_fill_the_memory(folder: Path) -> None:
+    lines = ["a0: &a0 {k: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
+    with pytest.raises(UserError, match="<< of more than 50,000 values"):  # it would be a thousand million
+        load(folder, PLAIN + "\n".join(lines))
+    merged = "base: &base {test_split: test}\nmore: {<<: *base, a: 1}\n"
+    assert task_files.find([TaskFolder(folder, False)]).definitions == {}
+    (folder / "plain.yaml").write_text(PLAIN + merged)
+    found = task_files.find([TaskFolder(folder, False)]).definitions["plain"]
+    assert found.config["more"] == {"test_split": "test", "a": 1}
+
+
+def test_pipes_and_links_to_outside_are_not_read(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.yaml")  # would wait for a writer for ever
+    (folder.parent / "outside.yaml").write_text("task: outside")
+    (folder / "link.yaml").symlink_to(folder.parent / "outside.yaml")
+    found = task_files.find([TaskFolder(folder, False)])
+    assert not found.definitions
+    assert {Path(file).name: said for file, said in found.problems.items()} == {
+        "pipe.yaml": f"{folder}/pipe.yaml: is no file that can be read; the task folder is incomplete",
+        "link.yaml": f"{folder}/link.yaml: is a link to outside of {folder}; put the file inside"}
+    assert list(task_files.find([TaskFolder(folder, True)]).definitions) == ["outside"]
+
+
+def test_data_that_changed_under_the_same_name_and_time_are_read_anew(folder: Path) -> None:
+    os.utime(folder / "d.jsonl", (1, 1))  # as archives that are made to be reproducible set it
+    first = load(folder, PLAIN)
+    (folder / "d.jsonl").write_text(json.dumps({"q": "2 + 2 =", "a": "4"}) + "\n")
+    os.utime(folder / "d.jsonl", (1, 1))
+    second = load(folder, PLAIN)
+    assert [loaded.tasks["plain"].eval_docs[0]["a"] for loaded in (first, second)] == ["2", "4"]
+
+
+def test_another_part_of_the_same_file_is_another_task(folder: Path) -> None:
+    (folder / "d.json").write_text(json.dumps({part: [{"q": part, "a": "2"}] for part in ("easy", "hard")}))
+    hashes = []
+    for part in ("easy", "hard"):
+        text = PLAIN.replace("{test: d.jsonl}}", f"{{test: d.json}}, field: {part}}}")
+        loaded = load(folder, text)
+        hashes.append(hash_of(loaded.tasks["plain"], loaded.files["plain"]))
+    assert hashes[0] != hashes[1]
+
+
+def test_a_hash_knows_no_place_in_memory() -> None:
+    made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<f at {place}>)"},
+                            eval_docs=[]) for place in ("0x7f00", "0x7f01")]
+    assert hash_of(made[0], {}) == hash_of(made[1], {})
+
+
+def test_code_runs_where_the_user_trusts_the_folder(folder: Path) -> None:
+    (folder / "mine.py").write_text("def text(doc):\n    return 'How much is ' + doc['q']\n")
+    text = PLAIN.replace("'{{q}}'", "!function mine.text")
+    task = load(folder, text, allow_code=True).tasks["plain"]
+    assert task.doc_to_text(task.eval_docs[0]) == "How much is 1 + 1 ="
+
+
+def test_data_of_the_users_own_folder_are_found(folder: Path) -> None:
+    mine = folder.parent / "mine"
+    mine.mkdir()
+    (folder / "d.jsonl").rename(mine / "d.jsonl")
+    loaded = load(folder, PLAIN.replace("d.jsonl", "'${DATA}/d.jsonl'"), data_dir=mine)
+    assert list(loaded.files["plain"]) == ["mine/d.jsonl"]
+
+
+def test_names_that_mean_two_things_are_refused(folder: Path) -> None:
+    (folder / "other.yaml").write_text(PLAIN)
+    with pytest.raises(UserError, match="defines 'plain', and so does"):
+        load(folder, PLAIN)
+    (folder / "other.yaml").write_text("group: g\ntask: [{task: plain, dataset_path: evil}]")
+    (folder / "plain.yaml").write_text(PLAIN)
+    with pytest.raises(UserError, match="write each member into a file of its own"):
+        load_tasks(["g"], TaskSources((folder,)), folder.parent)
+    (folder / "other.yaml").write_text("group: g\ntask: [plain]\ndataset_path: evil")
+    with pytest.raises(UserError, match="sets 'dataset_path' of its members"):
+        load_tasks(["g"], TaskSources((folder,)), folder.parent)

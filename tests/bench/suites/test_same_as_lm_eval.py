@@ -1,0 +1,239 @@
+"""Prompts and scores of suites that lm-eval has as well are lm-eval's own, item by item."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+from lm_eval.api.registry import get_filter
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
+from lm_eval.utils import apply_template
+from suite_items import CASES, PROX_ANSWERS, write
+
+from megatron_sov.bench.suites.catalogue import suite_tasks
+from megatron_sov.bench.suites.folding import fold
+from megatron_sov.bench.suites.protocol import Response, TaskItem
+
+THEIRS = Path(lm_eval.tasks.__file__).parent
+Loaded = Callable[[str], Any]
+
+
+def theirs(file: str, splits: dict[str, Sequence[dict[str, Any]]]) -> Any:
+    """Return a task of lm-eval's over rows of ours."""
+    from datasets import Dataset, DatasetDict
+
+    config = load_yaml(THEIRS / file)
+    config["custom_dataset"] = lambda **_: DatasetDict(
+        {split: Dataset.from_list(list(rows)) for split, rows in splits.items()}
+    )
+    return ConfigurableTask(config=config)
+
+
+def contexts(task: Any, num_fewshot: int) -> list[str]:
+    return [task.fewshot_context(doc, num_fewshot) for doc in task.task_docs]
+
+
+def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float]:
+    """Return our scores of answers to one question."""
+    protocol = suite_tasks()[name].protocol
+    assert protocol is not None
+    items = [TaskItem(doc, "", [Response(answer)]) for answer in answers]
+    found = fold(replace(protocol, samples=1, k=(), metrics=("avg",)), items, 1).items
+    return [item.scores[metric] for item in found]
+
+
+def test_mmlu_asks_with_five_shots_of_the_subject(tmp_path: Path, loaded: Loaded) -> None:
+    case = CASES["mmlu"]
+    write(case, tmp_path)
+    expected = []
+    for subject in ("abstract_algebra", "anatomy"):  # as the test file has them
+        rows = {
+            split: [row for row in case.files[f"mmlu/{split}.jsonl"] if row["subject"] == subject]
+            for split in ("dev", "test")
+        }
+        expected += contexts(theirs(f"mmlu/default/mmlu_{subject}.yaml", rows), 5)
+    task = loaded("mmlu")
+    assert contexts(task, 5) == expected
+    assert contexts(task, 0) != expected
+    assert "about abstract algebra.\n\nWhich of these is number 0" in expected[0]
+
+
+def test_mmlu_pro_asks_with_the_reasoning_of_its_category(tmp_path: Path, loaded: Loaded) -> None:
+    case = CASES["mmlu-pro"]
+    write(case, tmp_path)
+    splits = {split: case.files[f"mmlu-pro/{split}.jsonl"] for split in ("validation", "test")}
+    expected = [context for name in ("biology", "law") for context in contexts(_of_category(name, splits), 5)]
+    assert contexts(loaded("mmlu-pro"), 5) == expected
+    assert "It is number 4. The answer is (B).\n\nQuestion:" in expected[-1]
+
+
+def _of_category(name: str, splits: dict[str, Any]) -> Any:
+    # its filter goes over test rows alone where shots have a function of their own
+    own = {split: [row for row in rows if row["category"] == name] for split, rows in splits.items()}
+    return theirs(f"mmlu_pro/mmlu_pro_{name}.yaml", own)
+
+
+def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
+    write(CASES["mmlu-pro"], tmp_path)
+    doc = loaded("mmlu-pro").task_docs[0]
+    task = _of_category(
+        "biology",
+        {split: CASES["mmlu-pro"].files[f"mmlu-pro/{split}.jsonl"] for split in ("validation", "test")},
+    )
+    answers = ["So the answer is (B).", "the answer is B", "The answer is (C).", "B", "Answer: B", "",
+               "the answer is **B**", "the answer is (b)", "answer is (Bach)"]
+    pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
+    found = get_filter("regex")(regex_pattern=pattern).apply(
+        [[answer] for answer in answers], [doc] * len(answers)
+    )
+    expected = [task.process_results(doc, given)["exact_match"] for given in found]
+    assert ours("mmlu-pro", doc, answers, "avg@1") == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+@pytest.mark.parametrize("language", ["ko", "th", "ja", "de", "es"])
+def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded, language: str) -> None:
+    name, case = f"mmlu-prox-{language}", CASES[f"mmlu-prox-{language}"]
+    write(case, tmp_path)
+    expected = []
+    for category in ("computer science", "law"):
+        rows = {
+            split: [row for row in case.files[f"{name}/{split}.jsonl"] if row["category"] == category]
+            for split in ("validation", "test")
+        }
+        file = f"mmlu_prox/{language}/mmlu_prox_{language}_{category.replace(' ', '_')}.yaml"
+        task = theirs(file, rows)
+        expected += contexts(task, 5)
+    mine = loaded(name)
+    assert contexts(mine, 5) == expected
+    assert mine.config.generation_kwargs["until"] == task.config.generation_kwargs["until"]
+    form = PROX_ANSWERS[language]
+    answers = [form.format("B"), form.format("C"), form.replace("({})", "{}").format("B"), "B", "(B)", ""]
+    pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
+    doc = task.task_docs[0]
+    found = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
+    scores = [task.process_results(doc, given)["exact_match"] for given in found]
+    assert ours(name, mine.task_docs[0], answers, "avg@1") == scores == [1, 0, 1, 0, 0, 0]
+
+
+def test_hotpotqa_asks_and_judges_as_longbench_does(tmp_path: Path, loaded: Loaded,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    # libraries that the metric below does not ask
+    for library in ("jieba", "fuzzywuzzy", "rouge"):
+        monkeypatch.setitem(sys.modules, library, SimpleNamespace(fuzz=None, Rouge=None))
+    write(CASES["hotpotqa"], tmp_path)
+    doc = loaded("hotpotqa").task_docs[0]
+    passages = "Passage 1:\nAnn\nHer mother is Eve.\n\nPassage 2:\nEve\na b"
+    config = load_yaml(THEIRS / "longbench/hotpotqa.yaml")
+    row = {"context": passages, "question": doc["question"]}
+    assert loaded("hotpotqa").doc_to_text(doc) == apply_template(config["doc_to_text"], row)
+    answers = ["Old Town", "the old town.", "in Old Town, I think", "old old", "Seoul", ""]
+    f1 = _load_module_with_cache(THEIRS / "longbench/metrics.py").qa_f1_score
+    expected = [f1(answer, "Old Town") for answer in answers]
+    assert ours("hotpotqa", doc, answers, "f1:avg@1") == pytest.approx(expected)
+    assert ours("hotpotqa", doc, answers, "exact:avg@1") == [1, 1, 0, 0, 0, 0]
+    known = {**doc, "answer": "yes"}
+    assert ours("hotpotqa", known, ["Yes.", "yes it is", "no"], "f1:avg@1") == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("name", "file", "split", "num_fewshot"), [
+    ("kmmlu", "kmmlu/default/kmmlu_accounting.yaml", "dev", 5),
+    ("haerae", "haerae/haerae_lw.yaml", "", 0),
+    ("click", "click/click_lang/click_lang_text.yaml", "", 0),
+])
+def test_choices_of_korean_suites(name: str, file: str, split: str, num_fewshot: int, tmp_path: Path,
+                                  loaded: Loaded) -> None:
+    case = CASES[name]
+    write(case, tmp_path)
+    task = loaded(name)
+    rows = [row for path, found in case.files.items() if "dev" not in path for row in found]
+    group = rows[0].get("Category")
+    same = [row for row in rows if row.get("Category") == group]
+    shots = [row for row in case.files.get(f"{name}/dev.jsonl", same) if row.get("Category") == group]
+    config = load_yaml(THEIRS / file)
+    config.pop("process_docs", None)  # a filter of one part
+    from datasets import Dataset, DatasetDict
+
+    test = config["test_split"]
+    config["custom_dataset"] = lambda **_: DatasetDict(
+        {test: Dataset.from_list(same)} | ({split: Dataset.from_list(shots)} if split else {})
+    )
+    config |= {"fewshot_config": {"sampler": "first_n"}, "fewshot_split": split or test}
+    expected = ConfigurableTask(config=config)
+    mine = [doc for doc in task.task_docs if doc.get("Category") == group]
+    assert [task.fewshot_context(doc, num_fewshot) for doc in mine] == contexts(expected, num_fewshot)
+    assert [task.doc_to_choice(doc) for doc in mine] == [
+        expected.doc_to_choice(doc) for doc in expected.task_docs
+    ]
+    assert [task.doc_to_target(doc) for doc in mine] == [
+        expected.doc_to_target(doc) for doc in expected.task_docs
+    ]
+
+
+def test_hrm8k_asks_and_judges_alike(tmp_path: Path, loaded: Loaded) -> None:
+    write(CASES["hrm8k"], tmp_path)
+    docs = {doc["group"]: doc for doc in loaded("hrm8k").task_docs}
+    rows = CASES["hrm8k"].files["hrm8k/MATH.jsonl"]
+    for part, file in (("MATH", "hrm8k_math"), ("MMMLU", "hrm8k_mmmlu")):
+        task = theirs(f"hrm8k/default/{file}.yaml", {"test": rows})
+        assert task.fewshot_context(task.task_docs[0], 0) == loaded("hrm8k").doc_to_text(docs[part])
+        answers = [r"$\boxed{4}$", r"\boxed{4.0}", r"\boxed{5}", r"$\boxed{2+3}$",
+                   "no idea of what it could be at all"]
+        expected = [task.process_results(task.task_docs[0], [answer])["exact_match"] for answer in answers]
+        assert ours("hrm8k", docs[part], answers, "avg@1") == expected
+        assert expected == [1, 1, 0, 0, 0]
+
+
+def test_competitions_are_judged_as_aime_of_lm_eval() -> None:
+    task = theirs("aime/aime24.yaml", {"train": [{"Problem": "p", "Answer": "204"}]})
+    doc = task.task_docs[0]
+    answers = [r"so \boxed{204}", r"\boxed{ 204 }", r"$\boxed{205}$", "it is $204$",
+               r"\boxed{20} then \boxed{204}", r"\boxed{204} but no, \boxed{7}",
+               r"\boxed{20}, after many words \boxed{204}", "I have no idea of what it could be, none at all"]
+    expected = [task.process_results(doc, [answer])["exact_match"] for answer in answers]
+    assert ours("aime24", {"problem": "p", "answer": "204"}, answers, "avg@1") == expected
+    assert expected == [1, 1, 0, 1, 1, 0, 1, 0]
+
+
+def test_math500_is_judged_as_math_verify_does() -> None:
+    # lm-eval has this metric beside the older one, which compares strings
+    from math_verify import parse, verify
+
+    gold = r"\frac{5}{6}"
+    answers = [r"\boxed{\frac{5}{6}}", r"\boxed{5/6}", r"\boxed{\dfrac{10}{12}}", r"\boxed{0.8}", r"\boxed{}",
+               r"The answer is $\frac56$.", r"\boxed{x}"]
+    expected = [float(verify(parse(f"${gold}$"), parse(answer))) for answer in answers]
+    assert ours("math500", {"problem": "p", "answer": gold}, answers, "avg@1") == expected
+    assert expected == [1, 1, 1, 0, 0, 1, 0]
+
+
+def test_ifeval_counts_prompts_as_lm_eval_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # two libraries that the checks below do not ask
+    for name in ("immutabledict", "nltk"):
+        monkeypatch.setitem(
+            sys.modules,
+            name,
+            SimpleNamespace(immutabledict=dict, __version__="3.9.1",
+                            data=SimpleNamespace(find=lambda path: path)),
+        )
+    monkeypatch.setattr(metadata, "version", lambda name: "3.9.1")
+    process = _load_module_with_cache(THEIRS / "ifeval/utils.py").process_results
+    doc = {"key": 1, "prompt": "p",
+           "instruction_id_list": ["punctuation:no_comma", "detectable_format:title", "startend:quotation"],
+           "kwargs": [{}, {}, {}]}
+    answers = ['"<<a>> b"', '"<<a>>, b"', "<<a>>", 'Sure:\n"<<a>>"', '*"<<a>>"*', ""]
+    expected = [process(doc, [answer]) for answer in answers]
+    for metric, name in (
+        ("strict:avg@1", "prompt_level_strict_acc"),
+        ("loose:avg@1", "prompt_level_loose_acc"),
+    ):
+        assert ours("ifeval", doc, answers, metric) == [float(found[name]) for found in expected]
+    assert [found["prompt_level_loose_acc"] for found in expected] == [True, False, False, True, True, False]

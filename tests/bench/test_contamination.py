@@ -1,0 +1,105 @@
+"""Items of a score in training text: found in files and in token shards, by the search of `sov-data`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.curate.decontamination.step import BenchmarkSearchSettings
+from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents.overlap import find_units
+from megatron_sov.bench import contamination
+from megatron_sov.bench.contamination import check
+from megatron_sov.bench.lm.results import read_results
+from megatron_sov.bench.score_differences import Scored, read_scored
+from megatron_sov.cli import main
+from megatron_sov.runs.obs.events import EventLog, read_events
+
+QUESTIONS = ["Which of the four rivers that cross the old town is the longest one of all?",
+             "How many stones did the mason carry up the hill on the first day of spring?",
+             "Why does the lamp in the northern tower burn longer than the one in the south?",
+             "What is it?"]
+SCORES = [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.fixture
+def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> Scored:
+    """Return four questions, of which the first two are answered."""
+    found = read_scored(written_scores(tmp_path / "out.json", SCORES))
+    items = {str(i): dataclasses.replace(found.items["quiz"][str(i)], question=text)
+             for i, text in enumerate(QUESTIONS)}
+    return dataclasses.replace(found, items={"quiz": items})
+
+
+def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored, tmp_path: Path) -> None:
+    texts = ["nothing here", "Asked: WHICH of the four rivers that cross the *old town* is the longest",
+             "the lamp in the northern tower burns longer", QUESTIONS[3]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps({"id": i, "question": q}) + "\n"
+                                                  for i, q in enumerate(QUESTIONS)))
+    search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).search()
+    expected = {search.items[f.item].id for t in texts for f in search.find(find_units(t))}
+    found = check(scored, [tmp_path / "train.jsonl"], Reading(), 1, shows=False)
+    assert {hit.item for hit in found.hits} == expected == {"0"}
+    assert found.hits[0].where.endswith("train.jsonl:2") and found.hits[0].field == "question"
+    assert found.too_short == {"quiz": 1} and found.num_documents == 4
+    told = found.results.tasks["quiz"].contamination
+    assert (told.items_hit, told.value_without) == (1, pytest.approx(1 / 3))
+
+
+def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
+        scored: Scored, packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import Tokenizer
+
+    from megatron_sov.engine.data.token_shards import open_sources
+
+    source = open_sources({str(packed_data.text): 1.0}, 1 << 30)[0]
+    tokenizer = Tokenizer.from_file(str(packed_data.tokenizer / "tokenizer.json"))
+    documents = source.shard("train")
+    longest = max(range(len(documents.lengths)), key=lambda i: int(documents.lengths[i]))
+    words = tokenizer.decode(documents.tokens(longest, 0, int(documents.lengths[longest])).tolist()).split()
+    asked = " ".join(words[len(words) // 2 - 7:len(words) // 2 + 7])
+    items = {"quiz": {"0": dataclasses.replace(scored.items["quiz"]["0"], question=asked)}}
+    one = dataclasses.replace(scored, items=items)
+    whole = check(one, [packed_data.text], Reading(), 1, shows=False)
+    assert any(hit.where == f"{packed_data.text}: {source.name}, document {longest}" for hit in whole.hits)
+    monkeypatch.setattr(contamination, "PIECE_TOKENS", 150)
+    monkeypatch.setattr(contamination, "OVERLAP_TOKENS", 100)
+    cut = check(one, [packed_data.text], Reading(), 1, shows=False)
+    assert len(cut.hits) == len(whole.hits) == 1 and cut.num_documents == whole.num_documents
+
+
+def test_nothing_but_found_items_has_no_value_without_them(scored: Scored, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("\n\n".join(QUESTIONS[:3]))
+    three = {name: item for name, item in scored.items["quiz"].items() if name != "3"}
+    found = check(dataclasses.replace(scored, items={"quiz": three}), [tmp_path / "train.txt"], Reading(), 1,
+                  shows=False)
+    told = found.results.tasks["quiz"].contamination
+    assert (told.items_hit, told.value_without) == (3, None)
+
+
+def test_the_command_writes_results_places_and_events(
+        tmp_path: Path, written_scores: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out, run = written_scores(tmp_path / "out.json", SCORES), tmp_path / "run"
+    run.mkdir()
+    EventLog(run / "events.jsonl").write("run_start")
+    train = tmp_path / "train.txt"
+    train.write_text("What is question number 2 of this little quiz about? Nobody knows.")
+    before = (tmp_path / "out.items.jsonl").read_bytes()
+    argv = ["eval", "contamination", str(out), "--data", str(train), "--workers", "1"]
+    assert main([*argv, "--run", str(run)]) == 0
+    assert "quiz: 1 of 4 items found; acc 0.5000, 0.6667 without them" in capsys.readouterr().out
+    assert read_results(out).tasks["quiz"].contamination.items_hit == 1
+    assert (tmp_path / "out.items.jsonl").read_bytes() == before and read_scored(out)
+    assert json.loads((tmp_path / "out.hits.json").read_text())[0]["item"] == "2"
+    (event,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "eval_contamination")
+    assert (event["task"], event["items_hit"], event["metric"]) == ("quiz", 1, "acc")
+    for bad, said in ((["--data", str(tmp_path / "no")], "does not exist"),
+                      (["--workers", "0"], "at least 1"), (["--run", str(tmp_path / "no")], "is not a run")):
+        assert main([*argv, *bad]) == 2
+        assert said in capsys.readouterr().err

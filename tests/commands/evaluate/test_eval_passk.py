@@ -1,0 +1,190 @@
+"""`megatron-sov eval passk`: figures of responses that are there, and of a model's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.cli import main
+from megatron_sov.commands.evaluate import eval_passk
+from megatron_sov.eval.pass_at_k import table
+from megatron_sov.infer.engines.hf import HfEngine
+from megatron_sov.publish.report.judgements import passk_section
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.work.progress.journal import Journal
+
+ANSWERS = {"2+2?": ["The answer is 4", "The answer is 4", "The answer is 5", "The answer is 5"],
+           "3+3?": ["The answer is 7", "The answer is 6", "The answer is 7", "The answer is 8"]}
+GOLD = {"2+2?": "4", "3+3?": "6"}
+JUDGE = ["--reward", "stem", "--workers", "1", "--json"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, rows: list[dict]) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_sampled(**more: object) -> None:
+    write("sampled.jsonl", [{"prompt": prompt, "answer": GOLD[prompt], "response": text, **more}
+                            for prompt, texts in ANSWERS.items() for text in texts])
+
+
+def passk(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main(["eval", "passk", *JUDGE, *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_responses_that_are_there_are_judged_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    write_sampled(finish_reason="stop")
+    EventLog(Path(EVENTS)).close()
+    found = passk(capsys, "--sampled", "sampled.jsonl", "--output", "out", "--run", ".")
+    assert (found["num_prompts"], found["num_samples"], found["num_right"]) == (2, 8, 3)
+    assert found["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert found["share_at_limit"] == 0.0
+    # of six pairs of the first prompt five hold a right answer, of the second three
+    assert [(e["k"], e["value"]) for e in found["pass_at_k"]] == [
+        (1, pytest.approx(0.375)), (2, pytest.approx((5 / 6 + 3 / 6) / 2)), (4, 1.0)]
+    assert all(e["interval"][0] <= e["value"] <= e["interval"][1] for e in found["pass_at_k"])
+    # two fours against two fives are a tie; the one six loses against two sevens
+    assert found["maj_at_k"][-1]["value"] == pytest.approx(0.25)
+
+    manifest = read_manifest("out", "passk")
+    assert damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
+    assert manifest.content == found
+    assert json.loads(Path("out/results.json").read_text())["reward"]["name"] == "stem"
+    rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]
+    (event,) = read_events(Path(EVENTS))
+    section = passk_section([event])
+    assert (event["event"], event["pass_at_k"]) == ("passk", found["pass_at_k"])
+    assert "sampled.jsonl, stem" in section.charts[0].caption
+    assert section.tables[0].rows[0][-1] == "sampled elsewhere"
+
+
+def test_a_response_without_a_reward_is_no_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:
+    write("sampled.jsonl", [{"id": 1, "answer": "4", "response": "The answer is 4"},
+                            {"id": 1, "response": "4"}])
+    found = passk(capsys, "--sampled", "sampled.jsonl", "--group-by", "id", "--output", "out")
+    assert found["statuses"] == {"scored": 1, "refused": 1}
+    assert [e["value"] for e in found["pass_at_k"]] == [1.0]
+    assert [e["value"] for e in found["pass_at_k_if_unscored_is_wrong"]] == [0.5]
+    assert "if all without a reward were wrong, pass@1 would be 50.00%" in table(found)
+
+
+def test_two_problems_of_one_text_are_two_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "Which?", "prompt_index": i, "answer": answer, "response": f"The answer is {answer}"}
+            for i, answer in enumerate("AB")]
+    write("ours.jsonl", rows)
+    assert passk(capsys, "--sampled", "ours.jsonl", "--output", "ours")["num_prompts"] == 2
+    write("others.jsonl", [{name: row[name] for name in ("prompt", "answer", "response")} for row in rows])
+    assert main(["eval", "passk", *JUDGE, "--sampled", "others.jsonl", "--output", "others"]) == 2
+    assert ("others.jsonl: lines 1 and 2 have one 'prompt' and differ in 'answer', so they answer two "
+            "problems; name a field that tells problems apart with --group-by") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--sampled", "sampled.jsonl", "--input", "sampled.jsonl"], "pass TARGET and --input PROMPTS.jsonl, or"),
+    ([], "pass TARGET and --input PROMPTS.jsonl, or --sampled"),
+    (["--sampled", "sampled.jsonl", "--group-by", "id"], "sampled.jsonl: line 1 has no 'id'"),
+    (["--sampled", "sampled.jsonl", "--k", "5"], "--k 5: no prompt has more than 4 scored samples"),
+    (["model", "--input", "sampled.jsonl", "--k", "9"], "--k 9: is more than --samples 8"),
+    (["model", "--input", "sampled.jsonl", "--temperature", "0"], "the same response again and again"),
+    (["model", "--input", "empty.jsonl"], "line 1: has no 'prompt'"),
+    (["model", "--input", "half.jsonl"], "has '\\ud800' at character 3, half of a surrogate pair"),
+    (["--sampled", "sampled.jsonl", "--reward", "stemm"], "did you mean 'stem'?"),
+])
+def test_mistakes_are_one_sentence(arguments: list[str], said: str,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    write_sampled()
+    write("empty.jsonl", [{"answer": "1"}])
+    write("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
+    Path("model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("model", name).touch()
+    assert main(["eval", "passk", *JUDGE, *arguments, "--output", "out"]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+PROMPTS = [{"prompt": f"{word} ", "answer": "x"} for word in ("The", "def", "import", "return", "class")]
+ASK = ["--input", "prompts.jsonl", "--samples", "4", "--max-new-tokens", "3", "--seed", "3"]
+
+
+def responses(folder: str) -> list[dict]:
+    rows = [json.loads(line) for line in Path(folder, "samples.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in ("prompt", "sample", "response", "num_tokens")} for row in rows]
+
+
+def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    write("prompts.jsonl", PROMPTS)
+    monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
+    calls: list[int] = []
+    generate = HfEngine.generate
+
+    def counted(engine: HfEngine, prompts: list, *rest: object, **more: object) -> object:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(engine, prompts, *rest, **more)
+
+    monkeypatch.setattr(HfEngine, "generate", counted)
+    command = [str(hf_models["solar_open"]), *ASK]
+    assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
+    assert not Path("out").exists()
+    capsys.readouterr()
+    assert main(["eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"]) == 2
+    assert "model.sampling.seed was 3, and is 4" in capsys.readouterr().err
+    found = passk(capsys, *command, "--output", "out")
+    assert calls == [8, 8, 8, 4]
+    assert (found["num_prompts"], found["num_samples"], found["share_at_limit"]) == (5, 20, 1.0)
+    whole = passk(capsys, *command, "--output", "whole")
+    assert responses("out") == responses("whole") and whole["pass_at_k"] == found["pass_at_k"]
+    assert len({row["response"] for row in responses("out")[:4]}) > 1
+    assert read_manifest("out").settings["model"]["sampling"]["temperature"] == 1.0
+    assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
+
+
+def test_where_all_is_sampled_no_process_waits_for_the_first(
+        hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was asked")
+
+    write("prompts.jsonl", PROMPTS[:2])
+    command = [str(hf_models["solar_open"]), *ASK, "--output", "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write_to", killed)  # behind the last response
+        assert main(["eval", "passk", *JUDGE, *command]) == ExitCode.INTERRUPTED
+    monkeypatch.setattr("megatron_sov.commands.evaluate.eval_passk.run_engine", asked)
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        second.setenv("WORLD_SIZE", "2")
+        assert main(["eval", "passk", *JUDGE, *command]) == 0
+    capsys.readouterr()
+    assert passk(capsys, *command)["num_samples"] == 8
+
+
+def test_a_checkpoint_on_two_processes_writes_what_one_writes(
+        one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
+    write("prompts.jsonl", PROMPTS[:2])
+    command = [str(imported["solar_open"]), *ASK]
+    passk(capsys, *command, "--output", "one")
+    two = run_command("eval", "passk", *JUDGE, *command, "--output", "two", "--nproc", "2", "--set",
+                      "parallel.ep=2")
+    assert two.returncode == 0, two.stderr
+    assert responses("one") == responses("two")
+    assert read_manifest("one").inputs[0]["kind"] == "checkpoint"

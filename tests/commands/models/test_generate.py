@@ -1,0 +1,183 @@
+"""`megatron-sov generate`: one text whatever runs the model and however many processes,
+and events for the report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov.cli import main
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+
+ASK = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
+
+
+def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
+    assert main(["generate", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imported: dict[str, Path],
+                                                             hf_models: dict[str, Path], tmp_path: Path,
+                                                             capsys) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000007").symlink_to(imported["exaone_moe"])
+    expected = texts(capsys, str(hf_models["exaone_moe"]), *ASK)
+    assert [e["prompt"] for e in expected] == ["def parse(self", "The "]
+    assert all(len(e["tokens"]) == 9 for e in expected)
+    assert texts(capsys, str(imported["exaone_moe"]), *ASK) == expected
+    assert texts(capsys, str(tmp_path / "run"), *ASK) == expected
+    assert texts(capsys, str(hf_models["exaone_moe"]), *ASK, "--engine", "megatron") == expected
+
+
+def test_log_probabilities_and_what_ended_a_text_stand_beside_its_tokens(
+        one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path], capsys) -> None:
+    asked = [*ASK, "--logprobs", "--temperature", "0.5"]
+    for target in (imported["solar_open"], hf_models["solar_open"]):
+        plain = texts(capsys, str(target), *ASK, "--temperature", "0.5")
+        found = texts(capsys, str(target), *asked)
+        assert [{name: f[name] for name in ("prompt", "text", "tokens")} for f in found] == plain
+        for answer in found:
+            assert len(answer["logprobs"]) == 9 and max(answer["logprobs"]) <= 0
+            assert (answer["temperature"], answer["finish_reason"]) == (0.5, "length")
+    first = texts(capsys, str(hf_models["solar_open"]), *ASK)[0]["text"]
+    ended = texts(capsys, str(hf_models["solar_open"]), *ASK, "--logprobs", "--stop", first[1:4])[0]
+    assert ended["finish_reason"] == "stop" and len(ended["logprobs"]) == len(ended["tokens"])
+
+
+@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
+                         ids=["ep", "tp"])
+def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],
+                                               run_command: Any, capsys) -> None:
+    ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
+    settings = [part for setting in layout for part in ("--set", setting)]
+    two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout) == texts(capsys, *ask)
+
+
+def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, imported: dict[str, Path],
+                                                               tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "import", "target": "os"}\n\n{"prompt": "return"}\n')
+    EventLog(tmp_path / EVENTS).close()
+    assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl"),
+                 "--max-new-tokens", "4", "--run", str(tmp_path)]) == 0
+    samples = list(read_events(tmp_path / EVENTS))
+    assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
+        == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
+    shown = capsys.readouterr().out
+    assert all(s["prompt"] + s["text"] in shown for s in samples)
+
+
+def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[str, Path], capsys) -> None:
+    plain, framed = (texts(capsys, str(imported["solar_open"]), "--prompt", "Hello", "--max-new-tokens", "6",
+                           *chat) for chat in ([], ["--chat"]))
+    assert plain[0]["tokens"] != framed[0]["tokens"]
+
+
+def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: dict[str, Path],
+                                                    hf_models: dict[str, Path], capsys,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
+    (whole,) = texts(capsys, str(imported["solar_open"]), *ask)
+    end = whole["tokens"][3]
+    monkeypatch.setattr("megatron_sov.base.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
+    for folder in (imported["solar_open"], hf_models["solar_open"]):
+        (found,) = texts(capsys, str(folder), *ask)
+        assert found["tokens"] == whole["tokens"][:whole["tokens"].index(end) + 1]
+
+
+def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
+                                    capsys) -> None:
+    plain = texts(capsys, str(imported["solar_open"]), *ASK)
+    part = plain[0]["text"][4:7]
+    for folder in (imported["solar_open"], hf_models["solar_open"]):
+        stopped = texts(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1",
+                        "--prefill-tokens", "2")
+        assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
+        assert len(stopped[0]["tokens"]) < 9
+
+
+def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str, Path],
+                                             hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(hf_models["exaone_moe"], tmp_path / "with-mtp")
+    add_prediction_layer(folder)
+    expected = texts(capsys, str(folder), *ASK)
+    ask = [str(folder), *ASK, "--engine", "megatron", "--speculative", "2", "--json"]
+    assert main(["generate", *ask]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == expected
+    assert re.search(r"^drafts: \d+, accepted \d+\.\d%$", shown.err, re.MULTILINE)
+    assert main(["generate", *ask, "--compare-speed"]) == 0
+    assert re.search(r"^drafts: .*%, \d\.\d\d times the speed without drafts$", capsys.readouterr().err,
+                     re.MULTILINE)
+
+
+def add_prediction_layer(folder: Path) -> None:
+    """Add a drawn prediction layer to an exported K-EXAONE: a copy of the dense layer,
+    norms and a projection."""
+    tensors = load_file(folder / "model.safetensors")
+    layer = {n.replace("model.", "mtp."): t.clone()
+             for n, t in tensors.items() if n.startswith("model.layers.0.")}
+    norm = tensors["model.norm.weight"]
+    own = {f"mtp.{n}.weight": torch.ones_like(norm)
+           for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+    fc = torch.randn(len(norm), 2 * len(norm), generator=torch.Generator().manual_seed(0)) * 0.2
+    save_file(tensors | layer | own | {"mtp.fc.weight": fc}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+
+
+WRONG = [
+    ([], "--prompt TEXT or --prompts"),
+    (["--prompt", "a", "--speculative", "1"], "has no multi-token prediction layer to draft with"),
+    (["--prompt", "a", "--logprobs"], "--logprobs: goes with --json"),
+    (["--prompt", "a", "--samples", "2"], "--samples 2: is of use with --temperature above 0"),
+    (["--prompt", "a", "--compare-speed"], "--compare-speed: has no drafts"),
+    (["--prompt", "a", "--engine", "vllm"], "is a checkpoint; convert it first"),
+    (["--prompt", "a", "--max-new-tokens", "512"], "the model ends at 512"),
+    (["--prompt", "a", "--engine", "transformers"], "convert it first"),
+    (["--prompt", "a", "--set", "parallel.tp=3"], "parallel.tp = 3 must divide model.num_heads = 4"),
+    (["--prompt", "a", "--run", "nowhere"], "it is not a run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG, ids=[s for _, s in WRONG])
+def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[str, Path], capsys) -> None:
+    assert main(["generate", str(imported["solar_open"]), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "Hugging Face folder"])
+def test_a_tokenizer_with_more_ids_than_its_model_is_told(
+        kind: str, imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    target = shutil.copytree((imported if kind == "checkpoint" else hf_models)["solar_open"], tmp_path / "m")
+    folder = target / "tokenizer" if kind == "checkpoint" else target
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": 1024, "content": "<new>", "special": False, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["generate", str(target), "--prompt", "The <new>"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder}: makes token id 1024 of a prompt, and the model has 1024 ids; put the tokenizer "
+        "there that the model was trained with\n")
+
+
+def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path], capsys) -> None:
+    limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
+    assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens",
+                 str(limit)]) == 2
+    assert f"the model ends at {limit}; shorten one of them" in capsys.readouterr().err
+
+
+def test_a_wrong_target_is_named(tmp_path: Path, capsys) -> None:
+    assert main(["generate", str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert "none: does not exist; pass a checkpoint" in capsys.readouterr().err

@@ -1,0 +1,57 @@
+"""`megatron-sov recipes`: the list, one recipe with its sources, and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.cli import main
+from megatron_sov.model import families as models, objectives
+from megatron_sov.model.config import from_dict
+
+
+def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if " parameters (" in line] == recipes.names()
+    # another test of this process may have loaded code of its own
+    assert {line.split()[0] for line in lines if " built in " in line} == {
+        *recipes.names(), *models.FAMILIES, *objectives.BUILT_IN}
+    assert [line.split()[0] for line in lines if line.endswith("  model family")] == list(models.FAMILIES)
+    solar = next(line for line in lines if line.startswith("solar-open-102b"))
+    assert "102.65 B parameters (12.05 B active)" in solar  # as published, arXiv 2601.07022
+    assert "20 T tokens" in solar
+
+
+def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "k-exaone-236b", "--set", "train.steps=7", "--set", "optim.lr=1e-3"]) == 0
+    lines = {line.split()[0]: line.split(maxsplit=3)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["model.num_layers"] == ["48", "config.json", "LGAI-EXAONE/K-EXAONE-236B-A23B"]
+    assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
+    assert lines["optim.weight_decay"] == ["0.1", "ours", "not published"]
+    assert lines["train.seed"] == ["1234", "default"]
+    assert lines["train.steps"] == ["7", "yours", "--set"]
+    assert lines["optim.lr"] == ["0.001", "yours", "--set"]
+
+
+def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--set", "train.steps=7", "--set", "parallel.ep=2"]
+    assert main(["recipes", "tiny-k-exaone", "--json", *changes]) == 0
+    config = from_dict(json.loads(capsys.readouterr().out))
+    assert (config.train.steps, config.parallel.ep) == (7, 2)
+    assert config.model == recipes.get("tiny-k-exaone").model
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["tiny-solar-opne"], "did you mean 'tiny-solar-open'?"),
+    (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'train.steps'?"),
+    (["--set", "train.steps=7"], "needs a recipe"),
+    (["--json"], "needs a recipe"),
+])
+def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and not captured.out

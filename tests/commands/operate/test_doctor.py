@@ -1,0 +1,47 @@
+"""`megatron-sov doctor`: exit codes and output."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_sov import cli
+from megatron_sov.commands.operate import doctor
+from megatron_sov.operate.doctor.checks import Check
+
+GOOD = [Check("Python", "ok", "3.11.7"), Check("GPU", "missing", "torch is a CPU build"),
+        Check("Disk", "warning", "1.0 GB free", "free some")]
+BAD = [*GOOD, Check("torch", "broken", "cannot be imported", "make setup")]
+
+
+@pytest.mark.parametrize(("found", "code"), [(GOOD, 0), (BAD, 2)])
+def test_only_what_is_broken_fails(
+    found: list[Check], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "all_checks", lambda: found)
+    assert cli.main(["doctor", "--json"]) == code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["works"] is (code == 0)
+    assert [Check(**check) for check in printed["checks"]] == found
+
+
+def test_text_aligns_and_puts_the_remedy_under_its_check() -> None:
+    assert doctor.as_text(BAD).splitlines() == [
+        "ok       Python  3.11.7",
+        "missing  GPU     torch is a CPU build",
+        "warning  Disk    1.0 GB free",
+        "                 -> free some",
+        "broken   torch   cannot be imported",
+        "                 -> make setup",
+    ]
+
+
+def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
+    """The tests run on a machine that can, so every group of checks must work and none may be broken."""
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "This machine can train." in printed
+    for name in ("Python", "torch", "gloo", "Transformer Engine", "NVIDIA apex", "Slurm", "C++ compiler",
+                 "CPU cores", "Disk"):
+        assert name in printed

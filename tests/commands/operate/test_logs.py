@@ -1,0 +1,176 @@
+"""`logs`: one stream from the files of all ranks and starts; a run is followed until it has ended and is
+quiet, and never longer than its reader wants."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_sov import cli, recipes
+from megatron_sov.commands.operate import logs, run_state as states
+from megatron_sov.commands.operate.logs import LONGEST_LINE_BYTES, LogFile, Tail, log_files
+from megatron_sov.runs.obs.events import EventLog
+
+Follow = Callable[..., list[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that Slurm started twice, as its scripts leave it."""
+    run = tmp_path / "run"
+    files = {
+        "slurm/17.log": "job: attempt 1 on n1, n2 begins at 0\n",
+        "slurm/logs/17-0/srun.log": "srun: error: n2: task 10: Killed\n",
+        "slurm/logs/17-0/rank-0.log": "step 1/9\rstep 2/9\nconnection lost\n",
+        "slurm/logs/17-0/rank-2.log": "two\n",
+        "slurm/logs/17-0/rank-10.log": "out of memory\n",
+        "slurm/logs/17-0/preflight/rank-0.log": "fit\n",
+        "slurm/logs/17-1/rank-0.log": "step 9/9, loss 3.1\nan unfinished line",
+        "hang/step-3-rank-00002.txt": "waits in loop.py\n",
+        "exports/.step-4.log": "error: disk\n",
+        "config.json": json.dumps(recipes.get("tiny-solar-open").to_dict()),
+    }
+    for name, text in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+    log = EventLog(run / "events.jsonl")
+    log.write("run_start", num_ranks=2, resumed_from=0)
+    log.write("step", step=1, loss=3.0)
+    log.write("warning", step=1, text="source korean is worn out")
+    log.write("skip", step=2, reason="data.skip_steps")
+    log.write("skip", step=3, reason="the loss is nan", ranks=[1])
+    log.write("failure", step=3, text="the disk is full")
+    log.close()
+    return run
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert cli.main(["logs", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    *lines, start, warning, skip, failure = printed(capsys, str(run))
+    assert lines == [
+        "[job 17] job: attempt 1 on n1, n2 begins at 0", "[job 17 preflight rank 0] fit",
+        "[job 17 srun] srun: error: n2: task 10: Killed",
+        "[job 17 rank 0] step 2/9", "[job 17 rank 0] connection lost", "[job 17 rank 2] two",
+        "[job 17 rank 10] out of memory", "[job 17 start 2 rank 0] step 9/9, loss 3.1",
+        "[job 17 start 2 rank 0] an unfinished line", "[step-3 rank 2 hangs] waits in loop.py",
+        "[exports step-4] error: disk"]
+    assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
+    assert (warning.startswith("[events] 20")
+            and warning.endswith(" UTC step 1: warning: source korean is worn out"))
+    assert skip.endswith(" UTC step 3: step not learned: the loss is nan; not finite on rank 1")
+    assert failure.endswith(" UTC step 3: ended by an error: the disk is full")
+
+
+def test_one_rank_over_all_starts_and_only_what_matches(run: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, str(run), "--rank", "0", "--grep", "step|unf") == [
+        "[job 17 rank 0] step 2/9", "[job 17 start 2 rank 0] step 9/9, loss 3.1",
+        "[job 17 start 2 rank 0] an unfinished line"]
+    assert printed(capsys, str(run), "--rank", "2", "--rank", "10", "--tail", "1") == [
+        "[job 17 rank 2] two", "[job 17 rank 10] out of memory", "[step-3 rank 2 hangs] waits in loop.py"]
+
+
+@pytest.fixture
+def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Follow:
+    """Return `follow(happens, *arguments)`: what is printed while, at the end of the n-th pause,
+    `happens[n]()` happens.
+
+    No time goes by but what the command sleeps; after the last of them the reader presses Ctrl-C.
+    """
+
+    def followed(happens: list[Callable[[], object]], *arguments: str) -> list[str]:
+        slept_s: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            slept_s.append(seconds)
+            if len(slept_s) > len(happens):
+                raise KeyboardInterrupt
+            happens[len(slept_s) - 1]()
+
+        clock = {"sleep": sleep, "monotonic": lambda: sum(slept_s)}
+        monkeypatch.setattr(logs, "time", SimpleNamespace(**vars(time) | clock))
+        return printed(capsys, str(run), "--follow", *arguments)
+
+    return followed
+
+
+def nothing() -> None:
+    """Let nothing happen."""
+
+
+def test_following_sees_new_lines_files_and_events_and_ends_when_the_run_is_quiet(run: Path,
+                                                                                  follow: Follow) -> None:
+    happened: list[str] = []
+
+    def goes_on() -> None:
+        happened.append("goes on")
+        with open(run / "slurm/logs/17-1/rank-0.log", "a") as f:
+            f.write(" ends\nstep 10")
+        (run / "slurm/logs/17-2").mkdir()
+        (run / "slurm/logs/17-2/rank-0.log").write_text("again\n")
+        log = EventLog(run / "events.jsonl")
+        log.write("stop", step=9, reason="SIGUSR1")
+        log.close()
+
+    pauses = int(logs.ENDED_AFTER_S / logs.LOOK_EVERY_S)
+    lines = follow([nothing] * (pauses - 1) + [goes_on] + [lambda: happened.append("quiet")] * 10 * pauses,
+                   "--tail", "1")
+    assert happened == ["goes on"] + ["quiet"] * (pauses + 1)
+    assert "[job 17 rank 0] connection lost" in lines and "[job 17 rank 0] step 2/9" not in lines
+    new = [line for line in lines if "17 start" in line]
+    assert new == ["[job 17 start 2 rank 0] step 9/9, loss 3.1",
+                   "[job 17 start 2 rank 0] an unfinished line ends", "[job 17 start 3 rank 0] again",
+                   "[job 17 start 2 rank 0] step 10"]
+    assert [line for line in lines if line.endswith("step 9: the run stops: SIGUSR1")]
+
+
+@pytest.mark.parametrize("state", ["running", "silent", "waiting"])
+def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
+        state: str, run: Path, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "read_state", lambda run: SimpleNamespace(state=state))
+    pauses = int(10 * logs.ENDED_AFTER_S / logs.LOOK_EVERY_S)
+    file = run / "slurm/logs/17-0/rank-2.log"
+    lines = follow([*[nothing] * pauses, lambda: file.write_text("two\ngoes on\n")])
+    assert lines[-1] == "[job 17 rank 2] goes on"
+
+
+def test_only_the_ranks_and_lines_asked_for_also_in_files_that_come_later(run: Path, follow: Follow) -> None:
+    def starts_again() -> None:
+        (run / "slurm/logs/17-2").mkdir()
+        for rank in (0, 2):
+            (run / f"slurm/logs/17-2/rank-{rank}.log").write_text("two again\nsays more\n")
+
+    lines = follow([starts_again, nothing], "--rank", "2", "--grep", "two")
+    assert lines == ["[job 17 rank 2] two", "[job 17 start 3 rank 2] two again"]
+
+
+def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
+    (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
+    lines = list(Tail(LogFile(file, "x", 0)).lines(whole=True))
+    assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
+            and not any("\x1b" in line.text for line in lines))
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--rank", "7"], "is this rank's (ranks with files: 0 to 10)"),
+    (["--grep", "("], "--grep (: is no regular expression")])
+def test_mistakes_are_one_sentence(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
+                                   says: str) -> None:
+    assert cli.main(["logs", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and says in error
+
+
+def test_a_folder_of_runs_is_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["logs", str(run.parent)]) == 2
+    assert "holds runs and is none" in capsys.readouterr().err
+    assert [file.label for file in log_files(run.parent)] == ["events"]

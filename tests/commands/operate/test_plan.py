@@ -1,0 +1,104 @@
+"""`megatron-sov plan`: on a cluster it takes the recommended layout, and tells what that needs of a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.cli import main
+from megatron_sov.plan.search import space
+
+
+def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "512 processes of H100-80GB: tp 2, pp 4, ep 8, ZeRO-1"
+    assert " GiB on each of stage 1: weights 7.4, gradients 14.8, optimizer 2.3, " in lines[1]
+    assert lines[3] == "What it takes:" and lines[4].split()[:2] == ["stage", "context"]
+    assert lines[9].split()[:2] == ["total", "20"]
+    assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # the schedule
+    assert main(["plan", "tiny-solar-open", "--cluster", "local", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["processes"], plan["gpu"], plan["steps"], plan["layout"]["ep"]) == (2, None, 200, 1)
+    assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--set", "parallel.ep=8"],
+     "the nearest layout that fits: --set parallel.pp=2"),
+    (["tiny-solar-open", "--nodes", "2"], "--nodes 2: looks at the nodes of a cluster; name it by --cluster"),
+    (["tiny-solar-open", "--cluster", "local", "--nproc", "2"],
+     "--nproc 2: --cluster local and --nodes decide"),
+    (["tiny-solar-open", "--cluster", "h10"], "did you mean 'h100'?"),
+    (["tiny-solar-open", "--sweep"], "--sweep: looks at the nodes of a cluster"),
+    (["tiny-solar-open", "--cluster", "local", "--sweep"],
+     "nobody knows what its nodes compute with; take a profile with gpu set to one of a100"),
+    (["solar-open-102b", "--cluster", "a100", "--nodes", "60", "--set", "train.fp8=tensorwise"],
+     "train.fp8 = tensorwise: fp8 on A100-80GB: its tensor cores have none"),
+    (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--sweep", "--set", "train.fp8=nvfp4"],
+     "the nearest that works: --set train.fp8=tensorwise"),
+    (["k-exaone-236b", "--cluster", "h100", "--nodes", "2"],
+     "the fewest nodes that it fits are 6: --nodes 6"),
+    (["--out", "x.csv"], "--out x.csv: is for --table ROWS.csv or --calibrate RUN"),
+    (["--table", "x.csv"], "--table x.csv: needs --out PREDICTED.csv"),
+    (["tiny-solar-open", "--table", "x.csv", "--out", "y.csv"], "recipe belongs to one that is planned"),
+    (["--table", "x.csv", "--calibrate", "run"], "are two jobs"),
+    (["tiny-solar-open", "--parameters", "x.json"], "prices a run on a cluster; name it by --cluster"),
+    (["tiny-solar-open", "--cluster", "h100", "--parameters", "x.json"], "--parameters x.json: "),
+])
+def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and not captured.out
+
+
+def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = tmp_path / "small.yaml"
+    profile.write_text("description: nodes with little memory\ngpu: h200\naccount: ''\nmemory: 16G\n"
+                       "network_gbits_per_gpu: 400\n")
+    asked = ["plan", "solar-open-102b", "--cluster", str(profile), "--nodes", "64"]
+    assert main([*asked, "--set", "gpu.optimizer_offload=0.1"]) == 0
+    assert main([*asked, "--set", "gpu.optimizer_offload=1"]) == 2
+    assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.56"
+            in capsys.readouterr().err)
+
+
+def test_a_profile_that_does_not_say_what_joins_its_nodes_prices_no_run_on_several(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = tmp_path / "islands.yaml"
+    profile.write_text("description: nodes without a network\ngpu: b200\naccount: ''\n")
+    assert main(["plan", "qwen3-8b", "--cluster", str(profile)]) == 0
+    capsys.readouterr()
+    assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--nodes", "2"]) == 2
+    assert "network_gbits_per_gpu is missing in the profile" in capsys.readouterr().err
+
+
+def test_gpus_that_nobody_has_named_have_a_layout_and_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny-solar-open", "--cluster", "one-node", "--set",
+                 "train.micro_batch_size=2"]) == 0
+    said = capsys.readouterr().out
+    assert "no price: gpu is empty in the profile" in said and "What it takes" not in said
+
+
+def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_do(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
+    monkeypatch.setattr(space, "VPP", (1,))
+    asked = ["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--set", "parallel.ep=1",
+             "--set", "parallel.pp=1", "--set", "parallel.tp=1"]
+    assert main(asked) == 2
+    said = capsys.readouterr().err
+    assert "qwen3-moe-30b on 1 node of 8 H100-80GB: fits nowhere; the nearest layout lacks" in said
+    assert "no number of nodes up to 4,096 is enough: set less of the layout" in said
+
+
+def test_a_page_over_what_is_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = tmp_path / "own.yaml"
+    profile.write_text("description: ours\ngpu: b200\naccount: ''\n")
+    assert main(["plan", "qwen3-8b", "--cluster", str(profile), "--html", str(profile)]) == 2
+    assert "which is read; choose another path" in capsys.readouterr().err
+    assert profile.read_text().startswith("description")

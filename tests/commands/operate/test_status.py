@@ -1,0 +1,281 @@
+"""`status`: a run's state from its folder, whatever became of it, and what is printed of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov import cli, recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.operate.run_state import RunState, Start, find_runs, read_state
+from megatron_sov.commands.operate.status import SIGNS, as_table, bar, in_full
+from megatron_sov.model.config import apply_settings
+from megatron_sov.runs.obs.attempts import UNFINISHED
+from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
+
+NOW_S = 10_000.0
+STARTED = {"recipe": "tiny-solar-open", "num_ranks": 2, "num_steps": 40}
+
+
+def write_run(path: Path, *events: tuple[float, str, dict[str, Any]], settings: tuple[str, ...] = ()) -> Path:
+    """Write a run folder whose events happened so many seconds before NOW_S."""
+    path.mkdir(parents=True)
+    config = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=40", *settings])
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    (path / "events.jsonl").write_text("".join(
+        json.dumps({"event": kind, "time_s": NOW_S - ago_s, **fields}) + "\n"
+        for ago_s, kind, fields in events))
+    return path
+
+
+def steps(first: int, last: int, first_ago_s: float,
+          every_s: float = 2.0) -> list[tuple[float, str, dict[str, Any]]]:
+    fields = {"loss": 3.0, "tokens_per_s": 500.0, "step_time_s": every_s, "phase": "main"}
+    return [(first_ago_s - every_s * (step - first), "step", {"step": step, "tokens": 1000 * step, **fields})
+            for step in range(first, last + 1)]
+
+
+def begin(ago_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, Any]]:
+    return ago_s, "run_start", {**STARTED, "resumed_from": resumed_from, "began_s": NOW_S - ago_s - 10}
+
+
+def hold(path: Path) -> None:
+    """Write the lock that a living process of this machine holds."""
+    (path / "lock.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(),
+                                                "beat": 1,
+                                                "started_s": psutil.Process().create_time()}))
+
+
+def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", begin(100), *steps(1, 5, 98), (89, "checkpoint", {"step": 4, "stall_s": 0.0}),
+        (85, "restart", {"step": 4, "text": "rank 1 was ended by SIGKILL; all processes are started again"}),
+        begin(70, 4), *steps(5, 20, 31), (0.5, "warning", {"text": "x"}))
+    (run / "checkpoints/step-4").mkdir(parents=True)
+    hold(run)
+    state = read_state(run, NOW_S)
+    assert (state.state, state.step, state.num_steps, state.stage, state.phase) == (
+        "running", 20, 40, "pretrain", "main")
+    # the last step was a second ago
+    assert state.tokens_per_s == 500 and state.eta_s == pytest.approx(20 * 2 - 1)
+    assert (state.checkpoint, state.checkpoint_step, state.restarts, state.warnings) == (
+        "checkpoints/step-4", 4, 1, 1)
+    assert state.starts[0].outcome == "rank 1 was ended by SIGKILL"
+    # 4 steps stay, then 16 and the present second; step 5 is done again; restarted 4 s after the last
+    # sign, and 5 s went by
+    assert state.wall_time is not None and state.wall_time.spent_s == pytest.approx({
+        "productive": 4 * 2 + 16 * 2 + 1, "lost": 2 + 1, "evaluation": 0, "saving": 0,
+        "startup": 10 + 10 + 37, "waiting": 4 + 5})
+    text = in_full(state)
+    assert "step        20 of 40 (50%), phase main, 20 K tokens, loss 3.0000" in text
+    assert ("500 tokens/s, 39.0 s left" in text
+            and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text)
+
+
+@pytest.mark.parametrize(("events", "files", "state", "why"), [
+    ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})], {"complete.json": {"step": 40}},
+     "complete", "at step 40"),
+    ([begin(100), *steps(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
+     "stopped", "SIGUSR1, everything is saved"),
+    ([begin(100), *steps(1, 9, 90)], {}, "ended", "killed, or its machine went down"),
+    ([begin(100), *steps(1, 9, 90), (5, "hang", {"step": 10})], {}, "ended", "stood still in step 10"),
+    ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})],
+     {"gate_failed.json": {"failure": "row x\nmore"}}, "gate failed", "row x"),
+    ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})], {"awaiting_gate.json": {"step": 40}},
+     "waiting", "its last checkpoint is not judged yet"),
+    ([], {}, "not started", ""),
+])
+def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: dict[str, Any], state: str,
+                                           why: str) -> None:
+    run = write_run(tmp_path / "run", *events)
+    for name, content in files.items():
+        (run / name).write_text(json.dumps(content))
+    found = read_state(run, NOW_S)
+    assert (found.state, found.why) == (state, why)
+    assert in_full(found).startswith(f"{run}: pretrain, tiny-solar-open\n")
+
+
+SQUEUE = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/asked"
+echo "17 $STATE"
+"""
+
+
+def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 290), begin(100, 4), *steps(5, 9, 95))
+    (run / "slurm").mkdir()
+    records = [{"event": "submitted", "job": "17", "time_s": NOW_S - 400},
+               {"event": "end", "job": "17", "outcome": "cut_off", "reason": "node-3 went down",
+                "time_s": NOW_S - 150}]
+    (run / "slurm/jobs.jsonl").write_text(json.dumps(records[0]) + "\n")
+    (run / "slurm/attempts.jsonl").write_text(json.dumps(records[1]) + "\n")
+    (squeue := tmp_path / "bin/squeue").parent.mkdir()
+    squeue.write_text(SQUEUE)
+    squeue.chmod(0o755)
+    monkeypatch.setenv("STATE", "PENDING")
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    state = read_state(run, NOW_S)
+    assert (state.state, state.why) == ("waiting", "job 17 is pending")
+    assert [start.outcome for start in state.starts] == ["cut_off: node-3 went down", UNFINISHED]
+    assert state.wall_time is not None and state.wall_time.total_s == pytest.approx(310)
+    # up to now, from the second attempt's last step on, and between its start and the first one's last step
+    assert state.wall_time.spent_s["waiting"] == pytest.approx(87 + (274 - 110))
+    assert "--jobs=17" in (squeue.parent / "asked").read_text()
+    monkeypatch.setenv("STATE", "COMPLETED")
+    assert read_state(run, NOW_S).state == "ended"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here
+    assert read_state(run, NOW_S).state == "ended"
+
+
+def test_slurm_says_why_it_sent_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here
+    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 290),
+                    (270, "stop", {"step": 9, "reason": "SIGUSR1"}))
+    (run / "slurm").mkdir()
+    (run / "slurm/attempts.jsonl").write_text(json.dumps(
+        {"event": "end", "job": "17", "outcome": "stopped", "reason": "its time limit came near",
+         "time_s": NOW_S - 268}) + "\n")
+    state = read_state(run, NOW_S)
+    assert state.starts[0].outcome == "stopped: SIGUSR1 (its time limit came near)"
+    assert (state.state, state.why) == ("stopped", "SIGUSR1 (its time limit came near), everything is saved")
+
+
+def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    records = tmp_path / "runs/first/slurm"
+    records.mkdir(parents=True)
+    (records / "jobs.jsonl").write_text(
+        json.dumps({"event": "submitted", "job": "17", "time_s": NOW_S}) + "\n")
+    (squeue := tmp_path / "bin/squeue").parent.mkdir()
+    squeue.write_text(SQUEUE)
+    squeue.chmod(0o755)
+    monkeypatch.setenv("STATE", "PENDING")
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    assert find_runs(tmp_path) == find_runs(records.parent) == [records.parent]
+    assert cli.main(["status", str(records.parent)]) == 0
+    assert "  state       waiting (job 17 is pending)\n" in capsys.readouterr().out
+    monkeypatch.setenv("STATE", "COMPLETED")
+    (records / "17.log").write_text("job: modules of the profile cannot be loaded\n")
+    assert cli.main(["status", str(records.parent)]) == 0
+    assert ("  state       not started (job 17: modules of the profile cannot be loaded)\n"
+            in capsys.readouterr().out)
+    assert cli.main(["logs", str(records.parent)]) == 0
+    assert capsys.readouterr().out == "[job 17] job: modules of the profile cannot be loaded\n"
+
+
+def test_a_run_that_holds_its_folder_and_writes_nothing_is_silent(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 200))
+    hold(run)
+    assert read_state(run, NOW_S).state == "silent"
+
+
+def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    extension = write_run(tmp_path / "runs/extend", begin(100), settings=("extend.gate.every_steps=5",))
+    write_run(extension / "stages/1-first", begin(100), *steps(1, 3, 90))
+    write_run(tmp_path / "runs/pretrain", begin(100), *steps(1, 3, 90),
+              (84, "stop", {"step": 3, "reason": "SIGTERM"}))
+    (tmp_path / "runs/data").mkdir()
+    (tmp_path / "runs/data/config.json").write_text("{}")  # another artifact's settings
+    assert cli.main(["status", str(tmp_path / "runs")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(row[0].removeprefix(str(tmp_path)), row[1], row[2], row[3]) for row in rows[1:]] == [
+        ("/runs/extend", "extend", "ended", "0/40"),
+        ("/runs/extend/stages/1-first", "extend", "ended", "3/40"),
+        ("/runs/pretrain", "pretrain", "stopped", "3/40")]
+    assert cli.main(["status", str(tmp_path / "runs/pretrain"), "--json"]) == 0
+    (raw,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (raw["state"], raw["step"], raw["eta_s"], raw["checkpoint_age_s"]) == ("stopped", 3, None, None)
+    # 10 s start-up, 10 s to the first step, ..., stop
+    assert raw["wall_time"]["total_s"] == pytest.approx(26)
+
+
+@pytest.mark.parametrize(("phase", "events"), [
+    ("extend", ()),  # as `extend` names its phase where nobody does
+    ("far", ((99.0, "needle", {"when": "before", "step": 0}),)),
+], ids=["named by the command", "named by the user"])
+def test_an_extension_without_stages_or_gate_is_called_one(
+        tmp_path: Path, phase: str, events: tuple[tuple[float, str, dict[str, Any]], ...]) -> None:
+    phases = json.dumps([{"name": phase, "seq_len": 128}])
+    run = write_run(tmp_path / "long", begin(100), *events, settings=(f"data.phases={phases}",))
+    assert read_state(run, NOW_S).stage == "extend"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty, so it is not a run; pass the folder given to --run"):
+        find_runs(tmp_path)
+    (tmp_path / "more").mkdir()
+    with pytest.raises(UserError, match="holds no run"):
+        find_runs(tmp_path)
+    assert "none yet" in in_full(RunState(tmp_path))
+
+
+# What is printed of a state.
+
+
+SPENT_S = {"productive": 6000.0, "lost": 600.0, "evaluation": 0.0, "saving": 300.0, "startup": 60.0,
+           "waiting": 240.0}
+RUNNING = RunState(
+    Path("runs/a"), stage="sft", recipe="tiny-solar-open", phase="main", state="running", why="in job 17",
+    step=1200, num_steps=4000, tokens=19_660_800, loss=2.34567, tokens_per_s=51234.5, eta_s=8000.0,
+    checkpoint="checkpoints/step-1000", checkpoint_step=1000, checkpoint_age_s=65.0, last_event_age_s=-0.3,
+    warnings=2, incidents={"skip": 3, "hang": 0, "alarm": 1},
+    starts=[Start(1_700_000_000.0, 0, 900, 8, "killed"), Start(math.nan, 900, None, 1, "running")],
+    wall_time=WallTime(0.0, SPENT_S))
+
+
+def test_one_run_in_full() -> None:
+    assert in_full(RUNNING) == """\
+runs/a: sft, tiny-solar-open
+  state       running (in job 17), last event 0.0 s ago
+  step        1,200 of 4,000 (30%), phase main, 19.66 M tokens, loss 2.3457
+  speed       51,234 tokens/s, 2 h 13 min left
+  checkpoint  checkpoints/step-1000, 1 min 5 s ago
+  incidents   2 x warning, 3 x step not learned, 1 x alarm (megatron-sov logs runs/a)
+  starts      2
+      1  2023-11-14 22:13:20 UTC  from step 0 to step 900, 8 processes: killed
+      2  –  from step 900 to no step, 1 process: running
+  time        2 h 0 min, of which 83.3% moved the model forward
+    [##########################################xxxxss..]
+    # productive steps   83.3%  1 h 40 min
+    x lost steps          8.3%  10 min 0 s
+    s saving              4.2%  5 min 0 s
+    > start-up            0.8%  1 min 0 s
+    . between attempts    3.3%  4 min 0 s"""
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    assert in_full(RunState(Path("runs/new"))) == """\
+runs/new
+  state       not started
+  step        0 of 0
+  checkpoint  none yet"""
+
+
+def test_several_runs_are_columns_with_dashes_for_what_is_not_known() -> None:
+    lines = as_table([RUNNING, RunState(Path("b"))]).splitlines()
+    assert lines == [
+        "run     stage  state        step         loss   tokens/s   left        checkpoint  "
+        "restarts  effective",
+        "runs/a  sft    running      1,200/4,000  2.346  5.123e+04  2 h 13 min  1,000       1         83%",
+        "b       –      not started  0/0          –      –          –           –           0         –"]
+
+
+@given(st.lists(st.floats(0, 1e7), min_size=len(CATEGORIES),
+                max_size=len(CATEGORIES)).filter(lambda s: sum(s) > 1e-3), st.integers(1, 120))
+def test_the_bar_has_its_width_and_no_share_is_off_by_a_character(spent_s: list[float], width: int) -> None:
+    time = WallTime(0.0, dict(zip(CATEGORIES, spent_s, strict=True)))
+    drawn = bar(time, width)
+    assert len(drawn) == width
+    assert list(dict.fromkeys(drawn)) == [sign for sign in SIGNS.values() if sign in drawn], "in one order"
+    for name, seconds in time.spent_s.items():
+        assert drawn.count(SIGNS[name]) == pytest.approx(width * seconds / time.total_s, abs=1)

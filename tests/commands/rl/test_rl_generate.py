@@ -1,0 +1,138 @@
+"""`megatron-sov rl generate` and `rl reward`: a tiny policy writes, a later one goes on, a reward judges."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.commands.rl.rl_generate import rounds_of
+from megatron_sov.judge.rollouts.prompts import read_prompts
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.runs.folder import RunFolder
+
+# a temperature at which a sample is the most probable token
+ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
+           "rollout.piece_prompts=1", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=64",
+           "rollout.temperature=1e-4")
+
+
+@pytest.fixture
+def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
+    """Return the arguments of `rl generate`, with a start, a run of nothing and three prompts."""
+    records = [{"prompt": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(2)]
+    records.append({"messages": [{"role": "user", "content": "Name a river."}], "answer": "Rhine"})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return ["rl", "generate", "tiny-solar-open", *tiny, *(w for s in ROLLOUT for w in ("--set", s)),
+            "--prompts", str(tmp_path / "prompts.jsonl"), "--store", str(tmp_path / "store"), "--from",
+            str(sorted((teacher / "checkpoints").glob("step-*"))[0]), "--run", str(tmp_path / "run")]
+
+
+@pytest.mark.distributed
+def test_two_policies_write_two_rounds_and_a_reward_judges_them(
+        asked: list[str], teacher: Path, run_command: Any, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*asked, "--set", "policy.router_replay=true"]
+    done = run_command(*asked)
+    assert done.returncode == 75, done.stderr
+    assert "2 parts with 4 responses" in done.stdout
+    assert "round 2 waits for a policy that round 1 has trained" in done.stderr
+    first, second = sorted((teacher / "checkpoints").glob("step-*"))
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-1").symlink_to(second)
+    done = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.ep=2")
+    assert done.returncode == 0, done.stderr
+    assert "2 parts with 4 responses" in done.stdout and "rounds 1 to 2 are written" in done.stdout
+    store = Store.open(tmp_path / "store")
+    prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
+    for number, checkpoint in ((1, first), (2, second)):
+        rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
+        assert len(rows) == 4 and {row.key.policy for row in rows} == {manifest_sha256(checkpoint)}
+        assert {int(v) for row in rows for v in row.versions} == {number - 1}
+        greedy = _greedy(run_command, checkpoint, tmp_path / "asked.jsonl")
+        for row in rows:
+            assert row.record == prompts[row.key.prompt].record
+            text = row.record.get("prompt") or row.record["messages"][0]["content"]
+            assert (row.tokens.tolist(), row.response) == greedy[text]
+            assert row.routes is not None and row.routes.shape[0] == len(row.prompt_tokens) + 5
+            assert row.routes.max() < 4, "there are four experts, and every token was read"
+    judge = ["rl", "reward", "--store", str(tmp_path / "store"), "--reward", "length", "--reward-set",
+             "max_length=100", "--reward-set", "buffer=50", "--workers", "1"]
+    assert main(judge) == 0
+    assert "4 parts, 8 scored responses" in capsys.readouterr().out
+    assert main(judge) == 0
+    assert "0 parts, 0 responses" in capsys.readouterr().out
+
+
+def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
+    """Return what `generate` says to each prompt."""
+    texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    done = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens", "6",
+                       "--json")
+    assert done.returncode == 0, done.stderr
+    return {row["prompt"]: (row["tokens"], row["text"]) for row in json.loads(done.stdout)}
+
+
+WRONG = {
+    "rounds": (["--rounds", "3-2"], "must be a round, or the first and the last one"),
+    "later": (["--rounds", "2-9"], "--rounds 2-9: rollout.rounds = 2, and nobody trains the policy"),
+    "task": (["--env-set", "a=1"], "is only for --environment"),
+    "limit": (["--environment", "calculator", "--limit", "max_prompt_tokens=3"],
+              "is rollout.max_prompt_tokens"),
+    "rollout": (["--set", "rollout.temperature=0"], "rollout.temperature = 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_asked_is_told_before_torch(case: str, asked: list[str], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    more, message = WRONG[case]
+    assert main([*asked, *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teacher: Path, run_command: Any,
+                                                         tmp_path: Path) -> None:
+    def refused(*more: str) -> str:
+        done = run_command(*asked, *more)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        return str(done.stderr)
+
+    bare = tmp_path / "bare"
+    shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
+    assert f"--from {bare}: has no tokenizer with it" in refused("--from", str(bare))
+    assert "--engine-set: parallel.epp: no such setting" in refused(
+        "--engine-set", "parallel.epp=2")
+    assert "--engine-set lora.rank=2: adapters are made by training" in refused("--engine-set", "lora.rank=2")
+    assert "rollout.max_new_tokens = 6000 make 6064 tokens, and the model ends at" in refused(
+        "--set", "rollout.max_new_tokens=6000")
+    assert not (tmp_path / "store").exists()
+
+
+def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
+    assert main([*asked, "--set", "rollout.steps_per_round=2"]) == 2
+    said = capsys.readouterr().err
+    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; give the same" in said
+    assert "rollout.temperature = 0.0001: --run" in said and "rollout.rounds" not in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_rounds_are_named_or_all() -> None:
+    assert rounds_of("2", 9) == range(2, 3)
+    assert rounds_of("2-4", 9) == range(2, 5)
+    assert rounds_of(None, 3) == range(1, 4)
+    with pytest.raises(UserError, match="there are no rounds"):
+        rounds_of(None, 0)

@@ -1,0 +1,189 @@
+"""`megatron-sov rl run`: a run that writes its own rounds, killed, at another layout, with another reward."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.cli import main
+from megatron_sov.judge.rollouts.rows import Rollout
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.runs.obs.events import read_events
+
+REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"
+SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
+            "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
+            "policy.method=dr_grpo", 'data.phases=[{"name": "main", "seq_len": 32}]', "optim.lr=1e-2",
+            "optim.warmup_steps=0", "train.eval_every_steps=0", "model.hidden_size=48")
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rl-run")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(9)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
+    """Return `command(run, *more, store=, lot=, word=)`: `rl run` with a store beside the run."""
+    def command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
+        return ["rl", word, "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)),
+                "--prompts", str(folder / "prompts.jsonl"), "--reward", f"{REWARD}:Exact",
+                "--reward-set", f"by_lot={lot}", "--from", str(teacher), "--run", str(folder / run),
+                "--store", str(folder / (store or f"{run}-store")), *more]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, command: Command, run_command: Any) -> Path:
+    """Return a run of three rounds that nothing has disturbed."""
+    done = run_command(*command("whole", "--plain", "--workers", "1"))
+    assert done.returncode == 0, done.stderr
+    return folder / "whole"
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run / "events.jsonl") if event["event"] == name]
+
+
+def losses(run: Path) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of each step; a killed run may have done one twice."""
+    return list({e["step"]: (e["loss"], e["grad_norm"]) for e in events(run, "step")}.values())
+
+
+def weights(run: Path) -> dict[str, str]:
+    """Return the digests of the last step's weights."""
+    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-3").files.items()
+            if name.endswith(".safetensors")}
+
+
+def rows(store: Path) -> list[Rollout]:
+    opened = Store.open(store)
+    return [row for part in opened.parts() for row in opened.read_rollouts(part.name)]
+
+
+@contextmanager
+def killed_while_it_writes(claim: Path) -> Iterator[list[int]]:
+    """Send SIGKILL to whom a claim names, as soon as it does; give the list that its number is put in."""
+    killed: list[int] = []
+
+    def watch() -> None:
+        deadline_s = time.monotonic() + 600
+        while not killed and time.monotonic() < deadline_s:
+            try:
+                pid = json.loads(claim.read_text())["pid"]
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            except (FileNotFoundError, ValueError):
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield killed
+    thread.join()
+
+
+@pytest.mark.distributed
+def test_a_kill_between_rounds_and_one_inside_of_a_piece_change_no_bit(
+        whole: Path, folder: Path, command: Command, run_command: Any) -> None:
+    with killed_while_it_writes(folder / "killed-store/claims/round-0003-piece-0001/1.json") as killed:
+        done = run_command(*command("killed", "--plain", "--workers", "1", "--inject", "kill@step=2"))
+    assert done.returncode == 0 and killed, done.stderr
+    # what a dead process has claimed is not waited for: rollout.lease_s is ten minutes
+    assert [e["step"] for e in events(folder / "killed", "restart")] == [1, 2]
+    assert losses(folder / "killed") == losses(whole) and len(losses(whole)) == 3
+    assert weights(folder / "killed") == weights(whole) and weights(whole)
+    for ours, theirs in zip(rows(folder / "killed-store"), rows(folder / "whole-store"), strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert ours.logprobs.tolist() == theirs.logprobs.tolist()
+    assert main(["rl", "store", "verify", str(folder / "killed-store")]) == 0
+
+
+@pytest.mark.distributed
+def test_two_processes_write_and_learn_what_one_does(whole: Path, folder: Path, command: Command,
+                                                     run_command: Any) -> None:
+    done = run_command(*command("ep2", "--plain", "--workers", "1", "--nproc", "2", "--set", "parallel.ep=2"))
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(rows(folder / "ep2-store"), rows(folder / "whole-store"), strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert np.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+    assert np.allclose(losses(folder / "ep2"), losses(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
+        whole: Path, folder: Path, command: Command, run_command: Any) -> None:
+    store = Store.open(folder / "whole-store")
+
+    def parts() -> dict[str, str]:
+        return {part.name: manifest_sha256(store.path / "rollouts" / part.name)
+                for part in store.parts()}
+
+    before, (first,) = parts(), store.versions()
+    assert len(before) == 6
+    done = run_command(*command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
+    assert done.returncode == 0, done.stderr
+    assert parts() == before, "nothing was generated"
+    (second,) = set(store.versions()) - {first}
+    assert [e["reward_version"][:len(second)] for e in events(folder / "other", "round")] == [second] * 3
+    assert losses(folder / "other") != losses(whole)
+    # a run that writes nothing itself makes the same of the same rounds
+    done = run_command(*command("trained", store="whole-store", word="train"))
+    assert done.returncode == 0, done.stderr
+    assert losses(folder / "trained") == losses(whole) and weights(folder / "trained") == weights(whole)
+
+
+def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
+        folder: Path, command: Command, run_command: Any) -> None:
+    done = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
+                                "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
+                                "--set", "train.precision=bf16"))
+    assert done.returncode == 0, done.stderr
+    written = rows(folder / "stale-store")
+    assert [(row.round, set(row.versions.tolist())) for row in written] == [
+        *[(1, {0})] * 16, *[(2, {0})] * 16, *[(3, {2})] * 16]
+    assert ["write_s" in e for e in events(folder / "stale", "round")] == [True, False, True]
+    for step in events(folder / "stale", "step"):
+        lengths = [len(row.prompt_tokens) + len(row.tokens) for row in written if row.round == step["step"]]
+        replayed = (sum(lengths) - len(lengths)) / sum(lengths)  # nobody has read a response's last token
+        assert step["meters"]["replayed_routes"] == pytest.approx(replayed, abs=1e-6)
+        # neither an engine that rounds in bf16 nor a policy that is a round old is a step of this one
+        assert (step["meters"]["ratio"], step["meters"]["clip_share"]) == (1, 0)
+        assert step["meters"]["engine_kl"] > 0
+
+
+def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command: Command, teacher: Path,
+                                                           capsys: Any, run_command: Any) -> None:
+    def refused(*more: str) -> str:
+        assert main(command("refused", *more)) == 2
+        return str(capsys.readouterr().err)
+
+    assert "add --environment" in refused("--reward", "environment", "--plain")
+    assert "--reward-set by_lot=1: --reward environment takes" in refused(
+        "--reward", "environment", "--environment", "calculator")
+    assert "--reward-set: 'lot' must have the form key=value" in refused("--reward-set", "lot")
+    done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
+    assert done.returncode == 2, done.stderr
+    assert "more than rollout.max_prompt_tokens = 1, as have 8 others of up to 2; raise it" in done.stderr
+    (folder / "file").touch()
+    done = run_command(*command("refused", "--plain", store="file"))
+    assert done.returncode == 2 and "file: is no rollout store" in done.stderr, done.stderr
+    bare = folder / "bare"
+    shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
+    done = run_command(*command("refused", "--plain", "--from", str(bare)))
+    assert done.returncode == 2 and f"--from {bare}: has no tokenizer with it" in done.stderr, done.stderr
+    assert not (folder / "refused").exists() and not (folder / "refused-store").exists()

@@ -1,0 +1,74 @@
+"""`megatron-sov rl run --environment`: a run plays the tasks of its rounds itself, and learns from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.judge.rollouts.store import Store
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from rl_tools import TEMPLATE
+
+WORLD = '''
+from megatron_sov.judge.rewards.reward import Score
+from megatron_sov.judge.tools.environment import World
+from megatron_sov.judge.tools.schema import tool
+
+class Lucky(World):
+    SYSTEM = "Be brief."
+    EXAMPLES = ({"question": "?"},)
+
+    @tool
+    def look(self, where: str) -> str:
+        """Look.
+
+        Args:
+            where: there.
+        """
+        return "nothing"
+
+    def score(self, answer: str) -> Score:
+        return Score(float(self.task["luck"]), {"said": answer or "nothing", "length": len(answer)})
+'''
+SETTINGS = ("rollout.rounds=1", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
+            "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=128", "policy.method=gspo",
+            'data.phases=[{"name": "main", "seq_len": 256}]', "train.eval_every_steps=0",
+            "model.hidden_size=48")
+
+
+@pytest.mark.distributed
+def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
+        teacher: Path, tiny: list[str], run_command: Any, tmp_path: Path) -> None:
+    start, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(teacher / "checkpoints/step-2", start)
+    (start / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "world.py").write_text(WORLD)
+    tasks = [{"question": f"{n}?", "luck": n} for n in range(2)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    asked = ["rl", "run", "tiny-solar-open", *tiny, *(w for s in SETTINGS for w in ("--set", s)), "--from",
+             str(start), "--run", str(run), "--store", str(tmp_path / "store"), "--prompts",
+             str(tmp_path / "tasks.jsonl"), "--reward", "environment", "--environment",
+             f"{tmp_path / 'world.py'}:Lucky", "--limit", "max_turns=2"]
+    refused = run_command(*asked, "--limit", "max_turn_tokens=4000")
+    assert refused.returncode == 2 and not run.exists(), refused.stderr
+    assert "= 12 and a turn's max_turn_tokens make 4140 tokens, and the model ends at 4096" in refused.stderr
+    done = run_command(*asked, "--limit", "max_turn_tokens=12")
+    assert done.returncode == 0, done.stderr
+    store = Store.open(tmp_path / "store")
+    (part,) = store.parts()
+    rows = {row.key: row for row in store.read_rollouts(part.name)}
+    assert len(rows) == 4
+    for judged in store.read_rewards("environment", part.name):
+        row = rows[judged.key]
+        assert judged.reward == row.record["luck"] and len(row.tokens) <= 12
+        # what a verdict says in words stands with the response, and is not averaged
+        assert set(row.outcome["components"]) == {"said", "length"} and set(judged.components) == {"length"}
+    means = read_manifest(run / "rounds/0001", "tokens").content["means"]
+    assert means["responses"] == 4 and means["reward"] == 0.5 and set(means["components"]) == {"length"}

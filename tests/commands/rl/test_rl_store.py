@@ -1,0 +1,235 @@
+"""`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from megatron_sov.cli import main
+from megatron_sov.judge.rollouts import columns
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Judged, Key, Rollout, part_name
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.work.progress.claims import Claims
+from tests.judge.rollouts.test_store import rollout as sound_row
+
+PAGE = Path(__file__).parents[3] / "docs/rollout_store.md"
+VERSION = "8c1d22ab90e4f00d"
+
+
+def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
+    """A sound row of round 1, with a tool's result between two tokens of policies."""
+    return sound_row(sample, **{"key": Key(prompt, sample, "f" * 64, "s" * 64), "response": "it is\x1b[2J 4",
+                                "record": {"prompt": "2 + 2?", "domain": "sums"},
+                                "logprobs": np.array([-0.5, 0, -1.5], np.float32), **changes})
+
+
+def filled(path: Path) -> Store:
+    """Return a store of one round: two pieces, of which one response was continued, and a reward."""
+    store = Store.create(path, "sha256:ab", 100)
+    late = rollout("p1", 0, finish_reason=UNFINISHED)
+    parts = {part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
+             part_name(1, 1): [late, rollout("p1", 1, record={"prompt": "Hi"})],
+             part_name(1, 1, 1): [dataclasses.replace(late, attempt=1, finish_reason="length")]}
+    for name, rows in parts.items():
+        store.add_rollouts(name, rows, {})
+        store.add_rewards(VERSION, name, [
+            Judged(row.key, row.attempt, VERSION, None if row.finish_reason == UNFINISHED else row.key.sample,
+                   "failed" if row.finish_reason == UNFINISHED else "scored", {"format": 0.5})
+            for row in rows])
+    return store
+
+
+def told(*words: str) -> tuple[int, str, str]:
+    """Return a command's exit code, output and errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["rl", "store", *words])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that tests read, or copy."""
+    return filled(tmp_path_factory.mktemp("sound") / "store").path
+
+
+@pytest.fixture
+def store(sound: Path, tmp_path: Path) -> Store:
+    """A copy of it to break."""
+    shutil.copytree(sound, tmp_path / "store")
+    return Store.open(tmp_path / "store")
+
+
+def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sound, "work/store")
+    text = PAGE.read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(program, str(PAGE), "exec"), {})
+    found = capsys.readouterr().out
+    assert json.loads(found.replace("'", '"')) == {"prompt": ["p0", "p1"], "reward_mean": [0.5, 0.5]}
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for line in "".join(blocks).splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
+    for kind, schema in (("rollouts", columns.ROLLOUTS), ("rewards", columns.REWARDS)):
+        table = text.partition(f"`{kind}.parquet`:")[2].partition("\n## ")[0].partition("\n`rewards")[0]
+        named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+                 for name in re.findall(r"`(\w+)`", row)]
+        assert sorted(named) == sorted(schema.names)
+        assert sorted(parquet.read_schema(next(sound.rglob(f"{kind}.parquet"))).names) == sorted(named)
+
+
+def test_ls_lists_parts_and_who_works_on_what(store: Store) -> None:
+    Claims(store.claims, 60).take("round-0002-piece-0000")
+    code, out, _ = told("ls", str(store.path))
+    assert code == 0 and f"3 parts, {5} rows" in out
+    assert re.search(rf"^round-0001-piece-0001-attempt-1 +1 rows .* judged by {VERSION}$", out, re.MULTILINE)
+    assert f"claimed: round-0002-piece-0000 by process {os.getpid()} on " in out
+    found = json.loads(told("ls", str(store.path), "--round", "2", "--json")[1])
+    assert found["parts"] == [] and found["claims"][0]["name"] == "round-0002-piece-0000"
+
+
+def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
+    code, out, _ = told("show", str(sound), part_name(1, 0), "1")
+    assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
+    found = json.loads(told("show", str(sound), part_name(1, 0), "1", "--json")[1])
+    assert found["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
+                              {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
+    assert [(said["reward_version"], said["reward"]) for said in found["rewards"]] == [(VERSION, 1.0)]
+
+
+def test_stats_count_each_response_once(sound: Path) -> None:
+    found = json.loads(told("stats", str(sound), "--json")[1])["1"]
+    # brute force: four responses, the one that was unfinished as its second attempt has it
+    assert (found["rows"], found["prompts"], found["replaced"], found["kept_out"]) == (4, 2, 1, 0)
+    assert (found["tokens"], found["written_tokens"], found["mean_length"], found["longest"]) == (12, 8, 3, 3)
+    assert found["finish_reasons"] == {"length": 1, "stop": 3}
+    assert [found[name] for name in ("oldest_version", "newest_version", "mean_steps_behind_newest")] == [
+        3, 4, 0.5]
+    assert found["rewards"][VERSION] == {"mean": 0.5, "rewards": 4, "statuses": {"scored": 4}}
+    assert {name: figures["rows"] for name, figures in found["domains"].items()} == {"": 1, "sums": 3}
+    _, out, _ = told("stats", str(sound))
+    assert "sums: 3 rows of 2 prompts (1 length, 2 stop)" in out and "(no domain): 1 rows" in out
+    assert "no parts of round 9" in told("stats", str(sound), "--round", "9")[1]
+
+
+def file_of(store: Store, below: str) -> Path:
+    """Return the file of the first part of a folder."""
+    return store.path / below / part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def add(store: Store, name: str, *rows: Rollout, round: int = 2) -> None:
+    """Publish rows in another round."""
+    store.add_rollouts(name, [dataclasses.replace(row, round=round) for row in rows], {})
+
+
+BREAKS = {
+    "a flipped bit": (lambda s: flip(file_of(s, "rollouts")),
+                      ["piece-0000/rollouts.parquet: its content differs"] * 2),
+    "a torn file": (lambda s: file_of(s, "rollouts").write_bytes(b"PAR1"),
+                    ["rollouts.parquet has 4 bytes, must have"] * 2),
+    "a rewards' flipped bit": (lambda s: flip(file_of(s, f"rewards/{VERSION[:12]}")),
+                               ["rewards.parquet: its content differs"]),
+    "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is no part of the"]),
+    "a key twice": (lambda s: add(s, part_name(2, 0), rollout("p0", 0)),
+                    [r"round-0002-piece-0000/rollouts.parquet: row 0 has the key and the attempt of .*"
+                     r"round-0001-piece-0000/rollouts.parquet: row 0$"]),
+    "nothing before": (lambda s: add(s, part_name(2, 0), rollout("p9", 0, attempt=1)),
+                       ["row 0 goes on behind an attempt that is not there$"]),
+    "behind a finished one": (lambda s: add(s, part_name(2, 0), rollout("p0", 0, attempt=1)),
+                              ["row 0 goes on behind a finished one: .*round-0001-piece-0000.*row 0$"]),
+    "a row's problem": (lambda s: add(s, part_name(2, 0), rollout("q", 0, temperature=0.0)),
+                        ["round-0002-piece-0000/rollouts.parquet: row 0 has temperature 0.0$"]),
+    "a reward of no part": (lambda s: shutil.rmtree(s.path / "rollouts" / part_name(1, 0)),
+                            ["judges rows that cannot be read: .*does not exist"]),
+    "a reward of no row": (
+        lambda s: s.add_rewards("w" * 16, part_name(1, 0), [
+            Judged(rollout("p0", i).key, 0, "w" * 16, 1.0, "scored") for i in (0, 7, 0)]),
+        ["row 1 judges sample 7 of prompt p0, attempt 0, which round-0001-piece-0000 does not hold",
+         "row 2 judges a row a second time"]),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_verify_names_what_is_wrong(name: str, store: Store) -> None:
+    broke, sentences = BREAKS[name]
+    broke(store)
+    code, out, err = told("verify", str(store.path))
+    lines = out.splitlines()
+    assert code == 3 and f"{len(sentences)} problems in" in err
+    for line, sentence in zip(lines, sentences, strict=True):
+        assert re.search(sentence, line), (line, sentence)
+    assert json.loads(told("verify", str(store.path), "--json")[1])["problems"] == lines
+
+
+def test_gc_takes_what_nobody_needs_and_no_more(store: Store) -> None:
+    claims = Claims(store.claims, 60)
+    done = (part_name(1, 0), f"reward-{VERSION[:12]}-{part_name(1, 0)}")
+    open_ones = (part_name(2, 0), f"reward-{'0' * 12}-{part_name(1, 0)}")
+    for name in (*done, *open_ones):
+        assert claims.take(name) is not None
+    old, new = store.path / "rollouts/.round-0002-piece-0000.new-1", store.path / "rollouts/.a.new-2"
+    half = [store.path / "rewards/.v.gone-1", store.claims / ".c.gone-2"]  # another `gc` was killed
+    for folder in (old, new, *half):
+        folder.mkdir()
+        (folder / "rollouts.parquet").write_bytes(b"1")
+    for path in (old / "rollouts.parquet", old):
+        os.utime(path, (time.time() - 7200,) * 2)
+    code, out, _ = told("gc", str(store.path))
+    assert code == 0 and "deleted 5 folders" in out and not any(map(Path.exists, half))
+    assert (old.exists(), new.exists()) == (False, True)
+    assert sorted(path.name for path in store.claims.iterdir()) == sorted(open_ones)
+    assert len(store.parts()) == 3 and len(store.parts(version=VERSION)) == 3
+
+    code, out, err = told("gc", str(store.path), "--rounds", "1")
+    assert code == 2 and out.count("would delete") == 6 and "nothing is deleted" in err
+    assert len(store.parts()) == 3
+    code, out, err = told("gc", str(store.path), "--version", "nonsense")
+    assert code == 2 and f"no rewards of it (there are: {VERSION[:12]})" in err
+    assert told("gc", str(store.path), "--version", VERSION)[0] == 0
+    assert store.versions() == [] and len(store.parts()) == 3
+    assert told("gc", str(store.path), "--rounds", "1-4", "--yes")[0] == 0
+    assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["ls", "nowhere"], "nowhere: is no rollout store"),
+    (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
+    (["show", "STORE", part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
+    (["show", "STORE", part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
+    (["gc", "STORE", "--rounds", "4-2"], "--rounds 4-2: must be a round, or the first and the last one")])
+def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path) -> None:
+    code, out, err = told(*[str(sound) if word == "STORE" else word for word in words])
+    assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
+
+
+def test_a_strangers_part_is_kept_out(store: Store, tmp_path: Path) -> None:
+    other = Store.create(tmp_path / "other", "sha256:cd", 100)
+    other.add_rollouts(part_name(1, 7), [rollout("p7", 0)], {})
+    path = store.part_path(part_name(1, 7))
+    shutil.copytree(other.part_path(part_name(1, 7)), path)
+    code, out, err = told("ls", str(store.path))
+    assert code == 0 and "3 parts" in out
+    assert f"kept out: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in err

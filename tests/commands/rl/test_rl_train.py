@@ -1,0 +1,222 @@
+"""`megatron-sov rl train`: rounds that come while it runs, a killed run that goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.digests import file_digest
+from megatron_sov.cli import main
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rollouts.prompts import read_prompts
+from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.runs.obs.events import read_events
+from megatron_sov.runs.policies import policy_of_round
+
+ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
+                        piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6, temperature=0.8)
+SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
+            "rollout.steps_per_round=2", "rollout.piece_prompts=2", "rollout.max_new_tokens=12",
+            "rollout.max_prompt_tokens=6", "rollout.temperature=0.8", "policy.method=dapo", "policy.kl=k3",
+            "policy.kl_coeff=0.1", "policy.correction=token_truncate", "policy.correction_high=2",
+            "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
+
+
+WORDS = [word for setting in SETTINGS for word in ("--set", setting)]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What runs are given."""
+
+    folder: Path
+    start: Path
+    text: Path
+    write: Callable[..., None]
+
+    def new_store(self, name: str) -> Store:
+        """Return a store in the start's tokenizer."""
+        return Store.create(self.folder / name, file_digest(self.text / "tokenizer/tokenizer.json", "sha256"),
+                            368)
+
+    def store(self, name: str, numbers: range) -> Path:
+        """Write rounds into a store, which is made where it is not there."""
+        store = self.new_store(name)
+        for number in numbers:
+            self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,
+                       make(order("repetition", {})).version)
+        return store.path
+
+    def command(self, store: Path, run: str, *more: str) -> list[str]:
+        """Return the command that trains a store's rounds."""
+        return ["rl", "train", "tiny-solar-open", "--store", str(store), "--prompts",
+                str(self.folder / "prompts.jsonl"), "--reward", "repetition", "--from", str(self.start),
+                "--data", str(self.text), "--run", str(self.folder / run), *more]
+
+
+@pytest.fixture(scope="module")
+def rounds(teacher: Path, packed_data: Any, write_round: Callable[..., None],
+           tmp_path_factory: pytest.TempPathFactory) -> Rounds:
+    folder = tmp_path_factory.mktemp("rounds")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(9)))
+    return Rounds(folder, teacher, packed_data.text, write_round)
+
+
+def losses(run: Path) -> dict[int, Any]:
+    """Return the last numbers of each step; a killed run may have done one twice."""
+    return {e["step"]: (e["loss"], e["losses"], e["grad_norm"], e["meters"], e["losses_by_source"])
+            for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
+    """Return a run of three rounds of the store "whole" that nothing has disturbed."""
+    store = rounds.store("whole", range(1, 4))
+    done = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
+                                       "train.keep_checkpoints=0", "--set", "train.checkpoint_every_steps=5"))
+    assert done.returncode == 0, done.stderr
+    return rounds.folder / "undisturbed"
+
+
+def last_weights(run: Path) -> dict[str, str]:
+    """Return the digests of the last step's weights."""
+    return {name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
+            if name.endswith(".safetensors")}
+
+
+@pytest.mark.distributed
+def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, rounds: Rounds, run_command: Any,
+                                                         tiny: list[str]) -> None:
+    settings = [*tiny, *WORDS]
+    later = rounds.store("later", range(1, 3))
+    done = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
+    assert done.returncode == 75, done.stderr  # its processes were started again, inside of round 2
+    events = list(read_events(rounds.folder / "disturbed/events.jsonl"))
+    assert [e["step"] for e in events if e["event"] == "restart"] == [3]
+    assert "round 3 is not there yet: 2 of 2 pieces are not written yet" in json.dumps(events[-1])
+    policy = policy_of_round(rounds.folder / "disturbed", rounds.start, 3, ROLLOUT)
+    assert policy is not None and policy.step == 4
+    rounds.store("later", range(3, 4))
+    done = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))
+    assert done.returncode == 0, done.stderr
+
+    disturbed = rounds.folder / "disturbed"
+    assert losses(disturbed) == losses(undisturbed) and list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
+    assert last_weights(disturbed) == last_weights(undisturbed) != {}
+    by_source = [step[4] for step in losses(undisturbed).values()]
+    assert all("rollouts" in step for step in by_source)
+    assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw
+    events = list(read_events(undisturbed / "events.jsonl"))
+    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3]
+    assert [e["name"] for e in events if e["event"] == "phase"] == ["round-0001", "round-0002", "round-0003"]
+    assert {p.name for p in (undisturbed / "checkpoints").iterdir()} == {f"step-{n}" for n in (2, 4, 5, 6)}
+    _, terms, _, meters, _ = zip(*losses(undisturbed).values(), strict=True)
+    # the trainer's own column is of the weights that begin a round: no ratio differs from 1 in its first step
+    assert [abs(of_step["ratio"] - 1) < 1e-6 for of_step in meters] == [True, False] * 3
+    # the reference is the start, also when the run's weights are others
+    assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
+
+
+@pytest.mark.distributed
+def test_a_bit_that_flips_in_a_round_is_named_and_mended_as_it_is_said(
+        undisturbed: Path, rounds: Rounds, run_command: Any, tiny: list[str]) -> None:
+    run, store = rounds.folder / "flipped", rounds.folder / "whole"
+    folder, old, reference = (run / "rounds" / name for name in (
+        "0002", "0002.old_logprobs.f32", "0002.reference_logprobs.f32"))
+
+    def resumed(*more: str) -> Any:
+        return run_command(*rounds.command(store, "flipped", *tiny, *WORDS, "--resume", *more, "--set",
+                                           "train.keep_checkpoints=0", "--set", "train.max_restarts=0"))
+
+    def flip(file: Path) -> bytes:
+        whole = file.read_bytes()
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        return whole
+
+    assert resumed("--inject", "kill@step=4").returncode != 0  # it stands inside of round 2
+    before = {file: file.read_bytes() for file in (run / "rounds").rglob("*") if file.is_file()}
+    anew = f"delete {folder}, and the round is published anew"
+    for file, way in ((next(folder.rglob("*.bin")), anew), (next(folder.rglob("*.advantage")), anew),
+                      (old, "delete the checkpoints behind step-2 in ")):
+        whole = flip(file)
+        done = resumed()
+        assert done.returncode == 2 and str(file) in done.stderr and way in done.stderr, done.stderr
+        file.write_bytes(whole)
+        assert {file: file.read_bytes() for file in before} == before, "nothing else is touched"
+
+    # all at once, and as the messages say
+    shutil.rmtree(folder)
+    flip(old)
+    flip(reference)
+    shutil.rmtree(run / "checkpoints/step-3")
+    done = resumed()
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(undisturbed) and last_weights(run) == last_weights(undisturbed)
+    assert reference.read_bytes() == before[reference] and old.read_bytes() == before[old]
+
+
+@pytest.mark.distributed
+def test_a_run_of_the_time_before_corrections_goes_on_without_one(rounds: Rounds, run_command: Any,
+                                                                  tiny: list[str]) -> None:
+    store, run = rounds.store("before", range(1, 2)), rounds.folder / "uncorrected"
+    words = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
+                                           "policy.method=dapo") for word in ("--set", setting))]
+    without = ("--set", "policy.correction=none")
+    done = run_command(*rounds.command(store, run.name, *words, *without, "--set", "train.max_restarts=0",
+                                       "--inject", "kill@step=2"))
+    assert done.returncode != 0
+    again = rounds.command(store, run.name, *words, "--set", "train.max_restarts=0", "--resume")
+    done = run_command(*again)
+    assert done.returncode == 2 and "policy.correction = none, now it is token_truncate" in done.stderr
+    assert "--set policy.correction=none" in done.stderr, done.stderr
+    done = run_command(*again, *without)
+    assert done.returncode == 0, done.stderr
+    assert [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"][-1] == 2
+
+
+def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,
+                                                           tiny: list[str]) -> None:
+    from megatron_sov.judge.rollouts.rows import Judged
+
+    store = rounds.new_store("equal")
+    prompts = read_prompts(rounds.folder / "prompts.jsonl")
+    version = make(order("repetition", {})).version
+    rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
+    for part in store.parts(1):
+        store.add_rewards(version, part.name, [
+            Judged(row.key, 0, version, float(part.piece and row.key.sample), "scored")
+            for row in store.read_rollouts(part.name)])
+    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
+                                              "policy.method=dapo") for word in ("--set", setting))]
+    done = run_command(*rounds.command(store.path, "equal-run", *settings))
+    assert done.returncode == 0, done.stderr
+    events = list(read_events(rounds.folder / "equal-run/events.jsonl"))
+    assert [e["step"] for e in events if e["event"] == "step"] == [2]
+    assert [e["step"] for e in events if e["event"] == "skip"] == [1]
+    assert "no group of step 1 learns (groups of the round: {'all_wrong': 2, 'learns': 2})" in done.stderr
+
+
+def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,
+                                                  tiny: list[str]) -> None:
+    def refused(*more: str) -> str:
+        assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2
+        return str(capsys.readouterr().err)
+
+    assert "rollout.rounds = 0: there is nothing to train" in refused()
+    long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
+    assert "data.phases.0.seq_len = 128: a row holds whole responses, the longest has" in long
+    small = [word for setting in (*SETTINGS[:8], *SETTINGS[-2:]) for word in ("--set", setting)]
+    assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
+        *small, "--set", "rollout.prompts_per_round=20")
+    assert "--wait -1" in refused(*small, "--wait", "-1")
+    assert "reward 'none': does not exist" in refused(*small, "--reward", "none")
+    assert not (tmp_path / "run").exists()

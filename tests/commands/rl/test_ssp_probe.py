@@ -1,0 +1,207 @@
+"""`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.cli import main
+from megatron_sov.commands.evaluate import eval_passk
+from megatron_sov.commands.rl import ssp_probe
+from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.run_data import read_run
+from megatron_sov.publish.report.sections import spectrum_section
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+
+SAMPLES = 4
+PLANTED = {"first": {"algebra": [4, 0], "geometry": [1, 1]},
+           "second": {"algebra": [1, 1], "geometry": [0, 0]},
+           "third": {"algebra": [1, 1], "geometry": [4, 4]},
+           "step-100": {"algebra": [4, 1], "geometry": [0, 0]},
+           "step-200": {"algebra": [1, 1], "geometry": [2, 2]},
+           "merged": {"algebra": [4, 4], "geometry": [2, 2]}}
+"""Checkpoint -> domain -> right answers of four to each of two problems."""
+ASK = ["--problems", "algebra=algebra.jsonl", "geometry=geometry.jsonl", "--reward", "stem", "--workers", "1",
+       "--samples", str(SAMPLES), "--k", "2", "--max-new-tokens", "12", "--output", "probe"]
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with problems, and Hugging Face folders of three checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second", "third"):
+        Path(name).mkdir()
+        for file in hf_models["solar_open"].iterdir():
+            Path(name, file.name).symlink_to(file)
+    for domain in ("algebra", "geometry"):
+        Path(f"{domain}.jsonl").write_text("".join(
+            json.dumps({"prompt": f"{domain} {i}:", "answer": "4"}) + "\n" for i in range(2)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[str]:
+    """Checkpoints that were asked, one by one; each command runs in this process, and only the engine is
+    a double, which writes the planted answers."""
+    names: list[str] = []
+    encode = Tokenizer.from_file(str(hf_models["solar_open"] / "tokenizer.json")).encode
+
+    def planted(kind: str, target: Any, work: Callable[[Any], int], **_: object) -> None:
+        rows = [(domain, i) for domain in ("algebra", "geometry") for i in range(2)]
+
+        def generate(prompts: list, sampling: object, *, stop: object, streams: list[int]) -> SimpleNamespace:
+            right = [PLANTED[target.path.name][rows[s // SAMPLES][0]][rows[s // SAMPLES][1]] for s in streams]
+            texts = [f"The answer is {4 if s % SAMPLES < count else 5}"
+                     for s, count in zip(streams, right, strict=True)]
+            return SimpleNamespace(continuations=list(map(tokens, texts)),
+                                   finish_reasons=["stop"] * len(texts))
+
+        work(SimpleNamespace(generate=generate))
+
+    def tokens(text: str) -> list[int]:
+        return list(encode(text, add_special_tokens=False).ids)
+
+    def in_this_process(argv: list[str], go_on_by: str) -> int:
+        names.append(Path(argv[3]).name)
+        return main(argv[1:])
+
+    monkeypatch.setattr(eval_passk, "run_engine", planted)
+    monkeypatch.setattr(ssp_probe, "run_command", in_this_process)
+    return names
+
+
+def probe(*arguments: str) -> dict[str, Any]:
+    assert main(["ssp", "probe", *arguments, *ASK]) == 0
+    assert damaged_files("probe/table") == []
+    return dict(read_manifest("probe/table", "ssp_probe").content)
+
+
+def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
+        asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    EventLog(Path(EVENTS)).close()
+    found = probe("first", "second")
+    assert asked == ["first", "second"]
+    # of 6 pairs of four samples with one right answer three hold it, so both solve half of algebra: the
+    # earlier one is taken
+    assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in found["choice"]] == [
+        ("algebra", "first", 0.5, ["second"]), ("geometry", "first", 0.5, [])]
+    found = probe("third", "--run", ".")
+    assert asked == ["first", "second", "third"]
+    assert [(c["domain"], c["checkpoint"], c["value"]) for c in found["choice"]] == [
+        ("algebra", "first", 0.5), ("geometry", "third", 1.0)]
+    assert [c["name"] for c in found["checkpoints"]] == ["first", "second", "third"]
+    assert "*100.0% 34%-100%" in capsys.readouterr().out
+    assert [i["kind"] for i in read_manifest("probe/table").inputs] == ["passk"] * 3
+
+    (event,) = read_events(Path(EVENTS))
+    figures, choices = spectrum_section([event]).tables
+    assert figures.head[1:] == ["algebra (2 problems)", "geometry (2 problems)"]
+    assert figures.rows[2][2].startswith("<strong>100.0%") and choices.rows[0][:2] == ["algebra", "first"]
+
+
+def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ssp_probe.run_command
+    with monkeypatch.context() as killed:
+        killed.setattr(ssp_probe, "run_command",
+                       lambda argv, go_on_by: run(argv, go_on_by) if not asked else ExitCode.STOPPED)
+        assert main(["ssp", "probe", "first", "second", *ASK]) == ExitCode.STOPPED
+    assert not Path("probe/table").exists()
+    probe("first", "second")
+    assert asked == ["first", "second"]
+    Path("second/config.json").unlink()  # another model comes to lie there
+    Path("second/config.json").write_text(Path("first/config.json").read_text())
+    probe("second")
+    assert asked == ["first", "second", "second"]
+
+
+def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["ssp", "probe", "first", "second", *ASK, "--dry-run"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        program, *words = shlex.split(line)
+        assert (program, main(words)) == ("megatron-sov", 0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    probe("first", "second")
+    assert asked == []
+
+
+def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
+        asked: list[str], imported: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (100, 200):
+        shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
+    EventLog(Path("run", EVENTS)).close()
+    Path("run/checkpoints/.writing-step-300").mkdir()
+    found = probe("run")
+    assert [c["name"] for c in found["checkpoints"]] == ["run/step-100", "run/step-200"]
+    assert main(["ssp", "fuse", "probe", "--output", "merged"]) == 0
+    assert "0.5 of" in capsys.readouterr().out
+    found = probe("merged", "--run", "run")
+    assert asked == ["step-100", "step-200", "merged"]
+    # never what is merged
+    assert [c["checkpoint"] for c in found["choice"]] == ["run/step-100", "run/step-200"]
+    gains = {(g["domain"], g["k"]): g["gain"] for g in found["merged"]}
+    # the second problem of algebra: one right answer of four is in half of the pairs
+    assert gains == {("algebra", 1): 0.375, ("algebra", 2): 0.25, ("geometry", 1): 0.0, ("geometry", 2): 0.0}
+    page = render([read_run(Path("run"))])
+    assert "Spectrum of the checkpoints" in page and "merged (merged)" in page and "+37.5%" in page
+
+    assert main(["convert", "average", "run", "both"]) == 0
+    for name in read_manifest("both").files:
+        assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
+    # there is nothing to merge where one checkpoint is the best everywhere
+    assert main(["ssp", "probe", "first", *ASK[:-1], "alone"]) == 0
+    assert main(["ssp", "fuse", "alone", "--output", "never"]) == 2
+    assert "first is the best in every domain, so there is nothing to merge" in capsys.readouterr().err
+    assert main(["ssp", "fuse", "merged:1", "merged:x", "--output", "never"]) == 2
+    assert "merged:x: does not exist, and 'x' after the colon is not a weight" in capsys.readouterr().err
+    assert main(["convert", "average", "run", "never", "--last", "3"]) == 2
+    assert "--last 3: must be at least 2, and at most the 2 complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--problems", "algebra"], "--problems algebra: must be DOMAIN=FILE.jsonl"),
+    (["--problems", "algebra=geometry.jsonl"], "domain algebra has algebra.jsonl already"),
+    (["--problems", "statistics=empty.jsonl"], "--problems empty.jsonl: has no rows"),
+    (["--k", "9"], "--k 9: must be at most --samples = 4"),
+    (["--reward", "stemm"], "did you mean 'stem'?"),
+])
+def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said: str,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.jsonl").touch()
+    assert main(["ssp", "probe", "first", *ASK, *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("probe").exists()
+
+
+def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    with new_artifact("sets", "probing_sets") as artifact:
+        (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
+        artifact.content = {"domains": {"statistics": 1}}
+    assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0
+    assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
+    Path("sets/statistics.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
+    assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 2
+    assert "these are not the problems that were frozen" in capsys.readouterr().err
+
+
+def test_what_would_not_be_comparable_is_refused(asked: list[str],
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    probe("first")
+    assert main(["ssp", "probe", "second", *ASK, "--temperature", "0.5"]) == 2
+    assert "its answers were begun with temperature = 1.0, now it is 0.5" in capsys.readouterr().err
+    (samples,) = Path("probe/checkpoints").glob("first-*/samples.jsonl")
+    samples.write_bytes(samples.read_bytes().replace(b'"reward": 0', b'"reward": 1'))
+    assert main(["ssp", "probe", "second", *ASK]) == 2
+    assert "samples.jsonl: its content differs from the hash in the manifest; delete" in capsys.readouterr(
+    ).err

@@ -1,0 +1,116 @@
+"""`megatron-sov tools`: the page's examples, a model that plays, and mistakes told in a sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.cli import main
+from megatron_sov.judge.tools.faults import FAULTS
+from megatron_sov.judge.tools.registry import BUILT_IN, OWN
+from megatron_sov.work.progress.journal import open_journal
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
+
+PAGE = Path(__file__).parents[3] / "docs/tools.md"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and no environment of another test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OWN, "_known", {})
+    return tmp_path
+
+
+def test_the_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    text = PAGE.read_text()
+    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
+                                    re.MULTILINE | re.DOTALL):
+        Path(name).write_text(content)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    rewards = []
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        if arguments[1] == "run":  # it needs a model: below
+            continue
+        assert (program, main(arguments)) == ("megatron-sov", 0), line
+        rewards += re.findall(r"answered: reward (\S+)", capsys.readouterr().out)
+    assert rewards == ["1", "1", "1"]
+    assert "Your room in Busan is booked." in Path("booking.html").read_text()
+    table = text.partition("## What goes wrong")[2]
+    faults = {name for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
+              for name in re.findall(r"`(\w+)`", row)}
+    assert faults == set(FAULTS)
+    assert all(f"| `{name}` |" in text for name in BUILT_IN)
+
+
+def test_a_person_plays_and_is_told_what_is_no_move(capsys: pytest.CaptureFixture[str],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["calculate 2", "calculate {", "tools", 'calculate {"expression": "17 * 23 + 2 ** 10"}',
+             "answer 1415"]
+    monkeypatch.setattr(sys, "stdin", iter([f"{line}\n" for line in lines]))
+    assert main(["tools", "play", "calculator"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("is no JSON") == 2 and out.count("calculate(expression)") == 2
+    assert "\n1415\n" in out and "answered: reward 1" in out
+
+
+@pytest.mark.parametrize("words, told", [
+    (["play", "calculators"], "did you mean 'calculator'"),
+    (["play", "calculator", "--task", "9"], "there are 2 tasks"),
+    (["play", "calculator", "--set", "relative=1"], "relative: no such setting"),
+    (["play", "calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
+    (["play", "retrieval"], "corpus: is missing; it has no default; set it"),
+    (["play", "calculator", "--tasks", "none.jsonl"], "--tasks none.jsonl: cannot be read"),
+    (["play", "calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is no JSON (NaN is no JSON)"),
+    (["play", "calculator", "--calls", "tasks.jsonl"], "--calls tasks.jsonl: line 1: must be"),
+    (["run", "calculator", "nowhere", "--output", "out"], "nowhere")])
+def test_mistakes_are_one_sentence(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question": NaN}\n')
+    assert main(["tools", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, Path], folder: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    model = folder / "model"
+    shutil.copytree(hf_models["solar_open"], model)
+    chat = chat_encoder()
+    chat._with_special.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": BEGIN}))
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    words = ["tools", "run", "calculator", "model", "--output", "out", "--limit", "max_response_tokens=12",
+             "--limit", "max_prompt_tokens=460", "--limit", "max_turn_tokens=20"]
+    assert main([*words, "--limit", "max_prompt_tokens=9"]) == 2
+    assert "more than max_prompt_tokens 9" in capsys.readouterr().err
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("out/episodes.jsonl").read_text().splitlines()]
+    assert [(row["reward"], row["status"]) for row in rows] == [(0.0, "scored")] * 2
+    for row in rows:  # a random model writes nonsense, and ends its turn or does not
+        ((start, end),) = row["spans"]
+        assert end == len(row["ids"]) and len(row["logprobs"][0]) == end - start <= 12
+        assert row["end"] == ("answered" if chat.end_ids()[0] == row["ids"][-1] else "unended")
+    manifest = read_manifest("out", "episodes")
+    assert manifest.content["limits"]["max_response_tokens"] == 12 and not damaged_files("out")
+    assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
+    assert main(words) == 2 and "already exists" in capsys.readouterr().err
+
+    settings = {name: value for name, value in manifest.settings.items()
+                if name not in ("environment_name", "settings")}
+    with pytest.raises(KeyboardInterrupt), open_journal(Path("begun"), "tools run", settings) as journal:
+        journal.add([(0, b"{}")])
+        raise KeyboardInterrupt
+    (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN}))
+    words[words.index("out")] = "begun"
+    assert main(words) == 2 and "model.chat.special_tokens_map.json was" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""`megatron-sov distill`: a teacher of another width reads the data once, and a student learns from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.cli import main
+from megatron_sov.runs.obs.events import read_events
+
+
+def steps_of(run: Path) -> dict[int, Any]:
+    """Return the last record of each step, without times."""
+    return {e["step"]: (e["loss"], e["meters"], e["grad_norm"])
+            for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+
+
+@pytest.mark.distributed
+def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: list[str], run_command: Any,
+                                         tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, top = tmp_path / "whole", tmp_path / "top"
+
+    def command(run: Path, *more: str) -> list[str]:
+        return ["distill", "tiny-solar-open", "--data", str(packed_data.chats), "--run", str(run), *tiny,
+                *more]
+
+    # killed, and started again by its launcher
+    done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--inject", "kill@step=2"))
+    assert done.returncode == 0, done.stderr
+    assert "all processes are started again, from step-1" in done.stderr
+    assert list(steps_of(whole)) == [1, 2]
+    made = read_manifest(tmp_path / "whole.states", "teacher_states")
+    assert made.content["hidden_size"] == 48 and made.content["dtype"] == "bfloat16"
+    told = json.loads((whole / "complete.json").read_text())
+    events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
+    assert [e["step"] for e in events] == [0, 2] and told["teacher"] == made.settings["teacher"]
+    assert events[0]["kl"] > events[1]["kl"] == told["heldout_divergence"]["chat"]["kl"] > 0
+    assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # forward KL is what is learned
+
+    states = ("--teacher", str(teacher), "--states", f"{whole}.states")
+    # complete: its states are not needed any more
+    Path(f"{whole}.states").rename(tmp_path / "elsewhere")
+    done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
+    assert (done.returncode, done.stdout) == (0, f"{whole}: is complete at step 2\n")
+    (tmp_path / "elsewhere").rename(f"{whole}.states")
+
+    done = run_command(*command(top, "--teacher", str(teacher), "--top-k", "8", "--set", "train.steps=1",
+                                "--set", "distillation.temperature=2.0"))
+    assert done.returncode == 0, done.stderr
+    content = read_manifest(tmp_path / "top.states", "teacher_states").content
+    assert (content["top_k"], content["temperature"]) == (8, 2.0)
+    assert steps_of(top)[1][1]["kl"] > 0
+
+    beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
+    for more, text in (
+            (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{whole}.states"),
+             "step-1 is another model; name another --states folder"),
+            ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
+            ((*beside, "--states-dtype", "float32"), "whole.states is in bfloat16, and all folders of a run"),
+            ((*beside, "--top-k", "4"), "asks for the 4 most probable tokens"),
+            ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
+            ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads the sources as they")):
+        assert main(command(tmp_path / "no", *more)) == 2
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
+
+    # beside states that are there: the teacher's files are hashed once, to compare it with theirs
+    from megatron_sov.post.distillation import teacher as teaching
+
+    digest, hashed, begun = teaching.weights_digest, [], []
+    monkeypatch.setattr(teaching, "weights_digest", lambda target: hashed.append(1) or digest(target))
+    monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest, redo: begun.append(reading.digest))
+    assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
+    assert (hashed, begun) == ([1], [made.settings["teacher"]])

@@ -1,0 +1,105 @@
+"""`megatron-sov extend`: from a short run to a longer one, judged before and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.cli import main
+from megatron_sov.runs.obs.events import EVENTS, read_events
+
+SMALL = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
+         "model.num_experts": 4,
+         "train.steps": 2, "train.global_batch_size": 4, "train.eval_every_steps": 0,
+         "data.heldout_tokens": 300}
+"""Settings of the short run; the long one takes the model from its checkpoint."""
+LONG = {name: value for name, value in SMALL.items() if not name.startswith("model.")} | {
+    "train.steps": 3, "needle.depths": "[0.0,0.9]", "needle.samples": 2}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture
+def short_run(request, one_rank: None, token_shards: Path, tmp_path: Path) -> Path:
+    """A run of two steps at 64 tokens, of the recipe named by the test."""
+    more = {"data.phases": '[{"name":"main","seq_len":64}]', "train.micro_batch_size": 4}
+    if request.param == "tiny-k-exaone":
+        more |= {"model.dense_ffn_dim": 32, "model.sliding_window_tokens": 8}
+    run = tmp_path / "short"
+    assert main(["pretrain", request.param, "--data", str(token_shards), "--run", str(run),
+                 *words(SMALL | more)]) == 0
+    return run
+
+
+def extend(recipe: str, short_run: Path, token_shards: Path, run: Path, **more: Any) -> int:
+    settings = LONG | {name.replace("__", "."): value for name, value in more.items()}
+    return main(["extend", recipe, "--from", str(short_run), "--data", str(token_shards), "--run", str(run),
+                 *words(settings)])
+
+
+def events_of(run: Path, kind: str) -> list[dict]:
+    return [e for e in read_events(run / EVENTS) if e["event"] == kind]
+
+
+@pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)
+def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: Path, tmp_path: Path,
+                                                 capsys) -> None:
+    run = tmp_path / "long"
+    assert extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.5) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert [(p["name"], p["seq_len"]) for p in config["data"]["phases"]] == [("extend", 128)]
+    assert config["model"]["yarn"]["factor"] == 2.0
+    assert config["model"]["yarn"]["original_max_position_tokens"] == 64
+    assert (config["model"]["hidden_size"], config["needle"]["lengths_tokens"]) == (32, [64, 128])
+    before, after = events_of(run, "needle")
+    cells = [[(c["length_tokens"], c["depth"], c["samples"]) for c in e["cells"]] for e in (before, after)]
+    assert [(e["when"], e["step"]) for e in (before, after)] == [("before", 0), ("after", 3)]
+    assert cells == [[(length, depth, 2) for length in (64, 128) for depth in (0.0, 0.9)]] * 2
+    completion = json.loads((run / "complete.json").read_text())
+    assert (completion["needle"]["score"], completion["needle"]["cells"]) == (after["score"], after["cells"])
+    consumed = events_of(run, "data_consumed")[-1]["tokens"]
+    assert consumed["needle"] == 6 * 128
+    assert sum(consumed.values()) == 12 * 128
+    assert "needle retrieval before the extension" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("short_run", ["tiny-k-exaone"], indirect=True)
+def test_a_hybrid_without_needle_documents(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "long"
+    assert extend("tiny-k-exaone", short_run, token_shards, run, needle__train_share=0,
+                  data__phases='[{"name":"far","seq_len":96,"blend":{"second":1.0}}]') == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["yarn"] is None
+    assert (config["data"]["phases"][0]["blend"], config["needle"]["lengths_tokens"]) == (
+        {"second": 1.0}, [64, 96])
+    assert [e["when"] for e in events_of(run, "needle")] == ["before", "after"]
+    consumed = events_of(run, "data_consumed")[-1]["tokens"]
+    assert {name for name, tokens in consumed.items() if tokens} == {"second"}
+
+
+@pytest.mark.parametrize("short_run", ["tiny-solar-open"], indirect=True)
+def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: Path, token_shards: Path,
+                                                                    tmp_path: Path, capsys) -> None:
+    blend = '[{"name":"a","seq_len":96,"blend":{"first":2.0,"second":1.0}}]'
+    run = tmp_path / "long"
+    assert extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.25,
+                  data__phases=blend) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["phases"][0]["blend"] == {"first": 2.0, "second": 1.0, "needle": 1.0}
+    assert events_of(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96
+    for settings, sentence in (
+        ({"needle__train_share": 1.0}, "needle.train_share = 1 must be below 1"),
+        ({"needle__lengths_tokens": "[16]"}, "needle length 16"),
+        ({"data__phases": '[{"name":"a","seq_len":96,"blend":{"first":1,"needle/12":1}}]'},
+         "hold no needle with its question"),
+        ({"data__phases": '[{"name":"a","seq_len":32}]'},
+         "data.phases: seq_len = 32 is shorter than the 64 tokens that"),
+    ):
+        assert extend("tiny-solar-open", short_run, token_shards, tmp_path / "other", **settings) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()

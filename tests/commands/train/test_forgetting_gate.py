@@ -1,0 +1,117 @@
+"""`--gate`: what is asked of `eval lm`, when, and what comes of its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.commands.train import forgetting_gate
+from megatron_sov.commands.train.forgetting_gate import ForgettingGate, GateOptions, gate_of
+from megatron_sov.runs.obs.events import EventLog, read_events
+from tests.typed_words import typed
+
+
+class Evaluations:
+    """Stands for `eval lm` as a command: writes planted scores."""
+
+    def __init__(self, write: Callable[..., Path], start: list[float], last: list[float]) -> None:
+        self.write, self.scores, self.code = write, {"start": start, "last": last}, 0
+        self.argvs: list[list[str]] = []
+
+    def __call__(self, argv: list[str], go_on_by: str) -> int:
+        self.argvs.append(argv)
+        if self.code == 0:
+            output = Path(argv[argv.index("--output") + 1])
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self.write(output, self.scores[output.stem])
+        return self.code
+
+
+def asked(run: Path, *words: str) -> GateOptions:
+    return typed(GateOptions, ["--run", str(run), "--nproc", "2", *words])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return the folder of a run."""
+    (folder := tmp_path / "run").mkdir()
+    EventLog(folder / "events.jsonl").write("run_start")
+    return folder
+
+
+def gate_for(run: Path, *words: str) -> ForgettingGate | None:
+    return gate_of(asked(run, *words), recipes.get("tiny-solar-open"), Path("base/checkpoints/step-9"))
+
+
+def test_the_start_is_evaluated_first_and_both_share_their_answers(
+        run: Path, written_scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations = Evaluations(written_scores, [1.0] * 40, [1.0] * 40)
+    monkeypatch.setattr(forgetting_gate, "run_command", evaluations)
+    gate = gate_for(run, "--gate", "quiz,other", "--gate-with=--task-dir 'my tasks' --limit 40")
+    gate.begin()
+    verdict = gate.judge(run / "checkpoints/step-4")
+    first, last = evaluations.argvs
+    assert first[:4] == ["megatron_sov", "eval", "lm", "base/checkpoints/step-9"]
+    assert last[3] == str(run / "checkpoints/step-4") and last[-2:] == ["--run", str(run)]
+    for argv in (first, last):
+        assert argv[argv.index("--tasks") + 1] == "quiz,other"
+        assert argv[argv.index("--cache") + 1] == str(run / "gate/cache")
+        assert argv[argv.index("--task-dir") + 1] == "my tasks" and argv[argv.index("--nproc") + 1] == "2"
+        assert "parallel.tp=1" in argv
+    assert verdict.failure is None and verdict.completion["forgetting_gate"]["tasks"][0]["value"] == 0
+
+
+def test_what_is_lost_fails_the_stage_and_is_told_in_events(
+        run: Path, written_scores: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    monkeypatch.setattr(forgetting_gate, "run_command",
+                        Evaluations(written_scores, [1.0] * 40, [1.0] * 20 + [0.0] * 20))
+    gate = gate_for(run, "--gate", "quiz", "--tolerance", "0.2")
+    gate.begin()
+    verdict = gate.judge(run / "checkpoints/step-4")
+    assert verdict.failure.startswith("the forgetting gate has not passed: 1 of 1 tasks")
+    assert "quiz, acc: forgotten; 1.0000 to 0.5000, difference -0.5000" in verdict.failure
+    assert "forgetting gate: quiz, acc: forgotten" in capsys.readouterr().out
+    (event,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "forgetting_gate")
+    assert (event["passed"], event["tolerance"], event["step"]) == (False, 0.2, 10)
+    assert json.dumps(event["tasks"]) == json.dumps(verdict.completion["forgetting_gate"]["tasks"])
+
+
+def test_an_evaluation_that_stops_or_fails_ends_the_command_as_it_did(
+        run: Path, written_scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluations = Evaluations(written_scores, [], [])
+    monkeypatch.setattr(forgetting_gate, "run_command", evaluations)
+    gate = gate_for(run, "--gate", "quiz")
+    evaluations.code = 75
+    with pytest.raises(StopRequested, match="continue with --resume"):
+        gate.begin()
+    evaluations.code = 2
+    with pytest.raises(SystemExit, match="2"):
+        gate.begin()
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--tolerance", "0.1"], "--tolerance 0.1: is for --gate TASKS"),
+    (["--gate-with", "x y"], "--gate-with x y: is for --gate TASKS"),
+    (["--gate", ","], "names no task"),
+    (["--gate", "a", "--gate-with", "--task-dir 'x"], "close every quote"),
+    (["--gate", "a", "--gate-with", "--cache x"], "--cache is the gate's own"),
+    (["--gate", "a", "--gate-with=--run=x y"], "--run=x is the gate's own"),
+    (["--gate", "a", "--gate-with", "--outp x"], "the gate's own"),
+    (["--gate", "a", "--gate-with", "--no-such 3"], "--gate-with: .*--no-such"),
+])
+def test_a_mistake_is_one_sentence_before_anything_runs(run: Path, words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        gate_for(run, *words)
+
+
+def test_without_a_start_there_is_nothing_to_compare_with(run: Path) -> None:
+    assert gate_for(run) is None
+    with pytest.raises(UserError, match="name it by --from"):
+        gate_of(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)

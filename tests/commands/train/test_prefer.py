@@ -1,0 +1,75 @@
+"""`megatron-sov prefer`: pairs and groups, from a run, with a reference that is made once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.cli import main
+from megatron_sov.runs.obs.events import read_events
+
+MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
+         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
+         "train.micro_batch_size=2", "train.steps=2")
+
+
+def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
+    settings = [word for setting in MODEL for word in ("--set", setting)]
+    return [name, "tiny-solar-open", "--data", str(data), "--run", str(run), *settings, *more]
+
+
+@pytest.mark.distributed
+def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command: Any, tmp_path: Path,
+                                                   capsys) -> None:
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(
+        {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}, I am sure."})
+        for i in range(40)))
+    (tmp_path / "judged.jsonl").write_text("\n".join(json.dumps(
+        {"prompt": f"{i} plus 1?", "responses": [{"content": f"{i + 1}.", "reward": 1},
+                                                 {"content": f"{i}.", "reward": 0}]}) for i in range(40)))
+    pack = ["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1"]
+    assert sov_data([*pack, "--format", "preference", "--input", str(tmp_path / "pairs.jsonl"), "--output",
+                     str(tmp_path / "pairs")]) == 0
+    assert sov_data(["groups", "--input", str(tmp_path / "judged.jsonl"), "--output",
+                     str(tmp_path / "judged")]) == 0
+    assert sov_data([*pack, "--format", "chat", "--column", "advantage", "--column", "group_share", "--input",
+                     str(tmp_path / "judged/groups.jsonl"), "--output", str(tmp_path / "groups")]) == 0
+    base, tuned, grouped = (tmp_path / name for name in ("base", "tuned", "grouped"))
+    assert run_command(*command("pretrain", packed_data.text, base)).returncode == 0
+    done = run_command(*command("prefer", tmp_path / "pairs", tuned, "--from", str(base), "--nproc", "2",
+                                "--method", "dpo"))
+    assert done.returncode == 0, done.stderr
+    events = list(read_events(tuned / "events.jsonl"))
+    steps = [e for e in events if e["event"] == "step"]
+    assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)  # its own reference
+    assert set(steps[1]["meters"]) == {"pairs_right", "margin", "chosen_logprob", "rejected_logprob"}
+    assert [e["step"] for e in events if e["event"] == "heldout_pairs"] == [0, 2]
+    ranked = json.loads((tuned / "complete.json").read_text())["heldout_pairs"]
+    assert ranked["pairs"]["pairs"] > 0
+
+    done = run_command("convert", "to-hf", str(tuned), str(tmp_path / "hf"), "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    for target in (tuned, tmp_path / "hf"):
+        done = run_command("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
+                           "128", "--out", str(tmp_path / "judged.json"))
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "judged.json").read_text()) == ranked
+
+    done = run_command(*command("prefer", tmp_path / "groups", grouped, "--from", str(base), "--method",
+                                "grouper"))
+    assert done.returncode == 0, done.stderr
+    assert not (grouped / "reference").exists()
+
+    exports = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]')
+    assert main(command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)) == 2
+    assert "ppl cannot judge by source 'pairs', which holds data of format 'preference'; ask for pairs" in (
+        capsys.readouterr().err)
+    refused = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
+    assert main(refused) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
+    assert main([*refused, "--method", "grouper"]) == 2
+    assert "has no column 'advantage'" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

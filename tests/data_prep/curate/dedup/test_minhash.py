@@ -1,0 +1,134 @@
+"""Near duplicates: those that a comparison of all with all finds."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.curate.dedup import minhash
+from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, shingles
+from data_prep.curate.dedup.occurrences import OCCURRENCE
+from data_prep.curate.pipeline.step import Doc
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.typed_words import keys_of
+
+
+def words(draw: random.Random, count: int) -> list[str]:
+    return [f"w{draw.randrange(5000)}" for _ in range(count)]
+
+
+def planted(num_texts: int, seed: int = 0) -> list[str]:
+    """Return texts, of which some are an earlier one with words exchanged."""
+    draw = random.Random(seed)
+    texts: list[list[str]] = []
+    for number in range(num_texts):
+        if number % 3:
+            texts.append(words(draw, draw.randrange(3, 120)))
+        else:
+            copy = list(draw.choice(texts)) if texts else words(draw, 80)
+            for _ in range(draw.choice((0, 1, 1, 2, 4))):
+                copy[draw.randrange(len(copy))] = f"x{draw.randrange(99)}"
+            texts.append(copy)
+    return [" ".join(text) for text in texts]
+
+
+def by_brute_force(documents: list[Doc], threshold: float, ngram: int, keep: str) -> dict[str, str]:
+    """Return who goes and who stays instead, from all pairs."""
+    sets = [set(shingles(d.text, ngram).tolist()) for d in documents]
+    cluster = {d.id: {number} for number, d in enumerate(documents)}
+    for one, other in combinations(range(len(documents)), 2):
+        common = len(sets[one] & sets[other])
+        if common and common >= threshold * (len(sets[one]) + len(sets[other]) - common):
+            joined = cluster[documents[one].id] | cluster[documents[other].id]
+            for member in joined:
+                cluster[documents[member].id] = joined
+    found = {}
+    for number, document in enumerate(documents):
+        members = cluster[document.id]
+        best = min(members, key=lambda m: (-len(documents[m].text) if keep == "longest" else 0, m))
+        if best != number:
+            found[document.id] = documents[best].id
+    return found
+
+
+def dropped(view: MemoryView, **settings: Any) -> dict[str, str]:
+    found = outcomes(MinhashDedup, MinhashSettings(**{"partitions": 3, **settings}), view)
+    assert {o.reason for o in found.values()} <= {"", "near duplicate"}
+    return {id_: o.values["duplicate_of"] for id_, o in found.items() if o.reason}
+
+
+@pytest.mark.parametrize("keep", ["longest", "first"])
+def test_it_finds_what_all_pairs_have(tmp_path: Path, keep: str) -> None:
+    documents = docs(*planted(90))
+    expected = by_brute_force(documents, 0.7, 3, keep)
+    assert len(expected) > 15
+    view = MemoryView.of([documents], tmp_path, batch=40)
+    assert dropped(view, threshold=0.7, ngram=3, keep=keep, num_bands=100, rows_per_band=4) == expected
+
+
+def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = planted(60, seed=1)
+    results = []
+    for size, records in ((60, 1 << 18), (25, 50), (7, 1 << 18)):
+        monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
+        shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
+        place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
+        for verify in ("exact", "estimated"):
+            found = dropped(MemoryView.of(shards, tmp_path / f"{size}-{verify}", batch=9), threshold=0.6,
+                            ngram=2, verify=verify)
+            results.append({place[one]: place[other] for one, other in found.items()})
+    assert results[0] == results[2] == results[4]
+    assert results[1] == results[3] == results[5]
+    assert results[0]
+
+
+def test_a_crowd_of_copies_becomes_one_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minhash, "RANGE_RECORDS", 64)
+    monkeypatch.setattr(minhash, "MOST_FIRST", 3)
+    shards = [docs(*["one text that everybody has copied"] * 25, shard=number) for number in range(4)]
+    found = dropped(MemoryView.of(shards, tmp_path, batch=50))
+    assert len(found) == 99
+    assert set(found.values()) == {shards[0][0].id}
+
+
+def test_priority_comes_before_length(tmp_path: Path) -> None:
+    text = " ".join(words(random.Random(2), 60))
+    web, book = docs(text, f"{text} longer", "."), docs(text.upper(), source="book", shard=3)
+    assert dropped(MemoryView.of([web, book], tmp_path / "a", book=1)) == dict.fromkeys(
+        (web[0].id, web[1].id), book[0].id)
+    assert dropped(MemoryView.of([web, book], tmp_path / "b")) == dict.fromkeys(
+        (web[0].id, book[0].id), web[1].id)
+
+
+def test_thai_and_korean_are_compared_by_characters(tmp_path: Path) -> None:
+    thai = ("ผู้ใดกระทำความผิดตามพระราชบัญญัตินี้ต้องระวางโทษจำคุกไม่เกินหนึ่งปี"
+            "หรือปรับไม่เกินสองหมื่นบาทหรือทั้งจำทั้งปรับ")
+    korean = ("모든 국민은 법 앞에 평등하다. 누구든지 성별 종교 또는 사회적 신분에 의하여 "
+              "차별을 받지 아니한다.")
+    documents = docs(thai, thai[:60] + " " + thai[60:], korean, korean.replace(" ", ""), thai[::-1])
+    assert set(dropped(MemoryView.of([documents], tmp_path))) == {documents[0].id, documents[3].id}
+
+
+def test_settings_that_cannot_be_are_all_told() -> None:
+    wrong: Any = "guess"
+    assert keys_of(MinhashSettings()) == []
+    assert keys_of(MinhashSettings(0, 0, 0, 0, -1, wrong, wrong, 0)) == [
+        "threshold", "num_bands", "rows_per_band", "ngram", "seed", "verify", "keep", "partitions"]
+    assert keys_of(MinhashSettings(num_bands=1000)) == ["num_bands"]
+
+
+def test_the_page_has_the_figures_of_the_defaults() -> None:
+    page = " ".join((Path(__file__).parents[4] / "docs/dedup.md").read_text().split())
+    s = MinhashSettings()
+    shares = [1 - (1 - similarity**s.rows_per_band) ** s.num_bands for similarity in (0.8, 0.5)]
+    assert f"{shares[0]:.1%} at 0.8, {shares[1]:.0%} at 0.5".replace("%", " %") in page
+    assert f"paired with the first {minhash.MOST_FIRST} only" in page
+    exact, estimated = (minhash.band_dtype(size).itemsize * s.num_bands
+                        for size in (0, s.num_bands * s.rows_per_band))
+    assert f"{exact} bytes for `minhash_dedup` ({estimated / 1000:.1f} KB" in page
+    assert f"{OCCURRENCE.itemsize} bytes for `exact_dedup`" in page

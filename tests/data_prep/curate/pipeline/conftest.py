@@ -1,0 +1,166 @@
+"""A small run to try things on: two sources, a step that looks at each document and one that looks at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.curate.pipeline import step, tasks
+from data_prep.curate.pipeline.step import Doc, Outcome, Pass, Step, View
+from megatron_sov.base.settings import AtLeastOne
+
+PIPELINE = """name: small
+shard_bytes: 2000
+sources:
+  - name: web
+    path: web
+    kind: en
+    licence: CC-BY-4.0
+  - name: books
+    path: [books]
+    priority: 1
+steps:
+  - shorten: {longest: 400}
+  - unique: {}
+  - shorten: {longest: 300}
+output:
+  name: "{source}-{size}"
+"""
+
+
+@dataclass(frozen=True)
+class ShortenSettings:
+    """How long texts may be."""
+
+    longest: AtLeastOne = 100
+    """Characters."""
+    not_below: int = 10
+    """Shorter ones are dropped."""
+    lists: tuple[Path, ...] = ()
+    """Files of words that are cut."""
+
+
+class Shorten(Step):
+    """Cuts long texts, drops short ones, and says which size they have."""
+
+    kind = "shorten"
+    adds = {"size": "string", "num_chars": "int64"}
+    Settings = ShortenSettings
+    shorthand = "longest"
+
+    def files(self) -> Sequence[Path]:
+        found: tuple[Path, ...] = self.settings.lists
+        return found
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+        words = [word for file in self.settings.lists for word in file.read_text().split()]
+        return [self._outcome(document.text, words) for document in documents]
+
+    def _outcome(self, text: str, words: list[str]) -> Outcome:
+        for word in words:
+            text = text.replace(word, "")
+        if len(text) < self.settings.not_below:
+            return Outcome("too short")
+        size = "long" if len(text) > self.settings.longest else "short"
+        return Outcome(text=text[:self.settings.longest], values={"size": size, "num_chars": len(text)})
+
+
+@dataclass(frozen=True)
+class UniqueSettings:
+    """There is nothing to set."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+class Unique(Step):
+    """Keeps one of equal texts: that of the source with the highest priority, then the first."""
+
+    kind = "unique"
+    Settings = UniqueSettings
+    needs = ("size",)
+
+    def passes(self) -> Sequence[Pass]:
+        return [Pass("hash", self.hash), Pass("choose", self.choose, 2)]
+
+    def hash(self, view: View, task: int) -> None:
+        shard = view.shards[task]
+        lines = [f"{hashlib.md5(d.text.encode()).hexdigest()} {9 - view.priority(d.source)} {task:05d} "
+                 f"{d.id}\n" for batch in view.documents(shard) for d in batch]
+        (view.work / f"hashes-{task:05d}").write_text("".join(lines))
+
+    def choose(self, view: View, task: int) -> None:
+        lines = sorted(line for file in view.work.glob("hashes-*")
+                       for line in file.read_text().splitlines() if int(line[:8], 16) % 2 == task)
+        first: dict[str, str] = {}
+        for line in lines:
+            digest, _, _, identifier = line.split()
+            first.setdefault(digest, identifier)
+        (view.work / f"chosen-{task}").write_text("\n".join(first.values()))
+
+    def start(self, view: View) -> None:
+        self.chosen = {line for task in range(2)
+                       for line in (view.work / f"chosen-{task}").read_text().splitlines()}
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+        return [Outcome("" if d.id in self.chosen else "seen before") for d in documents]
+
+
+@pytest.fixture(autouse=True)
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pipeline files name the steps above."""
+    known = {"shorten": Shorten, "unique": Unique}
+    found = step.step_class
+
+    def step_class(kind: str) -> type[Step]:
+        return known[kind] if kind in known else found(kind)
+
+    for kind in known:
+        monkeypatch.setitem(step.STEPS, kind, "")
+    monkeypatch.setattr("data_prep.curate.pipeline.pipeline_file.step_class", step_class)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files be on the disk when the kernel likes: a killed process, other than a machine without power,
+    loses nothing by it."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+
+
+@pytest.fixture(autouse=True)
+def without_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the page be a word, but in the one run whose page is looked at."""
+    if request.function.__name__ != "test_documents_go_through_the_steps_to_their_names":
+        monkeypatch.setattr("data_prep.curate.pipeline.finish.write_report",
+                            lambda output: (output / "report.html").write_text("page"))
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Return the list that tasks enter themselves into as they are done in this process: stage, source,
+    number."""
+    found: list[tuple[str, str, int]] = []
+    really = tasks._do
+
+    def noting(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
+        really(plan, file, output, stage, task, mark)
+        found.append((stage.name, *task))
+
+    monkeypatch.setattr(tasks, "_do", noting)
+    return found
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Write the sources and the file of the small run; returns its folder."""
+    for name, numbers in (("web", range(6)), ("books", range(4, 8))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            (tmp_path / name / f"{number}.txt").write_text(f"text {number} " * (10 + 20 * number))
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    return tmp_path

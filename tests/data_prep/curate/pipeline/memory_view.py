@@ -1,0 +1,100 @@
+"""A pipeline in memory: steps are tried on a few documents, cut into batches in more ways than one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.curate.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
+
+
+def doc(text: str, row: int = 0, *, source: str = "web", shard: int = 0, **columns: Any) -> Doc:
+    """Return a document at its place, with an id as the engine gives it."""
+    return Doc(f"{source}:{shard}:{shard:08x}{row:08x}", text, source, shard, row, columns)
+
+
+def docs(*texts: str, source: str = "web", shard: int = 0, **columns: Any) -> list[Doc]:
+    """Return the documents of one shard."""
+    return [doc(text, row, source=source, shard=shard, **columns) for row, text in enumerate(texts)]
+
+
+@dataclasses.dataclass
+class MemoryView:
+    """A `View` over lists of documents."""
+
+    documents_of: Mapping[ShardRef, Sequence[Doc]]
+    work: Path
+    batch: int = 2
+    """Documents of a batch."""
+    priorities: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, shards: Sequence[Sequence[Doc]], work: Path, *, batch: int = 2,
+           **priorities: int) -> MemoryView:
+        """Return a view of shards, whose place their first documents say."""
+        return cls({ShardRef(found[0].source, found[0].shard): list(found) for found in shards}, work, batch,
+                   priorities)
+
+    @property
+    def shards(self) -> Sequence[ShardRef]:
+        return list(self.documents_of)
+
+    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+        yield from batches(self.documents_of[shard], self.batch)
+
+    def priority(self, source: str) -> int:
+        return self.priorities.get(source, 0)
+
+
+def batches(documents: Sequence[Doc], size: int) -> Iterator[list[Doc]]:
+    """Cut documents into batches."""
+    for start in range(0, len(documents), size):
+        yield list(documents[start:start + size])
+
+
+def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Outcome]:
+    """Return id -> what a step makes of the documents of a view.
+
+    Every pass and every shard has a step of its own, as in processes of their own; passes are run twice, the
+    second time backwards, and must leave the same files; documents are judged in batches of the view's size
+    and one at a time, with the same outcome.
+    """
+    for number, step_pass in enumerate(make(settings).passes()):
+        tasks = list(range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks))
+        for task in tasks:
+            make(settings).passes()[number].run(view, task)
+        before = content(view.work)
+        for task in reversed(tasks):
+            make(settings).passes()[number].run(view, task)
+        assert content(view.work) == before, f"pass {step_pass.name}: another result when it is run again"
+    found: dict[str, Outcome] = {}
+    for shard in view.shards:
+        step = make(settings)
+        step.start(view)
+        for batch in view.documents(shard):
+            made = step.outcomes(batch)
+            assert len(made) == len(batch), (make.kind, len(made), len(batch))
+            found |= {document.id: outcome for document, outcome in zip(batch, made, strict=True)}
+        step = make(settings)
+        step.start(view)
+        for document in view.documents_of[shard]:
+            (alone,) = step.outcomes([document])
+            assert alone == found[document.id], f"{document.id}: another outcome alone than in a batch"
+    unknown = {name for outcome in found.values() for name in outcome.values} - set(make.adds)
+    assert not unknown, f"{make.kind} gives columns that it does not name in `adds`: {sorted(unknown)}"
+    return found
+
+
+def kept(documents: Sequence[Doc], found: Mapping[str, Outcome]) -> list[Doc]:
+    """Return the documents that a step keeps, as the next step sees them."""
+    return [dataclasses.replace(d, text=d.text if made.text is None else made.text,
+                                columns={**d.columns, **made.values})
+            for d in documents if not (made := found.get(d.id, KEPT)).reason]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return name -> bytes of all files in a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes()
+            for file in sorted(folder.rglob("*")) if file.is_file()}

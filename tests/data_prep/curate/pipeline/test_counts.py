@@ -1,0 +1,44 @@
+"""Counts of shards add up to those of the whole, samples too."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_prep.curate.pipeline import counts as counts_module
+from data_prep.curate.pipeline.counts import MAX_SAMPLES, Counts, StageProgress, sample_order
+
+
+def counted(identifiers: list[int]) -> Counts:
+    counts = Counts()
+    for i in identifiers:
+        counts.count(f"d{i}", "three" if i % 3 == 0 else "", "é" * i, "x" if i % 3 == 1 else None)
+    return counts
+
+
+def test_counts_of_parts_are_the_counts_of_the_whole() -> None:
+    whole = counted(list(range(1, 100)))
+    parts = Counts.together(counted(list(range(start, 100, 4))).to_dict() for start in (3, 1, 4, 2))
+    assert parts.to_dict() == whole.to_dict()
+    assert (whole.documents_in, whole.documents_kept, whole.documents_changed) == (99, 66, 33)
+    assert whole.bytes_in == sum(2 * i for i in range(1, 100))
+    assert whole.bytes_kept == 33 + sum(2 * i for i in range(2, 100, 3))
+    assert whole.dropped == {"three": {"documents": 33, "bytes": sum(2 * i for i in range(3, 100, 3))}}
+
+
+def test_samples_are_those_whose_identifiers_hash_lowest() -> None:
+    kept = [f"d{i}" for i in range(2, 100, 3)]
+    samples = counted(list(range(1, 100))).samples["kept"]
+    assert [s["id"] for s in samples] == sorted(kept, key=sample_order)[:MAX_SAMPLES]
+    assert samples[0]["before"] == samples[0]["after"] and samples[0]["reason"] == ""
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+                                        ) -> None:
+    monkeypatch.setattr(counts_module, "LINE_EVERY_S", 0.001)
+    said = ""
+    with StageProgress("00-parse", 12, "shards") as progress:
+        while "0 of 12 shards after " not in said:
+            said += capsys.readouterr().out
+        for _ in range(3):
+            progress()
+        assert progress.line(150) == "  00-parse: 3 of 12 shards after 2 min 30 s, about 7 min 30 s left"

@@ -1,0 +1,239 @@
+"""A bit that flips anywhere in what a run leaves for itself is never believed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.curate.dedup.work_files import (
+    BucketWriter, bucket_slice, read_array, write_array, write_buckets)
+from data_prep.curate.pipeline.addresses import mark_of, refuse_changed
+from data_prep.curate.pipeline.layers import LayerFile, groups
+from data_prep.curate.pipeline.step import Outcome
+from data_prep.shards.shard_damage import way_out
+from megatron_sov.base import sealed
+from megatron_sov.base.documents import read_documents
+from megatron_sov.base.errors import UserError
+from tests.data_prep.curate.pipeline.test_layers import write_base
+from tests.data_prep.curate.pipeline.test_running import run, texts
+
+RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
+
+
+def _base(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_base(folder / "a.parquet", [3, 2])
+    return folder / "a.parquet", lambda: list(groups("s", [folder / "a.parquet"]))
+
+
+def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_base(folder / "a.parquet", [3])
+    with LayerFile(folder / "b.parquet", {"score": "float32"}) as layer:
+        layer.write_outcomes([Outcome(values={"score": 0.5}), Outcome("no"), Outcome(text="other")])
+    return folder / "b.parquet", lambda: list(groups("s", [folder / "a.parquet", folder / "b.parquet"]))
+
+
+def _final_text(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_base(folder / "a.parquet", [5])
+    return folder / "a.parquet", lambda: [d.text for d in read_documents([folder / "a.parquet"])]
+
+
+def _array(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    write_array(folder / "a.npy", np.arange(40))
+    return folder / "a.npy", lambda: read_array(folder / "a.npy").tolist()
+
+
+def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    records = np.zeros(12, RECORD)
+    records["key"], records["doc"] = np.arange(12), 7
+    write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
+    return folder / "a", lambda: [bucket_slice(folder / "a", RECORD, b).read().tolist() for b in range(4)]
+
+
+def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    sealed.write_json(folder / "a.json", {"documents_in": 5, "dropped": {"a": {"bytes": 1}}, "cpu_s": 0.25})
+    return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
+
+
+def _json_list(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    sealed.write_json(folder / "a.json", [["web", ["a.txt"]]])
+    return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
+
+
+def _lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"document": "s:0:1", "item": "x"}, {sealed.SEAL: sealed.PLACE})))
+    sealed.seal_file(folder / "a.jsonl")
+    return folder / "a.jsonl", lambda: sealed.read_lines(folder / "a.jsonl")
+
+
+KINDS = [_base, _layer, _final_text, _array, _buckets, _json, _json_list, _lines]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_flipped_bit_or_a_cut_is_an_error_that_names_the_file(make: Any, tmp_path: Path) -> None:
+    file, read = make(tmp_path)
+    whole, wanted, chance = file.read_bytes(), read(), random.Random(0)
+    damaged = [whole[:chance.randrange(len(whole))] for _ in range(10)]
+    for _ in range(60):
+        place = chance.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1:])
+    for content in damaged:
+        file.write_bytes(content)
+        try:
+            assert read() == wanted
+        except (UserError, ValueError) as e:
+            assert str(file) in str(e) or "damaged" in str(e)
+    file.write_bytes(whole)
+    assert read() == wanted
+
+
+def test_buckets_written_one_by_one_are_those_written_at_once(tmp_path: Path) -> None:
+    file, read = _buckets(tmp_path)
+    writer = BucketWriter(tmp_path / "b", 4)
+    for bucket, records in enumerate(read()):
+        writer.append(bucket, np.array(records, RECORD))
+    writer.close()
+    assert (tmp_path / "b").read_bytes() == file.read_bytes()
+
+
+def test_what_is_sealed_is_plain_for_others(tmp_path: Path) -> None:
+    assert pq.read_table(_base(tmp_path)[0]).num_rows == 5
+    assert np.load(_array(tmp_path)[0]).tolist() == list(range(40))
+    assert json.loads(_json(tmp_path)[0].read_bytes())["documents_in"] == 5
+
+
+def test_a_seal_is_found_behind_a_long_footer_and_not_in_the_text_of_rows(tmp_path: Path) -> None:
+    rows = pa.table({"text": ["x sealed:blake3:" + "a" * 70, sealed.PLACE]})
+    file = tmp_path / "a.parquet"
+    for table in (rows, rows.replace_schema_metadata({"names": "x" * 200_000})):
+        with pq.ParquetWriter(file, table.schema, compression="none") as writer:
+            writer.write_table(table)
+        assert sealed.open_parquet(file).read().num_rows == 2, "a file of others is not damaged"
+        with pq.ParquetWriter(file, table.schema, compression="none") as writer:
+            writer.write_table(table)
+            sealed.seal_parquet(writer)
+        sealed.seal_file(file)
+        assert sealed.open_parquet(file, is_required=True).read() == rows
+        _flip(file)
+        with pytest.raises(UserError):
+            sealed.open_parquet(file)
+
+
+@pytest.mark.parametrize("value", [{"content": 5}, {"seal": 1, "a": 2}, {}, [], {"a": 1},
+                                   {"content": {"content": 1}}])
+def test_any_object_comes_back(value: Any, tmp_path: Path) -> None:
+    sealed.write_json(tmp_path / "a.json", value)
+    assert sealed.read_json(tmp_path / "a.json") == value
+
+
+def _flip(file: Path, at: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at < 0 else at] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_run_names_a_damaged_layer_or_mends_what_it_can(raw: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    before = texts(output)
+    for pattern in ("shards/web/01-shorten-*/*.parquet", "shards/web/04-output-*/*/*.parquet",
+                    "shards/web/02-unique-*/*.json", "shared/*/.done/*/*"):
+        shutil.copytree(output, raw / "kept", dirs_exist_ok=False)
+        (output / "manifest.json").unlink()
+        if "shorten" in pattern:
+            for folder in output.glob("shards/*/0[34]-*"):
+                shutil.rmtree(folder)
+        file = sorted(output.glob(pattern))[0]
+        _flip(file)
+        run(raw, code=2)
+        message = capsys.readouterr().err
+        assert "is damaged" in message and str(file) in message and "Traceback" not in message, pattern
+        shutil.rmtree(output)
+        (raw / "kept").rename(output)
+    (output / "manifest.json").unlink()
+    for pattern in ("plans/*.json", "inputs/*.json", "shards/*/*/keys.json", "shards/web/*/pieces.jsonl",
+                    "shards/web/*/address.json"):
+        _flip(next(output.glob(pattern)))
+    run(raw)
+    assert texts(output) == before
+
+
+def test_a_complete_run_whose_text_changed_is_not_complete(raw: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    _flip(output / "text/web-long/00000.parquet")
+    run(raw, code=2)
+    assert "is damaged" in capsys.readouterr().err
+    for folder in output.glob("shards/web/*-output-*/*"):
+        shutil.rmtree(folder) if folder.is_dir() else None
+    assert texts(run(raw))
+
+
+def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    (output / "manifest.json").unlink()
+    next(output.glob("shards/web/*-output-*/*/web-long.parquet")).unlink()
+    run(raw, code=2)
+    assert "documents where" in capsys.readouterr().err
+
+
+def test_a_raw_file_that_changes_between_plan_and_reading_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    mark = mark_of(tmp_path / "a")
+    refuse_changed(tmp_path / "a", mark)
+    (tmp_path / "a").write_text("other")
+    with pytest.raises(UserError, match="has changed since the run looked at it"):
+        refuse_changed(tmp_path / "a", mark)
+
+
+def test_a_sound_file_of_another_place_or_time_is_not_believed(raw: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    (output / "manifest.json").unlink()
+    for folder in output.glob("shards/*/0[34]-*"):
+        shutil.rmtree(folder)
+    for pattern in ("shards/web/00-parse-*/*.parquet", "shards/web/01-shorten-*/*.parquet",
+                    "shared/*/.done/*/*"):
+        file, *others = sorted(output.glob(pattern))
+        kept = file.read_bytes()
+        shutil.copyfile(others[0], file)
+        run(raw, code=2)
+        message = capsys.readouterr().err
+        assert str(file) in message and "checksum" in message and "Traceback" not in message, pattern
+        file.write_bytes(kept)
+    run(raw)
+
+
+def test_the_way_out_never_is_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:
+    said = way_out(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
+    assert "-samefile" in said and f"delete {tmp_path}" not in said
+    assert way_out(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
+        f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
+
+
+def test_what_passes_leave_is_bound_to_its_place_and_to_no_name_of_the_folder(tmp_path: Path) -> None:
+    one, other = tmp_path / "shared/02-unique-aaaa", tmp_path / "shared/02-unique-bbbb"
+    records = np.zeros(4, RECORD)
+    for folder, value in ((one, 1), (other, 2)):
+        write_array(folder / "a.npy", np.full(9, value))
+        records["doc"] = value
+        write_buckets(folder / "b", records, np.zeros(4, np.int64), 2)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "shared", moved / "shared")
+    assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
+    assert bucket_slice(moved / "shared" / one.name / "b", RECORD, 0).read()["doc"][0] == 1
+    for name in ("a.npy", "b"):
+        shutil.copyfile(other / name, one / name)
+    for read in (lambda: read_array(one / "a.npy"), lambda: bucket_slice(one / "b", RECORD, 0)):
+        with pytest.raises(UserError, match=r"from its own checksum.*delete .*02-unique-aaaa"):
+            read()

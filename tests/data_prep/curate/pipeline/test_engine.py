@@ -1,0 +1,282 @@
+"""A run that is killed goes on, a worker that is killed is told, and a defect has its trace."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep import cli
+from data_prep.curate.pipeline import addresses
+from data_prep.curate.pipeline.running import do_share, finish_run
+from data_prep.curate.pipeline.tasks import Stage
+from megatron_sov.base.artifacts import is_held
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.submit import array_job
+from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK, Jobs
+from tests.data_prep.curate.pipeline.test_running import contents
+
+OWN = """import dataclasses, os, pathlib
+from megatron_sov.base.documents import LeftOut
+
+def judge(document):
+    flag = pathlib.Path(__file__).with_name("killed")
+    if flag.exists() and "text 3" in document.text:
+        flag.unlink()
+        os.kill(os.getpid(), 9)
+    return dataclasses.replace(document, text=document.text.upper())
+"""
+STEPS = """  - shorten: {longest: 400}
+  - unique: {}
+  - shorten: {longest: 300}
+"""
+
+
+@pytest.fixture
+def own(raw: Path) -> Path:
+    """Write a pipeline with a step of one's own, which kills its process once where a file `killed` lies."""
+    (raw / "own.py").write_text(OWN)
+    file = raw / "pipeline.yaml"
+    file.write_text(file.read_text().replace(STEPS, "  - code: own.py:judge\n").replace("{size}", "x"))
+    return raw
+
+
+def command(raw: Path, *words: str) -> list[str]:
+    return ["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), *words]
+
+
+def test_killed_in_a_task_it_goes_on_to_the_same_bytes(own: Path) -> None:
+    assert cli.main(command(own, "--workers", "1")) == 0
+    undisturbed = contents(own / "out")
+    shutil.rmtree(own / "out")
+    (own / "killed").touch()
+    done = subprocess.run([sys.executable, "-m", "data_prep.cli", *command(own, "--workers", "1")],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (own / "out/manifest.json").exists()
+    (leftover,) = (own / "out/shards").glob("web/01-code-*/.*.tmp-*")
+    assert cli.main(command(own, "--workers", "1")) == 0
+    assert not leftover.exists() and contents(own / "out") == undisturbed
+
+
+@pytest.mark.distributed
+def test_a_worker_that_is_killed_is_told(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "killed").touch()
+    assert cli.main(command(own, "--workers", "2")) == 2
+    said = capsys.readouterr().err
+    assert "was ended from outside" in said and " of source web" in said and "run the command again" in said
+    assert cli.main(command(own, "--workers", "2")) == 0
+    with_workers = contents(own / "out")
+    shutil.rmtree(own / "out")
+    assert cli.main(command(own, "--workers", "1")) == 0
+    assert contents(own / "out") == with_workers, "the number of workers says nothing"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("workers", "how"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
+def test_a_killed_command_leaves_neither_processes_nor_its_lock(
+        own: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: int, how: signal.Signals) -> None:
+    (own / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
+                                "    pathlib.Path(__file__).with_name('begun').touch()\n"
+                                "    time.sleep(600)\n")
+    with open(tmp_path / "said", "w") as said:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "data_prep.cli", *command(own, "--workers", str(workers))],
+            stdout=said, stderr=said, start_new_session=True,
+            # what runs tests in several processes ignores Ctrl-C, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    request.addfinalizer(lambda: [os.kill(pid, signal.SIGKILL) for pid in living(running.pid)])
+    wait_until(lambda: (own / "begun").exists() or running.poll() is not None)
+    if how == signal.SIGINT:
+        os.killpg(running.pid, how)  # as a terminal does
+    else:
+        running.send_signal(how)
+    assert running.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    wait_until(lambda: not is_held(own / "out"))
+    wait_until(lambda: not living(running.pid))
+    said_text = (tmp_path / "said").read_text()
+    assert "Traceback" not in said_text, said_text
+
+
+def living(group: int) -> list[int]:
+    """Return the processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Wait for something that happens soon."""
+    end = time.monotonic() + 600
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_mistake_of_the_users_code_is_a_sentence(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "own.py").write_text("def judge(document):\n    return 1 / 0\n")
+    assert cli.main(command(own, "--workers", "1")) == 2
+    said = capsys.readouterr().err
+    assert "source web, shard " in said and ", code: " in said
+    assert "division by zero" in said and "Traceback" not in said
+
+
+def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_prep.curate.pipeline import pipeline_file
+    from megatron_sov.work.submit.arrays import TaskFailed
+
+    monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes",
+                        lambda step, documents: documents[0].nothing)
+    with pytest.raises(TaskFailed, match=r"no attribute 'nothing'\n.*source web, shard \d+, step shorten"):
+        cli.main(command(raw, "--workers", "1"))
+
+
+def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    from data_prep.curate.pipeline import pipeline_file
+    from megatron_sov.work.submit import arrays
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match="a sentence"), arrays.keeping_failure(raw / "nowhere", 0):
+        raise UserError("a sentence")
+    monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes", full)
+    assert cli.main(command(raw, "--workers", "1")) == 2
+    said = capsys.readouterr().err
+    assert "no space left on the device; free some space" in said and "Traceback" not in said
+
+
+def test_two_commands_do_not_share_a_folder(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (raw / "out/inputs").mkdir(parents=True)
+    with holding(raw / "out", "out"):
+        assert cli.main(command(raw)) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
+# What Slurm's jobs of a run are, with programs that only take note; `tests/operate/slurm` has a real Slurm.
+
+
+PROFILE = """description: noted, not run
+partition: batch
+account: ""
+qos: long
+cpus_per_node: 8
+gpus_per_node: 0
+memory: 16G
+container: {kind: pyxis, image: "reg/image:1", mounts: [/data]}
+"""
+SBATCH = """#!/bin/bash
+[ "$1" = --test-only ] && exit 0
+n=$(ls "$NOTED_JOBS" | wc -l)
+{ echo "$@"; cat "${@: -1}"; } > "$NOTED_JOBS/$(printf %02d "$n")"
+echo "$((100 + n))"
+"""
+
+
+@pytest.fixture
+def noted(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the words and the script of each submission, in order."""
+    programs, folder = tmp_path / "programs", tmp_path / "noted"
+    folder.mkdir()
+    programs.mkdir()
+    for name, text in (("sbatch", SBATCH), ("sinfo", "#!/bin/bash\necho batch\n"),
+                       ("scontrol", "#!/bin/bash\necho 'MaxArraySize = 3'\n"), ("squeue", "#!/bin/bash\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (raw / "cluster.yaml").write_text(PROFILE)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("NOTED_JOBS", str(folder))
+    return folder
+
+
+def on_cluster(raw: Path, output: str) -> list[str]:
+    return ["run", str(raw / "pipeline.yaml"), "--output", output, "--cluster", str(raw / "cluster.yaml")]
+
+
+def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1, tasks_per_job: int = 1) -> None:
+    """Do what the jobs of an array do."""
+    for job in range(jobs):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+        monkeypatch.setattr(sys, "argv", ["array_job", str(logs), str(tasks_per_job)])
+        array_job.main()
+
+
+def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(raw: Path, noted: Path) -> None:
+    assert cli.main(on_cluster(raw, str(raw / "out"))) == 0
+    scripts = [file.read_text() for file in sorted(noted.iterdir())]
+    names = list(Jobs.read(raw / "out").numbers)
+    assert names == ["00-parse", "01-shorten", "02-unique-hash", "02-unique-choose", "02-unique",
+                     "03-shorten", "04-output", "finish"]
+    for number, (script, name) in enumerate(zip(scripts, names, strict=True)):
+        assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
+        assert f"-m megatron_sov.work.submit.array_job {raw}/out/logs/{name} " in script
+        assert "--container-image=reg/image:1 --container-mounts=/data" in script
+    assert "#SBATCH --array=0-1\n" in scripts[0], "four shards, two to a job, where an array may have two"
+    assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]
+    assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]
+
+
+def test_large_sources_are_read_by_jobs_and_not_where_the_command_is_typed(
+        raw: Path, noted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def never(file: Path) -> str:
+        raise AssertionError(f"{file} is read by the machine that plans")
+
+    monkeypatch.setattr(addresses, "READ_HERE_BYTES", 1000)
+    monkeypatch.setattr(addresses, "BATCH_BYTES", 2000)
+    assert cli.main([*on_cluster(raw, str(raw / "out"))[:4], "--dry-run"]) == 0
+    assert "in 6 files of source web, 3.4 kB in 4 files of source books are not known yet" in (
+        capsys.readouterr().out)
+    with monkeypatch.context() as planning:
+        planning.setattr(addresses, "_content_hash", never)
+        assert cli.main(on_cluster(raw, str(raw / "out"))) == 0
+    assert list(Jobs.read(raw / "out").numbers) == ["inputs", "submit"]
+    reading, rest = (file.read_text() for file in sorted(noted.iterdir()))
+    assert "--dependency=afterok:100" in rest.split("\n")[0] and "#SBATCH --array=0-1\n" in reading
+    run_job(raw / "out/logs/inputs", monkeypatch, jobs=2, tasks_per_job=2)
+    with monkeypatch.context() as planning:
+        planning.setattr(addresses, "_content_hash", never)
+        run_job(raw / "out/logs/submit", planning)
+    assert list(Jobs.read(raw / "out").numbers)[::6] == ["00-parse", "04-output"]
+    by_jobs = sorted(folder.name for folder in (raw / "out/shards").glob("*/*"))
+    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "here"), "--workers", "1"]) == 0
+    here = sorted(folder.name for folder in (raw / "here/shards").glob("*/*"))
+    assert by_jobs == here, "addresses follow from contents, whoever reads them"
+
+
+@pytest.mark.parametrize("name", ["my corpus", "100%", "a$b", "it's"])
+def test_folders_that_scripts_cannot_name_are_refused(raw: Path, noted: Path, name: str,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(on_cluster(raw, str(raw / name))) == 2
+    assert "choose a folder without blanks" in capsys.readouterr().err
+    assert not (raw / name).exists() and not list(noted.iterdir())
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_last: bool,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(MAX_RESTARTS + 1))
+    plan = tmp_path / "plan.json"
+    work = (partial(finish_run, plan, tmp_path) if is_last else
+            partial(do_share, plan, tmp_path, Stage(0, "parse"), ()))
+    (tmp_path / WORK).write_bytes(pickle.dumps((work, 1)))
+    with pytest.raises(UserError, match="requeued 20 times"):
+        run_job(tmp_path, monkeypatch)
+    assert "requeued" in json.loads((tmp_path / "failed/00000.json").read_text())["sentence"]

@@ -1,0 +1,191 @@
+"""A pipeline file's mistakes are told at once, each with its line and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import cli
+from data_prep.curate.pipeline.pipeline_file import Only, check_name_pattern, load_pipeline, name_of
+from data_prep.curate.pipeline.step import SOURCE_COLUMNS
+from megatron_sov.base.errors import UserError
+
+WRONG = """nmae: x
+shard_bytes: 10
+on_bad: ignore
+sources:
+  - {name: web, path: web, knd: en}
+  - {name: web, path: books}
+  - {name: lost, path: nowhere, format: htlm}
+  - just a word
+steps:
+  - shortn: {}
+  - shorten: {longest: many}
+  - shorten: {longest: -1}
+  - unique: {}
+    onyl: {sources: [web]}
+  - shorten: {lists: [words.txt]}
+    only: {sources: [wbe], kinds: [english]}
+  - code: missing.py:f
+  - education: {model: no-model}
+output: {name: "{levle}-{url}"}
+pack: {heldout: 2, tokenizer: none}
+"""
+EXPECTED = [
+    "1: nmae: is no key of a pipeline; did you mean 'name'?",
+    "1: name: is missing",
+    "3: on_bad = \"ignore\" must be",
+    "5: knd: no such setting; did you mean 'kind'?",
+    "6: name = 'web': line 5 has a source of that name",
+    '7: path = "nowhere" does not exist',
+    '7: format = "htlm" must be one of',
+    "8: 'just a word': a source is a mapping",
+    "10: shortn: is no step; did you mean 'shorten'?",
+    "11: longest = \"many\" must be a whole number",
+    "12: longest = -1 must be at least 1",
+    "13: step 4: must be the name of one step",
+    "15: shorten: ", "words.txt does not exist",
+    "16: sources = 'wbe': there is no such source; did you mean 'web'?",
+    "16: kinds = 'english': must be of auto, en,",
+    "17: function: ", "missing.py: cannot be read",
+    "18: ", "no-model",
+    "19: name = '{levle}-{url}': {levle} is no column that names can be made of here",
+    "{url} is no column",
+    "20: heldout = 2",
+]
+
+
+def test_every_mistake_is_told_at_once(raw: Path) -> None:
+    file = raw / "pipeline.yaml"
+    file.write_text(WRONG)
+    with pytest.raises(UserError) as error:
+        load_pipeline(file)
+    said = str(error.value)
+    assert [sentence for sentence in EXPECTED if sentence not in said] == [], said
+    lines = said.splitlines()
+    assert lines[0].startswith(f"{file}: ") and all(line.startswith(f"  {file}:") for line in lines[1:])
+    numbers = [int(line.removeprefix(f"  {file}:").split(":")[0]) for line in lines[1:]]
+    assert numbers == sorted(numbers)
+
+
+def test_a_file_that_is_not_there_is_told_with_one_to_copy(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone.yaml: does not exist; .* a copy of /\S+/tiny.yaml") as error:
+        load_pipeline(tmp_path / "gone.yaml")
+    assert Path(str(error.value).rpartition(" ")[2]).is_file()
+    with pytest.raises(UserError, match="is a folder; pass a pipeline file"):
+        load_pipeline(tmp_path)
+
+
+def test_a_file_becomes_settings(raw: Path) -> None:
+    (raw / "words.txt").write_text("a b")
+    file = raw / "pipeline.yaml"
+    file.write_text(file.read_text().replace("  - unique: {}", "  - shorten\n  - shorten: 50\n  - shorten: "
+                                             "{lists: [words.txt]}\n    only: {kinds: [en]}"))
+    found = load_pipeline(file)
+    assert [step.kind for step in found.steps] == ["shorten"] * 5
+    assert found.steps[2].settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
+    step = found.steps[3]
+    assert step.only == Only(kinds=("en",)) and step.settings()["lists"] == ["words.txt"], "as it is written"
+    assert step.build(found.folder).files() == (raw / "words.txt",), "where it lies"
+    assert found.sources[0].path == ("web",) and found.sources[0].folder == raw
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("", "holds no mapping"), ("- a", "holds no mapping"), ("name: x", "sources: must be a list"),
+    ("name: x\nsources: []", "sources: must be a list"), ("name: x\nsources: 3", "sources: must be a list"),
+    ("name: [a", "is no YAML"), ("name: x\nsources: [{name: web, path: web}]\nsteps: {shorten: {}}",
+                                 "steps = {'shorten': {}}: must be a list of steps"),
+    ("name: x\nsources: [{name: web, path: web}]\noutput: text", "output = 'text': must be a mapping"),
+    ("name: x\nsources: [{name: web, path: web}]\nsteps: [3]", "step 1: must be the name of one step"),
+    ("name: x\nsources: [{name: web, path: web}]\nsteps: [unique]",
+     "unique: needs the column 'size', which nothing before it gives; put the step shorten before it"),
+    ("name: x\nsources: [{name: ../up, path: web}]", 'name = "../up" must be letters'),
+    ("name: x\nsources: [{name: web, path: 3}]", "path = 3 must be a list; e.g. [3]"),
+    ("name: x\nsources: [{name: web}]", "path: is missing; it has no default; set it"),
+    ("name: x\nsources: [{name: web, path: }]", "must be a list; give it a value, or leave it out"),
+    ("name: x\nsources: [{name: web, path: web, fromat: text}]",
+     "fromat: no such setting; did you mean 'format'?"),
+    ("name: x\nsources: [{name: web, path: web, licence: no}]",
+     "YAML takes no, off, yes and on for false and true; put it in quotes"),
+    ("name: x\nsources: [{name: web, path: web, options: [time_s]}]", "must be an object of settings"),
+    ("name: ' '\nsources: [{name: web, path: web}]", 'name = " " must not be empty'),
+    ("name: \"\\e[2J\"\nsources: [{name: web, path: web}]", "[2J\" must have no control characters"),
+    ("name: x\nsteps:\n  - shorten\n    only: {kinds: [en]}", "yaml:4: is no YAML (mapping values are "
+     "not allowed here); a text with `: ` in it stands in quotes, and a key with settings below it has a"),
+    ("name: x\n\tsources: 3", "indent with blanks, not with tabs"),
+    ("name: x\nsources: [{name: web, path: web}]\noutput: {name: '{size}'}",
+     "{size} is no column that names can be made of here; add the step shorten (there are: source, kind,"),
+])
+def test_a_wrong_outline_is_a_sentence(raw: Path, text: str, sentence: str) -> None:
+    (raw / "pipeline.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_pipeline(raw / "pipeline.yaml")
+    assert sentence in str(error.value)
+
+
+
+
+@pytest.mark.parametrize(("kind", "first", "told"), [
+    ("ko", "", "no source here is of such a kind"), ("auto", "", "the kind of source 'web' is auto"),
+    ("auto", "  - language\n  - kind\n", ""), ("en", "", "")])
+def test_a_step_that_would_look_at_nothing_is_told(raw: Path, kind: str, first: str, told: str) -> None:
+    file = raw / "pipeline.yaml"
+    before, _, _ = file.read_text().replace("kind: en", f"kind: {kind}").partition("steps:")
+    file.write_text(f"{before}steps:\n{first}  - shorten: {{}}\n    only: {{kinds: [en]}}\n")
+    if told:
+        with pytest.raises(UserError, match=told):
+            load_pipeline(file)
+    else:
+        assert load_pipeline(file).steps[-1].only == Only(kinds=("en",))
+
+
+@pytest.mark.parametrize(("pattern", "columns", "name"), [
+    ("{source}", {}, "web"), ("{kind}-x", {"kind": "domain:law"}, "domain-law-x"), ("{kind}", {}, "none"),
+    ("{kind}", {"kind": ""}, "none"), ("{synthetic}", {"synthetic": True}, "yes"),
+    ("{kind}", {"kind": "../../etc"}, "x..-..-etc"), ("all", {}, "all"),
+    ("{kind}", {"kind": "한국어"}, "한국어"),
+])
+def test_values_become_names(pattern: str, columns: dict[str, object], name: str) -> None:
+    assert name_of(pattern, "web", columns) == name
+
+
+@pytest.mark.parametrize(("pattern", "sentence"), [
+    ("", "must be letters"), ("a/{kind}", "must be letters"), (".{kind}", "must be letters"),
+    ("{kind", "write columns in braces"), ("{knd}", "did you mean 'kind'?"), ("{url}", "is no column"),
+    ("{kind!r}", "take columns as they are"), ("{kind:>10}", "take columns as they are"),
+    ("{}", "is no column"), ("{kind.x}", "is no column"),
+])
+def test_patterns_that_make_no_names(pattern: str, sentence: str) -> None:
+    assert any(sentence in found for found in check_name_pattern(pattern, SOURCE_COLUMNS))
+
+
+def test_patterns_of_columns_are_fine() -> None:
+    assert check_name_pattern("{kind}-{source}.{synthetic}", SOURCE_COLUMNS) == []
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["gone.yaml", "--output", "out"], "gone.yaml: does not exist; pass a pipeline file"),
+    (["p.yaml", "--output", "out", "--workers", "0"], "--workers 0: must be at least 1"),
+    (["p.yaml", "--output", "out", "--account", "me"], "is only for --cluster"),
+    (["p.yaml", "--output", "full"], "full: exists and is no folder of a pipeline"),
+    (["p.yaml", "--output", "full/x.txt"], "x.txt"),
+    (["p.yaml", "--output", "out", "--cluster", "h1000"], "there is no such profile; did you mean"),
+    (["p.yaml"], "--output"),
+    (["p.yaml", "--output", "raw/out"], "lies in 'raw' of source raw"),
+    (["raw", "--output", "out"], "raw: is a folder; pass a pipeline file"),
+    (["full/x.txt", "--output", "out"], "full/x.txt:1: holds no mapping"),
+    (["p.yaml", "--output", "out", "--set", "a=b"], "--set a=b: nothing takes this"),
+])
+def test_a_wrong_command_line_is_a_sentence(tmp_path: Path, words: list[str], sentence: str,
+                                            monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("words")
+    (tmp_path / "p.yaml").write_text("name: p\nsources: [{name: raw, path: raw}]\n")
+    assert cli.main(["run", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+    assert not (tmp_path / "out/manifest.json").exists()

@@ -1,0 +1,332 @@
+"""A run is done once: what changes is done anew with all that follows from it, and nothing else is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import cli
+from data_prep.curate.pipeline import tasks
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+
+Done = list[tuple[str, str, int]]
+
+
+def run(raw: Path, *words: str, code: int = 0) -> Path:
+    """Run the pipeline in this process; returns its folder."""
+    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--workers", "1",
+                     *words]) == code
+    return raw / "out"
+
+
+def change(raw: Path, before: str, after: str) -> None:
+    """Change the pipeline file."""
+    text = (raw / "pipeline.yaml").read_text()
+    assert before in text
+    (raw / "pipeline.yaml").write_text(text.replace(before, after, 1))
+
+
+def texts(output: Path) -> dict[str, list[str]]:
+    """Return name -> the first two words of its documents."""
+    return {folder.name: [" ".join(text.split()[:2]) for file in sorted(folder.glob("*.parquet"))
+                          for text in pq.read_table(file)["text"].to_pylist()]
+            for folder in sorted((output / "text").iterdir())}
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Return name -> bytes of the output's files."""
+    return {str(file.relative_to(output)): file.read_bytes()
+            for file in sorted((output / "text").rglob("*.*"))}
+
+
+def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
+    output = run(raw)
+    assert texts(output) == {  # equal texts are kept of the source with the higher priority
+        "books-long": ["text 4", "text 5", "text 6", "text 7"],
+        "web-long": ["text 2", "text 3"], "web-short": ["text 0", "text 1"]}
+    table = pq.read_table(output / "text/books-long/00000.parquet")
+    assert table.column_names[:2] == ["id", "text"] and set(table["licence"].to_pylist()) == {None}
+    assert pq.read_table(output / "text/web-short/00000.parquet")["licence"].to_pylist() == ["CC-BY-4.0"] * 2
+    summary = json.loads((output / "summary.json").read_text())
+    web = summary["sources"][0]
+    assert [(s["kind"], s["documents_in"], s["documents_kept"]) for s in web["steps"]] == [
+        ("parse", 6, 6), ("shorten", 6, 6), ("unique", 6, 4), ("shorten", 4, 4)]
+    assert web["steps"][2]["dropped"] == {"seen before": {"documents": 2, "bytes": 800}}
+    assert (output / web["steps"][2]["folder"]).is_dir()
+    assert "seen before" in (output / "report.html").read_text()
+
+
+def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytest.CaptureFixture[str]
+                                            ) -> None:
+    output = run(raw)
+    before, number = contents(output), len(done)
+    assert run(raw) and len(done) == number and "complete from before" in capsys.readouterr().out
+    manifest = read_manifest(output, "corpus")
+    assert damaged_files(output) == [] and manifest.content["num_documents"] == 8
+    assert not any(name.startswith(("shards/", "logs/")) for name in manifest.files)
+    assert contents(output) == before
+    shutil.rmtree(output / "text")
+    assert run(raw) and len(done) == number and "complete from before" not in capsys.readouterr().out
+    assert contents(output) == before, "what was deleted is there again"
+
+
+def test_a_changed_setting_redoes_what_follows_from_it(raw: Path, done: Done) -> None:
+    output = run(raw)
+    everything, first = sorted(done), contents(output)
+    done.clear()
+    change(raw, "longest: 300", "longest: 200")
+    run(raw)
+    assert {stage for stage, _, _ in done} == {"03-shorten", "04-output"}
+    assert sorted(done) == [task for task in everything if task[0] in ("03-shorten", "04-output")]
+    assert contents(output) != first
+    done.clear()
+    change(raw, "longest: 200", "longest: 300")
+    run(raw)
+    assert done == [], "the folders of the first run still stand"
+    assert contents(output) == first
+
+
+def test_a_changed_source_redoes_itself_and_what_looks_at_all(raw: Path, done: Done) -> None:
+    run(raw)
+    everything = sorted(done)
+    done.clear()
+    (raw / "books/9.txt").write_text("a new book " * 30)
+    run(raw)
+    alone = {(stage, source) for stage, source, _ in done if source == "web"}
+    assert alone == {("02-unique", "web"), ("03-shorten", "web"), ("04-output", "web")}
+    assert {stage for stage, source, _ in done if source != "web"} == {stage for stage, _, _ in everything}
+
+
+def test_a_changed_file_redoes_its_shard_alone(raw: Path, done: Done) -> None:
+    """And nobody can see from the output that there was an earlier run."""
+    change(raw, "  - unique: {}\n", "")
+    change(raw, "  - shorten: {longest: 300}\n", "")
+    (raw / "books/bad.jsonl").write_text('{"text": 3\n')
+    output = run(raw)
+    everything = {(stage, source, shard) for stage, source, shard in done}
+    done.clear()
+    (raw / "web/5.txt").write_text("another text " * 60)
+    (raw / "books/3.txt").write_text("before all others " * 50)
+    (raw / "books/7.txt").unlink()
+    run(raw)
+    shards = {(source, shard) for _, source, shard in done}
+    assert sorted(done) == sorted((stage, *shard) for stage in ("00-parse", "01-shorten", "02-output")
+                                  for shard in shards), "parsing a shard again means all steps of it"
+    untouched = {(source, shard) for _, source, shard in everything} - shards
+    assert {source for source, _ in untouched} == {source for source, _ in shards} == {"web", "books"}
+    later, output_later = contents(output), counted(output)
+    output.rename(raw / "before")
+    assert contents(run(raw)) == later and counted(output) == output_later
+
+
+def counted(output: Path) -> Any:
+    """Return the summary without the times, and what is in quarantine."""
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k not in ("cpu_s", "wall_s")}
+        return [timeless(one) for one in value] if isinstance(value, list) else value
+
+    return (timeless(json.loads((output / "summary.json").read_text())),
+            [file.read_text() for file in sorted((output / "quarantine").iterdir())])
+
+
+def test_a_source_that_a_step_passes_is_left_alone(raw: Path, done: Done) -> None:
+    change(raw, "  - unique: {}\n", "  - unique: {}\n    only: {sources: [books]}\n")
+    change(raw, "  - shorten: {longest: 300}\n", "")
+    output = run(raw)
+    assert "text 4" in texts(output)["web-long"], "it keeps what books have too"
+    done.clear()
+    (raw / "books/9.txt").write_text("a new book " * 30)
+    run(raw)
+    assert {source for _, source, _ in done} == {"books", ""}
+
+
+def test_kinds_are_told_row_by_row(raw: Path) -> None:
+    change(raw, "  - shorten: {longest: 300}\n", "  - shorten: {longest: 20}\n    only: {kinds: [en]}\n")
+    output = run(raw)
+    assert set(texts(output)) == {"books-long", "web-long"}
+    tables = {name: pq.read_table(output / f"text/{name}/00000.parquet") for name in texts(output)}
+    lengths = {name: {len(text) for text in table["text"].to_pylist()} for name, table in tables.items()}
+    assert lengths == {"books-long": {400}, "web-long": {20}}
+
+
+@pytest.mark.parametrize("where", ["write_json", "TableFile.write"])
+def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    import data_prep.curate.pipeline.layers as layers
+
+    number = 0
+    really: Any = tasks.write_json if where == "write_json" else layers.TableFile.write
+
+    def full(*arguments: Any) -> None:
+        nonlocal number
+        number += 1
+        if number == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really(*arguments)
+
+    with monkeypatch.context() as patched:
+        if where == "write_json":
+            patched.setattr(tasks, "write_json", full)
+        else:
+            patched.setattr(layers.TableFile, "write", full)
+        run(raw, code=2)
+    assert "no space left on the device; free some space" in capsys.readouterr().err
+    assert not (raw / "out/manifest.json").exists()
+    half = contents(run(raw))
+    (raw / "out").rename(raw / "before")
+    assert contents(run(raw)) == half
+
+
+def test_what_passes_have_left_is_made_again_where_it_is_gone(raw: Path, done: Done,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    first, everything = contents(output), sorted(done)
+    (output / "manifest.json").unlink()
+    shutil.rmtree(output / "shared")
+    done.clear()
+    run(raw)
+    assert done == [], "each document's outcome stands: nobody asks for the passes"
+    for folder in (output / "shards").glob("*/02-unique-*"):
+        shutil.rmtree(folder)
+    (output / "manifest.json").unlink()
+    run(raw)
+    assert sorted(done) == [task for task in everything if task[0].startswith("02-unique")]
+    for folder in (output / "shards").glob("*/02-unique-*"):
+        shutil.rmtree(folder)
+    (output / "manifest.json").unlink()
+    (chosen,) = output.glob("shared/02-unique-*/chosen-1")
+    chosen.unlink()
+    tasks._built.cache_clear()  # as in another process
+    capsys.readouterr()
+    run(raw, code=2)
+    said = capsys.readouterr().err
+    assert f"{chosen} is missing" in said and f"delete {chosen.parent} and run the command again" in said
+    shutil.rmtree(chosen.parent)
+    assert contents(run(raw)) == first
+
+
+def test_half_a_file_of_ours_is_told_with_the_way_out(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run(raw)
+    parsed = next((output / "shards/web").glob("00-parse-*/*.parquet"))
+    parsed.write_bytes(parsed.read_bytes()[:-100])
+    change(raw, "longest: 400", "longest: 350")
+    run(raw, code=2)
+    said = capsys.readouterr().err
+    assert "source web, shard " in said and f" -samefile {parsed} -delete`) and run the command again" in said
+
+
+def test_broken_records_are_listed_or_stop_the_run(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (raw / "web/bad.jsonl").write_text('{"text": "fine, and long enough"}\n{"text": 3\n')
+    output = run(raw)
+    (bad,) = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]
+    assert bad["file"] == "bad.jsonl" and bad["content"].startswith('{"text": 3')
+    assert json.loads((output / "summary.json").read_text())["sources"][0]["quarantine"] == {bad["code"]: 1}
+    change(raw, "shard_bytes", "on_bad: refuse\nshard_bytes")
+    run(raw, code=2)
+    assert "bad.jsonl" in capsys.readouterr().err
+
+
+def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(raw, "shorten: {longest: 400}", "shorten: {not_below: 1000000}")
+    output = run(raw, code=2)
+    said = capsys.readouterr().err
+    assert "no document is kept" in said and "shorten (too short)" in said
+    assert not (output / "manifest.json").exists() and (output / "report.html").is_file()
+
+
+def test_where_nothing_can_be_read_the_sentence_says_why(raw: Path, capsys: pytest.CaptureFixture[str]
+                                                         ) -> None:
+    for file in raw.glob("*/*"):
+        file.unlink()
+    (raw / "web/a.jsonl").write_text('{"content": "the text is in another field"}\n' * 3)
+    (raw / "books/a.jsonl").write_text("")
+    output = run(raw, code=2)
+    said = capsys.readouterr().err
+    assert f"the first of 3 'fields' in {output / 'quarantine/web.jsonl'}: a.jsonl:1 " in said, said
+    (raw / "web/a.jsonl").write_text("\n")
+    run(raw, code=2)
+    assert "the sources' files are empty; name others" in capsys.readouterr().err
+
+
+def test_the_output_is_packed_where_the_file_asks_for_it(raw: Path, tokenizers: dict[str, Path], done: Done
+                                                         ) -> None:
+    with open(raw / "pipeline.yaml", "a") as f:
+        f.write(f"pack: {{tokenizer: {tokenizers['solar-open']}, heldout: 0.2}}\n")
+    output = run(raw)
+    packed = read_manifest(output / "tokens", "tokens")
+    assert {source["name"]: source["tags"] for source in packed.content["sources"]} == {
+        "books-long": {"kind": [""], "synthetic": ["false"]},
+        "web-long": {"kind": ["en"], "synthetic": ["false"]},
+        "web-short": {"kind": ["en"], "synthetic": ["false"]}}, "blends choose by these"
+    change(raw, "heldout: 0.2", "heldout: 0.5")
+    done.clear()
+    run(raw)
+    assert done == [] and read_manifest(output / "tokens").sha256 != packed.sha256
+
+
+def test_names_and_fields_that_are_no_text_stop_no_run(raw: Path) -> None:
+    """Bytes of a name that are no UTF-8, and halves of surrogate pairs inside a field."""
+    (raw / "web" / os.fsdecode(b"na\xefve.txt")).write_text("text 0 " * 20)
+    (raw / "web" / "half.jsonl").write_text(json.dumps({"text": "text 1 " * 20, "own": {"a": "x\ud800"},
+                                                        "own_id": "\ud800", "title": "\x1b[2J"}))
+    rows = [row for file in (run(raw) / "text").rglob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    found = {row["where"]: row for row in rows}
+    assert "na\\xefve.txt" in found
+    assert found["half.jsonl:1"]["extra"] == '{"own": {"a": "x?"}}' and found["half.jsonl:1"]["own_id"] == "?"
+    assert found["half.jsonl:1"]["title"] == "\\x1b[2J"
+
+
+def test_a_source_of_a_wrong_format_does_not_fill_the_disk(raw: Path, monkeypatch: pytest.MonkeyPatch
+                                                           ) -> None:
+    monkeypatch.setattr("data_prep.curate.pipeline.tasks.MAX_LISTED", 3)
+    (raw / "web" / "wrong.jsonl").write_text("no json\n" * 50)
+    output = run(raw)
+    listed = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]
+    assert [one["code"] for one in listed] == ["json"] * 3 + ["more"] and "47 more" in listed[3]["reason"]
+    assert json.loads((output / "summary.json").read_text())["sources"][0]["quarantine"] == {"json": 50}
+
+
+def test_what_an_earlier_file_or_a_kill_has_left_is_no_part_of_the_corpus(raw: Path) -> None:
+    output = run(raw)
+    (output / ".text.old-1/name").mkdir(parents=True)
+    (output / ".text.old-1/name/00000.parquet").write_text("left behind between two renames")
+    change(raw, "  - name: books\n    path: [books]\n    priority: 1\n", "")
+    run(raw)
+    files = read_manifest(output, "corpus").files
+    assert "quarantine/web.jsonl" in files and not [
+        name for name in files if "books" in name or name.startswith(".")]
+
+
+def told(raw: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert cli.main(["run", str(raw / "pipeline.yaml"), "--output", str(raw / "out"), "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_new_run_has_everything_to_do(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(raw, capsys)
+    assert "small: 2 sources, 3 steps" in text and "source web: 6 files, 0.0 MB, 2 shards" in text
+    assert "02-unique-hash: 4 tasks, 0 done, 4 to do" in text and "02-unique-choose: 2 tasks" in text
+    assert "anew" not in text and not (raw / "out").exists()
+
+
+def test_what_is_done_anew_is_told_with_its_reason(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(raw)
+    assert "complete from before, nothing is done" in told(raw, capsys)
+    change(raw, "longest: 300", "longest: 200")
+    text = told(raw, capsys)
+    assert "01-shorten: 4 shards, 4 done, 0 to do" in text and "03-shorten: 4 shards, 0 done, 4 to do" in text
+    assert "0 of 2 done; anew for settings.longest: 300 -> 200" in text
+    assert "anew for what comes before it" in text
+    assert (raw / "out/manifest.json").is_file(), "nothing is taken back"
+    (raw / "web/7.txt").write_text("more text of the web")
+    assert "00-parse: 4 shards, 3 done, 1 to do" in (text := told(raw, capsys))
+    assert "0 of 2 done, 1 as an earlier run has them; anew for files: " in text

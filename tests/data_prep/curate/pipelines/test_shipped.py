@@ -1,0 +1,56 @@
+"""The ready pipelines load, once the files are there that they name; the smallest one runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep import cli
+from data_prep.curate.pipeline.pipeline_file import load_pipeline, named_columns
+from data_prep.mixture.blend_file import SHIPPED as BLENDS, read_blend
+from data_prep.tags import SOURCE
+from megatron_sov.base.settings import read_located
+
+FOLDER = Path(__file__).parents[4] / "data_prep/curate/pipelines"
+SHIPPED = sorted(FOLDER.glob("*.yaml"))
+QUESTION = json.dumps({"question": "How many apples are left when four of the eleven on a table are eaten?"})
+
+
+@pytest.fixture(scope="session")
+def scorers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier and a regressor, trained on texts that are easy to tell apart."""
+    folder = tmp_path_factory.mktemp("scorers")
+    for name, kind, best in (("quality", "classifier", 1), ("education", "regressor", 5)):
+        texts = ("Buy cheap pills now", "Cells take in light")
+        rows = [{"text": f"{texts[i % 2]} {i}", "label": best * (i % 2)} for i in range(80)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert cli.main(["scorer", "train", "--labels", str(folder / f"{name}.jsonl"), "--kind", kind,
+                         "--output", str(folder / name)]) == 0
+    return folder
+
+
+def test_there_is_one_for_each_curriculum() -> None:
+    assert [file.stem for file in SHIPPED] == ["k-exaone", "solar-open", "tiny"]
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
+def test_it_loads_where_its_files_are(shipped: Path, scorers: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copy(shipped, tmp_path))
+    for path in re.findall(r"path: ([\w/-]+)", file.read_text()):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/sums.jsonl").write_text(QUESTION)
+    (tmp_path / "models").symlink_to(scorers)
+    found = load_pipeline(file)
+    assert found.name == shipped.stem and len(found.steps) >= 7
+
+
+@pytest.mark.parametrize("blend", sorted(BLENDS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_its_output_is_sorted_by_what_its_blend_chooses_by(blend: Path) -> None:
+    output = read_located((FOLDER / blend.name).read_text()).value["output"]
+    keys = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
+    assert keys - {SOURCE} <= named_columns(output["name"]), "a source of two kinds is chosen by neither"

@@ -1,0 +1,105 @@
+"""The step `pii`: what is masked in each language, and what only looks like someone's data."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+
+import pytest
+
+from data_prep.curate.pipeline.step import Doc, Outcome
+from data_prep.curate.quality.pii.step import FINDERS, Pii, PiiSettings, found_in, masked_names
+from megatron_sov.base.settings import problems_of
+
+
+def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> Outcome:
+    document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
+    return Pii(PiiSettings(**settings)).outcomes([document])[0]
+
+
+@pytest.mark.parametrize(("language", "text", "masked", "pii"), [
+    ("en", "Write to jane.doe+x@mail.co.uk, or call (415) 555-2671.",
+     "Write to [email address], or call [phone number].", "email=1 phone=1"),
+    ("en", "Call +1 415-555-2671 or +44 20 7946 0958 now",
+     "Call [phone number] or [phone number] now", "phone=2"),
+    ("ko", "연락처:010-1234-5678 02-123-4567입니다", "연락처:[전화번호] [전화번호]입니다", "phone=2"),
+    ("ko", "주민번호는 900101-1234568이다", "주민번호는 [주민등록번호]이다", "korean_rrn=1"),
+    ("ko", "01012345678로 연락", "[전화번호]로 연락", "phone=1"),
+    ("th", "โทร 081-234-5678 เลข 1-1017-00230-70-8",
+     "โทร [หมายเลขโทรศัพท์] เลข [เลขประจำตัวประชาชน]", "thai_id=1 phone=1"),
+    ("ja", "電話は03-3580-3311、090-1234-5678です", "電話は[電話番号]、[電話番号]です", "phone=2"),
+    ("de", "IBAN DE89 3704 0044 0532 0130 00, Tel. 030 12345678", "IBAN [Kontonummer], Tel. [Telefonnummer]",
+     "iban=1 phone=1"),
+    ("es", "Teléfono: 612 345 678", "Teléfono: [número de teléfono]", "phone=1"),
+    ("vi", "Điện thoại 091 234 56 78", "Điện thoại [số điện thoại]", "phone=1"),
+    ("en", "card 4111 1111 1111 1111 or 4111-1111-1111-1111",
+     "card [card number] or [card number]", "card=2"),
+    ("en", "from 81.2.69.142 and 2001:4860:4860::8888", "from [IP address] and [IP address]", "ip=2"),
+    ("en", "key AKIAIOSFODNN7EXAMPLE, ghp_" + "a1B2" * 9, "key [secret key], [secret key]", "api_key=2"),
+    ("en", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nab==\n-----END RSA PRIVATE KEY-----",
+     "[secret key]", "api_key=1"),
+    ("de", "AT61 1904 3002 3457 3201 BIC BKAUATWW, BE68539007547034 DE89 3704 0044 0532 0130 00",
+     "[Kontonummer] BIC BKAUATWW, [Kontonummer] [Kontonummer]", "iban=3"),
+    ("ko", "이메일:jane@mail.co.kr", "이메일:[이메일 주소]", "email=1"),
+    ("en", "E-mail:jane@mail.org or mailto:joe@mail.org", "E-mail:[email address] or mailto:[email address]",
+     "email=2"),
+    ("sw", "Andika jane@mail.co.tz", "Andika [email address]", "email=1")])
+def test_personal_data_is_masked_by_its_name(language: str, text: str, masked: str, pii: str) -> None:
+    assert outcome(text, language) == Outcome(text=masked, values={"pii": pii})
+
+
+@pytest.mark.parametrize("text", [
+    "Version 10.20.30.40 came after v12.34.56.78 and release 3.14.159.26",
+    "On 2024-01-02 10:20:30, pages 100-2000, 1990-2004, 12.11.2023 and 01/02/2003",
+    "ISBN 978-3-16-148410-0, DOI 10.1000/182, RFC 2822, ISO 8859-1, Unicode 15.1.0",
+    "pi is 3.14159265358979, e 2.718281828, 4111111111111112 and 1234 5678 9012 3456",
+    "icon@2x.png, git@github.com:a/b.git, lodash@4.17.21, user@localhost, foo@example.com, @decorator",
+    "https://me:secret@host.org/x and ftp://me:secret@host.org",
+    "127.0.0.1, 192.168.100.200, 10.20.30.40, 203.0.113.99, 255.255.255.255, 12:34:56 and a::b",
+    "sha1 da39a3ee5e6b4b0d3255bfef95601890afd80709, 0x7fffffffffff, 550e8400-e29b-41d4-a716-446655440000",
+    "timestamps 1700000000, 1700000000000 and 20240102030405",
+    "US 1234567890 and 98765 43210, +14155552671.5",
+    "row 10 20 30 40 50 60\nrow 11 21 31 41 51 61", "sk-learn, hf_hub and AIza"])
+@pytest.mark.parametrize("language", ["en", "ko", "th", "ja", "de", "es", "vi"])
+def test_versions_dates_and_numbers_stay(text: str, language: str) -> None:
+    assert outcome(text, language) == Outcome(values={"pii": ""})
+
+
+def test_in_code_only_what_breaks_nothing_is_masked() -> None:
+    text = 'NAME = "jane@mail.org"  # 02-123-4567'
+    assert outcome(text, "ko", form="code").text == 'NAME = "[이메일 주소]"  # 02-123-4567'
+
+
+def test_kinds_placeholder_and_names_are_settings() -> None:
+    text = "jane@mail.org 81.2.69.142"
+    assert outcome(text, mask=("ip",)).text == "jane@mail.org [IP address]"
+    assert outcome(text, "ko", placeholder="<{name}>", names_in="en").text == "<email address> <IP address>"
+
+
+def test_every_kind_has_names_in_the_languages_of_the_recipes() -> None:
+    assert set(masked_names()) == set(FINDERS)
+    assert all(set(names) >= {"ko", "en", "th", "es", "de", "ja", "vi"} for names in masked_names().values())
+
+
+def test_every_broken_rule_is_told() -> None:
+    settings = PiiSettings(mask=("mail",), mask_in_code=("ip", "iq"), placeholder="{x}", names_in="xx")
+    problems = problems_of(settings)
+    assert [p.key for p in problems] == ["mask.0", "mask_in_code.1", "placeholder", "names_in"]
+    assert "email" in problems[0].sentence
+
+
+def test_spans_never_overlap_and_hostile_text_takes_no_time() -> None:
+    draw = random.Random(5)
+    pieces = ["010-1234-5678", "jane@mail.org", "4111 1111 1111 1111", "1-1017-00230-70-8", " ", ".", "-",
+              "+", "7", "81.2.69.142", "DE89 3704 0044 0532 0130 00", "(", ")", "가"]
+    for _ in range(200):
+        text = "".join(draw.choices(pieces, k=20))
+        spans = found_in(text, draw.choice(["ko", "en", "th"]), list(FINDERS))
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    for text in ("1 " * 20_000, "1-" * 30_000, "a@" * 50_000, "a.b@c." * 20_000, "::" * 50_000,
+                 "+(1" * 20_000,
+                 "-----BEGIN PRIVATE KEY-----" * 3_000, "eyJ" + "a" * 200_000, "AB12" * 50_000):
+        start = time.process_time()
+        found_in(text, "en", list(FINDERS))
+        assert time.process_time() - start < 1.5

@@ -1,0 +1,138 @@
+"""Verdict by verdict against datatrove's filters, with which the thresholds of FineWeb were found.
+
+Its dictionaries and tokenizers are kept out: both sides get the same words, signs and sentences.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from datatrove.data import Document
+from datatrove.pipeline.filters import (
+    C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter,
+    c4_filters as theirs_c4, fineweb_quality_filter as theirs_fineweb,
+    gopher_quality_filter as theirs_quality, gopher_repetition_filter as theirs_repetition)
+
+from data_prep.curate.quality.rules.step import (
+    c4, fineweb, language_rules, num_sentences, quality, repetition, with_thresholds)
+from data_prep.curate.quality.rules.words import Words, punctuation
+
+_WORDS = """the of and to in that with system installs package kernel it's user's file.txt 3.14 2024 x y z
+when a network opens which have be Wörter naïve 12,000 10:30"""
+WORDS = _WORDS.split()
+PLAIN = [word for word in WORDS if word.isalpha()]
+SIGNS = [*[""] * 20, ",", ".", "!", "?", ";", "...", "…", " #", " - ", " (", ")", " {", '"']
+LINES = ["Terms of use and privacy policy.", "Please enable JavaScript now.", "lorem ipsum dolor sit.",
+         "- item one", "• second item of a list", "Home", "[edit] See also the page [12].", "   ",
+         "The same line stands here again.", "And so it goes on...", "x" * 1200 + " is long indeed.",
+         "One. Two! Three? Four. Five. Six."]
+ENGLISH = language_rules("en")
+NAMES = {
+    "gopher_short_doc": "few words", "gopher_long_doc": "many words",
+    "gopher_below_avg_threshold": "short words", "gopher_above_avg_threshold": "long words",
+    "gopher_too_many_hashes": "many hashes", "gopher_too_many_ellipsis": "many ellipses",
+    "gopher_too_many_bullets": "lines with bullets",
+    "gopher_too_many_end_ellipsis": "lines end with ellipses", "gopher_enough_stop_words": "few stop words",
+    "gopher_below_alpha_threshold": "few words with letters", "dup_para_frac": "paragraphs",
+    "dup_para_char_frac": "characters of paragraphs", "dup_line_frac": "lines",
+    "dup_line_char_frac": "characters of lines", "lorem_ipsum": "lorem ipsum",
+    "curly_bracket": "curly bracket", "too_few_sentences": "few sentences",
+    "line_punct_ratio": "lines without end", "short_line_ratio": "short lines",
+    "char_dup_ratio": "repeated lines", "list_ratio": "list", "empty": "empty",
+    **{f"top_{n}_gram": f"top {n}-gram" for n in (2, 3, 4)},
+    **{f"duplicated_{n}_n_grams": f"{n}-grams" for n in range(5, 11)},
+}
+
+
+def documents() -> list[str]:
+    """Return drawn texts: some good, most with something that a rule is about."""
+    draw = random.Random(7)
+    texts = []
+    for _ in range(400):
+        is_plain = draw.random() < 0.4
+        vocabulary = draw.sample(PLAIN if is_plain else WORDS, draw.randint(3, len(PLAIN)))
+        lines = []
+        for _ in range(draw.choice([1, 4, 12, 30])):
+            kind = draw.random()
+            if kind < 0.15 and lines:
+                lines.append(draw.choice(lines))
+            elif kind < 0.25:
+                lines.append(draw.choice(LINES))
+            else:
+                words = [draw.choice(vocabulary) + draw.choice([""] if is_plain else SIGNS)
+                         for _ in range(draw.randint(1, 25))]
+                lines.append(" ".join(words) + draw.choice([".", ".", "", "!", "..."]))
+        texts.append(draw.choice(["\n", "\n", "\n\n"]).join(lines))
+    return texts
+
+
+def words_of(text: str, language: str = "") -> list[str]:
+    words = Words(text, "words", 1.0)
+    return [words.vocabulary[i] for i in words.ids]
+
+
+@pytest.fixture(autouse=True)
+def same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (theirs_quality, theirs_repetition, theirs_fineweb):
+        monkeypatch.setattr(module, "split_into_words", words_of)
+    monkeypatch.setattr(theirs_quality, "PUNCTUATION_SET", punctuation())
+    monkeypatch.setattr(theirs_c4, "split_into_sentences", lambda line, language: [""] * num_sentences(line))
+
+
+def theirs(step, text: str) -> tuple[str, str]:
+    """Return (the text as datatrove leaves it, its verdict by our name, "" where the document stays)."""
+    verdict = step.filter(document := Document(text=text, id="0"))
+    return (document.text, "") if verdict is True else (text, NAMES[verdict[1]])
+
+
+def differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]:
+    """Return texts judged differently, and all verdicts that occurred."""
+    different, seen = [], set()
+    for text in filter(str.strip, documents()):
+        (_, expected), found = theirs(step, text), judge(text).partition(": ")[2]
+        seen.add(found)
+        if found != expected:
+            different.append((expected, found, text))
+    return different, seen
+
+
+def test_gophers_rules_of_quality() -> None:
+    different, seen = differences(
+        GopherQualityFilter(), lambda text: quality(text, Words(text, "words", 1.0), ENGLISH))
+    assert different == []
+    assert len(seen) >= 8
+
+
+def test_gophers_rules_of_repetition() -> None:
+    different, seen = differences(
+        GopherRepetitionFilter(), lambda text: repetition(text, Words(text, "words", 1.0), ENGLISH))
+    assert different == []
+    assert len(seen) >= 9
+
+
+def test_finewebs_rules() -> None:
+    different, seen = differences(
+        FineWebQualityFilter(), lambda text: fineweb(text, Words(text, "words", 1.0), ENGLISH))
+    assert different == []
+    assert len(seen) >= 4
+
+
+def stripped_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
+    rules = with_thresholds(ENGLISH, {"lines_end_with_mark": ends})
+    step = C4QualityFilter(filter_no_terminal_punct=ends)
+    kept = 0
+    for text in documents():
+        if text.strip():
+            expected_text, expected = theirs(step, text)
+            reason, changed = c4(text, rules)
+            assert reason.partition(": ")[2] == expected
+            if not reason:  # datatrove loses empty lines and indentation
+                assert stripped_lines(changed) == stripped_lines(expected_text)
+            kept += not reason
+    assert kept > 20

@@ -1,0 +1,105 @@
+"""The step `rules`: presets, languages, thresholds by setting, and what is told of a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.curate.pipeline.step import Doc, Outcome
+from data_prep.curate.quality.rules.step import Rules, RulesSettings
+from megatron_sov.base.settings import find_problems, problems_of
+from tests.typed_words import keys_of
+
+FOLDER = Path(__file__).with_name("declaration")
+"""Beginnings of the Universal Declaration of Human Rights."""
+ENGLISH, KOREAN, THAI = ((FOLDER / f"{code}.txt").read_text(encoding="utf-8").strip()
+                         for code in ("en", "ko", "th"))
+SENTENCES = ENGLISH.replace(",\n", ".\n")
+
+
+def outcome(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> Outcome:
+    document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
+    return Rules(RulesSettings(**settings)).outcomes([document])[0]
+
+
+@pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (KOREAN, "ko"), (THAI, "th")])
+def test_good_text_stays_and_its_words_are_counted(text: str, language: str) -> None:
+    found = outcome(text, language)
+    assert found.reason == ""
+    assert found.text is None
+    assert found.values["rules_language"] == language
+    assert found.values["rules_word_count"] > 100
+
+
+@pytest.mark.parametrize(("text", "language", "reason"), [
+    (ENGLISH[:250], "en", "gopher: few words"), (KOREAN[:90] + "다.", "ko", "gopher: few words"),
+    (SENTENCES + "\nIt is { here.", "en", "c4: curly bracket"),
+    (ENGLISH + "\n" + ENGLISH, "en", "repetition: lines"),
+    (ENGLISH + "\n1 2 3 4 5 6 7 8 9 0" * 40, "en", "repetition: lines"),
+    (" ".join([KOREAN.replace("\n", " ")] * 2), "ko", "repetition: 5-grams"),
+    (" ".join([THAI.replace("\n", " ")] * 2), "th", "repetition: 5-grams"),
+    ("ก" * 400, "th", "repetition: top 2-gram"),
+    (KOREAN.replace(" ", "\n"), "ko", "fineweb: lines without end"),
+    ("", "en", "empty"), ("\n \n", "ko", "empty")])
+def test_what_breaks_a_rule_is_dropped_by_its_name(text: str, language: str, reason: str) -> None:
+    assert outcome(text, language).reason == reason
+
+
+def test_c4_takes_lines_out_and_leaves_the_rest() -> None:
+    text = SENTENCES.replace("\n", "\n\n")
+    found = outcome(f"Share this page\n{text}\n\nPlease enable javascript to see more.[1]\n", preset="c4")
+    assert found.reason == ""
+    assert found.text == text
+
+
+def test_code_and_languages_without_rules_pass_or_are_dropped_by_setting() -> None:
+    assert outcome("x = 1", form="code") == Outcome()
+    assert outcome("x = 1", form="code", forms=("prose", "code")).reason == "repetition: top 2-gram"
+    swahili = "Binadamu wote wamezaliwa huru, hadhi na haki zao ni sawa; " * 3
+    assert outcome(swahili, "sw").values == {"rules_language": "other", "rules_word_count": 30}
+    assert outcome(swahili, "sw", preset="c4").reason == "c4: few sentences"
+    assert outcome(swahili, "sw", without_rules="drop").reason == "no rules for its language"
+    assert outcome(swahili, "sw", without_rules="pass") == Outcome()
+
+
+def test_thresholds_change_for_all_languages_and_for_one() -> None:
+    short = {"thresholds": {"min_words": 5, "max_top_ngram_char_share": {},
+                            "max_duplicate_ngram_char_share": {}}}
+    assert outcome("그 마을의 시장에서 사람들이 물건을 판다.", "ko", **short).reason == ""
+    assert outcome(ENGLISH, languages={"en": {"min_words": 10_000}}).reason == "gopher: few words"
+    assert outcome(KOREAN, "ko", languages={"en": {"min_words": 10_000}}).reason == ""
+
+
+def test_the_files_of_the_rules_are_among_those_that_outcomes_depend_on() -> None:
+    names = {file.name for file in Rules(RulesSettings()).files()}
+    assert names >= {"ko.yaml", "en.yaml", "th.yaml", "other.yaml"}
+
+
+def test_every_broken_rule_of_the_settings_is_told() -> None:
+    wrong: Any = "prosa"
+    settings = RulesSettings(preset=wrong, languages={"xx": {}}, without_rules=wrong, forms=(wrong,))
+    assert keys_of(settings) == ["preset", "languages.xx", "without_rules", "forms.0"]
+    changes = {"min_word": 3, "max_bullet_line_share": 2.0, "max_top_ngram_char_share": {2: 1.5, 200: 0.5},
+               "min_words": None, "lines_end_with_mark": 1}
+    problems = problems_of(RulesSettings(thresholds=changes, languages={"ko": {"min_words": "many"}}))
+    assert sorted(p.key for p in problems) == [
+        "languages.ko.min_words", "thresholds.lines_end_with_mark", "thresholds.max_bullet_line_share",
+        "thresholds.max_top_ngram_char_share.2", "thresholds.max_top_ngram_char_share.200",
+        "thresholds.min_word"]
+
+
+def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
+    written = {"thresholds": {"max_duplicate_ngram_char_share": {"5": 0.9, "10": 1.0}}}
+    settings, problems = find_problems(RulesSettings, written)
+    assert problems == [] and problems_of(settings) == []
+    korean = " ".join([KOREAN.replace("\n", " ")] * 2)
+    document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})
+    assert Rules(RulesSettings()).outcomes([document])[0].reason == "repetition: 5-grams"
+    assert Rules(settings).outcomes([document])[0].reason == ""
+
+
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_threshold_that_is_no_measure_is_told(value: float) -> None:
+    assert keys_of(RulesSettings(thresholds={"min_words": value})) == ["thresholds.min_words"]

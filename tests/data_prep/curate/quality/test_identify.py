@@ -1,0 +1,152 @@
+"""Identifying languages: by script, by the model, by shares, and the same however long the text is."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+import time
+
+import pytest
+
+from data_prep.curate.quality.identify import ONE_LANGUAGE, SHARED, _model, form_of, identify, language_part
+
+# Forms: prose, code and markup, and what of them is in a language.
+
+C = """/* Copy a string. */
+#include <stddef.h>
+
+char *copy(char *to, const char *from)
+{
+    size_t i = 0;
+    while ((to[i] = from[i]) != 0)
+        i++;
+    return to;
+}
+"""
+CPP = """/*
+ * Licence: everything that stands here is a long comment and no statement at all, over
+ * several lines.
+ */
+template <typename T, class U>
+std::vector<T> both(const std::vector<T>& a, std::pair<T, U> b)
+{
+    return a;
+}
+"""
+GO = 'package main\n\nimport "fmt"\n\nfunc main() {\n\tx := 3\n\tfmt.Println("hello", x)\n}\n'
+SHELL = '#!/bin/sh\nset -e\nfor f in *.txt; do\n  if [ -f "$f" ]; then\n    wc -l "$f"\n  fi\ndone\n'
+JAVASCRIPT = "const a = b('a');\nfunction f(x) {\n  return x.map((y) => y + 1);\n}\nmodule.exports = f;\n"
+TEX = "\\section{Rings}\nA \\emph{ring} $R$ is\n\\begin{itemize}\n\\item \\textbf{abelian}\n\\end{itemize}\n"
+HTML = "<html><body><p>Hello <b>world</b></p><script>var hidden = 1;</script></body></html>"
+PROSE = """The quick brown fox jumps over the lazy dog; then it sleeps.
+
+1. First, open the file.
+2. Then call `main()` and wait (it takes a while).
+
+- A list item: with a colon
+- Another one
+
+"Is that all?" she asked. He said: yes == no?
+"""
+
+
+@pytest.mark.parametrize("text", [C, CPP, GO, SHELL, JAVASCRIPT, inspect.getsource(ast),
+                                  inspect.getsource(textwrap)],
+                         ids=["c", "c++", "go", "shell", "javascript", "ast.py", "textwrap.py"])
+def test_programs_are_code(text: str) -> None:
+    assert form_of(text) == "code"
+
+
+@pytest.mark.parametrize("text", [HTML, TEX, json.dumps({"a": [1, 2], "b": {"c": "d"}}, indent=1),
+                                  "name: x\nsteps:\n  - run: a\n    with: b\n",
+                                  "[core]\nbare = false\nurl = x\n"],
+                         ids=["html", "tex", "json", "yaml", "ini"])
+def test_markup_and_data_are_markup(text: str) -> None:
+    assert form_of(text) == "markup"
+
+
+@pytest.mark.parametrize("text", [
+    PROSE, "", "제1조 모든 인간은 자유롭다.\n제2조 모든 사람은 평등하다.\n", "今日は良い天気です;\nまた明日;",
+    "Dear all,\n\nif you come, bring bread.\nReturn by five.\n\nYours, A.",
+    inspect.getdoc(ast.NodeVisitor) * 3])
+def test_what_people_write_is_prose(text: str) -> None:
+    assert form_of(text) == "prose"
+
+
+def test_the_language_of_code_is_that_of_its_comments_and_of_markup_that_of_its_text() -> None:
+    assert language_part("x = 1\n# 한국어 주석이다\ny = 2", "code") == " 한국어 주석이다"
+    assert language_part('def f():\n    """문서다.\n\n    설명."""\n    return 1', "code").split() == [
+        "문서다.", '설명."""']
+    assert language_part(HTML, "markup").split() == ["Hello", "world"]
+    assert "ring" in language_part(TEX, "markup")
+    assert "section" not in language_part(TEX, "markup")
+
+
+@pytest.mark.parametrize("text", ["<" * 200_000, "<!--" * 50_000, "<script" * 30_000,
+                                  "import a" + ".a" * 100_000, "\\begin{" * 30_000, "a" * 1_000_000,
+                                  " " * 1_000_000, "if " * 100_000,
+                                  "@a" * 100_000, "x(" * 100_000, '"' * 100_000, "\n" * 300_000])
+def test_hostile_lines_take_no_time(text: str) -> None:
+    start = time.process_time()
+    language_part(text, form_of(text))
+    language_part(text, "markup")
+    assert time.process_time() - start < 1.0
+
+
+SENTENCES = {
+    "ko": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
+    "th": "มนุษย์ทั้งปวงเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ",
+    "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
+    "zh": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心。",
+    "en": "All human beings are born free and equal in dignity and rights.",
+    "de": "Alle Menschen sind frei und gleich an Würde und Rechten geboren.",
+    "es": "Todos los seres humanos nacen libres e iguales en dignidad y derechos.",
+    "fr": "Tous les êtres humains naissent libres et égaux en dignité et en droits.",
+    "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền.",
+    "ru": "Все люди рождаются свободными и равными в своем достоинстве и правах.",
+    "uk": "Всі люди народжуються вільними і рівними у своїй гідності та правах.",
+    "ar": "يولد جميع الناس أحراراً متساوين في الكرامة والحقوق.",
+    "fa": "تمام افراد بشر آزاد به دنیا می‌آیند و از لحاظ حیثیت و حقوق با هم برابرند.",
+    "hi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
+    "el": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_sentence_is_identified(language: str) -> None:
+    found, score = identify(SENTENCES[language])
+    assert found == language
+    assert score > 0.7
+
+
+@pytest.mark.parametrize(("text", "language"), [
+    ("GPU 메모리가 부족하면 batch size를 줄이고 gradient checkpointing을 켭니다.", "ko"),
+    ("รันโค้ด Python ด้วยคำสั่ง python main.py", "th"),
+    ("大韓民國의 首都는 서울이다. 漢字를 섞어 쓴 글이다.", "ko"),
+    ("東京タワーの高さは333メートルです", "ja")])
+def test_terms_of_others_do_not_change_it(text: str, language: str) -> None:
+    assert identify(text)[0] == language
+
+
+def test_a_mixed_text_has_the_score_of_its_share() -> None:
+    found, score = identify((SENTENCES["ko"] + "\n") * 30 + (SENTENCES["th"] + "\n") * 10)
+    assert found == "ko"
+    assert 0.5 < score < 0.95
+
+
+@pytest.mark.parametrize("text", ["", " \n", "1234 5678", "--- *** ---", "\x00\ud800\U000e0001", "😀😀"])
+def test_what_has_no_letters_is_in_no_language(text: str) -> None:
+    assert identify(text) == ("und", 0.0)
+
+
+def test_a_long_text_costs_no_more_than_its_pieces_and_is_seen_to_its_end() -> None:
+    text = SENTENCES["en"] * 40 + SENTENCES["ko"] * 2000
+    assert identify(text)[0] == "ko"
+
+
+def test_every_language_of_the_model_has_its_script() -> None:
+    known = set().union(*SHARED.values(), ONE_LANGUAGE.values())
+    missing = set(_model().labels) - known - {"zxx"}
+    assert missing <= {"yue", "wuu", "grc", "hbo", "dz"}  # of scripts that are told without the model

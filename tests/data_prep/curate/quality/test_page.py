@@ -1,0 +1,80 @@
+"""docs/data_quality.md: its steps are built as they stand there, its example runs, its tables are true."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from data_prep.curate.pipeline.step import step_class
+from data_prep.curate.quality.pii.step import FINDERS
+from data_prep.curate.quality.rules.step import SETS, Thresholds, known_languages, language_rules
+from megatron_sov.base.settings import problems_of
+
+PAGE = (Path(__file__).parents[4] / "docs/data_quality.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def language_row(code: str) -> str:
+    """Return the row of a language in the table of thresholds."""
+    rules = language_rules(code)
+    t = rules.thresholds
+    unit = "words" if rules.unit == "words" else f"{rules.chars_per_word:g} characters"
+    shortest, longest = t.min_mean_word_chars, t.max_mean_word_chars
+    length = "-" if shortest is None else f"{shortest:g} to {longest:g}"
+    return "| " + " | ".join([
+        code, unit, length, f"{t.min_alpha_word_share:g}", f"{t.max_duplicate_line_share:g}",
+        " ".join(f"{share:g}" for share in t.max_top_ngram_char_share.values()),
+        " ".join(f"{share:g}" for share in t.max_duplicate_ngram_char_share.values()),
+        "-" if t.min_terminal_line_share is None else f"{t.min_terminal_line_share:g}",
+        f"{t.max_newlines_per_word:g}", str(len(rules.stop_words))]) + " |"
+
+
+@pytest.mark.parametrize("code", [*known_languages(), "other"])
+def test_the_table_of_languages_is_what_the_files_say(code: str) -> None:
+    assert language_row(code) in PAGE.splitlines()
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Thresholds)])
+def test_every_threshold_stands_with_its_default(name: str) -> None:
+    default = getattr(Thresholds(), name)
+    shown = yaml.safe_dump(default, default_flow_style=True, width=200).splitlines()[0]
+    assert re.search(rf"^\| `{name}` \| `{re.escape(shown)}` \|", PAGE, re.MULTILINE), shown
+
+
+def test_every_step_on_the_page_is_built_and_its_settings_keep_their_rules(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("words-ko.txt", "patterns.txt"):
+        (tmp_path / name).write_text("x\n")
+    (tmp_path / "ut1-adult").mkdir()
+    (tmp_path / "ut1-adult/domains").write_text("site.org\n")
+    steps = [step for block in blocks("yaml") for step in yaml.safe_load(block)["steps"]]
+    kinds = []
+    for step in steps:
+        (kind, raw), = [item for item in step.items() if item[0] != "only"]
+        cls = step_class(kind)
+        settings = TypeAdapter(cls.Settings).validate_python(raw)
+        assert problems_of(settings) == []
+        cls(settings)
+        kinds.append(kind)
+    assert set(kinds) == {"language", "rules", "pii", "safety"}
+
+
+def test_the_example_runs() -> None:
+    code = "\n".join(blocks("python"))
+    example = doctest.DocTestParser().get_doctest(code, {}, "data_quality.md", None, 0)
+    assert len(example.examples) > 5
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_presets_and_kinds_of_personal_data_are_listed() -> None:
+    assert [name for name in [*SETS, *FINDERS] if f"| `{name}` |" not in PAGE] == []

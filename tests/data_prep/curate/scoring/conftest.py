@@ -1,0 +1,31 @@
+"""Trained scorers, and files of planted labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.training import TrainSettings, train
+from tests.data_prep.curate.scoring.planted import planted, write_lines
+
+
+@pytest.fixture(scope="session")
+def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained scorer of each kind."""
+    folder = tmp_path_factory.mktemp("scorers")
+    for kind in ("classifier", "regressor"):
+        labels = write_lines(folder / f"{kind}.jsonl", planted(kind, 400))
+        train(TrainSettings(labels, kind, NgramSettings(num_buckets=1 << 12)), folder / kind)
+    return {kind: folder / kind for kind in ("classifier", "regressor")}
+
+
+@pytest.fixture
+def labels_file(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes planted labels."""
+    def write(kind: str = "classifier", count: int = 200, seed: int = 0) -> Path:
+        return write_lines(tmp_path / f"{kind}-{seed}.jsonl", planted(kind, count, seed))
+
+    return write

@@ -1,0 +1,129 @@
+"""Levels: exact shares, ties cut in one way, small languages named, floats in their order."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from data_prep.curate.pipeline.step import Doc
+from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _ordered, _score
+from megatron_sov.base.errors import UserError
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, outcomes
+from tests.typed_words import keys_of
+
+
+def shards(scores: list[Any], languages: list[str | None], per_shard: int = 70) -> list[list[Doc]]:
+    """Return documents that have nothing but a score and a language."""
+    return [[doc("", row, shard=start // per_shard, education=scores[i], language=languages[i])
+             for row, i in enumerate(range(start, min(start + per_shard, len(scores))))]
+            for start in range(0, len(scores), per_shard)]
+
+
+def levels(found: list[list[Doc]], work: Path, **settings: Any) -> dict[str, str]:
+    made = outcomes(Level, LevelSettings(**settings), MemoryView.of(found, work))
+    return {id_: outcome.values["level"] for id_, outcome in made.items()}
+
+
+def test_each_language_has_its_own_shares_and_better_ones_come_first(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    languages = [rng.choice(["en", "en", "ko"]) for _ in range(400)]
+    scores = [float(np.float32(rng.gauss(2.0 if x == "en" else 1.0, 0.7))) for x in languages]
+    documents = shards(scores, languages)
+    found = levels(documents, tmp_path, l1=0.8)
+    for language in ("en", "ko"):
+        own = sorted(((d.columns["education"], found[d.id]) for s in documents for d in s
+                      if d.columns["language"] == language), reverse=True)
+        n = len(own)
+        at_least = [math.ceil(n * share) for share in (0.35, 0.5, 0.8, 1)]
+        expected = [name for i in range(n)
+                    for name in [("L3", "L2", "L1", "basic")[sum(i >= edge for edge in at_least)]]]
+        assert [level for _, level in own] == expected
+
+
+def test_ties_are_cut_to_the_share_whatever_the_order(tmp_path: Path) -> None:
+    documents = shards([3.0] * 200, ["en"] * 200)
+    found = levels(documents, tmp_path / "a")
+    assert Counter(found.values()) == {"L3": 70, "L2": 30, "L1": 100}
+    mixed = [d for s in documents for d in s]
+    random.Random(1).shuffle(mixed)
+    again = {0: [d for d in mixed if d.row % 2], 1: [d for d in mixed if not d.row % 2]}
+    view = MemoryView({ref: again[i] for i, ref in enumerate(list(MemoryView.of(
+        documents, tmp_path).documents_of)[:2])}, tmp_path / "b")
+    assert {k: o.values["level"] for k, o in outcomes(Level, LevelSettings(), view).items()} == found
+
+
+def test_documents_without_a_score_are_basic_and_do_not_count(tmp_path: Path) -> None:
+    scores = [None, math.nan, *([1.0] * 50), *([2.0] * 50)]
+    documents = shards(scores, ["en"] * 102)
+    found = levels(documents, tmp_path)
+    assert [found[d.id] for d in documents[0][:2]] == ["basic", "basic"]
+    assert Counter(found.values()) == {"basic": 2, "L3": 35, "L2": 15, "L1": 50}
+    assert {found[d.id] for s in documents for d in s if d.columns["education"] == 2.0} == {"L3", "L2"}
+    (note,) = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert note == "2 documents without a score are basic."
+
+
+def test_small_languages_are_judged_together_and_named(tmp_path: Path) -> None:
+    languages = ["en"] * 100 + ["vi"] * 12 + ["th"] * 7 + [None]
+    found = levels(shards([i / 7 for i in range(120)], languages), tmp_path)
+    record = json.loads((tmp_path / "levels.json").read_text())["groups"]
+    assert {name: group["judged_as"] for name, group in record.items()} == {
+        "": SMALL, "en": "en", "th": SMALL, "vi": SMALL}
+    assert record["th"]["cuts"] == record["vi"]["cuts"] == record[""]["cuts"] != record["en"]["cuts"]
+    small = list(found.values())[100:]
+    assert Counter(small) == {"L3": 7, "L2": 3, "L1": 10}
+    (_, note) = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert note == "Fewer than 100 documents, and so judged together: not known (1), th (7), vi (12)."
+
+
+def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
+    documents = [[doc("", i, quality=i / 100) for i in range(100)]]
+    found = levels(documents, tmp_path, by="quality", per="", l3=0.1)
+    assert list(found.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
+    assert Level(LevelSettings(by="quality", per="")).needs == ("quality",)
+    assert Level(LevelSettings()).needs == ("education", "language")
+
+
+def test_no_documents_at_all_are_no_mistake(tmp_path: Path) -> None:
+    alone = doc("", 0, education=None, language="en")
+    assert levels([[alone]], tmp_path) == {alone.id: "basic"}
+
+
+def test_a_column_that_holds_no_numbers_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"level: by = name: document web:0:0{16} has 'web' there"):
+        levels([[doc("", 0, language="en", name="web")]], tmp_path, by="name")
+
+
+FLOATS = st.floats(width=32, allow_nan=False)
+
+
+@given(FLOATS, FLOATS)
+def test_floats_keep_their_order(a: float, b: float) -> None:
+    assert (_ordered(a) < _ordered(b)) == (a < b)
+    assert _score(_ordered(a)) == a
+
+
+@pytest.mark.parametrize("settings", [
+    {"l3": 0.6}, {"l2": 1.0, "l1": 0.5}, {"l1": 1.5}, {"l3": 0}, {"by": ""}, {"min_documents": 0}])
+def test_settings_that_cannot_be_are_told(settings: dict[str, Any]) -> None:
+    assert keys_of(LevelSettings(**settings)) == [next(iter(settings))]
+    assert keys_of(LevelSettings()) == []
+
+
+def test_ties_are_cut_alike_however_a_source_is_cut_into_shards(tmp_path: Path) -> None:
+    found = []
+    for per_shard in (7, 200):
+        cut = [[Doc(f"web:{i // per_shard}:{i:016x}", "", "web", i // per_shard, i % per_shard,
+                    {"education": 3.0, "language": "en"}) for i in range(start, min(start + per_shard, 200))]
+               for start in range(0, 200, per_shard)]
+        made = levels(cut, tmp_path / str(per_shard))
+        found.append({name.rpartition(":")[2]: level for name, level in made.items()})
+    assert found[0] == found[1] and len(found[0]) == 200

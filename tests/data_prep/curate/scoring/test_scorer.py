@@ -1,0 +1,112 @@
+"""A scorer on disk: the same scores again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from data_prep.curate.scoring.labels import Kind
+from data_prep.curate.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.scorer import (
+    SETTINGS_FILE, WEIGHTS_FILE, load_scorer, scorer_files, scorer_problems)
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.errors import UserError
+
+
+@pytest.mark.parametrize("kind", ["classifier", "regressor"])
+def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kind) -> None:
+    scorer = load_scorer(scorers[kind])
+    assert scorer.kind == kind
+    s = scorer.settings
+    weights = load_file(scorers[kind] / WEIGHTS_FILE)["weights"]
+    for text in ("the theorem explains energy", "click login sale " * 50, "", "설명"):
+        buckets, values = Ngrams(s.features).row(text)  # type: ignore[arg-type]
+        z = s.slope * (float(values @ weights[buckets]) + s.bias) + s.offset
+        expected = 1 / (1 + np.exp(-z)) if kind == "classifier" else np.clip(z, 0, 5)
+        assert scorer.score(text) == pytest.approx(expected, abs=1e-5)
+        assert scorer.score(text) == float(np.float32(scorer.score(text)))
+
+
+def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
+    """Return a scorer with other files, whose manifest knows them."""
+    with new_artifact(target, "scorer") as artifact:
+        for file in scorer_files(scorer):
+            shutil.copyfile(file, artifact.path / file.name)
+        change(artifact.path)
+        artifact.content = {"kind": "classifier"}
+    return target
+
+
+def with_settings(**values: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        raw = json.loads((folder / SETTINGS_FILE).read_text())
+        features = {**raw["features"], **{k: v for k, v in values.items() if k in raw["features"]}}
+        raw.update({k: v for k, v in values.items() if k not in raw["features"]}, features=features)
+        (folder / SETTINGS_FILE).write_text(json.dumps(raw))
+
+    return change
+
+
+def with_weights(array: np.ndarray) -> Callable[[Path], object]:
+    return lambda folder: save_file({"weights": array}, folder / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (with_settings(bias=float("nan")), "bias = nan must be a finite number"),
+    (with_settings(kind="pickle"), 'kind = "pickle" must be'),
+    (with_settings(content_version=2), "this version reads content_version 1"),
+    (with_settings(num_buckets=1 << 60), "num_buckets = 1152921504606846976 must be at most"),
+    (with_settings(num_buckets=1000), "must be a power of two"),
+    (with_settings(num_buckets=True), "num_buckets = true must be a whole number"),
+    (with_settings(unknown=1), "unknown: no such setting"),
+    (with_weights(np.zeros(7, np.float32)), "must be 4096 finite float32, and are float32 of shape [7]"),
+    (with_weights(np.full(4096, np.inf, np.float32)), "weights must be 4096 finite"),
+    (with_weights(np.zeros(4096, np.float64)), "and are float64"),
+    (lambda folder: (folder / WEIGHTS_FILE).write_bytes(b"\x80\x04junk"), "is damaged"),
+    (lambda folder: (folder / SETTINGS_FILE).write_text("[" * 100_000), "is damaged"),
+    (lambda folder: (folder / WEIGHTS_FILE).unlink(), "its manifest lists no weights.safetensors"),
+])
+def test_files_that_cannot_be_are_refused(scorers: dict[str, Path], tmp_path: Path,
+                                          change: Callable[[Path], object], said: str) -> None:
+    folder = changed(scorers["classifier"], tmp_path / "bad", change)
+    with pytest.raises(UserError) as found:
+        load_scorer(folder)
+    assert said in str(found.value)
+    assert "train the scorer again" in str(found.value)
+
+
+def test_a_file_that_was_changed_later_is_noticed(scorers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(scorers["classifier"], tmp_path / "copy")
+    with open(tmp_path / "copy" / WEIGHTS_FILE, "r+b") as f:
+        f.seek(-3, 2)
+        f.write(b"\0")
+    with pytest.raises(UserError, match=r"weights\.safetensors"):
+        load_scorer(tmp_path / "copy")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(scorers["classifier"], tmp_path / "copy")
+    (tmp_path / "copy/extra.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds extra\.json, which its manifest does not list; remove it"):
+        load_scorer(tmp_path / "copy")
+
+
+def test_what_is_no_scorer_of_the_kind_is_told(scorers: dict[str, Path], tmp_path: Path) -> None:
+    assert scorer_problems("model", scorers["classifier"], "classifier") == []
+    assert scorer_problems("model", scorers["classifier"]) == []
+    (said,) = scorer_problems("model", scorers["classifier"], "regressor")
+    assert "is a classifier; train one with `sov-data scorer train --kind regressor`" in said.sentence
+    (said,) = scorer_problems("model", tmp_path / "none")
+    assert said.key == "model" and said.rule.startswith(f"{tmp_path}/none: does not exist")
+    (said,) = scorer_problems("model", tmp_path)
+    assert "pass the folder that `sov-data scorer train` wrote" in said.rule
+
+
+def test_what_decides_the_scores_has_no_date(scorers: dict[str, Path]) -> None:
+    assert [p.name for p in scorer_files(scorers["regressor"])] == [SETTINGS_FILE, WEIGHTS_FILE]

@@ -1,0 +1,158 @@
+"""From labels to a scorer: it finds what was planted, and says how well."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
+
+from data_prep.curate.scoring.encoder import EncoderSettings
+from data_prep.curate.scoring.labels import read_labels, split
+from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.scorer import load_scorer
+from data_prep.curate.scoring.training import INVERSE_PENALTIES, PENALTIES, TrainSettings, check, fit, train
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.errors import UserError
+from tests.data_prep.curate.scoring.planted import planted, text_of, write_lines
+
+# Fits: the best penalty, probabilities that hold, and embeddings of any size.
+
+RNG = np.random.default_rng(0)
+TRUE = RNG.normal(size=20)
+
+
+def sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows, and labels that a linear rule gives them, with noise."""
+    rows = RNG.normal(size=(count, 20))
+    z = rows @ TRUE
+    if kind == "regressor":
+        return rows.astype(np.float32), np.clip(2.5 + 0.3 * z + RNG.normal(size=count) * 0.2, 0, 5)
+    return rows.astype(np.float32), (RNG.random(count) < 1 / (1 + np.exp(-z))).astype(float)
+
+
+def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
+    rows, labels = sample(600, "classifier")
+    other, wanted = sample(300, "classifier")
+    found = fit("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
+    models = {c: LogisticRegression(C=c, max_iter=500).fit(rows, labels) for c in INVERSE_PENALTIES}
+    assert found.penalty in models
+    model = models[found.penalty]
+    np.testing.assert_allclose(found.weights, model.coef_[0], atol=1e-3)
+    assert found.bias == pytest.approx(model.intercept_[0], abs=1e-3)
+
+
+def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
+    rows, labels = sample(60, "classifier")
+    found = fit("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
+    assert found.slope < 1
+    fresh, wanted = sample(20_000, "classifier")
+    p = 1 / (1 + np.exp(-(found.slope * (fresh @ found.weights + found.bias) + found.offset)))
+    for low in (0.1, 0.5, 0.8):
+        inside = (p >= low) & (p < low + 0.1)
+        assert wanted[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
+
+
+def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> None:
+    rows, labels = sample(500, "regressor")
+    other, wanted = sample(300, "regressor")
+    found = fit("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
+    model = Ridge(alpha=found.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
+    assert found.penalty in PENALTIES
+    np.testing.assert_allclose(found.weights, model.coef_, atol=1e-4)
+    z = other @ found.weights + found.bias
+    assert np.polyfit(z, wanted, 1) == pytest.approx([found.slope, found.offset], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "regressor"])
+def test_columns_of_embeddings_may_be_of_any_size(kind: str) -> None:
+    sizes = np.logspace(-3, 3, 20).astype(np.float32)
+    rows, labels = sample(800, kind)
+    other, wanted = sample(400, kind)
+    plain = fit(kind, rows, labels, other, wanted)  # type: ignore[arg-type]
+    scaled = fit(kind, rows * sizes + 7, labels, other * sizes + 7, wanted)  # type: ignore[arg-type]
+    z = [f.slope * (r @ f.weights.astype(float) + f.bias) + f.offset
+         for f, r in ((plain, other), (scaled, (other * sizes + 7).astype(float)))]
+    assert np.corrcoef(z[0], z[1])[0, 1] > 0.999
+    assert z[1] == pytest.approx(z[0], abs=0.05)
+
+
+def test_scores_that_say_nothing_are_left_as_they_are() -> None:
+    rows, labels = sample(200, "regressor")
+    found = fit("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
+    assert (found.slope, found.offset) == (1.0, 0.0)
+
+
+SMALL = NgramSettings(num_buckets=1 << 12)
+
+
+def test_a_classifier_finds_what_was_planted_as_well_as_the_plain_library(
+        scorers: dict[str, Path], tmp_path: Path) -> None:
+    figures = read_manifest(scorers["classifier"]).content["heldout"]
+    assert figures["num_labels"] == 40
+    fresh = planted("classifier", 300, seed=5)
+    _, on_fresh = check(scorers["classifier"], write_lines(tmp_path / "fresh.jsonl", fresh))
+    labels, _ = read_labels(scorers["classifier"].parent / "classifier.jsonl", "classifier", 10_000)
+    known = split(labels).fit
+    hashing = HashingVectorizer(ngram_range=(1, 2), n_features=1 << 12)
+    model = LogisticRegression(C=10).fit(hashing.transform([x.text for x in known]), [x.label for x in known])
+    plain = roc_auc_score([x["label"] for x in fresh],
+                          model.predict_proba(hashing.transform([x["text"] for x in fresh]))[:, 1])
+    assert figures["auc"] > 0.95
+    assert on_fresh["auc"] > max(0.95, plain - 0.02)
+    assert on_fresh["calibration_error"] < 0.1
+    assert set(on_fresh["languages"]) == {"en", "ko"}
+
+
+def test_a_regressor_orders_texts_by_what_was_planted(scorers: dict[str, Path]) -> None:
+    figures = read_manifest(scorers["regressor"]).content["heldout"]
+    assert figures["spearman"] > 0.7
+    scorer = load_scorer(scorers["regressor"])
+    rng = random.Random(9)
+    means = [np.mean([scorer.score(text_of(rng, share)) for _ in range(30)]) for share in (0.15, 0.5, 0.85)]
+    assert means[0] + 1 < means[1] < means[2] - 1
+
+
+def test_the_same_labels_give_the_same_scorer(labels_file: Callable[..., Path], tmp_path: Path) -> None:
+    settings = TrainSettings(labels_file(), "classifier", SMALL)
+    train(settings, tmp_path / "a")
+    train(settings, tmp_path / "b")
+    records = [read_manifest(tmp_path / name).files for name in "ab"]
+    assert records[0] == records[1]
+    assert set(records[0]) == {"scorer.json", "weights.safetensors"}
+    assert damaged_files(tmp_path / "a") == []
+
+
+def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callable[..., Path],
+                                                            tmp_path: Path) -> None:
+    file = labels_file(count=100)
+    file.write_text(file.read_text() * 3)
+    content = train(TrainSettings(file, "classifier", SMALL), tmp_path / "out")
+    assert (content["num_labels"], content["num_repeated"]) == (100, 200)
+    assert content["num_fit"] + content["num_calibration"] + content["heldout"]["num_labels"] == 100
+
+
+def test_nothing_is_left_behind_where_training_is_refused(labels_file: Callable[..., Path],
+                                                          tmp_path: Path) -> None:
+    file = labels_file()
+    with pytest.raises(UserError, match=r"has no config\.json or no \.safetensors file"):
+        train(TrainSettings(file, "classifier", EncoderSettings(), tmp_path), tmp_path / "out")
+    with pytest.raises(UserError, match="--max-ngram 9: must be at most 5"):
+        train(TrainSettings(file, "classifier", NgramSettings(max_ngram=9)), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_labels_of_another_kind_are_refused_by_check(scorers: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text(json.dumps({"text": "a", "label": 4}) + "\n")
+    with pytest.raises(UserError, match="label = 4 must be 0 or 1"):
+        check(scorers["classifier"], file)
+    _, figures = check(scorers["regressor"], file)
+    assert (figures["num_labels"], figures["auc"]) == (1, None)

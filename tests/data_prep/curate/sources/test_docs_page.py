@@ -1,0 +1,44 @@
+"""docs/data_sources.md: its snippets print what it shows, and it names every format, option and code."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from data_prep.curate.sources.formats import FORMATS, reader_class
+
+ROOT = Path(__file__).parents[4]
+PAGE = (ROOT / "docs/data_sources.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```\n.*?^```\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("snippet", "shown"), SNIPPETS)
+def test_snippets_print_what_is_shown(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snippet: str, shown: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "data_sources.md", "exec"), {})
+    assert printed.getvalue() == shown and len(SNIPPETS) == 2
+
+
+def test_every_format_and_every_option_is_named() -> None:
+    options = {field.name for name in FORMATS for field in dataclasses.fields(reader_class(name).Options)}
+    assert not [name for name in sorted({*FORMATS, *options})
+                if f"`{name}" not in PAGE and f"{name}:" not in PAGE]
+
+
+def test_every_code_is_named() -> None:
+    codes = set()
+    for file in (ROOT / "data_prep/curate/sources").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadRecord":
+                codes |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
+    assert len(codes) > 20
+    assert not sorted(code for code in codes if f"`{code}`" not in PAGE)

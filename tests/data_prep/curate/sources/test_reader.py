@@ -1,0 +1,138 @@
+"""Reading apart: a file that hangs, crashes, eats memory or lies costs itself and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from data_prep.curate.sources import formats, reader
+from data_prep.curate.sources.source import Broken, Raw, SourceSettings
+from megatron_sov.work.sandbox import readers
+
+HOSTILE = '''
+import ctypes, os, socket, sys, time
+from data_prep.curate.sources.reader import Item
+from data_prep.curate.sources.reader import FileReader
+from data_prep.curate.sources.source import Raw
+
+def hang():
+    while True:
+        pass
+
+def crash():
+    os.kill(os.getpid(), 11)
+
+def eat():
+    return bytearray(8 << 30)
+
+def nest(n=0):
+    return nest(n + 1)
+
+def leave():
+    os._exit(3)
+
+def write():
+    open("/tmp/left-by-a-reader", "w").write("x" * 10)
+
+def steal():
+    return open("/etc/passwd").read()
+
+def call():
+    socket.create_connection(("127.0.0.1", 9), timeout=1)
+
+class Reader(FileReader):
+    format = "text"
+
+    @classmethod
+    def items(cls, job):
+        for number, word in enumerate(open(job.file).read().split()):
+            def read(word=word, number=number):
+                if word in globals():
+                    globals()[word]()
+                yield Raw(word, f"{job.name}:{number}")
+            yield Item(f"{job.name}:{number}", read)
+'''
+
+
+@pytest.fixture
+def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that reads a file of words, some of which do harm to the process that reads them."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "hostile_reader.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    # the reading process loads its reader by name, so that the format's own is replaced by a module
+    monkeypatch.setitem(formats.FORMATS, "text", "hostile_reader:Reader")
+    replaced = ("from data_prep.curate.sources import formats; "
+                "formats.FORMATS['text'] = 'hostile_reader:Reader'; ")
+    main = "from {module}"
+    assert main in readers._CODE
+    monkeypatch.setattr(readers, "_CODE", readers._CODE.replace(main, replaced + main))
+    monkeypatch.setattr(reader, "_kept", {})
+
+    def read(words: str, **options: object) -> list[Raw | Broken]:
+        (tmp_path / "a.txt").write_text(words)
+        found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
+        return [one for piece in found.pieces() for one in found.read(piece)]
+
+    return read
+
+
+@pytest.mark.parametrize(("harm", "code"), [
+    ("hang", "time"), ("crash", "crash"), ("eat", "memory"), ("nest", "nested"), ("leave", "crash")])
+def test_what_does_harm_is_told_and_what_follows_is_read(read_words, harm: str, code: str) -> None:
+    first, told, last = read_words(f"one {harm} two", time_s=0.3)
+    assert (first, last) == (Raw("one", "a.txt:0"), Raw("two", "a.txt:2"))
+    assert isinstance(told, Broken) and (told.code, told.place) == (code, "a.txt:1")
+
+
+@pytest.mark.parametrize("harm", ["write", "steal", "call"])
+def test_nothing_is_written_nor_other_files_read_nor_the_network_reached(read_words, harm: str) -> None:
+    told, last = read_words(f"{harm} two")
+    assert isinstance(told, Broken) and "Error" in told.reason and last.text == "two"
+    assert not os.path.exists("/tmp/left-by-a-reader")
+
+
+def test_the_process_is_kept_for_the_next_file(read_words) -> None:
+    read_words("one")
+    kept = next(iter(reader._kept.values()))
+    read_words("two")
+    assert next(iter(reader._kept.values())) is kept
+    read_words("crash")
+    assert kept not in reader._kept.values()
+
+
+def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three")
+    found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    documents = iter(found.read(found.pieces()[0]))
+    next(documents)
+    process = next(iter(reader._kept.values()))
+    documents.close()
+    assert not reader._kept and process._child.exit_code(0) == -signal.SIGKILL
+
+
+class Liar:
+    """The other side of a socket that sends what a broken-into parser could."""
+
+    def __init__(self, data: bytes) -> None:
+        self.ours, theirs = socket.socketpair()
+        theirs.sendall(data)
+        theirs.close()
+
+
+@pytest.mark.parametrize("data", [
+    b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x05" + bytes(7) + b'{"a":',
+    b"\x0c" + bytes(7) + b'{"text": 12}'])
+def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(readers, "END_LIMIT_S", 0.05)
+    (tmp_path / "a.txt").write_text("x")
+    found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    list(found.read(found.pieces()[0]))
+    monkeypatch.setattr(next(iter(reader._kept.values())), "channel", Liar(data).ours)
+    told = list(found.read(found.pieces()[0]))
+    assert [one.code for one in told if isinstance(one, Broken)] in (["parser"], ["crash"])
+

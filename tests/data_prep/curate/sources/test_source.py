@@ -1,0 +1,140 @@
+"""Sources: their settings, their files, mixed folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.curate.sources.formats import FORMATS, reader, reader_class
+from data_prep.curate.sources.listing import shown
+from data_prep.curate.sources.source import PASSED_OVER, Broken, Piece, Raw, SourceSettings
+from megatron_sov.base.documents import list_files
+from megatron_sov.base.errors import UserError
+from tests.typed_words import keys_of
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    source = SourceSettings("a b", ("missing", "missing"), tmp_path, "jsonll", kind="fr")
+    assert keys_of(source) == ["name", "path", "kind"]
+    wrong = SourceSettings("a", ("missing", "gone"), tmp_path, "jsonll")
+    assert keys_of(wrong) == ["path", "path", "format"]
+    assert wrong.problems()[2].way_out == "did you mean 'jsonl'?"
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"time_s": "long"}, "time_s"), ({"time_s": 0}, "time_s"), ({"memory_bytes": 1}, "memory_bytes"),
+    ({"unpacked_bytes": 5}, "unpacked_bytes"), ({"encodng": "x"}, "did you mean 'encoding'"),
+    ({"encoding": "klingon"}, "klingon"), ({"cut_bytes": 1}, "cut_bytes")])
+def test_options_are_checked(tmp_path: Path, options: dict[str, object], told: str) -> None:
+    problems = SourceSettings("s", (".",), tmp_path, "text", options=options).problems()
+    assert len(problems) == 1 and problems[0].key.startswith("options.") and told in problems[0].sentence
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_there_and_its_defaults_are_good(name: str) -> None:
+    found = reader_class(name)
+    assert found.format == name and keys_of(found.Options()) == []
+    assert all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+               for f in dataclasses.fields(found.Options))
+
+
+def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    pieces = reader(SourceSettings("s", (".",), tmp_path)).pieces()
+    assert [piece.file for piece in pieces] == ["a/b/c.txt", "a/z.txt", "a.txt", "b.txt"]
+    again = json.loads(json.dumps([dataclasses.asdict(piece) for piece in pieces]))
+    assert [Piece(**{**values, "beside": tuple(values["beside"])}) for values in again] == pieces
+
+
+def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
+    for name in ("x/one/a.txt", "x/two/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    source = SourceSettings("s", ("x/one", "x/two/a.txt"), tmp_path)
+    assert [piece.file for piece in reader(source).pieces()] == ["one/a.txt", "two/a.txt"]
+    assert source.file("two/a.txt").read_text() == "x/two/a.txt"
+
+
+def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "a.txt").write_text("a")
+    (root / "sub" / "loop").symlink_to(root)
+    (root / "sub" / "out.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "sub" / "in.txt").symlink_to(root / "a.txt")
+    (root / "sub" / "gone.txt").symlink_to(root / "nothing")
+    (root / ".hidden.txt").write_text("x")
+    os.mkfifo(root / "pipe.txt")
+    (tmp_path / "other/deep").mkdir(parents=True)
+    (tmp_path / "other/deep/b.txt").write_text("b")
+    (tmp_path / "other/deep/back").symlink_to(tmp_path / "other")
+    (root / "linked").symlink_to(tmp_path / "other")
+    (root / "again").symlink_to(tmp_path / "other/deep")
+    (root / "all").symlink_to("/")
+    source = SourceSettings("s", ("root",), tmp_path, format="text")
+    pieces = reader(source).pieces()
+    read = [piece.file for piece in pieces if piece.format != PASSED_OVER]
+    assert read == ["a.txt", "again/b.txt", "sub/in.txt", "sub/out.txt"]
+    told = [item for piece in pieces if piece.format == PASSED_OVER for item in reader(source).read(piece)]
+    assert {one.place: one.reason.split()[0] for one in told if isinstance(one, Broken)} == {
+        "again/back": "leads", "all": "leads", "linked/deep": "leads", "pipe.txt": "is",
+        "sub/gone.txt": "is", "sub/loop": "leads"}
+    said: list[str] = []
+    listed = list_files(root, said.append)
+    assert [file.relative_to(root).as_posix() for file in listed] == read, "pack reads the same"
+    assert "6 left out; the first: " in "".join(said)
+
+
+def test_what_of_a_folder_is_hidden_or_not_wanted_is_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.bin", ".c.txt", ".git/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    by_name = reader(SourceSettings("s", (".",), tmp_path, format="text"))
+    mixed = reader(SourceSettings("s", (".",), tmp_path, format="auto"))
+    assert [[piece.file for piece in one.pieces()] for one in (by_name, mixed)] == [
+        ["a.txt"], ["a.txt", "b.bin"]]
+    assert by_name.told == [".: passed over 1 file (b.bin) and 2 hidden (.c.txt, .git)"]
+    assert mixed.told == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
+
+
+def test_a_mixed_folder_is_read_by_endings(read) -> None:
+    files = {"a.txt": "text", "b.jsonl": '{"text": "line"}', "c.html": "<p>page</p>", "d.png": b"\x89PNG",
+             "e.py": "x = 1\n", "f.HTM": "<p>page</p>", "g\x1b": "no ending"}
+    found = read(files)
+    assert [(one.place, one.text) for one in found if isinstance(one, Raw)] == [
+        ("a.txt", "text"), ("b.jsonl:1", "line"), ("c.html", "page"), ("e.py", "x = 1\n"), ("f.HTM", "page")]
+    passed_over = [one for one in found if isinstance(one, Broken)]
+    assert [(one.place, one.code, one.is_left_out) for one in passed_over] == [
+        ("d.png", "ending", True), ("g\\x1b", "ending", True)]
+    assert "(.png) of no format" in passed_over[0].reason and "(none)" in passed_over[1].reason
+
+
+def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds no file"):
+        reader(SourceSettings("s", (".",), tmp_path)).pieces()
+    with pytest.raises(UserError, match="ending of no format"):
+        reader(SourceSettings("s", ("a.png",), tmp_path)).pieces()
+    with pytest.raises(UserError, match=r"source s: path = \"b.png\" does not exist"):
+        reader(SourceSettings("s", ("b.png",), tmp_path))
+
+
+def test_names_that_are_no_utf8_are_read_and_shown(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"na\xefve.txt")).write_text("text")
+    found = reader(SourceSettings("s", (".",), tmp_path))
+    (document,) = [one for piece in found.pieces() for one in found.read(piece)]
+    assert document == Raw("text", "na\\xefve.txt") and shown("plain") == "plain"
+
+
+def test_no_two_names_are_shown_alike_and_none_moves_a_cursor(tmp_path: Path) -> None:
+    names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
+             b"a\\nb.txt"]
+    told = {shown(os.fsdecode(name)) for name in names}
+    assert len(told) == len(names) and all(name.isprintable() for name in told)

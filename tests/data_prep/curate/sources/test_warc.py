@@ -1,0 +1,129 @@
+"""Web archives: which records are documents, and archives that break off."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+
+import pytest
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.warc import http_body
+from megatron_sov.base.documents import BadRecord
+
+TEXT = "이 문장은 웹 페이지에 있던 것이고, 누구나 읽을 수 있을 만큼 충분히 길다."
+ANSWERS = [
+    ("http://a.example/1", "text/html; charset=euc-kr", "200 OK",
+     f"<html><body><nav><a>menu</a></nav><p>{TEXT}</p></body></html>".encode("euc-kr")),
+    ("http://a.example/2", "image/png", "200 OK", b"\x89PNG"),
+    ("http://a.example/3", "text/html", "404 Not Found", b"<p>no such page</p>"),
+    ("http://a.example/4", "text/plain", "200 OK", "plain ü".encode()),
+    ("http://a.example/5", "application/pdf", "200 OK", b"%PDF-1.4 and no more"),
+]
+
+
+def archive(*, packed: bool = True) -> bytes:
+    sink = io.BytesIO()
+    writer = WARCWriter(sink, gzip=packed)
+    writer.write_record(writer.create_warcinfo_record("a.warc", {"software": "test"}))
+    for url, type_, status, body in ANSWERS:
+        headers = StatusAndHeaders(status, [("Content-Type", type_)], protocol="HTTP/1.1")
+        writer.write_record(writer.create_warc_record(
+            url, "response", payload=io.BytesIO(body), http_headers=headers,
+            warc_headers_dict={"WARC-Date": "2026-01-02T03:04:05Z",
+                               "WARC-Record-ID": f"<urn:test:{url[-1]}>"}))
+    return sink.getvalue()
+
+
+def told(found: list[Raw | Broken]) -> list[str]:
+    return [one.text if isinstance(one, Raw) else one.code for one in found]
+
+
+ALL = [TEXT, "type", "status", "plain ü", "pdf"]
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.warc.gz", archive()), ("a.warc", archive(packed=False)),
+    ("a.warc.gz", gzip.compress(archive(packed=False)))])
+def test_answers_are_documents_however_they_are_packed(read, name: str, content: bytes) -> None:
+    found = read({name: content})
+    assert told(found) == ALL
+    assert found[0].place == f"{name}:2"
+    assert found[0].columns["url"] == "http://a.example/1"
+    assert found[0].columns["crawled"] == "2026-01-02T03:04:05Z"
+    assert [one.is_left_out for one in found if isinstance(one, Broken)] == [True, True, False]
+
+
+def test_text_made_of_an_archive_is_read(read) -> None:
+    sink = io.BytesIO()
+    writer = WARCWriter(sink, gzip=True)
+    writer.write_record(writer.create_warc_record(
+        "http://a.example", "conversion", payload=io.BytesIO(TEXT.encode()), warc_content_type="text/plain"))
+    assert told(read({"a.wet.gz": sink.getvalue()})) == [TEXT]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_archive_that_breaks_off_is_told_wherever_it_does(read, packed: bool) -> None:
+    content = archive(packed=packed)
+    name = "a.warc.gz" if packed else "a.warc"
+    for length in range(len(content) - 5, 400, -407):
+        found = told(read({name: content[:length]}))
+        whole = [one for one in found if one in ALL]
+        assert whole == ALL[:len(whole)], length  # no text is there in part
+        assert not packed or found[-1] == "truncated", (length, found)
+
+
+def test_a_record_above_the_limit_is_passed_over(read) -> None:
+    sink = io.BytesIO()
+    writer = WARCWriter(sink, gzip=True)
+    for size in (2000, 20):
+        writer.write_record(writer.create_warc_record(
+            "http://a.example", "resource", payload=io.BytesIO(b"x" * size), warc_content_type="text/plain"))
+    assert told(read({"a.warc.gz": sink.getvalue()}, "warc", record_bytes=1000)) == ["too_long", "x" * 20]
+
+
+def test_no_archive_is_told(read) -> None:
+    assert "warc" in told(read({"a.warc": b"hello\r\n" * 100}))[-1]
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+BODY = f"<p>{TEXT}</p>".encode()
+PACKED = gzip.compress(BODY)
+
+
+@pytest.mark.parametrize(("packing", "body", "expected"), [
+    ("gzip", PACKED, BODY), ("x-gzip", PACKED + PACKED, BODY + BODY), ("deflate", zlib.compress(BODY), BODY),
+    ("gzip", BODY, BODY), ("br", BODY, BODY), ("", BODY, BODY), ("identity", b"\xff\0", b"\xff\0"),
+    ("gzip", PACKED[:-20], "truncated"), ("gzip", PACKED[:40] + b"?" + PACKED[41:], "truncated"),
+    ("deflate", raw_deflate(BODY), BODY), ("deflate", zlib.compress(BODY)[:-9], "truncated"),
+    ("deflate", BODY, BODY), ("gzip, br", PACKED, "encoding"),
+    ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
+def test_bodies_are_unpacked_or_told(packing: str, body: bytes, expected: bytes | str) -> None:
+    try:
+        found: bytes | str = http_body(body, packing, 10_000)
+    except BadRecord as e:
+        found = e.code
+    assert found == expected
+
+
+def test_a_bomb_in_a_body_is_not_unpacked() -> None:
+    assert len(http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
+
+
+def test_half_a_packed_page_is_no_document(read) -> None:
+    sink = io.BytesIO()
+    writer = WARCWriter(sink, gzip=True)
+    for body in (PACKED[:-20], PACKED):
+        headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), ("Content-Encoding", "gzip"),
+                                              ("Transfer-Encoding", "Chunked")], protocol="HTTP/1.1")
+        chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        writer.write_record(writer.create_warc_record("http://a.example", "response", io.BytesIO(chunked),
+                                                      http_headers=headers))
+    assert told(read({"a.warc.gz": sink.getvalue()})) == ["truncated", TEXT]

@@ -1,0 +1,67 @@
+"""`sov-data scorer`: what it prints, and ten wrong ways to call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from tests.data_prep.curate.scoring.planted import planted, write_lines
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with labels, which is the working folder."""
+    write_lines(tmp_path / "labels.jsonl", planted("classifier", 200))
+    write_lines(tmp_path / "few.jsonl", planted("classifier", 20))
+    write_lines(tmp_path / "ones.jsonl", [{**record, "label": 1} for record in planted("classifier", 100)])
+    write_lines(tmp_path / "scale.jsonl", planted("regressor", 100))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*more: str, labels: str = "labels.jsonl", kind: str = "classifier") -> list[str]:
+    return ["scorer", "train", "--labels", labels, "--kind", kind, "--output", "model", *more]
+
+
+def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train("--buckets", "4096", "--max-ngram", "1", "--max-chars", "500")) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "labels.jsonl: 200 texts"
+    assert out[1] == "held out:"
+    assert out[2].startswith("  20 texts: AUC 0.9") or out[2].startswith("  20 texts: AUC 1.0")
+    assert [line.split(":")[0] for line in out[3:5]] == ["  en", "  ko"]
+    assert out[-1] == "wrote model"
+    assert main(["scorer", "check", "model", "--labels", "labels.jsonl"]) == 0
+    assert capsys.readouterr().out.startswith("model, a classifier\n  200 texts: AUC ")
+    assert main(["scorer", "check", "model", "--labels", "labels.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_labels"] == 200
+    assert main(train()) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(train("--overwrite", "--buckets", "4096")) == 0
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (train(labels="none.jsonl"), "none.jsonl: cannot be read"),
+    (train(labels="few.jsonl"), "has 20 labelled texts that differ; at least 50 are needed"),
+    (train(labels="ones.jsonl"), "0 of 100 texts have label 0"),
+    (train(labels="scale.jsonl"), "must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),
+    (train(kind="ranker"), '--kind "ranker": must be'),
+    (train("--buckets", "1000"), "--buckets 1000: must be a power of two"),
+    (train("--max-tokens", "9"), "--max-tokens is for an encoder"),
+    (train("--encoder", "none", "--max-ngram", "2"), "--max-ngram and --buckets are about n-grams"),
+    (train("--encoder", "none"), "--encoder none: has no config.json"),
+    (["scorer", "check", "none", "--labels", "labels.jsonl"], "none: does not exist"),
+    (["scorer", "check", ".", "--labels", "labels.jsonl"], "has no manifest.json, so it is not a 'scorer'"),
+    (["scorer"], "required: ACTION"),
+])
+def test_a_mistake_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str],
+                                   said: str) -> None:
+    before = sorted(folder.iterdir())
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert sorted(folder.iterdir()) == before

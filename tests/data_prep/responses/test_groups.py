@@ -1,0 +1,265 @@
+"""Groups of judged responses become chats with an advantage each; what says nothing is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from data_prep.cli import main
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents import Reading, read_documents
+from megatron_sov.engine.data.token_shards import open_sources
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return path
+
+
+def group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
+    return {"prompt": prompt, "responses": [{"content": f"answer {i}", "reward": r}
+                                            for i, r in enumerate(rewards)]}
+
+
+def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, capsys) -> None:
+    judged = {"prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}],
+              "tools": [], "responses": [
+                  {"content": "So.", "rewards": {"rule": 1, "rubric": 0.5}},
+                  {"messages": [{"role": "assistant", "content": "Hm."}], "rewards": {"rule": 0}},
+                  {"content": "Because.", "reward": 1.0}]}
+    file = write(tmp_path / "in.jsonl", judged, group(0.5, 0.5), group(1))
+    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    chats = [json.loads(line) for line in (tmp_path / "out/groups.jsonl").read_text().splitlines()]
+    assert [c["messages"][-1]["content"] for c in chats] == ["So.", "Hm.", "Because."]
+    assert {len(c["messages"]) for c in chats} == {3}
+    assert all(c["tools"] == [] for c in chats)
+    assert [c["advantage"] for c in chats] == pytest.approx([1.0, -1.0, 1 / 3])
+    assert [c["group_share"] for c in chats] == pytest.approx([1 / 3] * 3)
+    assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
+        "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
+        "num_unfinished": 0, "num_passed_over": 0}
+    assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
+
+
+def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not_learned(
+        tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome back."},
+             {"role": "user", "content": "2 + 2?"}]
+    file = write(tmp_path / "in.jsonl", group(1, 0, prompt=turns) | {"id": "q7"}, group(0, 1) | {"id": 8})
+    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0",
+                 "--column", "advantage", "--column", "group_share", "--workers", "1",
+                 "--input", str(tmp_path / "out/groups.jsonl"), "--output", str(tmp_path / "packed")]) == 0
+    tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
+    [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
+    documents = source.shard("train")
+    learned = [tokenizer.decode(documents.tokens(d, 0, n)[documents.loss_weights(d, 0, n) > 0].tolist())
+               for d, n in enumerate(documents.lengths)]
+    assert ["answer" in text for text in learned] == [True] * 4
+    assert not any("Welcome" in text for text in learned)
+
+
+def test_a_group_is_held_out_as_a_whole_and_with_every_other_group_of_its_prompt(
+        tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    groups = [group(*rewards, prompt=f"{i % 30} + 2?") for i in range(60) for rewards in [(1, 0, 0.5)]]
+    file = write(tmp_path / "in.jsonl", *groups)
+    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0.3",
+                 "--workers", "1", "--input", str(tmp_path / "out/groups.jsonl"), "--output",
+                 str(tmp_path / "packed")]) == 0
+    tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
+    [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
+    prompts = {}
+    for split in ("train", "heldout"):
+        documents = source.shard(split)
+        answers = Counter(re.findall(r"\d+ \+ 2", tokenizer.decode(documents.tokens(d, 0, n).tolist()))[0]
+                          for d, n in enumerate(documents.lengths))
+        assert set(answers.values()) == {6}  # both groups of three
+        prompts[split] = set(answers)
+    assert len(prompts["heldout"]) >= 3 and not prompts["train"] & prompts["heldout"]
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ("[1]", "in.jsonl:1: is a JSON list"),
+    ("{", "in.jsonl:1: is not valid JSON"),
+    ({"prompt": "a"}, "needs a 'prompt' and a list 'responses'"),
+    (group(1, 0, prompt=3), "in.jsonl:1: prompt"),
+    (group(1, "good"), "responses[1]: reward is 'good', must be a finite number"),
+    (group(1, True), "responses[1]: reward is 'True'"),
+    ('{"prompt": "a", "responses": [{"content": "b", "reward": NaN}]}', "reward is 'nan'"),
+    ({"prompt": "a", "responses": [{"content": "b"}]}, "needs either a number 'reward'"),
+    ({"prompt": "a", "responses": [{"reward": 1}]}, "either 'content' or 'messages'"),
+    ({"prompt": "a", "responses": [{"messages": [{"role": "user", "content": "x"}], "reward": 1}]},
+     "no message of the assistant"),
+    (group(1, 10**400), "responses[1]: reward is '1000"),
+    (group(1, 0, prompt="\ud800"), "in.jsonl:1: holds half of a surrogate pair"),
+    (group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
+    (group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
+])
+def test_what_is_wrong_is_named_and_nothing_is_written(record: Any, said: str, tmp_path: Path,
+                                                       capsys) -> None:
+    file = write(tmp_path / "in.jsonl", record)
+    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def line(prompt: str, response: str, reward: float | None, **more: Any) -> dict[str, Any]:
+    """Return a line as `megatron-sov score` writes it."""
+    return {"prompt": prompt, "response": response, "reward": reward, "status": "scored", **more}
+
+
+def test_the_lines_of_one_prompt_are_a_group_and_its_best_and_worst_a_pair(tmp_path: Path, capsys) -> None:
+    scored = [line("a", "so", 0.5, answer="7"), line("a", "best", 1.0), line("a", "bad", -1),
+              line("a", " ", -2), line("a", "late", None),
+              line("b", "same", 1), line("b", "other", 1), line("c", "alone", 1)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, scored)))
+    assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0
+    assert [json.loads(row) for row in (tmp_path / "out/pairs.jsonl").read_text().splitlines()] == [
+        {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "best"}],
+         "rejected": [{"role": "assistant", "content": "bad"}]}]
+    assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
+        "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
+        "num_unfinished": 0, "num_passed_over": 0}
+    assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
+    assert main(["groups", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "groups")]) == 0
+    chats = [json.loads(row) for row in (tmp_path / "groups/groups.jsonl").read_text().splitlines()]
+    assert [chat["advantage"] for chat in chats] == [0.5, 1.0, -1.0]
+
+
+def test_one_text_with_two_rewards_is_no_pair(tmp_path: Path) -> None:
+    """As two rows of tokens may stand for one text, and be judged by their number."""
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
+        line("a", "x", 1), line("a", "x", 0), line("b", "x", 1), line("b", "y", 0)])))
+    assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0
+    assert len((tmp_path / "out/pairs.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_answer_that_was_cut_off_may_be_the_worse_one_and_never_the_better(tmp_path: Path, capsys) -> None:
+    scored = [line("a", "cut but best", 1, finish_reason="length"),
+              line("a", "whole", 0.5, finish_reason="stop"), line("a", "cut", 0, finish_reason="length"),
+              line("b", "all cut", 1, finish_reason="length"), line("b", "too", 0, finish_reason="length"),
+              line("c", "as good but cut", 1, finish_reason="length"), line("c", "whole", 1),
+              line("c", "no", 0)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, scored)))
+
+    def paired(step: str, *more: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        folder = tmp_path / "-".join([step, *more])
+        assert main([step, "--input", str(tmp_path / "in.jsonl"), "--output", str(folder), *more]) == 0
+        rows = [json.loads(row) for row in (folder / f"{step}.jsonl").read_text().splitlines()]
+        return rows, read_manifest(folder, "corpus").content["groups"]
+
+    def texts(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+
+    rows, counted = paired("pairs")
+    assert texts(rows) == [("whole", "cut"), ("whole", "no")]
+    assert (counted["num_groups"], counted["num_unfinished"], counted["num_passed_over"]) == (3, 5, 2)
+    assert "5 of 8 responses did not end; 2 of them would have been learned" in capsys.readouterr().out
+    rows, counted = paired("pairs", "--keep-unfinished")
+    assert texts(rows) == [("cut but best", "cut"), ("all cut", "too"), ("as good but cut", "no")]
+    assert (counted["num_unfinished"], counted["num_passed_over"]) == (5, 0)
+
+    # in a group its reward has its place, and its text is learned where it is a bad one only
+    rows, counted = paired("groups")
+    assert [(row["messages"][-1]["content"], row["advantage"], round(1 / row["group_share"]))
+            for row in rows] == [("whole", 0.0, 3), ("cut", -1.0, 3), ("too", -1.0, 2), ("whole", 1.0, 3),
+                                 ("no", -1.0, 3)]
+    assert (counted["num_responses"], counted["num_passed_over"]) == (8, 3)
+    assert len(paired("groups", "--keep-unfinished")[0]) == 8
+
+
+def test_where_every_better_answer_was_cut_off_the_user_is_told(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
+        line("b", "cut", 1, finish_reason="length"), line("b", "whole", 0, finish_reason="stop")])))
+    assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "no response that is better than another one of its group ended (1 of 2 have" in said
+    assert "--max-new-tokens" in said and not (tmp_path / "out").exists()
+
+
+def made(folder: Path, rows: list[dict[str, Any]], *more: str) -> list[dict[str, Any]]:
+    """Return what the command writes for lines."""
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["unpaired", "--input", str(folder / "in.jsonl"), "--output", str(folder / "out"), *more,
+                 "--overwrite"]) == 0
+    return [json.loads(row) for row in (folder / "out/unpaired.jsonl").read_text().splitlines()]
+
+
+def said(row: dict[str, Any]) -> tuple[str, str, str, float]:
+    """Return prompt, response, mismatched response and whether it is a good one."""
+    assert row["desirable"][0] == row["desirable"][1]
+    return (row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"],
+            row["desirable"][0])
+
+
+def test_each_response_is_beside_one_to_another_prompt(tmp_path: Path) -> None:
+    rows = made(tmp_path, [
+        {"prompt": "a", "response": "a1", "label": True}, {"prompt": "a", "response": "a2", "label": False},
+        {"prompt": "b", "response": "b1", "label": True},
+        {"prompt": "c", "responses": [{"content": "c1", "reward": 0.5}, {"content": "c2", "reward": 0.49}]}])
+    assert list(map(said, rows)) == [("b", "b1", "a1", 1.0), ("c", "c1", "b1", 1.0), ("c", "c2", "b1", 0.0),
+                                     ("a", "a1", "c1", 1.0), ("a", "a2", "c2", 0.0)]
+    assert read_manifest(tmp_path / "out", "corpus").content["responses"] == {
+        "num_good": 3, "num_bad": 2, "num_passed_over": 0}
+
+
+@pytest.mark.parametrize("in_lines", [True, False])
+def test_mismatched_responses_are_the_matched_ones(in_lines: bool, tmp_path: Path) -> None:
+    """Of pairs, the good response first, the last of each prompt alone would be the bad ones."""
+    rows = made(tmp_path, [line for p in "abc" for line in (
+        [{"prompt": p, "response": p + sign, "label": sign == "+"} for sign in "+-"] if in_lines else
+        [{"prompt": p, "responses": [{"content": p + sign, "reward": int(sign == "+")} for sign in "+-"]}])])
+    matched, mismatched = ({said(row)[place] for row in rows} for place in (1, 2))
+    assert matched == mismatched == {p + sign for p in "abc" for sign in "+-"}
+
+
+def test_short_answers_may_be_the_same_to_two_prompts(tmp_path: Path) -> None:
+    made(tmp_path, [{"prompt": p, "completion": "Yes.", "label": p == "a"} for p in "ab"])
+    reading = Reading("preference", columns=("desirable",))
+    found = list(read_documents([tmp_path / "out/unpaired.jsonl"], reading))
+    assert [d.chosen == d.rejected for d in found] == [True, True]
+
+
+def test_a_prompt_that_comes_again_is_no_other_one(tmp_path: Path) -> None:
+    rows = made(tmp_path, [{"prompt": p, "responses": [{"content": f"{p}{i}", "reward": i % 2}]}
+                           for i, p in enumerate("aabba")])
+    assert all(row["rejected"][0]["content"][0] != row["prompt"][0]["content"] for row in rows)
+    assert len(rows) == 5
+
+
+def test_a_good_one_that_did_not_end_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "response": "cut", "reward": 1, "finish_reason": "length"},
+             {"prompt": "b", "response": "cut and bad", "reward": 0, "finish_reason": "length"},
+             {"prompt": "c", "response": "whole", "reward": 1, "finish_reason": "stop"}]
+    assert [said(row)[1] for row in made(tmp_path, lines)] == ["cut and bad", "whole"]
+    assert len(made(tmp_path, lines, "--keep-unfinished")) == 3
+
+
+@pytest.mark.parametrize(("lines", "sentence"), [
+    ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "a", "response": "y", "label": False}],
+     "all responses are to one prompt"),
+    ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", "label": True}],
+     "2 responses are good"),
+    ([{"prompt": "a", "response": "x", "label": "yes"}], "are to one prompt, or there are none"),
+])
+def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence: str, tmp_path: Path,
+                                                     capsys: Any) -> None:
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["unpaired", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("good", [True, 1])
+def test_rows_of_kto_are_judged_responses(good: bool | int, tmp_path: Path) -> None:
+    say = [{"role": "assistant", "content": "b1"}]
+    rows = made(tmp_path, [{"prompt": "a", "completion": "a1", "label": good},
+                           {"prompt": [{"role": "user", "content": "b"}], "completion": say,
+                            "label": not good}])
+    assert sorted(map(said, rows)) == [("a", "a1", "b1", 1.0), ("b", "b1", "a1", 0.0)]

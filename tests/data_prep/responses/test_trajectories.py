@@ -1,0 +1,96 @@
+"""Trajectories: a query and solutions that differ become one document; what is the same or
+too few is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main
+from data_prep.responses.trajectories import Solution, TrajectorySettings, diverse, document, read_queries
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.errors import UserError
+
+SAME = "Let a be two m plus one and b be two n plus one"
+QUERY = {"query": "Is odd plus odd even?",
+         "solutions": [SAME, SAME + "!", {"thinking": "3 + 5 = 8", "answer": "Yes, it is."}]}
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
+    return path
+
+
+def test_a_query_and_its_solutions_are_one_document(tmp_path: Path, capsys) -> None:
+    file = write(tmp_path / "in.jsonl", QUERY, {"query": "One?", "solutions": ["Only this one."]})
+    assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    (line,) = (tmp_path / "out/trajectories.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"id": 1, "text": "Is odd plus odd even?\n\n"
+                                                 f"Solution 1\n{SAME}\n\nSolution 2\n"
+                                                 "<think>\n3 + 5 = 8\n</think>\n\nYes, it is."}
+    content = read_manifest(tmp_path / "out", "corpus").content["trajectories"]
+    assert content == {"num_documents": 1, "num_solutions": 2, "num_left_out": 1}
+    assert "1 queries with fewer than 2 different ones left out" in capsys.readouterr().out
+
+
+def test_solutions_are_chosen_far_apart() -> None:
+    """Words a to h: the second solution shares two of four triples with the first,
+    the third none, the fourth all."""
+    texts = ["a b c d e", "a b c d x", "p q r s", "a b c d e"]
+    solutions = [Solution(text) for text in texts]
+    assert [s.answer for s in diverse(solutions, 2, 0.8)] == ["a b c d e", "p q r s"]
+    assert [s.answer for s in diverse(solutions, 5, 0.8)] == ["a b c d e", "p q r s", "a b c d x"]
+    assert [s.answer for s in diverse(solutions, 5, 0.4)] == ["a b c d e", "p q r s"]
+    assert diverse([], 5, 0.8) == []
+
+
+@pytest.mark.parametrize(("think", "told"), [
+    ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
+def test_thoughts_have_three_forms(think: Any, told: str) -> None:
+    settings = TrajectorySettings(think=think, heading="풀이 {}:")
+    assert (document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
+            == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno")
+
+
+@pytest.mark.parametrize(("record", "arguments", "said"), [
+    ({"query": "a", "solutions": "b"}, [], "in.jsonl:1: needs a string 'query' and a list 'solutions'"),
+    ({"query": "a", "solutions": ["b", {"thinking": "c"}]}, [],
+     "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
+    ("{", [], "in.jsonl:1: is not valid JSON"),
+    ({"query": "a", "solutions": ["b", "b"]}, [], "none of 1 queries has 2 different solutions"),
+    (QUERY, ["--least", "3", "--most", "2"], "--least 3: must be at most --most = 2"),
+    (QUERY, ["--heading", "Solution"], "must hold {} once"),
+    (QUERY, ["--max-similarity", "2"], "--max-similarity 2: must be at most 1"),
+])
+def test_mistakes_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str,
+                                                   tmp_path: Path, capsys) -> None:
+    file = write(tmp_path / "in.jsonl", record)
+    assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer, **thought}]}
+
+
+def test_chats_of_one_question_in_a_row_are_its_solutions(tmp_path: Path) -> None:
+    file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
+                 chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
+    found = list(read_queries(file))
+    assert [query for query, _ in found] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
+    assert found[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
+    assert [len(solutions) for _, solutions in found] == [2, 1, 3, 1]
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({"messages": "x"}, "in.jsonl:1: 'messages' must be"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "in.jsonl:1: has turns of user; a chat that is a"),
+])
+def test_a_chat_that_is_no_solution_is_refused(record: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        list(read_queries(write(tmp_path / "in.jsonl", record)))

@@ -1,0 +1,144 @@
+"""Pairs that the library's own builder wrote become the artifact that `sov-data pack` makes of the text."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import cli
+from data_prep.shards.token_artifact import read_tokens_manifest, shards_of
+from megatron_sov.base.documents.indexed_writer import HEADER
+
+
+@pytest.fixture(scope="module")
+def tokenizer(token_shards: Path) -> Path:
+    return token_shards.parent / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def texts(token_shards: Path) -> list[str]:
+    lines = (token_shards.parent / "first.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines][:200]
+
+
+def encoded(tokenizer: Path, texts: list[str]) -> tuple[list[list[int]], int]:
+    """Return the ids of each text, and eos."""
+    from data_prep.shards.encode import Encoder
+
+    encoder = Encoder(tokenizer)
+    return [encoder.plain.encode(text, add_special_tokens=False).ids for text in texts], encoder.eos_id
+
+
+def built(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16) -> Path:
+    """Have the library write documents, each a list of sequences, as preprocess_data does."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for sequences in documents:
+        builder.add_document(torch.tensor([id_ for ids in sequences for id_ in ids]),
+                             [len(ids) for ids in sequences])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ids, eos = encoded(tokenizer, texts)
+    return built(tmp_path_factory.mktemp("theirs") / "corpus_text_document",
+                 [[[*document, eos]] for document in ids])
+
+
+def bytes_of(data: Path) -> dict[str, bytes]:
+    return {f"{shard.split}.{suffix}": Path(f"{shard.prefix}.{suffix}").read_bytes()
+            for shard in shards_of(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
+
+
+def test_the_artifact_is_the_one_that_pack_makes_of_the_text(tokenizer: Path, pair: Path, texts: list[str],
+                                                             tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--tokenizer", str(tokenizer), "--heldout", "0.1", "--output"]
+    assert cli.main(["pack", "--input", str(tmp_path / "corpus.jsonl"), *words, str(tmp_path / "packed"),
+                     "--workers", "1"]) == 0
+    assert cli.main(["adopt", f"corpus={pair}.bin", *words, str(tmp_path / "adopted")]) == 0
+    assert bytes_of(tmp_path / "adopted") == bytes_of(tmp_path / "packed")
+    packed, adopted = (read_tokens_manifest(tmp_path / name).content for name in ("packed", "adopted"))
+    assert adopted["sources"][0]["splits"] == packed["sources"][0]["splits"]
+    assert {name: adopted[name] for name in packed if name != "sources"} == {
+        name: packed[name] for name in packed if name != "sources"}
+    for command in (["verify", "adopted"], ["inspect", "adopted"], ["sample", "adopted"]):
+        assert cli.main([command[0], str(tmp_path / command[1])]) == 0
+
+
+def test_files_are_linked_and_sequences_of_a_document_joined(tokenizer: Path, texts: list[str],
+                                                             tmp_path: Path) -> None:
+    ids, eos = encoded(tokenizer, texts[:20])
+    halves = [[document[:3], [*document[3:], eos]] for document in ids]
+    halves.insert(5, [[]])  # a document without tokens
+    real = built(tmp_path / "real", halves, np.int32)
+    prefix = tmp_path / "split_sentences"  # as caches of downloads have it: links to what is elsewhere
+    for ending in (".bin", ".idx"):
+        Path(f"{prefix}{ending}").symlink_to(f"{real}{ending}")
+    assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--heldout", "0", "--link",
+                     "--output", str(tmp_path / "linked")]) == 0
+    shard = next(shards_of(tmp_path / "linked", read_tokens_manifest(tmp_path / "linked").content))
+    assert Path(f"{shard.prefix}.bin").samefile(f"{real}.bin")
+    assert not Path(f"{shard.prefix}.bin").is_symlink()
+    assert [document.tolist() for document in shard.open().documents()] == [[*d, eos] for d in ids]
+    assert cli.main(["verify", str(tmp_path / "linked")]) == 0
+
+
+def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
+    """Return a copy of a pair with other bytes in its index."""
+    whole = bytearray(Path(f"{pair}.idx").read_bytes())
+    whole[at:at + len(raw)] = raw
+    Path(f"{folder}/bad.idx").write_bytes(whole)
+    Path(f"{folder}/bad.bin").write_bytes(Path(f"{pair}.bin").read_bytes())
+    return folder / "bad"
+
+
+@pytest.mark.parametrize(("at", "raw", "sentence"), [
+    (0, b"nothing", "is no index of Megatron's indexed datasets"),
+    (9, struct.pack("<Q", 2), "has version 2"),
+    (17, b"\x05", "dtype code 5"),
+    (18, struct.pack("<Q", 7), "which does not fit its 7 sequences"),
+    (18, struct.pack("<Q", 1 << 62), "which does not fit its"),
+    (HEADER.size, struct.pack("<i", -5), "sequence 0 has -5 tokens"),
+    (HEADER.size, struct.pack("<i", 1), "sequence 1 begins at byte"),
+    (HEADER.size + 4 * 200, struct.pack("<q", 2), "sequence 0 begins at byte 2"),
+    (HEADER.size + 12 * 200 + 8, struct.pack("<q", 300), "document bounds do not go from 0"),
+])
+def test_an_index_that_is_not_sound_is_refused(at: int, raw: bytes, sentence: str, pair: Path,
+                                               tokenizer: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    bad, out = changed(pair, tmp_path, at, raw), tmp_path / "out"
+    assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out)]) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bin", "bad.idx"]
+
+
+def test_shards_of_another_tokenizer_are_refused(tokenizer: Path, texts: list[str], tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    ids, eos = encoded(tokenizer, texts[:50])
+
+    def refused(name: str, documents: list[list[int]], *more: str) -> str:
+        prefix = built(tmp_path / name, [[document] for document in documents])
+        assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--output",
+                         str(tmp_path / "out"), *more]) == 2
+        return capsys.readouterr().err
+
+    assert "has id 1024, and the tokenizer's ids are 0 to 1023" in refused(
+        "large", [[*ids[0], 1024, eos], *ids[1:]])
+    shifted = [[*((id_ - 300) % 700 + 300 - 7 for id_ in document), eos] for document in ids]
+    assert "is of another tokenizer" in refused("shifted", shifted)
+    assert "every document ends with id 5" in refused("other-eod", [[*document, 5] for document in ids])
+    assert "1 of 50 documents do not end with the tokenizer's eos" in refused(
+        "one-without", [[*document, eos] for document in ids[:-1]] + [ids[-1]])
+    assert "--link: keeps the files as they are" in refused("ok", ids, "--link")
+    assert not (tmp_path / "out").exists()

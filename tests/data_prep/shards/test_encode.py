@@ -1,0 +1,321 @@
+"""Tokens and masks, compared with transformers' own rendering."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from data_prep.shards.encode import (
+    LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
+from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.base.chat.kinds import KIND_NONE
+from megatron_sov.base.documents import BadRecord, Conversation, Document, Message, Reading, read_documents
+from megatron_sov.base.errors import UserError
+from tokenizer.cli import main as sov_tokenizer
+
+CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
+        ("assistant", "안녕하세요!"))
+
+
+@pytest.fixture(scope="module", params=["solar-open", "k-exaone"])
+def folder(request: pytest.FixtureRequest, tokenizers: dict[str, Path]) -> Path:
+    return tokenizers[request.param]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["tokenizers", "tiktoken"])
+def encoder(request: pytest.FixtureRequest, folder: Path) -> Encoder:
+    return Encoder(folder, EncodingSettings(fast=request.param))
+
+
+def encode_text(encoder: Encoder, text: str) -> np.ndarray:
+    return encoder.encode_batch([Document("", text)]).ids
+
+
+def types_of(batch: EncodedBatch) -> np.ndarray:
+    return np.where(batch.kinds == KIND_NONE, TYPE_PROMPT, TYPE_RESPONSE)
+
+
+def encode_chat(encoder: Encoder, messages: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray]:
+    batch = encoder.encode_batch([Document("", messages=Conversation.of(*messages).messages)])
+    return batch.ids, types_of(batch)
+
+
+def test_text_is_transformers_ids_and_eos(folder: Path, encoder: Encoder) -> None:
+    text = "def f(x):\n    return  x # 한국어\n\n"
+    ids = encode_text(encoder, text)
+    assert ids.tolist() == [*AutoTokenizer.from_pretrained(folder).encode(text), encoder.eos_id]
+
+
+def test_chat_is_transformers_rendering_with_masks(folder: Path, encoder: Encoder) -> None:
+    loaded = AutoTokenizer.from_pretrained(folder)
+    ids, types = encode_chat(encoder, CHAT)
+    theirs = loaded.apply_chat_template([{"role": r, "content": c} for r, c in CHAT], tokenize=True,
+                                        return_dict=False)
+    assert ids.tolist() == theirs + ([] if theirs[-1] == encoder.eos_id else [encoder.eos_id])
+    end = "<|end|>" if "solar" in folder.name else "<|endofturn|>"
+    responses = loaded.decode(ids[types == TYPE_RESPONSE], skip_special_tokens=False)
+    assert responses == f"It is 4.{end}안녕하세요!{end}"
+    assert set(types.tolist()) == {TYPE_PROMPT, TYPE_RESPONSE}
+    assert (ids == encoder.eos_id)[-1] and (ids[-2] != encoder.eos_id)
+
+
+@settings(max_examples=60)
+@given(parts=st.lists(st.sampled_from(
+    ["<|end|>", "<|endofturn|>", "[PAD]", "<|reserved_40|>", "<|begin|>", " ", "hi", "<|", "<think>"])))
+def test_no_text_reaches_a_special_id(encoder: Encoder, parts: list[str]) -> None:
+    text = "".join(parts)
+    ids = encode_text(encoder, text)
+    assert (ids[:-1] >= 64).all() and ids[-1] == encoder.eos_id
+    plain, _ = encode_chat(encoder, (("user", "a"), ("assistant", "b")))
+    hostile, types = encode_chat(encoder, (("user", text), ("assistant", text)))
+    assert hostile[hostile < 64].tolist() == plain[plain < 64].tolist()
+    assert (types == TYPE_RESPONSE).sum() == len(ids)  # the same text, and its end token in the place of EOS
+
+
+def test_batches_are_flat_columns(encoder: Encoder) -> None:
+    texts = [f"text {i}" for i in range(50)]
+    batch = encoder.encode_batch([Document("", t) for t in texts])
+    alone = [encode_text(encoder, t).tolist() for t in texts]
+    assert batch.lengths_tokens.tolist() == [len(ids) for ids in alone]
+    assert batch.ids.tolist() == [id_ for ids in alone for id_ in ids] and len(batch.kinds) == 0
+
+
+def test_begin_and_end_are_settings(folder: Path) -> None:
+    both, none = Encoder(folder, EncodingSettings(bos="start")), Encoder(folder, EncodingSettings(eod="none"))
+    ids = encode_text(none, "some text").tolist()
+    assert encode_text(both, "some text").tolist() == [both.bos_id, *ids, both.eos_id]
+    assert both.decode([both.bos_id or 0]) == AutoTokenizer.from_pretrained(folder).bos_token
+    chat, types = encode_chat(both, CHAT)
+    assert (chat[0] == both.bos_id and types[0] == TYPE_PROMPT
+            and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1)
+
+
+def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    file = bare / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {
+        "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"}))
+    monkeypatch.setattr("data_prep.shards.encode.damaged_files", lambda path: [])
+    encoder = Encoder(bare)
+    ids, types = encode_chat(encoder, (("user", "hi"), ("assistant", "yes")))
+    assert encoder.decode(ids[types == TYPE_RESPONSE].tolist()) == "yes" + encoder.decode([encoder.eos_id])
+    ids, types = encode_chat(encoder, (("assistant", "yes"), ("user", "hi")))
+    assert ids[-1] == encoder.eos_id and types[-1] == TYPE_PROMPT
+
+
+def test_a_chat_of_which_nothing_is_learned_is_refused(encoder: Encoder) -> None:
+    asked = Message("user", "What is 2+2?")
+    for messages in ((asked,), (asked, Message("assistant", "4", is_learned=False))):
+        with pytest.raises(BadRecord, match="is a chat of which nothing is learned"):
+            encoder.encode_batch([Document("", messages=messages)])
+
+
+def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:
+    prompt = CHAT[:2]
+    pair = Document("", messages=Conversation.of(*prompt).messages,
+                    chosen=(Message("assistant", "It is 4."),),
+                    rejected=(Message("assistant", "5, I guess."),))
+    batch = encoder.encode_batch([pair, pair])
+    assert len(batch.lengths_tokens) == 4 and batch.lengths_tokens[0] == batch.lengths_tokens[2]
+    for i, side in enumerate((pair.chosen, pair.rejected)):
+        start = int(batch.lengths_tokens[:i].sum())
+        part = slice(start, start + int(batch.lengths_tokens[i]))
+        # the prompt has no assistant, so the chat's mask is the pair's
+        ids, types = encode_chat(encoder, (*prompt, ("assistant", side[0].content)))
+        assert np.array_equal(batch.ids[part], ids) and np.array_equal(types_of(batch)[part], types)
+
+
+def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Encoder) -> None:
+    pair = Document("", messages=Conversation.of(*CHAT[:4]).messages,
+                    chosen=(Message("assistant", "안녕하세요!"),), rejected=(Message("assistant", "No."),))
+    batch = encoder.encode_batch([pair])
+    chosen = slice(0, int(batch.lengths_tokens[0]))
+    learned = types_of(batch)[chosen] == TYPE_RESPONSE
+    assert "It is 4." not in encoder.decode(batch.ids[chosen][learned].tolist())
+
+
+def test_a_prompt_is_transformers_generation_prompt(folder: Path, encoder: Encoder) -> None:
+    prompt = Conversation.of(*CHAT[:2]).messages
+    batch = encoder.encode_batch([Document("", messages=prompt, awaits_response=True)])
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": r, "content": c} for r, c in CHAT[:2]], tokenize=True, return_dict=False,
+        add_generation_prompt=True)
+    assert batch.ids.tolist() == theirs and set(types_of(batch).tolist()) == {TYPE_PROMPT}
+
+
+def test_a_changed_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|unk|>"}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: has .* bytes, the manifest says"):
+        Encoder(tmp_path)
+    with pytest.raises(UserError, match="is not a 'tokenizer' artifact"):
+        Encoder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("given", "imported", "output"), [
+    ("hf", "hf", "hf-tokenizer"),
+    ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
+    ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
+    ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
+    ("old", "old", "old-tokenizer"),
+])
+def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
+        given: str, imported: str, output: str, folder: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "packed/tokenizer"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copyfile(folder / "tokenizer.json", tmp_path / name / "tokenizer.json")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/my.tiktoken").touch()
+    with pytest.raises(UserError) as e:
+        Encoder(Path(given))
+    assert f"run `sov-tokenizer import {imported} --output {output}`, and pass" in str(e.value)
+    with pytest.raises(UserError, match="none: does not exist"):
+        Encoder(Path("none"))
+
+
+def test_an_export_is_taken_over_by_the_command_that_the_refusal_names(
+        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tmp_path / "my hf"
+    shutil.copytree(folder, hf)
+    (hf / "manifest.json").unlink()
+    with pytest.raises(UserError) as e:
+        Encoder(hf)
+    words = shlex.split(str(e.value).split("`")[1])
+    monkeypatch.chdir(tmp_path)
+    assert sov_tokenizer(words[1:]) == 0
+    Encoder(tmp_path / "my hf-tokenizer")
+
+
+def test_a_prompt_and_its_completion_are_trl_tokens_and_mask(folder: Path, encoder: Encoder,
+                                                             tmp_path: Path) -> None:
+    """As TRL prepares such rows: the ids of both rendered, of which those behind the prompt's, rendered with
+    the beginning of an answer, are learned; here a turn's end is the last that is."""
+    loaded = AutoTokenizer.from_pretrained(folder)
+    first = [{"role": "user", "content": "2+2?"}]
+    turns = [*first, {"role": "assistant", "content": "4"}, {"role": "user", "content": "안녕"}]
+    answer = [{"role": "assistant", "content": "안녕하세요!"}]
+    for prompt, completion in ((first, answer), (turns, answer), ("2+2?", "안녕하세요!")):
+        (tmp_path / "a.json").write_text(json.dumps([{"prompt": prompt, "completion": completion}]))
+        [document] = read_documents([tmp_path / "a.json"], Reading("chat"))
+        batch = encoder.encode_batch([document])
+        before = first if isinstance(prompt, str) else prompt
+        begin = loaded.apply_chat_template(before, tokenize=True, return_dict=False,
+                                           add_generation_prompt=True)
+        whole = loaded.apply_chat_template(before + answer, tokenize=True, return_dict=False)
+        learned = batch.kinds != KIND_NONE
+        assert batch.ids[:len(whole)].tolist() == whole
+        assert not learned[:len(begin)].any()
+        said = loaded.decode(batch.ids[learned])
+        assert said == answer[0]["content"] + ("<|end|>" if "solar" in folder.name else "<|endofturn|>")
+        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(said)
+
+
+def opened(file: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+Pair = tuple[FastBpe, Tokenizer]
+
+
+@pytest.fixture(scope="module", params=["solar-open", "k-exaone"])
+def file(request: pytest.FixtureRequest, tokenizers: dict[str, Path]) -> Path:
+    return tokenizers[request.param] / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def pair(file: Path) -> Pair:
+    return FastBpe(file, opened(file)), opened(file)
+
+
+def test_every_kind_of_character_gives_the_same_ids(pair: Pair) -> None:
+    fast, tokenizer = pair
+    planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 17)]
+    blocks = ["x".join(map(chr, planes[i : i + 4096])) for i in range(0, len(planes), 4096)]
+    for block, encoding in zip(blocks, tokenizer.encode_batch_fast(blocks, add_special_tokens=False),
+                               strict=True):
+        assert fast.encode(block) == encoding.ids, f"from U+{ord(block[0]):04X}"
+
+
+AWKWARD = "ab'sS 가\u1100\u1161\u0301\n\r\t1/\u3000\u017f<|end|>"
+
+
+@settings(max_examples=300)
+@given(text=st.one_of(st.text(max_size=200), st.text(alphabet=AWKWARD, max_size=200)))
+def test_drawn_text_gives_the_same_ids(pair: Pair, text: str) -> None:
+    fast, tokenizer = pair
+    assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", " \n", "\u3000", "a", "가", "!"])
+def test_a_very_long_run_is_no_problem(pair: Pair, unit: str) -> None:
+    fast, tokenizer = pair
+    text = f"x{unit * (200_000 // len(unit))}y"
+    assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_the_longest_whitespace_left_to_tiktoken_is_within_its_stack(pair: Pair) -> None:
+    fast, tokenizer = pair
+    for unit in (" ", "\n", "\u3000", " \n", "\t"):
+        text = "x" + (unit * LONGEST_WHITESPACE_CHARS)[: LONGEST_WHITESPACE_CHARS - 1] + "y"
+        assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    shutil.copy(source, target)
+    raw = json.loads(target.read_text())
+    edit(raw)
+    target.write_text(json.dumps(raw))
+    return target
+
+
+def swap_merges(raw: dict[str, Any]) -> None:
+    merges = raw["model"]["merges"]
+    merges[0], merges[5] = merges[5], merges[0]
+
+
+def unmatched_text(raw: dict[str, Any]) -> None:
+    """Leave text unmatched, which `tokenizers` keeps and tiktoken drops."""
+    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
+
+
+@pytest.mark.parametrize(("edit", "reason"), [
+    (swap_merges, "do not rise with its merges"),
+    (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
+    (lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
+                                           "trim_offsets": True, "use_regex": True}),
+     "not a split followed by bytes"),
+    (lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+     "a regular expression that isolates"),
+    (lambda raw: raw["added_tokens"][5].update(special=False), "is matched in ordinary text"),
+    (lambda raw: raw["model"].update(dropout=0.1), "not plain byte-level BPE"),
+    (lambda raw: raw["model"]["vocab"].update({"zqzqzq": 384}), "not 256 bytes and one token for each merge"),
+    (unmatched_text, "tiktoken differs on"),
+])
+def test_what_tiktoken_cannot_express_is_left_to_tokenizers(tokenizers: dict[str, Path], tmp_path: Path,
+                                                            edit: Callable[[dict[str, Any]], Any],
+                                                            reason: str) -> None:
+    file = edited(tokenizers["solar-open"] / "tokenizer.json", tmp_path / "tokenizer.json", edit)
+    fast, sentence = load_fast(file, opened(file), ["some text"])
+    assert fast is None and sentence.startswith("encoding with tokenizers, because") and reason in sentence
+
+
+def test_a_sound_tokenizer_is_expressed(file: Path) -> None:
+    fast, sentence = load_fast(file, opened(file), ["some text", "한국어"])
+    assert fast is not None and sentence.startswith("encoding with tiktoken: the same ids")

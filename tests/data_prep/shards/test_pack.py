@@ -1,0 +1,497 @@
+"""`sov-data pack` and `inspect`: shards from files, the same for any number of workers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pyarrow
+import pytest
+import zstandard
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from pyarrow import parquet
+from transformers import AutoTokenizer
+
+from data_prep.cli import main
+from data_prep.shards.pack import PackSettings, Source, pack, parse_sources
+from data_prep.shards.token_artifact import open_split
+from megatron_sov.base import artifacts
+from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
+from megatron_sov.base.chat.kinds import KIND_ANSWER, KIND_NONE
+from megatron_sov.base.documents import Reading, files
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.progress.folders import work_folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [f"Document {i} says: 한국어 {i * i}.\n\nIt ends with <|end|>." for i in range(200)]
+    (folder / "web.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    (folder / "notes").mkdir()
+    for i in range(3):
+        (folder / "notes" / f"{i}.md").write_text(f"# Note {i}\n\nfour words of text\n")
+    chats = [{"messages": [{"role": "user", "content": f"How much is {i} + 1?"},
+                           {"role": "assistant", "content": f"It is {i + 1}."}]} for i in range(120)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(corpus: Path, tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("out") / "shards"
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(corpus / "web.jsonl"),
+                 "--input", f"mine={corpus / 'notes'}", "--output", str(output), "--heldout", "0.1",
+                 "--workers", "1"]) == 0
+    return output
+
+
+def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(packed / "tokenizer")
+    found = [tokenizer.decode(d[:-1]) for split in ("train", "heldout")
+             for d in open_split(packed / f"web/{split}-00000").documents()]
+    texts = [json.loads(line)["text"] for line in (corpus / "web.jsonl").read_text().splitlines()]
+    assert sorted(found) == sorted(texts)
+    in_train = [tokenizer.decode(d[:-1]) for d in open_split(packed / "web/train-00000").documents()]
+    assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
+
+
+def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path],
+                                                                corpus: Path) -> None:
+    content = read_manifest(packed, "tokens").content
+    assert (content["tokenizer_sha256"]
+            == hashlib.sha256((packed / "tokenizer/tokenizer.json").read_bytes()).hexdigest())
+    assert ((content["vocab_size"], content["eos_id"], content["dtype"], content["bos_id"])
+            == (384, 2, "uint16", None))
+    assert [s["name"] for s in content["sources"]] == ["web", "mine"]
+    for source in content["sources"]:
+        assert source["format"] == "text"
+        for split in source["splits"].values():
+            [record] = split["shards"]
+            theirs = IndexedDataset(str(packed / record["prefix"]))
+            assert len(theirs) == record["num_documents"] > 0
+            assert sum(len(theirs[i]) for i in range(len(theirs))) == record["num_tokens"]
+            assert all(theirs[i][-1] == 2 and (theirs[i][:-1] >= 64).all() for i in range(len(theirs)))
+    web = content["sources"][0]["splits"]
+    num_bytes = sum(len(json.loads(line)["text"].encode())
+                    for line in (corpus / "web.jsonl").read_text().splitlines())
+    assert web["train"]["num_bytes"] + web["heldout"]["num_bytes"] == num_bytes
+    assert 5 <= web["heldout"]["num_documents"] <= 40
+    [made_from] = read_manifest(packed).inputs
+    assert (made_from["kind"] == "tokenizer"
+            and made_from["manifest_sha256"] == manifest_sha256(tokenizers["solar-open"]))
+
+
+def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
+        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.plan_units, "__defaults__", (500,))
+    monkeypatch.setattr(files.spans_of, "__defaults__", (500,))
+    web = (corpus / "web.jsonl").read_bytes()
+    (tmp_path / "gz.jsonl.gz").write_bytes(gzip.compress(web[:4000]) + gzip.compress(web[4000:]))
+    (tmp_path / "zst.jsonl.zst").write_bytes(zstandard.compress(web[:4000]) + zstandard.compress(web[4000:]))
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in web.splitlines()]})
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=30)
+    sources = [Source("web", corpus / "web.jsonl"), Source("mine", corpus / "notes"),
+               Source("gz", tmp_path / "gz.jsonl.gz"), Source("zst", tmp_path / "zst.jsonl.zst"),
+               Source("rows", tmp_path / "rows.parquet")]
+    pack(tokenizers["solar-open"], sources, tmp_path / "two", PackSettings(heldout_share=0.1), workers=2)
+    ours, theirs = read_manifest(tmp_path / "two").files, read_manifest(packed).files
+    for name, record in theirs.items():
+        assert ours[name] == record
+        if name.startswith("web/"):
+            assert {ours[name.replace("web", other)] for other in ("gz", "zst", "rows")} == {record}
+
+
+def test_small_shards_hold_the_same_documents_in_the_same_order(
+        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    pack(tokenizers["solar-open"], [Source("web", corpus / "web.jsonl")], tmp_path / "out",
+         PackSettings(0.1, shard_tokens=500))
+    splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
+    for split in ("train", "heldout"):
+        shards = splits[split]["shards"]
+        assert len(shards) > 1 and all(s["num_tokens"] <= 500 for s in shards)
+        found = [d.tolist() for s in shards for d in open_split(tmp_path / "out" / s["prefix"]).documents()]
+        assert found == [d.tolist() for d in open_split(packed / f"web/{split}-00000").documents()]
+        for field in ("num_documents", "num_tokens", "num_bytes"):
+            assert splits[split][field] == sum(s[field] for s in shards)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "chats"
+    pack(tokenizers["k-exaone"], [Source("chat", corpus / "chat.jsonl")], output,
+         PackSettings(reading=Reading("chat")))
+    assert "warning: " not in capsys.readouterr().err, "it is asked behind what it is trained behind"
+    [source] = read_manifest(output).content["sources"]
+    assert source["format"] == "chat" and source["sidecars"] == ["loss", "type", "kind"]
+    for split in ("train", "heldout"):
+        prefix = output / f"chat/{split}-00000"
+        tokens = open_split(prefix).tokens
+        loss, types = np.fromfile(f"{prefix}.loss", "<f4"), np.fromfile(f"{prefix}.type", np.uint8)
+        assert len(loss) == len(types) == len(tokens)
+        assert ((loss == 1) == (types == 2)).all() and ((loss == 0) == (types == 1)).all()
+        kinds = np.fromfile(f"{prefix}.kind", np.uint8)
+        assert np.array_equal(kinds, np.where(types == 2, KIND_ANSWER, KIND_NONE))
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
+    first = next(open_split(output / "chat/train-00000").documents())
+    assert tokenizer.decode(
+        first[np.fromfile(output / "chat/train-00000.loss", "<f4", len(first)) == 1]).startswith("It is ")
+
+
+def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str, Path],
+                                                            tmp_path: Path) -> None:
+    rows = [{"prompt": f"How much is {i // 2} + 1?", "chosen": f"It is {i // 2 + 1}.",
+             "rejected": f"No idea {i}."}
+            for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = PackSettings(0.2, Reading("preference"), shard_tokens=300)
+    pack(tokenizers["solar-open"], [Source("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out", settings)
+    [source] = read_manifest(tmp_path / "out").content["sources"]
+    assert source["group_documents"] == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    prompts: dict[str, set[str]] = {}
+    found = []
+    for split in ("train", "heldout"):
+        for shard in source["splits"][split]["shards"]:
+            texts = [tokenizer.decode(d) for d in open_split(tmp_path / "out" / shard["prefix"]).documents()]
+            assert len(texts) % 2 == 0
+            for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+                prompt = re.findall(r"How much is \d+ \+ 1\?", chosen + rejected)
+                assert prompt[0] == prompt[1] and "It is" in chosen and "No idea" in rejected
+                prompts.setdefault(prompt[0], set()).add(split)
+                found.append(rejected)
+    assert len(set(found)) == 60 and all(len(splits) == 1 for splits in prompts.values())
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_prompts_keep_what_a_reward_needs(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "answer": i + 1} for i in range(30)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack(tokenizers["solar-open"], [Source("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
+         PackSettings(0.2, Reading("prompt"), shard_tokens=200))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    [source] = read_manifest(tmp_path / "out").content["sources"]
+    answers = []
+    for split in ("train", "heldout"):
+        for shard in source["splits"][split]["shards"]:
+            prefix = tmp_path / "out" / shard["prefix"]
+            lines = [json.loads(line) for line in Path(f"{prefix}.extra.jsonl").read_text().splitlines()]
+            for ids, line in zip(open_split(prefix).documents(), lines, strict=True):
+                assert f"{line['answer'] - 1} + 1?" in tokenizer.decode(ids) and ids[-1] != 2
+                answers.append(line["answer"])
+    assert sorted(answers) == list(range(1, 31))
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
+    found = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}"])
+    assert [s.name for s in found] == ["web", "notes", "x.1"]
+    for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
+                            (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
+                            (["../=x"], "cannot name a source"), (["web="], "names no file or folder"),
+                            ([""], "names no file or folder"),
+                            (["a b.txt"], "e.g. --input 'web=a b.txt'")):
+        with pytest.raises(UserError, match=rule):
+            parse_sources(arguments)
+
+
+def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: dict[str, Path],
+                                                      tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "blank.txt").write_text("\n \n")
+    (data / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    base = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--output", str(tmp_path / "new")]
+    mistakes = {
+        "blank.txt: holds no text": [str(data / "blank.txt")],
+        "bad.jsonl:2: is not valid JSON": [str(data / "bad.jsonl")],
+        "none: does not exist": [str(data / "none")],
+        "chat.jsonl:1: is a chat, but --format is text": [str(corpus / "chat.jsonl")],
+        "web.jsonl:1: is plain text, but --format is chat": [str(corpus / "web.jsonl"), "--format", "chat"],
+        "--heldout 1: must be below 1": [str(corpus / "web.jsonl"), "--heldout", "1"],
+        "--workers 0: must be at least 1": [str(corpus / "web.jsonl"), "--workers", "0"],
+        "--shard-tokens 0: must be at least 1": [str(corpus / "web.jsonl"), "--shard-tokens", "0"],
+        "--max-document-bytes 0: must be at least 1": [str(corpus / "web.jsonl"),
+                                                      "--max-document-bytes", "0"],
+        "has no string field 'body'": [str(corpus / "web.jsonl"), "--text-field", "body"],
+    }
+    for sentence, arguments in mistakes.items():
+        assert main([*base, "--input", *arguments]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    # what is encoded is kept for the next try
+    assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}
+    assert main([*base, "--input", str(corpus / "web.jsonl")]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}
+
+
+def test_a_tiny_source_is_never_held_out_wholly(tokenizers: dict[str, Path], tmp_path: Path,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    """Behind hours of work on others a source of one document is no reason to end with nothing."""
+    (tmp_path / "one.jsonl").write_text('{"text": "almost surely held out", "part": "c"}')
+    rows = [{"text": f"number {i}", "part": "a" if i < 3 else "b"} for i in range(4)]
+    (tmp_path / "parts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--output", str(tmp_path / "new"),
+               "--input", str(tmp_path / "one.jsonl"), str(tmp_path / "parts.jsonl"), "--bucket-by", "part"]
+    assert main([*command, "--heldout", "0.999999"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("one of them is kept for training") == 3 and "parts-b: every document" in said
+    content = read_manifest(tmp_path / "new", "tokens").content
+    assert {s["name"]: [s["splits"][split]["num_documents"] for split in ("train", "heldout")]
+            for s in content["sources"]} == {"one-c": [1, 0], "parts-a": [1, 2], "parts-b": [1, 0]}
+    assert len(content["heldout"]["kept"]) == 3
+
+
+UNIT_BYTES = 25_000
+STOPS = f"""
+import sys, time
+from data_prep import pack
+from data_prep.cli import main
+from megatron_sov.base.documents import files
+
+files.plan_units.__defaults__ = ({UNIT_BYTES},)
+encode_units = pack.encode_units
+def stops_after_one(*arguments):
+    for record in encode_units(*arguments):
+        yield record
+        time.sleep(600)
+pack.encode_units = stops_after_one
+main(sys.argv[1:])
+"""
+"""`sov-data ARGUMENTS`, which waits for ever behind its first unit; its workers finish what they have."""
+
+
+def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", STOPS, "pack", "--tokenizer", str(tokenizer), "--input",
+               str(text), "--output", str(output), "--workers", str(workers)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[3], stderr=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL)
+
+
+def complete_units(output: Path) -> dict[Path, int]:
+    """Return the complete units of a command under way, with the time at which each was written."""
+    return {p.parent: p.stat().st_mtime_ns for p in work_folder(output).glob("*/*/record.json")
+            if ".tmp-" not in p.parent.name}
+
+
+def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        ends: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.plan_units, "__defaults__", (UNIT_BYTES,))
+    output, text = tmp_path / "out", tmp_path / "long.txt"
+    text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
+    num_units = len(list(files.plan_units([text])))
+    with start_packing(tokenizers["solar-open"], text, output, 2) as process:
+        deadline_s = time.monotonic() + 600
+        while not complete_units(output):
+            assert process.poll() is None and time.monotonic() < deadline_s
+            time.sleep(0.02)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert workers and all(ends(worker.pid) for worker in workers)
+    assert not output.exists()
+    kept = complete_units(output)
+    pack(tokenizers["solar-open"], [Source("long", text)], output)
+    assert 1 <= len(kept) < num_units
+    assert f"{len(kept)} of {num_units} units were complete from before" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
+    pack(tokenizers["solar-open"], [Source("long", text)], tmp_path / "undisturbed")
+    assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files
+
+
+def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[str, Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+
+    def killed(folder: Path, ignore_errors: bool) -> None:
+        if found := next(folder.glob("*/*/tokens"), None):
+            found.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts, "shutil", SimpleNamespace(rmtree=killed))
+        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
+             PackSettings(heldout_share=0))
+    assert (tmp_path / "out/manifest.json").is_file() and not work_folder(tmp_path / "out").exists()
+    # cleared by the next command once its process is gone; here it is this one
+    [left] = tmp_path.glob(".out.tmp-*")
+    shutil.rmtree(left)
+    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", overwrite=True)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_units_of_other_input_or_settings_are_not_trusted(tokenizers: dict[str, Path], tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"id": i, "text": f"line {i}"}) for i in range(20)]
+    (tmp_path / "good.jsonl").write_text("\n".join(lines))
+    (tmp_path / "bad.jsonl").write_text("{")
+    refused = [Source("good", tmp_path / "good.jsonl"), Source("bad", tmp_path / "bad.jsonl")]
+
+    def leave_units() -> None:
+        with pytest.raises(UserError, match=r"bad\.jsonl:1: is not valid JSON"):
+            pack(tokenizers["solar-open"], refused, tmp_path / "out")
+        assert len(complete_units(tmp_path / "out")) == 2
+
+    for text, settings, kept in ((None, PackSettings(), True), ("changed", PackSettings(), False),
+                                 (None, PackSettings(bos="start"), False),
+                                 (None, PackSettings(heldout_share=0.5), True)):
+        (tmp_path / "good.jsonl").write_text("\n".join(lines))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        leave_units()
+        if text is not None:
+            (tmp_path / "good.jsonl").write_text("\n".join([*lines[:-1],
+                                                            json.dumps({"id": 19, "text": text})]))
+        capsys.readouterr()
+        pack(tokenizers["solar-open"], refused[:1], tmp_path / "out", settings)
+        assert ("1 of 1 units were complete from before" in capsys.readouterr().out) == kept
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+        texts = {tokenizer.decode(d) for s in ("train", "heldout")
+                 for d in open_split(tmp_path / f"out/good/{s}-00000").documents()}
+        assert any((text or "line 19") in t for t in texts)
+
+
+BAD_LINES = {
+    '{"id": 1, "text": "cut off': ("json", 2), '["list"]': ("json", 3), '{"id": 2}': ("fields", 4),
+    '{"id": 3, "text": 5}': ("fields", 5),
+    '{"id": 4, "text": " \\n"}': ("empty", 6), '{"id": 5, "text": "' + "x" * 600 + '"}': ("too_long", 7),
+    '{"id": 6, "text": "\\udc00"}': ("utf8", 8), '{"id": "first", "text": "again"}': ("duplicate_id", 9)}
+
+
+def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = ['{"id": "first", "text": "one"}', '{"id": "last", "text": "two"}']
+    (folder / "a.jsonl").write_bytes("\n".join([good[0], *BAD_LINES, good[1], ""]).encode()
+                                     + b'{"text": "\xb0\xa1"}\n')
+    (folder / "b.txt").write_bytes(b"three \xff")
+    (folder / "c.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "four"}\n' + os.urandom(60000).hex().encode())[:-2000])
+    (folder / "d.jsonl.zst").write_bytes(
+        zstandard.compress(os.urandom(300_000).hex().encode() + b'\n{"text": "five"}\n')[:-20])
+    (folder / "e.parquet").write_bytes(b"PAR1 no more")
+    parquet.write_table(pyarrow.table({"body": ["six"]}), folder / "f.parquet")
+    parquet.write_table(pyarrow.table({"text": ["seven", None]}), folder / "g.parquet")
+    base = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"all={folder}", "--output",
+            str(tmp_path / "out"), "--max-document-bytes", "500", "--heldout", "0"]
+    assert main(base) == 2
+    assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
+    assert main([*base, "--on-bad", "quarantine"]) == 0
+    assert "records left out" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
+    found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
+    assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
+                     ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
+                     ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
+                     ("f.parquet", None, "fields"), ("g.parquet", 2, "fields")]
+    assert (all(len(r["content"]) <= 300 and r["reason"] for r in rows)
+            and rows[0]["content"].startswith('{"id": 1'))
+    [source] = read_manifest(tmp_path / "out").content["sources"]
+    assert sum(source["num_bad"].values()) == len(rows)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    texts = [tokenizer.decode(d[:-1]) for d in open_split(tmp_path / "out/all/train-00000").documents()]
+    assert texts == ["one", "two", "four", "seven"]
+
+
+def test_a_repeated_id_is_refused_by_default(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 7, "text": "one"}\n{"id": 7, "text": "two"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: has an id that came before in this source"):
+        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out")
+
+
+def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tmp_path / "strict"
+    shutil.copytree(tokenizers["solar-open"], tokenizer)
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    refusal = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    config["chat_template"] = (f"{refusal}{config['chat_template']}"
+                               "{% if add_generation_prompt %}<think>{% endif %}")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    manifest = json.loads((tokenizer / "manifest.json").read_text())
+    manifest["files"]["tokenizer_config.json"] = vars(FileRecord.of(tokenizer / "tokenizer_config.json"))
+    (tokenizer / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
+    lines = [{"messages": [{"role": role, "content": f"{i}"}, {"role": "assistant", "content": "yes"}]}
+             for i, role in enumerate(["user", "user", "system", "user"])]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError,
+                       match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
+        pack(tokenizer, [Source("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
+             PackSettings(reading=Reading("chat")))
+    assert "what is trained on chats is asked behind other tokens" in capsys.readouterr().err
+
+
+def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: dict[str, Path],
+                                                                   tmp_path: Path) -> None:
+    with open(tmp_path / "huge.jsonl", "wb") as f:
+        f.write(b'{"text": "before"}\n{"text": "')
+        for _ in range(300):
+            f.write(b"word " * 200_000)
+        f.write(b'"}\n{"text": "after"}\n')
+    command = [sys.executable, "-c", "import sys; from data_prep.cli import main; code = main(sys.argv[1:]);"
+                                     "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "
+                                     "sys.exit(code)", "pack", "--tokenizer", str(tokenizers["solar-open"]),
+               "--input", str(tmp_path / "huge.jsonl"), "--output", str(tmp_path / "out"), "--on-bad",
+               "quarantine", "--max-document-bytes", "1000000", "--heldout", "0", "--workers", "1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 250 * 1024  # KiB; the line alone has 286 MiB
+    assert [len(d) > 1 for d in open_split(tmp_path / "out/huge/train-00000").documents()] == [True, True]
+    [row] = map(json.loads, (tmp_path / "out/quarantine.jsonl").read_text().splitlines())
+    assert (row["line"], row["code"]) == (2, "too_long")
+
+
+def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, Path],
+                                                          tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("the only document")
+    (tmp_path / "two.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    pack(tokenizers["solar-open"],
+         [Source("one", tmp_path / "one.txt"), Source("two", tmp_path / "two.jsonl")], tmp_path / "out",
+         PackSettings(heldout_share=1e-6))
+    one, two = read_manifest(tmp_path / "out").content["sources"]
+    assert [one["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 0]
+    assert [two["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 1]
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_one_text_becomes_several_documents_of_which_one_is_held_out(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
+    (tmp_path / "Korean.txt").write_text(text)
+    shards = {}
+    for name, share in (("cut", 0.02), ("whole", 0.0)):
+        pack(tokenizers["solar-open"], [Source("ko", tmp_path / "Korean.txt")], tmp_path / name,
+             PackSettings(heldout_share=share))
+        [source] = read_manifest(tmp_path / name).content["sources"]
+        shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
+    captured = capsys.readouterr()
+    assert shards == {"cut": [5, 1], "whole": [1, 0]} and "warning" not in captured.err
+    assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
+
+
+def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
+    pack(tokenizers["solar-open"], [Source("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
+    assert "warning: Korean: is one document, nothing is held out; its loss" in capsys.readouterr().err
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack(tokenizers["solar-open"], [Source("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
+         PackSettings(reading=Reading("prompt")))
+    err = capsys.readouterr().err
+    assert "has a 'completion', of which --format prompt learns nothing" in err
+    assert "is one document" not in err

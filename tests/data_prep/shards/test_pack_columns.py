@@ -1,0 +1,123 @@
+"""`sov-data pack --column`: numbers of records beside their tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+from transformers import AutoTokenizer
+
+from data_prep.cli import main
+from data_prep.shards.pack import PackSettings, Source, pack
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents import Reading
+from megatron_sov.engine.data.token_shards import open_sources
+
+
+def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Path], tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": "No idea." * (i % 3 + 1),
+             "score": [i, -i], "step": i / 2} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    settings = PackSettings(0.2, Reading("preference", columns=("score", "step")), shard_tokens=400)
+    pack(tokenizers["solar-open"],
+         [Source("pairs", tmp_path / "pairs.jsonl"), Source("rows", tmp_path / "rows.parquet")],
+         tmp_path / "out", settings)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))
+    assert source.columns == same.columns == ("score", "step")
+    seen = set()
+    for split in ("train", "heldout"):
+        documents, others = source.shard(split), same.shard(split)
+        for i, length in enumerate(documents.lengths):
+            asked = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
+            seen.add(asked)
+            for name, wanted in (("score", -asked if i % 2 else asked), ("step", asked / 2)):
+                assert set(documents.column(name, i, 0, length).tolist()) == {wanted}
+                assert others.column(name, i, 0, length).tolist() == [wanted] * length
+    assert seen == set(range(20))
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    [damaged, *_] = sorted((tmp_path / "out/pairs").glob("train-*.score"))
+    numbers = np.fromfile(damaged, "<f4")
+    numbers[7] = np.inf
+    numbers.tofile(damaged)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    assert f"{damaged.name}: token 7 has inf in column 'score', must be a finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("format_", "columns", "row", "said"), [
+    ("text", ["Score"], {}, "--column: 'Score' cannot name a column (letters a-z and '_', and none of bin"),
+    ("text", ["loss", "a", "a"], {}, "'loss' cannot name a column"),
+    ("prompt", ["score"], {}, '--column "score": a prompt has no response to which'),
+    ("text", ["score"], {}, "asked.jsonl:1: has no field 'score', which --column names (fields: text"),
+    ("text", ["score"], {"score": True}, "has 'True' in field 'score', must be a number that float32 holds"),
+    ("text", ["score"], {"score": 10**400}, "must be a number that float32 holds"),
+    ("text", ["score"], {"score": 1e39}, "has '1e+39' in field 'score'"),
+    ("text", ["score"], {"score": [1]}, ""),
+    ("preference", ["score"], {"score": [1, 2, 3]}, "must be a number or a list of 2"),
+])
+def test_what_is_no_column(tokenizers: dict[str, Path], tmp_path: Path, format_: str, columns: list[str],
+                           row: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
+    (tmp_path / "asked.jsonl").write_text("".join(
+        json.dumps(asked | {"text": f"number {i}", "prompt": str(i)}) + "\n" for i in range(9)))
+    words = [word for name in columns for word in ("--column", name)]
+    code = main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", format_, *words,
+                 "--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "new"),
+                 "--heldout", "0", "--workers", "1"])
+    assert (code, (tmp_path / "new").exists()) == ((2, False) if said else (0, True))
+    assert said in capsys.readouterr().err
+
+
+def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, Path], tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{i} + 1?"},
+                          {"role": "assistant", "content": f"It is {i + 1}."}],
+             "level": ["easy", "hard", 3][i % 3], "score": i} for i in range(60)]
+    without = {"messages": rows[0]["messages"]}
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, [*rows, without])))
+    words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--bucket-by", "level",
+             "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.2",
+             "--workers", "1", "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "chat.jsonl:61: has 'None' in field 'level', by which --bucket-by sorts" in capsys.readouterr().err
+    assert main([*words, "--on-bad", "quarantine"]) == 0
+    sources = open_sources({str(tmp_path / "out"): 1.0}, 10**6)
+    assert [s.name for s in sources] == ["chat-3", "chat-easy", "chat-hard"]
+    found: dict[str, list[int]] = {}
+    for source in sources:
+        for split in ("train", "heldout"):
+            documents = source.shard(split)
+            found.setdefault(source.name, []).extend(
+                int(documents.column("score", d, 0, 1)[0]) for d in range(len(documents.lengths)))
+    assert {name: sorted(scores) for name, scores in found.items()} == {
+        name: list(range(first, 60, 3))
+        for first, name in enumerate(("chat-easy", "chat-hard", "chat-3"))}
+    record = read_manifest(tmp_path / "out").content["sources"][1]
+    assert record["bucket"] == {"source": "chat", "field": "level", "value": "easy"}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["mix", str(tmp_path / "out"), "--output", str(tmp_path / "mixed")]) == 0
+
+
+def test_too_many_buckets_are_a_mistake(tokenizers: dict[str, Path], tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"text {i}", "n": i, "kind": "x"} for i in range(65)]
+    (tmp_path / "web.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--output",
+             str(tmp_path / "out"), "--input", f"web={tmp_path / 'web.jsonl'}"]
+    assert main([*words, "--bucket-by", "n"]) == 2
+    assert "field 'n' has 65 values, --bucket-by makes at most 64 sources" in capsys.readouterr().err
+    # the source a, of bucket b-x, and a-b, of bucket x
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "one", "kind": "b-x"}) + "\n")
+    both = [f"a={tmp_path / 'other.jsonl'}", f"a-b={tmp_path / 'web.jsonl'}"]
+    assert main([*words[:-1], *both, "--bucket-by", "kind"]) == 2
+    assert "two sources would be named 'a-b-x'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,185 @@
+"""An artifact of token shards as its readers see it: sources, splits and shards in order."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from data_prep.cli import main
+from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.token_artifact import (
+    CONTENT_VERSION, open_split, read_tokens_manifest, shards_of, sidecars_of, table, token_dtype)
+from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.errors import UserError
+
+
+def source(name: str, train: int, heldout: int) -> dict[str, Any]:
+    """Return the record of a source with so many shards of each split."""
+    return {"name": name, "splits": {
+        split: {"shards": [{"prefix": f"{name}/{split}-{i:05}", "num_tokens": i} for i in range(n)]}
+        for split, n in (("heldout", heldout), ("train", train))}}
+
+
+CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
+
+
+@pytest.mark.parametrize(("chosen", "prefixes"), [
+    ({}, ["web/train-00000", "web/train-00001", "web/heldout-00000", "books/train-00000"]),
+    ({"source": "web"}, ["web/train-00000", "web/train-00001", "web/heldout-00000"]),
+    ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
+    ({"source": "books", "split": "heldout"}, [])])
+def test_shards_come_by_source_then_split_then_number(chosen: dict[str, str], prefixes: list[str]) -> None:
+    found = list(shards_of(Path("data"), CONTENT, **chosen))
+    assert [shard.prefix for shard in found] == [Path("data") / prefix for prefix in prefixes]
+    for shard in found:
+        assert shard.prefix.parent.name == shard.source["name"] and shard.prefix.name.startswith(shard.split)
+        assert shard.record["num_tokens"] == int(shard.prefix.name[-5:])
+
+
+def test_an_unknown_source_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--source 'wep': data has no such source \(sources: web, books\)"):
+        list(shards_of(Path("data"), CONTENT, source="wep"))
+
+
+def test_a_shard_opens_its_own_files(tmp_path: Path) -> None:
+    (shard,) = shards_of(tmp_path, CONTENT, source="books")
+    with pytest.raises(UserError, match="train-00000"):
+        shard.open()
+
+
+@pytest.mark.parametrize("version", [1, CONTENT_VERSION + 1])
+def test_another_layout_is_refused(version: int, tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "data", "tokens") as artifact:
+        artifact.content.update(CONTENT | ({"content_version": version} if version > 1 else {}))
+    with pytest.raises(UserError,
+                       match=rf"was packed in layout {version}, this version reads layout {CONTENT_VERSION}"):
+        read_tokens_manifest(tmp_path / "data")
+
+
+def test_the_layout_that_is_written_now_is_read(tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "data", "tokens") as artifact:
+        artifact.content.update(CONTENT | {"content_version": CONTENT_VERSION})
+    assert read_tokens_manifest(tmp_path / "data").content["sources"] == CONTENT["sources"]
+    with new_artifact(tmp_path / "other", "tokenizer"):
+        pass
+    with pytest.raises(UserError, match="tokenizer"):
+        read_tokens_manifest(tmp_path / "other")
+
+
+Documents = list[list[int]]
+
+
+def write(prefix: Path, documents: Documents, dtype: str, sidecars: bool = False) -> None:
+    with IndexedWriter(prefix, dtype, sidecars_of("chat", ("score",)) if sidecars else None) as writer:
+        for document in documents:
+            ids = np.array(document, dtype=np.int32)
+            columns = {"bin": ids, "loss": (ids % 2).astype(np.float32), "type": (ids % 3).astype(np.uint8),
+                       "kind": (ids % 4).astype(np.uint8), "score": -ids / 2}
+            writer.write(np.array([len(document)], dtype=np.int32), columns)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.integers(0, 65499), min_size=1, max_size=40), min_size=1, max_size=12),
+       st.sampled_from(["uint16", "int32"]))
+def test_megatron_reads_every_token(documents: Documents, dtype: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "source/train"
+        write(prefix, documents, dtype)
+        theirs = IndexedDataset(str(prefix))
+        assert [theirs[i].tolist() for i in range(len(theirs))] == documents
+        assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
+        assert [d.tolist() for d in open_split(prefix).documents()] == documents
+
+
+def test_files_equal_those_of_megatrons_own_builder(tmp_path: Path) -> None:
+    documents = [[5, 6, 7], [1], [2, 3]]
+    write(tmp_path / "ours", documents, "int32")
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    for document in documents:
+        builder.add_document(np.array(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("vocab_size", [2, 65499, 65500, 65501, 196608])
+def test_dtype_is_megatrons_choice(vocab_size: int) -> None:
+    assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
+
+
+def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
+    write(tmp_path / "s", [[1, 2], [3]], "uint16", sidecars=True)
+    assert np.fromfile(tmp_path / "s.loss", "<f4").tolist() == [1, 0, 1]
+    assert np.fromfile(tmp_path / "s.type", np.uint8).tolist() == [1, 2, 0]
+    assert np.fromfile(tmp_path / "s.score", "<f4").tolist() == [-0.5, -1, -1.5]
+
+
+def test_an_empty_split_is_readable(tmp_path: Path) -> None:
+    write(tmp_path / "none", [], "uint16")
+    split = open_split(tmp_path / "none")
+    assert len(split.tokens) == len(split.lengths_tokens) == 0 and list(split.documents()) == []
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    prefix = tmp_path / "s"
+    write(prefix, [[1, 2], [3]], "uint16")
+    good = (tmp_path / "s.idx").read_bytes()
+    swapped = good[:34] + struct.pack("<ii", 1, 2) + good[42:]
+    for raw, rule in ((b"short", "has 5 bytes"), (b"X" + good[1:], "no index of version 1"),
+                      (good + b"\0", "does not fit its 2"), (swapped, "without gaps")):
+        (tmp_path / "s.idx").write_bytes(raw)
+        with pytest.raises(UserError, match=rule):
+            open_split(prefix)
+    (tmp_path / "s.idx").write_bytes(good)
+    (tmp_path / "s.bin").write_bytes(b"\0" * 4)
+    with pytest.raises(UserError, match="has 4 bytes, the index says 6"):
+        open_split(prefix)
+    (tmp_path / "s.bin").unlink()
+    with pytest.raises(UserError, match=r"s\.bin: cannot be read"):
+        open_split(prefix)
+
+
+def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("some text of one document " * 100)
+    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
+         PackSettings(heldout_share=1e-9))
+    assert main(["inspect", str(tmp_path / "shards")]) == 0
+    told = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
+    assert [line.removeprefix("  ") for line in told[1:5]] == table(tmp_path / "shards")
+    assert told[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in told[-1]
+    assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("shards: sound as tokens\n")
+    record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]
+    train, heldout = (line.split() for line in table(tmp_path / "shards")[2:])
+    ratio = f"{2600 / record['num_tokens']:.3f}"
+    assert train == ["one", "text", "train", "1", "1", f"{record['num_tokens']:,}", "2,600", ratio]
+    assert heldout == ["one", "text", "heldout", "1", "0", "0", "0", "-"]
+
+
+def test_other_artifacts_are_told_too(tokenizers: dict[str, Path], capsys: pytest.CaptureFixture[str]
+                                      ) -> None:
+    assert main(["inspect", str(tokenizers["solar-open"])]) == 0
+    assert "artifact of kind tokenizer" in capsys.readouterr().out
+
+
+def test_shards_without_a_tokenizer_are_told_all_the_same(tokenizers: dict[str, Path], tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("some text of one document " * 100)
+    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
+         PackSettings(heldout_share=1e-9))
+    shutil.rmtree(tmp_path / "shards/tokenizer")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "shards")]) == 0
+    assert "row 1: no document can be shown: " in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 3
+    assert "shards/tokenizer/tokenizer.json: is missing" in capsys.readouterr().err

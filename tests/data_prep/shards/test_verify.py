@@ -1,0 +1,175 @@
+"""`sov-data verify`: sound shards pass, and each kind of damage is found and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from data_prep.cli import main
+from data_prep.shards import stats, verify
+from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.token_artifact import SIDECARS
+from data_prep.shards.verify import check
+from megatron_sov.base.artifacts import FileRecord, read_manifest, to_json
+from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.documents.routes import RouteShape
+
+
+@pytest.fixture(scope="module")
+def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+             for i in range(40)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards",
+         PackSettings(0.2, Reading("chat")))
+    return folder / "shards"
+
+
+def rehash(data: Path) -> None:
+    """Make the manifest's hashes fit the files, so that only the checks behind the
+    hashes can see a change."""
+    raw = json.loads((data / "manifest.json").read_text())
+    raw["files"] = {name: FileRecord.of(data / name) for name in raw["files"]}
+    (data / "manifest.json").write_text(to_json(raw | {"sha256": ""}))
+
+
+def set_token(data: Path, index: int, value: int) -> None:
+    tokens = np.memmap(data / "chat/train-00000.bin", "<u2", mode="r+")
+    tokens[index] = value
+    tokens.flush()
+
+
+def leak(data: Path) -> None:
+    """Rewrite the held-out split as a copy of one training document."""
+    length = int(np.fromfile(data / "chat/train-00000.idx", "<i4", 1, offset=34)[0])
+    columns = {s: np.fromfile(data / f"chat/train-00000.{s}", d, length)
+               for s, d in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"), ("kind", "u1"))}
+    with IndexedWriter(data / "chat/heldout-00000", "uint16", SIDECARS) as writer:
+        writer.write(np.array([length], np.int32), columns)
+
+
+def write_values(file: Path, dtype: str, value: int) -> None:
+    np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
+
+
+@pytest.mark.parametrize(("module", "titles"), [(verify, ["hashing", "reading"]), (stats, ["counting"])])
+def test_who_waits_sees_how_far_it_is(module: ModuleType, titles: list[str], sound: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar_of(title: str, total: int, unit: str) -> tqdm:
+        bars.append((title, tqdm(total=total, file=io.StringIO())))
+        return bars[-1][1]
+
+    monkeypatch.setattr(module, "work_bar", bar_of)
+    assert main([module.__name__.rpartition(".")[2], str(sound)]) == 0
+    assert [title for title, _ in bars] == titles
+    assert all(bar.n == bar.total > 0 for _, bar in bars)
+
+
+def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sound), "--tokens", "1e6", "--blend", "chat=2"]) == 0
+    held = read_manifest(sound).content["sources"][0]["splits"]["train"]["num_tokens"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{sound}: sound",
+        f"chat: 100.0% of 1,000,000 tokens is {1e6 / held:.2f} epochs of {held:,}; more than 4 teach little: "
+        "add text or lower its weight"]
+
+
+def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict[str, Path], tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n'
+                                      '{"text": "same"}\n{"text": "same"}\n')
+    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
+         PackSettings(heldout_share=0))
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "train: 2 of 4 documents repeat an earlier one, token by token"]
+    for blend, rule in (("b=1", "there is no source 'b'"), ("a=-1", "must be a positive"),
+                        ("a", "must be a positive")):
+        assert main(["verify", str(tmp_path / "out"), "--blend", blend]) == 2
+        assert rule in capsys.readouterr().err
+
+
+def test_epochs_are_of_a_number_of_tokens(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, rule in (("-1", "above 0"), ("0", "above 0"), ("nan", "a finite number"),
+                         ("inf", "a finite number")):
+        assert main(["verify", str(sound), "--tokens", number]) == 2
+        assert f"--tokens {number}: must be {rule}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [
+    (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
+    (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
+    (leak, "1 documents are in both splits"),
+    (lambda d: write_values(d / "chat/train-00000.loss", "<f4", 3),
+     "train-00000.loss: holds values other than 0.0, 1.0"),
+    (lambda d: write_values(d / "chat/train-00000.type", "u1", 9),
+     "train-00000.type: holds values other than 0, 1, 2"),
+    (lambda d: (d / "chat/train-00000.type").write_bytes(b"\1"), "train-00000.type: has 1 bytes"),
+    (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
+])
+def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Callable[[Path], Any],
+                                       sentence: str) -> None:
+    data = tmp_path / "copy"
+    shutil.copytree(sound, data)
+    damage(data)
+    rehash(data)
+    assert any(sentence in problem for problem in check(data)[0])
+
+
+def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "copy"
+    shutil.copytree(sound, data)
+    raw = json.loads((data / "manifest.json").read_text())
+    raw["content"]["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"] += 1
+    raw["content"]["dtype"] = "int32"
+    (data / "manifest.json").write_text(to_json(raw | {"sha256": ""}))
+    (data / "tokenizer/tokenizer.json").write_text("{}")
+    assert main(["verify", str(data)]) == 2
+    err = capsys.readouterr().err
+    found = read_manifest(sound).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
+    assert f"num_tokens is {found}, the manifest says {found + 1}" in err
+    assert "ids are uint16, the manifest says int32" in err
+    assert "tokenizer/tokenizer.json: has 2 bytes" in err
+
+
+def test_routes_are_checked_against_their_shape(sound: Path, tmp_path: Path) -> None:
+    data, shape = shutil.copytree(sound, tmp_path / "data"), RouteShape(2, 2, 4)
+    raw = json.loads((data / "manifest.json").read_text())
+    (source,) = raw["content"]["sources"]
+    source |= {"sidecars": [*source["sidecars"], "routes"], "routes": shape.record()}
+    for file in (data / "chat").glob("*.bin"):
+        rows = shape.absent(file.stat().st_size // 2)
+        rows[::2] = [3, 1]
+        rows.tofile(file.with_suffix(".routes"))
+        raw["files"][f"chat/{file.stem}.routes"] = None
+    (data / "manifest.json").write_text(json.dumps(raw))
+    rehash(data)
+    assert check(data)[0] == []
+    routes = data / "chat/train-00000.routes"
+    content = bytearray(routes.read_bytes())
+    content[2 * shape.bytes_per_token] = 4
+    for damage, said in ((bytes(content), r"from token 0 on, sends token 2 in layer 0 .* to \[4, 1\]; exp"),
+                         (bytes(content[:-1]), r"has \d+ bytes, \d+ tokens need \d+")):
+        routes.write_bytes(damage)
+        rehash(data)
+        assert re.search(rf"train-00000\.routes: {said}", "\n".join(check(data)[0]))
+    source["routes"]["top_k"] = 5
+    (data / "manifest.json").write_text(json.dumps(json.loads((data / "manifest.json").read_text())
+                                                   | {"content": raw["content"]}))
+    rehash(data)
+    assert "source 'chat': routes = " in "\n".join(check(data)[0])

@@ -1,0 +1,132 @@
+"""Hugging Face folders: what from-hf and to-hf write, in which dtype, and what they do not overwrite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.model.config import from_dict
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all shards with the safetensors library."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()}
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_round_trip_gives_back_every_bit(hf_dir: Path, tmp_path: Path) -> None:
+    convert.from_hf(hf_dir, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(hf_dir))
+    assert damaged_files(tmp_path / "ckpt") == damaged_files(tmp_path / "hf") == []
+    before, after = (json.loads((d / "config.json").read_text()) for d in (hf_dir, tmp_path / "hf"))
+    # said in another way, see the family's config tests
+    ours = {"sliding_window_pattern", "num_nextn_predict_layers"}
+    assert {k: v for k, v in after.items() if k in before and k not in ours | {"rope_parameters"}} == {
+        k: v for k, v in before.items() if k not in ours | {"rope_parameters", "attention_bias",
+                                                            "output_router_logits", "transformers_version"}}
+    assert before["rope_parameters"].items() <= after["rope_parameters"].items()
+
+
+def test_shards_are_bounded_and_load_in_transformers(exaone_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    convert.from_hf(exaone_dir, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 5
+    sizes = [sum(t.nbytes for t in load_file(f).values()) for f in files]
+    assert max(sizes) <= 20_000 and sum(sizes) == index["metadata"]["total_size"]
+    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(exaone_dir))
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert {index["weight_map"][name] for name in opened.keys()} == {file.name}  # noqa: SIM118
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    convert.from_hf(tmp_path / "hf", tmp_path / "again")
+    assert convert.verify(tmp_path / "ckpt", tmp_path / "again").passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path,
+                                                      dtype: torch.dtype) -> None:
+    convert.from_hf(hf_dir, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf", str(dtype).removeprefix("torch."))
+    expected = {name: t if "correction" in name else t.to(dtype) for name, t in tensors_of(hf_dir).items()}
+    assert sum("correction" in name for name in expected) >= 2
+    assert_same_bits(tensors_of(tmp_path / "hf"), expected)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_logits_of_what_we_write_are_those_of_the_original(hf_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    convert.from_hf(hf_dir, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    ids = torch.arange(40)[None] % 90
+    logits = []
+    for folder in (hf_dir, tmp_path / "hf"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
+# What from-hf writes, in which dtype, and what it does not overwrite.
+
+
+def test_checkpoint_is_complete(exaone_dir: Path, tmp_path: Path) -> None:
+    convert.from_hf(exaone_dir, tmp_path / "ckpt")
+    manifest = read_manifest(tmp_path / "ckpt", "checkpoint")
+    assert manifest.content == {"step": 0, "parts": ["model"], "tokens": 0, "imported_from": exaone_dir.name}
+    model = from_dict(manifest.settings).model
+    assert ((model.num_dense_layers, model.num_mtp_layers, model.attention_pattern, model.head_dim)
+            == (1, 1, "LLLG", 16))
+    reader = TensorReader(tmp_path / "ckpt")
+    assert reader.shape("decoder.layers.1.mlp.experts.experts.linear_fc1.weight") == (8, 48, 32)
+    assert reader.dtype("decoder.layers.1.mlp.router.expert_bias") == torch.float32
+    assert reader.dtype("decoder.layers.1.mlp.router.weight") == torch.bfloat16
+    hf = load_file(exaone_dir / "model.safetensors")
+    fc1 = reader.read("decoder.layers.3.mlp.experts.experts.linear_fc1.weight")
+    assert torch.equal(fc1[5, :24], hf["model.layers.3.mlp.experts.5.gate_proj.weight"])
+    assert torch.equal(fc1[5, 24:], hf["model.layers.3.mlp.experts.5.up_proj.weight"])
+    assert torch.equal(reader.read("mtp.layers.0.eh_proj.weight"), hf["mtp.fc.weight"])
+
+
+def test_output_that_exists_is_kept(solar_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="already exists"):
+        convert.from_hf(solar_dir, tmp_path / "out")
+    with pytest.raises(UserError, match="not a 'checkpoint' artifact"):
+        convert.from_hf(solar_dir, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_from_hf_casts_dtype_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path,
+                                                      dtype: torch.dtype) -> None:
+    convert.from_hf(hf_dir, tmp_path / "ckpt", str(dtype).removeprefix("torch."))
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", hf_dir))
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        assert found[name].equal(tensor if "correction" in name else tensor.to(dtype)), name

@@ -1,0 +1,114 @@
+"""Models of the library's own classes, written by its own `torch_dist` writer: jobs for ranks."""
+
+from __future__ import annotations
+
+import argparse
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import silu
+
+VOCAB_SIZE, PADDED_VOCAB_SIZE, NUM_LAYERS = 120, 128, 4
+DENSE = {"num_layers": NUM_LAYERS, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
+         "kv_channels": 8, "ffn_hidden_size": 48, "gated_linear_unit": True, "normalization": "RMSNorm",
+         "add_bias_linear": False, "layernorm_epsilon": 1e-6, "init_method_std": 0.3}
+EXPERTS = {**DENSE, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24,
+           "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall"}
+SIGMOID = {**EXPERTS, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+           "moe_router_topk_scaling_factor": 1.7, "moe_shared_expert_intermediate_size": 24}
+MODELS = {"llama": DENSE, "qwen3": {**DENSE, "qk_layernorm": True}, "mixtral": EXPERTS, "solar_open": SIGMOID}
+
+
+def tokens() -> torch.Tensor:
+    """Return the text that logits are compared on."""
+    return torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def arguments(settings: dict[str, Any]) -> argparse.Namespace:
+    """Return what Megatron-LM would keep of a model's settings, in its words."""
+    said = {name: value for name, value in settings.items()
+            if name not in ("gated_linear_unit", "layernorm_epsilon", "num_moe_experts")}
+    return argparse.Namespace(
+        **said, swiglu=True, norm_epsilon=settings["layernorm_epsilon"], group_query_attention=True,
+        num_experts=settings.get("num_moe_experts"), position_embedding_type="rope", rotary_base=10000,
+        rotary_percent=1.0, untie_embeddings_and_output_weights=True, vocab_size=VOCAB_SIZE,
+        padded_vocab_size=PADDED_VOCAB_SIZE, max_position_embeddings=64, seq_length=64, data_path=["/data/a"],
+        params_dtype=torch.float32, pipeline_dtype=None)
+
+
+def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, bool]) -> list[float]:
+    """Write a model drawn at random as Megatron-LM does; returns its logits (of rank 0), flat."""
+    from megatron_sov.engine.mcore.parallel.world import join, leave
+    from megatron_sov.model.config import ParallelConfig
+
+    join(ParallelConfig(**layout))
+    torch.manual_seed(7)
+    model = _model(MODELS[name], layout)
+    logits = _logits(model)
+    _save({"model": model.sharded_state_dict(metadata=metadata), "args": arguments(MODELS[name]),
+           "iteration": 12, "checkpoint_version": 3.0}, Path(out) / "iter_0000012")
+    if dist.get_rank() == 0:
+        (Path(out) / "latest_checkpointed_iteration.txt").write_text("12")
+    leave()
+    return [float(x) for x in logits.flatten()]
+
+
+def _model(settings: dict[str, Any], layout: dict[str, int]) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        **settings, activation_func=silu, use_cpu_initialization=True, params_dtype=torch.float32,
+        pipeline_dtype=torch.float32, bias_dropout_fusion=False, masked_softmax_fusion=False,
+        hidden_dropout=0.0, attention_dropout=0.0, cuda_graph_scope=[],
+        tensor_model_parallel_size=layout.get("tp", 1), pipeline_model_parallel_size=layout.get("pp", 1),
+        expert_model_parallel_size=layout.get("ep", 1))
+    spec = get_gpt_layer_local_spec(num_experts=settings.get("num_moe_experts"), normalization="RMSNorm",
+                                    qk_layernorm=settings.get("qk_layernorm", False))
+    model = GPTModel(config, spec, vocab_size=PADDED_VOCAB_SIZE, max_sequence_length=64, rotary_base=10000,
+                     position_embedding_type="rope", share_embeddings_and_output_weights=False,
+                     parallel_output=False, pre_process=parallel_state.is_pipeline_first_stage(),
+                     post_process=parallel_state.is_pipeline_last_stage())
+    with torch.no_grad():  # norms and biases are drawn as ones and zeros, which hide a mix-up
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if key.endswith("expert_bias") or tensor.dim() == 1:
+                generator = torch.Generator().manual_seed(sum(key.encode()))
+                tensor += 0.2 * torch.rand(tensor.shape, generator=generator)
+    return model.eval()
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    ids = tokens()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)[None, None]
+    if model.pre_process and model.post_process:
+        return model(ids, positions, mask)
+    hidden = torch.empty(ids.shape[1], ids.shape[0], model.config.hidden_size)
+    if model.pre_process:
+        dist.send(model(ids, positions, mask), 1)
+        logits = torch.empty(*ids.shape, PADDED_VOCAB_SIZE)
+        dist.recv(logits, 1)
+        return logits
+    dist.recv(hidden, 0)
+    model.set_input_tensor(hidden)
+    logits = model(ids, positions, mask)
+    dist.send(logits.contiguous(), 0)
+    return logits
+
+
+def _save(state: dict[str, Any], folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # the library starts a process for this queue, which costs seconds; a rank writes its own files
+    filesystem_async._results_queue = queue.Queue()
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(folder))

@@ -1,0 +1,344 @@
+"""Cached generation: what a full forward pass says, at every layout, however prompts are cut,
+with drafts and without."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+WINDOW, NEW = 8, 8
+PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84],
+           [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+"""Shorter and longer than the window."""
+REPEATED = [0, 2, 0, 5, 2, 0, 1, 1, 5, 2]
+"""Places of prompts that several sequences have."""
+LIMITS = [3, 8, 1, 5, 8, 2]
+"""Longest continuation of each."""
+ALONE = (1, 2, 5)
+"""Places of those that are also written without the others: the shortest, the longest, the last."""
+SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+            "model.init_std=0.3", f"model.sliding_window_tokens={WINDOW}", "model.num_layers=4",
+            "model.num_experts=4", "train.precision=fp64"]
+EIGHT = [*PROMPTS[:5], [3, 1, 4, 1, 5], [2] * 17, [11, 12]]
+
+
+def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
+                  family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a drawn model writes, in several ways, on this process."""
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer import request
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching, Bounds, Sampling, Stop
+    from tests.tiny import tiny_model
+
+    config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
+    policy = ForwardModel(model, 50)
+    attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
+    drafts = 2 if config.model.num_mtp_layers else 0
+    warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
+
+    def write(prompts: Any, sampling: Any, batching: Any = None, **more: Any) -> Any:
+        return MegatronEngine(policy, batching).generate(prompts, sampling, **more).continuations
+
+    def drafting(sampling: Any, num_drafts: int) -> Any:
+        return dataclasses.replace(sampling, num_drafts=num_drafts)
+
+    routed = Sampling(NEW, with_routes=True)
+    plain = MegatronEngine(policy).generate(PROMPTS, routed)
+    greedy = plain.continuations
+    rows = iter(range(1000))
+    # each process is asked, and only the first one says when it is enough
+    over = Bounds(LIMITS, lambda: next(rows) == 2 if int(os.environ["RANK"]) == 0 else next(rows) == 0)
+    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(routed, drafts)))
+    found = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
+             "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": write(PROMPTS, warm),
+             "stopped early": write(PROMPTS, Sampling(NEW), bounds=over),
+             "limited": write(PROMPTS, Sampling(NEW), bounds=Bounds(LIMITS, lambda: False)),
+             "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
+             "drafted samples": write(PROMPTS, drafting(warm, drafts))}
+    if full:
+        found["end"] = greedy[2][5]
+        found["stopped"] = write(PROMPTS, drafting(Sampling(NEW), min(1, drafts)), stop=Stop((found["end"],)))
+        found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
+        found |= _repeated(policy, warm, routed)
+        row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
+        model.config.routing_step.record = record = {}
+        found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
+                         for p, r in zip(PROMPTS, row, strict=True)]
+        model.config.routing_step.record = None
+        found["full routes"] = [torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1].tolist()
+                                for i in range(len(PROMPTS))]
+    if pieces:
+        found["pieces"] = write(PROMPTS, Sampling(NEW), Batching(2, 3))
+        request.CACHE_TOKENS = 1
+        found["one slot"] = write(PROMPTS, Sampling(NEW))
+    found["as before"] = model.training and attention == [
+        type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
+    world.leave()
+    return found
+
+
+def _repeated(policy: Any, warm: Any, routed: Any) -> dict[str, Any]:
+    """Return what is written behind prompts that several sequences have, in rows of several sizes and one by
+    one, with routes; and the tokens of prompts that were read."""
+    from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching
+
+    prompts, read = [PROMPTS[i] for i in REPEATED], list[int]()
+    inner = CachedDecoder.read
+
+    def noted(decoder: Any, spans: Any, row_tokens: int) -> Any:
+        read.append(sum(len(s.tokens) for s in spans if s.past < len(prompts[s.slot])))
+        return inner(decoder, spans, row_tokens)
+
+    CachedDecoder.read = noted  # type: ignore[method-assign]
+    try:
+        routes = MegatronEngine(policy).generate(prompts, routed).routes
+    finally:
+        CachedDecoder.read = inner  # type: ignore[method-assign]
+    samples = [MegatronEngine(policy, batching).generate(prompts, warm).continuations
+               for batching in (None, Batching(4, 7), Batching(10, 5), Batching(3, 1000))]
+    return {"repeated": samples, "repeated routes": [r.tolist() for r in routes or ()],
+            "prompts read": sum(read),
+            "one by one": [MegatronEngine(policy).generate([prompt], warm, streams=[i]).continuations[0]
+                           for i, prompt in enumerate(prompts)]}
+
+
+LAYOUTS = {
+    "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
+    "EP2, experts by gathering": (2, {"ep": 2, "expert_dispatcher": "allgather"}),
+    "TP2+SP x CP2, EP4": (4, {"tp": 2, "sp": True, "cp": 2, "ep": 4}),
+}
+
+
+@pytest.mark.distributed
+def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
+    alone, solar, *others = ranks(
+        job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),
+        job(__file__, "continuations", 1, {"layout": {}, "full": True, "family": "solar-open",
+                                           "settings": ["model.sliding_window_tokens=0"]}),
+        *(job(__file__, "continuations", n, {"layout": x}) for n, x in LAYOUTS.values()))
+    for (found,) in (alone, solar):
+        greedy = found["greedy"]
+        assert greedy == found["full"], "cached differs from a full forward pass"
+        assert found["routes"] == found["drafted routes"] == found["full routes"]
+        assert found["drafted"]["continuations"] == greedy != found["sampled"]
+        assert found["alone"] == {str(i): found["sampled"][i] for i in ALONE}, (
+            "a prompt's samples depend on the others of its batch")
+        assert found["repeated"] == [found["one by one"]] * 4, "a prompt that is read once is another one"
+        assert found["repeated routes"] == [found["routes"][i] for i in REPEATED]
+        once = sum(len(PROMPTS[i]) for i in set(REPEATED))
+        assert found["prompts read"] == once + len(REPEATED) - len(set(REPEATED)), "the last token is read"
+        assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {NEW}
+        end = found["end"]
+        assert found["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
+        assert found["as before"]
+        assert found["limited"] == [c[:most] for c, most in zip(greedy, LIMITS, strict=True)]
+        # the prompts in one row, and a token in each of two more
+        assert found["stopped early"] == [c[:min(most, 3)] for c, most in zip(greedy, LIMITS, strict=True)]
+    assert alone[0]["pieces"] == alone[0]["one slot"] == alone[0]["greedy"]
+    assert (solar[0]["drafted"]["drafted"], solar[0]["drafted samples"]) == (0, solar[0]["sampled"])
+    drafted = alone[0]["drafted"]
+    assert 0 < drafted["accepted"] < drafted["drafted"], "nothing was taken, or nothing taken back"
+    for name, per_rank in zip(LAYOUTS, others, strict=True):
+        for rank, found in enumerate(per_rank):
+            for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
+                        "limited", "as before"):
+                assert found[way] == alone[0][way], (name, rank, way)
+            assert found["stopped early"] == per_rank[0]["stopped early"]
+            assert all(0 < len(c) <= 3 for c in found["stopped early"]), "it was not the first that said so"
+
+
+FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sliding_window_tokens=0"],
+            "qwen3": SETTINGS[:3]}
+
+
+def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[str, Any]:
+    """Return for each chosen way to sample how far the engine's log-probabilities are from the trainer's
+    (fp32), and what an engine of another model writes before and after an update."""
+    from megatron_sov import recipes
+    from megatron_sov.engine.convert import export_weights
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import collectives, world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching, Sampling, Stop
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    parallel = ParallelConfig(**layout)
+    config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
+    world.join(parallel)
+    model = build(config.model, parallel, config.train)
+    init.initialise(model, config.model, 1)
+    policy = ForwardModel(model, 7)
+
+    def trainers(row: list[int], temperature: float) -> torch.Tensor:
+        """Log-probability of each token of a row but the first."""
+        batch = Inputs([row], torch.device("cpu"))
+        if temperature not in (0, 1):
+            logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
+            return logits.log_softmax(-1)[torch.arange(len(row) - 1), torch.tensor(row[1:])]
+        labels = batch.inputs.tokens.roll(-1)
+        found = policy.map([batch], lambda hidden, head, _: head.logprobs(hidden[0], labels))
+        whole = collectives.broadcast_from_last_stage(found[0] if found else torch.zeros(len(labels)))
+        return whole[:len(row) - 1]
+
+    def furthest(sampling: Sampling) -> dict[str, Any]:
+        asked = dataclasses.replace(sampling, with_routes=not layout)
+        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, asked, stop=Stop((50,)))
+        record = model.config.routing_step.record = {} if asked.with_routes else None
+        gaps = [(trainers([*p, *c], sampling.temperature)[len(p) - 1:] - torch.tensor(told)).abs().max()
+                for p, c, told in zip(FEW, found.continuations, found.logprobs, strict=True)]
+        model.config.routing_step.record = None
+        for i, routes in enumerate(found.routes or ()):
+            read = torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1]
+            assert torch.equal(read, torch.from_numpy(routes).long()), "the trainer routes otherwise"
+        return {"gap": float(max(gaps)), "tokens": found.continuations, "reasons": found.finish_reasons,
+                "lowest": min(map(min, found.logprobs)), "accepted": found.accepted}
+
+    drafts = 2 if config.model.num_mtp_layers else 0
+    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3),
+            "drafted": Sampling(NEW, num_drafts=drafts),
+            "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
+    found = {name: furthest(ways[name]) for name in chosen}
+    other = build(config.model, parallel, config.train)
+    init.initialise(other, config.model, 2)
+    engine = MegatronEngine(ForwardModel(other, 7))
+    versions = []
+    for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
+        engine.update(weights, version)
+        written = engine.generate(FEW, ways["T 1"], stop=Stop((50,)))
+        versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
+    found["updated"] = versions
+    world.leave()
+    return found
+
+
+FEW = PROMPTS[1:5]
+"""One more than are written at a time."""
+WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"]),
+         ("qwen3", 2, {"tp": 2, "sp": True}, ["T 1", "T 0.7"]),
+         ("k-exaone", 2, {"pp": 2}, ["T 1", "T 0.7", "drafted T 1"]),
+         ("solar-open", 2, {"ep": 2}, ["T 1", "T 0.7"])]
+"""Family, processes, layout, ways to sample."""
+
+
+@pytest.mark.distributed
+def test_log_probabilities_are_those_of_the_trainer(ranks, job) -> None:
+    alone, *others = ranks(*(
+        job(__file__, "logprobs_of", n, {"layout": layout, "family": family, "chosen": ways})
+        for family, n, layout, ways in WHERE))
+    for where, per_rank in zip(WHERE, (alone, *others), strict=True):
+        for rank in per_rank:
+            assert rank.pop("updated") == [[1, False], [7, True]], where
+        for way, found in per_rank[0].items():
+            assert found["gap"] < 1e-5, (where, way, found["gap"])
+            assert found["lowest"] < -0.5, "every token was certain, which shows little"
+            assert all(rank[way]["tokens"] == found["tokens"] for rank in per_rank), (where, way)
+            assert found["reasons"] == ["stop" if c[-1] == 50 else "length" for c in found["tokens"]]
+    assert alone[0]["T 1"]["tokens"] != alone[0]["greedy"]["tokens"]
+
+
+QWEN = {"qwen2": ("Qwen2", {"tie_word_embeddings": True}), "qwen3": ("Qwen3", {"tie_word_embeddings": False}),
+        "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24})}
+"""Family -> names of transformers' classes, and what it alone has."""
+
+
+def qwen_folder(family: str, folder: Path, tokenizer: Path) -> Path:
+    """Write a drawn model of a Qwen family with transformers."""
+    import transformers
+
+    name, own = QWEN[family]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 512,
+             "initializer_range": 0.25}
+    sizes |= {} if family == "qwen2" else {"head_dim": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes, **own)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(params=["solar_open", "exaone_moe", *QWEN])
+def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
+            tmp_path: Path) -> tuple[Path, Path]:
+    """A Hugging Face folder and the same model as a checkpoint."""
+    if request.param in hf_models:
+        return hf_models[request.param], imported[request.param]
+    from megatron_sov import convert
+
+    hf = qwen_folder(request.param, tmp_path / "hf", token_shards / "tokenizer")
+    convert.from_hf(hf, tmp_path / "imported")
+    return hf, tmp_path / "imported"
+
+
+def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_rank: None) -> None:
+    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
+    window of 8 tokens."""
+    prepare_megatron()
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.engines.hf import load_hf
+    from megatron_sov.infer.engines.load import load_forward_model
+    from megatron_sov.infer.engines.target import inference_config
+    from megatron_sov.infer.request import Batching, Sampling
+    from megatron_sov.model.config import ParallelConfig
+
+    hf, imported = folders
+    model = load_hf(hf)
+    expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
+                               pad_token_id=0)[0].tolist() for p in PROMPTS]
+    expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
+    world.join(ParallelConfig())
+    try:
+        policy = load_forward_model(imported, inference_config(imported, [], 1))
+        engine = MegatronEngine(policy)
+        assert engine.generate(PROMPTS, Sampling(24)).continuations == expected
+        assert (MegatronEngine(policy, Batching(3, 6)).generate(PROMPTS, Sampling(24)).continuations
+                == expected)
+        with pytest.raises(ValueError, match="prompt 1 has no token"):
+            engine.generate([[1], []], Sampling(4))
+        with pytest.raises(ValueError, match="num_drafts = 1 needs a multi-token prediction layer"):
+            engine.generate(PROMPTS, Sampling(4, num_drafts=1))
+        assert engine.generate([], Sampling(4)).continuations == []
+    finally:
+        world.leave()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_batch_of_one_three_or_eight_writes_the_same_bits() -> None:
+    prepare_megatron()
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching, Generated, Sampling
+    from tests.tiny import tiny_model
+
+    _, model = tiny_model("tiny-k-exaone", *SETTINGS[:-1], "train.precision=fp32")
+    try:
+        sampling = Sampling(8, temperature=1.0, seed=3)
+
+        def written(count: int, batching: Batching) -> Generated:
+            return MegatronEngine(ForwardModel(model, 50), batching).generate(
+                EIGHT[:count], sampling, streams=range(count))
+
+        alone = {count: written(count, Batching(1)) for count in (1, 3, 8)}
+        for count, found in alone.items():
+            assert found.continuations == alone[8].continuations[:count]
+            assert found.logprobs == alone[8].logprobs[:count]
+        # else the numbers depend on what stands beside them: the test would see that
+        assert written(8, Batching()).logprobs != alone[8].logprobs
+    finally:
+        world.leave()

@@ -1,0 +1,39 @@
+"""Which weights an engine holds: a version, or nothing that may be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.decoder.held_weights import HeldWeights
+
+
+def test_an_update_counts_when_it_has_ended() -> None:
+    held = HeldWeights("own")
+    assert held.version == 0
+    with held.replaced(3, None), pytest.raises(UserError, match="its update to version 3 did not end"):
+        held.check()
+    assert held.version == 3
+
+
+def test_after_a_failure_there_are_no_weights_until_an_update_succeeds() -> None:
+    closed = []
+
+    def weights() -> Iterator[tuple[str, None]]:
+        try:
+            yield "a", None
+        finally:
+            closed.append(True)
+
+    held, stream = HeldWeights("own"), weights()
+    with pytest.raises(RuntimeError, match="cable"), held.replaced(1, stream):
+        next(stream)
+        raise RuntimeError("a cable was pulled")
+    assert closed == [True], "the processes that gather the weights wait for this one"
+    with pytest.raises(UserError, match=r"parts of two models: its update to .* 1 failed \(a cable"):
+        held.check()
+    with held.replaced(2, iter(())):
+        pass
+    assert held.version == 2

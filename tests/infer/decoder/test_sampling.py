@@ -1,0 +1,97 @@
+"""Draws follow the tempered, truncated distribution; drafts that are taken by chance leave it as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from megatron_sov.infer.decoder.sampling import (
+    ROW_DOCUMENTS, ROW_TOKENS, accepted_by_chance, accepted_greedily, best_words, draw, probabilities,
+    rows_of)
+from megatron_sov.infer.request import Sampling
+
+LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
+
+
+SAMPLINGS = [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=3),
+             Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.9, top_k=4, top_p=0.6),
+             Sampling(temperature=2.0, top_k=1), Sampling(temperature=1.0, top_p=1e-9)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 2
+    expected = TemperatureLogitsWarper(sampling.temperature)(None, logits.double())
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(None, expected)
+    if sampling.top_p < 1:
+        expected = TopPLogitsWarper(sampling.top_p)(None, expected)
+    assert torch.allclose(probabilities(logits, sampling), expected.softmax(-1), atol=1e-12)
+
+
+def test_of_equally_probable_tokens_the_first_ones_stay() -> None:
+    assert (probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist()
+            == [0, 1, 4])
+
+
+def test_a_draw_is_a_quantile() -> None:
+    shares = probabilities(LOGITS, Sampling(temperature=0.7, top_k=3))
+    places = ((np.arange(3000) + 0.5) / 3000).tolist()
+    for number in range(2):
+        drawn = draw(shares[[number]].expand(3000, -1), places)
+        assert drawn == sorted(drawn)
+        assert np.bincount(drawn, minlength=5) / 3000 == pytest.approx(shares[number].numpy(), abs=1e-3)
+        last = float(np.nextafter(1.0, 0.0))
+        ends = shares[number].nonzero()[[0, -1], 0].tolist()
+        assert draw(7 * shares[[number, number]], [0.0, last]) == ends
+
+
+def test_greedy_drafts_are_taken_up_to_the_first_other_token() -> None:
+    assert [accepted_greedily(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
+
+
+def test_speculative_samples_follow_the_models_distribution() -> None:
+    """All pairs of tokens that two drafts lead to, against the product of the model's own
+    conditional distributions."""
+    generator = torch.Generator().manual_seed(1)
+    vocab, count = 4, 12000
+    first = torch.rand(vocab, generator=generator).double().pow(3)
+    # row: the token before
+    second, guess = (torch.rand(vocab, vocab, generator=generator).double().pow(3) for _ in range(2))
+    start_guess = torch.tensor([0.0, 0.2, 0.5, 0.3], dtype=torch.float64)  # never drafts token 0
+    first, second, guess = (first / first.sum(), second / second.sum(1, keepdim=True),
+                            guess / guess.sum(1, keepdim=True))
+    numbers = np.random.Generator(np.random.Philox(0))
+    pairs = np.zeros((vocab, vocab))
+    taken = 0
+    for _ in range(count):
+        (a,) = draw(start_guess[None], [numbers.random()])
+        (b,) = draw(guess[[a]], [numbers.random()])
+        accepted, final = accepted_by_chance([a, b], torch.stack([start_guess, guess[a]]),
+                                             torch.stack([first, second[a], first]),
+                                             numbers.random(2).tolist())
+        taken += accepted
+        written = [*[a, b][:accepted], *draw(final[None], [numbers.random()])]
+        if len(written) == 1:  # the next pass writes the second one
+            written += draw(second[written], [numbers.random()])
+        pairs[written[0], written[1]] += 1
+    expected = (first[:, None] * second).numpy() * count
+    chi_squared = float(((pairs - expected) ** 2 / expected).sum())
+    assert chi_squared < 37.7, "15 degrees of freedom: above this by chance once in a thousand"
+    assert 0.2 * count < taken < 1.8 * count
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 5), (40, 3), (5, ROW_TOKENS // 2), (3, 10 * ROW_TOKENS)])
+def test_rows_hold_every_document_once_in_bounded_memory(count: int, length: int) -> None:
+    rows = rows_of([[7] * length] * count)
+    assert [i for row in rows for i in row] == list(range(count))
+    assert all(len(row) == 1 or len(row) * length <= ROW_TOKENS for row in rows)
+    assert all(0 < len(row) <= ROW_DOCUMENTS for row in rows)
+
+
+def test_the_best_word_is_not_the_best_token() -> None:
+    logits = torch.tensor([[9.0, 1.0, 3.0, 2.0], [0.0, 5.0, 4.0, 4.5]])
+    assert best_words(logits, (3, 1, 2)).tolist() == [2, 1]
+    assert best_words(logits, (3,)).tolist() == [3, 3]

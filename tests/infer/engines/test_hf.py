@@ -1,0 +1,282 @@
+"""transformers as an engine: what the folder's defaults say does not change what was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import DeepseekV3Config
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.convert.changed_values import SentWeights
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.infer.engines import hf
+from megatron_sov.infer.engines.hf import (
+    PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
+from megatron_sov.infer.request import Batching, Sampling, Stop
+
+PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
+
+
+def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp_path: Path, caplog) -> None:
+    plain = HfEngine(load_hf(hf_models["solar_open"])).generate(PROMPTS, Sampling(10)).continuations
+    opinionated = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
+    defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "eos_token_id": plain[0][0]}
+    (opinionated / "generation_config.json").write_text(json.dumps(defaults))
+    assert HfEngine(load_hf(opinionated)).generate(PROMPTS, Sampling(10)).continuations == plain
+    assert all(len(c) == 10 for c in plain)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
+    model = load_hf(hf_models[family])
+    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=12, do_sample=False,
+                            pad_token_id=0)[0, len(p):].tolist() for p in PROMPTS]
+    assert HfEngine(model).generate(PROMPTS, Sampling(12)).continuations == alone
+    assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(12)).continuations == alone
+    end = alone[0][4]
+    stop = Stop((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
+    ended = HfEngine(model).generate(PROMPTS, Sampling(12), stop=stop).continuations
+    assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
+
+
+def test_samples_depend_on_the_seed(hf_models: dict[str, Path]) -> None:
+    model = load_hf(hf_models["solar_open"])
+    first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(4, temperature=1.0, top_p=0.9, seed=s))
+                           for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str, Path]) -> None:
+    engine = HfEngine(load_hf(hf_models["solar_open"]))
+    first, again, other = (engine.generate(PROMPTS, Sampling(4, temperature=1.0), streams=range(s, s + 4))
+                           for s in (0, 0, 4))
+    assert first == again != other
+    with pytest.raises(ValueError, match="num_drafts = 2: the engine transformers does not draft"):
+        engine.generate(PROMPTS, Sampling(8, num_drafts=2))
+    with pytest.raises(UserError, match="--engine transformers: it does not tell which experts"):
+        engine.generate(PROMPTS, Sampling(8, with_routes=True))
+
+
+def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(hf_models["solar_open"], tmp_path / "broken")
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match=r"broken/model\.safetensors: cannot be read as a safetensors file"):
+        load_hf(broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"broken: has neither model\.safetensors nor"):
+        load_hf(broken)
+
+
+@pytest.mark.parametrize("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
+def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
+    slots, pages, pass_tokens = cache_sizes(20, longest, Batching())
+    assert pages * PAGE_TOKENS >= slots * longest
+    assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, (
+        "bytes of a mask in fp32, whole")
+    assert pass_tokens >= min(1000, slots * longest, 2**28 // (longest + 2 * PAGE_TOKENS)), (
+        "one long sequence is not read token by token")
+    assert pass_tokens <= slots * longest, "a few short sequences need no large mask"
+    assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
+
+
+def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
+    model = load_hf(hf_models["exaone_moe"])
+    plain = HfEngine(model).generate(PROMPTS, Sampling(10)).continuations
+    monkeypatch.setattr(hf, "MASK_PLACES", 400)
+    monkeypatch.setattr(hf, "PASS_TOKENS", 4)
+    assert cache_sizes(len(PROMPTS), 50, Batching())[::2] == (1, 5)
+    assert HfEngine(model).generate(PROMPTS, Sampling(10)).continuations == plain
+
+
+def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens "
+                                        r"\(Memory footprint"):
+        HfEngine(load_hf(hf_models["solar_open"])).generate([[5, 9, 2]], Sampling(10_000_000_000))
+
+
+def test_code_of_a_folder_is_not_run_whoever_says_yes(hf_models: dict[str, Path], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(hf_models["solar_open"], tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        load_hf(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_models: dict[str, Path]) -> None:
+    """Against one plain forward pass over prompt and continuation."""
+    model = load_hf(hf_models["exaone_moe"])
+    asked = Sampling(12, temperature, seed=1, for_training=True)
+    found = HfEngine(model, Batching(2, 5)).generate(PROMPTS, asked, stop=Stop((7,)))
+    for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
+        expected = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1:-1].gather(
+            1, torch.tensor(tokens)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(told), expected, atol=1e-5, rtol=0)
+    assert found.finish_reasons == ["stop" if c[-1] == 7 else "length" for c in found.continuations]
+    assert (found.temperature, found.version) == (temperature, 0)
+
+
+def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dict[str, Path]) -> None:
+    engine = HfEngine(load_hf(hf_models["solar_open"]))
+    cut = Sampling(3, 1.0, top_k=1, for_training=True)
+    with pytest.raises(UserError, match="samples that are trained on come from the whole"):
+        engine.generate(PROMPTS, cut)
+    found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
+    assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"
+
+
+def test_latent_attention_is_refused_for_transformers_has_no_pages_for_it() -> None:
+    model = SimpleNamespace(config=DeepseekV3Config())
+    with pytest.raises(UserError, match=r"kv_lora_rank = 512: .* take the engine megatron or vllm"):
+        HfEngine(model).generate([[1, 2]], Sampling(2))
+
+
+def redrawn(folder: Path) -> Any:
+    """The folder's model with other numbers."""
+    model = load_hf(folder)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+def test_names_are_those_of_the_files_and_writing_reaches_the_model(family: str, hf_models: dict[str, Path],
+                                                                    tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = load_file(hf_models[family] / "model.safetensors")
+    model = redrawn(hf_models[family])
+    views = live_views(model)
+    assert {name: view.shape for name, view in views.items()} == {n: t.shape for n, t in written.items()}
+    addresses = {name: t.data_ptr() for name, t in model.state_dict().items()}
+    copy_weights(model, written.items())
+    expected = load_hf(hf_models[family]).state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+    assert addresses == {name: t.data_ptr() for name, t in model.state_dict().items()}, "not in place"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_is_the_embedding_comes_once() -> None:
+    config = transformers.Qwen2Config(vocab_size=40, hidden_size=16, num_hidden_layers=1, intermediate_size=8,
+                                      num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    model = transformers.Qwen2ForCausalLM(config)
+    weights = {name: torch.full(view.shape, 2.0) for name, view in live_views(model).items()}
+    assert "lm_head.weight" not in weights
+    copy_weights(model, weights.items())
+    assert torch.equal(model.lm_head.weight, torch.full((40, 16), 2.0))
+
+
+def test_what_the_class_ignores_in_files_may_come_along(hf_models: dict[str, Path]) -> None:
+    written = load_file(hf_models["exaone_moe"] / "model.safetensors")
+    model = redrawn(hf_models["exaone_moe"])
+    copy_weights(model, [("mtp.norm.weight", torch.zeros(3)), *written.items()])
+    with pytest.raises(UserError, match=r"1 unexpected \(mtp.norm.weight\)"):
+        copy_weights(redrawn(hf_models["solar_open"]), [("mtp.norm.weight", torch.zeros(3))])
+
+
+Named = list[tuple[str, torch.Tensor]]
+SPOILT: dict[str, Callable[[Named], Named]] = {
+    r"1 missing \(model.layers.0.mlp.experts.3.up_proj.weight\)":
+        lambda w: [(n, t) for n, t in w if n != "model.layers.0.mlp.experts.3.up_proj.weight"],
+    r"1 unexpected \(model.layers.9.norm\)": lambda w: [*w, ("model.layers.9.norm", w[0][1])],
+    r"1 of another shape \(lm_head.weight \[1, 2\] instead of": lambda w: [
+        (n, torch.zeros(1, 2) if n == "lm_head.weight" else t) for n, t in w],
+    r"lm_head.weight comes twice": lambda w: [*w, ("lm_head.weight", dict(w)["lm_head.weight"])]}
+
+
+def test_an_engine_writes_with_the_new_weights_or_with_none(hf_models: dict[str, Path]) -> None:
+    folder = hf_models["solar_open"]
+    written = list(load_file(folder / "model.safetensors").items())
+    engine, asked = HfEngine(redrawn(folder)), Sampling(8, 1.0, seed=3, for_training=True)
+    before = engine.generate(PROMPTS, asked)
+    engine.update(iter(written), 4)
+    after, expected = engine.generate(PROMPTS, asked), HfEngine(load_hf(folder)).generate(PROMPTS, asked)
+    assert (before.version, after.version) == (0, 4)
+    assert after.continuations == expected.continuations != before.continuations
+    assert after.logprobs == expected.logprobs
+    for number, (words, spoil) in enumerate(SPOILT.items()):
+        with pytest.raises(UserError, match=words):
+            engine.update(iter(spoil(written)), number)
+        for work in (lambda: engine.generate(PROMPTS, asked), lambda: engine.choose(PROMPTS[:1], 1, [1, 2])):
+            with pytest.raises(UserError, match=f"its update to version {number} failed .*{words}"):
+                work()
+    engine.update(iter(written), 9)
+    again = engine.generate(PROMPTS, asked)
+    assert (again.logprobs, again.version) == (expected.logprobs, 9)
+    with pytest.raises(ValueError, match="an update needs its weights"):
+        engine.update(None, 10)
+
+
+def test_changed_values_make_what_all_would_and_only_of_the_version_they_differ_from(
+        hf_models: dict[str, Path]) -> None:
+    folder = hf_models["solar_open"]
+    drawn, written = torch.Generator().manual_seed(1), load_file(folder / "model.safetensors")
+    later = {name: torch.where(torch.rand(t.shape, generator=drawn) < 0.02, t + 0.1, t)
+             for name, t in written.items()}
+    patched, sent = HfEngine(redrawn(folder)), SentWeights()
+    patched.update(sent.whole(written.items()), 1)
+    patched.update_changed(sent.changed(later.items()), 2, since=1)
+    whole = HfEngine(redrawn(folder))
+    whole.update(iter(later.items()), 2)
+    views, expected = (live_views(engine._model) for engine in (patched, whole))
+    assert all(torch.equal(views[name], expected[name]) for name in expected)
+    asked = Sampling(8, 1.0, seed=3, for_training=True)
+    assert patched.generate(PROMPTS, asked) == whole.generate(PROMPTS, asked)
+    with pytest.raises(UserError, match="holds version 2, and what has changed since version 1 would"):
+        patched.update_changed(sent.changed(written.items()), 3, since=1)
+    assert patched.generate(PROMPTS[:1], asked).version == 2, "it holds what it held"
+    with pytest.raises(UserError, match=r"1 missing \(lm_head.weight\)"):
+        patched.update_changed((c for c in sent.changed(written.items()) if c.name != "lm_head.weight"), 3, 2)
+    with pytest.raises(UserError, match="its update to version 3 failed"):
+        patched.generate(PROMPTS, asked)
+
+
+@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+def test_on_exported_weights_log_probabilities_are_those_of_the_trainer(
+        family: str, hf_models: dict[str, Path], imported: dict[str, Path], one_rank: None) -> None:
+    prepare_megatron()
+    from megatron_sov.engine.convert import export_weights
+    from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.engines.load import load_forward_model
+    from megatron_sov.infer.engines.target import inference_config
+    from megatron_sov.model.config import ParallelConfig
+
+    engine = HfEngine(redrawn(hf_models[family]))
+    world.join(ParallelConfig())
+    try:
+        policy = load_forward_model(imported[family], inference_config(imported[family], [], 1))
+        engine.update(export_weights(policy.model), 1)
+        found = engine.generate(PROMPTS, Sampling(12, 1.0, seed=1, for_training=True))
+        for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
+            batch = Inputs([[*prompt, *tokens]], torch.device("cpu"))
+            labels = batch.inputs.tokens.roll(-1)
+            (row,) = policy.map([batch], lambda hidden, head, _, labels=labels: head.logprobs(hidden[0],
+                                                                                               labels))
+            trainers = row[len(prompt) - 1:len(prompt) + len(tokens) - 1]
+            assert (trainers - torch.tensor(told)).abs().max() < 1e-5
+    finally:
+        world.leave()

@@ -1,0 +1,67 @@
+"""Loading: what is damaged is refused by name, on the processes as well."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import GpuConfig, RunConfig, apply_settings
+
+prepare_megatron()
+
+from megatron_sov.infer.engines import load as loading  # noqa: E402
+from megatron_sov.infer.engines.load import load_tokenizer, run_forward_model  # noqa: E402
+from megatron_sov.infer.engines.target import Target  # noqa: E402
+
+
+def test_work_gets_the_model_and_gives_its_result_back(one_rank: None, imported: dict[str, Path],
+                                                        hf_models: dict[str, Path]) -> None:
+    for target in (Target(imported["exaone_moe"], False), Target(hf_models["exaone_moe"], True)):
+        found = run_forward_model(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
+            loaded.world.size, loaded.config.train.head_chunk_tokens,
+            sum(p.numel() for p in loaded.policy.model.parameters())])
+        manifest = json.loads((imported["exaone_moe"] / "model.index.json").read_text())
+        biases = 4 * 8  # router biases are buffers, not parameters
+        sizes = [entry["shape"] for entry in manifest.values()]
+        assert found == [1, 7, sum(map(math.prod, sizes)) - biases]
+
+
+def test_a_model_is_loaded_with_the_kernels_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a gate under Slurm runs where its run has trained, and there the library refuses another attention
+    found: list[GpuConfig] = []
+    monkeypatch.setattr(loading, "build", lambda model, parallel, train, gpu, lora, media: found.append(gpu))
+    monkeypatch.setattr(loading, "ForwardModel", lambda *_: None)
+    for name in ("check", "load_model"):
+        monkeypatch.setattr(loading.load, name, lambda *_: None)
+    config: RunConfig = apply_settings(recipes.get("tiny-solar-open"), [
+        "gpu.attention=fused", 'gpu.offload_modules=["core_attn"]', 'gpu.recompute_modules=["moe"]'])
+    loading.load_forward_model(Path("checkpoint"), config)
+    assert found == [GpuConfig(attention="fused")]
+
+
+def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path,
+                                       capsys) -> None:
+    damaged = shutil.copytree(imported["solar_open"], tmp_path / "damaged")
+    file = next(damaged.glob("model/*/*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(SystemExit) as e:
+        run_forward_model(Target(damaged, False), [], None, lambda loaded: 1)
+    assert e.value.code == 2
+    assert f"error: {file}: its content differs from the hash" in capsys.readouterr().err
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,89 @@
+"""What TARGET means, and how a checkpoint is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import LoraConfig
+from megatron_sov.model.recipes import get
+
+prepare_megatron()
+
+from megatron_sov.infer.engines.target import Target, find_target, inference_config  # noqa: E402
+
+
+def test_each_kind_of_folder_is_known(imported: dict[str, Path], hf_models: dict[str, Path],
+                                      tmp_path: Path) -> None:
+    checkpoint, folder = imported["exaone_moe"], hf_models["exaone_moe"]
+    for step in (9, 10):
+        (tmp_path / "run/checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"run/checkpoints/step-{step}").symlink_to(checkpoint)
+    (tmp_path / "run/config.json").write_text("{}")
+    assert find_target(tmp_path / "run") == Target(tmp_path / "run/checkpoints/step-10", False)
+    assert find_target(checkpoint) == Target(checkpoint, False)
+    assert find_target(folder) == Target(folder, True)
+    assert (find_target(folder).tokenizer_folder, find_target(checkpoint).tokenizer_folder) == (
+        folder, checkpoint / "tokenizer")
+
+
+def test_a_target_tells_its_size_and_history(imported: dict[str, Path], hf_models: dict[str, Path],
+                                             tmp_path: Path) -> None:
+    ours, theirs = Target(imported["solar_open"], False), Target(hf_models["solar_open"], True)
+    assert (ours.vocab_size, theirs.vocab_size) == (1024, 1024)
+    assert (ours.step, theirs.step) == (0, None)
+    assert (ours.trained_tokens, theirs.trained_tokens) == (512, 512), (
+        "an imported model is judged up to its own limit")
+    assert ours.model == theirs.model
+    trained = shutil.copytree(imported["solar_open"], tmp_path / "trained")
+    manifest = json.loads((trained / "manifest.json").read_text())
+    manifest["settings"] |= {"recipe": "tiny",
+                             "data": {"phases": [{"name": "a", "seq_len": 64}, {"name": "b", "seq_len": 32}]}}
+    manifest["content"]["step"] = 70
+    (trained / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
+    assert (Target(trained, False).trained_tokens, Target(trained, False).step) == (64, 70)
+
+
+def test_a_checkpoint_runs_in_fp32_on_a_cpu_and_as_asked(imported: dict[str, Path]) -> None:
+    plain = inference_config(imported["solar_open"], [], 1)
+    assert (plain.train.precision, plain.parallel.tp, plain.model.family) == ("fp32", 1, "solar_open")
+    asked = inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
+    assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
+    with pytest.raises(UserError,
+                       match="parallel: tp 1 x pp 2 x cp 1 = 2 must divide the number of processes, 1"):
+        inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
+
+
+def test_adapters_that_a_checkpoint_does_not_have_are_refused(imported: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"--set lora.rank=4: adapters are made by training, and .* is run "
+                                        r"with those that it has; leave it out"):
+        inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
+
+
+def test_another_architecture_is_no_other_adapter(tmp_path: Path) -> None:
+    model = get("tiny-solar-open").model
+    made_with = replace(get("tiny-solar-open"), lora=LoraConfig(4))
+    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+        artifact.settings = made_with.to_dict()
+    asked = inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
+    assert asked.lora == made_with.lora and asked.model != model, "the checkpoint's tensors tell"
+
+
+def test_folders_that_are_no_model_are_refused(hf_models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        find_target(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is empty, so it is not a checkpoint, a run or a Hugging"):
+        find_target(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
+        find_target(tmp_path / "run")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json: has no readable vocab_size"):
+        print(Target(tmp_path, True).vocab_size)

@@ -1,0 +1,179 @@
+"""A model that is shown a picture and a sound, and draws and speaks: by the commands, through files."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from megatron_sov import cli
+from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.chat.media_marks import MARKS, entry
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.media import spoken
+from megatron_sov.infer.media.media_replies import BlockRules
+from megatron_sov.infer.media.spoken import MarkIds, parts_of
+from tests.omni_model import save_codecs, save_omni_model
+
+LIKES = ("<|discrete_image_start|>", "<|discrete_audio_start|>", "<|discrete_audio_end|>")
+ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt What? --prompt Why? "
+       "--image-tokenizer {0}/pictures --audio-tokenizer {0}/sounds --max-audio-tokens 5 "
+       "--max-new-tokens 45 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
+       "--out-audio {0}/{1} --vocoder {0}/sounds")
+GRID = 2
+NAMES = ["a", "b", "<end>", *MARKS, *(entry(AUDIO, i) for i in range(5)),
+         *(entry(IMAGE, i) for i in range(6))]
+IDS = {name: i for i, name in enumerate(NAMES)}
+BLOCKS = {AUDIO: Block(AUDIO, IDS[entry(AUDIO, 0)], 5), IMAGE: Block(IMAGE, IDS[entry(IMAGE, 0)], 6)}
+ROW = rf"(<\|vision\d+\|>){{{GRID}}}<\|vision_eol\|>"
+PICTURE = (r"<\|discrete_image_start\|><\|vision_ratio_\d+:\d+\|>"
+           rf"({ROW}){{{GRID}}}<\|vision_eof\|><\|discrete_image_end\|>")
+SPEECH = r"<\|discrete_audio_start\|>(<\|audio\d+\|>){1,3}<\|discrete_audio_end\|>"
+
+
+@pytest.fixture(scope="module")
+def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
+    """A folder with a model with encoders, codecs, a picture and a sound."""
+    folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
+    Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
+    soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
+    save_codecs(folder / "pictures", folder / "sounds")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in as_one_rank.items():
+            environment.setenv(name, value)
+        save_omni_model(folder / "model", packed_data.tokenizer, (
+            "train.precision=fp64", f'data.paths={json.dumps({str(folder / "shards"): 1.0})}'), likes=LIKES)
+    return folder
+
+
+@pytest.fixture
+def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, to work in."""
+    monkeypatch.chdir(made)
+    shards_with({})
+    return made
+
+
+def shards_with(media: dict[str, Any]) -> None:
+    """Write what is left of the model's data: their manifest."""
+    with new_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
+        shards.content = {"sources": [{"media": media}]}
+
+
+@pytest.mark.distributed
+def test_pictures_are_whole_and_the_same_at_other_layouts(site: Path, capsys: pytest.CaptureFixture[str],
+                                                          run_command: Any) -> None:
+    """What is shown is discrete tokens, and features over placeholders behind them."""
+    shards_with({"pictures": {}, "sounds": {}})
+    assert cli.main([*shlex.split(ASK.format(site, "bare")), "--no-features"]) == 0
+    bare = json.loads(capsys.readouterr().out)
+    assert cli.main(shlex.split(ASK.format(site, "one"))) == 0
+    replies = json.loads(capsys.readouterr().out)
+    pictures, sounds = ([file for reply in replies for file in reply[kind]]
+                        for kind in ("pictures", "sounds"))
+    assert [reply["text"] for reply in replies] != [reply["text"] for reply in bare]
+    assert len(replies) == 2 and len(pictures) >= 2 and len(sounds) >= 1
+    assert {Image.open(file).size for file in pictures} == {(16, 16)}
+    assert all(soundfile.info(file).frames for file in sounds)
+    for reply in replies:  # a picture that has begun is whole, or the reply ended in it
+        assert reply["broken_pictures"] <= 1 and "<|" not in reply["text"]
+    files = {file.name: file.read_bytes() for file in Path("one").iterdir()}
+    for layout in ("tp", "pp"):
+        ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set",
+                          f"parallel.{layout}=2")
+        assert ran.returncode == 0, ran.stderr
+        assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
+
+
+def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a judge that hears nothing but "seven"; a text that it writes is compared as it is."""
+    Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")
+    drawn = {"content": [{"type": "text", "text": "Draw seven."}], "answer": "seven",
+             "labels": ["six", "seven"]}
+    heard = {"content": [{"type": "audio", "path": "word.wav"}], "answer": "no such word"}
+    Path("drawn.jsonl").write_text(json.dumps(drawn))
+    Path("heard.jsonl").write_text(json.dumps(heard))
+    assert cli.main(shlex.split(
+        "eval media model --data text-image=drawn.jsonl --data audio-text=heard.jsonl --media-root . "
+        "--no-chat --image-decoder pictures --audio-tokenizer sounds --image-judge judges.py:seen "
+        "--files made --max-new-tokens 48 --json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text-image"]["accuracy"], found["text-image"]["chance"]) == (1.0, 0.5)
+    assert found["audio-text"]["accuracy"] == 0.0
+    assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
+
+
+def test_what_the_data_no_longer_tell_is_said(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Encoders whose features were in no data are not asked, nor those whose adapters never learned."""
+    line = "generate model --audio word.wav --audio-tokenizer sounds --max-new-tokens 2"
+    assert cli.main(shlex.split(line)) == 0
+    assert "encoder" not in capsys.readouterr().err
+    shutil.rmtree("shards")
+    assert cli.main(shlex.split(line)) == 0
+    assert "has an encoder of sounds, and data that would tell" in (told := capsys.readouterr().err)
+    assert "prompts do not reach it, as its adapter was frozen" in told
+    assert cli.main(shlex.split("generate model --audio word.wav --max-new-tokens 2")) == 2
+    assert "is of kind audio, which needs --audio-tokenizer CODEC" in capsys.readouterr().err
+
+
+def rules(grid: int = GRID, says: bool = True) -> BlockRules:
+    return BlockRules.of(len(NAMES), BLOCKS, IDS.get, grid=grid, says=says, max_audio_tokens=3)
+
+
+def written(made: BlockRules, seed: int) -> list[int]:
+    """Return a reply of a model that finds all allowed tokens the same, and likes to begin media."""
+    draw, reply = random.Random(seed), list[int]()
+    likes = {IDS[f"<|discrete_{kind}_start|>"] for kind in ("image", "audio")}
+    while len(reply) < 200 and reply[-1:] != [IDS["<end>"]]:
+        allowed = np.flatnonzero(made.allowed(reply)).tolist()
+        reply.append(draw.choice([i for i in allowed if i in likes] or allowed)
+                     if draw.random() < 0.3 else draw.choice(allowed))
+    return reply
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_allowed_is_well_formed(seed: int) -> None:
+    reply = written(rules(), seed)
+    text = "".join(NAMES[i] for i in reply)
+    assert re.fullmatch(rf"([ab]|{PICTURE}|{SPEECH})*<end>", text), text
+    parts = parts_of(reply, list(BLOCKS.values()), MarkIds.of(IDS.get))
+    pictures = [part for part in parts if isinstance(part, spoken.Image)]
+    assert all(part.complete and len(part.tokens) == GRID ** 2 for part in pictures)
+    assert len(pictures) == text.count("discrete_image_start")
+    said = sum(len(part.tokens) for part in parts if isinstance(part, spoken.Audio))
+    assert said == len(re.findall(r"<\|audio\d", text))
+
+
+def test_every_well_formed_reply_is_allowed() -> None:
+    """No token of it is ruled out: the rules forbid nothing else."""
+    picture = ["<|discrete_image_start|>", "<|vision_ratio_9:16|>", entry(IMAGE, 0), entry(IMAGE, 5),
+               "<|vision_eol|>", entry(IMAGE, 3), entry(IMAGE, 3), "<|vision_eol|>", "<|vision_eof|>",
+               "<|discrete_image_end|>"]
+    speech = ["<|discrete_audio_start|>", entry(AUDIO, 4), entry(AUDIO, 0), "<|discrete_audio_end|>"]
+    reply = [IDS[name] for name in ["a", *picture, *speech, "b", *speech, *picture, "<end>"]]
+    for place, token in enumerate(reply):
+        assert rules().allowed(reply[:place])[token], NAMES[token]
+
+
+def test_what_is_not_asked_for_is_not_begun() -> None:
+    text = "".join(NAMES[i] for seed in range(5) for i in written(rules(grid=0, says=False), seed))
+    assert re.fullmatch(r"([ab]*<end>)*|[ab]{200}", text)
+    speaks = "".join(NAMES[i] for seed in range(5) for i in written(rules(grid=0), seed))
+    assert "audio" in speaks and "vision" not in speaks
+
+
+def test_a_vocabulary_without_such_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="no discrete tokens of kind image"):
+        BlockRules.of(10, {}, IDS.get, grid=4)
+    with pytest.raises(UserError, match="no discrete tokens of kind audio"):
+        BlockRules.of(len(NAMES), BLOCKS, {"a": 0}.get, says=True)

@@ -1,0 +1,172 @@
+"""Features of encoders in a prompt: what a model reads when it is asked is what it read in training, and it
+is as sure of what follows."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data_prep.cli import main as sov_data
+from megatron_sov import cli
+from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.order import Sample
+from megatron_sov.engine.data.packing import Segment
+from megatron_sov.engine.data.rows import Row, sample_row
+from megatron_sov.engine.data.token_shards import open_sources
+from tests.omni_model import save_codecs, save_omni_model
+
+RECORD = [{"type": "image", "path": "one.png"}, {"type": "audio", "path": "word.wav"},
+          {"type": "text", "text": "What?"}]
+OTHER = [{"type": "image", "path": "two.png"}, *RECORD[1:]]
+CODECS = "--image-tokenizer pictures --audio-tokenizer sounds"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A folder with a model, codecs, media, and rows as training reads them."""
+
+    folder: Path
+    rows: list[Row]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """What the assistant says in each row."""
+        return [row.tokens[1:][row.weights[:-1] > 0].tolist() for row in self.rows]
+
+
+@pytest.fixture(scope="module")
+def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Site:
+    """The model's data were encoded with both codecs and both banks."""
+    folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
+    for name in ("one", "two"):
+        Image.fromarray(random.integers(256, size=(20, 16, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 40_000), 16_000)
+    save_codecs(folder / "pictures", folder / "sounds")
+    said = {"role": "assistant", "content": "Seven and two."}
+    records = [{"messages": [{"role": "user", "content": shown}, said]} for shown in (RECORD, OTHER)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in as_one_rank.items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        save_omni_model(folder / "model", packed_data.tokenizer, (
+            "train.precision=fp64", f'data.paths={json.dumps({str(folder / "shards"): 1.0})}'))
+        assert sov_data(shlex.split(f"encode-media --input records.jsonl --media-root . {CODECS} --threads 1 "
+                                    "--continuous-pictures 16:4 --continuous-sounds 16:2:50 --output corpus"
+                                    )) == 0
+        assert sov_data(shlex.split("pack --tokenizer model-tokenizer --format chat --heldout 0 --workers 1 "
+                                    "--input corpus --output shards")) == 0
+    (source,) = open_sources({str(folder / "shards"): 1.0}, sys.maxsize)
+    documents = source.shard("train")
+    rows = [sample_row(Sample(0, (Segment(i, 0, int(n)),)), documents, int(n))
+            for i, n in enumerate(documents.lengths)]
+    return Site(folder, rows)
+
+
+@pytest.fixture
+def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The folder, to work in."""
+    monkeypatch.chdir(made.folder)
+    return made
+
+
+def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
+    """Return both prompts as the model reads them."""
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.media.media_prompts import prompts_of
+    from megatron_sov.infer.media.shown_media import ShownMedia
+
+    shown = ShownMedia(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
+    return prompts_of(find_target(Path("model")), [RECORD, OTHER], shown, **options)
+
+
+def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
+    prompts = asked()
+    for row, ids, media in zip(site.rows, prompts.ids, prompts.media, strict=True):
+        assert ids == row.tokens[:len(ids)].tolist() and len(ids) + len(site.answers[0]) <= len(row.tokens)
+        assert row.media is not None and {"pictures", "sounds"} == set(media) == set(row.media)
+        for kind, part in media.items():
+            trained = row.media[kind]
+            assert (part.places == trained.places).all() and (part.features == trained.features).all()
+            assert all((a == b).all() for a, b in zip(part.records, trained.records, strict=True))
+    # a picture of 4 features; 2.5 s in pieces of 2 s, 50 features each
+    assert [len(prompts.media[0][kind].places) for kind in ("pictures", "sounds")] == [4, 63]
+    with pytest.raises(UserError, match="learned from discrete tokens of kind audio, which needs --audio-to"):
+        asked(tokenizers={"image": Path("pictures")})
+    bare = asked(with_features=False)
+    pads = {prompts.asker.id_of(IMAGE_PAD), prompts.asker.id_of(AUDIO_PAD)}
+    assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.media == [{}, {}]
+
+
+def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
+    """By one forward pass over the training row, by the decoder that writes, and by the one that compares;
+    prompts of the same ids and other pictures are told apart."""
+    from megatron_sov.infer.answers import Question, answer_logprobs
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.engines.load import Loaded, run_forward_model
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.request import Batching, Sampling
+    from megatron_sov.train.objectives.microbatch import from_row
+
+    prompts, answers = asked(), site.answers
+    pictures = replace(prompts.media[0]["pictures"], records=prompts.media[1]["pictures"].records)
+    seen, other = prompts.media[0], {**prompts.media[0], "pictures": pictures}
+
+    def work(loaded: Loaded) -> Any:
+        batches = [from_row(row) for row in site.rows]
+        trained = []
+        for batch in batches:
+            (found,) = loaded.policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
+            trained.append(found[batch.weights > 0].tolist())
+        questions = [Question(prompts.ids[i], [answers[i], answers[i][:2]], prompts.media[i]) for i in (0, 1)]
+        scored = [answer_logprobs(loaded.policy, questions, Batching(1, tokens)) for tokens in (8192, 7)]
+        written = []
+        for tokens in (8192, 7):
+            engine = MegatronEngine(loaded.policy, Batching(prefill_tokens=tokens))
+            written.append(engine.generate([prompts.ids[0]] * 3, Sampling(4),
+                                           media=[seen, other, seen]))
+        behind = [[Question(prompts.ids[0], [of], media)] for of, media in zip(
+            written[0].continuations, (seen, other, seen), strict=True)]
+        again = [answer_logprobs(loaded.policy, question)[0][0] for question in behind]
+        return trained, scored, [w.logprobs for w in written], again
+
+    trained, scored, written, again = run_forward_model(find_target(Path("model")), ["train.precision=fp64"],
+                                                        None, work)
+    for found in scored:
+        for of_row, of_question in zip(trained, found, strict=True):
+            assert of_question[0] == pytest.approx(of_row, abs=1e-9)
+            assert of_question[1] == pytest.approx(of_row[:2], abs=1e-9)
+    for logprobs in written:
+        assert logprobs[0] == pytest.approx(logprobs[2], abs=1e-12)
+        assert logprobs[0] != pytest.approx(logprobs[1], abs=1e-6)
+        assert np.array(logprobs) == pytest.approx(np.array(again), abs=1e-9)
+
+
+
+def test_retrieval_ranks_by_these_probabilities(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_sov.infer.asking import Asker
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.omni.media.meant import MediaEncoding
+
+    asker = Asker(find_target(Path("model")), chat=True, media=MediaEncoding())
+    assert [asker.answer("Seven and two.")] * 2 == site.answers, "an answer ends as in training"
+    rows = [{"content": content, "answer": answer}
+            for content, answer in ((RECORD, "a"), (OTHER, "b"), (OTHER, "c"))]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(shlex.split("eval media model --retrieval image-text=pairs.jsonl --media-root . "
+                                f"{CODECS} --output found.json --batch-size 1")) == 0
+    assert "retrieval/text-image" in capsys.readouterr().out
+    found = json.loads(Path("found.json").read_text())
+    assert found["retrieval/image-text"]["num_questions"] == 3 and set(found) == {
+        "retrieval/image-text", "retrieval/text-image"}
+    assert sum(found["retrieval/image-text"]["ranks"]) >= 3

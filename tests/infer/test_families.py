@@ -1,0 +1,77 @@
+"""Every way that a layer can be made is generated from with the same tokens as a full forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+PROMPTS = [[5, 9, 2, 70], list(range(20, 60)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+NEW = 6
+SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.init_std=0.3",
+            "model.dense_ffn_dim=24", "train.precision=fp64"]
+RECIPES = {"tiny-glm4-moe": ["model.num_experts=4", "model.expert_ffn_dim=16"],
+           "tiny-deepseek-v3": ["model.num_experts=4", "model.expert_ffn_dim=16", "model.head_dim=20",
+                                "model.num_expert_groups=2", "model.num_groups_per_token=1",
+                                'model.latent_attention={"kv_lora_rank": 12, "q_lora_rank": 20, '
+                                '"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}',
+                                'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'],
+           "tiny-gemma3": ["model.sliding_window_tokens=8", "model.attention_pattern=LG",
+                           "model.linear_rope_factor=4",
+                           "model.embedding_multiplier=5.656854249492381"],
+           "tiny-gemma2": ["model.sliding_window_tokens=8", "model.attention_softcap=1.5",
+                           "model.logits_softcap=3", "model.embedding_multiplier=5.656854249492381"],
+           "tiny-gpt-oss": ["model.num_experts=4", "model.expert_ffn_dim=16",
+                            "model.sliding_window_tokens=8"],
+           "tiny-exaone4": ["model.sliding_window_tokens=8"], "tiny-exaone4-1.2b": [],
+           "tiny-hyperclovax": ["model.residual_multiplier=0.4", "model.logits_multiplier=0.3"]}
+
+
+def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
+    """Return, for each recipe, what is generated greedily with a cache, what full forward passes say, and
+    what is generated with drafts of a prediction layer, where there is one."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.request import Batching, Sampling
+    from megatron_sov.model.config import ParallelConfig, apply_settings
+
+    parallel, found = ParallelConfig(**layout), []
+    world.join(parallel)
+    for recipe in names:
+        config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
+        model = build(config.model, parallel, config.train)
+        init.initialise(model, config.model, 1)
+        policy = ForwardModel(model, 50)
+        engine = MegatronEngine(policy, Batching(2, 5))
+        written = engine.generate(PROMPTS, Sampling(NEW)).continuations
+        drafted = [engine.generate(PROMPTS, Sampling(NEW, num_drafts=2)).continuations
+                   for _ in range(config.model.num_mtp_layers)]
+        full = [policy.logits(Inputs([[*p, *c]], torch.device("cpu")),
+                              torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
+                for p, c in zip(PROMPTS, written, strict=True)]
+        graphs = any(p.grad is not None for p in model.parameters())
+        found.append([written, full, graphs, drafted])
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any) -> None:
+    names = list(RECIPES)
+    alone, split, experts = ranks(
+        job(__file__, "written_twice", 1, {"layout": {}, "names": names}),
+        job(__file__, "written_twice", 2, {"layout": {"tp": 2, "sp": True}, "names": names}),
+        # the processes have two prompts and one: they reach the prediction layer's experts together
+        job(__file__, "written_twice", 2, {"layout": {"ep": 2}, "names": names[:1]}))
+    for found in (alone[0], split[0], experts[0]):
+        for recipe, (written, full, graphs, drafted) in zip(names, found, strict=False):
+            assert written == full and not graphs, recipe
+            assert drafted == [written] * (recipe in ("tiny-glm4-moe", "tiny-deepseek-v3"))
+            assert len({token for row in written for token in row}) > 3, recipe
+    assert alone[0] == split[0] and experts[0] == alone[0][:1]

@@ -1,0 +1,76 @@
+"""An engine on several processes writes the turns of episodes that only the first process plays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_sov.infer.request import Generated, Sampling, Stop, Tokens
+
+
+class Echo:
+    """An engine that repeats each prompt's last token, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None) -> Generated:
+        assert stop is not None
+        self.asked.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids,
+                           streams])
+        written = [([p[-1]] * sampling.max_new_tokens, [-1.0] * sampling.max_new_tokens) for p in prompts]
+        return Generated.of(written, sampling, stop, 0)
+
+
+def play() -> dict[str, Any]:
+    """Play two rounds; runs on each rank."""
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.turns import EnginePolicy, with_policy
+    from megatron_sov.model.config import ParallelConfig
+
+    world.join(ParallelConfig())
+    engine = Echo()
+
+    def work(policy: Any) -> list[Any]:
+        return [[w.ids for w in policy.sample(*asked)]
+                for asked in (([[1, 2], [3]], 2, [7, 8]), ([[4]], 1, [9]))]
+
+    result = with_policy(EnginePolicy(engine, Sampling(seed=5), Stop((9,))), work)
+    world.leave()
+    return {"result": result, "asked": engine.asked}
+
+
+def fail() -> list[str]:
+    """Play what fails on the first process, between turns, and in the engine of all; runs on each rank."""
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.infer.turns import EnginePolicy, with_policy
+    from megatron_sov.model.config import ParallelConfig
+
+    class Refusing(Echo):
+        def generate(self, *asked: Any, **more: Any) -> Generated:
+            raise UserError("the engine refuses")
+
+    def bad_task(policy: Any) -> Any:
+        policy.sample([[1]], 1, [1])
+        raise UserError("the task is too long")
+
+    world.join(ParallelConfig())
+    told = []
+    for engine, work in ((Echo(), bad_task), (Refusing(), bad_task)):
+        try:
+            with_policy(EnginePolicy(engine, Sampling(seed=5), Stop((9,))), work)
+        except UserError as e:
+            told.append(str(e))
+    told.append(with_policy(EnginePolicy(Echo(), Sampling(seed=5), Stop((9,))), lambda policy: "goes on"))
+    world.leave()
+    return told
+
+
+def test_tools_act_once_and_all_processes_sample_along(ranks: Any, job: Any) -> None:
+    (first, second), failed = ranks(job(__file__, "play", nproc=2), job(__file__, "fail", nproc=2))
+    assert first["result"] == [[[2, 2], [3, 3]], [[4]]] and second["result"] is None
+    assert first["asked"] == second["asked"] == [[[[1, 2], [3]], 2, 5, [9], [7, 8]], [[[4]], 1, 5, [9], [9]]]
+    said = ["the task is too long", "the engine refuses"]  # by all, so that none goes on alone
+    assert failed == [[*said, "goes on"], [*said, None]]

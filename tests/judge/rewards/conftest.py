@@ -1,0 +1,29 @@
+"""Rewards of a test's own are forgotten behind it; programs have one sandbox per enclosure here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.registry import OWN
+from megatron_sov.work.sandbox import Sandbox
+from megatron_sov.work.sandbox.sandbox import SANDBOXES
+
+
+@pytest.fixture(autouse=True)
+def no_rewards_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OWN, "_known", {})
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+def enclosure(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of an enclosure that this machine has; programs share one sandbox of it."""
+    try:
+        made = Sandbox(enclosure=request.param)
+    except UserError as e:
+        pytest.skip(str(e))
+    SANDBOXES[(request.param, (), 1)] = made
+    yield request.param
+    SANDBOXES.pop((request.param, (), 1)).close()

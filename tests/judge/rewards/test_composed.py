@@ -1,0 +1,131 @@
+"""Weights, gates, domains and second opinions, over rewards that say what they were asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, Part, Second
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.reward import Result
+from megatron_sov.judge.rewards.running import runner
+
+
+class Field:
+    """Runs a reward that is a field of the row: a number, or the result itself."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.asked = name, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was started."""
+
+    def score(self, rows):
+        self.asked += [row["id"] for row in rows]
+        values = [row[self.name] for row in rows]
+        return [value if isinstance(value, Result) else Result(value, "scored") for value in values]
+
+
+def results(composed: Composed, rows: list[dict]) -> tuple[list[Result], dict[str, list[int]]]:
+    runners = {name: Field(name) for name in composed.orders()}
+    rows = [{"id": i, "response": str(i), **row} for i, row in enumerate(rows)]
+    with ComposedRunner(composed, runners) as running:
+        found = running.score(rows)
+    return found, {name: r.asked for name, r in runners.items()}
+
+
+def test_the_reward_is_the_weighted_sum() -> None:
+    composed = Composed({"a": Part("x", 0.9), "b": Part("x", 0.1)})
+    found, _ = results(composed, [{"a": 1.0, "b": 0.5}, {"a": 0.0, "b": -1.0}])
+    assert [r.reward for r in found] == [pytest.approx(0.95), pytest.approx(-0.1)]
+    assert found[0].components["b"] == {"reward": 0.5, "status": "scored"}
+
+
+def test_a_gate_is_asked_first_and_spares_the_rest() -> None:
+    composed = Composed({"judge": Part("x"), "form": Part("x", 0.0, gate=1.0)}, gated_reward=-0.5)
+    found, asked = results(composed, [{"form": 1.0, "judge": 0.7}, {"form": 0.0, "judge": 1.0}])
+    assert [r.reward for r in found] == [0.7, -0.5]
+    assert found[1].components["gate"] == "form"
+    assert asked == {"judge": [0], "form": [0, 1]}
+
+
+def test_rows_go_to_the_parts_of_their_domain() -> None:
+    composed = Composed({"m": Part("x", domains=("math",)), "t": Part("x", domains=("text", "law")),
+                         "all": Part("x", 0.5)})
+    found, asked = results(composed, [{"domain": "math", "m": 1.0, "all": 1.0},
+                                      {"domain": "law", "t": 0.2, "all": 0.0}])
+    assert [r.reward for r in found] == [1.5, 0.2]
+    assert asked == {"m": [0], "t": [1], "all": [0, 1]}
+    found, _ = results(Composed({"m": Part("x", domains=("math",))}), [{"domain": "code"}, {}])
+    assert [(r.status, r.reason) for r in found] == [("refused", "no part judges domain = 'code'"),
+                                                     ("refused", "no part judges domain = None")]
+
+
+def test_a_part_without_a_reward_leaves_none() -> None:
+    composed = Composed({"a": Part("x", gate=0.0), "b": Part("x"), "c": Part("x")})
+    late, broken = Result(None, "timeout", {}, "too slow"), Result(None, "failed", {}, "broken")
+    found, asked = results(composed, [{"a": 1.0, "b": late, "c": 1.0}, {"a": broken}, {"a": -1.0}])
+    assert [(r.reward, r.status, r.reason) for r in found] == [
+        (None, "timeout", "b: too slow"), (None, "failed", "a: broken"), (0.0, "scored", "")]
+    assert asked["c"] == []
+
+
+def test_a_second_opinion_is_told_and_changes_nothing() -> None:
+    composed = Composed({"a": Part("x")}, second=Second("y", of="a", share=1.0))
+    rows = [{"a": 1.0, "second_opinion": 1.0}, {"a": 1.0, "second_opinion": 0.0},
+            {"a": 1.0, "second_opinion": Result(None, "failed", {}, "broken")},
+            {"a": Result(None, "refused", {}, "x")}]
+    found, asked = results(composed, rows)
+    assert [r.reward for r in found] == [1.0, 1.0, 1.0, None]
+    assert [r.components["second_opinion"]["disagrees"] for r in found[:3]] == [False, True, None]
+    assert asked["second_opinion"] == [0, 1, 2]
+
+
+def test_the_sample_follows_from_the_rows() -> None:
+    composed = Composed({"a": Part("x")}, second=Second("y", of="a", share=0.25))
+    sampled = [composed.is_sampled({"response": str(i), "id": i}) for i in range(400)]
+    assert 70 < sum(sampled) < 130
+    assert sampled[::-1] == [composed.is_sampled({"response": str(i)}) for i in reversed(range(400))]
+
+
+def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
+    def version(**more: Any) -> str:
+        part = {"reward": "length", "settings": {"unit": "words"}, **more}
+        return make(order("composed", {"parts": {"a": part}})).version
+
+    assert version() == version(weight=1.0, settings={"unit": "words", "max_length": 20_480})
+    assert len({version(), version(weight=2.0), version(gate=0.0), version(domains=["x"]),
+                version(settings={"unit": "characters"})}) == 5
+
+
+@pytest.mark.parametrize(("settings", "problem"), [
+    ({"parts": {}}, "parts = {} must have at least 1 items"),
+    ({}, "parts: is missing; it has no default; set it"),
+    ({"parts": {"a": {"reward": "composed"}}}, "is a composition itself"),
+    ({"parts": {"a": {"reward": "lenght"}}}, "'length'"),
+    ({"parts": {"a": {"reward": "length", "wieght": 1}}}, "parts.a.wieght"),
+    ({"parts": {"a": {"reward": "length", "settings": {"unit": "miles"}}}}, "unit"),
+    ({"parts": {"a": {"reward": "length"}}, "second": {"reward": "math", "of": "b"}},
+     'second.of = "b" is none'),
+])
+def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
+    with pytest.raises(UserError) as e:
+        make(order("composed", settings))
+    assert problem in str(e.value)
+
+
+def test_real_parts_run_together(tmp_path: Path) -> None:
+    code = "class Own:\n    def score(self, row):\n        return len(row['response'])\n"
+    (tmp_path / "own.py").write_text(code)
+    asked = order("composed", {"parts": {"rule": {"reward": "length",
+                                                  "settings": {"unit": "words", "max_length": 2,
+                                                               "buffer": 1}},
+                                         "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
+    with runner(asked, make(asked), 1) as running:
+        assert [r.reward for r in running.score([{"response": "a"}, {"response": "a b"}])] == [10.0, 29.0]

@@ -1,0 +1,187 @@
+"""The reward `constraint`: by the functions of its row."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.settings import problems_of
+from megatron_sov.judge.rewards.constraint import Constraint, Verdict, problem_of, verdicts, views_of
+from megatron_sov.judge.rewards.reward import judged
+from megatron_sov.work.sandbox import shared_sandbox
+
+NO_COMMA = "def evaluate(response):\n    return ',' not in response"
+SHORT = "def evaluate(response):\n    return len(response) < 20"
+TRUE = "def evaluate(response):\n    return True"
+BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
+
+
+@pytest.mark.parametrize(("response", "functions", "settings", "reward"), [
+    ("no comma", [NO_COMMA, SHORT], {}, 1.0),
+    ("one, comma", [NO_COMMA], {}, 0.0),
+    ("one, comma", [NO_COMMA, SHORT], {}, 1.0),  # half of them is enough
+    ("one, comma", [NO_COMMA, SHORT], {"min_share": 1.0}, 0.0),
+    ("one, comma", [NO_COMMA, SHORT], {"give_share": True}, 0.5),
+    ("one, comma that goes on for long", [NO_COMMA, SHORT, TRUE], {}, 0.0),
+    ("one, comma that goes on for long", [NO_COMMA, SHORT, TRUE], {"min_share": 0.0}, 1.0),
+    ("no comma", [BROKEN, BROKEN, NO_COMMA], {}, 0.0),  # what gives no verdict accepts nothing
+    ("hm, hm</think>no comma", [NO_COMMA], {}, 1.0),
+    ("hm, hm</think>no comma", [NO_COMMA], {"hide_thinking": False}, 0.0),
+    ("  \n ", [TRUE], {}, 0.0),  # nothing keeps nothing
+    ("  \n ", [TRUE], {"give_share": True}, 0.0),
+])
+def test_reward(response: str, functions: list[str], settings: dict[str, Any], reward: float) -> None:
+    result = judged(Constraint(**settings), {"response": response, "functions": functions})
+    assert (result.status, result.reward) == ("scored", reward)
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({}, "has no 'response'"),
+    ({"response": "x"}, "functions = None must be a list"),
+    ({"response": "x", "functions": []}, "must be a list"),
+    ({"response": "x", "functions": [3]}, "functions[0] = 3 must be a text"),
+    ({"response": "x", "functions": [TRUE, "import os"]}, "functions[1] has no function evaluate"),
+    ({"response": "x" * 400_001, "functions": [TRUE]}, "at most 400,000"),
+])
+def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], reason: str) -> None:
+    result = judged(Constraint(), row)
+    assert result.status == "refused"
+    assert reason in result.reason
+
+
+def test_settings_are_checked_together() -> None:
+    assert [problem.key for problem in problems_of(Constraint(min_share=2, call_time_s=0.1))] == [
+        "min_share", "call_time_s"]
+    assert "pip install pythainlp" in str(problems_of(Constraint(segmenter="pythainlp"))[0])
+
+
+def test_views_are_those_of_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert views_of("a b\nc", "none") == ["a b\nc"]
+    assert views_of("a b\nc", "rules") == ["a b\nc", "a b. c", "a b c"]
+    assert views_of("one", "rules") == ["one"]
+    library = types.ModuleType("pythainlp")
+    library.sent_tokenize = lambda text: text.split("|")  # type: ignore[attr-defined]
+    library.word_tokenize = list  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pythainlp", library)
+    assert views_of("ab|cd", "pythainlp") == ["ab|cd", "ab.cd", "a b.c d"]
+
+
+TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",
+         '"in quotes"', "5 and 7", "a" * 10_000, "\U0001f600", "null\0byte"]
+HONEST = [
+    "def evaluate(response):\n    return ',' not in response",
+    "import re\ndef evaluate(response):\n    return bool(re.search(r'\\d', response))",
+    "def evaluate(response: str) -> bool:\n    return all(l.startswith('- ') for l in response.split('\\n'))",
+    "from collections import Counter\ndef evaluate(text, least=2):\n"
+    "    return max(Counter(text).values()) >= least",
+    "LIMIT = 10\ndef count(t):\n    return len(t)\ndef evaluate(response):\n"
+    "    return count(response) <= LIMIT",
+    "import json\ndef evaluate(response):\n    try:\n        json.loads(response)\n        return True\n"
+    "    except ValueError:\n        return False",
+]
+
+
+def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[Verdict]:
+    return verdicts(shared_sandbox(), source, texts, call_s=call_s)
+
+
+@pytest.mark.parametrize("source", HONEST)
+def test_verdicts_are_those_of_a_plain_interpreter(source: str) -> None:
+    assert problem_of(source) == ""
+    names: dict[str, object] = {}
+    exec(source, names)
+    expected = []
+    for text in TEXTS:
+        try:
+            expected.append(names["evaluate"](text))  # type: ignore[operator]
+        except ValueError:  # max() of nothing
+            expected.append(None)
+    assert [one.accepts for one in asked(source, TEXTS)] == expected
+
+
+def test_what_a_function_keeps_is_gone_at_the_next_text() -> None:
+    source = "seen = []\ndef evaluate(response):\n    seen.append(response)\n    return len(seen) == 1"
+    assert [one.accepts for one in asked(source, ["a", "b", "c"])] == [True] * 3
+
+
+def test_a_process_that_ends_takes_no_other_text_with_it() -> None:
+    source = "import os\ndef evaluate(response):\n    return True if response != 'b' else os._exit(0)"
+    assert asked(source, ["a", "b", "c"]) == [
+        Verdict(True), Verdict(None, "ended its process"), Verdict(True)]
+
+
+def test_a_call_that_does_not_end_is_the_last() -> None:
+    source = "def evaluate(response):\n    while response == 'b': pass\n    return True"
+    first, second, third = asked(source, ["a", "b", "c"])
+    assert first == Verdict(True)
+    assert (second.accepts, second.ended, second.reason) == (None, False, "did not end within 0.5 s")
+    assert (third.accepts, third.ended) == (None, False)
+
+
+@pytest.mark.parametrize(("body", "reason"), [
+    ("return 1", "gave a int, not True or False"),
+    ("return None", "gave a NoneType"),
+    ("return 'x' * 10**11 == ''", "MemoryError"),
+    ("return open('/etc/shadow').read() == ''", "Error"),
+    ("return __import__('socket').create_connection(('127.0.0.1', 9)) is None", "Error"),
+    ("raise SystemExit(0)", "SystemExit"),
+    ("return evaluate(response)", "RecursionError"),
+    ("print('[0, true, \"\", true]')", "gave a NoneType"),
+])
+def test_what_gives_no_verdict_is_told(body: str, reason: str) -> None:
+    told, = asked(f"def evaluate(response):\n    {body}", ["x"])
+    assert told.accepts is None
+    assert reason in told.reason
+
+
+PROBLEMS = {
+    "def evaluate(r: return": "is no Python",
+    "x = 1": "has no function evaluate",
+    "def f():\n    def evaluate(r):\n        return True": "has no function evaluate",
+    "def evaluate():\n    return True": "must take one argument",
+    "def evaluate(a, b):\n    return True": "must take one argument",
+    "def evaluate(a, *, b):\n    return True": "must take one argument",
+    "import os\ndef evaluate(r):\n    return True": "imports os",
+    "def evaluate(r):\n    import subprocess as re\n    return True": "imports subprocess",
+    "from random import choice\ndef evaluate(r):\n    return choice([True, False])": "imports random",
+    "from . import x\ndef evaluate(r):\n    return True": "imports .",
+    "import time\ndef evaluate(r):\n    return True": "imports time",
+    "def evaluate(r):\n    return open('/etc/passwd')": "names open",
+    "def evaluate(r):\n    return ().__class__": "names .__class__",
+    "def evaluate(r):\n    return __import__('os')": "names __import__",
+    "import datetime\ndef evaluate(r):\n    return str(datetime.date.today()) in r": "names .today",
+    "def evaluate(r):\n    return " + "(" * 500 + ")" * 500: "is no Python",
+    "def evaluate(r):\n    return True\n" + "#" * 20_000: "at most 20,000",
+    "def evaluate(r):\n    return '\0'": "is no Python",
+}
+
+
+@pytest.mark.parametrize("source", PROBLEMS, ids=range(len(PROBLEMS)))
+def test_a_source_that_is_no_check_is_refused_before_it_runs(source: str) -> None:
+    assert PROBLEMS[source] in problem_of(source)
+
+
+def test_a_setting_lets_a_library_in() -> None:
+    source = "from pythainlp.tokenize import word_tokenize\ndef evaluate(r):\n    return True"
+    assert "imports pythainlp" in problem_of(source)
+    assert problem_of(source, ["pythainlp"]) == ""
+
+
+@pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
+                                  "[" * 5000], ids=["number", "null", "place", "kinds", "deep"])
+def test_a_function_that_writes_verdicts_of_its_own_gives_none(line: str) -> None:
+    source = f"""import collections
+def evaluate(response):
+    os = collections._sys.modules["os"]
+    for fd in range(3, 10):
+        try:
+            os.write(fd, {line!r}.encode() + b"\\n")
+        except OSError:
+            pass
+    return True"""
+    assert problem_of(source) == ""
+    assert [one.accepts for one in asked(source, ["a"])] == [None]

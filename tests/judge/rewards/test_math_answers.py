@@ -1,0 +1,176 @@
+"""Verdicts equal math-verify's own; hostile answers cost their row and no more."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from megatron_sov.judge.rewards.math_answers import Math
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.reward import Refused
+from megatron_sov.judge.rewards.running import runner
+
+pytest.importorskip("math_verify", reason="the extra `rl` is not installed")
+
+GOLDS = ["42", "$\\frac{1}{2}$", "$3\\sqrt{2}$", "$x^2+2x+1$", "$(1,2)$", "$\\{1,2,3\\}$", "$-7$", "$0.125$",
+         "$\\frac{\\pi}{4}$", "$[0,1)$", "$1,234$", "$x=3$", "$\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}$"]
+RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\\frac{2}{4}$",
+             "$\\sqrt{18}$", "$3\\cdot\\sqrt2$",
+             "$(x+1)^2$", "$(1, 2)$", "(2,1)", "$\\{3,2,1\\}$", "\\boxed{-7}", "7", "$\\frac18$", "12.5%",
+             "$\\pi/4$",
+             "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3",
+             "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "",
+             "I do not know", "\\boxed{}", "$\\frac{1}{0}$", "\\boxed{42.0}", "\\boxed{4.2\\times10^1}",
+             "\\boxed{\\dfrac{1}{2}}", "x + 1 = 43, so \\boxed{x = 42}", "\\boxed{1{,}234}",
+             "\\boxed{-7\\text{ m}}"]
+
+
+def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
+    from math_verify import parse, verify
+
+    pairs = list(product(GOLDS, RESPONSES))[::2]  # an odd number of responses: each meets every other gold
+    golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
+    found = {response: parse(response) for response in RESPONSES}
+    own = [verify(golds[gold], found[response]) for gold, response in pairs]
+    asked = order("math", {})
+    with runner(asked, make(asked), 2) as running:
+        results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
+    assert len(pairs) > 200
+    assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
+            if (result.status, result.reward) != ("scored", float(verdict))] == []
+    assert 5 <= sum(own) < 50
+
+
+@pytest.mark.parametrize(("answer", "response"), [
+    ("3\\sqrt{2}", "$3\\sqrt{2}$"), ("(1,2)", "the pair $(1,2)$"), ("\\frac{1}{2}", "1/2"),
+    ("x^2+1", "$1+x^2$")])
+def test_an_answer_without_dollars_is_read_whole(answer: str, response: str) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == 1.0
+    assert Math().score({"answer": answer, "response": "3"}).reward == 0.0
+
+
+def test_boxes_beside_each_other_are_numbers_of_their_own() -> None:
+    """Joined by commas, as math-verify joins them, 20 and 204 would be read as 20,204."""
+    for boxes in ("\\boxed{20} and \\boxed{204}", "\\boxed{ 20 }, \\boxed { 204}"):
+        for answer, reward in (("\\{20, 204\\}", 1.0), ("20204", 0.0), ("204", 0.0)):
+            assert Math().score({"answer": answer, "response": boxes}).reward == reward
+    assert Math().score({"answer": "20204", "response": "\\boxed{20,204}"}).reward == 1.0
+    corrected = "First $\\boxed{20}$; no, $\\boxed{204}$"
+    assert Math().score({"answer": "204", "response": corrected}).reward == 1.0
+
+
+@pytest.mark.parametrize(("response", "own", "marked"), [
+    ("There are 42 cases here and nobody has the time to go through all of them", 1.0, 0.0),
+    ("Nobody has the time to go through all of them. The answer is 42.", 1.0, 1.0), ("\\boxed{42}", 1.0, 1.0),
+    ("\\boxed{41}", 0.0, 0.0), ("It is somewhere between 1 and 42", 1.0, 0.0), ("So\n42", 1.0, 1.0),
+    ("It is between $1$ and $42$", 0.0, 0.0), ("So it must be $42$", 1.0, 1.0), ("정답은 42", 1.0, 1.0),
+    ("<answer>42</answer>", 0.0, 1.0), ("**The answer is: 42**", 1.0, 1.0),
+    ("The answer is unclear", 0.0, 0.0)])
+def test_a_number_in_the_text_is_no_answer_where_it_has_to_be_marked(response: str, own: float,
+                                                                     marked: float) -> None:
+    row = {"answer": "42", "response": response}
+    assert Math(marked_only=False).score(row).reward == own
+    assert Math().score(row).reward == marked
+
+
+@pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
+                                 {"response": "1", "answer": "$$"},
+                                 {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
+def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
+    with pytest.raises(Refused):
+        Math().score(row)
+
+
+@pytest.mark.parametrize(("answer", "response"), [
+    ("80779853376", "\\boxed{123456 \\times 654321}"), ("1048576", "\\boxed{2^{20}}"),
+    ("42", "\\boxed{17+25}"), ("\\frac{1}{3}", "\\boxed{\\int_0^1 x^2 dx}"),
+    ("5050", "\\boxed{\\sum_{k=1}^{100} k}"), ("120", "\\boxed{\\binom{10}{3}}"),
+    ("12", "\\boxed{\\gcd(48,36)}"), ("42", "\\boxed{\\frac{84}{2}}"), ("42", "\\boxed{\\sqrt{1764}}"),
+    ("24", "\\boxed{4!}"), ("42", "The answer is 6*7"), ("x=42", "\\boxed{x=17+25}"),
+    ("42", "Answer: $6 \\cdot 7$"), ("42", "\\boxed{41=42}"), ("42", "\\boxed{x=41=42}"),
+    ("7", "\\boxed{a+b=3+5=7}"), ("7", "\\boxed{n=6 n=7}"), ("7", "\\boxed{a=6, b=7}"),
+    ("3", "\\boxed{\\frac{6}{-2}}"),
+    ("0.5", "\\boxed{2^{-1}}"), ("\\frac{\\pi}{4}", "\\boxed{\\int_0^1 \\frac{1}{1+x^2} dx}")])
+def test_a_question_stated_again_is_no_answer(answer: str, response: str) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == 0.0
+
+
+@pytest.mark.parametrize(("answer", "given"), [
+    ("42", "42.0"), ("42", "+42"), ("42", "x=42"), ("42", "n_1 = 42"), ("42", "f(3)=42"),
+    ("42", "6\\times 7=42"), ("42", "42\\%"), ("0.42", "42\\%"), ("42\\%", "42\\%"),
+    ("42", "42\\text{ cm}^2"), ("42", "\\$42"), ("42", "42^\\circ"), ("42", "\\text{42}"),
+    ("42", "\\left(42\\right)"), ("42", "\\{42\\}"), ("42", "x \\in \\{42\\}"), ("42", "\\approx 42"),
+    ("42000", "42 \\times 10^3"), ("42000", "4.2 \\cdot 10^{4}"), ("100000", "10^5"),
+    ("1234.5", "1{,}234.50"), ("1.5", "1\\frac{1}{2}"), ("1.5", "\\dfrac32"), ("-1.5", "-\\frac{3}{2}"),
+    ("-1.5", "\\frac{-3}{2}"), ("1.5", "3/2"), ("\\frac{84}{2}", "42"), ("2^{20}", "1048576"),
+    ("3\\sqrt{2}", "\\sqrt{18}"), ("x=42", "42"), (".5", "\\frac12"),
+    ("-42", "\u221242"), ("42", "42°"), ("42", "\uff14\uff12"), ("-.5", "\\frac{1}{-2}"), ("7", "|S|=7"),
+    ("7", "m+n=3+4=7"),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}")])
+def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
+    assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == 1.0
+
+
+@pytest.mark.parametrize(("boxes", "four", "both"), [
+    ("\\boxed{3}, no wait \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\n\n\\boxed{4}", 1.0, 1.0),
+    ("\\boxed{3}" + " and so on" * 30 + " \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\\boxed{4}", 1.0, 1.0),
+    ("\\boxed{3}, \\boxed{4} (as asked, in \\boxed{})", 0.0, 1.0), ("\\boxed{3} and \\boxed{4}", 0.0, 1.0)])
+def test_the_last_box_counts_and_boxes_of_one_answer_together(boxes: str, four: float, both: float) -> None:
+    for answer, reward in (("4", four), ("3", 0.0), ("\\{3, 4\\}", both)):
+        assert Math().score({"answer": answer, "response": boxes}).reward == reward
+
+
+@pytest.mark.parametrize(("response", "reward"), [
+    ("<think>\\boxed{42}</think> The answer is 41.", 0.0),
+    ("<think>\\boxed{41}</think> The answer is 42.", 1.0),
+    ("<think>\\boxed{42}</think> I do not know.", 0.0), ("\\boxed{41}</think>\\boxed{42}", 1.0)])
+def test_a_box_in_the_thoughts_is_no_answer(response: str, reward: float) -> None:
+    assert Math().score({"answer": "42", "response": response}).reward == reward
+
+
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    ("7/2", "\\boxed{3 1/2}", 1.0), ("\\frac{7}{2}", "The answer is $3 1/2$.", 1.0),
+    ("-7/2", "\\boxed{-3 1/2}", 1.0), ("31/2", "\\boxed{3 1/2}", 0.0), ("3/2", "\\boxed{3 1/2}", 0.0),
+    ("7/2", "\\boxed{3, 1/2}", 0.0), ("7/2", "\\boxed{2 3/2}", 0.0), ("7/2", "\\boxed{1 3 1/2}", 0.0),
+    ("5", "\\boxed{5개}", 1.0), ("5", "답은 \\boxed{5 명}", 1.0), ("5", "\\boxed{5개, 6개}", 0.0),
+    ("5", "\\boxed{5개월}", 0.0), ("5개", "\\boxed{5명}", 0.0), ("6", "\\boxed{5개}", 0.0),
+    ("6.02\\times 10^{23}", "\\boxed{6.02e23}", 1.0), ("6.02\\times 10^{22}", "\\boxed{6.02e23}", 0.0),
+    ("2e", "\\boxed{2e1}", 0.0)])
+def test_mixed_numbers_counters_and_exponents_are_read_as_written(answer: str, response: str,
+                                                                  reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward
+
+
+HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,
+           "\\boxed{" * 2000, "$" + "\\frac{1}{" * 300 + "2" + "}" * 300 + "$", "\u202e\\boxed{24}\u202c",
+           "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}",
+           "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
+
+
+@pytest.mark.parametrize(("answer", "response", "reward"), [
+    ("5 km", "\\boxed{5 m}", 0), ("$5\\text{ km}$", "The answer is 5 m.", 0),
+    ("5 cm", "\\boxed{5\\ \\text{cm}^2}", 0),
+    ("90^\\circ", "\\boxed{90 \\text{ rad}}", 0), ("5 km", "\\boxed{5\\,\\mathrm{km}}", 1),
+    ("5 km", "\\boxed{5}", 1), ("5", "\\boxed{5 \\text{ km}}", 1),
+    ("5 km", "\\boxed{5\\text{ kilometers}}", 1),
+    ("3 \\text{ apples}", "\\boxed{3 \\text{ m}}", 1), ("90^\\circ", "\\boxed{90°}", 1)])
+def test_another_unit_is_another_answer(answer: str, response: str, reward: float) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == reward
+
+
+def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
+    rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
+    asked = order("math", {"cpu_limit_s": 1.0})
+    with runner(asked, make(asked), 2) as running:
+        *results, honest = running.score(rows)
+        (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
+    assert honest.reward == 1.0
+    assert [(row["response"][:30], result) for row, result in zip(rows, results, strict=False)
+            if result.reward != 0.0] == []
+    assert (unfair.status, unfair.reward) == ("timeout", None), "that is not the response's fault"
+
+
+def test_what_judges_is_part_of_the_version() -> None:
+    assert make(order("math", {})).version != make(order("math", {"float_rounding": 3})).version
+    assert set(Math.LIBRARIES) >= {"math-verify", "sympy"}

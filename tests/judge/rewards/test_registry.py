@@ -1,0 +1,185 @@
+"""Rewards by name and by file, what is said of wrong settings, and what a version is of."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards import version
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.reward import OPERATION
+from megatron_sov.judge.rewards.version import settings_of, version_of
+
+OWN = '''
+class Contains:
+    """Right is a response with a word."""
+
+    def __init__(self, *, word: str = "yes", times: int = 1) -> None:
+        self.word, self.times = word, times
+
+    def score(self, row):
+        return float(row["response"].count(self.word) >= self.times)
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "contains.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_reward_of_ones_own_takes_its_settings(file: Path) -> None:
+    made = make(order(f"{file}:Contains", {"word": "ja", "times": 2}))
+    assert made.reward.score({"response": "ja, ja"}) == 1.0
+    assert made.reward.score({"response": "ja"}) == 0.0
+
+
+def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
+    def version(**settings: object) -> str:
+        return make(order(f"{file}:Contains", settings)).version
+
+    before = version()
+    assert before == version(word="yes") != version(word="no")
+    file.write_text(OWN.replace(">=", ">"))
+    assert version() != before
+
+
+def test_a_file_that_changes_behind_the_order_is_refused(file: Path) -> None:
+    asked = order(f"{file}:Contains", {})
+    before = make(asked).version
+    file.write_text(OWN.replace(">=", ">"))
+    with pytest.raises(UserError, match=r"contains\.py has changed since this command began"):
+        make(asked)
+    assert make(order(f"{file}:Contains", {})).version != before
+
+
+def test_a_reward_that_cannot_be_made_is_one_sentence(file: Path) -> None:
+    file.write_text(OWN.replace("self.word, self.times = word, times", "raise ValueError('no word')"))
+    with pytest.raises(UserError, match=r"reward .*contains\.py:Contains: ValueError: no word"):
+        make(order(f"{file}:Contains", {}))
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"wrod": "x"}, "wrod: no such setting; did you mean 'word'?"),
+    ({"times": "many"}, 'times = "many" must be a whole number'),
+])
+def test_wrong_settings_are_named(file: Path, settings: dict, said: str) -> None:
+    with pytest.raises(UserError) as e:
+        make(order(f"{file}:Contains", settings))
+    assert said in str(e.value)
+
+
+def test_what_is_no_reward_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("class Wrong:\n    def score(self):\n        return 1\n")
+    with pytest.raises(UserError, match=r"a reward needs score\(self, row\)"):
+        order(f"{tmp_path}/wrong.py:Wrong", {})
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UserError, match="reward 'maht': does not exist"):
+        order("maht", {})
+
+
+def test_a_reward_function_is_told_the_class_that_wraps_it(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    function = ("def starts_well(completions, prompt, **kwargs):\n"
+                "    return [float(c.startswith('yes')) for c in completions]\n")
+    file.write_text(function)
+    with pytest.raises(UserError, match="is a function; a reward is a class") as e:
+        order(f"{file}:starts_well", {})
+    lines = str(e.value).partition("\n")[2]
+    file.write_text(f"{function}\n{lines}\n")
+    made = make(order(f"{file}:RewardStartsWell", {}))
+    assert made.reward.score({"response": "yes", "prompt": "p"}) == 1.0
+
+
+CODE = '''"""What it is."""
+from megatron_sov.judge.rewards import parts  # a part of it
+LIMIT = 3
+"""The most."""
+
+def score(row):
+    """Return it."""
+    return len(row["response"]) > LIMIT  # more is right
+'''
+
+
+@dataclass(frozen=True)
+class Long:
+    """Right is what is long."""
+
+    LIBRARIES = ("numpy",)
+    min_chars: int = 5
+    speed: int = field(default=4, metadata=OPERATION)
+
+    def score(self, row):
+        return len(row["response"]) >= self.min_chars
+
+
+def of(reward: Long, files: dict[str, str] | None = None) -> str:
+    return version_of(reward, settings_of(reward, {}), files or {"long.py": "1"})
+
+
+def test_every_setting_counts_but_those_of_its_operation() -> None:
+    assert of(Long()) == of(Long(5)) == of(Long(5, speed=9))
+    assert of(Long()) != of(Long(6))
+
+
+def test_the_code_counts() -> None:
+    assert of(Long(), {"long.py": "1"}) != of(Long(), {"long.py": "2"})
+
+
+def test_a_library_that_judges_along_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of(Long())
+    monkeypatch.setattr(version.importlib.metadata, "version", lambda name: "99.0")
+    assert of(Long()) != before
+
+
+@pytest.mark.parametrize(("old", "new", "same"), [
+    ("  # more is right", "  # long enough", True), ('"""Return it."""', '"""Say whether."""', True),
+    ('"""The most."""', '"""At most."""', True), ("\n\ndef", "\n\n\n\ndef", True),
+    ("LIMIT = 3", "LIMIT = 4", False), ("> LIMIT", ">= LIMIT", False),
+    ("import parts", "import other", False),
+])
+def test_code_is_compared_without_its_words(old: str, new: str, same: bool) -> None:
+    assert old in CODE
+    before, after = (version._without_words(ast.parse(text)) for text in (CODE, CODE.replace(old, new)))
+    assert (before == after) is same
+
+
+def test_what_a_module_imports_from_the_room_is_part_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"megatron_sov.judge.rewards.registry":
+             "from megatron_sov.judge.rewards import reward\nimport json\n",
+             "megatron_sov.judge.rewards.reward": "x = 1\n", "megatron_sov.judge.rewards.version": "y = 1\n"}
+    monkeypatch.setattr(version, "_source", files.__getitem__)
+
+    def code() -> dict[str, str]:
+        version.code_of.cache_clear()
+        return version.code_of("megatron_sov.judge.rewards.registry")
+
+    before = code()
+    assert set(before) == {"megatron_sov.judge.rewards.registry", "megatron_sov.judge.rewards.reward"}
+    files["megatron_sov.judge.rewards.version"] = "y = 2\n"
+    assert code() == before
+    files["megatron_sov.judge.rewards.reward"] = "x = 2\n"
+    assert code() != before
+    version.code_of.cache_clear()
+
+
+def test_settings_of_a_class_that_is_no_dataclass() -> None:
+    class Plain:
+        def __init__(self, *, low: float = 0.5, high: float = 1.0) -> None:
+            """Nothing is kept."""
+
+    assert settings_of(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
+
+
+def test_the_sources_of_the_room_are_found() -> None:
+    code = version.code_of("megatron_sov.judge.rewards.reward")
+    assert list(code) == ["megatron_sov.judge.rewards.reward"]
+    assert Path(version.__file__).is_file()

@@ -1,0 +1,110 @@
+"""Whatever a reward does, a row ends as one of four things; a fault is never a reward of 0."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from importlib import import_module
+
+import pytest
+
+from megatron_sov.bench.suites.protocol import Protocol
+from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
+from megatron_sov.judge.rewards.reward import Refused, Result, Score, agreeing, checked, judged, text_of
+from megatron_sov.judge.rewards.scoring import MAX_TOLD, Tally
+from megatron_sov.judge.tools.registry import BUILT_IN as ENVIRONMENTS
+from tests.base.settings.every_field import find_wrongs
+
+
+class Gives:
+    """A reward that returns, or raises, what it is made with."""
+
+    def __init__(self, what: object) -> None:
+        self.what = what
+
+    def score(self, row):
+        if isinstance(self.what, BaseException):
+            raise self.what
+        return self.what
+
+
+ROW = {"response": "4"}
+
+
+@pytest.mark.parametrize(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
+                                               (Score(0.5, {"right": True}), 0.5)])
+def test_numbers_are_scores(given: object, reward: float) -> None:
+    assert (judged(Gives(given), ROW).reward, judged(Gives(given), ROW).status) == (reward, "scored")
+
+
+@pytest.mark.parametrize(("given", "reason"), [
+    (math.nan, "nan, which is no finite number"), (math.inf, "no finite number"),
+    (10**400, "no finite number"),
+    ("1.0", "'1.0', a str, where a number belongs"), (None, "None, a NoneType"), (1j, "a complex"),
+    (Score("high"), "a str"), (Decimal("1"), "a Decimal"),  # type: ignore[arg-type]
+    (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+    (RecursionError("too deep"), "RecursionError: too deep"), (KeyError("answer"), "KeyError: 'answer'"),
+])
+def test_everything_else_has_failed_and_is_no_0(given: object, reason: str) -> None:
+    result = judged(Gives(given), ROW)
+    assert (result.reward, result.status) == (None, "failed")
+    assert reason in result.reason
+
+
+@pytest.mark.parametrize(("error", "status"), [
+    (Refused("has no 'answer'"), "refused"), (TimeoutError(), "timeout"), (MemoryError(), "refused")])
+def test_what_cannot_be_judged_says_so(error: BaseException, status: str) -> None:
+    result = judged(Gives(error), ROW)
+    assert (result.reward, result.status) == (None, status)
+    assert result.reason
+
+
+def test_a_reason_is_one_short_line() -> None:
+    reason = judged(Gives(ValueError("x" * 10_000 + "\nsecond line")), ROW).reason
+    assert len(reason) == 300
+    assert "\n" not in reason
+
+
+def test_components_are_plain_json() -> None:
+    given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None}})
+    assert checked(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
+                                         "7": {"a": None}}
+
+
+def test_two_rewards_for_one_row_are_a_failure() -> None:
+    one, other = Result(0.0, "scored"), Result(1.0, "scored")
+    assert agreeing(one, one) == one
+    assert agreeing(one, other).status == "failed"
+    assert "gave 0, then 1 for the same row under one version" in agreeing(one, other).reason
+
+
+@pytest.mark.parametrize(("row", "reason"), [({}, "has no 'answer'"),
+                                             ({"answer": 4}, "answer = 4 must be text")])
+def test_a_row_without_its_field_is_refused(row: dict, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        text_of(row, "answer")
+
+
+def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None:
+    tally = Tally()
+    assert tally.mean is None and tally.line("rows") == "0 rows"
+    for i in range(1, 4):
+        tally.add(i / 2, "scored", "", f"line {i}")
+    for i in range(4, 2004):
+        tally.add(None, "failed", "no judge", f"line {i}")
+    assert tally.mean == 1.0 and tally.told[0] == "line 4: failed: no judge" and len(tally.told) == MAX_TOLD
+    assert tally.line("rows") == "2,000 failed, 3 scored rows, mean reward 1.0000"
+
+
+def test_rows_without_a_place_are_counted_alone() -> None:
+    tally = Tally()
+    tally.add(None, "timeout")
+    assert tally.statuses == {"timeout": 1} and tally.told == []
+
+
+@pytest.mark.parametrize("place", [*REWARDS.values(), *ENVIRONMENTS.values(),
+                                   (Protocol.__module__, Protocol.__name__)], ids=lambda place: place[1])
+def test_each_setting_is_told_by_its_code(place: tuple[str, ...]) -> None:
+    module, name, *_ = place
+    assert not find_wrongs(getattr(import_module(module), name))

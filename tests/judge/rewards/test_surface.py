@@ -1,0 +1,230 @@
+"""Forms, lengths, repetitions and languages that are asked for, on answers that have them, miss them
+narrowly, or are hostile."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from megatron_sov.base.documents.scripts import letters_by_script
+from megatron_sov.base.settings import problems_of
+from megatron_sov.judge.rewards import patterns
+from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, json_of
+from megatron_sov.judge.rewards.reward import Refused
+from megatron_sov.judge.rewards.surface import (
+    Format, Language, Length, Repetition, loop_at_end, repeated_share, soft_overlong, switches, tagged,
+    words_of)
+
+TAGS = ("think", "answer")
+
+
+def reward(response: str, **settings) -> float:
+    return Format(**settings).score({"response": response}).reward
+
+
+@pytest.mark.parametrize(("text", "has_them"), [
+    ("<think>why</think><answer>4</answer>", True), (" <think>a < b</think>\n<answer>4</answer>\n", True),
+    ("<think>why</think>", False), ("<answer>4</answer><think>why</think>", False),
+    ("so: <think>why</think><answer>4</answer>", False), ("<think>why</think><answer>4</answer> done", False),
+    ("<think>why</think><answer> </answer>", False), ("<think>a<answer>4</answer></think>", False),
+    ("<think>a</think><answer>4</answer><answer>5</answer>", False),
+    ("</think><think><answer>4</answer>", False),
+    ("<THINK>why</THINK><answer>4</answer>", False),
+])
+def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool) -> None:
+    assert tagged(text, TAGS) is has_them
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ('{"a": 1}', {"a": 1}), ('```json\n{"a": 1}\n```', {"a": 1}), ("```\n[1]\n```", [1]), ("3", 3),
+    ("null", None),
+    ("", NO_JSON), ("{'a': 1}", NO_JSON), ('{"a": 1} ok', NO_JSON), ("NaN", NO_JSON),
+    ("[" * 100_000, NO_JSON),
+    ("[" * 5_000 + "]" * 5_000, NO_JSON), ("1" * 5_000, NO_JSON), ('"\x00"', NO_JSON),
+])
+def test_json_is_the_whole_response(text: str, value: object) -> None:
+    assert json_of(text) == value
+
+
+def test_json_beyond_the_limit_is_refused() -> None:
+    with pytest.raises(Refused, match="at most 1,000,000"):
+        json_of(json.dumps("x" * MAX_JSON_CHARS))
+
+
+def test_checks_are_counted_together() -> None:
+    asked = {"json_keys": ("a", "b"), "regex": r"\{.*\}"}
+    assert reward('{"a": 1,\n"b": 2}', **asked) == 1.0
+    assert reward('{"a": 1}', **asked) == 0.0
+    assert reward('{"a": 1}', **asked, all_or_nothing=False) == pytest.approx(2 / 3)
+
+
+def test_a_pattern_has_to_match_the_whole_response() -> None:
+    assert reward(" The answer is 4. ", regex=r"The answer is \d+\.") == 1.0
+    assert reward("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
+
+
+@pytest.mark.parametrize(("settings", "problem"), [
+    ({}, "nothing is asked for"), ({"regex": "("}, 'regex = "(" is no regular expression'),
+    ({"tags": ("a b",)}, 'tags.0 = "a b" must be a name')])
+def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
+    assert problem in str(problems_of(Format(**settings))[0])
+
+
+@pytest.mark.parametrize(("length", "reward"), [
+    (0, 0.0), (16_384, 0.0), (16_385, -1 / 4096), (18_432, -0.5), (20_479, -4095 / 4096), (20_480, -1.0),
+    (20_481, -1.0), (10**9, -1.0)])
+def test_equation_13_of_dapo(length: int, reward: float) -> None:
+    assert soft_overlong(length, 20_480, 4_096) == pytest.approx(reward)
+    assert Length().score({"response": "", "num_tokens": length}).reward == pytest.approx(reward)
+
+
+def test_other_units_are_counted_in_the_response() -> None:
+    row = {"response": "one two three four"}
+    assert Length(max_length=4, buffer=2, unit="words").score(row).reward == -1.0
+    assert Length(max_length=20, buffer=4, unit="characters").score(row).reward == -0.5
+    assert Length(max_length=20, buffer=4, min_length=19, unit="characters").score(row).reward == -1.0
+
+
+@pytest.mark.parametrize("num_tokens", [None, "4", -1, True, 2.5])
+def test_tokens_need_their_number(num_tokens: object) -> None:
+    with pytest.raises(Refused, match="must be the number of the response's tokens"):
+        Length().score({"response": "x", "num_tokens": num_tokens})
+
+
+def test_settings_that_make_no_sense_of_length() -> None:
+    assert str(problems_of(Length(max_length=4, buffer=5))[0]) == "buffer = 5 must be at most max_length = 4"
+    assert [problem.key for problem in problems_of(Length(max_length=4, buffer=2, min_length=9))] == [
+        "min_length"]
+
+
+SOUND = ("Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. "
+         "An egg therefore takes longer to cook, and a pressure cooker helps. ......")
+
+
+def reward_of_repetition(response: str, **row) -> float:
+    return Repetition().score({"response": response, **row}).reward
+
+
+def test_sound_text_is_left_alone() -> None:
+    assert reward_of_repetition(SOUND) == 0.0
+    assert reward_of_repetition("") == 0.0
+    assert reward_of_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
+
+
+@pytest.mark.parametrize("loop", ["I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60])
+def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
+    assert reward_of_repetition(SOUND + loop) == -1.0
+
+
+def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
+    paragraph = SOUND.partition(" ......")[0]
+    assert loop_at_end(paragraph * 2)[1] == 2
+    assert -1 < reward_of_repetition(paragraph * 2) < 0
+
+
+@pytest.mark.parametrize(("text", "piece", "repeats"), [
+    ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2),
+    ("zaaaa", "a", 4)])
+def test_loops_are_found_with_their_period(text: str, piece: str, repeats: int) -> None:
+    assert loop_at_end(text) == (piece, repeats)
+
+
+def test_a_loop_inside_of_what_stands_twice_is_found() -> None:
+    looping = SOUND + "no " * 20
+    assert loop_at_end(looping + looping, 24)[1] >= 19
+
+
+def test_repeated_n_grams_are_counted() -> None:
+    assert repeated_share(["a", "b", "c", "a", "b", "c"], 2) == pytest.approx(1 - 3 / 5)
+    assert repeated_share(["a"], 2) == 0.0
+    assert words_of("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
+
+
+def test_no_end_is_a_fault() -> None:
+    assert reward_of_repetition(SOUND, finish_reason="length") == -1.0
+    assert reward_of_repetition(SOUND, finish_reason="stop") == 0.0
+    assert Repetition(no_end_penalty=0).score({"response": SOUND, "finish_reason": "length"}).reward == 0.0
+
+
+def test_megabytes_of_one_character_take_a_moment() -> None:
+    begin_s = time.process_time()
+    assert reward_of_repetition("a" * 3_000_000) == -1.0
+    assert time.process_time() - begin_s < 5
+
+
+def test_settings_that_make_no_sense_of_repetition() -> None:
+    problems = problems_of(Repetition(ngram=0, no_end_penalty=2))
+    assert [problem.key for problem in problems] == ["ngram", "no_end_penalty"]
+
+
+KOREAN = "서울은 대한민국의 수도이며 약 구백만 명이 사는 도시입니다."
+
+
+def reward_of_language(response: str, **settings) -> float:
+    return Language(**settings).score({"response": response}).reward
+
+
+@pytest.mark.parametrize(("language", "text"), [
+    ("ko", KOREAN), ("th", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), ("ja", "東京は日本の首都です。カタカナ"),
+    ("ru", "Москва — столица России"), ("en", "Seoul is the capital of Korea."), ("el", "Η Αθήνα"),
+    ("ar", "القاهرة"),
+    ("hi", "दिल्ली भारत की राजधानी है"), ("ko", KOREAN + " `print(x)` $x^2 + y$ https://example.com/a"),
+    ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures")])
+def test_a_language_alone_is_1(language: str, text: str) -> None:
+    assert reward_of_language(text, language=language) == pytest.approx(1.0)
+
+
+def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
+    assert reward_of_language(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
+    mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
+    switched = Language("ko").score({"response": mixed})
+    assert 0 < switched.reward < 0.9
+    assert switched.components["also_share"] > 0.2
+    assert reward_of_language("This answer is English. 한국", language="ko") == 0.0
+    assert reward_of_language(KOREAN + " 首都", language="ko") < 1.0
+
+
+@pytest.mark.parametrize("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
+                                  "```\ncode only\n```"])
+def test_no_letters_are_no_language(text: str) -> None:
+    assert reward_of_language(text, language="en") == 0.0
+
+
+def test_the_row_may_name_its_language() -> None:
+    assert Language().score({"response": KOREAN, "language": "ko"}).reward == pytest.approx(1.0)
+    with pytest.raises(Refused, match="has no 'language'"):
+        Language().score({"response": KOREAN})
+    with pytest.raises(Refused, match="'tlh' is not known"):
+        Language().score({"response": KOREAN, "language": "tlh"})
+
+
+def test_settings_that_make_no_sense_of_language() -> None:
+    found = problems_of(Language("kr", also=("en", "jp"), min_share=2))
+    assert [problem.key for problem in found] == ["language", "also.1", "min_share"]
+
+
+def test_switches_are_counted_between_words() -> None:
+    assert switches("하나 둘 three 넷") == pytest.approx(50.0)
+    assert switches("하나 2 둘") == 0.0
+
+
+def test_a_million_letters_are_counted_at_once() -> None:
+    assert letters_by_script("가" * 1_000_000 + "a" * 1_000_000) == {"HANGUL": 1_000_000, "LATIN": 1_000_000}
+
+
+def test_a_catastrophic_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.2)
+    begin_s = time.process_time()
+    with pytest.raises(TimeoutError, match=r"the pattern '\(x\+x\+\)\+y' takes longer than 0.2 s"):
+        patterns.search(r"(x+x+)+y", "x" * 10_000)
+    assert time.process_time() - begin_s < 5
+
+
+def test_patterns_match_as_the_standard_library_has_it() -> None:
+    assert patterns.search(r"b+", "abbc")[0] == "bb"
+    assert patterns.fullmatch(r"b+", "abbc") is None
+    assert patterns.findall(r"(\w)=(\d)", "a=1 b=2") == [("a", "1"), ("b", "2")]
+    assert patterns.problem("(") != ""
+    assert patterns.problem(r"\d+") == ""

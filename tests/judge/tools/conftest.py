@@ -1,0 +1,12 @@
+"""Nothing of one test's own environments is known to the next."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_sov.judge.tools.registry import OWN
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_environments_of_others() -> None:
+    OWN._known.clear()

@@ -1,0 +1,91 @@
+"""An environment in a process of its own: a call that fails is told apart, and the state stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.chat.tool_calls import ToolCall
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.tools.host import EnvironmentHost
+from megatron_sov.judge.tools.limits import EpisodeLimits
+from megatron_sov.judge.tools.registry import order
+
+FILE = Path(__file__).with_name("hostile_world.py")
+LIMITS = EpisodeLimits(max_tool_chars=200, call_timeout_s=20, max_state_bytes=1_000_000)
+TASK = {"question": "Try."}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[EnvironmentHost]:
+    """One process; where a test ends it, the next one is started."""
+    with EnvironmentHost(order(f"{FILE}:Hostile", {}), LIMITS) as found:
+        yield found
+
+
+@pytest.mark.parametrize("how, fault", [
+    ("raises", "failed"), ("nan", "result"), ("object", "result"), ("deep", "result"), ("memory", "memory"),
+    ("leaves", "failed"), ("dies", "ended"), ("state", "state"), ("broken", "infrastructure")])
+def test_a_call_that_fails_is_named_and_changes_nothing(host: EnvironmentHost, how: str, fault: str) -> None:
+    host.reset(TASK)
+    assert host.call(ToolCall("add", {})).text == "1"
+    found = host.call(ToolCall("misbehave", {"how": how}))
+    assert (found.fault, found.text.startswith("error: misbehave: "), len(found.text) <= 200) == (
+        fault, True, True), found
+    assert host.call(ToolCall("add", {})).text == "2"
+
+
+def test_a_tool_that_never_returns_is_ended(host: EnvironmentHost) -> None:
+    with EnvironmentHost(order(f"{FILE}:Hostile", {}), EpisodeLimits(call_timeout_s=0.5)) as short:
+        short.reset(TASK)
+        short.call(ToolCall("add", {}))
+        assert short.call(ToolCall("misbehave", {"how": "hang"})).fault == "timeout"
+        assert json.loads(short.state) == {"count": 1}
+        assert short.score("").reward == 1
+
+
+def test_a_result_is_cut_to_the_limit_and_says_so(host: EnvironmentHost) -> None:
+    host.reset(TASK)
+    found = host.call(ToolCall("misbehave", {"how": "megabytes"}))
+    assert (len(found.text), found.is_cut, found.fault) == (200, True, "")
+    assert found.text.endswith("[cut: 200 of 104,857,600 characters]")
+    assert host.call(ToolCall("misbehave", {"how": "surrogate"})).text == "half ?"
+
+
+@pytest.mark.parametrize("call, fault, told", [
+    (ToolCall("misbehaves", {}), "unknown_tool", "the tools are add, misbehave"),
+    (ToolCall("_hang", {}), "unknown_tool", "the tools are"),
+    (ToolCall("misbehave", {}), "arguments", "how: is missing"),
+    (ToolCall("misbehave", {"how": 1}), "arguments", "how: Input should be a valid string"),
+    (ToolCall("add", {"by": 2}), "arguments", "by: there is no such argument")])
+def test_a_call_of_no_tool_or_with_wrong_types_never_reaches_it(host: EnvironmentHost, call: ToolCall,
+                                                                 fault: str, told: str) -> None:
+    host.reset(TASK)
+    found = host.call(call)
+    assert found.fault == fault and told in found.text, found
+    assert json.loads(host.state) == {"count": 0}
+
+
+@pytest.mark.parametrize("answer", ["nan", "text", "raises"])
+def test_a_score_that_is_no_number_is_a_failure_and_never_0(host: EnvironmentHost, answer: str) -> None:
+    host.reset(TASK)
+    result = host.score(answer)
+    assert (result.reward, result.status) == (None, "failed") and result.reason
+
+
+def test_an_episode_goes_on_from_a_state_in_another_process(host: EnvironmentHost) -> None:
+    host.reset(TASK)
+    host.call(ToolCall("add", {}))
+    state = host.state
+    host.reset(TASK)
+    host.resume(TASK, state)
+    assert host.call(ToolCall("add", {})).text == "2"
+
+
+def test_a_task_that_is_none_is_named(host: EnvironmentHost) -> None:
+    with pytest.raises(UserError, match="the task has no 'question'"):
+        host.reset({"query": "Try."})
+    assert host.reset(TASK).observation.user == "Try."

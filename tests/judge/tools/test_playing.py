@@ -1,0 +1,255 @@
+"""Episodes of a script that writes turns of every kind: their tokens, limits, and how killed ones go on.
+Those by messages are spoken by a script of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.errors import StopRequested, UserError
+from megatron_sov.judge.tools.episode import Episode, Written, lines_in, row_of
+from megatron_sov.judge.tools.limits import EpisodeLimits
+from megatron_sov.judge.tools.playing import (
+    STREAMS, MessageTable, NoTurn, Policy, Said, Table, messages_of, play, play_by_messages)
+from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.transcript import page_of, summary_of, transcript_of
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import RECORDS, open_journal
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+import tool_episodes
+from tool_episodes import chat_encoder, played, problems_of
+
+HOSTILE = Path(__file__).with_name("hostile_world.py")
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """World -> episodes, policy, encoder of 50 fuzzed episodes each."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    return {world: played(world, 50, folder, parallel=3) for world in tool_episodes.WORLDS}
+
+
+def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str, Any]) -> None:
+    rows = []
+    for episodes, policy, encoder in fuzzed.values():
+        assert [problem for episode in episodes for problem in problems_of(episode, policy)] == []
+        rows += [row_of(episode, encoder) for episode in episodes]
+    summary = summary_of(rows)
+    assert summary["num_episodes"] == 200
+    # the script has met every end, and every fault of a model's own
+    assert {"answered", "turns", "tokens", "unended"} <= set(summary["ends"])
+    assert {"json", "unclosed", "form", "many", "unknown_tool", "arguments", "refused"} <= set(
+        summary["faults"])
+    assert 0 < summary["num_turns_that_differ"] < summary["num_turns"] / 2
+    assert all(len(row["logprobs"][n]) == end - start for row in rows
+               for n, (start, end) in enumerate(row["spans"]))
+
+
+def test_turns_that_differ_are_those_that_no_tokenizer_would_write(fuzzed: dict[str, Any]) -> None:
+    episodes, _, encoder = fuzzed["booking"]
+    chat = chat_encoder()
+    for turn in (turn for episode in episodes for turn in episode.turns):
+        again = chat.encode_text(chat.decode(turn.written.ids))
+        assert encoder.differs(turn.written.ids) == (again != turn.written.ids)
+
+
+class _Killed(BaseException):
+    """Ends a command in the middle, as a signal would."""
+
+
+def _killed_at(round_: int) -> Callable[[Policy], Policy]:
+    class Killing:
+        def __init__(self, policy: Policy) -> None:
+            self._policy, self._left = policy, round_
+
+        def sample(self, *asked: Any) -> Sequence[Written]:
+            self._left -= 1
+            if self._left < 0:
+                raise _Killed
+            return self._policy.sample(*asked)
+
+    return Killing
+
+
+@pytest.mark.parametrize("round_, torn", [(1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
+def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
+                                                             round_: int, torn: bytes) -> None:
+    episodes, _, encoder = fuzzed["booking"]
+    expected = [row_of(episode, encoder) for episode in episodes[:12]]
+    with pytest.raises(_Killed):
+        played("booking", 12, tmp_path, _killed_at(round_), parallel=2)
+    journal = work_folder(tmp_path / "booking") / RECORDS
+    kept = sum(b'"turn"' in line for line in journal.read_bytes().splitlines())
+    with open(journal, "ab") as f:
+        f.write(torn)
+    again, policy, _ = played("booking", 12, tmp_path, parallel=2)
+    assert [row_of(episode, encoder) for episode in again] == expected
+    assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
+    assert not work_folder(tmp_path / "booking").exists()
+
+
+def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str = f"{HOSTILE}:Hostile",
+             ) -> tuple[Episode, TurnEncoder]:
+    """Return one episode in which a model writes these turns."""
+    encoder = TurnEncoder(chat_encoder(), "tok")
+
+    class Script:
+        def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                   streams: Sequence[int]) -> list[Written]:
+            return [Written(encoder.encode(turns[stream % STREAMS])) for stream in streams]
+
+    with open_journal(tmp_path / "one", "play", {}) as journal:
+        (episode,) = play([{"question": "Try.", "answer": "1"}], Script(),
+                          Table(order(world, {}), encoder, limits), lines_in(journal))
+    return episode, encoder
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def test_faults_of_tools_are_told_to_the_model_and_counted(tmp_path: Path) -> None:
+    hows = ["raises", "nan", "dies", "hang"]
+    episode, encoder = scripted(tmp_path, [call("misbehave", how=how) + call("add") for how in hows] + ["so"],
+                                EpisodeLimits(call_timeout_s=5, max_tool_chars=80))
+    assert episode.faults() == Counter(failed=1, result=1, ended=1, timeout=1)
+    assert episode.result is not None and episode.result.reward == 4  # each failed call was undone
+    assert (episode.end, episode.answer) == ("answered", "so")
+    row = row_of(episode, encoder)
+    assert row["num_calls"] == 8 and row["logprobs"] is None
+    assert "error: misbehave: took longer than 5 s" in chat_encoder().decode(row["ids"])
+
+
+def test_a_broken_machine_leaves_no_reward(tmp_path: Path) -> None:
+    episode, _ = scripted(tmp_path, [call("misbehave", how="broken")], EpisodeLimits())
+    assert episode.end == "infrastructure" and episode.result is not None
+    assert (episode.result.reward, episode.result.status) == (None, "failed")
+    assert "disk of the sandbox" in episode.result.reason
+
+
+def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
+    whole, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_turns=3))
+    assert (whole.end, len(whole.turns)) == ("turns", 3)
+    assert whole.result is not None and whole.result.reward == 3
+    turn = len(whole.turns[0].written.ids)
+    # no room for what the second tool says and an answer; no room for the second turn
+    for limit, end in ((whole.num_response_tokens - turn, "tokens"),
+                       (whole.num_response_tokens - 2 * turn - 1, "unended")):
+        episode, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_response_tokens=limit))
+        assert (episode.end, len(episode.turns)) == (end, 2)
+        assert whole.ids[:len(episode.ids)] == episode.ids
+        assert episode.num_response_tokens <= limit and episode.result is not None
+        assert episode.result.reward == (2 if end == "tokens" else 1)
+
+
+def test_a_prompt_beyond_its_limit_is_named_before_a_model_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task 1: its question and tools .*max_prompt_tokens 9"):
+        scripted(tmp_path, [], EpisodeLimits(max_prompt_tokens=9))
+
+
+def test_a_page_shows_hostile_text_as_text_and_the_limits_beside_the_figures(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script></pre>"
+    episode, encoder = scripted(tmp_path, [call("misbehave", how=attack), attack], EpisodeLimits())
+    page = page_of(attack, [transcript_of(episode)], EpisodeLimits(),
+                   {"mean_reward": str(summary_of([row_of(episode, encoder)])["mean_reward"])})
+    body = page.partition("<body>")[2].rpartition("</main>")[0]
+    assert "alert(1)" in body and "<script>alert" not in body and "</pre></pre>" not in body
+    assert "limit max_turns" in body and "limit max_tool_chars" in body and "mean_reward" in body
+    assert "tool misbehave (failed)" in body
+
+
+TASKS = [{"question": f"What is {i} + 2?", "answer": str(i + 2)} for i in range(4)]
+CALL = '<tool_call>{"name": "calculate", "arguments": {"expression": "1 + 2"}}</tool_call>'
+
+
+class Script:
+    """Calls once, and then answers; notes what it is asked."""
+
+    def __init__(self, turns: Sequence[str] = (CALL, "3"), wrote: int = 5, fails: int = -1) -> None:
+        self.turns, self.wrote, self.fails = turns, wrote, fails
+        self.asked: list[tuple[int, list[Any], int]] = []
+        self.lock = threading.Lock()
+
+    def say(self, messages: Sequence[Any], tools: Sequence[Any], max_tokens: int, stream: int) -> Said:
+        with self.lock:
+            self.asked.append((stream, list(messages), max_tokens))
+        if stream // STREAMS == self.fails:
+            raise NoTurn("HTTP 500")
+        text = self.turns[min(stream % STREAMS, len(self.turns) - 1)]
+        return Said(text, {"role": "assistant", "content": text}, self.wrote > max_tokens,
+                    100 + 20 * (len(messages) - 1), min(self.wrote, max_tokens))
+
+
+def spoken(folder: Path, script: Script, limits: EpisodeLimits | None = None, **told: Any) -> list[Episode]:
+    table = MessageTable(order("calculator", {}), limits or EpisodeLimits(), parallel=2)
+    with open_journal(folder / "out", "play", {"a": 1}) as journal:
+        return play_by_messages(TASKS, script, table, lines_in(journal), **told)
+
+
+def test_calls_are_made_and_their_results_given_back(tmp_path: Path) -> None:
+    script, ended = Script(), []
+    episodes = spoken(tmp_path, script, ended=ended.append)
+    assert [(e.end, e.answer, e.result.reward) for e in episodes if e.result] == [
+        ("answered", "3", 0.0), ("answered", "3", 1.0), ("answered", "3", 0.0), ("answered", "3", 0.0)]
+    assert sum(ended) == 4
+    assert sorted(stream for stream, _, _ in script.asked) == [
+        n * STREAMS + turn for n in range(4) for turn in (0, 1)]
+    *before, said, result = messages_of(episodes[1])[:-1]
+    assert before[-1]["content"] == "What is 1 + 2?"
+    assert (said["role"], result) == (
+        "assistant", {"role": "tool", "tool_call_id": "call00000", "content": "3"})
+
+
+@pytest.mark.parametrize(("limits", "wrote", "end", "num_turns"), [
+    ({"max_turns": 1}, 5, "turns", 1),
+    ({"max_turn_tokens": 4}, 5, "unended", 1),
+    ({"max_response_tokens": 5}, 5, "tokens", 1),  # nothing is left for another turn
+    ({"max_response_tokens": 40}, 5, "tokens", 2),  # the result of the call fills the rest
+    ({"max_response_tokens": 44}, 5, "unended", 2),
+])
+def test_limits_end_an_episode(tmp_path: Path, limits: dict[str, int], wrote: int, end: str,
+                               num_turns: int) -> None:
+    episodes = spoken(tmp_path, Script(wrote=wrote), EpisodeLimits(**limits))
+    assert {(e.end, len(e.turns), e.answer) for e in episodes} == {(end, num_turns, "")}
+
+
+def test_a_question_that_is_too_long_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task \d: its question and tools make 1\d\d tokens, more than max"):
+        spoken(tmp_path, Script(), EpisodeLimits(max_prompt_tokens=50))
+
+
+def test_a_model_that_does_not_answer_fails_this_time(tmp_path: Path) -> None:
+    episodes = spoken(tmp_path, Script(fails=2))
+    assert [e.end for e in episodes] == ["answered", "answered", "infrastructure", "answered"]
+    assert episodes[2].result is not None
+    assert (episodes[2].result.reward, episodes[2].result.reason) == (None, "HTTP 500")
+
+
+@pytest.mark.parametrize("stop_at", range(1, 9))
+def test_a_play_that_was_stopped_goes_on_behind_its_turns(tmp_path: Path, stop_at: int) -> None:
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) >= stop_at:
+            raise StopRequested("SIGTERM")
+
+    first, second = Script(), Script()
+    with pytest.raises(StopRequested):
+        spoken(tmp_path, first, check=check)
+    episodes = spoken(tmp_path, second)
+    assert [e.answer for e in episodes] == ["3"] * 4
+    asked = [stream for stream, _, _ in first.asked + second.asked]
+    assert sorted(asked) == sorted(set(asked))  # no turn was asked for twice
+    assert len(asked) == 8
+    assert not work_folder(tmp_path / "out").exists()

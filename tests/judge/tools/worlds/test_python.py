@@ -1,0 +1,61 @@
+"""Programs in the sandbox: what a model is told of each end.
+
+The sandbox is a double here; its own tests say what it holds.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.worlds import python as world
+from megatron_sov.judge.tools.worlds.python import Python
+
+ENDS = {"print(1)": ("ok", "1\n", "", ""), "x": ("error", "", "NameError: x\n", "exit code 1"),
+        "while 1: pass": ("timeout", "so far\n", "", "took longer than 10 s"),
+        "full": ("infrastructure", "", "", "no space"), "\0": ("refused", "", "", "no program"),
+        "pass": ("ok", "", "", "")}
+
+
+@pytest.fixture
+def python(monkeypatch: pytest.MonkeyPatch) -> Python:
+    """The world with a sandbox that knows the ends of some programs."""
+    class Double:
+        def __init__(self, limits: Any) -> None:
+            assert (limits.wall_s, limits.cpu_s, limits.memory_bytes) == (10, 10, 512 << 20)
+
+        def run(self, program: Any) -> Any:
+            status, stdout, stderr, reason = ENDS[program.source]
+            return SimpleNamespace(status=status, stdout=stdout, stderr=stderr, reason=reason)
+
+    monkeypatch.setattr(world, "Sandbox", Double)
+    found = Python()
+    found.reset(Python.EXAMPLES[0])
+    return found
+
+
+@pytest.mark.parametrize("program, told", [
+    ("print(1)", "1"), ("x", "[stderr]\nNameError: x\n[error: exit code 1]"),
+    ("while 1: pass", "so far\n[timeout: took longer than 10 s]"), ("pass", "[the program printed nothing]")])
+def test_a_model_is_told_what_its_program_did(python: Python, program: str, told: str) -> None:
+    assert python.call("run_python", {"code": program}) == told
+
+
+@pytest.mark.parametrize("program, code", [("full", "infrastructure"), ("\0", "refused")])
+def test_a_broken_sandbox_is_not_the_programs_fault(python: Python, program: str, code: str) -> None:
+    with pytest.raises(ToolFault) as caught:
+        python.call("run_python", {"code": program})
+    assert caught.value.code == code
+
+
+def test_a_machine_without_a_sandbox_is_told_before_any_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(limits: Any) -> Any:
+        raise UserError("this machine cannot enclose a program")
+
+    monkeypatch.setattr(world, "Sandbox", none)
+    with pytest.raises(UserError, match="cannot enclose"):
+        Python().reset(Python.EXAMPLES[0])

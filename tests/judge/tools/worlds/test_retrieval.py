@@ -1,0 +1,100 @@
+"""Documents of a user's own: found by BM25, read by their keys, under names of one's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.worlds.retrieval import Bm25, terms_of
+
+LAWS = [("Civil Code", 1, "A contract is made by offer and acceptance."),
+        ("Civil Code", 2, "A minor needs the consent of a guardian for a contract."),
+        ("Road Act", 1, "Vehicles keep to the left side of the road."),
+        ("กฎหมายจราจร", 1, "รถยนต์ต้องขับชิดซ้าย")]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Sections of laws."""
+    file = tmp_path / "laws.jsonl"
+    file.write_text("".join(json.dumps({"law_name": law, "section_num": number, "content": text}) + "\n"
+                            for law, number, text in LAWS))
+    return file
+
+
+def legal(corpus: Path, change: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    settings = {"corpus": str(corpus), "text": "content", "keys": ["law_name", "section_num"],
+                "search": "search_law", "read": "read_law", "query": "query_list", "queries": "list"}
+    settings |= change
+    made = make(order("retrieval", settings))[0]
+    made.reset({"question": "May a minor make a contract?", "answer": "no"})
+    return made
+
+
+def test_the_legal_pair_is_a_configuration(corpus: Path) -> None:
+    laws = legal(corpus)
+    tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in laws.tools()}
+    assert list(tools) == ["search_law", "read_law"]
+    assert tools["search_law"]["properties"]["query_list"]["type"] == "array"
+    assert tools["read_law"]["required"] == ["law_name"]
+    (found,) = laws.call("search_law", {"query_list": ["minor contract guardian"]})
+    assert [(r["law_name"], r["section_num"]) for r in found["results"]] == [("Civil Code", 2),
+                                                                             ("Civil Code", 1)]
+    read = laws.call("read_law", {"law_name": "Civil Code", "section_num": "2"})
+    assert [r["content"] for r in read] == [LAWS[1][2]]
+    assert len(laws.call("read_law", {"law_name": "Civil Code"})) == 2
+    (thai,) = laws.call("search_law", {"query_list": ["ขับรถชิดซ้าย"]})
+    assert thai["results"][0]["law_name"] == "กฎหมายจราจร"
+    with pytest.raises(ToolFault, match="search for it first"):
+        laws.call("read_law", {"law_name": "Penal Code"})
+    assert laws.score("The answer is no.").reward == 1
+
+
+def test_ranks_are_those_of_the_formula() -> None:
+    rng = random.Random(0)
+    words = [f"w{int(rng.paretovariate(0.7)) % 50}" for _ in range(4000)]
+    documents = [" ".join(rng.choices(words, k=rng.randrange(1, 60))) for _ in range(200)]
+    index, lists = Bm25(documents), [terms_of(d) for d in documents]
+    mean = sum(map(len, lists)) / len(lists)
+    for _ in range(20):
+        query = rng.choices(words, k=3)
+        expected = {}
+        for number, terms in enumerate(lists):
+            score = 0.0
+            for q in query:
+                n = sum(q in other for other in lists)
+                tf = terms.count(q)
+                score += (math.log(1 + (len(lists) - n + 0.5) / (n + 0.5)) * tf * 2.2
+                          / (tf + 1.2 * (0.25 + 0.75 * len(terms) / mean)))
+            if score:
+                expected[number] = score
+        best = sorted(expected.items(), key=lambda found: (-round(found[1], 9), found[0]))[:10]
+        assert [n for n, _ in index.search(" ".join(query), 10)] == [n for n, _ in best]
+        assert [s for _, s in index.search(" ".join(query), 10)] == pytest.approx([s for _, s in best])
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"corpus": "nowhere.jsonl"}, 'corpus = "nowhere.jsonl" is no file'),
+    ({"read": "search_law"}, "must not be that of search"),
+    ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
+    ({"text": "body"}, "line 1: its 'body' must be text"),
+    ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
+def test_settings_that_have_no_meaning_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        legal(corpus, change)
+
+
+def test_another_corpus_is_another_version(corpus: Path) -> None:
+    first = make(order("retrieval", {"corpus": str(corpus), "keys": ["law_name"]}))[1]
+    corpus.write_text(corpus.read_text() + '{"law_name": "x", "text": "y"}\n')
+    assert make(order("retrieval", {"corpus": str(corpus), "keys": ["law_name"]}))[1] != first

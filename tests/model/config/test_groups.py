@@ -1,0 +1,116 @@
+"""Groups of a run's settings: what they derive, and the rules inside each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.settings import Problem
+from megatron_sov.model.config import (
+    AudioEncoderConfig, DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig, VisionEncoderConfig,
+    YarnConfig, apply_settings)
+from megatron_sov.model.recipes import get
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ([], ""),
+    (["model.latent_attention.kv_lora_rank=500"],
+     "needs a multiple of 16, and model.latent_attention.kv_lora_rank = 500"),
+    (["model.latent_attention.v_head_dim=97", "parallel.tp=32"],
+     "needs a multiple of 16, and model.num_heads 128 x model.latent_attention.v_head_dim 97 / parallel.tp "
+     "32 = 388"),
+])
+def test_quantised_sizes_are_those_of_its_weights(settings: list[str], said: str) -> None:
+    problems = apply_settings(get("deepseek-v3"), ["train.fp8=tensorwise", *settings]).problems()
+    found = [problem.rule for problem in problems if problem.key == "train.fp8"]
+    assert said in found if said else not found
+
+
+# Settings of encoders: how many features they make, and everything that is wrong at once.
+
+
+@pytest.mark.parametrize(("encoder", "slots"), [
+    (VisionEncoderConfig(image_size=392), 196), (VisionEncoderConfig(image_size=56, merge_size=4), 1),
+    (VisionEncoderConfig("siglip", image_size=384, patch_size=16), 576),
+    (AudioEncoderConfig(), 750), (AudioEncoderConfig("whisper"), 1500),
+    (AudioEncoderConfig(compression=25), 30)])
+def test_features_of_a_record(encoder: Any, slots: int) -> None:
+    assert encoder.slots == slots
+
+
+# Settings of low-rank adaptation: what they adapt in which model, and everything that is wrong at once.
+
+
+def config(recipe: str, *settings: str) -> RunConfig:
+    return apply_settings(recipes.get(recipe), ["lora.rank=4", *settings])
+
+
+@pytest.mark.parametrize(("recipe", "extra"), [
+    ("tiny-qwen3", {"gate_proj", "up_proj", "down_proj"}), ("tiny-qwen3-moe", {"experts"}),
+    ("tiny-solar-open", {"gate_proj", "up_proj", "down_proj", "experts"})])
+def test_all_linear_is_what_the_model_has_without_its_head(recipe: str, extra: set[str]) -> None:
+    found = config(recipe)
+    assert found.problems() == []
+    assert found.lora.adapted(found.model) == {"q_proj", "k_proj", "v_proj", "o_proj", *extra}
+    assert not apply_settings(found, ["lora.rank=0"]).lora.adapted(found.model)
+
+
+# Rules of a layout.
+
+
+Small = Callable[..., RunConfig]
+
+
+def test_shared_experts_are_divided_like_attention_not_like_the_routed_ones(small: Small) -> None:
+    """They are one wide feed-forward network, of which every tensor parallel rank has a piece."""
+    def problems(expert_ffn_dim: int, num_shared_experts: int) -> list[Problem]:
+        model = small(num_heads=6, num_kv_heads=3, expert_ffn_dim=expert_ffn_dim,
+                      num_shared_experts=num_shared_experts).model
+        return ParallelConfig(tp=3, sp=True).problems(model, num_ranks=3)
+
+    assert [problem.key for problem in problems(32, 2)] == ["parallel.tp"]
+    assert problems(32, 0) == problems(32, 3) == problems(48, 1) == []
+
+
+def test_yarns_table_is_cut_as_rows_are(small: Small) -> None:
+    def problems(cp: int, original_max_position_tokens: int) -> list[Problem]:
+        model = small(yarn=YarnConfig(original_max_position_tokens=original_max_position_tokens)).model
+        return ParallelConfig(cp=cp).problems(model, num_ranks=cp)
+
+    assert [(problem.key, problem.way_out) for problem in problems(3, 65536)] == [
+        ("parallel.cp", "use one of 1, 2, 4, 8, 16, 32, 64, 128")]
+    assert problems(4, 65536) == problems(3, 65538) == problems(1, 65535) == []
+    assert ParallelConfig(cp=3).problems(small().model, num_ranks=3) == []
+
+
+def test_layers_of_a_stage() -> None:
+    """Runs lie in the order of the layers: the first runs of all stages, then the second ones."""
+    assert [ParallelConfig(pp=2, vpp=2).layers_of_stage(stage, 8) for stage in (0, 1)] == [
+        [0, 1, 4, 5], [2, 3, 6, 7]]
+    uneven = ParallelConfig(pp=2, vpp=2, pipeline_layout=(3, 2, 2, 1))
+    assert [uneven.layers_of_stage(stage, 8) for stage in (0, 1)] == [[0, 1, 2, 5, 6], [3, 4, 7]]
+
+
+# Rules of sources, phases and skipped steps.
+
+
+def test_a_phases_budget_serves_where_the_run_has_none(small: Small) -> None:
+    config = replace(small(), train=TrainConfig(global_batch_size=8),
+                     data=DataConfig(phases=(PhaseConfig("a", tokens=128 * 80, seq_len=128),)))
+    assert config.problems() == [] and config.num_steps() == 10
+
+
+def test_every_batch_size_of_ramp_and_phases_must_split_over_the_ranks(small: Small) -> None:
+    """Sizes 4, 6 and 8 by the ramp and 10 of the second phase: on 4 processes 6 and 10 do not fit."""
+    config = replace(
+        small(), train=TrainConfig(steps=10, global_batch_size=8, ramp_from_batch_size=4, ramp_increment=2,
+                                   ramp_steps=4),
+        data=DataConfig(phases=(PhaseConfig("a", seq_len=128),
+                                PhaseConfig("b", seq_len=128, global_batch_size=10))))
+    assert config.problems(2) == []
+    assert [(p.key, p.value) for p in config.problems(4)] == [
+        ("train.global_batch_size", 6), ("train.global_batch_size", 10)]

@@ -1,0 +1,169 @@
+"""Settings survive JSON; `--set` knows types and neighbours; `--data` knows folders and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.model.config import (
+    DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
+    RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
+from megatron_sov.model.config.policy import METHODS
+from megatron_sov.model.config.reading import NOT_OFFERED, RENAMED
+
+Small = Callable[..., RunConfig]
+
+
+def some(cls: type, *names: str, **given: Any) -> st.SearchStrategy[Any]:
+    """Draw these fields of a class, by their types and bounds."""
+    return st.builds(cls, **dict.fromkeys(names, ...), **given)
+
+
+blend = st.dictionaries(st.text(max_size=8), st.floats(0, 9), max_size=3)
+phase = some(PhaseConfig, "tokens", "share", "seq_len", "global_batch_size", "min_lr", blend=blend)
+run_configs = some(
+    RunConfig, "recipe",
+    model=some(ModelConfig, "family", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads",
+               "rope_theta", "rope_share", "yarn", "num_mtp_layers",
+               head_dim=st.sampled_from([2, 16])),
+    parallel=some(ParallelConfig, "tp", "sp", "ep", "pipeline_layout"),
+    data=some(DataConfig, "packing", "skip_steps", "max_epochs",
+              phases=st.lists(phase, min_size=1, max_size=3).map(tuple)),
+    optim=some(OptimConfig, "lr", "schedule", "beta1", "rewarm", "muon_ns_coefficients"),
+    train=some(TrainConfig, "steps", "tokens", "precision", "recompute", "hidden_dropout"),
+    objective=some(ObjectiveConfig, "name", "text_coeff"))
+
+
+@given(run_configs)
+def test_a_config_reads_back_equal_from_its_json(config: RunConfig) -> None:
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("setting", "path", "value"), [
+    ("train.steps=100", ("train", "steps"), 100),
+    ("optim.lr=1e-4", ("optim", "lr"), 1e-4),
+    ("optim.lr=1", ("optim", "lr"), 1.0),
+    ("parallel.sp=true", ("parallel", "sp"), True),
+    ("train.recompute=False", ("train", "recompute"), False),
+    ("model.attention_pattern=LG", ("model", "attention_pattern"), "LG"),
+    ("model.yarn=null", ("model", "yarn"), None),
+    ("model.yarn.factor=8", ("model", "yarn", "factor"), 8.0),
+    ("data.phases.0.seq_len=512", ("data", "phases", 0, "seq_len"), 512),
+    ('data.phases.0.blend={"en": 2, "ko": 1}', ("data", "phases", 0, "blend"), {"en": 2.0, "ko": 1.0}),
+    ("data.phases.0.blend.ko=3", ("data", "phases", 0, "blend", "ko"), 3.0),
+    ("needle.depths=[0, 0.5]", ("needle", "depths"), (0.0, 0.5)),
+    ("obs.wandb_project=my run = 2", ("obs", "wandb_project"), "my run = 2"),
+])
+def test_set_converts_to_the_type_of_the_field(setting: str, path: tuple[str | int, ...], value: object,
+                                               small: Small) -> None:
+    node: Any = apply_settings(small(), [setting])
+    for part in path:
+        node = node[part] if isinstance(node, (dict, tuple)) else getattr(node, str(part))
+    assert (node, type(node)) == (value, type(value))
+
+
+def test_later_settings_win_and_the_given_config_stays_as_it_was(small: Small) -> None:
+    config = small()
+    assert apply_settings(config, ["train.steps=1", "train.steps=2"]).train.steps == 2
+    assert config.train.steps == 10
+
+
+def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_of_the_fields(small: Small
+                                                                                             ) -> None:
+    raw = small().to_dict()
+    raw["train"] |= {"stepz": 3, "micro_batch_size": "two"}
+    raw["model"] |= {"num_expert": 4}
+    with pytest.raises(SettingsError, match=r"config\.json: 3 problems") as e:
+        from_dict(raw, "config.json")
+    assert e.value.codes == [("unknown", "model.num_expert"), ("type", "train.micro_batch_size"),
+                             ("unknown", "train.stepz")]
+
+
+@pytest.mark.parametrize(("old", "now"), RENAMED.items())
+def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: str, now: str, small: Small
+                                                                           ) -> None:
+    with pytest.raises(SettingsError, match=f"{old}: no such setting; it is called {now} now$"):
+        apply_settings(small(), [f"{old}=1"])
+    raw = small().to_dict()
+    group, _, name = old.partition(".")
+    raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
+    with pytest.raises(SettingsError, match=f"it is called {now} now"):
+        from_dict(raw)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b:2").mkdir()
+    return tmp_path
+
+
+def test_weights_stand_after_the_last_colon(data: Path) -> None:
+    assert data_paths([f"{data}/a:0.5", f"{data}/b:2"]) == {f"{data}/a": 0.5, f"{data}/b:2": 1.0}
+    assert data_paths([f"{data}/b:2:3"]) == {f"{data}/b:2": 3.0}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["none"], r"--data none: does not exist; pass a folder made by `sov-data pack`$"),
+    ([""], r"--data '': names no folder"), ([":2"], r"--data ':2': names no folder"),
+    (["web=none:0.5"], r"made by `sov-data pack` as DIR or DIR:WEIGHT; its sources have the names that pack"),
+    (["a:x"], r"--data a:x: does not exist, and 'x' after the colon is not a weight"),
+    (["a:-1"], "must be a number that is not negative"),
+    (["a:nan"], "must be a number that is not negative"),
+    (["a:inf"], "must be a number that is not negative"),
+    (["a", "a:2"], "--data a: is given twice"),
+    (["file"], "--data file: is not a folder"),
+])
+def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                             message: str) -> None:
+    (data / "file").write_text("")
+    monkeypatch.chdir(data)
+    with pytest.raises(UserError, match=message):
+        data_paths(arguments)
+
+
+def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
+    with pytest.raises(UserError, match=r"gpu\.cuda_graphs: no such setting; the library's CUDA graphs "
+                                        r"refuse packed rows, .*; leave it out"):
+        apply_settings(small(), ["gpu.cuda_graphs=attn"])
+    with pytest.raises(UserError, match=r"train\.fp8_param: no such setting; checkpoints, exports"):
+        from_dict({**small().to_dict(), "train": {"fp8_param": True}})
+    contract = json.loads((Path(__file__).parents[2] / "te_double" / "contract.json").read_text())
+    theirs = set().union(*contract["megatron.core"]["fields"].values())
+    assert set(NOT_OFFERED) - theirs == {"cuda_graphs", "expert_parallel_overlap", "fp8_weights"}
+    page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []
+
+
+def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
+    def changed(recipe: str, *settings: str) -> Any:
+        return apply_settings(recipes.get(recipe), list(settings))
+
+    recipe = changed("tiny-solar-open-rl")
+    assert (recipe.policy.parts.clip_low, recipe.policy.parts.kl) == (3e-4, "none")
+    for method, parts in METHODS.items():
+        policy = changed("tiny-solar-open-rl", f"policy.method={method}").policy
+        own: Any = {"method": method}
+        expected = recipe.policy if parts is METHODS["gspo"] else PolicyConfig(**own)
+        assert policy.parts == expected.parts, method
+    both = ["policy.method=grpo", "policy.clip_low=0.1"]
+    for settings in (both, both[::-1]):
+        parts = changed("tiny-solar-open-rl", *settings).policy.parts
+        assert (parts.clip_low, parts.clip_high, parts.kl, parts.kl_coeff) == (0.1, 0.2, "k3", 0.04)
+    ink = changed("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
+    assert (ink.clip_high, ink.knowledge_coeff, ink.knowledge_batch_size) == (0.28, 0, 0)
+    preference = changed("solar-open-102b-dpo", "preference.method=simpo").preference
+    assert (preference.strength, preference.beta) == (2.0, None)
+    assert changed("solar-open-102b-dpo", "preference.method=ipo",
+                   "preference.beta=0.3").preference.strength == 0.3
+    (problem,) = changed("solar-open-102b-rl", "optim.schedule=cosine").optim.problems()
+    assert (problem.key, problem.value) == ("optim.min_lr", 3e-6)
+    assert changed("solar-open-102b", "optim.schedule=wsd").optim.min_lr == 3e-6

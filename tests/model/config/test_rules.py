@@ -1,0 +1,252 @@
+"""What a run's settings are refused for, by code and key: bounds of one field, and rules between fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.model.config import RunConfig, apply_settings
+
+Small = Callable[..., RunConfig]
+SELECTIVE = "train.recompute=selective gpu.recompute_modules="
+OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
+DENSE = "model.num_experts=0 model.dense_ffn_dim=64"
+LATENT = ('model.num_kv_heads=4 model.latent_attention={"kv_lora_rank":32,"qk_nope_head_dim":8,'
+          '"qk_rope_head_dim":8,"v_head_dim":8}')
+LM = 'evaluate.background.tasks=["lm"] train.export_every_checkpoints=1'
+VISION = {"placeholder_ids": [5], "full_attention_layers": [1], "num_layers": 2}
+AUDIO = {"placeholder_ids": [6]}
+
+
+def vision(**changes: Any) -> str:
+    return f"model.vision={json.dumps({**VISION, **changes}, separators=(',', ':'))}"
+
+
+def audio(**changes: Any) -> str:
+    return f"model.audio={json.dumps({**AUDIO, **changes}, separators=(',', ':'))}"
+
+
+@pytest.mark.parametrize("settings", [
+    "model.head_dim=15", "model.yarn.factor=0.0", "model.vision.std=[1,1,0]", "train.hidden_dropout=1",
+    "parallel.pipeline_layout=[4,0]", "data.phases=[]", "data.phases.0.seq_len=1",
+    "data.phases.0.blend.en=-1", "data.skip_steps=[[0,3]]", "optim.lr=1e999", "optim.rewarm=[[5,0]]",
+    "policy.kl_coeff=NaN", "lora.targets=[]", "obs.prometheus_host=", "obs.prometheus_textfile=a.txt",
+    'obs.alert_on=["stop","stop"]', "obs.alert_webhook=https://hooks/x",
+    "obs.otlp_endpoint=http://me:secret@host:4318", "obs.otlp_endpoint=host:4318",
+])
+def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> None:
+    """Bounds that are more than a limit of one number; for those see tests/base/settings/every_field.py."""
+    with pytest.raises(SettingsError) as e:
+        apply_settings(small(), [settings])
+    key = settings.partition("=")[0]
+    ((code, found),) = e.value.codes
+    assert code == "bound" and found.startswith(key) and found.removeprefix(key).strip(".0123456789") == ""
+
+
+@pytest.mark.parametrize(("settings", "num_ranks", "keys"), [
+    # the architecture
+    ("model.num_dense_layers=5 model.dense_ffn_dim=1", 1, "model.num_dense_layers"),
+    ("model.num_dense_layers=1", 1, "model.dense_ffn_dim"),
+    ("model.num_kv_heads=3", 1, "model.num_kv_heads"),
+    ("model.num_experts_per_token=9", 1, "model.num_experts_per_token"),
+    ("model.local_rope_theta=1e4 model.yarn={}", 1, "model.local_rope_theta"),
+    ("model.linear_rope_factor=2.0 model.yarn={}", 1, "model.linear_rope_factor"),
+    ("model.llama3_rope={} model.yarn={}", 1, "model.llama3_rope.factor"),
+    ('model.llama3_rope={"low_freq_factor":4.0}', 1, "model.llama3_rope.low_freq_factor"),
+    ("model.attention_sinks=true model.attention_softcap=5", 1, "model.attention_sinks"),
+    ("model.linear_bias=true model.num_shared_experts=0", 1, "model.linear_bias"),
+    ("model.linear_bias=true model.qkv_bias=true", 1, "model.linear_bias"),
+    ("model.rope_share=0.3", 1, "model.rope_share"),
+    ("model.rope_share=0.5 model.yarn={}", 1, "model.rope_share"),
+    ("model.yarn={} model.rope_theta=1", 1, "model.rope_theta"),
+    ("model.yarn.mscale=0.5", 1, "model.yarn.mscale"),
+    ("model.attention_pattern=LG", 1, "model.sliding_window_tokens"),
+    ("model.attention_pattern=LX model.sliding_window_tokens=8", 1, "model.attention_pattern"),
+    ("model.sliding_window_tokens=8", 1, "model.sliding_window_tokens"),
+    ("model.mtp_attention=L model.num_mtp_layers=1 model.dense_ffn_dim=64", 1, "model.mtp_attention"),
+    ("model.num_experts=2e4 model.num_layers=100", 1, "model.num_experts"),
+    ("model.num_groups_per_token=2", 1, "model.num_groups_per_token"),
+    ("model.num_expert_groups=3", 1, "model.num_expert_groups"),
+    ("model.num_expert_groups=4 model.num_experts_per_token=3", 1, "model.num_groups_per_token"),
+    (LATENT, 1, ""),
+    (f"{LATENT} model.head_dim=30", 1, "model.head_dim"),
+    (f"{LATENT} model.num_kv_heads=2", 1, "model.num_kv_heads"),
+    (f"{LATENT} model.attention_pattern=LG model.sliding_window_tokens=8", 1, "model.attention_pattern"),
+    (f"{LATENT} model.qk_norm=true", 1, "model.qk_norm"),
+    (f"{LATENT} model.attention_multiplier=0.5", 1, "model.attention_multiplier"),
+    # ids of media, and encoders
+    ('model.audio_tokens={"first":0,"size":10} model.image_tokens={"first":10,"size":10}', 1, ""),
+    ('model.audio_tokens={"first":10,"size":10} model.image_tokens={"first":0,"size":10}', 1, ""),
+    ('model.audio_tokens={"first":0,"size":11} model.image_tokens={"first":10,"size":10}', 1,
+     "model.audio_tokens"),
+    ('model.image_tokens={"first":512,"size":1}', 1, "model.image_tokens"),
+    (vision(placeholder_ids=[]), 1, "model.vision.placeholder_ids"),
+    (vision(placeholder_ids=[2048]), 1, "model.vision.placeholder_ids"),
+    (vision(image_size=400), 1, "model.vision.image_size"),
+    (vision(image_size=28 * 1025), 1, "model.vision.image_size"),
+    (vision(hidden_size=1250), 1, "model.vision.hidden_size"),
+    (vision(full_attention_layers=[2]), 1, "model.vision.full_attention_layers"),
+    (vision(window_size=14), 1, "model.vision.window_size"),
+    (audio(num_frames=3010), 1, "model.audio.num_frames"),
+    (audio(num_frames=3010, compression=25), 1, "model.audio.num_frames"),
+    (audio(num_heads=3), 1, "model.audio.hidden_size"),
+    (audio(compression=25, compressor_size=100), 1, "model.audio.compressor_size"),
+    (f"{vision()} {audio(placeholder_ids=[5, 6])}", 1, "model.vision.placeholder_ids"),
+    ("media.vision_from=a media.audio_from=b", 1, "media.vision_from media.audio_from"),
+    (f"{vision()} lora.rank=4 media.train_encoders=true", 1, "media.train_encoders"),
+    # the layout
+    ("parallel.tp=4 parallel.sp=true", 4, "parallel.tp"),
+    ("parallel.tp=2", 2, "parallel.sp"),
+    ("parallel.sp=true", 1, "parallel.sp"),
+    (f"{LATENT} {DENSE} parallel.tp=2", 2, "parallel.sp"),
+    ("parallel.pp=3", 3, "parallel.pp"),
+    ("parallel.pp=2 parallel.vpp=4", 2, "parallel.vpp"),
+    ("parallel.pipeline_layout=[4]", 1, "parallel.pipeline_layout"),
+    ("parallel.pp=2 parallel.pipeline_layout=[1,1,2]", 2, "parallel.pipeline_layout"),
+    ("parallel.pp=2 parallel.pipeline_layout=[1,2]", 2, "parallel.pipeline_layout"),
+    ("parallel.ep=3", 3, "parallel.ep"),
+    ("parallel.etp=5", 5, "parallel.etp"),
+    ("model.linear_bias=true model.qkv_bias=true model.num_shared_experts=0 parallel.etp=2", 2,
+     "parallel.etp"),
+    (f"{DENSE} parallel.ep=2", 2, "parallel.ep"),
+    ("parallel.overlap_param_gather=true parallel.zero1=true", 1, "parallel.overlap_param_gather"),
+    ("parallel.overlap_param_gather=true parallel.overlap_grad_reduce=true", 1,
+     "parallel.overlap_param_gather"),
+    ("parallel.cp=2 parallel.pp=2", 6, "parallel"),
+    ("parallel.ep=2", 3, "parallel"),
+    ("model.yarn={} parallel.cp=3 data.phases.0.seq_len=96 train.global_batch_size=1", 3, "parallel.cp"),
+    # sources, phases, batches
+    ('data.phases=[{"name":"a","tokens":9},{"name":"b"}]', 1, "data.phases"),
+    ('data.phases=[{"name":"a"},{"name":"b","seq_len":1000000}]', 1, "data.phases.1.seq_len"),
+    ("data.phases.0.blend.web=0", 1, "data.phases.0.blend"),
+    ("data.phases.0.min_lr=0.1", 1, "data.phases.0.min_lr"),
+    ("data.phases.0.schedule=wsd", 1, "data.phases.0.schedule"),
+    ("data.skip_steps=[[5,4]]", 1, "data.skip_steps"),
+    ("train.ramp_from_batch_size=4", 1, "train.ramp_from_batch_size"),
+    ("train.ramp_from_batch_size=9 train.ramp_increment=1 train.ramp_steps=5", 1,
+     "train.ramp_from_batch_size"),
+    ("train.steps=0", 1, "train.steps"),
+    ("train.steps=0 train.tokens=1e15", 1, "train.tokens"),
+    ("", 3, "train.global_batch_size"),
+    ("parallel.cp=2", 32, "train.global_batch_size"),
+    ("train.average_last=1", 1, "train.average_last"),
+    ("train.average_last=3", 1, "train.average_last"),
+    ("train.keep_every_steps=7", 1, "train.keep_every_steps"),
+    ("optim.warmup_tokens=5", 1, "optim.warmup_tokens"),
+    ("optim.schedule_by=tokens", 1, "optim.schedule_by"),
+    ("optim.min_lr=1", 1, "optim.min_lr"),
+    # objectives
+    ("objective.audio_weight=0.5", 1, "objective.audio_weight"),
+    ('objective.audio_weight=0.5 model.audio_tokens={"first":0,"size":8}', 1, ""),
+    ('objective.image_weight=0.5 objective.name=policy model.image_tokens={"first":0,"size":8}', 1,
+     "objective.image_weight"),
+    ("objective.text_coeff=0.5", 1, "objective.text_coeff"),
+    ("objective.loss_per=turn", 1, "objective.loss_per"),
+    ("distillation.beta=0.5 distillation.top_k=511 distillation.keep_remainder=false", 1, ""),
+    ("distillation.top_k=512", 1, "distillation.top_k"),
+    ("distillation.keep_remainder=false", 1, "distillation.keep_remainder"),
+    ("distillation.other_tokenizer=true", 1, "distillation.other_tokenizer"),
+    ("preference.label_smoothing=0.1 preference.method=ipo", 1, "preference.label_smoothing"),
+    ("preference.chosen_coeff=0.1 preference.method=orpo", 1, "preference.chosen_coeff"),
+    ("preference.chosen_coeff=0.5 preference.method=grouper", 1, "preference.chosen_coeff"),
+    ("rollout.steps_per_round=3", 1, "rollout.prompts_per_round"),
+    ("rollout.budgets_tokens=[512,2048]", 1, "rollout.budgets_tokens"),
+    ("rollout.budgets_tokens=[1,2,3]", 1, "rollout.samples_per_prompt"),
+    ("rollout.budget_text=long", 1, "rollout.budget_text"),
+    # the use of GPUs
+    (f'{DENSE} gpu.recompute_modules=["mlp"]', 1, "gpu.recompute_modules"),
+    (f"{SELECTIVE}[]", 1, "gpu.recompute_modules"),
+    (f'{DENSE} {SELECTIVE}["moe"]', 1, "gpu.recompute_modules"),
+    (f'{DENSE} {SELECTIVE}["layernorm"]', 1, "gpu.recompute_modules"),
+    (f'model.num_shared_experts=0 {SELECTIVE}["shared_experts"]', 1, "gpu.recompute_modules"),
+    (f'{SELECTIVE}["moe","moe_act"]', 1, "gpu.recompute_modules"),
+    (f'{SELECTIVE}["mlp"]', 1, "gpu.recompute_modules"),
+    (f'{SELECTIVE}["shared_experts"] gpu.shared_expert_overlap=on', 1, "gpu.recompute_modules"),
+    ('train.recompute=true gpu.offload_modules=["core_attn"]', 1, "gpu.offload_modules"),
+    ('gpu.offload_modules=["attn_proj"]', 1, "gpu.offload_modules"),
+    (f'{DENSE} gpu.offload_modules=["expert_fc1"]', 1, "gpu.offload_modules"),
+    (f'{DENSE} gpu.offload_modules=["mlp_norm"]', 1, "gpu.offload_modules"),
+    ("gpu.grad_dtype=bf16 train.precision=fp32", 1, "gpu.grad_dtype"),
+    ("gpu.moment_dtype=bf16", 1, "gpu.moment_dtype"),
+    ("gpu.optimizer_offload=0.5", 1, "gpu.optimizer_offload"),
+    (f"{OFFLOAD} gpu.moment_dtype=bf16", 1, "gpu.optimizer_offload"),
+    (OFFLOAD, 2, ""),
+    (f"{OFFLOAD} optim.name=muon", 2, "gpu.optimizer_offload"),
+    (f'{OFFLOAD} optim.groups=[{{"pattern":"decoder.*","optimizer":"muon"}}]', 2, "gpu.optimizer_offload"),
+    (f"{DENSE} gpu.permute_fusion=on", 1, "gpu.permute_fusion"),
+    ("gpu.rope_fusion=on parallel.cp=2", 2, "gpu.rope_fusion"),
+    ("gpu.attention=flash parallel.cp=2", 2, "gpu.attention"),
+    ("gpu.shared_expert_overlap=on model.num_shared_experts=0", 1, "gpu.shared_expert_overlap"),
+    ("gpu.shared_expert_overlap=on parallel.ep=2 parallel.expert_dispatcher=deepep", 2,
+     "gpu.shared_expert_overlap"),
+    ("parallel.expert_dispatcher=deepep", 1, "parallel.expert_dispatcher"),
+    ("parallel.expert_dispatcher=hybridep parallel.ep=2 train.precision=fp32", 2,
+     "parallel.expert_dispatcher"),
+    ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
+    ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
+    # what watches and measures
+    ("guards.probe_every_steps=5 guards.attribute=true", 1, "guards.probe_every_steps guards.attribute"),
+    ("guards.attribute=true guards.skip=false train.deterministic=true", 1, "guards.attribute"),
+    ('evaluate.background.tasks=["ppl"]', 1, "evaluate.background.tasks"),
+    (LM, 1, "evaluate.lm.tasks"),
+    ('evaluate.background.tasks=["ppl","ppl"] train.export_every_checkpoints=1', 1,
+     "evaluate.background.tasks"),
+    ('evaluate.lm.tasks=["x"]', 1, "evaluate.lm.tasks"),
+    (f'{LM} evaluate.lm.tasks=["x,y"]', 1, "evaluate.lm.tasks"),
+    (f'{LM} evaluate.lm.tasks=["x","x"]', 1, "evaluate.lm.tasks"),
+    ("evaluate.background.where=slurm", 1, "evaluate.background.where"),
+    ("evaluate.lm.mode=thinking", 1, "evaluate.lm.mode"),
+    ('evaluate.lm.judge=["x"]', 1, "evaluate.lm.judge"),
+])
+def test_a_rule_between_settings_is_told_by_its_key(settings: str, num_ranks: int, keys: str, small: Small
+                                                    ) -> None:
+    problems = apply_settings(small(), settings.split()).problems(num_ranks)
+    assert [(problem.code, problem.key) for problem in problems] == [("rule", key) for key in keys.split()]
+
+
+
+@pytest.mark.parametrize(("recipe", "settings", "key"), [
+    ("tiny-qwen3", 'lora.targets=["experts"]', "lora.targets"),
+    ("tiny-qwen3-moe", 'lora.targets=["up_proj"]', "lora.targets"),
+    ("tiny-qwen2", 'lora.targets=["lm_head"]', "lora.targets"),
+    ("tiny-qwen2", 'lora.targets=["embed_tokens"]', "lora.targets"),
+    ("tiny-qwen3", 'lora.dora=true lora.targets=["embed_tokens"]', "lora.dora"),
+    ("tiny-qwen3", 'lora.dora=true lora.targets=["q_proj","lm_head"]', "lora.dora"),
+    ("tiny-solar-open", "lora.dora=true", "lora.dora"),
+    ("tiny-k-exaone", 'lora.targets=["embed_tokens"] parallel.pp=2', "lora.targets"),
+    ("tiny-gpt-oss", "", "lora.targets"),
+    ("tiny-deepseek-v3", "", "lora.targets"),
+    ("tiny-qwen3", "optim.name=muon", "lora.rank"),
+    ("tiny-qwen3", "parallel.zero1=true parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true",
+     "lora.rank"),
+    ("tiny-solar-open", "gpu.shared_expert_overlap=on", "lora.rank"),
+    ("tiny-solar-open", 'train.recompute=false gpu.offload_modules=["expert_fc1"]', "lora.targets"),
+])
+def test_what_adapters_cannot_be_with_is_told_by_its_key(recipe: str, settings: str, key: str) -> None:
+    problems = apply_settings(recipes.get(recipe), ["lora.rank=4", *settings.split()]).problems(2)
+    assert [problem.key for problem in problems if problem.key.startswith("lora.")] == [key]
+
+
+def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small) -> None:
+    with pytest.raises(SettingsError) as e:
+        apply_settings(small(), ["train.steps=-5", "optim.lr=-1", "model.num_heads=0",
+                                 'lora.targets=["x"]'])
+    assert e.value.codes == [("bound", "model.num_heads"), ("bound", "optim.lr"), ("bound", "train.steps"),
+                             ("choice", "lora.targets.0")]
+    wrong = apply_settings(small(), ["model.num_kv_heads=3", "parallel.tp=3", "optim.min_lr=1"])
+    with pytest.raises(SettingsError) as e:
+        wrong.check(3)
+    head, *lines = str(e.value).splitlines()
+    assert head == f"recipe small: {len(lines)} problems" and ("rule", "optim.min_lr") in e.value.codes
+    assert "  parallel.tp = 3 must divide model.num_heads = 4; use one of 1, 2, 4" in lines
+
+
+def test_what_code_made_is_held_to_bounds_before_rules_are_asked(small: Small) -> None:
+    with pytest.raises(SettingsError) as e:
+        small(num_kv_heads=0).check()
+    assert e.value.codes == [("bound", "model.num_kv_heads")]

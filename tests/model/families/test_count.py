@@ -1,0 +1,140 @@
+"""Parameter counts against the published figures and against transformers' own model classes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from megatron_sov.model import families as models
+from megatron_sov.model.config import LoraConfig
+from megatron_sov.model.families.adapters import adapted_modules, places
+from megatron_sov.model.families.count import (
+    layer_weights, mean_keys, multiplied_weights, num_params, train_flops_per_token)
+from megatron_sov.model.families.family import TokenIds
+from megatron_sov.model.recipes import get, names
+
+
+@pytest.mark.parametrize(("recipe", "total_b", "active_b", "mtp_b"), [
+    ("solar-open-102b", 102.65, 12.05, 0.0),
+    ("k-exaone-236b", 236.57, 23.67, 0.53),
+    ("qwen2-1.5b", 1.54, 1.54, 0.0),
+    ("qwen3-8b", 8.19, 8.19, 0.0),
+    ("qwen3-moe-30b", 30.53, 3.35, 0.0),
+    ("qwen3-4b", 4.02, 4.02, 0.0),
+    ("qwen3-4b-2507", 4.02, 4.02, 0.0),
+    ("qwen3-30b-a3b-2507", 30.53, 3.35, 0.0),
+    ("typhoon-s-8b", 8.19, 8.19, 0.0),
+    ("vibethinker-1.5b", 1.54, 1.54, 0.0),
+    ("exaone-4.0-32b", 32.0, 32.0, 0.0),
+    ("exaone-4.0-1.2b", 1.28, 1.28, 0.0),
+    ("hyperclovax-14b", 14.75, 14.75, 0.0),
+    ("gemma-3-1b", 1.0, 1.0, 0.0),
+    ("gemma3-27b", 27.01, 27.01, 0.0),
+    ("gemma2-9b", 9.24, 9.24, 0.0),
+    ("gpt-oss-20b", 20.91, 4.19, 0.0),
+    ("gpt-oss-120b", 116.83, 5.71, 0.0),
+    ("glm-4.5-air", 106.85, 13.42, 2.38),
+    ("deepseek-v3", 671.03, 37.55, 11.61),
+    ("kimi-k2", 1026.41, 32.86, 0.0),
+])
+def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
+    count = num_params(get(recipe).model)
+    assert [round(n / 1e9, 2) for n in (count.total, count.active, count.mtp)] == [total_b, active_b, mtp_b]
+
+
+def test_the_4b_without_its_embeddings_as_published() -> None:
+    model = get("qwen3-4b-2507").model
+    assert round((num_params(model).total - model.vocab_size * model.hidden_size) / 1e9, 1) == 3.6
+
+
+def test_latent_attention_is_counted_matrix_by_matrix() -> None:
+    """With the sizes of DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
+    v3 = get("deepseek-v3").model
+    found = sum(w.numel for w in layer_weights(v3) if ".self_attention." in w.key and not w.predicts)
+    down, up = 7168 * (1536 + 576), 1536 * 128 * 192 + 512 * 128 * 256
+    assert found == down + up + 128 * 128 * 7168 + 1536 + 512
+
+
+ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
+"""Architecture -> a recipe that has it: stages of one model share theirs."""
+
+
+@pytest.mark.parametrize("recipe", sorted(ONE_OF_EACH.values()))
+def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
+    """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors,
+    which take no memory."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = get(recipe).model
+    config = models.get(model.family).to_hf_config(model, "bfloat16", TokenIds())
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert num_params(model).total == sum(p.numel() for p in reference.parameters())
+
+
+# Which modules of a model an adapter adapts.
+
+
+@pytest.mark.parametrize("recipe", ["tiny-glm4-moe", "tiny-deepseek-v3", "tiny-k-exaone"])
+def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> None:
+    """Training adapts the trunk: what else stood in the list would be missed in every checkpoint."""
+    model = get(recipe).model
+    lora = LoraConfig(rank=4, targets=("gate_proj", "up_proj", "down_proj", "experts", "lm_head"))
+    assert model.num_mtp_layers == 1
+    names = [*places(model, lora), *(of.name for of in adapted_modules(model, lora))]
+    numbers = {int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    assert numbers == set(range(model.num_layers))
+    assert not any(name.startswith("mtp.") for name in names)
+
+
+# Training FLOPs against what torch counts in transformers' own model classes.
+
+SEQ_LEN = 64
+
+
+@pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3",
+                                    "tiny-deepseek-v3"])
+def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
+    """Eager attention multiplies every query with every key, which the formula is asked for as well."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = replace(get(recipe).model, num_mtp_layers=0)
+    config = AutoConfig.for_model(**models.get(model.family).to_hf_config(model, "float32", TokenIds()))
+    config._attn_implementation = config._experts_implementation = "eager"
+    reference = AutoModelForCausalLM.from_config(config)
+    tokens = torch.arange(SEQ_LEN)[None] % model.vocab_size
+    with FlopCounterMode(display=False) as counter:
+        reference(input_ids=tokens, labels=tokens).loss.backward()
+    latent = model.latent_attention
+    widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
+    unmasked = 6 * model.num_layers * model.num_heads * widths * SEQ_LEN
+    expected = 6 * multiplied_weights(model) + unmasked
+    assert counter.get_total_flops() / SEQ_LEN == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 100)])
+def test_keys_that_a_query_sees(seq_len: int, window: int) -> None:
+    seen = [min(i + 1, window or seq_len) for i in range(seq_len)]
+    assert mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)
+
+
+def test_windows_cap_the_keys_and_prediction_layers_run_a_head_of_their_own() -> None:
+    model = get("k-exaone-236b").model  # 36 sliding layers of 128, 12 global ones, a global prediction layer
+    keys = 36 * mean_keys(8192, 128) + 13 * mean_keys(8192, 0)
+    assert train_flops_per_token(model, 8192) == pytest.approx(
+        6 * multiplied_weights(model) + 12 * model.num_heads * model.head_dim * keys)
+    norms = 5 * model.hidden_size + 2 * model.head_dim
+    more = multiplied_weights(model) - multiplied_weights(replace(model, num_mtp_layers=0))
+    assert more == num_params(model).mtp - norms + model.vocab_size * model.hidden_size
+
+
+def test_the_published_rule_of_six_per_active_parameter() -> None:
+    """Active parameters count the embedding, which is looked up; norms are all that is left."""
+    model = get("solar-open-102b").model
+    active = num_params(model).active - model.vocab_size * model.hidden_size
+    assert multiplied_weights(model) == pytest.approx(active, rel=1e-4)

@@ -1,0 +1,315 @@
+"""Families against transformers: every key, shape and dtype of the full-size models,
+and their parameter totals."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.model import families as models
+from megatron_sov.model.config import ModelConfig, YarnConfig
+from megatron_sov.model.config.model import Llama3RopeConfig
+from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.family import KV_HEADS, Family, TokenIds, text_config
+from megatron_sov.model.families.hf_config import Renamed, Rope
+
+BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "qwen3-moe-30b",
+       "llama-3.1-8b", "mixtral-8x7b", "exaone-4.0-32b", "exaone-4.0-1.2b", "hyperclovax-14b",
+       "glm-4.5-air", "gemma-3-1b", "gemma3-27b", "gemma2-9b", "gpt-oss-20b",
+       "gpt-oss-120b", "deepseek-v3", "kimi-k2")
+
+
+def hf_config(model: ModelConfig) -> dict:
+    return models.get(model.family).to_hf_config(model, "bfloat16", TokenIds(1, [2, 24, 25], 0))
+
+
+def our_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (shape, torch.float32 if link.fp32 else torch.bfloat16)
+            for link in models.get(model.family).links(model) for name, shape in link.hf_shapes().items()}
+
+
+def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Keys, shapes and dtypes that transformers saves for this config, from a model on meta tensors.
+
+    In memory it fuses experts to [E, 2I, H] and [E, H, I]; on disk each expert has its three matrices.
+    K-EXAONE's router bias stands one level higher on disk, and Mixtral's experts have names of their own
+    there; gpt-oss's stay together.  A tied head is not saved.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = hf_config(model)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    found = {}
+    old = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for name, tensor in network.state_dict().items():
+        shape, dtype = tuple(tensor.shape), tensor.dtype
+        if model.family == "gpt_oss":
+            found[name] = (shape, dtype)
+        elif name.endswith("experts.gate_up_proj"):
+            for e in range(shape[0]):
+                for part in ("gate_proj", "up_proj"):
+                    found[name.replace("gate_up_proj", f"{e}.{part}.weight")] = (
+                        (shape[1] // 2, shape[2]), dtype)
+        elif name.endswith("experts.down_proj"):
+            found |= {name.replace("down_proj", f"{e}.down_proj.weight"): (shape[1:], dtype)
+                      for e in range(shape[0])}
+        elif name.endswith("e_score_correction_bias"):
+            on_disk = name.replace("mlp.gate.", "mlp.") if model.family == "exaone_moe" else name
+            # kept in float32 by the model class (_keep_in_fp32_modules_strict)
+            found[on_disk] = (shape, torch.float32)
+        elif not (model.tied_embeddings and name == "lm_head.weight"):
+            found[name] = (shape, dtype)
+    if model.family == "mixtral":
+        found = {re.sub("mlp|gate_proj|up_proj|down_proj", lambda m: old[m[0]], key): v
+                 for key, v in found.items()}
+    return found
+
+
+def of_prediction(name: str, model: ModelConfig) -> bool:
+    """Return whether a tensor is the prediction layer's, which transformers' class leaves out."""
+    return name.startswith(("mtp.", f"model.layers.{model.num_layers}."))
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_full_size_tensors_are_those_of_transformers(name: str) -> None:
+    model = recipes.get(name).model
+    ours = our_tensors(model)
+    mtp = {key: value for key, value in ours.items() if of_prediction(key, model)}
+    theirs = transformers_tensors(model)
+    assert {key: value for key, value in ours.items() if key not in mtp} == theirs
+    assert bool(mtp) == (name in ("k-exaone-236b", "glm-4.5-air", "deepseek-v3"))
+
+
+def test_prediction_layer_has_the_published_names_and_shapes() -> None:
+    ours = our_tensors(recipes.get("k-exaone-236b").model)
+    trunk_layer_0 = {key.replace("model.", "mtp."): v
+                     for key, v in ours.items() if key.startswith("model.layers.0.")}
+    norms = {f"mtp.{n}.weight": ((6144,), torch.bfloat16)
+             for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    expected = trunk_layer_0 | norms | {"mtp.fc.weight": ((6144, 12288), torch.bfloat16)}
+    assert {key: v for key, v in ours.items() if key.startswith("mtp.")} == expected
+
+
+def test_a_prediction_layer_behind_the_trunk_is_one_more_of_its_layers() -> None:
+    """With four tensors around it, and embedding and head once more (`glm4_moe_mtp.py` of vLLM)."""
+    model = recipes.get("glm-4.5-air").model
+    ours, at, hidden = our_tensors(model), "model.layers.46.", 4096
+    last = {key.replace("layers.45.", "layers.46."): v
+            for key, v in ours.items() if key.startswith("model.layers.45.")}
+    around = {f"{at}{norm}.weight": ((hidden,), torch.bfloat16)
+              for norm in ("enorm", "hnorm", "shared_head.norm")}
+    around[f"{at}eh_proj.weight"] = (hidden, 2 * hidden), torch.bfloat16
+    assert {key: v for key, v in ours.items() if key.startswith(at)} == last | around
+    assert models.get("glm4_moe").copies_in(model) == {
+        f"{at}embed_tokens.weight": "model.embed_tokens.weight",
+        f"{at}shared_head.head.weight": "lm_head.weight"}
+
+
+@pytest.mark.parametrize(("name", "trunk", "mtp"), [
+    ("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9), ("qwen2-1.5b", 1.5437e9, 0),
+    ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0),
+    ("llama-3.1-8b", 8.0303e9, 0), ("mixtral-8x7b", 46.703e9, 0),
+    ("exaone-4.0-32b", 32.003e9, 0), ("exaone-4.0-1.2b", 1.2794e9, 0), ("hyperclovax-14b", 14.748e9, 0),
+    # with the copies of embedding and head these are the 110 B that the hub counts of the folder
+    ("glm-4.5-air", 106.852e9, 2.3751e9),
+    ("gemma-3-1b", 0.999886e9, 0), ("gemma3-27b", 27.009346e9, 0), ("gemma2-9b", 9.241706e9, 0),
+    ("gpt-oss-20b", 20.914757e9, 0), ("gpt-oss-120b", 116.829157e9, 0),
+    ("deepseek-v3", 671.0264e9, 11.610e9), ("kimi-k2", 1026.408e9, 0)])
+def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
+    model = recipes.get(name).model
+    sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()
+             if "correction_bias" not in key}
+    counted_mtp = sum(n for key, n in sizes.items() if of_prediction(key, model))
+    counted = sum(sizes.values()) - counted_mtp
+    assert counted == pytest.approx(trunk, rel=5e-5)
+    assert counted_mtp == pytest.approx(mtp, rel=1e-3)
+    assert (num_params(model).total, num_params(model).mtp) == (counted, counted_mtp)
+
+
+def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -> None:
+    model = replace(recipes.get("tiny-solar-open").model, qk_norm=True, rope_on_global=False,
+                    num_shared_experts=0)
+    with pytest.raises(UserError) as e:
+        hf_config(model)
+    assert len(re.findall(r"model\.(qk_norm|rope_on_global|num_shared_experts) =", str(e.value))) == 3
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("head_dim", 0), ("head_dim", -1), ("hidden_size", -4), ("num_layers", 10**15),
+    ("num_mtp_layers", 10**15), ("attention_multiplier", 1e-320), ("attention_multiplier", 0.0)])
+def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, value: float) -> None:
+    model = replace(recipes.get("tiny-gemma2").model, **{field: value})
+    with pytest.raises(UserError, match=f"model.{field} "):
+        models.get("gemma2").check(model)
+
+
+def test_an_unknown_family_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError,
+                       match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
+        models.get("solar-open")
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("architectures", 3), ("architectures", [["a"]]), ("rope_parameters", 7), ("rope_parameters", [1]),
+    ("initializer_range", {}), ("num_hidden_layers", "x"), ("num_key_value_heads", 0), ("hidden_size", []),
+    *(("rope_parameters", YARN | wrong) for wrong in (
+        {"factor": []}, {"factor": "x"}, {"beta_slow": {}}, {"original_max_position_embeddings": 0},
+        {"original_max_position_embeddings": [1]}, {"rope_theta": {}}, {"attention_factor": "y"})),
+])
+def test_a_value_of_another_kind_is_named(field: str, value: object) -> None:
+    config = hf_config(recipes.get("tiny-solar-open").model) | {field: value}
+    with pytest.raises(UserError, match=rf"{field}|original_max|num_kv_heads|num_layers|hidden_size"):
+        models.get("solar_open").from_hf_config(config)
+
+
+def without(*items: object) -> Family:
+    return replace(models.get("qwen3"), name="qwen3_own", config=tuple(
+        item for item in models.get("qwen3").config if item not in items))
+
+
+def test_a_family_that_leaves_out_a_setting_is_refused_when_it_is_loaded() -> None:
+    """transformers would take its own default, as 32 heads of keys."""
+    assert without().unsaid() == []
+    rope = next(item for item in models.get("qwen3").config if isinstance(item, Rope))
+    assert without(KV_HEADS).unsaid() == ["num_kv_heads"]
+    assert "rope_theta" in without(rope).unsaid()
+    with pytest.raises(UserError, match=r"my.py:QWEN: says nothing of model\.num_kv_heads, and .*KV_HEADS"):
+        models.OWN.add(Loaded(without(KV_HEADS), "QWEN", "my.py:QWEN", {}))
+
+
+def test_a_config_json_that_describes_another_model_is_not_written() -> None:
+    model = replace(recipes.get("tiny-qwen3").model, family="qwen3_own")
+    assert without().to_hf_config(model, "bfloat16", TokenIds())["num_key_value_heads"] == model.num_kv_heads
+    with pytest.raises(UserError, match=rf"'qwen3_own': its config.json would describe another model than "
+                                        rf"model\.num_kv_heads = {model.num_kv_heads} \(it says 'nothing'\)"):
+        without(KV_HEADS).to_hf_config(model, "bfloat16", TokenIds())
+    swapped = replace(without(KV_HEADS), config=(
+        *without(KV_HEADS).config, Renamed("num_key_value_heads", "num_heads")))
+    with pytest.raises(UserError, match=r"model\.num_kv_heads = "):
+        swapped.to_hf_config(model, "bfloat16", TokenIds())
+
+
+# config.json both ways: ours through transformers and back, and the older spelling of published configs.
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_config_goes_to_transformers_and_comes_back(name: str) -> None:
+    """Our config.json survives transformers' own config class: what it writes back describes the
+    same architecture."""
+    from transformers import AutoConfig
+
+    model = recipes.get(name).model
+    family = models.get(model.family)
+    model = replace(model, **family.training)  # what only training knows is not in the file
+    assert family.from_hf_config(json.loads(json.dumps(hf_config(model)))) == model
+    theirs = AutoConfig.for_model(**hf_config(model))
+    assert family.from_hf_config(json.loads(theirs.to_json_string())) == model
+    assert theirs.eos_token_id == [2, 24, 25]
+
+
+def test_layer_types_are_explicit_and_last_layer_is_what_the_pattern_says() -> None:
+    model = replace(recipes.get("tiny-k-exaone").model, num_layers=6)
+    config = hf_config(model)
+    assert config["layer_types"] == ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 2
+    assert models.get("exaone_moe").from_hf_config(config) == model
+
+
+# those of EXAONE 4.0, HyperCLOVA X, GLM-4.5-Air, Gemma and Kimi K2 are as remembered (docs/families.md)
+PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
+"""The config.json of released models, in the older spelling (rope_theta, rope_scaling, is_moe_layer)."""
+RELEASED = {
+    "solar-open-102b-extend": "upstage/Solar-Open-100B", "k-exaone-236b": "LGAI-EXAONE/K-EXAONE-236B-A23B",
+    "k-exaone-236b-extend": "LGAI-EXAONE/K-EXAONE-236B-A23B", "qwen2-1.5b": "Qwen/Qwen2.5-Math-1.5B",
+    "qwen3-4b": "Qwen/Qwen3-4B", "qwen3-4b-2507": "Qwen/Qwen3-4B-Instruct-2507", "qwen3-8b": "Qwen/Qwen3-8B",
+    "typhoon-s-8b": "Qwen/Qwen3-8B-Base", "qwen3-moe-30b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1", "exaone-4.0-32b": "LGAI-EXAONE/EXAONE-4.0-32B",
+    "exaone-4.0-1.2b": "LGAI-EXAONE/EXAONE-4.0-1.2B", "gemma-3-1b": "google/gemma-3-1b-it",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3", "kimi-k2": "moonshotai/Kimi-K2-Instruct",
+    "gemma3-27b": "google/gemma-3-27b-it", "gemma2-9b": "google/gemma-2-9b",
+    "glm-4.5-air": "zai-org/GLM-4.5-Air", "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "hyperclovax-14b": "naver-hyperclovax/HyperCLOVAX-SEED-Think-14B"}
+
+
+@pytest.mark.parametrize(("name", "released"), RELEASED.items())
+def test_released_configs_are_the_recipes_models(name: str, released: str) -> None:
+    model = recipes.get(name).model
+    assert models.get(model.family).from_hf_config(text_config(PUBLISHED[released])) == model
+
+
+def test_what_gpt_oss_leaves_out_is_what_transformers_assumes() -> None:
+    """Its class's defaults are the 120B."""
+    from transformers import GptOssConfig
+
+    theirs = json.loads(GptOssConfig().to_json_string())
+    needed = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "intermediate_size", "max_position_embeddings", "rope_parameters")
+    for config in (theirs, {name: theirs[name] for name in needed}):
+        assert models.get("gpt_oss").from_hf_config(config) == recipes.get("gpt-oss-120b").model
+
+
+def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
+    released = models.get("solar_open").from_hf_config(PUBLISHED["upstage/Solar-Open-100B"])
+    for name in ("solar-open-102b", "solar-open-102b-mid"):
+        assert recipes.get(name).model == replace(released, yarn=None)
+
+
+@pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None}])
+def test_a_llama_whose_config_has_no_heads_of_keys_has_as_many_as_queries(said: dict) -> None:
+    from transformers import LlamaConfig
+
+    config = {name: value for name, value in hf_config(recipes.get("llama-3.1-8b").model).items()
+              if name != "num_key_value_heads"} | said
+    assert models.get("llama").from_hf_config(config).num_kv_heads == 32
+    assert LlamaConfig(**config).num_key_value_heads == 32
+    with pytest.raises(UserError, match="lacks 'num_key_value_heads'"):
+        models.get("mixtral").from_hf_config({
+            name: value for name, value in PUBLISHED["mistralai/Mixtral-8x7B-v0.1"].items()
+            if name != "num_key_value_heads"})
+
+
+def test_yarn_means_the_same_frequencies_in_transformers() -> None:
+    """A YaRN that is not the default survives, and transformers computes its attention factor as
+    0.1 ln(factor) + 1."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    model = replace(recipes.get("solar-open-102b").model, yarn=YarnConfig(8.0, 16384, 24.0, 2.0))
+    config = hf_config(model)
+    assert models.get("solar_open").from_hf_config(config) == model
+    _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**config), "cpu")
+    assert attention_factor == pytest.approx(1.2079441541679836)
+    config["rope_parameters"]["attention_factor"] = 1.0
+    with pytest.raises(UserError, match=r"attention_factor = 1\.0, but only .* = 1\.207944"):
+        models.get("solar_open").from_hf_config(config)
+
+
+def test_llamas_scaling_means_the_same_frequencies_in_transformers() -> None:
+    """One that is not the default survives, and ours are the frequencies that transformers has in float32."""
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from megatron_sov.engine.mcore.model.rotary import frequencies
+
+    model = replace(recipes.get("llama-3.1-8b").model, llama3_rope=Llama3RopeConfig(32.0, 2.0, 8.0, 4096))
+    config = hf_config(model)
+    assert models.get("llama").from_hf_config(config) == model
+    theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.for_model(**config), "cpu")
+    assert attention_factor == 1.0
+    assert frequencies(model).tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    with pytest.raises(UserError, match="rope_type 'llama3' lacks 'low_freq_factor'"):
+        models.get("llama").from_hf_config(config | {"rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}})

@@ -1,0 +1,191 @@
+"""Which layers slide and which are dense, read as transformers reads it;
+what we cannot express is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model import families as models
+from megatron_sov.model.config import ModelConfig, YarnConfig
+from megatron_sov.model.families.family import TokenIds
+
+
+def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
+    """Return a tiny recipe's config.json with other fields; None takes a field away."""
+    model = recipes.get(recipe).model
+    changed = models.get(model.family).to_hf_config(model, "bfloat16", TokenIds()) | fields
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def read(config: dict[str, Any]) -> ModelConfig:
+    return models.get(config["model_type"]).from_hf_config(config)
+
+
+@given(st.sampled_from(["tiny-qwen2", "tiny-qwen3"]), st.booleans(), st.integers(1, 99), st.integers(0, 8),
+       st.integers(1, 8))
+def test_qwens_windows_are_those_of_transformers(recipe: str, switch: bool, window: int, first: int,
+                                                 layers: int) -> None:
+    from transformers import AutoConfig
+
+    config = config_of(recipe, use_sliding_window=switch, sliding_window=window, max_window_layers=first,
+                       num_hidden_layers=layers, layer_types=None)
+    theirs, ours = AutoConfig.for_model(**config), read(config)
+    assert ours.layer_types() == theirs.layer_types
+    assert ours.sliding_window_tokens == (theirs.sliding_window
+                                          if "sliding_attention" in theirs.layer_types else 0)
+    assert read(models.get(ours.family).to_hf_config(ours, "float32", TokenIds())) == ours
+
+
+def test_every_layer_of_qwen3_moe_slides_or_none() -> None:
+    sliding = read(config_of("tiny-qwen3-moe", use_sliding_window=True, sliding_window=9,
+                             max_window_layers=2))
+    assert (set(sliding.layer_types()), sliding.sliding_window_tokens) == ({"sliding_attention"}, 9)
+    assert read(config_of("tiny-qwen3-moe", sliding_window=9)).attention_pattern == "G"
+
+
+@pytest.mark.parametrize(("fields", "dense"), [
+    ({}, 0), ({"mlp_only_layers": [0, 1]}, 2), ({"mlp_only_layers": None, "decoder_sparse_step": None}, 0),
+    ({"decoder_sparse_step": 4}, 3),
+])
+def test_dense_layers_of_qwen3_moe_are_those_of_transformers(fields: dict[str, Any], dense: int) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = config_of("tiny-qwen3-moe", **fields)
+    assert read(config).num_dense_layers == dense
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).model.layers
+    assert [hasattr(layer.mlp, "experts") for layer in layers] == [i >= dense for i in range(4)]
+
+
+def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_otherwise() -> None:
+    silent = config_of("tiny-k-exaone", mtp_layer_types=None, mtp_sliding_windows=None,
+                       mtp_loss_scaling_factor=None)
+    model = read(silent)
+    assert (model.num_mtp_layers, model.mtp_layer_type(), model.mtp_loss_coeff) == (1, "full_attention", 0.05)
+    sliding = read(silent | {"mtp_layer_types": ["sliding_attention"],
+                             "mtp_sliding_windows": [model.sliding_window_tokens],
+                             "mtp_loss_scaling_factor": 0.1})
+    assert (sliding.mtp_layer_type(), sliding.mtp_loss_coeff) == ("sliding_attention", 0.1)
+    assert read(models.get("exaone_moe").to_hf_config(sliding, "float32", TokenIds())) == sliding
+
+
+@pytest.mark.parametrize(("recipe", "fields", "sentence"), [
+    ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None},
+     "use_sliding_window = True needs sliding_window"),
+    ("tiny-qwen2", {"use_mrope": True}, "use_mrope = True, but only False"),
+    ("tiny-qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* names sliding layers, but"),
+    ("tiny-qwen3", {"attention_bias": True}, "attention_bias = True, but only False"),
+    ("tiny-qwen3-moe", {"decoder_sparse_step": 2},
+     "mlp_only_layers and decoder_sparse_step must name dense layers first"),
+    ("tiny-qwen3-moe", {"mlp_only_layers": [2]}, "a dense layer behind one with experts is not supported"),
+    ("tiny-qwen3-moe", {"num_local_experts": 4}, "num_experts = 8 and num_local_experts = 4 disagree"),
+    ("tiny-k-exaone", {"sliding_windows": [32, 32, 16, 0]},
+     "sliding_windows = .* only windows that follow from layer_types"),
+    ("tiny-k-exaone", {"mtp_sliding_windows": [32]},
+     r"mtp_sliding_windows = \[32\], but only 0 is supported"),
+    ("tiny-k-exaone", {"mtp_layer_types": ["full_attention"] * 2},
+     "mtp_layer_types must name .* for each of 1 layers"),
+    ("tiny-k-exaone", {"mtp_num_speculative_steps": 3},
+     "mtp_num_speculative_steps = 3, but only num_nextn_predict_layers = 1"),
+])
+def test_what_we_do_not_compute_is_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read(config_of(recipe, **fields))
+
+
+def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() -> None:
+    model = read(config_of("tiny-qwen3-moe"))
+    problems = models.get("qwen3_moe").problems(replace(model, attention_pattern="LG",
+                                                        sliding_window_tokens=8, router_bias=True))
+    assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)
+
+
+# Latent attention in config.json: as transformers writes it, as it was released, and what is refused.
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096,
+        "mscale": 0.7, "mscale_all_dim": 0.7}
+
+
+def latent_config_of(**fields: Any) -> dict[str, Any]:
+    """Return the tiny DeepSeek's config.json with other fields."""
+    model = recipes.get("tiny-deepseek-v3").model
+    return models.get("deepseek_v3").to_hf_config(model, "bfloat16", TokenIds()) | fields
+
+
+def read_latent(config: dict[str, Any]) -> ModelConfig:
+    return models.get("deepseek_v3").from_hf_config(config)
+
+
+def test_widths_that_transformers_writes_are_those_that_follow() -> None:
+    from transformers import AutoConfig
+
+    theirs = json.loads(AutoConfig.for_model(**latent_config_of()).to_json_string())
+    assert (theirs["head_dim"], theirs["qk_head_dim"]) == (16, 32)
+    assert read_latent(theirs) == read_latent(latent_config_of())
+
+
+def test_queries_may_be_made_of_the_layers_input() -> None:
+    latent = read_latent(latent_config_of(q_lora_rank=None)).latent_attention
+    assert latent is not None and latent.q_lora_rank is None
+
+
+def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> None:
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3Attention, DeepseekV3RotaryEmbedding)
+
+    from megatron_sov.engine.mcore.model.rotary import frequencies, softmax_scale
+
+    config = latent_config_of(rope_parameters=YARN)
+    model, theirs = read_latent(config), AutoConfig.for_model(**config)
+    assert model.yarn == YarnConfig(40.0, 4096, mscale=0.7)
+    assert softmax_scale(model, "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
+    rotary = DeepseekV3RotaryEmbedding(theirs)
+    assert rotary.attention_scaling == 1.0, "cosine and sine have no factor"
+    assert rotary.inv_freq.tolist() == pytest.approx(frequencies(model).tolist(), rel=1e-6)
+    assert read_latent(models.get("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"kv_lora_rank": None}, "lacks kv_lora_rank; add them"),
+    ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
+    ({"qk_head_dim": 48}, "qk_head_dim = 48, but only 32 is supported"),
+    ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),
+    ({"rope_interleave": False}, "rope_interleave = False, but only True"),
+    ({"attention_bias": True}, "attention_bias = True, but only False"),
+    ({"moe_layer_freq": 2}, "moe_layer_freq = 2, but only 1"),
+    ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
+    ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
+    ({"rope_parameters": YARN | {"mscale": 0.0, "mscale_all_dim": 0.0}}, "that are equal and not 0"),
+    # transformers multiplies the softmax's scale by them beside these rotations, too
+    ({"rope_parameters": YARN | {"rope_type": "linear"}}, "mscale, mscale_all_dim, .* are unknown for"),
+    ({"rope_parameters": YARN | {"factor": 0.0}}, r"model\.yarn\.factor = 0\.0 must be above 0"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers = 10+ must be at most 10,000; count its zeros"),
+    ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: beside mscale"),
+    ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope parameters long_factor are unknown"),
+])
+def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_latent(latent_config_of(**fields))
+
+
+def test_other_families_have_none_and_this_one_does() -> None:
+    without = replace(recipes.get("tiny-deepseek-v3").model, latent_attention=None)
+    for ask in (models.get("deepseek_v3").check, models.get("deepseek_v3").links):
+        with pytest.raises(UserError, match=r"model\.latent_attention = null: family 'deepseek_v3' has"):
+            ask(without)
+    latent = recipes.get("tiny-deepseek-v3").model
+    problems = models.get("solar_open").problems(replace(latent, family="solar_open"))
+    assert "model.latent_attention" in [problem.key for problem in problems]
+    with pytest.raises(UserError, match="mscale_all_dim are unknown"):
+        models.get("solar_open").from_hf_config(models.get("solar_open").to_hf_config(
+            recipes.get("tiny-solar-open").model, "float32", TokenIds()) | {"rope_parameters": YARN})

@@ -1,0 +1,145 @@
+"""The weight map's vocabulary: interleaving against loops and against megatron, inversion,
+declarations that fail early."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.model.config import ModelConfig
+from megatron_sov.model.families.hf_layers import ExpertStack, StackLayout
+from megatron_sov.model.families.weights import QKV, Experts, GateUp, Link, Same, Section, links
+
+TINY = recipes.get("tiny-k-exaone").model
+
+
+def qkv_link(model: ModelConfig) -> Link:
+    return links([Section("once", "", "", (QKV("qkv", "q", "k", "v"),))], model)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
+def test_qkv_rows_stand_as_a_loop_over_groups_puts_them(groups: int, heads_per_group: int, half_dim: int,
+                                                        hidden: int) -> None:
+    dim = 2 * half_dim
+    model = replace(TINY, num_heads=groups * heads_per_group, num_kv_heads=groups, head_dim=dim,
+                    hidden_size=hidden)
+    q, k, v = (torch.randn(heads * dim, hidden) for heads in (groups * heads_per_group, groups, groups))
+    rows = []
+    for group in range(groups):
+        for head in range(heads_per_group):
+            rows += [q[(group * heads_per_group + head) * dim + i] for i in range(dim)]
+        rows += [k[group * dim + i] for i in range(dim)]
+        rows += [v[group * dim + i] for i in range(dim)]
+    link = qkv_link(model)
+    fused = link.join({"q": q, "k": k, "v": v})
+    assert torch.equal(fused, torch.stack(rows))
+    assert fused.shape == link.shape
+    back = link.split(fused)
+    assert torch.equal(back["q"], q) and torch.equal(back["k"], k) and torch.equal(back["v"], v)
+
+
+def test_megatron_reads_the_interleaved_rows_as_query_key_value() -> None:
+    """megatron-core's own SelfAttention, given our fused weight, returns the three separate projections."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    model = replace(TINY, num_heads=6, num_kv_heads=2, head_dim=4, hidden_size=8)
+    hf = {"q": torch.randn(24, 8), "k": torch.randn(8, 8), "v": torch.randn(8, 8)}
+    fused = qkv_link(model).join(hf)
+    hidden = torch.randn(5, 1, 8)
+
+    class Projection(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x @ fused.T, None
+
+    attention = SimpleNamespace(
+        linear_qkv=Projection(), num_attention_heads_per_partition=6, num_query_groups_per_partition=2,
+        hidden_size_per_attention_head=4, world_size=1, q_layernorm=None, k_layernorm=None,
+        config=SimpleNamespace(num_query_groups=2, test_mode=False))
+    for part, name in zip(SelfAttention.get_query_key_value_tensors(attention, hidden), "qkv", strict=True):
+        torch.testing.assert_close(part.flatten(2), hidden @ hf[name].T)
+
+
+def test_gate_comes_before_up_and_experts_are_stacked() -> None:
+    section = Section("once", "mlp.", "m.", (Experts(GateUp("fc1", "{e}.gate", "{e}.up", "I H")),))
+    found = links([section], TINY)
+    assert len(found) == TINY.num_experts
+    link = found[3]
+    assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0),
+                                                                (1, 256, 128))
+    gate, up = torch.randn(128, 128), torch.randn(128, 128)
+    joined = link.join({"m.3.gate": gate, "m.3.up": up})
+    assert torch.equal(joined, torch.cat([gate, up]))
+    for name, (first, count) in link.rows().items():
+        assert torch.equal(joined[first:first + count], {"m.3.gate": gate, "m.3.up": up}[name])
+    (whole,) = links([Section("once", "", "", (Same("head", "head", "V H"),))], TINY)
+    assert whole.rows() == {"head": (0, TINY.vocab_size)}
+    (qkv,) = links([Section("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
+    assert qkv.rows() == {}, "interleaved"
+
+
+def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> None:
+    from megatron_sov.model import families as models
+
+    built = (recipes.get(name).model for name in recipes.names())
+    # rotations and lengths shape no tensor
+    for model in {replace(m, rope_theta=1e6, yarn=None, max_position_tokens=1) for m in built}:
+        elements: dict[str, int] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for link in models.get(model.family).links(model):
+            tensors = {n: torch.empty(shape, device="meta") for n, shape in link.hf_shapes().items()}
+            block = link.join(tensors)
+            assert tuple(block.shape) == link.block_shape
+            assert {n: tuple(t.shape) for n, t in link.split(block).items()} == link.hf_shapes()
+            elements[link.key] = elements.get(link.key, 0) + block.numel()
+            assert shapes.setdefault(link.key, link.shape) == link.shape
+        assert elements == {key: torch.Size(shape).numel() for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("declare", "message"), [
+    (lambda: Same("a", "b", "V X"), "'X' in the shape"),
+    (lambda: Same("a", "b", ""), "in the shape ''"),
+    (lambda: Experts(Same("a", "b", "H")), "lacks the placeholder {e}"),
+    (lambda: Experts(Same("a.{e}", "b.{e}", "H")), "holds all experts"),
+    (lambda: Section("every layer", "decoder.", "model.{l}.", ()), "both prefixes need the placeholder {l}"),
+    (lambda: Section("once", "decoder.{l}.", "model.", ()), "neither prefix may have the placeholder {l}"),
+    (lambda: Section("once", "", "", (Same("a", "b.{e}", "H"),)), "an expert's in Experts"),
+    (lambda: Section("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "b stand twice"),
+])
+def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> None:
+    with pytest.raises(ValueError) as e:
+        declare()
+    assert message in str(e.value)
+
+
+def test_two_sections_may_not_claim_one_tensor() -> None:
+    section = Section("once", "", "", (Same("a", "b", "H"),))
+    with pytest.raises(ValueError, match="names a tensor twice"):
+        links([section, section], TINY)
+
+
+# Experts that are one tensor of a layer: turned and sorted as loops do it, and back.
+
+
+MODEL = replace(recipes.get("tiny-gpt-oss").model, num_experts=3, hidden_size=4, expert_ffn_dim=5)
+
+
+@pytest.mark.parametrize(("shape", "in_turns"), [("H I", True), ("I", True), ("I H", False), ("H", False)])
+def test_a_stack_is_each_experts_matrix_turned(shape: str, in_turns: bool) -> None:
+    (link,) = links([Section("once", "", "", (ExpertStack("ours", "theirs", shape, in_turns),))], MODEL)
+    (stored,) = link.hf_shapes().values()
+    theirs = torch.arange(torch.Size(stored).numel()).reshape(stored)
+    experts = []
+    for expert in theirs:
+        columns = [expert[..., 0::2], expert[..., 1::2]] if in_turns else [expert]  # gate, up
+        experts.append(torch.cat([part.t() if part.dim() == 2 else part for part in columns]))
+    ours = link.join({"theirs": theirs})
+    assert torch.equal(ours, torch.stack(experts)) and tuple(ours.shape) == link.shape == link.extent
+    assert torch.equal(link.split(ours)["theirs"], theirs) and link.rows() == {}
+    assert isinstance(link.layout, StackLayout)
+    assert torch.equal(ours.flatten()[link.layout.places(theirs.flatten())], theirs.flatten())

@@ -1,0 +1,268 @@
+"""Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.model import families as models
+from megatron_sov.model.config import (
+    OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
+from megatron_sov.model.families.family import PLAIN, text_config
+from megatron_sov.model.recipes import RECIPES, TINY, get, names, sources
+from megatron_sov.model.recipes.extension import extended
+from megatron_sov.model.recipes.sources import (
+    DEFAULT, YOURS, Sources, derive, in_effect, ours, published, relabelled, settings)
+from megatron_sov.model.recipes.tiny import SHRUNK
+
+STRUCTURE = (
+    "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate",
+    "seq_aux_loss_coeff", "attention_pattern", "rope_on_global", "rope_theta", "qk_norm", "norm_eps",
+    "num_mtp_layers", "mtp_loss_coeff",
+)
+"""Fields of a model that are choices and not sizes; shrinking must not touch them."""
+
+
+def smallest_world(config: RunConfig) -> int:
+    """Return a number of processes that the recipe's layout accepts."""
+    return math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_builds_and_is_sound(name: str) -> None:
+    config = get(name)
+    assert config.recipe == name
+    # what a recipe may leave to be set: test_policies.py says which
+    assert [p for p in config.problems(smallest_world(config)) if not p.rule.startswith("is missing: ")] == []
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_recipe_has_a_tiny_one_that_its_whole_name_finds() -> None:
+    assert sorted(TINY.values()) == [name for name in names() if not name.startswith("tiny-")]
+    assert all(get(f"tiny-{big}") == get(tiny) for tiny, big in TINY.items())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
+    tiny, big = get(name), get(TINY[name])
+    assert {f: getattr(tiny.model, f) for f in STRUCTURE} == {f: getattr(big.model, f) for f in STRUCTURE}
+    assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
+    assert set(tiny.model.layer_types()) == set(big.model.layer_types())
+    assert (tiny.model.num_heads // tiny.model.num_kv_heads > 1) == (
+        tiny.model.latent_attention is None), "grouped-query attention stays grouped"
+    assert [(p.name, p.share) for p in tiny.data.phases] == [
+        (p.name, p.tokens or p.share) for p in big.data.phases]
+    assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "any data will do"
+    assert (tiny.optim.schedule, tiny.objective) == (big.optim.schedule, big.objective)
+    assert [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in tiny.extend.stages] \
+        == [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in big.extend.stages]
+    assert not any(s.blend or p.blend for s in tiny.extend.stages for p in s.parts), "any data will do"
+
+
+def test_k_exaone_as_published() -> None:
+    """48 layers in the pattern LLLG: 36 sliding, 12 global, the last one global,
+    without rotation on the global ones."""
+    model = get("k-exaone-236b").model
+    types = model.layer_types()
+    assert (types.count("sliding_attention"), types.count("full_attention"), types[-1]) == (
+        36, 12, "full_attention")
+    assert ((model.sliding_window_tokens, model.rope_on_global, model.qk_norm, model.num_dense_layers)
+            == (128, False, True, 1))
+    assert (model.vocab_size, model.max_position_tokens, model.routed_scaling_factor) == (153600, 262144, 2.5)
+    phases = get("k-exaone-236b").data.phases
+    assert sum(p.tokens for p in phases) == 11e12 and {p.seq_len for p in phases} == {8192}
+    six = {"web", "korean", "spanish", "german", "japanese", "vietnamese"}
+    assert six <= set(phases[0].blend), "English is the rest of the web"
+
+
+def test_solar_open_as_published() -> None:
+    """All layers global and mixture-of-experts; pretrained at 4K with plain rotations."""
+    config = get("solar-open-102b")
+    model = config.model
+    assert set(model.layer_types()) == {"full_attention"}
+    assert model.yarn is None
+    assert ((model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers)
+            == (196608, 0, False, 0))
+    assert [(p.tokens / 1e12, p.blend["korean"], p.blend["synthetic"]) for p in config.data.phases] \
+        == [(10.8, 3.3, 10.2), (5.3, 3.2, 32.0), (2.7, 16.4, 36.1), (1.2, 13.6, 64.5)]
+    assert all(sum(p.blend.values()) == pytest.approx(100) for p in config.data.phases)
+    assert config.num_steps() == pytest.approx(20e12 / (13440 * 4096), abs=2)
+
+
+def test_solar_opens_mid_training_as_published() -> None:
+    """1.15 T tokens at 32K and 1,440 samples a step: 850 B of trajectories, 135 B of long documents,
+    170 B of phase 2.C again."""
+    config = get("solar-open-102b-mid")
+    (phase,) = config.data.phases
+    tokens = {name: weight / sum(phase.blend.values()) * phase.tokens / 1e9
+              for name, weight in phase.blend.items()}
+    assert tokens == pytest.approx({"reasoning-trajectories": 850, "long@8192": 135, "phase-2c": 170})
+    assert (phase.seq_len, phase.global_batch_size) == (32768, 1440)
+    assert config.num_steps() == round(1.155e12 / (1440 * 32768))
+    assert config.model == get("solar-open-102b").model
+
+
+@pytest.mark.parametrize(("name", "before", "published"), [
+    ("solar-open-102b", 4096, [(32768, 1440), (102400, 480)]),
+    ("k-exaone-236b", 8192, [(32768, 1024), (262144, 128)])])
+def test_the_published_extension_ends_at_the_released_model(name: str, before: int,
+                                                            published: list[tuple[int, int]]) -> None:
+    """Lengths and, for Solar, batch sizes as published; rehearsal in every stage, and the gate on."""
+    config = get(f"{name}-extend")
+    assert [(s.seq_len, s.global_batch_size) for s in config.extend.stages] == published
+    assert [(p.seq_len, p.global_batch_size) for p in config.data.phases] == published, "what `plan` shows"
+    assert all({"long", "rehearsal"} == {part.name for part in s.parts} for s in config.extend.stages)
+    assert config.extend.gate.every_steps > 0 and config.extend.gate.min_accuracy >= 0.98
+    model = get(name).model
+    for stage in config.extend.stages:
+        model = extended(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor,
+                         stage.yarn_original_tokens)
+        assert (model.yarn is None) == (stage.seq_len < 65536 or name.startswith("k-exaone"))
+        before = stage.seq_len
+    assert model == config.model
+
+
+def test_the_base_of_vibethinker_is_made_ready_for_what_it_generates() -> None:
+    config, base = get("vibethinker-1.5b"), get("qwen2-1.5b").model
+    model, before = base, base.max_position_tokens
+    lengths = [stage.seq_len for stage in config.extend.stages]
+    assert [before, *lengths] == [4096, 16384, 32768, 40960]
+    for stage in config.extend.stages:
+        model = extended(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor)
+        before = stage.seq_len
+    assert model == config.model and model.yarn is None
+
+
+def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
+    """2e-5 to 0 by a cosine, 5 % of warm-up, 32 packed samples of 16,384; else the trainer's default."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    trainer = Path(spec.origin).with_name("training_args.py").read_text()  # importing it takes seconds
+    fields = re.findall(r"^    (\w+): float = field\(\s*default=([\d.e-]+)", trainer, re.MULTILINE)
+    defaults = {name: float(text) for name, text in fields}
+    config = get("typhoon-s-8b")
+    optim, train = config.optim, config.train
+    assert (optim.lr, optim.min_lr, optim.schedule, train.seed) == (2e-5, 0.0, "cosine", 42)
+    assert (train.global_batch_size, config.data.phases[0].seq_len) == (32, 16384)
+    assert (config.objective.name, optim.warmup_steps) == ("sft", round(0.05 * config.num_steps()))
+    assert (optim.weight_decay, optim.clip_grad) == (defaults["weight_decay"], defaults["max_grad_norm"])
+    assert (optim.beta1, optim.beta2, optim.eps) == tuple(
+        defaults[f"adam_{name}"] for name in ("beta1", "beta2", "epsilon"))
+
+
+def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:
+    with pytest.raises(UserError,
+                       match=r"'solar-open-102': does not exist; did you mean 'solar-open-102b'\?") as e:
+        get("solar-open-102")
+    assert all(name in str(e.value) for name in names())
+
+
+# Every value that a recipe sets says where it comes from, truly as far as it can be looked up.
+
+
+CONFIGS = json.loads((Path(__file__).parents[1] / "families/published_configs.json").read_text())
+BIG = [name for name in names() if name not in TINY]
+
+
+def unlabelled(name: str, table: Sources) -> list[str]:
+    return [s.key for s in settings(get(name), table) if s.source == YOURS]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_value_that_a_recipe_sets_has_a_source(name: str) -> None:
+    assert unlabelled(name, sources(name)) == []
+    labelled = [s.source for s in settings(get(name), sources(name)) if s.source != DEFAULT]
+    assert {source.kind for source in labelled} <= {"published", "config.json", "ours"}
+    assert all(source.where for source in labelled)
+
+
+def test_a_value_without_a_source_is_noticed() -> None:
+    without = ("optim.min_lr", "parallel.*")
+    table = {key: source for key, source in sources("k-exaone-236b").items() if key not in without}
+    assert unlabelled("k-exaone-236b", table) == [
+        "parallel.ep", "parallel.zero1", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather",
+        "optim.min_lr"]
+    assert len(unlabelled("tiny-qwen3", {})) > 20, "without a table a recipe's values are its author's"
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_no_entry_of_a_table_is_idle(name: str) -> None:
+    """But those that a recipe took over from the one that it goes back to."""
+    used = in_effect(get(name), sources(name))
+    others = {key for other in BIG if other != name for key in in_effect(get(other), sources(other))}
+    assert set(sources(name)) - set(used) <= others
+    more = sources(name) | {"optim.lr": ours("last"), "optim.rl": ours("misspelt")}
+    assert in_effect(get(name), more).keys() == used.keys() | {"optim.lr"}
+
+
+RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources(name).values())]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
+    """Read by the model's family, which says which settings the file or its class decides."""
+    config = get(name)
+    family = models.get(config.model.family)
+    said = [s for s in settings(config, sources(name)) if s.source.kind == "config.json"]
+    (released,) = {s.source.where.partition(",")[0] for s in said}
+    told = {field for item in family.config for field in getattr(item, "null_tells", ())}
+    raw = {field: value for field, value in text_config(CONFIGS[released]).items()
+           if value is not None or field in told}
+    decided = {"family", *PLAIN, *family.structure,
+               *(field for item in family.config for field in item.read(raw))}
+    read = {s.key: s.value for s in settings(replace(config, model=family.from_hf_config(raw)), {})}
+    assert {s.key: s.value for s in said} == {s.key: read[s.key] for s in said}
+    assert {s.key.split(".")[1] for s in said} <= decided
+    assert len(said) > 15
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_recipe_inherits_what_it_did_not_shrink(name: str) -> None:
+    big = {s.key: s for s in settings(get(TINY[name]), sources(TINY[name]))}
+    tiny = settings(get(name), sources(name))
+    assert all(s == big[s.key] for s in tiny if s.source != SHRUNK)
+    assert "model.hidden_size" in {s.key for s in tiny if s.source == SHRUNK}
+    assert not any(s == big.get(s.key) for s in tiny if s.source == SHRUNK)
+
+
+def test_values_that_nobody_published_do_not_claim_to_be() -> None:
+    kinds = {s.key: s.source.kind for s in settings(get("k-exaone-236b"), sources("k-exaone-236b"))}
+    assert {kinds[f"optim.{field}"] for field in ("name", "lr", "schedule")} == {"published"}
+    chosen = ("optim.min_lr", "optim.warmup_steps", "optim.decay_share", "optim.weight_decay",
+              "train.global_batch_size", "parallel.ep", "data.phases.0.blend.web")
+    assert {kinds[key] for key in chosen} == {"ours"}
+
+
+def test_values_are_named_as_settings_are() -> None:
+    """Nested, in lists and in tables; the last match holds; what is None by default is set as a whole."""
+    config = get("solar-open-102b")
+    config = replace(config, model=replace(config.model, yarn=YarnConfig()), optim=OptimConfig(lr=1.0),
+                     data=replace(config.data, phases=(PhaseConfig("a", blend={"b/64": 2.0}),)))
+    table = {"data.*": ours("all"), "data.phases.*.seq_len": published("one")}
+    found = {s.key: (s.value, s.source) for s in settings(config, table)}
+    assert found["data.phases.0.blend.b/64"] == (2.0, ours("all"))
+    assert found["data.phases.0.seq_len"] == (4096, published("one"))
+    assert found["model.yarn.factor"] == (2.0, YOURS), "the class's own default, and yet set"
+    assert (found["optim.lr"], found["optim.min_lr"]) == ((1.0, YOURS), (3e-6, DEFAULT))
+    assert "recipe" not in found
+    changes = [f"{key}={json.dumps(value)}" for key, (value, _) in found.items()]
+    assert apply_settings(config, changes) == config
+
+
+def test_a_derived_table_changes_what_it_says() -> None:
+    changed = derive({"optim.lr": ours("a"), "optim.*": ours("b")}, {"optim.lr": ours("c")})
+    assert changed == {"optim.*": ours("b"), "optim.lr": ours("c")} and list(changed)[-1] == "optim.lr"
+    before = get("tiny-qwen3")
+    after = apply_settings(before, ["optim.lr=1", 'data.phases.0.blend={"a": 1}'])
+    assert relabelled(before, after, YOURS) == {"optim.lr": YOURS, "data.phases.0.blend.a": YOURS}
+
+
+def test_a_recipe_is_an_entry_of_a_table() -> None:
+    assert all(recipe.build().recipe == name for name, recipe in RECIPES.items())

@@ -1,0 +1,285 @@
+"""Which code a command runs: what its own line names, and nothing that a config or a checkpoint names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import cli, recipes
+from megatron_sov.base.artifacts import new_artifact, to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.model import families as models, objectives
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.recipes import requested
+from megatron_sov.model.recipes.requested import load_plugins
+from tests.typed_words import typed
+
+FAMILY = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+from dataclasses import replace
+from megatron_sov.model.families.dense_families import QWEN3
+MINE = replace(QWEN3, name="mine")
+WRONG = replace(QWEN3, name="wrong", structure={"qk_nrom": True})
+SPACED = replace(QWEN3, name="my family")
+"""
+OBJECTIVE = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+
+class Halved:
+    def __init__(self, context, *, share: float = 0.5, name: str = "x"): ...
+    def collect(self, policy, step): ...
+    def prepare(self, batch): ...
+    def loss(self, hidden, head, batch): ...
+"""
+RECIPE = """
+from dataclasses import replace
+from megatron_sov import recipes
+
+def plain():
+    return replace(recipes.get("tiny-qwen3"), recipe="mine")
+
+def whole():
+    run = plain()
+    return replace(run, model=replace(run.model, family="family.py:MINE"),
+                   objective=replace(run.objective, name="objective.py:Halved"))
+
+def wrong_type():
+    return {"recipe": "mine"}
+
+def wrong_value():
+    return replace(plain(), train=replace(plain().train, steps="many"))
+
+def fails():
+    return recipes.get("tiny-qwen3").nothing
+
+def takes_something(size):
+    return plain()
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe, a family and an objective, and registries that know nothing yet."""
+    for name, text in {"recipe.py": RECIPE, "family.py": FAMILY, "objective.py": OBJECTIVE}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for registry in (models.OWN, objectives.OWN, recipes.OWN):
+        monkeypatch.setattr(registry, "_known", {})
+    return tmp_path
+
+
+def config_of(*argv: str) -> RunConfig:
+    return requested.requested(typed(requested.RecipeOptions, argv)).config()
+
+
+def written(path: Path, **fields: Any) -> str:
+    """Write a config.json of somebody else's; returns its path."""
+    config = recipes.get("tiny-qwen3").to_dict()
+    for name, value in fields.items():
+        part, _, field = name.partition("__")
+        if field:
+            config[part][field] = value
+        else:
+            config[part] = value
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_recipe_of_ones_own_is_on_record(site: Path) -> None:
+    config = config_of("./recipe.py:plain", "--set", "train.steps=7")
+    assert (config.recipe, config.train.steps) == ("mine", 7)
+    (code,) = config.code
+    assert (code.kind, code.name, code.reference) == ("recipe", "plain", f"{site}/recipe.py:plain")
+    assert list(code.files) == ["recipe.py"]
+
+
+def test_what_a_named_recipe_names_is_run_too_from_its_own_folder(site: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    (site / "elsewhere").mkdir()
+    monkeypatch.chdir(site / "elsewhere")
+    config = config_of("../recipe.py:whole")
+    assert (config.model.family, config.objective.name) == ("mine", "Halved")
+    assert [(c.kind, c.reference.rpartition("/")[2]) for c in config.code] == [
+        ("recipe", "recipe.py:whole"), ("model family", "family.py:MINE"),
+        ("objective", "objective.py:Halved")]
+    assert models.get("mine").name == "mine"
+
+
+def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
+    config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
+                       "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
+    assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
+    made = objectives.factory(config, lambda context: pytest.fail("the built-in one"))
+    with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
+        made(None)
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("recipe.py:wrong_type", r"recipe.py:wrong_type: returns a dict; a recipe returns a RunConfig"),
+    ("recipe.py:wrong_value", r'recipe.py:wrong_value: config: train.steps = "many" must be a whole'),
+    ("recipe.py:fails", r"recipe.py:\d+: AttributeError: 'RunConfig' object has no attribute 'nothing'"),
+    ("recipe.py:takes_something",
+     r"takes_something: is <function .*>; a recipe is a function without arguments"),
+    ("recipe.py:recipes", r"recipes: is <module .*>; a recipe is a function without arguments"),
+    ("recipe.py:plian", r"did you mean 'plain'"),
+])
+def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of(argument)
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("model.family=family.py:WRONG",
+     r"structure and training hold settings of the model, which has no 'qk_nrom'; did you mean"),
+    ("model.family=family.py:SPACED", r"is called 'my family'; its name must be transformers' model_type"),
+    ("model.family=objective.py:Halved", r"objective.py:Halved: is a type; a model family is a"),
+    ("objective.name=family.py:MINE",
+     r"family.py:MINE: is a Family; an objective is a class with collect\(self, policy, step\)"),
+    ("objective.options.shaer=1",
+     r"objective.options.shaer: no such setting; did you mean 'share'\?"),
+    ("objective.options.share=much", r'objective.options.share = "much" must be a number'),
+])
+def test_families_objectives_and_options_that_are_none(site: Path, setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of("tiny-qwen3", "--set", "objective.name=objective.py:Halved", "--set", setting)
+
+
+def attacks(site: Path) -> dict[str, str]:
+    """Return configs of somebody else's that name code on this machine, and what each is answered."""
+    code = {"reference": f"{site}/family.py:MINE", "package": "", "files": {"family.py": requested.__name__}}
+    family, objective = {"kind": "model family", "name": "mine", **code}, f"{site}/objective.py:Halved"
+    halved = {"kind": "objective", "name": "Halved", **code, "reference": objective}
+    return {
+        written(site / "a.json", model__family=f"{site}/family.py:MINE"): "is a file or module, "
+                                                                          "which is run only when",
+        written(site / "b.json", model__family="mine", code=[family]): f"add --plugin {site}/family.py:MINE",
+        written(site / "c.json", objective__name="objective.py:Halved"): "is a file or module, "
+                                                                         "which is run only when",
+        written(site / "d.json", objective__name="Halved", code=[halved]): f"add --plugin {objective}",
+        written(site / "e.json", recipe=f"{site}/recipe.py:whole",
+                model__family="os:system"): "is a file or module",
+        written(site / "f.json", code=[{**family, "kind": "command"}]): 'code.0.kind = "command"',
+        written(site / "g.json", code=[{**family, "run": True}]): "code.0.run: no such setting",
+    }
+
+
+def test_a_config_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, message in attacks(site).items():
+        with pytest.raises(UserError) as e:
+            config_of("--config", path)
+        assert message in str(e.value), path
+        for command in (["plan"], ["recipes"], ["pretrain", "--data", str(site), "--run", "run"],
+                        ["extend", "--data", str(site), "--run", "run", "--from", "none"],
+                        ["submit", "pretrain", "--cluster", "local", "--dry-run", "--data", str(site),
+                         "--run", "run"]):
+            assert cli.main([*command, "--config", path]) == 2, command
+            capsys.readouterr()
+    assert not (site / "ran").exists()
+    assert not (site / "run").exists()
+
+
+def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
+    first = config_of("recipe.py:plain")
+    (site / "config.json").write_text(to_json(first.to_dict()))
+    (site / "recipe.py").unlink()
+    assert config_of("--config", "config.json") == first
+
+
+def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
+    first = config_of("recipe.py:whole")
+    (site / "config.json").write_text(to_json(first.to_dict()))
+    for registry in (models.OWN, objectives.OWN, recipes.OWN):
+        registry._known.clear()
+    named = ("--plugin", "family.py:MINE", "--plugin", "objective.py:Halved")
+    assert config_of("--config", "config.json", *named) == first
+
+
+def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(
+    site: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    (site / "tokens").mkdir()
+    command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain",
+               "--data", "tokens", "--run", "r"]
+    assert cli.main(command) == 0
+    assert "./recipe.py:plain" in capsys.readouterr().out
+    command[5] = "./recipe.py:plian"
+    assert cli.main(command) == 2
+    assert "did you mean 'plain'" in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "hf").mkdir()
+    (site / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    for model_type in (f"{site}/family.py:MINE", "family.py:MINE", "mine"):
+        config = {"model_type": model_type, "auto_map": {"AutoModelForCausalLM": "family.MINE"}}
+        (site / "hf" / "config.json").write_text(json.dumps(config))
+        for command in (["convert", "from-hf", "hf", "out"], ["convert", "inspect", "hf"],
+                        ["pretrain", "tiny-qwen3", "--data", str(site), "--run", "run", "--from", "hf"]):
+            assert cli.main(command) == 2
+            assert "model family" in capsys.readouterr().err
+    assert not (site / "ran").exists()
+
+
+def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, (path, message) in enumerate(attacks(site).items()):
+        with new_artifact(site / f"checkpoint-{number}", "checkpoint") as artifact:
+            artifact.content = {"step": 1, "tokens": 0, "parts": ["model"]}
+            artifact.settings = json.loads(Path(path).read_text())
+        names_family = artifact.settings["model"]["family"] != "qwen3"
+        # objectives are not converted
+        expected = message if names_family or "code.0" in message else "model.index.json"
+        for command in (["convert", "to-hf", f"checkpoint-{number}", "out"],
+                        ["convert", "inspect", f"checkpoint-{number}"],
+                        ["pretrain", "tiny-qwen3", "--data", str(site), "--run", "run", "--from",
+                         f"checkpoint-{number}"]):
+            assert cli.main(command) == 2, (path, command)
+            if command[0] == "pretrain" and "code.0" not in message:
+                expected = " model, recipe tiny-qwen3 is for qwen3" if names_family else "tokens"
+            assert expected in capsys.readouterr().err, (path, command)
+    assert not (site / "ran").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "cannot be read as JSON"), ("[" * 100_000, "cannot be read as JSON"),
+    ("[]", "must be an object of settings"),
+    ('{"model_type": "llama"}', "model_type: no such setting"),
+])
+def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None:
+    (site / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"--config config.json: ") as e:
+        config_of("--config", "config.json")
+    assert message in str(e.value)
+
+
+def test_one_of_recipe_and_config(site: Path) -> None:
+    with pytest.raises(UserError,
+                       match=r"^RECIPE: is missing; name a recipe .*, or pass --config FILE in its place$"):
+        config_of()
+    with pytest.raises(UserError, match=r"^tiny-qwen3 and --config x: both are given; "):
+        config_of("tiny-qwen3", "--config", "x")
+    with pytest.raises(UserError, match=r"--config \.: is a folder; pass the config.json in it"):
+        config_of("--config", ".")
+
+
+def test_plugins_are_families_and_objectives(site: Path) -> None:
+    load_plugins(["family.py:MINE", "objective.py:Halved"])
+    assert models.OWN.named() == [f"{site}/family.py:MINE"]
+    assert objectives.OWN.named() == [f"{site}/objective.py:Halved"]
+    assert (site / "ran").exists()  # so that its absence elsewhere says something
+    with pytest.raises(UserError, match=r"recipe.py:plain: is a function; an objective is a class with"):
+        load_plugins(["recipe.py:plain"])
+
+
+def test_settings_that_hold_references_as_part_of_something_else_run_nothing(site: Path) -> None:
+    model = json.dumps({**recipes.get("tiny-qwen3").to_dict()["model"], "family": "family.py:MINE"})
+    with pytest.raises(UserError, match="is a file or module"):
+        config_of("tiny-qwen3", "--set", f"model={model}")
+    assert (apply_settings(recipes.get("tiny-qwen3"), ["model.family=family.py:MINE"]).model.family
+            == "family.py:MINE")
+    assert not (site / "ran").exists()

@@ -1,0 +1,103 @@
+"""Objectives of one's own: what a class has to be, and what becomes of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model import objectives
+from megatron_sov.model.config import RunConfig
+
+METHODS = """
+    def collect(self, policy, step): ...
+    def prepare(self, batch): ...
+    def loss(self, hidden, head, batch): ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives.OWN, "_known", {})
+
+
+def config_of(name: str, **options: Any) -> RunConfig:
+    config = recipes.get("tiny-qwen3")
+    return replace(config, objective=replace(config.objective, name=name, options=options))
+
+
+def load(tmp_path: Path, text: str) -> str:
+    (tmp_path / "mine.py").write_text(text)
+    return objectives.OWN.load(f"{tmp_path}/mine.py:Mine")
+
+
+def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
+    def built_in(context: Any) -> Any: ...
+
+    for name in objectives.BUILT_IN:
+        objectives.check(config_of(name))
+        assert objectives.factory(config_of(name), built_in) is built_in
+
+
+def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
+    name = load(tmp_path, "class Mine:\n    def __init__(self, context, *, gamma: "
+                          "float = 2.0, kind='a'):\n"
+                          "        self.made = context, gamma, kind\n"
+                          "        self.coefficients = {'x': 1.0}\n" + METHODS)
+    config = config_of(name, gamma=3, kind=["any"])
+    objectives.check(config)
+    made: Any = objectives.factory(config, None)("context")  # type: ignore[arg-type]
+    assert made.made == ("context", 3, ["any"])
+    with pytest.raises(UserError, match=r"options.gama: no such setting; did you mean 'gamma'\?\n"
+                                        r"  objective.options.gamma = null must be a number"):
+        objectives.check(config_of(name, gama=1, gamma=None))
+
+
+def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) -> None:
+    name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, context: "
+                          f"Context, size: Size = 1): ...\n{METHODS}")
+    objectives.check(config_of(name, size="anything"))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}",
+     r"is made by Mine\(config, batches\); an objective is made by Mine\(context\)"),
+    (f"class Mine:\n    def __init__(self, context, *, must): ...\n{METHODS}",
+     r"by name and with defaults"),
+    ("class Mine:\n    def loss(self, hidden, head): ...",
+     r"needs collect\(.*prepare\(.*loss\(self, hidden, head, batch\); it has loss\(self, hidden, head\)"),
+    (f"class Mine:\n    formats = ('chat', 'film')\n    def __init__(self, context): ...\n{METHODS}",
+     r"`formats` is \('chat', 'film'\), must be a tuple of 'text', 'chat', 'preference', 'prompt'"),
+    (f"class Mine:\n    columns = ['a']\n    def __init__(self, context): ...\n{METHODS}",
+     r"`columns` is \['a'\], must be a dict of column -> NeededColumn\(made_by\)"),
+    (f"class Mine:\n    def state(self): ...\n    def __init__(self, context): ...\n{METHODS}",
+     r"an objective with a memory needs restore\(self, state\); it has none"),
+    ("def Mine(context): ...",
+     r"is a function; an objective is a class with collect\(self, policy, step\)"),
+])
+def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
+def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> None:
+    config = config_of(load(tmp_path,
+                            f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
+    with pytest.raises(UserError,
+                       match="objective Mine: has no `coefficients`, a dict of term -> its weight"):
+        objectives.factory(config, None)(None)  # type: ignore[arg-type]
+
+
+def test_what_it_reads_is_known_before_it_is_made(tmp_path: Path) -> None:
+    from megatron_sov.train.objectives.objective import columns_of, formats_of
+
+    name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"
+                          "    columns = {'score': NeededColumn('sov-data pack --column score')}\n"
+                          f"    def __init__(self, context): ...\n{METHODS}")
+    made_by = objectives.factory(config_of(name), None)  # type: ignore[arg-type]
+    assert formats_of(made_by) == ("preference",) and list(columns_of(made_by)) == ["score"]
+    assert formats_of(lambda context: None) == ("text", "chat") and columns_of(lambda context: None) == {}

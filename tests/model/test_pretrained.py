@@ -1,0 +1,169 @@
+"""A model of others is loaded with exactly the weights of its folder, or refused in a sentence that names the
+tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM, BertConfig, BertForSequenceClassification, DeepseekV3Config, DeepseekV3ForCausalLM,
+    PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+
+from data_prep.curate.scoring.encoder import Encoder, EncoderSettings
+from data_prep.synth.generators.autoif.constraints import Entailment
+from megatron_sov import convert
+from megatron_sov.base.errors import UserError
+from megatron_sov.infer.engines.hf import load_hf
+from megatron_sov.judge.rewards.classifier import Classifier
+from megatron_sov.model.pretrained import load_pretrained, weight_files
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
+                         "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
+NORM = "model.layers.0.self_attn.q_norm.weight"
+DENSE = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
+         file: str = "model.safetensors") -> Path:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    return folder
+
+
+def changes(name: str) -> dict[str, Callable[[dict[str, torch.Tensor]], Any]]:
+    return {"missing": lambda t: t.pop(name),
+            "unexpected": lambda t: t.update({name.replace(".0.", ".7."): t[name].clone()}),
+            "mismatched": lambda t: t.update({name: torch.ones(3)})}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A language model and a classifier."""
+    folder = tmp_path_factory.mktemp("models")
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)).save_pretrained(folder / "lm")
+    BertForSequenceClassification(BertConfig(**SIZES)).save_pretrained(folder / "bert")
+    words = Tokenizer(WordLevel({"[UNK]": 0}, "[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder / "bert")
+    return {"lm": folder / "lm", "bert": folder / "bert"}
+
+
+def classify(folder: Path) -> None:
+    Classifier(str(folder)).prepare()
+
+
+def encode(folder: Path) -> None:
+    Encoder(folder, EncoderSettings())
+
+
+LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "reward": ("bert", classify, DENSE),
+           "scorer": ("bert", encode, DENSE), "entailment": ("bert", Entailment, DENSE)}
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])
+@pytest.mark.parametrize("command", LOADERS)
+def test_every_command_refuses_other_tensors(command: str, kind: str, models: dict[str, Path],
+                                             tmp_path: Path) -> None:
+    model, load, name = LOADERS[command]
+    folder = edit(shutil.copytree(models[model], tmp_path / "bad"), changes(name)[kind])
+    with pytest.raises(UserError, match=rf"bad: its tensors are not those of the \w+ that its config.json "
+                                        rf"describes: 1 {kind} \([\w.]+\.\d\.\w+.*\); compare the") as e:
+        load(folder)
+    assert "\n" not in str(e.value)
+
+
+def test_another_architectures_config_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(models["lm"], tmp_path / "bad")
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 32, "hidden_size": 16,
+        "n_layer": 1, "n_head": 2}))
+    with pytest.raises(UserError, match=r"those of the BloomForCausalLM .*\d+ missing .*; \d+ unexpected"):
+        load_hf(folder)
+
+
+def test_what_a_class_does_without_is_passed_over(tmp_path: Path) -> None:
+    """The prediction layer, at a size unknown to transformers; buffers of older files; a tied head."""
+    c = DeepseekV3Config(**SIZES, moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1,
+                         n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
+                         qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=2)
+    DeepseekV3ForCausalLM(c).save_pretrained(tmp_path / "v3")
+    norm = "model.layers.{}.input_layernorm.weight"
+    edit(tmp_path / "v3", lambda t: t.update({norm.format(1): t[norm.format(0)].clone()}))
+    load_hf(tmp_path / "v3")
+    edit(tmp_path / "v3", lambda t: t.update({norm.format(2): t[norm.format(0)].clone()}))
+    with pytest.raises(UserError, match=r"1 unexpected \(model\.layers\.2\.input_layernorm\.weight\)"):
+        load_hf(tmp_path / "v3")
+    tied = Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
+    Qwen3ForCausalLM(tied).save_pretrained(tmp_path / "tied")
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(tmp_path / "tied", lambda t: t.update({buffer: torch.ones(4)}))
+    assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
+    load_pretrained(AutoModelForCausalLM, tmp_path / "tied")
+
+
+def twice(folder: Path) -> None:
+    """Beside the shards a single file with other values, as a second download leaves it."""
+    whole = {name: tensor * 2 for file in folder.glob("model-*.safetensors")
+             for name, tensor in load_file(file).items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FILES = {
+    "two sets": (twice, "holds model.safetensors and model.safetensors.index.json, which names other files"),
+    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapter_config.json beside"),
+    "lost shard": (lambda d: next(iter(sorted(d.glob("model-*.safetensors")))).unlink(), "it should hold"),
+    "in two shards": (lambda d: edit(d, lambda t: t.update({"model.norm.weight": torch.ones(16)}),
+                                     min(d.glob("model-*.safetensors")).name), "holds as well"),
+    "not in the index": (lambda d: edit(d, lambda t: t.update(stray=torch.ones(2)),
+                                        min(d.glob("model-*.safetensors")).name),
+                         "disagrees with the files about stray"),
+}
+
+
+@pytest.mark.parametrize("load", [load_hf, convert.open_weights], ids=["transformers", "convert"])
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_two_readers_would_take_otherwise(case: str, load: Any, models: dict[str, Path],
+                                                     tmp_path: Path) -> None:
+    load_hf(models["lm"]).save_pretrained(tmp_path / "bad", max_shard_size=1500)
+    damage, expected = FILES[case]
+    damage(tmp_path / "bad")
+    with pytest.raises(UserError, match=expected):
+        load(tmp_path / "bad")
+
+
+def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers and convert both do; an index may name the single file."""
+    folder = shutil.copytree(models["lm"], tmp_path / "hub")
+    (folder / "pytorch_model.bin").write_bytes(b"evil")
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert weight_files(folder) == {"model.safetensors": names}
+    load_hf(folder)
+    assert convert.open_weights(folder).names()
+
+
+@pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
+def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
+                                                               tmp_path: Path) -> None:
+    """transformers would read it, and the check of tensors the other one."""
+    folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    edit(folder, lambda tensors: [tensor.mul_(2) for tensor in tensors.values()], "other.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for value in (None, "model.safetensors"):
+        (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": value}))
+        load_hf(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    for read in (load_hf, weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"config.json: transformers_weights = .* take the key out"):
+            read(folder)

@@ -1,0 +1,193 @@
+"""Pictures, sounds and videos of all kinds, as arrays of one kind."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from megatron_sov.base.documents import BadRecord
+from megatron_sov.omni.media.reading.limits import MediaLimits
+from megatron_sov.omni.media.reading.pictures import Asked, read_picture
+from megatron_sov.omni.media.reading.sounds import read_sound
+from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
+
+LIMITS = MediaLimits(pixels=10_000)
+
+
+def read(file: Path, animated: str = "refuse") -> np.ndarray:
+    return read_picture(file, Asked((4,), animated), LIMITS)[0][0]
+
+
+def save(folder: Path, picture: Image.Image, name: str = "a.png", **options: object) -> Path:
+    picture.save(folder / name, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize(("mode", "colour", "expected"), [
+    ("RGB", (10, 20, 30), (10, 20, 30)), ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)),
+    ("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("LA", (0, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)),
+    ("RGBA", (0, 0, 0, 255), (0, 0, 0)), ("I;16", 0xABCD, (0xAB, 0xAB, 0xAB))])
+def test_every_mode_becomes_colours_on_white(tmp_path: Path, mode: str, colour: object,
+                                             expected: tuple[int, int, int]) -> None:
+    pixels = read(save(tmp_path, Image.new(mode, (8, 8), colour)))
+    assert pixels.shape == (3, 4, 4) and pixels.dtype == np.uint8
+    assert all((pixels[c] == expected[c]).all() for c in range(3))
+
+
+def test_print_colours_become_screen_colours(tmp_path: Path) -> None:
+    pixels = read(save(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg"))
+    assert abs(pixels[:, 0, 0].astype(int) - (255, 0, 0)).max() <= 2
+
+
+def test_a_turned_picture_is_set_upright_and_its_width_told(tmp_path: Path) -> None:
+    lying = np.zeros((8, 16, 3), np.uint8)
+    lying[:, :8] = 255  # the left half is white; turned by a quarter it is the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (pixels,), facts = read_picture(save(tmp_path, Image.fromarray(lying), exif=exif), Asked((4,)), LIMITS)
+    assert (pixels[:, :2] > 200).all() and (pixels[:, 2:] < 55).all()
+    assert (facts["width"], facts["height"], facts["mime_type"]) == (8, 16, "image/png")
+
+
+def test_several_sides_are_given_as_pillow_resizes(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8))
+    arrays, _ = read_picture(save(tmp_path, noise), Asked((4, 7)), LIMITS)
+    for array, side in zip(arrays, (4, 7), strict=True):
+        expected = np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(array, expected.transpose(2, 0, 1))
+
+
+def test_a_photograph_with_a_small_one_behind_it_is_no_animation(tmp_path: Path) -> None:
+    large, small = Image.new("RGB", (16, 16), (250, 0, 0)), Image.new("RGB", (8, 8))
+    file = save(tmp_path, large, "a.jpg", format="MPO", save_all=True, append_images=[small])
+    assert abs(int(read(file)[0, 0, 0]) - 250) <= 3
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    whole = save(folder, Image.effect_noise((60, 60), 50), "whole.png").read_bytes()
+    for name, content in {"text.png": b"hello", "empty.png": b"", "cut.png": whole[:len(whole) // 2],
+                          "svg.svg": b"<svg/>", "eps.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n"}.items():
+        (folder / name).write_bytes(content)
+    frames = [Image.new("L", (8, 8), i * 50) for i in range(3)]
+    return {"no_picture": folder / "text.png", "truncated": folder / "cut.png",
+            "pixels": save(folder, Image.new("1", (101, 100)), "big.png"),
+            "animated": save(folder, frames[0], "a.gif", save_all=True, append_images=frames[1:]),
+            "depth": save(folder, Image.new("F", (8, 8)), "f.tiff")}
+
+
+def test_bad_pictures_are_told_by_what_is_wrong(tmp_path: Path) -> None:
+    for code, file in bad_files(tmp_path).items():
+        with pytest.raises(BadRecord) as found:
+            read(file)
+        assert found.value.code == code, file
+    for name in ("empty.png", "svg.svg", "eps.eps"):  # EPS is a program, and nothing runs it
+        with pytest.raises(BadRecord, match="no picture in one of"):
+            read(tmp_path / name)
+    assert (read(tmp_path / "a.gif", "first") == 0).all()
+
+
+# Sounds of all kinds as one channel at one rate.
+
+
+SOUND_LIMITS = MediaLimits(duration_s=3.0)
+SECOND = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000) * 0.5
+
+
+def pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
+    return float(np.abs(np.fft.rfft(samples)).argmax() * rate_hz / len(samples))
+
+
+@pytest.mark.parametrize(("name", "rate_hz"), [
+    ("a.wav", 8_000), ("a.wav", 44_100), ("a.flac", 16_000), ("a.ogg", 48_000), ("a.mp3", 22_050),
+    ("a.wav", 11_111)])
+def test_any_rate_and_format_keeps_pitch_length_and_loudness(tmp_path: Path, name: str, rate_hz: int) -> None:
+    samples = np.sin(2 * np.pi * 440 * np.arange(rate_hz) / rate_hz) * 0.5
+    soundfile.write(tmp_path / name, samples, rate_hz)
+    found, facts = read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
+    assert found.dtype == np.float32 and abs(len(found) - 16_000) <= 1
+    assert abs(facts["duration_s"] - 1) < 1e-3
+    assert pitch_hz(found, 16_000) == pytest.approx(440, abs=1)
+    assert found.std() == pytest.approx(0.3536, rel=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
+    many = np.zeros((1600, channels))
+    many[:, 0] = 0.5
+    soundfile.write(tmp_path / "a.wav", many, 16_000, subtype="FLOAT")
+    found, _ = read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)
+    np.testing.assert_allclose(found, 0.5 / channels, rtol=1e-6)
+
+
+def write_bad(folder: Path) -> None:
+    soundfile.write(folder / "silence.wav", np.zeros(0), 16_000)
+    soundfile.write(folder / "long.wav", np.zeros(4 * 8_000), 8_000)
+    for name, value in (("numbers.wav", np.nan), ("infinite.wav", np.inf), ("loud.wav", 3000.0)):
+        samples = np.zeros(100, np.float32)
+        samples[7] = value
+        soundfile.write(folder / name, samples, 16_000, subtype="FLOAT")
+    (folder / "no_sound.wav").write_bytes(b"hello")
+    soundfile.write(folder / "a.aiff", np.zeros(100), 16_000)
+    # a header that promises ten hours, and a body of a tenth of a second
+    soundfile.write(folder / "rate.wav", np.zeros(100), 16_000)
+    raw = bytearray((folder / "rate.wav").read_bytes())
+    raw[24:28] = struct.pack("<I", 10)
+    (folder / "rate.wav").write_bytes(raw)
+
+
+@pytest.mark.parametrize(("name", "code"), [
+    ("silence.wav", "silence"), ("long.wav", "long"), ("numbers.wav", "numbers"), ("infinite.wav", "numbers"),
+    ("loud.wav", "numbers"), ("no_sound.wav", "no_sound"), ("a.aiff", "no_sound"), ("rate.wav", "rate"),
+    ("gone.wav", "no_sound")])
+def test_bad_sounds_are_told_by_what_is_wrong(tmp_path: Path, name: str, code: str) -> None:
+    write_bad(tmp_path)
+    with pytest.raises(BadRecord) as found:
+        read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
+    assert found.value.code == code and str(tmp_path) not in found.value.reason
+
+
+# Videos as frames: which are taken, and from what.
+
+
+VIDEO_LIMITS = MediaLimits(duration_s=60.0)
+
+
+def shades(array: np.ndarray) -> list[int]:
+    return [int(frame[0, 0, 0]) for frame in array]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_an_animation_is_cut_at_the_middle_of_equal_parts(tmp_path: Path, suffix: str) -> None:
+    """Frames of 1, 1, 1 and 3 seconds: of 6 seconds three frames stand at 1, 3 and 5 s."""
+    frames = [Image.new("RGB", (8, 8), (40 * i,) * 3) for i in range(4)]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:],
+                   duration=[1000, 1000, 1000, 3000], lossless=True)
+    (found,), facts = read_video(tmp_path / f"a{suffix}", VideoFrames(4, most_frames=3), VIDEO_LIMITS)
+    assert found.shape == (3, 3, 4, 4) and shades(found) == [40, 120, 120]
+    assert facts["duration_s"] == pytest.approx(6.0)
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    for i in range(12):
+        Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"frame-{i}.png")
+    (found,), facts = read_video(tmp_path, VideoFrames(4, folder_frames_per_s=2.0), VIDEO_LIMITS)
+    assert facts["duration_s"] == 6.0 and shades(found) == [20 * i for i in (1, 3, 5, 7, 9, 11)]
+
+
+def test_what_is_no_video_is_told(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "many").mkdir()
+    for i in range(61):
+        (tmp_path / f"many/{i}.png").touch()
+    for name, code in {"none": "no_video", "links": "outside", "many": "long"}.items():
+        with pytest.raises(BadRecord) as found:
+            read_video(tmp_path / name, VideoFrames(4), VIDEO_LIMITS)
+        assert found.value.code == code

@@ -1,0 +1,333 @@
+"""What a job's script is told: the decisions on every way in which an attempt can begin and end."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.operate.slurm import attempts
+from megatron_sov.operate.slurm.attempts import History, first_failure, last_lines, progress_of
+
+Question = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def question(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Question:
+    """Return `question(action, *words, restart=, queue=) -> answer`, asked by job 7 on n1
+    and n2 of four nodes."""
+
+    def ask(action: str, *words: str, restart: int = 0, queue: str = "7 RUNNING\n",
+            usable: str = "n1,n2,n3,n4") -> str:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(queue))
+        fixed = ["--target", str(run), "--done", str(run / "complete.json"), "--max-failures", "3",
+                 "--max-strikes", "2", "--min-nodes", "2", "--nodes", "n1,n2", "--usable", usable]
+        assert attempts.main([action, str(run / "slurm"), *fixed, *words]) == 0
+        return capsys.readouterr().out.strip()
+
+    (run / "slurm").mkdir()
+    return ask
+
+
+def ended(run: Path) -> dict[str, Any]:
+    """Return the last record."""
+    return dict(json.loads((run / "slurm/attempts.jsonl").read_text().splitlines()[-1]))
+
+
+def checkpoint(run: Path, step: int) -> None:
+    (run / f"checkpoints/step-{step}").mkdir()
+
+
+def srun_says(run: Path, text: str, rank_log: str = "") -> tuple[str, ...]:
+    (run / "srun.log").write_text(text)
+    (run / "rank-1.log").write_text(rank_log)
+    return "--logs", str(run)
+
+
+def test_a_first_attempt_runs(question: Question, run: Path) -> None:
+    assert question("begin") == "run"
+    assert ended(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0,
+                                          "nodes": ["n1", "n2"], "progress": 0}
+
+
+def test_a_complete_stage_ends_the_job(question: Question, run: Path) -> None:
+    question("begin")
+    (run / "complete.json").write_text("{}")
+    assert question("end", "--code", "0") == "exit 0"
+    assert question("begin", restart=1) == "exit 0", "an attempt too many finds nothing to do"
+
+
+def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, run: Path) -> None:
+    question("begin")
+    checkpoint(run, 10)
+    assert question("end", "--code", "0") == "requeue"
+    assert ended(run)["outcome"] == "stopped"
+
+
+def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: Question, run: Path) -> None:
+    question("begin")
+    checkpoint(run, 10)
+    assert question("end", "--code", "0", "--asked", "limit") == "requeue"
+    assert ended(run)["reason"] == "its time limit came near; saved so far: step 10"
+    question("begin", restart=1)
+    assert question("end", "--code", "0", "--asked", "cancel", restart=1) == "exit 75"
+    assert ended(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
+
+
+def test_who_waits_for_others_goes_on_and_no_node_is_to_blame(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n1: task 1: Exited with exit code 75\n",
+                     "round 2 waits for a policy that round 1 has trained\n")
+    for restart in range(2):
+        question("begin", restart=restart)
+        assert question("end", "--code", "75", *logs, restart=restart) == "requeue"
+    assert ended(run)["outcome"] == "stopped" and ended(run)["blamed"] == []
+    assert ended(run)["reason"] == "round 2 waits for a policy that round 1 has trained"
+
+
+def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -> None:
+    question("begin")
+    (run / "stages/1-long").mkdir(parents=True)
+    (run / "stages/1-long/gate_failed.json").write_text('{"failure": "needle 40 % at 4096"}')
+    assert question("end", "--code", "0") == "exit 3"
+    assert ended(run)["reason"] == "needle 40 % at 4096"
+
+
+def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
+    question: Question, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    question("begin")
+    logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
+                     "error: --data x: does not exist\n")
+    told: list[str] = []
+    monkeypatch.setattr(attempts, "say", told.append)
+    assert question("end", "--code", "143", *logs) == "exit 2", (
+        "the siblings' 143 hides the code of the first")
+    assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
+                    "does not exist"]
+
+
+def test_a_node_that_fails_twice_is_left_out(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
+    question("begin")
+    checkpoint(run, 10)
+    assert question("end", "--code", "137", *logs) == "requeue"
+    question("begin", restart=1)
+    checkpoint(run, 20)
+    assert question("end", "--code", "137", *logs, restart=1) == "requeue n2"
+    assert question("begin", restart=2) == "requeue n2", "where Slurm gave it again all the same"
+
+
+def test_a_rank_that_computes_wrongly_takes_its_node_out(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 77\n")
+    question("begin")
+    (run / "events.jsonl").write_text('{"event": "sdc", "step": 7, "ranks": [1], "hosts": ["n2.site.org"]}\n')
+    four = ("--nodes", "n1,n2,n3,n4")
+    assert question("end", "--code", "77", *logs, *four) == "requeue n2", "not n1, which only said so first"
+    question("begin", restart=1)
+    assert question("end", "--code", "77", *logs, restart=1) == "requeue n2", "one of two: nobody knows which"
+
+
+def test_ranks_that_stood_still_bring_no_strike(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 76\n")
+    question("begin")
+    assert question("end", "--code", "76", *logs) == "requeue"
+    assert (ended(run)["outcome"], ended(run)["blamed"]) == ("hang", [])
+
+
+def test_failures_without_progress_stop_the_job(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 1\n")
+    answers = []
+    for restart in range(3):
+        question("begin", restart=restart)
+        answers.append(question("end", "--code", "1", *logs, "--max-strikes", "9", restart=restart))
+    assert answers == ["requeue", "requeue", "exit 1"]
+
+
+def test_a_job_that_nobody_could_run_any_more_stops_instead_of_waiting_for_ever(question: Question,
+                                                                                run: Path) -> None:
+    logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
+    question("begin")
+    assert question("end", "--code", "137", *logs, "--max-strikes", "1", usable="n1,n2") == "exit 1"
+
+
+def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> None:
+    question("begin")
+    checkpoint(run, 10)
+    assert question("begin", "--down", "n2,n9", restart=1) == "run"
+    history = History(run / "slurm", "7")
+    assert history.strikes() == {"n2": 1}
+    first = history.attempts[0].end
+    assert (first is not None
+            and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10))
+
+
+def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off(question: Question,
+                                                                           run: Path) -> None:
+    """Slurm ends the script of a job whose other node died as it ends that of a cancelled one."""
+    for restart in (0, 1):
+        assert question("begin", "--down", "n2", restart=restart) == "run"
+        checkpoint(run, 10 * restart + 10)
+        assert question("end", "--code", "0", "--asked", "cancel", restart=restart) == "exit 75"
+    assert question("begin", "--down", "n2", restart=2) == "requeue n2", "two strikes"
+    reasons = [r["reason"] for r in map(json.loads, (run / "slurm/attempts.jsonl").read_text().splitlines())
+               if r["event"] == "end" and r["outcome"] == "cut_off"]
+    assert reasons == ["n2 went down"] * 2
+
+
+def test_a_job_that_is_cut_off_again_and_again_stops(question: Question) -> None:
+    assert [question("begin", restart=restart) for restart in range(4)] == ["run", "run", "run", "exit 1"]
+
+
+@pytest.mark.parametrize(("holder", "queue", "answer", "stays"), [
+    ("5", "7 RUNNING\n", "run", False),  # job 5 is gone: its lock is taken away
+    ("5", "5 COMPLETING\n7 RUNNING\n", "wait", True),
+    ("5", "5 RUNNING\n7 RUNNING\n", "exit 2", True),
+    ("5", "", "run", True),  # Slurm did not answer: nothing is concluded, and the lease decides
+    ("7", "7 RUNNING\n", "run", True),  # this job's own: the run itself knows that its start before has ended
+    ("", "7 RUNNING\n", "run", True),  # not of Slurm: the lease decides
+])
+def test_another_job_in_the_folder(question: Question, run: Path, holder: str, queue: str, answer: str,
+                                   stays: bool) -> None:
+    lock: dict[str, Any] = {"host": "n9", "pid": 1, "started_s": 0.0, "beat": 1}
+    (run / "lock.json").write_text(
+        json.dumps(lock | ({"slurm_job": holder, "slurm_restart": 0} if holder else {})))
+    assert question("begin", queue=queue) == answer
+    assert (run / "lock.json").exists() is stays
+
+
+def test_what_cannot_be_answered_ends_the_job(question: Question, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("--asked", "nicely"), ("--code", "one"), ("--max-failures", "few")):
+        assert question("end", *words) == "exit 2"
+
+
+def test_no_torch_is_imported() -> None:
+    program = "import sys, megatron_sov.operate.slurm.attempts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# What follows from the attempts of a job: strikes, failures in a row, progress.
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    return History(tmp_path, "7")
+
+
+def attempt(history: History, before: int, after: int, **found: list[str]) -> None:
+    restart = len(history.attempts)
+    history.begin(restart, ["n1", "n2"], before)
+    history.end(restart, "crash", "why", after, **found)
+
+
+def test_failures_in_a_row_begin_anew_with_progress(history: History) -> None:
+    attempt(history, 0, 0)
+    attempt(history, 0, 0)
+    assert history.failures_in_a_row() == 2
+    attempt(history, 0, 10)
+    assert history.failures_in_a_row() == 0
+    attempt(history, 10, 10)
+    assert history.failures_in_a_row() == 1
+
+
+def test_an_attempt_that_found_a_sick_node_does_not_count_as_a_failure(history: History) -> None:
+    attempt(history, 0, 0)
+    attempt(history, 0, 0, sick=["n1"])
+    assert (history.failures_in_a_row(), history.excluded(2)) == (1, ["n1"])
+
+
+def test_a_node_is_excluded_after_its_last_strike(history: History) -> None:
+    attempt(history, 0, 5, blamed=["n2"])
+    assert history.excluded(2) == []
+    attempt(history, 5, 9, blamed=["n2"])
+    assert history.excluded(2) == ["n2"] and history.strikes() == {"n2": 2}
+
+
+def test_an_attempt_without_an_end_was_cut_off(history: History) -> None:
+    attempt(history, 0, 5)
+    history.begin(1, ["n1", "n3"], 5)
+    found = history.cut_off(2)
+    assert found is not None and found.nodes == ("n1", "n3")
+    assert history.cut_off(1) is None, "the one before that one has ended"
+    history.end(1, "cut_off", "n3 went down", 5)
+    assert history.cut_off(2) is None
+
+
+def test_a_new_job_begins_with_a_clean_record(history: History, tmp_path: Path) -> None:
+    attempt(history, 0, 0, blamed=["n1"])
+    later = History(tmp_path, "8")
+    assert later.attempts == [] and not later.strikes()
+    assert len(History(tmp_path, "7").attempts) == 1, "what was written is read again"
+
+
+def test_progress_grows_with_checkpoints_of_all_stages_and_with_unfinished_parts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert progress_of(run) == 0
+    for name in ("checkpoints/step-20", "checkpoints/step-100", "checkpoints/.writing-step-200",
+                 "stages/1-long/checkpoints/step-7"):
+        (run / name).mkdir(parents=True)
+    assert progress_of(run) == 107
+    (tmp_path / ".run.units").mkdir()
+    (tmp_path / ".run.units/0.bin").write_text("")
+    assert progress_of(run) == 108
+
+
+def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
+    for part in ("rollouts/round-0001-piece-0000", "rollouts/round-0001-piece-0001",
+                 "rewards/0123456789ab/round-0001-piece-0000"):
+        (tmp_path / "store" / part).mkdir(parents=True)
+        (tmp_path / "store" / part / "manifest.json").write_text("{}")
+    assert progress_of(tmp_path / "store") == 3
+
+
+# Which rank failed first, from srun's own words (as Slurm 22.05 writes them).
+
+
+KILLED = """srun: error: n3: task 2: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=7.0
+slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-20T14:35:39 ***
+srun: error: n1: task 0: Exited with exit code 1
+"""
+
+
+@pytest.mark.parametrize(("log", "sentence", "code"), [
+    (KILLED, "rank 2 on n3 was ended by a signal (Killed)", None),
+    ("srun: error: n2: tasks 8-15: Exited with exit code 2\n", "rank 8 on n2 ended with exit code 2", 2),
+    ("srun: error: gpu-a[01]: task 1: Exited with exit code 9\nsrun: error: n1: tasks 0,3: Terminated\n",
+     "rank 1 on gpu-a[01] ended with exit code 9", 9),
+    ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 5: Exited with exit code 2\n",
+     "rank 5 on n2 ended with exit code 2", 2),
+    ("srun: error: n2: task 4: Segmentation fault (core dumped)\n", "rank 4 on n2 was ended by a signal "
+     "(Segmentation fault (core dumped))", None),
+])
+def test_the_first_to_fail_is_named(log: str, sentence: str, code: int | None) -> None:
+    failure = first_failure(log)
+    assert failure is not None
+    assert (str(failure), failure.exit_code) == (sentence, code)
+
+
+def test_other_words_of_srun_are_no_failure() -> None:
+    assert first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
+                         "srun: got SIGCONT\n") is None
+
+
+def test_the_end_of_a_log_shows_what_a_progress_bar_showed_last(tmp_path: Path) -> None:
+    log = tmp_path / "rank-0.log"
+    log.write_text("".join(f"line {i}\n" for i in range(30)) + "step 1\rstep 2\rstep 3\nerror: full\n")
+    shown = last_lines(log).splitlines()
+    assert shown[-2:] == ["    step 3", "    error: full"] and len(shown) == 15
+    assert last_lines(tmp_path / "none.log") == ""

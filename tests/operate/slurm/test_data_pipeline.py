@@ -1,0 +1,135 @@
+"""A pipeline as arrays of a real Slurm: the same bytes as here, and a failed job is told and gone on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import cli
+from data_prep.curate.pipeline import addresses
+from megatron_sov.cli import main
+from megatron_sov.work.submit.arrays import Jobs
+
+PIPELINE = """name: small
+shard_bytes: 3000
+sources:
+  - {name: notes, path: raw, kind: en}
+steps:
+  - code: own.py:judge
+output: {name: "{source}-{kind}"}
+"""
+OWN = """import dataclasses
+from megatron_sov.base.documents import LeftOut
+
+def judge(document):
+    if "number 3" in document.text:
+        return LeftOut("a three")
+    return dataclasses.replace(document, text=document.text.upper())
+"""
+
+
+SLOW = """import dataclasses, os, pathlib, time
+FOLDER = pathlib.Path(__file__).parent
+
+def judge(document):
+    while (FOLDER / "slow").exists():
+        (FOLDER / "begun" / os.environ["SLURM_JOB_ID"]).touch()
+        time.sleep(0.2)
+    return dataclasses.replace(document, text=document.text.upper())
+"""
+
+
+def write_pipeline(folder: Path) -> Path:
+    """Write a pipeline over five files in three shards."""
+    (folder / "raw").mkdir()
+    for number in range(5):
+        (folder / f"raw/{number}.txt").write_text(f"note number {number}\n" * 100)
+    (folder / "own.py").write_text(OWN)
+    (folder / "pipeline.yaml").write_text(PIPELINE)
+    return folder / "pipeline.yaml"
+
+
+def text_hashes(output: Path) -> dict[str, str]:
+    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted((output / "text").rglob("*.parquet"))}
+
+
+@pytest.mark.distributed
+def test_arrays_leave_what_processes_here_leave(cluster: Any, site: Path, capsys: pytest.CaptureFixture[str]
+                                                ) -> None:
+    file = write_pipeline(site)
+    assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
+    own = (site / "own.py").read_text()
+    (site / "own.py").write_text(own.replace('"a three"', '"a three" if not document.text else 1 / 0'))
+    command = ["run", str(file), "--output", "there", "--cluster", "site.yaml"]
+    assert cli.main(command) == 0
+    assert "submitted 4 jobs" in capsys.readouterr().out
+    numbers = Jobs.read(site / "there").numbers
+    assert cli.main(["run", str(file), "--output", "there", "--workers", "1"]) == 2, "two at one folder"
+    assert "work in this folder" in capsys.readouterr().err
+    assert cluster.wait(numbers["00-parse"])["JobState"] == "COMPLETED"
+    assert cluster.wait(numbers["finish"])["JobState"] == "CANCELLED", "as all that waits for a failed job"
+    (site / "own.py").write_text(own)
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "stopped by: source notes, shard " in printed and ", code: " in printed
+    assert "division by zero" in printed
+    assert "00-parse: 3 of 3 shards done" in printed and "submitted 3 jobs" in printed
+    found = cluster.wait(Jobs.read(site / "there").numbers["finish"])
+    assert found["JobState"] == "COMPLETED", (site / "there/logs/finish").glob("**/*.out")
+    assert cli.main(command) == 0
+    assert "complete from before" in capsys.readouterr().out
+    assert text_hashes(site / "there") == text_hashes(site / "here") != {}
+
+
+@pytest.mark.distributed
+def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue_and_on(
+        cluster: Any, site: Path, until: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And jobs read the raw files first, where they are many, and submit the steps."""
+    file = write_pipeline(site)
+    (site / "own.py").write_text(SLOW)
+    assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
+    (site / "slow").touch()
+    (site / "begun").mkdir()
+    monkeypatch.setattr(addresses, "READ_HERE_BYTES", 1000)
+    assert cli.main(["run", str(file), "--output", "there", "--cluster", "site.yaml"]) == 0
+    assert list(Jobs.read(site / "there").numbers) == ["inputs", "submit"]
+    until(lambda: "finish" in Jobs.read(site / "there").numbers, 600, "a job that submits the steps")
+    numbers = Jobs.read(site / "there").numbers
+    until(lambda: any((site / "begun").iterdir()), 600, "a task that begins")
+    job = next((site / "begun").iterdir()).name
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    until(lambda: cluster.job(job)["JobState"] != "RUNNING", 600, "a job that goes back")
+    (site / "slow").unlink()
+    assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert text_hashes(site / "there") == text_hashes(site / "here") != {}
+
+
+@pytest.mark.distributed
+def test_shares_of_a_map_on_nodes_leave_what_processes_here_leave(
+        cluster: Any, site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "rows.jsonl").write_text("".join(json.dumps({"n": n}) + "\n" for n in range(500)))
+    own = "class Step:\n    def do(self, row):\n        return {'n': row['n'] + 1}\n"
+    (site / "mine.py").write_text(own)
+    words = ["map", "rows.jsonl", "mine.py:Step", "--workers", "3", "--output"]
+    assert main([*words, "here"]) == 0
+    (site / "bad.jsonl").write_text('{"n": 1}\n' * 300 + '{"m": 2}\n')
+    assert main(["map", "bad.jsonl", *words[2:], "bad", "--cluster", "site.yaml"]) == 0
+    bad = Jobs.read(site / ".bad.slurm").numbers
+    assert main([*words, "there", "--cluster", "site.yaml"]) == 0
+    assert "submitted map " in capsys.readouterr().out
+    numbers = Jobs.read(site / ".there.slurm").numbers
+    assert main([*words, "there"]) == 2 and "work in this folder" in capsys.readouterr().err
+    assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
+    assert (site / "there/rows.jsonl").read_bytes() == (site / "here/rows.jsonl").read_bytes()
+    assert main([*words, "there", "--cluster", "site.yaml"]) == 0
+    assert "complete from before" in capsys.readouterr().out
+    assert cluster.wait(bad["finish"])["JobState"] == "CANCELLED"
+    assert main(["map", "bad.jsonl", *words[2:], "bad", "--skip-failures", "--redo"]) == 0
+    assert len((site / "bad/rows.jsonl").read_text().split("\n")) == 301

@@ -1,0 +1,165 @@
+"""Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die,
+or run out of time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import cli
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.runs.obs.events import final_steps, read_events
+
+STEPS = 100
+Submit = Callable[..., str]
+
+
+def pretrain(packed: Any, run: Path, small: tuple[str, ...], *more: str) -> list[str]:
+    return ["tiny-solar-open", "--data", str(packed.text), "--run", str(run), *small, *more]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return final_steps(list(read_events(run / "events.jsonl")))
+
+
+def ends(records: Path) -> list[dict[str, Any]]:
+    return [r for r in read_events(records / "attempts.jsonl") if r["event"] == "end"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
+    cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
+    run_command: Any,
+) -> None:
+    """The final loss is that of the run that nothing happened to, bit for bit."""
+    length = ("--set", f"train.steps={STEPS}", "--set", "train.checkpoint_every_steps=10")
+    undisturbed = run_command("pretrain", *pretrain(packed_data, site / "whole", small, *length),
+                              "--nproc", "2")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    (site / "scratch").mkdir()
+    # n1's own disk is broken
+    cluster.in_node("n1", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(site / "scratch"))
+    profile = (site / "site.yaml").read_text().replace("enabled: false",
+                                                       "min_free_disk_bytes: 1\n  max_matmul_ratio: 1000")
+    (site / "looks.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
+    run, records = site / "run", site / "run/slurm"
+    cluster.wait_idle(["n1", "n2", "n3", "n4"])  # else the job would begin on others than the sick one
+    job = submit(records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2",
+                 *pretrain(packed_data, run, small, *length))
+
+    def reaches(step: int, restarts: int) -> None:
+        def there() -> bool:
+            found = cluster.job(job)
+            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
+                found, (records / f"{job}.log").read_text())
+            return len(steps(run)) >= step and found["Restarts"] == str(restarts)
+
+        until(there, 600, f"step {step}")
+
+    try:
+        reaches(8, 1)
+        assert cluster.job(job)["NodeList"] == "n[2-3]", "n1 was looked at and left out"
+        cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm sends before the time limit
+        reaches(len(steps(run)) + 8, 2)
+        cluster.crash("n2")
+        reaches(len(steps(run)) + 8, 3)
+        assert cluster.job(job)["NodeList"] == "n[3-4]"
+        cluster.ranks("n4")[0].kill()
+        found = cluster.wait(job, timeout_s=600)
+    finally:
+        cluster.resume("n1")
+        cluster.resume("n2")
+    log = (records / f"{job}.log").read_text()
+    assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert [e["outcome"]
+            for e in ends(records)] == ["sick_nodes", "stopped", "cut_off", "crash", "complete"], log
+    assert ends(records)[2]["reason"] == "n2 went down" and "rank 1 on n4" in ends(records)[3]["reason"]
+    assert "n1 is not fit: rank 0: disk cannot be written" in log
+    assert [(s["step"], s["loss"]) for s in steps(run)] == [(s["step"], s["loss"])
+                                                            for s in steps(site / "whole")]
+    assert len(steps(run)) == STEPS
+    script = (records / "pretrain.sbatch").read_text()
+    code = next(records.glob("code-*"))
+    assert str(code) in script and (code / "megatron_sov/operate/slurm/attempts.py").is_file()
+    assert json.loads((records / "pretrain.json").read_text())["config"]["train"]["steps"] == STEPS
+    again = submit(records, "pretrain", "--cluster", "site.yaml", *pretrain(packed_data, run, small, *length))
+    assert cluster.wait(again)["JobState"] == "COMPLETED", "a complete run has nothing left to do"
+
+
+def test_failures_without_progress_stop_and_a_second_submission_is_refused(
+    cluster: Any, site: Path, submit: Submit, small: tuple[str, ...], packed_data: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    python = site / "python"  # its training always dies
+    python.write_text("#!/bin/bash\n"
+                      'case "$*" in *"megatron_sov pretrain"*) echo "no GPU"; exit 9;; esac\n'
+                      f'exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    profile = re.sub(r"(?m)^python: .*$", f"python: {python}", (site / "site.yaml").read_text())
+    (site / "dies.yaml").write_text(f"{profile}max_failures: 2\n")
+    words = ("pretrain", "--cluster", "dies.yaml",
+             *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
+    records = site / "run/slurm"
+    job = submit(records, *words)
+    assert cli.main(["submit", *words]) == 2
+    assert f"its job {job} is " in capsys.readouterr().err
+    assert cluster.wait(job)["ExitCode"] == "1:0"
+    log = (records / f"{job}.log").read_text()
+    assert "stops here: 2 attempts in a row left nothing new, the last by this: rank 0 on" in log
+    assert "    no GPU" in log, "the end of the rank's own log is shown"
+
+
+CHAIN = """cluster: site.yaml
+stages:
+  - stage: data
+    arguments: >-
+      pack --tokenizer {tokenizer} --input even={even} --input odd={odd}
+      --workers 1 --heldout 0.1 --output tokens
+    array: 2
+  - stage: pretrain
+    arguments: {pretrain}
+  - {{stage: convert, arguments: to-hf run hf}}
+"""
+
+
+@pytest.mark.slow
+def test_a_failing_stage_stops_its_chain_and_continue_picks_it_up(
+    cluster: Any, site: Path, small: tuple[str, ...], packed_data: Any, capsys: pytest.CaptureFixture[str],
+    warm_python: str,
+) -> None:
+    """With Python as it is, which reads the copy of the code; other tests of jobs have `warm_python`."""
+    profile = (site / "site.yaml").read_text()
+    (site / "site.yaml").write_text(profile.replace(warm_python, sys.executable))
+    odd = site / "odd.jsonl"
+    odd.write_text("this is no JSON\n")
+    words = ("tiny-solar-open", "--data", "tokens", "--run", "run", *small, "--set", "train.steps=3")
+    even = packed_data.text.parent / "even.jsonl"
+    (site / "chain.yaml").write_text(CHAIN.format(tokenizer=packed_data.tokenizer, even=even, odd=odd,
+                                                  pretrain=json.dumps(shlex.join(words))))
+
+    def states() -> list[str]:
+        jobs = json.loads((site / "chain.yaml.jobs.json").read_text())["jobs"]
+        return [cluster.wait(numbers[-1], timeout_s=600)["JobState"] for numbers in jobs.values()]
+
+    assert cli.main(["submit", "chain", "chain.yaml"]) == 0
+    assert states() == ["CANCELLED"] * 3
+    assert cli.main(["submit", "chain", "chain.yaml"]) == 2
+    said = capsys.readouterr()
+    assert "data: not complete, its job ended by: mistake, rank 0 on" in said.out
+    assert "convert: not complete, its job" in said.out and "never began: an earlier stage failed" in said.out
+    assert "was submitted before; pass --continue" in said.err
+    odd.write_text((packed_data.text.parent / "odd.jsonl").read_text())
+    assert cli.main(["submit", "chain", "--continue", "chain.yaml"]) == 0
+    assert states() == ["COMPLETED"] * 3
+    assert [s["name"] for s in read_manifest(site / "tokens").content["sources"]] == ["even", "odd"]
+    assert read_manifest(site / "hf").kind == "hf_model"
+    assert cli.main(["submit", "chain", "chain.yaml", "--continue"]) == 0
+    assert "every stage is complete" in capsys.readouterr().out

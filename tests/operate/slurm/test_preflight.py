@@ -1,0 +1,147 @@
+"""The look at every node: what makes a node sick, and one real look by two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.operate.slurm import preflight
+from megatron_sov.operate.slurm.preflight import Report, sick_nodes, timed_product
+from megatron_sov.runs.nvidia_smi import SeenGpu
+from megatron_sov.work.clusters.cluster import PreflightConfig
+
+LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}
+SOUND = Report("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0,
+               checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1)
+
+
+def judge(folder: Path, *reports: Report, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
+    for i, report in enumerate(reports):
+        (folder / f"rank-{i}.json").write_text(json.dumps(asdict(replace(report, rank=i))))
+    return sick_nodes(folder, ["n1", "n2", "n3"], limits)
+
+
+OTHERS = (SOUND, replace(SOUND, node="n3"))
+
+
+def test_sound_nodes_pass(tmp_path: Path) -> None:
+    assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2")) == {}
+
+
+@pytest.mark.parametrize(("changed", "why"), [
+    ({"num_gpus": 7}, "7 GPUs, 8 wanted"),
+    ({"disk_error": "/raid: Read-only file system", "free_disk_bytes": 0},
+     "disk cannot be written (/raid: Read-only file system)"),
+    ({"free_disk_bytes": 10**9}, "1.0 GB of disk free, 10.0 GB wanted"),
+    ({"checksum": 18.0}, "a matrix product sums to 18, on the others to 17"),
+    ({"matmul_s": 0.004}, "a matrix product takes 4.00 ms, the others' median is 2.00 ms"),
+    ({"gpu_used_bytes": 9 * 10**9},
+     "9.0 GB of its GPU's memory were in use before the start, at most 2.0 GB wanted"),
+    ({"gpu_illness": "3 uncorrected memory errors (ECC)"}, "its GPU has 3 uncorrected memory errors (ECC)"),
+    ({"transformer_engine_error": "OSError: libcublas.so.13: cannot open"},
+     "Transformer Engine does not import (OSError: libcublas.so.13: cannot open)"),
+    ({"clock_skew_s": -30.0}, "its clock is -30.0 s off the others"),
+    ({"allreduce_s": 11.0}, "the all-reduce took 11.00 s, at most 10 s wanted"),
+])
+def test_a_sick_node_is_named_with_the_figure(tmp_path: Path, changed: dict[str, Any], why: str) -> None:
+    assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {why}"}
+
+
+def test_ranks_that_see_their_own_gpu_alone_see_the_nodes_together(tmp_path: Path) -> None:
+    ranks = [replace(SOUND, node=node, num_gpus=1, gpu_uuid=f"{node}-{i}")
+             for node, count in (("n1", 8), ("n2", 7), ("n3", 8)) for i in range(count)]
+    sick = judge(tmp_path, *ranks)
+    assert set(sick) == {"n2"} and sick["n2"].endswith(": 7 GPUs, 8 wanted")
+
+
+def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A double of CUDA's clock: what the host does beside the product does not count."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("mark")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.65  # milliseconds
+
+    class OnGpu:
+        device = SimpleNamespace(type="cuda")
+
+        def __matmul__(self, other: OnGpu) -> str:
+            done.append("product")
+            return "product"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timed_product(OnGpu(), OnGpu()) == ("product", pytest.approx(0.65e-3))
+    assert done == ["mark", "product", "mark", "wait"]
+
+
+def test_a_rank_tells_what_its_driver_says_and_whether_transformer_engine_imports(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: [SeenGpu(0, "a", "H100", 79 << 30, 0),
+                                                            SeenGpu(1, "b", "H100", 79 << 30, 5 << 30)])
+    monkeypatch.setattr(preflight, "illness", lambda uuid: f"cold in {uuid}")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    report = Report("n1", 1, num_gpus=2)
+    preflight._look_at_gpu(report)
+    assert (report.gpu_uuid, report.gpu_used_bytes, report.gpu_illness) == ("b", 5 << 30, "cold in b")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "transformer_engine.py").write_text("raise OSError('libcublas.so.13: cannot open\\nmore')")
+    monkeypatch.setattr(preflight, "MATMUL_SIZE", {"cpu": 8})
+    report = Report("n1", 0)
+    preflight.look_alone(report, tmp_path / "scratch", transformer_engine=True)
+    assert report.transformer_engine_error == "OSError: libcublas.so.13: cannot open"
+    assert report.matmul_tflops > 0
+
+
+def test_a_slow_product_counts_against_a_fixed_limit_too(tmp_path: Path) -> None:
+    sick = judge(tmp_path, *OTHERS, replace(SOUND, node="n2"), limits={**LIMITS, "min_matmul_tflops": 700})
+    assert set(sick) == {"n1", "n2", "n3"}
+
+
+def test_a_rank_that_never_came_is_laid_to_its_node(tmp_path: Path) -> None:
+    hung = [replace(r, allreduce_s=None, error="timeout") for r in OTHERS]
+    assert judge(tmp_path, *hung) == {"n2": "0 of 1 ranks came to look at it"}
+
+
+def test_an_all_reduce_that_fails_without_a_culprit_is_laid_to_none(tmp_path: Path) -> None:
+    hung = [replace(r, allreduce_s=None, error="timeout") for r in (*OTHERS, replace(SOUND, node="n2"))]
+    assert judge(tmp_path, *hung) == {"all nodes": "the all-reduce did not end (timeout)"}
+    assert set(sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}
+
+
+def test_two_ranks_look_at_this_machine(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    read_only = Path("/proc/scratch")  # nothing can be written there, not even by root
+    processes = [subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "megatron_sov.operate.slurm.preflight", str(tmp_path),
+         "--scratch", str(scratch), "--timeout-s", "600"],
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
+             port, "SLURMD_NODENAME": f"n{rank + 1}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        for rank, scratch in enumerate((tmp_path / "new", read_only))]
+    assert [p.wait(600) for p in processes] == [0, 0]
+    limits = {**LIMITS, "num_gpus": 0, "min_free_disk_bytes": 1, "max_matmul_ratio": 1000}
+    sick = sick_nodes(tmp_path, ["n1", "n2"], limits)
+    assert set(sick) == {"n2"} and "disk cannot be written (/proc/scratch" in sick["n2"]
+    report = Report(**json.loads((tmp_path / "rank-0.json").read_text()))
+    assert report.matmul_tflops > 0 and report.allreduce_s is not None and report.clock_skew_s is not None
+    assert report.error == "" and report.free_disk_bytes > 0

@@ -1,0 +1,195 @@
+"""slurm/scripts: what the chains give, what a real Slurm takes,
+and what runs when somebody types `sbatch`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import cli, recipes
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.commands.operate.submit import COMMANDS
+from megatron_sov.operate.slurm.chain import names, read_chain
+from megatron_sov.operate.slurm.stages import STAGES, work_of
+from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.runs.obs.events import final_steps, read_events
+from megatron_sov.work.clusters import cluster as cluster_profiles
+from megatron_sov.work.clusters.units import GIB
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = ROOT / "slurm/scripts"
+ALL = sorted(SCRIPTS.glob("*/*.sbatch"))
+BIG = ("k-exaone-236b", "solar-open-102b")
+TINY = ("tiny-k-exaone", "tiny-solar-open")
+
+
+def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> None:
+    assert names() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
+    assert set(names()) <= set(recipes.names())
+    for name in names():
+        stages = [stage.stage for stage in read_chain(name).stages]
+        assert {"tokenizer", "data", "pretrain", "extend", "sft", "convert", "eval"} == set(stages), name
+
+
+@pytest.mark.parametrize("name", [*BIG, *TINY])
+def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = f"slurm/scripts/{name}"
+    assert cli.main(["submit", "chain", name, "--scripts", folder]) == 0
+    fresh = {p.name: p.read_text() for p in (tmp_path / folder).iterdir()}
+    kept = {p.name: p.read_text() for p in (SCRIPTS / name).iterdir()}
+    assert sorted(fresh) == sorted(kept), "slurm/scripts is stale: run `make scripts`"
+    assert [file for file in fresh if fresh[file] != kept[file]] == [], (
+        "slurm/scripts is stale: run `make scripts`")
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_notes_tell_the_memory_of_the_account(name: str) -> None:
+    chain = read_chain(name)
+    profile = cluster_profiles.load(chain.cluster, needs_account=False)
+    for stage in chain.stages:
+        if STAGES[stage.stage].ranks:
+            config = work_of(stage.stage, shlex.split(stage.arguments), COMMANDS).config
+            need = fullest(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
+            assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
+
+
+def test_nothing_of_one_machine_stands_in_a_script() -> None:
+    for script in ALL:
+        text = script.read_text()
+        assert not re.search(r"code-[0-9a-f]{12}|PYTHONPATH=|--chdir", text), script
+        assert str(ROOT) not in text and sys.executable not in text, script
+        assert text.count("records=\"$WORK\"/") == text.count("target=\"$WORK\"/") == 1, script
+        account = "--account=NAME " if script.parent.name in BIG else ""
+        assert f"#   sbatch {account}{script.relative_to(ROOT)}\n" in text
+
+
+def test_slurm_would_take_every_script_as_it_stands(cluster: Any, site: Path) -> None:
+    """On as many nodes as it asks for: 64, which a partition of the virtual cluster has in name."""
+    for script in ALL:
+        assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
+        cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
+    pretrain = SCRIPTS / "k-exaone-236b/04-pretrain.sbatch"
+    refused = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
+                             env=cluster.env, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0 and "node configuration is not available" in refused.stderr
+
+
+def exported(**variables: object) -> str:
+    """Return sbatch's option for variables of the shell that submits."""
+    return "--export=ALL," + ",".join(f"{name}={value}" for name, value in variables.items())
+
+
+def log_of(job: str, work: Path) -> str:
+    """Return what a job's script has written: to where sbatch was typed, and to its records."""
+    files = [file for folder, find in ((Path(), Path.glob), (work, Path.rglob))
+             for end in (f"{job}.log", f"{job}_*.log") for file in find(folder, f"*{end}")]
+    return "".join(file.read_text() for file in files)
+
+
+def test_scripts_start_and_say_what_is_missing(cluster: Any, site: Path, warm_python: str) -> None:
+    """All of a big recipe and all of a tiny one, in a $WORK that has no more than the tiny one's corpus."""
+    work, jobs = site / "work", {}
+    (work / TINY[1] / "corpus").mkdir(parents=True)
+    (work / TINY[1] / "corpus/manifest.json").touch()
+    for script in ALL:
+        if script.parent.name not in (BIG[0], TINY[1]):
+            continue
+        nodes = ("--nodes=1",) if script.parent.name in BIG and "_NUM_NODES in" in script.read_text() else ()
+        variables = exported(WORK=work / script.parent.name, PYTHON=warm_python)
+        jobs[script] = cluster.sbatch(variables, *nodes, str(script), cwd=site)
+    for script, job in jobs.items():
+        code, sentence = "2:0", "so an earlier stage is not complete; this one does not start"
+        if script.name == "01-corpus.sbatch":
+            code, sentence = "0:0", "corpus/manifest.json exists: there is nothing left to do"
+        elif script.name in ("01-tokenizer.sbatch", "02-tokenizer.sbatch"):
+            sentence = "does not exist; pass a text file"
+        assert cluster.wait(job)["ExitCode"] == code, (script, log_of(job, work))
+        assert sentence in log_of(job, work), script
+
+
+def test_a_python_without_the_package_is_told(cluster: Any, site: Path) -> None:
+    script = SCRIPTS / "tiny-solar-open/02-tokenizer.sbatch"
+    (site / "work/corpus").mkdir(parents=True)
+    (site / "work/corpus/manifest.json").touch()
+    job = cluster.sbatch(exported(PYTHON="/usr/bin/false"), str(script), cwd=site)
+    assert cluster.wait(job)["ExitCode"] == "1:0"
+    assert "job: no answer from megatron_sov.operate.slurm.attempts, see above" in log_of(job, site / "work")
+
+
+TRAINING = ("train.steps=2", "train.num_threads=1", "train.eval_every_steps=0", "data.heldout_tokens=512",
+            "data.max_epochs=0")
+MODEL = ("model.vocab_size=1024", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
+         "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4")
+NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples=1",
+           'needle.kinds=["single"]')
+
+
+def settings(*given: str) -> tuple[str, ...]:
+    return tuple(word for setting in given for word in ("--set", setting))
+
+
+SMALLER = {
+    "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
+    "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES),
+    "sft": settings(*TRAINING), "eval": ("--max-tokens", "1024")}
+"""Stage -> what is added to the command of its script, so that it takes seconds."""
+
+
+@pytest.fixture
+def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
+    """$WORK with what the first script of a tiny recipe would gather."""
+    folder = site / "work/corpus"
+    folder.mkdir(parents=True)
+    shutil.copyfile(token_shards.parent / "first.jsonl", folder / "english.jsonl")
+    shutil.copyfile(token_shards.parent / "second.jsonl", folder / "code.jsonl")
+    shutil.copyfile(packed_data.text.parent / "chat.jsonl", folder / "chat.jsonl")
+    (folder / "manifest.json").touch()
+    return folder.parent
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path, work: Path,
+                                                       warm_python: str) -> None:
+    """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others
+    made for this cluster, with one rank."""
+    assert cli.main(["submit", "chain", "tiny-k-exaone", "--cluster", "site.yaml", "--scripts",
+                     "scripts"]) == 0
+    shipped = shutil.copy(SCRIPTS / "tiny-k-exaone/05-pretrain.sbatch", "scripts")
+    jobs: dict[str, str] = {}
+
+    def send(script: Path, *options: str) -> str:
+        stage = script.stem.partition("-")[2]
+        return cluster.sbatch(exported(PYTHON=warm_python), *options, str(script),
+                              *SMALLER.get(stage, ()), cwd=site)
+
+    for script in sorted(Path("scripts").iterdir()):
+        after = ((f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes")
+                 if jobs else ())
+        jobs[script.stem.partition("-")[2]] = send(script, *after)
+    for stage, job in jobs.items():
+        found = cluster.wait(job, timeout_s=600)
+        assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), (stage, log_of(job, work))
+    for run, num_ranks in (("pretrain", 2), ("extend-512", 1), ("sft", 1)):
+        events = list(read_events(work / run / "events.jsonl"))
+        assert [e["step"] for e in final_steps(events)] == [1, 2]
+        assert next(e["num_ranks"] for e in events if e["event"] == "run_start") == num_ranks
+    pretrain, records = jobs["pretrain"], work / "pretrain/slurm"
+    first_lines = Path(f"tiny-k-exaone-pretrain-{pretrain}.log").read_text()
+    assert first_lines == f"job: its log is {records}/{pretrain}.log\n"
+    assert len(list((records / f"logs/{pretrain}-0/preflight").glob("rank-*.json"))) == 2
+    assert read_manifest(work / "hf").kind == "hf_model"
+    assert set(json.loads((work / "ppl.json").read_text())) == {"english", "code"}
+    again = send(Path(shipped))
+    assert cluster.wait(again)["ExitCode"] == "0:0"
+    assert "complete.json exists: there is nothing left to do" in log_of(again, work)

@@ -1,0 +1,248 @@
+"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
+with every profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.operate.submit import COMMANDS
+from megatron_sov.operate.slurm.stages import STAGES
+from megatron_sov.operate.slurm.submission import Prepared, Request, prepare
+from megatron_sov.work.clusters import client, cluster
+from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig
+
+PAGE = Path(__file__).parents[3] / "docs/slurm.md"
+TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set",
+         "train.global_batch_size=64", "--set", "train.micro_batch_size=1")
+ARGUMENTS = {
+    "tokenizer": ("train", "--preset", "solar-open", "--vocab-size", "512", "--input", "text", "--output",
+                  "tokenizer"), "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input",
+                                         "b.jsonl", "--output", "tokens"),
+    "pretrain": ("tiny-solar-open", *TRAIN), "extend": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
+    "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
+    "prefer": ("tiny-solar-open", "--from", "runs/a", "--method", "ipo", *TRAIN),
+    "distill": ("tiny-solar-open", "--from", "runs/a", "--teacher", "runs/b", *TRAIN),
+    "convert": ("to-hf", "runs/a", "hf"),
+    "eval": ("ppl", "hf", "--data", "tokens"),
+    "eval-lm": ("runs/a", "--tasks", "mmlu,math500", "--data-dir", "benchmarks", "--output", "scores.json"),
+    **dict.fromkeys(("rl-run", "rl-train"), (
+        "tiny-solar-open", "--prompts", "p.jsonl", "--store", "store", "--reward", "math", "--from", "runs/a",
+        "--run", "runs/b", "--set", "rollout.rounds=3", "--set", "rollout.max_new_tokens=128", "--set",
+        "rollout.max_prompt_tokens=128", "--set", "train.global_batch_size=64", "--set",
+        "train.micro_batch_size=1")),
+    "rl-generate": ("tiny-solar-open", "--prompts", "p.jsonl", "--store", "store", "--from", "runs/a",
+                    "--run", "runs/b", "--set", "rollout.rounds=3", "--wait", "3600"),
+    "rl-reward": ("--store", "store", "--reward", "math", "--wait", "3600"),
+}
+NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
+
+
+def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> Prepared:
+    return prepare(Request(stage, words, profile, **request), COMMANDS)
+
+
+def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
+    return prepared(stage, (*ARGUMENTS[stage], *more), profile, **request).texts[0]
+
+
+def words_of(text: str, array: str = "command") -> list[str]:
+    """Let bash read the assignment of an array out of a script; returns its words."""
+    (block,) = re.findall(rf"^{array}=\(.*?\)$", text, re.MULTILINE | re.DOTALL)
+    program = f'settings=()\n{block}\nprintf "%s\\0" "${{{array}[@]}}"'
+    return subprocess.run(["bash", "-uc", program], capture_output=True, text=True,
+                          check=True).stdout.split("\0")[:-1]
+
+
+def test_every_stage_has_a_template_and_stands_on_the_page() -> None:
+    assert set(ARGUMENTS) == set(STAGES)
+    rows = re.findall(r"^\| (`[a-z`, -]+`) \| `(?:megatron-sov|sov-)", PAGE.read_text(), re.MULTILINE)
+    assert {name for row in rows for name in re.findall("[a-z-]+", row)} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", cluster.names())
+def test_a_real_slurm_takes_every_template(site: Path, name: str) -> None:
+    profile = dataclasses.replace(cluster.load(name, account="me"), account="me" if name != "local" else "")
+    texts = [text for stage in STAGES for text in prepared(stage, ARGUMENTS[stage], profile).texts]
+    texts += prepared("data", ARGUMENTS["data"], profile, array=2).texts
+    texts += prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=2).texts
+    texts += prepared("pretrain", ARGUMENTS["pretrain"], profile, nodes=4, least=1).texts
+    for text in texts:
+        client.check_script(text)
+        assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("stage", "kind"),
+                         [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
+def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
+    box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
+    profile = dataclasses.replace(cluster.load("h100", account="me"), container=box,
+                                  environment={"NCCL_DEBUG": "WARN"})
+    text = script(stage, profile)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    expected = {
+        "apptainer": ["apptainer", "exec", "--nv", "--bind", "/shared", "--bind", "/raid:/scratch", box.image,
+                      "python3", "-P"],
+        "enroot": ["enroot", "start", "--rw", "--mount", "/shared:/shared", "--mount", "/raid:/scratch"],
+        "pyxis": ["python3", "-P"]}[kind]
+    assert words_of(text, "python")[:len(expected)] == expected
+    if kind == "enroot":
+        assert words_of(text, "python")[-5:] == ["--env", "NCCL_DEBUG", box.image, "python3", "-P"]
+    if kind == "pyxis":
+        assert words_of(text, "srun_options") == [f"--container-image={box.image}",
+                                                  "--container-mounts=/shared,/raid:/scratch"]
+
+
+def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profile() -> None:
+    def limit(stage: str, name: str, **request: Any) -> str:
+        found = re.search(r"^#SBATCH --time=(.*)$",
+                          script(stage, cluster.load(name, account="me"), **request), re.MULTILINE)
+        assert found is not None
+        return found[1]
+
+    assert limit("convert", "h100") == "4:00:00" and limit("convert", "local") == "2:00:00"
+    assert limit("convert", "h100", time_limit="30") == limit("eval", "h100", time_limit="30") == "30"
+    assert limit("pretrain", "h100") == "1-00:00:00"
+
+
+@pytest.mark.parametrize(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
+def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
+    profile = dataclasses.replace(cluster.load("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',),
+                                  modules=("cuda/13.0",))
+    head = script(stage, profile).partition("# -- where things are")[0]
+    shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    if loads == "true":
+        assert done.stdout == "\nwent on\n" and "UNSET_BY_ALL: unbound variable" in done.stderr
+    else:
+        assert (done.returncode == 2 and done.stdout == "\n"
+                and done.stderr == "job: modules of the profile cannot be loaded\n")
+
+
+def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
+    profile = cluster.load("h100", account="me")
+    ((text,), (alone,)) = (prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
+                           for count in (3, 0))
+    assert "#SBATCH --array=0-2" in text and "#SBATCH --array" not in alone
+    assert words_of(text) == words_of(alone) == ["-m", "megatron_sov", "rl", "generate",
+                                                 *ARGUMENTS["rl-generate"]]
+    done = [re.findall(r"^(?:target|done)=.*$", script, re.MULTILINE) for script in (text, alone)]
+    assert done[0] == done[1]
+    assert re.search(r"store\.rl-generate\.slurm/complete-[0-9a-f]{8}\.json", done[0][1])
+    assert "records=$records/task-$SLURM_ARRAY_TASK_ID" in text
+    assert "--write-done" in text
+    more = prepared("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), profile)
+    assert more.work.done != prepared("rl-generate", ARGUMENTS["rl-generate"], profile).work.done
+    with pytest.raises(UserError, match="leave it out for convert"):
+        prepared("convert", ARGUMENTS["convert"], profile, array=2)
+
+
+@pytest.mark.parametrize("stage", ["rl-run", "rl-train"])
+def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> None:
+    (text,), work = (found := prepared(stage, ARGUMENTS[stage], cluster.load("h100", account="me"))).texts, \
+        found.work
+    assert words_of(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
+    assert "#SBATCH --ntasks-per-node=8" in text and work.done == Path("runs/b/complete.json").absolute()
+    assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
+    assert work.config is not None and [p.name for p in work.config.data.phases] == [
+        "round-0001", "round-0002", "round-0003"]
+    with pytest.raises(UserError, match=r"rollout\.rounds = 0: there is nothing to train"):
+        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), cluster.load("h100", account="me"))
+
+
+def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
+    words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
+             "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
+    text = prepared("pretrain", words, cluster.load("local")).texts[0]
+    assert words_of(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
+
+
+def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
+    from megatron_sov.work.clusters.cluster import load
+
+    profile = dataclasses.replace(load("local"), environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
+    text = script("pretrain", profile)
+    (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
+    assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True,
+                          check=True).stdout == NASTY
+    client.check_script(text)
+
+
+def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
+    folder = site / "it's \"odd\" $HOME & `co`"
+    work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
+    from megatron_sov.work.clusters.cluster import load
+
+    header = [line for line in prepared("data", work, load("local")).texts[0].splitlines()
+              if line.startswith("#SBATCH")]
+    folder.mkdir()
+    (folder / "tokens.slurm").mkdir()
+    (site / "job.sh").write_text("\n".join(["#!/bin/bash", *header, "echo here"]))
+    job = cluster.sbatch(str(site / "job.sh"))
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    assert (folder / f"tokens.slurm/{job}.log").read_text() == "here\n"
+
+
+def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
+    with pytest.raises(UserError, match="placeholder"):
+        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load("local"))
+
+
+def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
+    assert "hush-hush" not in script("pretrain", cluster.load("local"))
+
+
+def test_settings_change_with_the_number_of_nodes() -> None:
+    profile = dataclasses.replace(cluster.load("local"), ranks_per_node=1)
+    text = script("pretrain", profile, "--set", "parallel.ep=4", nodes=4, least=1,
+                  settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
+    assert "#SBATCH --nodes=1-4\n" in text
+
+    def chosen(count: int) -> str:
+        block = text[text.index("case $SLURM_JOB_NUM_NODES"):text.index("esac") + 4]
+        program = f'SLURM_JOB_NUM_NODES={count}\n{block}\necho $num_nodes "${{settings[@]}}"'
+        return subprocess.run(["bash", "-c", program], capture_output=True, text=True,
+                              check=False).stdout.strip()
+
+    assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2",
+                                                 "1 --set parallel.ep=1"]
+    assert chosen(5) == ""
+
+
+@pytest.mark.parametrize(("resolves", "address"), [(True, "n7"), (False, "10.0.0.7")])
+def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_not_resolve(
+    tmp_path: Path, resolves: bool, address: str,
+) -> None:
+    text = script("pretrain", cluster.load("local"))
+    lines = text[text.index("MASTER_ADDR=${nodes%%,*}"):text.index("MASTER_PORT=")]
+    answer = 'echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=n7"'
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{answer}\n")
+    (tmp_path / "getent").write_text(f"#!/bin/bash\nexit {0 if resolves else 2}\n")
+    for program in ("scontrol", "getent"):
+        (tmp_path / program).chmod(0o755)
+    done = subprocess.run(["bash", "-uc", f'PATH={tmp_path}:$PATH nodes=n7,n8\n{lines}\necho "$MASTER_ADDR"'],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == address
+
+
+def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
+    """Slurm gives a rank /tmp where the folder of TMPDIR is not on its node, before the rank can make it."""
+    profile = dataclasses.replace(cluster.load("h100", account="me"),
+                                  scratch=str(tmp_path / "no such/folder"))
+    text = script("pretrain", profile)
+    (as_rank,) = re.findall(r"^as_rank='.*?'$", text, re.MULTILINE | re.DOTALL)
+    exported = next(line for line in text.splitlines() if line.startswith("export TMPDIR="))
+    carried = next(line for line in text.splitlines() if line.startswith("export JOB_TMPDIR="))
+    shell = f'{exported}\n{carried}\n{as_rank}\nTMPDIR=/tmp bash -c "$as_rank" rank printenv TMPDIR'
+    done = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"},
+                          capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/no such/folder/ada\n" and (tmp_path / "no such/folder/ada").is_dir()

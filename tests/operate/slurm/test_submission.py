@@ -1,0 +1,186 @@
+"""What a submission lays beside a run: scripts, the code, where the parts of an array go."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.operate.submit import COMMANDS
+from megatron_sov.operate.slurm import submission
+from megatron_sov.operate.slurm.stages import check_inputs, work_of
+from megatron_sov.work.clusters import client
+from megatron_sov.work.clusters.client import environment_outside_jobs
+from megatron_sov.work.clusters.cluster import load
+
+PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input",
+        "c", "--output", "out")
+
+
+def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts, join = submission.prepare(submission.Request("data", PACK, load("local"), array=2),
+                                     COMMANDS).jobs
+    assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
+    assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
+    made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
+    assert join.work.arguments == ("mix", *map(str, made), "--output", f"{tmp_path}/out")
+    assert join.needs == tuple(part / "manifest.json" for part in made)
+
+
+SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
+
+
+def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
+    """Return the settings by number of nodes that a submission to H100s gets."""
+    profile = load("h100", account="me")
+    asked = submission.Request("pretrain", (*SOLAR, *more), profile, nodes, **request)
+    return submission.prepare(asked, COMMANDS).jobs[0].layouts
+
+
+def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
+    """Unless somebody has said something about it; 1,024 processes need more stages than 480."""
+    stages = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=4",
+              "parallel.pipeline_layout=[12, 12, 13, 11]")
+    assert layouts()[64][:4] == stages
+    found = layouts(nodes=128, least=120)
+    assert found[120][:4] == stages and found[128][0] == "parallel.pp=8"
+    assert layouts("--set", "parallel.pp=8") == {64: ()}
+    assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
+        64: ("parallel.pp=4", "train.micro_batch_size=3")}
+    script = submission.prepare(submission.Request("pretrain", SOLAR, load("h100", account="me"), 64),
+                                COMMANDS).jobs[0]
+    assert script.asks_for == ("Asks for 64 x 8 GPUs; layout: tp 2, sp, pp 4, ep 8, zero1, "
+                               "overlap_grad_reduce, overlap_param_gather, pipeline_layout (12, 12, 13, 11), "
+                               "data parallel 64.")
+
+
+def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
+    with pytest.raises(UserError, match=r"needs 111\.6 GiB on each process .* the nearest layout that fits: "
+                                        r"--set parallel\.pp=2$"):
+        layouts("--set", "parallel.ep=8", nodes=60)
+    other = dataclasses.replace(load("h100", account="me"), gpu="")
+    asked = submission.Request("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
+    assert submission.prepare(asked, COMMANDS).jobs[0].layouts == {60: ()}
+
+
+def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = submission.prepare(submission.Request("data", PACK, load("local"), array=2),
+                              COMMANDS).texts[0]
+    block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
+
+    def inputs(task: int) -> list[str]:
+        program = f'SLURM_ARRAY_TASK_ID={task} target=there\n{block}\nprintf "%s\\n" "${{command[@]}}"'
+        words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True,
+                               check=True).stdout.splitlines()
+        return [word for flag, word in itertools.pairwise(words) if flag == "--input"]
+
+    assert (inputs(0), inputs(1)) == (["a=x.jsonl", "c"], ["b.jsonl"])
+
+
+def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "submit", lambda script, after: "17")
+    words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
+    prepared = submission.prepare(submission.Request("convert", words, load("local")), COMMANDS)
+    assert submission.submit(prepared, []) == ["17"]
+    assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
+    (code,) = (tmp_path / "hf.slurm").glob("code-*")
+    program = ("import megatron_sov.operate.slurm.attempts as a, tokenizer, data_prep, slurm\n"
+               "print(a.__file__, tokenizer.__file__, slurm.__file__)")
+    done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)},
+                          capture_output=True, text=True, check=True)
+    files = ("megatron_sov/operate/slurm/attempts.py", "tokenizer/__init__.py", "operate/slurm/__init__.py")
+    assert done.stdout.split() == [f"{code}/{file}" for file in files]
+    assert ((code / "slurm/templates/header.sbatch.j2").is_file()
+            and (code / "slurm/clusters/local.yaml").is_file())
+    assert submission.submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
+
+
+def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("to-hf", "run", str(tmp_path / "hf"))
+    prepared = submission.prepare(submission.Request("convert", words, load("local")), COMMANDS)
+    copies = submission.shutil.copyfile
+    monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
+                        if b.name == "cli.py" else copies(a, b))
+    with pytest.raises(UserError, match="the code changed while it was copied"):
+        submission.submit(prepared, [])
+    assert list((tmp_path / "hf.slurm").iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "path"), [
+    (("train", "--input", "en=there/x:0.5", "--output", "o"), "there/x"),
+    (("train", "--input", "there/x:2", "--output", "o"), "there/x"),
+    (("train", "--input", "there/a:b", "--output", "o"), "there/a:b"),
+])
+def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...], path: str) -> None:
+    work = work_of("tokenizer", list(arguments), COMMANDS)
+    assert work.inputs == (Path(path).absolute(),)
+    with pytest.raises(UserError, match="does not exist; make it before"):
+        check_inputs(work, set())
+    check_inputs(work, {Path(path).absolute()})
+
+
+@pytest.mark.parametrize(("stage", "option"), [("distill", "--teacher"), ("prefer", "--reference")])
+def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str,
+                                        option: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tokens", "runs/sft"):
+        (tmp_path / folder).mkdir(parents=True)
+    work = work_of(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option, "runs/other",
+                           "--run", "runs/a"], COMMANDS)
+    with pytest.raises(UserError, match="runs/other does not exist; make it before"):
+        check_inputs(work, set())
+    check_inputs(work, {tmp_path / "runs/other"})
+
+
+# What Slurm's programs say, in one line, and the jobs that are still in its hands.
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("sbatch: error: invalid partition specified: x\n"
+     "sbatch: error: Batch job submission failed: Invalid partition\n",
+     "invalid partition specified: x; Batch job submission failed: Invalid partition"),
+    ("allocation failure: Requested node configuration is not available\n",
+     "allocation failure: Requested node configuration is not available"),
+    ("sbatch: error: a\nsbatch: error: a\n", "a"),
+    ("", "it gives no reason"),
+])
+def test_the_reason_is_one_line(text: str, said: str) -> None:
+    assert client.reason(text) == said
+
+
+def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    kept = environment_outside_jobs()
+    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(kept)
+    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(kept)
+
+
+def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:
+    held = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true")
+    ended = cluster.sbatch("--output=/dev/null", "--wrap=true")
+    cluster.wait(ended)
+    assert client.states([held, ended, "999999"]) == {held: "PENDING"}
+    client.cancel([held])
+    assert client.states([held]) == {}
+    assert client.states([]) == {}
+
+
+def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> None:
+    failing = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=exit 3")
+    (site / "next.sh").write_text("#!/bin/bash\n#SBATCH --output=/dev/null\ntrue\n")
+    follower = client.submit(site / "next.sh", after=[failing])
+    cluster.run("scontrol", "release", failing)
+    assert cluster.wait(follower)["JobState"] == "CANCELLED"
+    with pytest.raises(UserError, match=r"Slurm refuses .*: Unable to open file"):
+        client.submit(site / "none.sh", after=[])

@@ -1,0 +1,199 @@
+"""`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import cli
+
+RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set",
+       "train.global_batch_size=8", "--set", "train.micro_batch_size=1")
+HERE = ("--cluster", "site.yaml")
+BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]',
+          "--set", "evaluate.background.where=slurm", "--set")
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (("pretrian", *HERE, *RUN), "stage 'pretrian': does not exist; did you mean 'pretrain'?"),
+    (("pretrain", *RUN),
+     "--cluster: is missing; pass one of a100, b200, b300, gb200, gb300, h100, h200, local, one-node"),
+    (("pretrain", "--cluster", "p100", *RUN), "--cluster p100: there is no such profile"),
+    (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account: is missing; pass --account NAME"),
+    (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
+                                                "train.global_batch_size = 8"),
+    (("pretrain", *HERE, "--nodes", "4", "--min-nodes", "3", *RUN),
+     "--nodes 3 x 1 processes do not fit tiny-solar-open"),
+    (("pretrain", *HERE, "--nodes", "2", "--min-nodes", "4", *RUN),
+     "--min-nodes 4: must not be above --nodes 2"),
+    (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"),
+     "parallel.ep = 16 must divide model.num_experts = 8"),
+    (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
+    (("prefer", *HERE, *RUN, "--from", "x", "--rounds", "2", "--prompts", "p", "--reward", "math",
+      "--tokenizer", "t"),
+     "--rounds 2: starts processes of its own; submit the commands of a round one by one"),
+    (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
+     "train.stpes: no such setting; did you mean 'train.steps'?"),
+    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
+     "--data: is missing; pass a folder made by `sov-data pack`"),
+    (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),
+     "--nodes-set two:a=1: must have the form N:key=value"),
+    (("pretrain", *HERE, "--partition", "bacth", *RUN),
+     "partition 'bacth': does not exist here; did you mean 'batch'?"),
+    (("pretrain", *HERE, "--time", "soon", *RUN), "time limit 'soon': must be minutes"),
+    (("pretrain", *HERE, "--time", "2", *RUN), "time limit '2': is 120 s, and the job is asked to save"),
+    (("pretrain", *HERE, "--nodes", "0", *RUN), "--nodes 0: must be at least 1"),
+    (("pretrain", *HERE, "--nodes-set", "2:parallel.ep=2", *RUN),
+     "--nodes-set 2:parallel.ep=2: the job has never 2 nodes"),
+    (("pretrain", *HERE, "--nodes", "8", *RUN), "Slurm refuses the job: "),
+    (("pretrain", *HERE, "tiny-solar-open", "--data", "nowhere", "--run", "x"), "pretrain: "),
+    (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]),
+     "/dev/null/x/slurm: cannot be made, since a file is in the way"),
+    (("data", *HERE, "--nodes", "2", "pack", "--output", "x"),
+     "--nodes 2: data works on one node; leave it out"),
+    (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"),
+     "--array 3: must lie between 2 and the number of"),
+    (("data", *HERE, "stats", "--output", "x"),
+     "submit data: 'stats' is no command that writes an artifact; begin with one of"),
+    (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"),
+     "/nowhere does not exist; make it before"),
+    (("data", *HERE, "pack", "--input", "a"), "submit data: the following arguments are required: --output"),
+    (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
+    (("eval", *HERE, "bigram", "--data", "tokens"), "submit eval bigram: names no model or run; pass --run"),
+    (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
+    (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
+     "evaluate.background.cluster = h100: the jobs beside"),
+])
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    site: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str,
+) -> None:
+    (site / "tokens").mkdir()
+    before = sorted(site.rglob("*"))
+    assert cli.main(["submit", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1, said
+    assert sorted(site.rglob("*")) == before
+
+
+def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (site / "tokens").mkdir()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["submit", "pretrain", *HERE, *RUN]) == 2
+    assert "sinfo: is not on PATH, so Slurm is not installed here" in capsys.readouterr().err
+    assert cli.main(["submit", "pretrain", *HERE, "--dry-run", *RUN]) == 0
+    assert "#SBATCH --job-name=pretrain-a\n" in capsys.readouterr().out
+    assert not (site / "runs").exists()
+
+
+def test_options_may_stand_anywhere(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "tokens").mkdir()
+    outputs = set()
+    for words in ((*HERE, "--nodes", "2", "--dry-run", *RUN), (*RUN, "--dry-run", *HERE, "--nodes", "2")):
+        assert cli.main(["submit", "pretrain", *words]) == 0
+        outputs.add(capsys.readouterr().out)
+    assert len(outputs) == 1
+
+
+# Chain files.
+
+
+PACK = "{stage: data, arguments: pack --tokenizer t --input t --output tokens}"
+TRAIN = ("{stage: pretrain, arguments: tiny-solar-open --data tokens --run run --set train.steps=2 "
+         "--set train.global_batch_size=8 --set train.micro_batch_size=1}")
+
+SHORT = TRAIN.replace("{", "{name: big, time_limit: '1', ")
+UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("stages: []", "has no stages"),
+    ("cluster: site.yaml\nstages: [{stage: dtaa, arguments: x}]",
+     "stage 'dtaa': does not exist; did you mean 'data'?"),
+    ("cluster: site.yaml\nstages: [{stage: data, argumets: x}]",
+     "argumets: no such setting; did you mean 'stages.0.arguments'?"),
+    (f"stages: [{PACK}]", "names no cluster"),
+    (f"cluster: site.yaml\nstages: [{PACK}, {PACK}]", "'data' names two stages"),
+    (f"cluster: site.yaml\nstages: [{PACK}, {PACK.replace('{', '{name: two, ')}]", "two stages write to"),
+    (f"cluster: site.yaml\nstages: [{TRAIN}]", "pretrain: {site}/tokens does not exist; make it before"),
+    (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{after: [dat], ')}]",
+     "comes after 'dat', which is no stage"),
+    (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{nodes: 3, ')}]",
+     "--nodes 3 x 1 processes do not fit"),
+    (f"cluster: nowhere\nstages: [{PACK}]", "--cluster nowhere: there is no such profile"),
+    ("cluster: site.yaml\nstages: [{stage: data, arguments: pack 'x}]",
+     "chain.yaml: stage data: arguments = \"pack 'x\": "),
+    (f"cluster: site.yaml\nstages: [{PACK}, {SHORT}]", "chain.yaml: stage big: time limit '1': is 60 s"),
+    (f"cluster: site.yaml\nstages: [{PACK}, {UNUSED}]",
+     "chain.yaml: stage pretrain: --nodes-set 4:parallel.ep=2: the job"),
+    ("a: [", "is no YAML"),
+])
+def test_a_mistake_in_a_chain_is_one_sentence(site: Path, capsys: pytest.CaptureFixture[str], text: str,
+                                              sentence: str) -> None:
+    (site / "t").mkdir()
+    (site / "chain.yaml").write_text(text)
+    before = sorted(site.rglob("*"))
+    assert cli.main(["submit", "chain", "chain.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert sentence.replace("{site}", str(site)) in said and said.count("\n") == 1, said
+    assert sorted(site.rglob("*")) == before
+
+
+def test_a_dry_run_shows_every_script(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "t").mkdir()
+    (site / "chain.yaml").write_text(f"cluster: site.yaml\nstages: [{PACK}, {TRAIN}]")
+    assert cli.main(["submit", "chain", "chain.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "# pretrain: to be submitted, after data" in shown and shown.count("#!/bin/bash") == 2
+    assert f"for needed in {site}/tokens/manifest.json; do" in shown
+    assert not (site / "run").exists()
+
+
+def test_a_job_that_could_not_begin_its_work_says_why(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "t").mkdir()
+    (site / "chain.yaml").write_text(f"cluster: site.yaml\nstages: [{PACK}, {TRAIN}]")
+    (site / "chain.yaml.jobs.json").write_text(
+        json.dumps({"time_s": 0.0, "jobs": {"data": ["999998"], "pretrain": ["999999"]}}))
+    (site / "tokens.slurm").mkdir()
+    (site / "tokens.slurm/999998.log").write_text("job: modules of the profile cannot be loaded\n")
+    assert cli.main(["submit", "chain", "chain.yaml"]) == 2
+    said = capsys.readouterr().out
+    assert ("data: not complete, its job ended before it began its work: "
+            "modules of the profile cannot be loaded\n" in said)
+    assert "pretrain: not complete, its job 999999 never began" in said
+
+
+def test_stage_options_belong_into_the_file(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", "chain", "chain.yaml", "--nodes", "2"]) == 2
+    assert "--nodes belongs to a stage; write it into chain.yaml" in capsys.readouterr().err
+    assert cli.main(["submit", "chain"]) == 2
+    assert "takes one file, not none" in capsys.readouterr().err
+
+
+PAGE = (Path(__file__).parents[3] / "docs/slurm.md").read_text()
+ON_THE_PAGE = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+               for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("line", ON_THE_PAGE)
+def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    chains = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+              if "stages:" in block)
+    for name, chain in zip(("chain", "rounds"), chains, strict=True):
+        (site / f"{name}.yaml").write_text(chain)
+    assert cli.main([*shlex.split(line)[1:], "--dry-run"]) == 0
+    assert "#SBATCH --account=mine\n" in capsys.readouterr().out
+
+
+def test_the_profile_on_the_page_is_sound(site: Path) -> None:
+    from megatron_sov.work.clusters.cluster import load
+
+    (profile,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+                  if "partition:" in block)
+    (site / "mine.yaml").write_text(profile)
+    assert load("mine.yaml").container.kind == "apptainer"

@@ -1,0 +1,300 @@
+"""Learning from runs, end to end: folders in, a file of parameters out, errors before and after."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.families.count import train_flops_per_token
+from megatron_sov.plan.calibration.calibrate import (
+    FACTORS, NOISE, calibrate, calibration, fit, observations, scaled)
+from megatron_sov.plan.calibration.learned import (
+    Learned, LocalMachine, Passes, as_json, learn, passes_of, read_learned, shipped)
+from megatron_sov.plan.speed.parameters import default
+from megatron_sov.plan.speed.step import step_time
+from megatron_sov.plan.speed.workload import of_run
+from megatron_sov.work.clusters.chips import chip, default_links
+
+CPU = "AMD EPYC"
+TRUTH = {"products": 0.85, "links": 0.6, "host": 1.3}
+LAYOUTS = {"data-parallel": (["parallel.zero1=true"], 8),
+           "tensor": (["parallel.tp=4", "parallel.sp=true", "parallel.zero1=true"], 8),
+           "pipeline": (["parallel.pp=4", "train.global_batch_size=64"], 16)}
+
+
+def on_gpus(layout: str) -> tuple[RunConfig, int, float]:
+    """Return settings, processes and a step's seconds on H100s that are what `TRUTH` says."""
+    settings, num_ranks = LAYOUTS[layout]
+    config = apply_settings(recipes.get("qwen3-8b"), [
+        "train.steps=20", 'data.phases=[{"name": "1", "seq_len": 4096}]', "train.global_batch_size=32",
+        "train.micro_batch_size=1", *settings])
+    on = chip("h100")
+    phase = replace(config.data.phases[0], global_batch_size=config.train.global_batch_size)
+    workload = of_run(config, phase, num_ranks, on, default_links(on))
+    return config, num_ranks, step_time(workload, scaled(default(), TRUTH, [on])).total_s
+
+
+def on_processor(*settings: str, seq_len: int, machine: LocalMachine) -> tuple[RunConfig, float]:
+    config = apply_settings(recipes.get("tiny-qwen3"), [
+        "train.steps=20", f'data.phases=[{{"name": "1", "seq_len": {seq_len}}}]', *settings])
+    passes = passes_of(config, 1, 2, seq_len, config.train.global_batch_size)
+    return config, sum(machine.seconds(passes).values())
+
+
+def test_runs_on_gpus_teach_factors_and_the_error_falls(write_run: Any, tmp_path: Path) -> None:
+    runs = [write_run(name, *on_gpus(name)) for name in LAYOUTS]
+    observed = observations(runs)
+    assert [one.step_s for one in observed] == pytest.approx([on_gpus(name)[2] for name in LAYOUTS])
+    found = calibration(observed, shipped())
+    errors = [[abs(p / one.step_s - 1) for p, one in zip(seconds, observed, strict=True)]
+              for seconds in (found.before_s, found.after_s)]
+    assert max(errors[1]) < 0.02 < min(errors[0])
+    assert found.factors["products"] == pytest.approx(0.85, rel=0.05)
+
+    text = calibrate(runs, tmp_path / "ours.json")
+    assert "error, median over 3:" in text and "products  x 0.8" in text
+    written = read_learned(tmp_path / "ours.json")
+    assert written.parameters.product_fraction == found.learned.parameters.product_fraction
+    provenance = json.loads((tmp_path / "ours.json").read_text())["provenance"]
+    assert [row["run"] for row in provenance["from"]] == list(LAYOUTS)
+
+
+def test_runs_on_a_processor_teach_its_speed(write_run: Any, tmp_path: Path) -> None:
+    machine = LocalMachine(3e10, 1e-3)
+    runs = []
+    for name, seq_len in (("short", 32), ("long", 256)):
+        config, step_s = on_processor("train.micro_batch_size=8", seq_len=seq_len, machine=machine)
+        runs.append(write_run(name, config, 1, step_s, device=CPU, on_gpu=False))
+    text = calibrate(runs, tmp_path / "ours.json")
+    assert "none before, 0.0% after" in text and "30 GFLOP/s a thread" in text
+    written = read_learned(tmp_path / "ours.json")
+    assert written.machines[CPU].layer_s == pytest.approx(1e-3)
+    assert written.parameters.product_fraction == default().product_fraction, "no run was on a GPU"
+    # what is learned later is put beside it
+    other = write_run("other", on_processor(seq_len=64, machine=machine)[0], 1, 0.5, device="Other",
+                      on_gpu=False)
+    calibrate([other], tmp_path / "both.json", read_learned(tmp_path / "ours.json"))
+    assert set(read_learned(tmp_path / "both.json").machines) == {CPU, "Other"}
+
+
+def test_starts_of_one_layout_are_one_observation(write_run: Any) -> None:
+    config, num_ranks, step_s = on_gpus("data-parallel")
+    run = write_run("twice", config, num_ranks, step_s)
+    events = (run / "events.jsonl").read_text()
+    (run / "events.jsonl").write_text(events + events)
+    (one,) = observations([run])
+    assert one.step_s == pytest.approx(step_s) and one.num_steps == 2 * 16
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"num_steps": 0}, "has at most 0 steps"), ({"num_steps": 4}, "has at most 4 steps"),
+    ({"start": {"machine": {"host": "a"}}}, "does not say on what it ran"),
+    ({"start": {"machine": "a"}}, "does not say on what it ran"),
+    ({"device": "NVIDIA T4"}, "'NVIDIA T4' is in no table of GPUs"),
+    ({"start": {"layout": None}}, "names no layout"), ({"start": {"layout": {"tp": "x"}}}, "is none"),
+    ({"start": {"layout": {"tp": 3}}}, "that no run can have"),
+    ({"start": {"num_ranks": "many"}}, "that no run can have"),
+    ({"start": {"num_ranks": 0}}, "that no run can have"),
+    ({"start": {"num_ranks": 10**400}}, "that no run can have"),
+    ({"start": {"machine": {"device": "NVIDIA H100 80GB HBM3", "threads": 10**400}}}, "that no run can have"),
+])
+def test_what_teaches_nothing_is_refused_in_a_sentence(write_run: Any, changes: dict[str, Any],
+                                                       said: str) -> None:
+    config, num_ranks, step_s = on_gpus("data-parallel")
+    run = write_run("odd", config, num_ranks, step_s, **changes)
+    with pytest.raises(UserError, match=r"--calibrate .*odd") as refusal:
+        calibrate([run])
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_folders_that_are_no_runs_and_steps_that_wait_are_refused(write_run: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run"):
+        calibrate([tmp_path / "nowhere"])
+    waits = write_run("waits", recipes.get("tiny-typhoon-s-legal"), 1, 1.0, device=CPU, on_gpu=False)
+    with pytest.raises(UserError, match=r"wait for what other jobs write"):
+        calibrate([waits])
+    config, num_ranks, step_s = on_gpus("data-parallel")
+    with pytest.raises(UserError, match=r"--out"):
+        calibrate([write_run("fine", config, num_ranks, step_s)], tmp_path)
+
+
+def test_steps_that_take_no_time_or_forever_are_refused(write_run: Any) -> None:
+    config, num_ranks, _ = on_gpus("data-parallel")
+    for name, step_s in (("instant", 1e-300), ("endless", 1e300)):
+        with pytest.raises(UserError, match="which no run has"):
+            calibrate([write_run(name, config, num_ranks, step_s)])
+
+
+def test_a_run_is_not_written_over_by_what_it_teaches(write_run: Any) -> None:
+    config, num_ranks, step_s = on_gpus("data-parallel")
+    run = write_run("kept", config, num_ranks, step_s)
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match="which is read; choose another path"):
+        calibrate([run], run / "config.json")
+    assert (run / "config.json").read_bytes() == before
+
+
+# What a team's own runs teach: factors on the shipped parameters, a processor's speed, and their file.
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    learned = Learned(default(), {"AMD EPYC": LocalMachine(5e10, 1e-3)})
+    file = tmp_path / "ours.json"
+    file.write_text(json.dumps(as_json(learned, {"by": "a test"})))
+    found = read_learned(file)
+    assert vars(found.parameters) == vars(learned.parameters) and found.machines == learned.machines
+    assert shipped().machines == {}
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("", "is no file"), ("[]", "no object `parameters`"), ('{"parameters": 1}', "no object `parameters`"),
+    ("{", "is no file of parameters"), ("{}", "no object `parameters`"),
+    ('{"parameters": {"hbm_fractoin": 1}}', "hbm_fractoin is no parameter; did you mean 'hbm_fraction'?"),
+    ('{"parameters": {"hbm_fraction": "fast"}}', "hbm_fraction = 'fast' must be a number"),
+    ('{"parameters": {"ep_fraction": {"deepep": -1}}}', "ep_fraction.deepep = -1 must be a number"),
+    ('{"parameters": {"hbm_fraction": NaN}}', "must be a number"),
+    ('{"parameters": {"hbm_fraction": %s}}' % ("1" * 400), "must be a number"),
+    ('{"parameters": {"hbm_fraction": 0}}', "something is divided by it"),
+    ('{"parameters": {"product_fraction": {"hopper": {"fp8": 0}}}}', "something is divided by it"),
+    ('{"parameters": {"inside_fraction": 90}}', "must be a share"),
+    ('{"parameters": {"ep_fraction": 0.5}}', "must be an object with alltoall"),
+    ('{"parameters": {"step_overhead_s": {"a": 1}}}', "must be a number"),
+    ('{"parameters": {"ep_fraction": {"depep": 1}}}', "depep is no parameter; did you mean 'deepep'?"),
+    ('{"parameters": {}, "machines": []}', "`machines` is no object"),
+    ('{"parameters": {}, "machines": {"a": {"flops_per_s": 0, "layer_s": 0}}}', "`machines.a` must have"),
+    ('{"parameters": {}, "machines": {"a": {"flops_per_s": 1}}}', "`machines.a` must have"),
+    ("[" * 100_000, "is no file"), (" " * (2 << 20), "more than"),
+])
+def test_other_files_are_refused_with_the_way_out(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "odd.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"--parameters .*odd.json") as refusal:
+        read_learned(file)
+    assert said in str(refusal.value) and "plan --calibrate RUN --out FILE" in str(refusal.value)
+
+
+def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"cannot be read"):
+            read_learned(path)
+
+
+# A processor's speed from the steps of runs on it.
+
+
+def seconds(machine: LocalMachine, passes: Passes) -> float:
+    return sum(machine.seconds(passes).values())
+
+
+def test_what_made_the_times_is_found_again() -> None:
+    machine = LocalMachine(flops_per_s=5e10, layer_s=2e-3)
+    steps = [Passes(10, 1e9), Passes(20, 1e9), Passes(10, 8e9)]
+    found = learn([(passes, seconds(machine, passes)) for passes in steps])
+    assert found.flops_per_s == pytest.approx(5e10) and found.layer_s == pytest.approx(2e-3)
+
+
+def test_noisy_times_give_the_least_squares_of_relative_errors() -> None:
+    drawn = np.random.default_rng(0)
+    steps = [Passes(float(n), float(f)) for n, f in zip(drawn.integers(5, 50, 30),
+                                                        drawn.uniform(1e8, 1e10, 30), strict=True)]
+    truth = LocalMachine(4e10, 3e-3)
+    measured = [(p, seconds(truth, p) * float(drawn.lognormal(0, 0.05))) for p in steps]
+    found = learn(measured)
+    rows = np.array([[p.layers / s, p.flops_per_thread / s] for p, s in measured])
+    expected, *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)
+    assert (found.layer_s, 1 / found.flops_per_s) == pytest.approx(tuple(expected))
+
+
+def test_steps_that_are_all_alike_tell_one_number() -> None:
+    found = learn([(Passes(10, 1e9), 0.5), (Passes(10, 1.2e9), 0.6)])
+    assert found.layer_s == 0 and found.flops_per_s == pytest.approx(2e9)
+
+
+def test_nothing_negative_is_learned() -> None:
+    slow_when_small = [(Passes(10, 1e9), 0.01), (Passes(10, 8e9), 2.0)]
+    found = learn(slow_when_small)
+    assert found.layer_s == 0 and found.flops_per_s > 0
+
+
+def test_passes_of_a_step() -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), ["train.micro_batch_size=2", "parallel.pp=2"])
+    passes = passes_of(config, num_ranks=4, threads=2, seq_len=64, batch_size=16)
+    micro_batches = 16 / 2 / 2  # two replicas of two stages
+    flops = train_flops_per_token(config.model, 64) * 16 * 64 / 4
+    assert passes.layers == (4 / 2 + 1) * (micro_batches + 1)
+    assert passes.flops_per_thread == pytest.approx(flops * (micro_batches + 1) / micro_batches / 2)
+    again = passes_of(apply_settings(config, ["train.recompute=true"]), 4, 2, 64, 16)
+    assert again.flops_per_thread == pytest.approx(passes.flops_per_thread * 4 / 3)
+
+
+# The factors on shipped parameters.
+
+
+NAMES = [factor.name for factor in FACTORS]
+PARTS = np.array([[1.0, 0.1, 0.0], [0.5, 1.0, 0.1], [0.3, 0.1, 1.0], [1.0, 1.0, 1.0], [2.0, 0.2, 0.3]])
+"""Seconds of products, links and host of some steps."""
+
+
+def sums(parts: np.ndarray) -> Callable[[dict[str, float]], Sequence[float]]:
+    """Return a model whose steps are sums of parts, each divided by its factor."""
+    return lambda factors: [float(s) for s in parts @ np.array([1 / factors[name] for name in NAMES])]
+
+
+def test_what_many_runs_show_is_found() -> None:
+    truth = dict(zip(NAMES, (0.8, 0.6, 1.5), strict=True))
+    many = np.repeat(PARTS, 40, axis=0)
+    found = fit(sums(many)(truth), sums(many))
+    assert [found[name] for name in NAMES] == pytest.approx([0.8, 0.6, 1.5], rel=0.02)
+
+
+def test_one_run_moves_each_factor_as_far_as_it_is_believed_to_vary() -> None:
+    one = PARTS[3:4]
+    found = fit([3.3], sums(one))  # 10 % slower than predicted
+    logs = [math.log(found[name]) for name in NAMES]
+    assert sums(one)(found)[0] == pytest.approx(3.3, rel=0.01)
+    # at the optimum each log is (spread of the factor)^2 times its share of the step
+    moved = [log / factor.spread ** 2 * found[name]
+             for log, factor, name in zip(logs, FACTORS, NAMES, strict=True)]
+    assert moved == pytest.approx([moved[0]] * 3, rel=0.01) and all(log < 0 for log in logs)
+
+
+def test_the_optimum_is_that_of_a_search() -> None:
+    measured = [float(s) for s in PARTS.sum(axis=1) * (1.1, 1.2, 0.95, 1.1, 1.05)]
+    found = fit(measured, sums(PARTS))
+
+    def cost(logs: Sequence[float]) -> float:
+        predicted = sums(PARTS)({name: math.exp(log) for name, log in zip(NAMES, logs, strict=True)})
+        r = np.abs(np.log(np.array(predicted) / measured)) / NOISE
+        huber = np.where(r <= 2, r * r / 2, 2 * (r - 1))
+        prior = sum((log / f.spread) ** 2 / 2 for log, f in zip(logs, FACTORS, strict=True))
+        return float(huber.sum()) + prior
+
+    at = [math.log(found[name]) for name in NAMES]
+    drawn = np.random.default_rng(0)
+    around = [cost([a + d for a, d in zip(at, drawn.normal(0, 0.01, 3), strict=True)]) for _ in range(200)]
+    assert cost(at) <= min(around) + 1e-6
+
+
+def test_equal_times_change_nothing() -> None:
+    found = fit([float(s) for s in PARTS.sum(axis=1)], sums(PARTS))
+    assert list(found.values()) == pytest.approx([1.0] * 3)
+
+
+def test_factors_go_on_what_was_seen_and_shares_stay_shares() -> None:
+    base = default()
+    found = scaled(base, {"products": 2.0, "links": 0.5, "host": 3.0}, [chip("h100")])
+    assert found.product_fraction["hopper"]["bf16"] == min(1.0, 2 * base.product_fraction["hopper"]["bf16"])
+    assert found.product_fraction["blackwell"] == base.product_fraction["blackwell"]
+    assert found.inside_fraction == 0.5 * base.inside_fraction
+    assert found.step_overhead_s == 3 * base.step_overhead_s and found.hbm_fraction == base.hbm_fraction
+    assert all(share <= 1 for share in found.product_fraction["hopper"].values())

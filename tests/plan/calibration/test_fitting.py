@@ -1,0 +1,165 @@
+"""What does not fit a GPU is refused with what would; big recipes have layouts that fit, at the sizes that
+they run at."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.families.count import TABLES, num_params
+from megatron_sov.model.recipes.layouts import RECOMMENDED
+from megatron_sov.model.recipes.requested import Request
+from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
+from megatron_sov.plan.footprint.held import held as held_by, stage_params
+from megatron_sov.plan.search.recommended import (
+    leaves_layout_open, recommended, says_layout, settings_for, table)
+from megatron_sov.work.clusters.chips import CHIPS, Gpu
+from megatron_sov.work.clusters.units import GIB
+
+BIG = [name for name in RECOMMENDED if num_params(recipes.get(name).model).total > 1e11]
+SIZES = (512, 1024)
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
+    """The figures of the issue: 33.7 GiB of weights and 67.4 of gradients on each of 480 processes."""
+    solar = recipes.get("solar-open-102b")
+    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 "
+                                        r"needs 111\.6 GiB on each process \(weights 33\.7, gradients 67\.4, "
+                                        r".*75\.0 GiB of a H100-80GB with 79\.0 GiB; the nearest layout that "
+                                        r"fits: --set parallel\.pp=2$"):
+        refuse_too_large(solar, 480, CHIPS["h100"])
+    refuse_too_large(solar, 480, CHIPS["h200"])
+    with pytest.raises(UserError, match="no layout fits so many processes: use more GPUs"):
+        refuse_too_large(solar, 16, CHIPS["h100"])
+
+
+def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
+    """By brute force over what may be changed, on a GPU that the recipe's own layout does not fit."""
+    config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
+    found = nearest(config, 512, gpu)
+    assert found is not None and changes(config.parallel, found) == ["parallel.pp=4"]
+    for change in ({"pp": 2}, {"ep": 32}, {"ep": 8}, {"tp": 2, "sp": True}, {"ep": 8, "pp": 2}, {"ep": 64},
+                   {"pp": 2, "ep": 32}):
+        other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **change))
+        assert other.problems(512) or not fits(other, 512, gpu) or (
+            fullest(other, 512)[1].total > fullest(dataclasses.replace(config, parallel=found), 512)[1].total)
+
+
+def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
+    """More experts to a process, or fewer, is a step; equal stages are one too."""
+    def solar(layers: str) -> RunConfig:
+        return apply_settings(recipes.get("solar-open-102b"), [
+            "parallel.pp=4", f"parallel.pipeline_layout={layers}", "parallel.ep=4"])
+
+    for layers, gib, changed in (("[11,13,13,11]", 60, []), ("[11,13,13,11]", 46, ["parallel.ep=8"]),
+                                 ("[1,1,1,45]", 66, ["parallel.pipeline_layout=[]"])):
+        config = solar(layers)
+        found = nearest(config, 512, Gpu("one", gib * GIB))
+        assert found is not None and changes(config.parallel, found) == changed, layers
+        assert apply_settings(config, changed).parallel == found
+    with pytest.raises(UserError, match=r"that fits: --set 'parallel\.pipeline_layout=\[\]'"):
+        refuse_too_large(solar("[1,1,1,45]"), 512, Gpu("one", 66 * GIB))
+
+
+@pytest.mark.parametrize("recipe", list(RECOMMENDED))
+def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
+    """At both sizes for big recipes, on some nodes for the others."""
+    config = recipes.get(recipe)
+    for gpu in RECOMMENDED[recipe]:
+        for num_ranks in SIZES if recipe in BIG else (8, 64):
+            layout = recommended(config, num_ranks, gpu)
+            assert layout is not None, (gpu, num_ranks)
+            assert says_layout(layout) or not layout
+            run = apply_settings(config, list(settings_for(config, num_ranks, gpu)))
+            assert run == apply_settings(config, list(layout)) and not run.problems(num_ranks)
+            refuse_too_large(run, num_ranks, CHIPS[gpu])
+    assert len(table(config)) == sum(map(len, RECOMMENDED[recipe].values()))
+
+
+@pytest.mark.parametrize(("settings", "from_file", "own", "open_"), [
+    ((), False, {}, True), (("train.steps=5",), False, {}, True), (("parallel.ep=16",), False, {}, False),
+    (("train.recompute=false",), False, {}, False), (("train.micro_batch_size=2",), False, {}, False),
+    ((), True, {}, False), ((), False, {"ep": 16}, False)])
+def test_a_layout_is_open_where_nobody_has_said_anything(settings: tuple[str, ...], from_file: bool,
+                                                         own: dict[str, int], open_: bool) -> None:
+    base = recipes.get("solar-open-102b")
+    base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **own))
+    assert leaves_layout_open(Request(base, settings, from_file)) == open_
+
+
+def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
+    tiny = recipes.get("tiny-solar-open")
+    assert settings_for(tiny, 8, "h100") == () and settings_for(tiny, 8, "") == () and table(tiny) == []
+    assert fits(tiny, 1, Gpu("a small one", 1 * GIB))
+
+
+def runs_of_big_recipes() -> list[tuple[RunConfig, list[tuple[int, int]]]]:
+    """Return every big recipe with each recommended layout, and (processes, stage) of what is to be built of
+    it: at both sizes in turn, and one of each kind of stage."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    runs: dict[tuple[str, str], RunConfig] = {}
+    for name in BIG:
+        config = recipes.get(name)
+        for gpu, num_ranks in itertools.product(RECOMMENDED[name], SIZES):
+            layout = recommended(config, num_ranks, gpu)
+            assert layout is not None
+            run = apply_settings(config, list(layout))
+            key = (config.model.family, str(run.parallel))
+            runs[key] = run
+            sizes[key] = sorted({num_ranks, *sizes.get(key, [])})
+    found = []
+    for key, run in runs.items():
+        stages = sorted({kind_of(run, stage): stage for stage in reversed(range(run.parallel.pp))}.values())
+        found.append((run, [(n, stage) for i, n in enumerate(sizes[key])
+                            for stage in stages[i::len(sizes[key])] or stages]))
+    return found
+
+
+def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:
+    """Return what stages that hold as much have in common: number of layers, being the first or the last."""
+    layers = run.parallel.layers_of_stage(stage, run.model.num_layers)
+    return len(layers), stage == 0, stage == run.parallel.pp - 1
+
+
+def built(big: bool) -> list[list[Any]]:
+    """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return
+    what they hold."""
+    from megatron_sov.engine.mcore.model.meta import built_stage
+
+    return [[dataclasses.asdict(built_stage(run, num_ranks, stage)) for num_ranks, stage in places]
+            for run, places in (runs_of_big_recipes() if big else SMALL_RUNS)]
+
+
+SMALL_RUNS = [(dataclasses.replace(recipes.get(name), parallel=layout), [(8, i) for i in range(layout.pp)])
+              for name, layout in (
+    ("tiny-k-exaone", ParallelConfig(pp=2, vpp=2, tp=2, sp=True, ep=2, etp=2)),
+    ("tiny-qwen2", ParallelConfig(tp=2, sp=True, pp=2)), ("tiny-qwen2", ParallelConfig()),
+    ("tiny-qwen3-moe", ParallelConfig(ep=4, pp=2)))]
+
+
+@pytest.mark.distributed
+def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any) -> None:
+    """Megatron-core's own modules in a fake group of all ranks, against formula and unsharded model."""
+    (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big}) for big in (True, False)))
+    for (run, places), held in zip([*runs_of_big_recipes(), *SMALL_RUNS], [*big, *small], strict=True):
+        said, p, count = stage_params(run), run.parallel, num_params(run.model)
+        assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
+        whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
+        # stages that embed or predict beside the first one hold copies of its table
+        tables = sum(part.key in TABLES for stage in range(p.pp) for runs in held_by(run, stage)
+                     for _, parts in runs for part in parts) - 2 + run.model.tied_embeddings
+        copies = tables * run.model.vocab_size * run.model.hidden_size
+        assert sum(whole[kind_of(run, stage)] for stage in range(p.pp)) == (
+            count.total + count.mtp + copies), p
+
+
+def test_an_interleaved_stage_holds_a_run_of_each_turn() -> None:
+    run = apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.vpp=3"])
+    layers = run.parallel.layers_of_stage(1, run.model.num_layers)
+    assert layers == [4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39]

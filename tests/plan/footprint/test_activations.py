@@ -1,0 +1,128 @@
+"""What a layer saves, and what recomputing and offloading leave of it, against sums by hand in bf16;
+`benchmarks/plan_activations.py` measures them in float32."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.footprint.activations import kept, kinds, saved, under_way
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from plan_activations import CASES, said
+
+TOKENS, HIDDEN, FFN, ROUTED, EXPERTS = 4096, 4096, 1280, 8, 128
+"""Of Solar Open 102B: 64 heads and 8 key/value heads of 128."""
+QUERIES, KEYS = 64 * 128, 8 * 128
+NORMS = 2 * HIDDEN
+ATTENTION = HIDDEN + (QUERIES + 2 * KEYS) + (QUERIES + KEYS) + QUERIES + 2 * 64
+"""The sums of each head's softmax are float32: two numbers."""
+INPUT, SHARED = HIDDEN, 3 * FFN
+ROUTER = 2.5 * 4 * EXPERTS + EXPERTS / 2 + ROUTED * (4 * 3 + 4)
+"""In numbers of two bytes: five float32 and a bool for each expert, three indices and two float32 for each
+choice."""
+INSIDE = ROUTED * (HIDDEN + 3 * FFN)
+ALL = NORMS + ATTENTION + INPUT + ROUTER + INSIDE + SHARED
+
+
+def solar(*settings: str) -> RunConfig:
+    return apply_settings(recipes.get("solar-open-102b"), ["parallel.ep=1", *settings])
+
+
+@pytest.mark.parametrize(("recomputed", "offloaded", "per_token"), [
+    ([], [], ALL),
+    (["layernorm"], [], ALL - INPUT),
+    (["moe_act"], [], ALL - ROUTED * FFN),
+    (["shared_experts"], [], ALL - SHARED),
+    (["moe"], [], ALL - ROUTER - INSIDE - SHARED),
+    # a fused kernel keeps what its recomputation would need
+    (["core_attn"], [], ALL),
+    ([], ["core_attn", "attn_proj"], ALL - (QUERIES + 2 * KEYS) - QUERIES - 2 * 64),
+    ([], ["mlp_norm", "qkv_linear"], ALL - 2 * HIDDEN),
+    ([], ["expert_fc1", "moe_act"], ALL - ROUTED * (HIDDEN + 2 * FFN)),
+    # what is computed again is not there to be offloaded
+    (["moe"], ["expert_fc1"], ALL - ROUTER - INSIDE - SHARED),
+])
+def test_what_stays_until_the_backward_pass(recomputed: list[str], offloaded: list[str],
+                                            per_token: float) -> None:
+    names = [f'gpu.{setting}={str(chosen).replace(chr(39), chr(34))}' for setting, chosen in
+             (("recompute_modules", recomputed), ("offload_modules", offloaded))]
+    config = solar("train.recompute=selective", *names)
+    (kind,) = set(kinds(config.model))
+    whole = saved(config, TOKENS, kind)
+    assert kept(config, TOKENS, kind, whole) == 2 * TOKENS * per_token
+    assert whole.total == 2 * TOKENS * ALL
+
+
+def test_a_recomputed_layer_keeps_its_input() -> None:
+    config = solar("train.recompute=true", "parallel.tp=4", "parallel.sp=true", "parallel.cp=2")
+    (kind,) = set(kinds(config.model))
+    assert kept(config, TOKENS, kind, saved(config, TOKENS, kind)) == 2 * TOKENS // 8 * HIDDEN
+
+
+def test_layers_differ_in_window_experts_and_positions() -> None:
+    """K-EXAONE: a dense layer first, three windows before each layer that sees everything and has no
+    positions."""
+    found = kinds(recipes.get("k-exaone-236b").model)
+    assert [kind.with_experts for kind in found].count(False) == 1 and not found[0].with_experts
+    assert [kind.slides for kind in found[:8]] == [True, True, True, False] * 2
+    assert all(kind.slides == kind.rotates for kind in found)
+
+
+# Micro-batches under way, against a schedule played through, and what each of them keeps, against a step
+# that is trained.
+
+
+ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer")
+TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
+
+
+@pytest.mark.parametrize(("pp", "vpp", "stage", "micro_batches", "counts"), [
+    (1, 1, 0, 8, [1]), (4, 1, 0, 8, [4]), (4, 1, 3, 8, [1]), (4, 1, 0, 2, [2]),
+    # by hand: of 2 stages the first runs 2 + 2 passes ahead, and one more before the first backward pass
+    (2, 2, 0, 4, [3, 2]), (2, 2, 1, 4, [2, 1]), (2, 2, 0, 2, [2, 2]),
+    (4, 3, 0, 16, [7, 4, 4]), (4, 3, 3, 16, [4, 4, 1])])
+def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: int, micro_batches: int,
+                                                    counts: list[int]) -> None:
+    assert under_way(pp, vpp, stage, micro_batches) == counts
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
+def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int) -> None:
+    """Its order of chunks, its number of passes ahead."""
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+    for stage in range(pp):
+        table = get_schedule_table(4 * pp, vpp, pp)
+        ahead = 2 * (pp - stage - 1) + (vpp - 1) * pp + 1
+        first = [chunk for _, chunk in table[:ahead]]
+        assert under_way(pp, vpp, stage, 4 * pp) == [first.count(chunk) for chunk in range(vpp)]
+
+
+def trained(name: str) -> list[int]:
+    """Return [pipeline stage, bytes that autograd saved at most] of this rank; runs on every rank."""
+    import tempfile
+
+    from plan_activations import saved_bytes
+
+    (case,) = (case for case in CASES if case.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        return list(saved_bytes(case.config, Path(folder)))
+
+
+@pytest.mark.distributed
+def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
+    cases = [case for case in CASES if case.name in (*ALONE, *TOGETHER)]
+    assert len(cases) == 5
+    found = ranks(*(job(__file__, "trained", case.nproc, {"name": case.name}) for case in cases))
+    for case, of_ranks in zip(cases, found, strict=True):
+        for stage, num_bytes in of_ranks:
+            assert said(case.config, stage, case.nproc) == pytest.approx(num_bytes, rel=0.05), case.name

@@ -1,0 +1,193 @@
+"""Parameters one by one, against those of the library's modules in their order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.footprint.held import held, quantized_weight_bytes as kept_bytes, weight_bytes
+from megatron_sov.plan.footprint.memory import communicators, nccl_bytes
+from megatron_sov.plan.footprint.states import Size, laid_out
+
+LORA = ["lora.rank=4", "lora.targets=[\"all-linear\", \"lm_head\", \"embed_tokens\"]"]
+RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "parallel.sp=true"], 8, 7),
+        ("tiny-qwen2", ["parallel.pp=2", "parallel.vpp=2"], 4, 2), ("tiny-solar-open", LORA, 1, 0),
+        ("tiny-qwen3", ["lora.rank=2", "lora.dora=true", "parallel.tp=2"], 2, 1),
+        ("tiny-exaone4", ["parallel.pp=2"], 2, 1), ("tiny-hyperclovax", ["parallel.tp=2"], 2, 0),
+        ("tiny-gemma3", [], 1, 0), ("tiny-gemma2", [], 1, 0),
+        ("tiny-gpt-oss", ["parallel.ep=2"], 2, 1),
+        ("tiny-glm4-moe", ["parallel.pp=2", "parallel.ep=2"], 4, 3),
+        ("tiny-deepseek-v3", ["parallel.tp=2", "parallel.sp=true"], 2, 1),
+        ("tiny-deepseek-v3", ["model.latent_attention.q_lora_rank=null"], 1, 0))
+"""Recipe, settings, processes, rank."""
+
+
+def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
+    return apply_settings(recipes.get(recipe), [f"train.precision={precision}", *settings])
+
+
+def shapes_of_modules(precision: str) -> list[Any]:
+    """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
+    from megatron_sov.engine.mcore.optimizer.meta import built
+
+    found = []
+    for recipe, settings, num_ranks, rank in RUNS:
+        made = built(config_of(recipe, settings, precision), num_ranks, rank)
+        found.append([made.stage, made.shapes])
+    return found
+
+
+def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, job: Any) -> None:
+    """With Transformer Engine norms and experts stand elsewhere than without."""
+    for run, precision in ((ranks, "fp32"), (te_ranks, "bf16")):
+        ((found,),) = run(job(__file__, "shapes_of_modules", 1, {"precision": precision}))
+        for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, found, strict=True):
+            said = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
+                    for runs in held(config_of(recipe, settings, precision), stage)]
+            assert said == shapes, (recipe, precision)
+
+
+# Buffers by runs of parameters, against laying every parameter by itself.
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
+
+
+def one_by_one(sizes: list[Size], num_ranks: int, bucket_numel: int | None,
+               end_multiple: int) -> tuple[int, list[Counter[int]]]:
+    """Return [elements of the buffer, what every rank updates of each mark], parameter by parameter."""
+    multiple = math.lcm(num_ranks, end_multiple)
+    buckets: list[list[tuple[int, int, int]]] = [[]]
+    bounds, offset, first = [], 0, 0
+
+    def close() -> None:
+        nonlocal offset, first
+        offset = math.ceil(offset / multiple) * multiple
+        bounds.append((first, offset))
+        buckets.append([])
+        first = offset
+
+    for size in (one for run in sizes for one in [run] * run.number):
+        offset = math.ceil(offset / 64) * 64
+        if size.is_alone and buckets[-1]:
+            close()
+        buckets[-1].append((offset, offset + size.numel, size.mark))
+        offset += size.numel
+        if size.is_alone or (bucket_numel is not None and offset - first >= bucket_numel):
+            close()
+    if buckets[-1]:
+        close()
+    found: list[Counter[int]] = []
+    for rank in range(num_ranks):
+        updated: Counter[int] = Counter()
+        for (start, end), bucket in zip(bounds, buckets, strict=False):
+            share = (end - start) // num_ranks
+            begin = start + rank * share
+            for a, b, mark in bucket:
+                updated[mark] += max(0, min(b, begin + share) - max(a, begin))
+        found.append(+updated)
+    return offset, found
+
+
+@given(SIZES, st.integers(1, 7), st.none() | st.integers(1, 3000), st.sampled_from([128, 1 << 16]))
+def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num_ranks: int,
+                                         bucket_numel: int | None, end_multiple: int) -> None:
+    sizes = [Size(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
+    buffer = laid_out(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
+                      end_multiple=end_multiple)
+    numel, updated = one_by_one(sizes, num_ranks, bucket_numel, end_multiple)
+    assert buffer.numel == numel
+    for rank in range(num_ranks):
+        found: Counter[int] = Counter()
+        for piece in buffer.updated(rank, num_ranks):
+            found[piece.mark] += piece.numel * piece.number
+        assert found == updated[rank]
+
+
+@pytest.mark.parametrize(("sharded", "numel"), [(False, 100 + 2 * 70), (True, 384)])
+def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
+    """By hand: 100 up to 128, 70 up to 192 twice; 326 up to a multiple of 3 and 128."""
+    sizes = [Size(100, 1, 0, False), Size(70, 2, 0, False)]
+    assert laid_out(sizes, sharded=sharded, num_ranks=3, bucket_numel=None,
+                    end_multiple=128).numel == numel
+
+
+# Estimates of what libraries take, by their formulas.
+
+
+@pytest.mark.parametrize(("recipe", "settings", "num_ranks", "count"), [
+    ("tiny-qwen3", [], 1, 0),
+    # all processes, and they are one data-parallel group
+    ("tiny-qwen3", [], 8, 2),
+    # and tensor, pipeline, both together for gradient norms
+    ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16, 5),
+    # experts: their own group, and its share of data parallelism and of norms
+    ("tiny-solar-open", ["parallel.ep=4"], 8, 5),
+    # the prediction layer's embedding is that of the first stage
+    ("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=4"], 8, 7)])
+def test_communicators_are_those_of_a_step(recipe: str, settings: list[str], num_ranks: int,
+                                           count: int) -> None:
+    config = apply_settings(recipes.get(recipe), settings)
+    assert communicators(config, num_ranks) == count
+    # 4 MiB, 512 KiB and 4,800 KiB for each of 16 channels
+    assert nccl_bytes(config, num_ranks) == count * 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
+
+
+# What Transformer Engine keeps of quantised weights, against sizes counted by hand, and which weights
+# those are, against the model's parameters.
+
+
+HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128
+"""Of Solar Open: 64 heads and 8 of keys, 48 layers of experts of 1280, the shared one too."""
+
+
+def solar(*changes: str) -> RunConfig:
+    return apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.ep=8", *changes])
+
+
+@pytest.mark.parametrize(("fp8", "rows", "columns", "by_hand"), [
+    # a byte for each value and one for each of the transposed copy, one float32 scale
+    ("tensorwise", 300, 200, 60_000 + 60_000 + 4),
+    # 3 x 2 blocks of 128: scales [3, 4] rowwise, the blocks of a row filled up to 4; [2, 4] columnwise
+    ("blockwise", 300, 200, 120_000 + 4 * (12 + 8)),
+    ("blockwise", 2560, 4096, 2 * 2560 * 4096 + 4 * (20 * 32 + 32 * 20)),
+    # 192 / 32 = 6 scales of a row, filled up to 8, for 384 rows; 320 / 32 = 10, up to 12, for 256 columns
+    ("mxfp8", 320, 192, 2 * 320 * 192 + 384 * 8 + 12 * 256),
+    # half a byte for a value; 192 / 16 = 12 scales of each of 384 rows, 320 / 16 = 20 of each of 256 columns;
+    # two float32
+    ("nvfp4", 320, 192, 320 * 192 + 384 * 12 + 256 * 20 + 8)])
+def test_a_weight_takes_what_is_counted_by_hand(fp8: str, rows: int, columns: int, by_hand: int) -> None:
+    assert weight_bytes(fp8, rows, columns) == by_hand
+
+
+def test_layers_in_bf16_keep_nothing_beside_their_weights() -> None:
+    """Half of the first of four stages, and of the last one."""
+    sums = [[kept_bytes(solar("train.fp8=mxfp8", *changes), stage) for stage in range(4)] for changes in (
+        (), ("train.fp8_bf16_layers_at_start=6", "train.fp8_bf16_layers_at_end=6"))]
+    whole = sums[0][0]
+    assert sums == [[whole] * 4, [whole // 2, whole, whole, whole // 2]]
+    assert kept_bytes(solar(), 0) == 0
+
+
+def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
+    config = recipes.get("k-exaone-236b")
+    without = apply_settings(config, ["model.num_mtp_layers=0"])
+    for fp8, counts in (("mxfp8", True), ("nvfp4", False)):
+        one, other = (kept_bytes(apply_settings(c, [f"train.fp8={fp8}"]), 0) for c in (config, without))
+        assert (one > other) is counts
+
+
+def test_the_account_of_a_process_has_them() -> None:
+    """By hand: 9.2 GiB of weights in bf16 are 2.17 GiB of vocabulary and what is twice a byte."""
+    (_, before), (_, after) = (fullest(solar(*changes), 512) for changes in ((), ("train.fp8=tensorwise",)))
+    assert after.total - before.total == after.quantized_weights
+    attention = HIDDEN * HEAD_DIM * (64 + 2 * 8 + 64)
+    experts = (NUM_EXPERTS // 8 + 1) * 3 * HIDDEN * 1280
+    assert after.quantized_weights == 12 * (2 * (attention + experts) + 4 * (2 + 2 * 17))

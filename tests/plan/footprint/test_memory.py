@@ -1,0 +1,356 @@
+"""The account of a process: items against their settings, the head against what autograd really keeps, the
+page as made."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.families.count import num_params
+from megatron_sov.plan.calibration import fitting
+from megatron_sov.plan.calibration.fitting import fullest, node_bytes, refuse_on_nodes, refuse_on_this_node
+from megatron_sov.plan.footprint.activations import kinds, saved
+from megatron_sov.plan.footprint.held import stage_params
+from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.speed.workload import ModelShape, Workload, of_run
+from megatron_sov.plan.tables.memory import account_of
+from megatron_sov.work.clusters.chips import CHIPS, Gpu, default_links
+from megatron_sov.work.clusters.cluster import ClusterProfile
+from megatron_sov.work.clusters.units import GIB
+from tests.head_config import head_config
+
+ROOT = Path(__file__).parents[3]
+CHUNK, WORDS = 128, 8192
+
+
+def config_of(recipe: str, **settings: Any) -> RunConfig:
+    return apply_settings(recipes.get(recipe),
+                          [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
+
+
+def bytes_of_an_adapted_head() -> list[int]:
+    """Return [bytes that are allocated for the head with its adapter inside, the account of it]."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.parallel import world
+
+    class Allocated(TorchDispatchMode):
+        """Keeps the size of every operation's result in memory of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operation(*args, **(kwargs or {}))
+            storage = result.untyped_storage()
+            if not any(isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == storage.data_ptr()
+                       for a in args):
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+            return result
+
+    config = config_of("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
+    world.join(ParallelConfig())
+    model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+    with Allocated() as allocated:
+        head = model.head_weight
+    assert head.requires_grad
+    world.leave()
+    # beside the head's own gradient, which without adapters there is as well
+    said = [account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
+    return [sum(allocated.sizes.values()), said[0] - said[1]]
+
+
+def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) -> None:
+    (((measured, said),),) = ranks(job(__file__, "bytes_of_an_adapted_head", 1, {}))
+    assert measured == said > 0
+
+
+def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
+    """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
+    cross-entropy, and those of one whose logits are capped]."""
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_sov.engine.mcore.model.divergence import Divergence, TeacherStates, TeacherTopK
+    from megatron_sov.engine.mcore.model.logprobs import Head
+    from megatron_sov.engine.mcore.parallel import world
+
+    def peak(compute: Any) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            kept = compute()
+        found = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        del kept
+        return int(max(accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns()))))
+
+    world.join(ParallelConfig())
+    tokens = 2 * CHUNK
+    states, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
+    teacher = (TeacherTopK(torch.arange(top_k).expand(tokens, top_k), torch.full((tokens, top_k), -1.0))
+               if top_k else TeacherStates(torch.randn(tokens, 8), torch.randn(WORDS, 8)))
+    head, ones = Head(weight, head_config(), CHUNK, WORDS), torch.ones(tokens)
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
+             peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
+             peak(lambda: replace(head, logits_softcap=3.0).cross_entropy(states, labels, {"sum": ones}))]
+    world.leave()
+    return found
+
+
+def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
+    config = config_of("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
+                       model__vocab_size=WORDS)
+
+    def head_bytes(*settings: str) -> int:
+        return account(apply_settings(config, list(settings)), 1, 0, 1024).head
+
+    asked = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
+    found = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
+                    for beta, top_k in asked))
+    slope = head_bytes("model.logits_softcap=3") - head_bytes()
+    for (beta, top_k), ((peak, plain, capped),) in zip(asked, found, strict=True):
+        said = head_bytes("objective.name=distill", f"distillation.beta={beta}",
+                          f"distillation.top_k={top_k}") - head_bytes()
+        assert peak - plain == pytest.approx(said, rel=0.05), f"beta {beta}, top-k {top_k}"
+        assert capped - plain == pytest.approx(slope, rel=0.05)
+
+
+@pytest.mark.parametrize(("change", "item", "factor"), [
+    ({"parallel__cp": 2}, "layer_inputs", 0.5), ({"parallel__pp": 2}, "layer_inputs", 1.0),
+    ({"train__precision": "fp32"}, "layer_inputs", 2.0),
+    ({"gpu__grad_dtype": "bf16"}, "gradients", 1 / 2), ({"parallel__ep": 16}, "imbalance", 1.0),
+    # without a prediction layer, which is dense, every layer is alike
+    ({"train__recompute": "false"}, "one_layer", 0.6),
+    ({"parallel__tp": 2, "parallel__sp": "true"}, "nccl", 7 / 5),
+    ({"train__micro_batch_size": 2}, "layer_inputs", 2.0)])
+def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
+    base = {"parallel__ep": 2, "parallel__zero1": "false", "train__global_batch_size": 512}
+    before, after = (account(config_of("solar-open-102b", **(base | c)), 16, 0, 131072)
+                     for c in ({}, change))
+    assert getattr(after, item) / getattr(before, item) == pytest.approx(factor, rel=0.1)
+
+
+def test_items_add_up_to_what_the_device_holds() -> None:
+    config = config_of("k-exaone-236b", parallel__ep=16, gpu__optimizer_offload=0.5, optim__name="adamw",
+                       gpu__grad_dtype="bf16", train__fp8="mxfp8")
+    found = account(config, 64, 0, 4096)
+    assert found.on_host > 0 and found.head > found.one_layer > 0
+    items = found.components()
+    assert items.pop("one_layer") == 0 and all(value > 0 for value in items.values())
+    assert found.total == sum(items.values())
+    assert found.allocated == found.total - found.nccl - found.fragmentation
+    # gradients of what is updated here, in float32
+    assert found.update == 4 * found.optimizer // 12
+
+
+def test_of_a_layer_and_the_head_the_larger_counts() -> None:
+    short, long = (account(config_of("solar-open-102b", parallel__ep=8), 64, 0, tokens)
+                   for tokens in (1024, 32_768))
+    assert short.components()["head"] == short.head > short.one_layer
+    assert long.components()["one_layer"] == long.one_layer > long.head
+    for found in (short, long):
+        # neither the sum nor the allocator's gaps know the smaller one
+        larger = max(found.one_layer, found.head)
+        assert found.fragmentation == (found.layer_inputs + larger + found.imbalance) // 20
+        assert found.total == sum(found.components().values())
+
+
+def test_uneven_routing_is_on_top() -> None:
+    config = config_of("solar-open-102b", parallel__ep=8, train__recompute="false")
+    even, uneven = (account(config, 64, 0, 4096, imbalance) for imbalance in (1.0, 1.5))
+    assert even.imbalance == 0
+    (kind,) = set(kinds(config.model))
+    layer = saved(config, 4096, kind)
+    # every layer's routed tokens once more by half, and those that pass through one of them
+    assert uneven.imbalance == (48 * layer.routed + 3 * layer.expert_input) // 2
+    alone = account(config_of("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
+    assert alone.imbalance == 0  # a process with all experts has all tokens, whatever they visit
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    script = ROOT / "docs" / "generate_memory.py"
+    code = ("import sys, runpy; page = runpy.run_path(sys.argv[1])['page']; sys.stdout.write(page())")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+
+
+def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
+    config = config_of("tiny-qwen3", lora__rank=4, train__precision="fp32")
+    m = config.model
+    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
+    count, whole = 4 * m.num_layers * sides, num_params(m).total
+    found = account(config, 1, 0, 64)
+    assert found.weights == 4 * (whole + count)
+    assert (found.gradients, found.optimizer) == (4 * count, 8 * count)
+    full = account(config_of("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
+    assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > found.head
+
+
+def test_a_call_takes_a_millisecond_or_a_few() -> None:
+    """A sweep asks thousands of times; the best of some calls, since machines are busy."""
+    config = config_of("solar-open-102b", parallel__pp=16, parallel__ep=8, parallel__zero1="true")
+    fullest(config, 512)
+
+    def seconds() -> float:
+        began = time.process_time()
+        fullest(config, 512)
+        return time.process_time() - began
+
+    assert min(seconds() for _ in range(20)) < 0.005
+
+
+# Memory of a step that no recipe describes, against the account of recipes that it also describes, and
+# against counts by hand.
+
+
+H100, LINKS = CHIPS["h100"], default_links(CHIPS["h100"])
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [
+    ("solar-open-102b", ["parallel.pp=4", "parallel.ep=8", "parallel.zero1=true"]),
+    ("k-exaone-236b", ["parallel.pp=8", "parallel.ep=16", "parallel.tp=2", "parallel.sp=true"]),
+    ("qwen3-8b", ["parallel.pp=2", "parallel.vpp=2", "train.recompute=selective",
+                  'gpu.recompute_modules=["core_attn"]', "gpu.offload_modules=[]"]),
+    ("qwen3-4b", ["parallel.zero1=true", "gpu.grad_dtype=bf16", "train.recompute=false",
+                  "gpu.recompute_modules=[]"])])
+def test_a_recipes_step_is_weighed_as_the_recipe(recipe: str, settings: list[str]) -> None:
+    """But for norms of heads, which a shape does not tell, and for which queries are copied."""
+    config = apply_settings(recipes.get(recipe), settings)
+    phase = config.data.phases[0]
+    workload = of_run(config, phase, 256, H100, LINKS)
+    for stage in (0, config.parallel.pp - 1):
+        said = account(replace(config, train=replace(
+            config.train, global_batch_size=workload.global_batch_size)), 256, stage, phase.seq_len, 1.0)
+        found = account_of(workload, stage)
+        assert found.states == pytest.approx(said.states, rel=2e-4)
+        assert found.total == pytest.approx(said.total, rel=0.04)
+
+
+LLAMA = ModelShape(num_layers=80, hidden_size=8192, num_heads=64, head_dim=128, num_kv_heads=8,
+                   vocab_size=128_256, dense_ffn_dim=28_672)
+"""Llama 3 70B (arXiv 2407.21783, table 3)."""
+DEEPSEEK = ModelShape(
+    num_layers=61, hidden_size=7168, num_heads=128, head_dim=128, num_kv_heads=128, vocab_size=129_280,
+    dense_ffn_dim=18_432, num_experts=256, num_experts_per_token=8, expert_ffn_dim=2048,
+    num_shared_experts=1, num_dense_layers=3, num_mtp_layers=1, mtp_moe=True, q_lora_rank=1536,
+    kv_lora_rank=512, rope_head_dim=64, v_head_dim=128)
+"""DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
+
+
+def test_weights_under_fsdp_are_shared() -> None:
+    """70.6 billion: of 256 processes each keeps its part in bf16, gradient and three float32 numbers."""
+    workload = Workload(LLAMA, H100, LINKS, 256, 8192, global_batch_size=256, sharding="fsdp",
+                        recompute="full")
+    found = account_of(workload)
+    assert found.weights == pytest.approx(2 * 70.55e9 / 256, rel=0.01)
+    assert found.optimizer == pytest.approx(12 * 70.55e9 / 256, rel=0.01)
+    # two whole layers, weights and gradients
+    layer = 70.55e9 / 80 * 6
+    assert found.gradients == pytest.approx(4 * 70.55e9 / 256 + 2 * layer, rel=0.05)
+
+
+@pytest.mark.parametrize("ep", [1, 8, 64])
+def test_experts_under_fsdp_are_not_cut_twice(ep: int) -> None:
+    """Each process keeps a part of all, however many of the cuts are expert parallelism's."""
+    workload = Workload(DEEPSEEK, H100, LINKS, 1024, 4096, global_batch_size=1024, ep=ep, sharding="fsdp",
+                        recompute="full")
+    found = account_of(workload)
+    assert found.weights == pytest.approx(2 * 685e9 / 1024, rel=0.02)
+    # copies of 64 processes each
+    assert account_of(replace(workload, sharding_group=64)).weights == pytest.approx(
+        2 * 685e9 / 64, rel=0.02)
+
+
+def test_latent_attention_and_prediction_layers_are_weighed() -> None:
+    """671 billion, and 14 of the prediction layer: experts over 64 processes, 16 stages; by hand."""
+    workload = Workload(DEEPSEEK, H100, LINKS, 2048, 4096, global_batch_size=15_360, pp=16, ep=64,
+                        sharding="zero1", recompute="full")
+    stages = [account_of(workload, stage) for stage in range(16)]
+    assert sum(found.weights for found in stages) == pytest.approx(
+        2 * ((671e9 - 653e9) + (653e9 + 11.5e9) / 64), rel=0.15)
+    # every process updates its part of all
+    assert sum(found.optimizer for found in stages) == pytest.approx(12 * 685e9 / 2048 * 16, rel=0.1)
+
+
+def test_a_forward_pass_has_weights_and_what_passes() -> None:
+    workload = Workload(LLAMA, H100, LINKS, 8, 4096, tp=8, sp=True, objective="forward")
+    found = account_of(workload)
+    assert found.gradients == found.optimizer == found.layer_inputs == 0
+    assert 2 * 70.55e9 / 8 < found.total < 2.4 * 70.55e9 / 8
+
+
+def test_layers_that_no_pipeline_divides_are_dealt_out() -> None:
+    workload = Workload(replace(LLAMA, num_layers=61), H100, LINKS, 128, 4096, global_batch_size=256, tp=8,
+                        pp=16)
+    assert account_of(workload, 0).weights > account_of(workload, 14).weights > 0
+
+
+# What an offloaded optimizer pins on a node, by hand; and what is refused with which share.
+
+
+def offloaded(share: float, *settings: str) -> RunConfig:
+    return apply_settings(recipes.get("solar-open-102b"), [f"gpu.optimizer_offload={share}", *settings])
+
+
+def test_a_node_pins_16_bytes_for_each_weight_that_its_processes_update() -> None:
+    config = offloaded(0.5, "parallel.pp=2")
+    first, last = stage_params(config)
+    # 64 processes: 32 for each stage share its dense weights, and 32 / ep each of the experts
+    updated = [params.dense // 32 + params.experts // (32 // config.parallel.ep) for params in (first, last)]
+    # whole parameters, until it is the share or more
+    assert 1 <= node_bytes(config, 64, range(8, 16)) / (8 * int(updated[0] * 16 * 0.5)) < 1.01
+    both = 4 * sum(int(count * 16 * 0.5) for count in updated)
+    assert 1 <= node_bytes(config, 64, range(28, 36)) / both < 1.05
+
+
+def test_a_share_that_no_node_has_room_for_is_refused_with_the_nearest_that_fits() -> None:
+    config = offloaded(1.0)
+    needs = node_bytes(config, 512, range(8))
+    refuse_on_nodes(config, 512, 8, int(needs / 0.9) + 1, CHIPS["h200"])
+    refuse_on_nodes(offloaded(0.0), 512, 8, 1, CHIPS["h200"])
+    with pytest.raises(UserError, match=r"^gpu\.optimizer_offload = 1 pins .* GiB of host memory for the 8 "
+                                        r"processes of a node, and a run may take .* that it has; the "
+                                        r"nearest share that fits: --set gpu\.optimizer_offload=0\.46$"):
+        refuse_on_nodes(config, 512, 8, int(0.55 * needs), CHIPS["h200"])
+    refuse_on_nodes(offloaded(0.46), 512, 8, int(0.55 * needs), CHIPS["h200"])
+    with pytest.raises(UserError):
+        refuse_on_nodes(offloaded(0.47), 512, 8, int(0.55 * needs), CHIPS["h200"])
+    with pytest.raises(UserError, match="no share fits both host and GPU"):
+        refuse_on_nodes(config, 512, 8, needs // 2, Gpu("Tiny", GIB))
+
+
+def test_a_start_goes_by_what_the_machine_has_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = offloaded(1.0)
+    for name, value in {"RANK": 11, "WORLD_SIZE": 512, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    needs = node_bytes(config, 512, range(8, 16))
+    available = SimpleNamespace(available=2 * needs)
+    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: available)
+    refuse_on_this_node(config, None)
+    available.available = int(0.55 * needs)
+    with pytest.raises(UserError, match=r"that it has available; the nearest share that fits: "
+                                        r"--set gpu\.optimizer_offload=0\.46$"):
+        refuse_on_this_node(config, None)
+
+
+@pytest.mark.parametrize("memory, num_bytes", [
+    ("0", 0), ("500G", 500 << 30), ("2t", 2 << 40), ("1000", 1000 << 20), ("64MB", 64 << 20), ("all", 0)])
+def test_a_profile_has_memory_as_slurm_writes_it(memory: str, num_bytes: int) -> None:
+    assert dataclasses.replace(ClusterProfile("x"), memory=memory).memory_bytes == num_bytes

@@ -1,0 +1,117 @@
+"""Bytes of weights, gradients and optimizer: exactly those that training makes, on meta tensors in a fake
+group of all processes.  `benchmarks/plan_bytes.py` has hundreds of layouts; here are some of its first ones,
+and two of big models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.model.config import apply_settings
+from megatron_sov.plan.footprint.states import Place, StageBuffers, states_of
+from megatron_sov.plan.search.space import layouts, space_of
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from plan_bytes import Drawn, draw, is_fused, said
+
+DRAWN = (7, 11, 12, 14, 17, 19, 21)
+"""Of tiny recipes."""
+BIG = (
+    Drawn("solar-open-102b", ("parallel.pp=2", "parallel.vpp=3", "parallel.ep=64", "parallel.zero1=true",
+                              "parallel.overlap_grad_reduce=true", "optim.name=muon",
+                              "train.global_batch_size=512"), 128, 77),
+    Drawn("k-exaone-236b", ("parallel.tp=2", "parallel.sp=true", "parallel.pp=4", "parallel.ep=32",
+                            "parallel.etp=2", "parallel.zero1=true", "gpu.optimizer_offload=0.3",
+                            "optim.name=adamw", "train.global_batch_size=1024"), 512, 400))
+"""On one process of the first stage, and on one of the last."""
+_VISION = {"placeholder_ids": [5], "image_size": 56, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
+           "ffn_dim": 48, "full_attention_layers": [1], "out_hidden_size": 64}
+_PLAIN = {"kind": "siglip", "placeholder_ids": [5], "image_size": 28, "hidden_size": 32, "num_layers": 2,
+          "num_heads": 4, "ffn_dim": 48, "adapter": "mlp"}
+_AUDIO = {"placeholder_ids": [6], "num_mels": 8, "num_frames": 200, "hidden_size": 32, "num_layers": 2,
+          "num_heads": 4, "ffn_dim": 48, "compression": 25, "compressor_size": 64}
+ENCODERS = (
+    Drawn("tiny-qwen3", (f"model.vision={json.dumps(_VISION)}", f"model.audio={json.dumps(_AUDIO)}",
+                         "media.train_encoders=true", "parallel.pp=2", "parallel.zero1=true",
+                         "parallel.overlap_grad_reduce=true", "train.precision=bf16",
+                         "optim.name=muon"), 4, 0),
+    Drawn("tiny-qwen3", (f"model.vision={json.dumps(_PLAIN)}", "train.precision=fp32"), 1, 0))
+"""Trained ones under Muon, and a frozen one with a trained adapter."""
+
+
+def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
+    """Return [what training makes of a process, what the plan says of it], of each layout."""
+    from megatron_sov.engine.mcore.optimizer.meta import built
+
+    found = []
+    for values in layouts:
+        layout = Drawn(**values)
+        made = built(layout.config, layout.num_ranks, layout.rank)
+        found.append([dataclasses.asdict(made.states),
+                      dataclasses.asdict(said(layout, made.stage, made.place))])
+    return found
+
+
+def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) -> None:
+    layouts = [*(draw(number) for number in DRAWN), *BIG, *ENCODERS]
+    for run, fused in ((te_ranks, True), (ranks, False)):
+        asked = [layout for layout in layouts if is_fused(layout) is fused]
+        assert asked
+        ((found,),) = run(job(__file__, "both", 1,
+                              {"layouts": [dataclasses.asdict(layout) for layout in asked]}))
+        for layout, (made, predicted) in zip(asked, found, strict=True):
+            assert made == predicted, layout
+
+
+@pytest.mark.parametrize(("settings", "weights", "gradients", "optimizer"), [
+    # 10 parameters of a dense model: each one's bytes
+    (["train.precision=bf16"], 2, 4, 12), (["train.precision=fp32"], 4, 4, 8),
+    (["train.precision=fp64"], 8, 8, 16), (["train.precision=bf16", "gpu.grad_dtype=bf16"], 2, 2, 12)])
+def test_a_parameter_has_bytes_by_its_precision(settings: list[str], weights: int, gradients: int,
+                                                optimizer: int) -> None:
+    found = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1, 0).held(Place())
+    count = found.elements
+    assert (found.weights, found.gradients, found.optimizer) == (
+        weights * count, gradients * count, optimizer * count)
+
+
+def test_processes_of_a_group_update_every_parameter_once() -> None:
+    config = apply_settings(recipes.get("tiny-k-exaone"), [
+        "train.precision=bf16", "parallel.zero1=true", "parallel.ep=2", "parallel.overlap_grad_reduce=true",
+        "parallel.bucket_params=30000"])
+    buffers = StageBuffers(config, 6, 0)
+    # of 6 processes the dense parameters, of 3 each the two halves of the experts
+    dense = sum(buffers.held(Place(rank, -1)).updated for rank in range(6))
+    experts = sum(buffers.held(Place(-1, rank)).updated for rank in range(3))
+    assert dense + experts == buffers.held(Place()).elements
+
+
+def test_where_muon_keeps_one_moment_the_fullest_process_updates_tables() -> None:
+    config = apply_settings(recipes.get("k-exaone-236b"), ["parallel.zero1=true", "parallel.ep=64"])
+    assert config.optim.name == "muon"
+    buffers = StageBuffers(config, 512, 0)
+    sizes = [buffers.held(Place(rank)).optimizer for rank in range(512)]
+    # a few more bytes for one that has norms as well
+    assert buffers.held(buffers.fullest()).optimizer == pytest.approx(max(sizes), rel=1e-4)
+    assert max(sizes) > sizes[0]
+
+
+@pytest.mark.parametrize("settings", [[], ["lora.rank=8"], [
+    'optim.groups=[{"pattern": "decoder.layers.1.*", "frozen": true}]']])
+def test_what_is_remembered_of_one_layout_holds_for_those_that_share_it(settings: list[str]) -> None:
+    """Of layouts that a search meets, uneven ones among them, against each one's own buffers."""
+    config = apply_settings(recipes.get("tiny-k-exaone"), settings)
+    every = [dataclasses.replace(config, parallel=parallel)
+             for parallel in layouts(config, space_of(config, 16, 8, beside=(1.3,)))
+             if not parallel.problems(config.model, 16)]
+    assert len(every) > 30 and any(one.parallel.pipeline_layout for one in every)
+    for one in every:
+        for stage in range(one.parallel.pp):
+            buffers = StageBuffers(one, 16, stage)
+            assert states_of(one, 16, stage) == buffers.held(buffers.fullest()), (one.parallel, stage)

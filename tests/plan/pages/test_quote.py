@@ -1,0 +1,367 @@
+"""What is paid for a run is the sum of its stages, and every figure follows from its neighbours."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.config.schedules import Schedule
+from megatron_sov.model.recipes.requested import Request
+from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.on_cluster import placed, searched
+from megatron_sov.plan.pages import quote as quote_tables, timetable
+from megatron_sov.plan.pages.quote import (
+    Memory, Quote, Traffic, alike, as_json, dollars, energy, gib, labels, percent, seconds, tables, text,
+    totals)
+from megatron_sov.plan.pricing import (
+    MAX_NODES, Machines, Pricing, RunStage, group_stages, machines, pricing, quote, refuse_precision,
+    run_stages)
+from megatron_sov.plan.speed.parameters import default
+from megatron_sov.work.clusters.units import GIB
+
+
+@pytest.fixture(scope="module")
+def quotes() -> list[Quote]:
+    of = pricing(machines("b200", 60))
+    assert of is not None
+    return [quote(stage, of) for stage in run_stages(recipes.get("solar-open-102b"), of.num_ranks)]
+
+
+def test_figures_follow_from_each_other(quotes: list[Quote]) -> None:
+    for q in quotes:
+        assert q.step_s == pytest.approx(sum(q.seconds.values()))
+        assert q.tokens_per_s_per_gpu == pytest.approx(13440 * 4096 / q.step_s / 480)
+        assert q.hours == pytest.approx(q.tokens / q.tokens_per_s_per_gpu / 480 / 3600)
+        assert q.days >= q.hours / 24 and q.gpu_hours == pytest.approx(q.days * 24 * 480)
+        assert q.mfu == pytest.approx(q.tflops_per_gpu * 1e12 / 2.25e15)
+        # 12 B active parameters: 6 FLOPs each and a token, attention beside
+        assert q.tflops_per_gpu * 1e12 / q.tokens_per_s_per_gpu == pytest.approx(6 * 12.05e9, rel=0.15)
+        assert q.cost_range_usd[0] <= q.cost_usd <= q.cost_range_usd[1]
+        assert 0.9 < q.effective_share < 1
+        assert q.memory.total_bytes <= q.memory.limit_bytes
+        assert q.checkpoint is not None
+        # weights in bf16; master weights and two moments in float32
+        assert q.checkpoint.size_bytes == pytest.approx(14 * 102.65e9, rel=0.01)
+        assert q.checkpoint.interval_s == pytest.approx(q.checkpoint.interval_steps * q.step_s)
+
+
+def test_totals_are_sums(quotes: list[Quote]) -> None:
+    t = totals(quotes)
+    assert t.tokens == sum(q.tokens for q in quotes)
+    assert t.days == pytest.approx(sum(q.days for q in quotes))
+    assert t.cost_usd == pytest.approx(sum(q.cost_usd for q in quotes))
+    assert t.effective_share == pytest.approx(quotes[0].effective_share)
+    assert totals([replace(quotes[0], cost_range_usd=(0.0, 0.0))]).cost_range_usd == (quotes[0].cost_usd,) * 2
+
+
+def test_a_quote_is_plain_values(quotes: list[Quote]) -> None:
+    said = json.loads(json.dumps(as_json(quotes[0])))
+    assert said["step_s"] == quotes[0].step_s and said["memory"]["total_bytes"] == sum(
+        said["memory"]["by_component"].values())
+    assert math.isclose(said["gpu_hours"], quotes[0].gpu_hours)
+
+
+def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
+    found = {table.title: table for table in tables(quotes)}
+    assert [row[0] for row in found["What it takes"].rows] == ["1", "2.A", "2.B", "2.C", "total"]
+    assert labels(alike(quotes, lambda q: (q.seconds,))) == ["each stage"]
+    other = replace(quotes[1], seconds={"dense": 1.0})
+    assert labels(alike([quotes[0], other], lambda q: (q.seconds,))) == ["1", "2.A"]
+    for table in tables(quotes):
+        assert {len(row) for row in table.rows} == {len(table.head)}
+        body = text(table).splitlines()[1:]
+        assert len({len(line) for line in body if line.split()[0] != "total"}) == 1  # right-aligned
+
+
+# Amounts as people read them.
+
+
+def test_amounts_have_units_and_few_digits() -> None:
+    assert [gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
+    assert [seconds(s) for s in (0, 4e-6, 0.0312, 1.523, 250)] == [
+        "0 s", "4 us", "31.2 ms", "1.52 s", "250 s"]
+    assert [dollars(d) for d in (0.5, 12_345.6, 4.214e6)] == ["$0.50", "$12,346", "$4.21 M"]
+    assert [energy(e) for e in (830, 12_300, 2.31e6)] == ["830 kWh", "12.3 MWh", "2.31 GWh"]
+    assert [percent(p) for p in (0, 0.004, 0.43, 0.972, 1)] == ["0 %", "0.4 %", "43 %", "97.2 %", "100 %"]
+
+
+# Tables of quotes: words that mean one thing, nothing where nothing is, and figures with their units.
+
+
+def a_quote(**changes: Any) -> Quote:
+    """Return a stage of one hour on 8 GPUs."""
+    seconds: Mapping[str, float] = {"dense": 0.6, "memory": 0.3, "dp": 0.1}
+    values: dict[str, Any] = {
+        "name": "one", "kind": "phase", "gpu": "H100-80GB", "num_gpus": 8, "tokens": 3_600_000, "steps": 3600,
+        "seq_len": 1000, "global_batch_size": 1, "layout": {"pp": 1},
+        "memory": Memory({"weights": 30 * GIB, "update": GIB // 100}, 75 * GIB), "seconds": seconds,
+        "traffic": (Traffic("dp", "between", 5e9, 0.1),), "tokens_per_s_per_gpu": 125.0,
+        "tflops_per_gpu": 1.0, "mfu": 0.4, "hours": 1.0, "effective_share": 1.0, "energy_kwh": 11.0,
+        "cost_usd": 23.6, "cost_range_usd": (16.0, 40.0), "notes": ("Cost: 2.95 USD.",)}
+    return Quote(**(values | changes))
+
+
+def test_components_are_told_apart_from_items_of_memory() -> None:
+    told = [row[0] for row in quote_tables.step([a_quote()]).rows]
+    assert told == ["dense", "memory-bound", "dp messages", "step"]
+    assert [row[0] for row in quote_tables.memory([a_quote()]).rows] == ["weights", "total", "may take"]
+
+
+def test_items_that_are_next_to_nothing_share_a_line() -> None:
+    found = quote_tables.seen(Memory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
+    assert found == {"weights": 1000, quote_tables.OTHERS: 11}
+
+
+def test_a_job_without_gpus_has_no_speed_and_sends_nothing() -> None:
+    job = a_quote(name="reward", num_gpus=0, gpu="", traffic=(), tokens_per_s_per_gpu=0.0, mfu=0.0)
+    (row,) = quote_tables.stages([job]).rows
+    assert row[5:7] == ["-", "-"]
+    assert "What a GPU sends in a step, before overlap" not in {t.title for t in quote_tables.tables([job])}
+
+
+def test_totals_stand_below_several_stages_alone() -> None:
+    assert len(quote_tables.stages([a_quote()]).rows) == 1
+    *_, total = quote_tables.stages([a_quote(), a_quote(name="two")]).rows
+    assert total[0] == "total" and total[3] == "7.2 M" and total[-2:] == ["22 kWh", "$47"]
+
+
+def test_the_pipeline_stage_is_named_where_there_is_a_pipeline() -> None:
+    piped = a_quote(layout={"pp": 4}, memory=Memory({"weights": GIB}, 75 * GIB, stage=3))
+    assert quote_tables.memory([piped]).title == "Memory of the fullest GPU in GiB, pipeline stage 4"
+    assert quote_tables.memory([a_quote()]).title == "Memory of the fullest GPU in GiB"
+
+
+def test_notes_are_said_once_with_the_range_of_prices() -> None:
+    assert quote_tables.notes([a_quote(), a_quote(name="two")]) == [
+        "Cost: 2.95 USD.", "At the prices that were found the whole is $32 to $80."]
+    assert quote_tables.notes([a_quote(cost_range_usd=(23.6, 23.6))]) == ["Cost: 2.95 USD."]
+
+
+# A stage's price is made of the parts that the wings tell apart, each with its own assumption.
+
+
+def on(where: Machines) -> Pricing:
+    found = pricing(where)
+    assert found is not None
+    return found
+
+
+def first(recipe: str, of: Pricing, *settings: str) -> RunStage:
+    return run_stages(apply_settings(recipes.get(recipe), list(settings)), of.num_ranks)[0]
+
+
+def test_a_profile_without_gpus_prices_nothing() -> None:
+    assert pricing(machines("local", 1)) is None
+
+
+def test_memory_and_seconds_are_those_of_the_fullest_process_and_of_a_step() -> None:
+    of = on(machines("h100", 2))
+    stage = first("qwen3-8b", of, "parallel.tp=2", "parallel.sp=true")
+    told = quote(stage, of)
+    assert told.memory.total_bytes == of.needs(stage) == fullest(stage.config, 16)[1].total
+    assert told.step_s == pytest.approx(of.step(stage).total_s)
+    assert told.seconds == of.seconds(stage)
+    assert {(t.group, t.link) for t in told.traffic if t.num_bytes} >= {("tp", "inside")}
+    assert told.num_gpus == 16 and told.gpu == "H100-80GB"
+
+
+def test_only_models_with_experts_meet_imbalance() -> None:
+    of = on(machines("b200", 8))
+    dense, sparse = first("qwen3-8b", of), first("qwen3-moe-30b", of)
+    assert of.workload(dense).imbalance == 1 < of.workload(sparse).imbalance == default().real_imbalance
+    assert not any("busiest" in note for note in quote(dense, of).notes)
+    assert any("busiest" in note for note in quote(sparse, of).notes)
+
+
+def test_what_nobody_has_said_of_the_storage_is_told() -> None:
+    where = machines("h100", 1)
+    bare = replace(where, profile=replace(where.profile, storage_write_gbytes_per_s=0.0))
+    assert any("storage_write_gbytes_per_s" in n for n in quote(first("qwen3-8b", on(bare)), on(bare)).notes)
+    assert not any("storage" in n for n in quote(first("qwen3-8b", on(where)), on(where)).notes)
+
+
+def test_own_parameters_and_own_price_change_what_they_are_about() -> None:
+    where = machines("h100", 1)
+    cheap = replace(where, profile=replace(where.profile, price_per_gpu_hour=1.0))
+    told, stage = quote(first("qwen3-8b", on(cheap)), on(cheap)), first("qwen3-8b", on(where))
+    assert told.cost_usd == pytest.approx(told.gpu_hours) and told.cost_range_usd == (told.cost_usd,) * 2
+    slow = Pricing(where, replace(default(), step_overhead_s=default().step_overhead_s + 10))
+    assert slow.step(stage).total_s == pytest.approx(on(where).step(stage).total_s + 10)
+
+
+@pytest.mark.parametrize(("cluster", "asked", "works"), [
+    ("a100", "tensorwise", "none"), ("h100", "nvfp4", "tensorwise"),
+    # MXFP8 is Blackwell's, although Hopper has FP8
+    ("h100", "mxfp8", "tensorwise"), ("h200", "mxfp8", "tensorwise"), ("a100", "mxfp8", "none")])
+def test_products_that_a_chip_has_none_of(cluster: str, asked: str, works: str) -> None:
+    config = recipes.get("qwen3-8b")
+    fp8 = replace(config, train=replace(config.train, fp8=asked))
+    chip = machines(cluster, 1).chip
+    assert chip is not None
+    refuse_precision(config, chip)
+    refuse_precision(replace(config, train=replace(config.train, fp8=works)), chip)
+    with pytest.raises(UserError, match=f"^train.fp8 = {asked}: .* --set train.fp8={works}"):
+        refuse_precision(fp8, chip)
+
+
+# What `megatron-sov plan` says of a run before it runs.
+
+
+RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_steps=40"]
+
+
+def test_the_table_shows_every_place_at_which_something_changes() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"),
+                            ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
+    found = {row.step: row for row in timetable.rows(config)}
+    # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
+    assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(found)
+    assert {start + 1 for start in config.phase_starts()} <= set(found)
+    assert found[40].samples == 8 and found[41].samples == 16 and found[1].tokens == 8 * 256
+    assert found[200].tokens == 40 * 8 * 256 + 160 * 16 * 256
+    assert found[20].lr == found[160].lr == pytest.approx(4e-3) and found[200].lr == pytest.approx(2e-4)
+    for step, row in found.items():
+        assert row.lr == Schedule(config).learning_rate(step - 1)
+
+
+def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
+    config = apply_settings(recipes.get("solar-open-102b"), [
+        "train.ramp_from_batch_size=480", "train.ramp_increment=480", "train.ramp_steps=20000"])
+    assert 30 < len(timetable.rows(config)) < 100
+    assert len(Schedule(config).stretches) == 27 + 4
+
+
+def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    assert main(["plan", "k-exaone-236b", "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    others = "spanish 2.5 %, german 2.5 %, japanese 2.5 %, vietnamese 2.5 %"
+    assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed
+    assert "#" * timetable.BAR_CHARACTERS in printed
+    html = page.read_text()
+    assert ("Planned learning rate." in html and "Planned blend of each phase." in html
+            and "reasoning-trajectories" in html)
+    assert main(["plan", "k-exaone-236b", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens"] == pytest.approx(11e12, rel=1e-4) and plan["schedule"][-1]["step"] == plan["steps"]
+    assert main(["plan", "k-exaone-236b", "--set", "optim.decay_share=2"]) == 2
+    assert "optim.decay_share = 2 must be at most 1" in capsys.readouterr().err
+    assert main(["plan", "k-exaone-236b", "--nproc", "24"]) == 2
+    assert "must divide the number of processes, 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "lengths"), [
+    ("solar-open-102b-extend", [32768, 102400]), ("k-exaone-236b-extend", [32768, 262144]),
+    ("tiny-solar-open-extend", [512, 1024])])
+def test_the_stages_of_an_extension_are_planned_as_phases(recipe: str, lengths: list[int],
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in plan["phases"]] == [s.name for s in recipes.get(recipe).extend.stages]
+    assert sorted({row["seq_len"] for row in plan["schedule"]}) == lengths
+
+
+# A run is priced in stages: phases of a curriculum, or what `extend` trains one after the other.
+
+
+@pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
+def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
+    config = apply_settings(recipes.get(recipe), ["train.ramp_from_batch_size=8", "train.ramp_increment=8",
+                                                  "train.ramp_steps=30", "train.tokens=10000000000"])
+    schedule, stages = Schedule(config), run_stages(config, 8)
+    assert [s.name for s in stages] == [p.name for p in config.data.phases]
+    assert sum(s.steps for s in stages) == schedule.num_steps
+    assert sum(s.tokens for s in stages) == schedule.tokens(schedule.num_steps - 1)
+    assert {s.kind for s in stages} == {"phase"}
+    # the batch size ramps up in the first phase alone, and no later one is judged by its ramp
+    assert [s.config.train.ramp_from_batch_size for s in stages] == [8] + [0] * (len(stages) - 1)
+
+
+def test_stages_of_an_extension_are_those_that_extend_trains() -> None:
+    config = recipes.get("k-exaone-236b-extend")
+    stages = run_stages(config, 512)
+    assert [(s.name, s.kind, s.phase.seq_len, s.global_batch_size, s.steps) for s in stages] == [
+        ("32k", "extension stage", 32768, 1024, 2000), ("256k", "extension stage", 262144, 128, 2000)]
+    assert [s.tokens for s in stages] == [2000 * 1024 * 32768] * 2
+    # `extend` fills a row of the longest stage with samples of a shorter one, unless somebody chose
+    assert [s.config.train.micro_batch_size for s in stages] == [8, 1]
+    assert [s.config.train.micro_batch_size
+            for s in run_stages(config, 512, micro_batch_set=True)] == [1, 1]
+    for stage in stages:
+        stage.config.check(512)
+
+
+def test_stages_whose_steps_are_alike_are_one_kind() -> None:
+    stages = run_stages(recipes.get("solar-open-102b"), 480)
+    assert [(first.name, len(same)) for first, same in group_stages(stages)] == [("1", 4)]
+    assert len(group_stages(run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
+
+
+# Nodes of a profile: their number, their GPUs, what a run may take, and numbers that nobody means.
+
+
+def test_nodes_of_gpus() -> None:
+    found = machines("b200", 60)
+    assert found.num_ranks == 480 and found.chip is not None
+    assert 0.94 < found.limit_bytes / found.chip.memory_bytes < 0.96
+    assert found.with_nodes(3).num_ranks == 24 and machines("b200", None).nodes == 1
+
+
+def test_nodes_without_gpus_weigh_nothing() -> None:
+    found = machines("local", 1)
+    assert found.chip is None and found.limit_bytes == 0 and found.num_ranks == 2
+
+
+def test_links_that_nobody_has_said_are_missed_where_they_are_needed(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.yaml").write_text("description: no network\ngpu: h100\n")
+    one = machines(str(file), 1)
+    assert one.links().domain == 8
+    with pytest.raises(UserError, match=r"--cluster .*mine.yaml: network_gbits_per_gpu is missing"):
+        one.with_nodes(2).links()
+
+
+@pytest.mark.parametrize("nodes", [0, -3, MAX_NODES + 1])
+def test_a_number_of_nodes_that_nobody_has(nodes: int) -> None:
+    with pytest.raises(UserError, match=f"--nodes {nodes}: must be at least 1"):
+        machines("h100", nodes)
+
+
+# A run on a cluster: whose layout it takes, and what a script reads of it.
+
+
+def of(recipe: str, *settings: str) -> Request:
+    return Request(recipes.get(recipe), settings, from_file=False)
+
+
+def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None:
+    where = machines("h100", 64)
+    open_, own = placed(of("k-exaone-236b"), where), placed(of("k-exaone-236b", "parallel.pp=16"), where)
+    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (8, 8)
+    assert own.config.parallel.pp == 16
+    assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
+
+
+def test_a_script_reads_what_people_read() -> None:
+    found = placed(of("k-exaone-236b"), machines("h100", 64))
+    plan = found.as_json()
+    total = sum(n for item, n in plan["memory_bytes"].items() if item != "total")
+    assert plan["memory_bytes"]["total"] == total == plan["totals"]["peak_memory_bytes"]
+    first, second = found.as_text().splitlines()[:2]
+    assert first == "512 processes of H100-80GB: pp 8, cp 4, ep 8, ZeRO-1"
+    assert second.startswith(f"{total / (1 << 30):.1f} GiB on each of stage {plan['fullest_stage']}: ")
+    assert plan["totals"]["days"] == pytest.approx(sum(stage["days"] for stage in plan["stages"]))
+
+
+def test_a_search_needs_gpus_that_are_known() -> None:
+    with pytest.raises(UserError, match="--sweep with --cluster one-node: gpu is empty in the profile"):
+        searched(of("tiny-solar-open"), machines("one-node", 1), ["tiny-solar-open"])

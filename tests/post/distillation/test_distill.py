@@ -1,0 +1,195 @@
+"""Learning from a teacher that has read the data: the formula written out in float64, one document at a
+time, and the same at every layout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+LAYOUTS = {
+    "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
+    "CP2 x EP2": (2, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
+    "micro batch 1": (1, ["train.micro_batch_size=1"]),
+}
+KINDS = {
+    "whole": ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"],
+    "top-k": ["distillation.top_k=12", "distillation.temperature=2.0"],
+    "top-k alone": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.beta=1",
+                    "distillation.keep_remainder=false"],
+    "translated": ["distillation.top_k=12", "distillation.temperature=2.0", "distillation.ce_coeff=0.5",
+                   "distillation.other_tokenizer=true"],
+}
+FOLDERS = {"whole": "whole", "translated": "translated"}
+"""Of kinds -> what is kept of the teacher, where it is not its most probable tokens in `top`."""
+SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]',
+            "train.global_batch_size=8", "optim.lr=0.01", "data.heldout_tokens=600"]
+FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
+"""For what every layout does once more."""
+STEPS = 2
+
+
+def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
+    """Return a trainer, its teacher, and its sources."""
+    from functools import partial
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
+    from layout_run import small_config
+
+    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.post.distillation.distill import Distillation
+    from megatron_sov.post.distillation.state_files import StateFiles
+    from megatron_sov.post.parts.kept_teacher import KeptTeacher
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")
+    place = world.join(config.parallel)
+    config.check(place.size)
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    files = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
+    teacher = KeptTeacher([files], config.distillation, sources, config.model.vocab_size)
+    objective = partial(Distillation, teacher=teacher)
+    return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
+
+
+def curve(settings: list[str], data: list[str], states: str) -> dict[str, list[dict[str, Any]]]:
+    """Train on two kinds; return each step's losses, meters and gradient norm, and what held-out documents
+    say behind them."""
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.post.distillation.distill import measure_heldout
+
+    found = {}
+    for kind in ("whole", "top-k", "translated"):
+        trainer, teacher, sources = _begin(kind, settings, data, states)
+        steps = [trainer.update() for _ in range(STEPS)]
+        found[kind] = [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters,
+                        **r.losses_by_source} for r in steps]
+        found[kind] += measure_heldout(trainer, sources, teacher).values()
+        trainer.close()
+        world.leave()
+    return found
+
+
+@pytest.fixture(scope="module")
+def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
+         ) -> dict[str, Any]:
+    """Arguments of the jobs: conversations and texts, of which the longer ones are cut, and what is kept of
+    the teacher."""
+    from megatron_sov.post.distillation.state_files import Kept
+
+    data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
+    kept_by_a_teacher(states / "whole", data, Kept("float32"))
+    kept_by_a_teacher(states / "top", data, Kept(top_k=12, temperature=2.0))
+    kept_by_a_teacher(states / "translated", data, Kept(top_k=12, temperature=2.0, translated=True))
+    return {"data": [str(d) for d in data], "states": str(states)}
+
+
+@pytest.mark.distributed
+def test_every_layout_and_every_split_learn_the_same(ranks: Any, job: Any, kept: dict[str, Any]) -> None:
+    layouts = {"alone": (1, []), **LAYOUTS}
+    (alone, *others) = ranks(*(job(__file__, "curve", nproc, {"settings": [*FEWER, *settings], **kept})
+                               for nproc, settings in layouts.values()))
+    for kind, found in alone[0].items():
+        assert len(found) == STEPS + 3 and found[0]["loss"] > 0, kind
+        for name, per_rank in zip(LAYOUTS, others, strict=True):
+            for ours, theirs in zip(per_rank[0][kind], found, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), f"{kind}, {name}"
+
+
+def written_out(data: list[str], states: str) -> list[dict[str, float]]:
+    """Return, for each kind, terms and meters of the second batch, ours and the formula's, each segment
+    passed through the model alone."""
+    import torch
+    from safetensors.torch import load_file
+
+    from megatron_sov.engine.mcore.decode.forward_only import Inputs
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
+
+    head = load_file(Path(states) / "whole/head.safetensors")[HEAD_WEIGHT].double()
+    results = []
+    for kind in KINDS:
+        trainer, _, sources = _begin(kind, [], data, states)
+        whole, asked = StateFiles(Path(states) / "whole", sources), trainer.config.distillation
+        said = StateFiles(Path(states) / FOLDERS.get(kind, "top"), sources)
+        trainer.update()
+        objective = trainer.objective
+        batch = objective.prepare(objective.collect(trainer.policy, 1))
+        wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
+                  "starts": 0.0}
+        for m in batch.micro_batches:
+            for first, source, (document, start, count) in m.origins:
+                here = slice(first, first + count)
+                logits = trainer.policy.logits(Inputs([m.inputs.tokens[here].tolist()],
+                                                      torch.device("cpu")), torch.arange(count))
+                seen = whole.states(source, "train", document, start, count).double() @ head.T
+                log_p, log_q = ((x / asked.temperature).log_softmax(-1) for x in (logits, seen))
+                entropy = -(log_p.exp() * log_p).sum(-1)
+                if asked.top_k:
+                    ids = log_q.topk(asked.top_k).indices
+                    log_p, log_q = (x.gather(1, ids) for x in (log_p, log_q))
+                    if asked.keep_remainder:
+                        log_p, log_q = (torch.cat([x, torch.log1p(-x.exp().sum(1, keepdim=True))], 1)
+                                        for x in (log_p, log_q))
+                    else:
+                        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+                p, q, b = log_p.exp(), log_q.exp(), asked.beta
+                log_m = (b * q + (1 - b) * p).log()
+                kl = (q * (log_q - log_p)).sum(-1)
+                divergence = (kl if b == 0 else (p * (log_p - log_q)).sum(-1) if b == 1 else
+                              b * (q * (log_q - log_m)).sum(-1) + (1 - b) * (p * (log_p - log_m)).sum(-1))
+                picked = -logits.log_softmax(-1)[torch.arange(count), m.labels[here]]
+                learned = (m.weights[here] > 0).double()
+                heard = learned
+                if asked.other_tokenizer:
+                    rows = said.states(source, "train", document, start, count)
+                    heard = learned * (unpacked(rows)[1][:, 0] <= 0)
+                wanted["cross_entropy"] += float((picked.double() * learned).sum())
+                for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
+                                     ("tokens", torch.ones(count))):
+                    wanted[name] += float((values.double() * heard).sum())
+                wanted["starts"] = max(wanted["starts"], start)
+        sums = trainer.computation.sums(batch, objective, 2)
+        tokens = wanted["tokens"]
+        results.append({
+            "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
+            "starts": wanted["starts"], "mtp": sums.terms["mtp"],
+            "ours": [sums.terms["divergence"] / tokens, sums.meters["kl"], sums.meters["entropy"]],
+            "wanted": [wanted[name] / tokens for name in ("divergence", "kl", "entropy")],
+            "ce": [sums.terms.get("cross_entropy"), wanted["cross_entropy"]]})
+        trainer.close()
+        world.leave()
+    return results
+
+
+@pytest.mark.distributed
+def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> None:
+    ((results,),) = ranks(job(__file__, "written_out", 1, kept))
+    for found in results:
+        assert found["tokens"] == found["denominator"] > 100 and found["starts"] > 0 and found["mtp"] > 0
+        # the most probable tokens' log-probabilities are kept in float32
+        exact = 1e-12 if found["kind"] == "whole" else 1e-6
+        assert found["ours"] == pytest.approx(found["wanted"], rel=exact, abs=exact), found
+    assert results[0]["ce"][0] == pytest.approx(results[0]["ce"][1], rel=1e-12)
+    assert results[1]["ce"][0] is None
+    translated = next(found for found in results if found["kind"] == "translated")
+    assert translated["tokens"] < results[0]["tokens"], "some positions are not heard"
+    assert translated["ce"][0] == pytest.approx(translated["ce"][1], rel=1e-12)
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.base.errors import UserError
+    from megatron_sov.post.distillation.distill import Distillation
+
+    run: Any = SimpleNamespace(_teacher=SimpleNamespace(teacher="blake3:one"))
+    Distillation.restore(run, Distillation.state(run))
+    with pytest.raises(UserError, match="--teacher: is blake3:one, and the run has learned from blake3:two"):
+        Distillation.restore(run, {"teacher": "blake3:two"})

@@ -1,0 +1,66 @@
+"""What is kept of a teacher on disk: found by document and offset, with few files open at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.model.config import DistillationConfig
+from megatron_sov.post.distillation import state_files
+from megatron_sov.post.distillation.state_files import Kept, StateFiles
+
+
+def test_most_probable_tokens_keep_every_bit() -> None:
+    token, logprobs = torch.tensor([[5, 200_000], [0, 7]]), torch.tensor([[-0.1, -3e-8], [-1e30, 0.0]])
+    found = state_files.unpacked(state_files.packed(token, logprobs))
+    assert torch.equal(found[0], token) and torch.equal(found[1], logprobs)
+
+
+def test_few_parts_are_mapped_at_a_time(kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_files, "OPEN_PARTS", 3)
+    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], Kept("float32"), part_tokens=100)
+    (source,) = open_sources({str(packed_data.chats): 1.0}, 368)
+    files, lengths = StateFiles(tmp_path / "kept", [source]), source.shard("train").lengths
+    for document in [*range(len(lengths)), 0]:
+        assert files.states(0, "train", document, 0, int(lengths[document])).abs().sum() > 0
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert len(list((tmp_path / "kept/states").iterdir())) > 10
+    assert len({line.split()[-1] for line in maps if str(tmp_path) in line}) == 3
+
+
+def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
+        kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.post.parts import kept_teacher
+
+    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], Kept("float32"), part_tokens=1000)
+    sources = open_sources({str(packed_data.chats): 1.0}, 368)
+    files = StateFiles(tmp_path / "kept", sources)
+    teacher = kept_teacher.KeptTeacher([files], DistillationConfig(), sources, 368)
+    said: list[float] = []
+
+    def of_all_ranks(mine: float) -> list[float]:
+        said.append(mine)
+        return said
+
+    monkeypatch.setattr(kept_teacher.collectives, "of_all_ranks", of_all_ranks)
+
+    def verify() -> None:
+        """Be two processes, one after the other."""
+        said.clear()
+        for rank in range(2):
+            teacher.verify(World(rank, 2, rank, 2, True, True))
+
+    verify()
+    for file in [*sorted((tmp_path / "kept/states").iterdir())[:2], tmp_path / "kept/head.safetensors"]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(UserError, match=f"{file.name}: its content differs .* make the states"):
+            verify()
+        file.write_bytes(whole)

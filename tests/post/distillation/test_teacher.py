@@ -1,0 +1,272 @@
+"""A teacher reads documents at a layout of its own: its states are those of transformers and of one process,
+go on after a kill, and are refused where they belong to something else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+from safetensors.torch import load_file  # noqa: E402
+
+from megatron_sov.base.artifacts import damaged_files, new_artifact  # noqa: E402
+from megatron_sov.base.errors import UserError  # noqa: E402
+from megatron_sov.cli import main  # noqa: E402
+from megatron_sov.engine.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.engine.mcore.model.divergence import Divergence  # noqa: E402
+from megatron_sov.infer.engines.target import Target  # noqa: E402
+from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
+from megatron_sov.post.distillation.teacher import (  # noqa: E402
+    FORMATS, Reading, read_documents, weights_digest)
+
+FAMILY, TOP_K = "exaone_moe", 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> Path:
+    """Forty short documents of two sources."""
+    from data_prep.cli import main as sov_data
+
+    folder = tmp_path_factory.mktemp("short")
+    for name, word in (("first", "argument"), ("second", "sequence")):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"text": f"def {word}_{i}(self):\n    return {', '.join([word] * (1 + i % 7))}\n"})
+            + "\n" for i in range(20)))
+    assert sov_data(["pack", "--tokenizer", str(token_shards.parent / "tokenizer"), "--workers", "1",
+                     "--output", str(folder / "tokens"), "--input", str(folder / "first.jsonl"),
+                     str(folder / "second.jsonl")]) == 0
+    return folder / "tokens"
+
+
+def opened(out: Path, data: Path) -> StateFiles:
+    return StateFiles(out, open_sources({str(data): 1.0}, 1024, FORMATS))
+
+
+def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> Reading:
+    return Reading(Target(model, is_hf), {str(data): 1.0}, kept=Kept("float32", top_k), part_tokens=80)
+
+
+def everything(out: Path, data: Path) -> torch.Tensor:
+    """Return the states of all documents."""
+    files = opened(out, data)
+    return torch.cat([files.states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
+        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.shard("train").lengths)])
+
+
+def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict[str, Path], data: Path,
+                                                 tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert main(["distill", "states", str(hf_models[FAMILY]), "--data", str(data), "--dtype", "float32",
+                 "--output", str(tmp_path / "states")]) == 0
+    files = opened(tmp_path / "states", data)
+    head = load_file(files.head)[HEAD_WEIGHT]
+    model = AutoModelForCausalLM.from_pretrained(hf_models[FAMILY], dtype=torch.float32).eval()
+    shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].shard("train")
+    for document in (0, 7, len(shard.lengths) - 1):
+        ids = shard.tokens(document, 0, int(shard.lengths[document]))
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
+        found = files.states(1, "train", document, 2, len(ids) - 2) @ head.T
+        torch.testing.assert_close(found, logits[2:], rtol=2e-5, atol=2e-5)
+    assert damaged_files(tmp_path / "states") == []
+    with pytest.raises(UserError, match=r"has no states of document 99 of source 'second' \(train\)"):
+        files.states(1, "train", 99, 0, 1)
+    with pytest.raises(UserError, match=r"document 7 has .* states, not 2 to"):
+        files.states(1, "train", 7, 2, int(shard.lengths[7]))
+
+
+def test_a_teacher_whose_logits_are_capped_is_heard_so(one_rank: None, hf_models: dict[str, Path], data: Path,
+                                                       tmp_path: Path) -> None:
+    """A student of any family learns from Gemma 2's own distribution."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from megatron_sov.engine.mcore.model.logprobs import Head
+    from megatron_sov.engine.mcore.parallel import world
+    from megatron_sov.model.config import DistillationConfig, ParallelConfig
+    from megatron_sov.post.parts.kept_teacher import KeptTeacher
+
+    folder = tmp_path / "teacher"
+    model = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=1024, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, final_logit_softcapping=2.0)).eval()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(hf_models[FAMILY] / name, folder)
+    assert main(["distill", "states", str(folder), "--data", str(data), "--dtype", "float32", "--output",
+                 str(tmp_path / "states")]) == 0
+    sources = open_sources({str(data): 1.0}, 1024, FORMATS)
+    ids = sources[1].shard("train").tokens(7, 0, 9)
+    world.join(ParallelConfig())
+    batch: Any = SimpleNamespace(origins=((0, 1, (7, 0, 9)),), labels=torch.zeros(9))
+    heard: Any = KeptTeacher([opened(tmp_path / "states", data)], DistillationConfig(), sources, 1024).at(
+        batch, Head(torch.zeros(1024, 32), None, 8, 1024))
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
+    assert logits.abs().max() > 1.9, "the cap is felt"
+    told, _ = heard.compare(slice(0, 9), logits.log_softmax(-1), Divergence(), 1024)
+    assert told[0].abs().max() < 1e-5, "its divergence from transformers' logits is none"
+    world.leave()
+
+
+def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
+        one_rank: None, hf_models: dict[str, Path], data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its probabilities are transformers', over its own reading of the text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_sov.post.parts.translation import Translation
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(hf_models[FAMILY], teacher)
+    file = json.loads((teacher / "tokenizer.json").read_text())
+    kept = file["model"]["merges"][:40]  # of the same ids, but its tokens are shorter
+    file["model"]["merges"] = kept
+    (teacher / "tokenizer.json").write_text(json.dumps(file))
+    command = ["distill", "states", str(teacher), "--data", str(data), "--output", str(tmp_path / "states"),
+               "--other-tokenizer"]
+    assert main(command) == 2 and "--top-k 0: of a teacher of another tokenizer" in capsys.readouterr().err
+    assert main([*command, "--top-k", "9"]) == 0
+    sources = open_sources({str(data): 1.0}, 1024, FORMATS)
+    files, shard = opened(tmp_path / "states", data), sources[0].shard("train")
+    own = data / "tokenizer"
+    both = Translation(own, teacher, sources[0].vocab_size, 1024)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    ids = shard.tokens(7, 0, int(shard.lengths[7]))
+    document = both.document(ids.tolist())
+    text = AutoTokenizer.from_pretrained(own).decode(ids[:-1])
+    assert document.ids[:-1] == AutoTokenizer.from_pretrained(teacher)(text, add_special_tokens=False)[
+        "input_ids"] and len(document.ids) > len(ids)
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([document.ids]), use_cache=False).logits[0].log_softmax(-1)
+    of_next = logprobs[:-1].gather(1, torch.tensor(document.ids)[1:, None])[:, 0]
+    best = logprobs.topk(18)
+    wanted, values = both.rows(document, ids.tolist(), best.indices, best.values,
+                               torch.cat([of_next, torch.zeros(1)]), 9)
+    got, found = unpacked(files.states(0, "train", 7, 0, len(ids)))
+    torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-4)
+    assert (got == wanted).double().mean() > 0.95, "equal ones may change places"
+
+
+def read(model: str, data: str, out: str, settings: list[str], top_too: bool) -> None:
+    """Read the data, on this process as one of several."""
+    read_documents(reading(Path(model), Path(data)), Path(out), settings, None)
+    if top_too:
+        read_documents(reading(Path(model), Path(data), top_k=TOP_K), Path(f"{out}-top"), settings, None)
+
+
+@pytest.mark.distributed
+def test_every_layout_leaves_the_same_states(imported: dict[str, Path], data: Path, tmp_path: Path, ranks,
+                                             job) -> None:
+    layouts = {"one": [], "tp": ["parallel.tp=2", "parallel.sp=true"],
+               "pp": ["parallel.pp=2", "parallel.pipeline_layout=[2,3]"], "ep": ["parallel.ep=2"]}
+    ranks(*(job(__file__, "read", 2 if settings else 1, {
+        "model": str(imported[FAMILY]), "data": str(data), "out": str(tmp_path / name), "settings": settings,
+        "top_too": name in ("one", "tp")})
+        for name, settings in layouts.items()))
+    expected = everything(tmp_path / "one", data)
+    logprobs = (expected @ load_file(opened(tmp_path / "one", data).head)[HEAD_WEIGHT].T).log_softmax(-1)
+    for name in layouts:
+        difference = (everything(tmp_path / name, data) - expected).norm() / expected.norm()
+        assert difference <= 2e-6, f"{name}: {difference:.1e}"
+    for name in ("one", "tp"):
+        token, kept = unpacked(everything(tmp_path / f"{name}-top", data))
+        torch.testing.assert_close(kept, logprobs.topk(TOP_K).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, logprobs.gather(1, token), rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "one-top/head.safetensors").exists()
+
+
+def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Path], data: Path,
+                                          tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, read_parts, seen = tmp_path / "states", teaching._read_parts, []
+
+    def killed(*arguments: Any) -> None:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(arguments[2])
+        read_parts(*arguments)
+
+    monkeypatch.setattr(teaching, "_read_parts", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        read_documents(reading(imported[FAMILY], data), out, [], None)
+    assert not out.exists() and len(seen) == 2
+    monkeypatch.setattr(teaching, "_read_parts", lambda *a: (seen.append(a[2]), read_parts(*a)))
+    read_documents(reading(imported[FAMILY], data), out, [], None)
+    files = [part.file for together in seen for part in together]
+    assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())
+    assert len(set(files)) == len(files) > 4
+
+
+def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"0000-train-0\.bin: no space left on the device; free some space"):
+        teaching._write(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
+
+
+def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
+    def checkpoint(part: str, weights: bytes, base: str = "1", alpha: int = 16) -> str:
+        with new_artifact(tmp_path / "checkpoint", "checkpoint", overwrite=True) as artifact:
+            (artifact.path / part).mkdir()
+            (artifact.path / part / "0.safetensors").write_bytes(weights)
+            artifact.settings = {"model": {"hidden_size": 8}, "lora": {"alpha": alpha}}
+            artifact.content = {"base": {"path": "base", "sha256": base}} if part == "adapter" else {}
+        return weights_digest(Target(tmp_path / "checkpoint", False))
+
+    def folder(weights: bytes, config: str) -> str:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        (tmp_path / "config.json").write_text(config)
+        return weights_digest(Target(tmp_path, True))
+
+    assert checkpoint("adapter", b"1") == checkpoint("adapter", b"1")
+    assert len({checkpoint("model", b"1"), checkpoint("model", b"2"), checkpoint("adapter", b"1"),
+                checkpoint("adapter", b"2"), checkpoint("adapter", b"1", base="2"),
+                checkpoint("adapter", b"1", alpha=32)}) == 6
+    assert len({folder(b"1", "{}"), folder(b"2", "{}"), folder(b"1", '{"rope_theta": 1}')}) == 3
+
+
+def test_a_teacher_whose_digest_is_known_is_not_hashed_again(
+        one_rank: None, imported: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(target: Target) -> str:
+        raise AssertionError("its files are read once more")
+
+    monkeypatch.setattr(teaching, "weights_digest", hashed)
+    read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, digest="blake3:known"),
+                   tmp_path / "states", [], None)
+    assert opened(tmp_path / "states", data).teacher == "blake3:known"
+
+
+def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
+                                                  packed_data: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ids mean other tokens than in .* \(e.g. \d+: "):
+        read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
+    with pytest.raises(UserError, match="dtype 'int8': is none of bfloat16, float32"):
+        read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
+                       tmp_path / "states", [], None)
+    with pytest.raises(UserError, match=r"--top-k 1024: must lie in \[0, 1024\), the token ids of the teach"):
+        read_documents(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
+    read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [], None)
+    assert opened(tmp_path / "states", data).states(0, "train", 3, 0, 2).dtype == torch.bfloat16
+    other = shutil.copytree(data, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": "", "created_s": 1.0}))
+    with pytest.raises(UserError, match=r"holds states of .*, not of .*other as it is now; make them again"):
+        opened(tmp_path / "states", other)
+    for part in (tmp_path / "states/states").iterdir():
+        part.write_bytes(part.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"bytes, its .* tokens ask for"):
+        opened(tmp_path / "states", data).states(0, "train", 0, 0, 1)

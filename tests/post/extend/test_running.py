@@ -1,0 +1,425 @@
+"""Stages one after the other: when each begins, and what is said of a gate that proves less
+than its stage is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.eval.needle.suite import Cell, make_suite
+from megatron_sov.eval.statistics import wilson_interval
+from megatron_sov.model.config import (
+    GateConfig, NeedleConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings)
+from megatron_sov.model.recipes import get
+from megatron_sov.post.extend import running, running as gate_module
+from megatron_sov.post.extend.running import (
+    StageGate, asks_too_little, decide, make_needles, mean_loss, run_stages, with_needles_in_blends)
+from megatron_sov.post.extend.stages import search
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.stages.evaluate import HeldoutLoss
+
+# A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
+# checkpoint and manifest.
+
+prepare_megatron()
+
+SETTINGS = GateConfig(every_steps=4, min_accuracy=0.9, loss_tolerance_nats=0.1)
+
+
+class Run:
+    """Stands for the run that is judged: of 20 needles `right` are found,
+    and the short context costs `loss`."""
+
+    def __init__(self, num_steps: int = 10, is_main: bool = True) -> None:
+        self.step, self.num_steps, self.right, self.loss = 0, num_steps, 0, 2.0
+        self.world, self.config, self.policy = SimpleNamespace(is_main=is_main), None, None
+        self.told: list[dict[str, Any]] = []
+        self.events = SimpleNamespace(
+            write=lambda event, **fields: self.told.append({"event": event, **fields}))
+        self.recorded: list[tuple[str, int, int]] = []
+        self.gate: Any = None
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.num_steps or self.gate.passed
+
+    def measure(self, run: Run) -> Any:
+        cell = Cell("single", "english", 512, 0.5, 0, self.right, 20, wilson_interval(self.right, 20))
+        return SimpleNamespace(cells=[cell], right=self.right)
+
+    def record(self, run: Run, when: str, result: Any) -> dict[str, Any]:
+        self.recorded.append((when, self.step, result.right))
+        return {"right": result.right}
+
+    def gates(self) -> list[tuple[int, bool]]:
+        return [(e["step"], e["passed"]) for e in self.told if e["event"] == "gate"]
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
+    """Return `judged(run, start_loss, min_steps)`: a gate of that run,
+    whose losses and needles are the run's."""
+
+    def made(run: Run, start_loss: float | None = 2.0, min_steps: int = 4) -> StageGate:
+        monkeypatch.setattr(gate_module, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
+            loss=run.loss, bits_per_byte=1.0, tokens=100)})
+        monkeypatch.setattr(gate_module.collectives, "all_reduce_world", lambda values: values)
+        clean: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
+        needles: Any = SimpleNamespace(measure=run.measure, record=run.record)
+        run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps, clean)
+        return run.gate
+
+    return made
+
+
+def steps(run: Run, *found: tuple[int, int]) -> None:
+    """Let the run go on: (step, needles found there)."""
+    for run.step, run.right in found:
+        run.gate.check(run)
+
+
+def test_the_model_is_judged_before_the_first_step_and_the_search_is_told(judged: Any, capsys: Any) -> None:
+    run = Run()
+    judged(run).begin(run)
+    assert run.told[0] == {"event": "decontamination", "step": 0, "questions_found": 0}
+    assert run.gates() == [(0, False)] and run.recorded == [("before", 0, 0)]
+    assert capsys.readouterr().out.startswith("gate at step 0 does not pass\n  single, english, "
+                                              "512 tokens: 0 of 20 right")
+
+
+def test_it_looks_every_so_many_steps_and_after_the_last_one(judged: Any) -> None:
+    run = Run()
+    judged(run)
+    steps(run, *((step, 0) for step in range(1, 11)))
+    assert run.gates() == [(4, False), (8, False), (10, False)]
+    assert run.recorded == [("after", 10, 0)]
+
+
+def test_it_looks_and_may_pass_from_the_stages_fewest_steps_on(judged: Any, capsys: Any) -> None:
+    run = Run()
+    gate = judged(run, min_steps=7)
+    steps(run, (4, 20))
+    assert not gate.passed and run.recorded == []
+    assert "gate at step 4 passes, and the stage goes on to step 7\n" in capsys.readouterr().out
+    steps(run, (7, 20))
+    assert gate.passed and run.gates() == [(4, False), (7, True)] and run.recorded == [("after", 7, 20)]
+    assert capsys.readouterr().out == "gate at step 7 passes\n"
+
+
+def test_a_short_context_that_got_worse_is_no_pass(judged: Any) -> None:
+    run = Run()
+    gate = judged(run)
+    for run.loss, passes in ((2.11, False), (math.nan, False), (2.09, True)):
+        steps(run, (4, 20))
+        assert gate.passed == passes
+    (event,) = [e for e in run.told if e["event"] == "gate" and e["passed"]]
+    assert (event["start_loss"], event["losses"], event["seq_len"], event["min_steps"]) == (
+        2.0, {"text": 2.09}, 64, 4)
+
+
+def test_other_processes_take_the_loss_of_the_first_one_and_say_nothing(
+        judged: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sent = Run(is_main=False), []
+    judged(run, start_loss=None)
+    monkeypatch.setattr(gate_module.collectives, "all_reduce_world",
+                        lambda values: sent.append(values.tolist()) or values + 2.0)
+    steps(run, (4, 20))
+    assert sent == [[0.0]] and run.gate.passed and capsys.readouterr().out == ""
+    steps(run, (8, 20))
+    assert sent == [[0.0], [0.0]], "what it heard it does not add"
+
+
+def test_failure_completion_and_checkpoint_tell_all_checks(judged: Any) -> None:
+    run = Run()
+    gate = judged(run)
+    steps(run, (4, 3), (8, 12), (10, 17))
+    first, *lines = gate.failure().splitlines()
+    assert first.startswith("the gate has not passed within its 10 steps; give the stage more with max_steps")
+    assert lines == ["  single, english, 512 tokens: 17 of 20 right over all depths = 85.0%, below 90%"]
+    after = judged(other := Run(num_steps=20), start_loss=None)
+    after.restore(json.loads(json.dumps(gate.state())))
+    assert after.state() == gate.state() and after.failure() == gate.failure()
+    steps(other, (12, 20))
+    done = after.completion(other)
+    assert done["needle"] == {"right": 20} and done["gate"]["passed"] and done["gate"]["start_loss"] == 2.0
+    assert [(c["step"], c["passed"]) for c in done["gate"]["checks"]] == [
+        (4, False), (8, False), (10, False), (12, True)]
+    assert done["gate"]["decontamination"] == {"questions_found": 0}
+    assert len(gate.state()["checks"]) == 3, "what was restored is a copy"
+
+
+def test_the_mean_is_over_tokens_and_not_over_sources() -> None:
+    losses = {name: HeldoutLoss(loss=loss, bits_per_byte=1.0, tokens=tokens)
+              for name, loss, tokens in (("a", 1.0, 900), ("b", 3.0, 100))}
+    assert mean_loss(losses) == pytest.approx(1.2) and mean_loss({}) == 0
+
+
+# The gate's decision on planted cells.
+
+
+GATE = GateConfig(every_steps=1, min_accuracy=0.9, loss_tolerance_nats=0.05)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
+
+
+def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind = "single") -> list[Cell]:
+    return [Cell(kind, "english", length, depth, 0, right, samples, wilson_interval(right, samples))
+            for depth, right in zip(DEPTHS, correct, strict=False)]
+
+
+@pytest.mark.parametrize(("correct", "rows", "single"), [
+    ((20, 20, 20, 20, 20), 0, 0),
+    # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
+    ((18, 19, 17, 20, 18), 0, 0),
+    ((18, 18, 18, 18, 17), 1, 0),  # 89 of 100
+    ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is plainly worse
+    ((3, 4, 2, 5, 3), 1, 5),
+    ((0, 0, 0, 0, 0), 1, 5),
+])
+def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int,
+                                                                        single: int) -> None:
+    verdict = decide(cells(*correct), 2.0, 2.0, GATE)
+    assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
+    assert verdict.passed == (not rows and not single)
+    assert len(verdict.lines()) == rows + single
+
+
+def test_every_length_and_kind_is_a_row_of_its_own() -> None:
+    good, bad = (cells(20, 20, 20, 20, 20),
+                 cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
+    verdict = decide(good + bad, 2.0, 2.0, GATE)
+    assert [(r["kind"], r["length_tokens"], r["correct"]) for r in verdict.failing_rows] == [
+        ("single", 2048, 85), ("multi-key", 512, 85)]
+    assert ("single, english, 2,048 tokens: 85 of 100 right over all depths = 85.0%, below 90%"
+            in verdict.lines())
+
+
+@pytest.mark.parametrize(("loss", "passes"), [(1.9, True), (2.04, True), (2.051, False), (math.nan, False)])
+def test_the_short_context_stays_within_the_tolerance(loss: float, passes: bool) -> None:
+    verdict = decide(cells(20, 20, 20, 20, 20), loss, 2.0, GATE)
+    assert verdict.passed == passes
+    assert bool(verdict.lines()) == (not passes)
+
+
+def test_a_model_that_is_right_97_percent_of_the_time_passes_where_every_cell_alone_would_fail_it() -> None:
+    """A gate that asks 95 % of each of 5 cells of 20 stops such a model in nearly half of all tests."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    strict = GateConfig(every_steps=1, min_accuracy=0.95)
+    draws = generator.binomial(20, 0.97, (400, 5))
+    alone = np.mean((draws < 19).any(axis=1))
+    judged = np.mean([not decide(cells(*row), 2.0, 2.0, strict).passed for row in draws.tolist()])
+    assert alone > 0.4 and judged < 0.15
+    poor = generator.binomial(20, 0.8, (400, 5))
+    assert np.mean([decide(cells(*row), 2.0, 2.0, strict).passed for row in poor.tolist()]) == 0
+
+
+# The gate on a model that really learns: it fails while retrieval is not there, and passes when it is.
+
+
+SIZES = {"model.vocab_size": 1024, "model.hidden_size": 64, "model.num_layers": 2,
+         "model.attention_pattern": "LG", "model.num_dense_layers": 2, "model.dense_ffn_dim": 64,
+         "model.sliding_window_tokens": 16, "model.init_std": 0.1, "model.num_mtp_layers": 0}
+"""A sliding layer and a NoPE one: what retrieval needs at least."""
+ALWAYS = {"train.num_threads": 1, "train.global_batch_size": 16, "train.micro_batch_size": 16,
+          "train.eval_every_steps": 0, "train.checkpoint_every_steps": 1000, "data.heldout_tokens": 1000,
+          "data.max_epochs": 0}
+LEARN = {"optim.name": "muon", "optim.muon_scale": "original", "optim.lr": 2e-2, "optim.min_lr": 2e-2,
+         "optim.weight_decay": 0, "optim.schedule": "constant", "optim.warmup_steps": 20,
+         "needle.kinds": '["single"]', "needle.lengths_tokens": "[64]", "needle.depths": "[0.0,0.9]",
+         "needle.samples": 10, "needle.train_share": 0, "extend.gate.every_steps": 50,
+         "extend.gate.min_accuracy": 0.7, "extend.gate.max_overlap": 1}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+def test_a_stage_ends_when_its_model_has_learned_to_retrieve(token_shards: Path, tmp_path: Path,
+                                                             run_command: Any) -> None:
+    """From nothing: a plateau of some hundred steps, then the answers; no needle of the
+    test was in training."""
+    short, run = tmp_path / "short", tmp_path / "long"
+    begin = {"data.phases": '[{"name":"text","seq_len":32}]', "train.steps": 1}
+    done = run_command("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short),
+                       *words(SIZES | ALWAYS | begin))
+    assert done.returncode == 0, done.stderr
+    stage = {"name": "near", "seq_len": 64, "steps": 1, "max_steps": 800, "blend": {"needle": 1}}
+    done = run_command("extend", "tiny-k-exaone", "--from", str(short), "--data", str(token_shards), "--run",
+                       str(run), *words(ALWAYS | LEARN | {"extend.stages": json.dumps([stage])}))
+    assert done.returncode == 0, done.stderr
+    gate = json.loads((run / "complete.json").read_text())["gate"]
+    checks = [e for e in read_events(run / EVENTS) if e["event"] == "gate"]
+    shares = [sum(r["correct"] for r in e["rows"]) / 20 for e in checks]
+    assert shares[:2] == [0.0, 0.0], "nothing is retrieved at first"
+    assert shares[-1] >= 0.7 and max(shares[:-1]) < 0.7
+    assert [e["passed"] for e in checks] == [False] * (len(checks) - 1) + [True]
+    assert gate["passed"] and len(gate["checks"]) == len(checks) and 100 <= gate["checks"][-1]["step"] < 800
+    assert checks[-1]["loss"] < checks[0]["loss"]
+
+
+# Needles in an extension: their share in blends, their documents, and names that are taken.
+
+prepare_megatron()
+
+
+def config_of(data: Path, share: float, **blend: float) -> RunConfig:
+    run = get("tiny-solar-open")
+    phases = (PhaseConfig("a", seq_len=128, blend=blend), PhaseConfig("b", seq_len=96))
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, paths={str(data): 1.0}, phases=phases),
+                               needle=dataclasses.replace(run.needle, train_share=share))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_blends_keep_their_proportions_beside_the_needles(share: float) -> None:
+    first, second = with_needles_in_blends(config_of(Path("x"), share, en=3.0, ko=1.0)).data.phases
+    total = sum(first.blend.values())
+    assert first.blend["needle"] / total == pytest.approx(share)
+    assert (first.blend["en"], first.blend["ko"], second.blend) == (3.0, 1.0, {})
+
+
+@pytest.mark.parametrize(("share", "blend"), [(0.0, {"en": 1.0}), (0.5, {"en": 1.0, "needle": 0.1})])
+def test_blends_stay_without_needles_and_where_they_are_named(share: float, blend: dict[str, float]) -> None:
+    config = config_of(Path("x"), share, **blend)
+    assert with_needles_in_blends(config) == config
+
+
+def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_shards: Path) -> None:
+    needles = make_needles(config_of(token_shards, 0.1), token_shards)
+    (source,) = needles.sources
+    assert source.name == "needle" and int(source.shard("train").lengths[7]) == 128
+    suite = needles.suite
+    assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (
+        ("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
+    assert [h.language for h in suite.haystacks] == ["code"] and suite.distractor_share == 0.25
+    assert make_needles(config_of(token_shards, 0.0), token_shards).sources == ()
+
+
+def test_blends_name_short_needle_documents(token_shards: Path) -> None:
+    config = config_of(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
+    (short,) = make_needles(config, token_shards).sources
+    assert (short.name, short.share, int(short.shard("train").lengths[0])) == ("needle/64", 0.0, 64)
+    both = make_needles(config_of(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}), token_shards).sources
+    assert {s.name: int(s.shard("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
+    with pytest.raises(UserError, match=r"after the / stands a number of tokens, e\.g\. needle/4096"):
+        make_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
+
+
+def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(token_shards, tmp_path / "data")
+    text = (data / "manifest.json").read_text().replace('"name": "first"', '"name": "needle"')
+    (data / "manifest.json").write_text(json.dumps(json.loads(text) | {"sha256": ""}))
+    with pytest.raises(UserError, match="a source named 'needle' is kept"):
+        make_needles(config_of(data, 0.1), data)
+
+
+KINDS = get_args(NeedleKind)
+
+
+@pytest.mark.parametrize("setting", ["kinds", "train_kinds"])
+@pytest.mark.parametrize("kind", ["multi-value", "multi-query", "variable-tracking"])
+def test_documents_are_of_the_kind_that_is_set(setting: str, kind: NeedleKind, token_shards: Path) -> None:
+    """Questions of these kinds have eight words of answers; those of the others have two."""
+    config = apply_settings(config_of(token_shards, 0.5), [f"needle.{setting}={json.dumps([kind])}"])
+    needles = make_needles(config, token_shards)
+    (source,) = needles.sources
+    weights = source.shard("train").loss_weights(0, 0, 128)
+    assert (weights == 30).sum() % 8 == 0 and (weights[-8:] == 30).all()
+    assert needles.suite.kinds == ((kind,) if setting == "kinds" else ("multi-key",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One document."""
+
+    ids: list[int]
+    is_plain, columns = True, ()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(self.ids)])
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.array(self.ids[start:start + count], np.int64)
+
+
+def made(documents: Any) -> Source:
+    return Source("needle", None, "text", {}, {"train": int(documents.lengths.sum())}, 1.0, made=documents)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_document_holds_a_question_of_any_test(kind: NeedleKind, token_shards: Path) -> None:
+    config = config_of(token_shards, 0.5)
+    config = dataclasses.replace(config, needle=NeedleConfig(train_kinds=(kind,), kinds=KINDS,
+                                                             lengths_tokens=(256,), samples=2))
+    needles = make_needles(config, token_shards)
+    questions = list(needles.suite.questions())
+    clean = search(questions, list(needles.sources), 1 << 20)
+    assert (clean.questions_found, clean.scanned_tokens) == (0, {"needle": 256 * 128})
+    asked = make_suite(dataclasses.replace(config.needle, kinds=(kind,)), needles.suite.haystacks)
+    for _, _, examples in asked.examples():
+        for example in examples:
+            assert search(questions, [made(Text(example.prompt))],
+                          1 << 20).questions_found > 0, "the search sees them"
+
+
+prepare_megatron()
+
+
+class Folder:
+    """Stands for the folder of a stage, complete or not."""
+
+    def __init__(self, name: str, complete: bool) -> None:
+        self.path, self.checkpoints, self._complete = Path(name), Path(name) / "checkpoints", complete
+
+    def completion(self) -> dict[str, int] | None:
+        return {"step": 4} if self._complete else None
+
+
+@pytest.mark.parametrize(("complete", "begins_s"),
+                         [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
+def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_with_the_end_of_the_one_before(
+        complete: int, begins_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["extend.gate.every_steps=0"])
+    stages = [SimpleNamespace(config=config, folder=Folder(f"stage-{i}", i < complete)) for i in range(3)]
+    ran: list[tuple[str, Path, float]] = []
+
+    def run_stage(stage: Any, nproc: int | None, began_s: float) -> bool:
+        ran.append((stage.folder.path.name, stage.start_from, began_s))
+        return True
+
+    monkeypatch.setattr(running, "run_stage", run_stage)
+    monkeypatch.setattr(running, "make_needles",
+                        lambda config, start, formats: SimpleNamespace(
+                            data=(), sources=(), before=None, after=None))
+    monkeypatch.setattr(running, "with_needles_in_blends", lambda config: config)
+    monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
+    monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))
+    objective: Any = SimpleNamespace()
+    run_stages(stages, Path("start"), objective, 1, True, began_s=1000.0)  # type: ignore[arg-type]
+    starts = [Path("start"), *(Path(f"stage-{i}/checkpoints/step-4") for i in range(2))]
+    assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
+
+
+@pytest.mark.parametrize(("lengths", "said"), [
+    ("[64, 512]", None), ("[64]", "the gate asks at most 64 tokens, and the stage has 512"),
+    ("[1024]", None)])
+def test_a_gate_that_asks_less_than_its_stage_has_is_said(lengths: str, said: str | None) -> None:
+    phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
+    config = apply_settings(recipes.get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
+    found = asks_too_little(config)
+    assert found is None if said is None else said in str(found)

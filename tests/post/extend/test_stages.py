@@ -1,0 +1,346 @@
+"""Stages of an extension: several in one command, a gate that gives up with exit code 3,
+goes on with more steps and passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from megatron_sov.base.documents.overlap import window_hashes
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
+from megatron_sov.post.extend.stages import (
+    WINDOW_TOKENS, planned_stages, refuse_contaminated, search, stage_blend)
+from megatron_sov.runs.checkpoints import find_checkpoint
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.stages.stage_config import TunedStageOptions, stage_request
+from tests.typed_words import typed
+
+# The search of the training text: what is planted is found, what is not there is not, and a gate that would
+# measure memory is refused.
+
+QUESTION = [5, 6, 7]
+
+
+class Texts:
+    """Documents in memory."""
+
+    is_plain, columns = True, ()
+
+    def __init__(self, documents: list[list[int]]) -> None:
+        self._documents, self.lengths = documents, np.array([len(d) for d in documents])
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.array(self._documents[document][start:start + count], np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed(Source):
+    """A source whose splits lie in memory."""
+
+    splits: Any = None
+
+    def shard(self, split: str) -> Any:
+        return Texts(self.splits[split])
+
+
+def source(train: list[list[int]], heldout: list[list[int]]) -> Packed:
+    splits = {"train": train, "heldout": heldout}
+    return Packed("web", None, "text", {}, {name: sum(map(len, docs)) for name, docs in splits.items()}, 1.0,
+                  splits=splits)
+
+
+def random_text(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(100, 1000, count).tolist()
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 6))
+def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], window: int) -> None:
+    places = [tuple(text[i:i + window]) for i in range(len(text) - window + 1)]
+    hashes = window_hashes(np.array(text, np.int64), window).tolist()
+    assert len(hashes) == len(places)
+    assert len(set(zip(places, hashes, strict=True))) == len(set(places)) == len(set(hashes))
+
+
+def test_clean_text_is_clean() -> None:
+    found = search([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
+    assert (found.questions_found, found.windows, found.windows_found, found.overlap) == (0, 20, 0, 0)
+    assert found.scanned_tokens == found.train_tokens == {"web": 5000}
+    refuse_contaminated(found, 0.0)
+
+
+def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
+    held = random_text(2, 640)
+    for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
+        train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
+        found = search([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
+        assert found.windows_found >= 1
+    with pytest.raises(UserError, match="of the held-out text stands in the training text as well"):
+        refuse_contaminated(found, 0.01)
+
+
+def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
+    inside = search([QUESTION], [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])],
+                    10_000)
+    across = search([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
+    assert (inside.questions_found, across.questions_found) == (1, 0)
+    with pytest.raises(UserError, match="1 questions of the needle test stand in the training text"):
+        refuse_contaminated(inside, 1.0)
+
+
+def test_the_search_ends_at_its_bound_and_says_so() -> None:
+    found = search([QUESTION], [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])], 500)
+    assert (found.scanned_tokens, found.train_tokens, found.questions_found) == (
+        {"web": 500}, {"web": 903}, 0)
+
+
+# Parts of a stage become one blend: shares hold, what names no source takes all of its kind, what is
+# missing is said.
+
+
+class Lengths:
+    """Documents of which only the lengths matter."""
+
+    is_plain, columns = True, ()
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths)
+
+
+def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
+    documents: Any = Lengths(lengths)
+    return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
+                  made=documents)
+
+
+@pytest.fixture
+def sources() -> list[Source]:
+    """Two texts, one of them with a long document, and chats."""
+    return [blend_source("web", [10, 20], 0.6), blend_source("books", [5, 90], 0.2),
+            blend_source("chats", [8], 0.2, is_chat=True)]
+
+
+def stage(*parts: PartConfig, kind: str = "extension", **blend: float) -> ExtendStageConfig:
+    return ExtendStageConfig("s", 64, kind=kind, parts=parts, blend=blend)  # type: ignore[arg-type]
+
+
+def test_without_parts_the_blend_is_the_stages_own(sources: list[Source]) -> None:
+    assert ((stage_blend(stage(), sources, 32, 0.0), stage_blend(stage(web=2.0), sources, 32, 0.0))
+            == ({}, {"web": 2.0}))
+
+
+def test_rehearsal_is_every_text_in_pieces_of_the_trained_length(sources: list[Source]) -> None:
+    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
+    assert blend == pytest.approx({"web/32": 0.15, "books/32": 0.05, "books": 0.8})
+
+
+def test_rehearsal_has_short_needle_documents_and_replay_has_none(sources: list[Source]) -> None:
+    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
+    assert blend == pytest.approx({"web/32": 0.1125, "books/32": 0.0375, "needle/32": 0.05, "books": 0.8})
+    parts = (PartConfig("trajectories", 0.5), PartConfig("replay", 0.5))
+    assert not any("needle" in name
+                   for name in stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.25))
+
+
+def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list[Source]) -> None:
+    parts = (PartConfig("trajectories", 0.7), PartConfig("long", 0.1),
+             PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}))
+    blend = stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.0)
+    assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
+
+
+def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> None:
+    blend = stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
+    assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
+
+
+@pytest.mark.parametrize(("part", "trained", "said"), [
+    (PartConfig("long", 0.5), 90, "the data has no text source with documents of 91 tokens or more"),
+    (PartConfig("long", 0.5, {"web": 0.0}), 32, "has no weight above 0"),
+])
+def test_what_the_data_lacks_is_said(part: PartConfig, trained: int, said: str,
+                                     sources: list[Source]) -> None:
+    with pytest.raises(UserError, match=said):
+        stage_blend(stage(part), sources, trained, 0.0)
+
+
+SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
+         "model.num_layers": 2, "model.num_experts": 4,
+         "train.steps": 1, "train.global_batch_size": 4, "train.micro_batch_size": 4,
+         "train.eval_every_steps": 0, "data.heldout_tokens": 300,
+         "data.phases": '[{"name":"main","seq_len":64}]'}
+LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300,
+        "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1,
+        "extend.gate.max_overlap": 1}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture(scope="module")
+def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step at 64 tokens, which no test changes."""
+    run = tmp_path_factory.mktemp("stages") / "short"
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                       *words(SHORT | {"train.num_threads": 1}))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
+            **settings: Any) -> list[str]:
+    chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
+                                                             for name, v in settings.items()}
+    return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
+            str(run), *words(chosen), *more]
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_events(run / EVENTS) if e["event"] == kind]
+
+
+def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_shards: Path,
+                                                       tmp_path: Path) -> None:
+    run = tmp_path / "long"
+    rehearsal = {"name": "rehearsal", "share": 0.5, "blend": {"first/64": 1}}
+    stages = [{"name": "near", "seq_len": 96, "steps": 2, "max_steps": 4, "parts": [rehearsal]},
+              {"name": "far", "seq_len": 192, "steps": 1, "lr": 1e-3, "rope_theta": 5e6}]
+    assert main(command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0,
+                        loss_tolerance_nats=9)) == 0
+    near, far = run / "stages" / "1-near", run
+    first, second = (json.loads((folder / "config.json").read_text()) for folder in (near, far))
+    assert ([(c["data"]["phases"][0]["seq_len"], c["train"]["steps"]) for c in (first, second)]
+            == [(96, 4), (192, 1)])
+    assert ((first["model"]["yarn"]["factor"], second["model"]["yarn"], second["model"]["rope_theta"])
+            == (1.5, None, 5e6))
+    assert second["optim"]["lr"] == 1e-3
+    assert ([(e["step"], e["judged"], e["passed"]) for e in events_of(near, "gate")]
+            == [(0, True, False), (1, True, False), (2, True, True)]), (
+        "neither before its steps nor long behind them")
+    completion = json.loads((near / "complete.json").read_text())
+    assert (completion["step"], completion["gate"]["passed"]) == (2, True)
+    starts = {e["start_loss"] for folder in (near, far) for e in events_of(folder, "gate")}
+    assert len(starts) == 1, "both stages are held to the loss before the first one"
+    blend = first["data"]["phases"][0]["blend"]
+    assert blend["first/64"] / sum(blend.values()) == pytest.approx(0.5 * 0.9), "half of what is not needles"
+    (found,) = events_of(near, "decontamination")
+    assert ((found["questions_found"], found["questions"] > 100, found["scanned_tokens"]["needle"] > 0)
+            == (0, True, True))
+    assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0)) == 0
+
+
+def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
+    """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
+    shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
+                     "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
+    args = typed(TunedStageOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
+                                     str(token_shards), "--run", str(tmp_path / "long"), *shorter])
+    planned = planned_stages(stage_request(args, "lm"), find_checkpoint(short_run), args.run, 1)
+    near, far = (stage.config for stage in planned)
+    assert near.problems(1) == far.problems(1) == []
+    (first,), (second,) = near.data.phases, far.data.phases
+    assert (first.name, first.seq_len, near.train.steps) == ("32k", 80, 40)
+    assert (second.name, second.seq_len, far.train.steps) == ("100k", 96, 40)
+    assert (near.model.yarn, far.model.yarn) == (None, YarnConfig(2.0, 48))
+    assert {"first@65", "first/64", "needle/64"} <= set(first.blend)
+    assert near.extend.gate.every_steps == 20
+
+
+def test_an_objective_of_ones_own_says_which_data_it_learns_from(short_run: Path, token_shards: Path,
+                                                                 tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.py").write_text("""
+class OfChatsAlone:
+    formats = ("chat",)
+    def __init__(self, context): ...
+    def collect(self, policy, step): ...
+    def prepare(self, batch): ...
+    def loss(self, hidden, head, batch): ...
+""")
+    own = ("--set", f"objective.name={tmp_path}/mine.py:OfChatsAlone")
+    for stages in ([{"name": "near", "seq_len": 96, "steps": 2}], []):
+        assert main(command(short_run, token_shards, tmp_path / "long", stages, *own)) == 2
+        assert "holds data of format 'text', this stage learns from chat; pass" in capsys.readouterr().err
+
+
+def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_shards: Path,
+                                                         tmp_path: Path) -> None:
+    """Neither the short samples of a fine-tuning since, nor a longer phase that is still to come."""
+    def yarn_from(start: Path) -> YarnConfig | None:
+        longer = words({"data.phases": '[{"name":"long","seq_len":256}]'})
+        args = typed(TunedStageOptions, ["tiny-solar-open", "--from", str(start), "--data", str(token_shards),
+                                  "--run", str(tmp_path / "long"), *longer])
+        (planned,) = planned_stages(stage_request(args, "lm"), start, args.run, 1)
+        return planned.config.model.yarn
+
+    def train(name: str, phases: list[dict[str, Any]], *more: str) -> Path:
+        settings = SHORT | {"data.phases": json.dumps(phases), "train.checkpoint_every_steps": 1,
+                            "train.steps": len(phases)}
+        assert main(["pretrain", "tiny-solar-open", "--data", str(token_shards), "--run",
+                     str(tmp_path / name), *words(settings), *more]) == 0
+        return tmp_path / name
+
+    assert yarn_from(short_run) == YarnConfig(4.0, 64)
+    tuned = train("tuned", [{"name": "answers", "seq_len": 32}], "--from", str(short_run))
+    assert yarn_from(tuned) == YarnConfig(4.0, 64)
+    twice = train("twice", [{"name": "answers", "seq_len": 16}], "--from", str(tuned))
+    assert yarn_from(twice) == YarnConfig(4.0, 64)
+    growing = train("growing", [{"name": "short", "seq_len": 64, "tokens": 4 * 64},
+                                {"name": "long", "seq_len": 128, "tokens": 4 * 128}])
+    first, last = (growing / "checkpoints" / f"step-{step}" for step in (1, 2))
+    assert (yarn_from(first), yarn_from(last)) == (YarnConfig(4.0, 64), YarnConfig(2.0, 128))
+
+
+def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(
+        short_run: Path, token_shards: Path, tmp_path: Path, run_command: Any) -> None:
+    run = tmp_path / "long"
+    stages = [{"name": "near", "seq_len": 96, "steps": 1, "max_steps": 2},
+              {"name": "far", "seq_len": 128, "steps": 1}]
+    arguments = command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0.5)
+    done = run_command(*arguments)
+    assert done.returncode == 3, done.stderr
+    assert "the gate has not passed within its 2 steps" in done.stderr and "below 50%" in done.stderr
+    near = run / "stages" / "1-near"
+    assert not (near / "complete.json").exists() and not (run / "config.json").exists(), (
+        "the next stage has not begun")
+    assert (near / "checkpoints" / "step-2").is_dir()
+    assert [e["passed"] for e in events_of(near, "gate")] == [False] * 3
+    before = events_of(near, "gate")[0]["start_loss"]
+    stages[0]["max_steps"] = 3
+    again = command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0,
+                    loss_tolerance_nats=9)
+    assert main(again) == 0
+    gate = json.loads((near / "complete.json").read_text())["gate"]
+    assert [(c["step"], c["passed"]) for c in gate["checks"]] == [(0, False), (1, False),
+                                                                  (2, False), (3, True)]
+    assert gate["start_loss"] == before, "the gate went on from the checkpoint's state"
+    assert (run / "complete.json").is_file() and not (near / "gate_failed.json").exists()
+
+
+@pytest.mark.parametrize(("stage", "said"), [
+    ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
+    ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
+     "a stage of kind extension has parts long, rehearsal"),
+    ({"seq_len": 96, "steps": 3, "max_steps": 2}, "max_steps = 2 must be at least steps = 3"),
+    ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]},
+     "data has no source of chats"),
+    ({"seq_len": 96, "yarn_factor": 0.5}, "yarn_factor = 0.5 must be 0 or at least 1"),
+])
+def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], said: str, short_run: Path,
+                                                       token_shards: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "long"
+    assert main(command(short_run, token_shards, run, [{"name": "a", "steps": 1} | stage])) == 2
+    assert said in capsys.readouterr().err
+    assert not run.exists()

@@ -1,0 +1,181 @@
+"""A run folder with every kind of event, as a training run would leave it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.runs.obs.events import EventLog
+
+SOURCES = ("english", "korean", "code")
+HOSTILE = ("</script><script>window.hacked = 1</script><img src=https://evil.example/x.png "
+           "onerror=window.hacked=1> & <b>bold</b>")
+NUM_STEPS, CRASH, CHECKPOINT = 400, 233, 200
+
+
+def _step(log: EventLog, step: int, noise: random.Random) -> None:
+    loss = 2.1 + 5.5 * math.exp(-step / 60) + noise.gauss(0, 0.04)
+    shift = {"english": 0.1, "korean": 0.25, "code": -0.4}
+    log.write("step", step=step, loss=loss,
+              losses={"lm": loss, "mtp": loss + 0.4, "balance": 0.02 + abs(noise.gauss(0, 0.002))},
+              losses_by_source={name: loss + shift[name] + noise.gauss(0, 0.05) for name in SOURCES},
+              meters={"clipped share": 0.2 * math.exp(-step / 90)},
+              grad_norm=0.4 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.1)),
+              lr=4e-3 * min(1, step / 20) * (1 - step / 450), tokens=step * 4096,
+              step_time_s=0.8 + abs(noise.gauss(0, 0.03)), tokens_per_s=4096 / 0.82 + noise.gauss(0, 90),
+              phase="1" if step <= 250 else "2.A", padding_share=abs(noise.gauss(0.01, 0.004)),
+              max_violation=0.15 + 2 * math.exp(-step / 40) + abs(noise.gauss(0, 0.05)))
+
+
+def _announce(log: EventLog) -> None:
+    """Write the curriculum, as every start does: a ramp in the first phase, then another blend."""
+    for step, name, size, blend in ((0, "1", 8, {"english": 3, "korean": 1, "code": 1}),
+                                    (50, "1", 16, {"english": 3, "korean": 1, "code": 1}),
+                                    (250, "2.A", 16, {"english": 1, "korean": 2, "code": 1})):
+        log.write("phase", step=step, name=name, blend=blend, seq_len=256, global_batch_size=size, skip=False)
+
+
+def _evaluate(log: EventLog, step: int) -> None:
+    loss = {name: at + 5 * math.exp(-step / 70)
+            for name, at in (("english", 2.3), ("korean", 2.6), ("code", 1.8))}
+    log.write("eval", step=step,
+              heldout={name: {"loss": value, "bits_per_byte": value / math.log(2) / 3.4, "tokens": 16384}
+                       for name, value in loss.items()})
+
+
+def _watch(log: EventLog, noise: random.Random) -> None:
+    """Write what the guards saw: routing of four layers, a refused step, an alarm,
+    computing times, load by source."""
+    for step in range(20, NUM_STEPS + 1, 20):
+        log.write("routing", step=step, layers=[1, 2, 3, 4],
+                  max_violation=[abs(noise.gauss(1, 0.2)) for _ in range(4)],
+                  entropy=[min(1.0, abs(noise.gauss(0.9, 0.03))) for _ in range(4)], dead=[0, 0, 1, 0],
+                  bias_spread=[0.001 * step * layer for layer in range(4)])
+    log.write("skip", step=150, reason="the loss is nan", loss=math.nan, grad_norm=math.nan, ranks=[1])
+    log.write("alarm", step=240, kind="collapse", layer=3, text=f"layer 3: its entropy is low {HOSTILE}")
+    log.write("compute_time", step=400, median_s=0.7, seconds={"0": 0.7, "1": 0.72}, slow=[])
+    for source in SOURCES[:2]:
+        log.write("expert_load", step=NUM_STEPS, source=source, layers=[1, 2],
+                  load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
+
+
+def _score(log: EventLog) -> None:
+    """Write scores of two checkpoints on two tasks, one of which others have published; and a gate."""
+    for step in (CHECKPOINT, NUM_STEPS):
+        for task, value in (("kmmlu", step / 1000), (f"quiz {HOSTILE}", 0.9 - step / 1000)):
+            log.write("eval_lm", step=step, model_hash=f"m{step}", task=task, task_hash="t", metric="acc",
+                      k=None, filter="none", mode="default", value=value, items=300, failed=0, at_limit=0,
+                      interval=[value - 0.05, value + 0.05], sampling={"temperature": 0.0},
+                      contamination=None)
+    lost = {"task": "kmmlu", "metric": "acc", "before": 0.5, "after": 0.4, "value": -0.1,
+            "interval": [-0.15, -0.05], "items": 300, "verdict": "forgotten"}
+    log.write("forgetting_gate", step=NUM_STEPS, passed=False, tolerance=0.03, tasks=[lost])
+
+
+def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) -> Path:
+    """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`,
+    and went on from step `CHECKPOINT`."""
+    path.mkdir(parents=True)
+    corpus = path.parent / "tokens"
+    if not corpus.exists():
+        with new_artifact(corpus, "tokens") as writer:
+            writer.content["num_tokens"] = 1
+    config = recipes.get("tiny-solar-open").to_dict()
+    config["data"]["paths"] = {str(corpus): 1.0}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    log, noise = EventLog(path / "events.jsonl"), random.Random(7)
+    start = {"recipe": "tiny-solar-open", "num_ranks": 2, "layout": {"tp": 1, "pp": 1, "ep": 2, "dp": 2},
+             "num_params": 2_891_264, "num_active_params": 1_120_000, "num_steps": NUM_STEPS,
+             "machine": {"cpu": "Example CPU", "cores": 2},
+             "inputs": [{"kind": "tokens", "path": str(corpus), "manifest_sha256": manifest_sha256(corpus)}]}
+    log.write("run_start", **start, resumed_from=0)
+    _announce(log)
+    log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384}
+                                  for name in SOURCES})
+    for step in range(1, CRASH + 1):
+        _step(log, step, noise)
+    log.write("checkpoint", step=CHECKPOINT, path="checkpoints/step-200", save_s=1.4)
+    log.write("resume", step=CHECKPOINT, reason="continued from step-200")
+    log.write("run_start", **start, resumed_from=CHECKPOINT)
+    _announce(log)
+    log.write("warning", step=350,
+              text="source korean is gone through 4.1 times, more than data.max_epochs = 4; add data")
+    for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
+        _step(log, step, noise)
+    for step in range(0, NUM_STEPS + 1, 50):
+        _evaluate(log, step)
+    _watch(log, noise)
+    if not when:
+        _score(log)
+    load = [[1 + noise.gauss(0, 0.25) for _ in range(num_experts)] for _ in range(4)]
+    log.write("expert_load", step=NUM_STEPS, layers=[1, 2, 3, 4],
+              load=[[x / sum(row) for x in row] for row in load])
+    log.write("data_consumed", step=NUM_STEPS,
+              tokens={"english": 820_000, "korean": 490_000, "code": 328_400},
+              plan={"english": 819_200, "korean": 491_520, "code": 327_680})
+    for moment in when:
+        height = 0.3 if moment == "before" else 0.97
+        cells = [{"kind": "multi-key", "language": language, "length_tokens": length, "depth": depth,
+                  "distractors": length // 40,
+                  "correct": round(20 * max(0.0, min(1.0, height - 0.04 * i + noise.gauss(0, 0.03)))),
+                  "samples": 20, "interval": [0.5, 1.0]}
+                 for language in ("english", "korean") for i, length in enumerate((256, 512, 1024, 2048))
+                 for depth in (0.0, 0.25, 0.5, 0.75, 0.95)]
+        log.write("needle", step=NUM_STEPS, when=moment, by="generation", seed=0, distractor_share=0.25,
+                  cells=cells, score=height)
+    log.write("sample", step=NUM_STEPS, prompt="한국의 수도는", text=" 서울이다. 서울은 한강을 끼고 있다.",
+              target=None)
+    log.write("sample", step=NUM_STEPS, prompt="The capital of France is", text=HOSTILE, target="Paris")
+    if "after" not in when:
+        log.write("conversion", target="hf", checks=[
+            {"name": "largest difference of logits", "value": 3.1e-6, "limit": 1e-4, "passed": True},
+            {"name": "tensors left over", "value": 0, "limit": 0, "passed": True}])
+    log.write("checkpoint", step=NUM_STEPS, path="checkpoints/step-400", save_s=1.2, stall_s=0.2)
+    with new_artifact(path / "checkpoints" / f"step-{NUM_STEPS}", "checkpoint") as writer:
+        writer.add_input(corpus)
+    log.write("run_end", step=NUM_STEPS, wall_s=330.0, final_loss=2.1)
+    log.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A pretraining run and an extension of it."""
+    root = tmp_path_factory.mktemp("runs")
+    return [write_run(root / "pretrain"), write_run(root / "extend", when=("before", "after"))]
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """Text that a model wrote and that tries to run in the reader's browser."""
+    return HOSTILE
+
+
+def write_toy(path: Path, *, passed: bool = True) -> Path:
+    """Write a run of another and smaller model, which stood before a gate."""
+    log = EventLog(path / "events.jsonl")
+    (path / "config.json").write_text(json.dumps(recipes.get("tiny-k-exaone").to_dict()), encoding="utf-8")
+    log.write("run_start", recipe="tiny-k-exaone", num_ranks=1, num_params=439_872, num_active_params=366_144,
+              resumed_from=0)
+    for step in range(1, 11):
+        log.write("step", step=step, loss=1.0, tokens=step * 100)
+    log.write("eval", step=10, heldout={"english": {"loss": 4.0, "bits_per_byte": 5.157, "tokens": 100}})
+    log.write("gate", step=10, passed=passed, judged=passed, threshold=0.8, loss=2.0, start_loss=2.0,
+              loss_limit=2.1, min_steps=5, failing_cells=[], failing_rows=[],
+              rows=[{"kind": "multi-key", "language": "english", "accuracy": 0.85}])
+    log.write("run_end", step=10, wall_s=9.0, final_loss=1.0)
+    log.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a model that is no stage of the one that `runs` trained."""
+    (path := tmp_path_factory.mktemp("other") / "retrieval").mkdir()
+    return write_toy(path)

@@ -1,0 +1,73 @@
+"""The report in a real browser: every chart is drawn, no script complains, hostile text runs nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.run_data import read_run
+
+OpenPage = Callable[[Path], tuple[str, list[str]]]
+MeasurePage = Callable[[Path], dict[tuple[str, int], dict[str, Any]]]
+FIRST_SCREEN = ["What was trained", "On what data", "Verdicts", "How it went", "What it writes",
+                "The export's proof"]
+
+
+def write(page: str, folder: Path) -> Path:
+    (file := folder / "report.html").write_text(page, encoding="utf-8")
+    return file
+
+
+def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: Path,
+                                                    open_page: OpenPage) -> None:
+    page = render([read_run(path) for path in runs])
+    dom, console = open_page(write(page, tmp_path))
+    assert console == []
+    body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
+    plots = body.split('<div class="plot js-plotly-plot"')[1:]
+    assert len(plots) == page.count('<div class="plot"') > 20
+    for plot in plots:
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", plot, flags=re.DOTALL).group(1)
+        assert 'class="main-svg"' in plot, caption
+        assert re.search(r'class="(js-line|point|hm)|<image|class="points"', plot), caption
+    assert "<img" not in body  # the hostile sample
+
+
+def test_a_script_that_hostile_text_smuggles_in_is_refused(runs: list[Path], tmp_path: Path,
+                                                           open_page: OpenPage) -> None:
+    """Even if escaping failed somewhere: the page's policy stops the script and the load,
+    and the console says so."""
+    page = render([read_run(runs[0])])
+    broken = page.replace("</footer>", "<script>document.title = 'hacked'</script><img "
+                                       "src='https://evil.example/x.png'></footer>")
+    dom, console = open_page(write(broken, tmp_path))
+    assert "<title>hacked</title>" not in dom
+    assert len([line for line in console if "Content Security Policy" in line]) == 2
+
+
+def test_the_layout_holds_on_every_screen_in_light_and_dark(runs: list[Path], toy: Path, tmp_path: Path,
+                                                            measure_page: MeasurePage) -> None:
+    """Structure alone is judged: pictures differ from one version of a font to the next."""
+    first, second, other = (read_run(path) for path in (*runs, toy))
+    # The second has every kind of chart; each more is drawn six times.
+    first.curves = {group: {name: curve for name, curve in curves.items() if name in ("loss", "tokens")}
+                    for group, curves in first.curves.items()}
+    first.routing, first.expert_load, first.expert_load_by_source = None, None, {}
+    screens = measure_page(write(render([first, second, other]), tmp_path))
+    assert sorted(screens) == [("dark", 1440), ("light", 390), ("light", 820), ("light", 1440)]
+    for (scheme, width), screen in screens.items():
+        assert screen["dark"] == (scheme == "dark")
+        assert screen["paper"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 22, 29)"}[scheme]
+        assert screen["scroll_width"] <= width  # wide tables scroll in their frames, the page never does
+        assert screen["num_charts"] > 30 and screen["collisions"] == []
+        assert list(screen["panels"]) == FIRST_SCREEN
+        contents_px = screen["contents"]["bottom"] - screen["contents"]["top"]
+        if width == 1440:
+            assert max(panel["bottom"] for panel in screen["panels"].values()) <= screen["height"]
+            assert contents_px > 400  # open, beside the text
+        else:
+            assert contents_px < 60  # folded
+            assert screen["panels"]["What was trained"]["bottom"] <= screen["height"]

@@ -1,0 +1,254 @@
+"""The report as a file: complete in itself, hostile text stays text, every section with data is there."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs
+
+from megatron_sov.base.pages.page import Chart, Panel
+from megatron_sov.publish.report.page import MAX_SOURCES, opening, pictures, render
+from megatron_sov.publish.report.run_data import read_run
+from megatron_sov.publish.report.sections import sections
+from megatron_sov.runs.obs.events import EventLog
+
+# The first screen: what was trained, on what, how it was judged, what it writes.
+
+def panels(*paths: Path) -> dict[str, Panel]:
+    return {panel.title: panel for panel in opening([read_run(path) for path in paths], [])}
+
+
+def write(run: Path, *events: dict) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    log = EventLog(run / "events.jsonl")
+    for event in events:
+        log.write(**event)
+    log.close()
+    return run
+
+
+def test_all_stages_count_together(runs: list[Path]) -> None:
+    shown = panels(*runs)
+    assert dict(shown["What was trained"].facts) == {
+        "Model": "tiny-solar-open", "Parameters": "2.891 M (1.12 M active)", "Tokens": "3.277 M",
+        "pretrain": "1.638 M in 400 steps", "extend": "1.638 M in 400 steps", "Context": "256 tokens",
+        "Wall time": dict(shown["What was trained"].facts)["Wall time"]}
+    data = shown["On what data"]
+    assert data.facts == [("Token shards", "tokens"), ("Vocabulary", "2,048")]
+    assert data.tables[0].rows == [["english", "1.64 M", "50.0%"], ["korean", "980 K", "29.9%"],
+                                   ["code", "656.8 K", "20.0%"]]
+
+
+def test_many_sources_share_the_last_row(tmp_path: Path) -> None:
+    tokens = {f"s{i}": 100 - i for i in range(MAX_SOURCES + 3)}
+    run = write(tmp_path, {"event": "data_consumed", "step": 1, "tokens": tokens, "plan": tokens})
+    rows = panels(run)["On what data"].tables[0].rows
+    assert len(rows) == MAX_SOURCES and rows[0][0] == "s0" and rows[-1] == ["4 more", "374", "43.3%"]
+
+
+def test_the_same_prompt_stands_before_and_after(tmp_path: Path) -> None:
+    before = write(tmp_path / "pretrain", {"event": "sample", "step": 5, "prompt": "only here", "text": "x"},
+                   {"event": "sample", "step": 5, "prompt": "Why?", "text": "\n\nin the park\n"})
+    after = write(tmp_path / "sft", {"event": "sample", "step": 9, "prompt": "Why?", "text": "y" * 700})
+    (shown,) = panels(before, after)["What it writes"].comparisons
+    assert shown.prompt == "Why?"
+    assert shown.texts == [("Before: pretrain, step 5", "in the park"),
+                           ("After: sft, step 9", "y" * 600 + " …")]
+
+
+def test_stages_that_were_asked_different_things_show_one_of_each(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", {"event": "sample", "step": 5, "prompt": "p", "text": "x"})
+    last = write(tmp_path / "b", {"event": "sample", "step": 5, "prompt": "q", "text": "y"})
+    assert [(c.prompt, c.texts) for c in panels(first, last)["What it writes"].comparisons] == [
+        ("p", [("Before: a, step 5", "x")]), ("q", [("After: b, step 5", "y")])]
+    (alone,) = panels(first)["What it writes"].comparisons
+    assert alone.texts == [("a, step 5", "x")]
+
+
+def test_the_proof_gives_each_difference_with_its_limit(tmp_path: Path) -> None:
+    run = write(tmp_path, {"event": "conversion", "target": "hf", "checks": [
+        {"name": "largest difference of a logit", "value": 1.24e-5, "limit": 1.5e-3, "passed": True,
+         "detail": "document 3"}]})
+    shown = panels(run)
+    assert shown["The export's proof"].tables[0].rows == [
+        ["largest difference of a logit", "1.24e-05 (document 3)", "0.0015"]]
+    assert list(shown) == ["Verdicts", "The export's proof"]  # what is not known takes no room
+
+
+def test_settings_of_another_version_are_passed_over(tmp_path: Path) -> None:
+    for config in ('{"model": 3, "data": {"paths": 3}}', '{"model": {"vocab_size": "many"}, "data": []}'):
+        write(tmp_path)
+        (tmp_path / "config.json").write_text(config)
+        assert panels(tmp_path) == {}
+
+
+# The first screen's pictures: one line through all stages.
+
+
+def lines(chart: Chart) -> dict[str, tuple[list[float], list[float]]]:
+    """Return each trace's x and y by its name."""
+    return {trace["name"]: tuple(np.frombuffer(base64.b64decode(trace[axis]["bdata"]),
+                                               dtype=trace[axis]["dtype"]).tolist() for axis in "xy")
+            for trace in json.loads(chart.figure_json)["data"]}
+
+
+def stage(path: Path, num_steps: int, tokens: int, heldout_at: int) -> Path:
+    """Write a stage whose steps have `tokens` tokens each, and whose loss is its step."""
+    path.mkdir()
+    log = EventLog(path / "events.jsonl")
+    for step in range(1, num_steps + 1):
+        counted = {"tokens": step * tokens} if tokens else {}
+        log.write("step", step=step, loss=float(step), tokens_per_s=9.0, **counted)
+    log.write("eval", step=heldout_at, heldout={"en": {"loss": 1.0, "bits_per_byte": 2.0, "tokens": 5}})
+    log.close()
+    return path
+
+
+def test_stages_follow_one_another_by_tokens(tmp_path: Path) -> None:
+    runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 10, 0))]
+    loss, heldout, speed = pictures(runs)
+    assert lines(loss) == {"a": ([100, 200, 300], [1, 2, 3]), "b": ([310, 320], [1, 2])}
+    assert lines(heldout) == {"en": ([300, 300], [2, 2])}  # the second was measured before b's first step
+    assert speed.caption == "Tokens per second."
+
+
+def test_steps_stand_for_tokens_where_a_stage_has_none(tmp_path: Path) -> None:
+    runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 0, 1))]
+    loss = pictures(runs)[0]
+    assert lines(loss)["b"] == ([4, 5], [1, 2])
+    assert json.loads(loss.figure_json)["layout"]["xaxis"]["title"]["text"] == "optimizer steps"
+
+
+def test_the_last_needles_are_the_third_picture(runs: list[Path]) -> None:
+    *_, needles = pictures([read_run(path) for path in runs])
+    assert needles.caption == "Needles found by extend: multi-key, english."
+    assert len(json.loads(needles.figure_json)["data"][0]["x"]) == 4
+
+
+@pytest.mark.parametrize("event", [{"event": "run_start"},
+                                   {"event": "step", "step": 1, "loss": float("nan")}])
+def test_without_figures_there_is_nothing_to_draw(event: dict, tmp_path: Path) -> None:
+    EventLog(tmp_path / "events.jsonl").write(**event)
+    assert pictures([read_run(tmp_path)]) == []
+
+
+EVERYTHING = ["Training loss", "Meters", "Held-out loss", "Scores", "Forgetting gate",
+              "Learning rate and gradient norm",
+              "Plan: learning rate, batch size, blends", "Expert load", "Speed", "Data consumed",
+              "Warnings, guards and faults", "Needle in a haystack", "Samples", "Proof of the conversion",
+              "Where the time went", "Starts, stops and restarts", "Settings", "Provenance"]
+
+
+class Document(HTMLParser):
+    """The elements and visible text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self._open = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open = tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.setdefault(self._open, []).append(data)
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path]) -> str:
+    return render([read_run(path) for path in runs])
+
+
+@pytest.fixture(scope="module")
+def document(page: str) -> Document:
+    return Document(page)
+
+
+def test_nothing_is_loaded_from_anywhere(page: str, document: Document) -> None:
+    references = [value for _, attributes in document.elements for name, value in attributes.items()
+                  if name in ("src", "href", "srcset", "data", "action", "poster", "background")]
+    assert references and all(value.startswith("#") for value in references)
+    css = "".join(document.text["style"])
+    assert "url(" not in css and "@import" not in css
+    policy = next(a["content"]
+                  for tag, a in document.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert (policy.startswith("default-src 'none'") and "http" not in policy
+            and "script-src 'unsafe" not in policy)
+
+
+def test_hostile_model_output_stays_text(document: Document, hostile: str) -> None:
+    assert hostile in document.text["pre"]
+    assert not [tag for tag, _ in document.elements if tag in ("img", "iframe", "object", "b")]
+    scripts = [a for tag, a in document.elements if tag == "script"]
+    assert [a for a in scripts if a != {"type": "application/json"}] == [{}, {}]  # plotly and our own
+
+
+def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("run_start", recipe=hostile, num_ranks=1, layout={hostile: 1}, machine=hostile, resumed_from=0)
+    log.write("phase", step=1, name=hostile + "0", seq_len=8, blend={hostile: 1})
+    log.write("phase", step=2, name=hostile + "1", seq_len=8, blend={hostile: 1})
+    for step in (1, 2, 3):
+        parts = {hostile: 1.0, "b": 2.0}
+        log.write("step", step=step, loss=1.0, tokens=8, phase=hostile + str(step // 2),
+                  losses_by_source=parts, losses=parts, meters=parts)
+    log.write("eval", step=3, heldout={hostile: {"loss": 1.0, "bits_per_byte": 1.0, "tokens": 5}})
+    log.write("data_consumed", step=3, tokens={hostile: 1}, plan={hostile: 1})
+    log.write("needle", step=3, when=hostile, by=hostile, score=1.0, cells=[{
+        "kind": hostile, "language": hostile, "length_tokens": 8, "depth": 0.5, "distractors": 0,
+        "correct": 1, "samples": 1, "interval": [0.2, 1.0]}])
+    log.write("conversion", target=hostile,
+              checks=[{"name": hostile, "value": hostile, "limit": 1, "passed": False}])
+    log.write("stop", step=3, reason=hostile)
+    document = Document(render([read_run(tmp_path)]))
+    assert not [tag for tag, _ in document.elements if tag in ("img", "b")]
+    figures = [json.loads(text) for text in document.text["script"] if text.startswith("{")]
+    assert len(figures) >= 6
+    # Plotly reads HTML in labels: they must carry entities, not tags.
+    assert not any("<img" in json.dumps(figure) for figure in figures)
+    assert any("&lt;img" in json.dumps(figure) for figure in figures)
+
+
+def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], document: Document) -> None:
+    shown = list(dict.fromkeys(s.title for path in runs for s in sections(read_run(path))))
+    assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
+    anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
+    ids = {a["id"] for _, a in document.elements if "id" in a}
+    assert anchors <= ids and len(anchors) == 3 + sum(len(sections(read_run(path))) for path in runs)
+
+
+def test_the_report_tells_of_one_model_and_sets_another_apart(runs: list[Path], toy: Path) -> None:
+    page = render([read_run(path) for path in (*runs, toy)], now_s=0)
+    head, _, rest = page.partition('id="run-3"')
+    assert "<h1>tiny-solar-open: pretrain + extend</h1>" in head
+    assert ("A model of 2.891 M parameters, 1.12 M of them active for each token, "
+            "trained on 3.277 M tokens") in head
+    # in what is read: a line of a chart may come to that place by chance
+    assert not re.search(r">[^<]*\b5\.157\b", head) and "439.9 K" not in head
+    assert rest.index("Other models") < rest.index("439.9 K") < rest.index("5.157")
+    assert "<h2>retrieval <small>tiny-k-exaone</small></h2>" in rest
+
+
+def test_a_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
+    with open(tmp_path / "events.jsonl", "w", encoding="utf-8") as f:
+        for step in range(1, 100_001):
+            f.write(
+                f'{{"event":"step","time_s":{step},"step":{step},"loss":{2 + (step * 7919 % 1000) / 1000},'
+                f'"tokens":{step * 4096},"lr":0.001,'
+                f'"grad_norm":1.5,"losses_by_source":{{"en":{2 + step % 7},"ko":{3 + step % 11}}}}}\n')
+    start_s = time.process_time()
+    page = render([read_run(tmp_path)])
+    assert time.process_time() - start_s < 10  # about 1 s on one core
+    assert len(page) - len(get_plotlyjs()) < 300_000  # bytes of everything but the plotting library
+    assert ("Of 100,000 points at most 2,000 are drawn; the lowest and highest value of every "
+            "stretch are kept." in page)

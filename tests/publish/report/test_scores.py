@@ -1,0 +1,249 @@
+"""Scores in the report: the newest of each checkpoint, what is missing by name, figures of others beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.publish.report.judgements import (
+    MAX_CELLS, forgetting_section, gate_section, passk_section, verdict_table)
+from megatron_sov.publish.report.run_data import Run, read_run
+from megatron_sov.publish.report.scores import score_section, scores_of
+from megatron_sov.publish.report.sections import sections
+from megatron_sov.publish.report.steps import curves, needle_curves, pair_curves, read_evaluations
+from megatron_sov.runs.obs.events import EVENTS, EventLog
+
+
+def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fields: Any) -> dict[str, Any]:
+    return {"event": "eval_lm", "task": task, "task_hash": "t", "model_hash": f"m{step}", "metric": "acc",
+            "k": None, "filter": "none", "mode": "default", "step": step, "value": value,
+            "interval": [0.4, 0.6], "items": 30, "failed": 0, "at_limit": 2,
+            "sampling": {"temperature": 0.6, "samples": 4}, "contamination": None, **fields}
+
+
+def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
+    scores = scores_of([event(value=0.1), event(step=200, value=0.7), event(value=0.3)])
+    assert [(s.step, s.value) for s in scores] == [(100, 0.3), (200, 0.7)]
+    named = scores_of([event(metric="pass@k", k=8), event(metric="acc", filter="strict", mode="thinking")])
+    assert [s.metric for s in named] == ["pass@8", "acc (strict, thinking)"]
+
+
+def test_the_section_has_a_line_for_each_task_and_figures_of_others_beside_them() -> None:
+    section = score_section([event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
+                             event("own", step=200, value=None, interval=None)], [])
+    assert len(section.charts) == 1 and "aime24, acc" in section.charts[0].figure_json
+    ours, published, ways = section.tables
+    assert ours.rows[0] == ["aime24", "acc", "200", "62.0%", "50.0% to 70.0%", "30", "0", "2", "not checked"]
+    assert ours.rows[1][3:5] == ["not known", "–"]
+    told = {row[3]: row for row in published.rows}
+    assert told["VibeThinker-1.5B"][4:6] == ["80.3 %", "avg@64"]
+    assert told["Solar Open 102B"][7].endswith("(not verified)")
+    assert ways.rows == [["temperature 0.6, samples 4", "default", "–", "aime24, own"]]
+
+
+def test_a_published_figure_stands_beside_the_first_figure_of_a_task_alone() -> None:
+    events = [event("ko", metric=name, k=k, value=value, published_as="aime24")
+              for name, k, value in (("avg@k", 64, 0.5), ("pass@k", 8, 0.9))]
+    published = score_section([event("mmlu_pro"), *events], []).tables[1]
+    assert {row[2] for row in published.rows if row[0] == "AIME24"} == {"50.0% (avg@64)"}
+    assert published.rows[0][1] == "mmlu_pro"
+
+
+def test_what_was_found_in_the_training_data_stands_beside_the_score() -> None:
+    check = {"event": "eval_contamination", "task": "aime24", "task_hash": "t", "model_hash": "m100",
+             "metric": "acc", "items_hit": 3, "value_without": 0.45}
+    def cell(*checks: dict[str, Any], **fields: Any) -> str:
+        return score_section([event(**fields)], list(checks)).tables[0].rows[0][-1]
+
+    assert cell(check) == "3 of 30 items; 45.0% without them"
+    assert cell({**check, "task_hash": "another"}) == "not checked"
+    assert cell({**check, "model_hash": "another"}) == "not checked"
+    found = {"checked_against": "d", "items_hit": 0, "value_without": 0.5}
+    assert cell(contamination=found) == "0 of 30 items"
+
+
+def test_a_perplexity_is_no_share_and_has_no_published_percentage_beside_it() -> None:
+    section = score_section([event(metric="word_perplexity", value=14.2, interval=None)], [])
+    assert section.tables[0].rows[0][3] == "14.2" and len(section.tables) == 2
+
+
+def test_the_forgetting_gate_is_told_task_by_task() -> None:
+    tasks = [{"task": "quiz", "metric": "acc", "before": 0.5, "after": 0.3, "value": -0.2,
+              "interval": [-0.25, -0.15], "items": 200, "verdict": "forgotten"},
+             {"task": "other", "metric": "acc", "before": None, "after": 0.3, "value": None, "interval": None,
+              "items": 0, "verdict": "not proven"}]
+    gate = {"event": "forgetting_gate", "step": 40, "passed": False, "tolerance": 0.03, "tasks": tasks}
+    table, = forgetting_section([gate]).tables
+    assert table.rows[0][4:6] == ["-0.2000", "-0.2500 to -0.1500"] and "FORGOTTEN" in table.rows[0][7]
+    assert table.rows[1][2] == "–" and table.rows[1][4] == "–"
+    (row,) = verdict_table([Run("tuned", {}, events={"forgetting_gate": [gate]})], [])[0].rows
+    assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
+    assert forgetting_section([]).tables == [] and verdict_table([Run("tuned", {})], []) == []
+
+
+def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
+    events = [event(step=1 << 40, task_hash=["a"], model_hash={}), event(step=5, task_hash=["a"])]
+    assert len(score_section(events, []).charts) == 1
+
+
+# Curves of what was judged beside training.
+
+
+def write(run: Path) -> None:
+    (run / "evaluations").mkdir(parents=True)
+    for step, bits in ((20, 2.5), (100, 1.5)):
+        figures = {"ko": {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}}
+        (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(figures))
+    cells = [{"kind": "single", "language": "korean", "correct": right, "samples": 4} for right in (4, 1)]
+    (run / "evaluations/step-20.needle.json").write_text(json.dumps({"cells": cells}))
+    (run / "evaluations/step-20.pairs.json").write_text(json.dumps({"judged": {"pairs": 8, "right": 0.75}}))
+    (run / "evaluations/step-100.needle.failed").write_text("no memory\n")
+    (run / "evaluations/step-40.ppl.json").write_text("{torn")
+    (run / "evaluations/.step-60.ppl.log").write_text("running")
+    EventLog(run / "events.jsonl").close()
+
+
+def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = read_evaluations(tmp_path)
+    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
+                                                 (100, "needle"), (100, "ppl")]
+    (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
+    assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
+    assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
+    (ranked,) = pair_curves(found)
+    assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
+    (section,) = sections(read_run(tmp_path))
+    assert section.title == "Evaluation beside training" and len(section.charts) == 3
+    (table,) = section.tables
+    assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
+            and table.rows[1][2] == "no memory")
+
+
+def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp_path: Path,
+                                                                             written_scores: Any) -> None:
+    (tmp_path / "evaluations").mkdir()
+    for step, scores in ((20, [1.0, 0.0]), (40, [1.0, 1.0])):
+        written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
+    (tmp_path / "evaluations/step-60.lm.json").write_text('{"tasks": [], "model": {"hash": "x"}}')
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("eval_lm", **read_evaluations(tmp_path)[0].scores[0] | {"output": "where the run was before"})
+    log.close()
+    run = read_run(tmp_path)
+    assert [(score["step"], score["value"]) for score in run.scores] == [(20, 0.5), (40, 1.0)]
+    failures, scores = (next(s for s in sections(run) if s.title == title)
+                        for title in ("Evaluation beside training", "Scores"))
+    assert len(scores.charts) == 1 and scores.tables[0].rows[0][:4] == ["quiz", "acc", "40", "100.0%"]
+    assert failures.tables[0].rows[0][:2] == ["60", "lm"]
+
+
+# pass@k of a run's models in its report.
+
+
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
+
+
+def figures(share: float) -> dict:
+    rows = [{"k": k, "value": share, "interval": [share - 0.1, share + 0.1], "num_prompts": 30}
+            for k in (1, 8)]
+    return {"num_prompts": 30, "num_samples": 240, "statuses": {"scored": 233, "timeout": 7},
+            "num_unscored": 5, "mean_reward": share, "pass_at_k": rows, "maj_at_k": rows[:1]}
+
+
+def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / EVENTS)
+    for step, share in ((100, 0.2), (200, 0.3), (200, 0.4)):
+        log.write("passk", step=step, input="data/aime.jsonl", reward="math", sampling=SAMPLING,
+                  **figures(share))
+    log.close()
+    (section,) = sections(read_run(tmp_path))
+    assert section.title == "pass@k" and len(section.charts) == 2
+    assert section.charts[1].caption == "aime.jsonl, math, step 200: 95 % intervals over 30 prompts."
+    assert [row[1:] for row in section.tables[0].rows] == [
+        [step, "30", "240", "5", f"{share:.1%} (k = 1)", f"{share:.1%} (k = 8)", f"{share:.4f}",
+         "temperature 0.8, top-p 0.95, seed 3"] for step, share in (("100", 0.2), ("200", 0.4))]
+    curves = json.loads(section.charts[1].figure_json)["data"]
+    assert [c["name"] for c in curves] == ["pass@k", "maj@k"]
+
+
+def test_files_of_one_name_are_two_sets_of_prompts() -> None:
+    events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
+              for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
+    section = passk_section(events)
+    assert [row[0] for row in section.tables[0].rows] == [
+        "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
+
+
+# Verdicts in one table: what was judged, the outcome, the figure.
+
+
+def rows(own: list[Path], others: tuple[Path, ...] = ()) -> list[list[str]]:
+    tables = verdict_table([read_run(path) for path in own], [read_run(path) for path in others])
+    return [[cell.striptags() if hasattr(cell, "striptags") else cell for cell in row]
+            for table in tables for row in table.rows]
+
+
+def test_every_judgement_has_a_row_and_another_models_gate_is_called_so(runs: list[Path], toy: Path) -> None:
+    assert rows(runs, (toy,)) == [
+        ["Stages", "2 of 2", "pretrain, extend: complete"],
+        ["Forgetting", "FAILED", "pretrain: worse on kmmlu; tolerance 0.03"],
+        ["Bigram model", "passed", "pretrain: bits per byte, fewer on 3 of 3 sources"],
+        ["Needles", "no gate set", "extend: 97.0% found, up to 2,048 tokens"],
+        ["Bigram model", "passed", "extend: bits per byte, fewer on 3 of 3 sources"],
+        ["Export", "passed", "pretrain: 2 of 2 checks"],
+        ["Other's gate", "passed", "another model, retrieval: needles 85%, 80% needed; "
+                                   "short-context loss 2.000, limit 2.100; step 10"]]
+
+
+def test_what_failed_is_named(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("run_start", resumed_from=0)
+    log.write("baseline", bigram={"en": {"bits_per_byte": 2.0}, "ko": {"bits_per_byte": 2.0}})
+    log.write("eval", step=1, heldout={name: {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}
+                                       for name, bits in (("en", 1.5), ("ko", 2.5))})
+    log.write("gate", step=7, passed=False, judged=False, threshold=0.8, loss=2.5, loss_limit=2.1, rows=[])
+    log.write("stop", step=7, reason="time limit")
+    log.write("conversion", target="hf", checks=[{"name": "a", "value": 1, "limit": 0, "passed": False},
+                                                 {"name": "b", "value": 0, "limit": 0, "passed": True}])
+    name = tmp_path.name
+    assert rows([tmp_path]) == [
+        ["Stages", "0 of 1", f"{name} stopped: time limit"],
+        ["Gate", "FAILED", f"{name}: short-context loss 2.500, limit 2.100; step 7"],
+        ["Bigram model", "FAILED", f"{name}: bits per byte, more on ko"],
+        ["Export", "FAILED", f"{name}: 1 of 2 checks"]]
+
+
+# The gate's section: every check, the cells that failed last, and the search.
+
+
+CELL = {"kind": "multi-key", "language": "thai", "length_tokens": 2048, "depth": 0.5, "correct": 9,
+        "samples": 20, "interval": [0.258, 0.658]}
+
+
+def check(step: int, passed: bool, judged: bool, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"event": "gate", "step": step, "passed": passed, "judged": judged, "min_steps": 40,
+            "threshold": 0.9, "loss": 2.31, "start_loss": 2.3, "loss_limit": 2.35, "failing_cells": cells,
+            "failing_rows": [{}] * len(cells), "rows": [{"accuracy": 0.45}, {"accuracy": 0.97}]}
+
+
+def test_checks_failing_cells_and_the_search() -> None:
+    search = {"scanned_tokens": {"web": 500}, "train_tokens": {"web": 90_000}, "questions": 812,
+              "questions_found": 0, "windows": 1000, "windows_found": 3, "window_tokens": 32,
+              "overlap": 0.003}
+    found = [check(0, False, False, [CELL]), check(20, False, True, []), check(40, False, False, [CELL])]
+    section = gate_section(found, [search])
+    checks, cells, searched = section.tables
+    assert [[str(row[i]) for i in (0, 1, 4)] for row in checks.rows] == [
+        ["0", "45.0%", "1"], ["20", "45.0%", "0"], ["40", "45.0%", "1"]]
+    assert "FAILED" in str(checks.rows[0][-1]) and str(checks.rows[1][-1]) == "good, before step 40"
+    assert cells.rows == [["multi-key", "thai", "2,048", "50%", "9 of 20", "25.8% to 65.8%"]]
+    assert [row[1] for row in searched.rows] == ["0 of 812", "3 of 1,000 (0.30%)", "500 of 90,000"]
+
+
+def test_long_lists_end_and_a_run_without_a_gate_has_no_section() -> None:
+    section = gate_section([check(9, False, False, [CELL] * (MAX_CELLS + 2))], [])
+    assert section.tables[1].rows[-1][0] == "and 2 more"
+    passed = gate_section([check(9, True, True, [])], [])
+    assert len(passed.tables) == 1 and "passed" in str(passed.tables[0].rows[0][-1])
+    assert gate_section([], []).tables == []

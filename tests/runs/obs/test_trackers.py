@@ -1,0 +1,175 @@
+"""Trackers write what their own libraries read back, and never end a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.model.config import ObsConfig
+from megatron_sov.runs.obs.trackers import Trackers
+
+
+def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
+    trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
+    for step in range(1, 4):
+        trackers.log_step(step, {"loss": 1.0 / step, "lr": 1e-3 * step})
+    trackers.log_step(4, {"loss": float("nan")})
+    trackers.close()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, TensorEvent
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["tensors"]) == ["loss", "lr"]
+
+    def value(event: TensorEvent) -> float:
+        return float(event.tensor_proto.float_val[0])
+
+    assert [(e.step, value(e)) for e in events.Tensors("lr")] == [(s, pytest.approx(1e-3 * s))
+                                                                  for s in (1, 2, 3)]
+    loss = events.Tensors("loss")
+    assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
+    assert math.isnan(value(loss[3])) and loss[3].step == 4
+
+
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """Yield the records of an offline run: LevelDB's log format after a 7-byte header, blocks of 32 KB.
+
+    A chunk is crc32 (4 bytes), length (2), type (1: whole record, 2: first part, 3: middle,
+    4: last), payload.
+    """
+    data, at, parts = file.read_bytes(), 7, []
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        parts.append(data[at + 7:at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):
+            yield b"".join(parts)
+            parts = []
+
+
+def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
+    """Return run id and history of an offline run, decoded by wandb's own protocol."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    run_id, history = "", []
+    for data in wandb_records(file):
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "run":
+            run_id = record.run.run_id
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json)
+                     for item in record.history.item}
+            history.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return run_id, history
+
+
+def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    attempts = []
+    for steps in ((1, 2, 3), (2, 3, 4)):  # the second attempt goes back to a checkpoint after step 1
+        trackers = Trackers(ObsConfig(wandb=True, wandb_project="test"), tmp_path,
+                            {"recipe": "tiny-solar-open"})
+        for step in steps:
+            trackers.log_step(step, {"loss": 1.0 / step})
+        trackers.close()
+        (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+        until_s = time.monotonic() + 600
+        while not (found := read_wandb(file))[1] and time.monotonic() < until_s:
+            time.sleep(0.1)  # a process of wandb's writes it
+        attempts.append(found)
+        shutil.rmtree(tmp_path / "wandb")  # an attempt's folder is named by the second in which it began
+    run_id = (tmp_path / "wandb-id").read_text()
+    assert attempts == [(run_id, [{"step": s, "loss": 1.0 / s} for s in steps])
+                        for steps in ((1, 2, 3), (2, 3, 4))]
+
+
+def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
+    calls = []
+
+    def fail(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr("tensorboard.summary.Writer.add_scalar", fail)
+    trackers.log_step(1, {"loss": 1.0})
+    trackers.log_step(2, {"loss": 1.0})
+    trackers.close()
+    assert len(calls) == 1
+    assert capsys.readouterr().err == (
+        "warning: TensorBoard failed (OSError: no space left on the device); the run goes on without it\n")
+
+
+def test_wandb_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    def unreachable(**kwargs: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("wandb.init", unreachable)
+    Trackers(ObsConfig(wandb=True), tmp_path, {}).log_step(1, {"loss": 1.0})
+    assert "Weights & Biases failed (ConnectionError: no route to host)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
+                                        + re.escape(how_to_install("trackers"))):
+        Trackers(ObsConfig(**{package: True}), tmp_path, {})
+
+
+def test_no_setting_no_files(tmp_path: Path) -> None:
+    trackers = Trackers(ObsConfig(), tmp_path, {})
+    trackers.log_step(1, {"loss": 1.0})
+    trackers.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mlflow_keeps_its_run_and_has_all_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for steps in ((1, 2), (2, 3)):  # the second attempt does a step again
+        trackers = Trackers(ObsConfig(mlflow=True, mlflow_experiment="test"), tmp_path,
+                            {"train": {"steps": 3}, "data": {"blend": ["a"] * 999}})
+        for step in steps:
+            trackers.log_step(step, {"loss": 1.0 / step, "heldout/first source": math.nan})
+        trackers.close()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((tmp_path / "mlflow").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert run.info.run_id == (tmp_path / "mlflow-id").read_text() and run.info.status == "FINISHED"
+    assert run.info.run_name == tmp_path.name and run.data.params["train.steps"] == "3"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [
+        (1, 1.0), (2, 0.5), (2, 0.5), (3, 1 / 3)]
+    heldout = client.get_metric_history(run.info.run_id, "heldout/first source")
+    assert len(heldout) == 4 and all(math.isnan(metric.value) for metric in heldout)
+
+
+def test_a_server_that_is_away_does_not_end_the_run_and_its_password_is_not_told(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:hunt@hunter2@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Trackers(ObsConfig(mlflow=True), tmp_path, {}).log_step(1, {"loss": 1.0})
+    told = capsys.readouterr().err
+    assert "warning: MLflow failed" in told and "hunter2" not in told
+    assert not (tmp_path / "mlflow-id").exists()

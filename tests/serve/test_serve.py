@@ -1,0 +1,238 @@
+"""`megatron-sov serve`, as docs/serve.md types it: what the openai client gets is what `generate` writes;
+what is refused; how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from megatron_sov.cli import main
+from megatron_sov.work.processes.children import FORWARDED
+from tests.pages_typed import ROOT, commands_of
+
+WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
+PAGE = (ROOT / "docs/serve.md").read_text()
+TYPED = [shlex.split(line)[3:] for line in commands_of(PAGE) if " serve my-checkpoint " in line]
+"""Options behind the target, of each command that starts a server; test_processes.py types the second."""
+PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
+
+
+@pytest.fixture(scope="module")
+def server(serving: Any, imported: dict[str, Path]) -> Iterator[Any]:
+    """One server for this file."""
+    first, *_ = TYPED
+    with serving(imported["solar_open"], *first, "--max-batch", "8",
+                 "--set", "train.num_threads=1") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def written(one_rank: None, imported: dict[str, Path], capsys: Any) -> Callable[..., list[dict[str, Any]]]:
+    """Return `written(*options)`: what `generate` writes."""
+
+    def write(*options: str) -> list[dict[str, Any]]:
+        assert main(["generate", str(imported["solar_open"]), *options, "--json", "--logprobs"]) == 0
+        found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+        return found
+
+    return write
+
+
+def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, written: Any) -> None:
+    for prompt in PROMPTS[:2]:
+        (expected,) = written("--prompt", prompt, "--max-new-tokens", "9", *WARM, "--seed", "7")
+        found = client.completions.create(model="mine", prompt=prompt, max_tokens=9, seed=7, logprobs=0,
+                                          **SAMPLED)
+        choice = found.choices[0]
+        assert (choice.text, choice.finish_reason) == (expected["text"], expected["finish_reason"])
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs == pytest.approx(
+            expected["logprobs"], abs=1e-5)
+        assert found.usage is not None and found.usage.completion_tokens == len(expected["tokens"])
+    several = written("--prompt", "Hello", "--chat", "--max-new-tokens", "8", *WARM, "--samples", "3")
+    chat = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "Hello"}], n=3,
+                                          max_tokens=8, seed=0, **SAMPLED)
+    assert [c.message.content for c in chat.choices] == [e["text"] for e in several]
+    (greedy,) = written("--prompt", "Hello", "--chat", "--max-new-tokens", "8")
+    chat = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "Hello"}],
+                                          max_completion_tokens=8, temperature=0)
+    assert chat.choices[0].message.content == greedy["text"]
+
+
+def test_answers_do_not_depend_on_their_neighbours(client: openai.OpenAI) -> None:
+    def ask(number: int) -> list[str]:
+        found = client.completions.create(model="mine", prompt=PROMPTS[number % 4], max_tokens=4 + number % 9,
+                                          seed=number, temperature=number % 3 / 2, stop=["e ", "xq"])
+        return [choice.text for choice in found.choices]
+
+    alone = [ask(number) for number in range(0, 64, 9)]
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(ask, range(64)))
+    assert together[::9] == alone
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+    for stop in (None, ["e"], ["re", "st"]):
+        asked: dict[str, Any] = {"model": "mine", "max_tokens": 24, "seed": 3, "temperature": 1.0,
+                                 "stop": stop}
+        chat = {**asked, "messages": [{"role": "user", "content": "한국어?"}], "n": 2}
+        whole = client.chat.completions.create(**chat)
+        said = ["", ""]
+        chunks = list(client.chat.completions.create(**chat, stream=True,
+                                                     stream_options={"include_usage": True}))
+        for chunk in chunks:
+            for choice in chunk.choices:
+                said[choice.index] += choice.delta.content or ""
+        assert said == [choice.message.content for choice in whole.choices]
+        assert chunks[-1].usage == whole.usage
+        text = client.completions.create(**asked, prompt="The ").choices[0].text
+        pieces = list(client.completions.create(**asked, prompt="The ", stream=True))
+        assert "".join(p.choices[0].text for p in pieces) == text
+        assert pieces[-1].choices[0].finish_reason is not None
+    assert len(chunks) > 8
+
+
+def test_ids_are_prompts_too_and_the_model_is_listed(client: openai.OpenAI, written: Any,
+                                                     imported: dict[str, Path]) -> None:
+    from megatron_sov.infer.engines.load import load_tokenizer
+
+    ids = load_tokenizer(imported["solar_open"] / "tokenizer").encode("The ", add_special_tokens=False)
+    texts = [client.completions.create(model="mine", prompt=prompt, temperature=0).choices[0].text
+             for prompt in ("The ", ids)]
+    assert texts[0] == texts[1]
+    both = client.completions.create(model="mine", prompt=["The ", "import "], temperature=0, n=2)
+    assert [c.index for c in both.choices] == [0, 1, 2, 3] and both.choices[1].text == texts[0]
+    assert [model.id for model in client.models.list()] == ["mine"]
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"prompt": "a", "temprature": 1}, 400, "temprature is not known; did you mean 'temperature'?"),
+    ({"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5: this server does nothing"),
+    ({"prompt": "a", "temperature": -1}, 400, "temperature is -1: Input should be greater than or equal"),
+    ({"prompt": "a", "temperature": 1e-9}, 400, "temperature is 1e-09: below 0.01 numbers overflow"),
+    ({"prompt": "a", "temperature": "1"}, 400, "temperature is \"1\""),
+    ({"prompt": "a", "logprobs": 21}, 400, "logprobs is 21"),
+    ({"prompt": ["a " * 400] * 128, "echo": True, "logprobs": 20}, 400, "log-probabilities of prompts are"),
+    ({"prompt": "a", "echo": True, "stream": True}, 400, "echo is true for a stream"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens is 0"),
+    ({"prompt": "a", "max_tokens": 512}, 400, "this server takes 512 in all"),
+    ({"prompt": "a " * 600}, 400, "this server takes 512 in all"),
+    ({"prompt": "a", "seed": -1}, 400, "seed is -1"),
+    ({"prompt": "a", "n": 1000}, 400, "n is 1000"),
+    ({"prompt": ["a"] * 20, "n": 10}, 400, "are 200 answers, at most 128"),
+    ({"prompt": "a", "stop": ["a"] * 17}, 400, "stop is"),
+    ({"prompt": "a", "stop": ""}, 400, "stop is"),
+    ({"prompt": ""}, 400, "prompt is empty"),
+    ({"prompt": [1, 99999]}, 400, "ids below 1024"),
+    ({"prompt": "\ud800"}, 400, "half of a surrogate pair"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"a": "\udfff"}]}, 400, "surrogate pair"),
+    ({}, 400, "prompt is missing"),
+    ({"prompt": "a", "model": "gpt-9"}, 404, "model 'gpt-9' does not exist; this server has 'mine'"),
+    ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, 400,
+     "top_logprobs is 2 without logprobs"),
+    ({"messages": [{"role": "user", "content": "a"}], "echo": True}, 400, "echo is true"),
+    ({"messages": []}, 400, "'messages' must be a non-empty list"),
+    ({"messages": [{"role": "king", "content": "a"}]}, 400, "role 'king'"),
+    ({"messages": [{"role": "user", "content": "a", "audio": {}}]}, 400, "'audio', which is not known"),
+    ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, 400, "tool_choice is"),
+    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 1}}, 400, "fail"),
+    ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, 400,
+     "response_format is"),
+]
+
+
+def test_what_would_change_the_answer_and_is_not_done_is_refused(server: Any) -> None:
+    with httpx.Client(base_url=server.url) as http:
+        for body, status, said in REFUSED:
+            path = "/chat/completions" if "messages" in body else "/completions"
+            answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+            error = answer.json()["error"]
+            assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
+            assert said in error["message"]
+        for raw in (b"", b"{", b"[]", b"nul", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 10**5, b'{"a":1e999}',
+                    b'{"temperature": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"seed": ' + b"9" * 5000 + b"}"):
+            answer = http.post("/completions", content=raw, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+        for status, asked in ((413, {"content": b" " * (9 << 20)}), (415, {"data": {"prompt": "a"}}),
+                              (415, {"headers": {"Content-Encoding": "gzip"}}),
+                              (403, {"headers": {"Host": "evil.example"}})):
+            headers = {"Content-Type": "application/json"} | asked.pop("headers", {})
+            if "data" in asked:
+                headers = {}
+            assert http.post("/completions", headers=headers, **asked).status_code == status
+        assert http.get("/nothing").status_code == 404 and http.get("/completions").status_code == 405
+        assert httpx.get(server.url.removesuffix("/v1") + "/health").json() == {"status": "ok", "waiting": 0}
+
+
+def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(block.replace("http://127.0.0.1:8000/v1", server.url), {})
+    (expected,) = written("--prompt", "1 + 2?", "--chat", "--max-new-tokens", "32")
+    assert said.getvalue() == expected["text"] + "\n"
+
+
+def test_what_lm_eval_sends_is_taken_and_what_it_reads_is_what_generate_writes(server: Any, written: Any
+                                                                               ) -> None:
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    client = LocalChatCompletion.__new__(LocalChatCompletion)  # without its own connections
+    client.model, client.think_end_token, client._max_gen_toks = "mine", None, 256
+    answers = []
+    for text in ("Hello", "1 + 2?"):
+        messages = [{"role": "user", "content": text, "type": "text"}]
+        sent = client._create_payload(messages, generate=True, eos="<|end|>", gen_kwargs={
+            "until": ["re"], "max_gen_toks": 12, "temperature": 0, "do_sample": False})
+        answers.append(httpx.post(f"{server.url}/chat/completions", json=sent, timeout=600).json())
+    expected = written("--prompt", "Hello", "--prompt", "1 + 2?", "--chat", "--max-new-tokens", "12",
+                       "--stop", "re")
+    assert client.parse_generations(answers) == [e["text"] for e in expected]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--host", "0.0.0.0"], '--host "0.0.0.0": others than this machine reach it'),
+    (["--host", "example.org"], '--host "example.org": others than this machine'),
+    (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the environment has no key"),
+    (["--max-length", "9999"], "--max-length 9999: the model ends at 512"),
+    (["--parent-pid", "4194999"], "--parent-pid 4194999: there is no such process"),
+    (["--host", "203.0.113.1", "--api-key-env", "PATH"], "--host 203.0.113.1 --port 8000: cannot be"),
+    (["--set", "parallel.tp=3"], "parallel.tp"), (["--address-file", "/"], "--address-file /: is a folder"),
+    (["--name", " "], '--name " ": must be 1 to 200 printable'),
+    (["--max-batch", "0", "--port", "70000"], "command line: 2 problems")])
+def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
+                                   capsys: Any) -> None:
+    before = {number: signal.getsignal(number) for number in FORWARDED}
+    try:
+        code = main(["serve", str(imported["solar_open"]), *options])
+    except SystemExit as e:  # of a rank, which has said why
+        code = int(e.code or 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and said in told and "Traceback" not in told
+
+
+def test_what_is_no_model_is_a_mistake(tmp_path: Path, capsys: Any) -> None:
+    for target in (tmp_path, tmp_path / "none"):
+        assert main(["serve", str(target)]) == 2
+        assert capsys.readouterr().err.count("error: ") == 1

@@ -1,0 +1,175 @@
+"""The order's batches as objectives get them: the same global batch however many processes share it,
+and the state behind it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.engine.data import order
+from megatron_sov.engine.data.ledger import plan
+from megatron_sov.engine.data.order import SampleOrder
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import RunConfig, apply_settings
+
+prepare_megatron()
+from megatron_sov.engine.data.rows import Row  # noqa: E402
+from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
+from megatron_sov.engine.mcore.parallel.world import World  # noqa: E402
+from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
+from megatron_sov.train.objectives import microbatch  # noqa: E402
+from megatron_sov.train.objectives.data_batches import DataBatches  # noqa: E402
+from megatron_sov.train.objectives.lm import LanguageModelling  # noqa: E402
+from megatron_sov.train.objectives.microbatch import from_row, shifted  # noqa: E402
+from megatron_sov.train.objectives.objective import GlobalBatch  # noqa: E402
+
+PHASES = ('data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_len": '
+          '64, "global_batch_size": 16}]')
+
+
+def config(*settings: str) -> RunConfig:
+    return apply_settings(recipes.get("tiny-solar-open"),
+                          [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
+
+
+def rows_of(packed_data: Any, dp_size: int, micro_batch_size: int) -> list[list[int]]:
+    """Return the token rows of all global batches, put together from what each data-parallel rank gets."""
+    settings = config(f"train.micro_batch_size={micro_batch_size}")
+    sources = open_sources({str(packed_data.text): 1.0}, 368)
+    ranks = [DataBatches(settings, sources, World(r, dp_size, r, dp_size, True, True))
+             for r in range(dp_size)]
+    rows = []
+    for size, seq_len, phase in [(8, 32, "main")] * 2 + [(16, 64, "late")] * 2:
+        batches = [rank.next() for rank in ranks]
+        assert {(b.num_sequences, b.seq_len, b.phase) for b in batches} == {(size, seq_len, phase)}
+        for of_one_round in zip(*(b.micro_batches for b in batches), strict=True):
+            for m in of_one_round:
+                rows += m.inputs.tokens.reshape(-1, seq_len).tolist()
+    for rank in ranks:
+        rank.close()
+    return rows
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 2), (2, 1), (2, 4), (4, 2), (8, 1)])
+def test_every_split_sees_the_same_rows(packed_data: Any, dp_size: int, micro_batch_size: int) -> None:
+    rows = rows_of(packed_data, dp_size, micro_batch_size)
+    assert rows == rows_of(packed_data, 1, 1) and len(rows) == 2 * 8 + 2 * 16 and rows[0] != rows[8]
+
+
+def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_data: Any) -> None:
+    """Two batches more are ready by then; skipped steps count as given."""
+    sources, place = open_sources({str(packed_data.text): 1.0}, 368), World(0, 1, 0, 1, True, True)
+    settings = config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
+    order = SampleOrder(settings, sources)
+    batches = DataBatches(settings, sources, place)
+    assert batches.state() == order.state.to_dict()
+    for step in range(4):
+        order.next_batch()
+        assert batches.next_entry().skip == (step == 1)
+        if step == 1:
+            batches.skip()
+        else:
+            batches.next()
+        assert batches.state() == order.state.to_dict()
+        assert batches.consumed_tokens() == {name: cursor.tokens
+                                             for name, cursor in order.state.cursors.items()}
+        assert batches.epochs == order.epochs()
+        resumed = DataBatches(settings, sources, place)
+        resumed.next()  # which counts for nothing, nor does what it prepared ahead
+        resumed.restore(json.loads(json.dumps(batches.state())))
+        assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.at(step + 1)
+        resumed.close()
+    batches.close()
+
+
+def test_a_plan_that_was_made_is_not_made_again(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, place = open_sources({str(packed_data.text): 1.0}, 368), World(0, 1, 0, 1, True, True)
+    settings = config("train.micro_batch_size=1")
+    planned = plan(settings, sources)
+    alone = DataBatches(settings, sources, place)
+    monkeypatch.setattr(order, "plan", None)
+    batches = DataBatches(settings, sources, place, planned)
+    assert batches.ledger.entries == alone.ledger.entries == planned
+    batches.next()
+    batches.restore(alone.state())
+    assert batches.state() == alone.state()
+    for one in (batches, alone):
+        one.close()
+
+
+# Rows on the device, and the targets of multi-token prediction.
+
+
+def row_of(lengths: list[int]) -> Row:
+    """Return a row of documents with distinct labels; a document's last token has none."""
+    n = sum(lengths)
+    ends = np.cumsum(lengths) - 1
+    labels = np.arange(100, 100 + n)
+    weights = np.linspace(0.5, 1.5, n).astype(np.float32)
+    labels[ends], weights[ends] = 0, 0
+    return Row(tokens=np.arange(n), labels=labels, weights=weights,
+               positions=np.concatenate([np.arange(k) for k in lengths]),
+               types=(np.arange(n) % 3).astype(np.uint8),
+               sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
+               bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+               columns={"score": np.linspace(-3, 3, n, dtype=np.float32),
+                        "advantage": -np.arange(n, dtype=np.float32)})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[int]) -> None:
+    row = row_of(lengths)
+    there = shifted(from_row(row), depth)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    for t in range(len(row.tokens)):
+        source = t + depth
+        inside = source < len(row.tokens) and document[source] == document[t]
+        for found, of_row in ((there.labels, row.labels), (there.weights, row.weights),
+                              (there.types, row.types), (there.columns["score"], row.columns["score"])):
+            assert found[t] == (of_row[source] if inside else 0)
+
+
+def test_a_row_arrives_as_it_was() -> None:
+    row = row_of([3, 1, 4])
+    batch = from_row(row)
+    assert batch.inputs.cu_seqlens.tolist() == [0, 3, 4, 8] and batch.inputs.max_document_tokens == 4
+    for name in ("tokens", "positions", "padding"):
+        assert getattr(batch.inputs, name).tolist() == getattr(row, name).tolist()
+    for name in ("labels", "weights", "types", "sources"):
+        assert getattr(batch, name).tolist() == getattr(row, name).tolist()
+    assert ({name: column.tolist() for name, column in batch.columns.items()}
+            == {name: column.tolist() for name, column in row.columns.items()})
+
+
+@pytest.mark.parametrize("of", [LanguageModelling, SupervisedFineTuning])
+def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
+        of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor has no numbers: whoever asked it for one would fail, where on a GPU all would wait."""
+    monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
+    objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
+                                   batches=SimpleNamespace(num_sources=1)))
+    rows = [row_of([3, 1, 4]), row_of([9])]
+    expected = objective.prepare(GlobalBatch(tuple(map(from_row, rows)), 8, 2, "main"))
+
+    sent = []
+    monkeypatch.setattr(microbatch, "local_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(microbatch, "to_device",
+                        lambda values, device: sent.append(values) or values.to(device))
+    micro_batches = tuple(map(from_row, rows))
+    assert len(sent) == len(rows)
+    assert micro_batches[0].labels.is_meta and micro_batches[0].inputs.tokens.is_meta
+    assert micro_batches[0].inputs.host_bounds == [0, 3, 4, 8]
+    for name in ("labels", "weights", "types", "sources"):
+        there, here = getattr(micro_batches[0], name), getattr(micro_batches[0].host, name)
+        assert (there.dtype, there.shape) == (here.dtype, here.shape)
+    found = objective.prepare(GlobalBatch(micro_batches, 8, 2, "main"))
+    assert (found.targets, found.num_tokens) == (expected.targets, expected.num_tokens)

@@ -1,0 +1,84 @@
+"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
+from megatron_sov.model.families.encoders import AUDIO, VISION
+from megatron_sov.train.objectives.encoder_weights import encoder_in
+
+SIGLIP = VisionEncoderConfig(kind="siglip", placeholder_ids=(5,), image_size=8, patch_size=4, hidden_size=16,
+                             num_layers=1, num_heads=2, ffn_dim=24)
+WHISPER = AudioEncoderConfig(kind="whisper", placeholder_ids=(6,), num_mels=4, num_frames=20, hidden_size=16,
+                             num_layers=1, num_heads=2, ffn_dim=24)
+
+
+def model(**encoders: Any) -> ModelConfig:
+    """Return a tiny model with encoders."""
+    return dataclasses.replace(recipes.get("tiny-qwen3").model, **encoders)
+
+
+@pytest.fixture
+def siglip(tmp_path: Path) -> Path:
+    """Return a folder with SigLIP's picture encoder, as transformers saves it."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    SiglipVisionModel(SiglipVisionConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24)).save_pretrained(tmp_path / "siglip")
+    return tmp_path / "siglip"
+
+
+def test_every_tensor_is_found_under_its_own_name(siglip: Path) -> None:
+    files, found = encoder_in(siglip, VISION, model(vision=SIGLIP))
+    stored = load_file(siglip / "model.safetensors")
+    assert len(found) == len({*found.values()}) == sum(not name.startswith(("head.", "vision_model.head."))
+                                                       for name in stored)
+    name = found["vision.encoder.embeddings.patch_embedding.weight"]
+    assert files[name].read(name).equal(stored[name])
+
+
+def test_an_encoder_inside_a_larger_model(tmp_path: Path) -> None:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    WhisperForConditionalGeneration(WhisperConfig(
+        num_mel_bins=4, max_source_positions=10, d_model=16, encoder_layers=1, encoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24, vocab_size=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)).save_pretrained(tmp_path)
+    _, found = encoder_in(tmp_path, AUDIO, model(audio=WHISPER))
+    assert found["audio.encoder.conv1.weight"] == "model.encoder.conv1.weight"
+    with pytest.raises(UserError, match=r"num_mel_bins = 4|conv1\.weight"):
+        encoder_in(tmp_path, AUDIO, model(audio=dataclasses.replace(WHISPER, num_mels=8)))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"num_layers": 2}, "holds 0 encoders of kind 'siglip' with 2 layers"),
+    ({"ffn_dim": 32}, r"mlp.fc1.weight \[24, 16\] instead of \[32, 16\]"),
+    ({"num_heads": 4}, "num_attention_heads = 2, and the model's num_heads is 4"),
+    ({"kind": "qwen2_5_vl", "full_attention_layers": (0,)}, "holds 0 encoders of kind 'qwen2_5_vl'")])
+def test_another_encoder_is_refused(siglip: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        encoder_in(siglip, VISION, model(vision=dataclasses.replace(SIGLIP, **change)))
+
+
+def test_two_encoders_and_pickles_are_refused(siglip: Path) -> None:
+    stored = load_file(siglip / "model.safetensors")
+    twice = {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name, tensor in stored.items()}
+    save_file(twice, siglip / "model.safetensors")
+    with pytest.raises(UserError, match="holds 2 encoders"):
+        encoder_in(siglip, VISION, model(vision=SIGLIP))
+    (siglip / "model.safetensors").unlink()
+    torch.save(stored, siglip / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        encoder_in(siglip, VISION, model(vision=SIGLIP))
+    assert json.loads((siglip / "config.json").read_text())["hidden_size"] == 16

@@ -1,0 +1,32 @@
+"""Collections come at the steps that are set, and at no others."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from megatron_sov.train.side_jobs.garbage import Garbage
+
+
+def test_garbage_is_collected_every_so_many_steps_and_never_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    garbage = Garbage(every_steps=3)
+    try:
+        assert not gc.isenabled() and gc.get_freeze_count() > 0
+        collected: list[int] = []
+        monkeypatch.setattr(gc, "collect", lambda: collected.append(step))
+        for step in range(1, 8):
+            garbage.after_step(step)
+        assert collected == [3, 6]
+    finally:
+        garbage.close()
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    gc.freeze()  # as all other tests have it, see tests/conftest.py
+
+
+def test_by_default_it_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "collect", lambda: pytest.fail("nobody asked"))
+    garbage = Garbage(every_steps=0)
+    garbage.after_step(1)
+    assert gc.isenabled()
+    garbage.close()

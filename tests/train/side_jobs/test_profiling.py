@@ -1,0 +1,45 @@
+"""Traces of the steps that are set, and of what is left of them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sov.model.config import GpuConfig
+from megatron_sov.train.side_jobs.profiling import FOLDER, Profiling
+
+STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
+
+
+def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]]:
+    """Do matrix products of [step, step] in steps and return trace -> shapes of those in it."""
+    profiling = Profiling(STEPS_2_AND_3, run, is_main)
+    step = 0
+    for step in steps:
+        profiling.before_step(step)
+        torch.ones(step, step) @ torch.ones(step, step)
+        profiling.after_step(step)
+    profiling.close(step)
+    found = {}
+    for file in sorted(run.glob(f"{FOLDER}/*")):
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        found[file.name] = [str(e["args"]["Input Dims"][0]) for e in events if e.get("name") == "aten::mm"]
+    return found
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    (range(1, 6), {"steps-2-3.json.gz": ["[2, 2]", "[3, 3]"]}),
+    (range(3, 6), {"steps-3-3.json.gz": ["[3, 3]"]}),  # resumed behind step 2
+    (range(1, 3), {"steps-2-2.json.gz": ["[2, 2]"]}),  # ended before step 3
+    (range(4, 6), {})])
+def test_a_trace_has_the_steps_that_are_set(steps: range, expected: dict[str, list[str]],
+                                            tmp_path: Path) -> None:
+    assert traced(tmp_path, steps) == expected
+
+
+def test_other_processes_write_none(tmp_path: Path) -> None:
+    assert traced(tmp_path, range(1, 6), is_main=False) == {}

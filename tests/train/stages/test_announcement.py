@@ -1,0 +1,108 @@
+"""What a run says before its first step and behind its last one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.engine.data.ledger import LedgerEntry
+from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.families.count import num_params
+from megatron_sov.plan.footprint import kept
+from megatron_sov.plan.footprint.memory import Account
+from megatron_sov.runs.folder import PLAN
+from megatron_sov.train.stages import planning
+from megatron_sov.train.stages.planning import device_name, keep_plan
+
+prepare_megatron()
+from megatron_sov.train.restoring import TrainState  # noqa: E402
+from megatron_sov.train.stages.announcement import (  # noqa: E402
+    banner, memory_of, planned_tokens, short, summary)
+from megatron_sov.train.stages.evaluate import HeldoutLoss  # noqa: E402
+
+ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
+           LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
+
+
+def test_a_run_says_what_it_is_about_to_do() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "train.recompute=true"])
+    sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
+               for name, tokens in (("web", 500), ("code", 600))]
+    gib = 2**30
+    told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources,
+                  Account(gib, gib, 4 * gib, gib, gib // 2, gib // 2, on_host=130 * gib)).splitlines()
+    assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 k tokens"
+    assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
+                       "7.5 GiB with activations, 130 GiB of the host's memory")
+    assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
+    assert told[3].startswith("  run        runs/a, a checkpoint every ")
+
+
+def test_rounds_are_told_in_responses_since_nobody_knows_their_tokens() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["rollout.rounds=4"])
+    told = banner(config, 1, Path("runs/a"), range(4),
+                  (LedgerEntry(0, "round-0001", 100, 2, {"rollouts": 1.0}),), [],
+                  Account(1, 1, 1, 1, 1, 1)).splitlines()
+    assert told[0].endswith("steps 1 to 4")
+    assert told[2] == "  data       4 rounds of 64 prompts, each with 8 responses"
+    assert told[3].endswith("steps and behind each round")
+
+
+def test_a_run_tells_the_account_of_its_first_process() -> None:
+    config = recipes.get("tiny-qwen3")
+    found = memory_of(config, 1)
+    assert found.weights == 4 * num_params(config.model).total and found.nccl == 0
+
+
+@pytest.mark.parametrize(("steps", "web", "code"), [
+    (range(6), 1000, 600), (range(4), 800, 0), (range(5, 6), 100, 300)])
+def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -> None:
+    found = planned_tokens(ENTRIES, steps)
+    assert (found["web"], found["code"]) == (web, code)
+
+
+def test_a_run_says_what_came_of_it() -> None:
+    told = summary(Path("runs/a"), Path("runs/a/checkpoints/step-6"), TrainState(6, 1_500_000), 125.4,
+                   {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10)}, "sft").splitlines()
+    assert told[0] == "complete: step 6, 1.5 M tokens in 2:05 min; held-out loss web 2.0000, code 1.2500"
+    assert told[1] == "  checkpoint  runs/a/checkpoints/step-6" and "megatron-sov report runs/a" in told[2]
+    assert "generate runs/a --chat --prompt TEXT" in told[2]  # in the form that it was trained in
+
+
+def test_numbers_are_short() -> None:
+    assert [short(n) for n in (0, 12.0, 999, 1000, 2_502_144, 102_650_000_000, 20e12)] == [
+        "0", "12", "999", "1 k", "2.5 M", "103 G", "20 T"]
+
+
+# The plan that a run keeps of itself.
+
+
+CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
+
+
+def test_a_plan_is_kept_once(tmp_path: Path) -> None:
+    assert keep_plan(CONFIG, 1, tmp_path, 1 << 28) == 0
+    assert keep_plan(CONFIG, 1, tmp_path, 1 << 29) == 0
+    assert keep_plan(CONFIG, 2, tmp_path, 1 << 28) == 1
+    (plan, wider) = kept.read(tmp_path)
+    assert plan.device == device_name() != "" and plan.memory_before_bytes == 1 << 28
+    assert wider.num_ranks == 2 and "chip unknown" in plan.no_speed
+
+
+def test_no_run_fails_for_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / PLAN).write_text("{")
+    assert keep_plan(CONFIG, 1, tmp_path, 0) is None
+    assert f"warning: {tmp_path / PLAN}: no plan is kept" in capsys.readouterr().err
+
+
+def test_a_processor_has_a_name_where_the_system_tells_none(monkeypatch: pytest.MonkeyPatch,
+                                                            tmp_path: Path) -> None:
+    monkeypatch.setattr(planning, "CPU_INFO", tmp_path / "nowhere")
+    assert device_name()
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: AMD EPYC 9654\nmodel name\t: other\n")
+    monkeypatch.setattr(planning, "CPU_INFO", tmp_path / "cpuinfo")
+    assert device_name() == "AMD EPYC 9654"

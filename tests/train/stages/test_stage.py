@@ -1,0 +1,434 @@
+"""A stage from the outside: what is refused before any process starts, what restarts are told,
+how every end is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.errors import GateFailed, StopRequested, UserError
+from megatron_sov.engine.data.ledger import plan
+from megatron_sov.engine.data.token_shards import open_sources
+from megatron_sov.engine.data.views import with_views
+from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.plan.calibration import fitting
+from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
+from megatron_sov.runs.folder import PLAN, RunFolder
+from megatron_sov.runs.nvidia_smi import SeenGpu
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.work.clusters.chips import Gpu
+
+prepare_megatron()
+from megatron_sov.engine.mcore.parallel.launcher import Restarts  # noqa: E402
+from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
+from megatron_sov.train.objectives.lm import LanguageModelling  # noqa: E402
+from megatron_sov.train.stages import stage as stage_module  # noqa: E402
+from megatron_sov.train.stages.gate import EndVerdict  # noqa: E402
+from megatron_sov.train.stages.stage import Stage, run_stage  # noqa: E402
+
+SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
+         "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
+Launched = Callable[[Callable[[], int], Restarts], int]
+
+
+class Launcher:
+    """Stands for `launcher.launch`: starts no process, and does what a test says."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.does: Launched = lambda main, restarts: 0
+
+    def __call__(self, main: Callable[[], int], nproc: int | None, num_threads: int,
+                 restarts: Restarts) -> int:
+        self.calls += 1
+        return self.does(main, restarts)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    found = Launcher()
+    monkeypatch.setattr(stage_module.launcher, "launch", found)
+    return found
+
+
+@pytest.fixture
+def stage(packed_data: Any, tmp_path: Path) -> Callable[..., Stage]:
+    """Return `stage(*settings, **fields)`: a stage that has not begun, on small data."""
+
+    def made(*settings: str, **fields: Any) -> Stage:
+        paths = f"data.paths={json.dumps({str(packed_data.text): 1.0})}"
+        config = apply_settings(recipes.get("tiny-solar-open"), [*SMALL, paths, *settings])
+        return Stage(config, RunFolder(tmp_path / "run"), SimpleNamespace(), resume=True, **fields)
+
+    return made
+
+
+def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_events(folder.path / EVENTS) if e["event"] == kind]
+
+
+def open_run(stage: Stage) -> None:
+    """Do what the processes of a stage do before their first step."""
+    stage.folder.create()
+    stage.folder.declare(stage.config)
+    (stage.folder.path / EVENTS).touch()
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    (("parallel.ep=2",), "parallel"), (("model.vocab_size=300",), "vocab_size"),
+    (("model.qk_norm=true",), "qk_norm"),
+    (('data.phases=[{"name": "main", "seq_len": 32, "blend": {"french": 1.0}}]',), "french")])
+def test_what_cannot_be_is_refused_before_anything_is_started_or_written(
+        settings: tuple[str, ...], says: str, stage: Callable[..., Stage], launcher: Launcher) -> None:
+    with pytest.raises(UserError, match=says):
+        run_stage(stage(*settings), 1)
+    assert launcher.calls == 0 and not stage().folder.path.exists()
+
+
+def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
+        stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launcher, from what the driver says; it starts no CUDA."""
+    lacks_zero1 = int(fullest(stage().config, 2)[1].total / USABLE_SHARE) - 1
+    seen = [SeenGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i, size in enumerate((40 << 30, lacks_zero1))]
+    monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(stage_module, "visible_gpus", lambda: seen)
+    with pytest.raises(UserError, match=r"^tiny-solar-open on 2 processes: the layout without ZeRO-1 needs "
+                                        r".* of a NVIDIA Tiny with 0\.5 GiB; the nearest layout that fits: "
+                                        r"--set parallel\.zero1=true$"):
+        run_stage(stage(), 2)
+    assert launcher.calls == 0 and not stage().folder.path.exists()
+    with pytest.raises(StopRequested):
+        run_stage(stage(), 1)  # on the large one alone
+    assert launcher.calls == 1
+
+
+def test_a_rank_refuses_what_its_own_gpu_has_no_room_for(
+        stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stage().config
+    assert stage_module._bytes_of_own_gpu(config) == 0
+    offloaded = apply_settings(config, ["gpu.optimizer_offload=1", "parallel.zero1=true"])
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="that it has available"):
+        patched.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+        stage_module._bytes_of_own_gpu(offloaded)
+    monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(stage_module.device, "kind", lambda: Gpu("Tiny", 20 << 20))
+    with pytest.raises(UserError, match="of a Tiny with"):
+        stage_module._bytes_of_own_gpu(config)
+    monkeypatch.setattr(stage_module.device, "kind", lambda: Gpu("Large", 40 << 30))
+    assert stage_module._bytes_of_own_gpu(config) == fullest(config, 1)[1].total > 0
+
+
+def test_weights_that_know_other_tokens_are_refused(
+        stage: Callable[..., Stage], launcher: Launcher, packed_data: Any, tmp_path: Path) -> None:
+    shutil.copytree(packed_data.tokenizer, tmp_path / "start/tokenizer")
+    with pytest.raises(StopRequested):
+        run_stage(stage(start_from=tmp_path / "start"), 1)
+    file = tmp_path / "start/tokenizer/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    names = {token: name for name, token in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"][names[367] + "x"] = tokenizer["model"]["vocab"].pop(names[367])
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="1 ids mean other tokens than in"):
+        run_stage(stage(start_from=tmp_path / "start"), 1)
+    assert launcher.calls == 1
+
+
+def test_processes_that_leave_no_result_were_stopped(stage: Callable[..., Stage], launcher: Launcher) -> None:
+    with pytest.raises(StopRequested, match=r"run: everything is saved; continue with --resume"):
+        run_stage(stage(), 1)
+
+
+def test_a_complete_stage_starts_nothing(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    ready = stage()
+    open_run(ready)
+    ready.folder.complete({"step": 4})
+    assert run_stage(ready, 1)
+    assert launcher.calls == 0
+    assert capsys.readouterr().out == f"{ready.folder.path}: is complete at step 4\n"
+
+
+def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
+        stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    begun_s: list[float] = []
+    monkeypatch.setattr(stage_module, "_rank", lambda stage, data, begin: begun_s.append(begin.time_s) or 0)
+
+    def started_three_times(main: Callable[[], int], restarts: Restarts) -> int:
+        open_run(ready)
+        main()
+        restarts.note(137, "rank 1 was ended by SIGKILL")
+        main()
+        ready.folder.checkpoint(3).mkdir()
+        restarts.note(1, "rank 0 ended with exit code 1")
+        main()
+        assert restarts.limit == 2 and restarts.progress() == ready.folder.checkpoint(3)
+        return 0
+
+    ready, launcher.does = stage(), started_three_times
+    before_s = time.time()
+    with pytest.raises(StopRequested):
+        run_stage(ready, 2, began_s=1000.0)
+    assert begun_s[0] == 1000.0 and before_s <= begun_s[1] <= begun_s[2] <= time.time()
+    told = events(ready.folder, "restart")
+    assert [(e["step"], e["exit_code"]) for e in told] == [(0, 137), (3, 1)]
+    assert [e["text"] for e in told] == [
+        "rank 1 was ended by SIGKILL; all processes are started again, from the beginning",
+        "rank 0 ended with exit code 1; all processes are started again, from step-3"]
+    assert capsys.readouterr().err.count("warning: ") == 2
+    launcher.does = lambda main, restarts: main()
+    with pytest.raises(StopRequested):
+        run_stage(stage(), 1)
+    assert before_s <= begun_s[-1] <= time.time(), "who calls it from Python begins when it is called"
+
+
+@pytest.mark.parametrize(("max_restarts", "says"), [
+    (0, "= 0 lets no process start again"), (2, "= 2 starts in a row have left no new checkpoint")])
+def test_giving_up_is_said_and_the_run_keeps_the_code(
+        max_restarts: int, says: str, stage: Callable[..., Stage], launcher: Launcher,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    ready = stage(f"train.max_restarts={max_restarts}")
+
+    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+        restarts.give_up(137, "rank 1 was ended by SIGKILL")
+        assert not (ready.folder.path / EVENTS).exists(), "there is no run to add to"
+        open_run(ready)
+        ready.folder.checkpoint(2).mkdir()
+        restarts.give_up(137, "rank 1 was ended by SIGKILL")
+        return 137
+
+    launcher.does = fails
+    with pytest.raises(SystemExit) as raised:
+        run_stage(ready, 2)
+    assert raised.value.code == 137
+    (failure,) = events(ready.folder, "failure")
+    assert (failure["step"], failure["exit_code"]) == (2, 137)
+    assert says in failure["text"]
+    assert capsys.readouterr().err == f"error: {failure['text']}\n" * 2
+
+
+def test_a_gate_that_did_not_pass_is_an_error_and_is_forgotten_by_the_next_start(
+        stage: Callable[..., Stage], launcher: Launcher) -> None:
+    ready, seen = stage(), []
+
+    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+        seen.append(ready.folder.failure())
+        open_run(ready)
+        ready.folder.fail("7 of 9 needles found")
+        return 0
+
+    launcher.does = fails
+    for _ in range(2):
+        with pytest.raises(GateFailed, match=r"run: 7 of 9 needles found$"):
+            run_stage(ready, 1)
+    assert seen == [None, None]
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "gate: {run}: too few\n"), ("1", "")])
+def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
+        rank: str, said: str, stage: Callable[..., Stage], launcher: Launcher,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ready = stage()
+    assert not run_stage(ready, None), "it was stopped"
+    assert capsys.readouterr().err == ""
+    open_run(ready)
+    launcher.does = lambda main, restarts: ready.folder.fail("too few") or 0
+    assert not run_stage(ready, None)
+    assert capsys.readouterr().err == said.format(run=ready.folder.path)
+
+
+def test_faults_on_purpose_that_never_came_are_named_at_the_end(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = parse(["nan@step=2,kill@step=9"], 1)
+    ready = stage(faults=faults)
+
+    def completes(main: Callable[[], int], restarts: Restarts) -> int:
+        open_run(ready)
+        stage_module.Faults(faults, ready.folder.path, 0).loss_factor(2)
+        ready.folder.complete({"step": 4})
+        return 0
+
+    launcher.does = completes
+    assert run_stage(ready, 1)
+    assert [line for line in capsys.readouterr().err.splitlines() if "never came" in line] == [
+        f"warning: --inject {faults[1].name}: never came"]
+
+
+def with_views_and_skips(data: Path) -> RunConfig:
+    phases = 'data.phases=[{"name": "main", "seq_len": 32, "blend": {"even": 1, "even/16": 1}}]'
+    return apply_settings(recipes.get("tiny-solar-open"), [
+        "model.vocab_size=368", phases, f"data.paths={json.dumps({str(data): 1.0})}",
+        "data.skip_steps=[[3, 4]]"])
+
+
+def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
+    settings = with_views_and_skips(packed_data.text)
+    data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling))
+    expected = with_views(settings, open_sources(settings.data.paths, 368))
+    assert [s.name for s in data.sources] == [s.name for s in expected] == ["even", "odd", "even/16"]
+    assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
+
+
+def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = with_views_and_skips(packed_data.text)
+    opened = tuple(open_sources(settings.data.paths, 368))
+    monkeypatch.setattr(stage_module, "open_sources", None)
+    extra = opened[0].__class__("made", None, False, {}, {"train": 9}, 0.0)
+    data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling, sources=opened,
+                                         extra_sources=(extra,)))
+    assert [s.name for s in data.sources] == ["even", "odd", "even/16", "made"]
+    assert data.sources[0] is opened[0] and data.sources[-1] is extra
+
+
+def test_ranks_that_end_before_the_run_has_begun_are_started_again(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those that find no room for the model: there is no folder to write into yet."""
+
+    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+        restarts.note(1, "rank 0 ended with exit code 1")
+        restarts.give_up(1, "rank 0 ended with exit code 1")
+        return 1
+
+    launcher.does = fails
+    made = stage()
+    with pytest.raises(SystemExit):
+        run_stage(made, 2)
+    said = capsys.readouterr().err
+    assert "all processes are started again, from the beginning" in said and "Traceback" not in said
+    assert not made.folder.path.exists()
+
+
+def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:
+    """Another run may have come, and even gone, between the first look and the lock."""
+    ready, other = stage("train.seed=2"), stage()
+    ready.folder.enter(ready.config, resume=False)
+    open_run(other)
+    begin = stage_module._Begin(0.0, goes_on=False)
+    with pytest.raises(UserError, match="already holds a run of tiny-solar-open"):
+        stage_module._lock(ready, None, begin)
+    begin.goes_on = True
+    with pytest.raises(UserError, match=r"was started with train\.seed = "):
+        stage_module._lock(ready, None, begin)
+    stage_module._lock(other, None, begin)
+
+
+def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
+        stage: Callable[..., Stage], launcher: Launcher) -> None:
+    made = stage()
+    made = dataclasses.replace(made, resume=False)
+
+    def refused(declares: bool) -> None:
+        def does(main: Callable[[], int], restarts: Restarts) -> int:
+            open_run(made)
+            (made.folder.path / PLAN).write_text("{}")
+            if declares:
+                begins[-1].declared[0] = 1
+            return 2
+
+        launcher.does = does
+        with pytest.raises(SystemExit):
+            run_stage(made, 1)
+
+    begins: list[stage_module._Begin] = []
+    begin = stage_module._Begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_module, "_Begin", lambda *given: begins.append(begin(*given)) or begins[-1])
+        refused(declares=False)
+        assert made.folder.config() is not None, "another run's, which came in between"
+        shutil.rmtree(made.folder.path)
+        refused(declares=True)
+    assert not made.folder.path.exists()
+
+
+@dataclasses.dataclass
+class EndGateDouble:
+    """Stands for a gate that judges the last checkpoint."""
+
+    verdicts: list[EndVerdict]
+    """What it says, one after the other."""
+    asked: list[str] = dataclasses.field(default_factory=list)
+    """What it was asked, in order."""
+    name: str = "my_gate"
+
+    def begin(self) -> None:
+        self.asked.append("begin")
+
+    def judge(self, checkpoint: Path) -> EndVerdict:
+        self.asked.append(checkpoint.name)
+        return self.verdicts.pop(0)
+
+
+def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    gate = EndGateDouble([EndVerdict("worse on quiz", {}), EndVerdict(None, {"my_gate": {"passed": True}})])
+    made = stage(end_gate=gate)
+
+    def trains(main: Callable[[], int], restarts: Restarts) -> int:
+        open_run(made)
+        made.folder.hold({"step": 4, "checkpoint": "checkpoints/step-4"})
+        return 0
+
+    launcher.does = lambda main, restarts: 0  # it was asked to stop
+    with pytest.raises(StopRequested):
+        run_stage(made, 1)
+    assert gate.asked == ["begin"]
+    launcher.does = trains
+    with pytest.raises(GateFailed, match="worse on quiz"):
+        run_stage(made, 1)
+    assert made.folder.completion() is None and made.folder.failure() == "worse on quiz"
+    assert [e["text"] for e in events(made.folder, "gate_failed")] == ["worse on quiz"]
+    assert run_stage(made, 1)
+    assert gate.asked == ["begin", "begin", "step-4", "begin", "step-4"]
+    assert made.folder.completion() == {"step": 4, "checkpoint": "checkpoints/step-4",
+                                        "my_gate": {"passed": True}}
+    assert made.folder.failure() is None and made.folder.held() is None
+    assert run_stage(dataclasses.replace(made, end_gate=dataclasses.replace(gate, name="other")), 1)
+    assert "was complete before a gate was asked for" in capsys.readouterr().err
+
+
+def values_made(run: str, data: str, settings: list[str], start_from: str | None) -> dict[str, Any]:
+    """Run a stage in this rank, and return how many initial values were made and the steps of the run."""
+    from megatron_sov.engine.mcore.model import init
+
+    made, normals = [], init.normals
+
+    def counted(seed: int, key: str, start: int, count: int) -> Any:
+        made.append(count)
+        return normals(seed, key, start, count)
+
+    init.normals = counted
+    paths = f"data.paths={json.dumps({data: 1.0})}"
+    config = apply_settings(recipes.get("tiny-solar-open"), [*SMALL, paths, "model.num_layers=1", *settings])
+    run_stage(Stage(config, RunFolder(Path(run)), LanguageModelling, resume=True,
+                    start_from=Path(start_from) if start_from else None), None)
+    return {"values": sum(made), "steps": len(events(RunFolder(Path(run)), "step"))}
+
+
+def test_no_weights_are_made_where_a_checkpoint_is_loaded(ranks: Any, job: Any, packed_data: Any,
+                                                          tmp_path: Path) -> None:
+    """The initial values of a model of 100 B parameters take minutes, at every restart."""
+    def runs(name: str, start_from: Path | None = None) -> dict[str, Any]:
+        ((found,),) = ranks(job(__file__, "values_made", 1, {
+            "run": str(tmp_path / name), "data": str(packed_data.text), "settings": ["train.steps=1"],
+            "start_from": str(start_from) if start_from else None}))
+        return found
+
+    new = runs("new")
+    assert new["values"] > 100_000
+    completion = next(p for p in (tmp_path / "new").iterdir() if "complet" in p.name)
+    completion.unlink()
+    assert runs("new") == {"values": 0, "steps": 1}, "it goes on, and has nothing left to do"
+    assert runs("next", tmp_path / "new/checkpoints/step-1") == {"values": 0, "steps": 1}

@@ -1,0 +1,146 @@
+"""From the command line to settings, with every mistake found before the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.parallel import launcher
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.recipes.requested import training_request
+from megatron_sov.train.stages.stage_config import (
+    StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
+from tests.typed_words import typed
+
+
+def parsed(*argv: str) -> StageOptions:
+    return typed(StageOptions, [*argv, "--run", "r"])
+
+
+def config_of(*argv: str) -> RunConfig:
+    return parse_stage(parsed(*argv), "lm").config
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b:2").mkdir()
+    return tmp_path
+
+
+def test_settings_override_the_recipe(data: Path) -> None:
+    args = parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
+    config = stage_request(args, "lm").config(["train.steps=5", "train.micro_batch_size=1"])
+    assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (
+        7, 1, {f"{data}/a": 3.0})
+    assert (config.recipe, config.objective.name) == ("tiny-k-exaone", "lm")
+    assert not config.train.deterministic
+    assert stage_request(args, "lm").config(own=["train.steps=9"]).train.steps == 9
+
+
+def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
+    assert config_of("tiny-k-exaone", "--data", f"{data}/a", "--deterministic").train.deterministic
+
+
+def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again(data: Path) -> None:
+    first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
+    (data / "config.json").write_text(to_json(first.to_dict()))
+    assert config_of("--config", str(data / "config.json")) == first
+    changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set",
+                        "train.steps=8")
+    assert (changed.data.paths, changed.train.steps) == ({f"{data}/b:2": 1.0}, 8)
+    assert changed.train.deterministic
+
+
+def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_round(data: Path) -> None:
+    lm = recipes.get("tiny-qwen3")
+    for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
+        (data / f"{name}.json").write_text(to_json(config.to_dict()))
+    arguments = ("--data", f"{data}/a")
+    assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
+                       "sft").config.objective.name == "sft"
+    with pytest.raises(UserError,
+                       match=r"objective.name = sft: this command trains by 'lm'.*use `megatron-sov sft`"):
+        config_of("--config", str(data / "sft.json"), *arguments)
+
+
+def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
+    arguments = parsed("tiny-vibethinker", "--data", f"{data}/a")
+    assert recipes.get("tiny-vibethinker").objective.name == "sft"
+    assert training_request(arguments, "lm", lengthens=True).config().objective.name == "lm"
+    with pytest.raises(UserError, match="this command trains by 'lm'"):
+        training_request(arguments, "lm").config()
+    tuned = parsed("tiny-typhoon-s", "--data", f"{data}/a")  # which has no stages
+    with pytest.raises(UserError, match="this command trains by 'lm'"):
+        training_request(tuned, "lm", lengthens=True).config()
+
+
+def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), ['data.paths={"/gone": 1}'])
+    (data / "config.json").write_text(to_json(config.to_dict()))
+    with pytest.raises(UserError, match=r"--data /gone: does not exist"):
+        config_of("--config", str(data / "config.json"))
+    with pytest.raises(UserError, match=r"--data: is missing"):
+        config_of("tiny-qwen3")
+
+
+@pytest.mark.parametrize(("recipe", "setting", "message"), [
+    ("tiny-solar", "train.steps=1", "recipe 'tiny-solar': does not exist; did you mean 'tiny-solar-open'"),
+    ("tiny-solar-open", "objective.name=sft",
+     "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
+    ("tiny-solar-open", "objective.name=ml", "objective 'ml': does not exist; did you mean 'lm'"),
+    ("tiny-solar-open", "objective.options.gamma=2",
+     "objective.options = {'gamma': 2}: belong to an objective of your own"),
+    ("tiny-solar-open", "model.family=solar-open",
+     "model family 'solar-open': is not supported; did you mean 'solar_open'"),
+])
+def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of(recipe, "--data", f"{data}/a", "--set", setting)
+    with pytest.raises(UserError, match=message):  # as a job is submitted, before its data is there
+        training_request(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
+
+
+def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
+    data: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def convert(*_: object) -> int:
+        raise AssertionError("converted")
+
+    monkeypatch.setattr(launcher, "apart", convert)
+    start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
+    for arguments, message in {
+        ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",
+        ("tiny-solar-open", *start, "--set", "train.stpes=1"): "did you mean 'train.steps'",
+        ("tiny-solar-open", *start, "--nproc", "3", "--set", "parallel.tp=3"): "parallel.tp = 3 must divide",
+        ("tiny-solar-open", *start, "--inject", "crash@step=x"): "--inject crash@step=x",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            config_of(*arguments)
+    stage = parse_stage(parsed("tiny-solar-open", *start), "lm")
+    assert stage.start == hf_models["solar_open"]
+    with pytest.raises(AssertionError, match="converted"):
+        stage.with_checkpoint(data / "run")
+
+
+def test_from_must_be_something_to_start_from(data: Path) -> None:
+    with pytest.raises(UserError, match=r"--from .*none: does not exist"):
+        find_start(data / "none")
+    with pytest.raises(UserError, match=r"a: is empty, so it is not a checkpoint or a run; pass RUN"):
+        find_start(data / "a")
+    (data / "a" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="this run has no complete checkpoint yet"):
+        find_start(data / "a")
+
+
+def test_many_processes_do_not_convert_at_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "a" / "config.json").write_text("{}")
+    (data / "a" / "model.safetensors").write_text("")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="run `megatron-sov convert from-hf` before"):
+        refuse_many_converters(data / "a", data / "run")

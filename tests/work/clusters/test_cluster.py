@@ -1,0 +1,205 @@
+"""Cluster profiles: the shipped ones are sound, and a mistake in one's own is said in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.model.recipes.layouts import RECOMMENDED
+from megatron_sov.work.clusters import cluster
+from megatron_sov.work.clusters.chips import CHIPS, chip, default_links, of_device
+from megatron_sov.work.clusters.units import GIB
+
+
+def test_nine_profiles_come_with_the_package() -> None:
+    assert cluster.names() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local", "one-node"]
+    for name in cluster.names():
+        profile = cluster.load(name, account="me")
+        assert profile.problems() == [] and len(profile.description) > 20
+
+
+def test_options_win_over_the_profile() -> None:
+    profile = cluster.load("h100", account="me", partition="long")
+    assert (profile.account, profile.partition) == ("me", "long")
+    assert cluster.load("local", account=None, partition=None).account == ""
+    assert (profile.tasks_per_node, profile.cpus_per_task) == (8, 14)
+
+
+@pytest.mark.parametrize(("text", "code", "key"), [
+    ("partitoin: a", "unknown", "partitoin"),
+    ("container: {kind: docker}", "choice", "container.kind"),
+    ("container: {kind: pyxis}", "rule", "container.image"),
+    ("gpus_per_node: 8\ncpus_per_node: 4", "rule", "cpus_per_node"),
+    ("account: null", "missing", "account"),
+    ("environment: {WANDB_API_KEY: abc}", "bound", "environment.WANDB_API_KEY"),
+    ('environment: {"A B": abc}', "bound", "environment.A B"),
+    ("time_limit: 2:00:00", "type", "time_limit"),
+    ("scratch: $SLURM_TMPDIR", "bound", "scratch"),
+    ("preflight: {max_matmul_ratio: 0.9}", "bound", "preflight.max_matmul_ratio"),
+    ("gpu: b20", "choice", "gpu"),
+    ("a: [", "file", ""),
+])
+def test_a_mistake_is_named(tmp_path: Path, text: str, code: str, key: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("\n".join(["description: x", *([] if "account" in text else ['account: ""']), text]))
+    with pytest.raises(SettingsError) as e:
+        cluster.load(str(file))
+    assert e.value.codes == [(code, key)]
+    assert str(e.value).startswith(f"--cluster {file}")
+    assert "\n" not in str(e.value) and "abc" not in str(e.value)
+
+
+def test_another_spelling_of_a_gpu_is_answered_with_its_key(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text('description: x\naccount: ""\ngpu: H100-80GB')
+    with pytest.raises(SettingsError, match=r"must be one of a100, .*; did you mean 'h100'\?"):
+        cluster.load(str(file))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [  # the forms of sbatch's manual
+    ("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400),
+    ("1-12:30:15", 131415), ("0", float("inf")), ("UNLIMITED", float("inf")),
+])
+def test_a_time_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
+    assert cluster.time_limit_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "", "1:2:3:4", "-5", "1.5", "2h", "1-"])
+def test_what_is_no_time_limit_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="must be minutes, H:MM:SS or D-HH:MM:SS"):
+        cluster.time_limit_s(text)
+
+
+def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"mine.yaml: is no text in UTF-8 \(byte 0 is 0xff\)"):
+        cluster.load(str(tmp_path / "mine.yaml"))
+
+
+def test_an_unknown_profile_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--cluster h10: there is no such profile; did you mean 'h100'\?"):
+        cluster.load("h10")
+    with pytest.raises(UserError, match=r"--cluster nowhere.yaml: does not exist"):
+        cluster.load("nowhere.yaml")
+
+
+def test_links_of_a_profile() -> None:
+    h100 = cluster.load("h100", needs_account=False)
+    found = cluster.links(h100, 512)
+    assert (found.domain, found.inside_bytes_per_s, found.between_bytes_per_s) == (8, 450e9, 50e9)
+    assert cluster.links(cluster.load("gb200", needs_account=False), 512).domain == 72
+    # half a server has half of its GPUs in a domain, unless the profile says otherwise
+    assert cluster.links(replace(h100, gpus_per_node=4), 512).domain == 4
+    assert cluster.links(replace(h100, gpus_per_node=4, nvlink_domain=8), 512).domain == 8
+
+
+def test_missing_links_are_asked_for_where_they_are_needed() -> None:
+    silent = replace(cluster.load("h100", needs_account=False), network_gbits_per_gpu=0.0)
+    assert cluster.links(silent, 8).between_bytes_per_s == 0
+    with pytest.raises(UserError, match=r"^network_gbits_per_gpu is missing in the profile, and 16 GPUs are "
+                                        r"more than the 8 that NVLink joins; set it \(H100-80GB in servers "
+                                        r"of its maker: 400\), or plan with at most 8 GPUs$"):
+        cluster.links(silent, 16)
+    for name, lacks in (("one-node", "gpu is empty"), ("local", "gpus_per_node is 0")):
+        with pytest.raises(UserError, match=f"{lacks} in the profile, .* take a profile with gpu set to one "
+                                            "of a100, "):
+            cluster.links(cluster.load(name, needs_account=False), 1)
+
+
+def test_power_of_a_gpu_is_its_share_of_the_node() -> None:
+    h100 = cluster.load("h100", needs_account=False)
+    assert h100.power_per_gpu_w == 10_200 / 8
+    assert replace(h100, node_power_w=8000).power_per_gpu_w == 1000
+
+
+# GPUs as data: each figure has a source and agrees with its neighbours; names are found as people write
+# them.
+
+
+FIGURES = {"tflops", "hbm", "nvlink", "memory", "network", "power", "server_power", "price"}
+
+
+@pytest.mark.parametrize("key", CHIPS)
+def test_every_figure_has_a_source_and_is_possible(key: str) -> None:
+    found = CHIPS[key]
+    assert set(found.sources) == FIGURES and all(len(source) > 8 for source in found.sources.values())
+    # tensor cores double with each halving of the width, or have no such products; B300 trebles for FP4
+    assert found.fp8_flops_per_s in (0, pytest.approx(2 * found.bf16_flops_per_s, rel=1e-3))
+    assert found.fp4_flops_per_s in (0, 2 * found.fp8_flops_per_s, 3 * found.fp8_flops_per_s)
+    # memory as CUDA has it is a little less than the name says
+    said_gb = int(found.name.split("-")[1].removesuffix("GB"))
+    assert 0.95 < found.memory_bytes / (said_gb * 1e9) < 1.08
+    assert found.power_w < found.server_power_w < 2.2 * found.power_w
+    assert found.price.low < found.price.typical < found.price.high and found.price.date >= "2024-12"
+    assert found.network_bytes_per_s < found.nvlink_bytes_per_s < found.hbm_bytes_per_s
+
+
+def test_figures_of_datasheets() -> None:
+    """H100 SXM: 1,979 TFLOP/s in bf16 with sparsity, 3.35 TB/s, NVLink 900 GB/s both ways; GB300 NVL72:
+    1,080 PFLOP/s in dense FP4 and 130 TB/s of NVLink for 72."""
+    h100, gb300 = CHIPS["h100"], CHIPS["gb300"]
+    assert 2 * h100.bf16_flops_per_s == pytest.approx(1979e12, rel=1e-3)
+    assert (h100.hbm_bytes_per_s, 2 * h100.nvlink_bytes_per_s) == (3.35e12, 900e9)
+    assert 72 * gb300.fp4_flops_per_s == pytest.approx(1080e15)
+    assert 72 * 2 * gb300.nvlink_bytes_per_s == pytest.approx(130e12, rel=0.01)
+    assert (CHIPS["h100"].memory_bytes, CHIPS["h200"].memory_bytes) == (79 * GIB, 139 * GIB)
+
+
+@pytest.mark.parametrize(("written", "key"), [
+    ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
+    ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
+def test_a_chip_is_found_by_any_of_its_names(written: str, key: str) -> None:
+    assert chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
+
+
+def test_other_chips_are_not_guessed() -> None:
+    assert of_device("NVIDIA H100 PCIe") is of_device("NVIDIA GeForce RTX 4090") is of_device("") is None
+    with pytest.raises(UserError, match=r"'H10': is not in the table; did you mean 'h100'\? \(GPUs: a100"):
+        chip("H10")
+
+
+def test_a_precision_that_a_chip_has_not_is_refused_with_what_works() -> None:
+    assert CHIPS["b200"].flops_per_s("fp4") == 9e15
+    with pytest.raises(UserError, match=r"^fp8 on A100-80GB: its tensor cores have none, they multiply in "
+                                        "bf16; plan with bf16, or with one of h100, h200"):
+        CHIPS["a100"].flops_per_s("fp8")
+    with pytest.raises(UserError, match="they multiply in bf16 and fp8; plan with fp8, or with one of b200"):
+        CHIPS["mi300x"].flops_per_s("fp4")
+    with pytest.raises(UserError, match="int3 on H100-80GB: its tensor cores have none"):
+        CHIPS["h100"].flops_per_s("int3")
+
+
+def test_layouts_are_recommended_for_chips_of_the_table() -> None:
+    assert {gpu for layouts in RECOMMENDED.values() for gpu in layouts} <= set(CHIPS)
+
+
+def test_a_shipped_profile_has_the_links_of_the_makers_servers() -> None:
+    for name in set(CHIPS) & set(cluster.names()):
+        profile = cluster.load(name, needs_account=False)
+        expected = default_links(CHIPS[name])
+        found = cluster.links(profile, 1024)
+        # the one for H200 is a cluster with RoCE
+        assert replace(found, between_latency_s=0) == replace(expected, between_latency_s=0)
+        assert found.between_latency_s == pytest.approx(5.6e-6 if name == "h200" else 3.7e-6)
+
+
+def test_the_page_shows_the_table() -> None:
+    page = (Path(__file__).parents[3] / "docs/clusters.md").read_text()
+    rows = {cells[1].strip(" `"): [cell.strip() for cell in cells[2:-1]] for cells in
+            (line.split("|") for line in page.splitlines()) if len(cells) == 11 and "`" in cells[1]}
+    rows.pop("gpu")
+    assert set(rows) == set(CHIPS)
+    for key, row in rows.items():
+        c = CHIPS[key]
+        peaks = (c.bf16_flops_per_s, c.fp8_flops_per_s, c.fp4_flops_per_s)
+        price = ", ".join(f"{dollars:.2f}" for dollars in (c.price.low, c.price.typical, c.price.high))
+        assert row == [", ".join(f"{peak / 1e12:.0f}" if peak else "-" for peak in peaks),
+                       str(c.memory_bytes // GIB), f"{c.hbm_bytes_per_s / 1e9:.0f}",
+                       f"{c.nvlink_bytes_per_s / 1e9:.0f}", str(c.nvlink_domain),
+                       f"{c.network_bytes_per_s * 8 / 1e9:.0f}", f"{c.power_w:.0f}, {c.server_power_w:.0f}",
+                       price + " (a guess)" * c.price.guess]

@@ -1,0 +1,368 @@
+"""What an endpoint may do to a client: packed, endless, dripping answers; two threads with one question."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import importlib
+import json
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from synthesis.endpoint import ScriptedEndpoint, serving
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.endpoints import transport
+from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, Unavailable, decoded, seconds
+from megatron_sov.work.endpoints.cache import EndpointCache, Usage
+from megatron_sov.work.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.work.endpoints.recognition import CHAT_PROBES, Recognition, is_same
+from megatron_sov.work.endpoints.transport import Transport
+
+LIMITS = Limits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+
+
+HEADS = {"dripping headers": (b"HTTP/1.1 200 OK\r\nx: ", b"a"),
+         "dripping patience": (b"", b"HTTP/1.1 102 Processing\r\n\r\n")}
+"""Ways -> what comes first of an answer's head, and then again and again."""
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Answers with what its server has as `way`."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        way = self.server.way  # type: ignore[attr-defined]
+        if way in HEADS:
+            self._drip_head(*HEADS[way])
+            return
+        self.send_response(500 if way.endswith("500") else 200)
+        if way == "packed":
+            body = gzip.compress(b" " * 10_000_000)
+            self.send_header("content-encoding", "gzip")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b" " * (1 if way.startswith("dripping") else 1 << 16))
+                self.wfile.flush()
+                time.sleep(0.05 if way.startswith("dripping") else 0)
+        except OSError:
+            pass  # the client has gone
+
+    def _drip_head(self, first: bytes, again: bytes) -> None:
+        with contextlib.suppress(OSError):  # the client has gone
+            self.wfile.write(first)
+            while True:
+                self.wfile.write(again)
+                time.sleep(0.05)
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hostile() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("way", "sentence"), [
+    ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
+    ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
+    ("dripping 500", "longer than 0.3 s"), ("dripping headers", "longer than 0.3 s"),
+    ("dripping patience", "longer than 0.3 s")])
+def test_no_answer_takes_more_than_it_may(way: str, sentence: str, hostile: ThreadingHTTPServer,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
+    hostile.way = way  # type: ignore[attr-defined]
+    importlib.import_module("openai")  # seconds on a busy machine
+    asked = Transport(f"http://127.0.0.1:{hostile.server_port}/v1/chat/completions", "",
+                      0.3 if "dripping" in way else 600.0)
+    with pytest.raises((BadAnswer, TimeoutError), match=sentence):
+        asked.post({})
+
+
+def test_two_threads_with_one_question_pay_for_one_answer(tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(lambda request: "yes", slow_s=0.1)) as server:
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a"))
+        found: list[str] = []
+        threads = [threading.Thread(target=lambda: found.append(
+            endpoint.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (found, len(server.requests)) == (["yes"] * 4, 1)
+
+
+def test_this_machine_is_asked_without_the_proxy_of_others(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(
+            ASKED, lambda raw: None)
+        assert len(server.requests) == 1
+
+
+def test_an_answer_that_tells_no_usage_counts_as_the_most_it_can_be(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
+        endpoint.ask(ASKED, lambda raw: None)
+        assert cache.usage() == Usage(8, 9, pytest.approx(26e-6))
+        for usage in ({}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": 1}):
+            assert endpoint._billed({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
+
+
+def test_an_answer_that_cannot_be_read_is_billed_too(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        server.next = ["garbage"]
+        endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
+        endpoint.ask(ASKED, lambda raw: None)
+        most = endpoint._most(ASKED)
+        assert cache.usage().input_tokens == 8 + most.input_tokens
+        assert cache.usage().output_tokens == 9 + most.output_tokens
+
+
+@pytest.mark.parametrize("levels", [250, 900, 100_000])
+def test_an_answer_of_more_levels_than_can_be_kept_is_none(levels: int) -> None:
+    with pytest.raises(BadAnswer):
+        decoded(b"[" * levels + b"]" * levels)
+    assert decoded(b"[" * 150 + b"]" * 150)
+
+
+def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    cache.note("k", "200", Usage(0, 0, 0.0), 0.0, {"a": 1})
+    with sqlite3.connect(tmp_path / "a") as connection:
+        connection.execute("UPDATE answers SET answer = '{\"a\"'")
+    with pytest.raises(UserError, match="answer k is damaged"):
+        cache.get("k")
+
+
+def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        patient = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
+        server.next = ["429"] * 6
+        ask = Endpoint(f"{server.url}/chat/completions", "", patient, EndpointCache(tmp_path / "a"))
+        assert ask.ask(ASKED, lambda raw: "read") == "read"
+        server.next = ["503"] * 1000
+        short = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
+        away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
+        with pytest.raises(Unavailable, match="HTTP 503, for"):
+            away.ask(ASKED, lambda raw: "read")
+
+
+REFUSALS = {  # as these servers word them
+    "vLLM, long": ("This model's maximum context length is 4096 tokens.", NeverAnswered, "is longer than"),
+    "vLLM, longer": ("The decoder prompt (length 9000) is longer than the maximum model length of 8192.",
+                     NeverAnswered, "longer than the model's context"),
+    "SGLang, long": ("The input (9000 tokens) is longer than the model's context length (8192 tokens).",
+                     NeverAnswered, "longer than the model's context"),
+    "vLLM, tools": ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+                    UserError, "not set up for calls of tools"),
+    "llama.cpp, tools": ("tools param requires --jinja flag", UserError, "not set up for calls of tools"),
+    "anything": ("top_k: no\x1b such\nfield, sk-1", BadAnswer, "HTTP 400: top_k: no such field, [.]{3}$"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_refusal_says_is_told_and_what_never_helps_is_not_tried(
+        name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message, kind, sentence = REFUSALS[name]
+    monkeypatch.setenv("A_KEY", "sk-1")
+    ask = Endpoint("http://127.0.0.1:9/v1/chat/completions", "A_KEY", LIMITS, EndpointCache(tmp_path / "a"))
+    for body in ({"error": {"message": message}}, {"object": "error", "message": message}):
+        with pytest.raises(kind, match=sentence):
+            ask._refuse(400, None, json.dumps(body).encode())
+
+
+def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: Path) -> None:
+    cache = EndpointCache(tmp_path / "a")
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m").ask(ASKED, lambda raw: 1)
+    moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m")
+    assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
+
+
+def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "a")
+    old.executescript("CREATE TABLE answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);"
+                      "CREATE TABLE requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,"
+                      " output_tokens INTEGER, cost REAL);"
+                      "INSERT INTO requests VALUES (1, 'k', '200', 1, 2, 3);")
+    old.close()
+    cache = EndpointCache(tmp_path / "a")
+    cache.note("new", "200", Usage(1, 1, 1.0), 0.5, {"a": json.loads("1")})
+    assert (cache.usage(), cache.keys()) == (Usage(2, 3, 4.0), {"new"})
+
+
+def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch,
+                                                           tmp_path: Path) -> None:
+    from megatron_sov.work.endpoints import endpoint as asking
+
+    monkeypatch.setattr(asking, "TOLD_S", 0.0)
+    told: list[str] = []
+    cache = EndpointCache(tmp_path / "answers.sqlite")
+    with serving(ScriptedEndpoint(lambda request: "hi")) as server:
+        server.next = ["503"] * 4
+        limits = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
+        made = Endpoint(f"{server.url}/chat/completions", "", limits, cache, told=told.append)
+        assert made.ask(ASKED, lambda answer: answer)["choices"]
+    cache.close()
+    assert told == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s for "
+                    "it"]
+
+
+def content(answer: dict[str, Any]) -> str:
+    return str(answer["choices"][0]["message"]["content"])
+
+
+RECOGNISED = Recognition("m", CHAT_PROBES, "choose.")
+
+
+def asked(server: Any, cache: EndpointCache, told: list[str], recognition: Recognition = RECOGNISED) -> str:
+    """Ask the model that answers at an address, as a command that begins does."""
+    return Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m", told=told.append,
+                    recognition=recognition).ask(ASKED, content)
+
+
+def says(monkeypatch: pytest.MonkeyPatch, answers: dict[int, list[str]]) -> None:
+    """Have a double answer each question of recognition in turn, the last answer again and again."""
+    def said(text: str) -> str:
+        number = next(i for i, probe in enumerate(CHAT_PROBES) if probe["messages"][0]["content"] in text)
+        line = answers.get(number, [f"answer {number}"])
+        return line.pop(0) if len(line) > 1 else line[0]
+
+    monkeypatch.setattr(ScriptedEndpoint, "recognised", staticmethod(said), raising=False)
+
+
+def test_another_model_under_the_same_name_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: server.says)) as server:
+        first = server.says
+        assert asked(server, cache, told) == asked(server, cache, told) == first and len(server.requests) == 1
+        server.says = "another one's"
+        for _ in range(2):
+            with pytest.raises(UserError, match=(
+                    r"answers 4 of 4 fixed questions otherwise than the model 'm' whose answers are kept \("
+                    r"\"another one's\" now, .* before\). Nothing was removed or asked again: choose")):
+                asked(server, cache, told)
+        same = dataclasses.replace(RECOGNISED, same_model=True)
+        assert [asked(server, cache, told, same), asked(server, cache, told)] == [first, first]
+        assert (len(server.requests), told) == (1, [])
+        other = EndpointCache(tmp_path / "b")
+        assert asked(server, other, told) == server.says and len(server.requests) == 2
+    away = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m",
+                    told=told.append, recognition=RECOGNISED)
+    assert away.ask(ASKED, content) == first and "not known whether its model" in told[0]
+
+
+def test_a_model_that_never_repeats_itself_is_not_taken_for_another(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        says(monkeypatch, {i: [f"{word}{i}" for word in "abcdefgh"] for i in range(4)})
+        assert [asked(server, cache, told) for _ in range(3)] == ["yes"] * 3
+        assert (len(server.requests), told) == (1, [])
+
+
+@pytest.mark.parametrize(("later", "doubts"), [
+    ({0: "new new old new"}, 0), ({0: "new new new old", 1: "new old"}, 0), ({0: "new"}, 1), ({3: "new"}, 1),
+    ({0: "new", 3: "new new old"}, 1), ({0: "new", 3: "new"}, 2), ({0: "new", 1: "new", 2: "new"}, 2)])
+def test_one_answer_that_stays_flipped_is_told_and_half_of_them_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: dict[int, str], doubts: int) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        says(monkeypatch, {number: ["old", *words.split()] for number, words in later.items()})
+        asked(server, cache, told)
+        if doubts == 2:
+            with pytest.raises(UserError, match=rf"answers {len(later)} of 4 fixed questions otherwise"):
+                asked(server, cache, told)
+        else:
+            assert asked(server, cache, told) == "yes"
+        assert len(server.requests) == 1
+    assert len(told) == (doubts == 1)
+    assert all("answers 1 of 4 fixed questions otherwise than before" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_one_question_that_an_earlier_version_kept_is_still_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_other: bool) -> None:
+    cache, told = EndpointCache(tmp_path / "a"), []
+    with serving(ScriptedEndpoint(lambda request: "yes")) as server:
+        says(monkeypatch, {})
+        asked(server, cache, told)
+        found = cache.model("m m")
+        assert found is not None
+        cache.note_model("m m", 0, found[1]["answers"][0])
+        says(monkeypatch, {0: ["new"]} if is_other else {1: ["new"]})
+        if is_other:
+            with pytest.raises(UserError, match="answers a fixed question otherwise than the model 'm'"):
+                asked(server, cache, told)
+        else:
+            assert asked(server, cache, told) == "yes"
+            assert len(cache.model("m m")[1]["answers"]) == 4  # type: ignore[index]
+        assert (len(server.requests), told) == (1, [])
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [
+    ({"choices": [{"text": "a"}]}, {"choices": [{"text": "a"}], "id": 3, "created": 9}, True),
+    ({"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, False),
+    ({"model": "x", "choices": [{"text": "a"}]}, {"model": "y", "choices": [{"text": "a"}]}, False),
+    ({"choices": [{"message": {"content": "a", "reasoning_content": "t"}}]},
+     {"choices": [{"message": {"content": "a", "reasoning_content": "u"}}]}, False),
+    ({"choices": [{"message": {"content": None}}]}, {"choices": [{"message": {"content": "u"}}]}, False),
+    ({"data": [{"data": [[0.5]]}]}, {"data": [{"data": [[0.501]]}]}, True),
+    ({"data": [{"data": [[0.5]]}]}, {"data": [{"data": [[0.7]]}]}, False),
+    ([], {"choices": []}, True),
+])
+def test_what_makes_two_answers_the_same(one: Any, other: Any, same: bool) -> None:
+    assert is_same(one, other) is same is is_same(other, one)
+
+
+def test_the_model_that_really_answers_is_told_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
+                        told=told.append)
+    for name in ("m", "other", "other", None, 3):
+        endpoint._tell_other_name(ASKED, {"model": name})
+    assert told == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; the "
+                    "answers are kept with that name"]
+
+
+@pytest.mark.parametrize(("text", "low", "high"), [
+    ("7", 7, 7), ("0.5", 0.5, 0.5), ("Thu, 01 Jan 2026 00:00:30 GMT", 30, 30),
+    ("Thu, 01 Jan 2026 01:00:30 +0100", 30, 30), ("Fri, 09 Jan 2026 00:00:00 GMT", 60, 60),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Thu Jan  1 00:00:30 2026", 30, 30),
+    ("soon", 0, 0), ("", 0, 0), (None, 0, 0), ("nan", 0, 0), ("inf", 60, 60), ("-3", 0, 0),
+    ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0)])
+def test_how_long_to_wait_may_be_a_date(text: str | None, low: float, high: float,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.work.endpoints.answers.time.time", lambda: 1767225600.0)  # 2026 begins
+    monkeypatch.setenv("TZ", "KST-9")
+    time.tzset()
+    try:
+        assert low <= seconds(text) <= high
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -1,0 +1,116 @@
+"""Work beside training gives way, ignores what is meant for the run, and ends with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.work.processes import commands
+from megatron_sov.work.processes.background import LOWEST_PRIORITY, humble_environment
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from megatron_sov.work.processes.background import BackgroundProcess
+child = BackgroundProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[2] + ".log"))
+time.sleep(600)
+"""
+CHILD = """
+import json, os, signal, sys, time
+state = {"pid": os.getpid(), "nice": os.nice(0), "term": signal.getsignal(signal.SIGTERM) == signal.SIG_IGN}
+with open(sys.argv[1] + ".tmp", "w") as f:
+    json.dump(state, f)
+os.rename(sys.argv[1] + ".tmp", sys.argv[1])
+while not os.path.exists(sys.argv[1] + ".asked"):
+    time.sleep(0.01)
+open(sys.argv[1] + ".answered", "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child that ends with its parent is Linux's")
+def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
+                                                             ends: Callable[[int], bool]) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
+
+    def wait_for(name: str) -> None:
+        deadline_s = time.monotonic() + 600
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline_s and parent.poll() is None, f"there is no {name}"
+            time.sleep(0.02)
+
+    wait_for("state")
+    state = json.loads((tmp_path / "state").read_text())
+    assert state["nice"] == LOWEST_PRIORITY and state["term"]
+    os.kill(state["pid"], signal.SIGTERM)  # what stops the run does not stop its work beside
+    (tmp_path / "state.asked").touch()
+    wait_for("state.answered")
+    parent.kill()
+    parent.wait()
+    assert ends(state["pid"])
+
+
+def test_it_does_not_take_itself_for_a_rank_or_a_part_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("KEPT", "yes")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    environment = humble_environment()
+    assert {"RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"} & set(environment) == set()
+    assert environment["SLURM_CONF"] == "/etc/slurm.conf"  # it says where Slurm is, not which job this is
+    assert (environment["KEPT"], environment["CUDA_VISIBLE_DEVICES"]) == ("yes", "")
+
+
+# A command in a process of its own: its exit code, and signals that reach it.
+
+
+COMMAND = """
+import os, re, signal, sys, time
+if sys.argv[-1] == "code":
+    sys.exit(3)
+asked = []
+for number in (signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, _: (asked.append(number), print("asked by", number, flush=True)))
+number = getattr(signal, sys.argv[-1])
+def is_awaited():
+    caught = re.search("SigCgt:(.*)", open(f"/proc/{os.getppid()}/status").read())[1]
+    return int(caught, 16) >> (number - 1) & 1
+while not is_awaited():
+    time.sleep(0.01)
+os.kill(os.getppid(), number)
+if number == signal.SIGINT:
+    time.sleep(0.3)
+while number != signal.SIGINT and not asked:
+    time.sleep(0.01)
+"""
+
+
+def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+                                                      ) -> None:
+    (tmp_path / "child.py").write_text(COMMAND)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # one that came too early would end the tests
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGINT)}
+    try:
+        assert commands.run_command(["child", "code"], "x") == 3
+        assert capfd.readouterr() == ("", "")
+        # the command ends well, and none may follow it
+        assert commands.run_command(["child", "SIGUSR1"], "continue with --resume") == 75
+        assert capfd.readouterr() == (f"asked by {int(signal.SIGUSR1)}\n",
+                                      "stopped; continue with --resume\n")
+        # a terminal has sent it to the command, too
+        assert commands.run_command(["child", "SIGINT"], "x") == 75
+        assert capfd.readouterr().out == ""
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,128 @@
+"""Records that a kill leaves whole are kept, and unfinished work of another command is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import JOB, RECORDS, done_items, open_journal, read_job
+
+ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
+
+
+class _Killed(BaseException):
+    """Ends a command in the middle, as a signal would."""
+
+
+def begin(out: Path, *records: tuple[int | str, bytes]) -> bytes:
+    """Leave what a killed command leaves; returns its records' file."""
+    with pytest.raises(_Killed), open_journal(out, "score", ASKED) as journal:
+        journal.add(records)
+        raise _Killed
+    return (work_folder(out) / RECORDS).read_bytes() if records else b""
+
+
+@pytest.mark.parametrize("torn", [b"", b"[2, 1", b"[2, 1, 1]\n{", b"[2, 2, 1]\n{}\n", b"\0" * 40 + b"\n",
+                                  b"[2, -1, 0]\n", b"7\n{}\n"])
+def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    begin(out, (0, b"a\nb\n"), ("key", b""))
+    with open(work_folder(out) / RECORDS, "ab") as f:
+        f.write(torn)
+    assert done_items(out, ASKED) == {0, "key"}
+    with open_journal(out, "score", ASKED) as journal:
+        assert journal.done == {0, "key"}
+        journal.add([(2, b"c\n"), (0, b"d")])
+        assert [*journal.records()] == [(0, b"a\nb\n"), ("key", b""), (2, b"c\n"), (0, b"d")]
+        journal.write_to(out)
+    assert out.read_bytes() == b"a\nb\nc\nd"
+    assert os.listdir(tmp_path) == [out.name]
+
+
+def test_every_beginning_of_a_journal_is_a_journal(tmp_path: Path) -> None:
+    whole = begin(tmp_path / "a", *((n, b"x" * n) for n in range(9)))
+    found = []
+    for size_bytes in range(len(whole) + 1):
+        (work_folder(tmp_path / "a") / RECORDS).write_bytes(whole[:size_bytes])
+        found.append(len(done_items(tmp_path / "a", ASKED)))
+    assert found == sorted(found) and set(found) == set(range(10))
+
+
+def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_begin_anew(
+        tmp_path: Path) -> None:
+    out, other = tmp_path / "out", {**ASKED, "sampling": {"top_p": 1.0, "seed": 2}}
+    begin(out, (0, b""))
+    assert done_items(out, other) == set()
+    with pytest.raises(UserError) as raised, open_journal(out, "score", other):
+        raise AssertionError("it is refused")
+    assert str(raised.value) == (
+        f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for the same to "
+        f"go on, begin anew (--redo, or megatron-sov inspect {out} --clear), or name another output\n"
+        "  sampling.seed was 1, and is 2")
+    assert done_items(out, ASKED) == {0}
+    with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
+        assert journal.done == {0}
+    begin(out, (0, b""))
+    with open_journal(out, "score", other, redo=True) as journal:
+        assert journal.done == set()
+
+
+def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
+    begin(tmp_path / "out")
+    assert not work_folder(tmp_path / "out").exists()
+    work_folder(tmp_path / "out").mkdir()
+    (work_folder(tmp_path / "out") / JOB).write_text(json.dumps({"identity": {"a": 1}}))
+    with open_journal(tmp_path / "out", "score", ASKED) as journal, \
+            pytest.raises(UserError, match="is being written by another process"), \
+            open_journal(tmp_path / "out", "score", ASKED):
+        raise AssertionError(journal)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unfinished_work_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".out.scoring").mkdir()
+    with pytest.raises(UserError, match=r"\.out\.scoring holds unfinished work of an earlier version"), \
+            open_journal(tmp_path / "out", "score", {}):
+        raise AssertionError("it is refused")
+
+
+def test_of_many_differences_the_first_are_told(tmp_path: Path) -> None:
+    begin(tmp_path / "out", (0, b""))
+    with pytest.raises(UserError) as raised, open_journal(tmp_path / "out", "score", {
+            **ASKED, "files": dict.fromkeys(map(str, range(100)))}):
+        raise AssertionError("it is refused")
+    assert str(raised.value).count("\n") <= 21
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
+def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
+    begin(tmp_path / "out", (0, b""))
+    (work_folder(tmp_path / "out") / JOB).write_bytes(content)
+    assert read_job(work_folder(tmp_path / "out"))["num_done"] == 1
+    with (pytest.raises(UserError, match=r"it has .records., and no job\.json tells of what command that is"),
+          open_journal(tmp_path / "out", "score", ASKED)):
+        raise AssertionError("unreachable")
+    with open_journal(tmp_path / "out", "score", ASKED, redo=True) as journal:
+        assert not journal.done
+
+
+def test_a_kill_while_work_is_deleted_bars_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def killed(file: Path, missing_ok: bool = False) -> None:
+        unlink(file, missing_ok)
+        raise KeyboardInterrupt
+
+    for out, asked in ((tmp_path / "ended", ASKED), (tmp_path / "redone", {"another": 1})):
+        begin(out, (0, b""))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", killed)
+            with open_journal(out, "score", asked, redo=True) as journal:
+                assert journal.done == {0}, "another's is emptied before"
+        with open_journal(out, "score", {"a third": 1}) as journal:
+            assert not journal.done

@@ -1,0 +1,136 @@
+"""Progress: plain lines in a log, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.warning import warn
+from megatron_sov.runs.obs.events import EventLog, read_events
+from megatron_sov.runs.obs.figures import duration, figure, large, number, size
+from megatron_sov.work.progress import progress_bar, work_bar
+from megatron_sov.work.progress.progress_bar import ProgressBar
+from megatron_sov.work.progress.work_bar import work_bar as bar_of
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands until the test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[float]) -> None:
+    log = io.StringIO()
+    bar = ProgressBar(100, 0, "pretrain", stream=log)
+    for step in range(1, 101):
+        clock[0] += 0.3  # 30 s for all
+        bar.update(step, loss=5.0 - step / 100, tokens_per_s=12345.6)
+    bar.close()
+    lines = log.getvalue().splitlines()
+    # 66 steps x 0.3 s = 19.8 s
+    assert lines[0] == "pretrain: step 34/100, loss 4.6600, 12,346 tokens/s, 00:19 left"
+    assert [line.split()[2] for line in lines] == ["34/100,", "68/100,", "100/100,"]
+    assert lines[-1].endswith("00:00 left")
+
+
+def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> None:
+    log = io.StringIO()
+    bar = ProgressBar(1000, 900, "pretrain", stream=log)
+    clock[0] += 20
+    bar.update(910, loss=float("nan"), tokens_per_s=1.0)
+    assert log.getvalue() == "pretrain: step 910/1000, loss nan, 1 tokens/s, 03:00 left\n"  # 90 steps x 2 s
+
+
+def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
+    screen = Terminal()
+    bar = ProgressBar(40, 10, "pretrain", stream=screen)
+    bar.update(20, loss=2.5, tokens_per_s=4096)
+    bar.update(40, loss=2.25, tokens_per_s=4096)
+    bar.close()
+    assert "10/40" in screen.getvalue()
+    last = screen.getvalue().rsplit("\r", 1)[-1]
+    assert "100%" in last and "40/40" in last and "loss 2.2500, 4,096 tokens/s" in last
+
+
+def test_closing_before_the_first_step_writes_nothing() -> None:
+    log = io.StringIO()
+    ProgressBar(10, 0, "pretrain", stream=log).close()
+    assert log.getvalue() == ""
+
+
+# The bar of long work: on a terminal, once it takes longer than a moment.
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("delay_s", "shows", "screen", "seen"), [
+    (0.0, True, Screen(), True), (60.0, True, Screen(), False), (0.0, False, Screen(), False),
+    (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
+def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_bar, "BEGINS_AFTER_S", delay_s)
+    monkeypatch.setattr("sys.stderr", screen)
+    with bar_of("hashing", 2_000_000, "B", shows) as bar:
+        bar.update(2_000_000)
+    assert ("hashing: 100%" in screen.getvalue() and "2.00M/2.00M" in screen.getvalue()) == seen
+
+
+# Numbers as people read them.
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.25, "0.2 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (3725, "1 h 2 min"), (90000 * 3, "3 d 3 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"),
+                                             (12, "12")])
+def test_large_numbers(value: float, text: str) -> None:
+    assert large(value) == text
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"),
+                                                 (1.5e9, "1.5 GB"), (2e15, "2000.0 TB")])
+def test_sizes(num_bytes: float, text: str) -> None:
+    assert size(num_bytes) == text
+
+
+def test_what_is_no_number_is_none() -> None:
+    assert number("inf") == math.inf and number("1.5") == 1.5
+    assert [figure(number(value)) for value in (None, "x", "nan", 2)] == ["–", "–", "–", "2"]
+
+
+# A warning is one line for people, and an event where a run keeps events.
+
+
+def test_a_warning_is_said_and_recorded_in_the_same_words(tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    events = EventLog(tmp_path / "events.jsonl")
+    warn("the disk is slow", events.write, step=3)
+    warn("weights went back", events.write, "rollback", step=4, back_to=2)
+    events.close()
+    told = [{k: v for k, v in e.items() if k != "time_s"} for e in read_events(tmp_path / "events.jsonl")]
+    assert told == [{"event": "warning", "step": 3, "text": "the disk is slow"},
+                    {"event": "rollback", "step": 4, "back_to": 2, "text": "weights went back"}]
+    assert capsys.readouterr().err == "warning: the disk is slow\nwarning: weights went back\n"
+
+
+def test_without_a_run_it_is_only_said(capsys: pytest.CaptureFixture[str]) -> None:
+    warn("the disk is slow")
+    assert capsys.readouterr().err == "warning: the disk is slow\n"

@@ -1,0 +1,114 @@
+"""A job on a real Ray cluster of two nodes: the bytes of one process; a node that is lost loses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from megatron_sov.cli import main
+from megatron_sov.commands.map import STEPS
+from megatron_sov.work.submit import on_ray
+from tests.work.ray_nodes import STORE_BYTES, two_nodes
+
+STEP = """
+import os, time, ray
+
+class Step:
+    def do(self, row):
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        with open(os.path.join(FOLDER, "nodes"), "a") as f:
+            f.write(f"{row['n']} {node} {os.getpid()}\\n")
+        time.sleep(row.get("seconds", 0))
+        return {"n": row["n"] * 2 if row["n"] != "bad" else 1 / 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with two_nodes() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A step in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(STEPS, "_known", {})
+    (tmp_path / "mine.py").write_text(f"FOLDER = {str(tmp_path)!r}\n{STEP}")
+    return tmp_path
+
+
+def mapped(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ["--ray", cluster.address] if cluster else []
+    return main(["map", "rows.jsonl", "mine.py:Step", "--output", output, "--workers", str(workers), *where])
+
+
+def nodes() -> set[str]:
+    return {line.split()[1] for line in Path("nodes").read_text().split("\n") if line}
+
+
+@pytest.mark.distributed
+def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"n": n, "seconds": 0.002} for n in range(1000)]
+    assert mapped(None, "here", *rows, workers=1) == 0
+    Path("nodes").unlink()
+    assert mapped(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
+    assert Path("there/rows.jsonl").read_bytes() == Path("here/rows.jsonl").read_bytes()
+    assert len(nodes()) == 2
+    assert mapped(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
+    error = capsys.readouterr().err
+    assert "line 101: " in error and "ZeroDivisionError" in error and "Traceback" not in error
+
+
+@pytest.mark.distributed
+def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
+    import threading
+
+    node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    thread = threading.Timer(4.0, lambda: cluster.remove_node(node, allow_graceful=False))
+    thread.start()
+    rows = [{"n": n, "seconds": 0.02} for n in range(800)]
+    assert mapped(cluster, "out", *rows, workers=3) == 0
+    thread.join()
+    made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(line)["n"] for line in made] == [2 * n for n in range(800)]
+
+
+@pytest.mark.distributed
+def test_a_cluster_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("rows.jsonl").write_text('{"n": 1}\n')
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    words = ["map", "rows.jsonl", "mine.py:Step", "--output", "out", "--ray", "nonsense"]
+    assert main(words) == 2
+    assert "--ray nonsense: no Ray cluster can be joined there" in capsys.readouterr().err
+    assert main([*words, "--cluster", "a"]) == 2
+    assert "two places" in capsys.readouterr().err
+
+
+class SlowFirst:
+    """What is asked of Ray: of what is under way, the newest is done first."""
+
+    exceptions = ray.exceptions
+
+    def wait(self, under_way: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        *rest, newest = under_way
+        return [newest], rest
+
+    def get(self, reference: list[Any]) -> bytes:
+        return str(reference).encode()
+
+
+def test_an_item_that_holds_all_others_up_and_ends_last_is_no_end() -> None:
+    actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
+                            do=SimpleNamespace(remote=lambda item: f"done {item}"))
+    processes = on_ray._Processes(SlowFirst(), lambda: actor, 2)
+    assert list(on_ray._done(processes, enumerate(range(40)))) == [
+        (number, f"done {number}".encode()) for number in range(40)]
