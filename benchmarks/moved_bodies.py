@@ -208,9 +208,10 @@ def report(before: dict[str, bytes], after: dict[str, bytes]) -> Iterator[str]:
     others = [Counter(c for p, c in files.items() if not p.endswith(".py")) for files in (before, after)]
     yield (f"\nfiles that are not Python: {others[0].total()} before, {others[1].total()} after, "
            f"{(others[0] & others[1]).total()} with the same bytes")
+    partner = {id(one): f"  now {other}" for one, other in pairs}
     for title in (NOT_ONE_FOR_ONE, "not found again", "new"):
         yield f"\n{title}:"
-        yield from sorted(f"  {body}" for body in groups[title])
+        yield from sorted(f"  {body}{partner.get(id(body), '')}" for body in groups[title])
     renamed = Counter((a[1:], b[1:]) for one, other in pairs for a, b in {
         *zip(one.names, other.names, strict=True), (f"o{one.owner}", f"o{other.owner}")} if a != b)
     yield "\nnames that became others, and in how many bodies:"
