@@ -24,7 +24,7 @@ import re
 import subprocess
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def flat(value: object, parts: list[str], names: list[str], kind: str = "n") -> 
             parts.append(repr(value))
 
 
-def bodies_of(path: str, nodes: list[ast.stmt], modules: set[str], owner: str = "") -> Iterator[Body]:
+def bodies_of(path: str, nodes: Sequence[ast.stmt], modules: set[str], owner: str = "") -> Iterator[Body]:
     """Yield what is compared of a file's or a class's statements."""
     for node in nodes:
         name = str(getattr(node, "name", type(node).__name__))
