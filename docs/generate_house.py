@@ -1,11 +1,15 @@
-"""Writes docs/pictures/house.svg: the rooms of the code on their floors, from the table that the tests hold
-imports to (tests/test_architecture.py): `python docs/generate_house.py`."""
+"""Writes docs/pictures/house.svg: the halls of the code in their order, and which imports which, from the
+list that the tests hold imports to (tests/test_architecture.py).
+
+    python docs/generate_house.py              the picture
+    python docs/generate_house.py --counts     how many imports there are, as a table
+"""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import sys
+from collections import Counter
 from html import escape
 from pathlib import Path
 from types import ModuleType
@@ -15,39 +19,31 @@ from megatron_sov.base.artifacts import atomic_write
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/pictures/house.svg"
 SAYS = {
-    "errors": "one sentence, an exit code", "version": "what is distributed",
-    "command_line": "how commands are read", "plugins": "users' own code", "config": "every setting",
-    "outputs": "where results may lie",
-    "digests": "hashes of contents", "pretrained": "models of others, loaded",
-    "work": "processes, locks, progress",
-    "artifacts": "folders with manifests",
-    "compiled": "loops as machine code", "byte_bpe": "a tokenizer's rules", "documents": "text and records",
-    "chat": "templates, messages, masks", "endpoints": "models over HTTP",
-    "rewards": "verifiers, judges",
-    "obs": "run events, trackers",
-    "pages": "HTML that loads nothing", "models": "families, weight maps", "objectives": "objectives by name",
-    "recipes": "published configurations", "plan": "memory, speed, money", "runs": "a run on disk",
-    "clusters": "profiles, GPUs", "tools": "environments, episodes", "rollouts": "the store of RL",
-    "data": "the order of samples", "mcore": "the only door to Megatron-Core", "train": "one loop",
-    "convert": "Hugging Face folders", "generate": "text from a model", "eval": "needles, loss, pass@k",
-    "serving": "an OpenAI-compatible address",
-    "extend": "longer contexts, gates", "post": "SFT, distillation, RL", "report": "the report of a run",
-    "slurm": "jobs on a cluster", "doctor": "what a machine has",
-    "bundle": "a cluster without a network", "commands": "one file for each command",
-    "cli": "the door: megatron-sov", "__main__": "python -m megatron_sov", "api": "the door from Python",
-    "__init__": "import megatron_sov", "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
-    "card": "model cards from manifests", "ladder": "families of small models",
-    "kubernetes": "stages as TrainJobs",
+    "base": "errors, artifacts, settings, plug-ins, documents, chats",
+    "work": "processes, locks, progress, arrays, the sandbox",
+    "model": "settings of a run, families, recipes",
+    "runs": "a run on disk: folder, lock, checkpoints, events",
+    "judge": "rewards, tool worlds, the store of rollouts",
+    "omni": "pictures and sounds: files, tokens, networks",
+    "plan": "memory, speed and money of a run",
+    "engine": "the order of data, Megatron-Core, conversion",
+    "train": "one loop for every objective",
+    "infer": "text from a model",
+    "eval": "loss, needles, pass@k",
+    "post": "SFT, distillation, preferences, RL, longer contexts",
+    "bench": "the harness's tasks, suites, contamination",
+    "serve": "an OpenAI-compatible address",
+    "operate": "Slurm, Kubernetes, bundles, the doctor",
+    "publish": "reports, cards, ladders",
+    "commands": "one file for each command",
+    "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
 }
-"""Room -> a few words; of a room that is not here, its docstring's first sentence stands."""
-FLOORS = ("Foundation", "Ground floor",
-          *(f"{nth} floor" for nth in ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh")))
-WIDTH, LEFT, BOX, HEIGHT, GAP, COLUMNS = 1240, 150, 204, 58, 10, 5
-COLOURS = ("#e8e2d6", "#dfe9dc", "#dce8ee", "#e2e0f0", "#f0e2ea", "#f3e6d8", "#eeeeee", "#e6e6e6")
+"""Hall, or package beside them -> a few words."""
+LEFT, TOP, CELL, ROW = 470, 120, 34, 30
 
 
 def rules() -> ModuleType:
-    """Return the tests that hold the rules, for their tables."""
+    """Return the tests that hold the rules, for their list."""
     spec = importlib.util.spec_from_file_location("house_rules", ROOT / "tests/test_architecture.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -56,99 +52,54 @@ def rules() -> ModuleType:
     return module
 
 
-def named_sets(table: ModuleType) -> list[tuple[str, set[str]]]:
-    """Return the sets of rooms that the table is written with, from the smallest to the largest."""
-    return [("the foundation", table.BASE), ("the ground floor", table.GROUND),
-            ("data and mcore", table.FIRST), ("train, convert, generate", table.SECOND),
-            ("eval", table.THIRD)]
-
-
-def floors(table: ModuleType) -> dict[str, int]:
-    """Return each room's floor: a named set shares one, others stand above what they may import."""
-    sets = [rooms for _, rooms in named_sets(table)]
-    found = {room: next(i for i, rooms in enumerate(sets) if room in rooms) for room in sets[-1]}
-
-    def floor(room: str) -> int:
-        if room not in found:
-            found[room] = 1 + max((floor(below) for below in table.MAY_IMPORT[room]), default=-1)
-        return found[room]
-
-    for room in table.MAY_IMPORT:
-        floor(room)
-    return found
-
-
-def may_import(table: ModuleType, room: str) -> str:
-    """Return what a room may import, in words: the largest named set that it has, and what is beside."""
-    allowed = table.MAY_IMPORT[room]
-    whole = [(name, rooms) for name, rooms in named_sets(table) if rooms <= allowed]
-    name, rooms = whole[-1] if whole else ("", set())
-    beside = sorted(allowed - rooms)
-    words = [f"all up to {name}"] * bool(name) + beside
-    return ", ".join(words) or "nothing"
-
-
-def words_of(room: str) -> str:
-    """Return what stands in a room's box."""
-    if room in SAYS:
-        return SAYS[room]
-    path = ROOT / "megatron_sov" / room
-    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-    return about.partition("\n")[0][:30]
-
-
-def box(table: ModuleType, room: str, x: int, y: int, colour: str) -> str:
-    """Return one room: its name, what it is, and what it may import."""
-    allowed = may_import(table, room)
-    shown = allowed if len(allowed) <= 36 else f"{allowed[:35]}…"
-    edge = ' stroke-width="3"' if room == "mcore" else ""
-    return (f'<g><title>{escape(f"{room} may import: {allowed}")}</title>'
-            f'<rect x="{x}" y="{y}" width="{BOX}" height="{HEIGHT}" rx="4" fill="{colour}" '
-            f'stroke="#555"{edge}/>'
-            f'<text x="{x + 8}" y="{y + 19}" class="room">{escape(room)}</text>'
-            f'<text x="{x + 8}" y="{y + 36}" class="says">{escape(words_of(room))}</text>'
-            f'<text x="{x + 8}" y="{y + 50}" class="may">↓ {escape(shown)}</text></g>\n')
-
-
-def wings(table: ModuleType, y: int) -> str:
-    """Return the wings inside large rooms, each line from the ground up."""
-    lines = []
-    for i, (folder, found) in enumerate(table.WINGS.items()):
-        told = "  <  ".join(", ".join(sorted(wing or "its own files" for wing in floor)) for floor in found)
-        text = escape(f"{folder}:  {told}")
-        lines.append(f'<text x="{LEFT}" y="{y + 22 * i}" class="says">{text}</text>\n')
-    return f'<text x="16" y="{y}" class="floor">Wings</text>\n' + "".join(lines)
+def arrows() -> Counter[tuple[str, str]]:
+    """Return (hall, hall that it imports) -> number of imports."""
+    table = rules()
+    return Counter((source.hall, name.split(".")[1]) for source in table.sources(ROOT)
+                   for _, name in source.imports()
+                   if name.startswith("megatron_sov.") and source.hall in SAYS
+                   and name.split(".")[1] in set(SAYS) - {source.hall})
 
 
 def page() -> str:
-    """Return the whole picture."""
-    table = rules()
-    where = floors(table)
-    top, parts, y = max(where.values()), [], 100
-    middle = LEFT + (WIDTH - LEFT - 20) // 2
-    roof = (f'<path d="M {LEFT - 20} 86 L {middle} 14 L {WIDTH} 86 Z" fill="#b5654a"/>\n'
-            f'<text x="{middle}" y="70" class="roof">megatron-sov: imports point downwards only</text>\n')
-    for level in range(top, -1, -1):
-        rooms = [room for room in table.MAY_IMPORT if where[room] == level]
-        num_rows = -(-len(rooms) // COLUMNS)
-        height = num_rows * (HEIGHT + GAP) + GAP
-        parts.append(f'<rect x="{LEFT - GAP}" y="{y}" width="{WIDTH - LEFT}" height="{height}" fill="none" '
-                     f'stroke="#999"/>\n<text x="16" y="{y + 26}" class="floor">{FLOORS[level]}</text>\n')
-        for i, room in enumerate(rooms):
-            x = LEFT + (i % COLUMNS) * (BOX + GAP)
-            parts.append(box(table, room, x, y + GAP + (i // COLUMNS) * (HEIGHT + GAP),
-                             COLOURS[min(level, len(COLOURS) - 1)]))
-        y += height
-    style = ("text{font-family:system-ui,sans-serif;fill:#222}.room{font-size:15px;font-weight:600}"
-             ".says{font-size:12px}.may{font-size:10px;fill:#666}.floor{font-size:13px;font-weight:600}"
-             ".roof{font-size:16px;font-weight:600;fill:#fff;text-anchor:middle}")
-    end = y + 40 + 22 * len(table.WINGS)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 10} {end}" role="img" '
-            'aria-label="The rooms of megatron-sov on their floors; a room imports from below only">\n'
-            f'<style>{style}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n{roof}'
-            + "".join(parts) + wings(table, y + 34) + "</svg>\n")
+    """Return the whole picture: a row for each hall, a mark under each one that it imports."""
+    found, halls = arrows(), list(SAYS)
+    width, height = LEFT + CELL * len(halls) + 20, TOP + ROW * len(halls) + 20
+    parts = []
+    for column, hall in enumerate(halls[:-2]):
+        x = LEFT + column * CELL + CELL // 2
+        parts.append(f'<text class="name" transform="translate({x + 5} {TOP - 8}) rotate(-55)">{hall}'
+                     "</text>\n")
+    for row, hall in enumerate(halls):
+        y = TOP + row * ROW
+        shade = "#dfe9dc" if hall in rules().LEAVES else "#dce8ee" if hall in halls[-2:] else "#f0ece2"
+        parts.append(f'<rect x="8" y="{y + 2}" width="{width - 16}" height="{ROW - 4}" rx="4" '
+                     f'fill="{shade}"/>\n'
+                     f'<text class="name" x="18" y="{y + 20}">{hall}</text>\n'
+                     f'<text class="says" x="112" y="{y + 20}">{escape(SAYS[hall])}</text>\n')
+        parts += [f'<circle cx="{LEFT + column * CELL + CELL // 2}" cy="{y + ROW // 2}" r="6" fill="#b5654a">'
+                  f"<title>{hall} imports {other}</title></circle>\n"
+                  for column, other in enumerate(halls) if found[hall, other]]
+    style = ("text{font-family:system-ui,sans-serif;fill:#222}.name{font-size:14px;font-weight:600}"
+             ".says{font-size:12px}")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+            'aria-label="The halls of megatron-sov in their order; a hall imports only those above it">\n'
+            f'<style>{style}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n' + "".join(parts)
+            + "</svg>\n")
+
+
+def counts() -> str:
+    """Return the table of imports: who imports, and how often whom."""
+    found, halls = arrows(), list(SAYS)
+    lines = [" " * 10 + "".join(f"{hall[:8]:>9}" for hall in halls[:-2])]
+    lines += [f"{hall:<10}" + "".join(f"{found[hall, other] or '.':>9}" for other in halls[:-2])
+              for hall in halls]
+    upwards = sum(number for (hall, other), number in found.items() if halls.index(other) > halls.index(hall))
+    return "\n".join([*lines, f"{len(found)} arrows, {upwards} of them upwards"])
 
 
 if __name__ == "__main__":
-    atomic_write(PICTURE, page())
+    if sys.argv[1:] == ["--counts"]:
+        print(counts())
+    else:
+        atomic_write(PICTURE, page())

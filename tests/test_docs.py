@@ -173,11 +173,11 @@ def test_the_readme_lists_every_command() -> None:
         assert [name for name in commands if not re.search(rf"[` ]{name}`", told)] == []
 
 
-def test_the_readme_shows_every_room() -> None:
-    tree = (ROOT / "README.md").read_text().partition("## The rooms")[2]
-    rooms = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
+def test_the_readme_shows_every_hall() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The halls")[2]
+    halls = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
              if not p.name.startswith("_") and (p.suffix == ".py" or (p / "__init__.py").is_file())]
-    assert [room for room in rooms if f" {room}" not in tree] == []
+    assert [hall for hall in halls if f" {hall}" not in tree] == []
 
 
 @pytest.mark.parametrize(("name", "made"), [("config", "config.md"), ("options", "options.md"),
