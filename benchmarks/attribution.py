@@ -47,7 +47,9 @@ SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=32", "model.num
 EXPECTED = {"data": "data", "computation": "process", "memory": "weights", "rate": "optimisation"}
 
 
-def trained(seed: int, place: world.World, source: Source, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
+def trained(seed: int, place: world.ParallelWorld, source: Source, folder: Path) -> tuple[Any,
+                                                                                          list[dict[str,
+                                                                                                    Any]]]:
     """Return a trainer behind its usual steps, and the list that its attributions go to."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.lm import LanguageModelling
@@ -94,7 +96,7 @@ def plant_data(trainer: Any, case: int) -> Callable[[dict[str, Any]], bool]:
     return lambda event: any(name.endswith(f" document {bad}") for name in event["documents"])
 
 
-def world_value(mine: int, place: world.World, of_rank: int) -> int:
+def world_value(mine: int, place: world.ParallelWorld, of_rank: int) -> int:
     """Return what one rank has, on all of them."""
     from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 

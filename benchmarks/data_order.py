@@ -29,7 +29,7 @@ from megatron_sov import recipes
 from megatron_sov.engine.data.batches import BatchStream
 from megatron_sov.engine.data.long_documents import LongDocuments
 from megatron_sov.engine.data.order import OrderState, SampleOrder
-from megatron_sov.engine.data.packing import Row, Segment, best_fit, concatenate, cut
+from megatron_sov.engine.data.packing import PackedSegment, Row, best_fit, concatenate, cut
 from megatron_sov.engine.data.streams import WINDOW_DOCUMENTS
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
@@ -226,7 +226,7 @@ def packing_table() -> Iterator[str]:
     yield f"{'lengths':<8}{'row':>8}{'rows':>7} | {columns} | {columns}"
     for kind in LENGTHS:
         lengths = document_lengths(kind, WINDOW_DOCUMENTS)
-        parts = [Segment(i, 0, n) for i, n in enumerate(lengths.tolist())]
+        parts = [PackedSegment(i, 0, n) for i, n in enumerate(lengths.tolist())]
         for seq_len in (4096, 8192, 32768, 131072):
             packed, joined = best_fit(cut(parts, seq_len), seq_len), concatenate(parts, seq_len)
             yield (f"{kind:<8}{seq_len:>8,}{len(packed):>7,} | {padding_share(packed, seq_len):>18.3%}"
@@ -240,7 +240,7 @@ def optimum_table(num_sets: int = 200, set_size: int = 14) -> Iterator[str]:
     for kind, seq_len in (("web", 2048), ("web", 4096), ("code", 4096), ("books", 32768), ("chats", 2048)):
         more, totals = np.zeros(num_sets, np.int64), np.zeros(3)
         for seed in range(num_sets):
-            pieces = cut([Segment(i, 0, n)
+            pieces = cut([PackedSegment(i, 0, n)
                           for i, n in enumerate(document_lengths(kind, set_size, seed).tolist())], seq_len)
             rows, optimum = best_fit(pieces, seq_len), fewest_rows([p.count for p in pieces], seq_len)
             more[seed] = len(rows) - optimum

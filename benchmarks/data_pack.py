@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_sov.base.artifacts import read_manifest, sha256_file
-from megatron_sov.base.documents import Document, Reading, list_files, plan_units, read_span
+from megatron_sov.base.documents import Document, RecordReading, list_files, plan_units, read_span
 
 PRESETS = ("solar-open", "k-exaone")
 VOCAB_SIZE = 32_768
@@ -114,7 +114,7 @@ def measured(command: list[str], **environment: str) -> Cost:
 def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
     """Yield documents of the inputs, taken in turn so that each is there from the start,
     up to a total of bytes."""
-    reading = Reading()
+    reading = RecordReading()
     streams = [(item.text for unit in plan_units(list_files(path)) for span in unit
                 for item in read_span(span, reading) if isinstance(item, Document) and item.text)
                for path in inputs]

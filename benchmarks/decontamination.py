@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_prep.curate.decontamination.hits import find_hits
 from megatron_sov.base.documents import list_files, read_documents
-from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import find_units, fold
 from megatron_sov.base.documents.plain import plain
 from megatron_sov.base.errors import UserError
@@ -97,8 +97,8 @@ def main() -> None:
     size = sum(len(text.encode(errors="surrogatepass")) for text in texts) / 1e6
     hidden, clean = texts[::2], texts[1::2]
     named = {**ITEMS, **{f"sentence {i}": text for i, text in enumerate(sentences(hidden, args.items))}}
-    items = [Item("planted", name, "text", text) for name, text in named.items()]
-    search = Search(items, 10, 5)
+    items = [SearchItem("planted", name, "text", text) for name, text in named.items()]
+    search = ItemSearch(items, 10, 5)
     print(f"{len(texts)} documents, {size:.1f} MB; {len(items)} items, {len(search.too_short)} too short")
     for name, disguise in DISGUISES.items():
         planted = [f"{clean[0][:300]}\n{disguise(item.text)}\n{clean[-1][:300]}" for item in items]

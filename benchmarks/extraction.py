@@ -38,8 +38,8 @@ from pathlib import Path
 from data_prep.curate.sources.encodings import decode_page
 from data_prep.curate.sources.html import page_text
 from data_prep.curate.sources.pdf_layout import PdfOptions, pdf_document
-from data_prep.curate.sources.reader import Job
-from data_prep.curate.sources.source import Piece
+from data_prep.curate.sources.reader import ReadingJob
+from data_prep.curate.sources.source import SourcePiece
 
 UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 RUN_UNITS = 4
@@ -148,7 +148,8 @@ def _book_text(root: Path, package: str, file: Path) -> str:
 
 
 def _ours_pdf(data: bytes) -> str:
-    found = pdf_document(data, "x", Job(Piece("pdf", "x", 0, 0, 0), Path("/"), "text", PdfOptions()))
+    found = pdf_document(data, "x", ReadingJob(SourcePiece("pdf", "x", 0, 0, 0), Path("/"), "text",
+                                               PdfOptions()))
     return getattr(found, "text", "")
 
 

@@ -33,7 +33,7 @@ WITHOUT = ("guards.skip=false", "guards.hang_timeout_s=0", "guards.straggler_eve
            "guards.routing_every_steps=0")
 
 
-def make_step(config: RunConfig, place: world.World, source: Source, folder: Path,
+def make_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path,
               guarded: bool) -> Callable[[], None]:
     """Return one step of the training loop, as `train.loop` does it."""
     from megatron_sov.runs.folder import RunFolder
@@ -63,7 +63,7 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
     return step
 
 
-def time_comparison(config: RunConfig, place: world.World) -> float:
+def time_comparison(config: RunConfig, place: world.ParallelWorld) -> float:
     """Return the seconds in which all processes compare their replicas once."""
     from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build

@@ -60,7 +60,8 @@ def write_shard(folder: Path) -> None:
                                       dtype=np.int32).tofile(folder / "train.bin")
 
 
-def our_step(config: RunConfig, place: world.World, source: Source, folder: Path) -> Callable[[], None]:
+def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path) -> Callable[[],
+                                                                                                      None]:
     """Return one step of the training loop, with its records."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.lm import LanguageModelling
@@ -80,7 +81,7 @@ def our_step(config: RunConfig, place: world.World, source: Source, folder: Path
     return step
 
 
-def ready_batches(config: RunConfig, place: world.World, source: Source) -> list[Any]:
+def ready_batches(config: RunConfig, place: world.ParallelWorld, source: Source) -> list[Any]:
     """Return the micro-batches of eight steps."""
     from megatron_sov.train.objectives.data_batches import DataBatches
 
@@ -90,7 +91,7 @@ def ready_batches(config: RunConfig, place: world.World, source: Source) -> list
     return ready
 
 
-def same_model_step(config: RunConfig, place: world.World, source: Source) -> Callable[[], None]:
+def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Source) -> Callable[[], None]:
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
 
@@ -126,7 +127,7 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     return step
 
 
-def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
+def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], None]:
     """Return Megatron-LM's train_step over the library's GPTModel."""
     import torch
     from megatron.core.distributed import (

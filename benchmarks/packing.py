@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.packing import Segment, best_fit
+from megatron_sov.engine.data.packing import PackedSegment, best_fit
 from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import apply_settings
 
@@ -62,7 +62,7 @@ def micro_batch(row: Documents, padded_to: int = 0, min_tokens: int = 0) -> Any:
 def rows_of(held: Documents) -> list[list[int]]:
     """Return the numbers of the samples of each packed row."""
     return [[segment.document for segment in row]
-            for row in best_fit((Segment(i, 0, len(d)) for i, d in enumerate(held)), SEQ_LEN)]
+            for row in best_fit((PackedSegment(i, 0, len(d)) for i, d in enumerate(held)), SEQ_LEN)]
 
 
 def built(precision: str, cp: int = 1) -> Any:

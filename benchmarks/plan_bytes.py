@@ -28,7 +28,7 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings
-from megatron_sov.plan.footprint.states import Place, StageBuffers, States
+from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, States
 
 DOUBLE = Path(__file__).parents[1] / "tests" / "te_double"
 PATTERNS = ("*router.weight", "embedding.*", "decoder.layers.0.*", "*experts.linear_fc2.weight",
@@ -150,7 +150,7 @@ def is_fused(layout: Drawn) -> bool:
     return layout.config.train.precision == "bf16"
 
 
-def said(layout: Drawn, stage: int, place: Place) -> States:
+def said(layout: Drawn, stage: int, place: StatePlace) -> States:
     """Return what the plan says of the rank."""
     return StageBuffers(layout.config, layout.num_ranks, stage).held(place)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.plan.decoding import Asked, EngineCosts, Engines, Round, round_of
+from megatron_sov.plan.decoding import DecodingRequest, DecodingRound, EngineCosts, Engines, round_of
 from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import BUDGETS, Assumed, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
@@ -46,7 +46,7 @@ VIBETHINKER = ("policy.mgpo_lambda=1.0", "policy.clip_low=0.2", "policy.clip_hig
 Row = dict[str, str]
 
 
-def predicted(row: Row, costs: EngineCosts) -> Round:
+def predicted(row: Row, costs: EngineCosts) -> DecodingRound:
     """Return the round of a row."""
     model = find(NAMES.get(row["model"], row["model"]))
     assert model is not None, row["model"]
@@ -56,8 +56,8 @@ def predicted(row: Row, costs: EngineCosts) -> Round:
     engines = Engines(model.shape, on, default_links(on), writers, int(row["generation_tp"]), 1 if fp8 else 2,
                       costs)
     longest = int(row["max_tokens"])
-    asked = Asked(int(row["responses"]), PROMPT_TOKENS, float(row["mean_tokens"]) - PROMPT_TOKENS,
-                  longest - PROMPT_TOKENS, PER_PROMPT, int(row["steps_behind"]))
+    asked = DecodingRequest(int(row["responses"]), PROMPT_TOKENS, float(row["mean_tokens"]) - PROMPT_TOKENS,
+                            longest - PROMPT_TOKENS, PER_PROMPT, int(row["steps_behind"]))
     tp, imbalance = int(row["tp"]), default().real_imbalance if model.shape.num_experts else 1.0
     step = Workload(model.shape, on, default_links(on), gpus - writers if apart else gpus, longest, 1,
                     int(row["train_batch"]), tp=tp, sp=tp > 1, pp=int(row["pp"]), cp=int(row["cp"]),

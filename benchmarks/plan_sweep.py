@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from megatron_sov import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.pages.quote import QuoteTable, component, text, totals
-from megatron_sov.plan.pages.telling import Told, name, set_line, submit_line
+from megatron_sov.plan.pages.telling import PlanText, name, set_line, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing, quote, run_stages
 from megatron_sov.plan.search.recommended import settings_for
 from megatron_sov.plan.search.space import own_choice
-from megatron_sov.plan.search.sweep import Search, search
+from megatron_sov.plan.search.sweep import SweepSearch, search
 from megatron_sov.work.clusters.units import GIB
 
 RUNS = (("solar-open-102b", "b200", 60), ("solar-open-102b-mid", "b200", 60),
@@ -45,7 +45,7 @@ PUBLISHED = {
                      "(arXiv 2601.01739)"}
 
 
-def searched(config: RunConfig, where: Machines, settings: Sequence[str] = ()) -> Told | Search:
+def searched(config: RunConfig, where: Machines, settings: Sequence[str] = ()) -> PlanText | SweepSearch:
     """Return the search of a run; without what is said of it where nothing fits."""
     of = pricing(where)
     assert of is not None
@@ -54,8 +54,8 @@ def searched(config: RunConfig, where: Machines, settings: Sequence[str] = ()) -
         return found
     chosen = found.best[0].choice.settings(config)
     open_layout = apply_settings(config, list(settings_for(config, where.num_ranks, where.profile.gpu)))
-    return Told(found, where, own_choice(open_layout), chosen,
-                submit_line(config, where, [config.recipe], [*settings, *chosen]))
+    return PlanText(found, where, own_choice(open_layout), chosen,
+                    submit_line(config, where, [config.recipe], [*settings, *chosen]))
 
 
 def of_recipe(recipe: str, cluster: str, nodes: int) -> None:
@@ -63,7 +63,7 @@ def of_recipe(recipe: str, cluster: str, nodes: int) -> None:
     where, config = machines(cluster, nodes), recipes.get(recipe)
     began_s = time.process_time()
     told = searched(config, where)
-    assert isinstance(told, Told), recipe
+    assert isinstance(told, PlanText), recipe
     of = pricing(where)
     assert of is not None
     best = apply_settings(config, told.settings)
@@ -95,7 +95,7 @@ def ladder(recipe: str, cluster: str, nodes: int, step_tokens: int) -> None:
             f"model.max_position_tokens={max(seq_len, recipes.get(recipe).model.max_position_tokens)}"])
         told = searched(config, where)
         row = [f"{seq_len:,}", "bf16" if fp8 == "none" else fp8]
-        if isinstance(told, Search):
+        if isinstance(told, SweepSearch):
             rows.append([*row, "fits nowhere", "", "", "", ""])
             continue
         best, sweep = told.search.best[0], told.search.sweeps[0]

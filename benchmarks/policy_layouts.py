@@ -25,9 +25,9 @@ from kills import make_data
 
 from megatron_sov import recipes
 from megatron_sov.base.digests import file_digest
-from megatron_sov.judge.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
-from megatron_sov.judge.rollouts.rows import STOP, Judged, Key, Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.rows import STOP, Key, RewardRow, Rollout
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig, apply_settings
 from megatron_sov.model.config.rounds import with_rounds
 
@@ -62,7 +62,7 @@ def config_of(settings: list[str]) -> RunConfig:
                                rollout=ROLLOUT))
 
 
-def row(prompt: Prompt, sample: int) -> Rollout:
+def row(prompt: RolloutPrompt, sample: int) -> Rollout:
     """Return a response drawn by lot."""
     drawn = np.random.default_rng([int(prompt.id, 16), sample])
     count = int(drawn.integers(4, ROLLOUT.max_new_tokens))
@@ -78,13 +78,14 @@ def publish(work: Path, name: str) -> None:
     from megatron_sov.post.rl.publish import Publisher
 
     prompts = read_prompts(work / "prompts.jsonl")
-    store = Store.create(work / "store", file_digest(work / "tokenizer/tokenizer.json", "sha256"), VOCAB)
+    store = RolloutStore.create(work / "store", file_digest(work / "tokenizer/tokenizer.json", "sha256"),
+                                VOCAB)
     for piece in pieces(round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = [row(prompt, s) for prompt in piece.prompts for s in range(ROLLOUT.samples_per_prompt)]
         store.add_rollouts(piece.part(), rows, {})
         rewards = np.random.default_rng(0).random(len(rows)).tolist()
         store.add_rewards(VERSION, piece.part(), [
-            Judged(r.key, 0, VERSION, reward, "scored") for r, reward in zip(rows, rewards, strict=True)])
+            RewardRow(r.key, 0, VERSION, reward, "scored") for r, reward in zip(rows, rewards, strict=True)])
     config = config_of(POLICIES[name])
     publisher = Publisher(config, work / name / "rounds", store.path, prompts, VERSION, work / "tokenizer")
     if problem := publisher.publish(1):

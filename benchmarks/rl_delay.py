@@ -39,16 +39,16 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.engine.data.rounds import RoundDocuments
-from megatron_sov.infer.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts, stream_of
 from megatron_sov.judge.rollouts.rows import Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.rounds import with_rounds
-from megatron_sov.post.rl.generate import Attempt, Desk, Missing, never, write_rounds
+from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, never, write_rounds
 from megatron_sov.post.rl.publish import Publisher
-from megatron_sov.post.rl.responses import NO_TOKENS, Responses, key_digest
+from megatron_sov.post.rl.responses import NO_TOKENS, ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
 from megatron_sov.runs.policies import Policy
 from megatron_sov.work.progress.claims import Claims, Patience
@@ -75,7 +75,7 @@ class Scripted:
     def __init__(self, hangs: bool) -> None:
         self.now_s, self.step, self._hangs = 0.0, 0, hangs
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
         """Write until all have ended, or the deadline."""
         assert stop is not None and streams is not None
@@ -115,12 +115,12 @@ class Numbers:
         return ""
 
 
-class Requeueing(Responses):
+class Requeueing(ResponseSource):
     """Throws unfinished responses away and draws them anew."""
 
-    def write(self, engine: Any, attempts: Sequence[Attempt],
+    def write(self, engine: Any, attempts: Sequence[SampleAttempt],
               gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
-        """As `Responses.write`."""
+        """As `ResponseSource.write`."""
         return super().write(engine, [
             replace(attempt, begun=tuple(replace(row, **NO_TOKENS) for row in attempt.begun))
             for attempt in attempts], gives_way)
@@ -157,7 +157,8 @@ class Simulation:
         prompts.write_text("".join(json.dumps({"prompt": str(k)}) + "\n" for k in range(1, count + 1)))
         (folder / "tokenizer.json").write_text("{}")
         self.rollout, self.engine = rollout, Scripted(hangs)
-        self.store = Store.create(folder / "store", file_digest(folder / "tokenizer.json", SHA256), VOCAB)
+        self.store = RolloutStore.create(folder / "store", file_digest(folder / "tokenizer.json", SHA256),
+                                         VOCAB)
         self.claims = Claims(self.store.claims, 600)
         base = recipes.get("tiny-solar-open")
         config = with_rounds(replace(
@@ -167,7 +168,7 @@ class Simulation:
         self.publisher = Publisher(config, folder / "rounds", self.store.path, read_prompts(prompts),
                                    VERSION, folder)
         vars(self.publisher)["_bytes_of_token"] = np.ones(VOCAB, np.int64)
-        writer = Requeueing if requeues else Responses
+        writer = Requeueing if requeues else ResponseSource
         self.writer = writer(Numbers(), rollout, "scripted", False, {},  # type: ignore[arg-type]
                              lambda: self.engine.now_s)
         self.changed_s = 0.0
@@ -178,8 +179,8 @@ class Simulation:
         missing = Missing(self.store, self.claims, self.publisher.prompts, self.rollout,
                           range(1, self.rollout.rounds + 1), self.policy_of,
                           lambda number: key_digest(self.rollout, number, {}))
-        desk = Desk(missing, self.store, 1e9, {}, patience=Patience(self.pass_by),
-                    clock_s=lambda: self.engine.now_s)
+        desk = PieceQueue(missing, self.store, 1e9, {}, patience=Patience(self.pass_by),
+                          clock_s=lambda: self.engine.now_s)
         publish = desk.publish
         desk.publish = partial(self.published, publish)  # type: ignore[method-assign]
         desk.next = partial(self.asked, desk.next)  # type: ignore[method-assign]
@@ -211,7 +212,8 @@ class Simulation:
         self.train()
         return None if len(self.ends_s) == self.rollout.rounds else next_()
 
-    def published(self, publish: Any, attempts: Sequence[Attempt], rows: Sequence[list[Rollout]]) -> None:
+    def published(self, publish: Any, attempts: Sequence[SampleAttempt],
+                  rows: Sequence[list[Rollout]]) -> None:
         """Publish parts and judge them."""
         self.train()  # what began before these parts were there
         publish(attempts, rows)

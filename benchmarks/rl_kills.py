@@ -42,9 +42,9 @@ from kills import final
 from megatron_sov import cli
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.judge.rollouts.checking import check
-from megatron_sov.judge.rollouts.prompts import Prompt, pieces, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
 from megatron_sov.judge.rollouts.rows import Rollout, later, part_name
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.work.progress.claims import holders
 
@@ -215,7 +215,7 @@ def _kill_all(pid: int) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def responses(store: Store) -> dict[tuple[int, str, int], Rollout]:
+def responses(store: RolloutStore) -> dict[tuple[int, str, int], Rollout]:
     """Return the last attempts by round, prompt and sample."""
     columns = ("tokens", "finish_reason", "response")
     rows = later([row for part in store.parts() for row in store.read_rollouts(part.name, columns)])
@@ -242,9 +242,10 @@ def distance(some: Sequence[int], others: Sequence[int]) -> float:
 class Expected:
     """What the undisturbed jobs left."""
 
-    def __init__(self, whole: Place, asked: Sequence[Prompt], rollout: RolloutConfig = ROLLOUT) -> None:
+    def __init__(self, whole: Place, asked: Sequence[RolloutPrompt],
+                 rollout: RolloutConfig = ROLLOUT) -> None:
         self.rollout = rollout
-        self.responses = responses(Store.open(whole.store))
+        self.responses = responses(RolloutStore.open(whole.store))
         self.rounds, self.checkpoints = round_files(whole.run), final(whole.run)
         self.asked = {(number, prompt.id, sample) for number in range(1, rollout.rounds + 1)
                       for prompt in round_prompts(asked, rollout, number)
@@ -256,7 +257,7 @@ class Expected:
 
     def problems(self, done: Place) -> list[str]:
         """Return what is not as it should be."""
-        store = Store.open(done.store)
+        store = RolloutStore.open(done.store)
         checked, found = check(store), responses(store)
         rows = sum(part.num_rows for part in store.parts())
         groups = [sum(read_manifest(folder).content["groups"].values())
@@ -313,7 +314,7 @@ def main() -> int:
             problems = expected.problems(done)
             sound = sound and not problems
             killed, working = killed + done.killed, working + done.working
-            found = responses(Store.open(done.store))
+            found = responses(RolloutStore.open(done.store))
             keys, lengths = expected.lengths(done.interrupted)
             num_pieces += len(done.interrupted)
             interrupted_whole += lengths

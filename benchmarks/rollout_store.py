@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov.judge.rollouts.rows import Key, Rollout, part_name
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 
 PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
 
@@ -51,7 +51,7 @@ def part_rows(number: int, count: int, tokens: int) -> list[Rollout]:
 
 def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, float]:
     """Write all parts; returns seconds and CPU seconds, the making of rows left out."""
-    store, wall_s, cpu_s = Store.create(path, "sha256:benchmark", VOCAB_SIZE), 0.0, 0.0
+    store, wall_s, cpu_s = RolloutStore.create(path, "sha256:benchmark", VOCAB_SIZE), 0.0, 0.0
     for number in range(parts):
         rows = part_rows(number, args.part_rows, args.tokens)
         began, began_cpu = time.perf_counter(), time.process_time()
@@ -63,7 +63,7 @@ def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, flo
 def start_round(path: Path, number: int) -> str:
     """Begin a round as the trainer does; returns what it took."""
     began = time.perf_counter()
-    store = Store.open(path)
+    store = RolloutStore.open(path)
     keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
     indexed_s = time.perf_counter() - began
     rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
@@ -79,7 +79,7 @@ def read_peak_mb(path: Path, rounds: int) -> float:
 
 def read_all(path: Path, rounds: int) -> None:
     """Read the rounds up to one, part by part, and print the peak memory in MB."""
-    store = Store.open(path)
+    store = RolloutStore.open(path)
     for number in range(1, rounds + 1):
         for part in store.parts(number):
             store.read_rollouts(part.name)

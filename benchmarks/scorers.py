@@ -36,7 +36,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from data_prep.curate.pipeline.step import Doc
-from data_prep.curate.scoring.kinds import Kind, KindSettings
+from data_prep.curate.scoring.kinds import KindSettings, ScorerKind
 from data_prep.curate.scoring.labels import read_labels, split
 from data_prep.curate.scoring.scorer import load_scorer
 
@@ -119,7 +119,7 @@ def compare(kind: str, work: Path, seen: list[Page], unseen: list[Page]) -> None
 
 def false_domains(found: Sequence[Page]) -> None:
     """Print how many pages about software the step `kind` takes for documents of a trade."""
-    step = Kind(KindSettings())
+    step = ScorerKind(KindSettings())
     listed = [page for page in found if page.language in ("en", "ko", "ja")]
     documents = [Doc(str(i), page.text, "", 0, i, {"language": page.language})
                  for i, page in enumerate(listed)]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.eval.pass_at_k import Judged, PromptCounts
-from megatron_sov.post.ssp.choice import Choice, Measured, choose
+from megatron_sov.eval.pass_at_k import JudgedItem, PromptCounts
+from megatron_sov.post.ssp.choice import DomainChoice, MeasuredCheckpoint, choose
 
 CHECKPOINTS, DOMAINS, REPEATS = 6, 4, 20
 SAMPLES, K = 8, 4
@@ -66,17 +66,19 @@ if count:
 """
 
 
-def drawn(draw: np.random.Generator, ability: float, difficulty: np.ndarray) -> Judged:
+def drawn(draw: np.random.Generator, ability: float, difficulty: np.ndarray) -> JudgedItem:
     """Return what a checkpoint of that ability makes of the problems."""
     right = draw.binomial(SAMPLES, 1 / (1 + np.exp(difficulty - ability)))
-    return Judged({str(i): PromptCounts(int(n), num_silent=SAMPLES - int(n)) for i, n in enumerate(right)},
-                  Counter(scored=SAMPLES * len(right)))
+    return JudgedItem({str(i): PromptCounts(int(n), num_silent=SAMPLES - int(n)) for i,
+                       n in enumerate(right)},
+                      Counter(scored=SAMPLES * len(right)))
 
 
-def chosen(draw: np.random.Generator, problems: int, lead: float, best: int) -> Choice:
+def chosen(draw: np.random.Generator, problems: int, lead: float, best: int) -> DomainChoice:
     """Return the choice in a domain in which one checkpoint is better by `lead`."""
     difficulty = draw.normal(1.5, 1.5, problems)
-    return choose([Measured.of(str(i), "domain", drawn(draw, lead * (i == best), difficulty), [1, K])
+    return choose([MeasuredCheckpoint.of(str(i), "domain", drawn(draw, lead * (i == best), difficulty),
+                                         [1, K])
                    for i in range(CHECKPOINTS)], K)
 
 

@@ -66,7 +66,7 @@ class Trained:
     def in_two_steps(self) -> Encode:
         """Return the encoder of the definition."""
         first = tiktoken_format.encoding({t: i for t, i in self.ranks.items() if i < self.transition_size},
-                                       tiktoken_format.Rules(ANYTHING, {})).encode_ordinary
+                                       tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
         words, units = (Splitter(self.preset, p)
                         for p in (self.preset.split_pattern, self.preset.final_pattern))
         spelling, vocab = byte_characters(), self.raw["model"]["vocab"]

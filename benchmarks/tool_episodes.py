@@ -27,9 +27,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_sov.base.chat.encode import ChatEncoder
 from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.chat.turns import TurnEncoder
-from megatron_sov.judge.tools.episode import Episode, Written, lines_in, row_of
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.limits import EpisodeLimits
-from megatron_sov.judge.tools.playing import Policy, Table, play
+from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, play
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.journal import RECORDS, open_journal
@@ -82,13 +82,13 @@ class FuzzedPolicy:
         """Stream -> prompt, and what was written behind it."""
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-               streams: Sequence[int]) -> list[Written]:
+               streams: Sequence[int]) -> list[GeneratedTurn]:
         """Write the next turns."""
         found = []
         for prompt, stream in zip(prompts, streams, strict=True):
             ids = self._turn(random.Random(self._seed << 40 | stream))[:max_new_tokens]
             self.seen[stream] = (list(prompt), ids)
-            found.append(Written(ids, [-0.5] * len(ids)))
+            found.append(GeneratedTurn(ids, [-0.5] * len(ids)))
         return found
 
     def _turn(self, rng: random.Random) -> list[int]:
@@ -147,7 +147,7 @@ def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
 
 
 def played(world: str, num_episodes: int, folder: Path,
-           wrapped: Callable[[FuzzedPolicy], Policy] = lambda policy: policy, parallel: int = 8,
+           wrapped: Callable[[FuzzedPolicy], ToolPolicy] = lambda policy: policy, parallel: int = 8,
            ) -> tuple[list[Episode], FuzzedPolicy, TurnEncoder]:
     """Return the episodes of a world, whose journal lies beside `folder / world`."""
     chat = chat_encoder()
@@ -157,7 +157,7 @@ def played(world: str, num_episodes: int, folder: Path,
     environment: Any = make(asked)[0]
     tasks = [environment.EXAMPLES[n % len(environment.EXAMPLES)] for n in range(num_episodes)]
     with open_journal(folder / world, "play", {"world": world}) as journal:
-        table = Table(asked, encoder, LIMITS, parallel)
+        table = EpisodeTable(asked, encoder, LIMITS, parallel)
         return play(tasks, wrapped(policy), table, lines_in(journal)), policy, encoder
 
 

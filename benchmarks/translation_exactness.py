@@ -20,7 +20,7 @@ from distillation_learning import ASKED, LEARNED, NAMES, THINGS
 from other_tokenizer import VOCABULARY
 from tokenizers import Tokenizer
 
-from megatron_sov.post.parts.translation import NOTHING, UNHEARD, Translation
+from megatron_sov.post.parts.translation import NOTHING, UNHEARD, TokenTranslation
 
 TOP_K, END = 64, -7
 Counts = dict[tuple[int, ...], dict[int, float]]
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     own, other = (args.work / f"tokenizer-{name}" for name in VOCABULARY)
     sizes = [size for _, size in VOCABULARY.values()]
-    both = Translation(own, other, *sizes)
+    both = TokenTranslation(own, other, *sizes)
     student, teacher = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (own, other))
     world = texts()
     wanted, known = counted(student, world), counted(teacher, world)

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.curate.pipeline.step import Doc, Outcome, Step, View
+from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from megatron_sov.base.documents import Document, LeftOut
 from megatron_sov.base.documents.columns import BUCKET_NAME, is_float32
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import Code
-from megatron_sov.base.plugins.loading import Loaded, is_reference, load, telling
+from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.plugins.loading import LoadedPlugin, is_reference, load, telling
 from megatron_sov.base.plugins.reads import recording_reads
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import takes
-from megatron_sov.base.settings import Bound, Breach, Code as ProblemCode, Problem
+from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem
 
 Function = Callable[[Document], Document | LeftOut]
 MAX_REASON_CHARS = 80
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     if not callable(loaded.value) or not takes(loaded.value, ("document",)):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document "
                         "that returns a Document or LeftOut(reason)")
@@ -34,7 +34,7 @@ OWN: Registry[Function] = Registry("data step", "megatron_sov.data_steps", (), _
 """All data steps: none is built in."""
 
 
-def named_steps(names: Sequence[str]) -> tuple[Code, ...]:
+def named_steps(names: Sequence[str]) -> tuple[PluginCode, ...]:
     """Return the record of each step that the command line names, in order; runs the files.
 
     Raises:
@@ -50,7 +50,7 @@ def named_steps(names: Sequence[str]) -> tuple[Code, ...]:
     return tuple(found)
 
 
-def step_of_file(reference: str) -> Code:
+def step_of_file(reference: str) -> PluginCode:
     """Return the record of a data step whose name others may have too, by FILE.py:NAME; runs the file.
 
     Raises:
@@ -58,13 +58,13 @@ def step_of_file(reference: str) -> Code:
     """
     loaded = load(reference)
     _check(loaded)
-    return Code("data step", loaded.attribute, loaded.reference, files=loaded.files)
+    return PluginCode("data step", loaded.attribute, loaded.reference, files=loaded.files)
 
 
 class Steps:
     """Data steps in order, as one process applies them."""
 
-    def __init__(self, codes: Sequence[Code]) -> None:
+    def __init__(self, codes: Sequence[PluginCode]) -> None:
         """Load the steps that `named_steps` has recorded.
 
         Raises:
@@ -133,7 +133,7 @@ def _no_function(function: Path) -> Breach | None:
 
 
 @dataclass(frozen=True)
-class CodeSettings:
+class StepCodeSettings:
     """Which function."""
 
     function: Annotated[Path, Bound(_no_function)]
@@ -146,14 +146,14 @@ class CodeSettings:
     def file(self) -> Path:
         return Path(str(self.function).rpartition(":")[0])
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         try:
             step_of_file(str(self.function))
         except UserError as e:
-            return [Problem(ProblemCode.FILE, "function", str(e))]
-        return [Problem(ProblemCode.FILE, "files", "does not exist", file,
-                        "name a file or a folder that the function reads")
+            return [SettingsProblem(ProblemCode.FILE, "function", str(e))]
+        return [SettingsProblem(ProblemCode.FILE, "files", "does not exist", file,
+                                "name a file or a folder that the function reads")
                 for file in self.files if not file.exists()]
 
 
@@ -162,12 +162,12 @@ class CodeStep(Step):
 
     kind = "code"
     shorthand = "function"
-    Settings = CodeSettings
+    Settings = StepCodeSettings
 
     def files(self) -> Sequence[Path]:
         """Return the function's file, what it imports from its folder and reads when it is loaded, and what
         the settings name."""
-        settings: CodeSettings = self.settings
+        settings: StepCodeSettings = self.settings
         return sorted({settings.file, *settings.files, *(
             file for name in step_of_file(str(settings.function)).files
             if (file := Path(os.path.normpath(settings.file.parent / name))).is_file())})
@@ -176,7 +176,7 @@ class CodeStep(Step):
         self._steps = Steps([step_of_file(str(self.settings.function))])
         self._files = [file.resolve() for file in self.files()]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return what the function makes of each document.
 
         Raises:
@@ -194,10 +194,11 @@ class CodeStep(Step):
                             "where there are none)")
         return made
 
-    def _made(self, documents: Sequence[Doc]) -> list[Outcome]:
+    def _made(self, documents: Sequence[Doc]) -> list[StepOutcome]:
         made = []
         for document in documents:
             where = document.columns.get("where") or document.id
             found = self._steps.apply(Document(where, document.text, id=document.id))
-            made.append(Outcome(found.reason) if isinstance(found, LeftOut) else Outcome(text=found.text))
+            made.append(StepOutcome(found.reason) if isinstance(found,
+                                                                LeftOut) else StepOutcome(text=found.text))
         return made

@@ -9,7 +9,7 @@ from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.commands.models.recipes import summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
 from megatron_sov.model.recipes.layouts import RECOMMENDED
-from megatron_sov.model.recipes.sources import DEFAULT, Source, in_effect
+from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, in_effect
 from megatron_sov.plan.search import recommended
 from megatron_sov.work.clusters.chips import CHIPS
 
@@ -121,7 +121,7 @@ def overview() -> str:
 
 def table(name: str) -> str:
     """Return the sources of one recipe, each with all settings that it gives."""
-    keys: dict[Source, list[str]] = {}
+    keys: dict[ValueSource, list[str]] = {}
     for key, source in in_effect(get(name), sources(name)).items():
         if source != DEFAULT:
             keys.setdefault(source, []).append(f"`{key}`")

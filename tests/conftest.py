@@ -590,7 +590,7 @@ def write_round() -> Callable[..., None]:
     import numpy as np
 
     from megatron_sov.judge.rollouts.prompts import pieces, round_prompts
-    from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout, part_name
+    from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
         random = np.random.default_rng([int(prompt.id, 16), number, sample])
@@ -619,7 +619,7 @@ def write_round() -> Callable[..., None]:
                         not attempt and (place[p.id], s) in unfinished) for p, s in wanted]
             store.add_rollouts(name, rows, {})
             if judge:
-                store.add_rewards(version, name, [Judged(
+                store.add_rewards(version, name, [RewardRow(
                     r.key, r.attempt, version, float((place[r.key.prompt] + 1) % (r.key.sample + 1) == 0),
                     "scored", {"right": 1.0, "found": ""}) for r in rows if r.finish_reason != UNFINISHED])
 
@@ -629,15 +629,16 @@ def write_round() -> Callable[..., None]:
 def _written_scores(path: Path, scores: list[float | None], *, clusters: list[str] | None = None,
                     metric: str = "acc", value: float | None = None, model: str = "a", **fields: Any) -> Path:
     """Write results of one task, as `eval lm` would."""
-    from megatron_sov.bench.lm.results import EvaluatedModel, Item, Metric, Results, TaskScores, write_results
+    from megatron_sov.bench.lm.results import (
+        EvaluatedModel, Metric, ResultItem, Results, TaskScores, write_results)
 
     known = [s for s in scores if s is not None]
     first = Metric(metric, sum(known) / len(known) if value is None and known else value,
                    higher_is_better=metric != "loss")
     told = {"task_hash": "t" * 64, "output_type": "multiple_choice", "prompt_hash": "p"} | fields
-    items = [Item("quiz", str(i), f"d{i}", clusters[i] if clusters else None, scores={metric: s},
-                  question=f"What is question number {i} of this little quiz about?",
-                  failed="no answer" if s is None else None) for i, s in enumerate(scores)]
+    items = [ResultItem("quiz", str(i), f"d{i}", clusters[i] if clusters else None, scores={metric: s},
+                        question=f"What is question number {i} of this little quiz about?",
+                        failed="no answer" if s is None else None) for i, s in enumerate(scores)]
     write_results(path, Results(EvaluatedModel(model, f"hash of {model}", "checkpoint", 10), {
         "quiz": TaskScores(items=len(scores), metrics=(first,), **told)}, {"lm_eval": "0.4.13"}), items)
     return path

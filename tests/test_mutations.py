@@ -206,13 +206,13 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
     from megatron_sov.base.digests import file_digest
     from megatron_sov.judge.rewards.registry import make, order
     from megatron_sov.judge.rollouts.prompts import read_prompts
-    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.model.config import RolloutConfig
 
     write_lines(folder / "asked.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
     rollout = RolloutConfig(rounds=2, prompts_per_round=2, samples_per_prompt=2, steps_per_round=1,
                             piece_prompts=1, max_new_tokens=12, max_prompt_tokens=6)
-    store = Store.create(folder / "store", file_digest(tokenizer / "tokenizer.json", "sha256"), 368)
+    store = RolloutStore.create(folder / "store", file_digest(tokenizer / "tokenizer.json", "sha256"), 368)
     for number in (1, 2):
         write_round(store, read_prompts(folder / "asked.jsonl"), rollout, number,
                     make(order("repetition", {})).version)

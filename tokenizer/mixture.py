@@ -35,7 +35,7 @@ _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class SourceGroup:
     """Inputs of one language or domain."""
 
     name: str
@@ -72,14 +72,14 @@ class Share:
         return self.whole + (bucket < self.buckets)
 
 
-def parse_input(argument: str) -> Group:
+def parse_input(argument: str) -> SourceGroup:
     """Read `[name=]PATH[:weight]`.
 
     Raises:
         UserError: the weight is not a positive number.
     """
     if argument and Path(argument).exists():
-        return Group(argument, (Path(argument),))
+        return SourceGroup(argument, (Path(argument),))
     named = _NAMED.fullmatch(argument)
     rest = named[2] if named else argument
     if not rest.partition(":")[0]:
@@ -96,17 +96,17 @@ def parse_input(argument: str) -> Group:
                 raise UserError(f"--input {argument!r}: weight {tail} must be a positive number, "
                                 f"e.g. {head}:2")
             rest = head
-    return Group(named[1] if named else rest, (Path(rest),), weight)
+    return SourceGroup(named[1] if named else rest, (Path(rest),), weight)
 
 
-def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[Group]:
+def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceGroup]:
     """Return the groups of all `--input`, in the order of their names; `mixture`:
     a published one gives the weights.
 
     Raises:
         UserError: weights that contradict one another or the mixture.
     """
-    found: dict[str, Group] = {}
+    found: dict[str, SourceGroup] = {}
     for argument in arguments:
         group = parse_input(argument)
         known = found.setdefault(group.name, dataclasses.replace(group, paths=()))
@@ -116,13 +116,13 @@ def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[Group]:
         weight = group.weight if known.weight is None else known.weight
         if group.paths[0] in known.paths:
             raise UserError(f"--input {argument!r}: is given twice; use a weight to have it seen more often")
-        found[group.name] = Group(group.name, known.paths + group.paths, weight)
+        found[group.name] = SourceGroup(group.name, known.paths + group.paths, weight)
     if mixture is not None:
         found = _weighted(found, mixture)
     return [found[name] for name in sorted(found)]
 
 
-def _weighted(groups: dict[str, Group], mixture: str) -> dict[str, Group]:
+def _weighted(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceGroup]:
     """Give groups the weights of a published mixture."""
     if mixture not in MIXTURES:
         raise UserError(f"--mixture {mixture!r}: does not exist{nearest(mixture, MIXTURES)} (mixtures: "
@@ -143,7 +143,7 @@ def _weighted(groups: dict[str, Group], mixture: str) -> dict[str, Group]:
     return {name: dataclasses.replace(group, weight=weights[name]) for name, group in groups.items()}
 
 
-def repeats(groups: list[Group], sizes: list[Sizes]) -> list[float]:
+def repeats(groups: list[SourceGroup], sizes: list[Sizes]) -> list[float]:
     """Return how often each group is to be seen.
 
     Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to
@@ -194,7 +194,7 @@ def pieces(document: Document) -> Iterator[Excerpt]:
             yield Excerpt(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
 
 
-def describe(group: Group, sizes: Sizes, share: Share) -> dict[str, Any]:
+def describe(group: SourceGroup, sizes: Sizes, share: Share) -> dict[str, Any]:
     """Return what the manifest says about a group."""
     return {"group": group.name, "paths": [str(p) for p in group.paths], "weight": group.weight,
             "num_documents": sizes.num_documents, "num_bytes": sizes.num_bytes,

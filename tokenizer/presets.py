@@ -17,8 +17,8 @@ from annotated_types import Ge, MinLen
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import (
-    Bound, Breach, Code, Fraction, NotNegativeInt, Place, Problem, SettingsError, find_broken, read,
-    read_located, read_text)
+    Bound, Breach, Fraction, NotNegativeInt, Place, ProblemCode, SettingsError, SettingsProblem, find_broken,
+    read, read_located, read_text)
 
 NUM_BYTES = 256
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -38,9 +38,9 @@ def _no_template(template: str) -> Breach | None:
     try:
         environment.from_string(text)
     except TemplateSyntaxError as e:
-        return Code.BOUND, f"is no Jinja template, line {e.lineno}: {e.message}", "mend it"
+        return ProblemCode.BOUND, f"is no Jinja template, line {e.lineno}: {e.message}", "mend it"
     except RecursionError:
-        return Code.BOUND, "is nested too deep", "make it flatter"
+        return ProblemCode.BOUND, "is nested too deep", "make it flatter"
     return None
 
 
@@ -88,7 +88,7 @@ class Preset:
         """The split pattern of the finished tokenizer."""
         return self.superword_pattern or self.split_pattern
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule between settings that this preset breaks."""
         reserved = {_reserved_name(i): i for i in range(self.num_special_ids)}
         owner = {id_: token for token, id_ in reversed(self.special_tokens.items())}
@@ -97,13 +97,13 @@ class Preset:
             key = f"special_tokens.{token}"
             if id_ >= self.num_special_ids:
                 rule = f"must be below num_special_ids = {self.num_special_ids}"
-                p.append(Problem(Code.RULE, key, rule, id_))
+                p.append(SettingsProblem(ProblemCode.RULE, key, rule, id_))
             if owner[id_] != token:
-                p.append(Problem(Code.TWICE, key, f"is the id of {owner[id_]} too", id_,
-                                 "give each its own"))
+                p.append(SettingsProblem(ProblemCode.TWICE, key, f"is the id of {owner[id_]} too", id_,
+                                         "give each its own"))
             if reserved.get(token, id_) != id_:
-                p.append(Problem(Code.RULE, key, "is the name of another reserved id", id_,
-                                 "choose another name"))
+                p.append(SettingsProblem(ProblemCode.RULE, key, "is the name of another reserved id", id_,
+                                         "choose another name"))
         return p + find_broken(
             self, "",
             *((getattr(self, name) in self.special_tokens, name, "must stand in special_tokens")
@@ -213,7 +213,8 @@ def _with_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -
     if "split_pattern" in raw:
         if given:
             rule = "is a part of split_pattern, which is given too"
-            raise SettingsError(where, [Problem(Code.RULE, key, rule, value, "keep one of them")
+            raise SettingsError(where, [SettingsProblem(ProblemCode.RULE, key, rule, value,
+                                                        "keep one of them")
                                         for key, value in given.items()])
         return raw
     split = read(_Split, given, where, lines=lines)

@@ -16,13 +16,13 @@ from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, Fraction, NotNegative, add_options, not_with, num_cores, read_options)
 from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.parts import open_parts
-from tokenizer.mixture import Group, gather_groups
+from tokenizer.mixture import SourceGroup, gather_groups
 from tokenizer.presets import PRESETS, Preset, load_preset
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokenizer.bpe.count_pipeline import Learned, Plan
+    from tokenizer.bpe.count_pipeline import CountPlan, LearnedPattern
 
 SUPERWORD_SAMPLE_MB = 100
 
@@ -109,13 +109,13 @@ def adjusted(preset: Preset, args: TokenizerTrainOptions) -> Preset:
     return preset if preset.superword_share else dataclasses.replace(preset, superword_pattern="")
 
 
-def make_plan(preset: Preset, args: TokenizerTrainOptions) -> Plan:
+def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
     """Return what to learn.
 
     Raises:
         UserError: a number is out of range, or a pattern is no regular expression.
     """
-    from tokenizer.bpe.count_pipeline import SMALLEST_MEMORY_GB, Plan
+    from tokenizer.bpe.count_pipeline import SMALLEST_MEMORY_GB, CountPlan
     from tokenizer.bpe.split_pattern import check_coverage, oniguruma
 
     if args.vocab_size < preset.smallest_vocab:
@@ -131,11 +131,12 @@ def make_plan(preset: Preset, args: TokenizerTrainOptions) -> Plan:
     transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
     memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
     work = work_folder(args.output)
-    return Plan(preset, args.vocab_size, transition, args.transition_size is None,
-                round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
+    return CountPlan(preset, args.vocab_size, transition, args.transition_size is None,
+                     round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
 
 
-def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite: bool = False) -> None:
+def train_tokenizer(plan: CountPlan, groups: list[SourceGroup], output: Path, *,
+                    overwrite: bool = False) -> None:
     """Train a tokenizer and write it as an artifact of kind "tokenizer".
 
     Raises:
@@ -159,7 +160,7 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     print(f"wrote {output}")
 
 
-def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Learned) -> None:
+def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPlan, learned: LearnedPattern) -> None:
     """Write the two Hugging Face files, check them, and state the facts in the manifest."""
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
     from tokenizer.formats.round_trip import check

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.engine.data.rows import Row
+from megatron_sov.engine.data.rows import PackedRow
 from megatron_sov.engine.mcore.model import init
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import build
@@ -74,7 +74,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def random_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> Row:
+def random_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> PackedRow:
     """Return a row of documents in which each token follows from the one before, with some noise: so that
     there is something to learn."""
     num_cuts = max(1, num_tokens // DOCUMENT_TOKENS)
@@ -87,6 +87,8 @@ def random_row(random: np.random.Generator, num_tokens: int, vocab_size: int) ->
     positions = np.concatenate([np.arange(b - a) for a, b in pairwise(bounds)])
     weights = np.ones(num_tokens, np.float32)
     weights[bounds[1:] - 1] = 0
-    return Row(tokens=tokens.astype(np.int64), labels=np.roll(tokens, -1).astype(np.int64), weights=weights,
-               positions=positions.astype(np.int64), types=np.zeros(num_tokens, np.uint8),
-               sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool), bounds=bounds)
+    return PackedRow(tokens=tokens.astype(np.int64), labels=np.roll(tokens, -1).astype(np.int64),
+                     weights=weights,
+                     positions=positions.astype(np.int64), types=np.zeros(num_tokens, np.uint8),
+                     sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool),
+                     bounds=bounds)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
 """Takes a chat-completions body, gives a text or a message."""
@@ -16,7 +16,7 @@ Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
 class Case:
     """One item and a model's answers about it; it counts as kept where one sample of it passes all checks."""
 
-    item: Item
+    item: GeneratorItem
     """What the generator starts from."""
     replies: Replies
     """The model."""

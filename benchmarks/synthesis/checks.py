@@ -31,7 +31,7 @@ from synthesis.for_all import row_for_all
 from synthesis.written_runs import fates, write_run
 
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.generator import Generator, NoReply, NoUsableReply, Sample, Verdict
+from data_prep.synth.generator import GeneratedSample, Generator, NoReply, NoUsableReply, SampleVerdict
 from data_prep.synth.known import GENERATORS, generator_class
 from megatron_sov.base.artifacts import atomic_write
 from tests.data_prep.synth.scripted import ScriptedAsk
@@ -56,7 +56,7 @@ class Outcome:
     """What ought to have become something else, by what it is."""
 
 
-def made(generator: Generator, case: Case) -> list[Sample]:
+def made(generator: Generator, case: Case) -> list[GeneratedSample]:
     """Return the samples of a case; none where the model's answers are of no use, or nothing could be known
     of them in several goes."""
     for _ in range(MAX_GOES):
@@ -69,7 +69,7 @@ def made(generator: Generator, case: Case) -> list[Sample]:
     return []
 
 
-def kept_or_made(generator: Generator, case: Case, work: Path | None) -> list[Sample]:
+def kept_or_made(generator: Generator, case: Case, work: Path | None) -> list[GeneratedSample]:
     """Return the samples of a case, from a file where it has been made before."""
     if work is None:
         return made(generator, case)
@@ -77,7 +77,8 @@ def kept_or_made(generator: Generator, case: Case, work: Path | None) -> list[Sa
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps([asdict(one) for one in made(generator, case)], ensure_ascii=False))
-    return [Sample(**{**one, "verdicts": tuple(Verdict(**verdict) for verdict in one["verdicts"])})
+    return [GeneratedSample(**{**one, "verdicts": tuple(SampleVerdict(**verdict)
+                                                        for verdict in one["verdicts"])})
             for one in json.loads(file.read_text(encoding="utf-8"))]
 
 

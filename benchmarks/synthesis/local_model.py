@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from data_prep.cli import main as sov_data
 from data_prep.synth.known import GENERATORS, generator_class
 from data_prep.synth.models import Served, serving
-from megatron_sov.work.processes.threads import Stop
+from megatron_sov.work.processes.threads import StopSignal
 
 ACTORS = Path(__file__).parent / "actors"
 NUM_ITEMS, MAX_TOKENS = 2, 32
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"{'generator':<18} {'code':>4} {'items':>5} {'unusable':>8} {'answers':>7} {'rejected':>8} "
           f"{'kept':>5} {'seconds':>7}")
     is_sound = True
-    with serving(args.model, Stop()) as served, tempfile.TemporaryDirectory() as work:
+    with serving(args.model, StopSignal()) as served, tempfile.TemporaryDirectory() as work:
         os.environ[KEY_ENV] = served.key
         for name in args.generators or sorted(GENERATORS):
             if (ACTORS / f"{name.replace('-', '_')}.py").is_file():

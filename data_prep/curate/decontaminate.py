@@ -16,8 +16,8 @@ from data_prep.curate.decontamination.hits import find_hits
 from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
-from megatron_sov.base.documents import BadRecord, Document, Reading
-from megatron_sov.base.documents.item_search import Search
+from megatron_sov.base.documents import BadRecord, Document, RecordReading
+from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
@@ -54,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DecontaminateOptions, typed)
-    decontaminate(args.input, args.output, args, Reading(args.format, args.text_field),
+    decontaminate(args.input, args.output, args, RecordReading(args.format, args.text_field),
                   overwrite=args.overwrite)
     return 0
 
 
-def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSettings, reading: Reading, *,
-                  overwrite: bool = False) -> None:
+def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSettings,
+                  reading: RecordReading, *, overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with the records that hold nothing of benchmarks, as they are.
 
     Args:
@@ -99,7 +99,7 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
           f"{len(search.items)} items are shorter than {wanted.min_words} words and were not looked for")
 
 
-def _write_kept(file: Path, artifact: ArtifactWriter, search: Search, reading: Reading,
+def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
                 hits: list[dict[str, Any]]) -> dict[str, int]:
     """Write the records of a file that are kept, and add what was found in others to `hits`."""
     counts = {"kept": 0, "left_out": 0}
@@ -114,7 +114,7 @@ def _write_kept(file: Path, artifact: ArtifactWriter, search: Search, reading: R
     return counts
 
 
-def _texts(record: dict[str, Any], where: str, reading: Reading) -> tuple[str, ...]:
+def _texts(record: dict[str, Any], where: str, reading: RecordReading) -> tuple[str, ...]:
     """Return the texts of a record, each of which is searched alone."""
     try:
         document: Document = parse_record(record, where, 0, reading)

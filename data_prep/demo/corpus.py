@@ -48,7 +48,7 @@ _BLOCK_TAGS = frozenset([
 ])
 
 
-class Unavailable(Exception):
+class CorpusUnavailable(Exception):
     """Korean text cannot be fetched here; the message is the reason in a few words."""
 
 
@@ -66,7 +66,7 @@ def korean_pages() -> dict[str, str]:
         runner = _Runner(folder, time.monotonic() + TIMEOUT_S)
         try:
             _download(runner)
-        except Unavailable:
+        except CorpusUnavailable:
             if os.geteuid() != 0:
                 raise
             runner.call(["apt-get", "-q", "update"])  # a fresh container has no package lists
@@ -97,17 +97,17 @@ class _Runner:
         self.folder, self.deadline_s = folder, deadline_s
 
     def call(self, command: list[str]) -> bytes:
-        """Run a command and return its output; raises `Unavailable` with its last line where it fails."""
+        """Run a command and return its output; a failure raises `CorpusUnavailable` with its last line."""
         left_s = max(0.1, self.deadline_s - time.monotonic())
         try:
             done = subprocess.run(command, cwd=self.folder, timeout=left_s, capture_output=True, check=False)
         except FileNotFoundError:
-            raise Unavailable(f"{command[0]} is not on this machine") from None
+            raise CorpusUnavailable(f"{command[0]} is not on this machine") from None
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"{command[0]} did not finish within {TIMEOUT_S} s") from None
+            raise CorpusUnavailable(f"{command[0]} did not finish within {TIMEOUT_S} s") from None
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or b"no message").splitlines()[-1]
-            raise Unavailable(f"{command[0]} failed: {last.decode(errors='replace')}")
+            raise CorpusUnavailable(f"{command[0]} failed: {last.decode(errors='replace')}")
         return done.stdout
 
 
@@ -118,7 +118,7 @@ def _download(runner: _Runner) -> None:
     for package in KOREAN_PACKAGES:
         try:
             runner.call(["apt-get", *options, "download", package])
-        except Unavailable as e:
+        except CorpusUnavailable as e:
             reasons.append(e)
     if len(reasons) == len(KOREAN_PACKAGES):
         raise reasons[0]
@@ -386,7 +386,7 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
                  "code": select({n: sources[n] for n, _ in library}, CODE_BYTES)}
         try:
             texts["korean"] = select(korean_pages(), KOREAN_BYTES)
-        except Unavailable as e:
+        except CorpusUnavailable as e:
             print(f"korean: left out, because {e}")
     records: dict[str, list[dict[str, object]]] = {
         name: [{"id": id_, "text": text} for id_, text in documents.items()]

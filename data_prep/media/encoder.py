@@ -22,7 +22,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import MEDIA, PICTURES, SOUNDS
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 from megatron_sov.omni.media.reading.places import place_of
-from megatron_sov.omni.media.reading.reader import MediaReader, Read
+from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia
 from megatron_sov.omni.media.reading.videos import VideoFrames
 from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
 
@@ -80,7 +80,7 @@ def content_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-class MediaEncoder:
+class MediaRecordEncoder:
     """Encodes media; one per process."""
 
     def __init__(self, settings: MediaSettings, threads: int) -> None:
@@ -108,16 +108,16 @@ class MediaEncoder:
         return {kind: int(codec.codebook_size) for kind, codec in ((IMAGE, self.images), (AUDIO, self.sounds))
                 if codec is not None}
 
-    def encode(self, parts: Sequence[Part], banks: UnitBanks) -> dict[Part, Medium | BadRecord]:
+    def encode(self, parts: Sequence[MessagePart], banks: UnitBanks) -> dict[MessagePart, Medium | BadRecord]:
         """Return what stands for each of the parts, or why there is nothing; equal contents are encoded once.
 
         Args:
             parts: media.
             banks: take the records.
         """
-        found: dict[Part, Medium | BadRecord] = {}
+        found: dict[MessagePart, Medium | BadRecord] = {}
         contents: dict[str, Medium | BadRecord] = {}
-        names: dict[Part, str] = {}
+        names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):
             try:
                 names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
@@ -135,7 +135,7 @@ class MediaEncoder:
                 contents |= self._encoded(here, reads, banks)
         return found | {part: contents[name] for part, name in names.items()}
 
-    def _place(self, part: Part) -> Path:
+    def _place(self, part: MessagePart) -> Path:
         file = place_of(self._settings.media_root.resolve(), part.value)
         if not (file.is_file() or file.is_dir()):
             raise BadRecord("missing", "is neither a file nor a folder; name a medium")
@@ -145,7 +145,7 @@ class MediaEncoder:
                                     "raise --max-file-bytes")
         return file
 
-    def _read(self, part: Part) -> list[Read] | BadRecord:
+    def _read(self, part: MessagePart) -> list[ReadMedia] | BadRecord:
         """Return a medium's numbers: of a sound once for each rate that is asked for."""
         settings = self._settings
         try:
@@ -172,7 +172,7 @@ class MediaEncoder:
         except BadRecord as e:
             return e
 
-    def _encoded(self, names: list[str], reads: list[list[Read] | BadRecord],
+    def _encoded(self, names: list[str], reads: list[list[ReadMedia] | BadRecord],
                  banks: UnitBanks) -> dict[str, Medium | BadRecord]:
         self._encode_pictures({name: read[0] for name, read in zip(names, reads, strict=True)
                                if not isinstance(read, BadRecord) and name.startswith(f"{IMAGE}/")})
@@ -186,7 +186,7 @@ class MediaEncoder:
                            else self._picture(name, read[0], banks, is_video=kind == VIDEO))
         return found
 
-    def _encode_pictures(self, reads: dict[str, Read]) -> None:
+    def _encode_pictures(self, reads: dict[str, ReadMedia]) -> None:
         """Remember the discrete blocks of pictures that are not known."""
         if self.images is None:
             return
@@ -206,7 +206,7 @@ class MediaEncoder:
                 self._remember(name, discrete_image(numbers, self.images.grid, reads[name].width,
                                                     reads[name].height))
 
-    def _picture(self, name: str, read: Read, banks: UnitBanks, *, is_video: bool) -> Medium:
+    def _picture(self, name: str, read: ReadMedia, banks: UnitBanks, *, is_video: bool) -> Medium:
         rows: list[int] = []
         if PICTURES in self._banks:
             records = read.arrays[-1] if is_video else read.arrays[-1][None]
@@ -215,7 +215,7 @@ class MediaEncoder:
         return Medium(read.mime_type, "" if is_video else self._known.get(name, ""), read.duration_s,
                       PICTURES if rows else "", tuple((row, slots) for row in rows))
 
-    def _sound(self, name: str, reads: list[Read], banks: UnitBanks) -> Medium:
+    def _sound(self, name: str, reads: list[ReadMedia], banks: UnitBanks) -> Medium:
         if self.sounds is not None and name not in self._known:
             numbers = [n for piece in self._pieces(reads[0].arrays[0]) for n in piece]
             self._remember(name, discrete_audio(numbers))
@@ -272,7 +272,7 @@ KINDS = (IMAGE, AUDIO, VIDEO)
 
 
 @dataclass(frozen=True)
-class Part:
+class MessagePart:
     """A piece of a content."""
 
     kind: str
@@ -284,12 +284,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Message:
+class MediaMessage:
     """Parts that somebody says."""
 
     fields: dict[str, Any]
     """The message's other fields, its role among them; {} of a document."""
-    parts: tuple[Part, ...] | None
+    parts: tuple[MessagePart, ...] | None
     """What it says; None: it has no content."""
 
     @property
@@ -305,10 +305,10 @@ class MediaRecord:
     kind: str
     """`CHAT` or `TEXT`."""
     fields: dict[str, Any]
-    messages: tuple[Message, ...]
+    messages: tuple[MediaMessage, ...]
     """Of a document: one."""
 
-    def media(self) -> Iterator[Part]:
+    def media(self) -> Iterator[MessagePart]:
         for message in self.messages:
             yield from (part for part in message.parts or () if part.kind in KINDS)
 
@@ -331,7 +331,7 @@ def parse_record(line: bytes) -> MediaRecord:
         raise BadRecord("fields", f"has a field {MEDIA!r}, which this step writes; remove it")
     if "content" in record:
         kind, own = TEXT, "content"
-        messages = [Message({}, _parts(record["content"], "content"))]
+        messages = [MediaMessage({}, _parts(record["content"], "content"))]
     else:
         kind, own = CHAT, "messages"
         messages = _messages(record["messages"])
@@ -343,29 +343,30 @@ def parse_record(line: bytes) -> MediaRecord:
     return MediaRecord(kind, fields, tuple(messages))
 
 
-def _messages(value: Any) -> list[Message]:
+def _messages(value: Any) -> list[MediaMessage]:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise BadRecord("fields", "'messages' must be a non-empty list of objects with 'role' and 'content'")
     found = []
     for i, message in enumerate(value):
         fields = {name: part for name, part in message.items() if name != "content"}
         content = message.get("content")
-        found.append(Message(fields, None if content is None else _parts(content, f"messages[{i}].content")))
+        found.append(MediaMessage(fields, None if content is None else _parts(content,
+                                                                              f"messages[{i}].content")))
     return found
 
 
-def _parts(content: Any, where: str) -> tuple[Part, ...]:
+def _parts(content: Any, where: str) -> tuple[MessagePart, ...]:
     if isinstance(content, str):
-        return (Part("text", content),)
+        return (MessagePart("text", content),)
     if not isinstance(content, list) or not content:
         raise BadRecord("fields", f"{where} is {str(content)[:80]!r}, must be a string or a list of parts")
     return tuple(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
 
-def _part(part: Any, where: str) -> Part:
+def _part(part: Any, where: str) -> MessagePart:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return Part("text", part["text"])
+        return MessagePart("text", part["text"])
     if kind not in KINDS or not isinstance(part.get("path"), str):
         raise BadRecord("fields", f"{where} is {str(part)[:80]!r}, must be "
                                   '{"type": "text", "text": ...} or {"type": "image", "path": ...}, '
@@ -375,7 +376,7 @@ def _part(part: Any, where: str) -> Part:
             or not 0 < frames_per_s <= 1000:
         raise BadRecord("fields", f"{where}.frames_per_s is {str(frames_per_s)[:40]!r}, must be a positive "
                                   "number up to 1000")
-    return Part(kind, part["path"], float(frames_per_s))
+    return MessagePart(kind, part["path"], float(frames_per_s))
 
 
 def _refuse_marks(values: list[Any]) -> None:

@@ -16,13 +16,15 @@ import numpy as np
 
 from data_prep.libraries import require
 from data_prep.media.settings import STOP, EncodeMediaOptions, MediaSettings
-from data_prep.media.units import BAD, KIND, RECORDS, ROWS, SUMMARY, Unit, UnitEncoder, bad_medium, plan
+from data_prep.media.units import (
+    BAD, KIND, RECORDS, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan)
 from megatron_sov.base.artifacts import (
     MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing)
 from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
-from megatron_sov.base.settings import Code, Problem, SettingsError, add_options, as_problem, read_options
+from megatron_sov.base.settings import (
+    ProblemCode, SettingsError, SettingsProblem, add_options, as_problem, read_options)
 from megatron_sov.omni.media.banks import KINDS, MEDIA, BankShape, open_bank
 from megatron_sov.work.progress.folders import slurm_folder, work_folder
 from megatron_sov.work.progress.parts import begin_parts, open_parts, part_folder
@@ -83,7 +85,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
         print(f"{asked.output}: complete from before")
         return
     units = _ready(asked)
-    encoder = UnitEncoder(settings, work_folder(asked.output), asked.threads)
+    encoder = MediaUnitEncoder(settings, work_folder(asked.output), asked.threads)
     submit_shares(asked.output, SharedWork(
         "encode", "encode-media", len(units), "units",
         num_done=lambda: sum(map(encoder.is_done, units)), begin=lambda: begin_parts(asked.output, MADE_BY),
@@ -120,18 +122,18 @@ def _files(inputs: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def _ready(asked: EncodeMediaOptions) -> list[Unit]:
+def _ready(asked: EncodeMediaOptions) -> list[MediaUnit]:
     """Return the units, with nothing in the way of making them.
 
     Raises:
         UserError: settings, paths or the output are.
     """
     p = [*map(as_problem, require("it", "PIL", "soundfile", "scipy", extra="omni")),
-         *(Problem(Code.FILE, "--input", "does not exist", path, "check the path")
+         *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
            for path in asked.input if not path.exists())]
     if not asked.settings.media_root.is_dir():
-        p.append(Problem(Code.FILE, "--media-root", "is no folder", asked.settings.media_root,
-                         "name the one that paths in the records begin from"))
+        p.append(SettingsProblem(ProblemCode.FILE, "--media-root", "is no folder", asked.settings.media_root,
+                                 "name the one that paths in the records begin from"))
     if p:
         raise SettingsError("", p)
     refuse_existing(asked.output, KIND, asked.overwrite)
@@ -142,15 +144,15 @@ def _ready(asked: EncodeMediaOptions) -> list[Unit]:
     return units
 
 
-def _encode(asked: EncodeMediaOptions, units: list[Unit], *, shows: bool) -> None:
-    with (UnitEncoder(asked.settings, work_folder(asked.output), asked.threads) as encoder,
+def _encode(asked: EncodeMediaOptions, units: list[MediaUnit], *, shows: bool) -> None:
+    with (MediaUnitEncoder(asked.settings, work_folder(asked.output), asked.threads) as encoder,
           work_bar("encoding", len(units), "unit", shows) as bar):
         for unit in units:
             encoder.encode(unit)
             bar.update(1)
 
 
-def _finish(asked: EncodeMediaOptions, units: list[Unit]) -> None:
+def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
     """Write the artifact of units that are all complete, and print what it holds.
 
     Raises:
@@ -163,8 +165,9 @@ def _finish(asked: EncodeMediaOptions, units: list[Unit]) -> None:
             encoding = None if "b" in mode else "utf-8"
             return stack.enter_context(open(artifact.path / name, mode, encoding=encoding))
 
-        joined = _Joined(banks, opened(RECORDS, "w"), opened(BAD_MEDIA, "w"),
-                         {kind: opened(f"{kind}.bin", "wb") for kind in banks}, settings.bad_media == STOP)
+        joined = _JoinedRecords(banks, opened(RECORDS, "w"), opened(BAD_MEDIA, "w"),
+                                {kind: opened(f"{kind}.bin", "wb") for kind in banks},
+                                settings.bad_media == STOP)
         for unit in units:
             joined.take(unit, part_folder(work, unit.key(identity)))
         stack.close()
@@ -193,7 +196,7 @@ def _finish(asked: EncodeMediaOptions, units: list[Unit]) -> None:
 
 
 @dataclass
-class _Joined:
+class _JoinedRecords:
     """The artifact's files as they grow."""
 
     banks: dict[str, BankShape]
@@ -209,7 +212,7 @@ class _Joined:
     kinds: set[str] = field(default_factory=set)
     codebooks: dict[str, int] = field(default_factory=dict)
 
-    def take(self, unit: Unit, folder: Path) -> None:
+    def take(self, unit: MediaUnit, folder: Path) -> None:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         self.counts.update(summary["counts"])
         self.kinds.update(summary["kinds"])

@@ -12,7 +12,7 @@ from annotated_types import Le
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, Code, Flag, Problem, num_cores, only_with)
+    AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.omni.media.reading.limits import MediaLimits
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
@@ -36,7 +36,7 @@ def _numbers(names: str, *most: int) -> Bound:
             for part, limit in zip(parts, most, strict=True))
         if fits or not text:
             return None
-        return Code.BOUND, f"must be {names}, whole numbers from 1 to {':'.join(map(str, most))}", ""
+        return ProblemCode.BOUND, f"must be {names}, whole numbers from 1 to {':'.join(map(str, most))}", ""
 
     return Bound(broken)
 
@@ -74,13 +74,14 @@ class MediaSettings:
     limits: MediaLimits = field(default_factory=MediaLimits)
     """Of each medium."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         if any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
                 self.continuous_sounds)):
             return []
-        return [Problem(Code.RULE, "", "nothing says what becomes of media", way_out="pass "
-                        "--image-tokenizer, --audio-tokenizer, --continuous-pictures or --continuous-sounds")]
+        return [SettingsProblem(ProblemCode.RULE, "", "nothing says what becomes of media", way_out=
+                                "pass --image-tokenizer, --audio-tokenizer, --continuous-pictures or "
+                                "--continuous-sounds")]
 
     @property
     def picture_bank(self) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from data_prep.media.encoder import (
-    TEXT, MediaEncoder, MediaRecord, Medium, Message, Part, UnitBanks, parse_record)
+    TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, Medium, MessagePart, UnitBanks, parse_record)
 from data_prep.media.settings import CALL, STOP, MediaSettings
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
@@ -26,7 +26,7 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
-from megatron_sov.omni.media.items import Item, drawing_call
+from megatron_sov.omni.media.items import MediaItem, drawing_call
 from megatron_sov.work.progress.parts import make_part, part_folder
 
 KIND = "media_corpus"
@@ -41,12 +41,12 @@ RECORDS, BAD, ROWS, SUMMARY = "records.jsonl", "bad.jsonl", "rows.json", "unit.j
 class _Writer:
     """Puts the media of one record in their places."""
 
-    def __init__(self, media: Mapping[Part, Medium], drawn: str) -> None:
+    def __init__(self, media: Mapping[MessagePart, Medium], drawn: str) -> None:
         self._media, self._calls, self._numbers = media, drawn == CALL, Counter[str]()
         self.rows: dict[str, list[list[int]]] = {}
         """Bank -> row and used slots of each of its records, in the order of the placeholders."""
 
-    def message(self, message: Message) -> dict[str, Any]:
+    def message(self, message: MediaMessage) -> dict[str, Any]:
         """Return a message with text for a content."""
         if message.parts is None:
             return message.fields
@@ -54,21 +54,21 @@ class _Writer:
             return {**message.fields, "content": self.shown(message.parts)}
         return self._drawn(message)
 
-    def shown(self, parts: tuple[Part, ...]) -> str:
+    def shown(self, parts: tuple[MessagePart, ...]) -> str:
         """Return text and items, each on lines of its own, as the published template joins them."""
         return "\n".join(part.value if part.kind == "text" else self._item(part) for part in parts)
 
-    def _item(self, part: Part) -> str:
+    def _item(self, part: MessagePart) -> str:
         medium = self._media[part]
         if medium.bank:
             self.rows.setdefault(medium.bank, []).extend(map(list, medium.rows))
         number = self._numbers[part.kind]
         self._numbers[part.kind] += 1
         name = PurePosixPath(part.value).name
-        return Item(part.kind, number, medium.mime_type, name, medium.duration_s, medium.discrete,
-                    sum(used for _, used in medium.rows)).text()
+        return MediaItem(part.kind, number, medium.mime_type, name, medium.duration_s, medium.discrete,
+                         sum(used for _, used in medium.rows)).text()
 
-    def _drawn(self, message: Message) -> dict[str, Any]:
+    def _drawn(self, message: MediaMessage) -> dict[str, Any]:
         """Return what a model says: sounds as discrete blocks in the text, pictures as tool calls or
         likewise."""
         said, calls = [], list(message.fields.get("tool_calls") or [])
@@ -88,7 +88,7 @@ class _Writer:
         return {**message.fields, "content": "\n".join(said), **({"tool_calls": calls} if calls else {})}
 
 
-def encoded(record: MediaRecord, media: Mapping[Part, Medium], drawn: str = CALL) -> dict[str, Any]:
+def encoded(record: MediaRecord, media: Mapping[MessagePart, Medium], drawn: str = CALL) -> dict[str, Any]:
     """Return a record with text in the place of its media; `drawn` is `MediaSettings.drawn`.
 
     Raises:
@@ -104,7 +104,7 @@ def encoded(record: MediaRecord, media: Mapping[Part, Medium], drawn: str = CALL
 
 
 @dataclass(frozen=True)
-class Unit:
+class MediaUnit:
     """Some lines of a file."""
 
     file: Path
@@ -132,7 +132,7 @@ class Unit:
         return digest.hexdigest()
 
 
-def plan(files: list[Path]) -> Iterator[Unit]:
+def plan(files: list[Path]) -> Iterator[MediaUnit]:
     """Yield the units of files, in order.
 
     Raises:
@@ -146,7 +146,7 @@ def plan(files: list[Path]) -> Iterator[Unit]:
             raise UserError(f"--input {file}: cannot be read ({e.strerror or e}); check the path") from None
 
 
-def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[Unit]:
+def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[MediaUnit]:
     start = stop = 0
     first, number = 1, 0
     for number, line in enumerate(f, 1):
@@ -155,20 +155,20 @@ def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[Unit]:
                             "read; name media by their paths")
         stop += len(line)
         if number - first + 1 == RECORDS_PER_UNIT:
-            yield Unit(file, start, stop, first)
+            yield MediaUnit(file, start, stop, first)
             start, first = stop, number + 1
     if stop > start:
-        yield Unit(file, start, stop, first)
+        yield MediaUnit(file, start, stop, first)
 
 
-class UnitEncoder:
+class MediaUnitEncoder:
     """Encodes units; one per process, and a context that ends the processes that read."""
 
     def __init__(self, settings: MediaSettings, work: Path, threads: int) -> None:
         """Take the order; codecs are opened by the first unit that needs them."""
         self._settings, self._work, self._threads = settings, work, threads
         self.identity = settings.identity()
-        self._encoder: MediaEncoder | None = None
+        self._encoder: MediaRecordEncoder | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -177,11 +177,11 @@ class UnitEncoder:
         if self._encoder is not None:
             self._encoder.close()
 
-    def is_done(self, unit: Unit) -> bool:
+    def is_done(self, unit: MediaUnit) -> bool:
         """Return whether a unit is complete."""
         return (part_folder(self._work, unit.key(self.identity)) / SUMMARY).is_file()
 
-    def encode(self, unit: Unit) -> None:
+    def encode(self, unit: MediaUnit) -> None:
         """Make a unit, unless it is there.
 
         Raises:
@@ -189,9 +189,9 @@ class UnitEncoder:
         """
         make_part(self._work, unit.key(self.identity), SUMMARY, partial(self._write, unit))
 
-    def _write(self, unit: Unit, folder: Path) -> None:
+    def _write(self, unit: MediaUnit, folder: Path) -> None:
         if self._encoder is None:
-            self._encoder = MediaEncoder(self._settings, self._threads)
+            self._encoder = MediaRecordEncoder(self._settings, self._threads)
         bad: list[dict[str, object]] = []
         records: list[tuple[int, MediaRecord]] = []
         for number, line in unit.lines():
@@ -225,7 +225,7 @@ class UnitEncoder:
         (folder / SUMMARY).write_text(to_json({"counts": counts, "kinds": sorted(kinds),
                                                "codebooks": self._encoder.codebooks()}))
 
-    def _note(self, bad: list[dict[str, object]], unit: Unit, number: int, medium: str,
+    def _note(self, bad: list[dict[str, object]], unit: MediaUnit, number: int, medium: str,
               why: BadRecord) -> None:
         """List what is bad, or stop at it."""
         if self._settings.bad_media == STOP:

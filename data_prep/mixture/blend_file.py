@@ -20,7 +20,7 @@ from annotated_types import Ge, Le, MaxLen, MinLen
 from data_prep.shards.splits import TRAIN
 from data_prep.tags import is_chosen, tags_of
 from megatron_sov.base.errors import UserError, list_problems, nearest
-from megatron_sov.base.settings import Bound, Breach, Code, NotBlank, Problem, read_file
+from megatron_sov.base.settings import Bound, Breach, NotBlank, ProblemCode, SettingsProblem, read_file
 
 SHIPPED = Path(__file__).parents[1] / "pipelines" / "blends"
 """Blends that come with the framework, one file each."""
@@ -83,7 +83,7 @@ def find_blend(given: str) -> Path:
 def _no_patterns(value: Any) -> Breach | None:
     patterns = value if isinstance(value, (list, tuple)) else [value]
     return None if patterns and all(isinstance(p, (str, int)) and str(p) for p in patterns) else (
-        Code.BOUND, "must be a value of the tag, a pattern, or a list of them", "e.g. {level: L2}")
+        ProblemCode.BOUND, "must be a value of the tag, a pattern, or a list of them", "e.g. {level: L2}")
 
 
 Percent = Annotated[float, Ge(0), Le(100)]
@@ -104,10 +104,10 @@ class BlendFilePhase:
     product: Annotated[dict[str, Annotated[dict[str, Percent], MinLen(1)]], MinLen(1)] | None = None
     """Tag -> value -> percent: every combination of one value of each tag, its share the product."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         if (self.shares is None) == (self.product is None):
-            return [Problem(Code.RULE, "", "must have either shares or product")]
+            return [SettingsProblem(ProblemCode.RULE, "", "must have either shares or product")]
         if self.product is None:
             p = [problem for i, row in enumerate(self.shares or ()) for problem in self._of_row(i, row)]
             return p or _no_whole("shares", [row["share"] for row in self.shares or ()])
@@ -115,25 +115,29 @@ class BlendFilePhase:
         p += [problem for tag, side in self.product.items()
               for problem in _no_whole(f"product.{tag}", side.values())]
         if math.prod(map(len, self.product.values())) > MAX_ENTRIES:
-            p.append(Problem(Code.RULE, "product", f"has more than {MAX_ENTRIES:,} combinations"))
+            p.append(SettingsProblem(ProblemCode.RULE, "product",
+                                     f"has more than {MAX_ENTRIES:,} combinations"))
         return p
 
-    def _of_row(self, number: int, row: Mapping[str, Any]) -> Iterator[Problem]:
+    def _of_row(self, number: int, row: Mapping[str, Any]) -> Iterator[SettingsProblem]:
         key, share = f"shares.{number}", row.get("share")
         if share is None or len(row) + len(self.where) < 2:
-            yield Problem(Code.RULE, key, "must have a share in percent and at least one condition",
-                          way_out="e.g. {kind: ko, share: 3.3}")
+            yield SettingsProblem(ProblemCode.RULE, key,
+                                  "must have a share in percent and at least one condition",
+                                  way_out="e.g. {kind: ko, share: 3.3}")
             return
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 100:
-            yield Problem(Code.BOUND, f"{key}.share", "must be a number, between 0 and 100", share)
+            yield SettingsProblem(ProblemCode.BOUND, f"{key}.share", "must be a number, between 0 and 100",
+                                  share)
         yield from self._twice(key, row)
         for tag, value in row.items():
             if tag != "share" and (breach := _no_patterns(value)):
-                yield Problem(breach[0], f"{key}.{tag}", *breach[1:2], value)
+                yield SettingsProblem(breach[0], f"{key}.{tag}", *breach[1:2], value)
 
-    def _twice(self, key: str, own: Iterable[str]) -> list[Problem]:
-        return [Problem(Code.RULE, key, f"{tag} is a condition of the whole phase already (where)",
-                        way_out="leave it out there or here") for tag in own if tag in self.where]
+    def _twice(self, key: str, own: Iterable[str]) -> list[SettingsProblem]:
+        return [SettingsProblem(ProblemCode.RULE, key,
+                                f"{tag} is a condition of the whole phase already (where)",
+                                way_out="leave it out there or here") for tag in own if tag in self.where]
 
     def read(self) -> BlendPhase:
         """Return the phase, its shares scaled to 1 in all."""
@@ -159,13 +163,14 @@ class BlendFile:
     name: NotBlank | int = ""
     """Of the blend; "": as the file is called."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         names = [str(phase.name) for phase in self.phases]
-        p = [Problem(Code.RULE, f"phases.{i}.name", "is the name of two phases", name, "give each its own")
+        p = [SettingsProblem(ProblemCode.RULE, f"phases.{i}.name", "is the name of two phases", name,
+                             "give each its own")
              for i, name in enumerate(names) if name in names[:i]]
-        return p + [Problem(Code.RULE, f"phases.{i}.tokens",
-                            "is missing; of several phases each needs its budget in tokens")
+        return p + [SettingsProblem(ProblemCode.RULE, f"phases.{i}.tokens",
+                                    "is missing; of several phases each needs its budget in tokens")
                     for i, phase in enumerate(self.phases) if len(names) > 1 and not phase.tokens]
 
 
@@ -186,10 +191,10 @@ def _written(conditions: Mapping[str, Any]) -> Where:
             for tag, value in conditions.items()}
 
 
-def _no_whole(key: str, percents: Iterable[float]) -> list[Problem]:
+def _no_whole(key: str, percents: Iterable[float]) -> list[SettingsProblem]:
     total = math.fsum(percents)
-    return [] if abs(total - 100) <= TOLERANCE_PCT else [Problem(
-        Code.RULE, key, f"the shares add up to {total:.6g} %, and must to 100 %",
+    return [] if abs(total - 100) <= TOLERANCE_PCT else [SettingsProblem(
+        ProblemCode.RULE, key, f"the shares add up to {total:.6g} %, and must to 100 %",
         way_out=f"change them by {100 - total:+.6g}")]
 
 

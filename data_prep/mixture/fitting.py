@@ -138,7 +138,7 @@ MIN_CENTRE = 1e-3
 
 
 @dataclass(frozen=True)
-class Space:
+class MixtureSpace:
     """The mixtures that are allowed."""
 
     names: tuple[str, ...]
@@ -170,7 +170,7 @@ class Space:
 
 
 def space_of(names: Sequence[str], num_tokens: Sequence[int], budget_tokens: float,
-             max_epochs: float) -> Space:
+             max_epochs: float) -> MixtureSpace:
     """Return the mixtures that a run of `budget_tokens` can read without passing over a cluster more than
     `max_epochs` times; a budget of 0 allows all.
 
@@ -183,7 +183,7 @@ def space_of(names: Sequence[str], num_tokens: Sequence[int], budget_tokens: flo
         raise UserError(f"tokens = {budget_tokens:,.0f}: {len(names)} clusters have {int(tokens.sum()):,} "
                         f"tokens, which {max_epochs:g} epochs make {max_epochs * tokens.sum():,.0f}; lower "
                         "tokens, raise max_epochs, or add data")
-    return Space(tuple(names), tokens / tokens.sum(), caps)
+    return MixtureSpace(tuple(names), tokens / tokens.sum(), caps)
 
 
 def _capped(shares: Shares, caps: Shares) -> Shares:
@@ -206,7 +206,7 @@ def _capped(shares: Shares, caps: Shares) -> Shares:
     return found
 
 
-def draw(space: Space, count: int, generator: np.random.Generator) -> Shares:
+def draw(space: MixtureSpace, count: int, generator: np.random.Generator) -> Shares:
     """Return [count, clusters] mixtures: by turns around the natural one and around the uniform one, from
     sparse to close.
 
@@ -218,7 +218,7 @@ def draw(space: Space, count: int, generator: np.random.Generator) -> Shares:
     return space.allowed(_dirichlet(centres * strengths * len(space.names), generator))
 
 
-def draw_near(space: Space, centres: Shares, count: int, generator: np.random.Generator) -> Shares:
+def draw_near(space: MixtureSpace, centres: Shares, count: int, generator: np.random.Generator) -> Shares:
     """Return [count, clusters] mixtures close to `centres`, [n, clusters], taken in turn."""
     alphas = np.maximum(centres[np.arange(count) % len(centres)], MIN_CENTRE) * NEAR_STRENGTH
     return space.allowed(_dirichlet(alphas * len(space.names), generator))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from data_prep.mixture import fitting
 from data_prep.mixture.blend_file import Blend, BlendEntry, BlendPhase, blend_text
-from data_prep.mixture.fitting import Judgement, Shares, Space
+from data_prep.mixture.fitting import Judgement, MixtureSpace, Shares
 from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
 from data_prep.shards.splits import HELDOUT, TRAIN
 from data_prep.shards.token_artifact import read_tokens_manifest, refuse_overlap
@@ -32,7 +32,7 @@ from data_prep.tags import SOURCE, is_chosen, tags_of
 from megatron_sov.base.artifacts import (
     atomic_write, disk_errors, manifest_sha256, new_artifact, refuse_existing, sha256_file, to_json)
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install, nearest
-from megatron_sov.base.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
+from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, chart, colour, plain, render
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.work.processes.commands import end_commands, start_command
 from megatron_sov.work.progress.parts import open_parts, part_folder
@@ -49,7 +49,7 @@ NUM_CENTRES = 4
 # The page of a search: what was tried, what was predicted, what was chosen.
 
 
-def page(settings: MixtureSearchSettings, space: Space, found: Found) -> str:
+def page(settings: MixtureSearchSettings, space: MixtureSpace, found: FoundMixture) -> str:
     """Return the page as HTML that loads nothing."""
     by_role = {one.role: one for one in found.tried}
     figures = [("chosen", f"{found.chosen.loss:.4f}", f"bits per byte ({found.chosen.role})"),
@@ -58,20 +58,20 @@ def page(settings: MixtureSearchSettings, space: Space, found: Found) -> str:
                ("models", f"{len(found.tried)}", f"{settings.steps} steps of {settings.recipe}")]
     targets = ", ".join(f"{name} x {weight:g}" for name, weight in settings.targets.items())
     sections = [
-        Section("Shares", f"Lowered: bits per byte of the held-out documents of {targets}.",
-                charts=[_shares(space, found)], tables=[_share_table(space, found)]),
-        Section("Predicted and measured",
-                "A small model's loss as the last fit predicts it, and as it was. Mixtures kept apart were "
-                "never fitted: how near to the line they are is how far predictions can be trusted.",
-                charts=[_scatter(found)], samples=[], tables=[_judgements(found)]),
-        Section("Every mixture", "In the order of training.", tables=[_every(found)]),
-        Section("In words", "\n".join(summary(found))),
+        PageSection("Shares", f"Lowered: bits per byte of the held-out documents of {targets}.",
+                    charts=[_shares(space, found)], tables=[_share_table(space, found)]),
+        PageSection("Predicted and measured",
+                    "A small model's loss as the last fit predicts it, and as it was. Mixtures kept apart "
+                    "were never fitted: how near to the line they are is how far predictions can be trusted.",
+                    charts=[_scatter(found)], samples=[], tables=[_judgements(found)]),
+        PageSection("Every mixture", "In the order of training.", tables=[_every(found)]),
+        PageSection("In words", "\n".join(summary(found))),
     ]
     return render("Mixture", settings.name, f"{len(space.names)} clusters, {len(found.tried)} small models",
                   [Chapter(settings.name, settings.recipe, figures, sections)])
 
 
-def _shares(space: Space, found: Found) -> Chart:
+def _shares(space: MixtureSpace, found: FoundMixture) -> Chart:
     names = [plain(name) for name in space.names]
     figure = go.Figure([
         go.Bar(name="natural", x=names, y=(100 * space.natural).tolist(), marker_color=colour(1)),
@@ -81,13 +81,14 @@ def _shares(space: Space, found: Found) -> Chart:
     return chart(figure, "Share of each cluster: by its tokens, and as chosen.")
 
 
-def _share_table(space: Space, found: Found) -> Table:
-    return Table(["cluster", "natural %", "chosen %", "at most %"],
-                 [[name, f"{100 * natural:.2f}", f"{100 * found.chosen.shares[name]:.2f}", f"{100 * cap:.2f}"]
-                  for name, natural, cap in zip(space.names, space.natural, space.caps, strict=True)])
+def _share_table(space: MixtureSpace, found: FoundMixture) -> PageTable:
+    return PageTable(["cluster", "natural %", "chosen %", "at most %"],
+                     [[name, f"{100 * natural:.2f}", f"{100 * found.chosen.shares[name]:.2f}",
+                       f"{100 * cap:.2f}"]
+                      for name, natural, cap in zip(space.names, space.natural, space.caps, strict=True)])
 
 
-def _scatter(found: Found) -> Chart:
+def _scatter(found: FoundMixture) -> Chart:
     figure = go.Figure()
     losses = [value for one in found.tried for value in (one.predicted, one.loss)]
     ends = [min(losses), max(losses)]
@@ -103,22 +104,22 @@ def _scatter(found: Found) -> Chart:
     return chart(figure, "Each mixture's loss, predicted by the last fit and measured.", height_px=420)
 
 
-def _judgements(found: Found) -> Table:
+def _judgements(found: FoundMixture) -> PageTable:
     rows = [[f"{name}{' (used)' if name == found.fitted else ''}", "cross-validation", f"{j.rmse:.4f}",
              "" if j.spearman is None else f"{j.spearman:.2f}"] for name, j in found.judged.items()]
     if found.kept_apart:
         j = found.kept_apart
         rows.append([found.fitted, "mixtures kept apart", f"{j.rmse:.4f}",
                      "" if j.spearman is None else f"{j.spearman:.2f}"])
-    return Table(["fit", "judged by", "rmse, bits per byte", "rank correlation"], rows)
+    return PageTable(["fit", "judged by", "rmse, bits per byte", "rank correlation"], rows)
 
 
-def _every(found: Found) -> Table:
+def _every(found: FoundMixture) -> PageTable:
     names = list(found.chosen.shares)
-    return Table(["mixture", "measured", "predicted", *names],
-                 [[f"{one.role}{' (chosen)' if one is found.chosen else ''}", f"{one.loss:.4f}",
-                   f"{one.predicted:.4f}", *(f"{100 * one.shares[name]:.1f}" for name in names)]
-                  for one in found.tried])
+    return PageTable(["mixture", "measured", "predicted", *names],
+                     [[f"{one.role}{' (chosen)' if one is found.chosen else ''}", f"{one.loss:.4f}",
+                       f"{one.predicted:.4f}", *(f"{100 * one.shares[name]:.1f}" for name in names)]
+                      for one in found.tried])
 
 
 def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers: int, dry_run: bool = False,
@@ -223,7 +224,7 @@ def blend_of(shares: Shares, clusters: Sequence[Cluster]) -> dict[str, float]:
             for name, part in cluster.members.items()}
 
 
-def plan(settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: Space) -> list[str]:
+def plan(settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: MixtureSpace) -> list[str]:
     """Return lines that say what a search will do."""
     targets = ", ".join(f"{name} x {weight:g}" for name, weight in settings.targets.items())
     lines = [f"{settings.num_proxies} small models of {settings.recipe}, {settings.steps} steps each: rounds "
@@ -242,7 +243,7 @@ def plan(settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: Sp
 class _Measured:
     """Mixtures with their losses, as they come."""
 
-    def __init__(self, settings: MixtureSearchSettings, space: Space) -> None:
+    def __init__(self, settings: MixtureSearchSettings, space: MixtureSpace) -> None:
         self._settings = settings
         self.roles: list[str] = []
         self.shares: Shares = np.zeros((0, len(space.names)))
@@ -266,7 +267,7 @@ class _Measured:
         return np.array([role != JUDGED for role in self.roles])
 
 
-def search(settings: MixtureSearchSettings, space: Space, measure: Any) -> Found:
+def search(settings: MixtureSearchSettings, space: MixtureSpace, measure: Any) -> FoundMixture:
     """Search for the mixture of lowest loss.
 
     Args:
@@ -316,7 +317,7 @@ def _fit(settings: MixtureSearchSettings, measured: _Measured) -> fitting.Fitted
     return fitting.fit(measured.shares[rows], measured.totals[rows], settings.fit, settings.seed)
 
 
-def _best(settings: MixtureSearchSettings, space: Space, measured: _Measured,
+def _best(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measured,
           generator: np.random.Generator) -> Shares:
     """Return the candidates of lowest predicted loss, best first."""
     rows = np.flatnonzero(measured.fitted)
@@ -329,7 +330,7 @@ def _best(settings: MixtureSearchSettings, space: Space, measured: _Measured,
     return best
 
 
-def _found(settings: MixtureSearchSettings, space: Space, measured: _Measured) -> Found:
+def _found(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measured) -> FoundMixture:
     """Judge the last fit, and choose."""
     fitted = _fit(settings, measured)
     predicted, totals = fitted.predict(measured.shares), measured.totals
@@ -338,12 +339,12 @@ def _found(settings: MixtureSearchSettings, space: Space, measured: _Measured) -
                   for role, row, guess, losses, loss in zip(measured.roles, measured.shares, predicted,
                                                             measured.losses, totals, strict=True))
     apart = ~measured.fitted
-    return Found(tried, min(tried, key=lambda one: one.loss), fitted.name, fitted.judged,
-                 fitting.judge(predicted[apart], totals[apart]) if apart.any() else None)
+    return FoundMixture(tried, min(tried, key=lambda one: one.loss), fitted.name, fitted.judged,
+                        fitting.judge(predicted[apart], totals[apart]) if apart.any() else None)
 
 
-def _write(output: Path, settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: Space,
-           found: Found, data: Sequence[Path], *, overwrite: bool) -> None:
+def _write(output: Path, settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: MixtureSpace,
+           found: FoundMixture, data: Sequence[Path], *, overwrite: bool) -> None:
     entries = tuple(BlendEntry(cluster.where(), found.chosen.shares[cluster.name]) for cluster in clusters
                     if found.chosen.shares[cluster.name] > 0)
     blend = Blend(settings.name, (BlendPhase(settings.name, settings.tokens, entries),))
@@ -538,7 +539,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundMixture:
     tried: tuple[Tried, ...]
     """Every mixture, in the order of training."""
     chosen: Tried
@@ -551,7 +552,7 @@ class Found:
     """The same of the mixtures that were drawn for judging and never fitted; None: there are none."""
 
 
-def summary(found: Found) -> list[str]:
+def summary(found: FoundMixture) -> list[str]:
     """Return lines that say what was found."""
     by_role = {one.role: one for one in found.tried}
     lines = [f"{role}: {by_role[role].loss:.4f} bits per byte" for role in (NATURAL, UNIFORM, BEST)]

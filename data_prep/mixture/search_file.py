@@ -11,8 +11,8 @@ from annotated_types import Ge, Le, Lt, MinLen
 
 from data_prep.mixture.blend_file import Where
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, Code, NotBlank, NotNegative, SettingsError, read, read_located,
-    read_text)
+    AboveZero, AtLeastOne, Bound, Breach, NotBlank, NotNegative, ProblemCode, SettingsError, read,
+    read_located, read_text)
 
 FitName = Literal["auto", "log_ridge", "boosting"]
 """What predicts a loss from shares; auto: the one that predicts mixtures best that it has not seen."""
@@ -23,13 +23,13 @@ MIN_FIRST_ROUND = 6
 
 
 def _leaves_to_the_search(setting: str) -> Breach | None:
-    return (Code.BOUND, f"must leave {', '.join(OWN_SETTINGS)} to the search, which has keys for them",
+    return (ProblemCode.BOUND, f"must leave {', '.join(OWN_SETTINGS)} to the search, which has keys for them",
             "") if setting.startswith(OWN_SETTINGS) else None
 
 
 def _too_few(rounds: tuple[int, ...]) -> Breach | None:
     return None if rounds[0] >= MIN_FIRST_ROUND else (
-        Code.BOUND, f"must begin with at least {MIN_FIRST_ROUND}", "e.g. [24, 12, 6]")
+        ProblemCode.BOUND, f"must begin with at least {MIN_FIRST_ROUND}", "e.g. [24, 12, 6]")
 
 
 @dataclass(frozen=True)

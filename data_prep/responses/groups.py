@@ -64,7 +64,7 @@ class GroupOptions:
 
 
 @dataclass(frozen=True)
-class Group:
+class ResponseGroup:
     beside: dict[str, Any]
     """The record's other fields, such as tools."""
     prompt: list[dict[str, Any]]
@@ -91,8 +91,8 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def write_groups(files: Sequence[Path], output: Path, file: str,
-                 records_of: Callable[[Group, Counter[str]], Iterable[Any]], *, keep_unfinished: bool = False,
-                 overwrite: bool = False) -> None:
+                 records_of: Callable[[ResponseGroup, Counter[str]], Iterable[Any]], *,
+                 keep_unfinished: bool = False, overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with what is made of each group.
 
     Args:
@@ -152,7 +152,7 @@ def _refuse_nothing(files: Sequence[Path], counts: Counter[str]) -> None:
         raise UserError(f"{named}: no group has two different responses; add responses")
 
 
-def chats_of(group: Group, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def chats_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield a chat for each response, with `NUM_PROMPT` and `COLUMNS`, and an id where the group has one."""
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
@@ -173,7 +173,7 @@ def advantages(rewards: list[float]) -> list[float]:
     return [2 * (z - low) / (high - low) - 1 for z in rewards]
 
 
-def read_groups(file: Path) -> Iterator[Group]:
+def read_groups(file: Path) -> Iterator[ResponseGroup]:
     """Yield the groups of a file.
 
     Raises:
@@ -224,7 +224,7 @@ def _reward(record: dict[str, Any]) -> Any:
     return float(label) if "reward" not in record and label in (0, 1) else record.get("reward")
 
 
-def _group(record: dict[str, Any], where: str) -> Group:
+def _group(record: dict[str, Any], where: str) -> ResponseGroup:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
                         "'label'; add them")
@@ -233,9 +233,9 @@ def _group(record: dict[str, Any], where: str) -> Group:
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")
     responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]
-    return Group({k: v for k, v in record.items() if k not in own}, prompt,
-                 [messages for messages, _ in responses], [reward for _, reward in responses],
-                 [r.get(FINISH) != LENGTH for r in record["responses"]])
+    return ResponseGroup({k: v for k, v in record.items() if k not in own}, prompt,
+                         [messages for messages, _ in responses], [reward for _, reward in responses],
+                         [r.get(FINISH) != LENGTH for r in record["responses"]])
 
 
 def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:

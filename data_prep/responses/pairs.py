@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.responses.groups import INPUT, Group, GroupOptions, write_groups
+from data_prep.responses.groups import INPUT, GroupOptions, ResponseGroup, write_groups
 from megatron_sov.base.settings import add_options, read_options
 
 FILE = "pairs.jsonl"
@@ -27,7 +27,7 @@ def run(typed: argparse.Namespace) -> int:
     return 0
 
 
-def pair_of(group: Group, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def pair_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield a group's pair; the first of equals is taken.  Nothing where no response that ended is better
     than the worst, or of a text that was rewarded in two ways, as one that two rows of tokens stand for
     may be."""

@@ -21,7 +21,7 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Breach, Code, Flag, SettingsError, Share, add_options, at_most, problems_of,
+    AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsError, Share, add_options, at_most, problems_of,
     read_options)
 
 KIND = "corpus"
@@ -40,7 +40,7 @@ class Solution:
 
 def _no_number(heading: str) -> Breach | None:
     return None if heading.count("{}") == 1 else (
-        Code.BOUND, "must hold {} once, for the solution's number", "")
+        ProblemCode.BOUND, "must hold {} once, for the solution's number", "")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.responses.groups import INPUT, KIND, Group, GroupOptions, read_groups
+from data_prep.responses.groups import INPUT, KIND, GroupOptions, ResponseGroup, read_groups
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
@@ -80,8 +80,8 @@ def write_unpaired(files: Sequence[Path], output: Path, good_from: float, *, kee
           "that did not end are left out")
 
 
-def records_of(group: Group, others: list[list[dict[str, Any]]], good_from: float, keep_unfinished: bool,
-               counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def records_of(group: ResponseGroup, others: list[list[dict[str, Any]]], good_from: float,
+               keep_unfinished: bool, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield a record for each response of a group, in the form of a preference.
 
     Args:
@@ -103,13 +103,13 @@ def records_of(group: Group, others: list[list[dict[str, Any]]], good_from: floa
                DESIRABLE: [float(good)] * 2}
 
 
-def _beside_another(groups: Iterable[Group],
-                    files: Sequence[Path]) -> Iterator[tuple[Group, list[list[dict[str, Any]]]]]:
+def _beside_another(groups: Iterable[ResponseGroup],
+                    files: Sequence[Path]) -> Iterator[tuple[ResponseGroup, list[list[dict[str, Any]]]]]:
     """Yield each group with responses to the prompt before its own, one for each of its responses; groups of
     the first prompt come last, with those to the last other one."""
-    first: list[Group] = []
-    before: list[Group] = []
-    last: list[Group] = []
+    first: list[ResponseGroup] = []
+    before: list[ResponseGroup] = []
+    last: list[ResponseGroup] = []
     for _, run in groupby((group for group in groups if group.responses), key=lambda group: group.prompt):
         before, last = last, list(run)
         if before:
@@ -122,7 +122,9 @@ def _beside_another(groups: Iterable[Group],
     yield from _one_by_one(first, last if last[0].prompt != first[0].prompt else before)
 
 
-def _one_by_one(run: list[Group], other: list[Group]) -> Iterator[tuple[Group, list[list[dict[str, Any]]]]]:
+def _one_by_one(run: list[ResponseGroup], other: list[ResponseGroup]) -> Iterator[tuple[ResponseGroup,
+                                                                                        list[list[dict[str,
+                                                                                                       Any]]]]]:
     """Yield the groups of a prompt with responses to another one, in order and from the start again where
     these are fewer."""
     responses = [response for group in other for response in group.responses]

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from data_prep.shards.assemble import ShardedWriter, ShardRecord
 from data_prep.shards.encode import Encoder
-from data_prep.shards.pack import Source, carry_tokenizer, parse_sources
+from data_prep.shards.pack import PackSource, carry_tokenizer, parse_sources
 from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
 from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, IndexedSplit, token_dtype
 from megatron_sov.base.artifacts import new_artifact, read_manifest, refuse_existing
 from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Code, Flag, Fraction, Problem, add_options, read_options
+from megatron_sov.base.settings import (
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.base.warning import warn
 from megatron_sov.work.progress.work_bar import work_bar
 
@@ -248,16 +249,17 @@ class AdoptOptions:
     overwrite: bool = False
     """Replace token shards that are already there."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
-        return [] if not self.link or not self.heldout else [Problem(
-            Code.RULE, "link", "keeps the files as they are, so that no document can be held out of them, "
+        return [] if not self.link or not self.heldout else [SettingsProblem(
+            ProblemCode.RULE, "link",
+            "keeps the files as they are, so that no document can be held out of them, "
             f"and --heldout is {self.heldout}", way_out="pass --heldout 0, or leave it out")]
 
 
 @dataclass(frozen=True)
 class Pair:
-    source: Source
+    source: PackSource
     """Name, and path without endings."""
     split: IndexedSplit
     surveyed: Surveyed
@@ -282,7 +284,7 @@ def _without_ending(given: str) -> str:
     return given.removesuffix(".bin").removesuffix(".idx")
 
 
-def _opened(source: Source, encoder: Encoder, eod: str) -> Pair:
+def _opened(source: PackSource, encoder: Encoder, eod: str) -> Pair:
     split, num_empty = open_foreign(source.path)
     if num_empty:
         warn(f"{source.path}: {num_empty:,} documents without tokens are left out")

@@ -23,7 +23,7 @@ from data_prep.shards.token_artifact import sidecars_of
 from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.kinds import KIND_NONE
-from megatron_sov.base.documents import Span
+from megatron_sov.base.documents import FileSpan
 from megatron_sov.base.documents.indexed_writer import IndexedWriter
 from megatron_sov.omni.media.banks import MEDIA, NONE
 
@@ -40,7 +40,7 @@ class EncodedSource:
     kind: str
     """One of `documents.KINDS`."""
     path: Path
-    units: list[tuple[tuple[Span, ...], UnitRecord]] = field(default_factory=list)
+    units: list[tuple[tuple[FileSpan, ...], UnitRecord]] = field(default_factory=list)
     """The units in the order of the input, each with its record."""
     dropped: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """Unit -> sequences that are left out because their id came before."""

@@ -26,15 +26,15 @@ from megatron_sov.base.artifacts import ArtifactWriter, Manifest, new_artifact, 
 from megatron_sov.base.digests import algorithm_of, file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Code, Flag, NotNegative, Problem, SettingsError, add_options, num_cores, problems_of,
-    read_options)
+    AtLeastOne, Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, num_cores,
+    problems_of, read_options)
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
 """What must be the same in all parts."""
 
 
 @dataclass(frozen=True)
-class Part:
+class MixPart:
     path: Path
     """Artifact of kind "tokens"."""
     weight: float | None
@@ -88,18 +88,21 @@ class MixOptions(BlendLimits):
         """How a blend becomes shares of sources."""
         return BlendLimits(num_tokens=self.num_tokens, max_epochs=self.max_epochs, missing=self.missing)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, or would have no effect."""
         p = []
         if self.blend and self.search:
-            p.append(Problem(Code.RULE, "search", "goes without --blend; do one after the other"))
+            p.append(SettingsProblem(ProblemCode.RULE, "search",
+                                     "goes without --blend; do one after the other"))
         if self.output is None and not self.dry_run:
-            p.append(Problem(Code.RULE, "output", "is missing; name a folder to write"))
+            p.append(SettingsProblem(ProblemCode.RULE, "output", "is missing; name a folder to write"))
         for name, value in vars(self.limits).items():
             if value != getattr(BlendLimits, name) and not self.blend:
-                p.append(Problem(Code.RULE, name, "is for --blend; leave it out, or name a blend", value))
+                p.append(SettingsProblem(ProblemCode.RULE, name,
+                                         "is for --blend; leave it out, or name a blend", value))
         if self.dry_run and not (self.blend or self.search):
-            p.append(Problem(Code.RULE, "dry_run", "is for --blend and --search; leave it out"))
+            p.append(SettingsProblem(ProblemCode.RULE, "dry_run",
+                                     "is for --blend and --search; leave it out"))
         return p
 
 
@@ -132,7 +135,7 @@ def run(typed: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_idle_options(args: MixOptions, parts: list[Part]) -> None:
+def _refuse_idle_options(args: MixOptions, parts: list[MixPart]) -> None:
     """Refuse what would have no effect.
 
     Raises:
@@ -144,7 +147,7 @@ def _refuse_idle_options(args: MixOptions, parts: list[Part]) -> None:
                         "--blend and --search, which say every share; leave the weight out")
 
 
-def parse_part(argument: str) -> Part:
+def parse_part(argument: str) -> MixPart:
     """Read `DIR[:WEIGHT]`.
 
     Raises:
@@ -152,17 +155,17 @@ def parse_part(argument: str) -> Part:
     """
     head, colon, tail = argument.rpartition(":")
     if not colon or Path(argument).exists():
-        return Part(Path(argument), None)
+        return MixPart(Path(argument), None)
     try:
         weight = float(tail)
     except ValueError:
         weight = 0.0
     if not 0 < weight < float("inf"):
         raise UserError(f"{argument!r}: the weight {tail!r} must be a positive number, e.g. {head}:0.5")
-    return Part(Path(head), weight)
+    return MixPart(Path(head), weight)
 
 
-def mix(parts: list[Part], output: Path, blend: BlendSettings | None = None, *,
+def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, *,
         overwrite: bool = False) -> None:
     """Write an artifact of kind "tokens" that holds the sources of all parts,
     each with its `weight` (they sum to 1).
@@ -233,7 +236,7 @@ def _allotted(manifests: list[Manifest],
     return phases, sources
 
 
-def _check_fit(parts: list[Part], manifests: list[Manifest]) -> None:
+def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
     first = parts[0].path
     for part, manifest in zip(parts, manifests, strict=True):
         for name in SHARED_FIELDS:
@@ -256,7 +259,7 @@ def _rule(manifests: list[Manifest]) -> dict[str, Any]:
     return {"heldout": rules[0]} if rules[0] is not None and all(r == rules[0] for r in rules) else {}
 
 
-def _weights(parts: list[Part], manifests: list[Manifest]) -> dict[str, float]:
+def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float]:
     """Return source -> its share of a run, by the weights of folders, or by tokens."""
     raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None
            else p.weight for p, m in zip(parts, manifests, strict=True)]

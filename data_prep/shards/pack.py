@@ -35,15 +35,15 @@ from data_prep.tags import (
     GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
 from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
-from megatron_sov.base.documents import Document, Reading, Span, list_files, plan_units, read_span
+from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
 from megatron_sov.base.documents.columns import column_problems
 from megatron_sov.base.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
 from megatron_sov.base.documents.records import completion_of
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import Code
+from megatron_sov.base.plugins.code import PluginCode
 from megatron_sov.base.settings import (
-    AtLeastOne, Code as ProblemCode, Flag, Fraction, Problem, SettingsError, add_options, name_options,
-    num_cores, problems_of, read_options)
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options,
+    name_options, num_cores, problems_of, read_options)
 from megatron_sov.base.warning import warn
 from megatron_sov.work.progress.parts import open_parts
 
@@ -65,7 +65,7 @@ OnBad = Literal["refuse", "quarantine"]
 
 
 @dataclass(frozen=True)
-class Source:
+class PackSource:
     name: str
     """Name in blends, evaluations and folders."""
     path: Path
@@ -77,7 +77,7 @@ class PackSettings:
 
     heldout_share: Fraction = 0.02
     """Expected part of the documents in the split "heldout", in [0, 1)."""
-    reading: Reading = field(default_factory=lambda: Reading("text"))
+    reading: RecordReading = field(default_factory=lambda: RecordReading("text"))
     """What records hold; its kind is the format."""
     bos: Bos = "none"
     """"start" or "none": whether documents begin with the tokenizer's bos."""
@@ -87,18 +87,20 @@ class PackSettings:
     """"refuse": stop at the first bad record; "quarantine": list them and go on."""
     shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
-    steps: tuple[Code, ...] = ()
+    steps: tuple[PluginCode, ...] = ()
     """Data steps that documents go through before they are encoded, in order."""
     tags: tuple[GivenTag, ...] = ()
-    """Tags of sources beside those that are read from records (`Reading.tags`)."""
+    """Tags of sources beside those that are read from records (`RecordReading.tags`)."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
-        p = [Problem(ProblemCode.BOUND, "columns", said) for said in column_problems(self.reading.columns)]
+        p = [SettingsProblem(ProblemCode.BOUND, "columns",
+                             said) for said in column_problems(self.reading.columns)]
         if self.reading.columns and self.reading.kind == "prompt":
-            p.append(Problem(ProblemCode.RULE, "columns", "a prompt has no response to which its number "
-                             "could belong; its fields travel in .extra.jsonl as they are",
-                             self.reading.columns[0]))
+            p.append(SettingsProblem(ProblemCode.RULE, "columns",
+                                     "a prompt has no response to which its number "
+                                     "could belong; its fields travel in .extra.jsonl as they are",
+                                     self.reading.columns[0]))
         return p
 
 
@@ -119,7 +121,7 @@ class PackOptions:
     format: Literal["text", "chat", "preference", "prompt"] = "text"
     """What records hold: text; chat: messages; preference: chosen and rejected; prompt: a prompt to respond
     to."""
-    text_field: Annotated[str, Flag(value="NAME")] = Reading.text_field
+    text_field: Annotated[str, Flag(value="NAME")] = RecordReading.text_field
     """Field or column that holds the text."""
     columns: Annotated[tuple[str, ...], Flag("--column", "NAME")] = ()
     """A field with a number (of a preference, also a list of two: chosen, rejected) that goes with each
@@ -135,7 +137,7 @@ class PackOptions:
     """append: documents end with eos; prompts never do."""
     on_bad: OnBad = "refuse"
     """Bad records: stop at the first, or list them in quarantine.jsonl and go on."""
-    max_document_bytes: Annotated[AtLeastOne, Lt(1 << 31)] = Reading.max_document_bytes
+    max_document_bytes: Annotated[AtLeastOne, Lt(1 << 31)] = RecordReading.max_document_bytes
     """A longer record is a bad one."""
     shard_tokens: AtLeastOne = PackSettings.shard_tokens
     """Most tokens of one shard."""
@@ -155,8 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(typed: argparse.Namespace) -> int:
     args = read_options(PackOptions, typed)
     tag_fields, tags = parse_tags(args.tags)
-    reading = Reading(args.format, args.text_field, args.max_document_bytes, args.columns,
-                      args.bucket_by, tag_fields)
+    reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
+                            args.bucket_by, tag_fields)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps), tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
@@ -164,13 +166,13 @@ def run(typed: argparse.Namespace) -> int:
     return 0
 
 
-def parse_sources(arguments: Sequence[str]) -> list[Source]:
+def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
     """Read `[NAME=]PATH` arguments.
 
     Raises:
         UserError: a name that cannot be a folder's name, or one given twice.
     """
-    sources: list[Source] = []
+    sources: list[PackSource] = []
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
@@ -187,11 +189,11 @@ def parse_sources(arguments: Sequence[str]) -> list[Source]:
         if name in (s.name for s in sources):
             raise UserError(f"--input {argument!r}: a source named {name!r} is given already; "
                             f"name them apart, e.g. --input {shlex.quote(f'{name}2={path}')}")
-        sources.append(Source(name, Path(path)))
+        sources.append(PackSource(name, Path(path)))
     return sources
 
 
-def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSettings | None = None, *,
+def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: PackSettings | None = None, *,
          workers: int = 1, overwrite: bool = False) -> None:
     """Encode sources with a tokenizer and write an artifact of kind "tokens".
 
@@ -251,7 +253,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     _tell(artifact.content["sources"], output, settings.heldout_share)
 
 
-def _units_of(path: Path, cut: bool) -> Iterator[tuple[Span, ...]]:
+def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
     """Yield the units of a source; `cut` is whether a text that is all of it becomes several documents, of
     which some can be held out."""
     files = list_files(records_of(path), print)
@@ -266,7 +268,7 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[Span, ...]]:
         yield unit
 
 
-def sample_texts(units: list[Unit], reading: Reading) -> list[str]:
+def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
     """Return text from places spread over the input."""
     spans = [span for unit in units for span in unit]
     texts = []
@@ -291,8 +293,8 @@ def _unlearned(units: list[Unit], settings: PackSettings) -> str:
     return ""
 
 
-def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
-            workers: int, on_bad: str) -> list[EncodedSource]:
+def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], settings: UnitSettings,
+            work: Path, workers: int, on_bad: str) -> list[EncodedSource]:
     encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path,
                                           columns=settings.reading.columns)
                for source in sources}

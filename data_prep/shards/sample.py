@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.shards.token_artifact import Shard, read_tokens_manifest, shards_of
+from data_prep.shards.token_artifact import PackedShard, read_tokens_manifest, shards_of
 from megatron_sov.base.chat.folder import open_tokenizer
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
@@ -71,13 +71,13 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
     return [line for n, i in chosen for line in _shown(shards[n], i, max_tokens, tokenizer)]
 
 
-def _drawn(shard: Shard, count: AtLeastOne, seed: int) -> list[int]:
+def _drawn(shard: PackedShard, count: AtLeastOne, seed: int) -> list[int]:
     """Return up to `count` documents of a shard."""
     total = shard.record["num_documents"]
     return random.Random(seed).sample(range(total), min(count, total))
 
 
-def _shown(shard: Shard, document: int, max_tokens: int, tokenizer: Tokenizer) -> list[str]:
+def _shown(shard: PackedShard, document: int, max_tokens: int, tokenizer: Tokenizer) -> list[str]:
     opened = shard.open()
     first = int(opened.starts_bytes[document]) // np.dtype(opened.dtype).itemsize
     length = int(opened.lengths_tokens[document])

@@ -24,7 +24,7 @@ QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
-class Shard:
+class PackedShard:
     source: dict[str, Any]
     """The manifest's record of its source."""
     split: str
@@ -61,7 +61,7 @@ def num_tokens(content: dict[str, Any]) -> int:
 
 
 def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
-              split: str | None = None) -> Iterator[Shard]:
+              split: str | None = None) -> Iterator[PackedShard]:
     """Yield the shards of an artifact, or of one source or split, in order.
 
     Raises:
@@ -75,7 +75,7 @@ def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
             for name in SPLITS:
                 if split in (None, name):
                     for record in described["splits"][name]["shards"]:
-                        yield Shard(described, name, data / record["prefix"], record)
+                        yield PackedShard(described, name, data / record["prefix"], record)
 
 
 # Megatron-Core's indexed token format as it is written and read (`documents.indexed_writer`).

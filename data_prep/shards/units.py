@@ -25,17 +25,17 @@ from data_prep.shards.splits import document_hash
 from data_prep.steps import Steps
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_marks import SPELLED
-from megatron_sov.base.documents import BadRecord, Document, LeftOut, Reading, Span
+from megatron_sov.base.documents import BadRecord, Document, FileSpan, LeftOut, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
 from megatron_sov.base.documents.records import check_texts
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import Code
+from megatron_sov.base.plugins.code import PluginCode
 from megatron_sov.omni.media.banks import MEDIA
 from megatron_sov.work.processes.pool import in_processes
 from megatron_sov.work.progress.parts import make_part, part_folder
 
-Unit = tuple[Span, ...]
+Unit = tuple[FileSpan, ...]
 RECORD = "record.json"
 CODE_VERSION = 4
 """Raised when the same input and settings would give another unit."""
@@ -61,9 +61,9 @@ class UnitSettings:
     config_sha256: str
     """Hash of its tokenizer_config.json, which holds the chat template."""
     dtype: str
-    reading: Reading
+    reading: RecordReading
     encoding: EncodingSettings
-    steps: tuple[Code, ...] = ()
+    steps: tuple[PluginCode, ...] = ()
     """Data steps that each document goes through before, in order."""
 
 
@@ -275,7 +275,7 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
     return digest.hexdigest()
 
 
-def _content(span: Span) -> Iterator[bytes]:
+def _content(span: FileSpan) -> Iterator[bytes]:
     """Yield the bytes that a span's documents depend on."""
     start, stop = span.start, span.stop
     if span.suffix == PARQUET_SUFFIX:
@@ -312,7 +312,7 @@ class StoredUnit:
     kinds: NDArray[np.uint8] | None
     """[tokens]; None for plain text."""
     columns: NDArray[np.float32]
-    """[sequences, columns] as `Reading.columns` names them."""
+    """[sequences, columns] as `RecordReading.columns` names them."""
     folder: Path
     media: NDArray[np.int64] | None = None
     """[tokens] what the sidecar of banks says; None: there are no media."""

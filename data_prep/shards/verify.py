@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from data_prep.shards.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.shards.token_artifact import (
-    COLUMN_DTYPE, SIDECARS, IndexedSplit, Shard, document_hashes, num_tokens, read_tokens_manifest, shards_of)
+    COLUMN_DTYPE, SIDECARS, IndexedSplit, PackedShard, document_hashes, num_tokens, read_tokens_manifest,
+    shards_of)
 from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.chat.kinds import KIND_NONE, KINDS
 from megatron_sov.base.documents.routes import ROUTES, RouteShape
@@ -99,7 +100,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     return problems, notes
 
 
-def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) -> list[str]:
+def _shard_problems(shard: PackedShard, split: IndexedSplit, content: dict[str, Any]) -> list[str]:
     problems = []
     prefix, num_documents = shard.prefix, len(split.lengths_tokens)
     for field, value in {"num_documents": num_documents,
@@ -158,7 +159,7 @@ def _range(tokens: NDArray[np.generic]) -> tuple[int, int]:
     return min((int(b.min()) for b in blocks), default=0), max((int(b.max()) for b in blocks), default=0)
 
 
-def _edge_problems(shard: Shard, first: NDArray[np.generic], last: NDArray[np.generic],
+def _edge_problems(shard: PackedShard, first: NDArray[np.generic], last: NDArray[np.generic],
                    content: dict[str, Any]) -> list[str]:
     """Look at the first and the last id of each document."""
     problems = []

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Item, Kind, Sample, Verdict
+from data_prep.synth.generator import GeneratedSample, GeneratorItem, Kind, SampleVerdict
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.documents.strict_json import finite, no_constant
 from megatron_sov.base.errors import UserError, first_line
@@ -24,7 +24,7 @@ _NOT_DECIDING = ("kind", "engine", "judge_engine", "templates", "inputs", "input
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class SynthRunRecord:
     """What made the samples of a folder."""
 
     generator: str
@@ -82,7 +82,7 @@ class Candidate:
     """Form of its record."""
     record: Mapping[str, Any]
     """As the generator made it."""
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[SampleVerdict, ...]
     """Of the generator's own checks."""
     group: str = ""
     """What it shares with others of its item."""
@@ -92,13 +92,13 @@ class Candidate:
     """Hashes of what models were asked for it."""
 
     @property
-    def failed(self) -> Verdict | None:
+    def failed(self) -> SampleVerdict | None:
         """Return the first verdict that it does not pass."""
         return next((verdict for verdict in self.verdicts if not verdict.passed), None)
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeSample:
     """What was made of one item."""
 
     item: str
@@ -111,7 +111,8 @@ class Made:
     """Of the item when it was made."""
 
 
-def record_of(item: Item, samples: Sequence[Sample], asked: Sequence[str], unusable: str = "") -> bytes:
+def record_of(item: GeneratorItem, samples: Sequence[GeneratedSample], asked: Sequence[str],
+              unusable: str = "") -> bytes:
     """Return the record of an item that is done.
 
     Args:
@@ -126,13 +127,13 @@ def record_of(item: Item, samples: Sequence[Sample], asked: Sequence[str], unusa
     return json.dumps(said, ensure_ascii=False, allow_nan=False).encode()
 
 
-def digest_of(item: Item) -> str:
+def digest_of(item: GeneratorItem) -> str:
     """Return a hash of what an item holds."""
     text = json.dumps([item.fields, item.source, item.licence], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_run(output: Path) -> RunRecord:
+def read_run(output: Path) -> SynthRunRecord:
     """Return what made the samples of a folder.
 
     Raises:
@@ -141,7 +142,8 @@ def read_run(output: Path) -> RunRecord:
     file = output / RUN
     try:
         told = json.loads(file.read_bytes().decode(), parse_constant=no_constant, parse_float=finite)
-        return RunRecord(**{name: told[name] for name in RunRecord.__dataclass_fields__ if name in told})
+        return SynthRunRecord(**{name: told[name] for name in SynthRunRecord.__dataclass_fields__
+                                 if name in told})
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: does not exist; pass a folder that `sov-data synth` wrote") from None
     except (ValueError, TypeError, RecursionError) as e:
@@ -166,7 +168,7 @@ def refuse_without_records(output: Path) -> None:
                         "`sov-data synth` again: answers are kept, nothing is paid twice")
 
 
-def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
+def read_made(output: Path, run: SynthRunRecord) -> Iterator[MadeSample]:
     """Yield what was made of all finished items, in the order of the input, whenever they were finished."""
     seen: set[str] = set()
     for _, record in records_by_item(work_folder(output)):
@@ -175,9 +177,9 @@ def read_made(output: Path, run: RunRecord) -> Iterator[Made]:
         if item["id"] in seen:
             continue
         seen.add(item["id"])
-        yield Made(item["id"], tuple(
+        yield MadeSample(item["id"], tuple(
             Candidate(f"{item['id']}/{i}", item["id"], item["source"], item["licence"],
                       one["kind"] or run.kind, one["record"],
-                      tuple(Verdict(**verdict) for verdict in one["verdicts"]), one["group"], one["notes"],
-                      tuple(told["asked"]))
+                      tuple(SampleVerdict(**verdict) for verdict in one["verdicts"]), one["group"],
+                      one["notes"], tuple(told["asked"]))
             for i, one in enumerate(told["samples"])), told["unusable"], item["digest"])

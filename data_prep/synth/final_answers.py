@@ -33,7 +33,7 @@ MAX_BOXES = 20
 
 
 @dataclass(frozen=True)
-class Checked:
+class FinalAnswerCheck:
     """Whether an answer is the wanted one."""
 
     right: bool
@@ -78,9 +78,10 @@ class Verifier:
         self._runner: Runner = runner(asked, make(asked), 1)
         self._lock = threading.Lock()
 
-    def check(self, answers: Sequence[str], wanted: str, choices: Sequence[str] = ()) -> list[Checked]:
+    def check(self, answers: Sequence[str], wanted: str,
+              choices: Sequence[str] = ()) -> list[FinalAnswerCheck]:
         """Return whether each of some final answers is the wanted one."""
-        known = {answer: Checked(True) for answer in answers
+        known = {answer: FinalAnswerCheck(True) for answer in answers
                  if normalized(answer) == normalized(wanted) != ""}
         asked = [answer for answer in dict.fromkeys(answers) if answer not in known]
         rows = [{"response": f"\\boxed{{{answer}}}", "answer": wanted, "choices": list(choices)}
@@ -89,7 +90,7 @@ class Verifier:
             with self._lock:
                 results = self._runner.score(rows)
             for answer, result in zip(asked, results, strict=True):
-                known[answer] = Checked(result.reward == 1.0, result.reason)
+                known[answer] = FinalAnswerCheck(result.reward == 1.0, result.reason)
         return [known[answer] for answer in answers]
 
 
@@ -100,7 +101,7 @@ def verifier(name: Literal["math", "stem"]) -> Verifier:
 
 
 def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto"
-          ) -> list[Checked]:
+          ) -> list[FinalAnswerCheck]:
     """Return whether each of some final answers is the wanted one."""
     return verifier(way_of(wanted, choices) if way == "auto" else way).check(answers, wanted, choices)
 

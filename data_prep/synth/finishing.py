@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.synth.candidates import (
-    ANSWERS, Candidate, RunRecord, read_made, read_run, refuse_without_records)
-from data_prep.synth.checks.judging import Judged, judge_samples
-from data_prep.synth.checks.labels import Comparison, described, gate_of, read_labels
+    ANSWERS, Candidate, SynthRunRecord, read_made, read_run, refuse_without_records)
+from data_prep.synth.checks.judging import JudgedSample, judge_samples
+from data_prep.synth.checks.labels import LabelComparison, described, gate_of, read_labels
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
 from megatron_sov.base.documents.messages import BadRecord, Message
-from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.strict_json import json_line
 from megatron_sov.base.documents.synthesis import KEPT, REJECTED
 from megatron_sov.base.errors import ExitCode, UserError
@@ -52,13 +52,13 @@ PROVENANCE = "synthetic"
 # ids.
 
 
-class Shown:
+class ShownSample:
     """Takes all samples and keeps a few."""
 
     def __init__(self) -> None:
-        self._of: dict[str, list[tuple[int, str, Candidate, Verdict | None]]] = {}
+        self._of: dict[str, list[tuple[int, str, Candidate, SampleVerdict | None]]] = {}
 
-    def take(self, sample: Candidate, failed: Verdict | None) -> None:
+    def take(self, sample: Candidate, failed: SampleVerdict | None) -> None:
         """Take a sample, and why it does not stay."""
         reason = failed.check if failed else ""
         if reason not in self._of and len(self._of) >= MOST_REASONS:
@@ -89,7 +89,7 @@ def turns_of(sample: Candidate) -> list[tuple[str, str]]:
     if sample.kind == "task":
         return [("task", _json(sample.record))]
     try:
-        document = parse_record(dict(sample.record), "", 0, Reading(sample.kind))
+        document = parse_record(dict(sample.record), "", 0, RecordReading(sample.kind))
     except BadRecord:
         return [("record", _json(sample.record))]
     if sample.kind == "text":
@@ -177,8 +177,8 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
     with disk_errors(output):
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, settings, workers)
-        comparison = None if settings.labels is None else Comparison(read_labels(settings.labels))
-        tally, shown = Tally(), Shown()
+        comparison = None if settings.labels is None else LabelComparison(read_labels(settings.labels))
+        tally, shown = FinishingTally(), ShownSample()
         _write_rows(output, run, judged, tally, shown, comparison)
         agreements = [] if comparison is None else comparison.agreements()
         passed = True
@@ -204,7 +204,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
 
 
 @dataclass
-class Tally:
+class FinishingTally:
     """Counts of samples."""
 
     num_items: int = 0
@@ -245,13 +245,13 @@ class Tally:
                 "sources": dict(sorted(self.sources.items()))}
 
 
-def kept_file(run: RunRecord, kind: str) -> str:
+def kept_file(run: SynthRunRecord, kind: str) -> str:
     """Return the name of the file that kept records of a kind stand in."""
     return KEPT if kind == run.kind else f"{Path(KEPT).stem}-{kind}.jsonl"
 
 
-def _write_rows(output: Path, run: RunRecord, judged: Judged, tally: Tally, shown: Shown,
-                comparison: Comparison | None) -> None:
+def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally,
+                shown: ShownSample, comparison: LabelComparison | None) -> None:
     """Write kept and rejected samples; the files get their names together, when all are on the disk."""
     for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
         leftover.unlink(missing_ok=True)
@@ -287,18 +287,18 @@ def _write_rows(output: Path, run: RunRecord, judged: Judged, tally: Tally, show
             stale.unlink()
 
 
-def _kept(run: RunRecord, sample: Candidate, judged: Judged) -> dict[str, Any]:
+def _kept(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
     changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
     return {"id": sample.id, **sample.record, **changed, PROVENANCE: _origin(run, sample)}
 
 
-def _rejected(run: RunRecord, sample: Candidate, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def _rejected(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[SampleVerdict]) -> dict[str, Any]:
     failed = next(verdict for verdict in verdicts if not verdict.passed)
     return {"reason": failed.check, "detail": failed.detail, "kind": sample.kind, "record": sample.record,
             "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: _origin(run, sample)}
 
 
-def _origin(run: RunRecord, sample: Candidate) -> dict[str, Any]:
+def _origin(run: SynthRunRecord, sample: Candidate) -> dict[str, Any]:
     return {"sample": sample.id, "generator": run.generator, "version": run.version, "model": run.model,
             "judge": run.judge, "templates": dict(run.templates), "item": sample.item,
             "source": sample.source, "licence": sample.licence, "group": sample.group,
@@ -312,7 +312,8 @@ def _text(sample: Candidate) -> str:
         return ""
 
 
-def _write_manifest(output: Path, run: RunRecord, settings: CheckSettings, tally: Tally) -> None:
+def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
+                    tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
     ours = {KEPT, REJECTED, SUMMARY, "report.html", *tally.kept}
     writer.leave_out = frozenset(path.name for path in output.iterdir() if path.name not in ours)
@@ -331,7 +332,7 @@ def _artifacts(inputs: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(filter(None, map(artifact_of, inputs))))
 
 
-def _told(output: Path, tally: Tally, settings: CheckSettings, passed: bool) -> str:
+def _told(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
     worst = ", ".join(f"{num:,} {reason}" for reason, num in tally.rejected.most_common(3))
     lines = [f"{output}: {tally.num_kept:,} of {tally.num_samples:,} samples kept"
              + (f"; mostly rejected for: {worst}" if worst else ""),

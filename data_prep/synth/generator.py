@@ -17,14 +17,14 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from annotated_types import Ge, Le
 
-from data_prep.synth.templates import Prompt
+from data_prep.synth.templates import PromptTemplate
 from megatron_sov.base.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
 from megatron_sov.base.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.strict_json import finite, no_constant
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
 from megatron_sov.judge.rewards.surface import loop_at_end
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 
 Temperature = Annotated[float, Ge(0), Le(2)]
 """Of a model that writes."""
@@ -41,7 +41,7 @@ tool environment."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SampleVerdict:
     """What one check says of one sample."""
 
     check: str
@@ -53,12 +53,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedSample:
     """One sample with its checks; it is kept when all of them pass."""
 
     record: Mapping[str, Any]
     """In the form of the generator's `kind`, without provenance, which the run adds."""
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[SampleVerdict, ...] = ()
     """Of the generator's own checks, in the order in which they ran; the first that fails is the reason."""
     group: str = ""
     """What it shares with others of its item, such as a problem with several solutions; empty: nothing."""
@@ -73,7 +73,7 @@ class Sample:
         return next((verdict.check for verdict in self.verdicts if not verdict.passed), "")
 
 
-def writable(sample: Sample) -> Sample:
+def writable(sample: GeneratedSample) -> GeneratedSample:
     """Return a sample as it is where a line of JSON in UTF-8 can hold it; otherwise one without a record
     that says why not: a model may write half of a character as an escape, or a number without end."""
     try:
@@ -84,7 +84,7 @@ def writable(sample: Sample) -> Sample:
         why = "holds a number that is none, or is nested too deep"
     else:
         return sample
-    return Sample({}, (Verdict("form", False, why),), kind=sample.kind)
+    return GeneratedSample({}, (SampleVerdict("form", False, why),), kind=sample.kind)
 
 
 # Who makes it, of what.
@@ -96,7 +96,7 @@ Role = Literal["writer", "judge"]
 
 
 @dataclass(frozen=True)
-class Item:
+class GeneratorItem:
     """What a generator starts from: a document, a seed problem, a task, or only a number."""
 
     id: str
@@ -260,7 +260,7 @@ class Ask:
         judge_max_tokens: of a judge's answer.
     """
 
-    def __init__(self, item_id: str, prompts: Mapping[str, Prompt], doors: Mapping[Role, Door],
+    def __init__(self, item_id: str, prompts: Mapping[str, PromptTemplate], doors: Mapping[Role, Door],
                  over: Callable[[Callable[[int], Drawn], Iterable[int]], Iterator[Drawn]] = map,
                  judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
         self._judge_max_tokens = judge_max_tokens
@@ -361,7 +361,7 @@ class Ask:
         except NeverAnswered as e:
             raise NoUsableReply(str(e)) from None
         except Exception as e:
-            is_wanting = isinstance(e, (BadAnswer, TimeoutError)) and not isinstance(e, Unavailable)
+            is_wanting = isinstance(e, (BadAnswer, TimeoutError)) and not isinstance(e, EndpointUnavailable)
             self.failure = NoReply(str(e)) if is_wanting else e
             raise self.failure from None
 
@@ -421,7 +421,7 @@ class Generator(ABC):
         return ()
 
     @abstractmethod
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield what there is to do, in order.
 
         Raises:
@@ -429,7 +429,7 @@ class Generator(ABC):
         """
 
     @abstractmethod
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the samples of one item, those that fail a check as well.
 
         Must be a function of the item, the settings and the answers alone.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
 
 GENERATORS: dict[str, str] = {
-    "answers": "data_prep.synth.generators.answers:Answers",
+    "answers": "data_prep.synth.generators.answers:AnswerGenerator",
     "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "code": "data_prep.synth.generators.code:CodeTasks",
     "comparisons": "data_prep.synth.generators.comparisons:Comparisons",
@@ -21,11 +21,11 @@ GENERATORS: dict[str, str] = {
     "probes": "data_prep.synth.generators.probes:Probes",
     "questions": "data_prep.synth.generators.questions:Questions",
     "rewrite": "data_prep.synth.generators.rewrite:Rewrite",
-    "safety": "data_prep.synth.generators.safety.generator:Safety",
+    "safety": "data_prep.synth.generators.safety.generator:SafetyGenerator",
     "solutions": "data_prep.synth.generators.solutions:Solutions",
     "textbook": "data_prep.synth.generators.textbook:Textbook",
     "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
-    "translation": "data_prep.synth.generators.translation:Translation",
+    "translation": "data_prep.synth.generators.translation:TranslationGenerator",
     "triples": "data_prep.synth.generators.triples:Triples",
     "worlds": "data_prep.synth.generators.tools.worlds:Worlds",
 }

@@ -20,14 +20,14 @@ from typing import Any
 from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, download
-from megatron_sov.base.settings import Code, NotNegative, NotNegativeInt, Problem
+from megatron_sov.base.settings import NotNegative, NotNegativeInt, ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.addresses import address_problems, is_address
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, Unavailable
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
-from megatron_sov.work.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.recognition import CHAT_PROBES, Recognition
 from megatron_sov.work.processes.commands import end_commands, start_command
-from megatron_sov.work.processes.threads import Stop
+from megatron_sov.work.processes.threads import StopSignal
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
@@ -79,17 +79,17 @@ class Model:
         """What stands in files for where it is."""
         return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule between address and name that is broken, by option."""
         where, name = self.options
-        p: list[Problem] = []
+        p: list[SettingsProblem] = []
         if not self.is_local:
             p += address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
             if not self.model:
-                p.append(Problem(Code.RULE, name, "say which model of the endpoint is asked"))
+                p.append(SettingsProblem(ProblemCode.RULE, name, "say which model of the endpoint is asked"))
         elif "://" in self.engine:
-            p.append(Problem(Code.RULE, where,
-                             "must be an address such as http://localhost:8000/v1, or a folder"))
+            p.append(SettingsProblem(ProblemCode.RULE, where,
+                                     "must be an address such as http://localhost:8000/v1, or a folder"))
         return p
 
     def sent(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -125,7 +125,7 @@ class Budget:
     """Lets requests pass, from any thread, while the most that they can take is there beside what was used by
     earlier commands.  While others are under way, one that does not fit waits for what they leave."""
 
-    def __init__(self, most: Most, used: Usage, stop: Stop) -> None:
+    def __init__(self, most: Most, used: Usage, stop: StopSignal) -> None:
         self._most, self._stop = most, stop
         self._tokens, self._cost = used.input_tokens + used.output_tokens, used.cost
         self._held_tokens, self._held_cost, self._num_held = 0, 0.0, 0
@@ -192,15 +192,15 @@ class EndpointDoor:
     """One model behind an endpoint, asked as often at once as the run has slots, until it is asked to stop;
     `patience_s`: how long the endpoint may answer nobody."""
 
-    def __init__(self, endpoint: Endpoint, model: str, slots: threading.Semaphore, stop: Stop,
+    def __init__(self, endpoint: Endpoint, model: str, slots: threading.Semaphore, stop: StopSignal,
                  patience_s: float) -> None:
         self._endpoint, self._slots, self._stop, self._patience_s = endpoint, slots, stop, patience_s
         self.model = model
         self.key = endpoint.key
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Return what `read` makes of the answer; raises as `Endpoint.ask` does, and `Unavailable` where the
-        endpoint has long answered nobody."""
+        """Return what `read` makes of the answer; raises as `Endpoint.ask` does, and `EndpointUnavailable`
+        where the endpoint has long answered nobody."""
         with self._slots:
             self._stop.check()
             began_s = time.monotonic()
@@ -210,14 +210,14 @@ class EndpointDoor:
                 raise
             except (BadAnswer, TimeoutError) as e:
                 silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
-                if silent_s >= self._patience_s and not isinstance(e, Unavailable):
-                    raise Unavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
+                if silent_s >= self._patience_s and not isinstance(e, EndpointUnavailable):
+                    raise EndpointUnavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
                 raise
 
 
 @contextlib.contextmanager
 def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache, budget: Budget,
-           stop: Stop) -> Iterator[dict[Role, Door]]:
+           stop: StopSignal) -> Iterator[dict[Role, Door]]:
     """Yield the doors to both models; a folder is served as long as the context is open."""
     slots = threading.Semaphore(options.threads)
     limits = (options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0)
@@ -231,7 +231,7 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
             # a server of this machine that answers nobody has ended, and nobody starts it again
             patience_s = min(options.patience_s, LOCAL_PATIENCE_S) if model.is_local else options.patience_s
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
-                                Limits(*limits, model.input_price, model.output_price, patience_s),
+                                EndpointLimits(*limits, model.input_price, model.output_price, patience_s),
                                 cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
                                 told=lambda sentence: print(sentence, flush=True), key=key,
                                 sent=model.sent,
@@ -257,7 +257,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, stop: Stop, program: Sequence[str] = ()) -> Iterator[Served]:
+def serving(folder: Path, stop: StopSignal, program: Sequence[str] = ()) -> Iterator[Served]:
     """Serve a checkpoint or Hugging Face folder while the context is open, by a child that lives no longer
     than the run: `megatron-sov serve`, or another program.
 
@@ -281,7 +281,7 @@ def serving(folder: Path, stop: Stop, program: Sequence[str] = ()) -> Iterator[S
             end_commands([child], STOP_S)
 
 
-def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: Stop
+def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder: Path, stop: StopSignal
                ) -> tuple[str, str]:
     """Return where it answers, when it does, and what the model is called there."""
     began_s = time.monotonic()

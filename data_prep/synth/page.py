@@ -12,7 +12,7 @@ from data_prep.curate.journey.page import bars
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import Chapter, Panel, Section, Table, render as render_page
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.runs.obs.figures import duration, figure, large
 
 REPORT_HTML, SUMMARY = "report.html", "summary.json"
@@ -68,12 +68,12 @@ def render(summary: Mapping[str, Any], now_s: float | None = None) -> str:
     shown = [one for one in summary["shown"] if not one["reason"]]
     if shown:
         chapters.append(Chapter("Kept", f"{summary['num_kept']:,} samples", [], [
-            Section(f"Sample {i}", _about(one), turns=_turns(one)) for i, one in enumerate(shown, 1)]))
+            PageSection(f"Sample {i}", _about(one), turns=_turns(one)) for i, one in enumerate(shown, 1)]))
     for reason, group in groupby((one for one in summary["shown"] if one["reason"]),
                                  lambda one: str(one["reason"])):
         chapters.append(Chapter(f"Rejected: {visible(reason)}",
                                 f"{summary['rejected'].get(reason, 0):,} samples", [], [
-                                    Section(f"Sample {i}", _about(one), turns=_turns(one))
+                                    PageSection(f"Sample {i}", _about(one), turns=_turns(one))
                                     for i, one in enumerate(group, 1)]))
     more = "" if summary["is_complete"] else " Items are left: these are the figures so far."
     return render_page(
@@ -102,13 +102,13 @@ def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
              f"{summary['num_unusable_items']:,} without an answer of use")]
 
 
-def _reasons_table(summary: Mapping[str, Any], most: int) -> Table:
+def _reasons_table(summary: Mapping[str, Any], most: int) -> PageTable:
     rows = [[visible(reason), f"{num:,}", f"{num / summary['num_samples']:.1%}"]
             for reason, num in list(summary["rejected"].items())[:most]]
-    return Table(["reason", "samples", "share"], rows or [["nothing was rejected", "", ""]])
+    return PageTable(["reason", "samples", "share"], rows or [["nothing was rejected", "", ""]])
 
 
-def _reasons(summary: Mapping[str, Any]) -> list[Section]:
+def _reasons(summary: Mapping[str, Any]) -> list[PageSection]:
     if not summary["rejected"]:
         return []
     counts = {visible(reason): float(num) for reason, num in summary["rejected"].items()}
@@ -116,15 +116,16 @@ def _reasons(summary: Mapping[str, Any]) -> list[Section]:
               f"{one['documents_kept']:,}",
               ", ".join(f"{num:,} {reason}" for reason, num in one["dropped"].items()) or "–"]
              for one in summary["steps"]]
-    return [Section("Reasons", "The first check that a sample does not pass is its reason; rejected.jsonl "
-                               "has each with all verdicts.",
-                    [bars(counts, "samples", "Samples that were rejected, by reason.")],
-                    [_reasons_table(summary, 200)]),
-            *([Section("Steps behind the generator's own checks", tables=[Table(
+    return [PageSection("Reasons",
+                        "The first check that a sample does not pass is its reason; rejected.jsonl "
+                                   "has each with all verdicts.",
+                        [bars(counts, "samples", "Samples that were rejected, by reason.")],
+                        [_reasons_table(summary, 200)]),
+            *([PageSection("Steps behind the generator's own checks", tables=[PageTable(
                 ["step", "looks at", "in", "kept", "dropped for"], steps)])] if steps else [])]
 
 
-def _agreement(summary: Mapping[str, Any]) -> list[Section]:
+def _agreement(summary: Mapping[str, Any]) -> list[PageSection]:
     if not summary["agreement"]:
         return []
     rows = [[visible(one["who"]), f"{one['num_samples']:,}", f"{one['agreement']:.1%}",
@@ -133,20 +134,21 @@ def _agreement(summary: Mapping[str, Any]) -> list[Section]:
     bound = "" if summary["min_kappa"] is None else (
         f" Asked for at least {summary['min_kappa']:g}: "
         f"{'passed' if summary['gate_passed'] else 'not passed'}.")
-    return [Section("Agreement with people", "Of the samples that people have looked at; kappa is Cohen's "
-                    f"(1960), agreement beyond chance.{bound}", tables=[Table(
-                        ["who", "samples", "agreement", "kappa", "good, say people", "bad ones kept",
-                         "good ones rejected"], rows)])]
+    return [PageSection("Agreement with people",
+                        "Of the samples that people have looked at; kappa is Cohen's "
+                        f"(1960), agreement beyond chance.{bound}", tables=[PageTable(
+                            ["who", "samples", "agreement", "kappa", "good, say people", "bad ones kept",
+                             "good ones rejected"], rows)])]
 
 
-def _settings(summary: Mapping[str, Any]) -> Section:
-    return Section("Settings", "Of the generator, and of each step.", json=visible(json.dumps(
+def _settings(summary: Mapping[str, Any]) -> PageSection:
+    return PageSection("Settings", "Of the generator, and of each step.", json=visible(json.dumps(
         {"generator": summary["settings"],
          "steps": [[one["step"], one["kind"], one["source"], one["settings"]] for one in summary["steps"]]},
         indent=1, ensure_ascii=False)))
 
 
-def _sheet(summary: Mapping[str, Any]) -> Section:
+def _sheet(summary: Mapping[str, Any]) -> PageSection:
     costs, per = summary["costs"], summary["per_kept"] or {}
     names = [("requests", "num_requests", "requests"), ("tokens read", "input_tokens", "input_tokens"),
              ("tokens written", "output_tokens", "output_tokens"), ("cost", "cost", "cost"),
@@ -154,11 +156,12 @@ def _sheet(summary: Mapping[str, Any]) -> Section:
     rows = [[label, _number(costs[key]), _number(per.get(each))] for label, key, each in names]
     outcomes = [[visible(str(name)), f"{num:,}"] for name, num in costs["outcomes"].items()]
     took = duration(costs["seconds"])
-    return Section("Sheet", "All requests, those that failed and those of rejected samples too; several run "
-                            f"at a time, one after the other they take {took}. The cost is in the "
-                            "currency of the prices that were given.",
-                   tables=[Table(["what", "in all", "for each kept sample"], rows),
-                           *([Table(["what came back", "requests"], outcomes)] if outcomes else [])])
+    return PageSection("Sheet",
+                       "All requests, those that failed and those of rejected samples too; several run "
+                                f"at a time, one after the other they take {took}. The cost is in the "
+                                "currency of the prices that were given.",
+                       tables=[PageTable(["what", "in all", "for each kept sample"], rows),
+                               *([PageTable(["what came back", "requests"], outcomes)] if outcomes else [])])
 
 
 def _number(value: float | None) -> str:

@@ -21,7 +21,7 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.generators.probes import DOMAIN
 from data_prep.synth.problems import line_files
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
-from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import WORDS, find_units
 from megatron_sov.base.documents.plain import forms
 from megatron_sov.base.errors import UserError, list_problems
@@ -49,7 +49,7 @@ class ProbingSetsOptions:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProbingProblem:
     """A problem that checkpoints may be probed by."""
 
     domain: str
@@ -103,7 +103,7 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
         raise UserError(list_problems("probing-sets", [f"--per-domain {per_domain}: must not be negative"]))
     refuse_existing(output, KIND, overwrite)
     problems, left_out = _read(files)
-    search = Search([Item(p.domain, p.id, "prompt", p.prompt) for p in problems], WORDS, MIN_WORDS)
+    search = ItemSearch([SearchItem(p.domain, p.id, "prompt", p.prompt) for p in problems], WORDS, MIN_WORDS)
     gone = dict.fromkeys(search.too_short, "too short to be looked for")
     num_lines = 0
     for file in line_files(against):
@@ -112,7 +112,7 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
             for form in forms(text_in(record)):
                 gone.update((found.item, "in the training input") for found in search.find(find_units(form)))
     left_out.update(gone.values())
-    sets: dict[str, list[Problem]] = defaultdict(list)
+    sets: dict[str, list[ProbingProblem]] = defaultdict(list)
     for number, problem in enumerate(problems):
         of_domain = sets[problem.domain]
         if number not in gone and not 0 < per_domain <= len(of_domain):
@@ -134,9 +134,9 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     return artifact.content
 
 
-def _read(files: Sequence[Path]) -> tuple[list[Problem], Counter[str]]:
+def _read(files: Sequence[Path]) -> tuple[list[ProbingProblem], Counter[str]]:
     """Return the problems that differ, in order, and how many were left out for what reason."""
-    found: dict[bytes, Problem] = {}
+    found: dict[bytes, ProbingProblem] = {}
     left_out: Counter[str] = Counter()
     for file in line_files(files):
         for where, row in read_objects(file):
@@ -148,8 +148,8 @@ def _read(files: Sequence[Path]) -> tuple[list[Problem], Counter[str]]:
                 raise UserError(f"{where}: domain = {str(domain)[:60]!r} must be a name of letters, digits, "
                                 "'.', '_' and '-', such as algebra")
             made = row.get("synthetic")
-            problem = Problem(str(domain), str(prompt), str(answer), str(row.get("id") or where),
-                              str(made.get("model") or "") if isinstance(made, dict) else "")
+            problem = ProbingProblem(str(domain), str(prompt), str(answer), str(row.get("id") or where),
+                                     str(made.get("model") or "") if isinstance(made, dict) else "")
             if found.setdefault(find_units(problem.prompt).hashes.tobytes(), problem) is not problem:
                 left_out["repeated"] += 1
     if not found:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.json_lines import read_objects
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.documents.files import JSONL_SUFFIXES
 from megatron_sov.base.errors import UserError
@@ -22,7 +22,7 @@ MAX_CHOICES = 10
 _ID = re.compile(r"[A-Za-z0-9:._-]{1,100}", re.ASCII)
 
 
-def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator[Item]:
+def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator[GeneratorItem]:
     """Yield the problems of files, in order, with the fields `problem`, `answer` ("" where there is none),
     `choices` and `domain`; a line that says the same as one before it is passed over.
 
@@ -44,8 +44,8 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
                     raise UserError(f"{where}: has the id {id_} of {before[0]} and says something else; give "
                                     "one of them another id")
                 continue
-            yield Item(id_, fields, str(record.get("source") or file.stem),
-                       str(record.get("licence") or record.get("license") or ""))
+            yield GeneratorItem(id_, fields, str(record.get("source") or file.stem),
+                                str(record.get("licence") or record.get("license") or ""))
 
 
 def line_files(inputs: Sequence[Path]) -> Iterator[Path]:

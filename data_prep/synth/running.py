@@ -21,25 +21,25 @@ from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import require
 from data_prep.synth.candidates import (
-    ANSWERS, RUN, RunRecord, digest_of, read_made, read_run, record_of, refuse_earlier)
+    ANSWERS, RUN, SynthRunRecord, digest_of, read_made, read_run, record_of, refuse_earlier)
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.generator import (
-    Ask, Door, Drawn, Generator, Item, NoReply, NoUsableReply, Role, Sample, writable)
+    Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, NoReply, NoUsableReply, Role, writable)
 from data_prep.synth.known import generator_class
 from data_prep.synth.models import Budget, Model, Most, opened
 from data_prep.synth.options import SynthOptions, duration_s
-from data_prep.synth.templates import PROMPTS, Prompt, load_prompts
+from data_prep.synth.templates import PROMPTS, PromptTemplate, load_prompts
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
-    Code, Problem, SettingsError, as_problem, num_cores, parse_nested, problems_of, read)
-from megatron_sov.work.endpoints.answers import Unavailable
+    ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, problems_of, read)
+from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.transport import missing_libraries
-from megatron_sov.work.processes.threads import Stop, in_threads
+from megatron_sov.work.processes.threads import StopSignal, in_threads
 from megatron_sov.work.progress.folders import delete_work, slurm_folder, work_folder
 from megatron_sov.work.progress.journal import Journal, begun, differences
 from megatron_sov.work.progress.locks import holding
@@ -59,7 +59,7 @@ FIXED = {"back_temperature": 0.7, "copied_words": 8, "function_temperature": 0.2
 
 
 @dataclass(frozen=True)
-class Order:
+class GeneratorOrder:
     """What a command was asked for."""
 
     options: SynthOptions
@@ -79,22 +79,23 @@ class Order:
         assert self.options.output is not None
         return self.options.output
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that is broken, by option."""
         options, writer, judge = self.options, self.writer, self.judge
         p = [*map(as_problem, missing_libraries())]
-        p += [Problem(Code.FILE, "--input", "does not exist", path, "check the path")
+        p += [SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
               for path in options.input if not path.exists()]
         if self.most.cost and not any((writer.input_price, writer.output_price, judge.input_price,
                                        judge.output_price)):
-            p.append(Problem(Code.RULE, "--max-cost", "no cost is known without --input-price and "
-                             "--output-price", self.most.cost))
+            p.append(SettingsProblem(ProblemCode.RULE, "--max-cost",
+                                     "no cost is known without --input-price and "
+                                     "--output-price", self.most.cost))
         if options.prompts is not None and not options.prompts.is_dir():
-            p.append(Problem(Code.FILE, "--prompts", "is no folder", options.prompts))
+            p.append(SettingsProblem(ProblemCode.FILE, "--prompts", "is no folder", options.prompts))
         return p
 
 
-def order_of(options: SynthOptions) -> Order:
+def order_of(options: SynthOptions) -> GeneratorOrder:
     """Return what a command was asked for.
 
     Raises:
@@ -115,8 +116,8 @@ def order_of(options: SynthOptions) -> Order:
     if options.max_time and not time_s:
         raise UserError(f"--max-time {options.max_time}: leaves no time; leave it out for no limit")
     assert options.patience_s >= 0  # that it is a time
-    return Order(options, writer, judge, Most(options.max_tokens_total, options.max_cost, time_s),
-                 CheckSettings.of(options))
+    return GeneratorOrder(options, writer, judge, Most(options.max_tokens_total, options.max_cost, time_s),
+                          CheckSettings.of(options))
 
 
 def models_of(args: SynthOptions) -> tuple[Model, Model]:
@@ -174,20 +175,20 @@ def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
 
 
 @dataclass(frozen=True)
-class Ready:
+class ReadyRun:
     """An order that can be carried out."""
 
-    order: Order
+    order: GeneratorOrder
     """What was asked for."""
     generator: Generator
     """With its settings."""
-    prompts: Mapping[str, Prompt]
+    prompts: Mapping[str, PromptTemplate]
     """Its templates."""
-    record: RunRecord
+    record: SynthRunRecord
     """What the run is made with."""
 
-    def items(self, passed_over: Callable[[Item], object] = lambda item: None
-              ) -> Iterator[tuple[int, Item]]:
+    def items(self, passed_over: Callable[[GeneratorItem], object] = lambda item: None
+              ) -> Iterator[tuple[int, GeneratorItem]]:
         """Yield the items with their numbers; `passed_over` is told of those whose id came before: they are
         none.
 
@@ -208,7 +209,7 @@ class Ready:
                 seen.add(item.id)
 
 
-def ready(order: Order) -> Ready:
+def ready(order: GeneratorOrder) -> ReadyRun:
     """Return what an order needs; nothing is written.
 
     Raises:
@@ -221,7 +222,7 @@ def ready(order: Order) -> Ready:
     if generator.needs_input and not options.input:
         raise UserError(f"--input: generator {options.generator} needs one")
     prompts = load_prompts(generator.templates, [*([options.prompts] if options.prompts else []), PROMPTS])
-    record = RunRecord(
+    record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
         settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
         model=writer.name, engine=writer.told, identity=writer.identity(),
@@ -232,10 +233,10 @@ def ready(order: Order) -> Ready:
         files={str(file): file_digest(file) for file in generator.files()},
         input_price=writer.input_price, output_price=writer.output_price)
     _check_folder(order.output, record, options.redo)
-    return Ready(order, generator, prompts, record)
+    return ReadyRun(order, generator, prompts, record)
 
 
-def _check_folder(output: Path, record: RunRecord, redo: bool) -> None:
+def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     """Raise `UserError` where a run cannot have its folder."""
     refuse_nowhere(output)
     if output.exists() and not output.is_dir():
@@ -254,7 +255,7 @@ def _check_folder(output: Path, record: RunRecord, redo: bool) -> None:
             "nothing"))
 
 
-def run_order(order: Order) -> ExitCode:
+def run_order(order: GeneratorOrder) -> ExitCode:
     """Make what is not made, and finish the source.
 
     Raises:
@@ -270,7 +271,7 @@ def run_order(order: Order) -> ExitCode:
 
 
 @contextlib.contextmanager
-def begun_run(made: Ready) -> Iterator[Tally]:
+def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
     """Hold the work on a run, which is of its settings then, with the answers of earlier workers in one file;
     gives what is done and what is not.
 
@@ -301,7 +302,7 @@ def merge_answers(output: Path) -> None:
 
 
 @dataclass
-class Tally:
+class RunningTally:
     """How far a run is."""
 
     todo: set[str] = field(default_factory=set)
@@ -335,14 +336,14 @@ class Tally:
                                 "same command tries them again")
 
 
-def open_items(made: Ready) -> Tally:
+def open_items(made: ReadyRun) -> RunningTally:
     """Return what is done and what is not, having read all of the input: it is sound, or nothing is paid."""
-    options, tally = made.order.options, Tally()
+    options, tally = made.order.options, RunningTally()
     known = {}
     for one in read_made(made.order.output, made.record):
         num_failed = sum(sample.failed is not None for sample in one.samples)
         known[one.item] = one.digest, (len(one.samples) - num_failed, num_failed, bool(one.unusable))
-    changed, twice, num_items = [], list[Item](), 0
+    changed, twice, num_items = [], list[GeneratorItem](), 0
     for _, item in made.items(twice.append):
         num_items += 1
         digest, counts = known.get(item.id, ("", (0, 0, False)))
@@ -367,7 +368,7 @@ def open_items(made: Ready) -> Tally:
     return tally
 
 
-def make(made: Ready, tally: Tally, worker: str = "") -> None:
+def make(made: ReadyRun, tally: RunningTally, worker: str = "") -> None:
     """Make the items of a tally that are not done; each is on disk as soon as it is.
 
     Args:
@@ -375,7 +376,7 @@ def make(made: Ready, tally: Tally, worker: str = "") -> None:
         tally: is counted up.
         worker: name of one of several that work beside each other; empty: this process is the only one.
     """
-    order, options, stop = made.order, made.order.options, Stop()
+    order, options, stop = made.order, made.order.options, StopSignal()
     cache = EndpointCache(order.output / (f"answers-{worker}.sqlite" if worker else ANSWERS),
                           [order.output / ANSWERS] if worker else [])
     journal = Journal(work_folder(order.output), worker)
@@ -414,7 +415,7 @@ def make(made: Ready, tally: Tally, worker: str = "") -> None:
         cache.close()
 
 
-def _note_failure(item: Item, error: Exception, tally: Tally) -> None:
+def _note_failure(item: GeneratorItem, error: Exception, tally: RunningTally) -> None:
     if isinstance(error, NoReply):
         tally.num_unanswered += 1
         tally.why = f"{item.id}: {error}"
@@ -439,14 +440,14 @@ class DoneItem:
 class ItemMaker:
     """Makes items, in any thread."""
 
-    made: Ready
+    made: ReadyRun
     doors: Mapping[Role, Door]
     """Role -> model."""
     drawers: ThreadPoolExecutor
     """Asks for several draws of one question at a time."""
-    stop: Stop
+    stop: StopSignal
 
-    def make(self, numbered: tuple[int, Item]) -> tuple[int, Item, DoneItem | Exception]:
+    def make(self, numbered: tuple[int, GeneratorItem]) -> tuple[int, GeneratorItem, DoneItem | Exception]:
         """Return number, item, and what has come of it, be it what went wrong with this one alone.
 
         Raises:
@@ -459,15 +460,15 @@ class ItemMaker:
             return number, item, self._made(item)
         except (UserError, StopRequested):
             raise
-        except Unavailable as e:
+        except EndpointUnavailable as e:
             raise StopRequested(f"{e}; nothing is lost, and the same command goes on") from None
         except Exception as e:
             return number, item, e
 
-    def _made(self, item: Item) -> DoneItem:
+    def _made(self, item: GeneratorItem) -> DoneItem:
         made = self.made
         ask = Ask(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
-        samples: tuple[Sample, ...] = ()
+        samples: tuple[GeneratedSample, ...] = ()
         unusable = ""
         try:
             samples = tuple(map(writable, made.generator.make(item, ask)))
@@ -488,7 +489,7 @@ class ItemMaker:
         return iter([future.result() for future in futures])
 
 
-def finished(made: Ready, tally: Tally, workers: int) -> ExitCode:
+def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
     """Make the source of what is there; says what is missing.
 
     Raises:

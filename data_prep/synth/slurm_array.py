@@ -19,7 +19,7 @@ from pathlib import Path
 from data_prep.synth.candidates import ANSWERS
 from data_prep.synth.models import Most
 from data_prep.synth.options import SynthOptions
-from data_prep.synth.running import Order, begun_run, finished, make, open_items, order_of, ready
+from data_prep.synth.running import GeneratorOrder, begun_run, finished, make, open_items, order_of, ready
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -43,7 +43,7 @@ SERVER_WAIT_S, LOOK_S = 3 * 3600.0, 5.0
 class MakeShare:
     """The work of the array: each worker makes every `num_workers`-th item."""
 
-    order: Order
+    order: GeneratorOrder
     """What was asked for; its limits are those of one worker."""
     num_workers: int
 
@@ -68,7 +68,7 @@ class MakeShare:
 class FinishSource:
     """The work of the last job."""
 
-    order: Order
+    order: GeneratorOrder
 
     def __call__(self, task: int) -> None:
         """Finish the source."""
@@ -78,7 +78,7 @@ class FinishSource:
                 raise UserError(f"{self.order.output}: the checks end with {int(code)}; see its report.html")
 
 
-def served(order: Order) -> Order:
+def served(order: GeneratorOrder) -> GeneratorOrder:
     """Return an order whose model is where its server says that it is, once it answers.
 
     Raises:
@@ -147,7 +147,7 @@ def submit_order(options: SynthOptions) -> None:
         profile, options.workers or DEFAULT_WORKERS)
 
 
-def share_of(order: Order, num_workers: int) -> Most:
+def share_of(order: GeneratorOrder, num_workers: int) -> Most:
     """Return what each worker may use up of what is left.
 
     Raises:
@@ -164,7 +164,7 @@ def share_of(order: Order, num_workers: int) -> Most:
                 most.time_s)
 
 
-def server_script(order: Order, profile: ClusterProfile, array: str, program: str = "vllm") -> str:
+def server_script(order: GeneratorOrder, profile: ClusterProfile, array: str, program: str = "vllm") -> str:
     """Return the script of the job that serves the model as long as an array of that number lives."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -29,7 +29,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blo
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptTemplate:
     """One template."""
 
     name: str
@@ -64,7 +64,8 @@ class Prompt:
             raise UserError(f"template {self.name}: cannot be rendered ({type(e).__name__}: {e})") from None
 
 
-def load_prompt(name: str, fields: Sequence[str] | None, folders: Sequence[Path] = (PROMPTS,)) -> Prompt:
+def load_prompt(name: str, fields: Sequence[str] | None,
+                folders: Sequence[Path] = (PROMPTS,)) -> PromptTemplate:
     """Return a template of the first folder that has it.
 
     Args:
@@ -105,11 +106,12 @@ def load_prompt(name: str, fields: Sequence[str] | None, folders: Sequence[Path]
     if problems or version is None:
         raise UserError(list_problems(str(file), problems))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Prompt(name, int(version[1]), digest, compiled, None if fields is None else frozenset(fields))
+    return PromptTemplate(name, int(version[1]), digest, compiled,
+                          None if fields is None else frozenset(fields))
 
 
 def load_prompts(templates: Mapping[str, Sequence[str]],
-                 folders: Sequence[Path] = (PROMPTS,)) -> dict[str, Prompt]:
+                 folders: Sequence[Path] = (PROMPTS,)) -> dict[str, PromptTemplate]:
     """Return all templates of a generator.
 
     Raises:

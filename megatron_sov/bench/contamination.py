@@ -17,13 +17,13 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.chat.folder import open_tokenizer
-from megatron_sov.base.documents import BadRecord, Reading, Span, list_files, plan_units, read_span
-from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents import BadRecord, FileSpan, RecordReading, list_files, plan_units, read_span
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import WORDS, find_units
 from megatron_sov.base.documents.plain import forms
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
-from megatron_sov.bench.score_differences import Scored, is_mean, values_of
+from megatron_sov.bench.score_differences import ScoredItem, is_mean, values_of
 from megatron_sov.work.processes.pool import in_processes
 from megatron_sov.work.progress.work_bar import work_bar
 
@@ -54,7 +54,7 @@ class ItemHit:
 
 
 @dataclass(frozen=True)
-class Checked:
+class ContaminationCheck:
     results: Results
     """With `contamination` in each task."""
     hits: tuple[ItemHit, ...]
@@ -64,8 +64,8 @@ class Checked:
     num_documents: int
 
 
-def check(scored: Scored, data: Sequence[Path], reading: Reading, workers: int, shows: bool = True
-          ) -> Checked:
+def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, workers: int, shows: bool = True
+          ) -> ContaminationCheck:
     """Search training text for the items of all tasks.
 
     Args:
@@ -79,7 +79,7 @@ def check(scored: Scored, data: Sequence[Path], reading: Reading, workers: int, 
         UserError: there are no texts of items, or the data cannot be read.
     """
     texts = texts_of(scored)
-    search = Search(texts, WORDS, MIN_WORDS)
+    search = ItemSearch(texts, WORDS, MIN_WORDS)
     units = units_of(data)
     found: dict[tuple[str, str, str], ItemHit] = {}
     num_documents = 0
@@ -101,11 +101,11 @@ def check(scored: Scored, data: Sequence[Path], reading: Reading, workers: int, 
         said, len(hit_items[name]), _value_without(scored, name, hit_items[name])))
         if scored.items[name] else task  # a group has no items of its own
         for name, task in scored.results.tasks.items()}
-    return Checked(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
-                   {name: len(ids) for name, ids in short.items() if ids}, num_documents)
+    return ContaminationCheck(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
+                              {name: len(ids) for name, ids in short.items() if ids}, num_documents)
 
 
-def texts_of(scored: Scored) -> list[Item]:
+def texts_of(scored: ScoredItem) -> list[SearchItem]:
     """Return the questions and answers of all items.
 
     Raises:
@@ -113,7 +113,7 @@ def texts_of(scored: Scored) -> list[Item]:
     """
     found = []
     for task, items in scored.items.items():
-        own = [Item(task, name, field, text) for name, item in items.items()
+        own = [SearchItem(task, name, field, text) for name, item in items.items()
                for field, text in (("question", item.question), ("answer", item.answer)) if text.strip()]
         if items and not own:
             raise UserError(f"{scored.path}: the items of task {task} have no text that could be searched "
@@ -123,7 +123,7 @@ def texts_of(scored: Scored) -> list[Item]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TextPart:
     """Documents of a packed source."""
 
     folder: str
@@ -147,20 +147,20 @@ def units_of(data: Sequence[Path]) -> list[Any]:
 
         for source in open_sources({str(path): 1.0}, _ANY_VOCABULARY, _FORMATS):
             count = len(source.shard("train").lengths) if source.num_tokens.get("train") else 0
-            found += [_Part(str(path), source.name, begin, min(begin + UNIT_DOCUMENTS, count))
+            found += [_TextPart(str(path), source.name, begin, min(begin + UNIT_DOCUMENTS, count))
                       for begin in range(0, count, UNIT_DOCUMENTS)]
     return found
 
 
-def searching(texts: list[Item], reading: Reading) -> Callable[[Any], tuple[list[ItemHit], int]]:
+def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any], tuple[list[ItemHit], int]]:
     """Return what searches a part of the training data: it returns what it found, and how many documents it
     has seen."""
-    search = Search(texts, WORDS, MIN_WORDS)
+    search = ItemSearch(texts, WORDS, MIN_WORDS)
 
     def work(unit: Any) -> tuple[list[ItemHit], int]:
         hits: list[ItemHit] = []
         count = 0
-        for where, text, is_first in (_packed(unit) if isinstance(unit, _Part) else _read(unit, reading)):
+        for where, text, is_first in (_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)):
             count += is_first
             for units in map(find_units, forms(text)):
                 for one in search.find(units):
@@ -173,7 +173,7 @@ def searching(texts: list[Item], reading: Reading) -> Callable[[Any], tuple[list
     return work
 
 
-def _read(spans: tuple[Span, ...], reading: Reading) -> Iterator[tuple[str, str, bool]]:
+def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple[str, str, bool]]:
     for span in spans:
         for document in read_span(span, reading):
             if isinstance(document, BadRecord):
@@ -184,7 +184,7 @@ def _read(spans: tuple[Span, ...], reading: Reading) -> Iterator[tuple[str, str,
                 yield document.where, text, i == 0
 
 
-def _packed(part: _Part) -> Iterator[tuple[str, str, bool]]:
+def _packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
     from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources({part.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
@@ -203,7 +203,7 @@ def _packed(part: _Part) -> Iterator[tuple[str, str, bool]]:
             begin += PIECE_TOKENS - OVERLAP_TOKENS
 
 
-def _value_without(scored: Scored, task: str, hit: set[str]) -> float | None:
+def _value_without(scored: ScoredItem, task: str, hit: set[str]) -> float | None:
     """Return a task's first figure over the items that were not found; None where that is no mean of them."""
     metrics = scored.results.tasks[task].metrics
     if not metrics:

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.bench.lm.results import (
-    Item, Metric, Results, TaskScores, aligned, read_items, read_results, score_name)
+    Metric, ResultItem, Results, TaskScores, aligned, read_items, read_results, score_name)
 from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
@@ -32,10 +32,10 @@ CLOSE = 1e-6
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredItem:
     path: Path
     results: Results
-    items: Mapping[str, Mapping[str, Item]]
+    items: Mapping[str, Mapping[str, ResultItem]]
     """Task -> item -> what was found."""
 
 
@@ -78,24 +78,25 @@ class Difference:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def read_scored(path: Path) -> Scored:
+def read_scored(path: Path) -> ScoredItem:
     """Return what `eval lm` wrote, with its items.
 
     Raises:
         UserError: it cannot be read, is damaged, or its items are not those that it was computed from.
     """
     results = read_results(path)
-    items: dict[str, dict[str, Item]] = {name: {} for name in results.tasks}
+    items: dict[str, dict[str, ResultItem]] = {name: {} for name in results.tasks}
     for item in read_items(path, results):
         of_task = items.setdefault(item.task, {})
         if item.item in of_task:
             raise UserError(f"{path}: item {item.item} of task {item.task} stands in its items twice; run "
                             "`megatron-sov eval lm` again")
         of_task[item.item] = item
-    return Scored(path, results, items)
+    return ScoredItem(path, results, items)
 
 
-def differences(before: Scored, after: Scored, tasks: Sequence[str] = (), confidence: float = CONFIDENCE
+def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = (),
+                confidence: float = CONFIDENCE
                 ) -> list[Difference]:
     """Return the difference of every figure that both have.
 
@@ -144,7 +145,7 @@ def not_alike(name: str, before: TaskScores, after: TaskScores) -> list[str]:
     return found
 
 
-def _other_items(task: str, before: Scored, after: Scored) -> list[str]:
+def _other_items(task: str, before: ScoredItem, after: ScoredItem) -> list[str]:
     """Return a sentence where two items of one name are not the same."""
     now = after.items[task]
     found = [name for name, item in before.items[task].items()
@@ -158,7 +159,8 @@ def said(metric: Metric) -> str:
     return score_name(metric.label, metric.filter)
 
 
-def _difference(task: str, metric: Metric, before: Scored, after: Scored, confidence: float) -> Difference:
+def _difference(task: str, metric: Metric, before: ScoredItem, after: ScoredItem,
+                confidence: float) -> Difference:
     key = said(metric)
     other = next((m for m in after.results.tasks[task].metrics if said(m) == key), None)
     was, now = values_of(before, task, metric), values_of(after, task, metric)
@@ -184,7 +186,7 @@ def _difference(task: str, metric: Metric, before: Scored, after: Scored, confid
                       "" if found.interval else "one cluster alone")
 
 
-def values_of(scored: Scored, task: str, metric: Metric) -> dict[str, float]:
+def values_of(scored: ScoredItem, task: str, metric: Metric) -> dict[str, float]:
     """Return the items' finite scores by a metric."""
     found = {}
     for name, item in scored.items[task].items():
@@ -276,7 +278,7 @@ class Forgetting:
                 "tasks": [task.fields() for task in self.tasks]}
 
 
-def judge(start: Scored, last: Scored, tolerance: float) -> Forgetting:
+def judge(start: ScoredItem, last: ScoredItem, tolerance: float) -> Forgetting:
     """Return whether the last model has forgotten what the start could do.
 
     Args:

@@ -17,13 +17,13 @@ from megatron_sov.base.documents.strict_json import json_line
 from megatron_sov.base.errors import ExitCode, UserError, told_in_a_line
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.plugins import orders
-from megatron_sov.base.plugins.loading import Loaded
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import check_methods
 from megatron_sov.base.settings import (
-    AtLeastOne, Code, Flag, NotNegative, Problem, add_options, num_cores, only_with, parse_nested,
-    read_options)
+    AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, num_cores, only_with,
+    parse_nested, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.work.processes.threads import in_threads
 from megatron_sov.work.progress.folders import slurm_folder
@@ -66,9 +66,10 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     skip_failures: bool = False
     """List rows of which the class fails in failed.jsonl, and go on."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
-        return [Problem(Code.RULE, "ray", "and --cluster are two places", self.ray, "name one of them")
+        return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster are two places", self.ray,
+                                "name one of them")
                 ] if self.ray and self.cluster else []
 
     @property
@@ -80,7 +81,7 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
 add_arguments = partial(add_options, cls=MapOptions)
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a step", {"do": ("row",)})
 
 
@@ -93,7 +94,7 @@ class MapOrder:
     """What a command was asked for: a job from which any process makes the same."""
 
     options: MapOptions
-    step: Order
+    step: PluginOrder
     input_digest: str
     num_rows: int
     """Of the input."""
@@ -192,7 +193,7 @@ def _batches(file: Path) -> Iterator[Batch]:
         yield batch
 
 
-def _stepper(asked: Order, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
+def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
     """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
     that failed, behind "-"."""
     step = orders.build(asked, {}, STEPS).value

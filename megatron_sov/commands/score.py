@@ -19,7 +19,7 @@ from megatron_sov.commands.reward_options import JudgeOptions, RewardName
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.opinions import read_opinions
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rewards.scoring import MAX_TOLD, Summary, score_file
+from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringSummary, score_file
 from megatron_sov.work.progress.work_bar import work_bar
 
 TOLD_STRINGS = 3
@@ -93,7 +93,7 @@ def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
         write_output(page, page_of(opinions, output.name, version))
 
 
-def tell(summary: Summary, name: str, version: str, output: Path) -> None:
+def tell(summary: ScoringSummary, name: str, version: str, output: Path) -> None:
     """Say what became of the rows, and why some have no reward."""
     if summary.num_kept:
         print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")

@@ -30,8 +30,8 @@ import torch
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.media_shards import check_encoders
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.rows import Row, heldout_samples
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.rows import PackedRow, heldout_samples
 from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.engine.data.vocabulary import refuse_other_tokens
@@ -62,7 +62,7 @@ class HeldoutData:
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
     @cached_property
-    def _cut(self) -> dict[int, tuple[Documents, list[Sample]]]:
+    def _cut(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
         """The opened documents of each judged source, and what its rows are made of, by its index."""
         opened = {index: source.shard("heldout") for index, source in self.judged()}
         return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens,
@@ -73,7 +73,7 @@ class HeldoutData:
     def num_rows(self) -> int:
         return sum(len(samples) for _, samples in self._cut.values())
 
-    def rows(self, index: int) -> Iterator[Row]:
+    def rows(self, index: int) -> Iterator[PackedRow]:
         shard, samples = self._cut[index]
         for sample in samples:
             yield heldout_row(sample, shard, self.sources[index], self.seq_len)
@@ -114,7 +114,7 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     return data
 
 
-def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> dict[str, HeldoutLoss]:
+def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray]) -> dict[str, HeldoutLoss]:
     """Return the result on every source that has held-out targets.
 
     Args:
@@ -172,7 +172,7 @@ def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
 
 
 @torch.no_grad()
-def row_losses(model: Any, row: Row) -> np.ndarray:
+def row_losses(model: Any, row: PackedRow) -> np.ndarray:
     """Return [n] nats; each segment stands in a line of its own, so that documents do not see one another.
 
     Lines are padded at their end, which no token before can see.
@@ -305,7 +305,7 @@ def evaluate_bigram(data: HeldoutData, max_train_tokens: int) -> dict[str, Heldo
     following token) that models are judged on."""
     bigram = train_bigram(data.sources, data.vocab_size, max_train_tokens)
 
-    def losses_of(row: Row) -> np.ndarray:
+    def losses_of(row: PackedRow) -> np.ndarray:
         return -bigram.logprobs(row.tokens, row.labels)
 
     return evaluate_rows(data, losses_of)

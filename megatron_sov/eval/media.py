@@ -41,7 +41,7 @@ RETRIEVAL = {f"{kind}-{TEXT}": (f"{kind}-{TEXT}", f"{TEXT}-{kind}") for kind in 
 
 
 @dataclass(frozen=True)
-class Row:
+class MediaRow:
     """A prompt with what is to be recognised in the reply."""
 
     content: list[dict[str, Any]]
@@ -52,7 +52,7 @@ class Row:
     """What a judge chooses from; (): anything."""
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_rows(file: Path) -> list[MediaRow]:
     """Return the rows of a JSONL file: `content`, `answer`, and `labels` where a judge chooses.
 
     Raises:
@@ -76,7 +76,7 @@ def read_rows(file: Path) -> list[Row]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{file}:{number}: is no row ({type(e).__name__}: {e}); write "
                             '{"content": [parts], "answer": "..."}') from None
-        found.append(Row(content, answer, tuple(labels)))
+        found.append(MediaRow(content, answer, tuple(labels)))
     if not found:
         raise UserError(f"--data {file}: has no row")
     return found
@@ -88,7 +88,7 @@ def normalised(text: str) -> str:
     return " ".join(kept.split())
 
 
-def figures(rows: Sequence[Row], heard: Sequence[str]) -> dict[str, Any]:
+def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     """Return what was recognised against what was asked for.
 
     `accuracy` is the share of exact matches of normalised texts with Wilson's interval; `wer` and `cer` are
@@ -166,7 +166,7 @@ RECALLS = (1, 5)
 
 
 @dataclass(frozen=True)
-class Group:
+class MediaGroup:
     """Rows that are candidates for each other."""
 
     rows: list[int]
@@ -184,17 +184,17 @@ class Rank:
     num_right: int
 
 
-def grouped(rows: Sequence[Row], candidates: int, seed: int) -> list[Group]:
+def grouped(rows: Sequence[MediaRow], candidates: int, seed: int) -> list[MediaGroup]:
     """Return rows in groups of at most `candidates`, as even as can be, in an order of the seed."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     number = -(-len(rows) // candidates)
     ends = [len(rows) * i // number for i in range(number + 1)]
     parts = [order[start:end] for start, end in pairwise(ends)]
-    return [Group(part, list(dict.fromkeys(rows[i].answer for i in part))) for part in parts]
+    return [MediaGroup(part, list(dict.fromkeys(rows[i].answer for i in part))) for part in parts]
 
 
-def ranks(rows: Sequence[Row], groups: Sequence[Group],
+def ranks(rows: Sequence[MediaRow], groups: Sequence[MediaGroup],
           scores: Sequence[Sequence[Sequence[float]]]) -> tuple[list[Rank], list[Rank]]:
     """Return the ranks of texts behind media, one for each row in the order of groups, and of media for
     texts, one for each answer of each group.
@@ -249,7 +249,7 @@ def _chance(one: Rank, k: int) -> float:
     return 1 - math.comb(one.num_candidates - one.num_right, k) / math.comb(one.num_candidates, k)
 
 
-def likelihoods(target: Target, rows: Sequence[Row], groups: Sequence[Group], shown: ShownMedia, *,
+def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[MediaGroup], shown: ShownMedia, *,
                 chat: bool, with_features: bool, batching: Batching, settings: Sequence[str] = (),
                 nproc: int | None = None) -> list[list[list[float]]] | None:
     """Return log p(answer | what is shown) of each group [rows, answers]: the sum over the answer's tokens

@@ -134,7 +134,7 @@ EXTRACTED = "extracted"
 
 
 @dataclass
-class Judged:
+class JudgedItem:
     prompts: dict[str, PromptCounts] = field(default_factory=dict)
     """What tells a prompt from others -> its counts, in the order of the file."""
     statuses: Counter[str] = field(default_factory=Counter)
@@ -217,7 +217,7 @@ def final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
     return False, ""
 
 
-def read_judged(path: Path, group_by: str, right_from: float) -> Judged:
+def read_judged(path: Path, group_by: str, right_from: float) -> JudgedItem:
     """Return what became of the rows of a file that `score_file` has written.
 
     Args:
@@ -225,18 +225,20 @@ def read_judged(path: Path, group_by: str, right_from: float) -> Judged:
         group_by: field that the responses to one prompt have in common.
         right_from: least reward of a right response.
     """
-    return read_judged_parts(path, None, group_by, right_from).get("", Judged())
+    return read_judged_parts(path, None, group_by, right_from).get("", JudgedItem())
 
 
-def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from: float) -> dict[str, Judged]:
+def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from: float) -> dict[str,
+                                                                                                 JudgedItem]:
     """Return the same for each value of the field `part_by`, in the order of the file; None: all are "", one
     part."""
-    parts: dict[str, Judged] = {}
+    parts: dict[str, JudgedItem] = {}
     with open(path, "rb") as f:
         for line in f:
             row = json.loads(line)
             part = "" if part_by is None else str(row[part_by])
-            parts.setdefault(part, Judged()).add(json.dumps(row[group_by], sort_keys=True), row, right_from)
+            parts.setdefault(part, JudgedItem()).add(json.dumps(row[group_by], sort_keys=True), row,
+                                                     right_from)
     return parts
 
 

@@ -11,8 +11,8 @@ import torch
 from megatron_sov.engine.mcore.decode.cached_decoder import (
     CachedDecoder, DecodeOutput, over_shares, share_place)
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model.kv_cache import CacheSize, Span
-from megatron_sov.infer.decoder.ranking import Place, ranked
+from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
+from megatron_sov.infer.decoder.ranking import RankingPlace, ranked
 from megatron_sov.infer.request import Batching
 from megatron_sov.omni.media.placed import Media, cut
 
@@ -33,7 +33,7 @@ class Question:
 class _Step:
     """What a row reads: a piece of a prompt, or the answers behind it."""
 
-    spans: list[Span]
+    spans: list[CacheSpan]
     answers: list[tuple[int, int]] = field(default_factory=list)
     """Question and answer that each span belongs to; []: it is a piece of a prompt."""
 
@@ -86,21 +86,21 @@ def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, s
         past, media = len(question.prompt) - 1, question.media
         for start in range(0, past, prefill_tokens):
             piece = question.prompt[start:min(past, start + prefill_tokens)]
-            yield _Step([Span(0, start, piece, cut(media, start, len(piece)) or None)])
+            yield _Step([CacheSpan(0, start, piece, cut(media, start, len(piece)) or None)])
         last = cut(media, past, 1) or None
         for first in range(0, len(question.answers), slots - 1):
             here = range(first, min(len(question.answers), first + slots - 1))
             if past:
                 decoder.copy(0, [1 + answer - first for answer in here])
-            yield _Step([Span(1 + answer - first, past,
-                              [question.prompt[-1], *question.answers[answer][:-1]], last)
+            yield _Step([CacheSpan(1 + answer - first, past,
+                                   [question.prompt[-1], *question.answers[answer][:-1]], last)
                          for answer in here], [(number, answer) for answer in here])
 
 
 def _tell(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[Question], step: _Step,
           found: torch.Tensor) -> None:
     """Write down how probable the tokens of a row's answers are."""
-    places = [Place(end - len(span.tokens) + at, token, 0, None)
+    places = [RankingPlace(end - len(span.tokens) + at, token, 0, None)
               for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
               for at, token in enumerate(questions[question].answers[answer])]
     told = iter(ranked(lambda rows: decoder.logits(read, rows), places))

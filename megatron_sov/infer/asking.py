@@ -34,7 +34,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingRequest:
     """Prompts as a model reads them."""
 
     ids: list[list[int]]
@@ -172,7 +172,7 @@ def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 
 
-def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> Asked:
+def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> SamplingRequest:
     """Return prompts in the ids of a model's own tokenizer.
 
     Args:
@@ -186,7 +186,7 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
     """
     _refuse_half_characters(prompts)  # before the tokenizer is looked for
     asker = Asker(target, chat)
-    return Asked(asker.ask(prompts), asker.end_ids, asker.decode)
+    return SamplingRequest(asker.ask(prompts), asker.end_ids, asker.decode)
 
 
 def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:

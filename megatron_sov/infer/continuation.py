@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from megatron_sov.base.documents.routes import RouteShape
-from megatron_sov.engine.mcore.model.kv_cache import Span
-from megatron_sov.infer.request import Sampling, Stop, Tells, Written
+from megatron_sov.engine.mcore.model.kv_cache import CacheSpan
+from megatron_sov.infer.request import Sampling, StopRule, Tells, Written
 from megatron_sov.omni.media.placed import Media, cut, fingerprint
 
 
@@ -29,7 +29,7 @@ class Continuation:
     """Longest continuation."""
     sampling: Sampling
     """How its tokens are chosen."""
-    stop: Stop
+    stop: StopRule
     """What ends it before it is as long as allowed."""
     stream: int
     """Number of its stream of random numbers, which with the seed decides them."""
@@ -66,10 +66,10 @@ class Continuation:
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
         return tokens + fingerprint(self.media) if self.media else tokens
 
-    def span(self, slot: int, count: int) -> Span:
+    def span(self, slot: int, count: int) -> CacheSpan:
         """Return the next `count` tokens that are read, with the pictures and sounds that they stand for."""
-        return Span(slot, self.read, self.tokens[self.read:self.read + count],
-                    cut(self.media, self.read, count) or None)
+        return CacheSpan(slot, self.read, self.tokens[self.read:self.read + count],
+                         cut(self.media, self.read, count) or None)
 
     @property
     def has_ended(self) -> bool:
@@ -95,7 +95,7 @@ class RowItem:
     """A span of a row."""
 
     sequence: Continuation
-    span: Span
+    span: CacheSpan
     start: int
     """Row index of its first token."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
 from megatron_sov.infer.decoder.held_weights import NamedTensors
-from megatron_sov.infer.request import Batching, Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.request import Batching, Generated, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
     from megatron_sov.engine.convert.changed_values import Changed
@@ -27,7 +27,7 @@ class Engine(Protocol):
     """A loaded model that continues prompts; where it runs on several processes, called by all together,
     and all get the same."""
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         """Continue prompts.
 

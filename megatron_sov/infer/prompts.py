@@ -14,7 +14,7 @@ from megatron_sov.infer.request import Generated
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ModelPrompt:
     """What a model is asked."""
 
     text: str
@@ -25,14 +25,14 @@ class Prompt:
     """The fields of its line, which go with the responses: what a reward needs."""
 
 
-def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
+def read_prompts(given: Sequence[str], file: Path | None) -> list[ModelPrompt]:
     """Return the prompts given as texts, then those of a JSONL file with fields "prompt" and,
     if wanted, "target".
 
     Raises:
         UserError: there is none, one is empty, or a line of the file is malformed (named by number).
     """
-    prompts = [Prompt(text) for text in given] + (_read_file(file) if file is not None else [])
+    prompts = [ModelPrompt(text) for text in given] + (_read_file(file) if file is not None else [])
     if not prompts and file is not None:
         raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
     if not prompts:
@@ -43,7 +43,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Prompt]:
     return prompts
 
 
-def response_lines(prompts: Sequence[Prompt], texts: Sequence[str], found: Generated) -> str:
+def response_lines(prompts: Sequence[ModelPrompt], texts: Sequence[str], found: Generated) -> str:
     """Return JSON lines as `megatron-sov score` reads them: a prompt's own fields, `response`, `num_tokens`
     and `finish_reason`."""
     return "".join(json.dumps({
@@ -53,7 +53,7 @@ def response_lines(prompts: Sequence[Prompt], texts: Sequence[str], found: Gener
                                                 strict=True))
 
 
-def _read_file(file: Path) -> list[Prompt]:
+def _read_file(file: Path) -> list[ModelPrompt]:
     refuse_tables(file, "--prompts")
     try:
         # at "\n" alone: `splitlines` also cuts at characters that may stand inside a JSON string
@@ -76,5 +76,5 @@ def _read_file(file: Path) -> list[Prompt]:
                 or not isinstance(record.get("target", ""), str):
             raise UserError(f'{file}:{number}: must be an object with "prompt" and, if wanted, '
                             '"target", both strings')
-        prompts.append(Prompt(record["prompt"], record.get("target"), record))
+        prompts.append(ModelPrompt(record["prompt"], record.get("target"), record))
     return prompts

@@ -11,14 +11,15 @@ from annotated_types import Gt, Le
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    NO_FLAG, AtLeastOne, Code, Flag, NotNegative, NotNegativeInt, Problem, SettingsError, find_problems)
+    NO_FLAG, AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
+    find_problems)
 
 if TYPE_CHECKING:
     import numpy as np
 
 Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"
-"""Finish reasons, as inference servers name them: something of `Stop` ended it, or it is as long as
+"""Finish reasons, as inference servers name them: something of `StopRule` ended it, or it is as long as
 allowed."""
 Temperature = Annotated[NotNegative, Flag(value="T", help="0 takes the most probable token; otherwise logits "
                                                           "are divided by it and sampled")]
@@ -69,17 +70,19 @@ class Sampling:
     """Tokens that it does not allow have no probability (engine megatron, without drafts); log-probabilities
     are those of the part."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not go together."""
         found = []
         if self.for_training and self.truncates and not self.allow_truncation:
-            found.append(Problem(
-                Code.RULE, "for_training", f"top_k = {self.top_k} and top_p = {self.top_p} cut it off: "
+            found.append(SettingsProblem(
+                ProblemCode.RULE, "for_training",
+                f"top_k = {self.top_k} and top_p = {self.top_p} cut it off: "
                 "samples that are trained on come from the whole distribution, whose log-probabilities a "
                 "trainer computes", way_out="leave both out, or set allow_truncation"))
         if self.rules is not None and (self.num_drafts or self.for_training):
-            found.append(Problem(Code.RULE, "num_drafts", "drafts know nothing of which tokens are allowed",
-                                 self.num_drafts, "leave it out"))
+            found.append(SettingsProblem(ProblemCode.RULE, "num_drafts",
+                                         "drafts know nothing of which tokens are allowed",
+                                         self.num_drafts, "leave it out"))
         return found
 
     @property
@@ -128,7 +131,7 @@ def refuse_routes(engine: str, sampling: Sampling) -> None:
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopRule:
     """What ends a continuation before it is as long as allowed."""
 
     ids: tuple[int, ...] = ()
@@ -182,7 +185,7 @@ class Tells:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What ends continuations otherwise than `Stop` and the sampling (engine megatron)."""
+    """What ends continuations otherwise than `StopRule` and the sampling (engine megatron)."""
 
     limits: Sequence[int]
     """Longest continuation of each prompt."""
@@ -240,7 +243,7 @@ class Generated:
     tokens visited, [tokens - 1, layers, top_k] (`documents.routes`); None: not asked for."""
 
     @classmethod
-    def of(cls, written: Sequence[Written], sampling: Sampling, stop: Stop, version: int,
+    def of(cls, written: Sequence[Written], sampling: Sampling, stop: StopRule, version: int,
            drafted: int = 0, accepted: int = 0, routes: list[np.ndarray] | None = None) -> Generated:
         """Return what was written for each prompt, with all that follows from what was asked."""
         for number, (tokens, logprobs) in enumerate(written):

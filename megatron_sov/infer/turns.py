@@ -11,15 +11,15 @@ import torch.distributed as dist
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.infer.engine import Engine
-from megatron_sov.infer.request import Sampling, Stop, Tokens
-from megatron_sov.judge.tools.episode import Written
-from megatron_sov.judge.tools.playing import Policy
+from megatron_sov.infer.request import Sampling, StopRule, Tokens
+from megatron_sov.judge.tools.episode import GeneratedTurn
+from megatron_sov.judge.tools.playing import ToolPolicy
 
 
 class EnginePolicy:
     """An engine that writes turns."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, stop: Stop) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling, stop: StopRule) -> None:
         """Take an engine.
 
         Args:
@@ -30,10 +30,10 @@ class EnginePolicy:
         self._engine, self._sampling, self._stop = engine, sampling, stop
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
-               streams: Sequence[int]) -> list[Written]:
+               streams: Sequence[int]) -> list[GeneratedTurn]:
         found = self._engine.generate(prompts, replace(self._sampling, max_new_tokens=max_new_tokens),
                                       stop=self._stop, streams=streams)
-        return [Written(ids, logprobs)
+        return [GeneratedTurn(ids, logprobs)
                 for ids, logprobs in zip(found.continuations, found.logprobs, strict=True)]
 
 
@@ -44,11 +44,11 @@ class _Shared:
         self._policy = policy
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
-               streams: Sequence[int]) -> list[Written]:
+               streams: Sequence[int]) -> list[GeneratedTurn]:
         return self._policy.sample(*broadcast_object(((prompts, max_new_tokens, streams), ""))[0])
 
 
-def with_policy(policy: EnginePolicy, work: Callable[[Policy], Any]) -> Any:
+def with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
     """Return what some work with a policy gives; called by all processes of the engine together.
 
     The work runs on the first process alone, so that tools act once; the others sample along, and get None.

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sov.base.documents import KINDS, ROLLOUTS
 from megatron_sov.base.documents.columns import column_problems
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import check_methods, takes
 from megatron_sov.base.settings import read_arguments
@@ -29,7 +29,7 @@ MEMORY = {"state": (), "restore": ("state",)}
 """What one with a memory has besides."""
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
         check_methods(loaded.value, loaded.reference, "an objective with a memory", MEMORY)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.operate.slurm.stages import Commands, Work, fitting_nodes, work_of
+from megatron_sov.operate.slurm.stages import Commands, StageWork, fitting_nodes, work_of
 from megatron_sov.work.clusters.cluster import time_limit_s
 from megatron_sov.work.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
 
@@ -85,7 +85,7 @@ def prepare(stage: str, arguments: list[str], profile: KubernetesProfile, comman
     return yaml.dump(job, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
-def _manifest(work: Work, profile: KubernetesProfile, settings: tuple[str, ...], nodes: int,
+def _manifest(work: StageWork, profile: KubernetesProfile, settings: tuple[str, ...], nodes: int,
               name: str) -> dict[str, Any]:
     """Return the manifest's content; `settings` follow from the number of nodes."""
     asked = dict(profile.resources)
@@ -112,7 +112,7 @@ def _manifest(work: Work, profile: KubernetesProfile, settings: tuple[str, ...],
     return {"apiVersion": API, "kind": "TrainJob", "metadata": metadata, "spec": spec}
 
 
-def _words(profile: KubernetesProfile, work: Work, settings: tuple[str, ...]) -> list[str]:
+def _words(profile: KubernetesProfile, work: StageWork, settings: tuple[str, ...]) -> list[str]:
     """Return what follows the script: what shows that the stage is complete, the folder where relative paths
     start, the command."""
     command = [*work.kind.program, *work.arguments]

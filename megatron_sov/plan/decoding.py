@@ -67,7 +67,7 @@ class Engines:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DecodingRequest:
     num_responses: int
     prompt_tokens: float
     response_tokens: float
@@ -91,7 +91,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Writing:
+class DecodingWriting:
     prefill_s: float
     decode_s: float
     """Steps with as many responses as an engine runs at a time."""
@@ -107,7 +107,7 @@ class Writing:
         return self.prefill_s + self.decode_s + self.tail_s
 
 
-def writing(engines: Engines, asked: Asked, parameters: Parameters) -> Writing:
+def writing(engines: Engines, asked: DecodingRequest, parameters: Parameters) -> DecodingWriting:
     e = engines
     mine = max(1, -(-asked.num_responses // e.num_engines))
     context = asked.prompt_tokens + asked.response_tokens / 2
@@ -128,10 +128,10 @@ def writing(engines: Engines, asked: Asked, parameters: Parameters) -> Writing:
     prefill_s = prompts * e.shape.forward_flops_per_token(max(1, round(asked.prompt_tokens))) / (
         e.tp * e.chip.bf16_flops_per_s * product_share(e.chip, parameters))
     cache = running * kv_bytes(e.shape, context) / kv_cuts(e.shape, e.tp)
-    return Writing(prefill_s, decode_s, tail_s, running, round(weights + cache))
+    return DecodingWriting(prefill_s, decode_s, tail_s, running, round(weights + cache))
 
 
-def _thinning(asked: Asked, together: int) -> Iterator[tuple[float, float, float]]:
+def _thinning(asked: DecodingRequest, together: int) -> Iterator[tuple[float, float, float]]:
     """Yield (tokens written, steps that are expected, share of the responses that still run) over the longest
     response; a step is done while any of `together` responses runs, for a round waits for the last one."""
     steps, mean = asked.max_tokens / SLICES, asked.ends_after_tokens
@@ -190,8 +190,8 @@ PACKED_SHARE = 0.95
 
 
 @dataclass(frozen=True)
-class Round(Writing):
-    """Seconds of one round, by job: generate's are those of `Writing`."""
+class DecodingRound(DecodingWriting):
+    """Seconds of one round, by job: generate's are those of `DecodingWriting`."""
 
     forward_s: float
     """Train: passes that only look, for a reference and for the trainer's own log-probabilities."""
@@ -217,8 +217,8 @@ class Round(Writing):
         return together + self.refit_s + self.other_s
 
 
-def round_of(engines: Engines, asked: Asked, step: Workload, num_forward: float, parameters: Parameters, *,
-             apart: bool = False) -> Round:
+def round_of(engines: Engines, asked: DecodingRequest, step: Workload, num_forward: float,
+             parameters: Parameters, *, apart: bool = False) -> DecodingRound:
     """Return what a round takes.
 
     Args:
@@ -241,5 +241,6 @@ def round_of(engines: Engines, asked: Asked, step: Workload, num_forward: float,
     written = writing(engines, asked, parameters)
     weight_bytes = engines.shape.params() * engines.weight_bytes
     rate = costs.refit_apart_bytes_per_s if apart else costs.refit_bytes_per_s
-    return Round(**vars(written), forward_s=forward_s, train_s=steps * step_time(one, parameters).total_s,
-                 refit_s=weight_bytes / rate, other_s=costs.round_s, apart=apart)
+    return DecodingRound(**vars(written), forward_s=forward_s,
+                         train_s=steps * step_time(one, parameters).total_s,
+                         refit_s=weight_bytes / rate, other_s=costs.round_s, apart=apart)

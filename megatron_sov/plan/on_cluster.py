@@ -10,17 +10,18 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.recipes.requested import Request
+from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan import post_training
 from megatron_sov.plan.calibration.fitting import fullest, nearest, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import Quote, as_json, gib, totals
-from megatron_sov.plan.pages.telling import Told, name, set_line, sizes, submit_line
+from megatron_sov.plan.pages.telling import PlanText, name, set_line, sizes, submit_line
 from megatron_sov.plan.pricing import Machines, Pricing, pricing, quote, refuse_precision, run_stages
 from megatron_sov.plan.search.recommended import leaves_layout_open, settings_for
 from megatron_sov.plan.search.space import own_choice
-from megatron_sov.plan.search.sweep import Search, fewest_nodes, fits_somehow, num_layouts, search, told_nodes
+from megatron_sov.plan.search.sweep import (
+    SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.work.clusters.units import GIB
 from megatron_sov.work.progress.work_bar import work_bar
@@ -30,12 +31,12 @@ LEAST_SHOWN_BYTES = GIB // 20
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedPlan:
     config: RunConfig
     machines: Machines
     quotes: list[Quote]
     """Its stages; none where the profile does not say what GPUs it has."""
-    told: Told | None = None
+    told: PlanText | None = None
     """The search that chose the layout."""
 
     @cached_property
@@ -79,7 +80,7 @@ class Placed:
                 f"{needs.total / GIB:.1f} GiB on each of stage {stage + 1}: {items}")
 
 
-def placed(request: Request, machines: Machines, parameters: Parameters | None = None) -> Placed:
+def placed(request: RecipeRequest, machines: Machines, parameters: Parameters | None = None) -> PlacedPlan:
     """Return a run with its own layout, or with the recommended one where nobody has said any.
 
     Raises:
@@ -95,11 +96,11 @@ def placed(request: Request, machines: Machines, parameters: Parameters | None =
         refuse_precision(config, prices.chip)
         _refuse_too_large(config, prices)
     _refuse_on_host(config, machines)
-    return Placed(config, machines, _quotes(config, prices, settings) if prices else [])
+    return PlacedPlan(config, machines, _quotes(config, prices, settings) if prices else [])
 
 
-def searched(request: Request, machines: Machines, recipe: Sequence[str],
-             parameters: Parameters | None = None) -> Placed:
+def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
+             parameters: Parameters | None = None) -> PlacedPlan:
     """Return a run with the fastest layout that fits; what --set says of a layout stays.
 
     Raises:
@@ -119,10 +120,10 @@ def searched(request: Request, machines: Machines, recipe: Sequence[str],
     settings = choice.settings(config)
     best = apply_settings(config, settings)
     otherwise = _recommended(config, machines) if leaves_layout_open(request) else []
-    told = Told(found, machines, own_choice(apply_settings(config, otherwise)), settings,
-                submit_line(config, machines, recipe, [*request.settings, *settings]))
+    told = PlanText(found, machines, own_choice(apply_settings(config, otherwise)), settings,
+                    submit_line(config, machines, recipe, [*request.settings, *settings]))
     _refuse_on_host(best, machines)
-    return Placed(best, machines, _quotes(best, prices, [*request.settings, *settings]), told)
+    return PlacedPlan(best, machines, _quotes(best, prices, [*request.settings, *settings]), told)
 
 
 def _refuse_too_large(config: RunConfig, prices: Pricing) -> None:
@@ -166,7 +167,7 @@ def _unknown(machines: Machines) -> str:
     return ""
 
 
-def _fits_nowhere(config: RunConfig, prices: Pricing, found: Search, fixed: Collection[str]) -> str:
+def _fits_nowhere(config: RunConfig, prices: Pricing, found: SweepSearch, fixed: Collection[str]) -> str:
     """Return the sentence on a run that has no layout on so many nodes."""
     machines = prices.machines
     nodes = f"{machines.nodes:,} node{'s' if machines.nodes > 1 else ''}"

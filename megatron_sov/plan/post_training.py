@@ -9,9 +9,10 @@ from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
 from megatron_sov.model.config.preference import WITH_REFERENCE
 from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.plan.decoding import PACKED_SHARE, Asked, Engines, Round, round_of, writing
+from megatron_sov.plan.decoding import (
+    PACKED_SHARE, DecodingRequest, DecodingRound, Engines, round_of, writing)
 from megatron_sov.plan.operation import cost
-from megatron_sov.plan.pages.quote import Memory, Quote
+from megatron_sov.plan.pages.quote import Quote, QuotedMemory
 from megatron_sov.plan.pricing import Pricing, RunStage, quote, run_stages
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import ModelShape, Workload, of_model, of_run
@@ -54,7 +55,7 @@ def teacher_of(config: RunConfig, assumed: Assumed) -> str:
 
 
 @dataclass(frozen=True)
-class Budget:
+class PostTrainingBudget:
     recipes: tuple[str, ...]
     """Recipes of the runs that it was spent on, together."""
     gpu: str
@@ -69,15 +70,15 @@ class Budget:
 
 
 BUDGETS = (
-    Budget(("typhoon-s-8b", "typhoon-s-8b-opd"), "h100", 8, 8 * 48.0, 0.0,
-           "SFT and on-policy distillation: 8 H100, about 2 days (arXiv 2601.18129)"),
-    Budget(("typhoon-s-4b-legal",), "h100", 4, 4 * 24.0, 0.0,
-           "InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
-    Budget(("typhoon-s-4b-legal-agent",), "h100", 4, 4 * 24.0, 0.0,
-           "agentic InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
-    Budget(("vibethinker-1.5b", "vibethinker-1.5b-math-16k", "vibethinker-1.5b-math-32k",
-            "vibethinker-1.5b-code"), "h800", 0, 3900.0, 7800.0,
-           "all post-training: 3,900 H800 hours, 7,800 USD at 2 an hour (arXiv 2511.06221)"),
+    PostTrainingBudget(("typhoon-s-8b", "typhoon-s-8b-opd"), "h100", 8, 8 * 48.0, 0.0,
+                       "SFT and on-policy distillation: 8 H100, about 2 days (arXiv 2601.18129)"),
+    PostTrainingBudget(("typhoon-s-4b-legal",), "h100", 4, 4 * 24.0, 0.0,
+                       "InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
+    PostTrainingBudget(("typhoon-s-4b-legal-agent",), "h100", 4, 4 * 24.0, 0.0,
+                       "agentic InK-GRPO: 4 H100, about 1 day (arXiv 2601.18129)"),
+    PostTrainingBudget(("vibethinker-1.5b", "vibethinker-1.5b-math-16k", "vibethinker-1.5b-math-32k",
+                        "vibethinker-1.5b-code"), "h800", 0, 3900.0, 7800.0,
+                       "all post-training: 3,900 H800 hours, 7,800 USD at 2 an hour (arXiv 2511.06221)"),
 )
 """Budgets of runs that there are recipes for."""
 
@@ -91,7 +92,7 @@ def told_of(recipe: str) -> tuple[str, ...]:
 
 
 def priced(pricing: Pricing, name: str, kind: str, phase: PhaseConfig, *, steps: int, tokens: int,
-           seconds: Mapping[str, float], memory: Memory, flops_per_token: float = 0.0,
+           seconds: Mapping[str, float], memory: QuotedMemory, flops_per_token: float = 0.0,
            notes: tuple[str, ...] = (), on_gpus: bool = True) -> Quote:
     """Return the quote of a job."""
     step_s = sum(seconds.values())
@@ -134,13 +135,14 @@ def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp)
 
 
-def asked_of(config: RunConfig, assumed: Assumed) -> Asked:
+def asked_of(config: RunConfig, assumed: Assumed) -> DecodingRequest:
     r = config.rollout
-    return Asked(r.prompts_per_round * r.samples_per_prompt, assumed.prompt_share * r.max_prompt_tokens,
-                 assumed.response_share * r.max_new_tokens, r.max_new_tokens, r.samples_per_prompt)
+    return DecodingRequest(r.prompts_per_round * r.samples_per_prompt,
+                           assumed.prompt_share * r.max_prompt_tokens,
+                           assumed.response_share * r.max_new_tokens, r.max_new_tokens, r.samples_per_prompt)
 
 
-def rows_of(config: RunConfig, asked: Asked) -> int:
+def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
     """Return the rows of a run's length that a round's documents fill."""
     tokens = asked.num_responses * (asked.prompt_tokens + asked.response_tokens)
     return max(1, round(tokens / config.data.phases[0].seq_len / PACKED_SHARE))
@@ -152,7 +154,8 @@ def num_forward(config: RunConfig) -> float:
     return (config.policy.parts.kl != "none") + 1 - 1 / config.rollout.steps_per_round
 
 
-def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[Round, Workload, Asked]:
+def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,
+                                                                              DecodingRequest]:
     """Return what a round takes, with its optimizer step and what it asks for."""
     asked = asked_of(config, assumed)
     rows = max(1, round(rows_of(config, asked) / config.rollout.steps_per_round))
@@ -175,8 +178,8 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
         pricing, "generate", "RL: generate", responses, steps=rounds, tokens=written,
         seconds={"prefill": took.prefill_s, "decode": took.decode_s, "last responses": took.tail_s,
                  "new weights": took.refit_s, "other": took.other_s},
-        memory=Memory({"weights": weights, "keys and values": took.memory_bytes - weights},
-                      int(engines.costs.memory_share * pricing.chip.memory_bytes)),
+        memory=QuotedMemory({"weights": weights, "keys and values": took.memory_bytes - weights},
+                            int(engines.costs.memory_share * pricing.chip.memory_bytes)),
         notes=(f"generate: {engines.num_engines:,} engines of {engines.tp} "
                f"GPU{'s' if engines.tp > 1 else ''}, "
                f"{took.running:,} responses at a time in each; prompts of {asked.prompt_tokens:,.0f} and "
@@ -184,7 +187,8 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
                f"{asked.max_tokens:,}",))
     reward = priced(
         pricing, "reward", "RL: reward", responses, steps=rounds, tokens=written, on_gpus=False,
-        seconds={"judge": asked.num_responses * assumed.judge_s / assumed.judge_cores}, memory=Memory({}, 0),
+        seconds={"judge": asked.num_responses * assumed.judge_s / assumed.judge_cores},
+        memory=QuotedMemory({}, 0),
         notes=(f"reward: rules or tests of {assumed.judge_s:g} s of a core for each response are assumed, on "
                f"{assumed.judge_cores} cores; a model that judges writes like the policy",))
     at, needs = fullest(config, pricing.num_ranks)
@@ -193,7 +197,7 @@ def reinforcement(config: RunConfig, pricing: Pricing, assumed: Assumed) -> list
         pricing, "train", "RL: train", replace(phase, global_batch_size=step.global_batch_size), steps=rounds,
         tokens=rounds * rows_of(config, asked) * phase.seq_len,
         seconds=learning | _text(config, step, pricing),
-        memory=Memory(needs.components(), pricing.limit_bytes, at, needs.on_host),
+        memory=QuotedMemory(needs.components(), pricing.limit_bytes, at, needs.on_host),
         flops_per_token=of_model(config.model).train_flops_per_token(phase.seq_len),
         notes=(f"train: {rounds:,} rounds of {config.rollout.steps_per_round} "
                f"step{'s' if config.rollout.steps_per_round > 1 else ''} each"
@@ -286,7 +290,7 @@ def _forward(stage: RunStage, pricing: Pricing, name: str, kind: str, config: Ru
     seconds = step_time(alone, pricing.parameters).components
     return priced(pricing, name, kind, replace(stage.phase, global_batch_size=stage.global_batch_size),
                   steps=stage.steps, tokens=stage.tokens, seconds=seconds,
-                  memory=Memory({"weights": weights}, pricing.limit_bytes),
+                  memory=QuotedMemory({"weights": weights}, pricing.limit_bytes),
                   flops_per_token=shape.forward_flops_per_token(stage.phase.seq_len), notes=notes)
 
 
@@ -295,8 +299,8 @@ def _writing(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
     response.  Each turn has to bring student and teacher to the GPUs."""
     longest = max(1, stage.phase.seq_len // 2)
     samples = max(1, round(stage.steps * stage.global_batch_size * assumed.student_share))
-    asked = Asked(-(-samples // assumed.turns), assumed.prompt_share * longest,
-                  assumed.response_share * longest, longest)
+    asked = DecodingRequest(-(-samples // assumed.turns), assumed.prompt_share * longest,
+                            assumed.response_share * longest, longest)
     engines = engines_of(of_model(stage.config.model), pricing)
     took, costs = writing(engines, asked, pricing.parameters), engines.costs
     moved = (engines.shape.params() + of_model(_teacher(stage.config, assumed)).params()) * 2
@@ -306,8 +310,8 @@ def _writing(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:
         steps=assumed.turns, tokens=round(assumed.turns * asked.num_responses * asked.response_tokens),
         seconds={"prefill": took.prefill_s, "decode": took.decode_s, "last responses": took.tail_s,
                  "models come and go": moved / costs.refit_bytes_per_s, "other": costs.round_s},
-        memory=Memory({"weights": weights, "keys and values": took.memory_bytes - weights},
-                      int(engines.costs.memory_share * pricing.chip.memory_bytes)),
+        memory=QuotedMemory({"weights": weights, "keys and values": took.memory_bytes - weights},
+                            int(engines.costs.memory_share * pricing.chip.memory_bytes)),
         notes=(f"write: the student answers {samples:,} prompts ({assumed.student_share:.0%} of the "
                f"samples) in {assumed.turns:,} turns, {asked.response_tokens:,.0f} tokens each",))
 

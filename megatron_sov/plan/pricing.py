@@ -13,7 +13,7 @@ from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.recipes.extension import micro_batch_size
 from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
-from megatron_sov.plan.pages.quote import Checkpoint, Memory, Quote, Traffic
+from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory, Traffic
 from megatron_sov.plan.search.space import as_dict, own_choice
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
 from megatron_sov.plan.speed.step import Known, StepTime, beside_layers, step_time
@@ -255,7 +255,8 @@ def quote(stage: RunStage, pricing: Pricing) -> Quote:
         name=stage.name, kind=stage.kind, gpu=pricing.chip.name, num_gpus=pricing.num_ranks,
         tokens=stage.tokens, steps=stage.steps, seq_len=stage.phase.seq_len,
         global_batch_size=stage.global_batch_size, layout=as_dict(own_choice(stage.config)),
-        memory=Memory(needs.components(), pricing.limit_bytes, at, needs.on_host), seconds=step.components,
+        memory=QuotedMemory(needs.components(), pricing.limit_bytes, at, needs.on_host),
+        seconds=step.components,
         traffic=tuple(Traffic(m.group, m.link, m.num_bytes, m.ideal_s) for m in messages(work)),
         bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,

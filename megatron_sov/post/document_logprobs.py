@@ -11,13 +11,13 @@ import torch
 
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.engine.data.batches import rows_per_micro_batch
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Row, Segment, best_fit
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment, Row, best_fit
 from megatron_sov.engine.data.rows import join_rows, sample_row
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.eval.heldout import row_losses
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 
@@ -28,7 +28,7 @@ MICRO_BATCHES = 8
 """Those of a process that are passed through the model at a time."""
 
 
-class Running(Protocol):
+class RunningLogprobs(Protocol):
     """A model that runs on all processes together."""
 
     @property
@@ -37,12 +37,12 @@ class Running(Protocol):
         ...
 
     @property
-    def world(self) -> World:
+    def world(self) -> ParallelWorld:
         """This process's place."""
         ...
 
 
-def document_logprobs(model: Running, documents: Documents, chosen: range, seq_len: int,
+def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
                       rows_per_batch: int, temperature: float = 1.0,
                       routes: RouteShape | None = None) -> np.ndarray:
     """Return [tokens of the documents] float32, document after document, on every process.
@@ -71,7 +71,7 @@ def document_logprobs(model: Running, documents: Documents, chosen: range, seq_l
 def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
     """Return what `document_logprobs` gives, of transformers' model."""
     return _placed(documents, chosen, seq_len, 1, lambda rows: np.stack([
-        -row_losses(model, sample_row(Sample(0, row), documents, seq_len)) for row in rows]))
+        -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows]))
 
 
 def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
@@ -87,7 +87,7 @@ def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
     """
     lengths = np.asarray(documents.lengths[np.asarray(chosen)])
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    rows = best_fit([Segment(d, 0, min(n, seq_len))
+    rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     numbers = np.zeros(starts[-1], np.float32)
     for begin in range(0, len(rows), at_a_time):
@@ -104,12 +104,12 @@ def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
     return numbers
 
 
-def _of_rows(model: Running, documents: Documents, rows: list[Row], seq_len: int, size: int,
+def _of_rows(model: RunningLogprobs, documents: Documents, rows: list[Row], seq_len: int, size: int,
              temperature: float, routes: RouteShape | None) -> np.ndarray:
     """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
     world = model.world
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [from_row(join_rows([sample_row(Sample(0, row), documents, seq_len, routes=routes)
+    own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
                                for row in group]))
            for group in groups[world.dp_rank::world.dp_size]]
     values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)

@@ -30,7 +30,7 @@ from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.omni.media.placed import Media
-from megatron_sov.post.document_logprobs import Running, document_logprobs
+from megatron_sov.post.document_logprobs import RunningLogprobs, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.stages.gate import GateView
@@ -218,7 +218,7 @@ class Reference:
                 warn(f"{damage}; it is computed anew")
         return list(damages)
 
-    def _fill(self, model: Running, rows_per_batch: int) -> tuple[int, int]:
+    def _fill(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
         """Compute the missing parts; returns how many they were, and of how many tokens."""
         on_main(model.world, self._open)
         todo, num_tokens = on_main(model.world, self._missing), 0

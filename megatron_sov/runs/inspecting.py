@@ -49,7 +49,7 @@ class LookOptions:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ArtifactKind:
     """How one kind of thing is looked into, besides what all have."""
 
     lines: Callable[[Path], Iterable[str]]
@@ -60,7 +60,7 @@ class Kind:
     """The first so many of its rows; None: those of its files of rows."""
 
 
-def look(path: Path, options: LookOptions, kinds: Mapping[str, Kind]) -> None:
+def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) -> None:
     """Print what is known.
 
     Args:
@@ -99,7 +99,7 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, Kind]) -> None:
         print(visible(_verify(path, found, kind)), file=said)
 
 
-def _verify(path: Path, found: Mapping[str, Any], kind: Kind | None) -> str:
+def _verify(path: Path, found: Mapping[str, Any], kind: ArtifactKind | None) -> str:
     """Return that all is well; raises `GateFailed` where it is not."""
     if kind is None and not (path / MANIFEST).is_file():
         raise UserError(f"{path}: --verify has nothing to compare it with; it has no {MANIFEST}")
@@ -222,7 +222,7 @@ def _clear(path: Path) -> str:
 
 def page_of(path: Path, found: Mapping[str, Any], held: Iterable[str], rows: list[Any]) -> str:
     """Return what is known of something as a page of HTML that loads nothing."""
-    from megatron_sov.base.pages.page import Chapter, Section, Table, render
+    from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 
     facts = [[f"{part}.{name}", _short(value)] for part in ("content", "settings")
              for name, value in found.get(part, {}).items()]
@@ -230,9 +230,10 @@ def page_of(path: Path, found: Mapping[str, Any], held: Iterable[str], rows: lis
     cells = [[_short(row.get(name)) for name in columns] if isinstance(row, dict) else [_short(row)]
              for row in rows]
     sections = [
-        Section("What it is", "\n".join([next(_lines(path, found)), *held]),
-                tables=[Table(["setting", "value"], facts)] if facts else []),
-        *([Section("Made from", "\n".join(_tree(found["made_from"], 0)))] if found.get("made_from") else []),
-        *([Section("Rows", tables=[Table(columns, cells)])] if rows else [])]
+        PageSection("What it is", "\n".join([next(_lines(path, found)), *held]),
+                    tables=[PageTable(["setting", "value"], facts)] if facts else []),
+        *([PageSection("Made from", "\n".join(_tree(found["made_from"],
+                                                    0)))] if found.get("made_from") else []),
+        *([PageSection("Rows", tables=[PageTable(columns, cells)])] if rows else [])]
     return render("Inspect", path.name, found.get("kind", "unfinished work"),
                   [Chapter(path.name, str(found.get("kind", "")), [], sections)])

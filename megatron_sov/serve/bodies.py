@@ -28,7 +28,7 @@ MAX_CHARS = 2000
 """Of a sentence: it may quote what a client has sent."""
 
 
-class Refused(Exception):
+class RefusedRequest(Exception):
     """A request that is not answered."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -80,7 +80,7 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
-class Question:
+class ServedQuestion:
     """What a client asks."""
 
     prompts: tuple[Conversation | str | tuple[int, ...], ...]
@@ -150,20 +150,21 @@ class _Body(BaseModel):
     max_tokens: Count | None = None
 
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
-                 echoes: bool = False) -> Question:
+                 echoes: bool = False) -> ServedQuestion:
         """Return what is asked."""
         if 0 < self.temperature < MIN_TEMPERATURE:
-            raise Refused(400, f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} numbers "
-                               "overflow; use 0 for the most probable token", "temperature")
+            raise RefusedRequest(400,
+                                 f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} numbers "
+                                      "overflow; use 0 for the most probable token", "temperature")
         if len(prompts) * self.n > MAX_SEQUENCES:
-            raise Refused(400, f"{len(prompts)} prompts with n = {self.n} are {len(prompts) * self.n} "
-                               f"answers, at most {MAX_SEQUENCES}; send several requests", "n")
+            raise RefusedRequest(400, f"{len(prompts)} prompts with n = {self.n} are {len(prompts) * self.n} "
+                                      f"answers, at most {MAX_SEQUENCES}; send several requests", "n")
         seed = secrets.randbits(63) if self.seed is None else self.seed
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return Question(prompts, self.n, sampling, max_tokens, stops, with_logprobs, num_top, echoes,
-                        self.stream, self.stream_options.get("include_usage", False))
+        return ServedQuestion(prompts, self.n, sampling, max_tokens, stops, with_logprobs, num_top, echoes,
+                              self.stream, self.stream_options.get("include_usage", False))
 
 
 class _ChatBody(_Body):
@@ -181,7 +182,7 @@ class _CompletionBody(_Body):
     echo: bool = False
 
 
-def chat_question(raw: bytes, model: str) -> Question:
+def chat_question(raw: bytes, model: str) -> ServedQuestion:
     """Return what the body of a request for `/v1/chat/completions` asks.
 
     Args:
@@ -195,26 +196,28 @@ def chat_question(raw: bytes, model: str) -> Question:
     shows_tools = fields.get("tool_choice") != "none"
     body: _ChatBody = _checked(_ChatBody, fields, model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise Refused(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
-                           f"{body.max_completion_tokens}; send one of them", "max_tokens")
+        raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
+                                  f"{body.max_completion_tokens}; send one of them", "max_tokens")
     for number, message in enumerate(body.messages):
         message = {key: value for key, value in message.items() if value is not None}
         if unknown := sorted(set(message) - MESSAGE_FIELDS):
-            raise Refused(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
-                               f"{nearest(unknown[0][:200], MESSAGE_FIELDS)}; leave it out", "messages")
+            raise RefusedRequest(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
+                                      f"{nearest(unknown[0][:200], MESSAGE_FIELDS)}; leave it out",
+                                 "messages")
     try:
         chat = Conversation(read_messages(body.messages, "messages"),
                             read_tools(body.tools) if shows_tools else (), body.chat_template_kwargs)
     except BadRecord as e:
-        raise Refused(400, f"the conversation is refused: {e}", "messages") from None
+        raise RefusedRequest(400, f"the conversation is refused: {e}", "messages") from None
     if body.top_logprobs and not body.logprobs:
-        raise Refused(400, f"top_logprobs is {body.top_logprobs} without logprobs; send \"logprobs\": true",
-                      "top_logprobs")
+        raise RefusedRequest(400,
+                             f"top_logprobs is {body.top_logprobs} without logprobs; send \"logprobs\": true",
+                             "top_logprobs")
     return body.question((chat,), body.max_completion_tokens or body.max_tokens, body.logprobs,
                          body.top_logprobs)
 
 
-def completion_question(raw: bytes, model: str) -> Question:
+def completion_question(raw: bytes, model: str) -> ServedQuestion:
     """Return what the body of a request for `/v1/completions` asks, as `chat_question`."""
     body: _CompletionBody = _checked(_CompletionBody, _fields(raw), model)
     given: Any = body.prompt
@@ -222,9 +225,9 @@ def completion_question(raw: bytes, model: str) -> Question:
         given = [given]
     prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in given)
     if not prompts or not all(prompts):
-        raise Refused(400, "prompt is empty; send at least one character or token", "prompt")
+        raise RefusedRequest(400, "prompt is empty; send at least one character or token", "prompt")
     if body.echo and body.stream:
-        raise Refused(400, "echo is true for a stream; ask without one of them", "echo")
+        raise RefusedRequest(400, "echo is true for a stream; ask without one of them", "echo")
     return body.question(prompts, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs is not None,
                          body.logprobs or 0, body.echo)
 
@@ -234,17 +237,18 @@ def _fields(raw: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(raw, parse_constant=no_constant, parse_float=finite)
     except (ValueError, RecursionError) as e:
-        raise Refused(400, f"the body is not valid JSON ({e}); send one object in UTF-8") from None
+        raise RefusedRequest(400, f"the body is not valid JSON ({e}); send one object in UTF-8") from None
     if not isinstance(fields, dict):
-        raise Refused(400, f"the body is a JSON {type(fields).__name__}; send an object")
+        raise RefusedRequest(400, f"the body is a JSON {type(fields).__name__}; send an object")
     try:
         refuse_deep(fields)
         json.dumps(fields, ensure_ascii=False).encode()
     except BadRecord as e:
-        raise Refused(400, f"the body {e}") from None
+        raise RefusedRequest(400, f"the body {e}") from None
     except UnicodeEncodeError:
-        raise Refused(400, "the body holds half of a surrogate pair, which is no text; write it in UTF-8"
-                      ) from None
+        raise RefusedRequest(400,
+                             "the body holds half of a surrogate pair, which is no text; write it in UTF-8"
+                             ) from None
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -253,24 +257,27 @@ def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
     known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(neutral)}
     for name, allowed in neutral.items():
         if name in fields and fields[name] not in allowed:
-            raise Refused(400, f"{name} is {_shown(fields[name])}: this server does nothing with it but for "
-                               f"{' or '.join(json.dumps(value) for value in allowed)}; leave it out", name)
+            raise RefusedRequest(400,
+                                 f"{name} is {_shown(fields[name])}: this server does nothing with it but "
+                                 f"for {' or '.join(json.dumps(value) for value in allowed)}; leave it out",
+                                 name)
     # the first alone: of each that pydantic meets it keeps a report
     if unknown := next((name for name in known if name not in kind.model_fields), ""):
         every = [*kind.model_fields, *NEUTRAL, *CHANGE_NOTHING]
-        raise Refused(400, f"{unknown[:200]} is not known{nearest(unknown[:200], every)}; leave it out",
-                      unknown[:200])
+        raise RefusedRequest(400,
+                             f"{unknown[:200]} is not known{nearest(unknown[:200], every)}; leave it out",
+                             unknown[:200])
     try:
         body = kind.model_validate(known)
     except ValidationError as e:
         error = e.errors(include_url=False)[0]
         name = str(error["loc"][0])
         if error["type"] == "missing":
-            raise Refused(400, f"{name} is missing; send it", name) from None
-        raise Refused(400, f"{name} is {_shown(fields[name])}: {error['msg'][:200]}", name) from None
+            raise RefusedRequest(400, f"{name} is missing; send it", name) from None
+        raise RefusedRequest(400, f"{name} is {_shown(fields[name])}: {error['msg'][:200]}", name) from None
     if body.model not in (None, model):
-        raise Refused(404, f"model {body.model[:200]!r} does not exist; this server has {model!r}", "model",
-                      "model_not_found")
+        raise RefusedRequest(404, f"model {body.model[:200]!r} does not exist; this server has {model!r}",
+                             "model", "model_not_found")
     return body
 
 
@@ -287,7 +294,7 @@ MAX_TOLD = 1 << 20
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadBody:
     """A question in ids."""
 
     prompts: list[list[int]]
@@ -300,7 +307,7 @@ class Read:
     """Whether the template has opened the thoughts that the answer begins with."""
 
 
-class Reader:
+class BodyReader:
     """A model's tokenizer and template.  Prompts are read on the main thread: only there a template's time
     and memory are bounded."""
 
@@ -322,7 +329,7 @@ class Reader:
         self._special = {token.content: id_ for id_, token
                          in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
-    def read(self, question: Question) -> Read:
+    def read(self, question: ServedQuestion) -> ReadBody:
         """Return a question in ids.
 
         Raises:
@@ -331,28 +338,30 @@ class Reader:
         asker, field = self._plain, "prompt"
         if question.is_chat:
             if self._chat is None:
-                raise Refused(400, "this model has no chat template; ask /v1/completions")
+                raise RefusedRequest(400, "this model has no chat template; ask /v1/completions")
             asker, field = self._chat, "messages"
         try:
             prompts = [_ids(asker, prompt) for prompt in question.prompts]
         except UserError as e:
             # a message may name folders of this machine, which are nothing to clients
-            raise Refused(400, str(e).replace(str(self._where), "the tokenizer"), field) from None
+            raise RefusedRequest(400, str(e).replace(str(self._where), "the tokenizer"), field) from None
         for ids in prompts:
             if not ids or not all(0 <= id_ < self._vocab_size for id_ in ids):
-                raise Refused(400, f"a prompt must have at least one token, and ids below {self._vocab_size}",
-                              field)
+                raise RefusedRequest(400,
+                                     "a prompt must have at least one token, and ids below "
+                                     f"{self._vocab_size}",
+                                     field)
         _refuse_too_much(question, prompts)
         ends = [self._special[text] for text in question.stops if text in self._special]
-        return Read(prompts, tuple(sorted({*asker.end_ids, *ends})),
-                    [self._limit(question, len(ids), field) for ids in prompts],
-                    asker.encoder is not None and asker.encoder.opens_thoughts(prompts[0]))
+        return ReadBody(prompts, tuple(sorted({*asker.end_ids, *ends})),
+                        [self._limit(question, len(ids), field) for ids in prompts],
+                        asker.encoder is not None and asker.encoder.opens_thoughts(prompts[0]))
 
-    def stops(self, question: Question) -> tuple[str, ...]:
+    def stops(self, question: ServedQuestion) -> tuple[str, ...]:
         """Return the strings that end an answer and can show in it: no special tokens."""
         return tuple(text for text in question.stops if text not in self._special)
 
-    def decoder(self, question: Question) -> Decode:
+    def decoder(self, question: ServedQuestion) -> Decode:
         """Return what gives the text of an answer (`chat.marks.text_decoder`)."""
         if question.is_chat and self._chat is not None:
             return self._chat.decode
@@ -362,23 +371,24 @@ class Reader:
         """Return the text of one token, whatever it is."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
-    def _limit(self, question: Question, prompt_tokens: int, field: str) -> int:
+    def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
         left = self._longest - prompt_tokens
         wanted = question.max_tokens or left
         if left < 1 or wanted > left:
             asked = f" and {question.max_tokens} of the answer" if question.max_tokens else ""
-            raise Refused(400, f"the prompt has {prompt_tokens} tokens{asked}, and this server takes "
-                               f"{self._longest} in all; shorten one of them", field,
-                          "context_length_exceeded")
+            raise RefusedRequest(400, f"the prompt has {prompt_tokens} tokens{asked}, and this server takes "
+                                      f"{self._longest} in all; shorten one of them", field,
+                                 "context_length_exceeded")
         return wanted
 
 
-def _refuse_too_much(question: Question, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise `Refused` where more would be told of prompts than is good for the memory of both sides."""
+def _refuse_too_much(question: ServedQuestion, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise `RefusedRequest` for more log-probabilities of prompts than both sides have memory for."""
     told = question.num_choices * sum(map(len, prompts)) * (1 + question.num_top)
     if question.tells.prompt and told > MAX_TOLD:
-        raise Refused(400, f"{told:,} log-probabilities of prompts are asked for, at most {MAX_TOLD:,}; send "
-                           "fewer prompts at a time, or a smaller logprobs", "echo")
+        raise RefusedRequest(400,
+                             f"{told:,} log-probabilities of prompts are asked for, at most {MAX_TOLD:,}; "
+                                  "send fewer prompts at a time, or a smaller logprobs", "echo")
 
 
 def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:

@@ -21,9 +21,10 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.serve.bodies import Question, Reader, Refused, chat_question, completion_question
-from megatron_sov.serve.replies import DONE, Reply, event
-from megatron_sov.serve.scheduler import RETRY_S, Begun, Desk, Ticket, Wrote
+from megatron_sov.serve.bodies import (
+    BodyReader, RefusedRequest, ServedQuestion, chat_question, completion_question)
+from megatron_sov.serve.replies import DONE, ServedReply, event
+from megatron_sov.serve.scheduler import RETRY_S, Begun, RequestQueue, Ticket, Wrote
 from megatron_sov.serve.settings import ServeSettings
 
 MAX_BODY_BYTES = 8 << 20
@@ -50,7 +51,7 @@ class HttpServer:
         max_length_tokens: longest prompt with its answer.
     """
 
-    def __init__(self, settings: ServeSettings, desk: Desk, reader: Reader, created_s: float,
+    def __init__(self, settings: ServeSettings, desk: RequestQueue, reader: BodyReader, created_s: float,
                  max_length_tokens: int) -> None:
         self._settings, self._desk, self._reader = settings, desk, reader
         self._card = {"id": settings.name, "object": "model", "created": int(created_s),
@@ -125,19 +126,21 @@ class HttpServer:
         try:
             self._check(request)
             return await handler(request)
-        except Refused as e:
+        except RefusedRequest as e:
             return _refusal(e)
         except web.HTTPRequestEntityTooLarge:
-            return _refusal(Refused(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB; send less"))
+            return _refusal(RefusedRequest(413,
+                                           f"the body has more than {MAX_BODY_BYTES >> 20} MiB; send less"))
         except web.HTTPException as e:
-            return _refusal(Refused(e.status, f"{request.method} {request.path[:200]}: {e.reason}; there are "
-                                              "GET /health, GET /v1/models, POST /v1/chat/completions and "
-                                              "POST /v1/completions"))
+            return _refusal(RefusedRequest(e.status,
+                                           f"{request.method} {request.path[:200]}: {e.reason}; there are "
+                                                     "GET /health, GET /v1/models, POST /v1/chat/completions "
+                                                     "and POST /v1/completions"))
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            return _refusal(Refused(500, "the server has met a defect; its own output says which"))
+            return _refusal(RefusedRequest(500, "the server has met a defect; its own output says which"))
 
     def _check(self, request: web.Request) -> None:
         key = self._settings.api_key
@@ -146,13 +149,15 @@ class HttpServer:
             name = request.host.rpartition(":")[0] if request.host.rpartition(":")[2].isdigit() \
                 else request.host
             if name not in {*LOCAL_NAMES, self._settings.host}:
-                raise Refused(403, f"the request is for host {request.host[:100]!r}, and without a key only "
-                                   "this machine's own names are answered")
+                raise RefusedRequest(403,
+                                     f"the request is for host {request.host[:100]!r}, and without a key "
+                                          "only this machine's own names are answered")
         elif request.path != "/health":
             sent = request.headers.get("Authorization", "")
             if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
-                raise Refused(401, "the key is missing or wrong; send it as `Authorization: Bearer KEY`",
-                              None, "invalid_api_key")
+                raise RefusedRequest(401,
+                                     "the key is missing or wrong; send it as `Authorization: Bearer KEY`",
+                                     None, "invalid_api_key")
 
     async def _health(self, request: web.Request) -> web.Response:
         if self._desk.closed is not None:
@@ -162,21 +167,21 @@ class HttpServer:
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._card]})
 
-    def _asked(self, read: Callable[[bytes, str], Question]) -> Handler:
+    def _asked(self, read: Callable[[bytes, str], ServedQuestion]) -> Handler:
         async def answer(request: web.Request) -> web.StreamResponse:
             # what is sent as another type a page of any site may send without asking
             if request.content_type != "application/json":
-                raise Refused(415, f"the body is of type {request.content_type[:100]!r}; send "
-                                   "Content-Type: application/json")
+                raise RefusedRequest(415, f"the body is of type {request.content_type[:100]!r}; send "
+                                          "Content-Type: application/json")
             if "Content-Encoding" in request.headers:
-                raise Refused(415, "the body is compressed; send it as it is")
+                raise RefusedRequest(415, "the body is compressed; send it as it is")
             if (request.content_length or 0) > MAX_BODY_BYTES:  # before it is waited for
                 raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, request.content_length or 0)
             try:
                 async with asyncio.timeout(BODY_S):
                     raw = await request.read()
             except TimeoutError:
-                raise Refused(408, f"the body did not come within {BODY_S:g} s") from None
+                raise RefusedRequest(408, f"the body did not come within {BODY_S:g} s") from None
             ticket = self._desk.submit(read(raw, self._settings.name))
             try:
                 return await self._answer(request, ticket)
@@ -187,17 +192,17 @@ class HttpServer:
 
     async def _answer(self, request: web.Request, ticket: Ticket) -> web.StreamResponse:
         begun = await ticket.events.get()
-        if isinstance(begun, Refused):
+        if isinstance(begun, RefusedRequest):
             raise begun
         assert isinstance(begun, Begun)
-        reply = Reply(ticket.question, begun, self._reader, self._settings.name)
+        reply = ServedReply(ticket.question, begun, self._reader, self._settings.name)
         if ticket.question.is_stream:
             return await self._stream(request, ticket, reply)
         while not reply.is_whole:
             self._take(ticket, reply, await ticket.events.get())
         return web.json_response(reply.whole())
 
-    async def _stream(self, request: web.Request, ticket: Ticket, reply: Reply) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, ticket: Ticket, reply: ServedReply) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8",
                                                "Cache-Control": "no-cache"})
         await response.prepare(request)
@@ -207,16 +212,16 @@ class HttpServer:
                 index = self._take(ticket, reply, await ticket.events.get())
                 await _send(response, b"".join(map(event, reply.news(index))))
             await _send(response, b"".join(map(event, reply.closing())) + DONE)
-        except Refused as e:  # its status has been sent
+        except RefusedRequest as e:  # its status has been sent
             await _send(response, b"data: " + e.body().encode() + b"\n\n")
         except (ConnectionError, TimeoutError):  # the client has left, or takes nothing
             if request.transport is not None:
                 request.transport.abort()
         return response
 
-    def _take(self, ticket: Ticket, reply: Reply, told: object) -> int:
+    def _take(self, ticket: Ticket, reply: ServedReply, told: object) -> int:
         """Give an answer its token; returns which one."""
-        if isinstance(told, Refused):
+        if isinstance(told, RefusedRequest):
             raise told
         assert isinstance(told, Wrote)
         writing = reply.writings[told.sequence]
@@ -244,7 +249,7 @@ class _TurnedAway(asyncio.Protocol):
         transport.close()
 
 
-def _refusal(refused: Refused) -> web.Response:
+def _refusal(refused: RefusedRequest) -> web.Response:
     headers = {"Retry-After": str(RETRY_S)} if refused.status in (429, 503) else {}
     if refused.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -14,8 +14,8 @@ from typing import Any
 from megatron_sov.base.chat.marks import (
     BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, as_written, plain_form)
 from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
-from megatron_sov.infer.request import STOP, Stop, Written
-from megatron_sov.serve.bodies import Question, Reader
+from megatron_sov.infer.request import STOP, StopRule, Written
+from megatron_sov.serve.bodies import BodyReader, ServedQuestion
 from megatron_sov.serve.scheduler import Begun
 
 # What a model's turn says, thinks and calls, while it is being written and at its end.
@@ -26,7 +26,7 @@ _UNFINISHED = re.compile(r"(?:<\|start\|>[^<]*)?(?:<\|channel\|>[^<]*(?:<\|const
 
 
 @dataclass(frozen=True)
-class Turn:
+class ServedTurn:
     """A turn, or as much of it as is sure."""
 
     thoughts: str
@@ -37,7 +37,7 @@ class Turn:
     """What it calls."""
 
 
-def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
+def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     """Return what a turn that has ended says.
 
     Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
@@ -62,7 +62,7 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
     return _turn(thoughts, said[:place].rstrip(), calls, more)
 
 
-def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
+def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
     it, without calls."""
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
@@ -71,15 +71,15 @@ def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> Turn:
     has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
     text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]
     if BEGIN_THOUGHTS.startswith(text.lstrip()):
-        return Turn("", "")
+        return ServedTurn("", "")
     thoughts, said = _split(text, in_thoughts)
     if has_tools:
         said = said.partition(BEGIN_CALL)[0].rstrip()
     return _turn(thoughts, said)
 
 
-def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> Turn:
-    return Turn(as_written(thoughts), as_written(said) + more, calls)
+def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> ServedTurn:
+    return ServedTurn(as_written(thoughts), as_written(said) + more, calls)
 
 
 def _split(text: str, in_thoughts: bool) -> tuple[str, str]:
@@ -105,7 +105,7 @@ DONE = b"data: [DONE]\n\n"
 # One answer as it grows: its tokens, its text up to what ends it, and how much of the text is sure.
 
 
-class Writing:
+class ReplyWriting:
     """An answer that is being written."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...],
@@ -118,7 +118,7 @@ class Writing:
             end_ids: tokens that end it.
         """
         self._decode, self._ends = decode, end_ids
-        self._stop = Stop(end_ids, stops, decode)
+        self._stop = StopRule(end_ids, stops, decode)
         self.tokens: list[int] = []
         """Ids, with the one that ends it."""
         self.logprobs: list[float] = []
@@ -186,7 +186,7 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
-class Reply:
+class ServedReply:
     """What is said to one request.
 
     Args:
@@ -196,16 +196,16 @@ class Reply:
         model: its name.
     """
 
-    def __init__(self, question: Question, begun: Begun, reader: Reader, model: str) -> None:
+    def __init__(self, question: ServedQuestion, begun: Begun, reader: BodyReader, model: str) -> None:
         self._question, self._begun, self._reader = question, begun, reader
         chat = question.is_chat
         self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
                       "object": "chat.completion" if chat else "text_completion",
                       "created": int(time.time()), "model": model}
-        self.writings = [Writing(reader.decoder(question), reader.stops(question), begun.end_ids)
+        self.writings = [ReplyWriting(reader.decoder(question), reader.stops(question), begun.end_ids)
                          for _ in range(question.num_sequences)]
         """The answers, prompt by prompt."""
-        self._told = [Turn("", "") for _ in self.writings]
+        self._told = [ServedTurn("", "") for _ in self.writings]
         self._num_told = [0] * len(self.writings)
 
     @property
@@ -239,7 +239,7 @@ class Reply:
         return {"index": index, "message": message, "logprobs": logprobs,
                 "finish_reason": "tool_calls" if turn.calls else writing.reason}
 
-    def _turn(self, writing: Writing) -> Turn:
+    def _turn(self, writing: ReplyWriting) -> ServedTurn:
         if writing.reason is None:
             return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.has_tools)
         return whole_turn(writing.text(), self._begun.in_thoughts, self._question.has_tools)
@@ -261,10 +261,10 @@ class Reply:
         new = text[len(self._told[index].content):]
         if not new and writing.reason is None:
             return []
-        self._told[index] = Turn("", text)
+        self._told[index] = ServedTurn("", text)
         return [self._chunk(index, {"text": new}, writing.reason, self._new_logprobs(index, writing))]
 
-    def _chat_news(self, index: int, writing: Writing) -> list[dict[str, Any]]:
+    def _chat_news(self, index: int, writing: ReplyWriting) -> list[dict[str, Any]]:
         turn, told = self._turn(writing), self._told[index]
         delta: dict[str, Any] = {}
         if thoughts := turn.thoughts[len(told.thoughts):]:
@@ -299,11 +299,11 @@ class Reply:
 
     # log-probabilities
 
-    def _new_logprobs(self, index: int, writing: Writing) -> dict[str, Any] | None:
+    def _new_logprobs(self, index: int, writing: ReplyWriting) -> dict[str, Any] | None:
         first, self._num_told[index] = self._num_told[index], len(writing.tokens)
         return self._logprobs(writing, first)
 
-    def _logprobs(self, writing: Writing, first: int) -> dict[str, Any] | None:
+    def _logprobs(self, writing: ReplyWriting, first: int) -> dict[str, Any] | None:
         if not self._question.with_logprobs:
             return None
         places = list(zip(writing.tokens[first:], writing.logprobs[first:],

@@ -17,9 +17,9 @@ from megatron_sov.infer.engines.live import continue_live
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.serve.bodies import Reader
+from megatron_sov.serve.bodies import BodyReader
 from megatron_sov.serve.http_server import HttpServer
-from megatron_sov.serve.scheduler import Clerk, Desk
+from megatron_sov.serve.scheduler import Clerk, RequestQueue
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.processes.process_identity import has_ended, identity
@@ -43,7 +43,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
     """
     parent = Parent(settings.parent_pid)
     longest = _longest(target, settings)
-    reader = Reader(target, longest)
+    reader = BodyReader(target, longest)
     flag = StopFlag()
     if settings.address_file is not None and is_first():
         settings.address_file.unlink(missing_ok=True)  # of a server that was killed
@@ -52,7 +52,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         if not loaded.world.is_main:
             continue_live(loaded.policy, settings.batching, longest, None)
             return
-        desk = Desk(settings.max_waiting)
+        desk = RequestQueue(settings.max_waiting)
         clerk = Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
         with _door(HttpServer(settings, desk, reader, time.time(), longest), settings):
             continue_live(loaded.policy, settings.batching, longest, clerk)

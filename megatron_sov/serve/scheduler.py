@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_sov.infer.engines.live import Joining, News, Orders
 from megatron_sov.infer.request import Written
-from megatron_sov.serve.bodies import Question, Read, Reader, Refused
+from megatron_sov.serve.bodies import BodyReader, ReadBody, RefusedRequest, ServedQuestion
 
 # Where requests wait, between the thread of the server and the one that the model runs on.
 
@@ -50,14 +50,14 @@ class Wrote:
     """What is asked of probable tokens, see `News`."""
 
 
-Event = Begun | Wrote | Refused
+Event = Begun | Wrote | RefusedRequest
 
 
 @dataclass(eq=False)
 class Ticket:
     """A request that waits or is answered."""
 
-    question: Question
+    question: ServedQuestion
     """What is asked."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     """What comes of it, for the server's thread."""
@@ -65,7 +65,7 @@ class Ticket:
     """Whether nobody waits for it any more."""
 
 
-class Desk:
+class RequestQueue:
     """Takes requests in on the server's thread and hands them to the model's.
 
     Args:
@@ -93,7 +93,7 @@ class Desk:
         """Why nothing is taken in; None: something is."""
         return self._closed
 
-    def submit(self, question: Question) -> Ticket:
+    def submit(self, question: ServedQuestion) -> Ticket:
         """Take a request in.
 
         Raises:
@@ -101,13 +101,13 @@ class Desk:
         """
         with self._changed:
             if self._closed is not None:
-                raise Refused(503, self._closed)
+                raise RefusedRequest(503, self._closed)
             if question.num_sequences > self._max_waiting:
-                raise Refused(400, f"{question.num_sequences} answers are asked for, and at most "
-                                   f"{self._max_waiting} may wait here; send fewer at a time", "n")
+                raise RefusedRequest(400, f"{question.num_sequences} answers are asked for, and at most "
+                                          f"{self._max_waiting} may wait here; send fewer at a time", "n")
             if self.num_waiting + question.num_sequences > self._max_waiting:
-                raise Refused(429, f"{self.num_waiting} answers wait already, of at most "
-                                   f"{self._max_waiting}; try again in {RETRY_S} s")
+                raise RefusedRequest(429, f"{self.num_waiting} answers wait already, of at most "
+                                          f"{self._max_waiting}; try again in {RETRY_S} s")
             ticket = Ticket(question)
             self._tickets.append(ticket)
             self.num_waiting += question.num_sequences
@@ -185,7 +185,7 @@ class Clerk:
         must_stop: whether to stop at once.
     """
 
-    def __init__(self, desk: Desk, reader: Reader, wants_stop: Callable[[], str | None],
+    def __init__(self, desk: RequestQueue, reader: BodyReader, wants_stop: Callable[[], str | None],
                  must_stop: Callable[[], bool]) -> None:
         self._desk, self._reader = desk, reader
         self._wants_stop, self._must_stop = wants_stop, must_stop
@@ -234,7 +234,7 @@ class Clerk:
         question = ticket.question
         try:
             read = self._read(ticket)
-        except Refused as e:
+        except RefusedRequest as e:
             self._desk.began(question.num_sequences)
             self._desk.tell([(ticket, e)])
             return True
@@ -249,15 +249,16 @@ class Clerk:
             self._next_number += 1
         return True
 
-    def _read(self, ticket: Ticket) -> Read:
+    def _read(self, ticket: Ticket) -> ReadBody:
         try:
             return self._reader.read(ticket.question)
-        except Refused:
+        except RefusedRequest:
             raise
         except Exception:  # of one request, for which the others must not be left
             traceback.print_exc()
-            raise Refused(500, "the prompt cannot be read, by a defect; the server's own output says which"
-                          ) from None
+            raise RefusedRequest(500,
+                                 "the prompt cannot be read, by a defect; the server's own output says which"
+                                 ) from None
 
     def _leaving(self) -> list[int]:
         """Return the sequences under way for which nobody waits; those that have not begun are forgotten."""
@@ -278,4 +279,4 @@ class Clerk:
         tickets = {ticket for ticket, _ in self._under_way.values()}
         while (ticket := self._desk.next()) is not None:
             tickets.add(ticket)
-        self._desk.tell([(ticket, Refused(503, CLOSING)) for ticket in tickets])
+        self._desk.tell([(ticket, RefusedRequest(503, CLOSING)) for ticket in tickets])

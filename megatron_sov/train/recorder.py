@@ -26,7 +26,7 @@ from megatron_sov.engine.data.token_shards import Source, provenance
 from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.model import gpu_settings, specs
 from megatron_sov.engine.mcore.parallel.device import on_gpu
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.runs.checkpoints import KIND
@@ -118,7 +118,8 @@ def peak_memory() -> dict[str, float]:
 class Recorder:
     """The records of one run, as one process sees them."""
 
-    def __init__(self, config: RunConfig, world: World, num_steps: int, began_s: float | None = None) -> None:
+    def __init__(self, config: RunConfig, world: ParallelWorld, num_steps: int,
+                 began_s: float | None = None) -> None:
         """Open nothing yet.
 
         Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
 from megatron_sov.engine.mcore.checkpoint import load
-from megatron_sov.engine.mcore.parallel.world import World, on_main
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog
@@ -61,7 +61,7 @@ class StepResult:
 ANY_STEP = 2**62
 
 
-def newest_sound(folder: RunFolder, place: World, not_after: int = ANY_STEP) -> Path | None:
+def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_STEP) -> Path | None:
     """Return the newest sound checkpoint of a run up to a step, or None; called by all processes together.
 
     A damaged one is set aside, loudly, for the one before.

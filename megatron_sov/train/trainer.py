@@ -27,7 +27,7 @@ from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.engine.mcore.parallel.rng import reseed
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.families.adapters import PREFIX
@@ -63,7 +63,7 @@ ObjectiveFactory = Callable[[ObjectiveContext], Objective]
 class Trainer:
     """Model, optimizer and data order of one rank; a `GateView`, too."""
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
+    def __init__(self, config: RunConfig, world: ParallelWorld, folder: RunFolder, sources: list[Source],
                  objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
                  began_s: float | None = None, planned: Sequence[LedgerEntry] | None = None, *,
                  initial_weights: bool = True, feed: Feed | None = None) -> None:

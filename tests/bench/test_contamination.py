@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from data_prep.curate.decontamination.step import BenchmarkSearchSettings
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.bench import contamination
 from megatron_sov.bench.contamination import check
 from megatron_sov.bench.lm.results import read_results
-from megatron_sov.bench.score_differences import Scored, read_scored
+from megatron_sov.bench.score_differences import ScoredItem, read_scored
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EventLog, read_events
 
@@ -28,7 +28,7 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.fixture
-def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> Scored:
+def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredItem:
     """Return four questions, of which the first two are answered."""
     found = read_scored(written_scores(tmp_path / "out.json", SCORES))
     items = {str(i): dataclasses.replace(found.items["quiz"][str(i)], question=text)
@@ -36,7 +36,7 @@ def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> Scored:
     return dataclasses.replace(found, items={"quiz": items})
 
 
-def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored, tmp_path: Path) -> None:
+def test_what_the_decontamination_of_data_would_take_out_is_found(scored: ScoredItem, tmp_path: Path) -> None:
     texts = ["nothing here", "Asked: WHICH of the four rivers that cross the *old town* is the longest",
              "the lamp in the northern tower burns longer", QUESTIONS[3]]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -44,7 +44,7 @@ def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored
                                                   for i, q in enumerate(QUESTIONS)))
     search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).search()
     expected = {search.items[f.item].id for t in texts for f in search.find(find_units(t))}
-    found = check(scored, [tmp_path / "train.jsonl"], Reading(), 1, shows=False)
+    found = check(scored, [tmp_path / "train.jsonl"], RecordReading(), 1, shows=False)
     assert {hit.item for hit in found.hits} == expected == {"0"}
     assert found.hits[0].where.endswith("train.jsonl:2") and found.hits[0].field == "question"
     assert found.too_short == {"quiz": 1} and found.num_documents == 4
@@ -53,7 +53,7 @@ def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored
 
 
 def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
-        scored: Scored, packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        scored: ScoredItem, packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer
 
     from megatron_sov.engine.data.token_shards import open_sources
@@ -66,19 +66,19 @@ def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
     asked = " ".join(words[len(words) // 2 - 7:len(words) // 2 + 7])
     items = {"quiz": {"0": dataclasses.replace(scored.items["quiz"]["0"], question=asked)}}
     one = dataclasses.replace(scored, items=items)
-    whole = check(one, [packed_data.text], Reading(), 1, shows=False)
+    whole = check(one, [packed_data.text], RecordReading(), 1, shows=False)
     assert any(hit.where == f"{packed_data.text}: {source.name}, document {longest}" for hit in whole.hits)
     monkeypatch.setattr(contamination, "PIECE_TOKENS", 150)
     monkeypatch.setattr(contamination, "OVERLAP_TOKENS", 100)
-    cut = check(one, [packed_data.text], Reading(), 1, shows=False)
+    cut = check(one, [packed_data.text], RecordReading(), 1, shows=False)
     assert len(cut.hits) == len(whole.hits) == 1 and cut.num_documents == whole.num_documents
 
 
-def test_nothing_but_found_items_has_no_value_without_them(scored: Scored, tmp_path: Path) -> None:
+def test_nothing_but_found_items_has_no_value_without_them(scored: ScoredItem, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("\n\n".join(QUESTIONS[:3]))
     three = {name: item for name, item in scored.items["quiz"].items() if name != "3"}
-    found = check(dataclasses.replace(scored, items={"quiz": three}), [tmp_path / "train.txt"], Reading(), 1,
-                  shows=False)
+    found = check(dataclasses.replace(scored, items={"quiz": three}), [tmp_path / "train.txt"],
+                  RecordReading(), 1, shows=False)
     told = found.results.tasks["quiz"].contamination
     assert (told.items_hit, told.value_without) == (3, None)
 

@@ -14,7 +14,7 @@ from data_prep.cli import main as data_main
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.cli import main
 from megatron_sov.judge.rollouts.rows import part_name
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.journal import open_journal
 from megatron_sov.work.progress.parts import part_folder
@@ -80,7 +80,7 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     Path("run").mkdir()
     Path("run/events.jsonl").touch()
     assert "run: run; see `megatron-sov status run`" in inspected(capsys, "run")
-    Store.create(Path("store"), "sha256:ab", 100)
+    RolloutStore.create(Path("store"), "sha256:ab", 100)
     told = inspected(capsys, "store", "--verify")
     assert "store: rollout store; see `megatron-sov rl store stats store`" in told
     assert "store: 0 parts, 0 rows" in told and "store: sound as rollout store" in told

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from data_prep.responses.unpaired import write_unpaired
 from data_prep.shards.encode import Encoder
-from megatron_sov.base.documents import Reading, list_files, read_documents
+from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 
@@ -162,7 +162,7 @@ def encoder(folder: Path) -> Encoder:
 def ids_of(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
     """Return the ids of each sequence that packing a path writes."""
     found: list[list[int]] = []
-    for document in read_documents(list_files(path), Reading(kind)):
+    for document in read_documents(list_files(path), RecordReading(kind)):
         batch = encoder.encode_batch([document])
         begin = 0
         for length in batch.lengths_tokens.tolist():
@@ -184,7 +184,7 @@ def shown(folder: Path, conversations: list[Shown], **more: Any) -> list[list[in
 def given(path: Path) -> list[Shown]:
     """Return what a chat template is given of the chats at a path."""
     return [([m.to_dict() for m in d.messages], list(d.tools) or None)
-            for d in read_documents(list_files(path), Reading("chat"))]
+            for d in read_documents(list_files(path), RecordReading("chat"))]
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -241,10 +241,10 @@ def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) 
     for kind, sentence in wanted.items():
         for way in stored:
             with pytest.raises(UserError, match=sentence):
-                list(read_documents(list_files(tmp_path / way), Reading(kind)))
+                list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
         if len(stored) > 1:
             with pytest.raises(UserError, match=r"is a table \(columns: .*to_parquet or to_json"):
-                list(read_documents(list_files(tmp_path / "a.csv"), Reading(kind)))
+                list(read_documents(list_files(tmp_path / "a.csv"), RecordReading(kind)))
 
 
 def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 from data_prep import steps
 from data_prep.cli import main
 from data_prep.curate.pipeline.plan import file_hashes
-from data_prep.curate.pipeline.step import Outcome
-from data_prep.steps import CodeSettings, CodeStep, Steps, named_steps
+from data_prep.curate.pipeline.step import StepOutcome
+from data_prep.steps import CodeStep, StepCodeSettings, Steps, named_steps
 from megatron_sov.base.documents import Document, LeftOut
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.reads import recording_reads
@@ -183,7 +183,7 @@ number = 3
 def test_a_function_drops_and_changes(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "words.py").write_text("BAD = 'darn'")
-    settings = CodeSettings(tmp_path / "own.py:judge")
+    settings = StepCodeSettings(tmp_path / "own.py:judge")
     assert problems_of(settings) == []
     assert CodeStep(settings).files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
@@ -199,13 +199,13 @@ def test_a_function_drops_and_changes(tmp_path: Path) -> None:
 def test_what_is_no_function_is_told(tmp_path: Path, name: str, sentence: str) -> None:
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "words.py").write_text("BAD = 'darn'")
-    (problem,) = problems_of(CodeSettings(tmp_path / name))
+    (problem,) = problems_of(StepCodeSettings(tmp_path / name))
     assert problem.key == "function" and sentence in problem.rule
 
 
 def test_what_fails_is_told_by_its_document(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def judge(document):\n    return 3\n")
-    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=r"a/page.html: data step .* returned 3"):
         step.outcomes(docs("x", where="a/page.html"))
@@ -224,7 +224,7 @@ def test_what_is_read_or_imported_while_it_is_loaded_is_part_of_the_step(tmp_pat
         "BAD = json.loads((pathlib.Path(__file__).parent / 'lists/words.json').read_text())[0]\n")
     (tmp_path / "own.py").write_text(OWN.replace("from words", "from readswords")
                                      + "open(__file__.replace('own.py', 'more.txt')).read()\n")
-    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge"))
     assert _file_names(step) == ["words.json", "more.txt", "own.py", "readswords.py"]
     before = file_hashes(step)
     (tmp_path / "lists/words.json").write_text('["dawn"]')
@@ -254,15 +254,15 @@ def test_a_file_that_is_opened_in_a_call_has_to_be_named(tmp_path: Path, reads: 
         "import numpy as np\nHERE = pathlib.Path(__file__).parent\nPOOL = ThreadPoolExecutor(1)\n"
         "POOL.submit(int).result()\n"
         f"def judge(document):\n    {reads}\n    return document\n")
-    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=r"opens .* when it is called"):
         step.outcomes(docs("x", where="a"))
     sys.modules.pop("latewords", None)
     names = (tmp_path / "list.txt", tmp_path / "latewords.py")
-    named = CodeStep(CodeSettings(tmp_path / "own.py:judge", names))
+    named = CodeStep(StepCodeSettings(tmp_path / "own.py:judge", names))
     named.start(MemoryView({}, tmp_path))
-    assert named.outcomes(docs("x", where="a")) == [Outcome(text="x")]
+    assert named.outcomes(docs("x", where="a")) == [StepOutcome(text="x")]
 
 
 @pytest.mark.parametrize("starts", [
@@ -272,13 +272,13 @@ def test_a_process_whose_files_are_not_seen_has_to_have_them_named(tmp_path: Pat
     (tmp_path / "own.py").write_text(
         "import os, subprocess\nfrom concurrent.futures import ThreadPoolExecutor\n"
         f"def judge(document):\n    {starts}\n    return document\n")
-    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=r"starts a pro.* when it is called, and files that"):
         step.outcomes(docs("x", where="a"))
-    named = CodeStep(CodeSettings(tmp_path / "own.py:judge", (tmp_path / "own.py",)))
+    named = CodeStep(StepCodeSettings(tmp_path / "own.py:judge", (tmp_path / "own.py",)))
     named.start(MemoryView({}, tmp_path))
-    assert named.outcomes(docs("x", where="a")) == [Outcome(text="x")]
+    assert named.outcomes(docs("x", where="a")) == [StepOutcome(text="x")]
 
 
 def test_threads_of_others_are_not_listened_to(tmp_path: Path) -> None:
@@ -306,10 +306,10 @@ def test_what_the_function_itself_writes_and_what_is_installed_is_free(tmp_path:
         "    (HERE / 'scratch').rename(HERE / 'kept')\n    (HERE / 'kept').read_text()\n"
         "    open(HERE / 'log', 'a').write('x')\n    return document\n")
     (tmp_path / "log").write_text("of before")
-    step = CodeStep(CodeSettings(tmp_path / "own.py:judge"))
+    step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge"))
     step.start(MemoryView({}, tmp_path))
     assert step.outcomes(docs("x", where="a"))
-    assert keys_of(CodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",))) == ["files"]
+    assert keys_of(StepCodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",))) == ["files"]
 
 
 def test_a_file_in_shared_memory_is_no_installed_one() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.bench.suites.catalogue import check_data, read_task, suite_tasks
 from megatron_sov.bench.suites.folding import fold
-from megatron_sov.bench.suites.protocol import Response, TaskItem
+from megatron_sov.bench.suites.protocol import SuiteResponse, TaskItem
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate.eval_suites import protocol_line
 
@@ -85,6 +85,6 @@ def test_the_task_of_the_page_is_judged(tmp_path: Path) -> None:
     (tmp_path / "capitals/test.jsonl").write_text(json.dumps(row) + "\n")
     assert check_data(task, tmp_path).state == "ready"
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
-    found = fold(task.protocol, [TaskItem(row, "q", [Response(answer) for answer in answers])], 1)
+    found = fold(task.protocol, [TaskItem(row, "q", [SuiteResponse(answer) for answer in answers])], 1)
     assert found.items[0].scores["avg@4"] == 0.5
     assert found.items[0].scores["cons@4"] == 1.0

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.media import (
-    PAIRS, Group, Rank, Row, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
+    PAIRS, MediaGroup, MediaRow, Rank, figures, grouped, judge_of, normalised, rank_figures, ranks, read_rows)
 from megatron_sov.eval.statistics import mean_interval, wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]
@@ -25,7 +25,7 @@ def test_pairs_are_those_of_the_model_card_and_no_others() -> None:
 
 def test_figures_count_what_was_recognised() -> None:
     """Case and punctuation do not count; rates are those of all words and characters together."""
-    rows = [Row(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
+    rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
     heard = ["hello world", "yell oh", ""]
     told = figures(rows, heard)
     assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
@@ -34,7 +34,7 @@ def test_figures_count_what_was_recognised() -> None:
     assert told["wer"] == (0 + 2 + 2) / 5
     assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
     assert normalised("  Ｈello, — World! ") == "ｈello world"
-    assert "chance" not in figures([Row(WORDS, "a")], ["a"])
+    assert "chance" not in figures([MediaRow(WORDS, "a")], ["a"])
 
 
 @pytest.mark.parametrize(("line", "said"), [
@@ -47,7 +47,7 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         read_rows(file)
     file.write_text('\n{"content": [{"type": "text", "text": "a"}], "answer": "b", "labels": ["b", "c"]}\n')
-    assert read_rows(file) == [Row([{"type": "text", "text": "a"}], "b", ("b", "c"))]
+    assert read_rows(file) == [MediaRow([{"type": "text", "text": "a"}], "b", ("b", "c"))]
 
 
 FILES, LABELS = [Path("one.png"), Path("two.png")], [("a", "b"), ()]
@@ -93,8 +93,8 @@ def test_a_program_may_say_any_character(tmp_path: Path) -> None:
     assert judge_of(f"{sys.executable} {code}")(FILES, LABELS) == ["a\u2028b\x85\ud55c"] * 2
 
 
-def rows(*answers: str) -> list[Row]:
-    return [Row([{"type": "image", "path": f"{n}.png"}], answer) for n, answer in enumerate(answers)]
+def rows(*answers: str) -> list[MediaRow]:
+    return [MediaRow([{"type": "image", "path": f"{n}.png"}], answer) for n, answer in enumerate(answers)]
 
 
 def test_groups_are_even_and_hold_every_row_once() -> None:
@@ -108,7 +108,7 @@ def test_groups_are_even_and_hold_every_row_once() -> None:
 def test_ranks_are_those_of_sorting() -> None:
     """Texts behind media, and media for texts; of several right ones the best counts."""
     of, random = rows(*"abcabd"), np.random.default_rng(0)
-    group = Group([5, 3, 1, 0, 2, 4], list("dbac"))
+    group = MediaGroup([5, 3, 1, 0, 2, 4], list("dbac"))
     table = random.normal(size=(6, 4))
     texts, media = ranks(of, [group], [table.tolist()])
     for place, number in enumerate(group.rows):
@@ -121,7 +121,8 @@ def test_ranks_are_those_of_sorting() -> None:
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan")])
 def test_what_is_as_good_or_no_number_stands_before(wrong: float) -> None:
-    (first, second), _ = ranks(rows("a", "b"), [Group([0, 1], ["a", "b"])], [[[-1.0, wrong], [-2.0, -1.0]]])
+    (first, second), _ = ranks(rows("a", "b"), [MediaGroup([0, 1], ["a", "b"])],
+                               [[[-1.0, wrong], [-2.0, -1.0]]])
     assert (first.rank, second.rank) == (2, 1)
 
 

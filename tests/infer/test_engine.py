@@ -12,7 +12,7 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS, Engine, run_engine  # noqa: E402
 from megatron_sov.infer.engines.target import find_target  # noqa: E402
-from megatron_sov.infer.request import Batching, Sampling, Stop  # noqa: E402
+from megatron_sov.infer.request import Batching, Sampling, StopRule  # noqa: E402
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8]]
 
@@ -22,7 +22,7 @@ def test_engines_answer_the_same_work_alike(family: str, hf_models: dict[str, Pa
                                             imported: dict[str, Path], one_rank: None) -> None:
     def work(engine: Engine) -> Any:
         whole = engine.generate(PROMPTS, Sampling(8)).continuations
-        ended = engine.generate(PROMPTS, Sampling(8), stop=Stop((whole[0][2],))).continuations
+        ended = engine.generate(PROMPTS, Sampling(8), stop=StopRule((whole[0][2],))).continuations
         return {"whole": whole, "ended": ended,
                 "same again": engine.generate(PROMPTS, Sampling(8, temperature=1.0, seed=4))
                 == engine.generate(PROMPTS, Sampling(8, temperature=1.0, seed=4), streams=None)}

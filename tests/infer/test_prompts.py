@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.prompts import Prompt, read_prompts
+from megatron_sov.infer.prompts import ModelPrompt, read_prompts
 
 
 def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "수도는", "target": "서울"}\n\n{"prompt": "b", "id": 7}\n', encoding="utf-8")
-    assert read_prompts(["a"], file) == [Prompt("a"), Prompt("수도는", "서울"), Prompt("b")]
-    assert read_prompts(["a"], None) == [Prompt("a")]
+    assert read_prompts(["a"], file) == [ModelPrompt("a"), ModelPrompt("수도는", "서울"), ModelPrompt("b")]
+    assert read_prompts(["a"], None) == [ModelPrompt("a")]
 
 
 @pytest.mark.parametrize(("line", "sentence"), [
@@ -53,4 +53,4 @@ def test_characters_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path: Pat
     file, text = tmp_path / "prompts.jsonl", "a\u2028b\u0085c\u2029d"
     file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\r\n{"prompt": "e"}\n',
                     encoding="utf-8", newline="")
-    assert read_prompts([], file) == [Prompt(text), Prompt("e")]
+    assert read_prompts([], file) == [ModelPrompt(text), ModelPrompt("e")]

@@ -11,7 +11,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.infer import request
-from megatron_sov.infer.request import Batching, Generated, Sampling, Stop
+from megatron_sov.infer.request import Batching, Generated, Sampling, StopRule
 
 
 class OddAlone:
@@ -28,7 +28,7 @@ def decode(tokens: list[int]) -> str:
 def test_texts_end_a_continuation_wherever_tokens_cut_them() -> None:
     text = "그래요. END of it"
     tokens = list(text.encode())
-    stop = Stop(texts=("END", "요?"), decode=decode)
+    stop = StopRule(texts=("END", "요?"), decode=decode)
     cut = stop.cut(tokens)
     assert decode(cut) == "그래요. END"
     assert [stop.ends(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
@@ -37,12 +37,12 @@ def test_texts_end_a_continuation_wherever_tokens_cut_them() -> None:
 
 
 def test_the_first_of_the_strings_cuts_the_text() -> None:
-    assert Stop(texts=("c", "b")).cut_text("abcd") == "a"
+    assert StopRule(texts=("c", "b")).cut_text("abcd") == "a"
 
 
 def test_tokens_end_a_continuation() -> None:
-    assert Stop((3, 4)).cut([1, 2, 4, 3]) == [1, 2, 4]
-    assert Stop().cut([1, 2]) == [1, 2]
+    assert StopRule((3, 4)).cut([1, 2, 4, 3]) == [1, 2, 4]
+    assert StopRule().cut([1, 2]) == [1, 2]
 
 
 def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_an_engine_refuses_values_without_meaning(wrong: dict[str, Any]) -> None
 
 
 def test_what_follows_from_what_was_asked_stands_beside_the_tokens() -> None:
-    stop = Stop((9,))
+    stop = StopRule((9,))
     written = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
     found = Generated.of(written, Sampling(2, 0.7), stop, 4)
     assert found.finish_reasons == ["stop", "length", "length"]

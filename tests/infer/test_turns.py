@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sov.infer.request import Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.request import Generated, Sampling, StopRule, Tokens
 
 
 class Echo:
@@ -14,7 +14,7 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[Any] = []
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         assert stop is not None
         self.asked.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids,
@@ -36,7 +36,7 @@ def play() -> dict[str, Any]:
         return [[w.ids for w in policy.sample(*asked)]
                 for asked in (([[1, 2], [3]], 2, [7, 8]), ([[4]], 1, [9]))]
 
-    result = with_policy(EnginePolicy(engine, Sampling(seed=5), Stop((9,))), work)
+    result = with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
     world.leave()
     return {"result": result, "asked": engine.asked}
 
@@ -60,10 +60,10 @@ def fail() -> list[str]:
     told = []
     for engine, work in ((Echo(), bad_task), (Refusing(), bad_task)):
         try:
-            with_policy(EnginePolicy(engine, Sampling(seed=5), Stop((9,))), work)
+            with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
         except UserError as e:
             told.append(str(e))
-    told.append(with_policy(EnginePolicy(Echo(), Sampling(seed=5), Stop((9,))), lambda policy: "goes on"))
+    told.append(with_policy(EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,))), lambda policy: "goes on"))
     world.leave()
     return told
 

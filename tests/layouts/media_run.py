@@ -20,7 +20,7 @@ from megatron_sov.engine.mcore.model.local_shards import local_shards
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.omni.media.placed import Media, Placed, placed
+from megatron_sov.omni.media.placed import Media, PlacedMedia, placed
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.objectives.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
@@ -84,7 +84,7 @@ class Documents:
     def media(self, document: int, start: int, count: int) -> Media:
         """Return the pictures and sounds of some tokens."""
         tokens, features = self.tokens(document, start, count), self.features[document][start:start + count]
-        found: dict[str, Placed] = {}
+        found: dict[str, PlacedMedia] = {}
         for kind, bank in self.banks.items():
             mine = np.isin(tokens, bank.placeholder_ids)
             if mine.any():

@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForCausalLM, BertConfig, BertForSequenceClassification, DeepseekV3Config, DeepseekV3ForCausalLM,
     PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
-from data_prep.curate.scoring.encoder import Encoder, EncoderSettings
+from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder
 from data_prep.synth.generators.autoif.constraints import Entailment
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
@@ -62,7 +62,7 @@ def classify(folder: Path) -> None:
 
 
 def encode(folder: Path) -> None:
-    Encoder(folder, EncoderSettings())
+    ScoringEncoder(folder, EncoderSettings())
 
 
 LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "reward": ("bert", classify, DENSE),

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.plan.decoding import Asked, EngineCosts, Engines, step_s, touched_params, writing
+from megatron_sov.plan.decoding import DecodingRequest, EngineCosts, Engines, step_s, touched_params, writing
 from megatron_sov.plan.pages.quote import Quote, totals
 from megatron_sov.plan.post_training import BUDGETS, Assumed, covers, quotes
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
@@ -164,7 +164,7 @@ def test_experts_that_tokens_meet_are_read() -> None:
 
 def test_mean_lengths_are_met_by_the_law_of_their_ends() -> None:
     for mean in (200, 1000, 2500, 3800):
-        asked = Asked(64, 100, mean, 4096)
+        asked = DecodingRequest(64, 100, mean, 4096)
         ends = asked.ends_after_tokens
         drawn = random.Random(1)
         found = sum(min(4096, drawn.expovariate(1 / ends)) for _ in range(40_000)) / 40_000
@@ -173,7 +173,7 @@ def test_mean_lengths_are_met_by_the_law_of_their_ends() -> None:
 
 def test_a_round_is_the_sum_of_its_steps() -> None:
     """Every token of rounds whose responses all run at once, step by step on the slowest of eight engines."""
-    asked, e = Asked(64, 100, 80, 1024), engines(costs=EngineCosts())
+    asked, e = DecodingRequest(64, 100, 80, 1024), engines(costs=EngineCosts())
     drawn, ends = random.Random(2), asked.ends_after_tokens
     rounds = []
     for _ in range(12):
@@ -186,8 +186,8 @@ def test_a_round_is_the_sum_of_its_steps() -> None:
 
 
 def test_responses_that_do_not_fit_wait() -> None:
-    small = writing(engines(), Asked(8 * 100, 100, 1000, 8192), default())
-    large = writing(engines(), Asked(8 * 10_000, 100, 1000, 8192), default())
+    small = writing(engines(), DecodingRequest(8 * 100, 100, 1000, 8192), default())
+    large = writing(engines(), DecodingRequest(8 * 10_000, 100, 1000, 8192), default())
     assert small.running == 100 and small.decode_s == 0
     held = (0.85 * H100.memory_bytes - DENSE.params() * 2) / kv_bytes(DENSE, 1100)
     assert large.running == int(held) < 10_000 and large.decode_s > large.tail_s
@@ -195,14 +195,15 @@ def test_responses_that_do_not_fit_wait() -> None:
 
 
 def test_rounds_that_overlap_have_no_tail() -> None:
-    asked = Asked(8 * 64, 100, 1000, 8192)
+    asked = DecodingRequest(8 * 64, 100, 1000, 8192)
     waits, ahead, deep = (writing(engines(costs=EngineCosts()), replace(asked, rounds_ahead=n), default())
                           for n in (0, 1, 4))
     assert ahead.tail_s == 0 and deep.total_s < ahead.total_s < waits.total_s
 
 
 def test_prompts_are_read_once_for_their_responses() -> None:
-    one, many = (writing(engines(), Asked(512, 1000, 100, 200, n), default()).prefill_s for n in (1, 8))
+    one, many = (writing(engines(), DecodingRequest(512, 1000, 100, 200, n), default()).prefill_s for n in (1,
+                                                                                                            8))
     assert one == pytest.approx(8 * many)
 
 
@@ -249,7 +250,7 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     init.initialise(model, config.model, 1)
     model.eval()
     with kv_cache.keep(model, kv_cache.CacheSize(1, tokens - 1)) as layers, torch.no_grad():
-        row = kv_cache.read_row([kv_cache.Span(0, 0, list(range(tokens - 1)))], tokens - 1,
+        row = kv_cache.read_row([kv_cache.CacheSpan(0, 0, list(range(tokens - 1)))], tokens - 1,
                                 torch.device("cpu"))
         model.chunks[0].read(row)
     trunk = layers[:config.model.num_layers]

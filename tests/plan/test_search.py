@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.settings import Code, Problem
+from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.commands.operate.submit import COMMANDS
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.operate.slurm.stages import work_of
 from megatron_sov.plan.pages.telling import (
-    SHOWN_RULES, Told, broken, name, recomputes, set_line, sizes, submit_line, too_large, why)
+    SHOWN_RULES, PlanText, broken, name, recomputes, set_line, sizes, submit_line, too_large, why)
 from megatron_sov.plan.pricing import Pricing, RunStage, machines, pricing, run_stages
 from megatron_sov.plan.search.space import (
-    LEAST_GAIN, Choice, Space, choices, layouts, own_choice, space_of, uneven)
+    LEAST_GAIN, LayoutChoice, LayoutSpace, choices, layouts, own_choice, space_of, uneven)
 from megatron_sov.plan.search.sweep import (
-    NODES_TRIED, Common, Found, Search, Sweep, common, fewest_nodes, fits_somehow, kinds, search, sweep,
-    told_nodes)
+    NODES_TRIED, Common, Sweep, SweepResult, SweepSearch, common, fewest_nodes, fits_somehow, kinds, search,
+    sweep, told_nodes)
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.work.clusters.units import GIB
 
@@ -86,15 +86,15 @@ def test_settings_are_quoted_for_a_shell() -> None:
 
 
 CONFIG = recipes.get("qwen3-8b")
-FAST, ROOMY, SLOW = (Choice(ParallelConfig(tp=tp, zero1=True), 1, (False, ())) for tp in (1, 2, 4))
+FAST, ROOMY, SLOW = (LayoutChoice(ParallelConfig(tp=tp, zero1=True), 1, (False, ())) for tp in (1, 2, 4))
 
 
-def told(recommended: Choice, *found: tuple[Choice, int, float]) -> Told:
+def told(recommended: LayoutChoice, *found: tuple[LayoutChoice, int, float]) -> PlanText:
     """Return a search of one stage that found layouts of so many bytes and seconds."""
     sweep = Sweep(run_stages(CONFIG, 8)[0], num_looked_at=9,
-                  ranked=[Found(choice, needs, {"dense": s}, s) for choice, needs, s in found])
-    of = Search(CONFIG, [sweep], ["pretrain"], common([sweep]))
-    return Told(of, machines("h100", 1), recommended, [], "megatron-sov submit")
+                  ranked=[SweepResult(choice, needs, {"dense": s}, s) for choice, needs, s in found])
+    of = SweepSearch(CONFIG, [sweep], ["pretrain"], common([sweep]))
+    return PlanText(of, machines("h100", 1), recommended, [], "megatron-sov submit")
 
 
 def test_the_layout_that_is_taken_otherwise_has_its_place() -> None:
@@ -129,15 +129,15 @@ def test_speed_follows_from_the_step_and_scripts_read_the_same() -> None:
 # Layouts in words, and why the others were not taken.
 
 
-PLAIN = Choice(ParallelConfig(zero1=True), 1, (False, ()))
+PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
 STAGE = run_stages(recipes.get("qwen3-8b"), 8)[0]
 
 
-def at(**changes: int) -> Choice:
+def at(**changes: int) -> LayoutChoice:
     return replace(PLAIN, parallel=replace(PLAIN.parallel, **changes))
 
 
-def took(choice: Choice, **seconds: float) -> Common:
+def took(choice: LayoutChoice, **seconds: float) -> Common:
     return Common(choice, GIB, seconds, sum(seconds.values()))
 
 
@@ -145,10 +145,11 @@ def test_a_layout_in_words() -> None:
     assert sizes(PLAIN.parallel) == "data parallel alone, ZeRO-1"
     assert sizes(at(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
     assert name(PLAIN) == "data parallel alone, micro-batch 1, recomputes nothing"
-    assert name(Choice(ParallelConfig(tp=2), 4, (True, ()))) == ("tp 2, no ZeRO-1, micro-batch 4, "
-                                                                 "recomputes layers")
+    assert name(LayoutChoice(ParallelConfig(tp=2), 4, (True, ()))) == ("tp 2, no ZeRO-1, micro-batch 4, "
+                                                                       "recomputes layers")
     uneven = ParallelConfig(pp=2, vpp=2, zero1=True, pipeline_layout=(3, 3, 3, 1))
-    assert name(Choice(uneven, 1, (False, ()))).startswith("pp 2, vpp 2, 4 layers on the last stage, micro-")
+    assert name(LayoutChoice(uneven, 1,
+                             (False, ()))).startswith("pp 2, vpp 2, 4 layers on the last stage, micro-")
     assert recomputes(replace(PLAIN, recompute=("selective", ("moe", "layernorm")))) == (
         "recomputes moe + layernorm")
 
@@ -186,7 +187,8 @@ def test_what_does_not_fit_is_told_by_the_nearest() -> None:
 def test_rare_rules_are_counted_together() -> None:
     sweep = Sweep(STAGE)
     for letter, count in zip("abcdefgh", range(80, 0, -10), strict=True):
-        sweep.breaks(Problem(Code.RULE, "", f"rule {letter} is broken", way_out="mend it"), count)
+        sweep.breaks(SettingsProblem(ProblemCode.RULE, "", f"rule {letter} is broken", way_out="mend it"),
+                     count)
     lines = broken([sweep])
     assert lines[0] == "80 break a rule, as: rule a is broken"
     assert len(lines) == SHOWN_RULES + 1 and lines[-1] == "30 break one of 2 other rules"
@@ -330,8 +332,9 @@ def test_where_there_is_nothing_to_gain_stages_stay_equal() -> None:
 # counts what it leaves out.
 
 
-SMALL = Space(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2), zero1=(False, True),
-              micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))))
+SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2),
+                    zero1=(False, True),
+                    micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))))
 
 
 def prices_of_sweep(cluster: str, nodes: int) -> Pricing:

@@ -16,7 +16,7 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
-from megatron_sov.engine.data.rows import Row, join_rows  # noqa: E402
+from megatron_sov.engine.data.rows import PackedRow, join_rows  # noqa: E402
 from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
 from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning, check_sources  # noqa: E402
@@ -31,7 +31,7 @@ CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRR
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
 
 
-def a_row(kind: int, seed: int) -> Row:
+def a_row(kind: int, seed: int) -> PackedRow:
     """Return a document of 10 tokens and 2 of padding: text, or a prompt of 4 labels and a response of 5."""
     labels = np.random.default_rng(seed).integers(1, 32, LENGTH)
     types = np.full(LENGTH, kind, np.uint8)
@@ -39,9 +39,9 @@ def a_row(kind: int, seed: int) -> Row:
     if kind == RESPONSE:
         types[:4], weights[:4] = PROMPT, 0
     labels[9:], weights[9:], types[9:] = 0, 0, 0
-    return Row(tokens=np.roll(labels, 1), labels=labels, weights=weights, positions=np.arange(LENGTH),
-               types=types, sources=np.full(LENGTH, int(kind == TEXT)), padding=np.arange(LENGTH) >= 10,
-               bounds=np.array([0, 10, LENGTH], np.int32))
+    return PackedRow(tokens=np.roll(labels, 1), labels=labels, weights=weights, positions=np.arange(LENGTH),
+                     types=types, sources=np.full(LENGTH, int(kind == TEXT)), padding=np.arange(LENGTH) >= 10,
+                     bounds=np.array([0, 10, LENGTH], np.int32))
 
 
 def config_of(*settings: str) -> RunConfig:
@@ -128,17 +128,18 @@ class Logits:
         return {term: (losses * w).sum() for term, w in weights.items()}, losses
 
 
-def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> Row:
+def a_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> PackedRow:
     """Return conversations and padding; the last token of each has no label."""
     kinds = "".join(CHATS[i] + "." for i in chats)
     types = np.array([{"P": 1, "R": 2, ".": 0}[k] for k in kinds.ljust(ROW, ".")], np.uint8)
     ends = np.cumsum([len(CHATS[i]) + 1 for i in chats])
     filled = int(ends[-1])
-    return Row(tokens=random.integers(0, VOCAB, ROW), labels=random.integers(0, VOCAB, ROW),
-               weights=(types == 2).astype(np.float32) * random.choice([0.5, 1.0], ROW).astype(np.float32),
-               positions=np.arange(ROW), types=types, sources=np.zeros(ROW, np.int64),
-               padding=np.arange(ROW) >= filled,
-               bounds=np.array([0, *ends, *([ROW] if filled < ROW else [])], np.int32))
+    return PackedRow(tokens=random.integers(0, VOCAB, ROW), labels=random.integers(0, VOCAB, ROW),
+                     weights=(types == 2).astype(np.float32) * random.choice([0.5, 1.0],
+                                                                             ROW).astype(np.float32),
+                     positions=np.arange(ROW), types=types, sources=np.zeros(ROW, np.int64),
+                     padding=np.arange(ROW) >= filled,
+                     bounds=np.array([0, *ends, *([ROW] if filled < ROW else [])], np.int32))
 
 
 def config_per(loss_per: str) -> RunConfig:
@@ -146,7 +147,7 @@ def config_per(loss_per: str) -> RunConfig:
         "objective.name=sft", f"objective.loss_per={loss_per}", "train.precision=fp64"])
 
 
-def by_hand(rows: list[Row], logits: list[torch.Tensor], loss_per: str) -> torch.Tensor:
+def by_hand(rows: list[PackedRow], logits: list[torch.Tensor], loss_per: str) -> torch.Tensor:
     """Return the mean over units of each unit's weighted mean loss."""
     means = []
     for row, scores in zip(rows, logits, strict=True):
@@ -187,7 +188,8 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
                               objective.coefficients, batch.targets)
                    for part, m in zip(split, batch.micro_batches, strict=True))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
-        for ours, theirs in zip(torch.autograd.grad(loss, logits), gradients, strict=True):  # type: ignore[arg-type]
+        for ours, theirs in zip(torch.autograd.grad(loss, logits), gradients,
+                                strict=True):  # type: ignore[arg-type]
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import Code
+from megatron_sov.base.plugins.code import PluginCode
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import COMPLETION, CONFIG, RunFolder
@@ -136,7 +136,7 @@ def test_an_unused_folder_is_taken_back_and_a_used_one_stays(tmp_path: Path) -> 
 
 
 def with_code(kind: str, files: dict[str, str], reference: str = "/home/me/mine.py:Mine") -> RunConfig:
-    code = Code(kind, "mine", reference, files=files)  # type: ignore[arg-type]
+    code = PluginCode(kind, "mine", reference, files=files)  # type: ignore[arg-type]
     return dataclasses.replace(CONFIG_OF_RUN, code=(code,))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.serve.bodies import Question, Refused, chat_question, completion_question
+from megatron_sov.serve.bodies import RefusedRequest, ServedQuestion, chat_question, completion_question
 
 MANY = 20_000
 HI = '"messages": [{"role": "user", "content": "hi"}]'
@@ -27,7 +27,7 @@ def test_a_body_that_is_wrong_all_over_costs_little_and_is_told_in_a_sentence(na
     ask, body, said = COSTLY[name]
     tracemalloc.start()
     try:
-        with pytest.raises(Refused, match=said) as refused:
+        with pytest.raises(RefusedRequest, match=said) as refused:
             ask(body.encode(), "m")
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
@@ -45,11 +45,11 @@ def test_prompts_are_texts_or_ids(prompt: str, prompts: Any) -> None:
 @pytest.mark.parametrize(("options", "tells"), [("", False), (', "stream_options": {}', False),
                                                 (', "stream_options": {"include_usage": true}', True)])
 def test_a_stream_tells_usage_where_it_is_asked_to(options: str, tells: bool) -> None:
-    asked: Question = chat_question(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
+    asked: ServedQuestion = chat_question(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
     assert asked.tells_usage is tells
 
 
 @pytest.mark.parametrize("options", ['{"include_usag": true}', '{"include_usage": 1}', "[]"])
 def test_options_of_a_stream_that_are_none_are_refused(options: str) -> None:
-    with pytest.raises(Refused, match="stream_options is"):
+    with pytest.raises(RefusedRequest, match="stream_options is"):
         chat_question(f'{{{HI}, "stream_options": {options}}}'.encode(), "m")

@@ -25,9 +25,9 @@ from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.live import Joining, News
 from megatron_sov.infer.request import STOP
 from megatron_sov.serve import http_server
-from megatron_sov.serve.bodies import Reader
+from megatron_sov.serve.bodies import BodyReader
 from megatron_sov.serve.http_server import HttpServer
-from megatron_sov.serve.scheduler import Clerk, Desk
+from megatron_sov.serve.scheduler import Clerk, RequestQueue
 from megatron_sov.serve.settings import ServeSettings
 
 SLOTS, LONGEST = 2, 400
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Model:
     """Writes the answer that stands in the prompt."""
 
-    reader: Reader
+    reader: BodyReader
     clerk: Clerk
     rows: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(10**6))
     """Rows that it may read."""
@@ -120,8 +120,8 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
     def within(vocab: int = 300, **given: Any) -> Iterator[Open]:
         settings = ServeSettings("scripted", port=0, **given)
         target: Any = SimpleNamespace(tokenizer_folder=folder, path=folder, is_hf=True, vocab_size=vocab)
-        reader = Reader(target, LONGEST)
-        desk = Desk(settings.max_waiting)
+        reader = BodyReader(target, LONGEST)
+        desk = RequestQueue(settings.max_waiting)
         stop: list[str] = []
         model = Model(reader, Clerk(desk, reader, lambda: stop[0] if stop else None, lambda: False),
                       wants_stop=stop)
@@ -344,7 +344,7 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
-            HttpServer(ServeSettings("m", port=port), Desk(1), server.model.reader, 0.0, LONGEST)
+            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST)
 
 
 @pytest.mark.parametrize("sent", [

@@ -5,34 +5,34 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.base.chat.tool_calls import ToolCall
-from megatron_sov.serve.replies import Turn, turn_so_far, whole_turn
+from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 CALL = ToolCall("add", {"a": 1})
 TURNS = {
-    "plain": (" Hello <b>world</b>.\n", False, Turn("", " Hello <b>world</b>.\n")),
-    "thoughts": ("<think>\n1 + 1\n</think>\n\n2 <think> 3", False, Turn("1 + 1", "2 <think> 3")),
-    "thoughts opened by the template": ("1 + 1\n</think>\n2", True, Turn("1 + 1", "2")),
-    "opened twice": ("<think>1 + 1</think>2", True, Turn("1 + 1", "2")),
-    "cut in thoughts": ("<think>1 + 1 </thi", False, Turn("1 + 1 </thi", "")),
-    "an end without a beginning": ("2</think>3", False, Turn("", "2</think>3")),
-    "no more than a mark": ("<think", False, Turn("", "<think")),
-    "a call": (f"<think>x</think>I add.\n{ADD}", False, Turn("x", "I add.", (CALL,))),
-    "two calls": (f"{ADD}\n{ADD}\nDone.", False, Turn("", "\nDone.", (CALL, CALL))),
-    "a call in thoughts": (f"<think>{ADD}</think>2", False, Turn(ADD, "2")),
+    "plain": (" Hello <b>world</b>.\n", False, ServedTurn("", " Hello <b>world</b>.\n")),
+    "thoughts": ("<think>\n1 + 1\n</think>\n\n2 <think> 3", False, ServedTurn("1 + 1", "2 <think> 3")),
+    "thoughts opened by the template": ("1 + 1\n</think>\n2", True, ServedTurn("1 + 1", "2")),
+    "opened twice": ("<think>1 + 1</think>2", True, ServedTurn("1 + 1", "2")),
+    "cut in thoughts": ("<think>1 + 1 </thi", False, ServedTurn("1 + 1 </thi", "")),
+    "an end without a beginning": ("2</think>3", False, ServedTurn("", "2</think>3")),
+    "no more than a mark": ("<think", False, ServedTurn("", "<think")),
+    "a call": (f"<think>x</think>I add.\n{ADD}", False, ServedTurn("x", "I add.", (CALL,))),
+    "two calls": (f"{ADD}\n{ADD}\nDone.", False, ServedTurn("", "\nDone.", (CALL, CALL))),
+    "a call in thoughts": (f"<think>{ADD}</think>2", False, ServedTurn(ADD, "2")),
     "malformed": ("So: <tool_call>{add}</tool_call> ", False,
-                  Turn("", "So: <tool_call>{add}</tool_call> ")),
-    "one of two is malformed": (f"{ADD}<tool_call>", False, Turn("", f"{ADD}<tool_call>")),
-    "white space": ("  \n ", False, Turn("", "  \n ")), "nothing": ("", True, Turn("", "")),
+                  ServedTurn("", "So: <tool_call>{add}</tool_call> ")),
+    "one of two is malformed": (f"{ADD}<tool_call>", False, ServedTurn("", f"{ADD}<tool_call>")),
+    "white space": ("  \n ", False, ServedTurn("", "  \n ")), "nothing": ("", True, ServedTurn("", "")),
 }
 
 
 @pytest.mark.parametrize(("text", "in_thoughts", "expected"), TURNS.values(), ids=TURNS)
 def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, in_thoughts: bool,
-                                                                    expected: Turn) -> None:
+                                                                    expected: ServedTurn) -> None:
     assert whole_turn(text, in_thoughts, has_tools=True) == expected
     for has_tools in (True, False):
-        told = Turn("", "")
+        told = ServedTurn("", "")
         for end in range(len(text) + 1):
             turn = turn_so_far(text[:end], in_thoughts, has_tools)
             assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content)
@@ -42,4 +42,4 @@ def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, i
 
 
 def test_without_tools_a_call_is_text() -> None:
-    assert whole_turn(f"I say {ADD}", False, has_tools=False) == Turn("", f"I say {ADD}")
+    assert whole_turn(f"I say {ADD}", False, has_tools=False) == ServedTurn("", f"I say {ADD}")

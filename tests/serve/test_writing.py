@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from megatron_sov.base.documents.byte_bpe import byte_characters
 from megatron_sov.infer.request import LENGTH, STOP
-from megatron_sov.serve.replies import Writing
+from megatron_sov.serve.replies import ReplyWriting
 
 TEXT = "Ein Bär 곰 sagt: stop. Und 🐻‍❄️ sagt nichts."
 
@@ -21,7 +21,7 @@ def by_bytes() -> Tokenizer:
 
 
 def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: Tokenizer) -> None:
-    writing, told = Writing(by_bytes.decode, (), ()), ""
+    writing, told = ReplyWriting(by_bytes.decode, (), ()), ""
     for byte in TEXT.encode():
         writing.add(byte, -1.0, None)
         sure = writing.sure_text()
@@ -32,7 +32,7 @@ def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: To
 
 @pytest.mark.parametrize("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
 def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, stops: tuple[str, ...]) -> None:
-    writing = Writing(by_bytes.decode, stops, ())
+    writing = ReplyWriting(by_bytes.decode, stops, ())
     wanted = min((TEXT.partition(stop)[0] for stop in stops), key=len)
     for byte in TEXT.encode():
         writing.add(byte, -1.0, None)
@@ -42,7 +42,7 @@ def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, st
 
 
 def test_a_token_or_the_length_ends_it(by_bytes: Tokenizer) -> None:
-    ended, cut = (Writing(by_bytes.decode, (), (0,)) for _ in range(2))
+    ended, cut = (ReplyWriting(by_bytes.decode, (), (0,)) for _ in range(2))
     for token, reason in ((65, None), (0, STOP), (66, LENGTH)):
         ended.add(token, -1.0, reason)
     cut.add(65, -1.0, LENGTH)

@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 from megatron_sov.base.documents import Document, Message
 from megatron_sov.base.errors import UserError
 from tokenizer.mixture import (
-    MIXTURES, NUM_BUCKETS, PIECE_BYTES, Group, Share, Sizes, gather_groups, parse_input, pieces, repeats,
-    share_bytes, share_of)
+    MIXTURES, NUM_BUCKETS, PIECE_BYTES, Share, Sizes, SourceGroup, gather_groups, parse_input, pieces,
+    repeats, share_bytes, share_of)
 
 
 def sizes_of(buckets: dict[int, int]) -> Sizes:
@@ -22,14 +22,14 @@ def sizes_of(buckets: dict[int, int]) -> Sizes:
 
 
 def test_input_arguments(tmp_path: Path) -> None:
-    assert parse_input("a/b.txt") == Group("a/b.txt", (Path("a/b.txt"),))
-    assert parse_input("a/b.txt:2.5") == Group("a/b.txt", (Path("a/b.txt"),), 2.5)
-    assert parse_input("ko=a/b.txt:2") == Group("ko", (Path("a/b.txt"),), 2)
-    assert parse_input("C:stuff") == Group("C:stuff", (Path("C:stuff"),))
+    assert parse_input("a/b.txt") == SourceGroup("a/b.txt", (Path("a/b.txt"),))
+    assert parse_input("a/b.txt:2.5") == SourceGroup("a/b.txt", (Path("a/b.txt"),), 2.5)
+    assert parse_input("ko=a/b.txt:2") == SourceGroup("ko", (Path("a/b.txt"),), 2)
+    assert parse_input("C:stuff") == SourceGroup("C:stuff", (Path("C:stuff"),))
     for name in ("x:2", "k=v"):
         (tmp_path / name).write_text("a name with a colon or an equals sign")
-        assert parse_input(f"{tmp_path}/{name}") == Group(f"{tmp_path}/{name}", (tmp_path / name,))
-    assert parse_input(f"n={tmp_path}/x:2") == Group("n", (tmp_path / "x:2",))
+        assert parse_input(f"{tmp_path}/{name}") == SourceGroup(f"{tmp_path}/{name}", (tmp_path / name,))
+    assert parse_input(f"n={tmp_path}/x:2") == SourceGroup("n", (tmp_path / "x:2",))
     for bad in ("a:0", "a:-1", "a:nan", "a:inf"):
         with pytest.raises(UserError, match="must be a positive number"):
             parse_input(bad)
@@ -40,7 +40,7 @@ def test_input_arguments(tmp_path: Path) -> None:
 
 def test_inputs_of_one_name_are_one_group_whatever_their_order() -> None:
     groups = gather_groups(["ko=b:3", "en=a:1", "ko=c"], None)
-    assert groups == [Group("en", (Path("a"),), 1), Group("ko", (Path("b"), Path("c")), 3)]
+    assert groups == [SourceGroup("en", (Path("a"),), 1), SourceGroup("ko", (Path("b"), Path("c")), 3)]
     assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
 
 
@@ -64,7 +64,7 @@ def test_published_mixtures() -> None:
 
 
 def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
-    groups = [Group("a", (), 3), Group("b", (), 1), Group("c", ())]
+    groups = [SourceGroup("a", (), 3), SourceGroup("b", (), 1), SourceGroup("c", ())]
     found = [sizes_of({0: n}) for n in (100, 300, 50)]
     factors = repeats(groups, found)
     assert factors == [3.0, 100 / 300, 1.0]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.rows import Row
+from megatron_sov.engine.data.rows import PackedRow
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import IdBlock, apply_settings
 
@@ -42,7 +42,7 @@ def batch() -> MicroBatch:
     """Documents of 3 and 4 tokens and one of padding; the last token of a document has no label."""
     import numpy as np
 
-    return from_row(Row(
+    return from_row(PackedRow(
         tokens=np.array([1, 2, 3, 4, 5, 6, 7, 0]), labels=np.array([2, 3, 0, 5, 6, 7, 0, 0]),
         weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32),
         positions=np.array([0, 1, 2, 0, 1, 2, 3, 0]), types=np.zeros(8, np.uint8),
@@ -103,10 +103,11 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
     labels = np.roll(tokens, -1)
     ends = np.array(BOUNDS[1:]) - 1
     labels[ends], weights[ends] = 0, 0
-    batch = from_row(Row(tokens=tokens, labels=labels, weights=weights, types=np.zeros(n, np.uint8),
-                         sources=np.zeros(n, np.int64),
-                         positions=np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(BOUNDS)]),
-                         padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
+    batch = from_row(PackedRow(tokens=tokens, labels=labels, weights=weights, types=np.zeros(n, np.uint8),
+                               sources=np.zeros(n, np.int64),
+                               positions=np.concatenate([np.arange(b - a) for a,
+                                                         b in itertools.pairwise(BOUNDS)]),
+                               padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
     logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth))
               for depth in range(depths + 1)]
     expected = counted = 0.0
@@ -148,7 +149,7 @@ def config(**objective: Any) -> Any:
 def random_batch(seed: int) -> MicroBatch:
     """24 random labels with random weights, some of them 0, and random types."""
     rng = np.random.default_rng(seed)
-    return from_row(Row(
+    return from_row(PackedRow(
         tokens=rng.integers(0, 9, 24), labels=rng.integers(0, 9, 24),
         weights=rng.choice([0, 1, 0.5], 24).astype(np.float32), positions=np.arange(24),
         types=rng.integers(0, 3, 24).astype(np.uint8), sources=np.zeros(24, np.int64),
@@ -196,7 +197,8 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
 
 def test_without_blocks_nothing_is_measured_nor_copied() -> None:
     made = recipes.get("tiny-qwen3")
-    learner = LanguageModelling(SimpleNamespace(config=made, batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
+    learner = LanguageModelling(SimpleNamespace(config=made,
+                                                batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
     one = random_batch(0)
     assert learner.meters == () and learner._typed.weighted(one) is one
     assert learner._typed.measured(torch.zeros(24), one) == {}

@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import manifest_sha256, new_artifact
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -56,14 +56,14 @@ RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4},
                     meters={"clipped": 0.125})
 LOAD = torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])
 """A dense layer and two routed ones."""
-MAIN, OTHER = World(0, 2, 0, 2, True, True), World(1, 2, 1, 2, True, True)
+MAIN, OTHER = ParallelWorld(0, 2, 0, 2, True, True), ParallelWorld(1, 2, 1, 2, True, True)
 
 
 def config(*settings: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-solar-open"), list(settings))
 
 
-def recorder(run: Path, *settings: str, place: World = MAIN) -> Recorder:
+def recorder(run: Path, *settings: str, place: ParallelWorld = MAIN) -> Recorder:
     found = Recorder(config(*settings), place, NUM_STEPS, began_s=1000.5)
     if place.is_main:
         found.open(run)

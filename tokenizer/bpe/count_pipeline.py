@@ -19,14 +19,14 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import atomic_write, new_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.pool import in_processes
-from tokenizer.bpe.count_units import Unit, UnitSizes, group_sizes, look_through, plan
+from tokenizer.bpe.count_units import CountUnit, UnitSizes, group_sizes, look_through, plan
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, Words
+from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.mixture import (
-    NUM_BUCKETS, Excerpt, Group, Share, Sizes, describe, pieces, repeats, share_bytes, share_of)
+    NUM_BUCKETS, Excerpt, Share, Sizes, SourceGroup, describe, pieces, repeats, share_bytes, share_of)
 from tokenizer.presets import NUM_BYTES, Preset
 
 # Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
@@ -58,7 +58,7 @@ class CountSettings:
     shares: tuple[Share, ...]
     """How often the pieces of each group are seen."""
 
-    def key(self, unit: Unit) -> str:
+    def key(self, unit: CountUnit) -> str:
         """Return the name of a unit's files."""
         return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern,
                          "share": dataclasses.asdict(self.shares[unit.group]), "code_version": CODE_VERSION})
@@ -78,7 +78,7 @@ class UnitCounts:
     """The pieces that may belong to a sample of its group."""
 
 
-def count_units(units: list[Unit], settings: CountSettings, work: Path, workers: int,
+def count_units(units: list[CountUnit], settings: CountSettings, work: Path, workers: int,
                 limit_bytes: int) -> Iterator[UnitCounts]:
     """Yield the counts of each unit, in order; what is there already is kept.
 
@@ -98,7 +98,7 @@ def count_units(units: list[Unit], settings: CountSettings, work: Path, workers:
 
 
 def _counter(settings: CountSettings, splitter: Splitter, work: Path,
-             limit_words: int) -> Callable[[Unit], UnitCounts]:
+             limit_words: int) -> Callable[[CountUnit], UnitCounts]:
     return _UnitCounter(settings, splitter, work, limit_words).count
 
 
@@ -110,7 +110,7 @@ class _UnitCounter:
         self._limit_text_bytes = limit_words * WORD_BYTES // 2
         self._words = WordCounter()
 
-    def count(self, unit: Unit) -> UnitCounts:
+    def count(self, unit: CountUnit) -> UnitCounts:
         """Return the counts of a unit; it is read unless they are there."""
         file = self._work / f"{self._settings.key(unit)}.arrow"
         record = file.with_suffix(".json")
@@ -124,7 +124,7 @@ class _UnitCounter:
         lowest = tuple(Excerpt(text.encode(), bucket) for bucket, text in facts["lowest"])
         return UnitCounts(file, facts["seen_bytes"], sizes, lowest)
 
-    def _count(self, unit: Unit, file: Path) -> dict[str, Any]:
+    def _count(self, unit: CountUnit, file: Path) -> dict[str, Any]:
         share, splitter = self._settings.shares[unit.group], self._splitter
         words, seen_bytes, num_documents, checked = self._words, 0, 0, False
         bucket_bytes, lowest = np.zeros(NUM_BUCKETS, np.int64), LowestPieces(SAMPLE_BYTES)
@@ -212,7 +212,7 @@ Progress = Callable[[int], object]
 def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, preset: Preset,
                 progress: Progress) -> None:
     """Merge bytes within words until there are `num_tokens` tokens, or no pair occurs often enough."""
-    words = Words(byte_ids()[table.raw], table.lengths_bytes, table.counts)
+    words = PretokenWords(byte_ids()[table.raw], table.lengths_bytes, table.counts)
     # A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge
     # would join two words of the finished tokenizer by their bytes before either word is whole.
     rule = JoinRule(vocabulary.max_token_bytes, 0, keeps_words_apart=bool(preset.superword_pattern),
@@ -240,11 +240,11 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
             _learn(_units(table, vocabulary), rule, vocabulary, num_tokens, progress)
 
 
-def _units(table: WordTable, vocabulary: Vocabulary) -> Words:
+def _units(table: WordTable, vocabulary: Vocabulary) -> PretokenWords:
     """Return the units as the tokens learned so far; one of a single token has nothing to join."""
     lengths, symbols = _encoded(table, vocabulary)
     several = lengths > 1
-    return Words(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
+    return PretokenWords(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
 
 
 def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -258,7 +258,8 @@ def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64
     return np.concatenate(lengths), np.concatenate(symbols)
 
 
-def _learn(words: Words, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int, progress: Progress) -> None:
+def _learn(words: PretokenWords, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int,
+           progress: Progress) -> None:
     num_merges = max(num_tokens - len(vocabulary.tokens), 0)
     merges = MergeLearner(words, vocabulary.tokens, rule, MIN_COUNT, num_merges).learn()
     while some := list(itertools.islice(merges, BATCH_MERGES)):
@@ -285,7 +286,7 @@ documentation in ten languages."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CountPlan:
     """What to learn."""
 
     preset: Preset
@@ -308,7 +309,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
+class LearnedPattern:
     """What came out."""
 
     vocabulary: Vocabulary
@@ -323,7 +324,8 @@ class Learned:
     """For the manifest: text, distinct words and what was left out, for each stage."""
 
 
-def learn(plan_: Plan, groups: list[Group], before_merging: Callable[[], object] = lambda: None) -> Learned:
+def learn(plan_: CountPlan, groups: list[SourceGroup],
+          before_merging: Callable[[], object] = lambda: None) -> LearnedPattern:
     """Learn a vocabulary.
 
     Args:
@@ -371,7 +373,7 @@ def learn(plan_: Plan, groups: list[Group], before_merging: Callable[[], object]
             learn_superwords(table, vocabulary, plan_.vocab_size - special,
                                       plan_.preset.max_superword_words, plan_.only_superwords, progress)
         _check_reached(plan_, vocabulary, plan_.vocab_size, sample_bytes)
-    return Learned(vocabulary, target, _samples(groups, counted), facts, stages)
+    return LearnedPattern(vocabulary, target, _samples(groups, counted), facts, stages)
 
 
 def _bar(title: str, total: int, unit: str) -> Any:
@@ -383,7 +385,7 @@ def _bar(title: str, total: int, unit: str) -> Any:
     return Bar(total=total, desc=title, unit=unit, unit_scale=True, mininterval=0.5)
 
 
-def _refuse_many_repeats(groups: list[Group], sizes: list[Sizes], factors: list[float]) -> None:
+def _refuse_many_repeats(groups: list[SourceGroup], sizes: list[Sizes], factors: list[float]) -> None:
     """Refuse a weight that the text cannot follow."""
     for group, found, factor in zip(groups, sizes, factors, strict=True):
         if factor > MOST_REPEATS:
@@ -393,7 +395,7 @@ def _refuse_many_repeats(groups: list[Group], sizes: list[Sizes], factors: list[
                             f"most {(group.weight or 0) * MOST_REPEATS / factor:.2g}")
 
 
-def _tell_group(group: Group, fact: dict[str, Any]) -> None:
+def _tell_group(group: SourceGroup, fact: dict[str, Any]) -> None:
     """Print a group's size."""
     seen = f", seen {fact['seen_bytes'] / fact['num_bytes']:.2f} times" if group.weight is not None else ""
     print(f"{group.name}: {fact['num_bytes'] / 1e6:.2f} MB of text{seen}")
@@ -411,8 +413,8 @@ class _Counted:
     """Pieces of each group, for a sample of it."""
 
 
-def _count(plan_: Plan, groups: list[Group], units: list[Unit], shares: list[Share], pattern: str,
-           what: str) -> _Counted:
+def _count(plan_: CountPlan, groups: list[SourceGroup], units: list[CountUnit], shares: list[Share],
+           pattern: str, what: str) -> _Counted:
     """Count the words of all units."""
     settings = CountSettings(plan_.preset, pattern, tuple(shares))
     limit_bytes = min(COUNTING_BYTES, (plan_.max_memory_bytes or 1 << 62) // 3)
@@ -432,7 +434,7 @@ def _count(plan_: Plan, groups: list[Group], units: list[Unit], shares: list[Sha
         return _Counted(files, group_sizes(groups, units, sizes(progress)), lowest)
 
 
-def _gather(plan_: Plan, counted: _Counted, what: str) -> WordTable:
+def _gather(plan_: CountPlan, counted: _Counted, what: str) -> WordTable:
     """Return the distinct words of all units."""
     max_bytes = None
     if plan_.max_memory_bytes is not None:
@@ -451,7 +453,7 @@ def _stage(reaches: int, seen_bytes: int, table: WordTable) -> dict[str, Any]:
             "dropped_share": table.dropped_share}
 
 
-def _check_reached(plan_: Plan, vocabulary: Vocabulary, wanted: int, seen_bytes: int) -> None:
+def _check_reached(plan_: CountPlan, vocabulary: Vocabulary, wanted: int, seen_bytes: int) -> None:
     """Raise where the text ran out of pairs."""
     reached = len(vocabulary.tokens) + plan_.preset.num_special_ids
     if reached < wanted:
@@ -464,7 +466,7 @@ def _check_reached(plan_: Plan, vocabulary: Vocabulary, wanted: int, seen_bytes:
                         f"{reached} tokens")
 
 
-def _samples(groups: list[Group], counted: _Counted) -> dict[str, str]:
+def _samples(groups: list[SourceGroup], counted: _Counted) -> dict[str, str]:
     """Return each group's sample; its pieces are sorted, since units come in the order of files."""
     samples = {}
     for group, sizes, lowest in zip(groups, counted.sizes, counted.lowest, strict=True):

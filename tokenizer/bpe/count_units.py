@@ -16,19 +16,19 @@ from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.documents import (
-    BadRecord, Document, Reading, Span, list_files, plan_units, read_documents, read_span)
+    BadRecord, Document, FileSpan, RecordReading, list_files, plan_units, read_documents, read_span)
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.pool import in_processes
-from tokenizer.mixture import NUM_BUCKETS, Group, Sizes, pieces
+from tokenizer.mixture import NUM_BUCKETS, Sizes, SourceGroup, pieces
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class CountUnit:
     """Spans of one group that are read together."""
 
     group: int
     """Number of the group."""
-    spans: tuple[Span, ...]
+    spans: tuple[FileSpan, ...]
     """What is read."""
 
     @property
@@ -59,7 +59,7 @@ class Unit:
             UserError: a file cannot be read, is not UTF-8, or has a malformed record (named by line or row).
         """
         for span in self.spans:
-            for item in read_span(span, Reading()):
+            for item in read_span(span, RecordReading()):
                 if isinstance(item, Document):
                     yield item
                 elif item.code != "empty":
@@ -70,7 +70,7 @@ def _digest(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _placed(span: Span, item: BadRecord) -> UserError:
+def _placed(span: FileSpan, item: BadRecord) -> UserError:
     """Return the mistake with its place in the whole file, of which a span is a part."""
     try:
         for _ in read_documents([span.file]):
@@ -80,13 +80,13 @@ def _placed(span: Span, item: BadRecord) -> UserError:
     return UserError(f"{span.file}: {item.reason}")
 
 
-def plan(groups: list[Group], unit_bytes: int) -> list[Unit]:
+def plan(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
     """Return the units of all groups, of about `unit_bytes` on the disk.
 
     Raises:
         UserError: a path does not exist or holds no text file.
     """
-    return [Unit(number, spans) for number, group in enumerate(groups) for path in group.paths
+    return [CountUnit(number, spans) for number, group in enumerate(groups) for path in group.paths
             for spans in plan_units(list_files(path, print), unit_bytes)]
 
 
@@ -108,7 +108,7 @@ class UnitSizes:
         return UnitSizes(num_documents, buckets, bucket_bytes[buckets])
 
 
-def look_through(groups: list[Group], units: list[Unit], work: Path, workers: int,
+def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, workers: int,
                  progress: Callable[[int], object]) -> list[Sizes]:
     """Read everything once; returns the sizes of each group.  What an earlier command found in
     unchanged files is kept.
@@ -136,7 +136,7 @@ def look_through(groups: list[Group], units: list[Unit], work: Path, workers: in
     return together
 
 
-def group_sizes(groups: list[Group], units: list[Unit], found: Iterable[UnitSizes]) -> list[Sizes]:
+def group_sizes(groups: list[SourceGroup], units: list[CountUnit], found: Iterable[UnitSizes]) -> list[Sizes]:
     """Add up the sizes of units.
 
     Raises:
@@ -149,7 +149,8 @@ def group_sizes(groups: list[Group], units: list[Unit], found: Iterable[UnitSize
     return _sizes(groups, documents, buckets)
 
 
-def _sizes(groups: list[Group], documents: NDArray[np.int64], buckets: NDArray[np.int64]) -> list[Sizes]:
+def _sizes(groups: list[SourceGroup], documents: NDArray[np.int64],
+           buckets: NDArray[np.int64]) -> list[Sizes]:
     for group, row in zip(groups, buckets, strict=True):
         if not row.any():
             paths = ", ".join(map(str, group.paths))
@@ -158,11 +159,11 @@ def _sizes(groups: list[Group], documents: NDArray[np.int64], buckets: NDArray[n
     return [Sizes(int(n), int(row.sum()), row) for n, row in zip(documents, buckets, strict=True)]
 
 
-def _looker() -> Callable[[Unit], UnitSizes]:
+def _looker() -> Callable[[CountUnit], UnitSizes]:
     return _look
 
 
-def _look(unit: Unit) -> UnitSizes:
+def _look(unit: CountUnit) -> UnitSizes:
     sizes = np.zeros(NUM_BUCKETS, np.int64)
     num_documents = 0
     for document in unit.documents():

@@ -1,8 +1,8 @@
 """The compiled loop of training: the best pair, its places, the pairs of the new token.
 
 Pairs lie in a heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`): how often the pair stands in the text at
-most, left id << 32 | right id, and where in `Store.places` its places are.  Of two pairs the one with the
-higher count is better, of equal counts the one with the lower key.
+most, left id << 32 | right id, and where in `MergeStore.places` its places are.  Of two pairs the one with
+the higher count is better, of equal counts the one with the lower key.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class JoinRule(NamedTuple):
     """Only a token that holds a space between letters may."""
 
 
-class Store(NamedTuple):
+class MergeStore(NamedTuple):
     """What is learned from, as arrays that the loop changes."""
 
     symbols: NDArray[np.int32]
@@ -128,7 +128,7 @@ def _in_word(byte: int) -> bool:
 
 
 @compiled
-def describe(store: Store, token: int) -> None:
+def describe(store: MergeStore, token: int) -> None:
     """Find a token's traits from its bytes."""
     start = store.token_ends[token - 1] if token else 0
     raw = store.token_bytes[start : store.token_ends[token]]
@@ -149,7 +149,7 @@ def describe(store: Store, token: int) -> None:
 
 
 @compiled
-def describe_all(store: Store) -> None:
+def describe_all(store: MergeStore) -> None:
     """Find the traits of the tokens that are known at the beginning."""
     for token in range(store.sizes[NUM_TOKENS]):
         describe(store, token)
@@ -170,7 +170,7 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
 
 
 @compiled
-def _weight(store: Store, place: int) -> int:
+def _weight(store: MergeStore, place: int) -> int:
     """Return the count of the word at a place."""
     low, high = store.block_levels[place >> BLOCK_BITS], store.block_levels[(place >> BLOCK_BITS) + 1]
     while low < high:
@@ -196,7 +196,7 @@ def _swap(heap: NDArray[np.int64], a: int, b: int) -> None:
 
 
 @compiled
-def _push(store: Store, count: int, key: np.int64, start: int, length: int) -> None:
+def _push(store: MergeStore, count: int, key: np.int64, start: int, length: int) -> None:
     """Add a pair to the heap."""
     heap, at = store.heap, store.sizes[HEAP_SIZE]
     heap[at, COUNT], heap[at, KEY], heap[at, START], heap[at, LENGTH] = count, key, start, length
@@ -221,7 +221,7 @@ def _sink_first(heap: NDArray[np.int64], size: int) -> None:
 
 
 @compiled
-def _drop_first(store: Store) -> None:
+def _drop_first(store: MergeStore) -> None:
     """Take the first row from the heap."""
     store.sizes[HEAP_SIZE] -= 1
     last = store.sizes[HEAP_SIZE]
@@ -230,7 +230,7 @@ def _drop_first(store: Store) -> None:
 
 
 @compiled
-def _add_pairs(store: Store, token: int, token_is_left: bool, others: NDArray[np.int32],
+def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArray[np.int32],
                places: NDArray[np.int32], rule: JoinRule, min_count: int) -> None:
     """Add the pairs of a token with others: the other token and the place of each, [places]."""
     counts, lengths, starts = store.other_counts, store.other_lengths, store.other_starts
@@ -261,7 +261,7 @@ def _add_pairs(store: Store, token: int, token_is_left: bool, others: NDArray[np
 
 
 @compiled
-def add_first_pairs(store: Store, places: NDArray[np.int32], rule: JoinRule, min_count: int) -> int:
+def add_first_pairs(store: MergeStore, places: NDArray[np.int32], rule: JoinRule, min_count: int) -> int:
     """Add the pairs of single symbols at some places, sorted by their left symbols; returns how many places
     there was room for."""
     done = 0
@@ -280,13 +280,14 @@ def add_first_pairs(store: Store, places: NDArray[np.int32], rule: JoinRule, min
 
 
 @compiled
-def _has_room(store: Store, count: int) -> bool:
+def _has_room(store: MergeStore, count: int) -> bool:
     return (store.sizes[PLACES_SIZE] + count <= len(store.places)
             and store.sizes[HEAP_SIZE] + count <= len(store.heap))
 
 
 @compiled
-def learn_some(store: Store, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int, int]:
+def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int,
+                                                                                                      int]:
     """Merge until `merges`, [merges, (left, right, count)], is full, no pair is left, or an array is full.
 
     Returns:
@@ -315,7 +316,7 @@ def learn_some(store: Store, merges: NDArray[np.int64], rule: JoinRule, min_coun
 
 
 @compiled
-def _refresh_first(store: Store, min_count: int) -> int:
+def _refresh_first(store: MergeStore, min_count: int) -> int:
     """Bring the best pair to the top of the heap, with its right count; returns how many places it has,
     0 where no pair is left.
 
@@ -349,7 +350,7 @@ def _refresh_first(store: Store, min_count: int) -> int:
 
 
 @compiled
-def _merge(store: Store, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
+def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
            min_count: int) -> None:
     """Merge a pair at its places and find the pairs of the new token."""
     symbols, token = store.symbols, store.sizes[NUM_TOKENS]
@@ -384,7 +385,7 @@ def _merge(store: Store, left: int, right: int, places: NDArray[np.int32], rule:
 
 
 @compiled
-def _add_token(store: Store, left: int, right: int, span: int) -> None:
+def _add_token(store: MergeStore, left: int, right: int, span: int) -> None:
     """Note a new token."""
     token = store.sizes[NUM_TOKENS]
     store.spans[token] = span

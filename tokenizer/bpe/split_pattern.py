@@ -59,7 +59,7 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PatternChoice:
     """The first of several that matches."""
 
     options: tuple[Node, ...]
@@ -74,7 +74,7 @@ class Repeat:
     most: int | None
 
 
-Node = OneOf | Next | Sequence | Choice | Repeat
+Node = OneOf | Next | Sequence | PatternChoice | Repeat
 
 
 def parse(pattern: str) -> Node:
@@ -101,7 +101,7 @@ def may_be_empty(node: Node) -> bool:
             return True
         case Sequence(parts):
             return all(map(may_be_empty, parts))
-        case Choice(options):
+        case PatternChoice(options):
             return any(map(may_be_empty, options))
         case Repeat(part, least, _):
             return not least or may_be_empty(part)
@@ -128,7 +128,7 @@ class _Parser:
         options = [self._sequence(ignore_case)]
         while self._take("|"):
             options.append(self._sequence(ignore_case))
-        return Choice(tuple(options)) if len(options) > 1 else options[0]
+        return PatternChoice(tuple(options)) if len(options) > 1 else options[0]
 
     def _sequence(self, ignore_case: bool) -> Node:
         parts = []
@@ -352,7 +352,7 @@ class _Program:
                 for part in reversed(parts):
                     after = self.add(part, after)
                 return after
-            case Choice(options):
+            case PatternChoice(options):
                 return self._emit("either", 0, *[self.add(option, after) for option in options])
             case Repeat(part, least, most):
                 return self._repeat(part, least, most, after)

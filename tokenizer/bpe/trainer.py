@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tokenizer.bpe.merging import (
     BLOCK_BITS, BYTES_FULL, END, ENOUGH, EXHAUSTED, HEAP_FULL, NUM_SIZES, NUM_TOKENS, NUM_TRAITS, PLACES_FULL,
-    JoinRule, Store, add_first_pairs, describe_all, learn_some)
+    JoinRule, MergeStore, add_first_pairs, describe_all, learn_some)
 
 FIRST_PLACES = 4_000_000
 """Places of single symbols that are sorted at a time."""
@@ -36,7 +36,7 @@ _GROWTH = {HEAP_FULL: "heap", PLACES_FULL: "places", BYTES_FULL: "token_bytes"}
 
 
 @dataclass(frozen=True)
-class Words:
+class PretokenWords:
     """Distinct words with their counts, the most frequent first."""
 
     symbols: NDArray[np.integer]
@@ -61,7 +61,7 @@ class Merge(NamedTuple):
 class MergeLearner:
     """Words under training; `learn` yields merge after merge."""
 
-    def __init__(self, words: Words, tokens: list[bytes], rule: JoinRule, min_count: int,
+    def __init__(self, words: PretokenWords, tokens: list[bytes], rule: JoinRule, min_count: int,
                  max_merges: int) -> None:
         """Lay out the words and find their pairs.
 
@@ -118,7 +118,7 @@ class MergeLearner:
         self._store = self._store._replace(**{_GROWTH[which]: grown})
 
 
-def _laid_out(words: Words, tokens: list[bytes], max_merges: int) -> Store:
+def _laid_out(words: PretokenWords, tokens: list[bytes], max_merges: int) -> MergeStore:
     """Return the arrays in which words are learned from, without pairs."""
     ends = np.r_[0, np.cumsum(words.lengths + 1)]
     symbols = np.full(int(ends[-1]) + 1, END, np.int32)
@@ -135,7 +135,7 @@ def _laid_out(words: Words, tokens: list[bytes], max_merges: int) -> Store:
     token_ends[: len(tokens)] = np.cumsum(np.fromiter(map(len, tokens), np.int64, len(tokens)))
     sizes = np.zeros(NUM_SIZES, np.int64)
     sizes[NUM_TOKENS] = len(tokens)
-    return Store(
+    return MergeStore(
         symbols, level_starts, words.counts[changes],
         (level_starts.searchsorted(blocks, "right") - 1).clip(0).astype(np.int32),
         heap=np.empty((FIRST_PAIRS, 4), np.int64), places=np.empty(max(len(words.symbols), 1), np.int32),

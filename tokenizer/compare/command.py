@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.pages.page import Table
+from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.command import HeldoutTextOptions, TokenizerPath
@@ -86,13 +86,13 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
     """Return everything that is known about some tokenizers beside each other, as plain values."""
     from tokenizer.compare.measuring import (
         ModelSize, costs, different_lines, different_words, names_of, overlap, speeds)
-    from tokenizer.report.measures import Measured, measure
+    from tokenizer.report.measures import TokenizerMeasures, measure
 
     opened = [open_tokenizer(path) for path in paths]
     names, size = names_of(opened), ModelSize(hidden_size, body_params)
     with tqdm(total=len(opened) * len(texts) + 1 + len(texts), desc="encoding",
               mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        measured: list[list[Measured]] = [[] for _ in opened]
+        measured: list[list[TokenizerMeasures]] = [[] for _ in opened]
         for tokenizer, texts_of_it in zip(opened, measured, strict=True):
             for text in texts:
                 texts_of_it.append(measure(tokenizer, text))
@@ -120,7 +120,7 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             "cut_differently": cut}
 
 
-def _plain(table: Table) -> str:
+def _plain(table: PageTable) -> str:
     """Return a table for a terminal."""
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
     rows = [

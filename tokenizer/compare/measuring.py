@@ -9,11 +9,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.pages.page import Chapter, Chart, Section, Table, render as render_page
+from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, render as render_page
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars
 from tokenizer.report.check import cut
-from tokenizer.report.measures import Measured, NamedText
+from tokenizer.report.measures import NamedText, TokenizerMeasures
 
 # Words and lines that tokenizers cut differently.
 
@@ -62,7 +62,7 @@ def _different(tokenizers: list[Opened], samples: list[str],
 def render(found: dict[str, Any]) -> str:
     """Return the HTML of what `compare` found."""
     names = list(found["tokenizers"])
-    sections = [Section(title, text, charts, tables) for title, text, charts, tables in (
+    sections = [PageSection(title, text, charts, tables) for title, text, charts, tables in (
         ("Bytes per token", "UTF-8 bytes of text in a token: more is cheaper in context, memory and time.",
          [_by_text(found, "bytes_per_token", "bytes per token")],
          [text_table(found, "bytes_per_token", "{:.3f}")]),
@@ -93,47 +93,49 @@ def _by_text(found: dict[str, Any], key: str, axis: str) -> Chart:
     return bars(found["texts"], series, axis, f"{axis[0].upper()}{axis[1:]} of each text.")
 
 
-def text_table(found: dict[str, Any], key: str, form: str, title: str = "text") -> Table:
+def text_table(found: dict[str, Any], key: str, form: str, title: str = "text") -> PageTable:
     """Return one figure of all tokenizers, a row for each text."""
     rows = [[text, *(_formed(t["texts"][text][key], form) for t in found["tokenizers"].values())]
             for text in found["texts"]]
-    return Table([title, *found["tokenizers"]], rows)
+    return PageTable([title, *found["tokenizers"]], rows)
 
 
 def _formed(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def model_table(found: dict[str, Any]) -> Table:
+def model_table(found: dict[str, Any]) -> PageTable:
     """Return what each tokenizer is and what it asks of a model."""
     rows = [[name, t["library"], f"{t['vocab_size']:,}", f"{t['embedding_params'] / 1e6:,.1f} M",
              f"{t['head_share_of_flops']:.1%}", f"{t['mb_per_cpu_s']:.2f}"]
             for name, t in found["tokenizers"].items()]
-    return Table(["tokenizer", "library", "ids", "embedding and head", "FLOPs in head", "MB per CPU s"], rows)
+    return PageTable(["tokenizer", "library", "ids", "embedding and head", "FLOPs in head", "MB per CPU s"],
+                     rows)
 
 
-def overlap_table(found: dict[str, Any]) -> Table:
+def overlap_table(found: dict[str, Any]) -> PageTable:
     """Return what share of the row's tokens the column's tokenizer has."""
     names = list(found["tokenizers"])
     rows = [[a, *("–" if a == b else f"{found['overlap'][a][b]['num_shared']:,} "
                                      f"({found['overlap'][a][b]['share_of_first']:.1%})"
                   for b in names)] for a in names]
-    return Table(["of these tokens", *(f"are in {name}" for name in names)], rows)
+    return PageTable(["of these tokens", *(f"are in {name}" for name in names)], rows)
 
 
-def _cut_tables(found: dict[str, Any]) -> list[Table]:
+def _cut_tables(found: dict[str, Any]) -> list[PageTable]:
     names = list(found["tokenizers"])
     tables = []
     for text in found["texts"]:
         words, lines = found["cut_differently"][text]["words"], found["cut_differently"][text]["lines"]
         if words:
-            tables.append(Table([f"{text}: word", "times", *names],
-                                [[w["text"], f"{w['count']:,}", *w["cuts"]] for w in words]))
+            tables.append(PageTable([f"{text}: word", "times", *names],
+                                    [[w["text"], f"{w['count']:,}", *w["cuts"]] for w in words]))
         if lines:
             rows = [[*(f"{n}: {c}" for n, c in zip(line["num_tokens"], line["cuts"], strict=True))]
                     for line in lines]
             tables.append(
-                Table([f"{text}: line by {name}" if i == 0 else name for i, name in enumerate(names)], rows))
+                PageTable([f"{text}: line by {name}" if i == 0 else name for i, name in enumerate(names)],
+                          rows))
     return tables
 
 
@@ -176,8 +178,8 @@ def names_of(tokenizers: list[Opened]) -> list[str]:
             for name, t in zip(names, tokenizers, strict=True)]
 
 
-def costs(tokenizer: Opened, measured: list[Measured], first: Opened, first_measured: list[Measured],
-          size: ModelSize
+def costs(tokenizer: Opened, measured: list[TokenizerMeasures], first: Opened,
+          first_measured: list[TokenizerMeasures], size: ModelSize
           ) -> dict[str, dict[str, Any]]:
     """Return the figures of one tokenizer on each text, against the first tokenizer's.
 

@@ -36,7 +36,7 @@ class CheckFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Checked:
+class RoundTripCheck:
     """What the check found."""
 
     sentence: str
@@ -57,7 +57,7 @@ def _transformers() -> Any:
 
 
 def check(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1: int, folder: Path,
-          samples: list[str]) -> Checked:
+          samples: list[str]) -> RoundTripCheck:
     """Check a tokenizer on samples of its text and on Unicode.
 
     Args:
@@ -91,8 +91,8 @@ def check(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1:
     sentence = (f"checked on {num_bytes / 1e6:.1f} MB: decoding gives the text back, "
                 "tiktoken and transformers give the same ids"
                 + (", two steps the same as one" if stage_1 < len(vocabulary.tokens) else ""))
-    return Checked(sentence, [len(text.encode()) / max(1, len(found))
-                              for text, found in zip(samples, ids, strict=False)])
+    return RoundTripCheck(sentence, [len(text.encode()) / max(1, len(found))
+                                     for text, found in zip(samples, ids, strict=False)])
 
 
 def _expect(message: str, texts: list[str], found: Sequence[object], expected: Sequence[object]) -> None:

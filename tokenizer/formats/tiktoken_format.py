@@ -85,7 +85,7 @@ def _class_end(pattern: str, start: int) -> int:
 
 
 @dataclass(frozen=True)
-class Rules:
+class TiktokenRules:
     """What tiktoken needs besides ranks; the rest is for those who import it."""
 
     pat_str: str
@@ -118,7 +118,7 @@ class Rules:
 
 
 def to_tiktoken(raw: dict[str, Any], name: str,
-                named: dict[str, str | None]) -> tuple[dict[bytes, int], Rules]:
+                named: dict[str, str | None]) -> tuple[dict[bytes, int], TiktokenRules]:
     """Return ranks and rules of a tokenizer.json.
 
     Args:
@@ -144,7 +144,7 @@ def to_tiktoken(raw: dict[str, Any], name: str,
                           None):
             raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, "
                             "and tiktoken does not say which of the two it finds; rename one")
-    return ranks(raw), Rules(split_pattern(raw), special, name, kind, **named)
+    return ranks(raw), TiktokenRules(split_pattern(raw), special, name, kind, **named)
 
 
 def ranks_text(found: dict[bytes, int]) -> bytes:
@@ -201,7 +201,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     return found
 
 
-def read_rules(file: Path) -> Rules:
+def read_rules(file: Path) -> TiktokenRules:
     """Read the rules of a ranks file; fields that are not ours are ignored.
 
     Raises:
@@ -209,7 +209,7 @@ def read_rules(file: Path) -> Rules:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        rules = Rules(**{f.name: value[f.name] for f in fields(Rules) if f.name in value})
+        rules = TiktokenRules(**{f.name: value[f.name] for f in fields(TiktokenRules) if f.name in value})
     except FileNotFoundError:
         raise UserError(f"{file}: does not exist, but a ranks file alone is no tokenizer; "
                         "write pat_str and special_tokens there, or name such a file by --rules") from None
@@ -222,7 +222,7 @@ def read_rules(file: Path) -> Rules:
     return rules
 
 
-def encoding(found: dict[bytes, int], rules: Rules) -> tiktoken.Encoding:
+def encoding(found: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding:
     """Return tiktoken's own object.
 
     Raises:
@@ -248,14 +248,14 @@ def encoding(found: dict[bytes, int], rules: Rules) -> tiktoken.Encoding:
         raise UserError(f"{rules.name}: pat_str {rules.pat_str!r} is no regular expression ({e})") from None
 
 
-def encoder(found: dict[bytes, int], rules: Rules) -> Callable[[str], list[int]]:
+def encoder(found: dict[bytes, int], rules: TiktokenRules) -> Callable[[str], list[int]]:
     """Return tiktoken's encoding of ordinary text, after the normalization that the rules ask for."""
     ordinary = encoding(found, rules).encode_ordinary
     form: Any = rules.normalization
     return ordinary if form is None else lambda text: ordinary(unicodedata.normalize(form, text))
 
 
-def from_tiktoken(found: dict[bytes, int], rules: Rules) -> dict[str, Any]:
+def from_tiktoken(found: dict[bytes, int], rules: TiktokenRules) -> dict[str, Any]:
     """Return the tokenizer.json of ranks and rules.
 
     A token that merging never makes is found only where it is a whole piece of text, which is what

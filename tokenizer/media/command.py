@@ -13,10 +13,10 @@ from annotated_types import Le
 from megatron_sov.base.artifacts import (
     damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
 from megatron_sov.base.chat.media_marks import DIGITS, MARKS, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, MEDIA, Block, described
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, MEDIA, VocabularyBlock, described
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    Code, Flag, NotNegative, NotNegativeInt, Problem, add_options, only_with, read_options)
+    Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, add_options, only_with, read_options)
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
@@ -41,13 +41,14 @@ class MediaTokens:
     image_first: Annotated[int | None, Flag(value="ID"), only_with("image_tokens")] = None
     """Id of the first picture, likewise."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return [] if self.audio_tokens or self.image_tokens else [
-            Problem(Code.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
+            SettingsProblem(ProblemCode.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
 
 
-def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[list[str], list[Block]]:
+def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[list[str],
+                                                                                list[VocabularyBlock]]:
     """Return the tokens to add behind `num_ids` ids, in order, and the blocks that they make: marks end where
     the first block begins.
 
@@ -63,7 +64,7 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
         raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
                         "that it was made of")
     words = [mark for mark in MARKS if mark not in known]
-    blocks: list[Block] = []
+    blocks: list[VocabularyBlock] = []
     num_fillers = 0
     for kind, size, first in ((AUDIO, asked.audio_tokens, asked.audio_first),
                               (IMAGE, asked.image_tokens, asked.image_first)):
@@ -78,7 +79,7 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
         # marks stand right before the first block, where recipes look for placeholders
         words = [*words, *fillers] if blocks else [*fillers, *words]
         num_fillers += gap
-        blocks.append(Block(kind, num_ids + len(words), size))
+        blocks.append(VocabularyBlock(kind, num_ids + len(words), size))
         words += [entry(kind, i) for i in range(size)]
     return words, blocks
 

@@ -8,9 +8,9 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Section, Table, chart, colour, plain, render as render_page)
+    Chapter, Chart, PageSection, PageTable, chart, colour, plain, render as render_page)
 from tokenizer.formats.loaders import Opened
-from tokenizer.report.check import Check
+from tokenizer.report.check import TokenizerCheck
 
 # Checks as a page.
 
@@ -18,21 +18,21 @@ VERDICTS = {"good": Markup('<span class="good">good</span>'), "note": "note",
             "bad": Markup('<span class="bad">BAD</span>')}
 
 
-def render(tokenizer: Opened, checks: list[Check]) -> str:
+def render(tokenizer: Opened, checks: list[TokenizerCheck]) -> str:
     """Return the HTML of a report on one tokenizer."""
-    overview = Table(["check", "verdict", "what was found"],
-                     [[c.title, VERDICTS[c.verdict], c.summary] for c in checks])
+    overview = PageTable(["check", "verdict", "what was found"],
+                         [[c.title, VERDICTS[c.verdict], c.summary] for c in checks])
     bad = sum(c.verdict == "bad" for c in checks)
     subtitle = f"{tokenizer.vocab_size:,} ids, opened by {tokenizer.library}; {len(checks)} checks, " + (
         f"{bad} of them bad." if bad else "none of them bad.")
-    sections = [Section(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", c.charts, c.tables)
+    sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", c.charts, c.tables)
                 for c in checks]
     chapter = Chapter(tokenizer.name, "", _figures(tokenizer, checks), sections)
     return render_page("Tokenizer report", tokenizer.name, subtitle, [chapter],
                        overview=("All checks", overview), anchor="tokenizer")
 
 
-def _figures(tokenizer: Opened, checks: list[Check]) -> list[tuple[str, str, str]]:
+def _figures(tokenizer: Opened, checks: list[TokenizerCheck]) -> list[tuple[str, str, str]]:
     """Return the figures that stand at the top."""
     by_name = {c.name: c for c in checks}
     figures = [("Vocabulary", f"{tokenizer.vocab_size:,}", f"{len(tokenizer.special):,} special")]

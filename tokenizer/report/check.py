@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.base.pages.page import Chart, Table
+from megatron_sov.base.pages.page import Chart, PageTable
 
 Verdict = Literal["good", "note", "bad"]
 
 
 @dataclass(frozen=True)
-class Check:
+class TokenizerCheck:
     """One question about a tokenizer and its answer."""
 
     name: str
@@ -23,7 +23,7 @@ class Check:
     """The answer in a sentence, with its numbers."""
     numbers: dict[str, Any]
     """Everything that was measured, as plain JSON values."""
-    tables: list[Table] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.pages.page import Table
+from megatron_sov.base.pages.page import PageTable
 from tokenizer.formats.loaders import Opened, open_tokenizer
 from tokenizer.report.charts import bars
-from tokenizer.report.check import Check, Verdict, cut, is_text, shown
+from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
 from tokenizer.report.measures import NamedText, pieces
 
 # What is in a vocabulary: its size and parts, tokens of several words, the longest ones.
@@ -23,7 +23,7 @@ from tokenizer.report.measures import NamedText, pieces
 NUM_EXAMPLES = 20
 
 
-def check_inventory(tokenizer: Opened) -> Check:
+def check_inventory(tokenizer: Opened) -> TokenizerCheck:
     """Size, special tokens, bytes, parts of characters and the longest tokens."""
     tokens = tokenizer.tokens
     ids = {*tokens, *tokenizer.special, *tokenizer.added}
@@ -49,18 +49,18 @@ def check_inventory(tokenizer: Opened) -> Check:
                f"the longest token has {len(tokens[by_length[0]])} bytes"
                + (f"; {unused_ids:,} ids have no token" if unused_ids else "")
                + (f"; {len(twins):,} tokens share their bytes with another" if twins else ""))
-    tables = [Table(["longest tokens", "id", "bytes"],
-                    [[shown(tokens[i]), f"{i:,}", f"{len(tokens[i])}"] for i in longest])]
+    tables = [PageTable(["longest tokens", "id", "bytes"],
+                        [[shown(tokens[i]), f"{i:,}", f"{len(tokens[i])}"] for i in longest])]
     if named := sorted((tokenizer.special | tokenizer.added).items()):
         rows = [[shown(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
                 for i, t in named[:3 * NUM_EXAMPLES]]
-        tables.insert(0, Table(["special and added tokens", "id", "kind"], rows))
+        tables.insert(0, PageTable(["special and added tokens", "id", "kind"], rows))
     lengths = Counter(min(len(t), 24) for t in tokens.values())
     labels = [f"{n}" if n < 24 else "24 and more" for n in sorted(lengths)]
     drawn = bars(labels, {"tokens": [lengths[n] for n in sorted(lengths)]}, "tokens",
                  "Tokens by their bytes.")
-    return Check("inventory", "Vocabulary", "note" if unused_ids or twins else "good", summary, numbers,
-                 tables, [drawn])
+    return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or twins else "good", summary,
+                          numbers, tables, [drawn])
 
 
 def words_in(token: bytes) -> int:
@@ -68,7 +68,7 @@ def words_in(token: bytes) -> int:
     return sum(any(c.isalpha() for c in word) for word in token.decode("utf-8", errors="ignore").split())
 
 
-def check_superwords(tokenizer: Opened) -> Check:
+def check_superwords(tokenizer: Opened) -> TokenizerCheck:
     """Tokens that span several words (SuperBPE, arXiv 2503.13423)."""
     words = {id_: n for id_, token in tokenizer.tokens.items()
              if b" " in token and (n := words_in(token)) > 1}
@@ -83,8 +83,8 @@ def check_superwords(tokenizer: Opened) -> Check:
     summary = (f"{len(words):,} tokens span words, {share:.1%} of the vocabulary; "
                f"the longest spans {max(words.values())} words" if words else "no token spans words")
     rows = [[shown(tokenizer.tokens[i]), f"{i:,}", f"{words[i]}"] for i in [*longest[:10], *spread]]
-    tables = [Table(["superwords: longest, then some of all ids", "id", "words"], rows)] if rows else []
-    return Check("superwords", "Superwords", "good", summary, numbers, tables)
+    tables = [PageTable(["superwords: longest, then some of all ids", "id", "words"], rows)] if rows else []
+    return TokenizerCheck("superwords", "Superwords", "good", summary, numbers, tables)
 
 
 # Every Unicode scalar value, encoded and decoded: side by side and, in planes with characters, behind a
@@ -161,7 +161,7 @@ def _blocks(end: int) -> Iterator[list[int]]:
             yield list(range(start, min(start + BLOCK, end)))
 
 
-def check_scalars(found: Scalars) -> Check:
+def check_scalars(found: Scalars) -> TokenizerCheck:
     """Say whether all of Unicode survives."""
     bad = bool(found.lost or found.lost_blocks)
     summary = f"{found.num_tried:,} characters tried"
@@ -179,9 +179,9 @@ def check_scalars(found: Scalars) -> Check:
                "lost_blocks": found.lost_blocks}
     rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
             for c in found.lost[:NUM_SCALARS_SHOWN]]
-    tables = [Table(["lost", "name", "character"], rows)] if rows else []
-    return Check("scalars", "All of Unicode", "bad" if bad else "note" if found.changed else "good", summary,
-                 numbers, tables)
+    tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
+    return TokenizerCheck("scalars", "All of Unicode", "bad" if bad else "note" if found.changed else "good",
+                          summary, numbers, tables)
 
 
 # Writing that tokenizers treat badly: Hangul in its parts, Thai marks, emoji sequences,
@@ -221,7 +221,7 @@ SAMPLES: dict[str, dict[str, str]] = {
 }
 
 
-def check_scripts(tokenizer: Opened) -> Check:
+def check_scripts(tokenizer: Opened) -> TokenizerCheck:
     """Encode and decode each sample; count the tokens of Hangul syllables and of decomposed Korean."""
     rows, found, lost, changed = [], {}, [], []
     for group, samples in SAMPLES.items():
@@ -251,9 +251,9 @@ def check_scripts(tokenizer: Opened) -> Check:
     numbers = {"hangul_syllables_by_tokens": {str(n): count for n, count in sorted(syllables.items())},
                "decomposed_over_composed": ratio, "samples": found, "lost": lost, "equivalent": changed}
     by_tokens = [[str(n), f"{c:,}"] for n, c in sorted(syllables.items())]
-    tables = [Table(["tokens of a Hangul syllable", "syllables"], by_tokens),
-              Table(["script", "sample", "text", "characters", "tokens", "comes back", "cut"], rows)]
-    return Check("scripts", "Hangul, Thai, emoji and others", verdict, summary, numbers, tables)
+    tables = [PageTable(["tokens of a Hangul syllable", "syllables"], by_tokens),
+              PageTable(["script", "sample", "text", "characters", "tokens", "comes back", "cut"], rows)]
+    return TokenizerCheck("scripts", "Hangul, Thai, emoji and others", verdict, summary, numbers, tables)
 
 
 def _nfc(text: str) -> str:
@@ -272,7 +272,7 @@ MIXED = ("The quick brown fox isn't here, it's 2026.  def f(x):\n    return x **
          "กำลังที่นี้ 👨\u200d👩\u200d👧 naïve e\u0301 <|end|> https://example.org/a?b=1&c=2")
 
 
-def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> Check:
+def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerCheck:
     """Let text grow by a character and see how many tokens are taken back; decode tokens as they come.
 
     A server that shows text while it is made, or caches the tokens of a prompt, meets both.
@@ -300,8 +300,8 @@ def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> Check:
         f"decoding the first tokens gives other text than the beginning in {', '.join(broken)}" if broken
         else "the first tokens always decode to the beginning of the text")
     verdict: Verdict = "bad" if broken else "note" if most > LONG_REWIND else "good"
-    return Check("streaming", "Streaming", verdict, summary, {"texts": found}, [
-        Table(["text", "tokens", "most taken back", "mean", "where", "prefixes decode"], rows)])
+    return TokenizerCheck("streaming", "Streaming", verdict, summary, {"texts": found}, [
+        PageTable(["text", "tokens", "most taken back", "mean", "where", "prefixes decode"], rows)])
 
 
 def _common(a: list[int], b: list[int]) -> int:
@@ -309,7 +309,7 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def check_determinism(tokenizer: Opened, texts: Sequence[NamedText]) -> Check:
+def check_determinism(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerCheck:
     """Encode the same text alone, among others, and by the same files opened again."""
     chunks = [MIXED] + [chunk[:CHUNK_CHARS] for text in texts
                         for chunk in text.chunks[:max(1, NUM_CHUNKS // len(texts))]]
@@ -321,4 +321,4 @@ def check_determinism(tokenizer: Opened, texts: Sequence[NamedText]) -> Check:
         f"{len(differ)} differ, the first {shown(chunks[differ[0]][:40])}" if differ
         else f"the same ids (SHA-256 {digest[:12]})")
     numbers = {"num_chunks": len(chunks), "num_different": len(differ), "ids_sha256": digest}
-    return Check("determinism", "Determinism", "bad" if differ else "good", summary, numbers)
+    return TokenizerCheck("determinism", "Determinism", "bad" if differ else "good", summary, numbers)

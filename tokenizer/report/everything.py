@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sov.base.pages.page import Table
+from megatron_sov.base.pages.page import PageTable
 from tokenizer.formats.loaders import Opened
-from tokenizer.report.check import Check, cut, shown
+from tokenizer.report.check import TokenizerCheck, cut, shown
 from tokenizer.report.coverage import (
     END, check_determinism, check_inventory, check_scalars, check_scripts, check_streaming, check_superwords,
     num_blocks, try_scalars)
@@ -33,7 +33,7 @@ NEED_TEXT = frozenset(["texts", "used"])
 # Special tokens that a user types: whether they stay text.
 
 
-def check_neutral(tokenizer: Opened) -> Check:
+def check_neutral(tokenizer: Opened) -> TokenizerCheck:
     """Encode text in which each special token is spelled out.
 
     A user who can write the end of a turn can speak for the assistant.  Encoded as ordinary text, no special
@@ -69,11 +69,12 @@ def check_neutral(tokenizer: Opened) -> Check:
     rows = [[shown(control[i]), f"{i:,}", cut(pieces(tokenizer, control[i])) or "–",
              "becomes its id" if i in become_ids else "does not come back" if i in not_back else "stays text"]
             for i in [*become_ids, *not_back, *control][:NUM_EXAMPLES]]
-    return Check("neutral", "Special tokens in users' text", "bad" if bad else "good", summary, numbers,
-                 [Table(["token", "id", "as ordinary text", "result"], rows)] if rows else [])
+    return TokenizerCheck("neutral", "Special tokens in users' text", "bad" if bad else "good", summary,
+                          numbers,
+                          [PageTable(["token", "id", "as ordinary text", "result"], rows)] if rows else [])
 
 
-def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] = ()) -> list[Check]:
+def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] = ()) -> list[TokenizerCheck]:
     """Run all checks but those in `skip`; those that need text are left out where there is none.
 
     Progress is shown on standard error.
@@ -95,7 +96,7 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
         bar.set_description_str("Unicode")
         scalars = try_scalars(tokenizer, bar.update, END if needs_unicode else 0)
         seen = scalars.seen | (np.sum([m.counts for m in measured], axis=0) > 0)
-        runs: dict[str, Callable[[], Check]] = {
+        runs: dict[str, Callable[[], TokenizerCheck]] = {
             "texts": lambda: check_texts(tokenizer, measured),
             "used": lambda: check_used(tokenizer, measured), "inventory": lambda: check_inventory(tokenizer),
             "superwords": lambda: check_superwords(tokenizer), "reach": lambda: check_reach(tokenizer, seen),

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents import Document, Reading, cut_text, list_files, plan_units, read_span
+from megatron_sov.base.documents import Document, RecordReading, cut_text, list_files, plan_units, read_span
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import Table
+from megatron_sov.base.pages.page import PageTable
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars, lines
-from tokenizer.report.check import Check, Verdict, cut, is_text, shown
+from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
 
 # How numbers and white space are cut.
 
@@ -44,7 +44,7 @@ def digit_shape(tokenizer: Opened, number: str) -> tuple[int, ...]:
     return tuple(n for n in digits if n)
 
 
-def check_digits(tokenizer: Opened) -> Check:
+def check_digits(tokenizer: Opened) -> TokenizerCheck:
     """How numbers of 1 to 12 digits are cut: one by one, in regular groups,
     or depending on which digits they are."""
     several = [i for i, token in sorted(tokenizer.tokens.items()) if _several_digits(token)]
@@ -71,8 +71,8 @@ def check_digits(tokenizer: Opened) -> Check:
     rows = [
         [str(n), f"{len(found)}", "; ".join(f"{_sum(s)} ({number})" for s, number in list(found.items())[:4])]
         for n, found in shapes.items()]
-    return Check("digits", "Digits", verdict, summary, numbers,
-                 [Table(["digits", "ways", "groups, with an example"], rows)])
+    return TokenizerCheck("digits", "Digits", verdict, summary, numbers,
+                          [PageTable(["digits", "ways", "groups, with an example"], rows)])
 
 
 def _sum(shape: tuple[int, ...]) -> str:
@@ -92,7 +92,7 @@ def _shapes(tokenizer: Opened, numbers: list[str]) -> dict[tuple[int, ...], str]
     return found
 
 
-def check_whitespace(tokenizer: Opened) -> Check:
+def check_whitespace(tokenizer: Opened) -> TokenizerCheck:
     """Indentation by 1 to 64 spaces and 1 to 16 tabs, line breaks and mixed white space: tokens,
     and whether it comes back."""
     indents = {" ": MAX_SPACES, "\t": MAX_TABS}
@@ -122,8 +122,8 @@ def check_whitespace(tokenizer: Opened) -> Check:
     drawn = lines(list(range(1, MAX_SPACES + 1)), {"spaces": cost[" "], "tabs": cost["\t"]},
                   ("indentation", "tokens more than without"), "What indentation of a line of code costs.")
     rows = [[shown(text), cut(pieces(tokenizer, text))] for text in EXAMPLES]
-    return Check("whitespace", "Indentation and white space", verdict, summary, numbers,
-                 [Table(["text", "tokens"], rows)], [drawn])
+    return TokenizerCheck("whitespace", "Indentation and white space", verdict, summary, numbers,
+                          [PageTable(["text", "tokens"], rows)], [drawn])
 
 
 # Held-out texts by name, one for each language or domain; of a large one,
@@ -237,7 +237,7 @@ def _chunks(unit: tuple) -> Iterator[str]:
         UserError: a record is damaged.
     """
     for span in unit:
-        for item in read_span(span, Reading()):
+        for item in read_span(span, RecordReading()):
             if isinstance(item, Document):
                 for text in item.texts():
                     yield from cut_text(text, CHUNK_BYTES)
@@ -246,7 +246,7 @@ def _chunks(unit: tuple) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TokenizerMeasures:
     """One text under one tokenizer."""
 
     text: NamedText
@@ -287,17 +287,17 @@ class Measured:
             "chunks_not_given_back": self.num_changed, "num_chunks": len(text.chunks)}
 
 
-def measure(tokenizer: Opened, text: NamedText) -> Measured:
+def measure(tokenizer: Opened, text: NamedText) -> TokenizerMeasures:
     """Encode a text, count its tokens and decode it again."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     changed = 0
     for chunk, ids in zip(text.chunks, tokenizer.encode_many(text.chunks), strict=True):
         counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
         changed += tokenizer.decode(ids) != tokenizer.normalize(chunk)
-    return Measured(text, counts, changed)
+    return TokenizerMeasures(text, counts, changed)
 
 
-def check_texts(tokenizer: Opened, measured: list[Measured]) -> Check:
+def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> TokenizerCheck:
     """Compression, cost in context and share of the computation, for each text;
     and whether each is given back."""
     partial = np.zeros(tokenizer.vocab_size, np.bool_)
@@ -323,11 +323,11 @@ def check_texts(tokenizer: Opened, measured: list[Measured]) -> Check:
               bars([n if m.text.has_words else f"{n} (characters)"
                     for n, m in zip(names, measured, strict=True)], {"tokens": cost}, "tokens",
                    "Context that 1,000 words take; 1,000 characters where spaces do not part words.")]
-    return Check("texts", "Texts", "bad" if changed else "good", summary, {"texts": numbers},
-                 [table(measured)], charts)
+    return TokenizerCheck("texts", "Texts", "bad" if changed else "good", summary, {"texts": numbers},
+                          [table(measured)], charts)
 
 
-def table(measured: list[Measured]) -> Table:
+def table(measured: list[TokenizerMeasures]) -> PageTable:
     """Return the figures of each text as a table."""
     all_bytes, all_tokens = sum(m.text.num_bytes for m in measured), sum(m.num_tokens for m in measured)
     rows = []
@@ -338,5 +338,5 @@ def table(measured: list[Measured]) -> Table:
         rows.append([m.text.name, f"{m.text.num_bytes / 1e6:.3f}", f"{m.num_tokens:,}",
                      f"{m.bytes_per_token:.3f}", words, f"{m.tokens_per_char:.3f}", context,
                      f"{m.text.num_bytes / all_bytes:.1%}", f"{m.num_tokens / all_tokens:.1%}"])
-    return Table(["text", "MB", "tokens", "bytes/token", "tokens/word", "tokens/character",
-                  "context for 1,000 words", "% of bytes", "% of FLOPs"], rows)
+    return PageTable(["text", "MB", "tokens", "bytes/token", "tokens/word", "tokens/character",
+                      "context for 1,000 words", "% of bytes", "% of FLOPs"], rows)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.pages.page import Table
+from megatron_sov.base.pages.page import PageTable
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import lines
-from tokenizer.report.check import Check, Verdict, cut, is_text, shown
-from tokenizer.report.measures import Measured
+from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
+from tokenizer.report.measures import TokenizerMeasures
 
 # Inputs that make tokenizers slow: one megabyte of one thing.
 
@@ -97,7 +97,8 @@ def time_input(tokenizer: Opened, unit: str, size_bytes: int = SIZE_BYTES) -> Ti
     return Timed(sizes, times, num_tokens, "")
 
 
-def check_worst(tokenizer: Opened, progress: Callable[[int], object], size_bytes: int = SIZE_BYTES) -> Check:
+def check_worst(tokenizer: Opened, progress: Callable[[int], object],
+                size_bytes: int = SIZE_BYTES) -> TokenizerCheck:
     """Time every kind of input; `progress` is told of each."""
     found = {}
     for name, unit in worst_inputs().items():
@@ -128,8 +129,10 @@ def check_worst(tokenizer: Opened, progress: Callable[[int], object], size_bytes
     drawn = lines([size_bytes // FACTOR ** k for k in reversed(range(NUM_SIZES))],
                   {name: t.times_s for name, t in found.items()}, ("bytes", "CPU seconds"),
                   "Time of one input by its size.", log=True)
-    return Check("worst", "Worst-case inputs", "bad" if failed or steep or short else "good", summary,
-                 numbers, [Table(["input", "bytes", "tokens", "CPU s", "power", "error"], rows)], [drawn])
+    return TokenizerCheck("worst", "Worst-case inputs", "bad" if failed or steep or short else "good",
+                          summary,
+                          numbers, [PageTable(["input", "bytes", "tokens", "CPU s", "power", "error"], rows)],
+                          [drawn])
 
 
 NUM_EXAMPLES = 20
@@ -146,7 +149,7 @@ TOLERATED_SHARE = 0.001
 NEVER_IN_UTF8 = frozenset(bytes([b]) for b in (0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
-def check_used(tokenizer: Opened, measured: list[Measured]) -> Check:
+def check_used(tokenizer: Opened, measured: list[TokenizerMeasures]) -> TokenizerCheck:
     """Count the tokens that the texts do not use."""
     counts = np.sum([m.counts for m in measured], axis=0)
     ordinary = np.array(sorted(tokenizer.tokens))
@@ -169,8 +172,8 @@ def check_used(tokenizer: Opened, measured: list[Measured]) -> Check:
         [int(r) for r in ranks], {"count": [int(ranked[r - 1]) for r in ranks if ranked[r - 1] > 0]},
         ("rank of the token", "times it occurs"), "How often tokens occur, most frequent first.", log=True)
     rows = [[shown(tokenizer.tokens[int(i)]), f"{i:,}"] for i in spread]
-    return Check("used", "Never used", "note" if share > 0.5 else "good", summary, numbers,
-                 [Table(["never used: some of all ids", "id"], rows)] if rows else [], [drawn])
+    return TokenizerCheck("used", "Never used", "note" if share > 0.5 else "good", summary, numbers,
+                          [PageTable(["never used: some of all ids", "id"], rows)] if rows else [], [drawn])
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Unreachable:
     reason: str
 
 
-def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> Check:
+def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> TokenizerCheck:
     """Look for every token in the encoding of its own text, alone and in context.
 
     A part of a character is completed in many ways.  What is still not found and does not come out of merging
@@ -215,8 +218,8 @@ def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> Check:
     rows = [[shown(u.token), f"{u.id:,}", cut([tokens.get(i, b"") for i in u.becomes]), u.reason]
             for u in found[:3 * NUM_EXAMPLES]]
     verdict: Verdict = "good" if not found else "bad" if share > TOLERATED_SHARE else "note"
-    return Check("reach", "Unreachable tokens", verdict, summary, numbers,
-                 [Table(["unreachable", "id", "becomes", "why"], rows)] if rows else [])
+    return TokenizerCheck("reach", "Unreachable tokens", verdict, summary, numbers,
+                          [PageTable(["unreachable", "id", "becomes", "why"], rows)] if rows else [])
 
 
 def _in_context(text: str) -> list[str]:

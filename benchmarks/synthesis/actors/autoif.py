@@ -13,7 +13,7 @@ from synthesis.actors.constraints import RULES, rule_of
 from synthesis.cases import Case, asked as asked_of
 from synthesis.graded import PLEA, grade, graded_in
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 TOPICS = ("김치", "한강", "도자기", "한글", "지하철", "온돌", "탈춤", "제주도", "떡국", "거문고")
 FAULTS: Mapping[str, int] = {
@@ -95,9 +95,10 @@ def _bad() -> Iterator[Case]:
             number += 1
 
 
-def _item(number: int, constraint: str, is_english: bool, fault: str) -> Item:
-    return Item(f"case.{number}", {"query": query(number, is_english, fault), "constraint": constraint,
-                                   "functions": functions_of(constraint)}, "planted")
+def _item(number: int, constraint: str, is_english: bool, fault: str) -> GeneratorItem:
+    return GeneratorItem(f"case.{number}", {"query": query(number, is_english, fault),
+                                            "constraint": constraint,
+                                            "functions": functions_of(constraint)}, "planted")
 
 
 def query(number: int, is_english: bool, fault: str = "") -> str:

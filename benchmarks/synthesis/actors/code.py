@@ -11,7 +11,7 @@ from typing import Any
 
 from synthesis.cases import Case, Replies, asked
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {"test_time_s": 2.0}
 
@@ -232,7 +232,7 @@ def cases() -> list[Case]:
             known = TASKS[(place + 3 * turn) % len(TASKS)].at(PLACES[turn])
             fields = {"task": known.task() if number % 2 else "", "entry_point": "",
                       "seed": "" if number % 2 else f"Something about {known.name}."}
-            found.append(Case(Item(f"{'good' if is_good else 'bad'}-{number}", fields),
+            found.append(Case(GeneratorItem(f"{'good' if is_good else 'bad'}-{number}", fields),
                               _replies(changes[what]), is_good, what))
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from synthesis.actors import solutions
 from synthesis.cases import Case, material
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {}
 Grade = Callable[[int, int], float]
@@ -66,7 +66,7 @@ def cases() -> list[Case]:
             what = list(grades)[number % len(grades)]
             one, other = solutions.problem(number)[0], solutions.problem(number + 31)[0]
             fields = {"first_id": f"p{number}", "first": one, "second_id": f"q{number}", "second": other}
-            found.append(Case(Item(f"{'good' if is_good else 'bad'}-{number}", fields),
+            found.append(Case(GeneratorItem(f"{'good' if is_good else 'bad'}-{number}", fields),
                               _replies(grades[what]), is_good, what))
     return found
 

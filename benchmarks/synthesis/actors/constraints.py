@@ -14,7 +14,7 @@ from synthesis.cases import Case, asked as asked_of
 from synthesis.graded import grade, graded_in
 from synthesis.rules import Rule, rules
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 RULES = {rule.text: rule for rule in rules()}
 TOPIC = "골목"
@@ -94,9 +94,9 @@ def cases() -> list[Case]:
     return [*good[:50], *bad]
 
 
-def _item(constraint: str) -> Item:
+def _item(constraint: str) -> GeneratorItem:
     digest = hashlib.sha256(constraint.encode()).hexdigest()[:16]
-    return Item(f"case.{digest}", {"constraint": constraint}, "planted")
+    return GeneratorItem(f"case.{digest}", {"constraint": constraint}, "planted")
 
 
 def arguments(folder: Path) -> list[str]:

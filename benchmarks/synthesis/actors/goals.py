@@ -11,7 +11,7 @@ from typing import Any
 from synthesis.actors import shop_clerk, shops
 from synthesis.cases import Case
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 Draft = dict[str, Any]
 SETTINGS: dict[str, Any] = {"tasks_per_world": 1}
@@ -55,10 +55,12 @@ def cases() -> list[Case]:
     found = []
     for number in range(50):
         fields = {"domain": shops.trade(number).domain, "world": shops.world(number)}
-        found.append(Case(Item(f"good-{number}", fields), _bent(lambda draft: draft, number), True, "sound"))
+        found.append(Case(GeneratorItem(f"good-{number}", fields), _bent(lambda draft: draft, number), True,
+                          "sound"))
         what = list(BENT)[number % len(BENT)]
         kind, bent = BENT[what]
-        found.append(Case(Item(f"bad-{number}", fields), _bent(bent, kind + 3 * (number % 2)), False, what))
+        found.append(Case(GeneratorItem(f"bad-{number}", fields), _bent(bent, kind + 3 * (number % 2)), False,
+                          what))
     return found
 
 

@@ -12,7 +12,7 @@ from synthesis.actors.towns import TOWNS, Name, Town, make_name
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
 
 from data_prep.synth.generators.multihop import Multihop, MultihopSettings
-from data_prep.synth.generators.multihop_graph import Facts
+from data_prep.synth.generators.multihop_graph import FactGraph
 
 SETTINGS: dict[str, Any] = {"max_per_start": 1}
 NUM_SONGS = 50
@@ -205,7 +205,7 @@ BAD: dict[str, Model] = {
 
 def cases() -> list[Case]:
     """Return 50 bad and 50 good cases."""
-    facts = Facts()
+    facts = FactGraph()
     for record in records():
         facts.add(record)
     found = []

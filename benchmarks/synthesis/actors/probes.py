@@ -12,7 +12,7 @@ from typing import Any
 
 from synthesis.cases import Case, Replies, asked
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 LEAKED = Path(__file__).with_name("leaked.jsonl")
 """Made-up items that stand for a benchmark."""
@@ -118,7 +118,7 @@ def cases() -> list[Case]:
             what = list(changes)[number % len(changes)]
             fields = {"domain": DOMAINS[number % 4], "topic": f"orchards, part {number}",
                       "number": 1 + number % 3}
-            found.append(Case(Item(f"{'good' if is_good else 'bad'}-{number}", fields),
+            found.append(Case(GeneratorItem(f"{'good' if is_good else 'bad'}-{number}", fields),
                               _replies(changes[what]), is_good, what))
     return found
 

@@ -11,7 +11,7 @@ from synthesis.actors import rewrite
 from synthesis.actors.towns import TOWNS, Town, language_in, pairs, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {"min_pairs": 3}
 Pairs = list[tuple[str, str]]
@@ -97,7 +97,7 @@ def cases() -> list[Case]:
     found = []
     for number in range(50):
         town = TOWNS[number]
-        item = Item(f"town-{number}", {"text": rewrite.source(town)}, "towns.jsonl")
+        item = GeneratorItem(f"town-{number}", {"text": rewrite.source(town)}, "towns.jsonl")
         found.append(Case(item, reply, True, "sound pairs"))
         what = list(BAD)[number % len(BAD)]
         found.append(Case(item, _bad(BAD[what]), False, what))

@@ -10,7 +10,7 @@ from typing import Any
 from synthesis.actors.towns import TOWNS, Town, document, language_in, retold, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {}
 Change = Callable[[str, Town, str, str], "str | Mapping[str, Any]"]
@@ -92,7 +92,7 @@ def cases() -> list[Case]:
     found = []
     for number in range(50):
         town = TOWNS[number]
-        item = Item(f"town-{number}", {"text": source(town)}, "towns.jsonl")
+        item = GeneratorItem(f"town-{number}", {"text": source(town)}, "towns.jsonl")
         found.append(Case(item, reply, True, "rewritten well"))
         kinds = {**BAD, **BY_JUDGE}
         what = list(kinds)[number % len(kinds)]

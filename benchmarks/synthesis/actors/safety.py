@@ -13,7 +13,7 @@ from typing import Any
 from synthesis.cases import Case, asked as asked_of
 from synthesis.graded import PLEA, grade, graded_in
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.safety.taxonomy import Category, read_taxonomy
 
 LANGUAGES = {"Korean": "ko", "English": "en", "Thai": "th"}
@@ -125,10 +125,10 @@ def cases() -> list[Case]:
     return [*good, *bad]
 
 
-def _item(number: int, category: Category, language: str, fault: str) -> Item:
+def _item(number: int, category: Category, language: str, fault: str) -> GeneratorItem:
     examples = (*category.examples, f"[planted: {fault}]") if fault else category.examples
-    return Item(f"case.{number}", {"category": {**asdict(category), "examples": list(examples)},
-                                   "language": language}, "planted")
+    return GeneratorItem(f"case.{number}", {"category": {**asdict(category), "examples": list(examples)},
+                                            "language": language}, "planted")
 
 
 def arguments(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from synthesis.cases import Case, Replies, asked
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {"vote": True}
 QUESTIONS = ("Mina has {} apples and buys {} boxes with {} apples each. How many apples has she now?",
@@ -102,7 +102,7 @@ def cases() -> list[Case]:
             by_votes = "votes" in what or (number // len(changes)) % 2 == 1
             is_known = not by_votes or "wrong" in what or "tower" in what
             fields = {"problem": text, "answer": str(right) if is_known else "", "choices": [], "domain": ""}
-            found.append(Case(Item(f"{'good' if is_good else 'bad'}-{number}", fields),
+            found.append(Case(GeneratorItem(f"{'good' if is_good else 'bad'}-{number}", fields),
                               _replies(changes[what]), is_good, what))
     return found
 

@@ -11,7 +11,7 @@ from synthesis.actors import rewrite
 from synthesis.actors.towns import TOWNS, Town, language_in, pairs, retold, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {"num_exercises": 3}
 Change = Callable[["Lesson", Town, str], "str | Mapping[str, Any]"]
@@ -122,7 +122,7 @@ def cases() -> list[Case]:
     found = []
     for number in range(50):
         town = TOWNS[number]
-        item = Item(f"town-{number}", {"text": rewrite.source(town)}, "towns.jsonl")
+        item = GeneratorItem(f"town-{number}", {"text": rewrite.source(town)}, "towns.jsonl")
         found.append(Case(item, reply, True, "a sound lesson"))
         what = list(kinds)[number % len(kinds)]
         by = "judge" if what in BY_JUDGE else ""

@@ -10,7 +10,7 @@ from typing import Any
 from synthesis.actors import shop_clerk, shops
 from synthesis.cases import Case
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {"conversations_per_task": 1, "min_judged": 6.0}
 NUM_TASKS = 8
@@ -51,11 +51,11 @@ def cases() -> list[Case]:
     """Return 50 sound conversations and 50 of `BENT`; each item asks for one (`SETTINGS`)."""
     found = []
     for number in range(50):
-        found.append(Case(Item(f"good-{number}", task_fields(number)), reply, True, "sound"))
+        found.append(Case(GeneratorItem(f"good-{number}", task_fields(number)), reply, True, "sound"))
         what = list(BENT)[number % len(BENT)]
         kind, bent = BENT[what]
         # a task of the kind in which the fault can be seen
-        found.append(Case(Item(f"bad-{number}", task_fields(3 * number + kind)), bent, False, what,
+        found.append(Case(GeneratorItem(f"bad-{number}", task_fields(3 * number + kind)), bent, False, what,
                           "judge" if "present" in what or "judge" in what else ""))
     return found
 

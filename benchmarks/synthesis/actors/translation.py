@@ -10,7 +10,7 @@ from typing import Any
 from synthesis.actors.towns import TOWNS, Town, document, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {"language": "ko", "keep_quotes": True}
 Change = Callable[[str, Town], "str | Mapping[str, Any]"]
@@ -121,7 +121,7 @@ def cases() -> list[Case]:
     kinds = {**BAD, **BY_JUDGE}
     found = []
     for number in range(50):
-        item = Item(f"town-{number}", {"text": source(TOWNS[number])}, "towns.jsonl")
+        item = GeneratorItem(f"town-{number}", {"text": source(TOWNS[number])}, "towns.jsonl")
         found.append(Case(item, reply, True, "translated well"))
         what = list(kinds)[number % len(kinds)]
         by = "judge" if what in BY_JUDGE else ""

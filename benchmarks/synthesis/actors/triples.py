@@ -10,7 +10,7 @@ from synthesis.actors import rewrite
 from synthesis.actors.towns import TOWNS, Town, facts, language_in, town_in
 from synthesis.cases import Case, Replies, asked, fenced_text
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {}
 PARTS = ("subject", "relation", "object", "sentence")
@@ -82,7 +82,7 @@ def cases() -> list[Case]:
     """Return 50 bad and 50 good cases."""
     found = []
     for number in range(50):
-        item = Item(f"town-{number}", {"text": rewrite.source(TOWNS[number])}, "towns.jsonl")
+        item = GeneratorItem(f"town-{number}", {"text": rewrite.source(TOWNS[number])}, "towns.jsonl")
         found.append(Case(item, reply, True, "sound facts"))
         what = list(BAD)[number % len(BAD)]
         found.append(Case(item, _bad(BAD[what]), False, what))

@@ -11,7 +11,7 @@ from typing import Any
 from synthesis.actors import shop_clerk, shops
 from synthesis.cases import Case
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 
 SETTINGS: dict[str, Any] = {}
 NUM_DOMAINS = 6
@@ -55,10 +55,10 @@ def cases() -> list[Case]:
     found = []
     for number in range(50):
         of = shops.trade(number)
-        item = Item(f"good-{number}", {"domain": f"a {of.domain}", "number": number // 10})
+        item = GeneratorItem(f"good-{number}", {"domain": f"a {of.domain}", "number": number // 10})
         found.append(Case(item, reply, True, "sound"))
         what = list(BENT)[number % len(BENT)]
-        item = Item(f"bad-{number}", {"domain": f"a {of.domain}", "number": number // 10})
+        item = GeneratorItem(f"bad-{number}", {"domain": f"a {of.domain}", "number": number // 10})
         found.append(Case(item, _bent(what), False, what))
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.json_lines import read_objects
-from megatron_sov.base.documents.item_search import Item
+from megatron_sov.base.documents.item_search import SearchItem
 from megatron_sov.base.errors import UserError
 
 FIELDS = ("question", "problem", "prompt", "query", "instruction", "text")
@@ -31,7 +31,7 @@ def benchmark_files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[Item]:
+def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]:
     """Return the items of benchmarks, in order.
 
     Args:
@@ -41,7 +41,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[Item]:
     Raises:
         UserError: a file cannot be read, a line is no JSON object, or a record has none of the fields.
     """
-    found: list[Item] = []
+    found: list[SearchItem] = []
     for file in benchmark_files(paths):
         before = len(found)
         for where, record in read_objects(file):
@@ -51,7 +51,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[Item]:
             if not texts:
                 raise UserError(f"{where}: has text in none of the fields {', '.join(fields)} (fields: "
                                 f"{', '.join(record) or 'none'}); name those of the benchmark with `fields`")
-            found += [Item(file.stem, id_, name, text) for name, text in texts.items()]
+            found += [SearchItem(file.stem, id_, name, text) for name, text in texts.items()]
         if len(found) == before:
             raise UserError(f"benchmarks: {file}: has no records; each line is a JSON object")
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.curate.decontamination.places import places
-from megatron_sov.base.documents.item_search import Search
+from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.documents.plain import plain
 
@@ -44,7 +44,7 @@ class Hit:
         return Hit(**{name: row[name] for name in Hit.__dataclass_fields__})
 
 
-def find_hits(text: str, search: Search, context_chars: int) -> list[Hit]:
+def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
     """Return what a text has of benchmarks.
 
     Args:
@@ -70,7 +70,7 @@ def find_hits(text: str, search: Search, context_chars: int) -> list[Hit]:
     return hits
 
 
-def _found(text: str, search: Search) -> list[tuple[int, int, int]]:
+def _found(text: str, search: ItemSearch) -> list[tuple[int, int, int]]:
     """Return number of an item, and where it begins and ends in a text."""
     units = find_units(text)
     found = search.find(units)[:MOST_HITS]

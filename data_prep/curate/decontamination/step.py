@@ -15,14 +15,14 @@ from data_prep.curate.decontamination.benchmarks import FIELDS, benchmark_files,
 from data_prep.curate.decontamination.hits import MOST_HITS, Hit, find_hits
 from data_prep.curate.decontamination.places import whole_lines, without
 from data_prep.curate.dedup.exact import write_page
-from data_prep.curate.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
+from data_prep.curate.pipeline.step import Doc, Pass, ShardRef, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import new_file
-from megatron_sov.base.documents.item_search import Search
+from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.overlap import WORDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import PLACE, SEAL, read_lines, seal_file
-from megatron_sov.base.settings import AtLeastOne, Code, Flag, Problem, at_most
+from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most
 
 REASON = "text of a benchmark"
 CONTEXT_CHARS = 100
@@ -45,13 +45,13 @@ class BenchmarkSearchSettings:
     min_words: Annotated[AtLeastOne, at_most("ngram")] = 5
     """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
 
-    def search(self) -> Search:
+    def search(self) -> ItemSearch:
         """Read the benchmarks.
 
         Raises:
             UserError: a file cannot be read, or a record has none of the fields.
         """
-        return Search(read_items(self.benchmarks, self.fields), self.ngram, self.min_words)
+        return ItemSearch(read_items(self.benchmarks, self.fields), self.ngram, self.min_words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,12 @@ class DecontaminateSettings(BenchmarkSearchSettings):
     """"drop": the document goes; "cut": the lines that hold the place go, and the document where nothing
     else is left."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what is wrong with the benchmarks: now, and not when all documents are parsed."""
         try:
             read_items(self.benchmarks, self.fields)
         except UserError as e:
-            return [Problem(Code.FILE, "benchmarks", str(e))]
+            return [SettingsProblem(ProblemCode.FILE, "benchmarks", str(e))]
         return []
 
 
@@ -95,11 +95,11 @@ class Decontaminate(Step):
         self._shard: ShardRef | None = None
         self._hits: dict[str, list[Hit]] = {}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Drop or cut what is listed."""
         return [self._outcome(d) for d in documents]
 
-    def _outcome(self, document: Doc) -> Outcome:
+    def _outcome(self, document: Doc) -> StepOutcome:
         shard = ShardRef(document.source, document.shard)
         if shard != self._shard:
             self._hits = defaultdict(list)
@@ -109,11 +109,11 @@ class Decontaminate(Step):
         hits = self._hits.get(document.id, [])
         values = {"contamination": " ".join(sorted({f"{h.benchmark}:{h.item}" for h in hits}))}
         if not hits:
-            return Outcome(values=values)
+            return StepOutcome(values=values)
         left = ""
         if self.settings.action == "cut" and len(hits) < MOST_HITS:
             left = without(document.text, whole_lines(document.text, [(h.start, h.stop) for h in hits]))
-        return Outcome(text=left, values=values) if left.strip() else Outcome(REASON, values=values)
+        return StepOutcome(text=left, values=values) if left.strip() else StepOutcome(REASON, values=values)
 
     def _search(self, view: View, task: int) -> None:
         search, shard = self.settings.search(), view.shards[task]

@@ -12,9 +12,10 @@ from annotated_types import Ge, Le
 from blake3 import blake3
 
 from data_prep.curate.dedup.numbering import Numbering, Register, ranks, registered
-from data_prep.curate.dedup.occurrences import KEY_BYTES, Rule, read_surplus, write_occurrences, write_surplus
+from data_prep.curate.dedup.occurrences import (
+    KEY_BYTES, OccurrenceRule, read_surplus, write_occurrences, write_surplus)
 from data_prep.curate.dedup.work_files import Records
-from data_prep.curate.pipeline.step import KEPT, Doc, Outcome, Pass, ShardRef, Step, View
+from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 from megatron_sov.base.artifacts import new_file, to_json
 from megatron_sov.base.documents.overlap import find_units
 
@@ -30,16 +31,16 @@ class Dropped:
         self._rank = -1
         self._keeper_ids: dict[int, str] = {}
 
-    def outcomes(self, documents: Sequence[Doc]) -> list[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> list[StepOutcome]:
         """Return the outcomes of documents."""
         return [self._outcome(d) for d in documents]
 
-    def _outcome(self, document: Doc) -> Outcome:
+    def _outcome(self, document: Doc) -> StepOutcome:
         rank = self._numbering.rank_of[ShardRef(document.source, document.shard)]
         if rank != self._rank:
             self._load(rank)
         keeper = self._keeper_ids.get(document.row)
-        return KEPT if keeper is None else Outcome(self._reason, values={"duplicate_of": keeper})
+        return KEPT if keeper is None else StepOutcome(self._reason, values={"duplicate_of": keeper})
 
     def _load(self, rank: int) -> None:
         """Read a shard's list, and the ids of those that stay, by the shards that hold them."""
@@ -141,7 +142,7 @@ class ExactDedup(Step):
         self._dropped = Dropped(numbering, Register(view.work / "documents"), REASON,
                                 lambda rank: read_surplus(view.work / "duplicates", rank))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Drop what is listed."""
         return self._dropped.outcomes(documents)
 
@@ -157,7 +158,7 @@ class ExactDedup(Step):
 
     def _compare(self, view: View, task: int) -> None:
         files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        write_surplus(files, task, view.work / "duplicates" / f"{task:05}", Rule())
+        write_surplus(files, task, view.work / "duplicates" / f"{task:05}", OccurrenceRule())
 
     def _report(self, view: View, task: int) -> None:
         write_report(view, lambda rank: read_surplus(view.work / "duplicates", rank), "Exact duplicates")

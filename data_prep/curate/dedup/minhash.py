@@ -21,12 +21,12 @@ from data_prep.curate.dedup.exact import Dropped, Partitions, write_report
 from data_prep.curate.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
 from data_prep.curate.dedup.work_files import (
     BucketWriter, Records, Slice, bucket_slice, parts_of, read_array, save_array, write_buckets)
-from data_prep.curate.pipeline.step import Doc, Outcome, Pass, Step, View
+from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import new_file, new_folder
 from megatron_sov.base.documents.overlap import Units, find_units, stretch_hashes
 from megatron_sov.base.sealed import PLACE, check_seal, seal_file
-from megatron_sov.base.settings import AtLeastOne, Code, NotNegativeInt, Problem
+from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem
 
 # Documents that have a band in common: found in memory that does not grow with the corpus.
 #
@@ -455,11 +455,12 @@ class MinhashSettings:
     partitions: Partitions = 64
     """Tasks of the second pass; as many workers can be busy with it."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         numbers = self.num_bands * self.rows_per_band
-        return [] if numbers <= MOST_NUMBERS else [Problem(
-            Code.RULE, "num_bands", f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
+        return [] if numbers <= MOST_NUMBERS else [SettingsProblem(
+            ProblemCode.RULE, "num_bands",
+            f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
             f"must be at most {MOST_NUMBERS}", self.num_bands)]
 
 
@@ -484,7 +485,7 @@ class MinhashDedup(Step):
         self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON,
                                 _lists(view.work))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Drop what is listed."""
         return self._dropped.outcomes(documents)
 

@@ -30,7 +30,7 @@ _HALF = np.uint64(32)
 
 
 @dataclass(frozen=True)
-class Rule:
+class OccurrenceRule:
     """Who has to give a key up."""
 
     max_documents: int = 1
@@ -52,7 +52,7 @@ def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_par
     write_buckets(path, records, key_partitions(records["key"], num_partitions), num_partitions)
 
 
-def write_surplus(files: list[Path], partition: int, folder: Path, rule: Rule) -> None:
+def write_surplus(files: list[Path], partition: int, folder: Path, rule: OccurrenceRule) -> None:
     """Find out in one partition of all shards' keys who has to give what up.
 
     Args:
@@ -121,7 +121,7 @@ class _Heads:
         return start
 
 
-def _surplus(ranges: Iterator[list[Slice]], rule: Rule) -> Iterator[Records]:
+def _surplus(ranges: Iterator[list[Slice]], rule: OccurrenceRule) -> Iterator[Records]:
     """Yield what has to be given up, in pieces."""
     for slices in ranges:
         keys, counts, firsts = _count(slices)

@@ -11,8 +11,9 @@ from typing import Literal
 
 from data_prep.curate.dedup.exact import Partitions, write_page
 from data_prep.curate.dedup.numbering import Numbering
-from data_prep.curate.dedup.occurrences import KEY_BYTES, Rule, read_surplus, write_occurrences, write_surplus
-from data_prep.curate.pipeline.step import Doc, Outcome, Pass, ShardRef, Step, View
+from data_prep.curate.dedup.occurrences import (
+    KEY_BYTES, OccurrenceRule, read_surplus, write_occurrences, write_surplus)
+from data_prep.curate.pipeline.step import Doc, Pass, ShardRef, Step, StepOutcome, View
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.settings import AtLeastOne, Share
 
@@ -91,25 +92,25 @@ class ParagraphDedup(Step):
         self._rank = -1
         self._cut: dict[int, set[bytes]] = {}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Cut what is listed, and drop what loses too much."""
         return [self._outcome(d) for d in documents]
 
-    def _outcome(self, document: Doc) -> Outcome:
+    def _outcome(self, document: Doc) -> StepOutcome:
         rank = self._numbering.rank_of[ShardRef(document.source, document.shard)]
         if rank != self._rank:
             self._load(rank)
         keys = self._cut.get(document.row)
         if keys is None:
-            return Outcome(values={"paragraphs_cut": 0})
+            return StepOutcome(values={"paragraphs_cut": 0})
         parts = list(paragraphs(document.text, self.settings.split, self.settings.min_chars))
         stay = [p for p in parts if p.key not in keys]
         num_cut = len(parts) - len(stay)
         text = "".join(document.text[p.start:p.stop] for p in stay)
         lost = sum(len(document.text[p.start:p.stop].strip()) for p in parts if p.key in keys)
         if not text.strip() or lost > self.settings.max_share * len(document.text.strip()):
-            return Outcome(REASON, values={"paragraphs_cut": num_cut})
-        return Outcome(text=text, values={"paragraphs_cut": num_cut})
+            return StepOutcome(REASON, values={"paragraphs_cut": num_cut})
+        return StepOutcome(text=text, values={"paragraphs_cut": num_cut})
 
     def _load(self, rank: int) -> None:
         self._cut = {}
@@ -133,7 +134,7 @@ class ParagraphDedup(Step):
 
     def _count(self, view: View, task: int) -> None:
         files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        rule = Rule(self.settings.max_documents, self.settings.keep == "first")
+        rule = OccurrenceRule(self.settings.max_documents, self.settings.keep == "first")
         write_surplus(files, task, view.work / "repeated" / f"{task:05}", rule)
 
     def _report(self, view: View, task: int) -> None:

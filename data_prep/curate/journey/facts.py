@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.curate.journey.summary import SUMMARY, Summary, read_summary
+from data_prep.curate.journey.summary import SUMMARY, JourneySummary, read_summary
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError, nearest
@@ -90,7 +90,7 @@ class Corpus:
         return (self.out / SUMMARY).is_file()
 
     @cached_property
-    def summary(self) -> Summary:
+    def summary(self) -> JourneySummary:
         """What its steps did, in figures."""
         return read_summary(self.out)
 

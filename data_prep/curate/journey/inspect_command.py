@@ -10,14 +10,14 @@ from typing import Annotated
 from data_prep.shards.token_artifact import KIND as TOKENS, table
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_options, read_options)
-from megatron_sov.runs.inspecting import Kind, LookOptions, look
+    AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
+from megatron_sov.runs.inspecting import ArtifactKind, LookOptions, look
 
 PIPELINE_ONLY = ("id", "where", "text", "dropped", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(LookOptions):
+class DataInspectOptions(LookOptions):
     """Say what something is, or show a document's way through a pipeline."""
 
     data: Annotated[Path, Flag("PATH")]
@@ -39,11 +39,11 @@ class InspectOptions(LookOptions):
     chars: NotNegativeInt = 600
     """Characters of the text that --id shows (0: all)."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         first, *others = [name for name in ("id", "where", "text", "dropped")
                           if getattr(self, name) is not None] or [""]
-        return [Problem(Code.RULE, name, f"goes without --{first}; ask one thing at a time")
+        return [SettingsProblem(ProblemCode.RULE, name, f"goes without --{first}; ask one thing at a time")
                 for name in others]
 
 
@@ -52,12 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = ("What something is, from what it was made, how far unfinished work on it is, and "
                           "some of its rows. Of what `sov-data run` wrote: with --id a document's way "
                           "through all steps; --where, --text and --dropped find ids.")
-    add_options(parser, InspectOptions)
+    add_options(parser, DataInspectOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
     """Print what is asked for; returns 0."""
-    args = read_options(InspectOptions, typed)
+    args = read_options(DataInspectOptions, typed)
     from data_prep.curate.journey import telling
     from data_prep.curate.journey.facts import Corpus, is_corpus
 
@@ -67,18 +67,18 @@ def run(typed: argparse.Namespace) -> int:
         if asked:
             raise UserError(f"{asked[0]}: {args.data} is no output of `sov-data run`, which alone knows each "
                             "document's way; token shards keep no ids")
-        look(args.data, args, {TOKENS: Kind(table, _problems, _documents)})
+        look(args.data, args, {TOKENS: ArtifactKind(table, _problems, _documents)})
         return 0
     if not asked and (args.json or args.verify or args.clear or args.page):
         look(args.data, args, {})
         return 0
-    telling.show(Corpus.open(args.data), telling.Asked(
+    telling.show(Corpus.open(args.data), telling.DocumentQuery(
         args.id, args.where, args.text, args.dropped, args.source, args.count, args.scan_bytes, args.chars,
         args.json))
     return 0
 
 
-def _check(args: InspectOptions) -> None:
+def _check(args: DataInspectOptions) -> None:
     """Raise `UserError` on values that mean nothing."""
     for name in PIPELINE_ONLY:
         value = getattr(args, name)

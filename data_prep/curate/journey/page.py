@@ -13,13 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.curate.journey.facts import BINS, SCORES, Facts, facts_of_output, total
 from data_prep.curate.journey.summary import (
-    Dropped, Sample, SourceSummary, StepCounts, Summary, dropped_by_reason, read_summary)
+    DocumentSample, DroppedCount, JourneySummary, SourceSummary, StepCounts, dropped_by_reason, read_summary)
 from data_prep.curate.journey.telling import changes, cut
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, write_output
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain, render as render_page)
+    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
 from megatron_sov.runs.obs.figures import duration, large, size
 
 # The charts of a pipeline's page.
@@ -171,7 +171,7 @@ class Findings:
     """Sentences, shown first."""
 
 
-def findings_sections(out: Path, summary: Summary) -> list[Section]:
+def findings_sections(out: Path, summary: JourneySummary) -> list[PageSection]:
     """Return a section for each step that left findings; one whose file is damaged says so."""
     found = []
     for shared in summary.shared:
@@ -184,14 +184,14 @@ def findings_sections(out: Path, summary: Summary) -> list[Section]:
             found.append(_section(title, TypeAdapter(Findings).validate_json(file.read_bytes())))
         except ValidationError as e:
             first = e.errors()[0]
-            found.append(Section(title, f"{file.name} cannot be shown: "
-                                        f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+            found.append(PageSection(title, f"{file.name} cannot be shown: "
+                                            f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
         except (OSError, ValueError) as e:
-            found.append(Section(title, f"{file.name} cannot be shown: {e}"))
+            found.append(PageSection(title, f"{file.name} cannot be shown: {e}"))
     return found
 
 
-def _section(title: str, findings: Findings) -> Section:
+def _section(title: str, findings: Findings) -> PageSection:
     charts = []
     for one in findings.bars:
         counts = dict(zip(map(visible, one.labels), one.counts, strict=False))
@@ -202,9 +202,9 @@ def _section(title: str, findings: Findings) -> Section:
         rows = [[_cell(c) for c in row] for row in table.rows[:MAX_FINDINGS]]
         if len(table.rows) > MAX_FINDINGS:
             rows.append([f"… {len(table.rows) - MAX_FINDINGS:,} more rows"])
-        tables.append(Table([f"{table.title}: {table.head[0]}" if table.head else table.title,
-                             *table.head[1:]], rows))
-    return Section(title, visible(" ".join(findings.notes)), charts, tables)
+        tables.append(PageTable([f"{table.title}: {table.head[0]}" if table.head else table.title,
+                                 *table.head[1:]], rows))
+    return PageSection(title, visible(" ".join(findings.notes)), charts, tables)
 
 
 def _cell(value: Cell) -> str:
@@ -245,32 +245,32 @@ def source_chapter(source: SourceSummary) -> Chapter:
             f"licence {source.licence}" if source.licence else "no licence recorded",
             "synthetic" if source.synthetic else "", f"kind {source.kind}" if source.kind else ""]
     steps = [(step.name, step.documents_kept) for step in source.steps]
-    sections = [Section("Step by step", f"{', '.join(filter(None, told))}.",
-                        [funnel(steps, f"Documents of {source.name} behind each step.")],
-                        [_steps(source.steps)])]
+    sections = [PageSection("Step by step", f"{', '.join(filter(None, told))}.",
+                            [funnel(steps, f"Documents of {source.name} behind each step.")],
+                            [_steps(source.steps)])]
     if dropped := dropped_by_reason(source.steps):
-        sections.append(Section("Dropped", tables=[reasons_table(dropped)]))
+        sections.append(PageSection("Dropped", tables=[reasons_table(dropped)]))
     if source.quarantine:
-        sections.append(Section("Quarantine", tables=[Table(["code", "files and records"], [
+        sections.append(PageSection("Quarantine", tables=[PageTable(["code", "files and records"], [
             [code, f"{n:,}"] for code, n in sorted(source.quarantine.items(), key=lambda item: -item[1])])]))
     if examples := [one for step in source.steps[1:] for one in _examples(step)]:
-        sections.append(Section("Examples", "Drawn by a hash of the ids, the beginning of each; "
-                                "sov-data inspect OUT --id ID shows a document's whole way.",
-                                comparisons=examples))
+        sections.append(PageSection("Examples", "Drawn by a hash of the ids, the beginning of each; "
+                                    "sov-data inspect OUT --id ID shows a document's whole way.",
+                                    comparisons=examples))
     return Chapter(source.name, source.format, figures, sections)
 
 
-def reasons_table(dropped: Mapping[tuple[str, str], Dropped]) -> Table:
+def reasons_table(dropped: Mapping[tuple[str, str], DroppedCount]) -> PageTable:
     """Return the reasons why documents were dropped, most documents first."""
     rows = [[step, reason, f"{lost.documents:,}", size(lost.bytes)]
             for (step, reason), lost in list(dropped.items())[:MAX_REASONS]]
     if len(dropped) > MAX_REASONS:
         rows.append([f"… {len(dropped) - MAX_REASONS:,} more reasons", "", "", ""])
-    return Table(["step", "reason", "documents", "text"], rows)
+    return PageTable(["step", "reason", "documents", "text"], rows)
 
 
-def _steps(steps: Iterable[StepCounts]) -> Table:
-    return Table(["step", "documents in", "kept", "changed", "text kept", "share kept"], [
+def _steps(steps: Iterable[StepCounts]) -> PageTable:
+    return PageTable(["step", "documents in", "kept", "changed", "text kept", "share kept"], [
         [step.name, f"{step.documents_in:,}", f"{step.documents_kept:,}", f"{step.documents_changed:,}",
          size(step.bytes_kept), _share(step.documents_kept, step.documents_in)] for step in steps])
 
@@ -293,7 +293,7 @@ def _examples(step: StepCounts) -> list[Comparison]:
     return found
 
 
-def _shown(fate: str, sample: Sample) -> tuple[str, str]:
+def _shown(fate: str, sample: DocumentSample) -> tuple[str, str]:
     text = visible(cut(sample.before or sample.after or "", SAMPLE_CHARS))
     return f"{fate} · {sample.id}", text or "(empty)"
 
@@ -361,14 +361,14 @@ def tokens_said(num_bytes: int, ratio: float | None) -> tuple[str, str]:
     return f"≈\u00a0{about}", told
 
 
-def _subtitle(summary: Summary, whole: Facts) -> str:
+def _subtitle(summary: JourneySummary, whole: Facts) -> str:
     read = sum(s.read.documents_kept for s in summary.sources)
     sources = "1 source" if len(summary.sources) == 1 else f"{len(summary.sources)} sources"
     return (f"{sources}, {read:,} documents read; {whole.num_documents:,} in the output, "
             f"{size(whole.num_bytes)} of text.")
 
 
-def _opening(summary: Summary, whole: Facts, ratio: float | None) -> list[Panel]:
+def _opening(summary: JourneySummary, whole: Facts, ratio: float | None) -> list[Panel]:
     read = [s.read for s in summary.sources]
     tokens, _ = tokens_said(whole.num_bytes, ratio)
     facts = [("Sources", f"{len(summary.sources):,}"),
@@ -384,7 +384,7 @@ def _opening(summary: Summary, whole: Facts, ratio: float | None) -> list[Panel]
             Panel("Mostly dropped for", 12, tables=[reasons_table(dict(worst))])]
 
 
-def _whole_funnel(summary: Summary) -> Chart:
+def _whole_funnel(summary: JourneySummary) -> Chart:
     """Draw all sources together; one that a step passes by has what it had before."""
     left = {s.name: s.read.documents_kept for s in summary.sources}
     steps = []
@@ -396,7 +396,7 @@ def _whole_funnel(summary: Summary) -> Chart:
     return funnel(steps, "Documents of all sources behind each step.")
 
 
-def _figures(summary: Summary, whole: Facts, ratio: float | None) -> list[tuple[str, str, str]]:
+def _figures(summary: JourneySummary, whole: Facts, ratio: float | None) -> list[tuple[str, str, str]]:
     steps = [step for source in summary.sources for step in source.steps]
     cpu_s = sum(step.cpu_s for step in steps) + sum(shared.cpu_s for shared in summary.shared)
     read_bytes = sum(s.read.bytes_kept for s in summary.sources)
@@ -409,34 +409,35 @@ def _figures(summary: Summary, whole: Facts, ratio: float | None) -> list[tuple[
              "core-hours, at this run's speed")]
 
 
-def _overall(summary: Summary) -> list[Section]:
+def _overall(summary: JourneySummary) -> list[PageSection]:
     dropped = dropped_by_reason(step for s in summary.sources for step in s.steps)
     by_reason = {f"{step}: {reason}": float(lost.documents) for (step, reason), lost in dropped.items()}
     rows = [[s.name, s.format or "–", s.licence or "not recorded", f"{s.num_files:,}", size(s.raw_bytes),
              f"{s.read.documents_kept:,}", f"{s.last.documents_kept:,}", size(s.last.bytes_kept),
              f"{s.last.documents_kept / s.read.documents_kept:.1%}" if s.read.documents_kept else "–",
              f"{sum(s.quarantine.values()):,}"] for s in summary.sources]
-    sections = [Section("Sources", tables=[Table(
+    sections = [PageSection("Sources", tables=[PageTable(
         ["source", "format", "licence", "files", "on disk", "documents read", "kept", "text kept", "share",
          "quarantine"], rows)])]
     if by_reason:
-        sections.append(Section("Reasons", charts=[
+        sections.append(PageSection("Reasons", charts=[
             bars(by_reason, "documents", "Documents that were dropped, by step and reason.")],
             tables=[reasons_table(dict(dropped))]))
     if codes := _quarantine(summary):
-        sections.append(Section("Quarantine", "Files and records that could not be read, or are not "
-                                "wanted; quarantine/SOURCE.jsonl has the place of each.", tables=[codes]))
-    return [*sections, _times(summary), Section("Settings", "Of every step, as the run resolved them.", json=(
+        sections.append(PageSection("Quarantine", "Files and records that could not be read, or are not "
+                                    "wanted; quarantine/SOURCE.jsonl has the place of each.", tables=[codes]))
+    return [*sections, _times(summary), PageSection("Settings", "Of every step, as the run resolved them.",
+                                                    json=(
         json.dumps({f"{n:02d} {kind}": summary.of_step(n)[0].settings for n, kind in summary.steps()},
                    indent=1, ensure_ascii=False)))]
 
 
-def _quarantine(summary: Summary) -> Table | None:
+def _quarantine(summary: JourneySummary) -> PageTable | None:
     rows = [[s.name, code, f"{n:,}"] for s in summary.sources for code, n in sorted(s.quarantine.items())]
-    return Table(["source", "code", "files and records"], rows) if rows else None
+    return PageTable(["source", "code", "files and records"], rows) if rows else None
 
 
-def _times(summary: Summary) -> Section:
+def _times(summary: JourneySummary) -> PageSection:
     rows = []
     for number, kind in summary.steps():
         done = summary.of_step(number)
@@ -449,13 +450,13 @@ def _times(summary: Summary) -> Section:
                      duration(wall_s),
                      f"{in_bytes / 1e6 / cpu_s:.3g}" if cpu_s else "–",
                      f"{in_documents / cpu_s:,.0f}" if cpu_s else "–"])
-    return Section("Time", "Processor time of all shards together; speeds are those of one core.",
-                   tables=[Table(["step", "documents in", "text in", "processor time", "sum over shards",
-                                  "MB/s", "documents/s"], rows)])
+    return PageSection("Time", "Processor time of all shards together; speeds are those of one core.",
+                       tables=[PageTable(["step", "documents in", "text in", "processor time",
+                                          "sum over shards", "MB/s", "documents/s"], rows)])
 
 
-def _output(facts: dict[str, Facts], whole: Facts) -> list[Section]:
-    found = [Section("Languages and levels", side_by_side=True, charts=[
+def _output(facts: dict[str, Facts], whole: Facts) -> list[PageSection]:
+    found = [PageSection("Languages and levels", side_by_side=True, charts=[
         *_bars_of(whole, "language", "language", "Text of the output by language."),
         *_bars_of(whole, "level", "level", "Text of the output by level.", LEVELS),
         *_bars_of(whole, "kind", "kind", "Text of the output by kind."),
@@ -463,17 +464,17 @@ def _output(facts: dict[str, Facts], whole: Facts) -> list[Section]:
     by_output = {name: {v: float(n[1]) for v, n in one.values.get("language", {}).items()}
                  for name, one in facts.items()}
     if len(facts) > 1 and any(by_output.values()):
-        found.append(Section("Languages of each output source", charts=[
+        found.append(PageSection("Languages of each output source", charts=[
             stacked(by_output, "bytes of text", "Text by language in each source of the output.")]))
     histograms = [histogram(whole.scores[name][:BINS], *SCORES[name], name, f"Documents by {name}.",
                             f"{whole.scores[name][BINS]:,} have none." if whole.scores[name][BINS] else "")
                   for name in SCORES if name in whole.scores]
     if histograms:
-        found.append(Section("Scores", charts=histograms, side_by_side=True))
-    tables = [Table(["output", "documents", "text"], [
+        found.append(PageSection("Scores", charts=histograms, side_by_side=True))
+    tables = [PageTable(["output", "documents", "text"], [
         [name, f"{one.num_documents:,}", size(one.num_bytes)] for name, one in facts.items()]),
         *_value_tables(whole)]
-    return [found[0], *found[1:], Section("Counts", tables=tables)]
+    return [found[0], *found[1:], PageSection("Counts", tables=tables)]
 
 
 def _bars_of(whole: Facts, column: str, what: str, caption: str,
@@ -487,7 +488,7 @@ def _bars_of(whole: Facts, column: str, what: str, caption: str,
                  said=lambda n: size(n * unit_bytes))]
 
 
-def _value_tables(whole: Facts) -> list[Table]:
+def _value_tables(whole: Facts) -> list[PageTable]:
     """Return licences, hosts, dates and what was masked."""
     licences = whole.values.get("licence", {})
     tables = [_ranked("licence", licences), _ranked("host", {h: n for h, n in whole.hosts.items() if h})]
@@ -495,17 +496,17 @@ def _value_tables(whole: Facts) -> list[Table]:
     for month, n in whole.months.items():
         years[month[:4]] = years.get(month[:4], 0) + n
     if set(years) - {""}:
-        tables.append(Table(["year of the document", "documents"], [
+        tables.append(PageTable(["year of the document", "documents"], [
             [year or NOT_SAID, f"{n:,}"] for year, n in sorted(years.items())][-MAX_ROWS:]))
-    tables += [Table([column, "count"], [[name, f"{n:,}"] for name, n in sorted(sums.items())][:MAX_ROWS])
+    tables += [PageTable([column, "count"], [[name, f"{n:,}"] for name, n in sorted(sums.items())][:MAX_ROWS])
                for column, sums in whole.named.items() if sums]
     return [table for table in tables if table.rows]
 
 
-def _ranked(what: str, counts: dict[str, list[int]]) -> Table:
+def _ranked(what: str, counts: dict[str, list[int]]) -> PageTable:
     """Return the values with most text."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1][1], item[0]))
     rows = [[value or NOT_SAID, f"{n[0]:,}", size(n[1])] for value, n in ranked[:MAX_ROWS]]
     if len(ranked) > MAX_ROWS:
         rows.append([f"… {len(ranked) - MAX_ROWS:,} more", "", ""])
-    return Table([what, "documents", "text"], rows)
+    return PageTable([what, "documents", "text"], rows)

@@ -17,7 +17,7 @@ MAX_SUMMARY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Sample:
+class DocumentSample:
     """A document that a step met, cut to what a reader looks at."""
 
     id: str
@@ -34,16 +34,16 @@ class Sample:
 class Samples:
     """Documents that a step met, drawn by a hash of their ids."""
 
-    kept: list[Sample] = field(default_factory=list)
+    kept: list[DocumentSample] = field(default_factory=list)
     """Kept as they were."""
-    dropped: list[Sample] = field(default_factory=list)
+    dropped: list[DocumentSample] = field(default_factory=list)
     """Dropped, with the reason."""
-    changed: list[Sample] = field(default_factory=list)
+    changed: list[DocumentSample] = field(default_factory=list)
     """Kept with another text."""
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedCount:
     """Documents that a step dropped for one reason."""
 
     documents: NonNegativeInt
@@ -74,7 +74,7 @@ class StepCounts:
     """Their text behind the step."""
     documents_changed: NonNegativeInt = 0
     """Of those kept, with another text."""
-    dropped: dict[str, Dropped] = field(default_factory=dict)
+    dropped: dict[str, DroppedCount] = field(default_factory=dict)
     """Reason -> what was dropped for it."""
     cpu_s: Seconds = 0.0
     """Of all processes together."""
@@ -160,7 +160,7 @@ class SharedFolder:
 
 
 @dataclass(frozen=True)
-class Summary:
+class JourneySummary:
     """A pipeline's run in figures."""
 
     name: str
@@ -181,17 +181,17 @@ class Summary:
         return [step for source in self.sources for step in source.steps if step.number == number]
 
 
-def dropped_by_reason(steps: Iterable[StepCounts]) -> dict[tuple[str, str], Dropped]:
+def dropped_by_reason(steps: Iterable[StepCounts]) -> dict[tuple[str, str], DroppedCount]:
     """Return (step, reason) -> what steps dropped, most documents first."""
-    sums: dict[tuple[str, str], Dropped] = {}
+    sums: dict[tuple[str, str], DroppedCount] = {}
     for step in steps:
         for reason, lost in step.dropped.items():
-            old = sums.get((step.name, reason), Dropped(0, 0))
-            sums[step.name, reason] = Dropped(old.documents + lost.documents, old.bytes + lost.bytes)
+            old = sums.get((step.name, reason), DroppedCount(0, 0))
+            sums[step.name, reason] = DroppedCount(old.documents + lost.documents, old.bytes + lost.bytes)
     return dict(sorted(sums.items(), key=lambda item: (-item[1].documents, item[0])))
 
 
-def read_summary(out: Path) -> Summary:
+def read_summary(out: Path) -> JourneySummary:
     """Return what OUT/summary.json says.
 
     Raises:
@@ -202,7 +202,7 @@ def read_summary(out: Path) -> Summary:
         if file.stat().st_size > MAX_SUMMARY_BYTES:
             raise UserError(f"{file}: has {file.stat().st_size:,} bytes, at most {MAX_SUMMARY_BYTES:,} are "
                             "read; run the pipeline again")
-        found = TypeAdapter(Summary).validate_json(file.read_bytes())
+        found = TypeAdapter(JourneySummary).validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: does not exist; pass the folder that `sov-data run` or `sov-data synth` "
                         "wrote, and let it come to its end") from None
@@ -214,7 +214,7 @@ def read_summary(out: Path) -> Summary:
     return found
 
 
-def _check(file: Path, summary: Summary) -> None:
+def _check(file: Path, summary: JourneySummary) -> None:
     """Raise `UserError` where a summary does not hold together, or leads out of its folder."""
     folders = [step.folder for source in summary.sources for step in source.steps]
     for folder in (*folders, *(shared.folder for shared in summary.shared)):

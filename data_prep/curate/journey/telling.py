@@ -28,7 +28,7 @@ READ, KEPT, CHANGED, DROPPED, NOT_DONE = "read", "kept", "changed", "dropped", "
 
 
 @dataclass(frozen=True)
-class Stop:
+class JourneyStop:
     """One step of a document's way."""
 
     step: str
@@ -50,11 +50,11 @@ class Way:
     id: str
     base: dict[str, Any]
     """What was read: text, source, where, licence and the other columns of its source."""
-    stops: list[Stop]
+    stops: list[JourneyStop]
     """In order, up to the one where it ends."""
 
     @property
-    def end(self) -> Stop:
+    def end(self) -> JourneyStop:
         """Where it ended."""
         return self.stops[-1]
 
@@ -96,7 +96,7 @@ def follow(corpus: Corpus, document: str) -> Way:
     row = _row(file, document)
     base = {"source": source} | row_of(file, row)
     num_rows = open_shard(file).metadata.num_rows
-    stops = [Stop(first.name, READ)]
+    stops = [JourneyStop(first.name, READ)]
     for step in steps:
         stops.append(_stop(step, number, row, num_rows))
         if stops[-1].fate in (DROPPED, NOT_DONE):
@@ -116,19 +116,19 @@ def _row(file: Path, document: str) -> int:
                     "--text WORDS find ids")
 
 
-def _stop(step: StepFolder, number: int, row: int, num_rows: int) -> Stop:
+def _stop(step: StepFolder, number: int, row: int, num_rows: int) -> JourneyStop:
     """Return what a step made of a row."""
     file = step.shard(number)
     if not file.is_file():
-        return Stop(step.name, NOT_DONE)
+        return JourneyStop(step.name, NOT_DONE)
     check_rows(file, num_rows)
     layer = row_of(file, row)
     reason, text = layer.pop("reason", None), layer.pop("text", None)
     layer.pop("id", None)
     columns = {name: value for name, value in layer.items() if value is not None}
     if reason:
-        return Stop(step.name, DROPPED, str(reason), columns)
-    return Stop(step.name, KEPT if text is None else CHANGED, "", columns, text)
+        return JourneyStop(step.name, DROPPED, str(reason), columns)
+    return JourneyStop(step.name, KEPT if text is None else CHANGED, "", columns, text)
 
 
 def check_rows(file: Path, num_rows: int) -> None:
@@ -171,7 +171,7 @@ MAX_QUARANTINE_LINE_CHARS = 100_000
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundDocument:
     """A document that was looked for."""
 
     id: str
@@ -182,7 +182,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Search:
+class DocumentSearch:
     """What is looked through, and how far."""
 
     count: int = 20
@@ -196,18 +196,18 @@ class Search:
 class Scan:
     """One look through the shards; what it could not reach is told by `rest_bytes`."""
 
-    def __init__(self, corpus: Corpus, search: Search) -> None:
+    def __init__(self, corpus: Corpus, search: DocumentSearch) -> None:
         self._corpus = corpus
         self._search = search
         self.rest_bytes = 0
         """Of shards that were not looked at."""
 
-    def by_text(self, words: str) -> Iterator[Found]:
+    def by_text(self, words: str) -> Iterator[FoundDocument]:
         """Yield documents whose text, as it was read, has these words, upper and lower case the same."""
         yield from self._found(("text",), lambda batch: pc.match_substring(
             batch.column("text"), words, ignore_case=True))
 
-    def by_file(self, file: str) -> Iterator[Found]:
+    def by_file(self, file: str) -> Iterator[FoundDocument]:
         """Yield documents that were read from a file: its name, or the end of its path."""
         def matches(batch: pa.RecordBatch) -> pa.BooleanArray:
             where = _both(batch)[1]
@@ -218,14 +218,14 @@ class Scan:
 
         yield from self._found((), matches)
 
-    def dropped(self, reason: str) -> Iterator[Found]:
+    def dropped(self, reason: str) -> Iterator[FoundDocument]:
         """Yield documents that a step dropped for a reason that has these words in it; "": for any."""
         for steps, number in self._shards():
             ids = (pair for batch in batches(steps[0].shard(number), ("id", "where"))
                    for pair in zip(*(column.to_pylist() for column in _both(batch)), strict=True))
             for fate, (document, where) in zip(fates(steps, number), ids, strict=True):
                 if fate.startswith("dropped") and reason.casefold() in fate.partition(": ")[2].casefold():
-                    yield Found(document, where, fate)
+                    yield FoundDocument(document, where, fate)
 
     def quarantined(self, file: str) -> Iterator[str]:
         """Yield one sentence for each file or record of that name that could not be read."""
@@ -260,7 +260,7 @@ class Scan:
                 seen_bytes += size_bytes
                 bar.update(size_bytes)
 
-    def _found(self, columns: tuple[str, ...], matches: Matches) -> Iterator[Found]:
+    def _found(self, columns: tuple[str, ...], matches: Matches) -> Iterator[FoundDocument]:
         for steps, number in self._shards():
             hits: list[tuple[int, str, str]] = []
             row = 0
@@ -273,7 +273,7 @@ class Scan:
                     break
             if hits:
                 told = fates(steps, number)
-                yield from (Found(document, where, told[at]) for at, document, where in hits)
+                yield from (FoundDocument(document, where, told[at]) for at, document, where in hits)
 
 
 def num_documents(corpus: Corpus, source: str) -> int:
@@ -389,7 +389,7 @@ VALUE_CHARS = 200
 
 
 @dataclass(frozen=True)
-class Asked:
+class DocumentQuery:
     """What is to be shown; nothing: the sources."""
 
     id: str | None = None
@@ -404,7 +404,7 @@ class Asked:
     json: bool = False
 
 
-def show(corpus: Corpus, asked: Asked) -> None:
+def show(corpus: Corpus, asked: DocumentQuery) -> None:
     """Print what is asked for; control characters of documents are shown, not sent.
 
     Raises:
@@ -466,9 +466,9 @@ def source_lines(corpus: Corpus, only: str | None) -> list[str]:
     return lines
 
 
-def _found_lines(corpus: Corpus, asked: Asked) -> Iterator[str]:
+def _found_lines(corpus: Corpus, asked: DocumentQuery) -> Iterator[str]:
     """Yield a line for each document that is found, and how far the search went."""
-    scan = Scan(corpus, Search(asked.count, asked.scan_bytes, asked.source))
+    scan = Scan(corpus, DocumentSearch(asked.count, asked.scan_bytes, asked.source))
     found = _chosen(scan, asked)
     num_shown = 0
     for one in islice(found, asked.count):
@@ -488,7 +488,7 @@ def _found_lines(corpus: Corpus, asked: Asked) -> Iterator[str]:
                "--scan-bytes N widens it")
 
 
-def _chosen(scan: Scan, asked: Asked) -> Iterator[Found]:
+def _chosen(scan: Scan, asked: DocumentQuery) -> Iterator[FoundDocument]:
     if asked.text is not None:
         return scan.by_text(asked.text)
     return scan.by_file(asked.where) if asked.where is not None else scan.dropped(asked.dropped or "")

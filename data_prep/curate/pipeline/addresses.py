@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.curate.pipeline.counts import StageProgress
 from data_prep.curate.pipeline.pipeline_file import Pipeline
 from data_prep.curate.sources.formats import reader
-from data_prep.curate.sources.source import PASSED_OVER, Piece
+from data_prep.curate.sources.source import PASSED_OVER, SourcePiece
 from megatron_sov.base.digests import BLAKE3, file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import try_read_json, write_json
@@ -181,7 +181,7 @@ def known_file(output: Path, source: str) -> Path:
     return output / "inputs" / f"{source}.json"
 
 
-def input_names(pieces: Sequence[Piece]) -> list[str]:
+def input_names(pieces: Sequence[SourcePiece]) -> list[str]:
     """Return the names of the files that pieces are read from, each once."""
     return list(dict.fromkeys(name for piece in pieces if piece.format != PASSED_OVER
                               for name in (piece.file, *piece.beside)))

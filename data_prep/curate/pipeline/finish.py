@@ -13,14 +13,14 @@ from data_prep.curate.journey.facts import counted_beside, facts_of_output
 from data_prep.curate.journey.page import REPORT_HTML, write_report
 from data_prep.curate.pipeline.counts import Counts, noted_seal
 from data_prep.curate.pipeline.pipeline_file import named_columns
-from data_prep.curate.pipeline.plan import OUTPUT, Layer, Plan, SourcePlan, link
+from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link
 from data_prep.curate.pipeline.tasks import pass_marks
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, FileRecord, atomic_write, disk_errors, file_damage, manifest_sha256, new_folder,
     read_manifest)
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, open_parquet, read_json, read_lines
@@ -90,7 +90,7 @@ def _broken(summary: dict[str, Any]) -> Counter[tuple[str, str]]:
                     for code, number in source["quarantine"].items()})
 
 
-def is_complete(plan: Plan, output: Path) -> bool:
+def is_complete(plan: PipelinePlan, output: Path) -> bool:
     """Return whether a run's folder holds what a plan would make: also its files, of which those that have
     changed since are read."""
     try:
@@ -112,7 +112,7 @@ def _is_as_written(file: Path, record: FileRecord, created_s: float) -> bool:
         stat.st_ctime < created_s - CLOCKS_DIFFER_S or file_damage(file, record) is None)
 
 
-def finish(plan: Plan, output: Path, workers: int) -> str:
+def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
     """Bring a run whose tasks are all done to its end; returns where its output lies, in lines.
 
     Raises:
@@ -134,7 +134,7 @@ def finish(plan: Plan, output: Path, workers: int) -> str:
     return what_stands(summary, output, output / TEXT, output / QUARANTINE)
 
 
-def _publish_text(plan: Plan, output: Path) -> dict[str, int]:
+def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
     """Gather the files of all shards by name; returns name -> number of files."""
     named: dict[str, int] = {}
     with new_folder(output / TEXT) as temporary:
@@ -164,7 +164,7 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
     return files
 
 
-def _write_quarantine(plan: Plan, output: Path) -> None:
+def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
     """List what was broken, a file for each source, without the lists of sources that the file had before."""
     with new_folder(output / QUARANTINE) as temporary:
         for source in plan.sources:
@@ -174,7 +174,7 @@ def _write_quarantine(plan: Plan, output: Path) -> None:
                     whole.writelines(read_lines(file, way_out(file), seal=noted_seal(file)))
 
 
-def summary_of(plan: Plan, output: Path) -> dict[str, Any]:
+def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
     """Return what is known of a run: its sources, and the counts of each step so far."""
     return {"name": plan.pipeline.name, "sources": [_source_summary(plan, s, output) for s in plan.sources],
             "shared": [{"number": step.entry.number, "kind": step.entry.kind, "folder": folder,
@@ -182,7 +182,7 @@ def summary_of(plan: Plan, output: Path) -> dict[str, Any]:
                        for step in plan.steps for folder in _shared(plan, step.entry.number)]}
 
 
-def _shared(plan: Plan, number: int) -> list[str]:
+def _shared(plan: PipelinePlan, number: int) -> list[str]:
     found = {layer.shared for source in plan.sources for layer in source.layers if layer.number == number}
     return sorted(found - {""})
 
@@ -196,7 +196,7 @@ def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
                "cpu_s": sum(one["cpu_s"] for one in times), "wall_s": sum(one["wall_s"] for one in times)}
 
 
-def _source_summary(plan: Plan, source: SourcePlan, output: Path) -> dict[str, Any]:
+def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dict[str, Any]:
     settings = {entry.number: entry for entry in plan.pipeline.steps}
     steps = []
     for layer in source.layers:
@@ -221,7 +221,7 @@ def _described(output: Path, named: dict[str, int]) -> Iterator[dict[str, Any]]:
                "num_shards": named[name]}
 
 
-def _pack(plan: Plan, output: Path, names: list[str], workers: int) -> None:
+def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:
     """Pack the output, unless it is packed."""
     asked = plan.pipeline.pack
     assert asked is not None
@@ -231,14 +231,14 @@ def _pack(plan: Plan, output: Path, names: list[str], workers: int) -> None:
     columns, named = plan.columns(), named_columns(plan.pipeline.output.name)
     tags = tuple(name for name in (*TAGS, *(one for one in NAMED_TAGS if one in named)) if name in columns)
     settings = PackSettings(heldout_share=asked.heldout, bos=asked.bos, eod=asked.eod,
-                            shard_tokens=asked.shard_tokens, reading=Reading("text", tags=tags))
-    pack(asked.tokenizer, [Source(name, output / TEXT / name) for name in names], tokens, settings,
+                            shard_tokens=asked.shard_tokens, reading=RecordReading("text", tags=tags))
+    pack(asked.tokenizer, [PackSource(name, output / TEXT / name) for name in names], tokens, settings,
          workers=workers, overwrite=tokens.exists())
     mark.parent.mkdir(exist_ok=True)
     atomic_write(mark, "")
 
 
-def _write_manifest(plan: Plan, output: Path, summary: dict[str, Any]) -> None:
+def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
     writer = ArtifactWriter(output, KIND)
     writer.leave_out = NOT_THE_CORPUS
     writer.content = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Outcome, schema
+from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, StepOutcome, schema
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.work.tables.parquet import TableFile, read_groups
 
@@ -24,7 +24,7 @@ BASE_SCHEMA = schema({name: kind for name, kind in SOURCE_COLUMNS.items() if nam
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LayerRow:
     """A document as the layers so far leave it."""
 
     id: str
@@ -32,7 +32,7 @@ class Row:
     columns: dict[str, Any]
 
 
-def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[Row | None]]:
+def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
     """Yield the groups of rows of a shard: documents as they are behind the last layer, None where one is
     dropped.
 
@@ -47,7 +47,7 @@ def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Ite
     yield from (_rows(source, tables) for tables in read_groups(files, seals or [None] * len(files), way_out))
 
 
-def _rows(source: str, tables: list[pa.Table]) -> list[Row | None]:
+def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
     base = tables[0]
     alive = [True] * base.num_rows
     texts: list[str] = base.column("text").to_pylist()
@@ -66,7 +66,7 @@ def _rows(source: str, tables: list[pa.Table]) -> list[Row | None]:
             columns[name] = (new if old is None else
                              [o if n is None else n for o, n in zip(old, new, strict=True)])
     names = list(columns)
-    return [Row(identifier, text, dict(zip(names, values, strict=True))) if a else None
+    return [LayerRow(identifier, text, dict(zip(names, values, strict=True))) if a else None
             for a, identifier, text, *values in zip(alive, base.column("id").to_pylist(), texts,
                                                     *columns.values(), strict=True)]
 
@@ -78,7 +78,7 @@ class LayerFile(TableFile):
         super().__init__(path, schema(adds, *LAYER_FIRST))
         self.adds = adds
 
-    def write_outcomes(self, outcomes: Sequence[Outcome | None]) -> None:
+    def write_outcomes(self, outcomes: Sequence[StepOutcome | None]) -> None:
         """Write what became of a group's rows; None for those that were dropped before."""
         made: dict[str, list[Any]] = {
             "reason": [None if o is None else o.reason for o in outcomes],

@@ -20,8 +20,8 @@ from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError, list_problems, nearest
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Code, Fraction, Located, NotBlank, Place, Problem, find_problems, place_of,
-    read_located, read_text, rules_of)
+    AtLeastOne, Bound, Fraction, Located, NotBlank, Place, ProblemCode, SettingsProblem, find_problems,
+    place_of, read_located, read_text, rules_of)
 
 # Settings of steps: paths that start at the pipeline file, and plain values to write down.
 
@@ -100,10 +100,10 @@ class PackEntry:
     shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
-        return [] if (self.tokenizer / MANIFEST).is_file() else [Problem(
-            Code.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
+        return [] if (self.tokenizer / MANIFEST).is_file() else [SettingsProblem(
+            ProblemCode.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
             "train one with `sov-tokenizer train`, or leave `pack` out")]
 
 
@@ -130,7 +130,7 @@ class Pipeline:
 
 
 Words = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
-    Code.BOUND, "must have no control characters", ""))]
+    ProblemCode.BOUND, "must have no control characters", ""))]
 
 
 @dataclass(frozen=True)

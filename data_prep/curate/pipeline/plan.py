@@ -20,7 +20,7 @@ from data_prep.curate.pipeline.addresses import (
 from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.curate.sources.formats import reader, reader_class
-from data_prep.curate.sources.source import Piece, SourceSettings
+from data_prep.curate.sources.source import SourcePiece, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, new_file, new_folder
 from megatron_sov.base.sealed import PLACE, SEAL, read_json, read_lines, sealed, try_read_json, write_json
 
@@ -93,7 +93,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     pipeline: Pipeline
     sources: tuple[SourcePlan, ...]
     steps: tuple[StepPlan, ...]
@@ -123,14 +123,14 @@ class Plan:
         return found
 
     def write(self, file: Path) -> None:
-        write_json(file, json.loads(TypeAdapter(Plan).dump_json(self)), file.name)
+        write_json(file, json.loads(TypeAdapter(PipelinePlan).dump_json(self)), file.name)
 
     @staticmethod
-    def read(file: Path) -> Plan:
-        return TypeAdapter(Plan).validate_json(json.dumps(read_json(file, of=file.name)))
+    def read(file: Path) -> PipelinePlan:
+        return TypeAdapter(PipelinePlan).validate_json(json.dumps(read_json(file, of=file.name)))
 
 
-def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
+def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> PipelinePlan:
     """Look at all inputs and return what is to be done.
 
     Args:
@@ -165,7 +165,8 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Plan:
         steps.append(StepPlan(entry, tuple(sources[i].settings.name for i in looks_at), passes,
                               dict(step.adds)))
     number = len(pipeline.steps) + 1
-    return Plan(pipeline, tuple(_with_output(source, pipeline, number) for source in sources), tuple(steps))
+    return PipelinePlan(pipeline, tuple(_with_output(source, pipeline, number) for source in sources),
+                        tuple(steps))
 
 
 def file_hashes(step: Step) -> list[str]:
@@ -214,7 +215,7 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
                       (Layer(0, PARSE, folder, reasons),), tuple(read_by.told))
 
 
-def _write_pieces(file: Path, groups: Mapping[int, Sequence[Piece]], marks: Mapping[str, Mark]) -> None:
+def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks: Mapping[str, Mark]) -> None:
     """Write what the tasks of shards read, unless it stands there."""
     lines = [json.dumps([number, [dataclasses.asdict(piece) for piece in group],
                          {name: marks[name] for name in input_names(group)}])
@@ -225,18 +226,18 @@ def _write_pieces(file: Path, groups: Mapping[int, Sequence[Piece]], marks: Mapp
         atomic_write(file, made)
 
 
-def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[Piece], dict[str, Mark]]:
+def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece], dict[str, Mark]]:
     """Return the pieces of one shard of a plan that is written, and the files that they are read from with
     their marks when the plan was made."""
     begin = f"[{shard}, ".encode()
     for line in read_lines(output / layer.folder / PIECES):
         if line.startswith(begin):
             _, pieces, marks = json.loads(line)
-            return [Piece(**{**piece, "beside": tuple(piece["beside"])}) for piece in pieces], marks
+            return [SourcePiece(**{**piece, "beside": tuple(piece["beside"])}) for piece in pieces], marks
     raise KeyError(f"{layer.folder}: has no shard {shard}")
 
 
-def note_reasons(output: Path, plan: Plan) -> None:
+def note_reasons(output: Path, plan: PipelinePlan) -> None:
     """Write into each folder what its address follows from, for those who ask later why another one is
     needed."""
     for source in plan.sources:
@@ -257,14 +258,14 @@ MAX_PIECES = 100_000
 _HASHES = 1 << 64
 
 
-def shards_of(pieces: Sequence[Piece], shard_bytes: int) -> dict[int, list[Piece]]:
+def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
     """Return number -> pieces of each shard, in the order of the pieces.
 
     Args:
         pieces: of a source.
         shard_bytes: about so many bytes make a shard.
     """
-    found: dict[int, list[Piece]] = {}
+    found: dict[int, list[SourcePiece]] = {}
     for group in _groups(pieces, shard_bytes):
         number = _hash(group[0]) % NUMBERS
         while number in found:
@@ -273,14 +274,14 @@ def shards_of(pieces: Sequence[Piece], shard_bytes: int) -> dict[int, list[Piece
     return found
 
 
-def _groups(pieces: Sequence[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
+def _groups(pieces: Sequence[SourcePiece], shard_bytes: int) -> Iterator[list[SourcePiece]]:
     """Yield the pieces of each shard.
 
     From half of the asked size on a shard ends before a piece whose name hashes low, at the latest at one and
     a half of it (content-defined chunking, as in Muthitacharoen, Chen and Mazieres, SOSP 2001, of names):
     cuts do not depend on how many files stand before, and behind a change they soon are where they were.
     """
-    group: list[Piece] = []
+    group: list[SourcePiece] = []
     size_bytes = 0.0
     for piece in pieces:
         piece_bytes = max(piece.size_bytes, shard_bytes / MAX_PIECES)
@@ -296,7 +297,7 @@ def _groups(pieces: Sequence[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def _hash(piece: Piece) -> int:
+def _hash(piece: SourcePiece) -> int:
     """Return 64 bits of where a piece lies."""
     place = f"{piece.file}:{piece.start}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
@@ -308,7 +309,7 @@ KEYS = "keys.json"
 """Number of each shard -> address of what stands in its files."""
 
 
-def reusable(plan: Plan, output: Path) -> Iterator[tuple[Layer, int, Path]]:
+def reusable(plan: PipelinePlan, output: Path) -> Iterator[tuple[Layer, int, Path]]:
     """Yield what the folders of earlier plans have of a plan's shards that are not done: the layer whose
     folder it shall be in, the shard, and where it is."""
     for source in plan.sources:
@@ -322,7 +323,7 @@ def reusable(plan: Plan, output: Path) -> Iterator[tuple[Layer, int, Path]]:
                         yield layer, shard, folder
 
 
-def take_over(plan: Plan, output: Path) -> None:
+def take_over(plan: PipelinePlan, output: Path) -> None:
     """Give what can be reused its place in the plan's folders, and write down what these will hold."""
     for layer, shard, folder in list(reusable(plan, output)):
         for file in _files(layer, output, shard):

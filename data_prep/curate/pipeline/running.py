@@ -19,8 +19,8 @@ from data_prep.curate.pipeline.counts import Counts, StageProgress
 from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.curate.pipeline.pipeline_file import Pipeline
 from data_prep.curate.pipeline.plan import (
-    OUTPUT, Layer, Plan, SourcePlan, make_plan, note_reasons, reusable, take_over)
-from data_prep.curate.pipeline.tasks import Stage, Task, do_task, done_mark, layer_of, stages, tasks
+    OUTPUT, Layer, PipelinePlan, SourcePlan, make_plan, note_reasons, reusable, take_over)
+from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
 from megatron_sov.base.documents.strict_json import changed_values
@@ -61,7 +61,7 @@ def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
                                 "read with it; choose another output folder")
 
 
-def begin(plan: Plan, output: Path) -> Path:
+def begin(plan: PipelinePlan, output: Path) -> Path:
     """Write the plan where its tasks find it, clear what killed tasks have left, and take back the manifest
     of an earlier plan; returns the plan's file."""
     plans = output / "plans"
@@ -82,15 +82,15 @@ def begin(plan: Plan, output: Path) -> Path:
     return file
 
 
-def open_tasks(plan: Plan, stage: Stage, output: Path) -> list[Task]:
+def open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
     """Return the tasks of a stage that are still to be done; passes of a step whose outcomes all stand are
     for nobody."""
-    if stage.index >= 0 and not open_tasks(plan, Stage(stage.number, stage.kind), output):
+    if stage.index >= 0 and not open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
     return [task for task in tasks(plan, stage) if not done_mark(plan, stage, task, output).exists()]
 
 
-def run_pipeline(plan: Plan, output: Path, workers: int) -> None:
+def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
     """Do all that is not done, and finish the run.
 
     Raises:
@@ -106,7 +106,7 @@ def run_pipeline(plan: Plan, output: Path, workers: int) -> None:
     print(stands)
 
 
-def judge_documents(plan: Plan, output: Path, workers: int) -> None:
+def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
     """Do the steps of a plan, and write no corpus: what became of each document stands in its layers.
 
     Raises:
@@ -117,7 +117,8 @@ def judge_documents(plan: Plan, output: Path, workers: int) -> None:
                    [stage for stage in stages(plan) if stage.kind != OUTPUT])
 
 
-def _do_stages(plan: Plan, file: Path, output: Path, workers: int, wanted: list[Stage]) -> None:
+def _do_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
+               wanted: list[PipelineStage]) -> None:
     """Do what is not done of some stages, in order, by processes that are the same for all of them."""
     with WorkerPool(_doer, (file, output), workers) as pool:
         for stage in wanted:
@@ -128,10 +129,11 @@ def _do_stages(plan: Plan, file: Path, output: Path, workers: int, wanted: list[
             _tell(plan, stage, output, len(todo), time.monotonic() - began)
 
 
-def _do_stage(pool: WorkerPool[tuple[Stage, Task], None], stage: Stage, todo: list[Task]) -> None:
+def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: PipelineStage,
+              todo: list[Task]) -> None:
     under_way: deque[Task] = deque()
 
-    def begun() -> Iterator[tuple[Stage, Task]]:
+    def begun() -> Iterator[tuple[PipelineStage, Task]]:
         for task in todo:
             under_way.append(task)
             yield stage, task
@@ -149,8 +151,8 @@ def _do_stage(pool: WorkerPool[tuple[Stage, Task], None], stage: Stage, todo: li
                         ) from None
 
 
-def _doer(plan_file: Path, output: Path) -> Callable[[tuple[Stage, Task]], None]:
-    def do(item: tuple[Stage, Task]) -> None:
+def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]], None]:
+    def do(item: tuple[PipelineStage, Task]) -> None:
         stage, task = item
         try:
             with disk_errors(output):
@@ -163,7 +165,7 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[Stage, Task]], None]
     return do
 
 
-def _tell(plan: Plan, stage: Stage, output: Path, num_done: int, wall_s: float) -> None:
+def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int, wall_s: float) -> None:
     total = len(tasks(plan, stage))
     kept = total - num_done
     line = f"{stage.name}: {total} {stage.what[:-1]}{'' if total == 1 else 's'}"
@@ -179,7 +181,7 @@ def _tell(plan: Plan, stage: Stage, output: Path, num_done: int, wall_s: float) 
     print(line, flush=True)
 
 
-def stage_counts(plan: Plan, stage: Stage, output: Path) -> Counts:
+def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
     """Return the counts of a stage over all sources."""
     return Counts.together(read_json(file := layer.counts(output, shard), way_out(file))
                            for source in plan.sources if (layer := layer_of(source, stage))
@@ -189,7 +191,7 @@ def stage_counts(plan: Plan, stage: Stage, output: Path) -> Counts:
 # What a run would do: sources, steps, folders, what stands already, and why the rest is done anew.
 
 
-def describe(plan: Plan, output: Path) -> str:
+def describe(plan: PipelinePlan, output: Path) -> str:
     lines = [f"{plan.pipeline.name}: {_many(len(plan.sources), 'source')}, {_many(len(plan.steps), 'step')}"]
     for source in plan.sources:
         lines.append(f"  source {source.settings.name}: {_many(source.num_files, 'file')}, "
@@ -210,7 +212,8 @@ def _many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def _stage_lines(plan: Plan, stage: Stage, output: Path, taken: Counter[str]) -> Iterator[str]:
+def _stage_lines(plan: PipelinePlan, stage: PipelineStage, output: Path,
+                 taken: Counter[str]) -> Iterator[str]:
     layers = [(source, layer) for source in plan.sources if (layer := layer_of(source, stage))]
     total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
     if stage.index < 0:
@@ -252,7 +255,7 @@ READING = "reading"
 READING_STAGES = ("inputs", "submit")
 
 
-def do_share(plan_file: Path, output: Path, stage: Stage, todo: Sequence[Task], task: int) -> None:
+def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence[Task], task: int) -> None:
     refuse_many_restarts(f"step {stage.kind}", "take smaller shard_bytes")
     do_task(plan_file, output, stage, todo[task])
 
@@ -260,7 +263,7 @@ def do_share(plan_file: Path, output: Path, stage: Stage, todo: Sequence[Task], 
 def finish_run(plan_file: Path, output: Path, task: int) -> None:
     """Do the work of the last job."""
     refuse_many_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
-    finish(Plan.read(plan_file), output, len(os.sched_getaffinity(0)))
+    finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
 
 
 def read_share(output: Path, found: Sequence[Batch], task: int) -> None:
@@ -339,7 +342,7 @@ def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | 
     print(f"{output}: the contents of {told(unknown)} are not known yet; submitted {said}")
 
 
-def _submit_run(plan: Plan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
+def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
     """Submit the tasks of a plan that are not done, and the job that finishes the run."""
     file = begin(plan, output)
     with Arrays(output, plan.address, profile) as arrays:
@@ -351,7 +354,7 @@ def _submit_run(plan: Plan, output: Path, profile: ClusterProfile | KubernetesPr
                      f"{arrays.told()}; the same command tells how far they are"]))
 
 
-def _progress(plan: Plan, output: Path) -> Iterator[str]:
+def _progress(plan: PipelinePlan, output: Path) -> Iterator[str]:
     for stage in stages(plan):
         total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
         yield f"  {stage.name}: {total - left:,} of {total:,} {stage.what} done"

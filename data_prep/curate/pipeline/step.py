@@ -48,7 +48,7 @@ class Doc:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepOutcome:
     """What a step makes of a document."""
 
     reason: str = ""
@@ -59,7 +59,7 @@ class Outcome:
     """Column -> its value, of the columns that the step adds."""
 
 
-KEPT = Outcome()
+KEPT = StepOutcome()
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Step(ABC):
         """Load what `outcomes` needs; called once in each process, behind all passes."""
 
     @abstractmethod
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return one outcome for each document, in order; the same ones however documents are cut into
         batches."""
 
@@ -174,7 +174,7 @@ STEPS: dict[str, str] = {
     "education": "data_prep.curate.scoring.grades:Education",
     "topics": "data_prep.curate.scoring.topics:Topics",
     "level": "data_prep.curate.scoring.levels:Level",
-    "kind": "data_prep.curate.scoring.kinds:Kind",
+    "kind": "data_prep.curate.scoring.kinds:ScorerKind",
 }
 """Name in pipeline files -> module:class."""
 

@@ -23,11 +23,11 @@ from data_prep.curate.journey.facts import write_shard_facts
 from data_prep.curate.pipeline.addresses import refuse_changed
 from data_prep.curate.pipeline.counts import Counts, noted_seal
 from data_prep.curate.pipeline.layers import (
-    BASE_FIRST, BASE_SCHEMA, GROUP_BYTES, GROUP_ROWS, LayerFile, Row, groups)
+    BASE_FIRST, BASE_SCHEMA, GROUP_BYTES, GROUP_ROWS, LayerFile, LayerRow, groups)
 from data_prep.curate.pipeline.pipeline_file import Pipeline, name_of
 from data_prep.curate.pipeline.plan import (
-    OUTPUT, PARSE, Layer, Plan, SourcePlan, StepPlan, file_hashes, pieces_of)
-from data_prep.curate.pipeline.step import KEPT, OF_A_RECORD, Doc, Outcome, ShardRef, Step, schema
+    OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, file_hashes, pieces_of)
+from data_prep.curate.pipeline.step import KEPT, OF_A_RECORD, Doc, ShardRef, Step, StepOutcome, schema
 from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
 from data_prep.shards.shard_damage import place_in_run
@@ -143,7 +143,7 @@ def _utf8(text: str) -> str:
 
 
 @contextmanager
-def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Path,
+def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
                        shard: int) -> Iterator[Counts]:
     """Write a folder with a file for each name; it gets its own name when the caller is through with the
     counts.
@@ -168,14 +168,14 @@ def write_output_shard(plan: Plan, source: SourcePlan, layer: Layer, output: Pat
 
 
 class _Sorter:
-    def __init__(self, plan: Plan, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, plan: PipelinePlan, folder: Path, stack: ExitStack) -> None:
         self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack
         self.schema = schema(plan.columns(), *BASE_FIRST)
         self.files: dict[str, TableFile] = {}
-        self.waiting: dict[str, list[Row]] = {}
+        self.waiting: dict[str, list[LayerRow]] = {}
         self.waiting_bytes = 0
 
-    def add(self, source: str, row: Row) -> None:
+    def add(self, source: str, row: LayerRow) -> None:
         name = name_of(self.pattern, source, row.columns)
         if name not in self.files:
             if len(self.files) >= MAX_NAMES:
@@ -204,7 +204,7 @@ class _Sorter:
 class LayerView:
     """A `View` of one step over a run's folder."""
 
-    def __init__(self, plan: Plan, step: StepPlan, output: Path) -> None:
+    def __init__(self, plan: PipelinePlan, step: StepPlan, output: Path) -> None:
         self.plan, self.step, self.output = plan, step, output
 
     @cached_property
@@ -226,7 +226,7 @@ class LayerView:
     def priority(self, source: str) -> int:
         return self.plan.source(source).settings.priority
 
-    def groups(self, shard: ShardRef) -> Iterator[tuple[int, list[Row | None]]]:
+    def groups(self, shard: ShardRef) -> Iterator[tuple[int, list[LayerRow | None]]]:
         """Yield the number of its first row and the rows of each group of a shard, before the step."""
         files = [layer.file(self.output, shard.number) for layer in self.plan.source(shard.source).layers
                  if layer.number < self.step.entry.number]
@@ -235,7 +235,7 @@ class LayerView:
             yield first, rows
             first += len(rows)
 
-    def looked_at(self, shard: ShardRef, group: tuple[int, list[Row | None]]) -> list[tuple[int, Doc]]:
+    def looked_at(self, shard: ShardRef, group: tuple[int, list[LayerRow | None]]) -> list[tuple[int, Doc]]:
         """Return those rows of a group that the step looks at: place in the group and document."""
         first, rows = group
         kinds = self.step.entry.only.kinds
@@ -245,7 +245,7 @@ class LayerView:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """Tasks that need nothing of each other, and everything of the stages before."""
 
     number: int
@@ -267,34 +267,34 @@ class Stage:
         return "tasks" if self.index >= 0 else "shards"
 
 
-def stages(plan: Plan) -> Iterator[Stage]:
+def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
     """Yield the stages of a run, in order."""
-    yield Stage(0, PARSE)
+    yield PipelineStage(0, PARSE)
     for step in plan.steps:
         if step.sources:
             for index, step_pass in enumerate(step.passes):
-                yield Stage(step.entry.number, step.entry.kind, index, step_pass.name)
-            yield Stage(step.entry.number, step.entry.kind)
-    yield Stage(len(plan.pipeline.steps) + 1, OUTPUT)
+                yield PipelineStage(step.entry.number, step.entry.kind, index, step_pass.name)
+            yield PipelineStage(step.entry.number, step.entry.kind)
+    yield PipelineStage(len(plan.pipeline.steps) + 1, OUTPUT)
 
 
-def tasks(plan: Plan, stage: Stage) -> list[Task]:
+def tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
     if stage.index >= 0:
         return [("", task) for task in range(_step(plan, stage).passes[stage.index].num_tasks)]
     return [(source.settings.name, shard) for source in plan.sources if layer_of(source, stage)
             for shard in source.shards]
 
 
-def layer_of(source: SourcePlan, stage: Stage) -> Layer | None:
+def layer_of(source: SourcePlan, stage: PipelineStage) -> Layer | None:
     """Return the layer that a stage writes for a source, None where it does not look at it."""
     return next((layer for layer in source.layers if layer.number == stage.number), None)
 
 
-def _step(plan: Plan, stage: Stage) -> StepPlan:
+def _step(plan: PipelinePlan, stage: PipelineStage) -> StepPlan:
     return plan.steps[stage.number - 1]
 
 
-def done_mark(plan: Plan, stage: Stage, task: Task, output: Path) -> Path:
+def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
     """Return what stands when a task is done."""
     if stage.index >= 0:
         # with the pass's results, so that nobody can delete these and leave the mark
@@ -310,7 +310,7 @@ def pass_marks(shared: Path) -> Path:
     return shared / ".done"
 
 
-def do_task(plan_file: Path, output: Path, stage: Stage, task: Task) -> None:
+def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
     """Do one task, unless it is done.
 
     Raises:
@@ -342,7 +342,8 @@ def _shared_folder_of(error: FileNotFoundError, output: Path) -> Path | None:
     return shared / file.relative_to(shared).parts[0] if shared in file.parents else None
 
 
-def _do(plan: Plan, plan_file: Path, output: Path, stage: Stage, task: Task, mark: Path) -> None:
+def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, task: Task,
+        mark: Path) -> None:
     if stage.index >= 0:
         view = LayerView(plan, _step(plan, stage), output)
         view.work.mkdir(parents=True, exist_ok=True)
@@ -385,7 +386,7 @@ def cpu_seconds(with_others: bool = False) -> float:
 
 
 @contextmanager
-def _judge_shard(plan: Plan, plan_file: Path, output: Path, stage: Stage, shard: ShardRef,
+def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, shard: ShardRef,
                  file: Path) -> Iterator[Counts]:
     """Write a step's layer over a shard; it gets its name when the caller is through with the counts."""
     entry = _step(plan, stage)
@@ -394,7 +395,7 @@ def _judge_shard(plan: Plan, plan_file: Path, output: Path, stage: Stage, shard:
     with LayerFile(file, entry.adds) as layer:
         for first, rows in view.groups(shard):
             looked_at = view.looked_at(shard, (first, rows))
-            outcomes: list[Outcome | None] = [None if row is None else KEPT for row in rows]
+            outcomes: list[StepOutcome | None] = [None if row is None else KEPT for row in rows]
             documents = [found for _, found in looked_at]
             for (i, document), outcome in zip(looked_at, _judged(step, entry, documents), strict=True):
                 outcomes[i] = outcome
@@ -408,7 +409,7 @@ def _judge_shard(plan: Plan, plan_file: Path, output: Path, stage: Stage, shard:
         yield counts
 
 
-def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[Outcome]:
+def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
     """Return what a step makes of documents, checked."""
     made = list(step.outcomes(documents)) if documents else []
     if len(made) != len(documents):
@@ -417,15 +418,15 @@ def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[Outcome]:
         if unknown := set(outcome.values) - set(entry.adds):
             raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
         if outcome.text is not None and (outcome.reason or outcome.text == document.text):
-            made[i] = Outcome(outcome.reason, None, outcome.values)
+            made[i] = StepOutcome(outcome.reason, None, outcome.values)
         elif outcome.text is not None and not outcome.text.strip():
-            made[i] = Outcome("nothing left", None, outcome.values)
+            made[i] = StepOutcome("nothing left", None, outcome.values)
     return made
 
 
 @lru_cache(maxsize=2)
-def _plan(file: Path) -> Plan:
-    return Plan.read(file)
+def _plan(file: Path) -> PipelinePlan:
+    return PipelinePlan.read(file)
 
 
 @lru_cache(maxsize=2)

@@ -9,11 +9,11 @@ from typing import Annotated, ClassVar
 
 from annotated_types import MinLen
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import (
     FORMS, KNOWN, UNKNOWN, Form, form_of, identify, language_part, model_file)
 from data_prep.libraries import require
-from megatron_sov.base.settings import Problem, Share, as_problem, one_of
+from megatron_sov.base.settings import SettingsProblem, Share, as_problem, one_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LanguageSettings:
     forms: Annotated[tuple[Form, ...], MinLen(1)] = FORMS
     """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return list(map(as_problem, require("the step language", "py3langid")))
 
@@ -45,15 +45,15 @@ class Language(Step):
         """Return the model, so that another one is another step."""
         return [model_file()]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return each document with its language and form, or why it does not stay."""
         return [self._outcome(document.text) for document in documents]
 
-    def _outcome(self, text: str) -> Outcome:
+    def _outcome(self, text: str) -> StepOutcome:
         form = form_of(text)
         language, score = identify(language_part(text, form))
         values = {"language": language, "language_score": score, "form": form}
-        return Outcome(reason=self._reason(language, score, form), values=values)
+        return StepOutcome(reason=self._reason(language, score, form), values=values)
 
     def _reason(self, language: str, score: float, form: Form) -> str:
         if form not in self.settings.forms:

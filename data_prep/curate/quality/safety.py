@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 import regex
 from annotated_types import MinLen
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step, View
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
 from data_prep.curate.quality.rules.words import SPACELESS
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Bound, Code, NotNegativeInt, Problem
+from megatron_sov.base.settings import Bound, NotNegativeInt, ProblemCode, SettingsProblem
 
 MAX_LIST_BYTES = 1_000_000_000
 """A larger file is no list of words or sites."""
@@ -35,7 +35,7 @@ ListKind = Literal["words", "urls", "patterns"]
 PATTERN_TIMEOUT_S, PATTERN_S_PER_CHAR = 2.0, 2e-6
 """A pattern that takes longer on one document, and on each character of it, has to be written differently."""
 ListName = Annotated[str, Bound(lambda name: None if regex.fullmatch(r"[\w-]{1,40}", name) else (
-    Code.BOUND, "must be up to 40 letters, digits, - and _", ""))]
+    ProblemCode.BOUND, "must be up to 40 letters, digits, - and _", ""))]
 
 
 # Lists of words and of sites in the forms that they are published in.
@@ -152,16 +152,17 @@ class SafetyList:
     drop_from: NotNegativeInt = 1
     """A document with so many hits is dropped; 0: hits are counted and nothing is dropped."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         if not self.file.exists():
-            return [Problem(Code.FILE, "file", "does not exist", self.file, "check the path")]
+            return [SettingsProblem(ProblemCode.FILE, "file", "does not exist", self.file, "check the path")]
         if self.file.is_dir() and self.type != "urls":
-            return [Problem(Code.FILE, "file", "is a folder; only lists of urls may be one", self.file)]
+            return [SettingsProblem(ProblemCode.FILE, "file", "is a folder; only lists of urls may be one",
+                                    self.file)]
         try:  # now, and not when all documents are parsed
             self.finder()
         except UserError as e:
-            return [Problem(Code.FILE, "", str(e))]
+            return [SettingsProblem(ProblemCode.FILE, "", str(e))]
         return []
 
     def finder(self) -> Phrases | Pages | Patterns:
@@ -182,10 +183,10 @@ class SafetySettings:
     lists: Annotated[tuple[SafetyList, ...], MinLen(1)] = ()
     """What is looked for, each with its own file."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         names = [one.name for one in self.lists]
-        return [Problem(Code.RULE, "lists", f"has {name!r} {names.count(name)} times",
+        return [SettingsProblem(ProblemCode.RULE, "lists", f"has {name!r} {names.count(name)} times",
                                 way_out="give each list a name of its own")
                         for name in dict.fromkeys(names) if names.count(name) > 1]
 
@@ -214,11 +215,11 @@ class Safety(Step):
         """
         self._finders = [one.finder() for one in self.settings.lists]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return each document with its hits counted, or the list that drops it."""
         return [self._outcome(document) for document in documents]
 
-    def _outcome(self, document: Doc) -> Outcome:
+    def _outcome(self, document: Doc) -> StepOutcome:
         found, reason = [], ""
         for one, finder in zip(self.settings.lists, self._finders, strict=True):
             hits = finder.num_hits(document)
@@ -226,7 +227,7 @@ class Safety(Step):
                 found.append(f"{one.name}={hits}")
                 if one.drop_from and hits >= one.drop_from:
                     reason = reason or f"safety list {one.name}"
-        return Outcome(reason=reason, values={"safety": " ".join(found)})
+        return StepOutcome(reason=reason, values={"safety": " ".join(found)})
 
 
 class Patterns:

@@ -47,7 +47,7 @@ def copy_encoder(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-class Encoder:
+class ScoringEncoder:
     """Turns texts into rows of mean hidden states."""
 
     def __init__(self, folder: Path, settings: EncoderSettings) -> None:

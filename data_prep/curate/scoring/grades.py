@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step, View
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
 from data_prep.curate.scoring.labels import HIGHEST, Kind
 from data_prep.curate.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
-from megatron_sov.base.settings import Code, NotNegative, Problem
+from megatron_sov.base.settings import NotNegative, ProblemCode, SettingsProblem
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class GradeSettings:
     wanted: ClassVar[Kind]
     """What the model has to be."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         p = scorer_problems("model", self.model, self.wanted)
         highest = HIGHEST[self.wanted]
         if self.min_score is not None and self.min_score > highest:
-            p.append(Problem(Code.RULE, "min_score", f"must be at most {highest}, the highest score of a "
-                             f"{self.wanted}", self.min_score))
+            p.append(SettingsProblem(ProblemCode.RULE, "min_score",
+                                     f"must be at most {highest}, the highest score of a "
+                                     f"{self.wanted}", self.min_score))
         return p
 
 
@@ -65,7 +66,7 @@ class _Grade(Step):
         """Load the model."""
         self._scorer = load_scorer(Path(self.settings.model))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return the score of each document."""
         assert self._scorer is not None, "outcomes before start"
         lowest = self.settings.min_score
@@ -73,7 +74,8 @@ class _Grade(Step):
         for document in documents:
             score = self._scorer.score(document.text)
             low = lowest is not None and score < lowest
-            found.append(Outcome(f"{self.kind} below {lowest:g}" if low else "", values={self.kind: score}))
+            found.append(StepOutcome(f"{self.kind} below {lowest:g}" if low else "",
+                                     values={self.kind: score}))
         return found
 
 

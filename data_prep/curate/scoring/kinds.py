@@ -21,9 +21,9 @@ from typing import Annotated, ClassVar
 
 import yaml
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step, View
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
 from data_prep.curate.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Bound, Code, Problem, Share
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Bound, ProblemCode, SettingsProblem, Share
 
 DOMAINS = ("finance", "law", "medicine")
 SPACED = ("en",)
@@ -40,7 +40,7 @@ _FORMULA = re.compile(r"\\(?:frac|sum|int|sqrt|alpha|beta|theta|lambda|sigma|inf
                       r"|left|right|leq?|geq?|cdot|partial|begin\{(?:equation|align|pmatrix|cases))\b|\$\$|\\\(|\\\["
                       r"|[∑∫√∂∇∈∀∃≤≥≠≈∞]")
 DomainName = Annotated[str, Bound(lambda name: None if _NAME.fullmatch(name) else (
-    Code.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
+    ProblemCode.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
 
 
 # Domains by their words: a list of words of the trade for each of a few languages.
@@ -94,7 +94,7 @@ class KindSettings:
     max_chars: AtLeastOne = 20_000
     """Characters of a document that are read, from its beginning."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         p = []
         for name, folder in self.domains.items():
@@ -102,7 +102,7 @@ class KindSettings:
         return p
 
 
-class Kind(Step):
+class ScorerKind(Step):
     """A column of kinds."""
 
     kind: ClassVar[str] = "kind"
@@ -125,9 +125,9 @@ class Kind(Step):
         self._scorers = {name: load_scorer(Path(folder))
                          for name, folder in sorted(self.settings.domains.items())}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return the kind of each document."""
-        return [Outcome(values={"kind": self._kind(document)}) for document in documents]
+        return [StepOutcome(values={"kind": self._kind(document)}) for document in documents]
 
     def _kind(self, document: Doc) -> str:
         own = document.columns.get("kind") or ""

@@ -40,7 +40,7 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LabelSplits:
     """Labels cut into parts that share no text."""
 
     fit: list[Label]
@@ -102,10 +102,10 @@ def refuse_one_class(file: Path, labels: Sequence[Label], kind: Kind) -> None:
                             f"classifier needs at least {MIN_PER_CLASS} of each of 0 and 1")
 
 
-def split(labels: Sequence[Label]) -> Parts:
+def split(labels: Sequence[Label]) -> LabelSplits:
     """Cut labels into parts, by the hashes of their texts within each class, so that the same text lies on
     the same side whatever stands beside it."""
-    parts = Parts([], [], [])
+    parts = LabelSplits([], [], [])
     by_class: dict[int, list[Label]] = {}
     for item in labels:
         by_class.setdefault(round(item.label), []).append(item)

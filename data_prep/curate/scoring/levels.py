@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from annotated_types import Gt, Le
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
+from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError
@@ -127,7 +127,7 @@ class Level(Step):
         groups = read_json(file, way_out(file), place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return the level of each document."""
         found = []
         for document in documents:
@@ -136,7 +136,7 @@ class Level(Step):
                 cuts = self._cuts[self._group(document)]
                 level = next((name for name, cut in zip(LEVELS[::-1], cuts[::-1], strict=True)
                               if key >= cut), BASIC)
-            found.append(Outcome(values={"level": level}))
+            found.append(StepOutcome(values={"level": level}))
         return found
 
     def _group(self, document: Doc) -> str:

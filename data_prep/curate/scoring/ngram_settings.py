@@ -7,11 +7,12 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.settings import Bound, Breach, Code
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
 
 
 def _no_power_of_two(number: int) -> Breach | None:
-    return None if number.bit_count() == 1 else (Code.BOUND, "must be a power of two", f"e.g. {1 << 18}")
+    return None if number.bit_count() == 1 else (ProblemCode.BOUND, "must be a power of two",
+                                                 f"e.g. {1 << 18}")
 
 
 @dataclass(frozen=True)

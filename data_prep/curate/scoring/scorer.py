@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.curate.scoring.encoder import Encoder, EncoderSettings
+from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder
 from data_prep.curate.scoring.labels import HIGHEST, Kind
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest, to_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Code, Finite, Problem, read
+from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, read
 
 ARTIFACT = "scorer"
 SETTINGS_FILE, WEIGHTS_FILE, ENCODER_FOLDER = "scorer.json", "weights.safetensors", "encoder"
@@ -45,7 +45,8 @@ class ScorerSettings:
 class Scorer:
     """Gives texts a score; the same text the same score, whatever stands beside it."""
 
-    def __init__(self, settings: ScorerSettings, features: Ngrams | Encoder, weights: np.ndarray) -> None:
+    def __init__(self, settings: ScorerSettings, features: Ngrams | ScoringEncoder,
+                 weights: np.ndarray) -> None:
         self.settings = settings
         self._features, self._weights = features, weights
 
@@ -80,7 +81,7 @@ def scorer_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
 
 
-def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[Problem]:
+def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[SettingsProblem]:
     """Return why a folder is no scorer, or one of another kind, in a sentence; nothing where it is one.
 
     Args:
@@ -91,10 +92,10 @@ def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[P
     try:
         found = read_manifest(folder, ARTIFACT).content.get("kind")
     except UserError as e:
-        return [Problem(Code.FILE, name, str(e))]
+        return [SettingsProblem(ProblemCode.FILE, name, str(e))]
     if kind is not None and found != kind:
-        return [Problem(Code.FILE, name, f"is a {found}", folder,
-                        f"train one with `sov-data scorer train --kind {kind}`")]
+        return [SettingsProblem(ProblemCode.FILE, name, f"is a {found}", folder,
+                                f"train one with `sov-data scorer train --kind {kind}`")]
     return []
 
 
@@ -114,7 +115,7 @@ def load_scorer(folder: Path) -> Scorer:
         raise UserError(f"{folder}: {problems[0]}; train the scorer again or restore it from a copy")
     settings = _settings(folder / SETTINGS_FILE)
     features = (Ngrams(settings.features) if isinstance(settings.features, NgramSettings)
-                else Encoder(folder / ENCODER_FOLDER, settings.features))
+                else ScoringEncoder(folder / ENCODER_FOLDER, settings.features))
     return Scorer(settings, features, _weights(folder / WEIGHTS_FILE, features.width))
 
 

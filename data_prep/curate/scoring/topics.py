@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from annotated_types import Ge, Le, Lt
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Pass, Step, View
+from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
 from data_prep.curate.scoring.training import library_problems
@@ -26,7 +26,7 @@ from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_json, read_sealed, sealed, write_json
-from megatron_sov.base.settings import AtLeastOne, Problem, as_problem, at_most
+from megatron_sov.base.settings import AtLeastOne, SettingsProblem, as_problem, at_most
 
 NUM_DIMENSIONS = 64
 NUM_STARTS, BATCH_DOCUMENTS = 5, 4096
@@ -202,7 +202,7 @@ class TopicsSettings:
     max_chars: Annotated[int, Ge(1), Le(1 << 24)] = 4_000
     """Characters of a document that are read, from its beginning."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return list(map(as_problem, library_problems()))
 
@@ -265,13 +265,13 @@ class Topics(Step):
         file = view.work / _MODEL
         self._model = TopicModel.from_bytes(read_sealed(file, way_out(file), place_in_run(file)))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return the topic of each document; null for one without words."""
         assert self._model is not None, "outcomes before start"
         found = []
         for document in documents:
             place = self._model.nearest(self._ngrams.counts(document.text))
-            found.append(Outcome(values={"topic": None if place is None else _name(place)}))
+            found.append(StepOutcome(values={"topic": None if place is None else _name(place)}))
         return found
 
     def _hash(self, document: Doc) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.curate.scoring.encoder import Encoder, EncoderSettings, copy_encoder
+from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder, copy_encoder
 from data_prep.curate.scoring.judgement import judge
 from data_prep.curate.scoring.labels import (
     MIN_LABELS, Kind, Label, read_labels, refuse_one_class, split, values)
@@ -177,11 +177,11 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     parts = split(labels)
     with new_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
         if isinstance(settings.features, NgramSettings):
-            features: Ngrams | Encoder = Ngrams(settings.features)
+            features: Ngrams | ScoringEncoder = Ngrams(settings.features)
         else:
             assert settings.encoder is not None
             copy_encoder(settings.encoder, artifact.path / ENCODER_FOLDER)
-            features = Encoder(artifact.path / ENCODER_FOLDER, settings.features)
+            features = ScoringEncoder(artifact.path / ENCODER_FOLDER, settings.features)
         with work_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
             matrices = [_rows(features, bar_of(part, bar)) for part in (parts.fit, parts.calibration)]
         fitted = fit(settings.kind, matrices[0], values(parts.fit), matrices[1], values(parts.calibration))
@@ -220,9 +220,9 @@ def bar_of(labels: list[Label], bar: Any) -> Iterable[Label]:
         bar.update(1)
 
 
-def _rows(features: Ngrams | Encoder, labels: Iterable[Label]) -> Any:
+def _rows(features: Ngrams | ScoringEncoder, labels: Iterable[Label]) -> Any:
     """Return the matrix of texts: sparse float32 of n-grams, or float32 of embeddings."""
-    if isinstance(features, Encoder):
+    if isinstance(features, ScoringEncoder):
         return np.stack([features.embed(item.text) for item in labels])
     return sparse_rows([features.row(item.text) for item in labels], features.width)
 

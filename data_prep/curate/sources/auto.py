@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from data_prep.curate.sources.encodings import Limits
+from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.listing import refuse_nothing, shown, source_files
 from data_prep.curate.sources.reader import FileReader
-from data_prep.curate.sources.source import PASSED_OVER, Broken, Piece, Raw
+from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, SourcePiece
 from megatron_sov.base.documents.files import is_about, is_records
 from megatron_sov.base.errors import UserError
 
@@ -22,9 +22,9 @@ class AutoReader(FileReader):
 
     format = "auto"
     version = 2  # text of pages by resiliparse
-    Options = Limits
+    Options = EncodingLimits
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SourcePiece]:
         """Return the parts of the source, in order.
 
         Raises:
@@ -32,25 +32,25 @@ class AutoReader(FileReader):
         """
         readers = self._readers()
         named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
-        found: list[Piece] = []
-        left_out: list[Piece] = []
+        found: list[SourcePiece] = []
+        left_out: list[SourcePiece] = []
         names = list(source_files(self.source, lambda name: True, left_out, self.told.append))
         is_dataset = any(map(is_records, names))
         for name in names:
             is_named = os.fspath(self.source.file(name)) in named
             if is_dataset and is_about(name) and not is_named:
-                found.append(Piece(PASSED_OVER, name, 0, 0, 0))
+                found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
             elif reader := next((r for r in readers if r.takes(name)), None):
                 found += reader.pieces_of(name)
             elif is_named:
                 raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format")
             else:
-                found.append(Piece(PASSED_OVER, name, 0, 0, 0))
+                found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
         if all(piece.format == PASSED_OVER for piece in found):
             refuse_nothing(self.source)
         return found + left_out
 
-    def read(self, piece: Piece) -> Iterator[Raw | Broken]:
+    def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
         if piece.format == PASSED_OVER and not self.source.file(piece.file).is_file():
             yield from super().read(piece)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.curate.sources.encodings import DETECT, Limits, decode_text, read_whole
+from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_whole
 from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import FileReader, Job, kept
-from data_prep.curate.sources.source import Broken, Piece, Raw
+from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 
 LICENCE_FILE = re.compile(r"(?:(?:un)?licen[cs]es?|copying|copyright)(?:[.-][\w.-]+)?$", re.IGNORECASE)
@@ -154,7 +154,7 @@ def unwanted(name: str, text: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class CodeOptions(Limits):
+class CodeOptions(EncodingLimits):
     """Options of code."""
 
     languages: tuple[str, ...] = ()
@@ -181,17 +181,17 @@ class CodeReader(FileReader):
         """Return whether a file in a folder is read, by its name."""
         return bool(language_of(name)) and not LICENCE_FILE.match(name)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SourcePiece]:
         """Return the files, in order, each with the licences of the folders that it stands in."""
         self._licences: dict[str, tuple[str, ...]] = {}
-        left_out: list[Piece] = []
+        left_out: list[SourcePiece] = []
         names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
-    def pieces_of(self, name: str) -> Iterator[Piece]:
+    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
         """Yield the file, with the licences that stand for it."""
         size_bytes = self.source.file(name).stat().st_size
-        yield Piece(self.format, name, 0, size_bytes, size_bytes, self._beside(os.path.dirname(name)))
+        yield SourcePiece(self.format, name, 0, size_bytes, size_bytes, self._beside(os.path.dirname(name)))
 
     def _beside(self, folder: str) -> tuple[str, ...]:
         """Return the names of the licence files of the nearest folder that has any."""
@@ -205,7 +205,7 @@ class CodeReader(FileReader):
         return known[folder]
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield the file, or why it is left out."""
         options: CodeOptions = job.options
         language = language_of(job.piece.file)
@@ -238,7 +238,7 @@ class CodeReader(FileReader):
                                         "repository": job.piece.file.partition("/")[0]}))
 
 
-def _repository_licence(job: Job) -> str:
+def _repository_licence(job: ReadingJob) -> str:
     """Return the licences of the files beside a piece, joined as SPDX does."""
     found = []
     for name in job.piece.beside:

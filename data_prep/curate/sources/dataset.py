@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.curate.sources.encodings import Limits
+from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.lines import JsonlReader, raw_of
 from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import EMPTY, FileReader, Item, Job, kept
-from data_prep.curate.sources.source import Broken, Piece, Raw
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import SPLITS, arrow_batches, has_word, open_parquet
 from megatron_sov.base.errors import UserError, first_line
@@ -32,16 +32,16 @@ class ParquetReader(FileReader):
     suffixes = frozenset([".parquet"])
     compressed = False
 
-    def pieces_of(self, name: str) -> Iterator[Piece]:
+    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
         """Yield parts of about 64 MiB; each holds the row groups that begin in it, so that nobody has to look
         into a file to know its parts."""
         size_bytes = self.source.file(name).stat().st_size
         for start in range(0, max(size_bytes, 1), _PART_BYTES):
             stop = min(start + _PART_BYTES, size_bytes)
-            yield Piece(self.format, name, start, stop, stop - start)
+            yield SourcePiece(self.format, name, start, stop, stop - start)
 
     @classmethod
-    def items(cls, job: Job) -> Iterator[Item]:
+    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the row groups."""
         try:
             metadata = open_parquet(job.file).metadata
@@ -50,10 +50,10 @@ class ParquetReader(FileReader):
                       if job.piece.start <= _begin(metadata.row_group(n), size_bytes) < job.piece.stop]
         except BadRecord as e:
             told = [job.broken(e)] if job.piece.start == 0 else []
-            yield Item(job.name, lambda: iter(told))
+            yield SourceItem(job.name, lambda: iter(told))
             return
         for number in groups:
-            yield Item(f"{job.name}:{number}", _RowGroup(job, number))
+            yield SourceItem(f"{job.name}:{number}", _RowGroup(job, number))
 
 
 def _begin(group: Any, size_bytes: int) -> int:
@@ -67,7 +67,7 @@ def _begin(group: Any, size_bytes: int) -> int:
 class _RowGroup:
     """The documents of one row group."""
 
-    def __init__(self, job: Job, number: int) -> None:
+    def __init__(self, job: ReadingJob, number: int) -> None:
         self._job, self._number = job, number
 
     def __call__(self) -> Iterator[Raw | Broken]:
@@ -96,7 +96,7 @@ class ArrowReader(FileReader):
     compressed = False
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield a document for each row that has one."""
         done = 0
         with arrow_batches(job.file) as (_, batches):
@@ -106,7 +106,7 @@ class ArrowReader(FileReader):
                 done += batch.num_rows
 
 
-def _documents(batch: Any, prefix: str, done: int, job: Job) -> Iterator[Raw | Broken]:
+def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[Raw | Broken]:
     """Yield the documents of rows; places count rows from 1."""
     names = batch.schema.names
     for row in range(batch.num_rows):
@@ -154,7 +154,7 @@ _PARTS: tuple[type[FileReader], ...] = (ParquetReader, ArrowReader, JsonlReader)
 
 
 @dataclass(frozen=True)
-class DatasetOptions(Limits):
+class DatasetOptions(EncodingLimits):
     """Options of datasets."""
 
     config: str = ""
@@ -175,14 +175,14 @@ class DatasetReader(FileReader):
         """Return whether a file in a folder is read, by its name."""
         return any(part.takes(name) for part in _PARTS)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SourcePiece]:
         """Return the parts of the data files, in order, each with the dataset's card.
 
         Raises:
             UserError: there is nothing to read, or nothing of the configuration and split that are wanted.
         """
         found = []
-        left_out: list[Piece] = []
+        left_out: list[SourcePiece] = []
         names = [name for name in source_files(self.source, self.takes, left_out, self.told.append)
                  if self._is_wanted(name)]
         if not names:
@@ -193,7 +193,7 @@ class DatasetReader(FileReader):
             part = next((p for p in _PARTS if p.takes(name)), JsonlReader)
             card = self._card(name)
             for piece in part.pieces_of(_as(self, part), name):
-                found.append(Piece(self.format, name, piece.start, piece.stop, piece.size_bytes, card))
+                found.append(SourcePiece(self.format, name, piece.start, piece.stop, piece.size_bytes, card))
         return found + left_out
 
     def _is_wanted(self, name: str) -> bool:
@@ -218,12 +218,12 @@ class DatasetReader(FileReader):
         return ()
 
     @classmethod
-    def items(cls, job: Job) -> Iterator[Item]:
+    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the parts of a piece, each with what the card says of all."""
         part = next((p for p in _PARTS if p.takes(job.piece.file)), JsonlReader)
         facts = _card_facts(job)
         for item in part.items(job):
-            yield Item(item.place, lambda item=item: _with(facts, item.read()))  # type: ignore[misc]
+            yield SourceItem(item.place, lambda item=item: _with(facts, item.read()))  # type: ignore[misc]
 
 
 def _as(reader: FileReader, part: type[FileReader]) -> FileReader:
@@ -238,7 +238,7 @@ def _with(facts: Mapping[str, Any], found: Iterator[Raw | Broken]) -> Iterator[R
         yield Raw(one.text, one.place, {**facts, **one.columns}) if isinstance(one, Raw) else one
 
 
-def _card_facts(job: Job) -> dict[str, Any]:
+def _card_facts(job: ReadingJob) -> dict[str, Any]:
     """Return licence and language that the dataset's card gives in its YAML head."""
     if not job.piece.beside:
         return {}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from data_prep.curate.sources.formats import reader_class
-from data_prep.curate.sources.reader import Item, Job, job_of
+from data_prep.curate.sources.reader import ReadingJob, SourceItem, job_of
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, told_in_a_line
@@ -34,11 +34,11 @@ def main(fd: int) -> None:
             asked = receive(channel)
             reader = reader_class(asked["job"]["piece"]["format"])
             _read(channel, reader.items(job := job_of(asked["job"], reader.Options)), job, asked["skip"])
-    except (EOFError, _Gone):
+    except (EOFError, _ReaderGone):
         os._exit(0)
 
 
-class _Gone(Exception):
+class _ReaderGone(Exception):
     """The other side has gone."""
 
 
@@ -46,10 +46,10 @@ def _tell(channel: socket.socket, message: dict[str, object]) -> None:
     try:
         send(channel, message)
     except OSError as e:
-        raise _Gone from e
+        raise _ReaderGone from e
 
 
-def _read(channel: socket.socket, items: Iterator[Item], job: Job, skip: int) -> None:
+def _read(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, skip: int) -> None:
     """Send what the items of a piece hold behind the first `skip`."""
     for number in itertools.count():
         _allow_s(job.options.time_s)
@@ -68,7 +68,7 @@ def _read(channel: socket.socket, items: Iterator[Item], job: Job, skip: int) ->
             for found in item.read():
                 _send_found(channel, found, job)
                 _allow_s(job.options.time_s)
-        except _Gone:
+        except _ReaderGone:
             raise
         except Exception as e:
             _send_error(channel, job, e, item.place)
@@ -81,7 +81,7 @@ def _allow_s(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def _send_found(channel: socket.socket, found: Raw | Broken, job: Job) -> None:
+def _send_found(channel: socket.socket, found: Raw | Broken, job: ReadingJob) -> None:
     if isinstance(found, Broken):
         _tell(channel, {"broken": dataclasses.asdict(found)})
         return
@@ -97,7 +97,7 @@ def _send_found(channel: socket.socket, found: Raw | Broken, job: Job) -> None:
     _tell(channel, {"text": found.text, "place": found.place, "columns": dict(found.columns)})
 
 
-def _send_error(channel: socket.socket, job: Job, error: Exception, place: str) -> None:
+def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place: str) -> None:
     """Send why an item cannot be read, in one line."""
     if isinstance(error, MemoryError):
         # what is left of it is not trusted to be enough: another process goes on

@@ -17,7 +17,7 @@ from typing import IO, Annotated, cast
 from annotated_types import Ge, Le
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.settings import Bound, Breach, Code
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
 
 # What reading may take: limits that every format has, and reading compressed files within them.
 
@@ -30,7 +30,7 @@ LimitBytes = Annotated[int, Ge(1000)]
 
 
 @dataclass(frozen=True)
-class Limits:
+class EncodingLimits:
     """Options that every format has."""
 
     time_s: Annotated[float, Ge(0.1), Le(86_400)] = 60.0
@@ -99,7 +99,7 @@ def refuse_bomb(packed_bytes: int, unpacked_bytes: int, most_bytes: float) -> No
                                 "no text does; leave it out")
 
 
-def read_whole(file: Path, limits: Limits) -> bytes:
+def read_whole(file: Path, limits: EncodingLimits) -> bytes:
     """Return what a file holds, unpacked.
 
     Raises:
@@ -133,7 +133,7 @@ def _unknown(encoding: str) -> Breach | None:
             return None
     except (LookupError, ValueError):
         pass
-    return Code.CHOICE, "is no encoding that Python knows", f"write {DETECT}, utf-8, cp949, ..."
+    return ProblemCode.CHOICE, "is no encoding that Python knows", f"write {DETECT}, utf-8, cp949, ..."
 
 
 Encoding = Annotated[str, Bound(_unknown)]

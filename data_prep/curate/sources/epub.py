@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from data_prep.curate.sources.encodings import Limits, decode_page, read_whole
+from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
 from data_prep.curate.sources.html import licence_of, page_text
-from data_prep.curate.sources.reader import FileReader, Job, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
 from data_prep.curate.sources.source import Broken, Raw
 from data_prep.curate.sources.zipped import Archive, local
 from megatron_sov.base.documents import BadRecord
@@ -23,7 +23,7 @@ _FACTS = {"title": "title", "language": "language_hint", "date": "date", "rights
 
 
 @dataclass(frozen=True)
-class EpubOptions(Limits):
+class EpubOptions(EncodingLimits):
     """Options of books."""
 
     split: Literal["book", "chapter"] = "book"
@@ -40,7 +40,7 @@ class EpubReader(FileReader):
     Options = EpubOptions
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield the book, or its chapters."""
         archive = Archive(read_whole(job.file, job.options), job.options)
         package_name = _package(archive)

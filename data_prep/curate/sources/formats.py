@@ -10,7 +10,8 @@ from data_prep.curate.sources.reader import FileReader
 from data_prep.curate.sources.source import Reader, SourceSettings
 from data_prep.libraries import require
 from megatron_sov.base.errors import nearest
-from megatron_sov.base.settings import Code, Problem, SettingsError, as_problem, find_problems, problems_of
+from megatron_sov.base.settings import (
+    ProblemCode, SettingsError, SettingsProblem, as_problem, find_problems, problems_of)
 
 FORMATS: dict[str, str] = {
     "auto": "data_prep.curate.sources.auto:AutoReader",
@@ -56,11 +57,11 @@ def reader(source: SourceSettings) -> Reader:
     return reader_class(source.format)(source)
 
 
-def format_problems(format_: str, options: Mapping[str, Any]) -> list[Problem]:
+def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
     """Return each mistake in the name of a format and its options."""
     if format_ not in FORMATS:
-        return [Problem(Code.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
-                        nearest(format_, FORMATS).removeprefix("; "))]
+        return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
+                                nearest(format_, FORMATS).removeprefix("; "))]
     problems = find_problems(reader_class(format_).Options, options)[1]
     return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.below("options") for problem in problems)]

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.curate.sources.encodings import Limits, decode_page, read_whole
-from data_prep.curate.sources.reader import FileReader, Job, kept
+from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
+from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -51,7 +51,7 @@ _PREFORMATTED = re.compile(r"(<pre\b(?:[^<]|<(?!/?pre\b))*+</pre>)", re.IGNORECA
 
 
 @dataclass(frozen=True)
-class HtmlOptions(Limits):
+class HtmlOptions(EncodingLimits):
     """Options of web pages."""
 
     whole_page: bool = False
@@ -67,13 +67,13 @@ class HtmlReader(FileReader):
     Options = HtmlOptions
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield the page."""
         yield page(decode_page(read_whole(job.file, job.options)), job.name, job,
                    whole=job.options.whole_page)
 
 
-def page(source: str, place: str, job: Job, *, whole: bool) -> Raw | Broken:
+def page(source: str, place: str, job: ReadingJob, *, whole: bool) -> Raw | Broken:
     """Return a page's text and what it says of itself.
 
     Args:

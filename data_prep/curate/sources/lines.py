@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
-    COMPRESSED, Encoding, LimitBytes, Limits, blocks_within, decode_text, unpacked)
-from data_prep.curate.sources.reader import EMPTY, FileReader, Item, Job, kept
-from data_prep.curate.sources.source import Broken, Piece, Raw
+    COMPRESSED, Encoding, EncodingLimits, LimitBytes, blocks_within, decode_text, unpacked)
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
 
@@ -27,7 +27,7 @@ MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
 """Of what a record says beside its text; what is longer, or nested deeper, is left out."""
 
 
-def raw_of(record: Mapping[str, Any], place: str, job: Job) -> Raw:
+def raw_of(record: Mapping[str, Any], place: str, job: ReadingJob) -> Raw:
     """Return the document of a record.
 
     Raises:
@@ -103,14 +103,14 @@ class _SpansReader(FileReader):
     read_as: ClassVar[str]
     """Ending of its files, which those that the settings name need not have."""
 
-    def pieces_of(self, name: str) -> Iterator[Piece]:
+    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of a file: of about 8 MiB, a compressed one as a whole."""
         for span in spans_of(self.source.file(name), read_as=self.read_as):
-            yield Piece(self.format, name, span.start, span.stop, span.size_bytes)
+            yield SourcePiece(self.format, name, span.start, span.stop, span.size_bytes)
 
 
 @dataclass(frozen=True)
-class TextOptions(Limits):
+class TextOptions(EncodingLimits):
     """Options of plain text."""
 
     encoding: Encoding = "utf-8"
@@ -127,13 +127,13 @@ class TextReader(_SpansReader):
     suffixes = TEXT_SUFFIXES
     Options = TextOptions
 
-    def pieces_of(self, name: str) -> Iterator[Piece]:
+    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of a file; only UTF-8 can be cut before it is read."""
         yield from super().pieces_of(name) if self.options.encoding == "utf-8" else FileReader.pieces_of(
             self, name)
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield a part's documents."""
         options: TextOptions = job.options
         with unpacked(job.file) as stream:
@@ -171,12 +171,12 @@ class JsonlReader(_SpansReader):
     suffixes = JSONL_SUFFIXES
 
     @classmethod
-    def items(cls, job: Job) -> Iterator[Item]:
+    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the whole part: its time limit is one for each line."""
-        yield Item(job.name, lambda: cls.documents(job))
+        yield SourceItem(job.name, lambda: cls.documents(job))
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield a document for each line that has one."""
         limit_bytes = 2 * job.options.document_bytes
         # lines of a part are counted from its first: to know the others a process would read them again
@@ -212,16 +212,16 @@ def _record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _is_part(job: Job) -> bool:
+def _is_part(job: ReadingJob) -> bool:
     """Return whether the file is read in several parts."""
     return not _is_packed(job) and (job.piece.start > 0 or job.piece.stop < job.file.stat().st_size)
 
 
-def _is_packed(job: Job) -> bool:
+def _is_packed(job: ReadingJob) -> bool:
     return Path(job.piece.file).suffix.lower() in COMPRESSED
 
 
-def _part(stream: IO[bytes], job: Job) -> Iterator[bytes]:
+def _part(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
     """Yield the bytes of a part; of a compressed file all."""
     if _is_packed(job):
         is_text = job.piece.format == "text"  # which is held in memory

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from data_prep.curate.sources.source import PASSED_OVER, Piece, SourceSettings
+from data_prep.curate.sources.source import PASSED_OVER, SourcePiece, SourceSettings
 from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
 
 
-def source_files(source: SourceSettings, wanted: Callable[[str], bool], left_out: list[Piece] | None = None,
+def source_files(source: SourceSettings, wanted: Callable[[str], bool],
+                 left_out: list[SourcePiece] | None = None,
                  tell: Callable[[str], object] = lambda sentence: None) -> list[str]:
     """Return the names of a source's files, sorted, each once.
 
@@ -51,7 +52,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool], left_out
     if not names:
         refuse_nothing(source)
     if left_out is not None:
-        left_out += [Piece(PASSED_OVER, _name(path, root), 0, 0, 0) for path in sorted(set(without))
+        left_out += [SourcePiece(PASSED_OVER, _name(path, root), 0, 0, 0) for path in sorted(set(without))
                      if path.is_dir() or wanted(path.name)]
     return sorted(names, key=lambda name: name.split("/"))
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from data_prep.curate.sources.encodings import read_whole
-from data_prep.curate.sources.reader import FileReader, Job, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
 from data_prep.curate.sources.source import Broken, Raw
 from data_prep.curate.sources.zipped import Archive, local
 from megatron_sov.base.documents import BadRecord
@@ -34,7 +34,7 @@ class OfficeReader(FileReader):
     compressed = False
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield the document."""
         archive = Archive(read_whole(job.file, job.options), job.options)
         lines = [line for line in _lines(archive) if line.strip()]

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any
 
-from data_prep.curate.sources.encodings import COMPRESSED, Limits, blocks_within, unpacked
+from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits, blocks_within, unpacked
 from data_prep.curate.sources.lines import split_lines
 from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import FileReader, Item, Job
-from data_prep.curate.sources.source import Broken, Piece, Raw
+from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem
+from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNegativeInt
+from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode
 
 _XML_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
 
 def _not_two(languages: tuple[str, ...]) -> Breach | None:
-    return None if len(languages) in (0, 2) else (Code.BOUND, "must be two, as [en, ko]", "")
+    return None if len(languages) in (0, 2) else (ProblemCode.BOUND, "must be two, as [en, ko]", "")
 
 
 def _no_template(template: str) -> Breach | None:
@@ -29,15 +29,15 @@ def _no_template(template: str) -> Breach | None:
         asked = {name for _, name, spec, turn in string.Formatter().parse(template)
                  if name is not None or spec or turn}
     except ValueError as e:
-        return Code.BOUND, f"is no template ({e})", ""
+        return ProblemCode.BOUND, f"is no template ({e})", ""
     if {"source", "target"} <= asked <= {"source", "target", "source_language", "target_language"}:
         return None
-    return (Code.BOUND, "must have {source} and {target}, and may have {source_language} and "
+    return (ProblemCode.BOUND, "must have {source} and {target}, and may have {source_language} and "
             "{target_language}", "")
 
 
 @dataclass(frozen=True)
-class ParallelOptions(Limits):
+class ParallelOptions(EncodingLimits):
     """Options of parallel text."""
 
     languages: Annotated[tuple[str, ...], ONCE, Bound(_not_two)] = ()
@@ -59,14 +59,14 @@ class ParallelReader(FileReader):
     suffixes = frozenset([".tsv", ".tmx"])
     Options = ParallelOptions
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SourcePiece]:
         """Return the files, in order; of two files of lines the first one, with the other beside it.
 
         Raises:
             UserError: there is nothing to read, or one of two files is missing.
         """
         languages = self.options.languages
-        left_out: list[Piece] = []
+        left_out: list[SourcePiece] = []
         names = source_files(self.source, self._takes, left_out, self.told.append)
         return [self._piece(name, languages) for name in names
                 if not (languages and _ending(name) == languages[1])] + left_out
@@ -74,26 +74,26 @@ class ParallelReader(FileReader):
     def _takes(self, name: str) -> bool:
         return self.takes(name) or _ending(name) in self.options.languages
 
-    def _piece(self, name: str, languages: tuple[str, ...]) -> Piece:
+    def _piece(self, name: str, languages: tuple[str, ...]) -> SourcePiece:
         size_bytes = self.source.file(name).stat().st_size
         if not (languages and _ending(name) == languages[0]):
             if not self.takes(name):
                 raise UserError(f"source {self.source.name}: {name}: is no .tsv and no .tmx file; set "
                                 "languages to the endings of two files of lines, as [en, ko]")
-            return Piece(self.format, name, 0, size_bytes, size_bytes)
+            return SourcePiece(self.format, name, 0, size_bytes, size_bytes)
         stem, suffix = _stem(name)
         other = f"{stem}.{languages[1]}{suffix}"
         if not self.source.file(other).is_file():
             raise UserError(f"source {self.source.name}: {name}: has no {other} beside it; put it there")
-        return Piece(self.format, name, 0, size_bytes, size_bytes, (other,))
+        return SourcePiece(self.format, name, 0, size_bytes, size_bytes, (other,))
 
     @classmethod
-    def items(cls, job: Job) -> Iterator[Item]:
+    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the file: its time limit is one for each document."""
-        yield Item(job.name, lambda: cls.documents(job))
+        yield SourceItem(job.name, lambda: cls.documents(job))
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield a document for each pair, or for several."""
         options: ParallelOptions = job.options
         gathered: list[str] = []
@@ -135,7 +135,7 @@ def _ending(name: str) -> str:
     return (PurePosixPath(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix[1:]
 
 
-def _pairs(job: Job) -> Iterator[tuple[int, str, str] | Broken]:
+def _pairs(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
     """Yield pairs with their numbers from 1, and what is no pair."""
     if job.piece.beside:
         yield from _of_two_files(job)
@@ -157,7 +157,7 @@ def _pairs(job: Job) -> Iterator[tuple[int, str, str] | Broken]:
                 yield number, cells[first].strip(), cells[second].strip()
 
 
-def _of_two_files(job: Job) -> Iterator[tuple[int, str, str] | Broken]:
+def _of_two_files(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
     other = job.root / job.piece.beside[0]
     counts = [_num_lines(file, job) for file in (job.file, other)]
     if counts[0] != counts[1]:  # which line is missing nobody knows, and all behind it are paired wrongly
@@ -177,13 +177,13 @@ def _of_two_files(job: Job) -> Iterator[tuple[int, str, str] | Broken]:
                 yield _no_pair(job, number, "has an empty side", source + "\t" + target)
 
 
-def _num_lines(file: Path, job: Job) -> int:
+def _num_lines(file: Path, job: ReadingJob) -> int:
     with unpacked(file) as stream:
         return sum(1 for _ in split_lines(blocks_within(stream, file.stat().st_size),
                                           job.options.document_bytes))
 
 
-def _of_tmx(stream: IO[bytes], job: Job) -> Iterator[tuple[int, str, str] | Broken]:
+def _of_tmx(stream: IO[bytes], job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
     from lxml import etree
 
     wanted = [language.lower() for language in job.options.languages]
@@ -213,7 +213,7 @@ def _of_tmx(stream: IO[bytes], job: Job) -> Iterator[tuple[int, str, str] | Brok
                         ) from None
 
 
-def _text_lines(stream: IO[bytes], job: Job, packed_bytes: int | None = None) -> Iterator[str]:
+def _text_lines(stream: IO[bytes], job: ReadingJob, packed_bytes: int | None = None) -> Iterator[str]:
     """Yield lines of a stream.
 
     Raises:
@@ -231,5 +231,5 @@ def _text_lines(stream: IO[bytes], job: Job, packed_bytes: int | None = None) ->
                             ) from None
 
 
-def _no_pair(job: Job, number: int, reason: str, line: str) -> Broken:
+def _no_pair(job: ReadingJob, number: int, reason: str, line: str) -> Broken:
     return job.broken(BadRecord("pair", reason, content=line[:1000].encode()), f"{job.name}:{number}")

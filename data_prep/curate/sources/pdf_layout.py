@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from data_prep.curate.sources.encodings import Limits, read_whole
-from data_prep.curate.sources.reader import FileReader, Job, kept
+from data_prep.curate.sources.encodings import EncodingLimits, read_whole
+from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.settings import AtLeastOne
@@ -61,7 +61,7 @@ _CLOSED = tuple(".!?:;。．！？：」』”\"')")
 # Joining the lines of a paragraph: hyphens, Chinese and Japanese without spaces, Korean words in two parts.
 
 
-class Vocabulary:
+class PdfVocabulary:
     """The words of a document."""
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -73,7 +73,7 @@ class Vocabulary:
         return self._counts[_EDGE.sub("", word).lower()]
 
 
-def joined(lines: Sequence[str], vocabulary: Vocabulary) -> str:
+def joined(lines: Sequence[str], vocabulary: PdfVocabulary) -> str:
     """Return the lines of a paragraph as one."""
     text = ""
     for line in lines:
@@ -81,7 +81,7 @@ def joined(lines: Sequence[str], vocabulary: Vocabulary) -> str:
     return text
 
 
-def _join(text: str, line: str, vocabulary: Vocabulary) -> str:
+def _join(text: str, line: str, vocabulary: PdfVocabulary) -> str:
     if not line:
         return text
     last, first = text.rpartition(" ")[2], line.partition(" ")[0]
@@ -94,7 +94,7 @@ def _join(text: str, line: str, vocabulary: Vocabulary) -> str:
     return f"{text} {line}"
 
 
-def _unhyphenated(text: str, line: str, last: str, first: str, vocabulary: Vocabulary) -> str:
+def _unhyphenated(text: str, line: str, last: str, first: str, vocabulary: PdfVocabulary) -> str:
     """Return two lines, the first of which ends with a hyphen: that of a compound stays."""
     if vocabulary.count(f"{last}-{first}") or (first[:1].isupper() and not last.isupper()):
         return text[:-1] + "-" + line
@@ -103,7 +103,7 @@ def _unhyphenated(text: str, line: str, last: str, first: str, vocabulary: Vocab
     return text[:-1] + ("" if is_parted else "-") + line
 
 
-def _is_one_word(last: str, first: str, vocabulary: Vocabulary) -> bool:
+def _is_one_word(last: str, first: str, vocabulary: PdfVocabulary) -> bool:
     """Return whether a Korean word goes on in the next line."""
     end = _EDGE.sub("", first)
     if vocabulary.count(last + first) > 0:
@@ -150,7 +150,7 @@ class Page:
 
 
 @dataclass(eq=False)
-class Line:
+class PdfLine:
     """Words beside one another, which stay as they are: its box is reckoned once."""
 
     words: list[Word]
@@ -213,7 +213,7 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
     repeated = [set[int]()] * len(lines) if keep_repeated else repeated_words(lines)
     bodies = [[word for word in page.words if id(word) not in out]
               for page, out in zip(pages, repeated, strict=True)]
-    vocabulary = Vocabulary(word.text for words in bodies for word in words)
+    vocabulary = PdfVocabulary(word.text for words in bodies for word in words)
     paragraphs: list[str] = []
     for words in bodies:
         for block in columns_of(words):
@@ -221,7 +221,7 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
     return "\n\n".join(_across_pages(paragraphs, vocabulary))
 
 
-def lines_of(words: Sequence[Word]) -> list[Line]:
+def lines_of(words: Sequence[Word]) -> list[PdfLine]:
     """Return words as lines, from the top."""
     found: list[list[Word]] = []
     boxes: list[tuple[float, float]] = []
@@ -238,11 +238,11 @@ def lines_of(words: Sequence[Word]) -> list[Line]:
         else:
             found.append([word])
             boxes.append((word.y0, word.y1))
-    lines = [Line(sorted(line, key=lambda w: w.x0)) for line in found]
+    lines = [PdfLine(sorted(line, key=lambda w: w.x0)) for line in found]
     return sorted(lines, key=lambda line: line.y0)
 
 
-def repeated_words(pages: Sequence[Sequence[Line]]) -> list[set[int]]:
+def repeated_words(pages: Sequence[Sequence[PdfLine]]) -> list[set[int]]:
     """Return of each page the identities of the words in its running heads and page numbers: outer lines that
     a page nearby has too, at the same height, numbers aside."""
     outer = [[*lines[:OUTER_LINES], *lines[max(OUTER_LINES, len(lines) - OUTER_LINES):]] for lines in pages]
@@ -257,7 +257,7 @@ def repeated_words(pages: Sequence[Sequence[Line]]) -> list[set[int]]:
     return found
 
 
-def _key(line: Line) -> str:
+def _key(line: PdfLine) -> str:
     return _NUMBER.sub("#", " ".join(word.text for word in line.words).lower())
 
 
@@ -296,7 +296,7 @@ def _merged(blocks: list[list[Word]]) -> list[list[Word]]:
     return merged
 
 
-def _crosses(line: Line, x: float) -> bool:
+def _crosses(line: PdfLine, x: float) -> bool:
     """Return whether a line has no gap at x that could be one between columns."""
     inside = [w for w in line.words if w.x0 < x < w.x1]
     if inside:
@@ -306,7 +306,7 @@ def _crosses(line: Line, x: float) -> bool:
     return left is not None and right is not None and right - left < 0.8 * line.size
 
 
-def _gutter(lines: Sequence[Line]) -> float | None:
+def _gutter(lines: Sequence[PdfLine]) -> float | None:
     """Return where the gap between two columns of prose is, or None."""
     if len(lines) < COLUMN_LINES:
         return None
@@ -330,7 +330,7 @@ def _gutter(lines: Sequence[Line]) -> float | None:
 
 def _is_prose(side: Sequence[Sequence[Word]]) -> bool:
     """Return whether what stands on one side of a gap are lines of a column."""
-    lines = [Line(list(words)) for words in side if words]
+    lines = [PdfLine(list(words)) for words in side if words]
     if len(lines) < COLUMN_LINES:
         return False
     width = max(line.x1 for line in lines) - min(line.x0 for line in lines)
@@ -339,14 +339,14 @@ def _is_prose(side: Sequence[Sequence[Word]]) -> bool:
     return width > 8 * size and filled > FILLED
 
 
-def block_paragraphs(lines: Sequence[Line], vocabulary: Vocabulary) -> list[str]:
+def block_paragraphs(lines: Sequence[PdfLine], vocabulary: PdfVocabulary) -> list[str]:
     """Return the paragraphs of a block; rows of a table and lines of code stay lines."""
     if not lines:
         return []
     pitch = _pitch(lines)
     left, right = min(line.x0 for line in lines), max(line.x1 for line in lines)
     rows = _rows(lines)
-    groups: list[list[Line]] = []
+    groups: list[list[PdfLine]] = []
     kinds: list[bool] = []
     for i, line in enumerate(lines):
         if i == 0 or rows[i] != rows[i - 1] or _begins(line, lines[i - 1], pitch, left, right, rows[i]):
@@ -356,7 +356,7 @@ def block_paragraphs(lines: Sequence[Line], vocabulary: Vocabulary) -> list[str]
     return [_group_text(group, is_rows, vocabulary) for group, is_rows in zip(groups, kinds, strict=True)]
 
 
-def _rows(lines: Sequence[Line]) -> list[bool]:
+def _rows(lines: Sequence[PdfLine]) -> list[bool]:
     """Return which lines are rows: of a table of contents, or with cells below those of the next row."""
     starts = [_cell_starts(line) for line in lines]
     found = [bool(_LEADER.search(" ".join(line.cells()))) for line in lines]
@@ -367,21 +367,21 @@ def _rows(lines: Sequence[Line]) -> list[bool]:
     return found
 
 
-def _cell_starts(line: Line) -> list[float]:
+def _cell_starts(line: PdfLine) -> list[float]:
     """Return where cells behind the first one begin; a list's bullet is none."""
     found = [word.x0 for before, word in pairwise(line.words)
              if word.x0 - before.x1 > CELL_GAP * max(word.size, before.size, 1.0)]
     return found[1:] if _BULLET.match(line.words[0].text) and len(line.words) > 1 else found
 
 
-def _pitch(lines: Sequence[Line]) -> float:
+def _pitch(lines: Sequence[PdfLine]) -> float:
     """Return the usual distance between two lines."""
     steps = [b.y0 - a.y0 for a, b in pairwise(lines)
              if 0.5 * a.size < b.y0 - a.y0 < 2.2 * max(a.size, 1.0)]
     return statistics.median(steps) if steps else 1.3 * lines[0].size
 
 
-def _begins(line: Line, before: Line, pitch: float, left: float, right: float, is_row: bool) -> bool:
+def _begins(line: PdfLine, before: PdfLine, pitch: float, left: float, right: float, is_row: bool) -> bool:
     """Return whether a line begins a paragraph, a table or code behind a line of the same sort."""
     if is_row:
         return line.y0 - before.y0 > 4 * pitch
@@ -399,7 +399,7 @@ def _begins(line: Line, before: Line, pitch: float, left: float, right: float, i
     return indented or ended
 
 
-def _group_text(group: Sequence[Line], is_rows: bool, vocabulary: Vocabulary) -> str:
+def _group_text(group: Sequence[PdfLine], is_rows: bool, vocabulary: PdfVocabulary) -> str:
     if is_rows:
         return "\n".join(_LEADER.sub(" … ", " | ".join(line.cells())).strip() for line in group)
     if group[0].fixed:
@@ -407,7 +407,7 @@ def _group_text(group: Sequence[Line], is_rows: bool, vocabulary: Vocabulary) ->
     return joined([" ".join(line.cells()) for line in group], vocabulary)
 
 
-def _code(group: Sequence[Line]) -> str:
+def _code(group: Sequence[PdfLine]) -> str:
     """Return lines of code, indented as they stand."""
     left = min(line.x0 for line in group)
     widths = [(w.x1 - w.x0) / len(w.text) for line in group for w in line.words if len(w.text) > 2]
@@ -422,7 +422,7 @@ def _code(group: Sequence[Line]) -> str:
     return "\n".join(text)
 
 
-def _across_pages(paragraphs: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+def _across_pages(paragraphs: Sequence[str], vocabulary: PdfVocabulary) -> list[str]:
     """Return paragraphs; one that breaks off in the middle of a sentence goes on in the next."""
     found: list[str] = []
     for text in paragraphs:
@@ -449,7 +449,7 @@ MAX_REPLACED = 0.2
 
 
 @dataclass(frozen=True)
-class PdfOptions(Limits):
+class PdfOptions(EncodingLimits):
     """Options of PDFs."""
 
     time_s: Annotated[float, Ge(0.1), Le(86_400)] = 300.0
@@ -468,12 +468,12 @@ class PdfReader(FileReader):
     Options = PdfOptions
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield the file's text."""
         yield pdf_document(read_whole(job.file, job.options), job.name, job)
 
 
-def pdf_document(data: bytes, place: str, job: Job) -> Raw | Broken:
+def pdf_document(data: bytes, place: str, job: ReadingJob) -> Raw | Broken:
     """Return a PDF's text and what it says of itself.
 
     Raises:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.curate.sources.encodings import COMPRESSED, Limits
+from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
 from data_prep.curate.sources.listing import shown, source_files
-from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Piece, Raw, SourceSettings
+from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import why_left_out
 from megatron_sov.base.settings import read
@@ -25,10 +25,10 @@ EMPTY = "empty"
 
 
 @dataclass(frozen=True)
-class Job:
+class ReadingJob:
     """One piece as the reading process gets it."""
 
-    piece: Piece
+    piece: SourcePiece
     """Which."""
     root: Path
     """Folder that names are relative to."""
@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Item:
+class SourceItem:
     """A part of a piece for which reading it has a time limit of its own."""
 
     place: str
@@ -68,16 +68,16 @@ def kept(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
-def job_message(job: Job) -> dict[str, Any]:
+def job_message(job: ReadingJob) -> dict[str, Any]:
     """Return a job as JSON holds it; `job_of` is its inverse."""
     return {"piece": dataclasses.asdict(job.piece), "root": str(job.root), "text_field": job.text_field,
             "options": dataclasses.asdict(job.options)}
 
 
-def job_of(message: Mapping[str, Any], options: type[Any]) -> Job:
+def job_of(message: Mapping[str, Any], options: type[Any]) -> ReadingJob:
     """Return the job of a message; `options`: the class of its format's options."""
-    return Job(Piece(**_with_tuples(message["piece"])), Path(message["root"]), message["text_field"],
-               options(**_with_tuples(message["options"])))
+    return ReadingJob(SourcePiece(**_with_tuples(message["piece"])), Path(message["root"]),
+                      message["text_field"], options(**_with_tuples(message["options"])))
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ _MESSAGE_FACTOR = 8
 """Bytes of JSON for a byte of text: a control character becomes six."""
 
 
-def read_apart(job: Job) -> Iterator[Raw | Broken]:
+def read_apart(job: ReadingJob) -> Iterator[Raw | Broken]:
     """Yield what a piece holds, in order.
 
     Where the process is ended for taking too much, that document is told as `Broken` and reading goes on
@@ -131,23 +131,23 @@ class _Last:
 class _Process(KeptReader):
     """One reading process."""
 
-    def __init__(self, root: str, limits: Limits) -> None:
+    def __init__(self, root: str, limits: EncodingLimits) -> None:
         super().__init__("data_prep.curate.sources.enclosed", root, {"memory_bytes": limits.memory_bytes},
                          limits.time_s, WORDING)
         self._root, self._limits = root, limits
 
-    def serves(self, root: str, limits: Limits) -> bool:
+    def serves(self, root: str, limits: EncodingLimits) -> bool:
         """Return whether it may read files in a folder, within these limits."""
         return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
             and Path(root).is_relative_to(self._root)
 
-    def read(self, job: Job, skip: int, last: _Last) -> Iterator[Raw | Broken]:
+    def read(self, job: ReadingJob, skip: int, last: _Last) -> Iterator[Raw | Broken]:
         """Yield what a piece holds behind its first `skip` items.
 
         Raises:
             BadRecord: the process was ended, or sends what it should not.
         """
-        limits: Limits = job.options
+        limits: EncodingLimits = job.options
         most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
         with self.asking() as channel:
             send(channel, {"job": job_message(job), "skip": skip})
@@ -164,7 +164,7 @@ class _Process(KeptReader):
                     yield _told(message, limits)
 
 
-def _told(message: dict[str, Any], limits: Limits) -> Raw | Broken:
+def _told(message: dict[str, Any], limits: EncodingLimits) -> Raw | Broken:
     """Return what a message says.
 
     Raises:
@@ -186,7 +186,7 @@ _kept: dict[int, _Process] = {}
 """This process's reading process, by its own number: a fork has none yet."""
 
 
-def _process(root: str, limits: Limits) -> _Process:
+def _process(root: str, limits: EncodingLimits) -> _Process:
     known = _kept.get(os.getpid())
     if known is not None and known.serves(root, limits) and not known.is_worn:
         return known
@@ -214,7 +214,7 @@ class FileReader:
     """Endings of the files that are read from folders, with small letters."""
     compressed: ClassVar[bool] = True
     """Whether files may also end in `.gz` and `.zst`."""
-    Options: ClassVar[type[Any]] = Limits
+    Options: ClassVar[type[Any]] = EncodingLimits
     """Frozen dataclass of its options, with `problems()`."""
 
     def __init__(self, source: SourceSettings) -> None:
@@ -233,33 +233,33 @@ class FileReader:
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SourcePiece]:
         """Return the parts of the source, in order."""
-        left_out: list[Piece] = []
+        left_out: list[SourcePiece] = []
         names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
-    def pieces_of(self, name: str) -> Iterator[Piece]:
+    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of one file: itself."""
         size_bytes = self.source.file(name).stat().st_size
-        yield Piece(self.format, name, 0, size_bytes, size_bytes)
+        yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 
-    def read(self, piece: Piece) -> Iterator[Raw | Broken]:
+    def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
         if piece.format == PASSED_OVER:
             name, reason = shown(piece.file), why_left_out(self.source.file(piece.file))
             yield Broken(name, name, "left_out", reason, is_left_out=True)
             return
-        job = Job(piece, self.source.root, self.source.text_field, self.options)
+        job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)
         yield from read_apart(job)
 
     @classmethod
-    def items(cls, job: Job) -> Iterator[Item]:
+    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the parts of a piece; runs in the reading process.  The order, and how many there are, has
         to be the same each time."""
-        yield Item(job.name, lambda: cls.documents(job))
+        yield SourceItem(job.name, lambda: cls.documents(job))
 
     @classmethod
-    def documents(cls, job: Job) -> Iterator[Raw | Broken]:
+    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield what a piece holds that has no further parts."""
         raise NotImplementedError(cls.__name__)

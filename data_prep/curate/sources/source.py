@@ -13,11 +13,11 @@ from typing import Annotated, Any, Protocol
 
 from annotated_types import MinLen
 
-from megatron_sov.base.settings import ONCE, Bound, Code, Problem, one_of
+from megatron_sov.base.settings import ONCE, Bound, ProblemCode, SettingsProblem, one_of
 
 NAME = re.compile(r"\w[\w.-]{0,59}")
 SourceName = Annotated[str, Bound(lambda name: None if NAME.fullmatch(name) else (
-    Code.BOUND, "must be letters, digits, '.', '_' and '-', at most 60", ""))]
+    ProblemCode.BOUND, "must be letters, digits, '.', '_' and '-', at most 60", ""))]
 KINDS = ("", "auto", "en", "math_code", "ko", "ja", "multilingual", "domain:finance", "domain:law",
          "domain:medicine")
 """What a source's documents may be; "" is unknown, "auto" is told by the step `kind`."""
@@ -53,13 +53,13 @@ class SourceSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the format."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
-        found = [Problem(Code.FILE, "path", f"does not exist ({self.folder / path})", path,
-                         "name a file or a folder")
+        found = [SettingsProblem(ProblemCode.FILE, "path", f"does not exist ({self.folder / path})", path,
+                                 "name a file or a folder")
                  for path in self.path if not (self.folder / path).exists()]
         # by its name, since formats are made of sources and not the other way round
-        problems: list[Problem] = import_module(_FORMATS).format_problems(self.format, self.options)
+        problems: list[SettingsProblem] = import_module(_FORMATS).format_problems(self.format, self.options)
         return found + problems
 
     @property
@@ -74,7 +74,7 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SourcePiece:
     """A part of a source that can be read on its own; plain values, which JSON holds."""
 
     format: str
@@ -132,12 +132,12 @@ class Reader(Protocol):
     def __init__(self, source: SourceSettings) -> None:
         """Take a source without problems."""
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[SourcePiece]:
         """Return the parts of the source, in a fixed order.
 
         Raises:
             UserError: there is nothing to read.
         """
 
-    def read(self, piece: Piece) -> Iterator[Raw | Broken]:
+    def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order; what is broken does not end it, and raises nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, unpacked
 from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, page
 from data_prep.curate.sources.pdf_layout import PdfOptions, pdf_document
-from data_prep.curate.sources.reader import FileReader, Item, Job, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, kept
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -39,7 +39,7 @@ class WarcReader(FileReader):
     Options = WarcOptions
 
     @classmethod
-    def items(cls, job: Job) -> Iterator[Item]:
+    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the records that hold an answer."""
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
@@ -51,7 +51,7 @@ class WarcReader(FileReader):
                 for record in ArchiveIterator(stream):
                     number += 1
                     if record.rec_type in ANSWERS:
-                        yield Item(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
+                        yield SourceItem(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
             except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # the last: half a header
                 reason = (str(e).splitlines() or ["it ends"])[0][:200]
                 if not stream.error:
@@ -122,7 +122,7 @@ def _looks_written(body: bytes) -> bool:
 class _Record:
     """One record that holds an answer."""
 
-    def __init__(self, record: Any, place: str, job: Job) -> None:
+    def __init__(self, record: Any, place: str, job: ReadingJob) -> None:
         self._record, self._place, self._job = record, place, job
 
     def __call__(self) -> Iterator[Raw | Broken]:

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from typing import Any
 
-from data_prep.curate.sources.encodings import Limits, refuse_bomb
+from data_prep.curate.sources.encodings import EncodingLimits, refuse_bomb
 from megatron_sov.base.documents import BadRecord
 
 MAX_MEMBERS = 20_000
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 1 << 20
 class Archive:
     """The members of an archive, read within limits."""
 
-    def __init__(self, data: bytes, limits: Limits) -> None:
+    def __init__(self, data: bytes, limits: EncodingLimits) -> None:
         """Read its list of members.
 
         Raises:

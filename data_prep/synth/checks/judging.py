@@ -21,16 +21,16 @@ import pyarrow as pa
 
 from data_prep.curate.pipeline.counts import noted_seal
 from data_prep.curate.pipeline.finish import summary_of
-from data_prep.curate.pipeline.plan import Plan, SourcePlan, make_plan
+from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.json_lines import read_objects
 from data_prep.shards.shard_damage import way_out
-from data_prep.synth.candidates import Candidate, Made, RunRecord, read_made
+from data_prep.synth.candidates import Candidate, MadeSample, SynthRunRecord, read_made
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from megatron_sov.base.artifacts import disk_errors, publish
-from megatron_sov.base.documents import Document, Reading, list_files, read_span
+from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_parquet
@@ -64,35 +64,36 @@ def input_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 def _documents(file: Path) -> Iterator[Document]:
     for span in spans_of(file):
-        yield from (item for item in read_span(span, Reading()) if isinstance(item, Document))
+        yield from (item for item in read_span(span, RecordReading()) if isinstance(item, Document))
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedSample:
     """What the steps say of samples."""
 
-    dropped: Mapping[str, Verdict] = field(default_factory=dict)
+    dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
     """Id of a document (a sample, or a context) -> why it does not stay."""
     changed: Mapping[str, str] = field(default_factory=dict)
     """Id of a document -> its text where a step has changed it."""
     steps: tuple[Mapping[str, Any], ...] = ()
     """Figures of each step and source, as a pipeline's summary has them."""
 
-    def verdict(self, candidate: Candidate) -> Verdict | None:
+    def verdict(self, candidate: Candidate) -> SampleVerdict | None:
         """Return why a sample that passed its own checks does not stay; None: it does."""
         try:
             texts = texts_of(candidate.kind, candidate.record)
         except NoSample as e:
-            return Verdict(FORM, False, str(e))
+            return SampleVerdict(FORM, False, str(e))
         ids = (candidate.id, _context_id(texts.get(CONTEXT, "")))
         if found := next(filter(None, map(self.dropped.get, ids)), None):
             return found
         if candidate.kind != "text" and any(id_ in self.changed for id_ in ids):
-            return Verdict("changed by a step", False, "only texts can follow; use steps that keep or drop")
+            return SampleVerdict("changed by a step", False,
+                                 "only texts can follow; use steps that keep or drop")
         return None
 
 
-def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers: int) -> Judged:
+def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, workers: int) -> JudgedSample:
     """Send all samples that passed their own checks through the steps, each kind of record by itself: a
     prompt is no copy of the conversation that begins with it.
 
@@ -103,7 +104,7 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found = _write_texts(output, run, folder)
-    dropped: dict[str, Verdict] = {}
+    dropped: dict[str, SampleVerdict] = {}
     changed: dict[str, str] = {}
     figures: list[Mapping[str, Any]] = []
     for kind, folders in found.items():
@@ -118,10 +119,10 @@ def judge_samples(output: Path, run: RunRecord, settings: CheckSettings, workers
         gone, other = _collect(plan, work)
         dropped, changed = gone | dropped, other | changed
         figures += _figures(kind, summary_of(plan, work))
-    return Judged(dropped, changed, tuple(figures))
+    return JudgedSample(dropped, changed, tuple(figures))
 
 
-def _write_texts(output: Path, run: RunRecord, folder: Path) -> dict[str, dict[str, Path]]:
+def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, dict[str, Path]]:
     """Write what is judged, a file for each lot of items; returns kind -> source -> folder."""
     temporary = folder / f".{TEXTS}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -163,7 +164,7 @@ class _Lot:
         self._files[kind, source].write(_line(id_, text))
 
 
-def _in_lots(made: Iterator[Made]) -> Iterator[Iterator[Made]]:
+def _in_lots(made: Iterator[MadeSample]) -> Iterator[Iterator[MadeSample]]:
     """Yield items by so many: what comes later changes the last lot's file alone."""
     for first in made:
         yield chain([first], islice(made, LOT_ITEMS - 1))
@@ -194,7 +195,7 @@ def _context_id(text: str) -> str:
     return f"context {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
-def _collect(plan: Plan, folder: Path) -> tuple[dict[str, Verdict], dict[str, str]]:
+def _collect(plan: PipelinePlan, folder: Path) -> tuple[dict[str, SampleVerdict], dict[str, str]]:
     """Return what became of samples and contexts: those that are dropped, and those with another text."""
     found: list[tuple[str, int, str, str]] = []
     changed: dict[str, str] = {}
@@ -207,9 +208,9 @@ def _collect(plan: Plan, folder: Path) -> tuple[dict[str, Verdict], dict[str, st
             elif text is not None:
                 changed[own_id] = text
     names = _own_ids(plan, folder, {detail for _, _, _, detail in found})
-    dropped: dict[str, Verdict] = {}
+    dropped: dict[str, SampleVerdict] = {}
     for own_id, _, reason, detail in sorted(found, key=lambda one: one[1]):
-        dropped.setdefault(own_id, Verdict(reason, False, names.get(detail, detail)))
+        dropped.setdefault(own_id, SampleVerdict(reason, False, names.get(detail, detail)))
     return dropped, {id_: text for id_, text in changed.items() if id_ not in dropped}
 
 
@@ -237,7 +238,7 @@ def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
                         f"{way_out(file)}") from None
 
 
-def _own_ids(plan: Plan, folder: Path, wanted: Iterable[str]) -> dict[str, str]:
+def _own_ids(plan: PipelinePlan, folder: Path, wanted: Iterable[str]) -> dict[str, str]:
     """Return id in the pipeline -> own id, of the documents that others are the same as."""
     asked = {one for one in wanted if one}
     found: dict[str, str] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.json_lines import read_objects
 from data_prep.libraries import require
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from megatron_sov.base.errors import UserError
 
 ALL_CHECKS, JUDGE = "all checks", "judge"
@@ -77,14 +77,14 @@ def read_labels(file: Path) -> Labels:
     return found
 
 
-class Comparison:
+class LabelComparison:
     """Collects the verdicts of samples that people have looked at."""
 
     def __init__(self, labels: Labels) -> None:
         self._labels = labels
         self._pairs: dict[str, list[tuple[bool, bool]]] = {ALL_CHECKS: []}
 
-    def add(self, sample: str, text: str, verdicts: Iterable[Verdict]) -> None:
+    def add(self, sample: str, text: str, verdicts: Iterable[SampleVerdict]) -> None:
         """Take a sample with all of its verdicts, if it has a label."""
         good = self._labels.of(sample, text)
         if good is None:

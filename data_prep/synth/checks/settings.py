@@ -12,7 +12,8 @@ from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.base.settings import Code, Located, Problem, as_problem, read_located, read_text
+from megatron_sov.base.settings import (
+    Located, ProblemCode, SettingsProblem, as_problem, read_located, read_text)
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""
@@ -28,17 +29,17 @@ class CheckSettings(CheckOptions):
         """Return what a command's options ask for; its `problems` are the caller's to tell."""
         return cls(**{field.name: getattr(options, field.name) for field in fields(CheckOptions)})
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that is broken, by option; files are read."""
-        found: list[Problem] = []
+        found: list[SettingsProblem] = []
         if self.min_kappa is not None and self.labels is None:
-            found.append(Problem(Code.RULE, "--min-kappa", "there is nothing to agree with", self.min_kappa,
-                                 "add --labels FILE"))
-        found += [Problem(Code.FILE, "--benchmarks", "does not exist", path, "check the path")
+            found.append(SettingsProblem(ProblemCode.RULE, "--min-kappa", "there is nothing to agree with",
+                                         self.min_kappa, "add --labels FILE"))
+        found += [SettingsProblem(ProblemCode.FILE, "--benchmarks", "does not exist", path, "check the path")
                   for path in self.benchmarks if not path.exists()]
         if self.steps is not None and not self.steps.is_file():
-            return [*found, Problem(Code.FILE, "--checks", "does not exist", self.steps,
-                                    f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
+            return [*found, SettingsProblem(ProblemCode.FILE, "--checks", "does not exist", self.steps,
+                                            f"pass a YAML file, e.g. a copy of {DEFAULTS / 'chat.yaml'}")]
         try:
             if self.labels is not None:
                 read_labels(self.labels)

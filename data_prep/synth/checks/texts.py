@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.curate.decontamination.benchmarks import text_in
 from data_prep.synth.generator import Kind
 from megatron_sov.base.documents.messages import BadRecord, Messages
-from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.documents.records import RecordReading, parse_record
 
 SAMPLES, ANSWERS, CONTEXT, INPUT = "samples", "answers", "context", "input"
 SOURCES = (SAMPLES, ANSWERS, CONTEXT, INPUT)
@@ -49,7 +49,7 @@ def _texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield SAMPLES, asked_in(record)
         return
     is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
-    document = parse_record(dict(record), "", 0, Reading("preference" if is_pair else kind))
+    document = parse_record(dict(record), "", 0, RecordReading("preference" if is_pair else kind))
     if kind == "text":
         yield SAMPLES, document.text
         return

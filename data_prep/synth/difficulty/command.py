@@ -136,9 +136,9 @@ def _check(args: DifficultyCheckOptions) -> int:
 
 
 def _grade(args: DifficultyGradeOptions) -> int:
-    from data_prep.synth.difficulty.fitting import GradeSettings, grade
+    from data_prep.synth.difficulty.fitting import DifficultyGradeSettings, grade
 
-    settings = GradeSettings(_band("--cuts", args.cuts), _band("--keep", args.keep))
+    settings = DifficultyGradeSettings(_band("--cuts", args.cuts), _band("--keep", args.keep))
     content = grade(args.input, args.output, settings, args.model, args.labels, overwrite=args.overwrite)
     print(_told_band(content))
     print(f"wrote {args.output}")

@@ -29,7 +29,7 @@ from data_prep.synth.difficulty.estimator import (
     KIND, Estimator, EstimatorSettings, load_estimator, scaled, write_estimator)
 from data_prep.synth.difficulty.features import form
 from data_prep.synth.difficulty.judgement import figures
-from data_prep.synth.difficulty.labels import Labels, Problem, read_labels
+from data_prep.synth.difficulty.labels import DifficultyLabels, LabelledProblem, read_labels
 from data_prep.synth.options import PairWeight
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
@@ -45,7 +45,7 @@ FIELDS = ("pass_rate", "difficulty", "difficulty_from", "bucket")
 
 
 @dataclass(frozen=True)
-class GradeSettings:
+class DifficultyGradeSettings:
     """Settings of `difficulty grade`."""
 
     cuts: Annotated[tuple[Share, Share], RISING] = (0.2, 0.8)
@@ -58,7 +58,7 @@ class GradeSettings:
         return BUCKETS[sum(pass_rate >= cut for cut in self.cuts)]
 
 
-def grade(files: Sequence[Path], output: Path, settings: GradeSettings, model: Path | None,
+def grade(files: Sequence[Path], output: Path, settings: DifficultyGradeSettings, model: Path | None,
           labels: Path | None, *, overwrite: bool = False) -> dict[str, Any]:
     """Write an artifact of kind "corpus" with a file for each input, its rows graded; returns its content.
 
@@ -111,8 +111,8 @@ def _graded_names(files: Sequence[Path]) -> list[str]:
             f"--input {file}: must be a .jsonl file" for file in files if file.suffix != ".jsonl"]
 
 
-def _graded(row: Mapping[str, Any], where: str, settings: GradeSettings, estimator: Estimator | None,
-            measured: Mapping[str, float]) -> dict[str, Any]:
+def _graded(row: Mapping[str, Any], where: str, settings: DifficultyGradeSettings,
+            estimator: Estimator | None, measured: Mapping[str, float]) -> dict[str, Any]:
     text = problem_text(row)
     if text is None:
         raise UserError(f"{where}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
@@ -149,14 +149,14 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
-class Parts:
+class FittingSplits:
     """Problems cut into parts that share none."""
 
-    fit: list[Problem]
+    fit: list[LabelledProblem]
     """What weights are fitted to."""
-    calibration: list[Problem]
+    calibration: list[LabelledProblem]
     """What chooses between fits, and calibrates the chosen one."""
-    heldout: list[Problem]
+    heldout: list[LabelledProblem]
     """What nothing was fitted to or chosen by: the figures in the manifest are of these."""
 
 
@@ -198,10 +198,10 @@ def check(model: Path, folder: Path) -> dict[str, Any]:
     return figures(list(read_labels(folder).problems.values()), load_estimator(model))
 
 
-def split(problems: Sequence[Problem]) -> Parts:
+def split(problems: Sequence[LabelledProblem]) -> FittingSplits:
     """Cut problems into parts by the hashes of their texts, so that a problem lies on the same side whatever
     stands beside it; those of one text lie together."""
-    parts = Parts([], [], [])
+    parts = FittingSplits([], [], [])
     for problem in problems:
         digest = hashlib.sha256(" ".join(problem.text.split()).encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2 ** 64
@@ -214,14 +214,14 @@ def split(problems: Sequence[Problem]) -> Parts:
 class _Rows:
     """The rows of problems: n-grams, figures of the form on one scale, and a one."""
 
-    def __init__(self, ngrams: Ngrams, fitted: Sequence[Problem]) -> None:
+    def __init__(self, ngrams: Ngrams, fitted: Sequence[LabelledProblem]) -> None:
         self._ngrams = ngrams
         seen = np.stack([form(problem.text, ngrams) for problem in fitted])
         spreads = seen.std(axis=0)
         self.means = tuple(seen.mean(axis=0).tolist())
         self.spreads = tuple(np.where(spreads > 1e-9, spreads, 1.0).tolist())
 
-    def of(self, problems: Sequence[Problem]) -> tuple[Any, Any]:
+    def of(self, problems: Sequence[LabelledProblem]) -> tuple[Any, Any]:
         """Return n-grams and the other columns as sparse matrices."""
         from scipy.sparse import csr_matrix
 
@@ -231,7 +231,7 @@ class _Rows:
         return words.astype(np.float64), csr_matrix(rest)
 
 
-def _best(labels: Labels, parts: Parts, settings: FitSettings
+def _best(labels: DifficultyLabels, parts: FittingSplits, settings: FitSettings
           ) -> tuple[EstimatorSettings, np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the estimator that is best on the calibration part, calibrated there, and what was chosen."""
     from threadpoolctl import threadpool_limits
@@ -257,7 +257,7 @@ def _best(labels: Labels, parts: Parts, settings: FitSettings
             {**chosen, "num_pairs_fitted": len(pairs)})
 
 
-def _pairs(labels: Labels, fitted: Sequence[Problem]) -> list[tuple[int, int]]:
+def _pairs(labels: DifficultyLabels, fitted: Sequence[LabelledProblem]) -> list[tuple[int, int]]:
     """Return the places of the easier and the harder problem of those pairs that are fitted wholly."""
     places = {problem.id: i for i, problem in enumerate(fitted)}
     return [(places[easier], places[harder]) for easier, harder in labels.pairs

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.synth.difficulty.estimator import Estimator
-from data_prep.synth.difficulty.labels import Problem
+from data_prep.synth.difficulty.labels import LabelledProblem
 from megatron_sov.base.documents.scripts import letters_by_script
 
 NUM_BINS = 10
 """Of the reliability table and the expected calibration error."""
 
 
-def figures(problems: Sequence[Problem], estimator: Estimator) -> dict[str, Any]:
+def figures(problems: Sequence[LabelledProblem], estimator: Estimator) -> dict[str, Any]:
     """Return the figures of all problems, and under "scripts" those of each script that most letters of some
     problems are of."""
     expected = np.array([estimator.pass_rate(problem.text) for problem in problems])

@@ -25,7 +25,7 @@ KEPT = "kept.jsonl"
 
 
 @dataclass
-class Problem:
+class LabelledProblem:
     """A problem and what is known of it."""
 
     id: str
@@ -52,10 +52,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Labels:
+class DifficultyLabels:
     """What an estimator is fitted to."""
 
-    problems: dict[str, Problem]
+    problems: dict[str, LabelledProblem]
     """Id -> problem, in the order in which they came."""
     pairs: list[tuple[str, str]]
     """Ids of the easier and the harder problem of each pair."""
@@ -75,7 +75,7 @@ def write_labels(answers: Sequence[Path], comparisons: Sequence[Path], output: P
         UserError: a file is none of these, two configurations bear one name, or one id means two problems.
     """
     refuse_existing(output, KIND, overwrite)
-    problems: dict[str, Problem] = {}
+    problems: dict[str, LabelledProblem] = {}
     names = _names(answers)
     for name, path in zip(names, answers, strict=True):
         _read_answers(_file(path), name, problems)
@@ -89,7 +89,7 @@ def write_labels(answers: Sequence[Path], comparisons: Sequence[Path], output: P
     return content
 
 
-def read_labels(folder: Path) -> Labels:
+def read_labels(folder: Path) -> DifficultyLabels:
     """Return the labels of an artifact.
 
     Raises:
@@ -98,19 +98,19 @@ def read_labels(folder: Path) -> Labels:
     read_manifest(folder, KIND)
     if damage := damaged_files(folder):
         raise UserError(f"{folder}: {damage[0]}; write the labels again")
-    problems: dict[str, Problem] = {}
+    problems: dict[str, LabelledProblem] = {}
     try:
         for _, row in read_objects(folder / PROBLEMS):
             counts = {str(name): (int(right), int(count)) for name, (right, count) in row["answers"].items()}
             if not counts or not all(0 <= right <= count > 0 for right, count in counts.values()):
                 raise ValueError(f"answers = {row['answers']}")
-            problems[str(row["id"])] = Problem(str(row["id"]), str(row["problem"]), counts)
+            problems[str(row["id"])] = LabelledProblem(str(row["id"]), str(row["problem"]), counts)
         pairs = [(str(row["easier"]), str(row["harder"])) for _, row in read_objects(folder / PAIRS)]
         if lacking := {id_ for pair in pairs for id_ in pair} - set(problems):
             raise ValueError(f"pairs name {min(lacking)}")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{folder}: is damaged ({e!r:.200}); write the labels again") from None
-    return Labels(problems, pairs)
+    return DifficultyLabels(problems, pairs)
 
 
 def _file(path: Path) -> Path:
@@ -128,7 +128,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read_answers(file: Path, name: str, problems: dict[str, Problem]) -> None:
+def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -> None:
     for where, row in read_objects(file):
         id_, text, right, count = (row.get(key) for key in ("problem_id", "prompt", "num_right",
                                                             "num_answers"))
@@ -136,7 +136,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, Problem]) -> None:
                 and 0 <= right <= count > 0):
             raise UserError(f"{where}: is no measurement of `sov-data synth answers` (problem_id, prompt, "
                             "num_right, num_answers); name its folder, or its kept.jsonl")
-        problem = problems.setdefault(id_, Problem(id_, text))
+        problem = problems.setdefault(id_, LabelledProblem(id_, text))
         if problem.text != text:
             raise UserError(f"{where}: problem {id_} has another text than in the files before; have all "
                             "configurations answer the same problems")
@@ -147,7 +147,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, Problem]) -> None:
         raise UserError(f"{file}: has no measurements; run `sov-data synth answers` to its end")
 
 
-def _read_pairs(file: Path, problems: Mapping[str, Problem]) -> list[tuple[str, str]]:
+def _read_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> list[tuple[str, str]]:
     found = []
     for where, row in read_objects(file):
         easier, harder = row.get("easier"), row.get("harder")
@@ -161,7 +161,7 @@ def _read_pairs(file: Path, problems: Mapping[str, Problem]) -> list[tuple[str, 
     return found
 
 
-def _content(names: Sequence[str], problems: Mapping[str, Problem], pairs: Sequence[tuple[str, str]]
+def _content(names: Sequence[str], problems: Mapping[str, LabelledProblem], pairs: Sequence[tuple[str, str]]
              ) -> dict[str, Any]:
     told = [(problems[easier].pass_rate, problems[harder].pass_rate) for easier, harder in pairs]
     differ = [(easier, harder) for easier, harder in told if easier != harder]
@@ -178,12 +178,12 @@ def _content(names: Sequence[str], problems: Mapping[str, Problem], pairs: Seque
                   if differ else None}}
 
 
-def _rates(problems: Mapping[str, Problem], name: str) -> list[float]:
+def _rates(problems: Mapping[str, LabelledProblem], name: str) -> list[float]:
     counts = [problem.answers[name] for problem in problems.values() if name in problem.answers]
     return [right / count for right, count in counts]
 
 
-def _spearman(problems: Mapping[str, Problem], one: str, other: str) -> float | None:
+def _spearman(problems: Mapping[str, LabelledProblem], one: str, other: str) -> float | None:
     from scipy.stats import spearmanr
 
     both = [(p.answers[one], p.answers[other]) for p in problems.values()

@@ -14,7 +14,8 @@ from typing import Annotated, ClassVar
 from annotated_types import Le
 
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box
-from data_prep.synth.generator import Ask, Generator, Item, NoUsableReply, Sample, Temperature, Verdict
+from data_prep.synth.generator import (
+    Ask, GeneratedSample, Generator, GeneratorItem, NoUsableReply, SampleVerdict, Temperature)
 from data_prep.synth.problems import read_problems
 from megatron_sov.base.settings import AtLeastOne
 
@@ -35,7 +36,7 @@ class AnswersSettings:
     """Whether a reasoning model thinks first."""
 
 
-class Answers(Generator):
+class AnswerGenerator(Generator):
     """Right answers of those that were asked for."""
 
     name: ClassVar[str] = "answers"
@@ -46,11 +47,11 @@ class Answers(Generator):
     Settings = AnswersSettings
     settings: AnswersSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the problems of files of JSON lines."""
         return read_problems(inputs, needs_answer="add it: a model's answers are compared with it")
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the measurement of one problem; a draw without an answer of use is a wrong one, and not asked
         again: the share of right answers would be that of the usable ones."""
         s = self.settings
@@ -66,6 +67,6 @@ class Answers(Generator):
             if not reply.is_cut and ends_in_box(reply.text):
                 finals.append(boxes(reply.text)[0])
         num_right = sum(checked.right for checked in check(finals, wanted, choices, s.way))
-        yield Sample({"prompt": problem, "answer": wanted, "domain": item.fields["domain"],
-                      "problem_id": item.id, "num_right": num_right, "num_answers": s.num_draws},
-                     (Verdict("measured", True),), notes={"num_in_form": len(finals)})
+        yield GeneratedSample({"prompt": problem, "answer": wanted, "domain": item.fields["domain"],
+                               "problem_id": item.id, "num_right": num_right, "num_answers": s.num_draws},
+                              (SampleVerdict("measured", True),), notes={"num_in_form": len(finals)})

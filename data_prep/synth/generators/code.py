@@ -18,13 +18,15 @@ from annotated_types import Le
 
 from data_prep.json_lines import read_objects
 from data_prep.responses.trajectories import Solution, diverse
-from data_prep.synth.generator import Ask, Generator, Item, NoReply, Reply, Sample, Temperature, Verdict
+from data_prep.synth.generator import (
+    Ask, GeneratedSample, Generator, GeneratorItem, NoReply, Reply, SampleVerdict, Temperature)
 from data_prep.synth.generators.code_mutants import mutants, stubs
-from data_prep.synth.generators.code_parts import MAX_CHARS, Task, assertions, defines, reaches_out, read_task
+from data_prep.synth.generators.code_parts import (
+    MAX_CHARS, CodeTask, assertions, defines, reaches_out, read_task)
 from data_prep.synth.problems import line_files, problem_text, stated_id
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Share, at_most
-from megatron_sov.judge.rewards.code import Code, program_in
+from megatron_sov.judge.rewards.code import CodeReward, program_in
 from megatron_sov.judge.rewards.reward import Refused
 
 MOST_ENDLESS = 2
@@ -38,7 +40,7 @@ Count = Annotated[AtLeastOne, Le(100_000)]
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TestAgreement:
     """The programs and tests that agree best."""
 
     programs: tuple[int, ...]
@@ -47,7 +49,7 @@ class Agreement:
     """Numbers of these tests."""
 
 
-def passed(code: Code, program: str, tests: Sequence[str]) -> list[bool]:
+def passed(code: CodeReward, program: str, tests: Sequence[str]) -> list[bool]:
     """Return which tests a program passes; where one takes too long the others are run without it.
 
     Raises:
@@ -68,12 +70,12 @@ def passed(code: Code, program: str, tests: Sequence[str]) -> list[bool]:
     return found
 
 
-def fails(code: Code, program: str, tests: Sequence[str]) -> bool:
+def fails(code: CodeReward, program: str, tests: Sequence[str]) -> bool:
     """Return whether a program fails a test, or does not end."""
     return not all(_run(code, program, tests))
 
 
-def agreement(matrix: Sequence[Sequence[bool]]) -> Agreement:
+def agreement(matrix: Sequence[Sequence[bool]]) -> TestAgreement:
     """Return the programs and tests that agree best: of programs that pass the same tests those whose number
     times that of these tests is largest (CodeT, arXiv 2207.10397, section 3.2; of equals the earlier ones).
 
@@ -84,10 +86,10 @@ def agreement(matrix: Sequence[Sequence[bool]]) -> Agreement:
     for number, row in enumerate(matrix):
         groups[tuple(i for i, right in enumerate(row) if right)].append(number)
     tests, programs = max(groups.items(), key=lambda group: len(group[0]) * len(group[1]), default=((), []))
-    return Agreement(tuple(programs), tests)
+    return TestAgreement(tuple(programs), tests)
 
 
-def telling(code: Code, entry_point: str, tests: Sequence[str]) -> tuple[list[str], str]:
+def telling(code: CodeReward, entry_point: str, tests: Sequence[str]) -> tuple[list[str], str]:
     """Return the tests that some program fails which knows nothing of the task, and the first such program
     that passes all of these; empty: none does."""
     programs = stubs(entry_point)
@@ -98,13 +100,13 @@ def telling(code: Code, entry_point: str, tests: Sequence[str]) -> tuple[list[st
     return [tests[i] for i in kept], blind
 
 
-def killed(code: Code, program: str, tests: Sequence[str], most: int) -> tuple[int, int]:
+def killed(code: CodeReward, program: str, tests: Sequence[str], most: int) -> tuple[int, int]:
     """Return how many of a program's mutants fail the tests, and how many there are."""
     found = mutants(program, most)
     return sum(fails(code, mutant, tests) for mutant in found), len(found)
 
 
-def _timed(code: Code, program: str, test: str) -> bool | None:
+def _timed(code: CodeReward, program: str, test: str) -> bool | None:
     """Return whether a program passes a test; None: it takes too long."""
     try:
         score = code.score({"response": program, "tests": [test]})
@@ -115,7 +117,7 @@ def _timed(code: Code, program: str, test: str) -> bool | None:
     return None if score.timed_out else score.reward == 1.0
 
 
-def _run(code: Code, program: str, tests: Sequence[str]) -> list[bool]:
+def _run(code: CodeReward, program: str, tests: Sequence[str]) -> list[bool]:
     try:
         return code.passed({"response": program, "tests": list(tests)})
     except Refused:
@@ -163,7 +165,7 @@ class CodeSettings:
 
 
 @dataclass(frozen=True)
-class Program:
+class CodeProgram:
     """An answer with the program in it."""
 
     reply: Reply
@@ -174,7 +176,7 @@ class Program:
     """Name of the check that it does not pass, and why; ("", ""): it can be run."""
 
     @staticmethod
-    def of(reply: Reply, task: Task) -> Program:
+    def of(reply: Reply, task: CodeTask) -> CodeProgram:
         """Return the program of an answer."""
         source = program_in(reply.text)
         why = reaches_out(source) if len(source) <= MAX_CHARS else f"has {len(source):,} characters"
@@ -182,7 +184,7 @@ class Program:
                  ("alone", why) if why else
                  ("function", f"has no {task.entry_point}") if not defines(source, task.entry_point) else
                  ("", ""))
-        return Program(reply, source, fault)
+        return CodeProgram(reply, source, fault)
 
 
 class CodeTasks(Generator):
@@ -197,7 +199,7 @@ class CodeTasks(Generator):
     Settings = CodeSettings
     settings: CodeSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield tasks (`task`, perhaps `entry_point`) and seeds (`seed`, or another text)."""
         seen: dict[str, str] = {}
         for file in line_files(inputs):
@@ -205,10 +207,10 @@ class CodeTasks(Generator):
                 fields = _fields(record, where)
                 id_ = stated_id(record, fields["task"] or fields["seed"], where)
                 if seen.setdefault(id_, where) == where:
-                    yield Item(id_, fields, str(record.get("source") or file.stem),
-                               str(record.get("licence") or record.get("license") or ""))
+                    yield GeneratorItem(id_, fields, str(record.get("source") or file.stem),
+                                        str(record.get("licence") or record.get("license") or ""))
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the prompt with its tests, then each program's conversation."""
         s = self.settings
         drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens,
@@ -219,17 +221,19 @@ class CodeTasks(Generator):
             text = reply.text if not reply.is_cut else ""
         task = read_task(text, item.fields["entry_point"])
         if isinstance(task, str):
-            yield Sample({"prompt": text, "tests": []}, (Verdict("task", False, task),), group=item.id)
+            yield GeneratedSample({"prompt": text, "tests": []}, (SampleVerdict("task", False, task),),
+                                  group=item.id)
             return
         offered = ask("code/tests", count=s.num_test_draws, **drawn, task=task.text,
                       entry_point=task.entry_point, num_tests=s.num_tests)
         tests = list(dict.fromkeys(test for reply in offered
                                    for test in assertions(reply.text, task.entry_point)))[:s.max_tests]
-        programs = [Program.of(reply, task)
+        programs = [CodeProgram.of(reply, task)
                     for reply in ask("code/solve", count=s.num_solutions, **drawn, task=task.text)]
         yield from self._samples(item, task, tests, programs)
 
-    def _samples(self, item: Item, task: Task, tests: list[str], programs: list[Program]) -> Iterator[Sample]:
+    def _samples(self, item: GeneratorItem, task: CodeTask, tests: list[str],
+                 programs: list[CodeProgram]) -> Iterator[GeneratedSample]:
         sound = [program for program in programs if not program.fault[0]]
         known: dict[str, list[bool]] = {}
         for program in sound:
@@ -238,58 +242,62 @@ class CodeTasks(Generator):
         agreed = agreement([known.get(program.source, []) for program in sound])
         right = [sound[i] for i in agreed.programs]
         verdicts, kept, notes = self._judged(task, tests, right, [tests[i] for i in agreed.tests])
-        yield Sample({"prompt": task.text, "tests": kept, "entry_point": task.entry_point}, verdicts,
-                     group=item.id, notes={**notes, "num_solutions": len(programs), "num_right": len(right)})
+        yield GeneratedSample({"prompt": task.text, "tests": kept, "entry_point": task.entry_point}, verdicts,
+                              group=item.id, notes={**notes, "num_solutions": len(programs),
+                                                    "num_right": len(right)})
         said = {id(p): Solution(p.reply.text, p.reply.thinking) for p in right}
         apart = {id(one) for one in diverse(list(said.values()), self.settings.most,
                                             self.settings.max_similarity)}
         for program in programs:
-            yield Sample(_conversation(task, program.reply), self._of_program(
+            yield GeneratedSample(_conversation(task, program.reply), self._of_program(
                 program, verdicts, id(program) in said, id(said.get(id(program))) in apart),
                 group=item.id, kind="chat")
 
-    def _of_program(self, program: Program, verdicts: tuple[Verdict, ...], is_right: bool, is_apart: bool
-                    ) -> tuple[Verdict, ...]:
+    def _of_program(self, program: CodeProgram, verdicts: tuple[SampleVerdict, ...], is_right: bool,
+                    is_apart: bool
+                    ) -> tuple[SampleVerdict, ...]:
         """Return the verdicts of a program's conversation."""
         if program.fault[0]:
-            return (Verdict(program.fault[0], False, program.fault[1]),)
-        own = Verdict("passes", is_right, "" if is_right else "fails tests that others pass")
+            return (SampleVerdict(program.fault[0], False, program.fault[1]),)
+        own = SampleVerdict("passes", is_right, "" if is_right else "fails tests that others pass")
         if not is_right:
             return (own,)
-        return (own, *verdicts, Verdict("different", is_apart, "" if is_apart else "as another one is"))
+        return (own, *verdicts, SampleVerdict("different", is_apart, "" if is_apart else "as another one is"))
 
-    def _judged(self, task: Task, tests: Sequence[str], right: Sequence[Program], agreed: list[str]
-                ) -> tuple[tuple[Verdict, ...], list[str], dict[str, Any]]:
+    def _judged(self, task: CodeTask, tests: Sequence[str], right: Sequence[CodeProgram], agreed: list[str]
+                ) -> tuple[tuple[SampleVerdict, ...], list[str], dict[str, Any]]:
         """Return the verdicts of a task, the tests that are kept, and figures."""
         s = self.settings
         least = max(s.min_tests, s.min_agreement * len(tests))
         agree = len(right) >= s.min_solutions and len(agreed) >= least
-        verdicts = [Verdict("agreement", agree, f"{len(right)} programs pass {len(agreed)} of {len(tests)} "
-                                                "tests")]
+        verdicts = [SampleVerdict("agreement", agree,
+                                  f"{len(right)} programs pass {len(agreed)} of {len(tests)} "
+                                                      "tests")]
         notes: dict[str, Any] = {"num_tests": len(tests), "num_agreed": len(agreed)}
         if not agree:
             return tuple(verdicts), agreed, notes
         kept, blind = telling(self._code, task.entry_point, agreed)
-        verdicts += [Verdict("tests", len(kept) >= s.min_tests,
-                             f"{len(agreed) - len(kept)} of {len(agreed)} accept everything"),
-                     Verdict("stubs", not blind, f"passed by {blind.strip().splitlines()[-1].strip()}"
-                             if blind else "")]
+        verdicts += [SampleVerdict("tests", len(kept) >= s.min_tests,
+                                   f"{len(agreed) - len(kept)} of {len(agreed)} accept everything"),
+                     SampleVerdict("stubs", not blind, f"passed by {blind.strip().splitlines()[-1].strip()}"
+                                   if blind else "")]
         if all(verdict.passed for verdict in verdicts):
             num_killed, num_mutants = killed(self._code, right[0].source, kept, s.max_mutants)
             notes |= {"num_mutants": num_mutants, "num_killed": num_killed}
-            verdicts.append(Verdict("mutants", num_killed >= max(1, s.min_killed * num_mutants),
-                                    f"{num_killed} of {num_mutants} noticed"))
-            verdicts.append(Verdict("steady", all(passed(self._code, right[0].source, kept))))
+            verdicts.append(SampleVerdict("mutants", num_killed >= max(1, s.min_killed * num_mutants),
+                                          f"{num_killed} of {num_mutants} noticed"))
+            verdicts.append(SampleVerdict("steady", all(passed(self._code, right[0].source, kept))))
         return tuple(verdicts), kept, notes
 
     @cached_property
-    def _code(self) -> Code:
+    def _code(self) -> CodeReward:
         # what `reaches_out` lets through cannot sleep: what takes long by the clock waits for a processor
         time_s = self.settings.test_time_s
-        return Code(test_time_s=time_s, patience=PATIENCE, time_limit_s=max(300.0, 2 * PATIENCE * time_s))
+        return CodeReward(test_time_s=time_s, patience=PATIENCE,
+                          time_limit_s=max(300.0, 2 * PATIENCE * time_s))
 
 
-def _conversation(task: Task, reply: Reply) -> dict[str, Any]:
+def _conversation(task: CodeTask, reply: Reply) -> dict[str, Any]:
     thought = {"reasoning_content": reply.thinking} if reply.thinking else {}
     return {"messages": [{"role": "user", "content": task.text},
                          {"role": "assistant", **thought, "content": reply.text.strip()}]}

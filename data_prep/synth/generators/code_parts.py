@@ -30,7 +30,7 @@ MAX_TEST_CHARS = 2_000
 
 
 @dataclass(frozen=True)
-class Task:
+class CodeTask:
     """What is asked."""
 
     text: str
@@ -39,7 +39,7 @@ class Task:
     """Name of the function."""
 
 
-def read_task(text: str, entry_point: str = "") -> Task | str:
+def read_task(text: str, entry_point: str = "") -> CodeTask | str:
     """Return the task of a text, or why it is none.
 
     Args:
@@ -58,7 +58,7 @@ def read_task(text: str, entry_point: str = "") -> Task | str:
         if len(functions) == 1:
             if says_more_than_its_head(functions[0]):
                 return "its block holds the program as well"
-            return Task(text, functions[0].name)
+            return CodeTask(text, functions[0].name)
     return "has no block of Python with the first line of its function alone"
 
 

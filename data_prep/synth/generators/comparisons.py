@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Le
 
-from data_prep.synth.generator import Ask, Generator, Item, Sample, Verdict
+from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, SampleVerdict
 from data_prep.synth.problems import read_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne
@@ -46,7 +46,7 @@ class Comparisons(Generator):
     Settings = ComparisonsSettings
     settings: ComparisonsSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield pairs: problems in the order of hashes form a ring, and each meets those behind it.
 
         Raises:
@@ -66,9 +66,9 @@ class Comparisons(Generator):
                 fields = {"first_id": one.id, "first": one.fields["problem"],
                           "second_id": other.id, "second": other.fields["problem"]}
                 joined = hashlib.sha256(f"{one.id}\n{other.id}".encode()).hexdigest()[:16]
-                yield Item(joined, fields, one.source, one.licence)
+                yield GeneratorItem(joined, fields, one.source, one.licence)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield one pair."""
         one, other = item.fields["first"], item.fields["second"]
         ahead = ask.judge(RUBRIC, {"first problem": one, "second problem": other}, high=HIGH) - HIGH / 2
@@ -77,7 +77,8 @@ class Comparisons(Generator):
         ids = item.fields["first_id"], item.fields["second_id"]
         easier, harder = ids if lead > 0 else ids[::-1]
         record = {"prompt": f"{one}\n\n{other}", "easier": easier, "harder": harder, "lead": abs(lead)}
-        yield Sample(record, (
-            Verdict("judge: consistent", ahead * back > 0, f"{ahead:+g}, and {back:+g} in the other order"),
-            Verdict("judge: clear", abs(lead) >= MIN_LEAD, f"{lead:+g}")),
+        yield GeneratedSample(record, (
+            SampleVerdict("judge: consistent", ahead * back > 0,
+                          f"{ahead:+g}, and {back:+g} in the other order"),
+            SampleVerdict("judge: clear", abs(lead) >= MIN_LEAD, f"{lead:+g}")),
             notes={"ahead": ahead, "back": back})

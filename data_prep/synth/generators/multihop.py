@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from data_prep.synth.generator import (
-    Ask, Generator, Grade, Item, Kind, NoUsableReply, Sample, Temperature, Verdict)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoUsableReply, SampleVerdict, Temperature)
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.judging import agreed
@@ -25,7 +25,7 @@ from data_prep.synth.generators.documents.languages import ToldApart, in_languag
 from data_prep.synth.generators.documents.pieces import fenced
 from data_prep.synth.generators.documents.tagged import malformed, read_tagged
 from data_prep.synth.generators.documents.verdicts import complete, until_failed
-from data_prep.synth.generators.multihop_graph import Facts, chain_id, chains, read_facts
+from data_prep.synth.generators.multihop_graph import FactGraph, chain_id, chains, read_facts
 from data_prep.synth.generators.triples import PARTS
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, at_most
 
@@ -78,11 +78,11 @@ class Multihop(Generator):
         super().__init__(settings)
         self.kind = settings.form
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the chains of all facts; raises UserError as `read_facts` does."""
         return self.chains_of(read_facts(inputs))
 
-    def chains_of(self, facts: Facts) -> Iterator[Item]:
+    def chains_of(self, facts: FactGraph) -> Iterator[GeneratorItem]:
         """Yield the chains of facts as items."""
         settings = self.settings
         for number, chain in enumerate(chains(facts, settings.min_hops, settings.max_hops,
@@ -93,11 +93,11 @@ class Multihop(Generator):
                                for names in zip(*origins, strict=True))
             told = [vars(fact) | {"document": facts.documents[fact.document]} for fact in chain]
             language = settings.language or facts.languages[used[0]] or "en"
-            yield Item(chain_id(chain), {"facts": told, "language": language}, source, licence)
+            yield GeneratorItem(chain_id(chain), {"facts": told, "language": language}, source, licence)
             if number == settings.max_questions:
                 return
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the question of a chain."""
         settings = self.settings
         facts: list[dict[str, str]] = item.fields["facts"]
@@ -118,26 +118,27 @@ class Multihop(Generator):
         notes: dict[str, Any] = {"num_hops": len(facts)}
         verdicts = [complete(reply), *until_failed(self._checks(question, start, between, answer, documents,
                                                                 language, ask, notes))]
-        yield Sample(self._record(question, answer, documents, facts, language, notes.pop("solution", "")),
-                     tuple(verdicts), "", notes)
+        yield GeneratedSample(self._record(question, answer, documents, facts, language,
+                                           notes.pop("solution", "")),
+                              tuple(verdicts), "", notes)
 
     def _checks(self, question: str, start: str, between: Sequence[str], answer: str,
                 documents: Sequence[str], language: str, ask: Ask, notes: dict[str, Any]
-                ) -> Iterator[Verdict]:
+                ) -> Iterator[SampleVerdict]:
         least = self.settings.min_agreement
         yield in_language(question, language)
-        yield Verdict("names the start", stands_in(start, question), start)
-        yield Verdict("answer not in question", not stands_in(answer, question), answer)
+        yield SampleVerdict("names the start", stands_in(start, question), start)
+        yield SampleVerdict("answer not in question", not stands_in(answer, question), answer)
         leaked = [name for name in between if stands_in(name, question)]
-        yield Verdict("steps not in question", not leaked, ", ".join(leaked))
+        yield SampleVerdict("steps not in question", not leaked, ", ".join(leaked))
         notes["solution"] = self._solve(question, documents, language, ask)
         given = answer_in(notes["solution"])
         yield agreed(ask, "answered with all documents", question, given, answer, language, least)
         for document in documents:
             given = answer_in(self._solve(question, [document], language, ask))
             alone = agreed(ask, "alone", question, given, answer, language, least)
-            yield Verdict("no document is enough", not alone.passed,
-                          f"answered {given[:80]!r} with one alone")
+            yield SampleVerdict("no document is enough", not alone.passed,
+                                f"answered {given[:80]!r} with one alone")
         if self.settings.ask_without:
             given = answer_in(self._solve(question, [], language, ask))
             notes["known_without"] = agreed(ask, "known", question, given, answer, language, least).passed

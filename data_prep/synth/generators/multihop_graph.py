@@ -39,7 +39,7 @@ class Fact:
 
 
 @dataclass
-class Facts:
+class FactGraph:
     """All facts of a collection of documents, as a graph from subjects to objects."""
 
     documents: list[str] = field(default_factory=list)
@@ -88,13 +88,13 @@ def name_key(name: str) -> str:
     return re.sub(r"\s", "", normalized(bare if bare.strip() else name))
 
 
-def read_facts(inputs: Sequence[Path]) -> Facts:
+def read_facts(inputs: Sequence[Path]) -> FactGraph:
     """Return the facts of what `triples` kept: its output folders, or their kept.jsonl.
 
     Raises:
         UserError: a line is no document with facts, or there is none.
     """
-    facts = Facts()
+    facts = FactGraph()
     for path in inputs:
         file = path / KEPT if path.is_dir() else path
         if path.is_dir() and not file.is_file():
@@ -113,7 +113,7 @@ def read_facts(inputs: Sequence[Path]) -> Facts:
     return facts
 
 
-def chains(facts: Facts, min_hops: int, max_hops: int, max_per_start: int) -> Iterator[tuple[Fact, ...]]:
+def chains(facts: FactGraph, min_hops: int, max_hops: int, max_per_start: int) -> Iterator[tuple[Fact, ...]]:
     """Yield chains of facts, each of whose objects is the subject of the next.
 
     No two facts that follow each other are of one document; each has one object alone; no fact leads from a
@@ -133,7 +133,7 @@ def chains(facts: Facts, min_hops: int, max_hops: int, max_per_start: int) -> It
         yield from found[:max_per_start]
 
 
-def _chains_from(facts: Facts, start: str, min_hops: int, max_hops: int) -> Iterator[tuple[Fact, ...]]:
+def _chains_from(facts: FactGraph, start: str, min_hops: int, max_hops: int) -> Iterator[tuple[Fact, ...]]:
     graph = facts.graph
     stack: list[tuple[tuple[str, ...], tuple[Fact, ...]]] = [((start,), ())]
     for _ in range(MAX_STEPS):

@@ -24,12 +24,12 @@ from data_prep.curate.decontamination.step import DecontaminateSettings
 from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import (
-    Ask, Generator, Item, NoReply, NoUsableReply, Reply, Sample, Temperature, Verdict)
+    Ask, GeneratedSample, Generator, GeneratorItem, NoReply, NoUsableReply, Reply, SampleVerdict, Temperature)
 from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
-from megatron_sov.base.documents.item_search import Search
+from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, Problem, Share, at_most, rules_of
+from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, rules_of
 from megatron_sov.judge.rewards.code import program_in
 from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
@@ -67,7 +67,7 @@ class ProbesSettings:
     thinking: bool | None = None
     """Whether a reasoning model thinks first."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return rules_of(self.search_settings()) if self.benchmarks else []
 
@@ -93,7 +93,7 @@ class Probes(Generator):
         """Return the benchmarks, and the topics that are taken without input."""
         return [TOPICS, *benchmark_files(map(Path, self.settings.benchmarks))]
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield topic after topic; without input those of `taxonomies/mathematics.yaml`."""
         seen: dict[str, str] = {}
         for where, record in _topics(inputs):
@@ -108,10 +108,11 @@ class Probes(Generator):
             if seen.setdefault(id_, where) != where:
                 continue
             for number in range(1, self.settings.per_topic + 1):
-                yield Item(f"{id_}.{number}", {"domain": domain, "topic": topic.strip(), "number": number},
-                           where.rpartition(":")[0])
+                yield GeneratorItem(f"{id_}.{number}",
+                                    {"domain": domain, "topic": topic.strip(), "number": number},
+                                    where.rpartition(":")[0])
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield one problem."""
         s = self.settings
         drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens,
@@ -123,9 +124,9 @@ class Probes(Generator):
         problem, answer, why = read_problem(reply)
         record = {"prompt": problem, "answer": answer, "domain": item.fields["domain"]}
         if why:
-            yield Sample(record, (Verdict("form", False, why),))
+            yield GeneratedSample(record, (SampleVerdict("form", False, why),))
             return
-        verdicts = [Verdict("form", True), self._leaked(problem)]
+        verdicts = [SampleVerdict("form", True), self._leaked(problem)]
         notes: dict[str, Any] = {"topic": item.fields["topic"]}
         if verdicts[-1].passed:  # what is refused anyway is not paid for
             solutions = ask("solutions/solve", count=s.num_solutions, **drawn, problem=problem, choices=[],
@@ -136,33 +137,33 @@ class Probes(Generator):
             with contextlib.suppress(NoUsableReply):  # none that ends; how many must, min_programs says
                 programs = ask("probes/program", count=s.num_programs, **drawn, problem=problem)
             verdicts.append(self._computed(programs, answer, notes))
-        yield Sample(record, tuple(verdicts), notes=notes)
+        yield GeneratedSample(record, tuple(verdicts), notes=notes)
 
-    def _leaked(self, problem: str) -> Verdict:
+    def _leaked(self, problem: str) -> SampleVerdict:
         hits = find_hits(problem, self._search, 0) if self._search else []
-        return Verdict("leaked", not hits, f"{hits[0].benchmark}:{hits[0].item}" if hits else "")
+        return SampleVerdict("leaked", not hits, f"{hits[0].benchmark}:{hits[0].item}" if hits else "")
 
-    def _agreed(self, solutions: Sequence[Reply], answer: str, notes: dict[str, Any]) -> Verdict:
+    def _agreed(self, solutions: Sequence[Reply], answer: str, notes: dict[str, Any]) -> SampleVerdict:
         finals = [boxes(reply.text)[0] for reply in solutions
                   if not reply.is_cut and ends_in_box(reply.text)]
         num_right = sum(checked.right for checked in check(finals, answer))
         num_asked = self.settings.num_solutions  # one of no use does not agree
         notes |= {"num_solutions": num_asked, "num_right": num_right}
-        return Verdict("agreement", num_right >= self.settings.min_agreement * num_asked,
-                       f"{num_right} of {num_asked} solutions give the stated answer")
+        return SampleVerdict("agreement", num_right >= self.settings.min_agreement * num_asked,
+                             f"{num_right} of {num_asked} solutions give the stated answer")
 
-    def _computed(self, programs: Sequence[Reply], answer: str, notes: dict[str, Any]) -> Verdict:
+    def _computed(self, programs: Sequence[Reply], answer: str, notes: dict[str, Any]) -> SampleVerdict:
         printed = [found for reply in programs if not reply.is_cut and (found := run(program_in(reply.text)))]
         right = [checked.right for checked in check(printed, answer)]
         notes |= {"num_programs": len(printed), "num_computed": sum(right)}
         if not all(right):
-            return Verdict("program", False, f"a program prints {printed[right.index(False)][:100]}")
+            return SampleVerdict("program", False, f"a program prints {printed[right.index(False)][:100]}")
         enough = len(right) >= self.settings.min_programs
-        return Verdict("program", enough,
-                       f"{len(right)} programs of {self.settings.num_programs} end with an answer")
+        return SampleVerdict("program", enough,
+                             f"{len(right)} programs of {self.settings.num_programs} end with an answer")
 
     @cached_property
-    def _search(self) -> Search | None:
+    def _search(self) -> ItemSearch | None:
         return self.settings.search_settings().search() if self.settings.benchmarks else None
 
 

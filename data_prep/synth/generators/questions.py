@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from data_prep.synth.generator import Ask, Grade, Kind, Sample, Verdict
+from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
@@ -75,7 +75,7 @@ class Questions(OfDocuments):
         super().__init__(settings)
         self.kind = settings.form
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield each pair; of form text those that are not kept, and the document with those that are."""
         settings = self.settings
         language = settings.language or source_language
@@ -94,15 +94,17 @@ class Questions(OfDocuments):
                 kept.append(pair)
                 notes.append(seen)
             if settings.form != "text" or not is_kept:
-                yield Sample(self._record(source, pair, language), tuple(verdicts), group, seen)
+                yield GeneratedSample(self._record(source, pair, language), tuple(verdicts), group, seen)
         if settings.form == "text":
-            yield Sample({"text": with_pairs(source, kept), "language": language},
-                         (complete(reply), Verdict("number of pairs", len(kept) >= settings.min_pairs,
-                                                   f"{len(kept)} of {len(pairs)} are kept")),
-                         group, {"num_pairs": len(kept), "pairs": notes})
+            yield GeneratedSample({"text": with_pairs(source, kept), "language": language},
+                                  (complete(reply),
+                                   SampleVerdict("number of pairs", len(kept) >= settings.min_pairs,
+                                                                  f"{len(kept)} of {len(pairs)} are kept")),
+                                  group, {"num_pairs": len(kept), "pairs": notes})
 
     def _verdicts(self, pair: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
-                  language: str, source_language: str, ask: Ask) -> tuple[list[Verdict], dict[str, Any]]:
+                  language: str, source_language: str, ask: Ask) -> tuple[list[SampleVerdict],
+                                                                          dict[str, Any]]:
         """Return the verdicts of a pair, up to the first that it does not pass, and what was seen."""
         question, answer = pair["question"], pair["answer"]
         notes: dict[str, Any] = {}
@@ -111,18 +113,20 @@ class Questions(OfDocuments):
         return verdicts, notes
 
     def _checks(self, question: str, answer: str, before: Sequence[Mapping[str, str]], source: str,
-                language: str, source_language: str, ask: Ask, notes: dict[str, Any]) -> Iterator[Verdict]:
+                language: str, source_language: str, ask: Ask,
+                notes: dict[str, Any]) -> Iterator[SampleVerdict]:
         settings = self.settings
         yield in_language(f"{question}\n{answer}", language)
-        yield Verdict("question stands alone", not (pointed := _POINTS_AT_TEXT.search(question)),
-                      f"speaks of {pointed[0]!r}" if pointed else "")
-        yield Verdict("answer not in question", not stands_in(answer, question))
+        yield SampleVerdict("question stands alone", not (pointed := _POINTS_AT_TEXT.search(question)),
+                            f"speaks of {pointed[0]!r}" if pointed else "")
+        yield SampleVerdict("answer not in question", not stands_in(answer, question))
         alike = max((letters_likeness(question, other["question"]) for other in before), default=0.0)
-        yield Verdict("another question", alike <= settings.max_likeness, f"{alike:.2f} like one before")
+        yield SampleVerdict("another question", alike <= settings.max_likeness,
+                            f"{alike:.2f} like one before")
         yield from fact_verdicts(f"{question}\n{answer}", source, language, source_language)
         if not stands_in(answer, source):
             if not settings.min_support:
-                yield Verdict("answer in document", False, "does not stand there word for word")
+                yield SampleVerdict("answer in document", False, "does not stand there word for word")
             yield graded(ask, "supported", SUPPORTED, {"source": source, "question": question,
                                                        "answer": answer}, settings.min_support)
         given = self._solve(question, fenced(source), language, ask)
@@ -132,7 +136,8 @@ class Questions(OfDocuments):
             notes["known_without"] = agreed(ask, "known", question, guess, answer, language,
                                             settings.min_agreement).passed
             if settings.refuse_known:
-                yield Verdict("needs the document", not notes["known_without"], f"answered {guess[:80]!r}")
+                yield SampleVerdict("needs the document", not notes["known_without"],
+                                    f"answered {guess[:80]!r}")
 
     def _solve(self, question: str, document: str, language: str, ask: Ask) -> str:
         reply, = ask("questions/solve", temperature=0.0, document=document, question=question,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import MinLen
 
-from data_prep.synth.generator import Ask, Grade, Kind, Sample, Verdict
+from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
 from data_prep.synth.generators.documents.judging import FAITHFUL, graded
@@ -63,12 +63,12 @@ class Rewrite(OfDocuments):
     Settings: ClassVar[type[Any]] = RewriteSettings
     settings: RewriteSettings
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield a rewrite in each style."""
         for style in self.settings.styles:
             yield self._sample(source, source_language, style, group, ask)
 
-    def _sample(self, source: str, source_language: str, style: str, group: str, ask: Ask) -> Sample:
+    def _sample(self, source: str, source_language: str, style: str, group: str, ask: Ask) -> GeneratedSample:
         settings = self.settings
         language = settings.language or source_language
         record = {"style": style, "language": language}
@@ -93,15 +93,15 @@ class Rewrite(OfDocuments):
             verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": text},
                                    settings.min_faithfulness))
         notes = {"copied_share": round(copied, 4), "size_ratio": round(ratio, 4), "kept_share": kept}
-        return Sample({"text": text, **record}, tuple(verdicts), group, notes)
+        return GeneratedSample({"text": text, **record}, tuple(verdicts), group, notes)
 
 
-def dialogue(text: str) -> Verdict:
+def dialogue(text: str) -> SampleVerdict:
     """Return whether a text is a dialogue: turns of A and B, who alternate."""
     turns = [_TURN.fullmatch(line) for line in text.split("\n") if line.strip()]
     speakers = [turn[1] for turn in turns if turn]
     if len(speakers) < len(turns):
-        return Verdict("dialogue", False, "a line is no turn of A or B")
+        return SampleVerdict("dialogue", False, "a line is no turn of A or B")
     alternate = all(a != b for a, b in pairwise(speakers))
-    return Verdict("dialogue", alternate and len(speakers) >= MIN_TURNS and speakers[0] == "A",
-                   f"{len(speakers)} turns{'' if alternate else ', one speaks twice in a row'}")
+    return SampleVerdict("dialogue", alternate and len(speakers) >= MIN_TURNS and speakers[0] == "A",
+                         f"{len(speakers)} turns{'' if alternate else ', one speaks twice in a row'}")

@@ -15,7 +15,8 @@ from annotated_types import Gt, Le
 
 from data_prep.responses.trajectories import Solution, diverse
 from data_prep.synth.final_answers import Way, boxes, check, ends_in_box, groups
-from data_prep.synth.generator import Ask, Generator, Grade, Item, Reply, Sample, Temperature, Verdict
+from data_prep.synth.generator import (
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Reply, SampleVerdict, Temperature)
 from data_prep.synth.problems import read_problems
 from megatron_sov.base.settings import AtLeastOne, Share, at_most
 
@@ -65,7 +66,7 @@ class Draft:
     """As the model gave it."""
     answer: str
     """Its final answer; empty where it has none in its place."""
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[SampleVerdict, ...]
     """So far."""
 
     @staticmethod
@@ -73,14 +74,16 @@ class Draft:
         """Return a solution after the checks that need no other one."""
         found = boxes(reply.text)
         marked = ends_in_box(reply.text)
-        verdicts = (Verdict("finished", not reply.is_cut, "ended at the limit of tokens" if reply.is_cut
-                            else ""),
-                    Verdict("ending", marked, "" if marked else "does not end with its answer in a box"))
+        verdicts = (SampleVerdict("finished", not reply.is_cut, "ended at the limit of tokens" if reply.is_cut
+                                  else ""),
+                    SampleVerdict("ending", marked,
+                                  "" if marked else "does not end with its answer in a box"))
         return Draft(reply, found[0] if marked and not reply.is_cut else "", verdicts)
 
     def with_verdict(self, check_: str, passed: bool, detail: str = "") -> Draft:
         """Return it with one more verdict."""
-        return replace(self, verdicts=(*self.verdicts, Verdict(check_, passed, "" if passed else detail)))
+        return replace(self, verdicts=(*self.verdicts,
+                                       SampleVerdict(check_, passed, "" if passed else detail)))
 
     @property
     def is_good(self) -> bool:
@@ -121,12 +124,12 @@ class Solutions(Generator):
     Settings = SolutionsSettings
     settings: SolutionsSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the problems of files of JSON lines."""
         return read_problems(inputs, needs_answer="" if self.settings.vote else
                              "add it, or let solutions vote with --set vote=true")
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield each solution of a problem; a draw without an answer of use counts as a wrong one."""
         s, choices = self.settings, item.fields["choices"]
         replies = ask("solutions/solve", count=s.num_draws, temperature=s.temperature,
@@ -149,7 +152,7 @@ class Solutions(Generator):
             record = {"messages": [{"role": "user", "content": asked},
                                    {"role": "assistant", **thought, "content": draft.reply.text.strip()}],
                       "answer": wanted}
-            yield Sample(record, draft.verdicts, group=item.id, notes=notes)
+            yield GeneratedSample(record, draft.verdicts, group=item.id, notes=notes)
 
     def _vote(self, drafts: Sequence[Draft], choices: Sequence[str]
               ) -> tuple[str, dict[str, int], list[Draft]]:
@@ -164,7 +167,7 @@ class Solutions(Generator):
         return (drafts[places[found[0][0]]].answer if enough else "", {"num_votes": votes},
                 [draft.with_verdict("agreement", enough, detail) for draft in drafts])
 
-    def _judge(self, draft: Draft, item: Item, ask: Ask) -> Draft:
+    def _judge(self, draft: Draft, item: GeneratorItem, ask: Ask) -> Draft:
         if not self.settings.min_judge or not draft.is_good:
             return draft
         score = ask.judge(RUBRIC, {"problem": item.fields["problem"], "solution": draft.reply.text})

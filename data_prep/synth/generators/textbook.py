@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from data_prep.synth.generator import Ask, Grade, Kind, Sample, Verdict
+from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
 from data_prep.synth.generators.documents.answers import answer_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
@@ -63,7 +63,7 @@ class Textbook(OfDocuments):
     Settings: ClassVar[type[Any]] = TextbookSettings
     settings: TextbookSettings
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield a lesson."""
         settings = self.settings
         language = settings.language or source_language
@@ -79,8 +79,8 @@ class Textbook(OfDocuments):
         told = "\n".join([parts["title"], parts["lesson"], *(e["question"] for e in exercises)])
         copied = copied_share(parts["lesson"], source, COPIED_WORDS)
         verdicts = [complete(reply), self._sections(parts["lesson"]),
-                    Verdict("number of exercises", len(exercises) >= settings.num_exercises,
-                            f"{len(exercises)}, at least {settings.num_exercises}"),
+                    SampleVerdict("number of exercises", len(exercises) >= settings.num_exercises,
+                                  f"{len(exercises)}, at least {settings.num_exercises}"),
                     in_language(told, language),
                     *fact_verdicts(told, source, language, source_language),
                     within("copied", copied, 0, settings.max_copied_share)]
@@ -90,18 +90,18 @@ class Textbook(OfDocuments):
         if are_passed(verdicts):
             verdicts += self._solved(parts["lesson"], exercises, language, ask)
         notes = {"copied_share": round(copied, 4), "num_exercises": len(exercises)}
-        yield Sample({"text": page(parts["title"], parts["lesson"], exercises), **record}, tuple(verdicts),
-                     group, notes)
+        yield GeneratedSample({"text": page(parts["title"], parts["lesson"], exercises), **record},
+                              tuple(verdicts), group, notes)
 
-    def _sections(self, lesson: str) -> Verdict:
+    def _sections(self, lesson: str) -> SampleVerdict:
         """Return whether a lesson has its sections, each with a text of its own."""
         _, *texts = _HEADING.split(lesson)
         count = sum(len(text.strip()) >= MIN_SECTION_CHARS for text in texts)
-        return Verdict("sections", count >= self.settings.num_sections and count == len(texts),
-                       f"{count} of {len(texts)} headings have a text")
+        return SampleVerdict("sections", count >= self.settings.num_sections and count == len(texts),
+                             f"{count} of {len(texts)} headings have a text")
 
     def _solved(self, lesson: str, exercises: Sequence[Mapping[str, str]], language: str, ask: Ask
-                ) -> Iterator[Verdict]:
+                ) -> Iterator[SampleVerdict]:
         """Yield whether each exercise is solved with the lesson alone as its answer says."""
         for exercise in exercises:
             reply, = ask("textbook/solve", temperature=0.0, lesson=fenced(lesson), language=name_of(language),

@@ -19,7 +19,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from data_prep.libraries import require
-from data_prep.synth.generator import Ask, Generator, Grade, Item, Kind, Reply, Sample, Verdict
+from data_prep.synth.generator import (
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, Reply, SampleVerdict)
 from data_prep.synth.generators.documents.answers import stands_in
 from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import quotes_of
@@ -31,10 +32,11 @@ from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettin
 from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
 from data_prep.synth.generators.documents.verdicts import (
     complete, refused, unknown_language, until_failed, within)
-from megatron_sov.base.documents import Reading, list_files, read_documents
+from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import NotNegative, Problem, as_problem, below, find_broken, other_than
+from megatron_sov.base.settings import (
+    NotNegative, SettingsProblem, as_problem, below, find_broken, other_than)
 
 KEPT = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]+`"  # code
@@ -93,21 +95,21 @@ def read_glossary(file: Path) -> list[tuple[str, str]]:
 
 
 def kept_verdicts(made: str, source: str, language: str, source_language: str, keep_quotes: bool
-                  ) -> Iterator[Verdict]:
+                  ) -> Iterator[SampleVerdict]:
     """Yield whether code, addresses, placeholders, numbers and quotations came through."""
     before, after = Counter(KEPT.findall(source)), Counter(KEPT.findall(made))
-    yield Verdict("code and placeholders", before == after, _told(before - after, after - before))
+    yield SampleVerdict("code and placeholders", before == after, _told(before - after, after - before))
     if keep_quotes:
         lost = [quote for quote in quotes_of(KEPT.sub(" ", source)) if quote not in made]
-        yield Verdict("quotes", not lost, ", ".join(quote[:60] for quote in lost[:_MAX_TOLD]))
+        yield SampleVerdict("quotes", not lost, ", ".join(quote[:60] for quote in lost[:_MAX_TOLD]))
     numbers = numbers_of(KEPT.sub(" ", source), source_language)
     others = numbers_of(KEPT.sub(" ", made), language)
-    yield Verdict("numbers", numbers.stated <= others.known and others.stated <= numbers.known,
-                  _told(numbers.stated - others.known, others.stated - numbers.known))
+    yield SampleVerdict("numbers", numbers.stated <= others.known and others.stated <= numbers.known,
+                        _told(numbers.stated - others.known, others.stated - numbers.known))
 
 
 def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool, max_untranslated: float
-                        ) -> Iterator[Verdict]:
+                        ) -> Iterator[SampleVerdict]:
     """Yield whether a translation is in its language, and nothing was left as it was."""
     text, original = (KEPT.sub(" ", part) for part in (made, source))
     if keep_quotes:
@@ -119,13 +121,13 @@ def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool
     yield within("untranslated", untranslated, 0, max_untranslated)
 
 
-def glossary_verdict(made: str, source: str, glossary: Sequence[tuple[str, str]]) -> Verdict:
+def glossary_verdict(made: str, source: str, glossary: Sequence[tuple[str, str]]) -> SampleVerdict:
     """Return whether the terms that stand in a source are translated as the glossary says."""
     text = " ".join(fold(made).split())
     missed = [term for term, translation in terms_in(source, glossary)
               if " ".join(fold(translation).split()) not in text]
-    return Verdict("glossary", not missed, "translated otherwise: " + ", ".join(missed[:_MAX_TOLD])
-                   if missed else "")
+    return SampleVerdict("glossary", not missed, "translated otherwise: " + ", ".join(missed[:_MAX_TOLD])
+                         if missed else "")
 
 
 def terms_in(source: str, glossary: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -159,14 +161,14 @@ class TranslationSettings(DocumentSettings):
     min_faithfulness: Grade = 7.0
     """Of 10, from the judge, who sees both; 0: no judge."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, and what is missing."""
         said = require("min_chrf", "sacrebleu", extra="synth") if self.min_chrf else []
         return list(map(as_problem, said)) + find_broken(self, "", (
             bool(self.language), "language", "is empty", "name the language to translate into, such as ko"))
 
 
-class Translation(Generator):
+class TranslationGenerator(Generator):
     """Translates, forwards and back."""
 
     name: ClassVar[str] = "translation"
@@ -188,25 +190,25 @@ class Translation(Generator):
         """Return the glossary, where there is one."""
         return [Path(self.settings.glossary)] if self.settings.glossary else []
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield pieces of documents, or chats, or prompts; raises UserError for what is none."""
         if self.settings.form == "text":
             return document_items(inputs, self.settings)
         return self._conversations(inputs)
 
-    def _conversations(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def _conversations(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         seen: set[str] = set()
         for path in inputs:
-            for document in read_documents(list_files(path), Reading(kind=self.settings.form)):
+            for document in read_documents(list_files(path), RecordReading(kind=self.settings.form)):
                 fields = {"messages": [message.to_dict() for message in document.messages],
                           "beside": json.loads(document.extra or "{}"), "has_tools": bool(document.tools)}
                 told = json.dumps(fields, ensure_ascii=False, sort_keys=True)
                 key = sha256(told.encode()).hexdigest()[:ID_CHARS]
                 if key not in seen:
                     seen.add(key)
-                    yield Item(key, fields, path.name, self.settings.licence)
+                    yield GeneratorItem(key, fields, path.name, self.settings.licence)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the translation."""
         is_text = self.settings.form == "text"
         texts: list[str] = ([item.fields["text"]] if is_text
@@ -225,7 +227,7 @@ class Translation(Generator):
             yield refused(whole, "length", f"a message has {longest:,} bytes; see max_piece_bytes")
             return
         made: list[str] = []
-        verdicts: list[Verdict] = []
+        verdicts: list[SampleVerdict] = []
         notes: dict[str, Any] = {"source_language": source_language}
         for text in texts:
             if not text.strip():
@@ -239,7 +241,7 @@ class Translation(Generator):
             if not verdicts[-1].passed:
                 made += texts[len(made):]
                 break
-        yield Sample(self._record(item, made), tuple(verdicts), "", notes)
+        yield GeneratedSample(self._record(item, made), tuple(verdicts), "", notes)
 
     def _forward(self, text: str, source_language: str, ask: Ask) -> Reply:
         settings = self.settings
@@ -250,11 +252,11 @@ class Translation(Generator):
         return reply
 
     def _checks(self, made: str, source: str, source_language: str, reply: Reply, has_form: bool, ask: Ask,
-                notes: dict[str, Any]) -> Iterator[Verdict]:
+                notes: dict[str, Any]) -> Iterator[SampleVerdict]:
         settings = self.settings
         language = settings.language
         yield complete(reply)
-        yield Verdict("form", has_form, "" if has_form else "has not the form that was asked for")
+        yield SampleVerdict("form", has_form, "" if has_form else "has not the form that was asked for")
         yield from kept_verdicts(made, source, language, source_language, settings.keep_quotes)
         yield from translated_verdicts(made, source, language, settings.keep_quotes,
                                        MAX_UNTRANSLATED_SHARE)
@@ -267,13 +269,13 @@ class Translation(Generator):
             found = read_tagged(back.text, "translation")
             agreement = chrf(found["translation"], source) if found else 0.0
             notes["chrf"] = round(min(agreement, notes.get("chrf", 100.0)), 2)
-            yield Verdict("back translation", agreement >= settings.min_chrf,
-                          f"chrF {agreement:.1f}, at least {settings.min_chrf:g}")
+            yield SampleVerdict("back translation", agreement >= settings.min_chrf,
+                                f"chrF {agreement:.1f}, at least {settings.min_chrf:g}")
         if settings.min_faithfulness:
             yield graded(ask, "translated", TRANSLATED, {"source": source, "translation": made},
                          settings.min_faithfulness)
 
-    def _record(self, item: Item, made: Sequence[str]) -> dict[str, Any]:
+    def _record(self, item: GeneratorItem, made: Sequence[str]) -> dict[str, Any]:
         language = {"language": self.settings.language}
         if self.settings.form == "text":
             return {"text": made[0], **language}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Item, Kind, Sample, Verdict
+from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict
 from data_prep.synth.generators.documents.answers import answer_in, stands_in
 from data_prep.synth.generators.documents.customs import customs_of, name_of
 from data_prep.synth.generators.documents.languages import language_of
@@ -44,11 +44,11 @@ class Triples(Generator):
     Settings: ClassVar[type[Any]] = TripleSettings
     settings: TripleSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the pieces of the documents; raises UserError as `document_items` does."""
         return document_items(inputs, self.settings)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the facts that do not hold, and the document with those that do."""
         settings = self.settings
         source: str = item.fields["text"]
@@ -68,28 +68,29 @@ class Triples(Generator):
             if are_passed(verdicts):
                 kept.append(triple)
             else:
-                yield Sample({"text": told(triple)}, tuple(verdicts), item.id)
-        yield Sample({"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
-                      "language": language},
-                     (complete(reply),
-                      Verdict("number of facts", bool(kept), f"{len(kept)} of {len(triples)} are kept")),
-                     item.id, {"num_facts": len(kept)})
+                yield GeneratedSample({"text": told(triple)}, tuple(verdicts), item.id)
+        yield GeneratedSample({"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
+                               "language": language},
+                              (complete(reply),
+                               SampleVerdict("number of facts", bool(kept),
+                                             f"{len(kept)} of {len(triples)} are kept")),
+                              item.id, {"num_facts": len(kept)})
 
     def _checks(self, triple: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
-                language: str, ask: Ask) -> Iterator[Verdict]:
+                language: str, ask: Ask) -> Iterator[SampleVerdict]:
         subject, thing, sentence = triple["subject"], triple["object"], triple["sentence"]
         names = (subject, triple["relation"], thing)
-        yield Verdict("names", all(len(name) <= MAX_NAME_CHARS and "\n" not in name for name in names)
-                      and len({normalized(subject), normalized(thing), normalized(sentence)}) == 3
-                      and not {normalized(subject), normalized(thing)} & customs_of(language).pronouns,
-                      "one is a pronoun or a clause, or both are the same")
-        yield Verdict("sentence in document", stands_in(sentence, source))
-        yield Verdict("names in sentence", stands_in(subject, sentence) and stands_in(thing, sentence))
-        yield Verdict("another fact", told(triple) not in map(told, before))
+        yield SampleVerdict("names", all(len(name) <= MAX_NAME_CHARS and "\n" not in name for name in names)
+                            and len({normalized(subject), normalized(thing), normalized(sentence)}) == 3
+                            and not {normalized(subject), normalized(thing)} & customs_of(language).pronouns,
+                            "one is a pronoun or a clause, or both are the same")
+        yield SampleVerdict("sentence in document", stands_in(sentence, source))
+        yield SampleVerdict("names in sentence", stands_in(subject, sentence) and stands_in(thing, sentence))
+        yield SampleVerdict("another fact", told(triple) not in map(told, before))
         if self.settings.verify:
             material = fenced(f"Sentence: {sentence}\nFact: {told(triple)}")
             reply, = ask("triples/verify", role="judge", temperature=0.0, material=material)
-            yield Verdict("judge: stated", normalized(answer_in(reply.text)) == "yes", reply.text[:80])
+            yield SampleVerdict("judge: stated", normalized(answer_in(reply.text)) == "yes", reply.text[:80])
 
 
 def told(triple: Mapping[str, str]) -> str:

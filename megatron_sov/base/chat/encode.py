@@ -59,7 +59,7 @@ class EncodedChat:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _ChatPart:
     """Ordinary text, or one special token."""
 
     text: str
@@ -88,7 +88,7 @@ class _Joined(BadRecord):
     """A response that other ids begin when it is asked again than when it is written."""
 
 
-Run = list[_Part]
+Run = list[_ChatPart]
 """Texts that are encoded as one, or one special token."""
 
 
@@ -250,9 +250,10 @@ class ChatEncoder:
                       if p.special is not None and p.kinds[0] != KIND_NONE}
         return tuple(found)
 
-    def _parts(self, segments: Segments, chat: Conversation, wanted: set[int]) -> tuple[list[_Part], bool]:
+    def _parts(self, segments: Segments, chat: Conversation, wanted: set[int]) -> tuple[list[_ChatPart],
+                                                                                        bool]:
         """Return a chat as texts and special tokens, and whether it ends in an open response."""
-        parts: list[_Part] = []
+        parts: list[_ChatPart] = []
         learned = [s.message in wanted for s in segments]
         last, is_open = len(segments) - 1, False
         last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
@@ -265,8 +266,8 @@ class ChatEncoder:
             if segment.is_turn:
                 split, place = self._split_at_special(segment.text), 0
                 for n, (text, special) in enumerate(split):
-                    parts.append(_Part(text, special, kinds[place:place + len(text)], n == 0,
-                                       n == 0 and later and special is None))
+                    parts.append(_ChatPart(text, special, kinds[place:place + len(text)], n == 0,
+                                           n == 0 and later and special is None))
                     place += len(text)
                 is_open = split[-1][1] is None
                 continue
@@ -274,8 +275,8 @@ class ChatEncoder:
                 place = 0
                 for n, (text, special) in enumerate(self._pieces(segment.text)):
                     first = begins and n == 0
-                    parts.append(_Part(text, special, kinds[place:place + len(text)], first,
-                                       first and later and special is None))
+                    parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
+                                           first and later and special is None))
                     place += len(text)
                 is_open = learned[i]
                 continue
@@ -284,7 +285,7 @@ class ChatEncoder:
             ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
             end = _end_of_turn(split, i == last) if ends_here else 0
             ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
-            parts += [_Part(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
+            parts += [_ChatPart(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
         return parts, is_open
@@ -348,7 +349,7 @@ def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> in
     return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
 
 
-def _runs(parts: list[_Part]) -> Iterator[Run]:
+def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
     """Yield texts that stand together, up to where a response begins, and special tokens one by one."""
     run: Run = []
     for part in parts:

@@ -13,7 +13,7 @@ from types import FrameType
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-class TooLong(Exception):
+class TemplateTooLong(Exception):
     """The code took more CPU time than it is given."""
 
 
@@ -52,4 +52,4 @@ def _address_space_bytes() -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise TooLong
+    raise TemplateTooLong

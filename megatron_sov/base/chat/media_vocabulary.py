@@ -19,7 +19,7 @@ AUDIO, IMAGE, VIDEO = "audio", "image", "video"
 
 
 @dataclass(frozen=True)
-class Block:
+class VocabularyBlock:
     """The ids of one codebook."""
 
     kind: str
@@ -35,19 +35,19 @@ class Block:
         return self.first + self.size
 
 
-def described(blocks: Iterable[Block]) -> dict[str, dict[str, int]]:
+def described(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, int]]:
     """Return what a tokenizer's manifest says of its blocks."""
     return {block.kind: {"first": block.first, "size": block.size} for block in blocks}
 
 
-def read_blocks(record: Any, where: str) -> dict[str, Block]:
+def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
     """Return kind -> block, as `described` wrote them; nothing where there is no record.
 
     Raises:
         UserError: it is no such record; `where` names it.
     """
     try:
-        return {kind: Block(kind, int(record[kind]["first"]), int(record[kind]["size"]))
+        return {kind: VocabularyBlock(kind, int(record[kind]["first"]), int(record[kind]["size"]))
                 for kind in (AUDIO, IMAGE) if kind in (record or {})}
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{where}: {MEDIA} = {str(record)[:200]} cannot be read ({e}); make the tokenizer "

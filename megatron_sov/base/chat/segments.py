@@ -31,7 +31,7 @@ the memory."""
 
 
 @dataclass(frozen=True)
-class Segment:
+class ChatSegment:
     """A part of a rendered conversation."""
 
     text: str
@@ -43,7 +43,7 @@ class Segment:
     message's is its content, in which they are text."""
 
 
-Segments = list[Segment]
+Segments = list[ChatSegment]
 
 
 def around_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
@@ -72,7 +72,7 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
         raise BadRecord("template", f"is not shown by the chat template of {template.where} with each "
                                     f"message once and in order (roles: {roles}); "
                                     "change the chat or the template")
-    segments = [Segment(messages[int(part)].content if i % 2 else part, int(part) if i % 2 else None)
+    segments = [ChatSegment(messages[int(part)].content if i % 2 else part, int(part) if i % 2 else None)
                 for i, part in enumerate(parts) if i % 2 or part]
     shown = template.render(conversation, awaits_response)
     start = 0
@@ -90,7 +90,7 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
 
 
 def _with_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
-                   learned: Collection[int]) -> Iterator[Segment]:
+                   learned: Collection[int]) -> Iterator[ChatSegment]:
     """Yield segments, with what stands between the text that asks for a learned turn and its content as the
     turn's own."""
     beside = json.dumps([conversation.tools, dict(conversation.template_kwargs)], sort_keys=True)
@@ -100,8 +100,8 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
             ask: Callable[..., str] = _asked_with if len(beside) < SHORT_BESIDE else _asked_with.__wrapped__
             asked = ask(template, roles[:following.message], beside)
             if asked and segment.text.startswith(asked) and segment.text != asked:
-                yield Segment(asked, None)
-                yield Segment(segment.text[len(asked):], following.message, is_turn=True)
+                yield ChatSegment(asked, None)
+                yield ChatSegment(segment.text[len(asked):], following.message, is_turn=True)
                 continue
         yield segment
 
@@ -145,9 +145,9 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     for i in sorted(learned):
         first, end = spans[i]
         _refuse_dropped(template, conversation.messages[i], i, text[first:end])
-        segments += [Segment(text[start:first], None), Segment(text[first:end], i, is_turn=True)]
+        segments += [ChatSegment(text[start:first], None), ChatSegment(text[first:end], i, is_turn=True)]
         start = end
-    segments = [s for s in (*segments, Segment(text[start:], None)) if s.text]
+    segments = [s for s in (*segments, ChatSegment(text[start:], None)) if s.text]
     if "".join(s.text for s in segments) != text:
         raise BadRecord("template", f"is shown by the chat template of {template.where} with learned turns "
                                     "that overlap; give each turn a chat of its own")

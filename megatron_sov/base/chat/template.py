@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-from megatron_sov.base.chat.limits import TooLong, bounded
+from megatron_sov.base.chat.limits import TemplateTooLong, bounded
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
 
@@ -137,7 +137,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, TooLong):
+    if isinstance(error, TemplateTooLong):
         return f"it took more than {CPU_S:g} s"
     if isinstance(error, MemoryError):
         return f"it asked for more than {MEMORY_BYTES >> 20} MiB"

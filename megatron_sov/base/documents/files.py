@@ -63,7 +63,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSpan:
     """A part of a file that holds whole documents."""
 
     file: Path
@@ -276,13 +276,13 @@ def _of_a_dataset(kept: list[str]) -> Iterator[str]:
                "the others out")
 
 
-def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[tuple[Span, ...]]:
+def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[tuple[FileSpan, ...]]:
     """Yield units of work of about `unit_bytes` on the disk: several small files, or a part of a large one.
 
     A compressed file, a list in JSON and an Arrow file are one span whatever their size, since they can only
     be read from their start.
     """
-    group: list[Span] = []
+    group: list[FileSpan] = []
     size_bytes = 0
     for file in files:
         for span in spans_of(file, unit_bytes):
@@ -295,7 +295,7 @@ def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[
         yield tuple(group)
 
 
-def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> Iterator[Span]:
+def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> Iterator[FileSpan]:
     """Yield the spans of one file, of about `span_bytes` each; joined they are the file.
 
     Args:
@@ -308,8 +308,8 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
     """
     try:
         size_bytes = file.stat().st_size
-        whole = Span(file, 0, size_bytes,
-                     max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
+        whole = FileSpan(file, 0, size_bytes,
+                         max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
         suffix = read_as or whole.suffix
         if suffix == PARQUET_SUFFIX:
             yield from _row_groups(whole, span_bytes)
@@ -319,13 +319,13 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
         else:
             starts = list(_starts(whole, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
-                yield Span(file, start, stop, whole.document_bytes, stop - start)
+                yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
                         "check the path and its permissions") from e
 
 
-def _starts(whole: Span, span_bytes: int, suffix: str) -> Iterator[int]:
+def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
     """Yield where spans of a large file begin: at a line of JSONL, behind a blank line of text."""
     start = 0
     with open(whole.file, "rb") as f:
@@ -343,7 +343,7 @@ def _starts(whole: Span, span_bytes: int, suffix: str) -> Iterator[int]:
                 return
 
 
-def _row_groups(whole: Span, span_bytes: int) -> Iterator[Span]:
+def _row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
     """Yield runs of row groups; a file that is no Parquet is one span, and found out where it is read."""
     try:
         metadata = open_parquet(whole.file).metadata
@@ -354,7 +354,7 @@ def _row_groups(whole: Span, span_bytes: int) -> Iterator[Span]:
     for i in range(metadata.num_row_groups):
         size_bytes += metadata.row_group(i).total_byte_size
         if size_bytes >= span_bytes or i == metadata.num_row_groups - 1:
-            yield Span(whole.file, first, i + 1, whole.document_bytes, size_bytes)
+            yield FileSpan(whole.file, first, i + 1, whole.document_bytes, size_bytes)
             first, size_bytes = i + 1, 0
 
 

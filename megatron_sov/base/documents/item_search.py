@@ -22,7 +22,7 @@ _MIN_BITS, _MAX_BITS = 12, 30
 
 
 @dataclass(frozen=True)
-class Item:
+class SearchItem:
     """One text of a benchmark."""
 
     benchmark: str
@@ -35,7 +35,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundItem:
     """An item, and where a text has it."""
 
     item: int
@@ -46,10 +46,10 @@ class Found:
     """The unit behind it."""
 
 
-class Search:
+class ItemSearch:
     """Looks for items."""
 
-    def __init__(self, items: Sequence[Item], ngram: int, min_words: int) -> None:
+    def __init__(self, items: Sequence[SearchItem], ngram: int, min_words: int) -> None:
         """Prepare.
 
         Args:
@@ -84,7 +84,7 @@ class Search:
         elif number not in self.too_short:
             self.too_short.append(number)
 
-    def find(self, units: Units) -> list[Found]:
+    def find(self, units: Units) -> list[FoundItem]:
         """Return what a text has, by item and place; stretches of an item that touch are one."""
         found: dict[int, list[tuple[int, int]]] = defaultdict(list)
         ends = units.run_ends(self.ngram)
@@ -103,7 +103,7 @@ class Search:
                     if end <= len(units.hashes) and whole == int(stretch_hashes(
                             units.hashes[begin:end], np.array([0]), np.array([count]))[0]):
                         found[item].append((begin, end))
-        return [Found(item, *stretch) for item in sorted(found) for stretch in found[item]]
+        return [FoundItem(item, *stretch) for item in sorted(found) for stretch in found[item]]
 
 
 class _Keys:

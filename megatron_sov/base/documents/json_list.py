@@ -21,7 +21,7 @@ def json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
         read: returns at most so many bytes of the file; none at its end.
         limit_bytes: of an item.
     """
-    window = _Window(read, limit_bytes)
+    window = _ByteWindow(read, limit_bytes)
     try:
         if window.sign() != "[":
             raise BadRecord("json", "is no list in JSON; pass a list of records, or JSON Lines")
@@ -42,7 +42,7 @@ def json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
         yield e
 
 
-class _Window:
+class _ByteWindow:
     """What is read of the file, and where in it one is."""
 
     def __init__(self, read: Callable[[int], bytes], limit_bytes: int) -> None:

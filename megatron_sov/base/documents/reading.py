@@ -13,13 +13,13 @@ from typing import IO, Any, cast
 from megatron_sov.base.documents.cutting import cut_at_blank_lines
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
-    TEXT_SUFFIXES, WHOLE_FILE_BYTES, Span, arrow_batches, is_records, list_files, open_bytes, open_parquet,
-    spans_of)
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, is_records, list_files, open_bytes,
+    open_parquet, spans_of)
 from megatron_sov.base.documents.json_list import json_items
 from megatron_sov.base.documents.layouts import FOREIGN
 from megatron_sov.base.documents.messages import without_nulls
 from megatron_sov.base.documents.records import (
-    DIALOGUE, NUM_PROMPT, BadRecord, Document, Parse, Reading, columns_problem, decode, parse_line,
+    DIALOGUE, NUM_PROMPT, BadRecord, Document, Parse, RecordReading, columns_problem, decode, parse_line,
     parse_object, parse_record, too_long)
 from megatron_sov.base.errors import UserError, first_line
 
@@ -36,13 +36,13 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 """Endings of tables in plain text -> what stands between two columns."""
 
 
-def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Iterator[Document]:
+def read_documents(files: Iterable[Path], reading: RecordReading | None = None) -> Iterator[Document]:
     """Yield the non-empty documents of files, in order.
 
     Raises:
         UserError: a file cannot be read, is not UTF-8, or has a malformed record (named by line or row).
     """
-    reading = reading or Reading()
+    reading = reading or RecordReading()
     for file in files:
         line = 0
         for span in spans_of(file):
@@ -70,7 +70,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         before = 0
         for span in spans_of(file):
-            counted = CountedSpan(span, Reading("prompt"), _fields)
+            counted = CountedSpan(span, RecordReading("prompt"), _fields)
             for item in counted:
                 if isinstance(item, BadRecord):
                     raise UserError(f"{place(file, item, before)}: {item.reason}")
@@ -79,7 +79,8 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             before += counted.num_lines
 
 
-def _fields(record: dict[str, Any], where: str, number: int, reading: Reading) -> tuple[int, dict[str, Any]]:
+def _fields(record: dict[str, Any], where: str, number: int, reading: RecordReading) -> tuple[int,
+                                                                                              dict[str, Any]]:
     return number, {name: without_nulls(value) if name in DIALOGUE else value
                     for name, value in record.items()}
 
@@ -89,7 +90,7 @@ def place(file: Path, item: BadRecord, lines_before: int) -> str:
     return f"{file}:{lines_before + item.line}" if item.line else str(file)
 
 
-def read_span(span: Span, reading: Reading) -> Iterator[Document | BadRecord]:
+def read_span(span: FileSpan, reading: RecordReading) -> Iterator[Document | BadRecord]:
     """Yield the documents and the bad records of a span, in order; lines count from 1 at its start."""
     return iter(CountedSpan(span, reading))
 
@@ -98,7 +99,7 @@ class CountedSpan:
     """The documents and bad records of a span; when all are read, `num_lines` is the number of
     its lines or rows."""
 
-    def __init__(self, span: Span, reading: Reading, parse: Parse = parse_record) -> None:
+    def __init__(self, span: FileSpan, reading: RecordReading, parse: Parse = parse_record) -> None:
         self.span, self.reading, self.parse = span, reading, parse
         self.num_lines = 0
 
@@ -228,7 +229,7 @@ def _placed(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
     return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
 
 
-def _open(span: Span) -> IO[bytes]:
+def _open(span: FileSpan) -> IO[bytes]:
     f = open_bytes(span.file, span.compression)
     if not span.compression:
         f.seek(span.start)
@@ -269,7 +270,7 @@ def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def _columns(names: list[str], reading: Reading) -> list[str]:
+def _columns(names: list[str], reading: RecordReading) -> list[str]:
     """Return the columns to read: all of a prompt's, which travel on, else those of the kind.
 
     Raises:

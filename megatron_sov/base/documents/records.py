@@ -32,7 +32,7 @@ NUM_PROMPT = "num_prompt_messages"
 
 
 @dataclass(frozen=True)
-class Reading:
+class RecordReading:
     """What records are expected to hold."""
 
     kind: str | None = None
@@ -52,7 +52,7 @@ class Reading:
     banks."""
 
 
-Parse = Callable[[dict[str, Any], str, int, Reading], Any]
+Parse = Callable[[dict[str, Any], str, int, RecordReading], Any]
 """What makes something of a record: record, place, line or row, how it is read."""
 
 
@@ -88,7 +88,7 @@ class Document:
     bucket: str = ""
     """The bucket that it belongs to; "": there are none."""
     tags: tuple[str, ...] = ()
-    """The value of each of `Reading.tags`; "" where the record has none."""
+    """The value of each of `RecordReading.tags`; "" where the record has none."""
     media: Mapping[str, tuple[tuple[int, int], ...]] | None = None
     """Bank -> row and used slots of each of its records that features are made of; None: its texts hold no
     tokens of media."""
@@ -135,7 +135,7 @@ def decode(raw: bytes, start_bytes: int = 0) -> str:
                                 "convert it, e.g. iconv -f CP949 -t UTF-8") from None
 
 
-def parse_line(line: bytes, where: str, number: int, reading: Reading, parse: Parse) -> Any:
+def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: Parse) -> Any:
     """Return what `parse` makes of one JSONL line.
 
     Raises:
@@ -148,7 +148,7 @@ def parse_line(line: bytes, where: str, number: int, reading: Reading, parse: Pa
     return parse_object(record, where, number, reading, parse)
 
 
-def parse_object(record: Any, where: str, number: int, reading: Reading, parse: Parse) -> Any:
+def parse_object(record: Any, where: str, number: int, reading: RecordReading, parse: Parse) -> Any:
     """Return what `parse` makes of a decoded JSON value.
 
     Raises:
@@ -160,7 +160,7 @@ def parse_object(record: Any, where: str, number: int, reading: Reading, parse: 
     return parse(record, where, number, reading)
 
 
-def parse_record(record: dict[str, Any], where: str, number: int, reading: Reading) -> Document:
+def parse_record(record: dict[str, Any], where: str, number: int, reading: RecordReading) -> Document:
     """Return the document of one record.
 
     Raises:
@@ -208,7 +208,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     return document
 
 
-def _kind(record: dict[str, Any], reading: Reading) -> str:
+def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     """Return the kind to read a record as; with an expected kind, a record of another one is
     refused by its name."""
     present = {"preference": "chosen" in record and "rejected" in record,
@@ -246,7 +246,7 @@ _VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "histo
 """Values that stand for those of a table's columns, others being text."""
 
 
-def columns_problem(names: Iterable[str], reading: Reading) -> BadRecord | None:
+def columns_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:
     """Return what is wrong with a table that has these columns; None: its rows may be read."""
     try:
         _kind(own_fields({name: _VALUES.get(name, "") for name in names}, None), reading)
@@ -362,7 +362,7 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     return {"messages": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def check_texts(texts: tuple[str, ...], reading: Reading) -> None:
+def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
     """Raise `BadRecord` where a document's texts are too long, no text, or none at all."""
     size_bytes = 0
     for text in texts:
@@ -381,7 +381,7 @@ def _size_bytes(text: str) -> int:
                                 "which is no character; remove it") from None
 
 
-def too_long(reading: Reading) -> BadRecord:
+def too_long(reading: RecordReading) -> BadRecord:
     """Return the refusal of a document above the limit."""
     return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; "
                                  "cut it, or raise the limit")

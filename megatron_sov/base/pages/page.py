@@ -100,14 +100,14 @@ def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArr
 # What a page holds: chapters of sections of text, charts and tables.
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table; cells are text and are escaped, unless they are `Markup`."""
 
     head: list[str]
     rows: list[list[str]]
 
 
-def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[Table]:
+def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
     """Return the table of some things, a row for each; of nothing there is none.
 
     Args:
@@ -115,7 +115,7 @@ def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -
         columns: heading -> what gives the cell of one thing.
     """
     rows = [[cell(thing) for cell in columns.values()] for thing in things]
-    return [Table(list(columns), rows)] if rows else []
+    return [PageTable(list(columns), rows)] if rows else []
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ class Exhibit:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """One part of a chapter."""
 
     title: str
     text: str = ""
     charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
     """(who, what was said), in order."""
@@ -177,7 +177,7 @@ class Panel:
     """Width on a wide screen, of twelve columns."""
     facts: list[tuple[str, str]] = field(default_factory=list)
     """(label, value)."""
-    tables: list[Table] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
 
@@ -191,12 +191,12 @@ class Chapter:
     """Stands behind the name in small type; may be empty."""
     figures: list[tuple[str, str, str]]
     """(label, value, detail) of what a reader asks first."""
-    sections: list[Section]
+    sections: list[PageSection]
     """In reading order; none: the chapter says that there is nothing yet."""
 
 
 def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
-           opening: Sequence[Panel] = (), overview: tuple[str, Table] | None = None,
+           opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
            anchor: str = "part", nothing: str = "There is nothing to show.",
            now_s: float | None = None) -> str:
     """Return the HTML of a page.

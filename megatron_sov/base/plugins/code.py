@@ -10,7 +10,7 @@ Kind = Literal["recipe", "model family", "objective", "data step", "reward",
 
 
 @dataclass(frozen=True)
-class Code:
+class PluginCode:
     """One piece of code that is not built in, noted by the command that loads it; in a file it is a record,
     and loads nothing."""
 

@@ -20,7 +20,7 @@ from megatron_sov.version import OUR_PACKAGES
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedPlugin:
     """Something that stands in a user's file or module."""
 
     value: Any
@@ -40,7 +40,7 @@ def is_reference(text: str) -> bool:
     return ":" in text or "/" in text or text.endswith(".py")
 
 
-def load(reference: str) -> Loaded:
+def load(reference: str) -> LoadedPlugin:
     """Run the file or module of a reference and return what the reference names.
 
     It runs code: pass only what a person wrote on this command's line, or what code that they named says.
@@ -55,14 +55,15 @@ def load(reference: str) -> Loaded:
     if place.endswith(".py") or "/" in place:
         path = Path(os.path.abspath(place))
         module, digest = _run(path)
-        found = Loaded(None, name, f"{path}:{name}", {path.name: digest, **_beside(path), **_read_by(path)})
+        found = LoadedPlugin(None, name, f"{path}:{name}",
+                             {path.name: digest, **_beside(path), **_read_by(path)})
     else:
         module = _imported(place)
-        found = Loaded(None, name, reference, files_of(module))
+        found = LoadedPlugin(None, name, reference, files_of(module))
     if not hasattr(module, name):
         known = [n for n in vars(module) if not n.startswith("_")]
         raise UserError(f"{reference}: {place} has no {name!r}{nearest(name, known)}")
-    return Loaded(getattr(module, name), name, found.reference, found.files)
+    return LoadedPlugin(getattr(module, name), name, found.reference, found.files)
 
 
 def calling(reference: str, action: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ BuiltIn = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Order:
+class PluginOrder:
     """Something that was asked for."""
 
     name: str
@@ -31,7 +31,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltPlugin:
     """What an order stands for."""
 
     value: Any
@@ -42,7 +42,8 @@ class Built:
     """Hashes of its files; None: it is built in."""
 
 
-def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn, own: Registry[type[Any]]) -> Order:
+def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
+            own: Registry[type[Any]]) -> PluginOrder:
     """Return the order for what a person named, built in or FILE.py:NAME.
 
     Raises:
@@ -50,17 +51,17 @@ def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn, own: Regi
     """
     if name in built_in:
         own.refuse_namesakes(name)
-        return Order(name, settings)
+        return PluginOrder(name, settings)
     if is_reference(name):
         known_as = own.load(name)
         code = own.code(known_as)
         assert code is not None, f"{name} was loaded and has no record"
-        return Order(known_as, settings, code.reference, code.files)
+        return PluginOrder(known_as, settings, code.reference, code.files)
     own.get(name)
-    return Order(name, settings)
+    return PluginOrder(name, settings)
 
 
-def build(asked: Order, built_in: BuiltIn, own: Registry[type[Any]]) -> Built:
+def build(asked: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
     """Return what an order stands for.
 
     Raises:
@@ -75,10 +76,10 @@ def build(asked: Order, built_in: BuiltIn, own: Registry[type[Any]]) -> Built:
         problems = rules_of(value)
     if problems:
         raise SettingsError(what, problems)
-    return Built(value, settings, files)
+    return BuiltPlugin(value, settings, files)
 
 
-def _class(asked: Order, built_in: BuiltIn, own: Registry[type[Any]],
+def _class(asked: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]],
            ) -> tuple[type[Any], Mapping[str, str] | None]:
     """Return a class, and the hashes of its files where it is not built in."""
     if asked.name in built_in:

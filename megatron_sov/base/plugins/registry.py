@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.plugins.code import Code, Kind
+from megatron_sov.base.plugins.code import Kind, PluginCode
 from megatron_sov.base.plugins.entry_points import Declared, declared
-from megatron_sov.base.plugins.loading import Loaded, is_reference, load
+from megatron_sov.base.plugins.loading import LoadedPlugin, is_reference, load
 
 T = TypeVar("T")
 ABSENT = {"model family": ("is not supported", "families")}
@@ -23,7 +23,7 @@ class _Known(Generic[T]):
     """Something that has been loaded and checked."""
 
     value: T
-    code: Code
+    code: PluginCode
 
 
 class Registry(Generic[T]):
@@ -33,8 +33,8 @@ class Registry(Generic[T]):
     and is for what configs and checkpoints say.
     """
 
-    def __init__(self, kind: Kind, group: str, built_in: Collection[str], check: Callable[[Loaded], None],
-                 own_name: Callable[[Any], str] | None = None) -> None:
+    def __init__(self, kind: Kind, group: str, built_in: Collection[str],
+                 check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None) -> None:
         """Nothing is looked for yet.
 
         Args:
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
         """
         return self.add(load(reference))
 
-    def add(self, loaded: Loaded) -> str:
+    def add(self, loaded: LoadedPlugin) -> str:
         """Take in what was loaded; returns its name.
 
         Raises:
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
         self._keep(name, loaded)
         return name
 
-    def get(self, name: str, recorded: Sequence[Code] = ()) -> T:
+    def get(self, name: str, recorded: Sequence[PluginCode] = ()) -> T:
         """Return what has a name: named by a person before, or declared by an installed package.
 
         Args:
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
                             f"that name; name {namesake.reference} for that one, uninstall the package for "
                             "the built-in one")
 
-    def code(self, name: str) -> Code | None:
+    def code(self, name: str) -> PluginCode | None:
         """Return the record of something that `load` or `get` has found; None for what is built in."""
         return self._known[name].code if name in self._known else None
 
@@ -135,11 +135,11 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {entry.name!r} of package {entry.package}: {e}") from None
         self._keep(entry.name, loaded, entry.package)
 
-    def _keep(self, name: str, loaded: Loaded, package: str = "") -> None:
-        code = Code(self.kind, name, loaded.reference, package, loaded.files)
+    def _keep(self, name: str, loaded: LoadedPlugin, package: str = "") -> None:
+        code = PluginCode(self.kind, name, loaded.reference, package, loaded.files)
         self._known[name] = _Known(cast(T, loaded.value), code)
 
-    def _unknown(self, name: str, recorded: Sequence[Code]) -> str:
+    def _unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
         if is_reference(name):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")

@@ -5,9 +5,9 @@ from megatron_sov.base.settings.changes import assign_all, change, parse_changes
 from megatron_sov.base.settings.options import (
     NO_FLAG, Actions, Flag, add_actions, add_options, num_cores, options_of, read_options, run_action)
 from megatron_sov.base.settings.problem import (
-    ONCE, RISING, AboveZero, AtLeastOne, Bound, Breach, Code, Finite, Fraction, NotBlank, NotNegative,
-    NotNegativeInt, Problem, Relation, SettingsError, Share, as_problem, at_most, below, find_broken,
-    multiple_of, name_options, not_with, one_of, only_with, other_than)
+    ONCE, RISING, AboveZero, AtLeastOne, Bound, Breach, Finite, Fraction, NotBlank, NotNegative,
+    NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, as_problem, at_most, below,
+    find_broken, multiple_of, name_options, not_with, one_of, only_with, other_than)
 from megatron_sov.base.settings.reading import (
     check, find_problems, place_of, plain, problems_of, read, read_arguments, rules_of)
 from megatron_sov.base.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
@@ -21,7 +21,6 @@ __all__ = [
     "AtLeastOne",
     "Bound",
     "Breach",
-    "Code",
     "Finite",
     "Flag",
     "Fraction",
@@ -30,9 +29,10 @@ __all__ = [
     "NotNegative",
     "NotNegativeInt",
     "Place",
-    "Problem",
+    "ProblemCode",
     "Relation",
     "SettingsError",
+    "SettingsProblem",
     "Share",
     "add_actions",
     "add_options",

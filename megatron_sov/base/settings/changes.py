@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
-from megatron_sov.base.settings.problem import Code, Problem, SettingsError, cut
+from megatron_sov.base.settings.problem import ProblemCode, SettingsError, SettingsProblem, cut
 from megatron_sov.base.settings.reading import Instead, fields_of, hint_below, no_other, plain, read, unknown
 
 S = TypeVar("S")
@@ -29,17 +29,19 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
         SettingsError: some have another form, or broken JSON.
     """
     found: dict[str, Any] = {}
-    problems: list[Problem] = []
+    problems: list[SettingsProblem] = []
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
-            problems.append(Problem(Code.FORM, "", f"{cut(text)!r} must have the form key=value"))
+            problems.append(SettingsProblem(ProblemCode.FORM, "",
+                                            f"{cut(text)!r} must have the form key=value"))
         else:
             try:
                 found[key] = parse_value(value)
             except (ValueError, RecursionError) as e:
-                problems.append(Problem(
-                    Code.JSON, key, f"{cut(value)} begins like JSON and is none ({e})", way_out="close what "
+                problems.append(SettingsProblem(
+                    ProblemCode.JSON, key, f"{cut(value)} begins like JSON and is none ({e})",
+                    way_out="close what "
                     "is open, put a text into double quotes, and the whole setting into single ones"))
     if problems:
         raise SettingsError(option, problems)
@@ -73,7 +75,7 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 rule = f"{'.'.join(path[:depth + 1])} is a value and has no fields"
-                raise SettingsError(option, [Problem(Code.UNKNOWN, key, rule)])
+                raise SettingsError(option, [SettingsProblem(ProblemCode.UNKNOWN, key, rule)])
         node[last] = value
     return found
 
@@ -111,17 +113,18 @@ def assign_all(settings: Any, given: Mapping[str, Any], option: str, instead: In
     return raw
 
 
-def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> Problem | None:
+def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> SettingsProblem | None:
     """Set one value inside plain settings of a class, and return what is wrong with its key."""
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                return Problem(Code.UNKNOWN, key, f"the last item of {above} is {len(node) - 1}"
-                               if node else f"{above} has no items")
+                return SettingsProblem(ProblemCode.UNKNOWN, key,
+                                       f"the last item of {above} is {len(node) - 1}"
+                                       if node else f"{above} has no items")
         elif not isinstance(node, dict):
-            return Problem(Code.UNKNOWN, key, f"{above} is a value and has no fields")
+            return SettingsProblem(ProblemCode.UNKNOWN, key, f"{above} is a value and has no fields")
         elif dataclasses.is_dataclass(hint) and part not in fields_of(cast(Any, hint)):
             here = ".".join(parts[:depth + 1])
             return unknown(here, fields_of(cast(Any, hint)), instead(here))

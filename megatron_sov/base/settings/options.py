@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from megatron_sov.base.errors import DryRun
 from megatron_sov.base.settings.changes import parse_value
-from megatron_sov.base.settings.problem import UNSET, Code, Problem, SettingsError
+from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_problems, hints_of, rules_of
 
 MAX_FILES = 10_000
@@ -231,7 +231,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         SettingsError: all that is wrong with them, under the names that are typed.
     """
     raw: dict[str, Any] = {}
-    problems: list[Problem] = []
+    problems: list[SettingsProblem] = []
     names: dict[str, str] = {}
     for given in _fields(cls):
         names[given.dest] = given.key
@@ -242,7 +242,8 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
             node = node.setdefault(part, {})
         value = getattr(args, given.dest)
         if given.hint is Path and "" in (value if given.repeats else [value]):
-            problems.append(Problem(Code.TYPE, given.dest, "is empty, where a file or folder is to be named"))
+            problems.append(SettingsProblem(ProblemCode.TYPE, given.dest,
+                                            "is empty, where a file or folder is to be named"))
         node[given.path[-1]] = [_typed(text, given.hint) for text in value] if given.repeats else \
             _typed(value, given.hint)
     kept: dict[str, str] = {}
@@ -258,7 +259,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     return cast(S, settings)
 
 
-def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[Problem]:
+def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]:
     """Return which of the paths that are to be read do not exist.
 
     Raises:
@@ -267,7 +268,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[Problem]:
     read: list[Path] = []
     written: list[Path] = []
     said: list[tuple[str, Any]] = []
-    problems: list[Problem] = []
+    problems: list[SettingsProblem] = []
     for given in _fields(type(settings)):
         value = settings
         for name in given.path:
@@ -277,7 +278,8 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[Problem]:
             written += paths
         elif given.hint is Path:
             read += paths
-            problems += [Problem(Code.FILE, given.dest, "does not exist", path, "check the path")
+            problems += [SettingsProblem(ProblemCode.FILE, given.dest, "does not exist", path,
+                                         "check the path")
                          for path in paths if not path.exists()]
         elif _is_in(raw, given.path):
             said.append((given.key, "" if given.hint is bool else value))
@@ -363,7 +365,7 @@ def _typed(text: Any, hint: Any) -> Any:
     return value if hint not in (int, float) or isinstance(value, (int, float)) else text
 
 
-def _under_its_name(problem: Problem, names: Mapping[str, str]) -> Problem:
+def _under_its_name(problem: SettingsProblem, names: Mapping[str, str]) -> SettingsProblem:
     """Return a problem with the option in place of the field; of several values the field's own counts, and
     what is on or off has none on the line."""
     key = problem.key

@@ -20,7 +20,7 @@ MAX_VALUE_CHARS = 80
 MAX_PROBLEMS = 20
 
 
-class Code(StrEnum):
+class ProblemCode(StrEnum):
     """Kinds of problems; tests and scripts ask for these and not for sentences."""
 
     FORM = "form"
@@ -46,10 +46,10 @@ class Code(StrEnum):
 
 
 @dataclass(frozen=True)
-class Problem:
+class SettingsProblem:
     """One mistake in settings."""
 
-    code: Code
+    code: ProblemCode
     key: str
     """The setting with dots, e.g. data.phases.0.seq_len; "": the file or the option as a whole."""
     rule: str
@@ -83,19 +83,19 @@ class Problem:
             return f"{begin}{self.rule} {self.other}{shown}" + (f"; {self.way_out}" if self.way_out else "")
         return begin + self.rule + (f"; {self.way_out}" if self.way_out else "")
 
-    def below(self, prefix: str) -> Problem:
+    def below(self, prefix: str) -> SettingsProblem:
         """Return the problem of a setting that stands inside another; an option's name stays."""
         return self if self.key.startswith("-") else replace(
             self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
-def as_problem(said: Problem | str) -> Problem:
+def as_problem(said: SettingsProblem | str) -> SettingsProblem:
     """Return what a class of a user's own may say in a sentence as a problem."""
-    return said if isinstance(said, Problem) else Problem(Code.RULE, "", said)
+    return said if isinstance(said, SettingsProblem) else SettingsProblem(ProblemCode.RULE, "", said)
 
 
 def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
-                ) -> list[Problem]:
+                ) -> list[SettingsProblem]:
     """Return a problem for each rule that does not hold.
 
     Args:
@@ -103,12 +103,12 @@ def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tupl
         prefix: what stands before the keys, e.g. "optim"; "": nothing.
         rules: whether it holds, the key (with dots), the rule, and what to do where the rule does not say it.
     """
-    found = [Problem(Code.RULE, key, rule, _value(settings, key), "".join(way_out))
+    found = [SettingsProblem(ProblemCode.RULE, key, rule, _value(settings, key), "".join(way_out))
              for holds, key, rule, *way_out in rules if not holds]
     return [problem.below(prefix) for problem in found] if prefix else found
 
 
-def name_options(problems: Sequence[Problem], **options: str) -> list[Problem]:
+def name_options(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
     """Return problems of settings that a command's options say, with these in place of the keys.
 
     Args:
@@ -131,7 +131,7 @@ def _value(settings: Any, key: str) -> Any:
 class SettingsError(UserError):
     """Settings that cannot be taken, with all that is wrong."""
 
-    def __init__(self, where: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, where: str, problems: Sequence[SettingsProblem]) -> None:
         """Keep the problems.
 
         Args:
@@ -175,8 +175,8 @@ def cut(text: str) -> str:
 # Bounds of settings as types.  Each works alone, and with more of `annotated_types` around it:
 # `Annotated[NotNegativeInt, Le(MAX_STEPS)]`.
 
-Breach = tuple[Code, str, str]
-"""Code, rule and way out of a problem; see `Problem`."""
+Breach = tuple[ProblemCode, str, str]
+"""Code, rule and way out of a problem; see `SettingsProblem`."""
 
 AtLeastOne = Annotated[int, Ge(1)]
 NotNegativeInt = Annotated[int, Ge(0)]
@@ -226,13 +226,13 @@ class Relation:
     shows_value: bool = True
     """Whether the other's value is told too."""
 
-    def broken_by(self, settings: Any, name: str) -> Problem | None:
+    def broken_by(self, settings: Any, name: str) -> SettingsProblem | None:
         """Return the problem of the field `name`, where there is one."""
         value, other = getattr(settings, name), getattr(settings, self.other)
         if value is None or self.holds(value, other):
             return None
-        return Problem(Code.RULE, name, self.rule, value, self.way_out, other=self.other,
-                       other_value=other if self.shows_value else UNSET)
+        return SettingsProblem(ProblemCode.RULE, name, self.rule, value, self.way_out, other=self.other,
+                               other_value=other if self.shows_value else UNSET)
 
 
 def at_most(other: str) -> Relation:
@@ -275,19 +275,21 @@ def one_of(known: Callable[[], Collection[str]]) -> Bound:
         words = sorted(filter(None, known()))
         if value in known():
             return None
-        return Code.CHOICE, f"must be one of {', '.join(words)}", nearest(value, words).removeprefix("; ")
+        return ProblemCode.CHOICE, f"must be one of {', '.join(words)}", nearest(value,
+                                                                                 words).removeprefix("; ")
 
     return Bound(broken)
 
 
 def _repeated(values: Collection[Any]) -> Breach | None:
     twice = [value for value, count in Counter(values).items() if count > 1]
-    return (Code.BOUND, f"has {show(twice[0])} twice", "name it once") if twice else None
+    return (ProblemCode.BOUND, f"has {show(twice[0])} twice", "name it once") if twice else None
 
 
-NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (Code.BOUND, "must not be empty", ""))]
+NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
+                                                                        "must not be empty", ""))]
 ONCE = Bound(_repeated)
 """Of a list that has no item twice."""
 RISING = Bound(lambda pair: None if pair[0] <= pair[1] else (
-    Code.BOUND, "must have the lower number first", ""))
+    ProblemCode.BOUND, "must have the lower number first", ""))
 """Of the two ends of a stretch."""

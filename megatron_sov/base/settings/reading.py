@@ -10,7 +10,8 @@ from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import nearest
-from megatron_sov.base.settings.problem import UNSET, Code, Problem, Relation, SettingsError, as_problem
+from megatron_sov.base.settings.problem import (
+    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
 
 S = TypeVar("S")
 Instead = Callable[[str], str]
@@ -76,13 +77,14 @@ def place_of(key: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in key.split(".")) if key else ()
 
 
-def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None, list[Problem]]:
+def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None,
+                                                                                   list[SettingsProblem]]:
     """Return settings of plain values, or None, and what breaks their declaration, in the order of the
     fields; the rules between them are not asked."""
     from pydantic import ValidationError
 
     if not isinstance(raw, Mapping):
-        return None, [Problem(Code.TYPE, "", "must be an object of settings", raw)]
+        return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:
         # strict JSON takes lists for tuples and text for paths, and nothing else for anything else
         text = json.dumps(raw, default=_as_fields)
@@ -90,7 +92,7 @@ def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tup
     except ValidationError as e:
         return None, _in_order(cls, explain(cls, e, instead))
     except (TypeError, ValueError, RecursionError) as e:
-        return None, [Problem(Code.TYPE, "", f"holds a value that JSON has not ({e})")]
+        return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON has not ({e})")]
 
 
 def _as_fields(value: Any) -> dict[str, Any]:
@@ -100,12 +102,12 @@ def _as_fields(value: Any) -> dict[str, Any]:
     return dataclasses.asdict(value)
 
 
-def check(settings: Any) -> list[Problem]:
+def check(settings: Any) -> list[SettingsProblem]:
     """Return what breaks the declaration of settings that were made by code, where nothing is read."""
     return find_problems(type(settings), plain(settings))[1]
 
 
-def rules_of(settings: Any) -> list[Problem]:
+def rules_of(settings: Any) -> list[SettingsProblem]:
     """Return what breaks the rules between settings, in the order of the fields: those of the settings
     inside, the relations that the fields declare, and what the class's own `problems` says."""
     own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
@@ -125,7 +127,7 @@ def rules_of(settings: Any) -> list[Problem]:
     return _in_order(type(settings), [one for i, one in enumerate(found) if one not in found[:i]])
 
 
-def _rules_inside(name: str, value: Any) -> list[Problem]:
+def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
     """Return what breaks the rules of settings that a field holds, alone or as items."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # what is wrong with one of several is told with its place
@@ -135,7 +137,7 @@ def _rules_inside(name: str, value: Any) -> list[Problem]:
     return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
 
 
-def problems_of(settings: Any) -> list[Problem]:
+def problems_of(settings: Any) -> list[SettingsProblem]:
     """Return all that is wrong with settings that were made by code: what breaks their bounds, else what
     breaks rules between them."""
     return check(settings) or rules_of(settings)
@@ -181,9 +183,9 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
     return found
 
 
-def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[Problem]:
+def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsProblem]:
     """Return the problems of a ValidationError of pydantic, one for each place."""
-    found: dict[str, Problem] = {}
+    found: dict[str, SettingsProblem] = {}
     errors = error.errors(include_url=False)
     for one in errors:
         place = one["loc"]
@@ -194,17 +196,17 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[Problem]:
         earlier = found.get(problem.key)
         if earlier is None:
             found[problem.key] = problem
-        elif earlier.code == problem.code == Code.TYPE and problem.rule not in earlier.rule:
+        elif earlier.code == problem.code == ProblemCode.TYPE and problem.rule not in earlier.rule:
             # a value that is none of several types: one sentence with all of them
             rule = f"{earlier.rule} or {problem.rule.removeprefix('must be ')}"
             found[problem.key] = dataclasses.replace(earlier, rule=rule)
     # a misspelt key explains a missing one
-    meant = {problem.way_out for problem in found.values() if problem.code == Code.UNKNOWN}
+    meant = {problem.way_out for problem in found.values() if problem.code == ProblemCode.UNKNOWN}
     return [problem for problem in found.values()
-            if problem.code != Code.MISSING or f"did you mean '{problem.key}'?" not in meant]
+            if problem.code != ProblemCode.MISSING or f"did you mean '{problem.key}'?" not in meant]
 
 
-def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
+def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
     kind, ctx = error["type"], error.get("ctx", {})
     place, hint = _place(cls, error["loc"])
     key = ".".join(map(str, place))
@@ -212,7 +214,7 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
     value = UNSET if error["loc"][-1:] == ("[key]",) or place[:1] == ("secrets",) or kind == "json_invalid" \
         else error.get("input", UNSET)
     if kind == "json_invalid":
-        return Problem(Code.TYPE, key, f"holds a text that is none ({ctx['error']})")
+        return SettingsProblem(ProblemCode.TYPE, key, f"holds a text that is none ({ctx['error']})")
     if kind in _UNKNOWN:
         fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
         return unknown(key, fields, instead(key))
@@ -221,20 +223,23 @@ def _problem(cls: Any, error: Any, instead: Instead) -> Problem:
     if kind in ("literal_error", "enum"):
         known = [word for word in _choices(hint) if isinstance(word, str)]
         close = nearest(value, known).removeprefix("; ") if isinstance(value, str) else ""
-        return Problem(Code.CHOICE, key, f"must be {ctx.get('expected', 'another word')}", value, close)
+        return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
+                               value, close)
     if kind == "asked":
-        return Problem(Code(ctx["code"]), key, ctx["rule"], UNSET if ctx["may_be_secret"] else value,
-                       ctx["way_out"])
+        return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"],
+                               UNSET if ctx["may_be_secret"] else value, ctx["way_out"])
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
         shown = {name: _number(number) for name, number in ctx.items()}
-        return Problem(Code.BOUND, key, _BOUNDS[kind].format(**shown), value)
+        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
-            return Problem(Code.TYPE, key, rule, value, _type_way_out(begin, value))
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _type_way_out(begin, value))
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return Problem(Code.RULE if kind in ("value_error", "assertion_error") else Code.TYPE, key, rule, value)
+    return SettingsProblem(ProblemCode.RULE if kind in ("value_error",
+                                                        "assertion_error") else ProblemCode.TYPE, key, rule,
+                           value)
 
 
 def _type_way_out(wanted: str, value: Any) -> str:
@@ -255,7 +260,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def unknown(key: str, known: Iterable[str], instead: str = "") -> Problem:
+def unknown(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
     """Return the problem of a key that does not exist.
 
     Args:
@@ -266,12 +271,12 @@ def unknown(key: str, known: Iterable[str], instead: str = "") -> Problem:
     group, dot, name = key.rpartition(".")
     names = list(known)
     close = nearest(name, names, group + dot).removeprefix("; ")
-    return Problem(Code.UNKNOWN, key, "no such setting", way_out=instead or close or (
+    return SettingsProblem(ProblemCode.UNKNOWN, key, "no such setting", way_out=instead or close or (
         f"there are {', '.join(names[:30])}" if names else "there are none"))
 
 
-def _missing(key: str) -> Problem:
-    return Problem(Code.MISSING, key, "is missing", way_out="it has no default; set it")
+def _missing(key: str) -> SettingsProblem:
+    return SettingsProblem(ProblemCode.MISSING, key, "is missing", way_out="it has no default; set it")
 
 
 def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
@@ -349,9 +354,9 @@ def _adapter(cls: Any) -> Any:
     return TypeAdapter(cls)
 
 
-def _in_order(cls: Any, problems: list[Problem]) -> list[Problem]:
+def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
     """Return problems in the order of the fields, unknown keys last."""
-    def position(problem: Problem) -> tuple[float, ...]:
+    def position(problem: SettingsProblem) -> tuple[float, ...]:
         at, hint = [], cls
         for part in problem.key.split("."):
             if dataclasses.is_dataclass(hint):

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_sov.base.settings.problem import UNSET, Code, Problem, SettingsError
+from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import read
 
 S = TypeVar("S")
@@ -37,7 +37,7 @@ class Located:
     """Plain dictionaries, lists and scalars."""
     lines: dict[Place, int] = field(default_factory=dict)
     """Place of each value -> its line, from 1."""
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[SettingsProblem] = field(default_factory=list)
     """Each mistake in the YAML itself."""
 
     def line(self, place: Place) -> int:
@@ -93,7 +93,7 @@ def read_text(file: Path, where: str = "") -> str:
 
 
 def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> SettingsError:
-    return SettingsError(where, [Problem(Code.FILE, "", rule, way_out=way_out, line=line)])
+    return SettingsError(where, [SettingsProblem(ProblemCode.FILE, "", rule, way_out=way_out, line=line)])
 
 
 @cache
@@ -126,8 +126,8 @@ def read_located(text: str) -> Located:
         return _read_yaml(text)
     # YAML takes no tabs, reads \ud83d\ude00 as two halves of a sign and has limits of its own: it gives lines
     found = _read_yaml(text.replace("\t", " "))
-    found.problems = [p for p in found.problems if p.code == Code.TWICE] or [
-        Problem(Code.TWICE, key, "is set twice", way_out="set it once") for key in twice]
+    found.problems = [p for p in found.problems if p.code == ProblemCode.TWICE] or [
+        SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once") for key in twice]
     found.value = None if found.problems else value
     return found
 
@@ -152,14 +152,15 @@ def _read_yaml(text: str) -> Located:
         mark = e.problem_mark or e.context_mark
         said = e.problem or e.context or ""
         way_out = WAYS_OUT.get(said, "mend it")
-        found.problems.append(Problem(Code.FILE, "", f"is no YAML ({said})", way_out=way_out,
-                                      line=mark.line + 1 if mark else 1))
+        found.problems.append(SettingsProblem(ProblemCode.FILE, "", f"is no YAML ({said})", way_out=way_out,
+                                              line=mark.line + 1 if mark else 1))
     except RecursionError:
-        found.problems.append(Problem(Code.FILE, "", f"is nested more than {MAX_DEPTH} deep", line=1,
-                                      way_out="make it flatter"))
+        found.problems.append(SettingsProblem(ProblemCode.FILE, "", f"is nested more than {MAX_DEPTH} deep",
+                                              line=1, way_out="make it flatter"))
     except yaml.YAMLError as e:
-        found.problems.append(Problem(Code.FILE, "", f"is no YAML ({' '.join(str(e).split())})",
-                                      way_out="mend it", line=1))
+        found.problems.append(SettingsProblem(ProblemCode.FILE, "",
+                                              f"is no YAML ({' '.join(str(e).split())})",
+                                              way_out="mend it", line=1))
     finally:
         loader.dispose()
     return found
@@ -213,8 +214,9 @@ class _Reading:
             elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
                 self._refuse(line, place, "a key must be a word, not a list or a mapping", "")
             elif key in made:
-                self.found.problems.append(Problem(Code.TWICE, ".".join(map(str, (*place, key))),
-                                                   "is set twice", way_out="set it once", line=line))
+                self.found.problems.append(SettingsProblem(ProblemCode.TWICE,
+                                                           ".".join(map(str, (*place, key))),
+                                                           "is set twice", way_out="set it once", line=line))
             else:
                 made[key] = self.value(child, (*place, key), depth + 1)
                 self.found.lines[*place, key] = line
@@ -222,4 +224,4 @@ class _Reading:
 
     def _refuse(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
-        self.found.problems.append(Problem(Code.TYPE, key, rule, way_out=way_out, line=line))
+        self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))

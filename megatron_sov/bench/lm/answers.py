@@ -27,14 +27,14 @@ from megatron_sov.work.progress.journal import Journal, later_records
 from megatron_sov.work.progress.locks import taking
 
 Answer = dict[str, float | bool | str | None]
-"""What came back: of a `Score` `logprob` and `greedy`, of a `Write` `text` and `finish_reason`; of either
-`failed`, where an endpoint gave none."""
+"""What came back: of a `AnswerScore` `logprob` and `greedy`, of a `Write` `text` and `finish_reason`; of
+either `failed`, where an endpoint gave none."""
 WAIT_S = 1.0
 """Before chunks that others hold are looked at again."""
 
 
 @dataclass(frozen=True)
-class Score:
+class AnswerScore:
     """How likely some tokens are behind others."""
 
     context: tuple[int, ...]
@@ -85,17 +85,17 @@ class Write:
         return int(self.key[:12], 16)
 
 
-Request = Score | Write
+Request = AnswerScore | Write
 
 
 def distinct(requests: Iterable[Request]) -> list[Request]:
     return list({request.key: request for request in requests}.values())
 
 
-def readings(scores: Sequence[Score]) -> list[list[Score]]:
+def readings(scores: Sequence[AnswerScore]) -> list[list[AnswerScore]]:
     """Return scores in groups for which the model reads the same tokens, the longest first: choices of one
     token behind one question are read once."""
-    groups: dict[tuple[int, ...], list[Score]] = {}
+    groups: dict[tuple[int, ...], list[AnswerScore]] = {}
     for score in scores:
         groups.setdefault(score.read, []).append(score)
     return sorted(groups.values(), key=lambda group: -len(group[0].read))

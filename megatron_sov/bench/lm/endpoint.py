@@ -18,18 +18,18 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
-from megatron_sov.bench.lm.answers import Answer, Request, Score, Write
+from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.settings import OTHER_MODEL, EndpointModel, EndpointSettings
 from megatron_sov.infer.request import LENGTH, STOP
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.recognition import CHAT_PROBES, TEXT_PROBES, Recognition
 from megatron_sov.work.progress.work_bar import work_bar
 
-LIMITS = Limits(timeout_s=600.0, max_attempts=5, backoff_s=1.0, requests_per_minute=0.0, max_cost=0.0,
-                input_price=0.0, output_price=0.0)
+LIMITS = EndpointLimits(timeout_s=600.0, max_attempts=5, backoff_s=1.0, requests_per_minute=0.0, max_cost=0.0,
+                        input_price=0.0, output_price=0.0)
 """Ten minutes are enough for an answer of a reasoning model; an item whose request has failed five times has
 failed, and the same command asks it again."""
 CACHE = "endpoint.sqlite"
@@ -103,7 +103,7 @@ class AsksEndpoint:
 
     def _asking(self, request: Request) -> tuple[Endpoint, dict[str, Any], Callable[[Any], Answer]]:
         """Return who is asked what, and what reads the answer."""
-        if isinstance(request, Score):
+        if isinstance(request, AnswerScore):
             tokens = [*request.context, *request.continuation]
             return (self._texts, {"model": self._settings.model, "prompt": tokens, "max_tokens": 1,
                                   "temperature": 0, "logprobs": 1, "echo": True},

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.answers import Answer, Answers, Request, Score, Write, readings
+from megatron_sov.bench.lm.answers import Answer, Answers, AnswerScore, Request, Write, readings
 from megatron_sov.engine.mcore.decode.forward_only import Inputs
 from megatron_sov.engine.mcore.model.language_model import ModelInputs, states_for_head
 from megatron_sov.engine.mcore.model.logprobs import Head
@@ -31,7 +31,7 @@ from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.infer.engine import MEGATRON, VLLM, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.progress.work_bar import work_bar
 
@@ -40,12 +40,12 @@ CHUNK_ROWS, CHUNK_BATCHES = 4, 4
 process with data of its own."""
 LOGITS_BYTES = 1 << 29
 """Logits that transformers' model is asked for at a time, unless one document alone has more."""
-Group = Sequence[Score]
+Group = Sequence[AnswerScore]
 """Scores for which the same tokens are read."""
 
 
 @dataclass(frozen=True)
-class Running:
+class LocalEvaluation:
     target: Target
     engine: str
     """One of `generate.engine.ENGINES`."""
@@ -73,7 +73,8 @@ class _Model:
     """Processes with sequences of their own."""
 
 
-def answer_locally(running: Running, requests: Sequence[Request], kept: Path | None, flag: StopFlag) -> bool:
+def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: Path | None,
+                   flag: StopFlag) -> bool:
     """Have a model answer what is not answered yet; returns whether it was asked to stop early.
 
     Every process of a torchrun or Slurm job calls it; only the first one has requests and the folder in which
@@ -97,7 +98,7 @@ def answer_locally(running: Running, requests: Sequence[Request], kept: Path | N
 
         return bool(run_forward_model(running.target, list(running.settings), running.nproc, on_ranks))
     if running.engine == VLLM:
-        if any(isinstance(request, Score) for request in requests):
+        if any(isinstance(request, AnswerScore) for request in requests):
             raise UserError("--engine vllm: tells no likelihoods, which these tasks compare; leave it out")
         longest = max(len(r.prompt) + r.max_tokens for r in requests if isinstance(r, Write))
         return bool(run_engine(VLLM, running.target, lambda engine: _answer(
@@ -110,7 +111,7 @@ def answer_locally(running: Running, requests: Sequence[Request], kept: Path | N
     return _answer(model, running, requests, kept, flag)
 
 
-def _answer(model: _Model, running: Running, requests: Sequence[Request], kept: Path | None,
+def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request], kept: Path | None,
             flag: StopFlag) -> bool:
     """Answer requests that are not answered yet, on all processes; the one with a folder keeps them.
 
@@ -143,7 +144,7 @@ def _answer(model: _Model, running: Running, requests: Sequence[Request], kept: 
 
 def num_tokens(request: Request) -> int:
     """Return the tokens that a model is given with a request."""
-    return len(request.read) + 1 if isinstance(request, Score) else len(request.prompt)
+    return len(request.read) + 1 if isinstance(request, AnswerScore) else len(request.prompt)
 
 
 def chunks_of(requests: Sequence[Request], num_shares: int, batching: Batching) -> Iterator[list[Request]]:
@@ -152,7 +153,7 @@ def chunks_of(requests: Sequence[Request], num_shares: int, batching: Batching) 
     limit, size = CHUNK_ROWS * ROW_TOKENS * num_shares, CHUNK_BATCHES * batching.batch_size * num_shares
     tokens = count = 0
     chunk: list[Request] = []
-    for group in readings([r for r in requests if isinstance(r, Score)]):
+    for group in readings([r for r in requests if isinstance(r, AnswerScore)]):
         if chunk and (tokens + len(group[0].read) > limit or count == size):
             yield chunk
             tokens, count, chunk = 0, 0, []
@@ -168,16 +169,16 @@ def chunks_of(requests: Sequence[Request], num_shares: int, batching: Batching) 
         yield from (group_[begin:begin + size] for begin in range(0, len(group_), size))
 
 
-def _chunk_answers(model: _Model, running: Running, chunk: Sequence[Request],
+def _chunk_answers(model: _Model, running: LocalEvaluation, chunk: Sequence[Request],
                    flag: StopFlag) -> dict[str, Answer]:
-    scores = [r for r in chunk if isinstance(r, Score)]
+    scores = [r for r in chunk if isinstance(r, AnswerScore)]
     if scores:
         return model.score(readings(scores))
     writes = [r for r in chunk if isinstance(r, Write)]
     first = writes[0]
     special = [running.special_ids[text] for text in first.until if text in running.special_ids]
-    stop = Stop((*running.end_ids, *special),
-                tuple(text for text in first.until if text not in running.special_ids), running.decode)
+    stop = StopRule((*running.end_ids, *special),
+                    tuple(text for text in first.until if text not in running.special_ids), running.decode)
     sampling = Sampling(first.max_tokens, first.temperature, first.top_k, first.top_p, first.seed)
     prompts = [[int(token) for token in write.prompt] for write in writes]
     found = model.generate(prompts, sampling, stop=stop, streams=[w.stream for w in writes])
@@ -204,7 +205,7 @@ def of_forward_model(loaded: Loaded, groups: Sequence[Group]) -> dict[str, Answe
     for begin in range(0, len(own), at_a_time):
         numbers = own[begin:begin + at_a_time]
         longest = max(sum(len(g[0].read) for g in rows[i]) for i in numbers)
-        batches = [_Row(rows[i], longest) for i in numbers]
+        batches = [_ItemRow(rows[i], longest) for i in numbers]
         for i, values in zip(numbers, loaded.policy.map(batches, _row_values), strict=False):
             found[starts[i]:starts[i] + len(values)] = values
     total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(found))
@@ -232,7 +233,7 @@ def of_hf_model(model: Any, groups: Sequence[Group]) -> dict[str, Answer]:
     return _answers(groups, torch.tensor(parts, dtype=torch.float64).reshape(-1, 2))
 
 
-class _Row:
+class _ItemRow:
     """A row of documents with what is asked at their ends."""
 
     def __init__(self, groups: Sequence[Group], min_tokens: int) -> None:
@@ -242,7 +243,7 @@ class _Row:
         self.ends: list[int] = (batch.ends + 1).tolist()
 
 
-def _row_values(hidden: list[torch.Tensor], head: Head, row: _Row) -> torch.Tensor:
+def _row_values(hidden: list[torch.Tensor], head: Head, row: _ItemRow) -> torch.Tensor:
     """Return [scores of the row, 2]: the sum of log-probabilities, and whether each token is the best one."""
     count = sum(map(len, row.groups))
     values = torch.zeros(count, 2, dtype=torch.float64)

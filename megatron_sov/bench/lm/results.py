@@ -133,7 +133,7 @@ class TaskScores:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ResultSample:
     response: str
     """As the model wrote it, before filters."""
     finish_reason: str | None = None
@@ -143,7 +143,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Item:
+class ResultItem:
     """One item of a task; a line of the items file."""
 
     task: str
@@ -158,7 +158,7 @@ class Item:
     """The right answer; of several choices its text."""
     scores: dict[str, float | None] = field(default_factory=dict)
     """`METRIC`, or `METRIC,FILTER` behind one of lm-eval's filters -> value of this item alone."""
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[ResultSample, ...] = ()
     """Answers; none where likelihoods are compared."""
     failed: str | None = None
     """Why it has no score."""
@@ -182,7 +182,7 @@ def items_file(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.json')}.items.jsonl")
 
 
-def write_results(output: Path, results: Results, items: Iterable[Item]) -> Results:
+def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -> Results:
     """Write the items, then the results, which appear whole and name the items' hash; returns them with it.
 
     Raises:
@@ -218,7 +218,7 @@ def read_results(path: Path) -> Results:
         raise _damaged(f"{path}:", e) from None
 
 
-def read_items(output: Path, results: Results) -> Iterator[Item]:
+def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
     """Yield the items behind results.
 
     Raises:
@@ -233,7 +233,7 @@ def read_items(output: Path, results: Results) -> Iterator[Item]:
     with open(path, "rb") as f:
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE_BYTES), b""), start=1):
             try:
-                yield _read(Item, json.loads(line))
+                yield _read(ResultItem, json.loads(line))
             except _DAMAGE as e:
                 raise _damaged(f"{path}: line {number}", e) from None
 
@@ -284,7 +284,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
                      for row in rows)
 
 
-def metric_of_items(name: str, items: Sequence[Item], notes: list[str]) -> Metric:
+def metric_of_items(name: str, items: Sequence[ResultItem], notes: list[str]) -> Metric:
     """Return a figure over the items that have it; one that none has is not known."""
     there = [(number, item, value) for number, item in enumerate(items)
              if (value := item.scores.get(name)) is not None]

@@ -23,7 +23,8 @@ from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, problems_of
 from megatron_sov.bench.lm.answers import Answer, Answers, Request, distinct, folder_of
-from megatron_sov.bench.lm.results import DEFAULT, Item, Results, TaskSampling, TaskScores, write_results
+from megatron_sov.bench.lm.results import (
+    DEFAULT, ResultItem, Results, TaskSampling, TaskScores, write_results)
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.bench.lm.tasks import LoadedTasks, hash_of, load_tasks, offline, quiet, require_harness
 from megatron_sov.runs.append import RunEvents
@@ -46,7 +47,7 @@ SAMPLED = {"samples", "reward", "environment"}
 
 
 @dataclass
-class _Task:
+class _EvaluatedTask:
     name: str
     task: Any
     protocol: Any
@@ -116,7 +117,7 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
 
 
 def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
-              ) -> tuple[Results, list[Item], list[str]]:
+              ) -> tuple[Results, list[ResultItem], list[str]]:
     with quiet():
         from megatron_sov.bench.lm.subject import Bridge
     from megatron_sov.bench.lm.subject import subject_of
@@ -139,7 +140,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
         _ask(subject, asker, more, answers, flag)
     notes: list[str] = []
     scores: dict[str, TaskScores] = {}
-    items: list[Item] = []
+    items: list[ResultItem] = []
     for task in tasks:
         scores[task.name], of_task = _scored(task, bridge, settings, notes)
         items += of_task
@@ -149,7 +150,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     return Results(subject.model, scores, {"lm_eval": lm_eval.__version__}), items, notes
 
 
-def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _Task:
+def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
     """Return a task with all that it asks."""
     if shown := next((f for f in ("doc_to_image", "doc_to_audio") if task.get_config(f)), None):
         raise UserError(f"task {name}: shows images or sound ({shown}), which is not evaluated; leave it out")
@@ -186,7 +187,8 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
             instance.arguments = (bridge.apply_chat_template(messages), instance.args[1])
     from megatron_sov.bench.lm.scoring import hash_of_prompts
 
-    built = _Task(name, task, protocol, files, num_fewshot, prompt_hash=hash_of_prompts(task.instances))
+    built = _EvaluatedTask(name, task, protocol, files, num_fewshot,
+                           prompt_hash=hash_of_prompts(task.instances))
     if protocol is not None:
         from megatron_sov.bench.lm import scoring
 
@@ -231,7 +233,7 @@ def _protocol(name: str, task: Any, settings: Settings) -> Any:
     return protocol and changed_as_asked(protocol, settings)
 
 
-def _refuse_unused(tasks: Sequence[_Task], settings: Settings) -> None:
+def _refuse_unused(tasks: Sequence[_EvaluatedTask], settings: Settings) -> None:
     """Refuse what would change none of the tasks, and not be missed."""
     given = [*([] if settings.samples is None else [f"--samples {settings.samples}"]),
              *(f"--judge {setting}" for setting in settings.judge)]
@@ -270,7 +272,8 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
                             "kept; run the same command again to go on")
 
 
-def _scored(task: _Task, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores, list[Item]]:
+def _scored(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores,
+                                                                                              list[ResultItem]]:
     """Return a task's figures and items; what could not be computed joins `notes`."""
     from megatron_sov.bench.lm import scoring
 

@@ -18,10 +18,10 @@ from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.bench.lm.answers import Request
 from megatron_sov.bench.lm.results import (
-    Item, Metric, Sample, TaskSampling, judged_by, metric_of_items, score_name)
+    Metric, ResultItem, ResultSample, TaskSampling, judged_by, metric_of_items, score_name)
 from megatron_sov.bench.lm.subject import Bridge, NotAnswered
 from megatron_sov.bench.suites.folding import TURN, fold, without_thoughts
-from megatron_sov.bench.suites.protocol import Folded, Response, TaskItem, cluster_of
+from megatron_sov.bench.suites.protocol import Folded, SuiteResponse, TaskItem, cluster_of
 from megatron_sov.eval.statistics import mean_of, student_quantile
 from megatron_sov.infer.request import LENGTH
 
@@ -31,8 +31,8 @@ TEXT = "generate_until"
 
 
 @dataclass
-class Scored:
-    items: list[Item]
+class ScoredTask:
+    items: list[ResultItem]
     metrics: tuple[Metric, ...]
     at_limit: int = 0
     notes: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ def documents_of(task: Any) -> dict[int, list[Any]]:
     return {number: sorted(instances, key=lambda i: int(i.idx)) for number, instances in found.items()}
 
 
-def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> Scored:
+def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> ScoredTask:
     """Return what a task's answers come to, as lm-eval computes it."""
     documents = {number: _Document(instances[0].doc, instances)
                  for number, instances in documents_of(task).items()}
@@ -84,7 +84,7 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> Scored:
         metrics.append(told)
     items = [_item(task, number, d, bridge, clusters[id(d)]) for number, d in documents.items()]
     at_limit = sum(s.finish_reason == LENGTH for item in items for s in item.samples)
-    return Scored(items, tuple(metrics), at_limit, notes)
+    return ScoredTask(items, tuple(metrics), at_limit, notes)
 
 
 def doc_hash(doc: Any) -> str:
@@ -193,19 +193,19 @@ def _spread(without: Sequence[float]) -> float:
     return math.sqrt((size - 1) / size) * math.hypot(*(found - middle for found in without))
 
 
-def _item(task: Any, number: int, document: _Document, bridge: Bridge, cluster: str | None) -> Item:
-    samples: tuple[Sample, ...] = ()
+def _item(task: Any, number: int, document: _Document, bridge: Bridge, cluster: str | None) -> ResultItem:
+    samples: tuple[ResultSample, ...] = ()
     if task.OUTPUT_TYPE == TEXT and document.failed is None:
         samples = tuple(_sample(bridge, instance, n) for instance in document.instances
                         for n in range(int(instance.repeats or 1)))
     question, answer = question_and_answer(task, document.doc)
-    return Item(task.task_name, str(number), doc_hash(document.doc), cluster, question, answer,
-                document.scores, samples, document.failed)
+    return ResultItem(task.task_name, str(number), doc_hash(document.doc), cluster, question, answer,
+                      document.scores, samples, document.failed)
 
 
-def _sample(bridge: Bridge, instance: Any, number: int) -> Sample:
+def _sample(bridge: Bridge, instance: Any, number: int) -> ResultSample:
     found = bridge.answer(bridge.requests_of(instance, number)[0])
-    return Sample(str(found["text"]), str(found["finish_reason"]))
+    return ResultSample(str(found["text"]), str(found["finish_reason"]))
 
 
 def question_and_answer(task: Any, doc: Any) -> tuple[str, str]:
@@ -288,32 +288,33 @@ def sampling_of(protocol: Any, task: Any, bridge: Bridge) -> TaskSampling:
                         protocol.seed, protocol.samples)
 
 
-def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int) -> tuple[Scored, str]:
+def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int) -> tuple[ScoredTask, str]:
     """Return what the turns of conversations come to, see `score_sampled`; the turns of one are a cluster."""
     asked = dialogues.items()
     folded = fold(protocol, [item for _, item, _ in asked], workers)
     items = []
     for (name, made, lacking), scores in zip(asked, folded.items, strict=True):
-        samples = tuple(Sample(response.text, response.finish_reason, score) for response, score in
+        samples = tuple(ResultSample(response.text, response.finish_reason, score) for response, score in
                         zip(made.responses, scores.sample_scores, strict=True))
         known = made.doc.get("reference") or []
         turn = made.doc[TURN]
         values = {metric: scores.scores.get(metric) for metric in folded.metric_names}
-        items.append(Item(task.task_name, name, doc_hash(made.doc),
-                          protocol.cluster(made.doc) or name.partition("/")[0],
-                          made.doc[protocol.turns_field][turn], known[turn] if turn < len(known) else "",
-                          values, samples, lacking or scores.failed))
+        items.append(ResultItem(task.task_name, name, doc_hash(made.doc),
+                                protocol.cluster(made.doc) or name.partition("/")[0],
+                                made.doc[protocol.turns_field][turn],
+                                known[turn] if turn < len(known) else "",
+                                values, samples, lacking or scores.failed))
     return _scored(items, folded)
 
 
-def _scored(items: list[Item], folded: Folded) -> tuple[Scored, str]:
+def _scored(items: list[ResultItem], folded: Folded) -> tuple[ScoredTask, str]:
     notes: list[str] = []
     metrics = tuple(metric_of_items(name, items, notes) for name in folded.metric_names)
     at_limit = sum(scores.num_at_limit for scores in folded.items)
-    return Scored(items, metrics, at_limit, notes), judged_by(folded.judge)
+    return ScoredTask(items, metrics, at_limit, notes), judged_by(folded.judge)
 
 
-def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tuple[Scored, str]:
+def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tuple[ScoredTask, str]:
     """Return what a task's answers come to, and the name and version of what judged them."""
     generation = generation_of(protocol, task, bridge)
     asked, lacking = [], {}
@@ -323,7 +324,7 @@ def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tup
         try:
             for sample in range(protocol.samples):
                 found = bridge.answer(bridge.requests_of(instance, sample, generation)[0])
-                responses.append(Response(str(found["text"]), str(found["finish_reason"])))
+                responses.append(SuiteResponse(str(found["text"]), str(found["finish_reason"])))
         except NotAnswered as e:
             lacking[number] = str(e)
         asked.append(TaskItem(instance.doc, str(instance.args[0]), responses))
@@ -331,11 +332,11 @@ def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tup
     items = []
     for number, (made, scores) in enumerate(zip(asked, folded.items, strict=True)):
         question, answer = question_and_answer(task, made.doc)
-        samples = tuple(Sample(response.text, response.finish_reason, score) for response, score in
+        samples = tuple(ResultSample(response.text, response.finish_reason, score) for response, score in
                         zip(made.responses, scores.sample_scores, strict=False))
         values = {name: scores.scores.get(name) for name in folded.metric_names}
-        items.append(Item(task.task_name, str(number), doc_hash(made.doc), protocol.cluster(made.doc),
-                          question, answer, values, samples, lacking.get(number, scores.failed)))
+        items.append(ResultItem(task.task_name, str(number), doc_hash(made.doc), protocol.cluster(made.doc),
+                                question, answer, values, samples, lacking.get(number, scores.failed)))
     return _scored(items, folded)
 
 
@@ -400,7 +401,7 @@ class Dialogues:
                 continue
             text = str(found["text"])
             dialogue.items.append(TaskItem({**dialogue.doc, TURN: turn}, list(dialogue.messages),
-                                       [Response(text, str(found["finish_reason"]))]))
+                                       [SuiteResponse(text, str(found["finish_reason"]))]))
             if turn + 1 < len(questions):
                 dialogue.messages += [
                     {"role": "assistant", "content": as_written(without_thoughts(text, self._protocol.mode))},

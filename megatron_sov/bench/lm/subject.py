@@ -27,8 +27,8 @@ from megatron_sov.base.chat.marks import text_decoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError, first_line, list_problems, told_in_a_line
-from megatron_sov.bench.lm.answers import Answer, Request, Score, Write
-from megatron_sov.bench.lm.local import Running
+from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
+from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.infer.asking import check_engine, generation_ends
@@ -48,8 +48,8 @@ class Subject:
     """What the results say of it."""
     identity: dict[str, Any]
     """On what its answers depend beside the requests."""
-    reading: Reading
-    running: Running | None
+    reading: SubjectReading
+    running: LocalEvaluation | None
     """How it is run; None: an endpoint."""
 
 
@@ -81,13 +81,13 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
                            found.step, str(settings.run) if settings.run else None)
     # layouts agree up to rounding, so that answers are shared among them
     how = sorted(setting for setting in settings.settings if not setting.startswith("parallel."))
-    reading = Reading(tokenizer, max_length, settings.chat_template, False, settings.max_gen_tokens,
-                      settings.seed)
+    reading = SubjectReading(tokenizer, max_length, settings.chat_template, False, settings.max_gen_tokens,
+                             settings.seed)
 
     decode = text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
                           lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
-    running = Running(found, engine, tuple(settings.settings), settings.nproc, Batching(settings.batch_size),
-                      ends, special, decode)
+    running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
+                              Batching(settings.batch_size), ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends)}, reading,
                    running)
 
@@ -167,8 +167,9 @@ def _endpoint(url: str, settings: Settings) -> Subject:
 
         tokenizer = load_tokenizer(endpoint.tokenizer)
     digest = hashlib.sha256(json.dumps([url.rstrip("/"), endpoint.model]).encode()).hexdigest()
-    reading = Reading(tokenizer, settings.max_length_tokens or UNKNOWN_LENGTH, settings.chat_template,
-                      settings.chat_template and tokenizer is None, settings.max_gen_tokens, settings.seed)
+    reading = SubjectReading(tokenizer, settings.max_length_tokens or UNKNOWN_LENGTH, settings.chat_template,
+                             settings.chat_template and tokenizer is None, settings.max_gen_tokens,
+                             settings.seed)
     return Subject(EvaluatedModel(f"{url.rstrip('/')} {endpoint.model}", digest, "endpoint", None,
                                   str(settings.run) if settings.run else None),
                    {"model": digest}, reading, None)
@@ -183,7 +184,7 @@ class NotAnswered(Exception):
 
 
 @dataclass(frozen=True)
-class Reading:
+class SubjectReading:
     tokenizer: Any
     """transformers' tokenizer; None: an endpoint without --tokenizer, which is given text."""
     max_length_tokens: int
@@ -196,7 +197,7 @@ class Reading:
 
 
 class Bridge(TemplateLM):
-    def __init__(self, reading: Reading, answers: Mapping[str, Answer]) -> None:
+    def __init__(self, reading: SubjectReading, answers: Mapping[str, Answer]) -> None:
         super().__init__()
         self._reading, self._answers = reading, answers
         self.tokenizer = reading.tokenizer
@@ -314,7 +315,7 @@ class Bridge(TemplateLM):
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
 
-    def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Score:
+    def _score(self, context: Sequence[int], continuation: Sequence[int]) -> AnswerScore:
         if not continuation:
             raise UserError("a continuation whose likelihood is asked for has no token of its own; look at "
                             "the task's doc_to_choice or doc_to_target, which give an empty text")
@@ -322,7 +323,7 @@ class Bridge(TemplateLM):
             raise UserError(f"a continuation whose likelihood is asked for has {len(continuation)} tokens, "
                             f"and the model ends at {self.max_length}; leave the task out")
         kept = max(1, self.max_length + 1 - len(continuation))
-        return Score(tuple(context[-kept:]), tuple(continuation))
+        return AnswerScore(tuple(context[-kept:]), tuple(continuation))
 
     def _write(self, prompt: str, given: dict[str, Any], sample: int, instance: Instance) -> Write:
         try:
@@ -411,7 +412,7 @@ class Bridge(TemplateLM):
         found = self._answers[request.key]
         if "failed" in found:
             raise NotAnswered(str(found["failed"]))
-        if isinstance(request, Score) and math.isnan(float(found["logprob"] or 0.0)):
+        if isinstance(request, AnswerScore) and math.isnan(float(found["logprob"] or 0.0)):
             # of several choices the first would count as the best one, and a broken model as one that guesses
             raise NotAnswered("its likelihood is NaN: the model's weights or activations are no numbers")
         return found

@@ -66,7 +66,7 @@ class Definition:
 
 
 @dataclass
-class Found:
+class FoundTasks:
     definitions: dict[str, Definition] = field(default_factory=dict)
     """Name of each task and group -> where it stands; of several the first folder's."""
     tags: dict[str, list[str]] = field(default_factory=dict)
@@ -89,13 +89,13 @@ class Function(str):
 _Loader.add_constructor("!function", lambda loader, node: Function(loader.construct_scalar(node)))
 
 
-def find(folders: list[TaskFolder]) -> Found:
+def find(folders: list[TaskFolder]) -> FoundTasks:
     """Return what folders define.
 
     Raises:
         UserError: a folder is not there, or two files of it define the same task.
     """
-    found = Found()
+    found = FoundTasks()
     for folder in folders:
         if not folder.path.is_dir():
             raise UserError(f"{folder.option} {folder.path}: is no folder; pass one with lm-eval tasks, "
@@ -384,7 +384,7 @@ def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
         _closure(names, found, {})
 
 
-def _named(names: Sequence[str], sources: TaskSources) -> tuple[Found, list[str]]:
+def _named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks, list[str]]:
     """Return what the folders define, and the names, with a tag's tasks in its place."""
     folders = [TaskFolder(path, sources.allow_code) for path in sources.folders]
     if SUITES.is_dir():
@@ -411,7 +411,7 @@ def _load(manager: Any, name: str) -> Any:
     return loaded
 
 
-def _closure(names: Sequence[str], found: Found, built_in: Mapping[str, Any]) -> list[str]:
+def _closure(names: Sequence[str], found: FoundTasks, built_in: Mapping[str, Any]) -> list[str]:
     """Return the names that are needed, those of groups' members too."""
     needed: dict[str, None] = {}
     left = list(names)
@@ -438,7 +438,7 @@ def _members(definition: Definition) -> list[str]:
     return [str(member) for member in members]
 
 
-def _unknown(name: str, found: Found) -> UserError:
+def _unknown(name: str, found: FoundTasks) -> UserError:
     broken = next((said for file, said in found.problems.items() if Path(file).stem == name), None)
     broken = broken or next(iter(found.problems.values()), None)
     more = f"; {len(found.problems)} files cannot be read, such as {broken}" if broken else ""

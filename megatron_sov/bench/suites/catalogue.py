@@ -15,7 +15,7 @@ from typing import Any
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.bench.lm.tasks import DATA, Found, TaskFolder, find
+from megatron_sov.bench.lm.tasks import DATA, FoundTasks, TaskFolder, find
 from megatron_sov.bench.suites.protocol import KEY, Protocol, protocol_of
 from megatron_sov.bench.suites.task_data import TaskData, renamed, rules_of
 
@@ -74,7 +74,7 @@ def read_task(path: Path) -> TaskFile | None:
     return next((task for task in _tasks(found) if task.path == path), None)
 
 
-def _tasks(found: Found) -> list[TaskFile]:
+def _tasks(found: FoundTasks) -> list[TaskFile]:
     return [TaskFile(name, definition.file, definition.config)
             for name, definition in found.definitions.items() if "task" in definition.config]
 
@@ -171,7 +171,7 @@ ENDINGS = (".jsonl", ".parquet", ".csv")
 
 
 @dataclass(frozen=True)
-class Span:
+class SuiteSpan:
     """Rows whose field is a text from one end up to, not including, the other."""
 
     field: str
@@ -182,7 +182,7 @@ class Span:
     """First text that is out; empty: all from `low`."""
 
     @classmethod
-    def of(cls, text: str) -> Span:
+    def of(cls, text: str) -> SuiteSpan:
         """Read FIELD=FROM..TO.
 
         Raises:
@@ -209,7 +209,7 @@ class Span:
 
 
 def bring(task: TaskFile, source: Path, name: str, data_dir: Path,
-          spans: list[Span]) -> tuple[Path, int, int]:
+          spans: list[SuiteSpan]) -> tuple[Path, int, int]:
     """Write a file of a task; it appears whole.
 
     Returns:

@@ -20,16 +20,16 @@ from megatron_sov.base.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, E
 from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.base.documents.messages import REASONING
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.bench.lm.endpoint import endpoint_at
 from megatron_sov.bench.lm.results import (
-    EvaluatedModel, Item, Results, Sample, TaskSampling, TaskScores, judged_by, metric_of_items,
+    EvaluatedModel, ResultItem, Results, ResultSample, TaskSampling, TaskScores, judged_by, metric_of_items,
     write_results)
 from megatron_sov.bench.lm.settings import EndpointSettings
 from megatron_sov.bench.lm.tasks import DATA
 from megatron_sov.bench.suites.catalogue import TaskFile
 from megatron_sov.bench.suites.folding import fold, folded_results
-from megatron_sov.bench.suites.protocol import Folded, Protocol, Response, TaskItem
+from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, TaskItem
 from megatron_sov.bench.suites.task_data import TaskData
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools import registry
@@ -54,7 +54,7 @@ def tasks_of(task: TaskFile, data_dir: Path, limit: int | None = None) -> list[T
     return found if limit is None else found[:limit]
 
 
-def order_of(protocol: Protocol, data_dir: Path) -> Order:
+def order_of(protocol: Protocol, data_dir: Path) -> PluginOrder:
     """Return the order for a protocol's environment.
 
     Raises:
@@ -79,7 +79,7 @@ def fold_episodes(protocol: Protocol, tasks: Sequence[Task], episodes: Sequence[
 
 def item_of(protocol: Protocol, task: Mapping[str, Any], episodes: Sequence[Episode]) -> TaskItem:
     return TaskItem(task, str(task.get("question", "")), [
-        Response(episode.answer, _finish(protocol, episode)) for episode in episodes])
+        SuiteResponse(episode.answer, _finish(protocol, episode)) for episode in episodes])
 
 
 def _finish(protocol: Protocol, episode: Episode) -> str:
@@ -118,12 +118,12 @@ def write_episodes(output: Path, task: TaskFile, protocol: Protocol, model: Eval
     """
     items = []
     for number, (asked, played, of_item) in enumerate(zip(tasks, episodes, folded.items, strict=True)):
-        samples = tuple(Sample("\n".join(turn.text for turn in episode.turns), episode.end, reward)
+        samples = tuple(ResultSample("\n".join(turn.text for turn in episode.turns), episode.end, reward)
                         for episode, reward in zip(played, of_item.sample_scores, strict=True))
         values = {name: of_item.scores.get(name) for name in folded.metric_names}
-        items.append(Item(task.name, str(number), _hash(dict(asked)), protocol.cluster(asked),
-                          str(asked.get("question", "")), str(asked.get("answer", "")), values, samples,
-                          of_item.failed))
+        items.append(ResultItem(task.name, str(number), _hash(dict(asked)), protocol.cluster(asked),
+                                str(asked.get("question", "")), str(asked.get("answer", "")), values, samples,
+                                of_item.failed))
     files = {path.relative_to(data_dir).as_posix(): sha256_file(path)
              for paths in task.files(data_dir).values() for path in paths}
     told = protocol.as_json()

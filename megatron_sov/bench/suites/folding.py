@@ -23,7 +23,7 @@ from megatron_sov.base.chat.marks import plain_form
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import num_cores
 from megatron_sov.bench.suites.protocol import (
-    AT_LIMIT, BOXED, OWN_SCORERS, Folded, ItemScores, Protocol, Response, TaskItem)
+    AT_LIMIT, BOXED, OWN_SCORERS, Folded, ItemScores, Protocol, SuiteResponse, TaskItem)
 from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
@@ -131,7 +131,7 @@ def _judged(judging: Any, protocol: Protocol, items: Sequence[TaskItem]) -> list
     return [list(islice(in_order, len(item.responses))) for item in items]
 
 
-def _row(protocol: Protocol, item: TaskItem, response: Response) -> Row | Result:
+def _row(protocol: Protocol, item: TaskItem, response: SuiteResponse) -> Row | Result:
     try:
         row = row_of(protocol, item, response)
     except Refused as e:
@@ -236,7 +236,7 @@ def extracted(pattern: str, text: str) -> str | None:
     return next((group for group in found[-1] if group), "") if isinstance(found[-1], tuple) else found[-1]
 
 
-def row_of(protocol: Protocol, item: TaskItem, response: Response) -> Row | None:
+def row_of(protocol: Protocol, item: TaskItem, response: SuiteResponse) -> Row | None:
     """Return the row that a reward judges; None: the response has no final answer, so it is wrong.
 
     Raises:

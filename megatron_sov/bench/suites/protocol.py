@@ -22,8 +22,8 @@ from megatron_sov.base.chat.marks import as_written
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Breach, Code, Finite, NotNegativeInt, Problem, SettingsError, find_broken,
-    find_problems, one_of, parse_nested, read)
+    AtLeastOne, Bound, Breach, Finite, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
+    find_broken, find_problems, one_of, parse_nested, read)
 from megatron_sov.bench.lm.settings import JudgedSettings
 from megatron_sov.infer.request import LENGTH, SampleSeed, Sampling, Temperature, TopP
 from megatron_sov.judge.rewards import patterns
@@ -55,8 +55,8 @@ def _no_pattern(text: str) -> Breach | None:
     if text in ("", BOXED):
         return None
     if wrong := patterns.problem(text):
-        return Code.BOUND, f"is no regular expression ({wrong})", ""
-    return None if regex.compile(text).groups else (Code.BOUND, "must have a group, the answer", "")
+        return ProblemCode.BOUND, f"is no regular expression ({wrong})", ""
+    return None if regex.compile(text).groups else (ProblemCode.BOUND, "must have a group, the answer", "")
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class Protocol:
     published_as: str = ""
     """Name of the benchmark among the published figures."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule between settings that these break."""
-        p = [Problem(Code.RULE, f"k.{i}", f"must be at most samples = {self.samples}", k)
+        p = [SettingsProblem(ProblemCode.RULE, f"k.{i}", f"must be at most samples = {self.samples}", k)
              for i, k in enumerate(self.k) if k > self.samples]
         p += [problem.below("limits") for problem in find_problems(EpisodeLimits, dict(self.limits))[1]]
         return p + find_broken(
@@ -262,8 +262,8 @@ def changed_as_asked(protocol: Protocol, asked: JudgedSettings) -> Protocol:
 
 def _made(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
     if "task" in settings:
-        raise SettingsError(where, [Problem(Code.UNKNOWN, "task", "is told by the task itself",
-                                            way_out="drop it")])
+        raise SettingsError(where, [SettingsProblem(ProblemCode.UNKNOWN, "task", "is told by the task itself",
+                                                    way_out="drop it")])
     return read(Protocol, {**settings, "task": task}, where)
 
 
@@ -272,7 +272,7 @@ Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Response:
+class SuiteResponse:
     text: str
     finish_reason: str = ""
     """`stop`, `length`, or how an episode ended."""
@@ -284,7 +284,7 @@ class TaskItem:
 
     doc: Mapping[str, Any]
     prompt: Prompt
-    responses: Sequence[Response]
+    responses: Sequence[SuiteResponse]
 
 
 @dataclass(frozen=True)

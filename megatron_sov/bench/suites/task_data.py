@@ -101,7 +101,7 @@ class TaskData:
         return path.stem if self.group_field == "file" else str(row.get(self.group_field, ""))
 
 
-def _plain(rule: Rule, value: Any) -> Any:
+def _plain(rule: TaskRule, value: Any) -> Any:
     """Return a value for a table, whose columns have one type: numbers beside texts become texts, what is
     nested becomes JSON."""
     if value is None or rule.kind not in ("value", "list", "object", "any"):
@@ -168,7 +168,7 @@ _TOLD = {"text": "a text that is not empty", "string": "a text", "texts": "a lis
          "list": "a list that is not empty", "object": "an object", "any": "there"}
 
 
-class Rule:
+class TaskRule:
     """A rule such as `text`, `texts 4`, `integer 0..3`, `letter A..D`; with `or null` at its end the field
     may be missing or null."""
 
@@ -216,11 +216,11 @@ class Rule:
         return f"a list of {span} texts" if self.kind == "texts" else f"{said} from {span}"
 
 
-def rules_of(fields: Any) -> list[Rule]:
-    """Return the rules of a task file's `fields`; raises as `Rule` does."""
+def rules_of(fields: Any) -> list[TaskRule]:
+    """Return the rules of a task file's `fields`; raises as `TaskRule` does."""
     if not isinstance(fields, Mapping) or not fields:
         raise UserError("`fields` must be an object of field -> rule")
-    return [Rule(str(name), rule) for name, rule in fields.items()]
+    return [TaskRule(str(name), rule) for name, rule in fields.items()]
 
 
 def renamed(row: Mapping[str, Any], aliases: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megatron_sov.commands.shared_options import RecordOptions
 from megatron_sov.runs.append import RunEvents
 
 if TYPE_CHECKING:
-    from megatron_sov.bench.contamination import Checked
+    from megatron_sov.bench.contamination import ContaminationCheck
 
 EVENT = "eval_contamination"
 
@@ -50,7 +50,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(EvalContaminationOptions, typed)
     events = RunEvents(args.run)
     check_output("OUT.json", args.results)
-    from megatron_sov.base.documents import Reading
+    from megatron_sov.base.documents import RecordReading
     from megatron_sov.bench.contamination import check
     from megatron_sov.bench.score_differences import read_scored
 
@@ -58,7 +58,7 @@ def run(typed: argparse.Namespace) -> int:
         if not path.exists():
             raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
     scored = read_scored(args.results)
-    found = check(scored, args.data, Reading(text_field=args.text_field), args.workers)
+    found = check(scored, args.data, RecordReading(text_field=args.text_field), args.workers)
     # first the places: results that name hits without them would be half a result
     hits_file = args.results.with_name(f"{args.results.name.removesuffix('.json')}.hits.json")
     write_output(hits_file, to_json(found.hits))
@@ -74,14 +74,14 @@ def run(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _first(found: Checked, task: str) -> str | None:
+def _first(found: ContaminationCheck, task: str) -> str | None:
     from megatron_sov.bench.score_differences import said
 
     metrics = found.results.tasks[task].metrics
     return said(metrics[0]) if metrics else None
 
 
-def _table(found: Checked, hits_file: Path) -> str:
+def _table(found: ContaminationCheck, hits_file: Path) -> str:
     lines = []
     for name, task in found.results.tasks.items():
         check = task.contamination

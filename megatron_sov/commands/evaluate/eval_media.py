@@ -15,7 +15,7 @@ from megatron_sov.commands.models.media_options import (
     EvalMediaOptions, check_media, media_decoders, shown_media)
 from megatron_sov.commands.shared_options import step_of
 from megatron_sov.eval.media import (
-    AUDIO, IMAGE, PAIRS, RETRIEVAL, TEXT, Judge, Row, figures, judge_of, read_rows)
+    AUDIO, IMAGE, PAIRS, RETRIEVAL, TEXT, Judge, MediaRow, figures, judge_of, read_rows)
 from megatron_sov.infer.request import Batching
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -74,7 +74,7 @@ def run_media(args: EvalMediaOptions) -> int:
     return ExitCode.OK
 
 
-def _rows_of(option: str, item: str, pairs: Collection[str]) -> tuple[str, list[Row]]:
+def _rows_of(option: str, item: str, pairs: Collection[str]) -> tuple[str, list[MediaRow]]:
     """Return the name and the rows of PAIR=FILE.jsonl."""
     name, _, file = item.partition("=")
     if name not in pairs or not file:
@@ -95,7 +95,7 @@ def _judges(args: EvalMediaOptions, kinds: set[str]) -> dict[str, Judge]:
     return found
 
 
-def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[Row],
+def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[MediaRow],
           judges: dict[str, Judge]) -> dict[str, Any] | None:
     """Return figures and samples of a pair; None on other processes than the first."""
     from megatron_sov.infer.media.media_replies import Asking, replies
@@ -118,7 +118,7 @@ def _files(reply: Replied, kind: str) -> list[Path]:
     return reply.made.pictures if kind == IMAGE else reply.made.sounds
 
 
-def _recognised(rows: Sequence[Row], replied: Sequence[Replied], kind: str,
+def _recognised(rows: Sequence[MediaRow], replied: Sequence[Replied], kind: str,
                 judges: dict[str, Judge]) -> list[str]:
     """Return what each reply says, or what a judge recognises in its first file; "" where it made none."""
     if kind == TEXT:
@@ -131,7 +131,7 @@ def _recognised(rows: Sequence[Row], replied: Sequence[Replied], kind: str,
     return found
 
 
-def _sample(row: Row, reply: Replied, heard: str, root: Path) -> dict[str, Any]:
+def _sample(row: MediaRow, reply: Replied, heard: str, root: Path) -> dict[str, Any]:
     """Return a sample as files and events have it: paths are absolute."""
     content = [{**part, "path": str((root / part["path"]).resolve())} if "path" in part else part
                for part in row.content]
@@ -161,7 +161,7 @@ def _line(name: str, told: dict[str, Any]) -> str:
 EVENT = "media_retrieval"
 
 
-def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[Row]]]:
+def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[MediaRow]]]:
     """Return the pairs that are asked for, with their rows.
 
     Raises:
@@ -181,7 +181,7 @@ def retrieval_rows(args: EvalMediaOptions) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[Row],
+def retrieved(args: EvalMediaOptions, target: Target, name: str, rows: list[MediaRow],
               events: RunEvents) -> dict[str, Any]:
     """Return direction -> figures of a pair; {} on other processes than the first."""
     from megatron_sov.eval.media import grouped, likelihoods, rank_figures, ranks

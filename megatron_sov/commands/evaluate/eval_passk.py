@@ -21,14 +21,15 @@ from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import behind_links
-from megatron_sov.base.plugins.orders import Order
-from megatron_sov.base.settings import AtLeastOne, Code, Finite, Flag, Problem, parse_nested
+from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.settings import AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, parse_nested
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of
-from megatron_sov.infer.asking import Asked, asked_of, check_engine, check_length
+from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
 from megatron_sov.infer.engine import ChosenEngine, Engine, engine_for, run_engine
-from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Stop, Temperature
-from megatron_sov.judge.rewards.registry import Made, make, order
+from megatron_sov.infer.request import (
+    Batching, BatchSize, RankOptions, ResponseSampling, StopRule, Temperature)
+from megatron_sov.judge.rewards.registry import MadeReward, make, order
 from megatron_sov.judge.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -79,10 +80,11 @@ class JudgedSamplingOptions(JudgeOptions):
     engine: ChosenEngine = None
     batch_size: BatchSize = Batching.batch_size
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         return [] if self.samples == 1 or self.sampling.temperature else [
-            Problem(Code.RULE, "samples", "are the same response again and again at --temperature 0",
-                    self.samples, "raise the temperature, or take one sample")]
+            SettingsProblem(ProblemCode.RULE, "samples",
+                            "are the same response again and again at --temperature 0",
+                            self.samples, "raise the temperature, or take one sample")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,15 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to make: the figures, and every response with its reward."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         p = super().problems()
         if self.sampled is None and max(self.k, default=1) > self.samples:
-            p.append(Problem(Code.RULE, "k", f"is more than --samples {self.samples}", max(self.k)))
+            p.append(SettingsProblem(ProblemCode.RULE, "k", f"is more than --samples {self.samples}",
+                                     max(self.k)))
         if (self.sampled is None) == (self.target is None) or (self.input is None) == (self.sampled is None):
-            p.append(Problem(Code.RULE, "", "pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl "
-                             "alone"))
+            p.append(SettingsProblem(ProblemCode.RULE, "",
+                                     "pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl "
+                                     "alone"))
         return p
 
     @property
@@ -124,8 +128,8 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 @dataclass(frozen=True)
 class _Plan:
     args: EvalPasskOptions
-    order: Order
-    reward: Made
+    order: PluginOrder
+    reward: MadeReward
     target: Target | None
     """None: the responses are there already."""
     group_by: str = PROMPT_INDEX
@@ -290,11 +294,11 @@ def _sample(plan: _Plan) -> Path:
     return file
 
 
-def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Asked, prompts: range,
+def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: SamplingRequest, prompts: range,
                engine: Engine) -> bytes:
     """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
     its own, by its place among all."""
-    stop = Stop(asked.end_ids, tuple(args.stop), asked.decode)
+    stop = StopRule(asked.end_ids, tuple(args.stop), asked.decode)
     places = [(i, sample) for i in prompts for sample in range(args.samples)]
     found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
                             streams=[i * args.samples + sample for i, sample in places])

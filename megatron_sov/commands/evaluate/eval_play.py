@@ -21,7 +21,7 @@ from megatron_sov.commands.option_words import words_of
 from megatron_sov.commands.shared_options import AnyTarget, RecordOptions, RedoOptions
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import EpisodeLines, lines_in
-from megatron_sov.judge.tools.playing import Policy, Table, identity_of, play
+from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play
 from megatron_sov.judge.tools.registry import digest_of
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -139,9 +139,10 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
     player = Player(Path(args.target), Runs(args.engine, args.settings, args.nproc), protocol.episode_limits,
                     "lower `limits` in a task file of your own", protocol.chat_template_kwargs)
     target = player.target
-    table = Table(order_of(protocol, args.data_dir), player.encoder, protocol.episode_limits, args.parallel)
+    table = EpisodeTable(order_of(protocol, args.data_dir), player.encoder, protocol.episode_limits,
+                         args.parallel)
 
-    def played(policy: Policy) -> str:
+    def played(policy: ToolPolicy) -> str:
         model = EvaluatedModel(str(target.path), content_hash(target),
                                "huggingface" if target.is_hf else "checkpoint", target.step)
         known_by: dict[str, object] = {

@@ -126,7 +126,7 @@ def _remark(check: DataCheck) -> str:
 
 
 def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
-    from megatron_sov.bench.suites.catalogue import Span, bring
+    from megatron_sov.bench.suites.catalogue import SuiteSpan, bring
 
     if not args.tasks or len(tasks) != 1:
         raise UserError("eval suites bring needs --tasks with one task, e.g. --tasks aime24")
@@ -141,7 +141,7 @@ def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     target = folder / name
     if target.exists() and not args.overwrite:
         raise UserError(f"{target}: is there already; pass --overwrite to replace it")
-    path, num_kept, num_rows = bring(task, args.source, name, folder, [Span.of(s) for s in args.where])
+    path, num_kept, num_rows = bring(task, args.source, name, folder, [SuiteSpan.of(s) for s in args.where])
     if args.json:
         print(json.dumps({"file": str(path), "rows": num_kept, "rows_of_source": num_rows}))
     else:

@@ -63,10 +63,10 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.publish.card.data_summary import DATA, add_data, data_card
     from megatron_sov.publish.card.lineage import lineage, picture
     from megatron_sov.publish.card.model_card import ANNEX, PICTURE, PROVENANCE, annex_xi, model_card
-    from megatron_sov.publish.card.run_record import Answers, read_answers
+    from megatron_sov.publish.card.run_record import CardAnswers, read_answers
 
     _check_places(args, (README, CARD, PROVENANCE, PICTURE, ANNEX))
-    answers = Answers() if args.answers is None else read_answers(args.answers)
+    answers = CardAnswers() if args.answers is None else read_answers(args.answers)
     scores = _scores(args.eval)
     found = lineage(args.runs, args.elsewhere, args.hf_folder)
     data = None

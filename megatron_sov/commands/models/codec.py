@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
-    AboveZero, Actions, AtLeastOne, Code, Flag, NotNegativeInt, Problem, add_actions, change, run_action)
+    AboveZero, Actions, AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_actions, change,
+    run_action)
 from megatron_sov.commands.shared_options import OverwriteOptions
 
 DECODERS = ("image-decoder", "vocoder")
@@ -46,15 +47,16 @@ class CodecTrainOptions(OverwriteOptions):
     look_every: NotNegativeInt = 0
     """Steps between two looks at held-out media (default: at the end alone)."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what is not for this kind, and what it needs."""
         kinds = {"tokenizer": DECODERS, "vae": ("image-decoder",), "encoder": ("image-tokenizer",)}
-        found = [Problem(Code.RULE, name, f"is for {' and '.join(of)}", getattr(self, name),
-                         f"leave it out for {self.kind}")
+        found = [SettingsProblem(ProblemCode.RULE, name, f"is for {' and '.join(of)}", getattr(self, name),
+                                 f"leave it out for {self.kind}")
                  for name, of in kinds.items() if getattr(self, name) is not None and self.kind not in of]
         if self.kind in DECODERS and self.tokenizer is None:
-            found.append(Problem(Code.MISSING, "tokenizer", f"is missing; {self.kind} decodes its ids",
-                                 way_out="pass the folder of a tokenizer"))
+            found.append(SettingsProblem(ProblemCode.MISSING, "tokenizer",
+                                         f"is missing; {self.kind} decodes its ids",
+                                         way_out="pass the folder of a tokenizer"))
         return found
 
     def all_changes(self) -> list[str]:

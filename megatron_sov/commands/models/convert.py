@@ -32,7 +32,7 @@ from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.train import AverageKind
 from megatron_sov.model.counterparts.architecture import of_arguments
 from megatron_sov.model.counterparts.settings import (
-    MAX_CHARS, Translated, nested, of_sections, read_arguments, read_sections, translate)
+    MAX_CHARS, TranslatedSettings, nested, of_sections, read_arguments, read_sections, translate)
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.append import RunEvents
@@ -206,7 +206,7 @@ class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, RecordOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(PluginOptions):
+class ConvertInspectOptions(PluginOptions):
     """Show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes."""
 
     a: Annotated[Path, Flag("A")]
@@ -261,7 +261,7 @@ def run_settings(args: TranslateOptions) -> int:
     return ExitCode.OK
 
 
-def _read(source: str, family: str) -> tuple[Translated, dict[str, str]]:
+def _read(source: str, family: str) -> tuple[TranslatedSettings, dict[str, str]]:
     """Return what a source says, and what it leaves to variables."""
     if source.endswith(YAML):
         return translate(of_sections(read_sections(Path(source))), family), {}
@@ -446,7 +446,7 @@ def _verify(args: VerifyOptions) -> int:
     return ExitCode.OK if passed else ExitCode.GATE_FAILED
 
 
-def _inspect(args: InspectOptions) -> int:
+def _inspect(args: ConvertInspectOptions) -> int:
     _begin(args, args.a)
     facts = _facts(args.a)
     if args.json:
@@ -488,6 +488,6 @@ ACTIONS: Actions = {
     "to-peft": (ToPeftOptions, _to_peft), "from-peft": (FromPeftOptions, _from_peft),
     "average": (AverageOptions, _average), "upcycle": (UpcycleOptions, _upcycle),
     "deepen": (DeepenOptions, _deepen), "verify": (VerifyOptions, _verify),
-    "inspect": (InspectOptions, _inspect)}
+    "inspect": (ConvertInspectOptions, _inspect)}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -21,14 +21,15 @@ from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import AtLeastOne, Code, Flag, Problem, add_options, read_options
+from megatron_sov.base.settings import (
+    AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.commands.models.media_options import CodecsOptions, check_media, media_decoders, shown_media
 from megatron_sov.commands.shared_options import ModelPath, step_of
-from megatron_sov.infer.asking import Asked, asked_of, check_engine, check_length
+from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
 from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
-from megatron_sov.infer.prompts import Prompt, read_prompts, response_lines
-from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, Stop
+from megatron_sov.infer.prompts import ModelPrompt, read_prompts, response_lines
+from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, StopRule
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -81,11 +82,11 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
         """Whether media are shown to the model, or made by it."""
         return bool(self.image or self.audio or self.out_image or self.out_audio)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not go together."""
         return self._media_problems() if self.has_media else self._text_problems()
 
-    def _text_problems(self) -> list[Problem]:
+    def _text_problems(self) -> list[SettingsProblem]:
         temperature = f"is of use with --temperature above 0, and it is {self.sampling.temperature:g}"
         rules = [(self.compare_speed and not self.sampling.num_drafts, "compare_speed", UNSET,
                   "has no drafts to compare with", "add --speculative 1"),
@@ -94,22 +95,23 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
                  (self.output is not None and self.json, "output", self.output, "goes without --json",
                   "leave one of them out"),
                  (self.logprobs and not self.json, "logprobs", UNSET, "goes with --json", "add it")]
-        return [Problem(Code.RULE, key, rule, value, way_out) for broken, key, value, rule, way_out in rules
+        return [SettingsProblem(ProblemCode.RULE, key, rule, value, way_out) for broken, key, value, rule,
+                way_out in rules
                 if broken]
 
-    def _media_problems(self) -> list[Problem]:
+    def _media_problems(self) -> list[SettingsProblem]:
         given = {"prompts": self.prompts, "sampling.num_drafts": self.sampling.num_drafts,
                  "output": self.output, "samples": self.samples if self.samples > 1 else None,
                  "stop": self.stop, "logprobs": self.logprobs, "run": self.run}
-        found = [Problem(Code.RULE, key, "does not go with media", UNSET,
-                         "leave it out (`eval media` asks many prompts)")
+        found = [SettingsProblem(ProblemCode.RULE, key, "does not go with media", UNSET,
+                                 "leave it out (`eval media` asks many prompts)")
                  for key, value in given.items() if value]
         if self.engine not in (None, MEGATRON):
-            found.append(Problem(Code.RULE, "engine", "does not keep blocks of media whole", self.engine,
-                                 f"use {MEGATRON}"))
+            found.append(SettingsProblem(ProblemCode.RULE, "engine", "does not keep blocks of media whole",
+                                         self.engine, f"use {MEGATRON}"))
         if not (self.prompt or self.image or self.audio):
-            found.append(Problem(Code.MISSING, "", "there is nothing to answer",
-                                 way_out="pass --prompt TEXT, --image FILE or --audio FILE"))
+            found.append(SettingsProblem(ProblemCode.MISSING, "", "there is nothing to answer",
+                                         way_out="pass --prompt TEXT, --image FILE or --audio FILE"))
         return found
 
 
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 
     target = find_target(options.target)
     asked = asked_of(target, [p.text for p in prompts], options.chat)
-    stop = Stop(asked.end_ids, options.stop, asked.decode)
+    stop = StopRule(asked.end_ids, options.stop, asked.decode)
     found = _continue(options, target, asked, stop)
     if found is None:
         return 0  # the job's first process prints
@@ -150,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _continue(options: GenerateOptions, target: Target, asked: Asked, stop: Stop) -> Generated | None:
+def _continue(options: GenerateOptions, target: Target, asked: SamplingRequest,
+              stop: StopRule) -> Generated | None:
     """Return what the chosen engine writes; None where another process of the job prints."""
     sampling = options.sampling
     longest = asked.longest + sampling.max_new_tokens
@@ -179,7 +182,7 @@ def _continue(options: GenerateOptions, target: Target, asked: Asked, stop: Stop
     return found
 
 
-def _show(options: GenerateOptions, prompts: list[Prompt], texts: list[str], found: Generated) -> None:
+def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str], found: Generated) -> None:
     if options.json:
         rows: list[dict[str, object]] = [
             {"prompt": p.text, "text": t, "tokens": c}

@@ -16,11 +16,11 @@ from megatron_sov.model import families as models, objectives, recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, requested
-from megatron_sov.model.recipes.sources import Source, Sources, derive, relabelled, settings
+from megatron_sov.model.recipes.sources import Sources, ValueSource, derive, relabelled, settings
 from megatron_sov.plan.search.recommended import table
 
 BUILT_IN = "built in"
-SET = Source("yours", "--set")
+SET = ValueSource("yours", "--set")
 
 
 @dataclass(frozen=True, kw_only=True)

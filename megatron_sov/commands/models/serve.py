@@ -11,7 +11,7 @@ from typing import Annotated
 
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Code, Flag, Problem, add_options, read_options
+from megatron_sov.base.settings import Flag, ProblemCode, SettingsProblem, add_options, read_options
 from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
@@ -36,17 +36,18 @@ class ServeOptions(PluginOptions, RankOptions):
         """The model's name in requests."""
         return self.target.resolve().name if self.name is None else self.name
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return a name that no request can say, and what would leave the model open to all."""
         found = []
         if not self.serving.is_local and self.api_key_env is None:
-            found.append(Problem(
-                Code.RULE, "serving.host", "others than this machine reach it, and would need no key",
+            found.append(SettingsProblem(
+                ProblemCode.RULE, "serving.host", "others than this machine reach it, and would need no key",
                 self.serving.host, "name an environment variable that holds one with --api-key-env, or take "
                 "127.0.0.1"))
         name = self.model_name
         if not (name.strip() and name.isprintable() and len(name) <= 200):
-            found.append(Problem(Code.BOUND, "name", "must be 1 to 200 printable characters", name))
+            found.append(SettingsProblem(ProblemCode.BOUND, "name", "must be 1 to 200 printable characters",
+                                         name))
         return found
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import add_options, read_options
-from megatron_sov.operate.doctor.checks import Check, all_checks
+from megatron_sov.operate.doctor.checks import MachineCheck, all_checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def run(typed: argparse.Namespace) -> int:
     return ExitCode.OK if works else ExitCode.USER_ERROR
 
 
-def as_text(checks: list[Check]) -> str:
+def as_text(checks: list[MachineCheck]) -> str:
     """Return one line per check, and a line with the remedy under it where there is one."""
     name_width = max(len(check.name) for check in checks)
     lines = []

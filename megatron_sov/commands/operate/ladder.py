@@ -19,15 +19,15 @@ from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_optio
 from megatron_sov.base.warning import warn
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.model.config import RunConfig, data_paths, from_dict
-from megatron_sov.model.recipes.requested import RecipeOptions, Request, requested
+from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.runs.obs.figures import large
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
-    from megatron_sov.base.pages.page import Table
+    from megatron_sov.base.pages.page import PageTable
     from megatron_sov.publish.ladder.family import Member
-    from megatron_sov.publish.ladder.results import Law, Point, Told
+    from megatron_sov.publish.ladder.results import LadderText, Law, Point
 
 SETTINGS, PAGE = "settings", "ladder.html"
 DECIDED = ("train.tokens", "train.steps", "optim.groups", "optim.warmup_steps")
@@ -93,7 +93,7 @@ def run(typed: argparse.Namespace) -> int:
     return _fit(args, members, predicted)
 
 
-def _members(args: LadderOptions, request: Request) -> tuple[list[Member], Member]:
+def _members(args: LadderOptions, request: RecipeRequest) -> tuple[list[Member], Member]:
     from megatron_sov.publish.ladder.family import members, parse_size, parse_sizes
     from megatron_sov.publish.ladder.laws import LEAST_POINTS
 
@@ -258,7 +258,7 @@ def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> i
 
 
 def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point], law: Law,
-           told: Told, predicted: Member) -> None:
+           told: LadderText, predicted: Member) -> None:
     """Write ladder.json and the page."""
     from megatron_sov.publish.ladder import results
     from megatron_sov.publish.ladder.results import page
@@ -268,7 +268,7 @@ def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point
     atomic_write(args.run / PAGE, page(recipe, args.rates, [*members, predicted], found, law, [told]))
 
 
-def _print(table: Table) -> None:
+def _print(table: PageTable) -> None:
     """Print a table, its columns in line."""
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
     for row in (table.head, *table.rows):

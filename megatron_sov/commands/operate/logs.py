@@ -48,7 +48,7 @@ class LogFile:
 
 
 @dataclass(frozen=True)
-class Line:
+class LogLine:
     """One line of one log file."""
 
     label: str
@@ -126,7 +126,7 @@ class Tail:
         self._offset = 0
         self._rest = b""
 
-    def lines(self, whole: bool = False) -> Iterator[Line]:
+    def lines(self, whole: bool = False) -> Iterator[LogLine]:
         """Yield the lines that are complete and new; of the events, those that say something to people.
 
         Args:
@@ -137,7 +137,8 @@ class Tail:
             text = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
             said = _told(text) if self.file.path.name == EVENTS else text
             if said is not None:
-                yield Line(self.file.label, "".join(c if c.isprintable() or c == "\t" else "·" for c in said))
+                yield LogLine(self.file.label, "".join(c if c.isprintable() or c == "\t" else "·"
+                                                       for c in said))
 
     def _raw(self, whole: bool) -> Iterator[bytes]:
         try:
@@ -221,7 +222,7 @@ class _Reader:
         self._run, self._ranks, self._tail_lines = run, ranks, tail_lines
         self._tails: dict[Path, Tail] = {}
 
-    def everything(self, follow: bool) -> Iterator[Line]:
+    def everything(self, follow: bool) -> Iterator[LogLine]:
         """Yield the lines that there are, then, if asked, new ones until the run has ended."""
         yield from self._look(first=True, whole=not follow)
         quiet_since_s = time.monotonic()
@@ -234,7 +235,7 @@ class _Reader:
                 yield from self._look(whole=True)
                 return
 
-    def _look(self, first: bool = False, whole: bool = False) -> Iterator[Line]:
+    def _look(self, first: bool = False, whole: bool = False) -> Iterator[LogLine]:
         for file in log_files(self._run):
             if not self._ranks or file.rank in self._ranks:
                 tail = self._tails.setdefault(file.path, Tail(file))

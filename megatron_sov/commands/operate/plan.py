@@ -15,7 +15,7 @@ from typing import Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
-from megatron_sov.model.recipes.requested import RecipeOptions, Request, requested
+from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.work.clusters import cluster
 
@@ -84,7 +84,7 @@ def run(typed: argparse.Namespace) -> int:
     return _on_cluster(args, request) if args.cluster else _schedule(args, request)
 
 
-def _schedule(args: PlanOptions, request: Request) -> int:
+def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     """Print a run's schedule alone."""
     from megatron_sov.base.artifacts import to_json
     from megatron_sov.plan.pages import timetable
@@ -100,7 +100,7 @@ def _schedule(args: PlanOptions, request: Request) -> int:
     return 0
 
 
-def _on_cluster(args: PlanOptions, request: Request) -> int:
+def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
     from megatron_sov.base.artifacts import to_json
     from megatron_sov.plan.on_cluster import placed, searched

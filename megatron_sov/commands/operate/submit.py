@@ -76,9 +76,9 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
         raise UserError(f"--scripts {options.scripts}: belongs to a chain; "
                         "--dry-run prints the script of a stage")
     profile = cluster.load(_cluster_name(options), account=options.account, partition=options.partition)
-    request = submission.Request(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
-                                 cluster.settings_by_nodes(options.nodes_set), options.array,
-                                 time_limit=options.time_limit, cluster=_cluster_name(options))
+    request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
+                                       cluster.settings_by_nodes(options.nodes_set), options.array,
+                                       time_limit=options.time_limit, cluster=_cluster_name(options))
     prepared = submission.prepare(request, COMMANDS)
     if options.dry_run:
         submission.show(prepared)

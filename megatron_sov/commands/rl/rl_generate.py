@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import ExitCode, UserError, list_problems
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
 from megatron_sov.base.warning import warn
@@ -22,7 +22,7 @@ from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.rollouts.prompts import (
-    Prompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
+    RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
 from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
@@ -143,7 +143,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
             if getattr(rollout, name) != getattr(trained.rollout, name)]
 
 
-def _prompts(args: RlGenerateOptions) -> list[Prompt]:
+def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
     prompts = read_prompts(args.prompts)
     if args.environment is None:
         refuse_unaskable(args.prompts, prompts)
@@ -154,7 +154,7 @@ def _prompts(args: RlGenerateOptions) -> list[Prompt]:
 class AskedEnvironment:
     """The environment that prompts are played in."""
 
-    order: Order
+    order: PluginOrder
     version: str
     """Of its code and settings."""
     limits: EpisodeLimits
@@ -216,12 +216,12 @@ def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> in
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[Prompt],
+def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[RolloutPrompt],
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
     from megatron_sov.engine.mcore.parallel.world import on_first
-    from megatron_sov.judge.rollouts.store import Store
-    from megatron_sov.post.rl.generate import Desk, Missing, Take, run_policies, write_rounds
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.responses import key_digest
 
     folder, rollout = start.tokenizer_folder, config.rollout
@@ -230,13 +230,13 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
-        create = partial(Store.create, args.store, tokenizer_digest(folder), start.vocab_size)
+        create = partial(RolloutStore.create, args.store, tokenizer_digest(folder), start.vocab_size)
         on_first(lambda: create() and None)  # made by one, before all open it
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           lambda number: key_digest(rollout, number, writer.chosen_by))
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
-        return write_rounds(engine, take, held, writer, Desk(missing, store, args.wait, told))
+        return write_rounds(engine, take, held, writer, PieceQueue(missing, store, args.wait, told))
 
     found: dict[str, Any] | None = run_policies(
         engine_name, start, work, longest=_longest(rollout, environment),
@@ -245,7 +245,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     return found
 
 
-def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], start: Target,
+def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
               engine_name: str, environment: AskedEnvironment | None) -> Writer:
     """Return what makes rows: plain responses, or episodes.
 
@@ -254,8 +254,8 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], sta
     """
     from megatron_sov.base.chat.turns import TurnEncoder
     from megatron_sov.infer.asking import Asker
-    from megatron_sov.judge.tools.playing import Table
-    from megatron_sov.post.rl.responses import Episodes, Responses
+    from megatron_sov.judge.tools.playing import EpisodeTable
+    from megatron_sov.post.rl.responses import Episodes, ResponseSource
 
     folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)
@@ -266,13 +266,13 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[Prompt], sta
     chosen_by: dict[str, Any] = {
         "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
     if environment is None:
-        responses = Responses(asker, rollout, engine_name, args.plain, chosen_by,
-                              with_routes=config.policy.router_replay)
+        responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
+                                   with_routes=config.policy.router_replay)
         responses.refuse_unfit(prompts)
         return responses
     limits = environment.limits
     assert chat is not None, "options refuse --plain"
-    table = Table(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
+    table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
     return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
 

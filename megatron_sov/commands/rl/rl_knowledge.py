@@ -20,14 +20,14 @@ from megatron_sov.base.artifacts import new_artifact, refuse_existing
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import Bound, Breach, Code, Flag, add_options, read_options
+from megatron_sov.base.settings import Bound, Breach, Flag, ProblemCode, add_options, read_options
 from megatron_sov.commands.shared_options import OverwriteOptions
 
 KIND, FILE = "corpus", "knowledge.jsonl"
 
 
 def _no_split(text: str) -> Breach | None:
-    return None if all(text.partition("=")) else (Code.FORM, "must be FIELD=VALUE", "e.g. split=train")
+    return None if all(text.partition("=")) else (ProblemCode.FORM, "must be FIELD=VALUE", "e.g. split=train")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,12 @@ from megatron_sov.commands.reward_options import REWARDS, JudgeOptions, RewardSe
 from megatron_sov.judge.rollouts.prompts import rounds_between
 from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, JudgingJob, Summary, judging, reward_version, second_opinions)
+    ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
 from megatron_sov.work.progress.claims import Claims
 from megatron_sov.work.progress.work_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import RolloutStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
     return _tell(options, version, summary)
 
 
-def opened_store(path: Path, wait_s: float) -> Store:
+def opened_store(path: Path, wait_s: float) -> RolloutStore:
     """Return a store, which is waited for: of jobs that begin together the one that writes makes it.
 
     Raises:
         UserError: there is none, or something else has its place.
         StopRequested: none has come.
     """
-    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import RolloutStore
 
     ends_s = time.monotonic() + wait_s
     while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
@@ -94,10 +94,10 @@ def opened_store(path: Path, wait_s: float) -> Store:
     if wait_s and not path.exists():
         raise StopRequested(f"{path}: nobody has made this store within {wait_s:g} s; see whether "
                             "`rl generate` is at work, and give the same command again")
-    return Store.open(path)
+    return RolloutStore.open(path)
 
 
-def _tell(options: RewardOptions, version: str, summary: Summary) -> int:
+def _tell(options: RewardOptions, version: str, summary: RewardSummary) -> int:
     tally = summary.tally
     for text in tally.told:
         print(visible(text), file=sys.stderr)

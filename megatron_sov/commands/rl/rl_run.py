@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_sov.base.errors import ExitCode
-from megatron_sov.base.settings import Code, Problem, add_options, read_options
+from megatron_sov.base.settings import ProblemCode, SettingsProblem, add_options, read_options
 from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.commands.reward_options import JudgeOptions
 from megatron_sov.commands.rl.rl_generate import AskingOptions, environment_of, refuse_too_long, writer_of
@@ -24,11 +24,12 @@ from megatron_sov.post.rl.reward import ENVIRONMENT, judging, second_opinions
 class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
     """Rounds that the model which learns writes itself."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not go together."""
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
-            Problem(Code.RULE, "reward", "takes what an environment said of its episodes, and there is none",
-                    self.reward, "add --environment, or choose another reward")]
+            SettingsProblem(ProblemCode.RULE, "reward",
+                            "takes what an environment said of its episodes, and there is none",
+                            self.reward, "add --environment, or choose another reward")]
 
 
 add_arguments = partial(add_options, cls=RlRunOptions)
@@ -54,7 +55,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.post.rl.feed import Producer
 
     assert parsed.stage.start is not None, "--from is required"
@@ -64,7 +65,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
     refuse_too_long(config.rollout, environment, start)
     digest = tokenizer_digest(start.tokenizer_folder)
     producer = Producer(
-        partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
+        partial(RolloutStore.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
         args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
         Batching(args.batch_size), parsed.reward_version,
         partial(judging, args.reward, args.reward_set, args.workers),

@@ -16,14 +16,14 @@ from megatron_sov.base.errors import ExitCode, GateFailed, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.judge.rollouts.prompts import rounds_between
-from megatron_sov.runs.inspecting import MAX_PROBLEMS, Kind
+from megatron_sov.runs.inspecting import MAX_PROBLEMS, ArtifactKind
 from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.work_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.checking import Checked
+    from megatron_sov.judge.rollouts.checking import StoreCheck
     from megatron_sov.judge.rollouts.rows import Rollout
-    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.work.progress.claims import Holder
 
 
@@ -95,10 +95,10 @@ class StoreGcOptions(StoreOptions):
     """--rounds deletes nothing without it."""
 
 
-def open_store(path: Path) -> Store:
-    from megatron_sov.judge.rollouts.store import Store
+def open_store(path: Path) -> RolloutStore:
+    from megatron_sov.judge.rollouts.store import RolloutStore
 
-    return Store.open(path)
+    return RolloutStore.open(path)
 
 
 def _ls(args: StoreLsOptions) -> int:
@@ -117,7 +117,7 @@ def _ls(args: StoreLsOptions) -> int:
     return ExitCode.OK
 
 
-def listed(store: Store, round_: int | None = None) -> Iterator[str]:
+def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
     """Yield a line for each part of a store, their sum, and a line for each claim."""
     judged = _judged(store, round_)
     parts = store.parts(round_)
@@ -132,7 +132,7 @@ def listed(store: Store, round_: int | None = None) -> Iterator[str]:
         yield f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"
 
 
-def _judged(store: Store, round_: int | None = None) -> dict[str, list[str]]:
+def _judged(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
     """Return part -> versions of the rewards that have judged it."""
     found: dict[str, list[str]] = {}
     for version in store.versions():
@@ -141,7 +141,7 @@ def _judged(store: Store, round_: int | None = None) -> dict[str, list[str]]:
     return found
 
 
-def _held(store: Store) -> list[Holder]:
+def _held(store: RolloutStore) -> list[Holder]:
     from megatron_sov.work.progress.claims import holders
 
     return [holder for holder in holders(store.claims) if not holder.is_released]
@@ -222,7 +222,7 @@ def _page(args: StorePageOptions) -> int:
     return ExitCode.OK
 
 
-def _version(given: str | None, store: Store) -> str | None:
+def _version(given: str | None, store: RolloutStore) -> str | None:
     """Return the whole version of the reward that is asked for, or of the only one; None: there is none."""
     there = {version for versions in _judged(store).values() for version in versions}
     found = sorted(version for version in there if given is None or version.startswith(given))
@@ -232,7 +232,7 @@ def _version(given: str | None, store: Store) -> str | None:
     return found[0] if found else None
 
 
-def _decode_of(folder: Path, store: Store) -> Callable[[list[int]], str]:
+def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
     from megatron_sov.base.chat.folder import open_tokenizer
     from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 
@@ -284,7 +284,7 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
         print(visible(f"    reward {version}: mean {mean} ({statuses})"))
 
 
-def checked(store: Store) -> Checked:
+def checked(store: RolloutStore) -> StoreCheck:
     """Return what is wrong with a store, behind a bar."""
     from megatron_sov.judge.rollouts.checking import check
 
@@ -292,7 +292,7 @@ def checked(store: Store) -> Checked:
         return check(store, bar.update)
 
 
-KIND = Kind(lambda path: listed(open_store(path)), lambda path: checked(open_store(path)).problems)
+KIND = ArtifactKind(lambda path: listed(open_store(path)), lambda path: checked(open_store(path)).problems)
 """How `inspect` looks into a store."""
 
 

@@ -14,7 +14,7 @@ from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benc
 from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate, TunedOptions, gate_of
-from megatron_sov.judge.rollouts.prompts import Prompt, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.prompts import RolloutPrompt, read_prompts, round_prompts
 from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.runs.folder import ROUNDS
@@ -61,7 +61,7 @@ class ParsedRounds:
     """What a command that trains rounds is to do, checked."""
 
     stage: ParsedStage
-    prompts: list[Prompt]
+    prompts: list[RolloutPrompt]
     """All of them."""
     reward_version: str
     gate: ForgettingGate | None

@@ -31,7 +31,7 @@ from megatron_sov.work.processes.commands import run_command
 from megatron_sov.work.progress.work_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.post.ssp.probing import Candidate
+    from megatron_sov.post.ssp.probing import ProbedCheckpoint
 
 PROBING_SETS = "probing_sets"
 """Kind of the artifact that `sov-data probing-sets` writes."""
@@ -142,7 +142,7 @@ def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
                 "temperature", "top_k", "top_p", "seed", "max_new_tokens")}}
 
 
-def _words(args: SspProbeOptions, candidate: Candidate, problems: Path) -> list[str]:
+def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -> list[str]:
     """Return the command that has a checkpoint answer and the answers judged."""
     folder = candidate.folder(args.output)
     same = {field.name: getattr(args, field.name) for cls in (JudgedSamplingOptions, RankOptions)

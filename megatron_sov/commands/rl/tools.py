@@ -14,7 +14,7 @@ from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.settings import (
     NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
@@ -25,7 +25,7 @@ from megatron_sov.judge.tools.environment import Environment, Task
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
 from megatron_sov.judge.tools.host import EnvironmentHost, Opening
 from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
-from megatron_sov.judge.tools.playing import Policy, Table, identity_of, play
+from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
 from megatron_sov.judge.tools.transcript import (
     moves_of_file, moves_of_lines, page_of, play_by_hand, summary_of, transcript_of)
@@ -98,7 +98,7 @@ def _list(args: ToolsListOptions) -> int:
     return 0
 
 
-def _asked(args: EnvironmentOptions) -> tuple[Order, Environment, str, EpisodeLimits, list[Task]]:
+def _asked(args: EnvironmentOptions) -> tuple[PluginOrder, Environment, str, EpisodeLimits, list[Task]]:
     """Return what both actions begin with: the environment, its version, the limits and the tasks."""
     asked = order(args.environment, parse_nested(args.settings))
     environment, version = make(asked)
@@ -162,9 +162,9 @@ def _run(args: ToolsRunOptions) -> int:
     model: dict[str, object] = {"path": str(target.path), "step": target.step,
                                 "weights": weights_digest(target), "chat": player.chat}
     identity = identity_of(digest_of(tasks), version, limits, model, settings)
-    table = Table(asked, encoder, limits, args.parallel)
+    table = EpisodeTable(asked, encoder, limits, args.parallel)
 
-    def played(policy: Policy) -> dict[str, Any]:
+    def played(policy: ToolPolicy) -> dict[str, Any]:
         with (open_journal(args.output, "megatron-sov tools run", identity, redo=args.redo) as journal,
               work_bar("play", len(tasks), "episode") as bar):
             episodes = play(tasks, policy, table, lines_in(journal), bar.update)

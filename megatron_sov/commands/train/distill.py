@@ -118,7 +118,7 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
     """
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.distillation.state_files import KIND, Kept, StateFiles
-    from megatron_sov.post.distillation.teacher import Reading, read_documents
+    from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
     target = find_target(args.teacher)
     if target.vocab_size != config.model.vocab_size and not config.distillation.other_tokenizer:
@@ -147,8 +147,8 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
         if args.dry_run:
             print(f"{args.teacher} would read {', '.join(data)} first, into {missing[0]}")
             return
-        read_documents(Reading(target, data, kept=kept, digest=digest), missing[0], args.teacher_settings,
-                       args.nproc, redo=True)
+        read_documents(TeacherReading(target, data, kept=kept, digest=digest), missing[0],
+                       args.teacher_settings, args.nproc, redo=True)
 
 
 def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int

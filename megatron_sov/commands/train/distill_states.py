@@ -59,10 +59,10 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.distillation.state_files import KIND, Kept
-    from megatron_sov.post.distillation.teacher import Reading, read_documents
+    from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
     kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
-    reading = Reading(find_target(args.teacher), data_paths(args.data), kept=kept)
+    reading = TeacherReading(find_target(args.teacher), data_paths(args.data), kept=kept)
     read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
                    redo=args.redo)
     if is_first():

@@ -57,9 +57,9 @@ def run(typed: argparse.Namespace) -> int:
     prepare_megatron()
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.distillation.student_writing import KIND, Writing, write_answers
+    from megatron_sov.post.distillation.student_writing import KIND, StudentWriting, write_answers
 
-    asked = Writing(find_target(args.student), data_paths(args.prompts), args.sampling)
+    asked = StudentWriting(find_target(args.student), data_paths(args.prompts), args.sampling)
     write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite,
                   redo=args.redo)
     if is_first():

@@ -18,7 +18,8 @@ from annotated_types import Ge
 from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Code, Flag, Problem, only_with, parse_nested
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, Flag, ProblemCode, SettingsProblem, only_with, parse_nested)
 from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.commands.score import ScoreOptions
@@ -71,9 +72,9 @@ class PreferOptions(TunedOptions):
     """--rounds: learn an answer that --max-new-tokens cut off as a good one too, as `sov-data pairs`
     may."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what rounds need."""
-        return [Problem(Code.RULE, "rounds", f"needs --{name}; add it", self.rounds)
+        return [SettingsProblem(ProblemCode.RULE, "rounds", f"needs --{name}; add it", self.rounds)
                 for name in NEEDED if self.rounds and getattr(self, name) is None]
 
     @property
@@ -83,7 +84,7 @@ class PreferOptions(TunedOptions):
 
 
 @dataclass(frozen=True)
-class Job:
+class RoundJob:
     """One command of a round."""
 
     result: Path
@@ -119,26 +120,26 @@ def run_rounds(args: PreferOptions) -> int:
     return ExitCode.OK
 
 
-def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Job]:
+def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[RoundJob]:
     """Yield the commands of a round, from 1, in order."""
     folder, start = folder_of(args.run, number), _run_of(args, number - 1)
     responses, scored, judged, packed = (folder / name for name in (
         "responses.jsonl", "scored.jsonl", "judged", "packed"))
     assert args.reward is not None and args.tokenizer is not None, "options are checked"
-    yield Job(responses, ["megatron_sov", "generate", *words_of(GenerateOptions(
+    yield RoundJob(responses, ["megatron_sov", "generate", *words_of(GenerateOptions(
         target=start, prompts=args.prompts, chat=True, samples=args.samples, engine=MEGATRON,
         sampling=Sampling(args.max_new_tokens, args.temperature, seed=config.train.seed + number),
         settings=tuple(layout_settings(config)), plugins=args.plugins, nproc=args.nproc, output=responses))])
-    yield Job(scored, ["megatron_sov", "score", *words_of(ScoreOptions(
+    yield RoundJob(scored, ["megatron_sov", "score", *words_of(ScoreOptions(
         reward=args.reward, input=responses, settings=args.reward_set, output=scored))])
     step, columns = (("groups", ["--column", "advantage", "--column", "group_share"])
                      if config.preference.method == "grouper" else ("pairs", []))
     kept = ["--keep-unfinished"] if args.keep_unfinished else []
-    yield Job(judged / MANIFEST, ["data_prep.cli", step, "--input", str(scored), *kept,
-                                  "--output", str(judged)])
-    yield Job(packed / MANIFEST, ["data_prep.cli", "pack", "--tokenizer", str(args.tokenizer), "--format",
-                                  "chat" if columns else "preference", *columns, "--input",
-                                  f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
+    yield RoundJob(judged / MANIFEST, ["data_prep.cli", step, "--input", str(scored), *kept,
+                                       "--output", str(judged)])
+    yield RoundJob(packed / MANIFEST, ["data_prep.cli", "pack", "--tokenizer", str(args.tokenizer),
+                                       "--format", "chat" if columns else "preference", *columns, "--input",
+                                       f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
     run = _run_of(args, number)
     # or every round would learn from the same part of --data
     seed = f"train.seed={config.train.seed + number - 1}"
@@ -146,7 +147,7 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Job
         recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
         data=(*args.data, str(packed)), inject=args.inject, reference=args.reference, start_from=start,
         run=run, resume=True, nproc=args.nproc, deterministic=args.deterministic)
-    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *words_of(training)])
+    yield RoundJob(run / COMPLETION, ["megatron_sov", "prefer", *words_of(training)])
 
 
 def folder_of(run: Path, number: int) -> Path:

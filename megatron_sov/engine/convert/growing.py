@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, refuse_existing
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Code, NotNegative, Problem, SettingsError, check, find_broken, name_options)
+    AtLeastOne, NotNegative, ProblemCode, SettingsError, SettingsProblem, check, find_broken, name_options)
 from megatron_sov.engine.convert.changed_values import KEEP, check_space
 from megatron_sov.engine.convert.hf_import import checked_source, index_of, planned_files
 from megatron_sov.engine.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
@@ -213,11 +213,12 @@ class Upcycling:
     family: str = ""
     """Of the model with experts; empty: the one that fits the dense one's."""
 
-    def problems(self, model: ModelConfig) -> list[Problem]:
+    def problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Return every value that has no meaning for a dense model, by the name of the command's option."""
         if model.num_moe_layers():
-            return [Problem(Code.RULE, "", "the model has experts already (model.num_experts = "
-                            f"{model.num_experts})", way_out="name a dense one")]
+            return [SettingsProblem(ProblemCode.RULE, "",
+                                    "the model has experts already (model.num_experts = "
+                                    f"{model.num_experts})", way_out="name a dense one")]
         whole = f"must be a multiple of --granularity {self.granularity}: a token visits whole copies"
         return name_options(check(self) or find_broken(
             self, "",

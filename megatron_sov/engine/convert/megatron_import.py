@@ -28,7 +28,7 @@ FROM_MEGATRON = "from_megatron"
 
 
 @dataclass(frozen=True)
-class Told:
+class ImportReport:
     """What is to be said of a conversion."""
 
     iteration: int | None
@@ -43,7 +43,8 @@ class Told:
 
 def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, family: str = "",
                   overrides: Mapping[str, Any] | None = None, tokenizer: Path | None = None,
-                  workers: int = DEFAULT_WORKERS, overwrite: bool = False, redo: bool = False) -> Told:
+                  workers: int = DEFAULT_WORKERS, overwrite: bool = False,
+                  redo: bool = False) -> ImportReport:
     """Write a checkpoint of Megatron-LM or Megatron-Bridge as one of ours (part "model", step 0).
 
     Args:
@@ -77,7 +78,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     write_imported(out, Imported(weights, "from-megatron", tokenizer, TokenIds(), {
         FROM_MEGATRON: {"path": str(found), "iteration": iteration, "index_sha256": index_sha256}}),
         dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return Told(iteration, num_padded_rows(weights), weights.tensors.num_skipped, model)
+    return ImportReport(iteration, num_padded_rows(weights), weights.tensors.num_skipped, model)
 
 
 def _stated(folder: Path) -> tuple[dict[str, Any], int | None]:

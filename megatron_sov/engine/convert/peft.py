@@ -22,7 +22,8 @@ from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader, T
 from megatron_sov.engine.mcore.checkpoint.writer import TensorFile, TensorSpec, write_file
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
-from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, Place, adapted_modules, places
+from megatron_sov.model.families.adapters import (
+    MAGNITUDE, A, Adapted, AdapterPlace, B, adapted_modules, places)
 from megatron_sov.model.pretrained import DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, BASE, CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, PEFT_ADAPTER, RUN, SOURCE, AdapterBase, adapter_base,
@@ -198,7 +199,7 @@ def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> 
 
 # An adapter's checkpoint read as the model that it makes of its base: W + alpha / rank B A.
 
-def merged(weight: torch.Tensor, place: Place, tensors: dict[str, torch.Tensor],
+def merged(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
            lora: LoraConfig) -> torch.Tensor:
     """Return a weight with its adapter inside, computed in float32 or the weight's own wider dtype.
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.engine.data.ledger import LedgerEntry
-from megatron_sov.engine.data.order import Sample, SampleOrder
-from megatron_sov.engine.data.rows import Row, join_rows, sample_row
+from megatron_sov.engine.data.order import OrderedSample, SampleOrder
+from megatron_sov.engine.data.rows import PackedRow, join_rows, sample_row
 from megatron_sov.model.config import RunConfig
 
 
@@ -21,7 +21,7 @@ class RankBatch:
 
     entry: LedgerEntry
     """The ledger's entry that the batch follows."""
-    rows: tuple[Row, ...]
+    rows: tuple[PackedRow, ...]
     """One row of `rows_per_micro_batch` samples per micro-batch; none where the entry says to skip."""
     num_samples: int
     """Samples of the global batch, those that fill it up with padding not counted."""
@@ -85,18 +85,19 @@ class BatchStream:
 
     def _prepare(self) -> RankBatch:
         entry, samples = self.order.next_batch()
-        rows: tuple[Row, ...] = ()
+        rows: tuple[PackedRow, ...] = ()
         if not entry.skip:
             size = rows_per_micro_batch(len(samples), self._micro_batch_size, self._together)
-            filled = samples + [Sample(samples[0].source, ())] * (-len(samples) % (size * self._together))
+            filled = samples + [OrderedSample(samples[0].source,
+                                              ())] * (-len(samples) % (size * self._together))
             rows = tuple(join_rows([self._row(s, entry.seq_len) for s in part])
                          for part in self._mine(filled, size))
         return RankBatch(entry, rows, len(samples), self.order.state.to_dict(), self.order.epochs())
 
-    def _mine(self, samples: list[Sample], size: int) -> list[list[Sample]]:
+    def _mine(self, samples: list[OrderedSample], size: int) -> list[list[OrderedSample]]:
         """Return this rank's samples, by micro-batch of `size`: rank r of n takes every n-th of them."""
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
-    def _row(self, sample: Sample, seq_len: int) -> Row:
+    def _row(self, sample: OrderedSample, seq_len: int) -> PackedRow:
         return sample_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns,
                           routes=self._routes[sample.source] if self._routes else None)

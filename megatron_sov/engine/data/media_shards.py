@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.mapped_files import numbers
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.omni.media.banks import KINDS, MEDIA, NONE, PICTURES, SIDECAR_DTYPE, BankShape, open_bank
-from megatron_sov.omni.media.placed import Media, Placed, placed
+from megatron_sov.omni.media.placed import Media, PlacedMedia, placed
 
 DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
 
@@ -51,7 +51,7 @@ class MediaShard:
         Raises:
             UserError: a placeholder stands for no feature, or a number for none that there is.
         """
-        features, found = self._numbers[where], dict[str, Placed]()
+        features, found = self._numbers[where], dict[str, PlacedMedia]()
         rest = features != NONE
         for kind, shape in self._shapes.items():
             mine = np.isin(tokens, shape.placeholder_ids)

@@ -15,13 +15,13 @@ from typing import Any
 from megatron_sov.engine.data.ledger import Ledger, LedgerEntry, plan
 from megatron_sov.engine.data.packing import Row, best_fit
 from megatron_sov.engine.data.rounds import SOURCE, RoundDocuments, rounds_of
-from megatron_sov.engine.data.streams import Cursor, Packing, Stream
+from megatron_sov.engine.data.streams import Cursor, DocumentStream, Packing
 from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.model.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Sample:
+class OrderedSample:
     """What one row of a batch holds; padding fills the rest."""
 
     source: int
@@ -91,9 +91,9 @@ class SampleOrder:
         self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
         self._policy, self._text_seed = config.policy, config.rollout.seed
         self._documents: dict[int, Documents] = {}
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, DocumentStream] = {}
 
-    def next_batch(self) -> tuple[LedgerEntry, list[Sample]]:
+    def next_batch(self) -> tuple[LedgerEntry, list[OrderedSample]]:
         """Return the ledger's entry and the samples of the next global batch,
         and move all cursors behind them."""
         s = self.state
@@ -114,7 +114,7 @@ class SampleOrder:
         return (self._rounds is None or not self.ledger.at(step).is_round
                 or self._rounds.is_open(step // self._steps_per_round + 1))
 
-    def _of_round(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[Sample]:
+    def _of_round(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[OrderedSample]:
         """Return the rows of a round's step: all of its documents, none of them cut, and the text that is
         learned beside them."""
         number, step = divmod(self.state.step, self._steps_per_round)
@@ -123,9 +123,9 @@ class SampleOrder:
         rows = best_fit(segments, entry.seq_len)
         cursor.tokens += sum(s.count for s in segments)
         cursor.samples += len(rows)
-        return [*(Sample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
+        return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
 
-    def _text_beside(self, entry: LedgerEntry) -> list[Sample]:
+    def _text_beside(self, entry: LedgerEntry) -> list[OrderedSample]:
         """Return the text of a round's step, which most methods have none of."""
         if not self._policy.has_text_at(self._text_seed, self.state.step + 1):
             return []
@@ -134,10 +134,10 @@ class SampleOrder:
         count = self._policy.parts.knowledge_batch_size
         return [self._next_sample(shares, entry.seq_len) for _ in range(count)]
 
-    def _next_sample(self, weights: dict[str, float], seq_len: int) -> Sample:
+    def _next_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:
         name = next_source(weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
-        return Sample(self._index[name], self._stream(name).next_sample(seq_len))
+        return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
         """Return a source's training documents, opened when they are first needed."""
@@ -145,14 +145,14 @@ class SampleOrder:
             self._documents[source] = self.sources[source].shard("train")
         return self._documents[source]
 
-    def _stream(self, name: str) -> Stream:
+    def _stream(self, name: str) -> DocumentStream:
         if name not in self._streams:
             index = self._index[name]
             cursor = self.state.cursors.setdefault(name, Cursor())
             source = self.sources[index]
-            self._streams[name] = Stream(name, self.documents(index), self._seed,
-                                         self._of_chats if source.is_chat else self._packing, cursor,
-                                         source.group)
+            self._streams[name] = DocumentStream(name, self.documents(index), self._seed,
+                                                 self._of_chats if source.is_chat else self._packing, cursor,
+                                                 source.group)
         return self._streams[name]
 
     def epochs(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
-class Segment(NamedTuple):
+class PackedSegment(NamedTuple):
     """A contiguous part of one document inside a sample."""
 
     document: int
@@ -22,24 +22,24 @@ class Segment(NamedTuple):
     """Tokens."""
 
 
-Row = tuple[Segment, ...]
+Row = tuple[PackedSegment, ...]
 
 
-def cut(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
+def cut(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
     """Return the same tokens in segments of at most `seq_len` tokens."""
-    pieces: list[Segment] = []
+    pieces: list[PackedSegment] = []
     for part in parts:
         document, first, count = part
         if count <= seq_len:
             pieces.append(part)
         else:
             end = first + count
-            pieces += [Segment(document, start, min(seq_len, end - start))
+            pieces += [PackedSegment(document, start, min(seq_len, end - start))
                        for start in range(first, end, seq_len)]
     return pieces
 
 
-def fitting(parts: Sequence[Segment], group: int, seq_len: int, *, drop: bool) -> tuple[list[Row], int]:
+def fitting(parts: Sequence[PackedSegment], group: int, seq_len: int, *, drop: bool) -> tuple[list[Row], int]:
     """Return units of at most `seq_len` tokens, and how many were longer: for conversations, whose later
     turns mean nothing alone.
 
@@ -70,23 +70,24 @@ def _shortened(unit: Row, seq_len: int) -> Row:
         if count > most:
             break
         room -= count
-    return tuple(Segment(p.document, p.start, min(p.count, most)) for p in unit)
+    return tuple(PackedSegment(p.document, p.start, min(p.count, most)) for p in unit)
 
 
 def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     """Return rows of whole units, each of at most `seq_len` tokens in all, as `best_fit` does of segments."""
-    rows = best_fit((Segment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)), seq_len)
+    rows = best_fit((PackedSegment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)),
+                    seq_len)
     return [tuple(part for stands_for in row for part in units[stands_for.document]) for row in rows]
 
 
-def best_fit(segments: Iterable[Segment], seq_len: int) -> list[Row]:
+def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Return rows of segments, each of at most `seq_len` tokens in all.
 
     Best-fit decreasing: the longest segment first, into the row with the least room that still holds it.  At
     most 11/9 of the fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974).  Rows come in
     the order in which they were opened.
     """
-    rows: list[list[Segment]] = []
+    rows: list[list[PackedSegment]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for segment in sorted(segments, key=lambda s: -s.count):
         count = segment.count
@@ -102,17 +103,17 @@ def best_fit(segments: Iterable[Segment], seq_len: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def concatenate(parts: Iterable[Segment], seq_len: int) -> list[Row]:
+def concatenate(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Return rows of documents one after another, cut wherever a row is full; only the last row
     may have room left."""
     rows: list[Row] = []
-    row: list[Segment] = []
+    row: list[PackedSegment] = []
     room = seq_len
     for part in parts:
         start, end = part.start, part.start + part.count
         while start < end:
             count = min(room, end - start)
-            row.append(Segment(part.document, start, count))
+            row.append(PackedSegment(part.document, start, count))
             start, room = start + count, room - count
             if room == 0:
                 rows.append(tuple(row))

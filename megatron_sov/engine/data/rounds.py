@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.packing import Segment
+from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.token_shards import Documents, Source, open_sources
 
 SOURCE = "rollouts"
@@ -141,7 +141,7 @@ class RoundDocuments:
             raise ValueError(f"round {number} lacks the columns {missing}")
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
-    def of_step(self, number: int, step: int) -> list[Segment]:
+    def of_step(self, number: int, step: int) -> list[PackedSegment]:
         """Return a step's documents, whole, in order.
 
         Args:
@@ -149,7 +149,8 @@ class RoundDocuments:
             step: of the round, from 0.
         """
         first = first_document(number)
-        return [Segment(first + i, 0, self.lengths[first + i]) for i in self._rounds[number].steps[step]]
+        return [PackedSegment(first + i, 0, self.lengths[first + i])
+                for i in self._rounds[number].steps[step]]
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """As `Documents.tokens`."""

@@ -11,25 +11,25 @@ import numpy as np
 
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.engine.data.media_shards import media_of
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Segment, best_fit, concatenate, cut
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment, best_fit, concatenate, cut
 from megatron_sov.engine.data.token_shards import Documents
 from megatron_sov.omni.media.placed import Media, joined
 
 
-class Origin(NamedTuple):
+class RowOrigin(NamedTuple):
     """Where the tokens of a segment of a row come from."""
 
     first: int
     """Index in the row of its first token."""
     source: int
     """Index of the source."""
-    segment: Segment
+    segment: PackedSegment
     """Which tokens of which document."""
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """One or several samples in a row: n tokens."""
 
     tokens: np.ndarray
@@ -51,7 +51,7 @@ class Row:
     which is a segment of its own)."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Column -> [n] float32: number of each label; 0 where there is no label."""
-    origins: tuple[Origin, ...] = ()
+    origins: tuple[RowOrigin, ...] = ()
     """Where each segment comes from; padding comes from nowhere."""
     routes: np.ndarray | None = None
     """[n, layers, top_k]: where each token went when it was generated (`documents.routes`), marked where
@@ -60,8 +60,8 @@ class Row:
     """Pictures and sounds whose features stand over placeholders; None: there are none."""
 
 
-def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0,
-               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> Row:
+def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id: int = 0,
+               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> PackedRow:
     """Return one sample as a row of `seq_len` tokens.
 
     The last token of a segment has a label if the document goes on behind it.
@@ -103,11 +103,12 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
     if filled < seq_len:
         positions[filled:] = places[:seq_len - filled]
         bounds.append(seq_len)
-    return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
-               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers, routes=went,
-               media=joined(found) or None,
-               origins=tuple(Origin(first, sample.source, segment) for first, segment in zip(
-                   bounds, sample.segments, strict=False)))
+    return PackedRow(tokens, labels, weights, positions, types,
+                     sources=np.full(seq_len, sample.source, np.int64),
+                     padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers,
+                     routes=went, media=joined(found) or None,
+                     origins=tuple(RowOrigin(first, sample.source, segment) for first, segment in zip(
+                         bounds, sample.segments, strict=False)))
 
 
 @lru_cache(maxsize=4)
@@ -116,7 +117,7 @@ def _places(seq_len: int) -> np.ndarray:
     return np.arange(seq_len, dtype=np.int64)
 
 
-def join_rows(rows: list[Row]) -> Row:
+def join_rows(rows: list[PackedRow]) -> PackedRow:
     """Return several rows as one."""
     if len(rows) == 1:
         return rows[0]
@@ -128,11 +129,11 @@ def join_rows(rows: list[Row]) -> Row:
     columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
     origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
                     for o in r.origins)
-    return Row(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows),
-               media=joined((int(s), r.media) for r, s in zip(rows, starts, strict=True)) or None)
+    return PackedRow(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows),
+                     media=joined((int(s), r.media) for r, s in zip(rows, starts, strict=True)) or None)
 
 
-def _joined_routes(rows: list[Row]) -> np.ndarray | None:
+def _joined_routes(rows: list[PackedRow]) -> np.ndarray | None:
     """Return the routes of all rows' tokens, marked where a row has none; None: no row has any."""
     known = next((row.routes for row in rows if row.routes is not None), None)
     if known is None:
@@ -143,7 +144,7 @@ def _joined_routes(rows: list[Row]) -> np.ndarray | None:
 
 
 def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int, *,
-                    whole: bool = False) -> list[Sample]:
+                    whole: bool = False) -> list[OrderedSample]:
     """Return samples over the first documents of a split, up to `max_tokens`; every token is in one of them.
 
     Args:
@@ -156,14 +157,14 @@ def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens:
     """
     first = _first_documents(documents, max_tokens)
     rows = best_fit(cut(first, seq_len), seq_len) if whole else concatenate(first, seq_len)
-    return [Sample(source, row) for row in rows]
+    return [OrderedSample(source, row) for row in rows]
 
 
-def _first_documents(documents: Documents, max_tokens: int) -> Iterator[Segment]:
+def _first_documents(documents: Documents, max_tokens: int) -> Iterator[PackedSegment]:
     left = max_tokens
     for document, length in enumerate(documents.lengths):
         if left <= 0:
             return
         count = min(int(length), left)
-        yield Segment(document, 0, count)
+        yield PackedSegment(document, 0, count)
         left -= count

@@ -15,7 +15,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.packing import Row, Segment, best_fit, best_fit_units, concatenate, cut, fitting
+from megatron_sov.engine.data.packing import (
+    PackedSegment, Row, best_fit, best_fit_units, concatenate, cut, fitting)
 from megatron_sov.engine.data.token_shards import Documents
 
 _ROUNDS = 6
@@ -95,7 +96,7 @@ class Cursor:
     """Units met that were longer than a sample."""
 
 
-class Stream:
+class DocumentStream:
     """One source's samples, one after another."""
 
     def __init__(self, name: str, documents: Documents, seed: int, packing: Packing, cursor: Cursor,
@@ -174,7 +175,7 @@ class Stream:
         taken[-1][1] += 1
         return self._rows.pop()
 
-    def _window(self) -> list[Segment]:
+    def _window(self) -> list[PackedSegment]:
         """Return the documents of the cursor's window, shuffled by units.
 
         Windows are of equal size to a unit, so that none is too small to be packed well.
@@ -185,26 +186,26 @@ class Stream:
         documents = (shuffle.span(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
         filled = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
-        return [Segment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
-                                                 strict=True)]
+        return [PackedSegment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
+                                                       strict=True)]
 
-    def _left(self) -> list[Segment]:
+    def _left(self) -> list[PackedSegment]:
         """Return what is left of the window, shuffled, parts of one document joined."""
         left = sorted(s for row in self._rows for s in row)
         if self._packing in ("truncate", "drop"):
-            whole = [Segment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
+            whole = [PackedSegment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
             units = [whole[i:i + self._group] for i in range(0, len(whole), self._group)]
             return [part for unit in self._shuffled(units, "left") for part in unit]
-        parts: list[Segment] = []
+        parts: list[PackedSegment] = []
         for s in left:
             before = parts[-1] if parts else None
             if before and before.document == s.document and before.start + before.count == s.start:
-                parts[-1] = Segment(s.document, before.start, before.count + s.count)
+                parts[-1] = PackedSegment(s.document, before.start, before.count + s.count)
             else:
                 parts.append(s)
         return self._shuffled(parts, "left")
 
-    def _pack(self, parts: list[Segment], seq_len: int) -> list[Row]:
+    def _pack(self, parts: list[PackedSegment], seq_len: int) -> list[Row]:
         """Return rows in the reverse of the order in which they are given."""
         if self._packing == "concat":
             return concatenate(parts, seq_len)[::-1]

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE
-from megatron_sov.engine.data.rows import Row
+from megatron_sov.engine.data.rows import PackedRow
 from megatron_sov.engine.data.token_shards import Documents
 
 TURN = "turn"
@@ -15,7 +15,7 @@ TURN = "turn"
 that no learned turn holds."""
 
 
-def with_turns(row: Row, documents: Documents) -> Row:
+def with_turns(row: PackedRow, documents: Documents) -> PackedRow:
     """Return a row of conversations with the column `TURN`; a conversation that was begun in another row
     goes on counting."""
     numbers = np.zeros(len(row.tokens), np.float32)

@@ -234,7 +234,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Plan:
+class NeedlePlan:
     """The sentences of a context, without text: what is told, and what is asked."""
 
     asked: list[list[list[int]]]
@@ -252,7 +252,7 @@ class Plan:
 
 
 def make_plan(kind: NeedleKind, form: NeedleForm, sentences: Sentences, generator: np.random.Generator,
-              num_questions: int, num_distractors: int, *, test: bool) -> Plan:
+              num_questions: int, num_distractors: int, *, test: bool) -> NeedlePlan:
     """Return the sentences of a context with `num_questions` questions of a kind, beside distractors.
 
     Args:
@@ -267,7 +267,7 @@ def make_plan(kind: NeedleKind, form: NeedleForm, sentences: Sentences, generato
     return _PLANS[kind](form, sentences, generator, num_questions, num_distractors, test)
 
 
-def place_told(plan: Plan, generator: np.random.Generator, starts: Sequence[int], text_tokens: int
+def place_told(plan: NeedlePlan, generator: np.random.Generator, starts: Sequence[int], text_tokens: int
                ) -> tuple[list[list[int]], list[int]]:
     """Return all sentences that are told, and how many of the text's tokens stand before each.
 
@@ -344,39 +344,39 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
 
 
 def _one(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
-         num_distractors: int, test: bool) -> Plan:
+         num_distractors: int, test: bool) -> NeedlePlan:
     keys, values = (form.draw(generator, num_questions + num_distractors, test=test) for _ in range(2))
     told = _statements(sentences, keys, values)
-    return Plan([[sentence] for sentence in told[:num_questions]], told[num_questions:],
-                [fill(sentences.statement, key) for key in keys[:num_questions]],
-                [values[[i]] for i in range(num_questions)])
+    return NeedlePlan([[sentence] for sentence in told[:num_questions]], told[num_questions:],
+                      [fill(sentences.statement, key) for key in keys[:num_questions]],
+                      [values[[i]] for i in range(num_questions)])
 
 
 def _multi_value(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
-                 num_distractors: int, test: bool) -> Plan:
+                 num_distractors: int, test: bool) -> NeedlePlan:
     num_asked = num_questions * NUM_ASKED
     keys, values = (form.draw(generator, num_asked + num_distractors, test=test) for _ in range(2))
     keys[:num_asked] = np.repeat(keys[:num_asked:NUM_ASKED], NUM_ASKED, axis=0)
     told = _statements(sentences, keys, values)
-    return Plan(_groups(told, num_questions), told[num_asked:],
-                [fill(sentences.all_values, key) for key in keys[:num_asked:NUM_ASKED]],
-                _groups(values, num_questions))
+    return NeedlePlan(_groups(told, num_questions), told[num_asked:],
+                      [fill(sentences.all_values, key) for key in keys[:num_asked:NUM_ASKED]],
+                      _groups(values, num_questions))
 
 
 def _multi_query(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
-                 num_distractors: int, test: bool) -> Plan:
+                 num_distractors: int, test: bool) -> NeedlePlan:
     num_asked = num_questions * NUM_ASKED
     keys, values = (form.draw(generator, num_asked + num_distractors, test=test) for _ in range(2))
     told = _statements(sentences, keys, values)
     order = [NUM_ASKED * i + generator.permutation(NUM_ASKED) for i in range(num_questions)]
-    return Plan([[sentence] for sentence in told[:num_asked:NUM_ASKED]],
-                [sentence for i, sentence in enumerate(told) if i >= num_asked or i % NUM_ASKED],
-                [fill(sentences.values_of, *keys[asked]) for asked in order],
-                [values[asked] for asked in order])
+    return NeedlePlan([[sentence] for sentence in told[:num_asked:NUM_ASKED]],
+                      [sentence for i, sentence in enumerate(told) if i >= num_asked or i % NUM_ASKED],
+                      [fill(sentences.values_of, *keys[asked]) for asked in order],
+                      [values[asked] for asked in order])
 
 
 def _tracking(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
-              num_distractors: int, test: bool) -> Plan:
+              num_distractors: int, test: bool) -> NeedlePlan:
     num_asked = num_questions * NUM_ASKED
     num_chains = num_questions - (-num_distractors // NUM_ASKED)
     pairs = form.draw(generator, num_asked + num_distractors + num_chains, test=test)
@@ -385,9 +385,9 @@ def _tracking(form: NeedleForm, sentences: Sentences, generator: np.random.Gener
     held = [values[i // NUM_ASKED] if i % NUM_ASKED == 0 else variables[i - 1] for i in range(len(variables))]
     told = [fill(sentences.assignment, variable, value)
             for variable, value in zip(variables, held, strict=True)]
-    return Plan(_groups(told, num_questions), told[num_asked:],
-                [fill(sentences.holders, value) for value in values[:num_questions]],
-                _groups(variables, num_questions))
+    return NeedlePlan(_groups(told, num_questions), told[num_asked:],
+                      [fill(sentences.holders, value) for value in values[:num_questions]],
+                      _groups(variables, num_questions))
 
 
 def _statements(sentences: Sentences, keys: np.ndarray, values: np.ndarray) -> list[list[int]]:
@@ -399,6 +399,7 @@ def _groups(items: _Items, num_questions: int) -> list[_Items]:
     return [items[i * NUM_ASKED:(i + 1) * NUM_ASKED] for i in range(num_questions)]
 
 
-_PLANS: dict[NeedleKind, Callable[[NeedleForm, Sentences, np.random.Generator, int, int, bool], Plan]] = {
+_PLANS: dict[NeedleKind, Callable[[NeedleForm, Sentences, np.random.Generator, int, int, bool],
+                                  NeedlePlan]] = {
     "single": _one, "multi-key": _one, "multi-value": _multi_value, "multi-query": _multi_query,
     "variable-tracking": _tracking}

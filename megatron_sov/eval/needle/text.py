@@ -112,7 +112,7 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
         return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else ()
                      for part in text.split(SLOT))
 
-    def sentences(form: Phrases) -> Sentences:
+    def sentences(form: NeedlePhrases) -> Sentences:
         return Sentences(**{name: slots(text) for name, text in form.texts().items()})
 
     return NeedleForm(language,
@@ -164,7 +164,7 @@ def is_for_tests(*parts: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Phrases:
+class NeedlePhrases:
     """The sentences of one form of test; the hash of `statement` decides for all of them."""
 
     statement: str
@@ -182,33 +182,36 @@ class Phrases:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def phrases(language: Language, *, test: bool) -> tuple[Phrases, ...]:
+def phrases(language: Language, *, test: bool) -> tuple[NeedlePhrases, ...]:
     """Return a language's phrases for tests, or those for training."""
     return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
 
 
-def _english(noun: str, plural: str, variable: str, place: str) -> Phrases:
-    return Phrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
-                   f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.",
-                   f"\nEvery {variable} that is{{}}:")
+def _english(noun: str, plural: str, variable: str, place: str) -> NeedlePhrases:
+    return NeedlePhrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
+                         f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.",
+                         f"\nEvery {variable} that is{{}}:")
 
 
-def _korean(noun: str, variable: str) -> Phrases:
-    return Phrases(f"\n{noun}{{}}{{}}.", f"\n모든 {noun}{{}}:", f"\n차례대로 {noun}{{}},{{}},{{}},{{}}:",
-                   f"\n{variable}{{}} ={{}}.", f"\n값이 같은 모든 {variable}{{}}:")
+def _korean(noun: str, variable: str) -> NeedlePhrases:
+    return NeedlePhrases(f"\n{noun}{{}}{{}}.", f"\n모든 {noun}{{}}:",
+                         f"\n차례대로 {noun}{{}},{{}},{{}},{{}}:",
+                         f"\n{variable}{{}} ={{}}.", f"\n값이 같은 모든 {variable}{{}}:")
 
 
-def _thai(noun: str, variable: str) -> Phrases:
-    return Phrases(f"\n{noun}{{}}{{}}.", f"\n{noun}ทั้งหมด{{}}:", f"\n{noun}ตามลำดับ{{}},{{}},{{}},{{}}:",
-                   f"\n{variable}{{}} ={{}}.", f"\n{variable}ทุกตัวที่มีค่า{{}}:")
+def _thai(noun: str, variable: str) -> NeedlePhrases:
+    return NeedlePhrases(f"\n{noun}{{}}{{}}.", f"\n{noun}ทั้งหมด{{}}:",
+                         f"\n{noun}ตามลำดับ{{}},{{}},{{}},{{}}:",
+                         f"\n{variable}{{}} ={{}}.", f"\n{variable}ทุกตัวที่มีค่า{{}}:")
 
 
-def _code(name: str, variable: str) -> Phrases:
-    return Phrases(f"\n{name}.add({{}}{{}})", f"\n{name}.all({{}}):", f"\n{name}.get({{}},{{}},{{}},{{}}):",
-                   f"\n{variable}{{}} ={{}};", f"\n{variable}.holders({{}}):")
+def _code(name: str, variable: str) -> NeedlePhrases:
+    return NeedlePhrases(f"\n{name}.add({{}}{{}})", f"\n{name}.all({{}}):",
+                         f"\n{name}.get({{}},{{}},{{}},{{}}):",
+                         f"\n{variable}{{}} ={{}};", f"\n{variable}.holders({{}}):")
 
 
-PHRASES: dict[Language, tuple[Phrases, ...]] = {
+PHRASES: dict[Language, tuple[NeedlePhrases, ...]] = {
     "english": (
         _english("value", "values", "field", "of"), _english("code", "codes", "variable", "of"),
         _english("number", "numbers", "name", "for"), _english("label", "labels", "letter", "on"),

@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 import torch
 
 from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput
-from megatron_sov.engine.mcore.model.kv_cache import CacheSize, Span
+from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
 from megatron_sov.infer.continuation import Continuation, RowItem, keep_routes
 from megatron_sov.infer.decoder.ranking import places_of, ranked
 from megatron_sov.infer.decoder.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
@@ -98,7 +98,7 @@ class Decoding:
         if items:
             return items
         for slot, sequence in enumerate(self._slots):
-            span = Span(slot, sequence.read, [sequence.tokens[-1], *sequence.drafts])
+            span = CacheSpan(slot, sequence.read, [sequence.tokens[-1], *sequence.drafts])
             items.append(RowItem(sequence, span, filled))
             filled += len(span.tokens)
         return items
@@ -248,7 +248,7 @@ class Decoding:
                 if depth:
                     # To look further ahead the layer reads its own states: a row of one token for each
                     # sequence, one place on, with the draft before as what follows.
-                    spans = [Span(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
+                    spans = [CacheSpan(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
                     read = self._decoder.pick(read, places, spans)
                     places = list(range(len(going)))
                     ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)

@@ -35,7 +35,7 @@ from megatron_sov.infer.continuation import Continuation
 from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import best_words, rows_of
-from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, Stop, Tokens, Written
+from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, StopRule, Tokens, Written
 from megatron_sov.omni.media.placed import Media
 
 
@@ -53,7 +53,7 @@ class MegatronEngine:
         self._model, self._batching = model, batching or Batching()
         self._held = HeldWeights("megatron")
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None, bounds: Bounds | None = None,
                  media: Sequence[Media | None] | None = None) -> Generated:
         """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts.
@@ -72,7 +72,7 @@ class MegatronEngine:
         shape = shape_of(self._model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
-        stop = stop or Stop()
+        stop = stop or StopRule()
         rank, size = share_place()
         mine = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
                              sampling, stop, numbers[i], media[i] if media else None)

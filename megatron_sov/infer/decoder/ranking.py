@@ -17,7 +17,7 @@ CHUNK_PLACES = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class RankingPlace:
     """A row index, and what stands behind it."""
 
     row: int
@@ -30,7 +30,8 @@ class Place:
     """What the token was drawn with; None: it is the prompt's, or nothing was drawn."""
 
 
-def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[tuple[Continuation, Place]]:
+def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[tuple[Continuation,
+                                                                                      RankingPlace]]:
     """Yield the places of a row that something is told of, with their sequences.
 
     Args:
@@ -47,12 +48,13 @@ def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[
             behind = item.span.past + row + 1
             if behind >= sequence.prompt_tokens:
                 drawn = sequence.sampling if sequence.sampling.temperature else None
-                yield sequence, Place(item.start + row, chosen, tells.num_top, drawn)
+                yield sequence, RankingPlace(item.start + row, chosen, tells.num_top, drawn)
             elif tells.prompt:
-                yield sequence, Place(item.start + row, sequence.tokens[behind], tells.num_top, None)
+                yield sequence, RankingPlace(item.start + row, sequence.tokens[behind], tells.num_top, None)
 
 
-def ranked(logits_of: Callable[[Sequence[int]], torch.Tensor], places: Sequence[Place]) -> list[Written]:
+def ranked(logits_of: Callable[[Sequence[int]], torch.Tensor],
+           places: Sequence[RankingPlace]) -> list[Written]:
     """Return of each place its token and then the most probable ones, with their log-probabilities; tokens
     that cannot be drawn are no such.
 

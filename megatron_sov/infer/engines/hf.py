@@ -24,7 +24,7 @@ from megatron_sov.engine.convert.whole_model import checked
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
 from megatron_sov.infer.request import (
-    Batching, Generated, Sampling, Stop, Tokens, refuse_drafts, refuse_routes, refuse_rules)
+    Batching, Generated, Sampling, StopRule, Tokens, refuse_drafts, refuse_routes, refuse_rules)
 from megatron_sov.model.pretrained import load_pretrained
 
 PAGE_TOKENS = 16
@@ -65,7 +65,7 @@ class HfEngine:
         self._held = HeldWeights("transformers")
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         """Continue prompts, see `Engine`; samples depend on the whole batch,
         of whose streams one seed is made.
@@ -79,7 +79,7 @@ class HfEngine:
         refuse_routes("transformers", sampling)
         refuse_latent_attention(self._model.config)
         sampling.check()
-        stop, version = stop or Stop(), self._held.version
+        stop, version = stop or StopRule(), self._held.version
         if not prompts:
             return Generated.of([], sampling, stop, version)
         longest = max(map(len, prompts)) + sampling.max_new_tokens

@@ -21,7 +21,7 @@ from megatron_sov.engine.mcore.model.kv_cache import CacheSize
 from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.infer.continuation import Continuation
 from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
-from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, Stop, Tells, Written
+from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule, Tells, Written
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Office(Protocol):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _EnginePlace:
     """A sequence that is under way somewhere."""
 
     share: int
@@ -135,7 +135,7 @@ class _Live:
     def __init__(self, decoding: Decoding, num_slots: int) -> None:
         self._decoding, self._num_slots = decoding, num_slots
         self._rank, self._size = share_place()
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, _EnginePlace] = {}
         self._written: dict[int, int] = {}
 
     def follow(self, office: Office | None) -> bool:
@@ -159,14 +159,14 @@ class _Live:
         own = None
         if share == self._rank:
             own = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
-                               joining.sampling.max_new_tokens, joining.sampling, Stop(joining.end_ids),
+                               joining.sampling.max_new_tokens, joining.sampling, StopRule(joining.end_ids),
                                joining.stream, tells=joining.tells)
             self._decoding.join(own)
-        self._places[joining.number] = _Place(share, joining.sampling.max_new_tokens, joining.end_ids, own,
-                                              joining.tells, len(joining.prompt))
+        self._places[joining.number] = _EnginePlace(share, joining.sampling.max_new_tokens, joining.end_ids,
+                                                    own, joining.tells, len(joining.prompt))
         self._written[joining.number] = 0
 
-    def _forget(self, number: int) -> _Place | None:
+    def _forget(self, number: int) -> _EnginePlace | None:
         self._written.pop(number, None)
         return self._places.pop(number, None)
 

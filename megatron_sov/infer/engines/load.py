@@ -31,7 +31,7 @@ class Loaded:
     """Forward only."""
     config: RunConfig
     """Architecture, layout, precision."""
-    world: world.World
+    world: world.ParallelWorld
     """This process's place."""
 
 

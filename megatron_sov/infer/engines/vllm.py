@@ -21,7 +21,7 @@ from megatron_sov.engine.data.routes import shape_of
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import seed_of
 from megatron_sov.infer.request import (
-    LENGTH, STOP, Batching, Generated, Sampling, Stop, Tokens, Written, refuse_drafts, refuse_rules)
+    LENGTH, STOP, Batching, Generated, Sampling, StopRule, Tokens, Written, refuse_drafts, refuse_rules)
 
 PICKLES = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 MESSAGE_BYTES = 1 << 30
@@ -73,7 +73,7 @@ class VllmEngine:
         if for_updates:
             self._llm.init_weight_transfer_engine({"init_info": {"packed": False}})
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         """Continue prompts, see `Engine`; each prompt has a seed of its own."""
         from vllm import SamplingParams
@@ -83,7 +83,7 @@ class VllmEngine:
         if sampling.with_routes and self._shape is None:
             raise ValueError("the engine vllm was started without routes, and they are asked for")
         sampling.check()
-        stop, version = stop or Stop(), self._held.version
+        stop, version = stop or StopRule(), self._held.version
         numbers = range(len(prompts)) if streams is None else streams
         asked = [SamplingParams(max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                                 top_p=sampling.top_p, top_k=sampling.top_k or -1,
@@ -145,7 +145,7 @@ def _place_in_memory(tensor: torch.Tensor) -> dict[str, Any]:
     return {str(torch.cuda.get_device_properties(tensor.device).uuid): reduce_tensor(tensor)[1]}
 
 
-def _written(output: Any, stop: Stop) -> Written:
+def _written(output: Any, stop: StopRule) -> Written:
     """Return a `CompletionOutput` up to what ends it, which vLLM may have read past: it knows tokens only."""
     if output.finish_reason not in (STOP, LENGTH):
         raise UserError(f"vLLM ended a continuation of {len(output.token_ids)} tokens with "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.media.shown_features import encoders_of, encoding_of, placed_media
@@ -35,11 +35,12 @@ class Prompts:
     """What stands over the placeholders of each."""
 
 
-def blocks_of(target: Target) -> dict[str, Block]:
+def blocks_of(target: Target) -> dict[str, VocabularyBlock]:
     """Return kind -> ids of a model's codebooks; {} where it has none."""
     model = target.model
     found = {AUDIO: model.audio_tokens, IMAGE: model.image_tokens}
-    return {kind: Block(kind, block.first, block.size) for kind, block in found.items() if block is not None}
+    return {kind: VocabularyBlock(kind, block.first, block.size) for kind,
+            block in found.items() if block is not None}
 
 
 def refuse_unknown_kinds(target: Target, kinds: Iterable[str]) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.chat import media_marks as marks
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.media.media_prompts import Parts, blocks_of, prompts_of, refuse_unknown_kinds
 from megatron_sov.infer.media.shown_media import ShownMedia
 from megatron_sov.infer.media.spoken import Audio, Image, MarkIds, Text, parts_of
-from megatron_sov.infer.request import Batching, Sampling, Stop
+from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.load import Loaded
@@ -37,7 +37,7 @@ OPTIONS = {IMAGE: "--image-decoder", AUDIO: "--vocoder"}
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeReply:
     """A reply's parts."""
 
     text: list[int]
@@ -91,7 +91,7 @@ class MediaDecoders:
         codec = self.codecs.get(IMAGE)
         return 0 if codec is None else int(getattr(codec, "grid", 0) or codec.settings.grid)
 
-    def check(self, blocks: dict[str, Block]) -> None:
+    def check(self, blocks: dict[str, VocabularyBlock]) -> None:
         """Raise `UserError` where a codec's codebook is not the model's."""
         for kind, codec in self.codecs.items():
             size = int(getattr(codec, "codebook_size", 0) or codec.settings.codebook_size)
@@ -100,8 +100,8 @@ class MediaDecoders:
                                 f"the model has {blocks[kind].size:,} tokens of kind {kind}; pass the codec "
                                 "that its data were encoded with")
 
-    def write(self, ids: Sequence[int], blocks: Sequence[Block], marks: MarkIds, stem: str,
-              out: dict[str, Path]) -> Made:
+    def write(self, ids: Sequence[int], blocks: Sequence[VocabularyBlock], marks: MarkIds, stem: str,
+              out: dict[str, Path]) -> MadeReply:
         """Write the pictures and the speech of a reply.
 
         Args:
@@ -126,8 +126,8 @@ class MediaDecoders:
         if AUDIO in out and said:
             sounds.append(out[AUDIO] / f"{stem}.wav")
             write_output(sounds[-1], self._wav(said))
-        return Made(text, pictures, sounds, len(drawn) - len(whole),
-                    {IMAGE: [list(part.tokens) for part in whole], AUDIO: [said] if said else []})
+        return MadeReply(text, pictures, sounds, len(drawn) - len(whole),
+                         {IMAGE: [list(part.tokens) for part in whole], AUDIO: [said] if said else []})
 
     def _png(self, part: Image) -> bytes:
         import torch
@@ -182,7 +182,7 @@ class Replied:
 
     text: str
     """What it wrote."""
-    made: Made
+    made: MadeReply
     """What it drew and said."""
 
 
@@ -215,7 +215,7 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
     sampling = replace(asking.sampling, rules=rules)
     longest = max(map(len, ids)) + sampling.max_new_tokens
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
-    stop = Stop(asker.end_ids)
+    stop = StopRule(asker.end_ids)
 
     def work(loaded: Loaded) -> list[list[int]]:
         from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -242,7 +242,7 @@ class BlockRules:
 
     vocab_size: int
     """Ids of the model."""
-    blocks: dict[str, Block]
+    blocks: dict[str, VocabularyBlock]
     """Kind -> its codebook's ids."""
     ids: dict[str, int]
     """Mark -> its id; the marks that the tokenizer has."""
@@ -254,8 +254,8 @@ class BlockRules:
     """Longest speech, in entries; 0: any."""
 
     @staticmethod
-    def of(vocab_size: int, blocks: dict[str, Block], id_of: Callable[[str], int | None], *, grid: int = 0,
-           says: bool = False, max_audio_tokens: int = 0) -> BlockRules:
+    def of(vocab_size: int, blocks: dict[str, VocabularyBlock], id_of: Callable[[str], int | None], *,
+           grid: int = 0, says: bool = False, max_audio_tokens: int = 0) -> BlockRules:
         """Return the rules of a vocabulary.
 
         Args:

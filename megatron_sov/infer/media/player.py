@@ -15,10 +15,10 @@ from megatron_sov.infer.asking import check_engine, check_length
 from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.request import Batching, Sampling, Stop
+from megatron_sov.infer.request import Batching, Sampling, StopRule
 from megatron_sov.infer.turns import EnginePolicy, with_policy
 from megatron_sov.judge.tools.limits import EpisodeLimits
-from megatron_sov.judge.tools.playing import Policy
+from megatron_sov.judge.tools.playing import ToolPolicy
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Player:
         self.chat = {file.name: file_digest(file) for file in chat_files(folder)}
         """File of the chat template -> its hash."""
 
-    def run(self, sampling: Sampling, num_parallel: int, played: Callable[[Policy], Any]) -> Any:
+    def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:
         """Return what is played by the model as a policy; None on other processes than the first."""
         def work(engine: Engine) -> Any:
-            return with_policy(EnginePolicy(engine, sampling, Stop(self._ends)), played)
+            return with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
 
         return run_engine(self.engine, self.target, work, longest=self._longest,
                           batching=Batching(num_parallel), settings=self._runs.settings,

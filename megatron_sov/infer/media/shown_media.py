@@ -19,7 +19,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.media.shown_features import Encoders
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.omni.media.items import Item, discrete_audio, discrete_image
+from megatron_sov.omni.media.items import MediaItem, discrete_audio, discrete_image
 from megatron_sov.omni.media.reading.reader import MediaReader
 from megatron_sov.omni.media.reading.videos import VideoFrames
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
@@ -30,7 +30,7 @@ BANK_OF = {IMAGE: PICTURES, VIDEO: PICTURES, AUDIO: SOUNDS}
 
 
 @dataclass
-class Shown:
+class PromptMedia:
     """What a user shows and says."""
 
     text: str
@@ -50,7 +50,7 @@ class ShownMedia:
     encoders: Encoders = field(default_factory=dict)
     """Kind of bank -> encoder of the model, whose features come behind them."""
 
-    def shown(self, parts: Sequence[Mapping[str, Any]], reader: MediaReader, where: str) -> Shown:
+    def shown(self, parts: Sequence[Mapping[str, Any]], reader: MediaReader, where: str) -> PromptMedia:
         """Return what a user shows and says.
 
         Args:
@@ -61,7 +61,7 @@ class ShownMedia:
         Raises:
             UserError: a part is none, nothing sees or hears it, or it cannot be read.
         """
-        said, numbers, found = list[str](), Counter[str](), Shown("")
+        said, numbers, found = list[str](), Counter[str](), PromptMedia("")
         for part in parts:
             kind = part.get("type")
             if kind == "text" and isinstance(part.get("text"), str):
@@ -80,7 +80,7 @@ class ShownMedia:
         return found
 
     def _item(self, kind: str, path: str, number: int, reader: MediaReader, where: str,
-              found: Shown) -> str:
+              found: PromptMedia) -> str:
         """Return the item of a medium; its records join those that were found."""
         encoder = self.encoders.get(BANK_OF[kind])
         if kind == VIDEO and encoder is None:
@@ -95,8 +95,8 @@ class ShownMedia:
             raise UserError(f"{where}: {path} {e}") from None
         if records:
             found.records.setdefault(BANK_OF[kind], []).extend(records)
-        return Item(kind, number, filename=PurePosixPath(path).name, **item,
-                    num_placeholders=sum(used for _, used in records)).text()
+        return MediaItem(kind, number, filename=PurePosixPath(path).name, **item,
+                         num_placeholders=sum(used for _, used in records)).text()
 
     def _picture(self, path: str, reader: MediaReader) -> tuple[dict[str, Any], list[tuple[np.ndarray, int]]]:
         codec, encoder = self._codecs.get(IMAGE), self._vision

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.chat import media_marks as spelling
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +86,10 @@ class MarkIds:
                        frozenset(known((spelling.END_OF_LINE, spelling.END_OF_FRAME))), ratios)
 
 
-class Reply:
+class SpokenReply:
     """Splits a reply while it comes."""
 
-    def __init__(self, blocks: Sequence[Block], marks: MarkIds) -> None:
+    def __init__(self, blocks: Sequence[VocabularyBlock], marks: MarkIds) -> None:
         """Args:
             blocks: of the vocabulary's codebooks.
             marks: of the vocabulary.
@@ -135,7 +135,7 @@ class Reply:
         return [picture]
 
 
-def parts_of(ids: Iterable[int], blocks: Sequence[Block], marks: MarkIds) -> list[Part]:
+def parts_of(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkIds) -> list[Part]:
     """Return a whole reply's parts in order; neighbours of text, and of speech, are one part.
 
     Args:
@@ -143,7 +143,7 @@ def parts_of(ids: Iterable[int], blocks: Sequence[Block], marks: MarkIds) -> lis
         blocks: of the vocabulary's codebooks.
         marks: of the vocabulary.
     """
-    reply, parts = Reply(blocks, marks), list[Part]()
+    reply, parts = SpokenReply(blocks, marks), list[Part]()
     for part in (part for token_id in [*ids, None]
                  for part in (reply.finish() if token_id is None else reply.feed(token_id))):
         last = parts[-1] if parts else None
@@ -161,7 +161,7 @@ def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
     """Yield text and pictures as they come, and the sound of a reply's speech as soon as it can be heard.
 
     Args:
-        parts: of a reply, e.g. what `Reply.feed` returns, one after another.
+        parts: of a reply, e.g. what `SpokenReply.feed` returns, one after another.
         vocoder: of the audio tokenizer.
         speaker: one of its voices.
         piece_tokens: audio tokens that become sound together; fewer are heard sooner, more cost less.

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Problem, find_broken
+from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, find_broken
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, messages_of, text_of
 from megatron_sov.model.pretrained import load_pretrained
 
@@ -41,7 +41,7 @@ class Classifier:
     time_limit_s: AboveZero = 120.0
     """For a row."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what is missing."""
         return find_broken(
             self, "", ((Path(self.folder) / "config.json").is_file(), "folder", "has no config.json",

@@ -14,7 +14,7 @@ from annotated_types import Ge
 
 from megatron_sov.base.chat.marks import behind_thoughts
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, Problem, find_broken
+from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, find_broken
 from megatron_sov.judge.rewards import solution_tests
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
@@ -27,7 +27,7 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.
 
 
 @dataclass(frozen=True)
-class Code:
+class CodeReward:
     """1 for a program that passes all tests, else 0; or the share that it passes."""
 
     all_or_nothing: bool = True
@@ -46,7 +46,7 @@ class Code:
     time_limit_s: AboveZero = field(default=300.0, metadata=OPERATION)
     """For a row; then its status is timeout."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         longest_s = self.patience * self.test_time_s
         return find_broken(self, "", (

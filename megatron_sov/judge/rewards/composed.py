@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 
 from annotated_types import Gt, MinLen
 
-from megatron_sov.base.settings import Code, Finite, NotNegative, Problem, Share
+from megatron_sov.base.settings import Finite, NotNegative, ProblemCode, SettingsProblem, Share
 from megatron_sov.judge.rewards.reward import Result, Row, told_short
 
 WORST_FIRST = ("failed", "timeout", "refused")
@@ -19,7 +19,7 @@ SECOND = "second_opinion"
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardPart:
     """One of the rewards."""
 
     reward: str
@@ -54,7 +54,7 @@ class Second:
 class Composed:
     """The weighted sum of the parts that a row's domain has."""
 
-    parts: Annotated[dict[str, Part], MinLen(1)]
+    parts: Annotated[dict[str, RewardPart], MinLen(1)]
     """Name -> part; they are asked in this order, gates first."""
     gated_reward: Finite = 0.0
     """Of a row that a gate stops."""
@@ -63,15 +63,17 @@ class Composed:
     second: Second | None = None
     """A second opinion; it is reported and changes no reward."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
-        p = [Problem(Code.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
-                     "name its parts here") for name, part in self.parts.items() if part.reward == "composed"]
+        p = [SettingsProblem(ProblemCode.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
+                             "name its parts here") for name,
+             part in self.parts.items() if part.reward == "composed"]
         if SECOND in self.parts:
-            p.append(Problem(Code.RULE, f"parts.{SECOND}", "this name is taken", way_out="take another one"))
+            p.append(SettingsProblem(ProblemCode.RULE, f"parts.{SECOND}", "this name is taken",
+                                     way_out="take another one"))
         if self.second is not None and self.second.of not in self.parts:
-            p.append(Problem(Code.RULE, "second.of", f"is none of the parts {', '.join(self.parts)}",
-                             self.second.of))
+            p.append(SettingsProblem(ProblemCode.RULE, "second.of",
+                                     f"is none of the parts {', '.join(self.parts)}", self.second.of))
         return p
 
     def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -88,15 +90,15 @@ class Composed:
             del made["settings"]
         return {**kept, "order": list(self.parts), "versions": dict(versions)}
 
-    def in_order(self) -> list[tuple[str, Part]]:
+    def in_order(self) -> list[tuple[str, RewardPart]]:
         """Return the parts as they are asked."""
         return sorted(self.parts.items(), key=lambda item: item[1].gate is None)
 
-    def judges(self, part: Part, row: Row) -> bool:
+    def judges(self, part: RewardPart, row: Row) -> bool:
         """Return whether a part judges a row."""
         return not part.domains or row.get(self.domain_field) in part.domains
 
-    def stops(self, part: Part, result: Result) -> bool:
+    def stops(self, part: RewardPart, result: Result) -> bool:
         """Return whether nothing has to be asked behind this result."""
         return result.reward is None or (part.gate is not None and result.reward < part.gate)
 

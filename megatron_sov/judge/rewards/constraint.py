@@ -23,14 +23,15 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.chat.marks import as_written, behind_thoughts
 from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.base.settings import Bound, Code, Share
+from megatron_sov.base.settings import Bound, ProblemCode, Share
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 
 INSTALLED = Bound(lambda segmenter: None if segmenter != "pythainlp" or find_spec("pythainlp") else (
-    Code.RULE, "needs pythainlp, which is not installed", "pip install pythainlp, or set segmenter=rules"))
+    ProblemCode.RULE, "needs pythainlp, which is not installed",
+    "pip install pythainlp, or set segmenter=rules"))
 Segmenter = Annotated[Literal["none", "rules", "pythainlp"], INSTALLED]
 """none: the text as it stands alone; rules: line ends end sentences; pythainlp: Thai words and sentences by
 the library of that name, where it is installed."""
@@ -73,7 +74,7 @@ def views_of(text: str, segmenter: Segmenter) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConstraintVerdict:
     """What a check says of a text."""
 
     accepts: bool | None
@@ -134,7 +135,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: float = 5.0,
-             memory_bytes: int = 512 << 20) -> list[Verdict]:
+             memory_bytes: int = 512 << 20) -> list[ConstraintVerdict]:
     """Return what a check says of each text; it runs in the sandbox, each call in a process of its own.
 
     Args:
@@ -156,18 +157,18 @@ def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: flo
     return _read(outcome, len(texts))
 
 
-def _read(outcome: Outcome, count: int) -> list[Verdict]:
+def _read(outcome: Outcome, count: int) -> list[ConstraintVerdict]:
     """Return the verdicts that a program wrote, and for the other texts why there is none."""
-    told: dict[int, Verdict] = {}
+    told: dict[int, ConstraintVerdict] = {}
     for line in outcome.stdout.split("\n"):
         try:
             place, accepts, reason, how = json.loads(line)
         except (ValueError, TypeError, RecursionError):  # cut off where the program was ended
             break
-        told[place] = Verdict(accepts, reason, how == "ended")
-    over = Verdict(None, "was not asked: an earlier call did not end", ended=False)
+        told[place] = ConstraintVerdict(accepts, reason, how == "ended")
+    over = ConstraintVerdict(None, "was not asked: an earlier call did not end", ended=False)
     if outcome.status != "ok":
-        over = Verdict(None, outcome.reason or outcome.status, ended=False)
+        over = ConstraintVerdict(None, outcome.reason or outcome.status, ended=False)
     return [told.get(place, over) for place in range(count)]
 
 

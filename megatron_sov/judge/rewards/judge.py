@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from megatron_sov.base.chat.marks import behind_thoughts
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Finite, NotNegative, Problem, as_problem, below, find_broken)
+    AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, as_problem, below, find_broken)
 from megatron_sov.base.warning import warn
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import (
@@ -24,7 +24,7 @@ from megatron_sov.judge.rewards.reward import (
 from megatron_sov.work.endpoints.addresses import address_problems
 from megatron_sov.work.endpoints.answers import BadAnswer, only
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.recognition import CHAT_PROBES, SCORE_PROBES, Recognition
 from megatron_sov.work.endpoints.transport import missing_libraries
 
@@ -152,7 +152,7 @@ class Judge:
     output_price: NotNegative = field(default=0.0, metadata=OPERATION)
     """Of a million tokens that it writes."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, and what is missing."""
         return [*address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken(
             self, "", (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
@@ -187,9 +187,9 @@ class Judge:
     def _asked(self) -> Endpoint:
         base = self.endpoint.rstrip("/")
         url = f"{base}/chat/completions" if self.kind == "rubric" else f"{base.removesuffix('/v1')}/pooling"
-        limits = Limits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
-                        self.max_cost,
-                        self.input_price, self.output_price)
+        limits = EndpointLimits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
+                                self.max_cost,
+                                self.input_price, self.output_price)
         probes = CHAT_PROBES if self.kind == "rubric" else SCORE_PROBES
         way_out = ("set another cache for its answers, or same_model=true if only the engine changed; then "
                    "the kept answers are used")

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sov.base.chat.marks import behind_thoughts
 from megatron_sov.base.errors import how_to_install
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Problem, as_problem
+from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, as_problem
 from megatron_sov.judge.rewards.answers import final_answer, last_box, last_boxed, read_quantity, same
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
 
@@ -81,7 +81,7 @@ class Math:
     literal: bool = True
     """Where the answer is a number, a response has to give the number: 6 \\times 7 restates a question."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what is missing."""
         found = importlib.util.find_spec("math_verify") is not None
         return [] if found else [as_problem(f"math-verify is not installed; {how_to_install('rl')}")]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.judge.rewards.composed import SECOND
 
 if TYPE_CHECKING:
-    from megatron_sov.base.pages.page import Chart, Table
+    from megatron_sov.base.pages.page import Chart, PageTable
 
 LIKELY, SURE = 0.8416212335729143, 1.6448536269514722
 """Quantiles of the normal distribution: one-sided 80 % and 95 %."""
@@ -258,16 +258,18 @@ def page_of(opinions: Opinions, name: str, version: str) -> str:
         name: the file.
         version: of the reward.
     """
-    from megatron_sov.base.pages.page import Chapter, Section, Table, render
+    from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 
     count, wrong = opinions.num_opinions, len(opinions.paid_wrongly)
     rows = [[o.text, f"{o.share_paid:.0%}", f"{o.share_other:.0%}"] for o in opinions.strings()]
     sections = [
-        Section("Disagreement along the rows", charts=[_chart(opinions)] if count else [],
-                text="Share of answers that the first verifier pays and the second one would not."),
-        Section("What gives them away", text="Words that stand in such answers more often than in others.",
-                tables=[Table(["words", "in wrongly paid answers", "in others"], rows)] if rows else []),
-        Section("Wrongly paid answers", text="The newest ones, by their end.", tables=_answers(opinions))]
+        PageSection("Disagreement along the rows", charts=[_chart(opinions)] if count else [],
+                    text="Share of answers that the first verifier pays and the second one would not."),
+        PageSection("What gives them away",
+                    text="Words that stand in such answers more often than in others.",
+                    tables=[PageTable(["words", "in wrongly paid answers", "in others"],
+                                      rows)] if rows else []),
+        PageSection("Wrongly paid answers", text="The newest ones, by their end.", tables=_answers(opinions))]
     figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.told()),
                ("Second opinions", f"{count:,}", ""),
                ("Disagree", f"{len(opinions.disagreeing) / max(1, count):.1%}",
@@ -300,13 +302,13 @@ def _chart(opinions: Opinions) -> Chart:
     return chart(figure, f"Mean of about {len(parts[0])} opinions at each point.")
 
 
-def _answers(opinions: Opinions) -> list[Table]:
+def _answers(opinions: Opinions) -> list[PageTable]:
     def row(one: Opinion) -> list[str]:
         end = one.response[-MAX_CHARS:]
         return [f"{one.line:,}", f"{one.first:g}", f"{one.second:g}",
                 end if len(end) == len(one.response) else "… " + end]
 
-    from megatron_sov.base.pages.page import Table
+    from megatron_sov.base.pages.page import PageTable
 
     rows = [row(one) for one in list(opinions.paid)[::-1][:MAX_ROWS]]
-    return [Table(["line", "first", "second", "answer"], rows)] if rows else []
+    return [PageTable(["line", "first", "second", "answer"], rows)] if rows else []

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import orders
-from megatron_sov.base.plugins.loading import Loaded
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import check_methods
 from megatron_sov.judge.rewards.version import settings_of, version_of
@@ -23,16 +23,16 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "composed": ("megatron_sov.judge.rewards.composed", "Composed"),
     "judge": ("megatron_sov.judge.rewards.judge", "Judge"),
     "format": ("megatron_sov.judge.rewards.surface", "Format"),
-    "language": ("megatron_sov.judge.rewards.surface", "Language"),
+    "language": ("megatron_sov.judge.rewards.surface", "LanguageReward"),
     "length": ("megatron_sov.judge.rewards.surface", "Length"),
     "repetition": ("megatron_sov.judge.rewards.surface", "Repetition"),
-    "code": ("megatron_sov.judge.rewards.code", "Code"),
+    "code": ("megatron_sov.judge.rewards.code", "CodeReward"),
     "constraint": ("megatron_sov.judge.rewards.constraint", "Constraint"),
 }
 """Name -> module and class of what is built in."""
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     if inspect.isfunction(loaded.value):
         raise UserError(f"{loaded.reference}: is a function; a reward is a class with score(self, row). "
                         "A reward function of TRL's becomes one by these lines in its file:\n"
@@ -48,18 +48,18 @@ OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.judge.rewards", BUIL
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeReward:
     """A reward that is ready."""
 
     reward: Any
     """A `Reward`; or a `Composed` of the parts."""
     version: str
     """Hash of its code and settings."""
-    parts: Mapping[str, tuple[Order, Made]] = field(default_factory=dict)
+    parts: Mapping[str, tuple[PluginOrder, MadeReward]] = field(default_factory=dict)
     """Of a composition: name -> its parts."""
 
 
-def order(name: str, settings: Mapping[str, Any]) -> Order:
+def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
     """Return the order for a reward that a person named, a built-in one or FILE.py:NAME.
 
     Raises:
@@ -68,7 +68,7 @@ def order(name: str, settings: Mapping[str, Any]) -> Order:
     return orders.ordered(name, settings, BUILT_IN, OWN)
 
 
-def make(asked: Order) -> Made:
+def make(asked: PluginOrder) -> MadeReward:
     """Return the reward of an order.
 
     Raises:
@@ -78,13 +78,13 @@ def make(asked: Order) -> Made:
     built = orders.build(asked, BUILT_IN, OWN)
     reward = built.value
     if not hasattr(reward, "orders"):
-        return Made(reward, version_of(reward, settings_of(reward, built.settings), built.files))
+        return MadeReward(reward, version_of(reward, settings_of(reward, built.settings), built.files))
     wanted = {name: order(*part) for name, part in reward.orders().items()}
     parts = {name: (part, make(part)) for name, part in wanted.items()}
     versions = {name: part.version for name, (_, part) in parts.items()}
-    return Made(reward, version_of(reward, reward.judging(versions), built.files), parts)
+    return MadeReward(reward, version_of(reward, reward.judging(versions), built.files), parts)
 
 
-def build(asked: Order) -> Any:
+def build(asked: PluginOrder) -> Any:
     """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
     return orders.build(asked, BUILT_IN, OWN).value

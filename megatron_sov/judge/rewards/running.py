@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
-from megatron_sov.judge.rewards.registry import BUILT_IN, Made, build
+from megatron_sov.judge.rewards.registry import BUILT_IN, MadeReward, build
 from megatron_sov.judge.rewards.reward import Result, Reward, Row, agreeing, judged
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.environment import forget_other_variables
@@ -34,7 +34,7 @@ FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBU
 """Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
 
 
-def runner(asked: Order, made: Made, workers: int) -> Runner:
+def runner(asked: PluginOrder, made: MadeReward, workers: int) -> Runner:
     """Return what runs a reward.
 
     Args:
@@ -82,7 +82,7 @@ class ProcessRunner(Runner):
             not with this one, its response is worth 0; None: rows that pass a limit have no reward.
     """
 
-    def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = (),
+    def __init__(self, asked: PluginOrder, time_limit_s: float, workers: int, modules: Sequence[str] = (),
                  variables: Sequence[str] = (), *, cpu_limit_s: float = math.inf,
                  control: str | None = None) -> None:
         self._time_limit_s, self._cpu_limit_s, self._control = time_limit_s, cpu_limit_s, control
@@ -135,7 +135,7 @@ def _blamed(suspect: Result, control: Result) -> Result:
     return Result(0.0, "timeout" if suspect.status == "timeout" else "scored", {"why": reason}, reason)
 
 
-def _judge(asked: Order, variables: Sequence[str], cpu_limit_s: float) -> Answer:
+def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> Answer:
     """Return what judges rows, in a process of the reward."""
     forget_other_variables(variables)
     reward = build(asked)

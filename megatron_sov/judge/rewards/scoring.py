@@ -13,8 +13,8 @@ from typing import Any
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.documents.strict_json import json_line
-from megatron_sov.base.plugins.orders import Order
-from megatron_sov.judge.rewards.registry import Made
+from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.judge.rewards.registry import MadeReward
 from megatron_sov.judge.rewards.reward import Result, Row
 from megatron_sov.judge.rewards.running import runner
 from megatron_sov.work.progress.jobs import Job, here, run_job
@@ -28,7 +28,7 @@ Batch = list[tuple[int, Row]]
 
 
 @dataclass
-class Tally:
+class ScoringTally:
     """Of the verdicts that were counted."""
 
     statuses: Counter[str] = field(default_factory=Counter)
@@ -65,17 +65,17 @@ class Tally:
 
 
 @dataclass
-class Summary:
+class ScoringSummary:
     """What became of the rows."""
 
-    tally: Tally = field(default_factory=Tally)
+    tally: ScoringTally = field(default_factory=ScoringTally)
     """Of all rows."""
     num_kept: int = 0
     """Rows that an earlier, killed command had scored."""
 
 
-def score_file(asked: Order, made: Made, source: Path, output: Path, workers: int,
-               progress: Callable[[int], object], *, redo: bool = False) -> Summary:
+def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path, workers: int,
+               progress: Callable[[int], object], *, redo: bool = False) -> ScoringSummary:
     """Score a file that `check_rows` has passed; the output appears whole, when all rows are there.
 
     Args:
@@ -87,7 +87,7 @@ def score_file(asked: Order, made: Made, source: Path, output: Path, workers: in
         progress: is called with a number of rows that are done.
         redo: begin anew where rows were scored by another reward, or are of another file.
     """
-    summary = Summary()
+    summary = ScoringSummary()
     with runner(asked, made, workers) as running:
 
         def score(batch: Batch) -> bytes:

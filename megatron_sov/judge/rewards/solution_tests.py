@@ -251,7 +251,7 @@ class Remote:
         return str(self._ask("shown"))
 
 
-class Held:
+class RemoteObject:
     """An iterator that stays where it is."""
 
     def __init__(self, held: Any) -> None:
@@ -261,8 +261,8 @@ class Held:
 OPERATIONS: dict[str, Any] = {
     "get": getattr, "set": setattr,
     "equal": lambda a, b: bool(a == b), "less": lambda a, b: bool(a < b),
-    "has instance": lambda kind, value: isinstance(value, kind), "iterate": lambda a: Held(iter(a)),
-    "next": lambda a: next(a.held if isinstance(a, Held) else a), "length": len, "truth": bool,
+    "has instance": lambda kind, value: isinstance(value, kind), "iterate": lambda a: RemoteObject(iter(a)),
+    "next": lambda a: next(a.held if isinstance(a, RemoteObject) else a), "length": len, "truth": bool,
     "item": lambda a, key: a[key], "set item": lambda a, key, value: a.__setitem__(key, value),
     "text": str, "shown": repr}
 COLLECTIONS: dict[str, Any] = {k.__name__: k for k in (list, tuple, set, frozenset, collections.deque)}

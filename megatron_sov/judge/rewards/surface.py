@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script, script_of
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Breach, Code, NotNegativeInt, Problem, Share, at_most, one_of)
+    AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, SettingsProblem, Share, at_most, one_of)
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
 
@@ -142,7 +142,7 @@ def loop_at_end(text: str, min_chars: int = 1) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageReward:
     """The share of letters in the scripts of a language; below a share it is 0.
 
     Languages that share a script (English, German) are not told apart.
@@ -193,12 +193,12 @@ def switches(text: str) -> float:
 
 def _no_regex(text: str) -> Breach | None:
     wrong = patterns.problem(text) if text else ""
-    return (Code.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
+    return (ProblemCode.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
 
 
 def _no_name(text: str) -> Breach | None:
     return None if re.fullmatch(r"[A-Za-z_][\w-]*", text) else (
-        Code.RULE, "must be a name of letters, digits, - and _", "")
+        ProblemCode.RULE, "must be a name of letters, digits, - and _", "")
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,11 @@ class Format:
     all_or_nothing: bool = True
     """1 or 0; without, the share of checks that pass."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return [] if self.regex or self.tags or self.json or self.json_keys else [
-            Problem(Code.RULE, "", "nothing is asked for", way_out="set regex, tags, json or json_keys")]
+            SettingsProblem(ProblemCode.RULE, "", "nothing is asked for",
+                            way_out="set regex, tags, json or json_keys")]
 
     def score(self, row: Row) -> Score:
         """Return the share of checks that pass, or whether all do."""

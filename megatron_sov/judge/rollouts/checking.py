@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.scoring import Tally
-from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, Part, Rollout, domain_of
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rewards.scoring import ScoringTally
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart, domain_of
+from megatron_sov.judge.rollouts.store import RolloutStore
 
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
@@ -23,7 +23,7 @@ _COLUMNS = ("record", "prompt_tokens", "tokens", "versions", "finish_reason")
 
 
 @dataclass
-class Checked:
+class StoreCheck:
     """What was looked at, and what is wrong with it."""
 
     parts: int = 0
@@ -33,9 +33,9 @@ class Checked:
     """One sentence each, which names the part and the row."""
 
 
-def check(store: Store, done: Callable[[int], object] = lambda parts: None) -> Checked:
+def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
     """Return what is wrong with a store."""
-    found = Checked()
+    found = StoreCheck()
     parts = store.parts(refused=found.problems.append)
     kept: list[np.ndarray] = []
     for number, part in enumerate(parts):
@@ -70,7 +70,7 @@ def _digest(key: Key) -> bytes:
     return hashlib.blake2b(repr(tuple(key)).encode(), digest_size=16).digest()
 
 
-def _key_problems(heads: np.ndarray, parts: list[Part]) -> list[str]:
+def _key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:
     """Return a sentence for each key whose attempts are not 0, 1, ... behind unfinished ones."""
     heads = heads[np.lexsort((heads["attempt"], *heads["key"].T))]
     follows = np.append([False], (heads["key"][1:] == heads["key"][:-1]).all(1))[:len(heads)]
@@ -86,11 +86,11 @@ def _key_problems(heads: np.ndarray, parts: list[Part]) -> list[str]:
             for what, where in wrong.items() for i in np.flatnonzero(where)]
 
 
-def _place(head: np.void, parts: list[Part]) -> str:
+def _place(head: np.void, parts: list[RolloutPart]) -> str:
     return f"{parts[int(head['part'])].file}: row {int(head['row'])}"
 
 
-def _reward_problems(store: Store, part: Part, found: Checked) -> list[str]:
+def _reward_problems(store: RolloutStore, part: RolloutPart, found: StoreCheck) -> list[str]:
     """Return a sentence for each reward that is none of a row of the part that it judges."""
     try:
         said = store.read_rewards(part.version, part.name)
@@ -128,7 +128,7 @@ class Figures:
     newest_version: int | None = None
     version_total: int = 0
     """Sum over the tokens that a policy wrote."""
-    rewards: dict[str, Tally] = field(default_factory=dict)
+    rewards: dict[str, ScoringTally] = field(default_factory=dict)
     """By version."""
 
     def add(self, row: Rollout) -> None:
@@ -161,7 +161,7 @@ class Figures:
                         for version, found in sorted(self.rewards.items())}}
 
 
-def figures_of(store: Store, round: int | None = None,
+def figures_of(store: RolloutStore, round: int | None = None,
                done: Callable[[int], object] = lambda parts: None) -> dict[str, Any]:
     """Return figures of each round, of all its rows and by domain, as JSON has them.
 
@@ -172,7 +172,7 @@ def figures_of(store: Store, round: int | None = None,
         round: the one to look at; None: all.
         done: told the number of parts, as they are read.
     """
-    rounds: dict[int, list[Part]] = {}
+    rounds: dict[int, list[RolloutPart]] = {}
     for part in store.parts(round):
         rounds.setdefault(part.round, []).append(part)
     judged: dict[str, set[str]] = {}
@@ -181,7 +181,8 @@ def figures_of(store: Store, round: int | None = None,
     return {str(number): _round(store, parts, judged, done) for number, parts in rounds.items()}
 
 
-def _round(store: Store, parts: list[Part], judged: Mapping[str, set[str]], done: Callable[[int], object]
+def _round(store: RolloutStore, parts: list[RolloutPart], judged: Mapping[str, set[str]],
+           done: Callable[[int], object]
            ) -> dict[str, Any]:
     whole, domains, replaced = Figures(), dict[str, Figures](), 0
     for here, rows, num_replaced in store.pieces(parts, _COLUMNS):
@@ -195,7 +196,7 @@ def _round(store: Store, parts: list[Part], judged: Mapping[str, set[str]], done
             by = store.judgements(version, [part for part in here if part.name in names])
             for head, said in by.items():
                 for figures in counted.get(head, ()):
-                    tally = figures.rewards.setdefault(version, Tally())
+                    tally = figures.rewards.setdefault(version, ScoringTally())
                     tally.add(said.reward, said.status)
         done(len(here))
     return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_sov.judge.rollouts.rows import NOT_WRITTEN, Judged, Key, Rollout
+from megatron_sov.judge.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
 from megatron_sov.work.tables.parquet import arrays_of, lists, texts_of
 
 
@@ -142,7 +142,7 @@ def problems_of(table: pa.Table) -> list[str]:
     return [str(text) for text in texts_of(table["problem"])]
 
 
-def rewards_table(rows: Sequence[Judged]) -> pa.Table:
+def rewards_table(rows: Sequence[RewardRow]) -> pa.Table:
     """Return rewards as columns.
 
     Raises:
@@ -156,14 +156,14 @@ def rewards_table(rows: Sequence[Judged]) -> pa.Table:
     return _table(columns, REWARDS)
 
 
-def rewards_of(table: pa.Table) -> list[Judged]:
+def rewards_of(table: pa.Table) -> list[RewardRow]:
     """Return the rewards of a table that has the columns `REWARDS`.
 
     Raises:
         ValueError: a field does not hold what belongs there.
     """
     names = ("attempt", "reward_version", "reward", "status", "components", "reason")
-    return list(map(Judged, keys_of(table), *(_values(table, name) for name in names)))
+    return list(map(RewardRow, keys_of(table), *(_values(table, name) for name in names)))
 
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

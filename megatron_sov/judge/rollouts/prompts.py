@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
-from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.judge.rollouts.rows import part_name
@@ -35,7 +35,7 @@ MAX_TOLD = 10
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RolloutPrompt:
     """What a policy is asked, or the task of an environment."""
 
     id: str
@@ -56,36 +56,36 @@ class Prompt:
             if "prompt" in record:
                 raise BadRecord("fields", "has 'prompt' and 'messages'; leave one of them out")
             record["prompt"] = record.pop("messages")
-        return parse_record(record, "", self.line, Reading("prompt")).conversation()
+        return parse_record(record, "", self.line, RecordReading("prompt")).conversation()
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptPiece:
     """Some prompts of a round: what one job takes up, and publishes as one part of the store."""
 
     round: int
     """From 1."""
     number: int
     """Among the pieces of its round, from 0."""
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[RolloutPrompt, ...]
 
     def part(self, attempt: int = 0) -> str:
         return part_name(self.round, self.number, attempt)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[RolloutPrompt]:
     """Return the prompts of a file in JSON lines, in its order.
 
     Raises:
         UserError: it cannot be read, has no lines, or bad ones: the first are named.
     """
     check_rows(path, OPTION, "")
-    found: dict[str, Prompt] = {}
+    found: dict[str, RolloutPrompt] = {}
     problems: list[str] = []
     for line, record in read_rows(path, OPTION, ""):
         try:
-            prompt = Prompt(_hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":")),
-                            record, line)
+            prompt = RolloutPrompt(_hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":")),
+                                   record, line)
         except UnicodeEncodeError:
             problems.append(f"line {line}: holds half of a surrogate pair, which is no text")
             continue
@@ -96,7 +96,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     return list(found.values())
 
 
-def refuse_unaskable(path: Path, prompts: Sequence[Prompt]) -> None:
+def refuse_unaskable(path: Path, prompts: Sequence[RolloutPrompt]) -> None:
     """Refuse prompts that no policy can be asked; tasks of environments are checked by these.
 
     Raises:
@@ -111,7 +111,8 @@ def refuse_unaskable(path: Path, prompts: Sequence[Prompt]) -> None:
     _refuse(path, problems)
 
 
-def round_prompts(prompts: Sequence[Prompt], rollout: RolloutConfig, number: int) -> list[Prompt]:
+def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
+                  number: int) -> list[RolloutPrompt]:
     """Return the prompts of a round, in order: a function of the seed and the round's number alone.
 
     Each epoch is a permutation; a round that begins in one goes on in the next, where the prompts that it
@@ -136,9 +137,9 @@ def round_prompts(prompts: Sequence[Prompt], rollout: RolloutConfig, number: int
     return [prompts[i] for i in order]
 
 
-def pieces(prompts: Sequence[Prompt], number: int, piece_prompts: int) -> list[Piece]:
+def pieces(prompts: Sequence[RolloutPrompt], number: int, piece_prompts: int) -> list[PromptPiece]:
     """Return a round's prompts, as `round_prompts` gives them, in pieces."""
-    return [Piece(number, i, tuple(prompts[first:first + piece_prompts]))
+    return [PromptPiece(number, i, tuple(prompts[first:first + piece_prompts]))
             for i, first in enumerate(range(0, len(prompts), piece_prompts))]
 
 

@@ -127,7 +127,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RewardRow:
     """What one reward said of one response."""
 
     key: Key
@@ -159,7 +159,7 @@ def later(rows: Sequence[Rollout]) -> list[Rollout]:
     return list(found.values())
 
 
-class Part(TablePart):
+class RolloutPart(TablePart):
     """One part of a store."""
 
     @property
@@ -195,7 +195,7 @@ of its own rows an attempt behind it goes on with."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedPrompt:
     """What a store is written for."""
 
     rounds: int
@@ -208,7 +208,7 @@ class Asked:
         return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
 
 
-def not_written(parts: Sequence[Part], rounds: range | None) -> str | None:
+def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
     """Return what is still to be written, as the end of a sentence; "": nothing is; None: no part tells.
 
     Args:
@@ -230,6 +230,7 @@ def not_written(parts: Sequence[Part], rounds: range | None) -> str | None:
     return ""
 
 
-def _asked_of(provenance: Mapping[str, Any]) -> Asked | None:
+def _asked_of(provenance: Mapping[str, Any]) -> AskedPrompt | None:
     rounds, pieces = provenance.get(ROUNDS), provenance.get(PIECES)
-    return Asked(rounds, pieces) if type(rounds) is type(pieces) is int and min(rounds, pieces) > 0 else None
+    return AskedPrompt(rounds, pieces) if type(rounds) is type(pieces) is int and min(rounds,
+                                                                                      pieces) > 0 else None

@@ -19,19 +19,20 @@ import numpy as np
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
 from megatron_sov.judge.rollouts import columns
-from megatron_sov.judge.rollouts.rows import Judged, Key, Part, Rollout, later, numbers_in, part_name
+from megatron_sov.judge.rollouts.rows import (
+    Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
 from megatron_sov.work.tables.table import AlreadyPublished, Table
 
-_Row = TypeVar("_Row", Rollout, Judged)
-Judgements = dict[tuple[Key, int], Judged]
+_Row = TypeVar("_Row", Rollout, RewardRow)
+Judgements = dict[tuple[Key, int], RewardRow]
 """Key and attempt of a row -> what a reward said of it."""
 
 
-class Store(Table[Part]):
-    """A store that exists; `Store.create` takes the tokenizer's digest, and what token ids lie below."""
+class RolloutStore(Table[RolloutPart]):
+    """A store that exists; `RolloutStore.create` takes the tokenizer's digest and its vocabulary's size."""
 
     WHAT, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
-    CLAIM, FIRST, EXAMPLE, PART = "reward", "round", part_name(1, 0), Part
+    CLAIM, FIRST, EXAMPLE, PART = "reward", "round", part_name(1, 0), RolloutPart
     IDENTITY = {"tokenizer": str, "vocab_size": int}
     MADE_BY = "pass a folder that `megatron-sov rl run` or `rl generate` wrote"
     REPEATED, SPLIT = columns.REPEATED, columns.SPLIT
@@ -69,7 +70,7 @@ class Store(Table[Part]):
         if not self.publish(name, "", table, provenance, sum(map(bool, table["problem"].to_pylist()))):
             _refuse_others(path, self.read_all(name)[0], rows, _without_times)
 
-    def add_rewards(self, version: str, name: str, rows: Sequence[Judged],
+    def add_rewards(self, version: str, name: str, rows: Sequence[RewardRow],
                     provenance: Mapping[str, Any] | None = None) -> None:
         """Publish what a reward said of a part's rows.
 
@@ -131,7 +132,7 @@ class Store(Table[Part]):
                         for problem, row in zip(problems, rows, strict=True)]
         return rows, problems
 
-    def read_rewards(self, version: str, name: str) -> list[Judged]:
+    def read_rewards(self, version: str, name: str) -> list[RewardRow]:
         """Return what a reward said of the rows of a part.
 
         Raises:
@@ -140,13 +141,13 @@ class Store(Table[Part]):
         part = self.part(name, version)
         return _converted(part.file, lambda: columns.rewards_of(self.read(part, columns.REWARDS)))
 
-    def judgements(self, version: str, parts: Sequence[Part]) -> Judgements:
+    def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:
         """Return what a reward said of the rows of those parts that it has judged."""
         return {(said.key, said.attempt): said for part in parts if self.has(part.name, version)
                 for said in self.read_rewards(version, part.name)}
 
-    def pieces(self, parts: Sequence[Part], fields: Sequence[str] | None = None
-               ) -> Iterator[tuple[list[Part], list[Rollout], int]]:
+    def pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
+               ) -> Iterator[tuple[list[RolloutPart], list[Rollout], int]]:
         """Yield the parts of each piece, the last attempt at each of its responses, and how many rows of it
         such attempts replace; no more of the rows is in memory at a time.
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.pages.page import Chapter, Section, Table, render
-from megatron_sov.judge.rollouts.rows import LENGTH, Judged, Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
+from megatron_sov.judge.rollouts.rows import LENGTH, RewardRow, Rollout
+from megatron_sov.judge.rollouts.store import RolloutStore
 
 CUT_OFF = (LENGTH, "turns", "tokens", "unended")
 """Finish reasons of what a limit ended; the last three are those of episodes, see `tools.episode.ENDS`."""
@@ -26,7 +26,7 @@ class _Read:
     """A response and what was said of it."""
 
     row: Rollout
-    judged: Judged | None
+    judged: RewardRow | None
 
     @property
     def reward(self) -> float | None:
@@ -43,7 +43,7 @@ class _Read:
 
 
 @dataclass
-class _Round:
+class _TranscriptRound:
     """What is shown of a round; no more of its responses is in memory at a time than of one piece."""
 
     number: int
@@ -90,7 +90,7 @@ class _Round:
                 f"{self.rows - self.rewards:,}"]
 
 
-def page_of(store: Store, rounds: Sequence[int], version: str | None, most: int,
+def page_of(store: RolloutStore, rounds: Sequence[int], version: str | None, most: int,
             decode: Decode | None = None) -> str:
     """Return the page of responses.
 
@@ -106,15 +106,15 @@ def page_of(store: Store, rounds: Sequence[int], version: str | None, most: int,
     found = [_round(store, number, version, most) for number in rounds]
     chapters = [_chapter(f"Round {part.number}, {why}", read, decode)
                 for part in found for why, read in part.shown()]
-    table = Table(["round", "responses", "mean reward", "cut off", "no reward"],
-                  [part.figures() for part in found])
+    table = PageTable(["round", "responses", "mean reward", "cut off", "no reward"],
+                      [part.figures() for part in found])
     told = "no reward" if version is None else f"reward {version}"
     return render("Rollouts", str(store.path), f"{told}; up to {most:,} responses of each kind", chapters,
                   overview=("Rounds", table), anchor="response", nothing="Nothing was said.")
 
 
-def _round(store: Store, number: int, version: str | None, most: int) -> _Round:
-    found = _Round(number, most)
+def _round(store: RolloutStore, number: int, version: str | None, most: int) -> _TranscriptRound:
+    found = _TranscriptRound(number, most)
     for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
         said = {} if version is None else store.judgements(version, parts)
         found.add([_Read(row, said.get((row.key, row.attempt))) for row in rows])
@@ -136,8 +136,8 @@ def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
     turns = [*_asked(row.record), *_said(row, decode)]
     record = json.dumps(dict(row.record), indent=1, ensure_ascii=False)
     return Chapter(name, f"prompt {row.key.prompt}, sample {row.key.sample}", figures, [
-        Section("Transcript", turns=[(_plain(who), _plain(text)) for who, text in turns]),
-        Section("Record", json=_plain(record))])
+        PageSection("Transcript", turns=[(_plain(who), _plain(text)) for who, text in turns]),
+        PageSection("Record", json=_plain(record))])
 
 
 def _asked(record: Any) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ end within the limit of tokens; by the fault of what tools run on."""
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedTurn:
     """What a model wrote in one turn."""
 
     ids: list[int]
@@ -41,10 +41,10 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Turn:
+class EpisodeTurn:
     """A model's turn and what came of it."""
 
-    written: Written
+    written: GeneratedTurn
     """By the model."""
     text: str
     """Of it."""
@@ -83,7 +83,7 @@ class Episode:
     """What the model was told."""
     prompt: list[int]
     """Its ids."""
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[EpisodeTurn] = field(default_factory=list)
     """In order."""
     result: Result | None = None
     """The reward, behind the end."""
@@ -141,8 +141,8 @@ def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limit
     return Episode(number, task, opening, prompt)
 
 
-def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder: TurnEncoder,
-              limits: EpisodeLimits) -> Turn:
+def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, encoder: TurnEncoder,
+              limits: EpisodeLimits) -> EpisodeTurn:
     """Return the next turn of an episode: what the model wrote, its calls and their results.
 
     Args:
@@ -152,8 +152,8 @@ def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder
         encoder: of the model.
         limits: of the episode.
     """
-    turn = Turn(written, encoder.text(written.ids), [], [], host.state,
-                in_thoughts=encoder.opens_thoughts(episode.ids))
+    turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
+                       in_thoughts=encoder.opens_thoughts(episode.ids))
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
@@ -167,7 +167,8 @@ def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder
     return replace(turn, behind=behind)
 
 
-def with_calls(turn: Turn, num_before: int, host: EnvironmentHost, limits: EpisodeLimits) -> Turn:
+def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
+               limits: EpisodeLimits) -> EpisodeTurn:
     """Return a turn that the model has ended with the results of its calls, and its end where it has come.
 
     Args:
@@ -228,10 +229,10 @@ def left_of(episode: Episode, limits: EpisodeLimits) -> int:
     return limits.max_response_tokens - episode.num_response_tokens
 
 
-def within(written: Written, most: int) -> Written:
+def within(written: GeneratedTurn, most: int) -> GeneratedTurn:
     """Return what a model wrote up to its limit; engines are asked for several episodes at a time."""
     logprobs = written.logprobs
-    return Written(written.ids[:most], None if logprobs is None else logprobs[:most])
+    return GeneratedTurn(written.ids[:most], None if logprobs is None else logprobs[:most])
 
 
 class EpisodeLines:
@@ -252,7 +253,8 @@ class EpisodeLines:
                 found[number] = Episode(number, tasks[number], opening, line["prompt"])
             elif "turn" in line:
                 turn = line["turn"]
-                found[number].turns.append(Turn(**turn | {"written": Written(**turn["written"])}))
+                found[number].turns.append(EpisodeTurn(**turn
+                                                       | {"written": GeneratedTurn(**turn["written"])}))
             else:
                 found[number].result = Result(**line["result"])
         return found

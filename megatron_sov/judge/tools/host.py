@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.judge.rewards.reward import Result, checked, short
 from megatron_sov.judge.tools.environment import Environment, Observation, Task, unknown
 from megatron_sov.judge.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
@@ -49,7 +49,7 @@ class Opening:
     """What it may call, as OpenAI describes functions."""
 
 
-class _Gone(Exception):
+class _HostGone(Exception):
     """The process did not answer: a fault's code and reason."""
 
     def __init__(self, code: str, reason: str) -> None:
@@ -60,7 +60,7 @@ class _Gone(Exception):
 class EnvironmentHost:
     """An environment that plays one episode at a time; a context, since its process has to end."""
 
-    def __init__(self, asked: Order, limits: EpisodeLimits) -> None:
+    def __init__(self, asked: PluginOrder, limits: EpisodeLimits) -> None:
         """Nothing is started yet.
 
         Args:
@@ -103,7 +103,7 @@ class EnvironmentHost:
         """Return what a call gives, whatever the tool does."""
         try:
             answer = self._ask("call", self._limits.call_timeout_s, name=call.name, arguments=call.arguments)
-        except _Gone as gone:
+        except _HostGone as gone:
             try:
                 self._begin("restore", task=dict(self._task), state=json.loads(self.state))
             except UserError as e:  # it could before: nothing is known about the model's doing
@@ -116,7 +116,7 @@ class EnvironmentHost:
         """Return the reward of the episode, or why there is none."""
         try:
             given = self._ask("score", self._limits.call_timeout_s, answer=answer)
-        except _Gone as gone:
+        except _HostGone as gone:
             return Result(None, "timeout" if gone.code == "timeout" else "failed", {}, gone.reason)
         return Result(given["reward"], given["status"], given["components"], given["reason"])
 
@@ -124,7 +124,7 @@ class EnvironmentHost:
         """Ask for what begins an episode, of a process that is started where there is none."""
         try:
             answer = self._ask(what, START_LIMIT_S, **request)
-        except _Gone as gone:
+        except _HostGone as gone:
             raise UserError(f"tool environment {self._asked.name}: {gone.reason} while an episode began; "
                             "see what it wrote above") from None
         if "problem" in answer:
@@ -136,12 +136,12 @@ class EnvironmentHost:
         """Return what the process answers; it is ended where it does not."""
         ((_, answer),) = self._workers.answers(deque([(what, {"what": what, **request})]), timeout_s)
         if isinstance(answer, Lost):
-            raise (_Gone("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
-                   else _Gone("ended", "ended its process"))
+            raise (_HostGone("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
+                   else _HostGone("ended", "ended its process"))
         return dict(answer)
 
 
-def _serve(asked: Order, limits: dict[str, int]) -> Answer:
+def _serve(asked: PluginOrder, limits: dict[str, int]) -> Answer:
     """Return what does as it is asked, in the environment's process."""
     environment, _ = make(asked)
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))

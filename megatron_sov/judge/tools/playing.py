@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import (
-    Episode, EpisodeLines, Turn, Written, begin_line, begun, left_of, result_line, take_turn, turn_line,
-    with_calls, within)
+    Episode, EpisodeLines, EpisodeTurn, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn,
+    turn_line, with_calls, within)
 from megatron_sov.judge.tools.faults import INFRASTRUCTURE
 from megatron_sov.judge.tools.host import EnvironmentHost, Opening
 from megatron_sov.judge.tools.limits import EpisodeLimits
@@ -33,11 +33,11 @@ STREAMS = 1 << 16
 Message = dict[str, Any]
 
 
-class Policy(Protocol):
+class ToolPolicy(Protocol):
     """What writes turns: a model behind an engine, or a script."""
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-               streams: Sequence[int]) -> Sequence[Written]:
+               streams: Sequence[int]) -> Sequence[GeneratedTurn]:
         """Continue prompts to the end of a turn.
 
         Args:
@@ -50,10 +50,10 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class Table:
+class EpisodeTable:
     """What episodes are played with."""
 
-    asked: Order
+    asked: PluginOrder
     """The environment."""
     encoder: TurnEncoder
     """Of the model."""
@@ -71,7 +71,7 @@ class _Seat:
     episode: Episode | None = None
 
 
-def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: EpisodeLines,
+def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
          ended: Callable[[int], object] = lambda count: None,
          should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
     """Return the episodes of tasks, in order, each played to its end.
@@ -136,7 +136,7 @@ def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None
         raise UserError(f"task {number + 1}: {e}") from None
 
 
-def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: EpisodeLines,
+def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
            pool: ThreadPoolExecutor) -> None:
     """Play the next turn of all episodes that go on, and score those that end."""
     playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
@@ -216,7 +216,7 @@ class Speaker(Protocol):
 class MessageTable:
     """What episodes are played with."""
 
-    asked: Order
+    asked: PluginOrder
     """The environment."""
     limits: EpisodeLimits
     """Of each episode; tokens are those that the model's side counts."""
@@ -302,7 +302,7 @@ class _Room:
                 episode.turns.append(self._turn(episode, host))
                 self._add(turn_line(episode))
         except NoTurn as e:
-            episode.turns.append(Turn(Written([]), "", [], [], host.state, end=INFRASTRUCTURE))
+            episode.turns.append(EpisodeTurn(GeneratedTurn([]), "", [], [], host.state, end=INFRASTRUCTURE))
             episode.result = Result(None, "failed", {}, str(e))
         else:
             episode.result = scored(host, episode)
@@ -310,7 +310,7 @@ class _Room:
         with self.lock:
             self.ended(1)
 
-    def _turn(self, episode: Episode, host: EnvironmentHost) -> Turn:
+    def _turn(self, episode: Episode, host: EnvironmentHost) -> EpisodeTurn:
         """Return the next turn, with the results of its calls."""
         limits = self.table.limits
         left = limits.max_response_tokens - _used_tokens(episode.turns)
@@ -321,8 +321,8 @@ class _Room:
             raise UserError(f"task {episode.number + 1}: its question and tools make {said.read_tokens:,} "
                             f"tokens, more than max_prompt_tokens {limits.max_prompt_tokens:,}; raise it in "
                             "`limits` of a task file of your own, or shorten them")
-        turn = Turn(Written([]), said.text, [], [], host.state, message=said.message,
-                    read_tokens=said.read_tokens, wrote_tokens=said.wrote_tokens)
+        turn = EpisodeTurn(GeneratedTurn([]), said.text, [], [], host.state, message=said.message,
+                           read_tokens=said.read_tokens, wrote_tokens=said.wrote_tokens)
         used = _used_tokens([*episode.turns, turn])
         if used - turn.wrote_tokens >= limits.max_response_tokens:  # by what tools have said
             return replace(turn, end="tokens")
@@ -337,7 +337,7 @@ class _Room:
             self.journal.add([line])
 
 
-def _used_tokens(turns: Sequence[Turn]) -> int:
+def _used_tokens(turns: Sequence[EpisodeTurn]) -> int:
     """Return the tokens behind the first prompt, as far as they have been counted."""
     return turns[-1].read_tokens + turns[-1].wrote_tokens - turns[0].read_tokens if turns else 0
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import orders
-from megatron_sov.base.plugins.loading import Loaded
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import check_methods
 from megatron_sov.judge.rewards.version import settings_of, version_of
@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, ...]] = {"reset": ("task",), "tools": (), "call": 
                                        "score": ("answer",), "snapshot": (), "restore": ("state",)}
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a tool environment", METHODS)
 
 
@@ -49,7 +49,7 @@ OWN: Registry[type[Any]] = Registry("tool environment", "megatron_sov.environmen
 """Environments that are not built in."""
 
 
-def order(name: str, settings: Mapping[str, Any]) -> Order:
+def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
     """Return the order for an environment that a person named, a built-in one or FILE.py:NAME.
 
     Raises:
@@ -58,7 +58,7 @@ def order(name: str, settings: Mapping[str, Any]) -> Order:
     return orders.ordered(name, settings, BUILT_IN, OWN)
 
 
-def make(asked: Order) -> tuple[Environment, str]:
+def make(asked: PluginOrder) -> tuple[Environment, str]:
     """Return the environment of an order, and its version: a hash of its code and settings.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import Chapter, Section, Table, render
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.episode import Episode
 from megatron_sov.judge.tools.faults import FAULTS, INFRASTRUCTURE
@@ -81,7 +81,7 @@ def page_of(title: str, transcripts: Sequence[Transcript], limits: EpisodeLimits
     return render("Tool episodes", title, f"{len(transcripts):,} episodes"
                   + (f"; the {len(shown)} with the lowest rewards are shown" if left_out else ""),
                   [_chapter(transcript) for transcript in shown],
-                  overview=("Figures and limits", Table(["figure", "value"], rows)), anchor="episode",
+                  overview=("Figures and limits", PageTable(["figure", "value"], rows)), anchor="episode",
                   nothing="Nothing was said.")
 
 
@@ -92,9 +92,9 @@ def _chapter(transcript: Transcript) -> Chapter:
                *((name, str(count), FAULTS.get(name, "")) for name, count in transcript.faults.items())]
     said = [*([("system", seen.system)] if seen.system else []), ("user", seen.user), *transcript.turns]
     beside = {"components": dict(result.components), "tools": list(transcript.opening.tools)}
-    return Chapter(transcript.name, transcript.end, figures, [Section(
+    return Chapter(transcript.name, transcript.end, figures, [PageSection(
         "Transcript", turns=[(who, cut(text, MAX_CHARS)[0]) for who, text in said]),
-        Section("Goal and tools", json=json.dumps(beside, indent=1, ensure_ascii=False))])
+        PageSection("Goal and tools", json=json.dumps(beside, indent=1, ensure_ascii=False))])
 
 
 def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

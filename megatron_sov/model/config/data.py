@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, MinLen
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Code, NotNegative, NotNegativeInt, Problem, find_broken)
+    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.optim import Schedule
 from megatron_sov.model.config.train import TrainConfig
@@ -76,12 +76,13 @@ class DataConfig:
         """Return the tokens of the longest sample of any phase."""
         return max(phase.seq_len for phase in self.phases)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that these settings break by themselves."""
         p = []
         if len({bool(phase.tokens) for phase in self.phases}) > 1:
-            p.append(Problem(Code.RULE, "data.phases", "some phases have a budget in tokens and some have "
-                             "none", way_out="give one to all or to none"))
+            p.append(SettingsProblem(ProblemCode.RULE, "data.phases",
+                                     "some phases have a budget in tokens and some have "
+                                     "none", way_out="give one to all or to none"))
         for i, phase in enumerate(self.phases):
             p += find_broken(
                 phase, f"data.phases.{i}",

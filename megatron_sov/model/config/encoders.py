@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.settings import AboveZero, Finite, NotNegativeInt, Problem, find_broken
+from megatron_sov.base.settings import AboveZero, Finite, NotNegativeInt, SettingsProblem, find_broken
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,7 +74,7 @@ class VisionEncoderConfig:
     def _merged(self) -> int:
         return self.merge_size if self.kind == "qwen2_5_vl" else 1
 
-    def problems(self, vocab_size: int) -> list[Problem]:
+    def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the encoder breaks."""
         side, merges = self.patch_size * self._merged, self.kind == "qwen2_5_vl"
         # rotary embeddings of two axes need pairs on each
@@ -157,7 +157,7 @@ class AudioEncoderConfig:
         """Frames of a feature: Whisper's second convolution takes every other one, Qwen2-Audio pools two."""
         return 4 if self.kind == "qwen2_audio" else 2
 
-    def problems(self, vocab_size: int) -> list[Problem]:
+    def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the encoder breaks."""
         whole = self._stride * self.compression
         return find_broken(

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Code, Fraction, NotNegative, NotNegativeInt, Problem, Share, find_broken)
+    AboveZero, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, Share,
+    find_broken)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 
 # The needle suite: what is asked, where, and how often.
@@ -140,7 +141,7 @@ class ExtendConfig:
     gate: GateConfig = GateConfig()
     """What ends each stage."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every broken rule."""
         p = []
         for i, stage in enumerate(self.stages):
@@ -159,11 +160,13 @@ class ExtendConfig:
                      (len(set(names)) == len(names), f"names a part twice: {', '.join(names)}"),
                      (set(names) <= set(known), f"has {', '.join(names)}, and a stage of kind "
                                                 f"{stage.kind} has parts {', '.join(known)}")]
-            p += [Problem(Code.RULE, f"extend.stages.{i}.parts", rule) for holds, rule in rules if not holds]
+            p += [SettingsProblem(ProblemCode.RULE, f"extend.stages.{i}.parts", rule) for holds,
+                  rule in rules if not holds]
         lengths = [stage.seq_len for stage in self.stages]
         if lengths != sorted(lengths):
-            p.append(Problem(Code.RULE, "extend.stages", f"have lengths {lengths}, and a later stage is not "
-                             "shorter than an earlier one"))
+            p.append(SettingsProblem(ProblemCode.RULE, "extend.stages",
+                                     f"have lengths {lengths}, and a later stage is not "
+                                     "shorter than an earlier one"))
         return p
 
 

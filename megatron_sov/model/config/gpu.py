@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sov.base.settings import NotNegative, Problem, Share, find_broken
+from megatron_sov.base.settings import NotNegative, SettingsProblem, Share, find_broken
 from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
@@ -18,7 +18,7 @@ from megatron_sov.model.config.train import TrainConfig
 # Engine 2.20 and megatron-core 0.16.1, told before anything starts.
 
 @dataclass(frozen=True)
-class Recipe:
+class Fp8Recipe:
     """A way to scale the operands of matrix products, as `train.fp8` names it."""
 
     row_multiple: int
@@ -33,10 +33,10 @@ RECIPES = {
     # rows: `get_fp8_align_size` and `get_fp4_align_size` of megatron-core; widths: the leading dimension of
     # an FP8 product is a multiple of 16 (cublaslt_gemm.cu), whole MX blocks are 32 (quantizer.cpp), and
     # 16 bytes of FP4 are 32 values (fp4_utils.py)
-    "tensorwise": Recipe(16, 16, "hybrid"),
-    "blockwise": Recipe(16, 16, "e4m3"),
-    "mxfp8": Recipe(32, 32, "e4m3"),
-    "nvfp4": Recipe(128, 32, ""),
+    "tensorwise": Fp8Recipe(16, 16, "hybrid"),
+    "blockwise": Fp8Recipe(16, 16, "e4m3"),
+    "mxfp8": Fp8Recipe(32, 32, "e4m3"),
+    "nvfp4": Fp8Recipe(128, 32, ""),
 }
 OWN_SETTINGS = ("fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end", "fp8_pad_routed_tokens")
 
@@ -47,7 +47,7 @@ def fp8_format(train: TrainConfig) -> str:
 
 
 def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
-                          phases: Sequence[PhaseConfig]) -> list[Problem]:
+                          phases: Sequence[PhaseConfig]) -> list[SettingsProblem]:
     """Return every rule that `train.fp8` breaks with what it meets."""
     if train.fp8 == "none":
         defaults = TrainConfig()
@@ -197,7 +197,7 @@ class GpuConfig:
     also where products are in 8 or 4 bits."""
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-                 optim: OptimConfig) -> list[Problem]:
+                 optim: OptimConfig) -> list[SettingsProblem]:
         """Return every rule of the library that these settings break, on any machine."""
         recomputed, offloaded = self.recompute_modules, self.offload_modules
         first, last = self.profile_first_step, self.profile_last_step
@@ -253,7 +253,7 @@ class GpuConfig:
              "needs parallel.zero1 = true, whose buckets it pads", "set it, or leave gpu.pad_buckets out"))
 
     def _optimizer_problems(self, parallel: ParallelConfig, train: TrainConfig,
-                            optim: OptimConfig) -> list[Problem]:
+                            optim: OptimConfig) -> list[SettingsProblem]:
         """Tell which optimizers cannot keep their state elsewhere, or in other numbers."""
         share, sharded = self.optimizer_offload, train.precision == "bf16" and parallel.zero1
         needs = ("needs train.precision = bf16 and parallel.zero1 = true, which are "

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Code, NotNegativeInt, Problem, find_broken
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
 from megatron_sov.model.config.model import ModelConfig
 
 
@@ -72,13 +73,13 @@ class ParallelConfig:
         a late piece of it."""
         return self.tp * 2 * self.cp if self.cp > 1 else self.tp
 
-    def problems(self, model: ModelConfig, num_ranks: int) -> list[Problem]:
+    def problems(self, model: ModelConfig, num_ranks: int) -> list[SettingsProblem]:
         """Return every rule that this layout, whose sizes are at least 1, breaks for `model` on `num_ranks`
         processes."""
         p = []
 
         def refuse(key: str, rule: str, way_out: str = "") -> None:
-            p.append(Problem(Code.RULE, f"parallel.{key}", rule, getattr(self, key), way_out))
+            p.append(SettingsProblem(ProblemCode.RULE, f"parallel.{key}", rule, getattr(self, key), way_out))
 
         for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
@@ -121,12 +122,12 @@ class ParallelConfig:
             size = math.prod(getattr(self, name) for name in names)
             if num_ranks % size:
                 product = " x ".join(f"{name} {getattr(self, name)}" for name in names)
-                p.append(Problem(
-                    Code.RULE, "parallel", f"{product} = {size} must divide the number of processes, "
+                p.append(SettingsProblem(
+                    ProblemCode.RULE, "parallel", f"{product} = {size} must divide the number of processes, "
                     f"{num_ranks}", way_out=f"start a multiple of {size} (--nproc) or lower one of them"))
         return p
 
-    def _expert_problems(self, model: ModelConfig) -> list[Problem]:
+    def _expert_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Tell how experts cannot be divided."""
         if not model.num_moe_layers():
             return find_broken(self, "parallel", *(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import MinLen
 
-from megatron_sov.base.settings import AboveZero, NotNegativeInt, Problem, find_broken
+from megatron_sov.base.settings import AboveZero, NotNegativeInt, SettingsProblem, find_broken
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -62,7 +62,7 @@ class LoraConfig:
         return asdict(self) | {"targets": sorted(self.adapted(model))}
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, optim: OptimConfig,
-                 gpu: GpuConfig) -> list[Problem]:
+                 gpu: GpuConfig) -> list[SettingsProblem]:
         """Return every rule that these settings break."""
         if not self.on:
             return []

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Code, NotNegative, NotNegativeInt, Problem, find_broken)
+    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
@@ -276,7 +276,7 @@ class ModelConfig:
         """Return whether any layer, of the trunk or for prediction, has a dense feed-forward network."""
         return self.num_moe_layers() < self.num_layers or self.num_mtp_layers > self.num_mtp_moe_layers()
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that the architecture breaks; its sizes lie within their bounds."""
         experts, layers = self.num_experts, self.num_layers
         groups, kept = self.num_expert_groups, self.num_groups_per_token
@@ -319,7 +319,7 @@ class ModelConfig:
             (experts * layers <= MAX_EXPERTS, "num_experts", f"x model.num_layers {layers} must be at most "
              f"{MAX_EXPERTS:,} experts", "count their zeros"))
 
-    def _position_problems(self) -> list[Problem]:
+    def _position_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with rotations, their scaling, and attention that is latent."""
         yarn, llama3, latent = self.yarn, self.llama3_rope, self.latent_attention
         p = find_broken(
@@ -361,7 +361,7 @@ class ModelConfig:
             *((getattr(self, name) == value, name, "is not built for model.latent_attention",
                f"set it to {show(value)}") for name, value in plain.items()))
 
-    def _media_problems(self) -> list[Problem]:
+    def _media_problems(self) -> list[SettingsProblem]:
         """Return what is wrong with ids of media and with encoders."""
         found = {name: block for name in ("audio_tokens", "image_tokens")
                  if (block := getattr(self, name)) is not None}
@@ -370,14 +370,16 @@ class ModelConfig:
              f"{self.vocab_size}") for name, block in found.items()))
         for (one, first), (other, second) in pairwise(sorted(found.items(), key=lambda item: item[1].first)):
             if first.end > second.first:
-                p.append(Problem(Code.RULE, f"model.{one}", f"reaches up to {first.end} and model.{other} "
-                                 f"begins at {second.first}; blocks must not overlap"))
+                p.append(SettingsProblem(ProblemCode.RULE, f"model.{one}",
+                                         f"reaches up to {first.end} and model.{other} "
+                                         f"begins at {second.first}; blocks must not overlap"))
         encoders = [encoder for encoder in (self.vision, self.audio) if encoder is not None]
         for encoder in encoders:
             p += encoder.problems(self.vocab_size)
         ids = [i for encoder in encoders for i in {*encoder.placeholder_ids}]
         if len(ids) > len({*ids}):
-            p.append(Problem(Code.RULE, "model.vision.placeholder_ids", "has ids that model.audio."
-                             "placeholder_ids has too, and an id stands for a picture's feature or a "
-                             "sound's"))
+            p.append(SettingsProblem(ProblemCode.RULE, "model.vision.placeholder_ids",
+                                     "has ids that model.audio."
+                                     "placeholder_ids has too, and an id stands for a picture's feature or a "
+                                     "sound's"))
         return p

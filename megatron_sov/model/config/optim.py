@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, Problem, find_broken)
+    AboveZero, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, SettingsProblem, find_broken)
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
@@ -85,7 +85,7 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = ()
     """Exceptions for parameters by name; where several match a name, the last one holds."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that these settings break."""
         return find_broken(
             self, "optim",

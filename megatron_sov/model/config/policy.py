@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from megatron_sov.base.settings import (
-    AboveZero, Code, Finite, Fraction, NotNegative, NotNegativeInt, Problem, Share, find_broken)
+    AboveZero, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, Share,
+    find_broken)
 from megatron_sov.model.config.rollout import RolloutConfig
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
@@ -219,15 +220,16 @@ class PolicyConfig:
                   if any(given.get(part, brought[part]) != brought[part] for part in parts)}
         return brought | others | given
 
-    def problems(self, rollout: RolloutConfig) -> list[Problem]:
+    def problems(self, rollout: RolloutConfig) -> list[SettingsProblem]:
         """Return every rule that these settings break.
 
         Args:
             rollout: the run's rounds.
         """
         told = self._told() | {"method": self.method}
-        p = [Problem(Code.RULE, f"policy.{number}", f"is missing: policy.{part} = {told[part]} needs it, and "
-                     f"policy.method = {self.method} brings none for it", way_out="set it")
+        p = [SettingsProblem(ProblemCode.RULE, f"policy.{number}",
+                             f"is missing: policy.{part} = {told[part]} needs it, and "
+                             f"policy.method = {self.method} brings none for it", way_out="set it")
              for part, values, number in NEEDS if told[part] in values and told[number] is None]
         rules = [
             (told["clip"] != "two_sided" or (told["clip_low"] or 0) <= 1, "clip_low",
@@ -240,15 +242,18 @@ class PolicyConfig:
             *((not told["knowledge_coeff"] or told[name] > 0, name,
                f"must be above 0: policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
               for name in ("knowledge_share", "knowledge_batch_size"))]
-        p += [Problem(Code.RULE, f"policy.{name}", rule, told.get(name, getattr(self, name)))
+        p += [SettingsProblem(ProblemCode.RULE, f"policy.{name}", rule, told.get(name, getattr(self, name)))
               for holds, name, rule in rules if not holds]
         if rollout.rounds and rollout.samples_per_prompt < 2:
-            p.append(Problem(Code.RULE, "rollout.samples_per_prompt", "must be at least 2: objective policy "
-                             "compares the responses of a group", rollout.samples_per_prompt))
+            p.append(SettingsProblem(ProblemCode.RULE, "rollout.samples_per_prompt",
+                                     "must be at least 2: objective policy "
+                                     "compares the responses of a group", rollout.samples_per_prompt))
         if told["length_reward"] == "budget" and rollout.rounds and not rollout.budgets_tokens:
-            p.append(Problem(Code.RULE, "rollout.budgets_tokens", "is missing: policy.length_reward = budget "
-                             "is of what responses are told", way_out="set it, e.g. [512,1024,2048,2560], "
-                             "and rollout.budget_text"))
+            p.append(SettingsProblem(ProblemCode.RULE, "rollout.budgets_tokens",
+                                     "is missing: policy.length_reward = budget "
+                                     "is of what responses are told",
+                                     way_out="set it, e.g. [512,1024,2048,2560], "
+                                     "and rollout.budget_text"))
         low, high = self.correction_low, self.correction_high
         on, bound = self.correction != "none", self.correction_bound
         has_bound = high is not None or self.correction in ("none", "token_truncate")

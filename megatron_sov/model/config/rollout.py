@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Lt
 
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, Problem, find_broken)
+    AboveZero, AtLeastOne, NotNegative, NotNegativeInt, SettingsProblem, find_broken)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RolloutConfig:
     seed: NotNegativeInt = 0
     """Of the prompts' order, and of samples."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that these settings break."""
         budgets = self.budgets_tokens
         return find_broken(

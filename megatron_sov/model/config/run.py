@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.base.plugins.code import Code
-from megatron_sov.base.settings import Code as Kind, NotNegative, Problem, SettingsError, check, find_broken
+from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.settings import (
+    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, check, find_broken)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import DataConfig, batch_size_at, phase_steps, ramp_changes
 from megatron_sov.model.config.distillation import DistillationConfig
@@ -89,10 +90,10 @@ class RunConfig:
     """Low-rank adaptation of a frozen model."""
     media: MediaConfig = MediaConfig()
     """Which weights of encoders of pictures and sounds are trained."""
-    code: tuple[Code, ...] = ()
+    code: tuple[PluginCode, ...] = ()
     """Code of your own, or of installed packages, that the settings above name; written by the command."""
 
-    def problems(self, num_ranks: int = 1) -> list[Problem]:
+    def problems(self, num_ranks: int = 1) -> list[SettingsProblem]:
         """Return every rule between settings that this config, whose values lie within their bounds, breaks
         on `num_ranks` processes; empty when it is sound."""
         p = self.model.problems() + self.parallel.problems(self.model, num_ranks)
@@ -114,7 +115,7 @@ class RunConfig:
              "set one of them off"))
         return p or self._batch_problems(num_ranks)
 
-    def _objective_problems(self) -> list[Problem]:
+    def _objective_problems(self) -> list[SettingsProblem]:
         """Check what is learned against the model and the objective's name."""
         objective, distillation, preference = self.objective, self.distillation, self.preference
         name, method, vocab_size = objective.name, preference.method, self.model.vocab_size
@@ -145,7 +146,7 @@ class RunConfig:
             (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
              "is not taken: groups have no chosen response", "leave it out"))
 
-    def _watching_problems(self) -> list[Problem]:
+    def _watching_problems(self) -> list[SettingsProblem]:
         """Check guards and evaluations against how the run is trained."""
         guards, jobs, lm = self.guards, self.evaluate.background, self.evaluate.lm
         is_asked, deterministic = "lm" in jobs.tasks, self.train.deterministic
@@ -174,7 +175,7 @@ class RunConfig:
             (all("=" in setting for setting in lm.judge), "evaluate.lm.judge",
              "must have the form key=value"))
 
-    def _phase_problems(self) -> list[Problem]:
+    def _phase_problems(self) -> list[SettingsProblem]:
         """Check every phase against what it is trained with: positions of the model,
         rows of the layout, a budget."""
         samples, multiple, tp, cp = (self.train.micro_batch_size, self.parallel.row_multiple,
@@ -194,7 +195,7 @@ class RunConfig:
                  f"exceeds model.max_position_tokens = {self.model.max_position_tokens}"))
         return p
 
-    def _batch_problems(self, num_ranks: int) -> list[Problem]:
+    def _batch_problems(self, num_ranks: int) -> list[SettingsProblem]:
         """Check every batch size that the run will use, and the steps that follow from token budgets."""
         t = self.train
         dp = num_ranks // self.parallel.ranks_per_replica
@@ -204,13 +205,16 @@ class RunConfig:
         interleaved = self.parallel.vpp > 1
         unit *= self.parallel.pp if interleaved else 1
         pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
-        p = [Problem(Kind.RULE, "train.global_batch_size", f"(phase {phase.name}) must be a multiple of "
-                     f"train.micro_batch_size {t.micro_batch_size} x data parallel size {dp}{pipeline} = "
-                     f"{unit}", size)
+        p = [SettingsProblem(Kind.RULE, "train.global_batch_size",
+                             f"(phase {phase.name}) must be a multiple of "
+                             f"train.micro_batch_size {t.micro_batch_size} x data parallel size "
+                             f"{dp}{pipeline} = {unit}", size)
              for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
         if (steps := self.num_steps()) > MAX_STEPS:
-            p.append(Problem(Kind.RULE, "train.tokens", f"the token budgets make {steps:,} steps, which must "
-                             f"be at most {MAX_STEPS:,}", way_out="ask for fewer tokens, or larger batches"))
+            p.append(SettingsProblem(Kind.RULE, "train.tokens",
+                                     f"the token budgets make {steps:,} steps, which must "
+                                     f"be at most {MAX_STEPS:,}",
+                                     way_out="ask for fewer tokens, or larger batches"))
         return p
 
     def check(self, num_ranks: int = 1) -> None:

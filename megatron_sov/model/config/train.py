@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from annotated_types import Ge, Gt, Le, MinLen
 
 from megatron_sov.base.settings import (
-    ONCE, AboveZero, AtLeastOne, Bound, Breach, Code, Fraction, NotNegative, NotNegativeInt, Problem, Share,
-    find_broken)
+    ONCE, AboveZero, AtLeastOne, Bound, Breach, Fraction, NotNegative, NotNegativeInt, ProblemCode,
+    SettingsProblem, Share, find_broken)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
 
 # What watches a run while it trains, and what it then does.
@@ -77,20 +77,21 @@ def _no_address(endpoint: str) -> Breach | None:
     except ValueError:
         sound, parts = False, urlsplit("")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        return (Code.BOUND, "must be an address alone, without user, password or query",
+        return (ProblemCode.BOUND, "must be an address alone, without user, password or query",
                 "put what the collector wants to know into the variable OTEL_EXPORTER_OTLP_HEADERS")
-    return None if sound else (Code.BOUND, "must be http://HOST:PORT or https://HOST:PORT", "")
+    return None if sound else (ProblemCode.BOUND, "must be http://HOST:PORT or https://HOST:PORT", "")
 
 
 def _no_variable(name: str) -> Breach | None:
     return None if re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", name) else (
-        Code.BOUND, "must be the name of an environment variable that holds the URL, such as SOV_ALERT_URL; "
+        ProblemCode.BOUND,
+        "must be the name of an environment variable that holds the URL, such as SOV_ALERT_URL; "
         "what it is now is not shown, for it may be the URL, which no file should hold", "")
 
 
 def _not_read(file: str) -> Breach | None:
     return None if not file or file.endswith(".prom") else (
-        Code.BOUND, "must end in .prom: node-exporter reads no other files", "")
+        ProblemCode.BOUND, "must end in .prom: node-exporter reads no other files", "")
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class TrainConfig:
     num_threads: Annotated[NotNegativeInt, Le(4096)] = 0
     """CPU threads of each process; 0: as OMP_NUM_THREADS says, else cores divided by local processes."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule that these settings break by themselves."""
         ramp_from, every = self.ramp_from_batch_size, self.checkpoint_every_steps
         return find_broken(

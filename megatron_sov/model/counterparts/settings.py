@@ -270,7 +270,7 @@ FP8 = {"tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
 @dataclass
-class Translated:
+class TranslatedSettings:
     """What was made of theirs."""
 
     ours: dict[str, Any] = field(default_factory=dict)
@@ -294,7 +294,7 @@ def of_sections(sections: Mapping[str, Stated]) -> dict[str, Any]:
     return found
 
 
-def translate(stated: Stated, family: str = "") -> Translated:
+def translate(stated: Stated, family: str = "") -> TranslatedSettings:
     """Return our settings.
 
     Args:
@@ -305,7 +305,7 @@ def translate(stated: Stated, family: str = "") -> Translated:
         UserError: a value is of another kind than theirs.
     """
     refuse_odd_counts(stated)
-    made = Translated(is_whole=bool(stated.get("num_layers")))
+    made = TranslatedSettings(is_whole=bool(stated.get("num_layers")))
     said = ({**UNSAID} if made.is_whole else {}) | dict(stated)
     if made.is_whole:
         try:
@@ -338,7 +338,7 @@ def _is_set(value: Any) -> bool:
     return value not in (None, False, [], {}, "")
 
 
-def _length(said: Stated, made: Translated) -> None:
+def _length(said: Stated, made: TranslatedSettings) -> None:
     """Enter how long, and in samples of what length."""
     batch = said.get("global_batch_size")
     if said.get("train_iters"):
@@ -354,7 +354,7 @@ def _length(said: Stated, made: Translated) -> None:
         made.lost["attention_dropout"] = f"{dropout}: attention has no dropout here; large runs set it to 0"
 
 
-def _schedule(said: Stated, made: Translated) -> None:
+def _schedule(said: Stated, made: TranslatedSettings) -> None:
     """Enter warm-up and decay, in steps."""
     style, steps = said.get("lr_decay_style"), made.ours.get("train.steps")
     if style in SCHEDULES:
@@ -388,7 +388,7 @@ def _schedule(said: Stated, made: Translated) -> None:
             made.lost["lr_wsd_decay_style"] = f"{form!r}: choose optim.decay_form among {forms}"
 
 
-def _precision(said: Stated, made: Translated) -> None:
+def _precision(said: Stated, made: TranslatedSettings) -> None:
     mixed = said.get("mixed_precision")
     if said.get("bf16") or (isinstance(mixed, str) and mixed.startswith("bf16")):
         made.ours["train.precision"] = "bf16"
@@ -404,7 +404,7 @@ def _precision(said: Stated, made: Translated) -> None:
                                    "train.fp8 = tensorwise, blockwise or mxfp8")
 
 
-def _optimizer(said: Stated, made: Translated) -> None:
+def _optimizer(said: Stated, made: TranslatedSettings) -> None:
     name = said.get("optimizer")
     if name in ("muon", "dist_muon"):
         made.ours["optim.name"] = "muon"
@@ -414,7 +414,7 @@ def _optimizer(said: Stated, made: Translated) -> None:
         made.lost["decoupled_weight_decay"] = "False: weight decay is always decoupled here (AdamW)"
 
 
-def _pipeline(said: Stated, made: Translated) -> None:
+def _pipeline(said: Stated, made: TranslatedSettings) -> None:
     stages = said.get("pipeline_model_parallel_size") or 1
     if said.get("virtual_pipeline_model_parallel_size"):
         made.ours["parallel.vpp"] = said["virtual_pipeline_model_parallel_size"]
@@ -423,7 +423,7 @@ def _pipeline(said: Stated, made: Translated) -> None:
         made.ours["parallel.vpp"] = said["num_layers"] // stages // per_run
 
 
-def _memory(said: Stated, made: Translated) -> None:
+def _memory(said: Stated, made: TranslatedSettings) -> None:
     granularity = said.get("recompute_granularity")
     if granularity == "full":
         made.ours["train.recompute"] = True
@@ -433,7 +433,7 @@ def _memory(said: Stated, made: Translated) -> None:
                       "gpu.recompute_modules": [modules] if isinstance(modules, str) else modules}
 
 
-def _experts(said: Stated, made: Translated) -> None:
+def _experts(said: Stated, made: TranslatedSettings) -> None:
     kind = said.get("moe_token_dispatcher_type")
     if not said.get("num_moe_experts") or not kind:
         return
@@ -446,7 +446,7 @@ def _experts(said: Stated, made: Translated) -> None:
             f"{balancing!r}: balancing is by sequence here (model.seq_aux_loss_coeff), or by router_bias")
 
 
-def _ramp(said: Stated, made: Translated) -> None:
+def _ramp(said: Stated, made: TranslatedSettings) -> None:
     ramp, full = said.get("rampup_batch_size"), said.get("global_batch_size")
     if not ramp or not full:
         return
@@ -462,7 +462,7 @@ def _ramp(said: Stated, made: Translated) -> None:
                                       f"many samples; train.ramp_steps = {steps} is as many steps in all")
 
 
-def _watching(said: Stated, made: Translated) -> None:
+def _watching(said: Stated, made: TranslatedSettings) -> None:
     if said.get("tensorboard_dir"):
         made.ours["obs.tensorboard"] = True
     if said.get("wandb_project"):

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.plugins.code import Code
-from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families.dense_families import (
@@ -25,7 +25,7 @@ WITHOUT_LAYER = {
 """Names that people ask for -> why no family has them: what the library's own layers cannot do yet."""
 
 
-def get(name: str, recorded: Sequence[Code] = ()) -> Family:
+def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
     """Return the family of that name: built in, declared by an installed package,
     or named on the command line.
 
@@ -41,7 +41,7 @@ def get(name: str, recorded: Sequence[Code] = ()) -> Family:
     return FAMILIES[name] if name in FAMILIES else OWN.get(name, recorded)
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     family = loaded.value
     if not isinstance(family, Family):
         raise UserError(f"{loaded.reference}: is a {type(family).__name__}; a model family is a "

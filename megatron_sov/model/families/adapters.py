@@ -96,7 +96,7 @@ def _stack(link: Link) -> Adapted:
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterPlace:
     """What changes one Hugging Face weight."""
 
     of: Adapted
@@ -118,14 +118,14 @@ class Place:
         return a, b[self.half] if self.of.halves > 1 else b
 
 
-def places(model: ModelConfig, lora: LoraConfig) -> dict[str, Place]:
+def places(model: ModelConfig, lora: LoraConfig) -> dict[str, AdapterPlace]:
     """Return what changes each Hugging Face weight that an adapter changes, by the weight's name."""
-    found: dict[str, Place] = {}
+    found: dict[str, AdapterPlace] = {}
     stacks = {of.link.key: of for of in adapted_modules(model, lora) if of.num_experts}
-    found |= {f"{of.name}.weight": Place(of, 0, 0)
+    found |= {f"{of.name}.weight": AdapterPlace(of, 0, 0)
               for of in adapted_modules(model, lora) if not of.num_experts}
     for link in models.get(model.family).links(model) if stacks else ():
         if link.key in stacks:
-            found |= {name: Place(stacks[link.key], link.offset[0], half)
+            found |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)
                       for half, name in enumerate(link.hf_names)}
     return found

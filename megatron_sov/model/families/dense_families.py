@@ -6,10 +6,10 @@ from typing import Any
 
 from megatron_sov.model.families.family import COMMON_CONFIG, DECODER_CONFIG, EXPERTS_CONFIG, KV_HEADS, Family
 from megatron_sov.model.families.hf_config import (
-    AttentionScale, EmbeddingsByWidth, Fixed, Item, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas, Unused,
-    hidden_over_heads)
+    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, PeriodicLayers, Renamed, Rope, SoftCap, TwoThetas,
+    Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    NormsBehind, PredictionLayer, RotatingWindows, SlidingSwitch, SparseSteps)
+    HfPredictionLayer, NormsBehind, RotatingWindows, SlidingSwitch, SparseSteps)
 from megatron_sov.model.families.weights import (
     ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, PROJECTIONS, QK_NORM, QKV_BIAS, ROUTED_EXPERTS, SWIGLU, Same,
     norms_behind, prediction_layer, trunk)
@@ -32,7 +32,7 @@ LLAMA = Family(
         Renamed("head_dim", "head_dim", hidden_over_heads),
         Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
         Rope(default_theta=10_000.0), Fixed("attention_bias", False), Fixed("mlp_bias", False),
-        PredictionLayer(said_without=False),
+        HfPredictionLayer(said_without=False),
         Unused(("pretraining_tp",)),  # how its authors cut a product in pretraining
     ),
     structure={"rope_on_global": True, "num_experts": 0, "num_dense_layers": 0,
@@ -173,7 +173,7 @@ HYPERCLOVAX = Family(
 # transformers
 # computes its logits in the model's dtype, we in fp32; they are the same for fp32 models.
 
-_CONFIG: tuple[Item, ...] = (
+_CONFIG: tuple[ConfigItem, ...] = (
     *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
     Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-6),
     Rope(default_theta=10_000.0),

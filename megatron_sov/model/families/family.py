@@ -8,13 +8,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.settings import Code, Problem, SettingsError, check, find_broken
+from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, check, find_broken
 from megatron_sov.base.settings.problem import show
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.families.encoders import encoder_links
-from megatron_sov.model.families.hf_config import Encoders, Fixed, Item, Renamed, Unused
+from megatron_sov.model.families.hf_config import ConfigItem, Encoders, Fixed, Renamed, Unused
 from megatron_sov.model.families.hf_layers import PREDICTION_NAMES
-from megatron_sov.model.families.weights import Link, Section, links
+from megatron_sov.model.families.weights import Link, WeightSection, links
 
 # Text models inside folders of models that see: which tensors are theirs, and under which names, and what
 # config.json says of them.  Such a folder is read as the text model, and written as a folder of it alone.
@@ -106,7 +106,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if inside is None else inside.config(config)
 
 
-COMMON_CONFIG: tuple[Item, ...] = (
+COMMON_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
     Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
     Renamed("max_position_embeddings", "max_position_tokens"), Renamed("initializer_range", "init_std", 0.02),
@@ -117,17 +117,17 @@ COMMON_CONFIG: tuple[Item, ...] = (
             "_name_or_path", "auto_map")),
 )
 """What all families here have in common."""
-DECODER_CONFIG: tuple[Item, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
+DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
 """What nearly all have in common."""
 KV_HEADS = Renamed("num_key_value_heads", "num_kv_heads")
 """Required: where it is null transformers takes all heads, and where it is absent another number in each
 family."""
-EXPERTS_CONFIG: tuple[Item, ...] = (
+EXPERTS_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("num_experts_per_tok", "num_experts_per_token", 8),
     Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),
 )
 """What those with experts have in common."""
-DEEPSEEK_ROUTER_CONFIG: tuple[Item, ...] = (
+DEEPSEEK_ROUTER_CONFIG: tuple[ConfigItem, ...] = (
     Fixed("norm_topk_prob", True),
     Renamed("n_group", "num_expert_groups", 1), Renamed("topk_group", "num_groups_per_token", 1),
     Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False),
@@ -172,9 +172,9 @@ class Family:
     """Equal to transformers' `model_type`."""
     hf_classes: tuple[str, ...]
     """Accepted names of the transformers class; the first one is written."""
-    weights: tuple[Section, ...]
+    weights: tuple[WeightSection, ...]
     """The weight map."""
-    config: tuple[Item, ...]
+    config: tuple[ConfigItem, ...]
     """The config map."""
     structure: dict[str, Any]
     """Fields of `ModelConfig` that this family cannot vary, with their value."""
@@ -205,7 +205,7 @@ class Family:
         """Return whether a folder counts the prediction layer as one more layer of the trunk."""
         return any(section.where == "mtp layer behind" for section in self.weights)
 
-    def problems(self, model: ModelConfig) -> list[Problem]:
+    def problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Return every property of `model`, whose values lie within their bounds, that the family cannot
         express."""
         fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
@@ -218,7 +218,7 @@ class Family:
             try:
                 item.write(model)
             except UserError as e:
-                p.append(Problem(Code.RULE, "", str(e)))
+                p.append(SettingsProblem(ProblemCode.RULE, "", str(e)))
             except (TypeError, ValueError, ArithmeticError):
                 if not model.problems():  # which tell of the width that is none, say, that divides here
                     raise

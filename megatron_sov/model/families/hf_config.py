@@ -24,7 +24,7 @@ REQUIRED = object()
 """Default of a field without which a config.json is incomplete."""
 
 
-class Item(Protocol):
+class ConfigItem(Protocol):
     """One line of a config map."""
 
     @property

@@ -325,7 +325,7 @@ class SparseSteps:
 
 
 @dataclass(frozen=True)
-class PredictionLayer:
+class HfPredictionLayer:
     """The multi-token prediction layer: whether there is one, its attention, and the weight of its loss."""
 
     default_coeff: float = 0.05

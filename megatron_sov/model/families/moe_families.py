@@ -8,7 +8,7 @@ from megatron_sov.model.families.hf_config import (
     AlternatingLayers, Fixed, LatentHeads, LatentRope, Quantization, Renamed, Rope, SaidRope, Unused,
     hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    ExpertStack, LeadingDenseLayers, OneWindow, PredictionBehind, PredictionLayer, SlidingLayers, Unclamped)
+    ExpertStack, HfPredictionLayer, LeadingDenseLayers, OneWindow, PredictionBehind, SlidingLayers, Unclamped)
 from megatron_sov.model.families.weights import (
     ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, QK_NORM,
     QKV_BIAS, ROUTED_EXPERTS, SHARED_EXPERTS, Experts, GateUp, Same, WeightEntry, inside_prediction,
@@ -224,7 +224,7 @@ EXAONE_MOE = Family(
         Renamed("num_experts", "num_experts", 64), Renamed("num_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 2.5),
         Rope(default_theta=10_000.0), SlidingLayers(default_window=4096), LeadingDenseLayers(default=1),
-        PredictionLayer(), Unclamped("swiglu_limits"),
+        HfPredictionLayer(), Unclamped("swiglu_limits"),
     ),
     structure={**DEEPSEEK_ROUTER, "rope_on_global": False, "qkv_bias": False, "qk_norm": True,
                "tied_embeddings": False},

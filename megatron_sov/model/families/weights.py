@@ -236,7 +236,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Section:
+class WeightSection:
     """Entries under common prefixes, and where they occur."""
 
     where: Literal["once", "untied", "mtp", "mtp layer behind", "every layer", "dense layers", "moe layers",
@@ -348,7 +348,7 @@ class Link:
         return viewed.reshape(self.block_shape)
 
 
-def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
+def links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     """Return every block of every tensor of `model`: what stands once, then layer by layer,
     then multi-token prediction.
 
@@ -367,7 +367,7 @@ def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
     return found
 
 
-def _expand(section: Section, model: ModelConfig, layer: int | None = None) -> Iterator[Link]:
+def _expand(section: WeightSection, model: ModelConfig, layer: int | None = None) -> Iterator[Link]:
     def named(prefix: str, name: str, expert: int | None = None) -> str:
         return (prefix + name).replace("{l}", str(layer)).replace("{e}", str(expert))
 
@@ -386,11 +386,11 @@ def _expand(section: Section, model: ModelConfig, layer: int | None = None) -> I
 # Parts of weight maps that most decoder families share: the names inside a layer, under a layer's prefix.
 
 EMBEDDINGS_AND_HEAD = (
-    Section("once", "", "", (
+    WeightSection("once", "", "", (
         Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),
         Same("decoder.final_layernorm.weight", "model.norm.weight", "H"),
     )),
-    Section("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)),
+    WeightSection("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)),
 )
 
 PROJECTIONS: tuple[WeightEntry, ...] = (
@@ -457,28 +457,28 @@ DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias("mlp.gate.e_sc
 
 
 def trunk(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind"],
-          *parts: tuple[WeightEntry, ...], when: str = "") -> Section:
+          *parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
     """Return the section of parts that stand in the trunk's layers, under the prefixes that all families
-    share; `when` as `Section` has it."""
-    return Section(where, "decoder.layers.{l}.", "model.layers.{l}.",
-                   tuple(entry for part in parts for entry in part), when)
+    share; `when` as `WeightSection` has it."""
+    return WeightSection(where, "decoder.layers.{l}.", "model.layers.{l}.",
+                         tuple(entry for part in parts for entry in part), when)
 
 
-def prediction_layer(*parts: tuple[WeightEntry, ...]) -> tuple[Section, Section]:
+def prediction_layer(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection, WeightSection]:
     """Return the sections of a multi-token prediction layer whose transformer layer has these parts, under
     the names of K-EXAONE's (`mtp.*`)."""
     return (
-        Section("mtp", "mtp.layers.0.", "mtp.", (
+        WeightSection("mtp", "mtp.layers.0.", "mtp.", (
             Same("enorm.weight", "pre_fc_norm_embedding.weight", "H"),
             Same("hnorm.weight", "pre_fc_norm_hidden.weight", "H"),
             Same("eh_proj.weight", "fc.weight", "H 2H"),
             Same("final_layernorm.weight", "norm.weight", "H"),
         )),
-        Section("mtp", "mtp.layers.0.transformer_layer.", "mtp.layers.0.",
-                tuple(entry for part in parts for entry in part)))
+        WeightSection("mtp", "mtp.layers.0.transformer_layer.", "mtp.layers.0.",
+                      tuple(entry for part in parts for entry in part)))
 
 
-PREDICTION_BEHIND = Section("mtp layer behind", "mtp.layers.0.", "model.layers.{l}.", (
+PREDICTION_BEHIND = WeightSection("mtp layer behind", "mtp.layers.0.", "model.layers.{l}.", (
     Same("enorm.weight", "enorm.weight", "H"), Same("hnorm.weight", "hnorm.weight", "H"),
     Same("eh_proj.weight", "eh_proj.weight", "H 2H"),
     Same("final_layernorm.weight", "shared_head.norm.weight", "H"),
@@ -490,11 +490,11 @@ COPIES_BEHIND = {"model.layers.{l}.embed_tokens.weight": "model.embed_tokens.wei
 """Tensors that are in such a layer once more -> those that they equal."""
 
 
-def inside_prediction(*parts: tuple[WeightEntry, ...], when: str = "") -> Section:
+def inside_prediction(*parts: tuple[WeightEntry, ...], when: str = "") -> WeightSection:
     """Return the section of parts that stand in the transformer layer of such a prediction layer; `when` as
-    `Section` has it."""
-    return Section("mtp layer behind", "mtp.layers.0.transformer_layer.", "model.layers.{l}.",
-                   tuple(entry for part in parts for entry in part), when)
+    `WeightSection` has it."""
+    return WeightSection("mtp layer behind", "mtp.layers.0.transformer_layer.", "model.layers.{l}.",
+                         tuple(entry for part in parts for entry in part), when)
 
 
 PLAIN_DECODER = (

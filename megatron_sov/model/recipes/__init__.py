@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import Loaded, calling
+from megatron_sov.base.plugins.loading import LoadedPlugin, calling
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import takes
 from megatron_sov.model.config import RunConfig, from_dict
@@ -168,7 +168,7 @@ def _find(name: str) -> Recipe:
     return RECIPES[found] if found in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedPlugin) -> None:
     if not callable(loaded.value) or not takes(loaded.value, ()):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments "
                         "that returns a RunConfig")

@@ -14,12 +14,12 @@ from megatron_sov.model.config import (
 from megatron_sov.model.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES, k_exaone_236b
 from megatron_sov.model.recipes.open_models import dense_sources, qwen3_4b_2507
 from megatron_sov.model.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
-from megatron_sov.model.recipes.sources import DEFAULT, Source, Sources, derive, ours, published
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive, ours, published
 from megatron_sov.model.recipes.vibethinker import SOURCES as VIBETHINKER_SOURCES, vibethinker_1_5b
 
 TYPHOON, VIBETHINKER = "arXiv 2601.18129", "arXiv 2511.06221"
 SOLAR, K_EXAONE = "arXiv 2601.07022", "arXiv 2601.01739"
-Values = dict[str, tuple[Any, Source]]
+Values = dict[str, tuple[Any, ValueSource]]
 """Dotted setting -> its value, and where that comes from."""
 
 
@@ -103,7 +103,7 @@ def typhoon_s_4b_legal_agent() -> RunConfig:
     return _typhoon("typhoon-s-4b-legal-agent", LEGAL_AGENT)
 
 
-def _mgpo(stage: str, response_tokens: int, length: Source) -> Values:
+def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:
     """Return a stage of VibeThinker's signal phase, of which lambda, clip, group, rate and batch were not
     published."""
     told = published(f"{VIBETHINKER}, signal phase: {stage}")
@@ -147,7 +147,7 @@ def vibethinker_1_5b_code() -> RunConfig:
     return _vibethinker("vibethinker-1.5b-code", CODE)
 
 
-def _large(told: Source) -> Values:
+def _large(told: ValueSource) -> Values:
     """Return what was not published of the two large models' runs."""
     unsaid = ours("not published")
     return {"objective.name": ("policy", told), "policy.kl": ("none", told),

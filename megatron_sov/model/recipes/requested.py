@@ -71,7 +71,7 @@ def load_plugins(references: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class RecipeRequest:
     """What a command was asked for."""
 
     base: RunConfig
@@ -104,7 +104,7 @@ class Request:
         return dataclasses.replace(config, code=code)
 
 
-def requested(args: RecipeOptions) -> Request:
+def requested(args: RecipeOptions) -> RecipeRequest:
     """Return what the options ask for; runs the code that they name.
 
     Raises:
@@ -117,11 +117,11 @@ def requested(args: RecipeOptions) -> Request:
         raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), "
                         "or pass --config FILE in its place")
     base = _of_file(args.config) if args.config else _of_recipe(args.recipe or "")
-    return Request(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
+    return RecipeRequest(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
 
 
 def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
-                     lengthens: bool = False) -> Request:
+                     lengthens: bool = False) -> RecipeRequest:
     """Return what a training command was asked for; neither its data nor its checkpoint need be there.
 
     Args:

@@ -14,7 +14,7 @@ Kind = Literal["published", "config.json", "ours", "yours", "default"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ValueSource:
     """Where a value comes from."""
 
     kind: Kind
@@ -24,9 +24,9 @@ class Source:
     """Reference and section; the model whose config.json it is; a word why."""
 
 
-Sources = dict[str, Source]
+Sources = dict[str, ValueSource]
 """Dotted setting -> source; a key may have * for any text, and the last one that matches holds."""
-DEFAULT, YOURS = Source("default"), Source("yours")
+DEFAULT, YOURS = ValueSource("default"), ValueSource("yours")
 UNCOMPARED = "as remembered: not compared with the file"
 """Behind the name of a model whose config.json was not at hand, and no other source of its sizes."""
 
@@ -39,23 +39,23 @@ class Setting:
     """Dotted name, as `--set` takes it."""
     value: Any
     """A number, a text, a truth value, null, or a list or table without settings of its own."""
-    source: Source
+    source: ValueSource
     """Where it comes from."""
 
 
-def published(where: str) -> Source:
+def published(where: str) -> ValueSource:
     """Return the source of a value that a paper, a report or its authors' code gives."""
-    return Source("published", where)
+    return ValueSource("published", where)
 
 
-def config_json(model: str) -> Source:
+def config_json(model: str) -> ValueSource:
     """Return the source of a value that a released model's config.json has, or its class implies."""
-    return Source("config.json", model)
+    return ValueSource("config.json", model)
 
 
-def ours(why: str) -> Source:
+def ours(why: str) -> ValueSource:
     """Return the source of a value that nobody published: our choice, with a word why."""
-    return Source("ours", why)
+    return ValueSource("ours", why)
 
 
 def derive(sources: Sources, changed: Sources) -> Sources:
@@ -76,7 +76,7 @@ def in_effect(config: RunConfig, sources: Sources) -> Sources:
     return {key: source for key, source in sources.items() if key in used}
 
 
-def relabelled(before: RunConfig, after: RunConfig, source: Source) -> Sources:
+def relabelled(before: RunConfig, after: RunConfig, source: ValueSource) -> Sources:
     """Return a table that gives `source` to every value of `after` that `before` does not have."""
     had = {key: value for key, value, _ in _leaves("", before, None)}
     return {key: source for key, value, _ in _leaves("", after, None) if key not in had or had[key] != value}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le, Len
 
-from megatron_sov.base.settings import ONCE, Code, Problem, multiple_of
+from megatron_sov.base.settings import ONCE, ProblemCode, SettingsProblem, multiple_of
 from megatron_sov.omni.codecs.images.vae import VAESettings
 
 # Sizes of the picture decoder (`dit.py`).
@@ -79,19 +79,23 @@ class DiTSettings:
         ratio, area, unit = height_part / width_part, self.side_pixels**2, self.size_multiple_pixels
         return int((area * ratio)**0.5 // unit) * unit, int((area / ratio)**0.5 // unit) * unit
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         found = []
         place = self.latent_pixels * self.patch
         for name in ("side_pixels", "size_multiple_pixels"):
             if getattr(self, name) % place:
-                found.append(Problem(Code.RULE, name, f"must be a multiple of a place's {place} pixels (the "
-                                     f"autoencoder's {self.latent_pixels} * patch)", getattr(self, name)))
+                found.append(SettingsProblem(ProblemCode.RULE, name,
+                                             f"must be a multiple of a place's {place} pixels (the "
+                                             f"autoencoder's {self.latent_pixels} * patch)",
+                                             getattr(self, name)))
         if self.width % self.num_heads == 0 and sum(self.rope_axes) != self.width // self.num_heads:
-            found.append(Problem(Code.RULE, "rope_axes", "must add up to a head's dimensions, width / "
-                                 f"num_heads = {self.width // self.num_heads}", self.rope_axes))
+            found.append(SettingsProblem(ProblemCode.RULE, "rope_axes",
+                                         "must add up to a head's dimensions, width / "
+                                         f"num_heads = {self.width // self.num_heads}", self.rope_axes))
         if any(n % 2 for n in self.rope_axes):
-            found.append(Problem(Code.RULE, "rope_axes", "must be even numbers", self.rope_axes))
+            found.append(SettingsProblem(ProblemCode.RULE, "rope_axes", "must be even numbers",
+                                         self.rope_axes))
         return found
 
 
@@ -137,15 +141,16 @@ class UnitBigVGANSettings:
         """Samples that a token becomes."""
         return math.prod(self.rates)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         found = []
         if self.samples_per_token * self.tokens_per_s != self.sample_rate_hz:
-            found.append(Problem(
-                Code.RULE, "rates", f"make {self.samples_per_token} samples of a token, and "
+            found.append(SettingsProblem(
+                ProblemCode.RULE, "rates", f"make {self.samples_per_token} samples of a token, and "
                 f"{self.sample_rate_hz} Hz at {self.tokens_per_s} tokens/s need "
                 f"{self.sample_rate_hz / self.tokens_per_s:g}", self.rates))
         if self.channels % 2**len(self.rates):
-            found.append(Problem(Code.RULE, "channels", f"must be a multiple of {2**len(self.rates)}: each "
-                                 f"of the {len(self.rates)} rates halves them", self.channels))
+            found.append(SettingsProblem(ProblemCode.RULE, "channels",
+                                         f"must be a multiple of {2**len(self.rates)}: each "
+                                         f"of the {len(self.rates)} rates halves them", self.channels))
         return found

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from megatron_sov.base.artifacts import refuse_existing
-from megatron_sov.base.chat.limits import TooLong, bounded
+from megatron_sov.base.chat.limits import TemplateTooLong, bounded
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import UserError, list_problems, told_in_a_line
 from megatron_sov.base.settings import SettingsError, problems_of
@@ -107,7 +107,7 @@ def _read(file: Path, inside: str = "") -> Tensors:
         _refuse_inflated(file)
         with bounded(_LOADING_S, _LOADING_BYTES + _LOADING_COPIES * file.stat().st_size):
             raw = torch.load(file, map_location="cpu", weights_only=True)
-    except (TooLong, MemoryError):
+    except (TemplateTooLong, MemoryError):
         raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
                         "them as safetensors") from None
     except Exception as e:  # what is no pickle of tensors raises as it likes

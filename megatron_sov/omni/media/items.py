@@ -28,7 +28,7 @@ _CONTINUOUS = {IMAGE: (CONTINUOUS_IMAGE, IMAGE_PAD), AUDIO: (CONTINUOUS_AUDIO, A
 
 
 @dataclass(frozen=True)
-class Item:
+class MediaItem:
     """A medium that a model is shown."""
 
     kind: str
@@ -61,7 +61,7 @@ class Item:
         return "\n".join(blocks)
 
 
-def _mime(item: Item) -> str:
+def _mime(item: MediaItem) -> str:
     """Return the JSON that says what an item is, between its marks; a name cannot spell a mark there."""
     said = json.dumps({"id": f"{item.kind}_{item.number:02d}", "type": item.mime_type,
                        "filename": item.filename}, ensure_ascii=False)

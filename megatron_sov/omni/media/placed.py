@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedMedia:
     """The media of one kind in a row of tokens, on the host."""
 
     places: np.ndarray
@@ -24,12 +24,12 @@ class Placed:
     """Features of a record."""
 
 
-Media = Mapping[str, Placed]
+Media = Mapping[str, PlacedMedia]
 """Kind of bank (`media.banks.KINDS`) -> what of it a row has; a kind of which it has nothing is left out."""
 
 
 def placed(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
-           slots: int) -> Placed:
+           slots: int) -> PlacedMedia:
     """Return the media of a row.
 
     Args:
@@ -39,30 +39,30 @@ def placed(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray
         slots: features of a record.
     """
     rows, index = np.unique(numbers // slots, return_inverse=True)
-    return Placed(places.astype(np.int64), index * slots + numbers % slots,
-                  tuple(records[row] for row in rows.tolist()), slots)
+    return PlacedMedia(places.astype(np.int64), index * slots + numbers % slots,
+                       tuple(records[row] for row in rows.tolist()), slots)
 
 
-def joined(parts: Iterable[tuple[int, Media | None]]) -> dict[str, Placed]:
+def joined(parts: Iterable[tuple[int, Media | None]]) -> dict[str, PlacedMedia]:
     """Return the media of parts of a row: (row index of the part's first token, its media)."""
-    by_kind: dict[str, list[tuple[int, Placed]]] = {}
+    by_kind: dict[str, list[tuple[int, PlacedMedia]]] = {}
     for first, media in parts:
         for kind, part in (media or {}).items():
             by_kind.setdefault(kind, []).append((first, part))
     return {kind: _joined(found) for kind, found in by_kind.items()}
 
 
-def _joined(parts: list[tuple[int, Placed]]) -> Placed:
+def _joined(parts: list[tuple[int, PlacedMedia]]) -> PlacedMedia:
     if len(parts) == 1 and parts[0][0] == 0:
         return parts[0][1]
     starts = np.cumsum([0, *(len(part.records) for _, part in parts[:-1])])
-    return Placed(np.concatenate([part.places + first for first, part in parts]),
-                  np.concatenate([part.features + start * part.slots
-                                  for (_, part), start in zip(parts, starts, strict=True)]),
-                  tuple(record for _, part in parts for record in part.records), parts[0][1].slots)
+    return PlacedMedia(np.concatenate([part.places + first for first, part in parts]),
+                       np.concatenate([part.features + start * part.slots
+                                       for (_, part), start in zip(parts, starts, strict=True)]),
+                       tuple(record for _, part in parts for record in part.records), parts[0][1].slots)
 
 
-def cut(media: Media | None, start: int, count: int) -> dict[str, Placed]:
+def cut(media: Media | None, start: int, count: int) -> dict[str, PlacedMedia]:
     """Return the media of `count` tokens from `start` on, placed from the first of them."""
     found = {}
     for kind, part in (media or {}).items():
@@ -72,7 +72,7 @@ def cut(media: Media | None, start: int, count: int) -> dict[str, Placed]:
     return found
 
 
-def chosen(part: Placed, which: np.ndarray, places: np.ndarray) -> Placed:
+def chosen(part: PlacedMedia, which: np.ndarray, places: np.ndarray) -> PlacedMedia:
     """Return some of the placeholders with new places, and the records that they need."""
     return placed(places, part.features[which], part.records, part.slots)
 

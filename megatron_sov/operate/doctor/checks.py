@@ -48,7 +48,7 @@ _COMMAND_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Check:
+class MachineCheck:
     """What was found about one subject."""
 
     name: str
@@ -62,7 +62,7 @@ class Check:
     """What adds or mends it; empty where there is nothing to do."""
 
 
-def all_checks() -> list[Check]:
+def all_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
@@ -71,14 +71,14 @@ def all_checks() -> list[Check]:
     return [check for group in groups for check in group()]
 
 
-def python_checks() -> Iterator[Check]:
+def python_checks() -> Iterator[MachineCheck]:
     """The interpreter's version."""
     needed = ".".join(map(str, MIN_PYTHON))
     if sys.version_info >= MIN_PYTHON:
-        yield Check("Python", "ok", platform.python_version())
+        yield MachineCheck("Python", "ok", platform.python_version())
     else:
-        yield Check("Python", "broken", f"{platform.python_version()} is older than {needed}",
-                    f"install Python {needed} or newer")
+        yield MachineCheck("Python", "broken", f"{platform.python_version()} is older than {needed}",
+                           f"install Python {needed} or newer")
 
 
 def installed_version(distribution: str) -> str | None:
@@ -89,17 +89,17 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def package_checks() -> Iterator[Check]:
+def package_checks() -> Iterator[MachineCheck]:
     """The libraries that every path needs, by their metadata."""
     for name in REQUIRED_PACKAGES:
         version = installed_version(name)
         if version is None:
-            yield Check(name, "broken", "is not installed", "make setup, or install the wheel again")
+            yield MachineCheck(name, "broken", "is not installed", "make setup, or install the wheel again")
         else:
-            yield Check(name, "ok", version)
+            yield MachineCheck(name, "ok", version)
 
 
-def shadow_checks() -> Iterator[Check]:
+def shadow_checks() -> Iterator[MachineCheck]:
     """Foreign packages that install a top-level name of ours and would be imported,
     or overwrite it, in our place."""
     root = Path(__file__).parents[3]
@@ -111,50 +111,52 @@ def shadow_checks() -> Iterator[Check]:
         if found != root / name:
             remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
                       else "remove that folder from PYTHONPATH, or start elsewhere")
-            yield Check(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
+            yield MachineCheck(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
         elif foreign:
-            yield Check(name, "warning", f"{', '.join(foreign)} installs a package of the same name",
-                        f"pip uninstall {' '.join(foreign)}, then make setup, or install the wheel again")
+            yield MachineCheck(name, "warning", f"{', '.join(foreign)} installs a package of the same name",
+                               f"pip uninstall {' '.join(foreign)}, then make setup, or install the wheel "
+                               "again")
         else:
-            yield Check(name, "ok", "is ours")
+            yield MachineCheck(name, "ok", "is ours")
 
 
-def torch_checks() -> Iterator[Check]:
+def torch_checks() -> Iterator[MachineCheck]:
     """PyTorch, its process groups, and the GPUs it sees."""
     try:
         import torch
         import torch.distributed as dist
     except Exception as e:  # a broken CUDA library raises OSError, a broken build RuntimeError
-        yield Check("torch", "broken", f"cannot be imported ({type(e).__name__}: {e})",
-                    "make setup, or pip install torch again")
+        yield MachineCheck("torch", "broken", f"cannot be imported ({type(e).__name__}: {e})",
+                           "make setup, or pip install torch again")
         return
-    yield Check("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda
-                                                           else "CPU build"))
+    yield MachineCheck("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}"
+                                                                  if torch.version.cuda
+                                                                  else "CPU build"))
     if dist.is_available() and dist.is_gloo_available():
-        yield Check("gloo", "ok", "processes on CPUs can talk to each other")
+        yield MachineCheck("gloo", "ok", "processes on CPUs can talk to each other")
     else:
-        yield Check("gloo", "broken", "this torch has no gloo process group",
-                    "pip install the torch of constraints.txt")
+        yield MachineCheck("gloo", "broken", "this torch has no gloo process group",
+                           "pip install the torch of constraints.txt")
     if not torch.cuda.is_available():
         why = "no usable NVIDIA driver or device" if torch.version.cuda else "torch is a CPU build"
-        yield Check("GPU", "missing", f"{why}; training runs on the CPU",
-                    "" if torch.version.cuda else "on a machine with an NVIDIA GPU: "
-                                                  "install torch from the default index")
+        yield MachineCheck("GPU", "missing", f"{why}; training runs on the CPU",
+                           "" if torch.version.cuda else "on a machine with an NVIDIA GPU: "
+                                                         "install torch from the default index")
         return
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         memory_gib = gpu.total_memory / GIB
-        yield Check(f"GPU {i}", "ok",
-                    f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+        yield MachineCheck(f"GPU {i}", "ok",
+                           f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
     yield from _determinism_checks()
     if dist.is_nccl_available():
-        yield Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+        yield MachineCheck("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
-        yield Check("NCCL", "broken", "this torch has no NCCL, which GPUs need",
-                    "pip install torch from the default index")
+        yield MachineCheck("NCCL", "broken", "this torch has no NCCL, which GPUs need",
+                           "pip install torch from the default index")
 
 
-def _determinism_checks() -> Iterator[Check]:
+def _determinism_checks() -> Iterator[MachineCheck]:
     """Whether attention can repeat its bits on the GPUs here (Transformer Engine's pull requests 2130, 2584).
     """
     import torch
@@ -162,11 +164,11 @@ def _determinism_checks() -> Iterator[Check]:
     majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
     version = torch.backends.cudnn.version() or 0
     if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
-        yield Check("deterministic", "warning",
-                    f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits on "
-                    "these GPUs, so train.deterministic=true ends with an error",
-                    f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave train.deterministic "
-                    "off")
+        yield MachineCheck("deterministic", "warning",
+                           f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits "
+                           "on these GPUs, so train.deterministic=true ends with an error",
+                           f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave "
+                           "train.deterministic off")
 
 
 def _cudnn(version: int) -> str:
@@ -174,39 +176,40 @@ def _cudnn(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def transformer_engine_checks() -> Iterator[Check]:
+def transformer_engine_checks() -> Iterator[MachineCheck]:
     """Transformer Engine, by importing it; a machine with GPUs cannot train in bf16 without."""
     gpu = _has_gpu()
     if importlib.util.find_spec("transformer_engine") is None:
-        yield Check("Transformer Engine", "broken" if gpu else "missing",
-                    "is not installed; fused GPU kernels need it"
-                    + (", and so does train.precision=bf16 on the GPUs here" if gpu else ""), TE_COMMAND)
+        yield MachineCheck("Transformer Engine", "broken" if gpu else "missing",
+                           "is not installed; fused GPU kernels need it"
+                           + (", and so does train.precision=bf16 on the GPUs here" if gpu else ""),
+                           TE_COMMAND)
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as e:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
         first_line = (str(e).splitlines() or ["no message"])[0]
-        yield Check("Transformer Engine", "broken" if gpu else "warning",
-                    f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
+        yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
+                           f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
-    yield Check("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+    yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
 
 
-def quantization_checks() -> Iterator[Check]:
+def quantization_checks() -> Iterator[MachineCheck]:
     """The recipes of `train.fp8` that the first GPU can take, by Transformer Engine's own answer."""
     if not _has_gpu():
-        yield Check("train.fp8", "missing", "none of its recipes: there is no GPU here")
+        yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
         return
     from megatron_sov.engine.mcore.model.gpu_settings import lacking
 
     try:
         reasons = lacking()
     except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
-        yield Check("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
+        yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
         return
     there = ", ".join(fp8 for fp8, why in reasons.items() if not why)
     lacks = "; ".join(f"not {fp8} ({why})" for fp8, why in reasons.items() if why)
-    yield Check("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
+    yield MachineCheck("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
 
 
 def _has_gpu() -> bool:
@@ -218,44 +221,45 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def apex_checks() -> Iterator[Check]:
+def apex_checks() -> Iterator[MachineCheck]:
     """NVIDIA's apex is not needed; PyPI's `apex` is another project and misleads libraries that
     look for the name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        yield Check("NVIDIA apex", "missing", "is not installed and not needed; "
-                    "PyPI's 'apex' is another project, do not install it")
+        yield MachineCheck("NVIDIA apex", "missing", "is not installed and not needed; "
+                           "PyPI's 'apex' is another project, do not install it")
         return
     folders = [Path(p) for p in spec.submodule_search_locations or []]
     if importlib.util.find_spec("amp_C") is not None or any((f / "normalization").is_dir() for f in folders):
-        yield Check("NVIDIA apex", "ok", "is installed; it is not needed")
+        yield MachineCheck("NVIDIA apex", "ok", "is installed; it is not needed")
     else:
-        yield Check("NVIDIA apex", "warning",
-                    f"the 'apex' at {', '.join(map(str, folders)) or spec.origin} is not NVIDIA's",
-                    "pip uninstall apex")
+        yield MachineCheck("NVIDIA apex", "warning",
+                           f"the 'apex' at {', '.join(map(str, folders)) or spec.origin} is not NVIDIA's",
+                           "pip uninstall apex")
 
 
-def optional_checks() -> Iterator[Check]:
+def optional_checks() -> Iterator[MachineCheck]:
     """Trackers and rollout engines, by their metadata."""
     for name, extra in OPTIONAL_PACKAGES.items():
         version = installed_version(name)
         if version is None:
-            yield Check(name, "missing", "is not installed; optional", how_to_install(extra))
+            yield MachineCheck(name, "missing", "is not installed; optional", how_to_install(extra))
         else:
-            yield Check(name, "ok", version)
+            yield MachineCheck(name, "ok", version)
 
 
-def sandbox_checks() -> Iterator[Check]:
+def sandbox_checks() -> Iterator[MachineCheck]:
     """What encloses the programs of a model, by enclosing one."""
     try:
         found = machine_enclosure()
     except UserError as e:
         reasons = "; ".join(line.strip() for line in str(e).splitlines()[1:])
-        yield Check("Sandbox", "missing", "this machine cannot enclose a program, which the reward code "
-                    f"needs: {reasons}",
-                    "allow user namespaces, or set a command that encloses (docs/sandbox.md)")
+        yield MachineCheck("Sandbox", "missing",
+                           "this machine cannot enclose a program, which the reward code "
+                           f"needs: {reasons}",
+                           "allow user namespaces, or set a command that encloses (docs/sandbox.md)")
     else:
-        yield Check("Sandbox", "ok", f"{found}: {ENCLOSED_BY[found]}")
+        yield MachineCheck("Sandbox", "ok", f"{found}: {ENCLOSED_BY[found]}")
 
 
 def first_line_of(command: list[str]) -> str | None:
@@ -270,36 +274,37 @@ def first_line_of(command: list[str]) -> str | None:
     return lines[0].strip() if lines else None
 
 
-def slurm_checks() -> Iterator[Check]:
+def slurm_checks() -> Iterator[MachineCheck]:
     """The scheduler's client."""
     version = first_line_of(["sbatch", "--version"])
     if version is None:
-        yield Check("Slurm", "missing",
-                    "sbatch is not on PATH or does not answer; jobs run on this machine only",
-                    "run on a login node of the cluster, or load its Slurm module")
+        yield MachineCheck("Slurm", "missing",
+                           "sbatch is not on PATH or does not answer; jobs run on this machine only",
+                           "run on a login node of the cluster, or load its Slurm module")
     else:
-        yield Check("Slurm", "ok", version)
+        yield MachineCheck("Slurm", "ok", version)
 
 
-def compiler_checks() -> Iterator[Check]:
+def compiler_checks() -> Iterator[MachineCheck]:
     """A C++ compiler and the CUDA compiler, which only the GPU extra needs."""
     compiler = first_line_of(["c++", "--version"])
     if compiler is None:
-        yield Check("C++ compiler", "missing", "is not on PATH; only building the GPU extra needs it",
-                    "Debian, Ubuntu: apt-get install g++")
+        yield MachineCheck("C++ compiler", "missing", "is not on PATH; only building the GPU extra needs it",
+                           "Debian, Ubuntu: apt-get install g++")
     else:
-        yield Check("C++ compiler", "ok", compiler)
+        yield MachineCheck("C++ compiler", "ok", compiler)
     if first_line_of(["nvcc", "--version"]) is None:
-        yield Check("CUDA compiler", "missing", "nvcc is not on PATH; only building the GPU extra needs it",
-                    "install the CUDA toolkit that matches torch, or load its module")
+        yield MachineCheck("CUDA compiler", "missing",
+                           "nvcc is not on PATH; only building the GPU extra needs it",
+                           "install the CUDA toolkit that matches torch, or load its module")
     else:
-        yield Check("CUDA compiler", "ok", f"nvcc at {shutil.which('nvcc')}")
+        yield MachineCheck("CUDA compiler", "ok", f"nvcc at {shutil.which('nvcc')}")
 
 
-def machine_checks() -> Iterator[Check]:
+def machine_checks() -> Iterator[MachineCheck]:
     """Cores, memory and disk, as this process may use them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Check("CPU cores", "ok", str(cores))
+    yield MachineCheck("CPU cores", "ok", str(cores))
     free_memory_bytes = psutil.virtual_memory().available
     yield _room("Memory", free_memory_bytes, MIN_FREE_MEMORY_BYTES,
                 "close other programs, or use a smaller micro-batch")
@@ -307,9 +312,9 @@ def machine_checks() -> Iterator[Check]:
     yield _room("Disk", free_disk_bytes, MIN_FREE_DISK_BYTES, f"free some space on the disk of {Path.cwd()}")
 
 
-def _room(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> Check:
+def _room(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> MachineCheck:
     detail = f"{free_bytes / 1e9:.1f} GB free"
     if free_bytes >= wanted_bytes:
-        return Check(name, "ok", detail)
-    return Check(name, "warning", f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants",
-                 remedy)
+        return MachineCheck(name, "ok", detail)
+    return MachineCheck(name, "warning",
+                        f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants", remedy)

@@ -36,7 +36,7 @@ ATTEMPTS = "attempts.jsonl"
 
 
 @dataclass(frozen=True)
-class Attempt:
+class JobAttempt:
     """One start of a job's script."""
 
     restart: int
@@ -61,10 +61,10 @@ class History:
         self._file, self._job = folder / ATTEMPTS, job
         records = [r for r in read_events(self._file) if r.get("job") == job]
         ends = {r["restart"]: r for r in records if r["event"] == "end"}
-        self.attempts = [Attempt(r["restart"], tuple(r["nodes"]), r["progress"], ends.get(r["restart"]))
+        self.attempts = [JobAttempt(r["restart"], tuple(r["nodes"]), r["progress"], ends.get(r["restart"]))
                          for r in records if r["event"] == "begin"]
 
-    def cut_off(self, restart: int) -> Attempt | None:
+    def cut_off(self, restart: int) -> JobAttempt | None:
         """Return the attempt before `restart`, if it was ended from outside: it wrote no end,
         or took itself for cancelled.
 
@@ -228,7 +228,7 @@ class AttemptOptions:
     """Question preflight: JSON of the limits."""
 
 
-class Job:
+class AttemptedJob:
     """The job that this script belongs to."""
 
     def __init__(self, options: AttemptOptions) -> None:
@@ -266,7 +266,7 @@ def say(text: str) -> None:
     print(f"job: {text}", file=sys.stderr, flush=True)
 
 
-def begin(job: Job, queue: str) -> str:
+def begin(job: AttemptedJob, queue: str) -> str:
     """Record that an attempt begins, and how the one before ended if it could not say so itself.
 
     Args:
@@ -297,14 +297,14 @@ def begin(job: Job, queue: str) -> str:
     return RUN
 
 
-def _saved(job: Job) -> str:
+def _saved(job: AttemptedJob) -> str:
     """Return what a stage has reached, in words."""
     count = job.progress()
     return (f"step {count}" if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
             if count else "nothing")
 
 
-def _held_by_another(job: Job, queue: str) -> str | None:
+def _held_by_another(job: AttemptedJob, queue: str) -> str | None:
     """Return what to do while another job works in the run's folder; a lock that an ended job
     left is taken away."""
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
@@ -326,7 +326,7 @@ def _held_by_another(job: Job, queue: str) -> str | None:
     return None
 
 
-def preflight(job: Job) -> str:
+def preflight(job: AttemptedJob) -> str:
     """Judge the reports of the nodes."""
     sick = sick_nodes(job.options.reports, job.nodes, json.loads(job.options.limits))
     for node, why in sick.items():
@@ -339,7 +339,7 @@ def preflight(job: Job) -> str:
     return job.again()
 
 
-def end(job: Job) -> str:
+def end(job: AttemptedJob) -> str:
     """Judge how an attempt ended."""
     options, done = job.options, job.options.done
     if options.write_done and options.code == 0 and not options.asked:
@@ -390,7 +390,7 @@ def end(job: Job) -> str:
     return job.again()
 
 
-def _corrupt_nodes(job: Job) -> list[str]:
+def _corrupt_nodes(job: AttemptedJob) -> list[str]:
     """Return the nodes that the run's last `corruption` event names; none where they are half of
     the nodes, or more."""
     named = [e["hosts"] for e in read_events(job.options.target / EVENTS) if e["event"] == "sdc"]
@@ -403,10 +403,10 @@ def main(argv: list[str] | None = None) -> int:
     """Answer one question of a job's script."""
     parser = Parser(prog="python -m megatron_sov.operate.slurm.attempts")
     add_options(parser, AttemptOptions)
-    answers: dict[str, Callable[[Job], str]] = {
+    answers: dict[str, Callable[[AttemptedJob], str]] = {
         "begin": lambda job: begin(job, sys.stdin.read()), "preflight": preflight, "end": end}
     try:
-        job = Job(read_options(AttemptOptions, parser.parse_args(argv)))
+        job = AttemptedJob(read_options(AttemptOptions, parser.parse_args(argv)))
         print(answers[job.options.action](job), flush=True)
     except UserError as e:
         say(str(e))

@@ -22,7 +22,7 @@ from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, read_text, re
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.attempts import ATTEMPTS
 from megatron_sov.operate.slurm.stages import Commands, SubmitOptions, check_inputs
-from megatron_sov.operate.slurm.submission import READY_ROOT, Ready
+from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.work.clusters import client, cluster
 
@@ -135,7 +135,7 @@ def read_chain(name: str) -> ChainConfig:
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainLink:
     """A stage of a chain, with its scripts."""
 
     name: str
@@ -208,7 +208,7 @@ def _state_file(chain: str) -> Path:
     return Path(work_folder(), f"{chain}.yaml.jobs.json") if chain in names() else Path(f"{chain}.jobs.json")
 
 
-def _submit(links: list[Link], before: Submitted, state_file: Path) -> None:
+def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None:
     """Submit in order; all or nothing."""
     now = Submitted(time.time(), {})
     try:
@@ -224,7 +224,7 @@ def _submit(links: list[Link], before: Submitted, state_file: Path) -> None:
         raise
 
 
-def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
+def _state(link: ChainLink, before: Submitted, living: dict[str, str]) -> str:
     """Return how a stage of an earlier submission stands, in words."""
     if link.complete:
         return "complete"
@@ -244,14 +244,14 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             "an earlier stage failed, or it was cancelled")
 
 
-def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Link]:
+def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[ChainLink]:
     """Return the stages of a chain with their scripts; nothing is written and Slurm is not asked.
 
     Raises:
         UserError: something about them does not fit.
     """
     config = read_chain(chain)
-    links: list[Link] = []
+    links: list[ChainLink] = []
     for number, stage in enumerate(config.stages):
         before = (config.stages[number - 1].label,) if number else ()
         after = before if stage.after is None else stage.after
@@ -259,7 +259,7 @@ def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Lin
         ready = _ready(chain, number, stage, options) if options.scripts is not None else None
         try:
             request = _request(config, stage, options, needs, ready)
-            links.append(Link(stage.label, after, submission.prepare(request, commands)))
+            links.append(ChainLink(stage.label, after, submission.prepare(request, commands)))
         except UserError as e:
             raise UserError(f"{chain}: stage {stage.label}: {e}") from None
     targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
@@ -269,7 +269,7 @@ def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Lin
 
 
 def _request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, needs: tuple[Path, ...],
-             ready: Ready | None) -> submission.Request:
+             ready: ReadySubmission | None) -> submission.SubmitRequest:
     """Return what a stage of a chain asks for.
 
     Args:
@@ -284,18 +284,19 @@ def _request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, nee
         raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
     profile = cluster.load(chosen, account=options.account, partition=options.partition,
                            needs_account=ready is None)
-    return submission.Request(
+    return submission.SubmitRequest(
         stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
         cluster.settings_by_nodes(stage.nodes_set), stage.array, needs,
         stage.time_limit or options.time_limit, ready, chosen)
 
 
-def _ready(chain: str, number: int, stage: ChainStage, options: SubmitOptions) -> Ready:
+def _ready(chain: str, number: int, stage: ChainStage, options: SubmitOptions) -> ReadySubmission:
     assert options.scripts is not None, chain
     name = f"{Path(chain).stem}-{stage.label}"
     chosen = f" --cluster {options.cluster}" if options.cluster else ""
-    return Ready(name, options.scripts / f"{number + 1:02}-{stage.label}.sbatch",
-                 f"megatron-sov submit chain {chain}{chosen} --scripts {options.scripts}", stage.note)
+    return ReadySubmission(name, options.scripts / f"{number + 1:02}-{stage.label}.sbatch",
+                           f"megatron-sov submit chain {chain}{chosen} --scripts {options.scripts}",
+                           stage.note)
 
 
 def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Commands) -> list[Path]:

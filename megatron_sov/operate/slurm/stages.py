@@ -141,7 +141,7 @@ ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
 
 
 @dataclass(frozen=True)
-class Work:
+class StageWork:
     """A stage with its arguments: what a job has to do."""
 
     stage: str
@@ -171,7 +171,7 @@ class Work:
         return STAGES[self.stage]
 
 
-def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
+def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
     """Return what a job has to do; looks at the arguments alone, not at what they name.
 
     Args:
@@ -196,7 +196,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
     return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed))
 
 
-def _training(stage: str, arguments: list[str], args: Any) -> Work:
+def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
     if getattr(args, "rounds", None) is not None:
@@ -215,12 +215,12 @@ def _training(stage: str, arguments: list[str], args: Any) -> Work:
     others = (args.start_from, args.config,
               *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
     inputs += [path for path in others if path is not None]
-    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
-                inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
-                layout_open=leaves_layout_open(request))
+    return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
+                     inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
+                     layout_open=leaves_layout_open(request))
 
 
-def _artifact(stage: str, arguments: list[str]) -> Work:
+def _artifact(stage: str, arguments: list[str]) -> StageWork:
     parser = Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
@@ -242,13 +242,13 @@ def _path_of(text: str) -> Path:
     return Path(head if colon and re.fullmatch(r"[0-9.e+-]+", weight) else path)
 
 
-def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> Work:
+def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> StageWork:
     target = output.absolute()
-    return Work(stage, tuple(arguments), target, target.with_name(f"{target.name}.slurm"), target / MANIFEST,
-                inputs=tuple(p.absolute() for p in inputs))
+    return StageWork(stage, tuple(arguments), target, target.with_name(f"{target.name}.slurm"),
+                     target / MANIFEST, inputs=tuple(p.absolute() for p in inputs))
 
 
-def _convert(arguments: list[str], typed: argparse.Namespace) -> Work:
+def _convert(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if typed.action not in ("from-hf", "to-hf"):
         raise UserError(f"submit convert {typed.action}: writes no folder; "
                         "run it where you are (stages write: from-hf, to-hf)")
@@ -257,7 +257,7 @@ def _convert(arguments: list[str], typed: argparse.Namespace) -> Work:
                    [args.hf_dir if typed.action == "from-hf" else args.checkpoint])
 
 
-def _eval(arguments: list[str], typed: argparse.Namespace) -> Work:
+def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     found = vars(options_of(typed))
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
                    None)
@@ -269,11 +269,11 @@ def _eval(arguments: list[str], typed: argparse.Namespace) -> Work:
                         "where you are, or `submit eval-lm`, whose records lie beside its --output")
     target = Path(subject).absolute()
     records = target.with_name(f"{target.name}.{typed.action}.slurm")
-    return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
-                inputs=(target,))
+    return StageWork("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
+                     inputs=(target,))
 
 
-def _sharing(stage: str, arguments: list[str], args: Any) -> Work:
+def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
     """Return a job of those that meet in a rollout store, or in the answers beside an evaluation's output; it
     is complete when the command finds nothing left to do, and another command, such as one with more rounds,
     begins anew."""
@@ -285,11 +285,11 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> Work:
     inputs = [path for path in named if path is not None]
     if stage == "eval-lm" and not args.target.startswith(ADDRESSES):
         inputs.append(Path(args.target))
-    return Work(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
-                writes_done=False, inputs=tuple(path.absolute() for path in inputs))
+    return StageWork(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
+                     writes_done=False, inputs=tuple(path.absolute() for path in inputs))
 
 
-def check_inputs(work: Work, promised: set[Path]) -> None:
+def check_inputs(work: StageWork, promised: set[Path]) -> None:
     """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
     made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
@@ -300,7 +300,7 @@ def check_inputs(work: Work, promised: set[Path]) -> None:
         data_paths(list(work.data))
 
 
-def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
+def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: int,
                   settings: dict[int, tuple[str, ...]], gpu: str = "") -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
 

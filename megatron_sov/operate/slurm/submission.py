@@ -23,7 +23,7 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, new_folder, t
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
-from megatron_sov.operate.slurm.stages import Commands, Work, fitting_nodes, work_of
+from megatron_sov.operate.slurm.stages import Commands, StageWork, fitting_nodes, work_of
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters import client, cluster
@@ -40,7 +40,7 @@ READY_ROOT = "/$WORK"
 
 
 @dataclass(frozen=True)
-class Ready:
+class ReadySubmission:
     """What makes a script ready for any folder: its paths begin with $WORK, and it runs the code
     that its Python has."""
 
@@ -55,10 +55,10 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job to be written as a script."""
 
-    work: Work
+    work: StageWork
     """What it has to do."""
     profile: ClusterProfile
     """Where."""
@@ -78,7 +78,7 @@ class Job:
     """As sbatch takes it; at the end of it the job is asked to save, `signal_lead_s` before."""
     needs: tuple[Path, ...] = ()
     """Completion manifests of earlier stages of its chain."""
-    ready: Ready | None = None
+    ready: ReadySubmission | None = None
     """None: a script for this folder alone."""
     cluster: str = ""
     """Profile, as --cluster takes it: a run's own plan reckons with it; empty: it does not."""
@@ -112,7 +112,7 @@ class Job:
         return f"Asks for {nodes} x {unit}; layout: {', '.join(chosen)}."
 
 
-def render(job: Job) -> str:
+def render(job: SlurmJob) -> str:
     """Return the script.
 
     Raises:
@@ -150,13 +150,13 @@ def _source(name: str) -> str:
     return importlib.resources.files("slurm").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _job_name(job: Job) -> str:
+def _job_name(job: SlurmJob) -> str:
     name = (f"{job.ready.name}{'-parts' if job.array else ''}" if job.ready
             else f"{job.work.stage}-{job.work.target.name}")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
-def _python(job: Job) -> str:
+def _python(job: SlurmJob) -> str:
     """Return the Python program as the shell reads it; a ready script knows no path of this machine."""
     if job.ready and not job.profile.python and job.profile.container.kind == "none":
         return '"${PYTHON:-python3}"'
@@ -198,7 +198,7 @@ ROOT = Path(megatron_sov.__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """One stage as it was asked for."""
 
     stage: str
@@ -215,7 +215,7 @@ class Request:
     """Completion manifests of earlier stages."""
     time_limit: str | None = None
     """Time limit; None: the stage's, or the profile's."""
-    ready: Ready | None = None
+    ready: ReadySubmission | None = None
     """What a ready script says of itself; None: a script to be submitted from here."""
     cluster: str = ""
     """What --cluster named, for the plan that a run keeps; empty: nobody tells the run."""
@@ -225,12 +225,12 @@ class Request:
 class Prepared:
     """Scripts of one stage, checked and not yet written: one, or parts and what joins them."""
 
-    work: Work
-    jobs: tuple[Job, ...]
+    work: StageWork
+    jobs: tuple[SlurmJob, ...]
     texts: tuple[str, ...]
 
 
-def prepare(request: Request, commands: Commands) -> Prepared:
+def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
     """Return a stage's scripts; nothing is written and Slurm is not asked.
 
     Args:
@@ -263,20 +263,21 @@ def prepare(request: Request, commands: Commands) -> Prepared:
     _check_side_jobs(work)
     code = None if request.ready else work.records / _code_name(ROOT)
     script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"
-    base = Job(work, request.profile, Path.cwd(), code, script, layouts, needs=request.needs,
-               time_limit=_time_limit(request, work), ready=request.ready, cluster=_told_cluster(request))
+    base = SlurmJob(work, request.profile, Path.cwd(), code, script, layouts, needs=request.needs,
+                    time_limit=_time_limit(request, work), ready=request.ready,
+                    cluster=_told_cluster(request))
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
 
 
-def _told_cluster(request: Request) -> str:
+def _told_cluster(request: SubmitRequest) -> str:
     """Return what names a profile where the job runs; a ready script names no file of this machine."""
     if request.cluster.endswith((".yaml", ".yml")):
         return "" if request.ready else str(Path(request.cluster).resolve())
     return request.cluster
 
 
-def _check_side_jobs(work: Work) -> None:
+def _check_side_jobs(work: StageWork) -> None:
     """Raise `UserError` where the jobs that are to judge a run's exports could never be submitted;
     the run would only warn."""
     if (work.config is not None and work.config.evaluate.background.tasks
@@ -288,7 +289,7 @@ def _check_side_jobs(work: Work) -> None:
                             f"the jobs beside the run would be refused ({e})") from None
 
 
-def _time_limit(request: Request, work: Work) -> str:
+def _time_limit(request: SubmitRequest, work: StageWork) -> str:
     """Return the time limit of a stage's jobs.
 
     Raises:
@@ -306,7 +307,7 @@ def _time_limit(request: Request, work: Work) -> str:
     return limit
 
 
-def _parts(base: Job, count: int) -> tuple[Job, ...]:
+def _parts(base: SlurmJob, count: int) -> tuple[SlurmJob, ...]:
     """Return the array that packs a part in each task, and the job that joins them; or the array of a stage
     whose jobs share its work by themselves."""
     work = base.work
@@ -399,12 +400,12 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
     return numbers
 
 
-def _code_of(job: Job) -> Path:
+def _code_of(job: SlurmJob) -> Path:
     assert job.code is not None, f"{job.script}: a ready script is not submitted from here"
     return job.code
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(job: SlurmJob) -> dict[str, Any]:
     """Return what a script was made from, for people and for `status`."""
     return {"stage": job.work.stage, "arguments": list(job.work.arguments), "target": str(job.work.target),
             "done": str(job.work.done), "nodes": {str(n): list(s) for n, s in job.layouts.items()},

@@ -18,7 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
 from megatron_sov.plan.calibration.expected import Machine, step_seconds
-from megatron_sov.plan.calibration.learned import Learned, LocalMachine, as_json, learn, passes_of, shipped
+from megatron_sov.plan.calibration.learned import (
+    LearnedCorrection, LocalMachine, as_json, learn, passes_of, shipped)
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.runs.folder import CONFIG, PLAN, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -45,7 +46,7 @@ STEP, MAX_ROUNDS, ENOUGH = 1e-3, 30, 1e-5
 
 
 @dataclass(frozen=True)
-class Observation:
+class CalibrationPoint:
     """Steps of one run, layout, length and batch size."""
 
     run: str
@@ -65,7 +66,7 @@ class Observation:
     """Steps that it is the median of."""
 
 
-def observations(runs: list[Path]) -> list[Observation]:
+def observations(runs: list[Path]) -> list[CalibrationPoint]:
     """Return what runs have shown; there is something of each.
 
     Raises:
@@ -74,7 +75,7 @@ def observations(runs: list[Path]) -> list[Observation]:
     return [one for run in runs for one in _of_run(run)]
 
 
-def _of_run(run: Path) -> list[Observation]:
+def _of_run(run: Path) -> list[CalibrationPoint]:
     config = RunFolder(run).config()
     if config is None or not (run / EVENTS).is_file():
         raise UserError(f"--calibrate {run}: is no run; pass folders that were given to --run")
@@ -95,7 +96,7 @@ def _of_run(run: Path) -> list[Observation]:
     return _merged(found)
 
 
-def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Observation:
+def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> CalibrationPoint:
     """Return what one stretch has shown.
 
     Raises:
@@ -121,7 +122,7 @@ def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Obse
     if not possible or layout.problems(config.model, int(num_ranks)):
         raise UserError(f"--calibrate {run}: its {EVENTS} tells of processes, a layout or samples that no "
                         "run can have; leave it out")
-    return Observation(
+    return CalibrationPoint(
         run.resolve().name, dataclasses.replace(config, parallel=layout),
         PhaseConfig(stretch.phase, seq_len=stretch.seq_len, global_batch_size=stretch.global_batch_size),
         int(num_ranks), device, known, int(threads), step_s, len(stretch.warm_times_s()))
@@ -140,9 +141,9 @@ def _layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
                         "leave it out") from None
 
 
-def _merged(found: list[Observation]) -> list[Observation]:
+def _merged(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
     """Return one observation for steps of several starts that were alike: the mean by steps."""
-    groups: dict[Any, list[Observation]] = {}
+    groups: dict[Any, list[CalibrationPoint]] = {}
     for one in found:
         key = (one.num_ranks, one.device, one.threads, repr(one.config.parallel), one.phase.seq_len,
                one.phase.global_batch_size)
@@ -249,17 +250,17 @@ def _gauss_newton(at: Sequence[float], now: Sequence[float],
 
 @dataclass(frozen=True)
 class Calibration:
-    learned: Learned
+    learned: LearnedCorrection
     """What explains them; what they did not show is as it was."""
     factors: dict[str, float]
     """Factor on the parameters before; empty: no run was on GPUs."""
-    observed: tuple[Observation, ...]
+    observed: tuple[CalibrationPoint, ...]
     before_s: tuple[float, ...]
     """Seconds of a step that were predicted before; NaN: none were."""
     after_s: tuple[float, ...]
 
 
-def calibrate(runs: Sequence[Path], out: Path | None = None, base: Learned | None = None) -> str:
+def calibrate(runs: Sequence[Path], out: Path | None = None, base: LearnedCorrection | None = None) -> str:
     """Learn parameters, write them where `out` says, and return what came of it, for a terminal.
 
     Raises:
@@ -274,32 +275,32 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: Learned | Non
     return _text(found, out)
 
 
-def calibration(observed: Sequence[Observation], base: Learned) -> Calibration:
+def calibration(observed: Sequence[CalibrationPoint], base: LearnedCorrection) -> Calibration:
     on_gpus = [(one, one.chip) for one in observed if one.chip is not None]
     parameters, factors = base.parameters, {}
     if on_gpus:
         chips = [on for _, on in on_gpus]
 
         def tried(factors: dict[str, float]) -> list[float]:
-            learned = Learned(scaled(base.parameters, factors, chips))
+            learned = LearnedCorrection(scaled(base.parameters, factors, chips))
             return [_seconds(one, learned) for one, _ in on_gpus]
 
         factors = fit([one.step_s for one, _ in on_gpus], tried)
         parameters = scaled(base.parameters, factors, chips)
     own = {device: _machine(observed, device)
            for device in dict.fromkeys(one.device for one in observed if one.chip is None)}
-    learned = Learned(parameters, {**base.machines, **own})
+    learned = LearnedCorrection(parameters, {**base.machines, **own})
     return Calibration(learned, factors, tuple(observed), tuple(_seconds(one, base) for one in observed),
                        tuple(_seconds(one, learned) for one in observed))
 
 
-def _machine(observed: Sequence[Observation], device: str) -> LocalMachine:
+def _machine(observed: Sequence[CalibrationPoint], device: str) -> LocalMachine:
     return learn([(passes_of(one.config, one.num_ranks, one.threads, one.phase.seq_len,
                              one.phase.global_batch_size), one.step_s)
                   for one in observed if one.device == device])
 
 
-def _seconds(one: Observation, learned: Learned) -> float:
+def _seconds(one: CalibrationPoint, learned: LearnedCorrection) -> float:
     """Return the predicted seconds of a step, NaN where nothing is known of its processor."""
     if one.chip is None and one.device not in learned.machines:
         return math.nan
@@ -346,7 +347,7 @@ def _beside(predicted_s: float, measured_s: float) -> str:
     return "–" if math.isnan(predicted_s) else f"{predicted_s:.4g} s {predicted_s / measured_s - 1:+.1%}"
 
 
-def _median(predicted_s: Sequence[float], observed: Sequence[Observation]) -> str:
+def _median(predicted_s: Sequence[float], observed: Sequence[CalibrationPoint]) -> str:
     errors = [abs(p / one.step_s - 1) for p, one in zip(predicted_s, observed, strict=True)
               if not math.isnan(p)]
     return f"{statistics.median(errors):.1%}" if errors else "none"

@@ -13,7 +13,7 @@ from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.schedules import Schedule
-from megatron_sov.plan.calibration.learned import Learned, passes_of, read_learned, shipped
+from megatron_sov.plan.calibration.learned import LearnedCorrection, passes_of, read_learned, shipped
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.plan.operation import checkpoint_bytes, conditions, goodput, write_times
@@ -115,7 +115,7 @@ def _operated(plan: KeptPlan, config: RunConfig, around: Surroundings) -> KeptPl
                    failures_per_hour=c.failures_per_s * SECONDS_OF_AN_HOUR, effective_share=goodput(c))
 
 
-def _learned() -> tuple[Learned, str, str]:
+def _learned() -> tuple[LearnedCorrection, str, str]:
     """Return the numbers of the model of speed, where they come from, and why they are not those that were
     asked for: a run does not fail for its plan."""
     file = os.environ.get(PARAMETERS, "")
@@ -128,7 +128,7 @@ def _learned() -> tuple[Learned, str, str]:
         return shipped(), SHIPPED, str(e)
 
 
-def _why_no_speed(config: RunConfig, machine: Machine, learned: Learned) -> str:
+def _why_no_speed(config: RunConfig, machine: Machine, learned: LearnedCorrection) -> str:
     """Return why no speed can be predicted, or nothing."""
     if config.objective.name in WAITS:
         return (f"steps of objective {config.objective.name} wait for what other jobs write; "
@@ -141,7 +141,7 @@ def _why_no_speed(config: RunConfig, machine: Machine, learned: Learned) -> str:
 
 
 def _stretches(config: RunConfig, num_ranks: int, machine: Machine,
-               learned: Learned | None) -> tuple[StretchPlan, ...]:
+               learned: LearnedCorrection | None) -> tuple[StretchPlan, ...]:
     """Return the stretches of the curriculum, with their speed where there is what tells it."""
     schedule = Schedule(config)
     ends = [*(s.first_step for s in schedule.stretches), schedule.num_steps]
@@ -155,7 +155,7 @@ def _stretches(config: RunConfig, num_ranks: int, machine: Machine,
 
 
 def step_seconds(config: RunConfig, phase: PhaseConfig, num_ranks: int, machine: Machine,
-                 learned: Learned) -> dict[str, float]:
+                 learned: LearnedCorrection) -> dict[str, float]:
     """Return component -> seconds of a step of a phase, whose own batch size holds.
 
     Raises:

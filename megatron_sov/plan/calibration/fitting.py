@@ -17,7 +17,7 @@ from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.activations import kinds
 from megatron_sov.plan.footprint.held import chunk_layers
 from megatron_sov.plan.footprint.memory import Account, account
-from megatron_sov.plan.footprint.states import Place, StageBuffers
+from megatron_sov.plan.footprint.states import StageBuffers, StatePlace
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
@@ -159,7 +159,7 @@ the system.  Our choice; not measured yet."""
 
 def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
     """Return what some processes of a run of `count` pin together."""
-    of_stage = [StageBuffers(config, count, stage).held(Place()).on_host
+    of_stage = [StageBuffers(config, count, stage).held(StatePlace()).on_host
                 for stage in range(config.parallel.pp)]
     return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
 

@@ -87,18 +87,18 @@ MOST_RATE = 1e18
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedCorrection:
     parameters: Parameters
     machines: Mapping[str, LocalMachine] = field(default_factory=dict)
     """Processors, by the name that they have for themselves."""
 
 
-def shipped() -> Learned:
+def shipped() -> LearnedCorrection:
     """Return what comes with the package, which knows no processors."""
-    return Learned(default())
+    return LearnedCorrection(default())
 
 
-def read_learned(path: Path, option: str = "--parameters ") -> Learned:
+def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection:
     """Return what stands in a file.
 
     Raises:
@@ -113,14 +113,14 @@ def read_learned(path: Path, option: str = "--parameters ") -> Learned:
         content = json.loads(text)
         if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
             raise ValueError("it holds no object `parameters`")
-        return Learned(of_json(content["parameters"]), _machines(content.get(MACHINES, {})))
+        return LearnedCorrection(of_json(content["parameters"]), _machines(content.get(MACHINES, {})))
     except OSError as e:
         raise UserError(f"{option}{path}: cannot be read ({e.strerror}); {way_out}") from None
     except (ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{option}{path}: is no file of parameters ({e}); {way_out}") from None
 
 
-def as_json(learned: Learned, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(learned: LearnedCorrection, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a file."""
     return {"parameters": dataclasses.asdict(learned.parameters), "provenance": dict(provenance),
             MACHINES: {name: dataclasses.asdict(machine) for name, machine in learned.machines.items()}}

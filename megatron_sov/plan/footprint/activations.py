@@ -27,7 +27,7 @@ loss's.  Measured."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedActivations:
     residuals: int = 0
     """Inputs of its norms over the residual's width; unfused ones also normed."""
     qkv_input: int = 0
@@ -67,26 +67,26 @@ class Saved:
         return sum(vars(self).values())
 
 
-class Kind(NamedTuple):
+class LayerKind(NamedTuple):
     with_experts: bool
     slides: bool
     rotates: bool
 
 
 @lru_cache(maxsize=64)
-def kinds(m: ModelConfig) -> tuple[Kind, ...]:
+def kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
     first_moe = m.num_layers - m.num_moe_layers()
     return tuple(_kind(m, layer >= first_moe, kind) for layer, kind in enumerate(m.layer_types()))
 
 
-def prediction_kind(m: ModelConfig) -> Kind:
+def prediction_kind(m: ModelConfig) -> LayerKind:
     """Return the kind of the layer inside a multi-token prediction layer."""
     return _kind(m, m.mtp_experts, m.mtp_layer_type())
 
 
-def _kind(m: ModelConfig, with_experts: bool, attention: str) -> Kind:
+def _kind(m: ModelConfig, with_experts: bool, attention: str) -> LayerKind:
     slides = attention == "sliding_attention"
-    return Kind(with_experts, slides, slides or m.rope_on_global)
+    return LayerKind(with_experts, slides, slides or m.rope_on_global)
 
 
 class Tokens(NamedTuple):
@@ -106,7 +106,7 @@ def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
     return Tokens(row_tokens, local, local // (p.tp if p.sp else 1))
 
 
-def saved(config: RunConfig, row_tokens: int, kind: Kind) -> Saved:
+def saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> SavedActivations:
     """Return what a layer saves where nothing is recomputed, routing being even."""
     p = config.parallel
     return _saved(config.model, config.train.precision, tokens_of(config, row_tokens), p.tp, p.etp, p.cp,
@@ -114,7 +114,8 @@ def saved(config: RunConfig, row_tokens: int, kind: Kind) -> Saved:
 
 
 @lru_cache(maxsize=1 << 14)
-def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int, kind: Kind) -> Saved:
+def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int,
+           kind: LayerKind) -> SavedActivations:
     """Return what `saved` says, from what it depends on."""
     item, fused = ITEM_BYTES[precision], precision == "bf16"
     hidden = tokens.share * m.hidden_size * item
@@ -123,13 +124,13 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     attention = _attention(m, precision, tokens, tp, cp, kind)
     if not kind.with_experts:
         dense = m.dense_ffn_dim // tp
-        return Saved(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
-                     dense=tokens.local * dense * item * (3 if fused else 4))
+        return SavedActivations(residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden,
+                                **attention, dense=tokens.local * dense * item * (3 if fused else 4))
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
     # a process of an expert that is cut has the tokens of all processes that share it
     arrived = routed * etp
-    return Saved(
+    return SavedActivations(
         residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
         router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
@@ -139,8 +140,8 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
 
 
 def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
-               kind: Kind) -> dict[str, int]:
-    """Return what attention saves, by the names of `Saved`."""
+               kind: LayerKind) -> dict[str, int]:
+    """Return what attention saves, by the names of `SavedActivations`."""
     if m.latent_attention is not None:
         return _latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
     item, fused = ITEM_BYTES[precision], precision == "bf16"
@@ -190,7 +191,7 @@ def _mask_numbers(tokens: int, window: int) -> int:
                for start in range(0, tokens, QUERY_BLOCK))
 
 
-def kept(config: RunConfig, row_tokens: int, kind: Kind, whole: Saved) -> int:
+def kept(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActivations) -> int:
     """Return how many bytes of a layer stay on the device until its backward pass, under `train.recompute`
     and `gpu.offload_modules`.
 
@@ -206,7 +207,7 @@ def kept(config: RunConfig, row_tokens: int, kind: Kind, whole: Saved) -> int:
     return whole.total - _recomputed(config, whole, kind) - _offloaded(config, whole)
 
 
-def _recomputed(config: RunConfig, whole: Saved, kind: Kind) -> int:
+def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return what of a layer `gpu.recompute_modules` computes again."""
     modules, found = config.gpu.recompute_modules, 0
     fused = config.train.precision == "bf16"
@@ -223,7 +224,7 @@ def _recomputed(config: RunConfig, whole: Saved, kind: Kind) -> int:
     return found + (whole.shared if "shared_experts" in modules else 0)
 
 
-def _offloaded(config: RunConfig, whole: Saved) -> int:
+def _offloaded(config: RunConfig, whole: SavedActivations) -> int:
     """Return what of a layer waits in host memory."""
     again, m = config.gpu.recompute_modules, config.model
     before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
@@ -286,7 +287,7 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     of_layers = kinds(m)
     counts = under_way(p.pp, p.vpp, stage, num_micro_batches)
     last = stage == p.pp - 1
-    here: dict[Kind, int] = {}
+    here: dict[LayerKind, int] = {}
     for layers, count in zip(chunk_layers(p, stage, m.num_layers), counts, strict=True):
         for layer in layers:
             here[of_layers[layer]] = here.get(of_layers[layer], 0) + count
@@ -307,7 +308,8 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
                       wholes[largest].routed if again.get(largest) else 0))
 
 
-def _of_experts(config: RunConfig, here: dict[Kind, int], wholes: dict[Kind, Saved]) -> int:
+def _of_experts(config: RunConfig, here: dict[LayerKind, int],
+                wholes: dict[LayerKind, SavedActivations]) -> int:
     """Return the bytes of routed tokens among what waits."""
     if config.train.recompute is True or "moe" in config.gpu.recompute_modules:
         return 0

@@ -53,7 +53,7 @@ class Size(NamedTuple):
     """Whether each has a bucket of its own (tables that two pipeline stages hold)."""
 
 
-class Piece(NamedTuple):
+class StatePiece(NamedTuple):
     """Parameters, or parts of parameters, of one size that a process updates."""
 
     numel: int
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
     mark: int
 
 
-class Placed(NamedTuple):
+class PlacedParameter(NamedTuple):
     start: int
     stride: int
     """Elements from one to the next."""
@@ -76,10 +76,10 @@ class Placed(NamedTuple):
 @dataclass(frozen=True)
 class Buffer:
     numel: int
-    buckets: tuple[tuple[int, int, tuple[Placed, ...]], ...]
+    buckets: tuple[tuple[int, int, tuple[PlacedParameter, ...]], ...]
     """First element, the one behind the last, and what lies there."""
 
-    def updated(self, rank: int, num_ranks: int) -> Iterator[Piece]:
+    def updated(self, rank: int, num_ranks: int) -> Iterator[StatePiece]:
         """Yield what one of the processes updates that share the buffer under ZeRO-1."""
         for first, end, placed in self.buckets:
             share = (end - first) // num_ranks
@@ -105,7 +105,7 @@ def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_num
     if not sharded:
         placed, offset = [], 0
         for size in sizes:
-            placed.append(Placed(offset, size.numel, size))
+            placed.append(PlacedParameter(offset, size.numel, size))
             offset += size.numel * size.number
         return Buffer(offset, ((0, offset, tuple(placed)),) if placed else ())
     return _Sharded(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
@@ -116,8 +116,8 @@ class _Sharded:
 
     def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
         self._multiple, self._full = end_multiple, bucket_numel
-        self._buckets: list[tuple[int, int, tuple[Placed, ...]]] = []
-        self._placed: list[Placed] = []
+        self._buckets: list[tuple[int, int, tuple[PlacedParameter, ...]]] = []
+        self._placed: list[PlacedParameter] = []
         self._first = self._offset = 0
 
     def of(self, sizes: Iterable[Size]) -> Buffer:
@@ -142,7 +142,7 @@ class _Sharded:
                 until_full = max(1, -(-missing // stride) + 1)
                 taken, closes = min(left, until_full), until_full <= left
             placed = size if taken == size.number else size._replace(number=taken)
-            self._placed.append(Placed(self._offset, stride, placed))
+            self._placed.append(PlacedParameter(self._offset, stride, placed))
             self._offset = self._placed[-1].end
             left -= taken
             if closes:
@@ -154,7 +154,7 @@ class _Sharded:
         self._first, self._placed = self._offset, []
 
 
-def _within(run: Placed, start: int, end: int) -> Iterator[Piece]:
+def _within(run: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
     """Yield the parts of a run between two elements of the buffer: whole parameters together."""
     numel, count, mark, _ = run.size
 
@@ -168,7 +168,7 @@ def _within(run: Placed, start: int, end: int) -> Iterator[Piece]:
     between = [(first + 1, last - first - 1)] if last - first > 1 else []
     for place, number in [(first, 1), *between, *([(last, 1)] if last > first else [])]:
         if elements := part(place):
-            yield Piece(elements, number, mark)
+            yield StatePiece(elements, number, mark)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class States:
 
 
 @dataclass(frozen=True)
-class Place:
+class StatePlace:
     """Which of the data-parallel processes one is."""
 
     dense: int = 0
@@ -264,12 +264,12 @@ class StageBuffers:
             sizes, sharded=p.zero1, num_ranks=self._sizes[routed], bucket_numel=full,
             end_multiple=FAST_END_MULTIPLE if self._config.gpu.pad_buckets == "on" else END_MULTIPLE))
 
-    def fullest(self) -> Place:
+    def fullest(self) -> StatePlace:
         """Return the process that holds most: the first, or, where Muon keeps one moment and AdamW two, one
         of those that update tables."""
         rules = self._rules
         if not self._config.parallel.zero1 or len({rule.by_muon for rule in rules if not rule.frozen}) < 2:
-            return Place()
+            return StatePlace()
         ranks, found = self._sizes[False], {0}
         for first, end, placed in (bucket for buffer in self._buffers[False] for bucket in buffer.buckets):
             share = (end - first) // ranks
@@ -278,9 +278,9 @@ class StageBuffers:
                 if not (rule.by_muon or rule.is_vector):
                     begins = (run.start - first) // share
                     found |= {begins, min(begins + 1, (run.end - 1 - first) // share)}
-        return Place(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
+        return StatePlace(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
 
-    def held(self, place: Place) -> States:
+    def held(self, place: StatePlace) -> States:
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
@@ -309,12 +309,12 @@ class StageBuffers:
             (here - by_muon) * (master + 2 * moment) + by_muon * (master + max(item, FLOAT32_BYTES)),
             moved * HOST, here)
 
-    def _updated(self, routed: bool, rank: int) -> list[Piece]:
+    def _updated(self, routed: bool, rank: int) -> list[StatePiece]:
         """Return what a process updates of dense parameters or experts."""
         size = self._sizes[routed]
         if self._config.parallel.zero1:
             return [piece for buffer in self._buffers[routed] for piece in buffer.updated(rank, size)]
-        return [Piece(run.size.numel, run.size.number, run.size.mark)
+        return [StatePiece(run.size.numel, run.size.number, run.size.mark)
                 for buffer in self._buffers[routed] for _, _, placed in buffer.buckets for run in placed]
 
     def _counters(self) -> int:
@@ -399,7 +399,7 @@ def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
                  matrix and algorithm == "muon", len(part.shape) == 1)
 
 
-def _moved(pieces: list[Piece], rules: list[_Rule], share: float) -> int:
+def _moved(pieces: list[StatePiece], rules: list[_Rule], share: float) -> int:
     """Return how many elements lie in host memory: the first pieces that are `share` of all together, or
     more; matrices come before vectors, which have no weight decay (`mcore.optimizer.host_adamw.split`)."""
     if not share:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from megatron_sov.base.pages.page import Chapter, Chart, Section, Table, chart, colour, plain, render
+from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, chart, colour, plain, render
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import (
     Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals)
-from megatron_sov.plan.pages.telling import Told, name, sizes
+from megatron_sov.plan.pages.telling import PlanText, name, sizes
 from megatron_sov.plan.pages.timetable import rows, steps_to_show
-from megatron_sov.plan.search.sweep import Found
+from megatron_sov.plan.search.sweep import SweepResult
 from megatron_sov.runs.obs.figures import large
 from megatron_sov.work.clusters.units import GIB
 
@@ -26,10 +26,10 @@ ROW_PX, AROUND_PX = 26, 130
 """Height of a bar, and of what stands around bars."""
 
 
-def plan_page(config: RunConfig, quotes: Sequence[Quote], told: Told | None) -> str:
+def plan_page(config: RunConfig, quotes: Sequence[Quote], told: PlanText | None) -> str:
     """Return the page's HTML."""
-    sections = [Section("Schedule", charts=schedule_charts(config),
-                        tables=[schedule_table(config)], side_by_side=True)]
+    sections = [PageSection("Schedule", charts=schedule_charts(config),
+                            tables=[schedule_table(config)], side_by_side=True)]
     if quotes:
         sections = [*_priced(quotes), *(_searched(told) if told else []), *sections]
     where = f"{quotes[0].num_gpus:,} x {quotes[0].gpu}: {sizes(config.parallel)}" if quotes else ""
@@ -52,22 +52,22 @@ def _figures(quotes: Sequence[Quote]) -> list[tuple[str, str, str]]:
              f"may take {gib(fullest.limit_bytes)} GiB" if fullest.limit_bytes else "")]
 
 
-def _priced(quotes: Sequence[Quote]) -> list[Section]:
+def _priced(quotes: Sequence[Quote]) -> list[PageSection]:
     weights, messages = quote_tables.memory(quotes), quote_tables.traffic(quotes)
     checkpoints = quote_tables.checkpoints(quotes)
     found = [
-        Section("What it takes", " ".join(quote_tables.notes(quotes)),
-                tables=[_table(quote_tables.stages(quotes))]),
-        Section("Memory", f"{weights.title}.", charts=[_memory(quotes)], tables=[_table(weights)]),
-        Section("A step", charts=_steps(quotes), side_by_side=True,
-                tables=[_table(quote_tables.step(quotes))])]
+        PageSection("What it takes", " ".join(quote_tables.notes(quotes)),
+                    tables=[_table(quote_tables.stages(quotes))]),
+        PageSection("Memory", f"{weights.title}.", charts=[_memory(quotes)], tables=[_table(weights)]),
+        PageSection("A step", charts=_steps(quotes), side_by_side=True,
+                    tables=[_table(quote_tables.step(quotes))])]
     # jobs that send nothing, or write no checkpoint, have no such table
-    return found + [Section(table.title, tables=[_table(table)]) for table in (messages, checkpoints)
+    return found + [PageSection(table.title, tables=[_table(table)]) for table in (messages, checkpoints)
                     if table.rows]
 
 
-def _table(table: QuoteTable) -> Table:
-    return Table(table.head, table.rows)
+def _table(table: QuoteTable) -> PageTable:
+    return PageTable(table.head, table.rows)
 
 
 def _memory(quotes: Sequence[Quote]) -> Chart:
@@ -112,21 +112,21 @@ def _steps(quotes: Sequence[Quote]) -> list[Chart]:
     return drawn
 
 
-def _searched(told: Told) -> list[Section]:
+def _searched(told: PlanText) -> list[PageSection]:
     charts = [_points(told, i) for i in range(len(told.search.sweeps))]
     best, *_ = told.search.best
     text = f"{told.lines()[0]}. The fastest: {name(best.choice)}. {told.submit}"
-    reasons = Table(["why this layout, and why not others"], [[line] for line in told.lines()[1:]])
-    return [Section("Layouts", text, charts=charts, tables=[_table(told.table()), reasons],
-                    side_by_side=True)]
+    reasons = PageTable(["why this layout, and why not others"], [[line] for line in told.lines()[1:]])
+    return [PageSection("Layouts", text, charts=charts, tables=[_table(told.table()), reasons],
+                        side_by_side=True)]
 
 
-def _points(told: Told, kind: int) -> Chart:
+def _points(told: PlanText, kind: int) -> Chart:
     """Return the layouts of a kind of stage by memory and speed."""
     sweep, stages = told.search.sweeps[kind], told.search.names[kind]
     every = -(-len(sweep.ranked) // MAX_POINTS)
     shown = sweep.ranked[::every] if every > 1 else sweep.ranked
-    by_recompute: dict[str, list[Found]] = {}
+    by_recompute: dict[str, list[SweepResult]] = {}
     for found in shown:
         recompute, modules = found.choice.recompute
         by_recompute.setdefault(" + ".join(modules) or ("all layers" if recompute else "nothing"), []).append(
@@ -144,7 +144,8 @@ def _points(told: Told, kind: int) -> Chart:
     return chart(figure, f"Layouts that fit: memory and speed, stages {stages}.", notes, height_px=380)
 
 
-def _scatter(told: Told, kind: int, found: list[Found], words: str, marker: dict[str, object]) -> go.Scatter:
+def _scatter(told: PlanText, kind: int, found: list[SweepResult], words: str,
+             marker: dict[str, object]) -> go.Scatter:
     sweep = told.search.sweeps[kind]
     return go.Scatter(
         x=[round(f.needs_bytes / GIB, 1) for f in found], y=[round(told.speed(sweep, f)) for f in found],
@@ -159,10 +160,10 @@ CURVE_POINTS = 400
 """Points of a drawn curve, beside those at which something changes."""
 
 
-def schedule_table(config: RunConfig) -> Table:
+def schedule_table(config: RunConfig) -> PageTable:
     body = [[f"{r.step:,}", f"{r.tokens:,}", r.phase, f"{r.samples:,}", f"{r.seq_len:,}", f"{r.lr:.4g}"]
             for r in rows(config, 1)]
-    return Table(["step", "tokens", "phase", "samples", "length", "learning rate"], body)
+    return PageTable(["step", "tokens", "phase", "samples", "length", "learning rate"], body)
 
 
 def schedule_charts(config: RunConfig) -> list[Chart]:

@@ -16,7 +16,7 @@ from megatron_sov.work.clusters.units import GIB, HOURS_OF_A_DAY
 
 
 @dataclass(frozen=True)
-class Memory:
+class QuotedMemory:
     by_component: Mapping[str, int]
     """Item -> bytes on the device; they add up to what it needs."""
     limit_bytes: int
@@ -76,7 +76,7 @@ class Quote:
     global_batch_size: int
     layout: Mapping[str, Any]
     """Setting -> value: those of `parallel` that matter, and train.micro_batch_size, train.recompute."""
-    memory: Memory
+    memory: QuotedMemory
     seconds: Mapping[str, float]
     """Component -> seconds of one step, on the slowest process; they add up to the step."""
     tokens_per_s_per_gpu: float
@@ -117,7 +117,7 @@ class Quote:
 
 
 @dataclass(frozen=True)
-class Totals:
+class QuoteTotals:
     """All stages of a run together, one after the other."""
 
     tokens: int
@@ -131,11 +131,11 @@ class Totals:
     peak_memory_bytes: int
 
 
-def totals(quotes: Sequence[Quote]) -> Totals:
+def totals(quotes: Sequence[Quote]) -> QuoteTotals:
     """Return what stages take one after the other; there is at least one."""
     days = sum(q.days for q in quotes)
     ranges = [q.cost_range_usd if any(q.cost_range_usd) else (q.cost_usd, q.cost_usd) for q in quotes]
-    return Totals(
+    return QuoteTotals(
         tokens=sum(q.tokens for q in quotes), days=days, gpu_hours=sum(q.gpu_hours for q in quotes),
         energy_kwh=sum(q.energy_kwh for q in quotes), cost_usd=sum(q.cost_usd for q in quotes),
         cost_range_usd=(sum(low for low, _ in ranges), sum(high for _, high in ranges)),
@@ -250,7 +250,7 @@ def memory(quotes: Sequence[Quote]) -> QuoteTable:
     return QuoteTable(f"Memory of the fullest GPU in GiB{where}", ["item", *labels(kinds)], rows)
 
 
-def seen(memory: Memory, share: float = NOTHING_SHARE) -> dict[str, int]:
+def seen(memory: QuotedMemory, share: float = NOTHING_SHARE) -> dict[str, int]:
     """Return the items of memory that take more than a share of it, the others together, if they are
     anything."""
     large = {item: n for item, n in memory.by_component.items() if n > share * memory.total_bytes}
@@ -334,7 +334,7 @@ def text(table: QuoteTable) -> str:
     return "\n".join([f"{table.title}:", *(f"  {line}" for line in lines)])
 
 
-def totals_json(found: Totals) -> dict[str, float]:
+def totals_json(found: QuoteTotals) -> dict[str, float]:
     return dataclasses.asdict(found)
 
 

@@ -12,8 +12,8 @@ from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.plan.pages.quote import QuoteTable, component, gib, percent, seconds
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.space import AXES, Choice, as_dict
-from megatron_sov.plan.search.sweep import Common, Found, Search, Sweep, values
+from megatron_sov.plan.search.space import AXES, LayoutChoice, as_dict
+from megatron_sov.plan.search.sweep import Common, Sweep, SweepResult, SweepSearch, values
 from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_AN_HOUR
 
 SHOWN = 10
@@ -26,10 +26,10 @@ FASTER_SHARE = 0.03
 
 
 @dataclass(frozen=True)
-class Told:
-    search: Search
+class PlanText:
+    search: SweepSearch
     machines: Machines
-    recommended: Choice
+    recommended: LayoutChoice
     """The layout that a plan takes without a search."""
     settings: list[str]
     """What makes the winner of the run's own settings."""
@@ -71,7 +71,7 @@ class Told:
         return [f"as a run of its own{of}: {percent(faster)} faster with {name(fastest.choice)}: "
                 f"{set_line(fastest.choice.settings(self.search.config))}"]
 
-    def _recommended(self, choice: Choice) -> str:
+    def _recommended(self, choice: LayoutChoice) -> str:
         places = [c.choice for c in self.search.best]
         said = f"without --sweep: {name(choice)}"
         if choice not in places:
@@ -94,7 +94,7 @@ class Told:
             rows.append([*row, f"{one.seconds / SECONDS_OF_AN_HOUR / HOURS_OF_A_DAY:,.1f}"])
         return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
 
-    def speed(self, sweep: Sweep, found: Found) -> float:
+    def speed(self, sweep: Sweep, found: SweepResult) -> float:
         tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
         return tokens / found.step_s / self.machines.num_ranks
 
@@ -115,7 +115,7 @@ class Told:
                 "recommended": as_dict(self.recommended),
                 "settings": self.settings, "submit": self.submit}
 
-    def _found(self, sweep: Sweep, found: Found) -> dict[str, Any]:
+    def _found(self, sweep: Sweep, found: SweepResult) -> dict[str, Any]:
         return {"layout": as_dict(found.choice), "memory_bytes": found.needs_bytes, "step_s": found.step_s,
                 "seconds": found.seconds, "tokens_per_s_per_gpu": self.speed(sweep, found)}
 
@@ -138,7 +138,7 @@ def sizes(parallel: ParallelConfig) -> str:
     return f"{found or 'data parallel alone'}{', ZeRO-1' if parallel.zero1 else ''}"
 
 
-def name(choice: Choice) -> str:
+def name(choice: LayoutChoice) -> str:
     """Return a layout as people say it: the sizes above 1."""
     p = choice.parallel
     parts = [f"{axis} {getattr(p, axis)}" for axis in PARALLEL_AXES if getattr(p, axis) > 1]
@@ -150,7 +150,7 @@ def name(choice: Choice) -> str:
     return ", ".join([*(parts if len(parts) > 1 else ["data parallel alone", *parts]), recomputes(choice)])
 
 
-def recomputes(choice: Choice) -> str:
+def recomputes(choice: LayoutChoice) -> str:
     recompute, modules = choice.recompute
     if recompute == "selective":
         return f"recomputes {' + '.join(modules)}"

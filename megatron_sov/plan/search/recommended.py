@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.layouts import RECOMMENDED, Layout
-from megatron_sov.model.recipes.requested import Request
+from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import fits, fullest
 from megatron_sov.work.clusters.chips import CHIPS
 from megatron_sov.work.clusters.units import GIB
@@ -34,7 +34,7 @@ def recommended(config: RunConfig, num_ranks: int, gpu: str) -> Layout | None:
     return None
 
 
-def leaves_layout_open(request: Request) -> bool:
+def leaves_layout_open(request: RecipeRequest) -> bool:
     """Return whether nobody has said anything about a run's layout, its micro-batch or what it recomputes:
     neither --set, nor a file, nor a recipe of the user's own under the name of another one."""
     base = request.base

@@ -83,7 +83,7 @@ def _cut(total: int, parts: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Space:
+class LayoutSpace:
     """Values of each setting; what a search looks at is their product."""
 
     tp: tuple[int, ...]
@@ -107,7 +107,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     parallel: ParallelConfig
     micro_batch_size: int
     recompute: Recompute
@@ -133,7 +133,7 @@ class Choice:
 
 
 def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[str] = (),
-             beside: Collection[float] = ()) -> Space:
+             beside: Collection[float] = ()) -> LayoutSpace:
     """Return what is looked at for a run, its own layout among it.
 
     ZeRO-1 is on: it needs less memory and sends the same bytes; a run without it is looked at both ways.
@@ -150,7 +150,7 @@ def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[s
     longest = config.data.max_seq_len()
     experts = model.num_moe_layers() > 0
     tp = _powers(min(MAX_TP, domain, num_ranks))
-    found = Space(
+    found = LayoutSpace(
         tp=_with(tp, own.tp), pp=_with([d for d in _divisors(model.num_layers) if d <= num_ranks], own.pp),
         vpp=_with(VPP, own.vpp),
         cp=_with([c for c in _powers(min(MAX_CP, num_ranks)) if c == 1 or longest // c >= MIN_LOCAL_TOKENS],
@@ -170,7 +170,7 @@ def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[s
     return replace(found, uneven=_uneven(config, found, num_ranks, fixed, beside))
 
 
-def _uneven(config: RunConfig, space: Space, num_ranks: int, fixed: Collection[str],
+def _uneven(config: RunConfig, space: LayoutSpace, num_ranks: int, fixed: Collection[str],
             beside: Collection[float]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     """Return the run's own uneven pipeline, and those that are worth a look; equal stages need numbers that
     divide the layers, which these do not."""
@@ -200,7 +200,7 @@ def _modules(model: ModelConfig) -> list[tuple[str, ...]]:
     return [("mlp",), ("core_attn", "mlp")]
 
 
-def layouts(config: RunConfig, space: Space) -> Iterator[ParallelConfig]:
+def layouts(config: RunConfig, space: LayoutSpace) -> Iterator[ParallelConfig]:
     """Yield the layouts of a space; some break a rule.
 
     Sequence parallelism goes with tensor parallelism: it sends the same bytes and needs less memory.
@@ -213,23 +213,23 @@ def layouts(config: RunConfig, space: Space) -> Iterator[ParallelConfig]:
                           overlap_param_gather=own.overlap_param_gather and zero1, pipeline_layout=stages)
 
 
-def _equal(config: RunConfig, space: Space) -> list[tuple[int, int, tuple[int, ...]]]:
+def _equal(config: RunConfig, space: LayoutSpace) -> list[tuple[int, int, tuple[int, ...]]]:
     return [(pp, vpp, ()) for pp in space.pp for vpp in space.vpp
             if vpp == 1 or (pp > 1 and config.model.num_layers // pp % vpp == 0)]
 
 
-def choices(config: RunConfig, space: Space) -> Iterator[Choice]:
+def choices(config: RunConfig, space: LayoutSpace) -> Iterator[LayoutChoice]:
     for parallel in layouts(config, space):
         for size, recompute in itertools.product(space.micro_batch_size, space.recompute):
-            yield Choice(parallel, size, recompute)
+            yield LayoutChoice(parallel, size, recompute)
 
 
-def own_choice(config: RunConfig) -> Choice:
-    return Choice(config.parallel, config.train.micro_batch_size,
-                  (config.train.recompute, config.gpu.recompute_modules))
+def own_choice(config: RunConfig) -> LayoutChoice:
+    return LayoutChoice(config.parallel, config.train.micro_batch_size,
+                        (config.train.recompute, config.gpu.recompute_modules))
 
 
-def as_dict(choice: Choice) -> dict[str, Any]:
+def as_dict(choice: LayoutChoice) -> dict[str, Any]:
     """Return the settings that matter of a layout, as a `Quote` has them."""
     p = dataclasses.asdict(choice.parallel)
     named = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "pipeline_layout")

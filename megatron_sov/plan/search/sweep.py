@@ -8,19 +8,20 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_sov.base.settings import Problem
+from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.pricing import Pricing, RunStage, group_stages, refuse_precision, run_stages
-from megatron_sov.plan.search.space import AXES, Choice, Recompute, Space, choices, layouts, space_of
+from megatron_sov.plan.search.space import (
+    AXES, LayoutChoice, LayoutSpace, Recompute, choices, layouts, space_of)
 
 PROCESSES = "must divide the number of processes"
 """How rules on products of sizes end."""
 
 
 @dataclass(frozen=True)
-class Found:
-    choice: Choice
+class SweepResult:
+    choice: LayoutChoice
     needs_bytes: int
     seconds: dict[str, float]
     """Component -> seconds of one step."""
@@ -31,10 +32,10 @@ class Found:
 class Sweep:
     stage: RunStage
     num_looked_at: int = 0
-    ranked: list[Found] = field(default_factory=list)
+    ranked: list[SweepResult] = field(default_factory=list)
     """Those that fit, fastest first."""
     num_too_large: int = 0
-    lacks: dict[tuple[str, object], tuple[int, Choice]] = field(default_factory=dict)
+    lacks: dict[tuple[str, object], tuple[int, LayoutChoice]] = field(default_factory=dict)
     """(axis, value) -> bytes that the nearest layout with this value lacks, and that layout; of those that do
     not fit.  ("", None) stands for all of them."""
     broken: Counter[str] = field(default_factory=Counter)
@@ -43,11 +44,11 @@ class Sweep:
     """Rule -> a sentence that tells it."""
 
     @property
-    def nearest(self) -> tuple[int, Choice] | None:
+    def nearest(self) -> tuple[int, LayoutChoice] | None:
         """What the layout lacks that comes nearest to fitting; None: all that keep the rules fit."""
         return self.lacks.get(("", None))
 
-    def breaks(self, problem: Problem, count: int) -> None:
+    def breaks(self, problem: SettingsProblem, count: int) -> None:
         sentence = problem.sentence
         # the same rule with other numbers is one rule, and so are both products of sizes
         rule = (PROCESSES if PROCESSES in sentence
@@ -55,14 +56,14 @@ class Sweep:
         self.broken[rule] += count
         self.examples.setdefault(rule, sentence)
 
-    def too_large(self, choice: Choice, lacks_bytes: int) -> None:
+    def too_large(self, choice: LayoutChoice, lacks_bytes: int) -> None:
         self.num_too_large += 1
         for key in (("", None), *values(choice)):
             if key not in self.lacks or lacks_bytes < self.lacks[key][0]:
                 self.lacks[key] = lacks_bytes, choice
 
 
-def values(choice: Choice) -> Iterator[tuple[str, object]]:
+def values(choice: LayoutChoice) -> Iterator[tuple[str, object]]:
     for axis in AXES[:6]:
         yield axis, getattr(choice.parallel, axis)
     yield "stages", "uneven" if choice.parallel.pipeline_layout else "equal"
@@ -70,7 +71,7 @@ def values(choice: Choice) -> Iterator[tuple[str, object]]:
     yield "recompute", choice.recompute
 
 
-def sweep(stage: RunStage, space: Space, scales: Pricing,
+def sweep(stage: RunStage, space: LayoutSpace, scales: Pricing,
           advance: Callable[[int], object] = lambda count: None) -> Sweep:
     """Look at every layout of a space."""
     found = Sweep(stage)
@@ -86,12 +87,12 @@ def sweep(stage: RunStage, space: Space, scales: Pricing,
     return found
 
 
-def _look(found: Sweep, parallel: ParallelConfig, space: Space, scales: Pricing) -> None:
+def _look(found: Sweep, parallel: ParallelConfig, space: LayoutSpace, scales: Pricing) -> None:
     """Weigh and time layouts that differ in micro-batch and recomputation; the smallest micro-batch first:
     where it does not fit, no larger one does."""
     lacks: dict[Recompute, int] = {}
     for size in sorted(space.micro_batch_size):
-        tried = [Choice(parallel, size, recompute) for recompute in space.recompute]
+        tried = [LayoutChoice(parallel, size, recompute) for recompute in space.recompute]
         if len(lacks) == len(tried) and all(lacks.values()):
             for choice in tried:
                 found.too_large(choice, lacks[choice.recompute])
@@ -115,10 +116,10 @@ def _look(found: Sweep, parallel: ParallelConfig, space: Space, scales: Pricing)
                 found.too_large(choice, lacking)
             else:
                 seconds = scales.seconds(stage)
-                found.ranked.append(Found(choice, needs, seconds, sum(seconds.values())))
+                found.ranked.append(SweepResult(choice, needs, seconds, sum(seconds.values())))
 
 
-def _of_recompute(config: RunConfig) -> list[Problem]:
+def _of_recompute(config: RunConfig) -> list[SettingsProblem]:
     """Return the rules that a run breaks among those that recomputation has a part in."""
     gpu, train, optim = config.gpu, config.train, config.optim
     return [*gpu.problems(config.model, config.parallel, train, optim),
@@ -127,7 +128,7 @@ def _of_recompute(config: RunConfig) -> list[Problem]:
 
 @dataclass(frozen=True)
 class Common:
-    choice: Choice
+    choice: LayoutChoice
     needs_bytes: int
     by_component: dict[str, float]
     """Component -> seconds of all steps of all stages."""
@@ -161,7 +162,7 @@ NODES_TRIED = (*range(1, EVERY_NODE + 1),
 
 
 @dataclass(frozen=True)
-class Search:
+class SweepSearch:
     config: RunConfig
     sweeps: list[Sweep]
     """One for each kind of stage: stages of equal length and batch are one kind."""
@@ -174,7 +175,7 @@ class Search:
         """Layouts, each for each kind of stage."""
         return sum(s.num_looked_at for s in self.sweeps)
 
-    def found(self, choice: Choice) -> list[Found | None]:
+    def found(self, choice: LayoutChoice) -> list[SweepResult | None]:
         """Return what was found of a layout for each kind of stage; None: it does not fit there."""
         return [next((f for f in s.ranked if f.choice == choice), None) for s in self.sweeps]
 
@@ -188,7 +189,7 @@ def kinds(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, list[RunSta
 
 
 def search(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
-           advance: Callable[[int], object] = lambda count: None) -> Search:
+           advance: Callable[[int], object] = lambda count: None) -> SweepSearch:
     """Look at every layout of a run.
 
     Raises:
@@ -198,11 +199,11 @@ def search(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
     for stage, space, same in _spaces(config, pricing, fixed):
         found.append(sweep(stage, space, pricing, advance))
         names.append(", ".join(s.name for s in same))
-    return Search(config, found, names, common(found))
+    return SweepSearch(config, found, names, common(found))
 
 
 def _spaces(config: RunConfig, pricing: Pricing,
-            fixed: Collection[str]) -> list[tuple[RunStage, Space, list[RunStage]]]:
+            fixed: Collection[str]) -> list[tuple[RunStage, LayoutSpace, list[RunStage]]]:
     """Return the stages of a run by kind, each with its space: uneven pipelines that suit one of them are
     looked at for all, since one layout is to serve them all.
 
@@ -263,7 +264,7 @@ def fits_somehow(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (
     return True
 
 
-def _any_fits(stage: RunStage, space: Space, pricing: Pricing) -> bool:
+def _any_fits(stage: RunStage, space: LayoutSpace, pricing: Pricing) -> bool:
     # those that share weights most come first
     tried = sorted(choices(stage.config, space),
                    key=lambda c: -c.parallel.tp * c.parallel.pp * c.parallel.ep * c.parallel.cp)

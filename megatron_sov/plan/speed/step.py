@@ -190,7 +190,7 @@ class _MicroBatch:
         return sum(vars(self).values())
 
 
-class Parts(NamedTuple):
+class StepParts(NamedTuple):
     """Seconds of a micro-batch, before a pipeline cuts them."""
 
     trunk: _MicroBatch
@@ -201,8 +201,8 @@ class Parts(NamedTuple):
     """The output head and those of prediction layers, with their losses."""
 
 
-Known = dict[Workload, Parts]
-"""What was reckoned before, by workloads that differ in what `Parts` do not depend on."""
+Known = dict[Workload, StepParts]
+"""What was reckoned before, by workloads that differ in what `StepParts` do not depend on."""
 
 
 def step_time(w: Workload, parameters: Parameters | None = None, known: Known | None = None) -> StepTime:
@@ -253,10 +253,10 @@ def beside_layers(w: Workload, parameters: Parameters | None = None) -> float:
     return (parts.behind.total + parts.head.total) / layer_s
 
 
-def _parts(clock: Clock, known: Known | None) -> Parts:
+def _parts(clock: Clock, known: Known | None) -> StepParts:
     """Return the seconds of a micro-batch, reckoned anew where nobody has before."""
     if known is None:
-        return Parts(_trunk(clock), _prediction_layers(clock), _head(clock))
+        return StepParts(_trunk(clock), _prediction_layers(clock), _head(clock))
     key = replace(clock.w, pp=1, vpp=1, stage_layers=(), num_gpus=1, global_batch_size=1)
     if key not in known:
         known[key] = _parts(clock, None)
@@ -271,7 +271,7 @@ def _head(clock: Clock) -> _MicroBatch:
         + work.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
 
-def _stage(w: Workload, parts: Parts, messages_s: float) -> tuple[_MicroBatch, float, float]:
+def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
     """Return the seconds of a micro-batch on the slowest stage, their mean over stages, and how many layers
     that stage has, in units of their mean."""
     s, (trunk, behind, head) = w.shape, parts
@@ -350,7 +350,7 @@ def _moe(clock: Clock) -> _MicroBatch:
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
 
-def _exposed(w: Workload, p: Parameters, message: traffic.Message | None) -> float:
+def _exposed(w: Workload, p: Parameters, message: traffic.TrafficMessage | None) -> float:
     """Return the seconds of a step's messages that nothing hides."""
     if message is None:
         return 0.0
@@ -380,7 +380,7 @@ def _launch(clock: Clock) -> tuple[float, float]:
     return seconds * share, moe / w.pp * p.moe_stall_s * clock.moe_age * share * w.dropless
 
 
-def _data(w: Workload, p: Parameters, message: traffic.Message, micro_batch_s: float) -> float:
+def _data(w: Workload, p: Parameters, message: traffic.TrafficMessage, micro_batch_s: float) -> float:
     """Return the seconds of data-parallel messages that computation does not hide."""
     fraction = p.inside_fraction if message.link == "inside" else p.between_fraction
     seconds = message.num_bytes / message.bytes_per_s / fraction + message.count * message.latency_s

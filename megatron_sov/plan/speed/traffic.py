@@ -19,7 +19,7 @@ WEIGHT_BYTES = 2
 
 
 @dataclass(frozen=True)
-class Message:
+class TrafficMessage:
     group: Group
     """Tensor, expert, context, pipeline or data parallelism (edp: of routed experts)."""
     num_bytes: float
@@ -41,7 +41,7 @@ class Message:
         return self.num_bytes / self.bytes_per_s + self.count * self.latency_s
 
 
-def messages(w: Workload) -> tuple[Message, ...]:
+def messages(w: Workload) -> tuple[TrafficMessage, ...]:
     """Return what one GPU of a middle stage sends in a step; nothing where a group has one process."""
     found = [tensor(w), expert_exchange(w), context(w), pipeline(w), *data(w)]
     return tuple(m for m in found if m.num_bytes)
@@ -63,7 +63,7 @@ def passes(w: Workload, module: str = "") -> float:
     return 1 + (w.objective != "forward") + (again and w.objective != "forward")
 
 
-def tensor(w: Workload) -> Message:
+def tensor(w: Workload) -> TrafficMessage:
     """Return all-gathers and reduce-scatters around attention and dense feed-forward networks."""
     s, tp = w.shape, w.tp
     blocks = s.num_attention_layers + s.num_mamba_layers
@@ -80,14 +80,14 @@ def tensor(w: Workload) -> Message:
     return _ring("tp", w, volume, count, tp, 1)
 
 
-def expert_exchange(w: Workload) -> Message:
+def expert_exchange(w: Workload) -> TrafficMessage:
     """Return dispatch and combination of tokens, forward and backward.  Processes that share a cut expert
     each have all of its tokens: all-to-all is followed by a gathering among them (`token_dispatcher` of
     megatron-core, 0.16.1), the other dispatchers send every one its own copy."""
     s, size, choices = w.shape, w.ep * w.etp, w.shape.num_experts_per_token
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     if not moe or size == 1:
-        return Message("ep", 0, 1, 1, 0, 0)
+        return TrafficMessage("ep", 0, 1, 1, 0, 0)
     times = moe / w.pp * 2 * passes(w, "moe") * w.num_micro_batches
     token_bytes = local_tokens(w) / w.tp * s.expert_width * ACTIVATION_BYTES * w.imbalance
     domains = max(1.0, size / w.links.domain)
@@ -101,11 +101,11 @@ def expert_exchange(w: Workload) -> Message:
     inside_s = copies / w.links.inside_bytes_per_s
     seconds = max(inside_s, outside / w.links.between_bytes_per_s) if outside else inside_s
     latency = w.links.between_latency_s if outside else w.links.inside_latency_s
-    return Message("ep", times * token_bytes * copies, 1 - outside / max(copies, 1e-9), copies / seconds,
-                   times, latency * 4)
+    return TrafficMessage("ep", times * token_bytes * copies, 1 - outside / max(copies, 1e-9),
+                          copies / seconds, times, latency * 4)
 
 
-def context(w: Workload) -> Message:
+def context(w: Workload) -> TrafficMessage:
     """Return keys and values that go round the ring, and their gradients (arXiv 2310.01889); of layers with
     a window the ends of the two pieces that a process has of each row, which the next ones see."""
     s, cp = w.shape, w.cp
@@ -120,19 +120,19 @@ def context(w: Workload) -> Message:
     return _ring("cp", w, volume, layers * rounds * (cp - 1) * w.num_micro_batches, cp, w.tp)
 
 
-def pipeline(w: Workload) -> Message:
+def pipeline(w: Workload) -> TrafficMessage:
     """Return hidden states to the next stage and gradients to the one before."""
     if w.pp == 1:
-        return Message("pp", 0, 1, 1, 0, 0)
+        return TrafficMessage("pp", 0, 1, 1, 0, 0)
     times = w.num_micro_batches * w.vpp * (1 + (w.objective != "forward"))
     volume = times * local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
     inside = w.num_gpus <= w.links.domain
     rate = w.links.inside_bytes_per_s if inside else w.links.between_bytes_per_s
     latency = w.links.inside_latency_s if inside else w.links.between_latency_s
-    return Message("pp", volume, float(inside), rate, times, latency)
+    return TrafficMessage("pp", volume, float(inside), rate, times, latency)
 
 
-def data(w: Workload) -> list[Message]:
+def data(w: Workload) -> list[TrafficMessage]:
     """Return gradients and weights over data-parallel processes: those of all, and of routed experts."""
     if w.objective != "train":
         return []
@@ -173,13 +173,13 @@ def _visited(places: float, choices: int) -> float:
     return places * (1 - (1 - 1 / places) ** choices) if places > 1 else 1.0
 
 
-def _ring(group: Group, w: Workload, volume: float, count: float, size: int, stride: int) -> Message:
+def _ring(group: Group, w: Workload, volume: float, count: float, size: int, stride: int) -> TrafficMessage:
     """Return a message of a ring whose members stand `stride` ranks apart: all members of a domain put their
     adapters together where it leaves the domain (NCCL's rings)."""
     if size == 1 or not volume:
-        return Message(group, 0, 1, 1, 0, 0)
+        return TrafficMessage(group, 0, 1, 1, 0, 0)
     members = max(1, w.links.domain // stride)
     if size <= members:
-        return Message(group, volume, 1, w.links.inside_bytes_per_s, count, w.links.inside_latency_s)
+        return TrafficMessage(group, volume, 1, w.links.inside_bytes_per_s, count, w.links.inside_latency_s)
     rate = min(w.links.inside_bytes_per_s, members * w.links.between_bytes_per_s)
-    return Message(group, volume, 1 - 1 / members, rate, count, w.links.between_latency_s)
+    return TrafficMessage(group, volume, 1 - 1 / members, rate, count, w.links.between_latency_s)

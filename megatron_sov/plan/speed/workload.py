@@ -16,7 +16,7 @@ HEAD = "head"
 """Part that no recomputation computes again: it goes by layers, and the head is behind them."""
 
 
-class Matrix(NamedTuple):
+class MatrixWork(NamedTuple):
     """A weight [rows, columns] that a token is multiplied with."""
 
     rows: float
@@ -123,7 +123,7 @@ class ModelShape:
     def ffn_matrices(self) -> int:
         return 3 if self.gated else 2
 
-    def matrices(self, block: Block) -> list[Matrix]:
+    def matrices(self, block: Block) -> list[MatrixWork]:
         """Return the weights that tokens are multiplied with in one block of a layer, in an expert, between
         a token's embedding and a prediction layer, or in the output head."""
         h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
@@ -131,40 +131,40 @@ class ModelShape:
             return self._attention()
         if block == "mamba":
             width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
-            return [Matrix(width, h, "rows"), Matrix(h, inner, "columns")]
+            return [MatrixWork(width, h, "rows"), MatrixWork(h, inner, "columns")]
         if block == "dense":
             return self._feed_forward(self.dense_ffn_dim, h, "mlp")
         if block == "expert":
             return self._feed_forward(self.expert_ffn_dim, self.expert_width, "moe")
         if block == "prediction":
-            return [Matrix(h, 2 * h, "rows")]
+            return [MatrixWork(h, 2 * h, "rows")]
         if block == "head":
-            return [Matrix(self.vocab_size, h, "rows", HEAD, quantized=False)]
-        found = [Matrix(self.num_experts, h, "tokens", quantized=False)]
+            return [MatrixWork(self.vocab_size, h, "rows", HEAD, quantized=False)]
+        found = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
             found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
         if self.expert_latent_dim:
-            found += [Matrix(self.expert_latent_dim, h, "tokens"),
-                      Matrix(h, self.expert_latent_dim, "tokens")]
+            found += [MatrixWork(self.expert_latent_dim, h, "tokens"),
+                      MatrixWork(h, self.expert_latent_dim, "tokens")]
         return found
 
-    def _attention(self) -> list[Matrix]:
+    def _attention(self) -> list[MatrixWork]:
         h, heads = self.hidden_size, self.num_heads
-        out = Matrix(h, heads * self.value_dim, "columns")
+        out = MatrixWork(h, heads * self.value_dim, "columns")
         if not self.kv_lora_rank:
-            return [Matrix((heads + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
+            return [MatrixWork((heads + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
         both = heads * (self.head_dim + self.value_dim)
-        found = [Matrix(self.kv_lora_rank + self.rope_head_dim, h, ""),
-                 Matrix(both, self.kv_lora_rank, "rows", "mla_up_proj"), out]
+        found = [MatrixWork(self.kv_lora_rank + self.rope_head_dim, h, ""),
+                 MatrixWork(both, self.kv_lora_rank, "rows", "mla_up_proj"), out]
         if not self.q_lora_rank:
-            return [*found, Matrix(heads * self.query_dim, h, "rows")]
-        return [*found, Matrix(self.q_lora_rank, h, ""),
-                Matrix(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
+            return [*found, MatrixWork(heads * self.query_dim, h, "rows")]
+        return [*found, MatrixWork(self.q_lora_rank, h, ""),
+                MatrixWork(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
 
-    def _feed_forward(self, inner: float, width: int, part: str) -> list[Matrix]:
+    def _feed_forward(self, inner: float, width: int, part: str) -> list[MatrixWork]:
         """Return two matrices of a network, of which the first one has the gate, where there is one."""
-        return [Matrix((self.ffn_matrices - 1) * inner, width, "rows", part),
-                Matrix(width, inner, "columns", part)]
+        return [MatrixWork((self.ffn_matrices - 1) * inner, width, "rows", part),
+                MatrixWork(width, inner, "columns", part)]
 
     def block_params(self, block: Block) -> int:
         return round(sum(one.rows * one.columns for one in self.matrices(block)))

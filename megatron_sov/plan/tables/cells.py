@@ -46,14 +46,14 @@ class MissingInput(Exception):
 
 
 @dataclass(frozen=True)
-class Table:
+class CellTable:
     columns: list[str]
     """Their names, in the file's order."""
     rows: list[dict[str, str]]
     """Column -> cell."""
 
 
-def read_table(file: Path) -> Table:
+def read_table(file: Path) -> CellTable:
     """Read a table in CSV: columns of `KNOWN`, in any order, any of them missing.
 
     Raises:
@@ -91,7 +91,7 @@ def read_table(file: Path) -> Table:
         rows.append(row)
     if not rows:
         raise UserError(f"{name}: names columns and has no row; add one for each run to predict")
-    return Table(columns, rows)
+    return CellTable(columns, rows)
 
 
 def number(row: Mapping[str, str], column: str) -> float:

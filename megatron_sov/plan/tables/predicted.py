@@ -23,7 +23,7 @@ from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
 
 
 @dataclass(frozen=True)
-class Prediction:
+class RowPrediction:
     tokens_per_s_per_gpu: float = 0.0
     """Throughput; 0: none."""
     tflops_per_gpu: float = 0.0
@@ -35,7 +35,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Summary:
+class PredictionSummary:
     """How the predictions of a table compare with what it states."""
 
     num_rows: int
@@ -53,21 +53,21 @@ class Summary:
                 f"(median), {ninth:.1%} (90th percentile), {sizes[-1]:.1%} (worst)")
 
 
-def predict(row: Mapping[str, str], parameters: Parameters | None = None) -> Prediction:
+def predict(row: Mapping[str, str], parameters: Parameters | None = None) -> RowPrediction:
     """Return what is predicted for a row, or why nothing is."""
     p = parameters or default()
     try:
         w = workload_of(row, p)
         time = step_time(w, p)
     except (MissingInput, UserError) as why:
-        return Prediction(reason=str(why))
+        return RowPrediction(reason=str(why))
     stated = tokens_per_s_per_gpu(row, w)
     found = time.tokens_per_s_per_gpu
-    return Prediction(found, time.tflops_per_gpu, peak_bytes(w) / 1e9,
-                      error=found / stated - 1 if stated else 0.0)
+    return RowPrediction(found, time.tflops_per_gpu, peak_bytes(w) / 1e9,
+                         error=found / stated - 1 if stated else 0.0)
 
 
-def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) -> Summary:
+def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) -> PredictionSummary:
     """Predict every row of a table, and write the table with columns of predictions behind its own.
 
     Raises:
@@ -85,8 +85,8 @@ def predict_file(rows: Path, out: Path, parameters: Parameters | None = None) ->
         numbers = [_cell(found.tokens_per_s_per_gpu), _cell(found.tflops_per_gpu), _cell(found.peak_mem_gb)]
         writer.writerow([*(row[column] for column in columns), *numbers, found.reason])
     write_output(out, text.getvalue())
-    return Summary(len(predictions), sum(not found.reason for found in predictions),
-                   tuple(found.error for found in predictions if found.error))
+    return PredictionSummary(len(predictions), sum(not found.reason for found in predictions),
+                             tuple(found.error for found in predictions if found.error))
 
 
 def _cell(value: float) -> str:

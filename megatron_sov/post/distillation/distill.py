@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import Sample
+from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.logprobs import Head
@@ -119,7 +119,7 @@ def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> t
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
     samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens, whole=source.is_chat)
-    samples += [Sample(index, ())] * (-len(samples) % (size * world.dp_size))
+    samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
     own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]
 

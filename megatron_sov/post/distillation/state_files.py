@@ -33,7 +33,7 @@ OPEN_PARTS = 32
 
 
 @dataclass(frozen=True)
-class Part:
+class StatesPart:
     """A run of documents whose states lie in one file."""
 
     source: int
@@ -57,7 +57,7 @@ def lengths_of(source: Source, split: str) -> np.ndarray:
     return np.asarray(stored[np.arange(len(stored))], np.int64)
 
 
-def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[Part]:
+def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
     """Return the parts of all documents, in the order of the shards.
 
     A document belongs to the part in which its first token lies, so that no document is cut.
@@ -69,7 +69,8 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
             starts = lengths.cumsum() - lengths
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))
-            found += [Part(index, split, int(first), int(count), int(lengths[first:first + count].sum()))
+            found += [StatesPart(index, split, int(first), int(count),
+                                 int(lengths[first:first + count].sum()))
                       for first, count in zip(firsts, counts, strict=True)]
     return [part for part in found if part.num_tokens]
 
@@ -88,7 +89,7 @@ class Kept:
     """Whether they are the student's tokens, and the teacher's others (`parts.translation`)."""
 
 
-def content_of(parts: list[Part], hidden_size: int, vocab_size: int, kept: Kept,
+def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: Kept,
                logits_softcap: float | None = None) -> dict[str, Any]:
     """Return what the manifest says."""
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
@@ -138,9 +139,9 @@ class StateFiles:
         self.sources = {index: own for own, index in enumerate(found)}
         """Index of each source that it was made from, among those of the run -> its index in here."""
         self._sources = [sources[index] for index in found]
-        self._parts: dict[tuple[int, str], list[Part]] = {}
+        self._parts: dict[tuple[int, str], list[StatesPart]] = {}
         for raw in content["parts"]:
-            part = Part(**raw)
+            part = StatesPart(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
@@ -178,7 +179,7 @@ class StateFiles:
                             "make them again from this data")
         return states[first:first + count]
 
-    def _mapped(self, part: Part) -> tuple[np.ndarray, torch.Tensor]:
+    def _mapped(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
         """Return where each document of a part begins, and the end, and its rows."""
         file, stored = self.folder / part.file, self._lengths(part.source, part.split)
         lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)

@@ -29,7 +29,7 @@ from megatron_sov.engine.data.written_sources import source_record
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import Sampling, Stop
+from megatron_sov.infer.request import Sampling, StopRule
 from megatron_sov.post.distillation.state_files import lengths_of
 from megatron_sov.post.distillation.teacher import artifact_on_ranks, weights_digest
 from megatron_sov.runs.launch_environment import is_first
@@ -42,7 +42,7 @@ FILES = ("bin", "idx", *SIDECARS)
 
 
 @dataclass(frozen=True)
-class Writing:
+class StudentWriting:
     """What a student writes."""
 
     student: Target
@@ -53,7 +53,7 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _WritingPart:
     """A run of prompts whose answers are one shard."""
 
     source: int
@@ -65,7 +65,7 @@ class _Part:
     """Number of the first one's random numbers, among all prompts."""
 
 
-def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int | None, *,
+def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], nproc: int | None, *,
                   overwrite: bool = False, redo: bool = False) -> None:
     """Have a student answer the training prompts once each, and keep its answers as conversations.
 
@@ -91,7 +91,7 @@ def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int
     refuse_other_tokens(tokenizer, asked.student.tokenizer_folder)
     _refuse_too_long(asked, sources)
     parts = list(_parts(sources, asked.part_prompts))
-    stop = Stop(_end_ids(tokenizer, next(iter(asked.prompts))))
+    stop = StopRule(_end_ids(tokenizer, next(iter(asked.prompts))))
 
     def work(loaded: Loaded) -> int:
         engine = MegatronEngine(loaded.policy)
@@ -109,17 +109,17 @@ def write_answers(asked: Writing, out: Path, settings: Sequence[str], nproc: int
     run_forward_model(asked.student, settings, nproc, work)
 
 
-def _parts(sources: list[Source], part_prompts: int) -> Iterator[_Part]:
+def _parts(sources: list[Source], part_prompts: int) -> Iterator[_WritingPart]:
     stream = 0
     for index, source in enumerate(sources):
         num_documents = len(source.shard("train").lengths)
         for number, first in enumerate(range(0, num_documents, part_prompts)):
             count = min(part_prompts, num_documents - first)
-            yield _Part(index, number, first, count, stream)
+            yield _WritingPart(index, number, first, count, stream)
             stream += count
 
 
-def _prefix(sources: list[Source], part: _Part) -> str:
+def _prefix(sources: list[Source], part: _WritingPart) -> str:
     """Return the path of a part's files in the artifact, without their endings."""
     return f"{_name(sources[part.source])}/train-{part.number:05d}"
 
@@ -128,7 +128,7 @@ def _name(source: Source) -> str:
     return f"{source.name}-answers"
 
 
-def _prompts(sources: list[Source], part: _Part) -> list[list[int]]:
+def _prompts(sources: list[Source], part: _WritingPart) -> list[list[int]]:
     shard = sources[part.source].shard("train")
     documents = range(part.first_document, part.first_document + part.num_documents)
     return [shard.tokens(d, 0, int(shard.lengths[d])).tolist() for d in documents]
@@ -140,7 +140,7 @@ def _end_ids(tokenizer: Path, prompts: str) -> tuple[int, ...]:
     return tuple(sorted({*(encoder.end_ids() if encoder else ()), *([] if eos_id is None else [eos_id])}))
 
 
-def _refuse_too_long(asked: Writing, sources: list[Source]) -> None:
+def _refuse_too_long(asked: StudentWriting, sources: list[Source]) -> None:
     room = asked.student.max_tokens - asked.sampling.max_new_tokens
     for source in sources:
         longest = int(lengths_of(source, "train").max(initial=0))
@@ -151,8 +151,8 @@ def _refuse_too_long(asked: Writing, sources: list[Source]) -> None:
 
 
 @contextlib.contextmanager
-def _artifact(asked: Writing, sources: list[Source], tokenizer: Path, settings: Sequence[str], out: Path,
-              overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
+def _artifact(asked: StudentWriting, sources: list[Source], tokenizer: Path, settings: Sequence[str],
+              out: Path, overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no answer in it."""
     plan = {"student": weights_digest(asked.student), "sampling": asdict(asked.sampling),
             "part_prompts": asked.part_prompts,
@@ -183,7 +183,7 @@ def _write(prefix: str, prompts: list[list[int]], answers: list[list[int]], arti
         artifact.finish(f"{prefix}.{ending}", FileRecord.of(file))
 
 
-def _describe(sources: list[Source], parts: list[_Part], artifact: ResumableArtifact) -> None:
+def _describe(sources: list[Source], parts: list[_WritingPart], artifact: ResumableArtifact) -> None:
     """Say in the manifest what the shards hold."""
     content = artifact.writer.content
     sizes_bytes = token_bytes(artifact.path / "tokenizer", content["vocab_size"])

@@ -30,13 +30,13 @@ from megatron_sov.engine.mcore.model.language_model import states_for_head
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives, context
 from megatron_sov.engine.mcore.parallel.device import local_device, release_unused
-from megatron_sov.engine.mcore.parallel.world import World, on_main
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
-    DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, Part, content_of, lengths_of, packed, parts_of, unpacked)
-from megatron_sov.post.parts.translation import Translated, Translation
+    DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
+from megatron_sov.post.parts.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.progress.resumable_artifact import ResumableArtifact, resumable_artifact
@@ -55,7 +55,8 @@ class ArtifactOnRanks:
 
 
 @contextlib.contextmanager
-def artifact_on_ranks(world: World, opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
+def artifact_on_ranks(world: ParallelWorld, opened: Callable[[],
+                                                             contextlib.AbstractContextManager[ResumableArtifact]]
                       ) -> Iterator[ArtifactOnRanks]:
     """Give an artifact that the first rank opens; called by all together."""
     with contextlib.ExitStack() as held:
@@ -76,7 +77,7 @@ PART_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
-class Reading:
+class TeacherReading:
     """What a teacher reads and what is kept of it."""
 
     target: Target
@@ -90,7 +91,7 @@ class Reading:
     """The teacher's `weights_digest` where it is known, so that its files are not read for it again."""
 
 
-def read_documents(reading: Reading, out: Path, settings: Sequence[str], nproc: int | None, *,
+def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], nproc: int | None, *,
                    overwrite: bool = False, redo: bool = False) -> None:
     """Write what a teacher says of all documents as an artifact.
 
@@ -154,7 +155,7 @@ def weights_digest(target: Target) -> str:
 
 
 @contextlib.contextmanager
-def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out: Path,
+def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, Any], out: Path,
               overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no part in it."""
     teacher = reading.digest or weights_digest(reading.target)
@@ -175,12 +176,12 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
         yield artifact
 
 
-def _note(parts: list[Part], artifact: ResumableArtifact) -> None:
+def _note(parts: list[StatesPart], artifact: ResumableArtifact) -> None:
     for part in parts:
         artifact.finish(part.file, FileRecord.of(artifact.path / part.file))
 
 
-def _check_kept(reading: Reading) -> None:
+def _check_kept(reading: TeacherReading) -> None:
     kept, vocab_size = reading.kept, reading.target.vocab_size
     if kept.dtype not in DTYPES:
         raise UserError(f"dtype {kept.dtype!r}: is none of {', '.join(DTYPES)}")
@@ -194,7 +195,7 @@ def _check_kept(reading: Reading) -> None:
         raise UserError(f"--temperature {kept.temperature}: must be a number greater than 0")
 
 
-def _refuse_too_long(reading: Reading, sources: list[Source]) -> None:
+def _refuse_too_long(reading: TeacherReading, sources: list[Source]) -> None:
     for source in sources:
         for split in reading.splits:
             longest = lengths_of(source, split).max(initial=0)
@@ -209,11 +210,11 @@ class _Documents:
     """The documents that a teacher reads, in its own tokens."""
 
     sources: list[Source]
-    reading: Reading
-    translation: Translation | None
+    reading: TeacherReading
+    translation: TokenTranslation | None
     """None: the data are of its own tokenizer."""
 
-    def of(self, part: Part) -> tuple[list[list[int]], list[Translated]]:
+    def of(self, part: StatesPart) -> tuple[list[list[int]], list[TranslatedStates]]:
         """Return the tokens that it reads of a part's documents, and how they lie beside the data's.
 
         Raises:
@@ -232,7 +233,7 @@ class _Documents:
                             f"{self.reading.target.max_tokens} at most; pack the data into shorter documents")
         return [t.ids for t in translated], translated
 
-    def translate(self, part: Part, translated: list[Translated], said: list[torch.Tensor]
+    def translate(self, part: StatesPart, translated: list[TranslatedStates], said: list[torch.Tensor]
                   ) -> list[torch.Tensor]:
         """Return rows in the data's tokens, of each document what the teacher said of its own."""
         assert self.translation is not None
@@ -247,7 +248,7 @@ class _Documents:
         return rows
 
 
-def _translation(reading: Reading, sources: list[Source]) -> Translation | None:
+def _translation(reading: TeacherReading, sources: list[Source]) -> TokenTranslation | None:
     if not reading.kept.translated:
         return None
     folder = tokenizer_folder(sources)
@@ -257,11 +258,11 @@ def _translation(reading: Reading, sources: list[Source]) -> Translation | None:
     if reading.kept.top_k >= sources[0].vocab_size:
         raise UserError(f"--top-k {reading.kept.top_k}: must be less than the data's {sources[0].vocab_size} "
                         "token ids")
-    return Translation(folder, reading.target.tokenizer_folder, sources[0].vocab_size,
-                       reading.target.vocab_size)
+    return TokenTranslation(folder, reading.target.tokenizer_folder, sources[0].vocab_size,
+                            reading.target.vocab_size)
 
 
-def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[Part], folder: Path) -> None:
+def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPart], folder: Path) -> None:
     """Run the teacher on one part per data-parallel rank and write what it finds; called by all together.
 
     Where experts are spread over data-parallel ranks, these run in step: each gets as many rows as the one

@@ -242,7 +242,7 @@ class StageGate:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """What one check of the gate found."""
 
     failing_cells: list[Cell]
@@ -283,7 +283,7 @@ def _place(cell: dict[str, Any]) -> str:
     return f"{cell['kind']}, {cell['language']}, {cell['length_tokens']:,} tokens"
 
 
-def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> Verdict:
+def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> GateVerdict:
     """Return the verdict.
 
     A cell of 20 samples cannot prove 90 %: one that is right 97 % of the time misses two or more in 12 % of
@@ -304,7 +304,7 @@ def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConf
     described: list[dict[str, Any]] = [
         {"kind": kind, "language": language, "length_tokens": length, "correct": correct, "samples": samples,
          "accuracy": correct / samples} for (kind, language, length), (correct, samples) in rows.items()]
-    return Verdict(
+    return GateVerdict(
         failing_cells=[c for c in cells if c.interval[1] < gate.min_accuracy],
         failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
         loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,

@@ -22,7 +22,7 @@ from megatron_sov.eval.needle.documents import SOURCE_NAME
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PartConfig, RunConfig
 from megatron_sov.model.recipes.extension import PHASE, extended, length_settings, phase_setting
-from megatron_sov.model.recipes.requested import Request
+from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
 from megatron_sov.runs.launch_environment import num_ranks
@@ -152,7 +152,7 @@ class PlannedStage:
     """Optimizer steps before the gate may end it."""
 
 
-def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | None,
+def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
                    formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS,
                    ) -> list[PlannedStage]:
     """Return the stages that the settings ask for, in order.
@@ -207,7 +207,7 @@ def _refuse_shorter(where: str, new_tokens: int, start: Target, trained_tokens: 
                         "length with `megatron-sov pretrain --from`")
 
 
-def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:
+def _as_set(request: RecipeRequest, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:
     """Return the settings of a run of one stage, whose phases and steps stand in `data` and `train`."""
     new_tokens = wanted.data.max_seq_len()
     longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens),
@@ -218,7 +218,7 @@ def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int
     return request.config([phase_setting(2 * trained_tokens), *longer])
 
 
-def _resolved(request: Request, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
+def _resolved(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
               blend: dict[str, float], nproc: int | None) -> tuple[RunConfig, int]:
     """Return a stage's settings, and its steps before the gate may end it;
     what the stage itself says wins over --set."""

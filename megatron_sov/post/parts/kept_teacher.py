@@ -9,13 +9,13 @@ from safetensors import safe_open
 
 from megatron_sov.base.artifacts import file_damage, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.rows import Origin
+from megatron_sov.engine.data.rows import RowOrigin
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives, context
 from megatron_sov.engine.mcore.parallel.device import to_device
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config.distillation import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -55,7 +55,7 @@ class KeptTeacher:
         self._files, self._keep_remainder = first, asked.keep_remainder
         self._head: torch.Tensor | None = None
 
-    def verify(self, world: World) -> None:
+    def verify(self, world: ParallelWorld) -> None:
         """Look at every file that is kept, each on one process; called by all together.
 
         Raises:
@@ -99,7 +99,7 @@ class KeptTeacher:
         says = unpacked(rows)[1][:, 0] <= 0
         return batch.weights * to_device(says, batch.weights.device)
 
-    def _rows(self, origins: tuple[Origin, ...], pieces: Sequence[tuple[int, int]], split: str
+    def _rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str
               ) -> torch.Tensor:
         """Return [n, width] what is kept of the n tokens of some pieces of a row; of padding something that
         can be computed with, and has no weight."""

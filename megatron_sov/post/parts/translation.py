@@ -56,7 +56,7 @@ CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Translated:
+class TranslatedStates:
     """A document in the teacher's tokens."""
 
     ids: list[int]
@@ -71,7 +71,7 @@ class Translated:
     """[student's tokens] int64: symbols up to the end of each."""
 
 
-class Translation:
+class TokenTranslation:
     """From the student's tokens to a teacher's, and from the teacher's probabilities to the student's."""
 
     def __init__(self, student: Path, teacher: Path, vocab_size: int, teacher_vocab_size: int) -> None:
@@ -154,7 +154,7 @@ class Translation:
         return next((self._of_bytes[text[:n]] for n in range(min(len(text), self._longest), 0, -1)
                      if text[:n] in self._of_bytes), -1)
 
-    def document(self, ids: Sequence[int]) -> Translated:
+    def document(self, ids: Sequence[int]) -> TranslatedStates:
         """Return a document of the student's tokens in the teacher's.
 
         Special tokens that both have are themselves; others are read as their text.
@@ -183,7 +183,7 @@ class Translation:
         ends, own_ends = np.cumsum(lengths, dtype=np.int64), np.cumsum(own, dtype=np.int64)
         place = np.searchsorted(ends, own_ends, side="right") - 1
         same = (place >= 0) & (ends[np.maximum(place, 0)] == own_ends) if len(ends) else place >= 0
-        return Translated(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
+        return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
 
     def _encoded(self, text: bytes) -> list[tuple[int, int]]:
         """Return the teacher's tokens of a text, and the bytes of each."""
@@ -201,8 +201,8 @@ class Translation:
                             "the student's; choose a teacher whose tokenizer keeps them")
         return list(zip(ids, lengths, strict=True))
 
-    def rows(self, document: Translated, ids: Sequence[int], token: torch.Tensor, logprobs: torch.Tensor,
-             of_next: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, document: TranslatedStates, ids: Sequence[int], token: torch.Tensor,
+             logprobs: torch.Tensor, of_next: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the teacher says in the student's tokens, behind each token of a document.
 
         Args:
@@ -239,7 +239,7 @@ class Translation:
                                                                 masses[others]]),
                       np.arange(len(keys)) < len(heard), heard)
 
-    def _chain(self, document: Translated, token: np.ndarray, masses: np.ndarray, of_next: np.ndarray
+    def _chain(self, document: TranslatedStates, token: np.ndarray, masses: np.ndarray, of_next: np.ndarray
                ) -> Chain:
         """Return what the teacher says beside a document's bytes, its own next token among the others."""
         longest = int(np.diff(document.ends, prepend=0).max()) + 1

@@ -38,15 +38,15 @@ from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rewards.opinions import Opinions
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.prompts import Prompt
+from megatron_sov.judge.rollouts.prompts import RolloutPrompt
 from megatron_sov.judge.rollouts.rows import Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.reference import files_sha256
-from megatron_sov.post.rl.generate import Desk, Missing, Writer, write_rounds
+from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.runs.folder import RunFolder
@@ -298,9 +298,9 @@ class RoundFeed:
 class Producer:
     """Makes rounds; one object on each process of a run, all of which call it together."""
 
-    store: Callable[[], Store]
+    store: Callable[[], RolloutStore]
     """Opens the store, or makes it."""
-    prompts: Sequence[Prompt]
+    prompts: Sequence[RolloutPrompt]
     """All of them."""
     rollout: RolloutConfig
     run: Path
@@ -317,7 +317,7 @@ class Producer:
     """The reward at work; begun on rank 0, with the first round."""
     provenance: Mapping[str, Any]
     """What stands in the manifests of parts."""
-    opinions: Callable[[Store], Opinions | None] = lambda store: None
+    opinions: Callable[[RolloutStore], Opinions | None] = lambda store: None
     """What a second verifier has said so far, see `reward.second_opinions`."""
     _opinions: Opinions | None = None
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -356,13 +356,14 @@ class Producer:
         self._open.close()
 
     def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None],
-              asked_to_stop: Callable[[], bool]) -> Desk:
+              asked_to_stop: Callable[[], bool]) -> PieceQueue:
         store = self.store()
         missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
                           rounds, policy_of,
                           lambda number: key_digest(self.rollout, number, self.writer.chosen_by))
         # pieces that another job is at are waited for until it is taken for dead
-        return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance, asked_to_stop=asked_to_stop)
+        return PieceQueue(missing, store, 2 * self.rollout.lease_s, self.provenance,
+                          asked_to_stop=asked_to_stop)
 
     def _begin_judging(self, rounds: range, view: FeedView) -> None:
         store = self.store()

@@ -31,9 +31,9 @@ from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching
-from megatron_sov.judge.rollouts.prompts import Piece, Prompt, pieces, round_prompts
-from megatron_sov.judge.rollouts.rows import UNFINISHED, Asked, Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
+from megatron_sov.judge.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
@@ -44,10 +44,10 @@ from megatron_sov.work.tables.table import AlreadyPublished
 
 
 @dataclass(frozen=True)
-class Attempt:
+class SampleAttempt:
     """A piece to write, or to go on with."""
 
-    piece: Piece
+    piece: PromptPiece
     number: int
     """0: from the prompts; else behind the unfinished rows of the attempt before."""
     policy: Policy
@@ -70,7 +70,7 @@ first saw there); pieces that are not begun; what goes on by the same policy; wh
 
 
 @dataclass
-class _Piece:
+class _ClaimedPiece:
     """What a job knows of a piece that is not done."""
 
     number: int = 0
@@ -89,8 +89,8 @@ class _Piece:
 class Missing:
     """The pieces of some rounds that are not written."""
 
-    def __init__(self, store: Store, claims: Claims, prompts: Sequence[Prompt], rollout: RolloutConfig,
-                 rounds: range, policy_of: Callable[[int], Policy | None],
+    def __init__(self, store: RolloutStore, claims: Claims, prompts: Sequence[RolloutPrompt],
+                 rollout: RolloutConfig, rounds: range, policy_of: Callable[[int], Policy | None],
                  sampling_of: Callable[[int], str]) -> None:
         """Look at nothing yet.
 
@@ -106,12 +106,12 @@ class Missing:
         """
         self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
         self._policy_of, self._sampling_of = policy_of, sampling_of
-        self._open: dict[int, list[Piece] | None] = dict.fromkeys(rounds)
-        self._known: dict[str, _Piece] = {}
+        self._open: dict[int, list[PromptPiece] | None] = dict.fromkeys(rounds)
+        self._known: dict[str, _ClaimedPiece] = {}
         self._refused: list[str] = []
         self._is_idle = False
         self._held = contextlib.ExitStack()
-        self.asked = Asked(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts))
+        self.asked = AskedPrompt(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts))
         """What all jobs together are to write, of which this one may write some rounds alone."""
         self.num_pieces = len(rounds) * self.asked.pieces
         """Pieces of all asked rounds."""
@@ -138,13 +138,13 @@ class Missing:
         """Whether a job whose claim was in the way of the last `take` has shown no sign of life yet."""
         return any(map(self._claims.may_be_dead, self._refused))
 
-    def take(self) -> tuple[Attempt, ...]:
+    def take(self) -> tuple[SampleAttempt, ...]:
         """Return attempts to write together by one policy: a fresh piece, or what goes on of one or several.
         They are claimed until `leave`; none: there is nothing to do at this moment."""
         self._refused = []
         offers = [(rank, piece, policy) for round_, policy in self._ready()
                   for piece in self._pieces_of(round_) if (rank := self._rank(piece, policy)) is not None]
-        taken: list[Attempt] = []
+        taken: list[SampleAttempt] = []
         joined: tuple[int, Policy] | None = None
         self._is_idle, num_rows = False, self._rollout.piece_prompts * self._rollout.samples_per_prompt
         # the sort is stable: by round and piece inside
@@ -170,7 +170,7 @@ class Missing:
         newest = self._policy_of(next(iter(self._open))) if self._is_idle and self._open else None
         return newest is not None and newest.step > policy.step
 
-    def _rank(self, piece: Piece, policy: Policy) -> int | None:
+    def _rank(self, piece: PromptPiece, policy: Policy) -> int | None:
         """Return the place of the next attempt at a piece in the order; None: it is to wait."""
         known = self._known[piece.part()]
         if not known.number:
@@ -187,7 +187,7 @@ class Missing:
                 return
             yield number, policy
 
-    def _pieces_of(self, number: int) -> list[Piece]:
+    def _pieces_of(self, number: int) -> list[PromptPiece]:
         known = self._open[number]
         if known is None:
             asked = round_prompts(self._prompts, self._rollout, number)
@@ -199,9 +199,9 @@ class Missing:
             del self._open[number]
         return left
 
-    def _is_missing(self, piece: Piece) -> bool:
+    def _is_missing(self, piece: PromptPiece) -> bool:
         """Return whether an attempt at a piece is missing, and note which."""
-        known = self._known.setdefault(piece.part(), _Piece())
+        known = self._known.setdefault(piece.part(), _ClaimedPiece())
         while self._store.has(name := piece.part(known.number)):
             rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
             self._refuse_others(piece, known.number, rows)
@@ -214,7 +214,7 @@ class Missing:
             known.number, known.cut_by, known.taken_by = known.number + 1, known.taken_by, None
         return True
 
-    def _refuse_others(self, piece: Piece, number: int, rows: Sequence[Rollout]) -> None:
+    def _refuse_others(self, piece: PromptPiece, number: int, rows: Sequence[Rollout]) -> None:
         """Raise `UserError` where a part is what this job would never have written: it would be taken for
         done."""
         asked = {prompt.id for prompt in piece.prompts}
@@ -234,7 +234,7 @@ class Missing:
     def _unfinished(self, name: str) -> tuple[Rollout, ...]:
         return tuple(row for row in self._store.read_rollouts(name) if row.finish_reason == UNFINISHED)
 
-    def _claimed(self, piece: Piece, policy: Policy) -> Attempt | None:
+    def _claimed(self, piece: PromptPiece, policy: Policy) -> SampleAttempt | None:
         """Return the next attempt at a piece, claimed; None: another job is at it."""
         known = self._known[piece.part()]
         claim = self._claims.take(name := piece.part(known.number))
@@ -247,7 +247,7 @@ class Missing:
         self._held.enter_context(claim.renewing())
         known.taken_by = policy.step
         begun = self._unfinished(piece.part(known.number - 1)) if known.number else ()
-        return Attempt(piece, known.number, policy, begun)
+        return SampleAttempt(piece, known.number, policy, begun)
 
 
 WAIT = "wait"
@@ -262,7 +262,7 @@ class Writer(Protocol):
         """What tokens are chosen by beside the settings of `rollout`, see `responses.key_digest`."""
         ...
 
-    def write(self, engine: Engine, attempts: Sequence[Attempt],
+    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               gives_way: Callable[[], bool]) -> list[list[Rollout]] | None:
         """Return the rows of each attempt; called by all processes of the engine together, of which the first
         one needs them.
@@ -276,11 +276,11 @@ class Writer(Protocol):
 
 
 @dataclass
-class Desk:
+class PieceQueue:
     """What the first process does: takes up, waits and publishes."""
 
     missing: Missing
-    store: Store
+    store: RolloutStore
     wait_s: float
     """How long to wait where nothing can be done, before the job ends; claims that may be a dead job's are
     watched in any case."""
@@ -297,7 +297,7 @@ class Desk:
     _policy: Policy | None = None
     _looked_s: float = 0.0
 
-    def next(self) -> tuple[Attempt, ...] | str | None:
+    def next(self) -> tuple[SampleAttempt, ...] | str | None:
         """Return what to write; `WAIT`; None: this is the end."""
         if self.asked_to_stop():
             return None
@@ -320,13 +320,13 @@ class Desk:
         self._looked_s = self.clock_s()
         return self.missing.gives_way(self._policy)
 
-    def publish(self, attempts: Sequence[Attempt], rows: Sequence[list[Rollout]]) -> None:
+    def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         """Publish what was written, and give up the claims."""
         for attempt, of_attempt in zip(attempts, rows, strict=True):
             self._publish(attempt, of_attempt)
         self.missing.leave()
 
-    def _publish(self, attempt: Attempt, rows: list[Rollout]) -> None:
+    def _publish(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
         written_by = {"policy": attempt.policy.sha256, "step": attempt.policy.step,
                       "checkpoint": str(attempt.policy.path), **self.missing.asked.told(num_unfinished)}
@@ -342,7 +342,8 @@ class Desk:
             self.summary["tokens"] += sum(len(row.tokens) for row in rows) - before
 
 
-def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk: Desk) -> dict[str, Any]:
+def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk: PieceQueue) -> dict[str,
+                                                                                                     Any]:
     """Write what is missing until nothing is; called by all processes of the engine together."""
     with work_bar("write", desk.missing.num_pieces, "piece", is_first()) as bar:
         while (attempts := on_first(desk.next)) is not None:

@@ -31,9 +31,10 @@ from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import CONTENT_VERSION
 from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.data.written_sources import COUNTS, source_record
-from megatron_sov.judge.rollouts.prompts import Prompt, budget_of, round_prompts
-from megatron_sov.judge.rollouts.rows import LENGTH, UNFINISHED, Judged, Key, Part, Rollout, domain_of, later
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.prompts import RolloutPrompt, budget_of, round_prompts
+from megatron_sov.judge.rollouts.rows import (
+    LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.post.parts.advantages import Group, advantages
 from megatron_sov.runs import checkpoints
@@ -46,11 +47,11 @@ KEPT_OUT = "kept_out"
 
 
 @dataclass(frozen=True)
-class Response:
+class PublishedResponse:
     """One response of a group that has a reward."""
 
     rollout: Rollout
-    judged: Judged
+    judged: RewardRow
 
     @property
     def reward(self) -> float:
@@ -64,13 +65,13 @@ class Gathered:
 
     number: int
     """Of the round, from 1."""
-    groups: tuple[tuple[Response, ...], ...]
+    groups: tuple[tuple[PublishedResponse, ...], ...]
     """Responses to each prompt of the round, in order of prompts and of samples; some may have none."""
     late: tuple[Key, ...]
     """Responses that are not finished, and not trained."""
     unjudged: Mapping[str, int]
     """Status -> responses without a reward, which are not trained."""
-    parts: tuple[Part, ...]
+    parts: tuple[RolloutPart, ...]
     """Where all of this stands."""
 
 
@@ -78,7 +79,7 @@ class Gathered:
 class RoundOfStore:
     """Where a round's responses are looked for."""
 
-    store: Store
+    store: RolloutStore
     number: int
     """Of the round, from 1."""
     prompts: Sequence[str]
@@ -109,7 +110,7 @@ class RoundOfStore:
                     f"(policy.missing_share = {self.missing_share:g})")
         judged = self.store.judgements(self.reward_version, parts)
         unjudged = Counter({KEPT_OUT: num_kept_out} if num_kept_out else {})
-        groups: dict[str, list[Response]] = {prompt: [] for prompt in self.prompts}
+        groups: dict[str, list[PublishedResponse]] = {prompt: [] for prompt in self.prompts}
         for row in sorted(rows, key=lambda row: row.key.sample):
             said = judged.get((row.key, row.attempt))
             if row.finish_reason == UNFINISHED:
@@ -117,10 +118,10 @@ class RoundOfStore:
             if said is None or said.reward is None:
                 unjudged["missing" if said is None else said.status] += 1
                 continue
-            groups[row.key.prompt].append(Response(row, said))
+            groups[row.key.prompt].append(PublishedResponse(row, said))
         return Gathered(self.number, tuple(map(tuple, groups.values())), late, dict(unjudged), tuple(parts))
 
-    def _lacking(self, parts: Sequence[Part]) -> str:
+    def _lacking(self, parts: Sequence[RolloutPart]) -> str:
         count = -(-len(self.prompts) // self.piece_prompts)
         written = {part.piece for part in parts if part.attempt == 0}
         unwritten = [piece for piece in range(count) if piece not in written]
@@ -132,7 +133,7 @@ class RoundOfStore:
                     f"{self.reward_version[:12]}, the first is {unjudged[0]}")
         return ""
 
-    def _last_rows(self, parts: Sequence[Part]) -> tuple[list[Rollout], int]:
+    def _last_rows(self, parts: Sequence[RolloutPart]) -> tuple[list[Rollout], int]:
         """Return the last attempt at each response, and the number of those that are kept out: what stands
         behind an unfinished row stands in its place, sound or not, and nobody goes on with it again."""
         rows: list[Rollout] = []
@@ -150,7 +151,7 @@ class RoundOfStore:
     def _prompts_of(self, piece: int) -> Sequence[str]:
         return self.prompts[piece * self.piece_prompts:(piece + 1) * self.piece_prompts]
 
-    def _refuse_other_pieces(self, parts: Sequence[Part]) -> None:
+    def _refuse_other_pieces(self, parts: Sequence[RolloutPart]) -> None:
         """Raise `UserError` where a part was cut otherwise: some pieces would be taken for the whole
         round."""
         for part in parts:
@@ -161,7 +162,7 @@ class RoundOfStore:
                                 f"{self.samples_per_prompt} make {num_rows:,}; give the settings that "
                                 "they were written with, or another --store")
 
-    def _refuse_other_prompts(self, part: Part, rows: Sequence[Rollout]) -> None:
+    def _refuse_other_prompts(self, part: RolloutPart, rows: Sequence[Rollout]) -> None:
         others = {row.key.prompt for row in rows}.difference(self._prompts_of(part.piece))
         if others:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
@@ -186,7 +187,7 @@ class Publisher:
     """RUN/rounds."""
     store: Path
     """The store; whoever writes the first responses makes it."""
-    prompts: Sequence[Prompt]
+    prompts: Sequence[RolloutPrompt]
     """All of them."""
     reward_version: str
     tokenizer: Path
@@ -230,9 +231,9 @@ class Publisher:
         return self.store.exists() and (not self.store.is_dir() or any(self.store.iterdir()))
 
     @cached_property
-    def _opened(self) -> Store:
+    def _opened(self) -> RolloutStore:
         """The store, once it is begun: opened once, so that it also tells once what it keeps out."""
-        store = Store.open(self.store)
+        store = RolloutStore.open(self.store)
         if store.vocab_size > self.config.model.vocab_size:
             raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
                             f"model.vocab_size = {self.config.model.vocab_size}; pass the store that this "
@@ -330,7 +331,7 @@ class Publisher:
             steps.append([before, len(found) - before])
         return _Chosen(found, steps, reasons, late_from)
 
-    def _judged(self, groups: Sequence[Sequence[Response]]) -> list[Group]:
+    def _judged(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
         return advantages([np.array([r.reward for r in group]) for group in groups],
                           [np.array([r.rollout.num_written for r in group]) for group in groups],
                           self.config.policy, self.config.rollout.max_new_tokens,
@@ -342,7 +343,7 @@ class Publisher:
         asked = budget_of(self.config.rollout, key.prompt, self._records[key.prompt], key.sample)
         return np.nan if asked is None else asked
 
-    def _joining(self, beside: Sequence[Sequence[Response]], late: Sequence[LateGroup]
+    def _joining(self, beside: Sequence[Sequence[PublishedResponse]], late: Sequence[LateGroup]
                  ) -> tuple[dict[Key, float], list[list[Any]]]:
         """Return the advantages of late responses, and what the manifest says of them.
 
@@ -483,9 +484,9 @@ class LateGroup:
 
     number: int
     """Round that they were written for, from 1."""
-    group: tuple[Response, ...]
+    group: tuple[PublishedResponse, ...]
     """All responses of the group that have a reward, by sample: what the late ones are compared with."""
-    joining: Mapping[Key, Part]
+    joining: Mapping[Key, RolloutPart]
     """Late responses that have a reward, with the parts that they stand in."""
     without: Mapping[Key, str]
     """Late responses that the reward has looked at and not judged -> its status."""
@@ -505,7 +506,7 @@ def late_groups(rounds: Path, source: RoundOfStore) -> list[LateGroup]:
             for group in _judged_since(replace(source, number=number), waiting)]
 
 
-def late_rows(store: Store, groups: Sequence[LateGroup]) -> Iterator[Rollout]:
+def late_rows(store: RolloutStore, groups: Sequence[LateGroup]) -> Iterator[Rollout]:
     """Yield the late responses of groups, whole, a part in memory at a time."""
     parts = {part.name: part for group in groups for part in group.joining.values()}
     keys = {(part.name, key) for group in groups for key, part in group.joining.items()}
@@ -530,7 +531,7 @@ def _waiting(rounds: Path, before: int) -> dict[int, list[tuple[str, int]]]:
 def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> Iterator[LateGroup]:
     """Yield the groups of a round with late responses that the reward has looked at."""
     store, parts = source.store, source.store.parts(source.number)
-    last: dict[Key, tuple[Rollout, Part]] = {}
+    last: dict[Key, tuple[Rollout, RolloutPart]] = {}
     for part in sorted(parts, key=lambda part: part.attempt):
         last |= {row.key: (row, part) for row in store.read_rollouts(part.name, LIGHT)}
     judged = store.judgements(source.reward_version, parts)
@@ -538,7 +539,8 @@ def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> I
             if row.finish_reason != UNFINISHED and (row.key, row.attempt) in judged}
     for prompt in dict.fromkeys(prompt for prompt, _ in waiting):
         late = [key for key in said if key.prompt == prompt and (prompt, key.sample) in waiting]
-        group = tuple(Response(last[key][0], said[key]) for key in sorted(said, key=lambda key: key.sample)
+        group = tuple(PublishedResponse(last[key][0], said[key]) for key in sorted(said,
+                                                                                   key=lambda key: key.sample)
                       if key.prompt == prompt and said[key].reward is not None)
         if late:
             yield LateGroup(source.number, group,

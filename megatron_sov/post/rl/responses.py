@@ -20,15 +20,15 @@ from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
-from megatron_sov.infer.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.infer.turns import EnginePolicy, with_policy
-from megatron_sov.judge.rollouts.prompts import OPTION, Prompt, budget_of, sampling_digest, stream_of
+from megatron_sov.judge.rollouts.prompts import OPTION, RolloutPrompt, budget_of, sampling_digest, stream_of
 from megatron_sov.judge.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISHED, Key, Rollout
 from megatron_sov.judge.tools.environment import Task
-from megatron_sov.judge.tools.episode import Episode, EpisodeLines, Written, lines_of
-from megatron_sov.judge.tools.playing import STREAMS, Policy, Table, play
+from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTurn, lines_of
+from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
 from megatron_sov.model.config.rollout import RolloutConfig
-from megatron_sov.post.rl.generate import Attempt, never
+from megatron_sov.post.rl.generate import SampleAttempt, never
 
 CHUNK_PROMPTS = 1024
 """Whose token ids are in memory at a time when all prompts are looked at."""
@@ -39,7 +39,7 @@ NO_TOKENS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Responses:
+class ResponseSource:
     """Writes attempts; called by all processes of an engine together, each of which gets all rows."""
 
     asker: Asker
@@ -56,7 +56,7 @@ class Responses:
     with_routes: bool = False
     """Whether rows keep which experts their tokens went to."""
 
-    def refuse_unfit(self, prompts: Sequence[Prompt]) -> None:
+    def refuse_unfit(self, prompts: Sequence[RolloutPrompt]) -> None:
         """Look at all prompts before the first is asked: one of a late round would end a run that takes
         neither other prompts nor another limit any more.
 
@@ -69,7 +69,7 @@ class Responses:
             lengths += map(self._longest, chunk, self.asker.ask([self._text(prompt) for prompt in chunk]))
         self._refuse_lengths(prompts, lengths)
 
-    def write(self, engine: Engine, attempts: Sequence[Attempt],
+    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
         """Return the rows of attempts that are written together, see `generate.Writer`.
 
@@ -89,12 +89,12 @@ class Responses:
         streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in asked]
         found = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
-                                sampling, stop=Stop(self.asker.end_ids), streams=streams, **more)
+                                sampling, stop=StopRule(self.asker.end_ids), streams=streams, **more)
         longer = [(attempt, self._longer(row, found, number, limits[number], attempt))
                   for number, (attempt, row) in enumerate(asked)]
         return [[row for its, row in longer if its is attempt] for attempt in attempts]
 
-    def _begun(self, attempt: Attempt, began_s: float) -> list[Rollout]:
+    def _begun(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
         piece = attempt.piece
         ids = dict(zip((prompt.id for prompt in piece.prompts), self._asked(piece.prompts), strict=True))
         return [Rollout(key, piece.round, 0, prompt.record,
@@ -103,25 +103,25 @@ class Responses:
                         engine=self.engine_name, began_s=began_s, ended_s=began_s, **NO_TOKENS)
                 for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
 
-    def _asked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def _asked(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
         found = self.asker.ask([self._text(prompt) for prompt in prompts])
         self._refuse_lengths(prompts, list(map(self._longest, prompts, found)))
         return found
 
-    def _begins(self, prompt: Prompt, sample: int) -> list[int]:
+    def _begins(self, prompt: RolloutPrompt, sample: int) -> list[int]:
         """Return the words with which a response begins that is told how long to be."""
         asked = budget_of(self.rollout, prompt.id, prompt.record, sample)
         if asked is None or not self.rollout.budget_text:
             return []
         return self.asker.encode(self.rollout.budget_text.replace("{tokens}", str(asked)))
 
-    def _longest(self, prompt: Prompt, ids: Sequence[int]) -> int:
+    def _longest(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
         """Return the tokens of a prompt, given its own, with the longest words that are put behind it."""
         size = self.rollout.samples_per_prompt // max(1, len(self.rollout.budgets_tokens))
         samples = range(0, self.rollout.samples_per_prompt, size)
         return len(ids) + (max(len(self._begins(prompt, sample)) for sample in samples) if len(ids) else 0)
 
-    def _refuse_lengths(self, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+    def _refuse_lengths(self, prompts: Sequence[RolloutPrompt], lengths: Sequence[int]) -> None:
         most = self.rollout.max_prompt_tokens
         too_long = []
         for prompt, length in zip(prompts, lengths, strict=True):
@@ -137,7 +137,7 @@ class Responses:
                             f"than rollout.max_prompt_tokens = {most:,}{others}; raise it, or shorten what "
                             "is longer")
 
-    def _text(self, prompt: Prompt) -> str | Conversation:
+    def _text(self, prompt: RolloutPrompt) -> str | Conversation:
         text = prompt.record.get("prompt")
         if self.plain and isinstance(text, str):
             return text
@@ -146,7 +146,8 @@ class Responses:
         except BadRecord as e:
             raise UserError(f"{OPTION}: line {prompt.line}: {e}") from None
 
-    def _longer(self, row: Rollout, found: Generated, number: int, limit: int, attempt: Attempt) -> Rollout:
+    def _longer(self, row: Rollout, found: Generated, number: int, limit: int,
+                attempt: SampleAttempt) -> Rollout:
         # an engine without `Bounds` is asked for the longest of all
         written, logprobs = found.continuations[number][:limit], found.logprobs[number][:limit]
         reason = STOP if found.finish_reasons[number] == STOP else LENGTH
@@ -176,8 +177,8 @@ def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarra
     return np.concatenate([before, read[len(row.routes):]])
 
 
-def fresh_keys(attempt: Attempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
-               ) -> list[tuple[Prompt, Key]]:
+def fresh_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
+               ) -> list[tuple[RolloutPrompt, Key]]:
     """Return prompt and key of each response that begins in an attempt, by prompt and sample."""
     sampling = key_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
@@ -207,7 +208,7 @@ GOES_ON = "goes_on"
 class Episodes:
     """Writes attempts; called by all processes of an engine together, of which the first gets the rows."""
 
-    table: Table
+    table: EpisodeTable
     """The environment, the limits, and the policies' tokenizer."""
     version: str
     """Of the environment: its rewards'."""
@@ -223,7 +224,7 @@ class Episodes:
     clock_s: Callable[[], float] = time.monotonic
     """Which the deadline is on."""
 
-    def write(self, engine: Engine, attempts: Sequence[Attempt],
+    def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               gives_way: Callable[[], bool] = never) -> list[list[Rollout]] | None:
         """Return the rows of attempts that are played together, see `generate.Writer`.
 
@@ -231,12 +232,12 @@ class Episodes:
             UserError: a task is none of the environment's, or too long.
         """
         sampling = Sampling(1, self.rollout.temperature, seed=self.rollout.seed, for_training=True)
-        policy = EnginePolicy(engine, sampling, Stop(self.end_ids))
+        policy = EnginePolicy(engine, sampling, StopRule(self.end_ids))
         rows: list[list[Rollout]] | None = with_policy(
             policy, lambda sampler: self.played(sampler, attempts, gives_way))
         return rows
 
-    def played(self, policy: Policy, attempts: Sequence[Attempt],
+    def played(self, policy: ToolPolicy, attempts: Sequence[SampleAttempt],
                gives_way: Callable[[], bool] = never) -> list[list[Rollout]]:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
@@ -250,14 +251,14 @@ class Episodes:
                 for episode, (attempt, _, key, before) in zip(episodes, asked, strict=True)]
         return [[row for its, row in rows if its is attempt] for attempt in attempts]
 
-    def _asked(self, attempt: Attempt) -> list[tuple[Attempt, Task, Key, Rollout | None]]:
+    def _asked(self, attempt: SampleAttempt) -> list[tuple[SampleAttempt, Task, Key, Rollout | None]]:
         """Return the tasks of an attempt, with key and row of those that go on."""
         if attempt.begun:
             return [(attempt, row.record, row.key, row) for row in attempt.begun]
         return [(attempt, prompt.record, key, None)
                 for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
 
-    def _row(self, episode: Episode, key: Key, before: Rollout | None, attempt: Attempt,
+    def _row(self, episode: Episode, key: Key, before: Rollout | None, attempt: SampleAttempt,
              began_s: float) -> Rollout:
         """Return an episode as a row; `before`: as the attempt before left it."""
         first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
@@ -282,11 +283,11 @@ class Episodes:
 class _OwnStreams:
     """A policy that gives a turn a stream of its response's, whatever place its episode has among others."""
 
-    def __init__(self, policy: Policy, keys: Sequence[tuple[int, Key]]) -> None:
+    def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
         self._policy, self._keys = policy, keys
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
-               streams: Sequence[int]) -> Sequence[Written]:
+               streams: Sequence[int]) -> Sequence[GeneratedTurn]:
         return self._policy.sample(prompts, max_new_tokens, [self._stream(*divmod(stream, STREAMS))
                                                              for stream in streams])
 

@@ -19,13 +19,13 @@ from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.running import runner
-from megatron_sov.judge.rewards.scoring import BATCH_ROWS, Tally
-from megatron_sov.judge.rollouts.rows import UNFINISHED, Judged, Part, Rollout, not_written
+from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally
+from megatron_sov.judge.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
 from megatron_sov.work.progress.claims import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.store import Store
+    from megatron_sov.judge.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its
@@ -36,11 +36,11 @@ JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 
 
 @dataclass
-class Summary:
+class RewardSummary:
     """What this job judged, and what is left."""
 
     parts: int = 0
-    tally: Tally = field(default_factory=Tally)
+    tally: ScoringTally = field(default_factory=ScoringTally)
     """Of the responses."""
     unfinished: int = 0
     """Responses that a later attempt goes on with: they have no reward."""
@@ -106,7 +106,7 @@ def _outcome_of(row: Rollout) -> Result:
     return Result(given.get("reward"), given["status"], given.get("components", {}), given.get("reason", ""))
 
 
-def second_opinions(name: str, settings: Sequence[str], version: str, store: Store) -> Opinions | None:
+def second_opinions(name: str, settings: Sequence[str], version: str, store: RolloutStore) -> Opinions | None:
     """Return what a reward's second verifier has said of a store's responses so far; None: it has none."""
     if name == ENVIRONMENT or getattr(make(order(name, parse_nested(settings, "--reward-set"))).reward,
                                       "second", None) is None:
@@ -125,7 +125,7 @@ def second_opinions(name: str, settings: Sequence[str], version: str, store: Sto
 class JudgingJob:
     """A reward at work on a store."""
 
-    store: Store
+    store: RolloutStore
     claims: Claims
     version: str
     """Of the reward."""
@@ -146,13 +146,13 @@ class JudgingJob:
     alarmed: Callable[[str], object] = warn
     """Is told, once, that the first verifier may be fooled."""
     patience: Patience = field(default_factory=Patience)
-    summary: Summary = field(default_factory=Summary)
-    _parts: list[Part] = field(default_factory=list)
-    _looked_at: deque[Part] | None = None
+    summary: RewardSummary = field(default_factory=RewardSummary)
+    _parts: list[RolloutPart] = field(default_factory=list)
+    _looked_at: deque[RolloutPart] | None = None
     _refused: list[str] = field(default_factory=list)
     _has_judged: bool = False
 
-    def run(self) -> Summary:
+    def run(self) -> RewardSummary:
         """Judge until nothing is left, and nothing more has come for as long as is waited.
 
         Raises:
@@ -189,12 +189,12 @@ class JudgingJob:
         self.summary.waited_for = (not_written(self._parts, self.rounds) or "") if self.wait_s else ""
         return False
 
-    def missing(self) -> list[Part]:
+    def missing(self) -> list[RolloutPart]:
         rounds = [None] if self.rounds is None else self.rounds
         self._parts = [part for number in rounds for part in self.store.parts(number)]
         return [part for part in self._parts if not self.store.has(part.name, self.version)]
 
-    def _taken(self, part: Part) -> bool:
+    def _taken(self, part: RolloutPart) -> bool:
         """Judge a part, unless another job is at it; returns whether this one was."""
         claim = self.claims.take(self.store.claim_of(part.name, self.version))
         if claim is None:
@@ -204,15 +204,15 @@ class JudgingJob:
                 self._judge(part)
         return True
 
-    def _judge(self, part: Part) -> None:
+    def _judge(self, part: RolloutPart) -> None:
         rows = self.store.read_rollouts(part.name, COLUMNS)
         whole = [row for row in rows if row.finish_reason != UNFINISHED]
         judged = []
         for first in range(0, len(whole), BATCH_ROWS):
             batch = whole[first:first + BATCH_ROWS]
             for row, result in zip(batch, self.judge(batch), strict=True):
-                judged.append(Judged(row.key, row.attempt, self.version, result.reward, result.status,
-                                     dict(numbers_of(result.components)), result.reason))
+                judged.append(RewardRow(row.key, row.attempt, self.version, result.reward, result.status,
+                                        dict(numbers_of(result.components)), result.reason))
                 self.summary.tally.add(result.reward, result.status, result.reason,
                                        f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}")
                 self._compare(result, row)
@@ -236,7 +236,7 @@ class JudgingJob:
             if self.opinions.alarm is not None:
                 self.alarmed(f"ALARM of two verifiers {self.opinions.told('second opinion')}")
 
-    def _tell_differences(self, part: Part, judged: Sequence[Judged]) -> None:
+    def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""
         published = self.store.read_rewards(self.version, part.name)
         there = {(row.key, row.attempt): row.reward for row in published}

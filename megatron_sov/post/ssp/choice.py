@@ -7,26 +7,26 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from megatron_sov.eval.pass_at_k import Judged, pass_at_k
+from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k
 from megatron_sov.eval.statistics import difference_interval
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCheckpoint:
     """What one checkpoint does in one domain."""
 
     checkpoint: str
     """Its name."""
     domain: str
     figures: Mapping[str, Any]
-    """Of `Judged.figures`."""
+    """Of `JudgedItem.figures`."""
     solved: Mapping[int, Mapping[str, float]]
     """k -> problem -> its pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
-    def of(checkpoint: str, domain: str, judged: Judged, ks: Sequence[int]) -> Measured:
+    def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
         """Return what the judged responses of a checkpoint say."""
-        return Measured(checkpoint, domain, judged.figures(ks), {
+        return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), {
             k: {problem: pass_at_k(counts.num_scored, counts.num_right, k)
                 for problem, counts in judged.prompts.items() if counts.num_scored >= k} for k in ks})
 
@@ -43,7 +43,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DomainChoice:
     """The best checkpoint of a domain: the argmax of pass@k, of equals the first one."""
 
     domain: str
@@ -58,22 +58,22 @@ class Choice:
         return {**asdict(self), "as_good": list(self.as_good), "is_clear": not self.as_good}
 
 
-def choose(candidates: Sequence[Measured], k: int) -> Choice:
+def choose(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
     """Return the best of the candidates in one domain, the earlier ones first."""
     best = max(candidates, key=lambda measured: measured.value(k))  # the first of equals
     as_good = tuple(other.checkpoint for other in candidates
                     if other is not best and not _gain(best, other, k)[1][0] > 0)
-    return Choice(best.domain, best.checkpoint, best.value(k), as_good)
+    return DomainChoice(best.domain, best.checkpoint, best.value(k), as_good)
 
 
-def gain(merged: Measured, expert: Measured, k: int) -> dict[str, Any]:
+def gain(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
     """Return how much more of a domain a merged checkpoint solves than the domain's expert."""
     value, interval = _gain(merged, expert, k)
     return {"checkpoint": merged.checkpoint, "domain": merged.domain, "expert": expert.checkpoint, "k": k,
             "gain": value, "interval": list(interval)}
 
 
-def _gain(one: Measured, other: Measured, k: int) -> tuple[float, tuple[float, float]]:
+def _gain(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tuple[float, tuple[float, float]]:
     """Return the mean difference of pass@k over common problems, and its 95 % interval; without a common
     problem it may be anything."""
     differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()

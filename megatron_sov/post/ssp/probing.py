@@ -22,7 +22,7 @@ from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.sources import is_hf_folder
 from megatron_sov.eval.pass_at_k import read_judged_parts
-from megatron_sov.post.ssp.choice import Measured, choose, gain
+from megatron_sov.post.ssp.choice import MeasuredCheckpoint, choose, gain
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN, KIND, MERGED, complete, find_checkpoint, refuse_missing)
 
@@ -36,7 +36,7 @@ SAMPLES, PROBLEM = "samples.jsonl", "prompt_index"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ProbedCheckpoint:
     """A checkpoint that is probed."""
 
     path: Path
@@ -65,13 +65,13 @@ class Candidate:
         return not self.path.is_dir() or bool(asked == fingerprint(self.path))
 
 
-def candidates_of(paths: Sequence[Path]) -> list[Candidate]:
+def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
     """Return the checkpoints that paths mean, each once: of a run all complete ones, the oldest first.
 
     Raises:
         UserError: a path is none, or a run has none.
     """
-    found: dict[Path, Candidate] = {}
+    found: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
         refuse_missing(path)
         of_run = complete(path / CHECKPOINTS_OF_A_RUN) if (path / CHECKPOINTS_OF_A_RUN).is_dir() else []
@@ -80,9 +80,9 @@ def candidates_of(paths: Sequence[Path]) -> list[Candidate]:
     return list(found.values())
 
 
-def _candidate(path: Path) -> Candidate:
+def _candidate(path: Path) -> ProbedCheckpoint:
     is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, KIND).content
-    return Candidate(path, is_merged)
+    return ProbedCheckpoint(path, is_merged)
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
@@ -98,7 +98,7 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
     return probe / PROBLEMS
 
 
-def known_candidates(probe: Path, asked: Sequence[Candidate]) -> list[Candidate]:
+def known_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
     """Return the checkpoints of the table that is there, then those that are asked for beside them.
 
     Raises:
@@ -114,7 +114,8 @@ def known_candidates(probe: Path, asked: Sequence[Candidate]) -> list[Candidate]
     return list(found.values())
 
 
-def write_table(probe: Path, candidates: Sequence[Candidate], k: int, right_from: float) -> dict[str, Any]:
+def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float) -> dict[str,
+                                                                                                        Any]:
     """Write the table of all checkpoints and return its content.
 
     Args:
@@ -147,13 +148,14 @@ def write_table(probe: Path, candidates: Sequence[Candidate], k: int, right_from
     return content
 
 
-def _measured(probe: Path, candidate: Candidate, ks: Sequence[int], right_from: float) -> Iterator[Measured]:
+def _measured(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
+              right_from: float) -> Iterator[MeasuredCheckpoint]:
     if problems := damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
-            yield Measured.of(candidate.name, domain, judged, ks)
+            yield MeasuredCheckpoint.of(candidate.name, domain, judged, ks)
         except UserError as e:
             raise UserError(f"{candidate.name}, domain {domain}: {e}") from None
 
@@ -170,11 +172,12 @@ def experts_of(probe: Path) -> list[tuple[Path, float]]:
     return list(weights.items())
 
 
-def _written(probe: Path) -> tuple[list[Candidate], list[Path]]:
+def _written(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
     """Return the checkpoints of the table that is there, and the best one of each domain."""
     content = read_manifest(probe / TABLE, TABLE_KIND).content
     try:
-        found = {c["name"]: Candidate(Path(c["path"]), bool(c["is_merged"])) for c in content["checkpoints"]}
+        found = {c["name"]: ProbedCheckpoint(Path(c["path"]),
+                                             bool(c["is_merged"])) for c in content["checkpoints"]}
         return list(found.values()), [found[choice["checkpoint"]].path for choice in content["choice"]]
     except (KeyError, TypeError) as e:
         raise UserError(f"{probe / TABLE}: is damaged ({e!r}); delete it, and `ssp probe` writes it again "

@@ -12,8 +12,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.publish.card.data_summary import DATA, FILE, DataCard, figures_of_data
 from megatron_sov.publish.card.lineage import HF_MODEL, Lineage
 from megatron_sov.publish.card.run_record import (
-    ANSWERS, Answers, Basis, Compute, Figure, Origin, RunRecord, as_json, compute_of, figures_in,
-    total_compute, unknown)
+    ANSWERS, Basis, CardAnswers, CardRunRecord, Compute, Figure, RecordedOrigin, as_json, compute_of,
+    figures_in, total_compute, unknown)
 from megatron_sov.runs.checkpoints import KIND
 from megatron_sov.runs.folder import COMPLETION, CONFIG
 from megatron_sov.runs.obs.attempts import COMPLETE
@@ -127,7 +127,7 @@ def _of_file(file: ScoreFile, found: Lineage) -> list[dict[str, Any]]:
         for i, metric in enumerate(scores["metrics"]):
             def of(value: Any, key: str, unit: str = "") -> Figure:
                 return Figure(value, basis if value is not None else "unknown",
-                              (Origin(file.name, file.name, key),), unit, how)
+                              (RecordedOrigin(file.name, file.name, key),), unit, how)
 
             interval = metric.get("interval")
             contamination = scores.get("contamination")
@@ -153,11 +153,11 @@ def _of_file(file: ScoreFile, found: Lineage) -> list[dict[str, Any]]:
     return rows
 
 
-def _of_event(run: RunRecord, index: int, event: dict[str, Any]) -> dict[str, Any]:
+def _of_event(run: CardRunRecord, index: int, event: dict[str, Any]) -> dict[str, Any]:
     def of(name: str) -> Figure:
         value = event.get(name)
         return Figure(value, "unknown" if value is None else "recorded",
-                      (Origin(run.id, EVENTS, f"eval_lm[{index}].{name}"),))
+                      (RecordedOrigin(run.id, EVENTS, f"eval_lm[{index}].{name}"),))
 
     task, metric = str(event.get("task")), str(event.get("metric"))
     return {"key": (task, metric, str(event.get("k")), str(event.get("filter", "none"))), "task": task,
@@ -177,7 +177,7 @@ def _value(figure: Figure, task: str, metric: str) -> Figure:
                   f"{metric} of task {task}: no item that it can be computed from; evaluate again")
 
 
-def measured_while_training(run: RunRecord) -> dict[str, Any]:
+def measured_while_training(run: CardRunRecord) -> dict[str, Any]:
     """Return the last figures that a run measured itself: held-out bits per byte, needles, gates."""
     found: dict[str, Any] = {"heldout": {}, "needle": None, "gate": None}
     for index, event in run.last("eval")[-1:]:
@@ -185,15 +185,15 @@ def measured_while_training(run: RunRecord) -> dict[str, Any]:
         for source, row in heldout.items() if isinstance(heldout, dict) else ():
             value = row.get("bits_per_byte") if isinstance(row, dict) else None
             if math.isfinite(number(value)):
-                found["heldout"][source] = Figure(value, "recorded", (Origin(
+                found["heldout"][source] = Figure(value, "recorded", (RecordedOrigin(
                     run.id, EVENTS, f"eval[{index}].heldout.{source}.bits_per_byte"),), "bits per byte")
     for index, event in run.last("needle")[-1:]:
         if math.isfinite(number(event.get("score"))):
             found["needle"] = Figure(event["score"], "recorded",
-                                     (Origin(run.id, EVENTS, f"needle[{index}].score"),))
+                                     (RecordedOrigin(run.id, EVENTS, f"needle[{index}].score"),))
     for index, event in run.last("gate")[-1:]:
         found["gate"] = Figure(bool(event.get("passed")), "recorded",
-                               (Origin(run.id, EVENTS, f"gate[{index}].passed"),),
+                               (RecordedOrigin(run.id, EVENTS, f"gate[{index}].passed"),),
                                how=f"at step {event.get('step')}")
     return found
 
@@ -208,7 +208,7 @@ MODALITY = "text"
 """Of what the trainer learns and writes."""
 
 
-def make_card(found: Lineage, data: DataCard | None, scores: Sequence[ScoreFile], answers: Answers,
+def make_card(found: Lineage, data: DataCard | None, scores: Sequence[ScoreFile], answers: CardAnswers,
               answers_sha256: str = "") -> dict[str, Any]:
     """Return the card; each figure in it names where it comes from.
 
@@ -246,19 +246,21 @@ def card_json(card: dict[str, Any]) -> Any:
     return as_json({**card, "scores": scores})
 
 
-def _model(found: Lineage, run: RunRecord) -> dict[str, Any]:
+def _model(found: Lineage, run: CardRunRecord) -> dict[str, Any]:
     last = len(run.attempts) - 1
     figures: dict[str, Any] = {name: _setting(run, "model", name) for name in ARCHITECTURE
                                if run.config.model.num_experts or "experts" not in name}
     figures |= _adapter(found, run)
     figures["recipe"] = Figure(run.config.recipe.rpartition("/")[2], "computed",
-                               (Origin(run.id, CONFIG, "recipe"),), how="without the folder of a file")
+                               (RecordedOrigin(run.id, CONFIG, "recipe"),),
+                               how="without the folder of a file")
     for name, what in (("num_params", "number of parameters"), ("num_active_params", "active parameters")):
         value = run.start.get(name)
-        figures[name] = (Figure(value, "recorded", (Origin(run.id, EVENTS, f"run_start[{last}].{name}"),))
+        figures[name] = (Figure(value, "recorded",
+                                (RecordedOrigin(run.id, EVENTS, f"run_start[{last}].{name}"),))
                          if math.isfinite(number(value)) else
                          unknown(what, "the run's events tell of no start; train a step"))
-    origins = tuple(Origin(run.id, EVENTS, key) for key in ("phase[*].seq_len", "step[*].step"))
+    origins = tuple(RecordedOrigin(run.id, EVENTS, key) for key in ("phase[*].seq_len", "step[*].step"))
     figures["trained_length"] = (
         Figure(run.longest_tokens, "computed", origins, "tokens", "longest samples of a step there")
         if run.longest_tokens else
@@ -268,29 +270,30 @@ def _model(found: Lineage, run: RunRecord) -> dict[str, Any]:
     return figures
 
 
-def _adapter(found: Lineage, run: RunRecord) -> dict[str, Figure]:
+def _adapter(found: Lineage, run: CardRunRecord) -> dict[str, Figure]:
     """Return what a card says of a run that trained an adapter: its kind, its rank, and the model that it
     belongs to."""
     lora = run.config.lora
     if not lora.on:
         return {}
     kind = "DoRA" if lora.dora else "LoRA"
-    figures = {"adapter": Figure(kind, "computed", (Origin(run.id, CONFIG, "lora"),), how="by lora.dora"),
+    figures = {"adapter": Figure(kind, "computed", (RecordedOrigin(run.id, CONFIG, "lora"),),
+                                 how="by lora.dora"),
                "adapter_rank": _setting(run, "lora", "rank")}
     for sha256, (item, key) in run.inputs.items():
         if item["kind"] == KIND:
             name = found.graph.nodes[sha256].name
-            figures["base"] = Figure(name, "computed", (Origin(run.id, EVENTS, key),),
+            figures["base"] = Figure(name, "computed", (RecordedOrigin(run.id, EVENTS, key),),
                                      how="what that artifact is called")
     return figures
 
 
-def _setting(run: RunRecord, part: str, name: str) -> Figure:
+def _setting(run: CardRunRecord, part: str, name: str) -> Figure:
     """Return a setting of a run; what its file leaves out has this version's default."""
     written = run.settings.get(part)
     if isinstance(written, dict) and name in written:
-        return Figure(written[name], "recorded", (Origin(run.id, CONFIG, f"{part}.{name}"),))
-    return Figure(getattr(getattr(run.config, part), name), "computed", (Origin(run.id, CONFIG, ""),),
+        return Figure(written[name], "recorded", (RecordedOrigin(run.id, CONFIG, f"{part}.{name}"),))
+    return Figure(getattr(getattr(run.config, part), name), "computed", (RecordedOrigin(run.id, CONFIG, ""),),
                   how=f"{part}.{name} is left out there: the default")
 
 
@@ -300,13 +303,13 @@ def _export(found: Lineage, sha256: str) -> dict[str, Any]:
     node = found.graph.nodes[sha256]
     return {"name": node.name, "sha256": sha256,
             **{name: Figure(manifest.content[name], "recorded",
-                            (Origin(sha256, MANIFEST, f"content.{name}"),))
+                            (RecordedOrigin(sha256, MANIFEST, f"content.{name}"),))
                for name in ("family", "dtype", "num_tensors", "num_parameters")
                if isinstance(manifest.content.get(name), (str, int))},
             "files": {name: record.digest for name, record in manifest.files.items()}}
 
 
-def _stage(run: RunRecord, compute: Compute) -> dict[str, Any]:
+def _stage(run: CardRunRecord, compute: Compute) -> dict[str, Any]:
     """Return what one run did."""
     done = run.completion or {}
     last = len(run.attempts) - 1
@@ -314,7 +317,7 @@ def _stage(run: RunRecord, compute: Compute) -> dict[str, Any]:
     device = machine.get("device") if isinstance(machine, dict) else None
 
     def of_end(name: str, unit: str = "") -> Figure:
-        return (Figure(done[name], "recorded", (Origin(run.id, COMPLETION, name),), unit)
+        return (Figure(done[name], "recorded", (RecordedOrigin(run.id, COMPLETION, name),), unit)
                 if math.isfinite(number(done.get(name))) else
                 unknown(f"{name} of run {run.name}", "it has not come to its end"))
 
@@ -324,15 +327,17 @@ def _stage(run: RunRecord, compute: Compute) -> dict[str, Any]:
         "settings": {f"{part}.{name}": _setting(run, part, name)
                      for part, names in SETTINGS.items() for name in names},
         "steps": of_end("step"), "tokens": of_end("tokens"), "wall_s": of_end("wall_s", "s"),
-        "starts": Figure(len(run.attempts), "counted", (Origin(run.id, EVENTS, "run_start[*]"),)),
+        "starts": Figure(len(run.attempts), "counted", (RecordedOrigin(run.id, EVENTS, "run_start[*]"),)),
         "num_ranks": (Figure(run.start["num_ranks"], "recorded",
-                             (Origin(run.id, EVENTS, f"run_start[{last}].num_ranks"),))
+                             (RecordedOrigin(run.id, EVENTS, f"run_start[{last}].num_ranks"),))
                       if math.isfinite(number(run.start.get("num_ranks"))) else
                       unknown(f"processes of run {run.name}", "its events tell of no start")),
-        "device": (Figure(device, "recorded", (Origin(run.id, EVENTS, f"run_start[{last}].machine.device"),))
+        "device": (Figure(device, "recorded", (RecordedOrigin(run.id, EVENTS,
+                                                              f"run_start[{last}].machine.device"),))
                    if isinstance(device, str) else
                    unknown(f"machine of run {run.name}", "its starts do not name it")),
-        "incidents": {kind: Figure(count, "counted", (Origin(run.id, EVENTS, f"{kind}[*]"),), "", KINDS[kind])
+        "incidents": {kind: Figure(count, "counted", (RecordedOrigin(run.id, EVENTS, f"{kind}[*]"),), "",
+                                   KINDS[kind])
                       for kind, count in sorted(run.incidents.items()) if count},
         **_compute(compute)}
 
@@ -341,15 +346,16 @@ def _compute(compute: Compute) -> dict[str, Figure]:
     return {field.name: getattr(compute, field.name) for field in fields(compute)}
 
 
-def _stated(answers: Answers) -> dict[str, Figure]:
+def _stated(answers: CardAnswers) -> dict[str, Figure]:
     """Return what the team says, each marked as stated."""
     return {name: Figure(list(value) if isinstance(value, tuple) else value, "stated",
-                         (Origin(ANSWERS, ANSWERS, name),))
+                         (RecordedOrigin(ANSWERS, ANSWERS, name),))
             for name, value in asdict(answers).items() if value not in ("", (), None) and name != "licences"}
 
 
-def _licence(answers: Answers) -> Figure:
-    return (Figure(answers.licence, "stated", (Origin(ANSWERS, ANSWERS, "licence"),)) if answers.licence else
+def _licence(answers: CardAnswers) -> Figure:
+    return (Figure(answers.licence, "stated", (RecordedOrigin(ANSWERS, ANSWERS,
+                                                              "licence"),)) if answers.licence else
             unknown("licence of the weights", "state `licence` in --answers"))
 
 
@@ -403,7 +409,7 @@ def _limits(card: dict[str, Any], found: Lineage) -> list[str]:
 
 
 def _not_known(card: dict[str, Any], found: Lineage, data: DataCard | None,
-               answers: Answers) -> list[str]:
+               answers: CardAnswers) -> list[str]:
     """Return one sentence for each thing that nobody has recorded."""
     parts = {name: part for name, part in card.items() if name != "compute"}  # which sums up the stages
     missing = [figure.how for figure in figures_in(parts) if figure.basis == "unknown" and figure.how]

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.publish.card.lineage import Graph, Node
-from megatron_sov.publish.card.run_record import ANSWERS, Answers, Figure, Origin, unknown
+from megatron_sov.publish.card.run_record import ANSWERS, CardAnswers, Figure, RecordedOrigin, unknown
 
 CARD, FORMAT, VERSION = "card.json", "megatron-sov data card", 2
 DATA = "data"
@@ -87,7 +87,7 @@ def read_data_card(folder: Path) -> DataCard:
         found.name: found.read_bytes() for found in sorted(folder.iterdir()) if found.is_file()})
 
 
-def figures_of_data(card: DataCard, answers: Answers) -> dict[str, Any]:
+def figures_of_data(card: DataCard, answers: CardAnswers) -> dict[str, Any]:
     """Return what a model's card says of its data."""
     content = card.content
     totals = {name: _recorded(value, f"totals.{name}", "B" if name.startswith("bytes") else "")
@@ -109,11 +109,12 @@ def figures_of_data(card: DataCard, answers: Answers) -> dict[str, Any]:
                       for i, step in enumerate(content["steps"])]}
 
 
-def _source(i: int, source: dict[str, Any], answers: Answers) -> dict[str, Any]:
+def _source(i: int, source: dict[str, Any], answers: CardAnswers) -> dict[str, Any]:
     name = str(source["name"])
     licence = _recorded(source["licence"], f"sources[{i}].licence")
     if not source["licence"]:
-        licence = (Figure(answers.licences[name], "stated", (Origin(ANSWERS, ANSWERS, f"licences.{name}"),))
+        licence = (Figure(answers.licences[name], "stated",
+                          (RecordedOrigin(ANSWERS, ANSWERS, f"licences.{name}"),))
                    if answers.licences.get(name) else
                    unknown(f"licence of source {name!r}", "add it as `licence` in the pipeline's file, or "
                            "under `licences` in --answers"))
@@ -137,7 +138,7 @@ def _synthesis(i: int, one: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recorded(value: Any, key: str, unit: str = "") -> Figure:
-    return Figure(value, "recorded", (Origin(DATA, FILE, key),), unit)
+    return Figure(value, "recorded", (RecordedOrigin(DATA, FILE, key),), unit)
 
 
 def add_data(graph: Graph, card: DataCard) -> None:

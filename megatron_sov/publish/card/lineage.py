@@ -15,7 +15,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, find_input, inputs_of, manifest_sha256, places_of, read_manifest)
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError
-from megatron_sov.publish.card.run_record import RunRecord, flops_per_token, read_run_record
+from megatron_sov.publish.card.run_record import CardRunRecord, flops_per_token, read_run_record
 from megatron_sov.runs.checkpoints import BASE, CHECKPOINTS_OF_A_RUN, KIND, SOURCE, latest, short_name
 from megatron_sov.runs.folder import COMPLETION, CONFIG, EXPORTS, ROUNDS
 from megatron_sov.runs.obs.events import EVENTS
@@ -231,7 +231,7 @@ COMMAND_LINE = "the command line"
 class Lineage:
     """A model's history."""
 
-    runs: list[RunRecord] = field(default_factory=list)
+    runs: list[CardRunRecord] = field(default_factory=list)
     """Its runs, the first one first."""
     graph: Graph = field(default_factory=Graph)
     """All of it."""
@@ -264,7 +264,7 @@ def lineage(runs: Sequence[Path], elsewhere: Sequence[Path] = (), hf_folder: Pat
     Raises:
         UserError: a folder is none of these, is damaged, or belongs to another model.
     """
-    walk = _Walk(elsewhere)
+    walk = _LineageWalk(elsewhere)
     for before, path in zip((None, *runs), runs, strict=False):
         walk.run(path)
         if before is not None:
@@ -281,12 +281,12 @@ def lineage(runs: Sequence[Path], elsewhere: Sequence[Path] = (), hf_folder: Pat
     return found
 
 
-class _Walk:
+class _LineageWalk:
     """Follows what events and manifests name; each thing once."""
 
     def __init__(self, elsewhere: Sequence[Path]) -> None:
         self.found = Lineage()
-        self._runs: dict[Path, RunRecord] = {}
+        self._runs: dict[Path, CardRunRecord] = {}
         self._waiting: list[str] = []
         self._elsewhere: dict[str, Path] = {}
         for path in elsewhere:
@@ -297,7 +297,7 @@ class _Walk:
                 raise UserError(f"--from {path}: is neither a run nor an artifact; pass a folder that one of "
                                 "our commands wrote")
 
-    def run(self, path: Path) -> RunRecord:
+    def run(self, path: Path) -> CardRunRecord:
         """Follow a run."""
         place = path.resolve()
         if place in self._runs:
@@ -326,7 +326,7 @@ class _Walk:
         model = self.model_of(earlier)
         self.found.graph.join(model or earlier.id, record.id, COMMAND_LINE)
 
-    def model_of(self, record: RunRecord) -> str:
+    def model_of(self, record: CardRunRecord) -> str:
         """Add the checkpoint that a run left, and return its id; empty where it has none.
 
         Raises:
@@ -355,7 +355,7 @@ class _Walk:
         self.found.graph.join(record.id, sha256, COMPLETION)
         return sha256
 
-    def export(self, folder: Path, record: RunRecord, is_asked: bool) -> None:
+    def export(self, folder: Path, record: CardRunRecord, is_asked: bool) -> None:
         """Add a Hugging Face folder, if it was made from a checkpoint of a run."""
         manifest = read_manifest(folder)
         left = (record.path / CHECKPOINTS_OF_A_RUN).glob(f"step-*/{MANIFEST}")
@@ -372,7 +372,7 @@ class _Walk:
         if sha256 not in self.found.exports:
             self.found.exports.append(sha256)
 
-    def _rounds(self, record: RunRecord) -> None:
+    def _rounds(self, record: CardRunRecord) -> None:
         """Add the rounds of responses that a run trained on, as one thing."""
         files = sorted((record.path / ROUNDS).glob(f"[0-9]*/{MANIFEST}"))
         if not files:
@@ -454,7 +454,7 @@ def _is_below(folder: Path, root: Path) -> bool:
         return False
 
 
-def _described(record: RunRecord) -> str:
+def _described(record: CardRunRecord) -> str:
     """Return what a run did, in a few words."""
     done = record.completion or {}
     steps = done.get("step") or (record.attempts[-1].last_step if record.attempts else None)

@@ -39,7 +39,7 @@ EXACT = ("recorded", "stated")
 
 
 @dataclass(frozen=True)
-class Origin:
+class RecordedOrigin:
     """Where a value stands."""
 
     of: str
@@ -59,7 +59,7 @@ class Figure:
     """A number, a text, a truth value or a list of these; None: not known."""
     basis: Basis
     """What it rests on."""
-    origins: tuple[Origin, ...] = ()
+    origins: tuple[RecordedOrigin, ...] = ()
     """Where it comes from; none of what is unknown."""
     unit: str = ""
     """Such as "FLOP" or "kWh"; empty: a count or a name."""
@@ -133,7 +133,7 @@ MOST = 1e6
 
 
 @dataclass(frozen=True)
-class Answers:
+class CardAnswers:
     """What a team says; an empty field is one that nobody has filled in."""
 
     name: Text = ""
@@ -190,13 +190,13 @@ class Answers:
     """Source of the data -> its licence, where its manifest has none."""
 
 
-def read_answers(file: Path) -> Answers:
+def read_answers(file: Path) -> CardAnswers:
     """Return what an --answers file says.
 
     Raises:
         UserError: it cannot be read, or breaks rules; all of them are told.
     """
-    return read_file(Answers, file, f"--answers {file}")
+    return read_file(CardAnswers, file, f"--answers {file}")
 
 
 KEPT = ("gate", "needle", "passk", "eval", "eval_lm", "decontamination", "heldout_pairs")
@@ -210,7 +210,7 @@ MAX_KEPT = 10_000
 
 
 @dataclass
-class Work:
+class RecordedWork:
     """What the steps of a run add up to."""
 
     flops: float = 0.0
@@ -242,7 +242,7 @@ class Work:
 
 
 @dataclass
-class RunRecord:
+class CardRunRecord:
     """One run."""
 
     name: str
@@ -261,7 +261,7 @@ class RunRecord:
     """Its starts."""
     inputs: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     """Manifest hash -> artifact that it read, and the event that says so."""
-    work: Work = field(default_factory=Work)
+    work: RecordedWork = field(default_factory=RecordedWork)
     """What its steps add up to."""
     kept: dict[str, list[tuple[int, dict[str, Any]]]] = field(default_factory=dict)
     """Kind -> events with their numbers among their kind."""
@@ -304,7 +304,8 @@ class RunRecord:
                 if (self.path / name).is_file()}
 
 
-def read_run_record(path: Path, name: str, flops_per_token: Callable[[RunConfig, int], float]) -> RunRecord:
+def read_run_record(path: Path, name: str, flops_per_token: Callable[[RunConfig, int],
+                                                                     float]) -> CardRunRecord:
     """Read a run's folder.
 
     Args:
@@ -325,7 +326,7 @@ def read_run_record(path: Path, name: str, flops_per_token: Callable[[RunConfig,
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path / FAILURE}: is damaged ({e}); restore it from a copy") from None
     raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    run = RunRecord(name, path, config, raw, _completion(folder), failure)
+    run = CardRunRecord(name, path, config, raw, _completion(folder), failure)
     _read_events(run, lambda seq_len: flops_per_token(config, seq_len))
     return run
 
@@ -367,7 +368,7 @@ class _Timeline:
         return self._steps[-1][1] if self._steps else 0
 
 
-def _read_events(run: RunRecord, flops_per_token: Callable[[int], float]) -> None:
+def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) -> None:
     attempts, timeline, work = Attempts(), _Timeline(), run.work
     phases: list[tuple[int, int]] = []
     per_token: dict[int, float] = {}
@@ -407,7 +408,7 @@ def _read_events(run: RunRecord, flops_per_token: Callable[[int], float]) -> Non
     work.flops, work.flops_again, work.tokens = timeline.flops, timeline.flops_again, timeline.tokens
 
 
-def _add_inputs(run: RunRecord, event: dict[str, Any], index: int) -> None:
+def _add_inputs(run: CardRunRecord, event: dict[str, Any], index: int) -> None:
     """Take in what a start says that it reads; what is no such record is passed over."""
     inputs = event.get("inputs")
     for i, item in enumerate(inputs if isinstance(inputs, list) else []):
@@ -416,14 +417,14 @@ def _add_inputs(run: RunRecord, event: dict[str, Any], index: int) -> None:
             run.inputs[item["manifest_sha256"]] = item, f"run_start[{index}].inputs[{i}].manifest_sha256"
 
 
-def _add_energy(work: Work, event: dict[str, Any], place: int, start: dict[str, Any]) -> None:
+def _add_energy(work: RecordedWork, event: dict[str, Any], place: int, start: dict[str, Any]) -> None:
     """Take in the energy of all GPUs since a start; that of some of them is no measure of the run."""
     work.energy_by_start.pop(place, None)
     if not number(event.get("num_gpus")) < number(start.get("num_ranks")):
         work.energy_by_start[place] = number(event["energy_j"])
 
 
-def _add_power(work: Work, event: dict[str, Any], seq_len: int) -> None:
+def _add_power(work: RecordedWork, event: dict[str, Any], seq_len: int) -> None:
     """Take in what a step says of itself beside its tokens."""
     work.num_steps += 1
     work.unpriced_steps += not seq_len
@@ -466,7 +467,7 @@ def flops_per_token(config: RunConfig, seq_len: int) -> float:
     return train_flops_per_token(config.model, seq_len)
 
 
-def compute_of(run: RunRecord, answers: Answers) -> Compute:
+def compute_of(run: CardRunRecord, answers: CardAnswers) -> Compute:
     """Return what one run has cost."""
     process_hours = _process_hours(run)
     gpu_hours = _gpu_hours(run, process_hours)
@@ -482,7 +483,7 @@ def total_compute(parts: Sequence[Compute]) -> Compute:
         ("flops_again", "repeated FLOPs"), ("energy_kwh", "energy"), ("carbon_g", "carbon"))))
 
 
-def _process_hours(run: RunRecord) -> Figure:
+def _process_hours(run: CardRunRecord) -> Figure:
     """Return processes times the time from the beginning of each start to its last event."""
     if not run.attempts:
         return unknown(f"hours of run {run.name}", "its events tell of no start; they cannot be added later")
@@ -499,7 +500,7 @@ def _process_hours(run: RunRecord) -> Figure:
                   "processes x (last event - begin), over all starts")
 
 
-def _gpu_hours(run: RunRecord, process_hours: Figure) -> Figure:
+def _gpu_hours(run: CardRunRecord, process_hours: Figure) -> Figure:
     """Return the process hours of a run whose processes had a GPU each."""
     on_gpu = [attempt.start.get("on_gpu") for attempt in run.attempts]
     if not process_hours.known or not (all(x is True for x in on_gpu) or all(x is False for x in on_gpu)):
@@ -510,13 +511,13 @@ def _gpu_hours(run: RunRecord, process_hours: Figure) -> Figure:
                   "process hours of processes with a GPU each")
 
 
-def _flops(run: RunRecord) -> tuple[Figure, Figure]:
+def _flops(run: CardRunRecord) -> tuple[Figure, Figure]:
     """Return the FLOPs of the steps that led to the model, and of those that were done again."""
     if not run.work.num_steps or run.work.unpriced_steps:
         missing = unknown(f"FLOPs of run {run.name}", "its events do not tell tokens and phase of each step; "
                           "they cannot be added later")
         return missing, missing
-    origins = (*_of(run, "step[*].tokens", "phase[*].seq_len"), Origin(run.id, CONFIG, "model"))
+    origins = (*_of(run, "step[*].tokens", "phase[*].seq_len"), RecordedOrigin(run.id, CONFIG, "model"))
     how = ("tokens of each step x 6 x weights that a token is multiplied with, and attention (PaLM, arXiv "
            "2204.02311, appendix B); what a teacher, a reference or generation computes is not in it")
     if run.config.lora.on:
@@ -526,7 +527,7 @@ def _flops(run: RunRecord) -> tuple[Figure, Figure]:
                    "the same, of steps that were done again after a fault or a step back"))
 
 
-def _energy(run: RunRecord, process_hours: Figure, gpu_hours: Figure, answers: Answers) -> Figure:
+def _energy(run: CardRunRecord, process_hours: Figure, gpu_hours: Figure, answers: CardAnswers) -> Figure:
     """Return kilowatt hours by the best that there is: joules, watts, the chip's maker, a person's word."""
     work, ranks = run.work, number(run.start.get("num_ranks"))
     if work.starts_with_steps and work.starts_with_steps <= set(work.energy_by_start):
@@ -554,25 +555,25 @@ def _energy(run: RunRecord, process_hours: Figure, gpu_hours: Figure, answers: A
                       f"its maker's server draws, x {DRAWN_SHARE} (arXiv 2412.08602)")
     if answers.power_w is not None and process_hours.known:
         return Figure(answers.power_w * process_hours.value / 1000, "estimated",
-                      (Origin(ANSWERS, ANSWERS, "power_w"), *process_hours.origins), "kWh",
+                      (RecordedOrigin(ANSWERS, ANSWERS, "power_w"), *process_hours.origins), "kWh",
                       "process hours x the stated power of one process")
     return unknown(f"energy of run {run.name}", "no event tells joules or watts and no chip is known; state "
                    "power_w (watts of one process) in --answers")
 
 
-def _carbon(energy: Figure, answers: Answers) -> Figure:
+def _carbon(energy: Figure, answers: CardAnswers) -> Figure:
     """Return what the energy emits, by the intensity that someone states."""
     if answers.intensity_g_per_kwh is None:
         return unknown("carbon", "state intensity_g_per_kwh in --answers")
     if not energy.known:
         return Figure(None, "unknown", unit="g", how=energy.how)
     pue = answers.pue
-    origins = (Origin(ANSWERS, ANSWERS, "intensity_g_per_kwh"), *energy.origins,
-               *((Origin(ANSWERS, ANSWERS, "pue"),) if pue is not None else ()))
+    origins = (RecordedOrigin(ANSWERS, ANSWERS, "intensity_g_per_kwh"), *energy.origins,
+               *((RecordedOrigin(ANSWERS, ANSWERS, "pue"),) if pue is not None else ()))
     how = " x the stated PUE" if pue is not None else "; the site's overhead is not in it"
     return Figure(energy.value * answers.intensity_g_per_kwh * (1.0 if pue is None else pue), "estimated",
                   origins, "g", f"energy x the stated intensity{how}")
 
 
-def _of(run: RunRecord, *keys: str) -> tuple[Origin, ...]:
-    return tuple(Origin(run.id, EVENTS, key) for key in keys)
+def _of(run: CardRunRecord, *keys: str) -> tuple[RecordedOrigin, ...]:
+    return tuple(RecordedOrigin(run.id, EVENTS, key) for key in keys)

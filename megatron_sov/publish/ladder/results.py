@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Section, Table, chart, colour, plain, render as render_page)
+    Chapter, Chart, PageSection, PageTable, chart, colour, plain, render as render_page)
 from megatron_sov.publish.ladder.family import Member, size_of
 from megatron_sov.publish.ladder.laws import CONFIDENCE, ParametricLaw, PowerLaw, Prediction
 from megatron_sov.runs.folder import COMPLETION
@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Told:
+class LadderText:
     """A prediction beside what came of it."""
 
     name: str
@@ -105,7 +105,7 @@ def fitted(found: Sequence[Point]) -> Law:
     return ParametricLaw(params, tokens, losses) if len(ratios) > 1 else PowerLaw(params, losses)
 
 
-def tell(law: Law, member: Member, folder: Path) -> Told:
+def tell(law: Law, member: Member, folder: Path) -> LadderText:
     """Return the prediction for a model, with what its run gave where it is complete; one that was written
     before and is the same keeps its time."""
     predicted = law.predict(member.num_params, member.num_tokens)
@@ -114,8 +114,8 @@ def tell(law: Law, member: Member, folder: Path) -> Told:
         if earlier["name"] == member.name and earlier["predicted"] == asdict(predicted):
             made_s = earlier["made_s"]
     run = folder / member.name
-    return Told(member.name, member.num_params, member.num_tokens, predicted, made_s,
-                final_loss(run) if is_complete(run) else None)
+    return LadderText(member.name, member.num_params, member.num_tokens, predicted, made_s,
+                      final_loss(run) if is_complete(run) else None)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, recipe: str, rates: str, found: Sequence[Point], law: Law,
-          told: Sequence[Told]) -> None:
+          told: Sequence[LadderText]) -> None:
     atomic_write(folder / FILE, to_json({
         "format_version": FORMAT_VERSION, "kind": "ladder", "recipe": recipe, "rates": rates,
         "points": list(found),
@@ -158,20 +158,20 @@ NUM_POINTS = 60
 
 
 def page(recipe: str, rates: str, members: Sequence[Member], found: Sequence[Point], law: Law,
-         told: Sequence[Told]) -> str:
+         told: Sequence[LadderText]) -> str:
     sections = [
-        Section("Loss over size", charts=[_chart(found, law, told)], tables=law_tables(law),
-                text=f"Held-out loss at the end of each run. The band is where the law lies with probability "
-                     f"{CONFIDENCE:.0%}; a prediction's bar is where one run's loss lies."),
-        Section("Predictions", tables=[prediction_table(told)],
-                text="Each was written before its run began, unless the run was there already."),
-        Section("Models", tables=[member_table(members, found)],
-                text=f"Sizes count the parameters of the trunk that one token meets; rates: {rates}.")]
+        PageSection("Loss over size", charts=[_chart(found, law, told)], tables=law_tables(law),
+                    text=f"Held-out loss at the end of each run. The band is where the law lies with "
+                         f"probability {CONFIDENCE:.0%}; a prediction's bar is where one run's loss lies."),
+        PageSection("Predictions", tables=[prediction_table(told)],
+                    text="Each was written before its run began, unless the run was there already."),
+        PageSection("Models", tables=[member_table(members, found)],
+                    text=f"Sizes count the parameters of the trunk that one token meets; rates: {rates}.")]
     return render_page("Scaling ladder", recipe, "",
                        [Chapter(recipe, f"{len(members)} runs", [], sections)])
 
 
-def member_table(members: Sequence[Member], found: Sequence[Point]) -> Table:
+def member_table(members: Sequence[Member], found: Sequence[Point]) -> PageTable:
     losses = {p.name: f"{p.loss:.4f}" for p in found}
     rows = []
     for m in members:
@@ -182,31 +182,31 @@ def member_table(members: Sequence[Member], found: Sequence[Point]) -> Table:
                      f"{c.num_heads}/{c.num_kv_heads} of {c.head_dim}", ffn, large(m.num_tokens),
                      f"{m.config.num_steps():,} of {t.global_batch_size}", f"{o.lr:.3g}",
                      f"{o.lr * scale:.3g}", losses.get(m.name, "–")])
-    return Table(["run", "parameters", "width x layers", "heads", "inner width", "tokens",
-                  "steps of samples", "rate", "rate of matrices", "held-out loss"], rows)
+    return PageTable(["run", "parameters", "width x layers", "heads", "inner width", "tokens",
+                      "steps of samples", "rate", "rate of matrices", "held-out loss"], rows)
 
 
-def prediction_table(told: Sequence[Told]) -> Table:
+def prediction_table(told: Sequence[LadderText]) -> PageTable:
     rows = [[t.name, large(t.num_params), large(t.num_tokens), spelled(t.predicted),
              time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(t.made_s)),
              "–" if t.measured is None else f"{t.measured:.4f}",
              "–" if t.error is None else f"{t.error:+.2%}",
              {None: "–", True: "inside", False: "outside"}[t.inside]] for t in told]
-    return Table(["run", "parameters", "tokens", f"predicted loss ({CONFIDENCE:.0%} interval)", "written",
-                  "measured", "error", "interval"], rows)
+    return PageTable(["run", "parameters", "tokens", f"predicted loss ({CONFIDENCE:.0%} interval)", "written",
+                      "measured", "error", "interval"], rows)
 
 
-def law_tables(law: Law) -> list[Table]:
+def law_tables(law: Law) -> list[PageTable]:
     """Return the law's parameters, each with its own interval."""
     rows = [[name, spelled(value)] for name, value in law.parameters().items()]
-    return [Table([law.name, f"median ({CONFIDENCE:.0%} interval)"], rows)]
+    return [PageTable([law.name, f"median ({CONFIDENCE:.0%} interval)"], rows)]
 
 
 def spelled(value: Prediction) -> str:
     return f"{value.loss:.4g} ({value.low:.4g} to {value.high:.4g})"
 
 
-def _chart(found: Sequence[Point], law: Law, told: Sequence[Told]) -> Chart:
+def _chart(found: Sequence[Point], law: Law, told: Sequence[LadderText]) -> Chart:
     figure = go.Figure()
     sizes = [p.num_params for p in found] + [t.num_params for t in told]
     if isinstance(law, PowerLaw):

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_sov.base.pages.page import Section, Table
+from megatron_sov.base.pages.page import PageSection, PageTable
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.runs.obs.attempts import COMPLETE, UNFINISHED
@@ -19,7 +19,7 @@ TITLE = "Plan against what happened"
 
 
 @dataclass
-class _Row:
+class _AccountRow:
     """Steps that one stretch of a plan holds for, over all starts of the run under that plan."""
 
     plan: int
@@ -37,10 +37,10 @@ class _Row:
         return sum(len(m.times_s) for m in self.measured)
 
 
-def accounts_section(run: Run) -> Section:
+def accounts_section(run: Run) -> PageSection:
     """Return the section; a run that has kept no plan has none."""
     if not run.plans:
-        return Section(TITLE)
+        return PageSection(TITLE)
     rows = _rows(run)
     used = run.plans[_plan_of(run, len(run.attempts))] if run.attempts else run.plans[-1]
     tables = [*_speed_tables(run, rows), *_memory_tables(run), *_total_tables(run, rows, used)]
@@ -48,7 +48,7 @@ def accounts_section(run: Run) -> Section:
             f"- 1. Planned for {used.num_ranks:,} processes on {used.device or 'an unknown machine'}"
             + (f" with the parameters {used.parameters}." if not used.no_speed else f"; {used.no_speed}.")
             + (f" Network, storage and failures: {used.cluster}." if used.cluster else ""))
-    return Section(TITLE, text=text if tables else "", tables=tables)
+    return PageSection(TITLE, text=text if tables else "", tables=tables)
 
 
 def _plan_of(run: Run, attempt: int) -> int:
@@ -57,9 +57,9 @@ def _plan_of(run: Run, attempt: int) -> int:
     return named if isinstance(named, int) and 0 <= named < len(run.plans) else len(run.plans) - 1
 
 
-def _rows(run: Run) -> list[_Row]:
+def _rows(run: Run) -> list[_AccountRow]:
     """Return the stretches of the plans of which steps were measured, in the order of time."""
-    rows: dict[tuple[int, str, int, int], _Row] = {}
+    rows: dict[tuple[int, str, int, int], _AccountRow] = {}
     numbers = {id(attempt.start): i for i, attempt in enumerate(run.attempts, 1)}
     for measured in run.stretches:
         plan = _plan_of(run, numbers[id(measured.start)])
@@ -67,11 +67,11 @@ def _rows(run: Run) -> list[_Row]:
         if planned is None or not measured.warm_times_s():
             continue
         key = (plan, planned.phase, planned.seq_len, planned.global_batch_size)
-        rows.setdefault(key, _Row(plan, planned)).measured.append(measured)
+        rows.setdefault(key, _AccountRow(plan, planned)).measured.append(measured)
     return list(rows.values())
 
 
-def _speed_tables(run: Run, rows: Sequence[_Row]) -> list[Table]:
+def _speed_tables(run: Run, rows: Sequence[_AccountRow]) -> list[PageTable]:
     """Return seconds of a step and tokens a second of each stretch."""
     body = []
     for row in rows:
@@ -84,10 +84,10 @@ def _speed_tables(run: Run, rows: Sequence[_Row]) -> list[Table]:
                      f"{tokens / seconds:,.0f}" if seconds else "–", f"{tokens / row.step_s:,.0f}"])
     head = ["phase", "steps", "processes", "samples x tokens", "step planned", "step measured (median)",
             "error", "tokens/s planned", "tokens/s measured"]
-    return [Table(head, body)] if body else []
+    return [PageTable(head, body)] if body else []
 
 
-def _memory_tables(run: Run) -> list[Table]:
+def _memory_tables(run: Run) -> list[PageTable]:
     """Return the memory of the fullest process of each pipeline stage."""
     body = []
     for number_, plan in enumerate(run.plans):
@@ -105,7 +105,7 @@ def _memory_tables(run: Run) -> list[Table]:
                          before + items])
     head = ["processes", "pipeline stage", "memory planned", "memory measured (most of a process)", "error",
             "planned for (GiB)"]
-    return [Table(head, body)] if body else []
+    return [PageTable(head, body)] if body else []
 
 
 def _peaks(run: Run, plan: KeptPlan, starts: set[int]) -> dict[int, float]:
@@ -121,7 +121,7 @@ def _peaks(run: Run, plan: KeptPlan, starts: set[int]) -> dict[int, float]:
     return {stage: peak for stage, peak in found.items() if stage < len(plan.memory_bytes) and peak > 0}
 
 
-def _total_tables(run: Run, rows: Sequence[_Row], plan: KeptPlan) -> list[Table]:
+def _total_tables(run: Run, rows: Sequence[_AccountRow], plan: KeptPlan) -> list[PageTable]:
     """Return what holds for the run as a whole, by the plan of its last start."""
     planned_s = sum(row.planned.step_s * row.num_steps for row in rows)
     measured_s = sum(s for row in rows for m in row.measured for s in m.times_s if math.isfinite(s))
@@ -145,7 +145,7 @@ def _total_tables(run: Run, rows: Sequence[_Row], plan: KeptPlan) -> list[Table]
     saves_s = [s for s in (number(c.get("save_s")) for c in run.checkpoints) if math.isfinite(s)]
     if saves_s:
         body.append(_line("time to write one, mean", plan.checkpoint_s, statistics.mean(saves_s), duration))
-    return [Table(["", "planned", "measured", "error"], body)] if body else []
+    return [PageTable(["", "planned", "measured", "error"], body)] if body else []
 
 
 def _line(label: str, planned: float, measured: float, as_text: Callable[[float], str]) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from megatron_sov.base.pages.page import Chart, chart, colour, colour_bar, plain
-from megatron_sov.publish.report.run_data import ExpertLoad, Phase, Run
+from megatron_sov.publish.report.run_data import Phase, ReportedExpertLoad, Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
 from megatron_sov.runs.obs.figures import number
@@ -169,7 +169,7 @@ def scalar_charts(run: Run, wanted: list[tuple[str, str, str]]) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def expert_chart(load: ExpertLoad, source: str = "") -> Chart:
+def expert_chart(load: ReportedExpertLoad, source: str = "") -> Chart:
     """Return the heat map layer x expert of the share of tokens, in multiples of the fair
     share 1 / experts."""
     num_layers, num_experts = load.load.shape

@@ -14,11 +14,11 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Panel, Section, Table, chart, colour, plain, render as render_page)
+    Chapter, Chart, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
 from megatron_sov.publish.report.charts import MAX_POINTS, MAX_WINDOW_STEPS, SMOOTH_FROM_STEPS
 from megatron_sov.publish.report.judgements import verdict_table
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.scores import Score, newest_scores, score_chart, scores_of
+from megatron_sov.publish.report.scores import ReportedScore, newest_scores, score_chart, scores_of
 from megatron_sov.publish.report.steps import Curve, downsample, last_value, moving_mean
 from megatron_sov.runs.obs.figures import duration, figure, large, number
 
@@ -66,7 +66,7 @@ def routing_charts(runs: Sequence[Run], names: list[str]) -> list[Chart]:
 
 def score_charts(runs: Sequence[Run], names: list[str]) -> list[Chart]:
     """Return a chart of each task and metric that several runs, or several checkpoints, were judged by."""
-    lines: dict[tuple[str, str], dict[str, list[Score]]] = {}
+    lines: dict[tuple[str, str], dict[str, list[ReportedScore]]] = {}
     for run, name in zip(runs, names, strict=True):
         for score in scores_of(run.scores):
             if score.step is not None and np.isfinite(score.value):
@@ -143,16 +143,16 @@ def render(runs: Sequence[Run], differences: Sequence[dict[str, Any]] = (), now_
     """
     names = unique_names(runs)
     sections = [
-        Section("Training loss", charts=loss_charts(runs, names), side_by_side=True,
-                text="Over the tokens that each run has consumed, so that batch sizes may differ."),
+        PageSection("Training loss", charts=loss_charts(runs, names), side_by_side=True,
+                    text="Over the tokens that each run has consumed, so that batch sizes may differ."),
         _scores(runs, names, differences),
-        Section("Speed", charts=speed_charts(runs, names), side_by_side=True),
-        Section("Routing", charts=routing_charts(runs, names), side_by_side=True,
-                text="MaxVio is the load of the busiest expert over the fair load, less 1; 0 is perfect "
-                     "balance."),
-        Section("Gates and verdicts", tables=_verdicts(runs, names)),
-        Section("Settings that differ", tables=_settings(runs, names)),
-        Section("Data that differ", tables=[*_inputs(runs, names), *_tokens(runs, names)]),
+        PageSection("Speed", charts=speed_charts(runs, names), side_by_side=True),
+        PageSection("Routing", charts=routing_charts(runs, names), side_by_side=True,
+                    text="MaxVio is the load of the busiest expert over the fair load, less 1; 0 is perfect "
+                         "balance."),
+        PageSection("Gates and verdicts", tables=_verdicts(runs, names)),
+        PageSection("Settings that differ", tables=_settings(runs, names)),
+        PageSection("Data that differ", tables=[*_inputs(runs, names), *_tokens(runs, names)]),
     ]
     chapter = Chapter("Comparison", "", [], [s for s in sections if s.charts or s.tables])
     opening = [Panel("What was reached", 12, tables=[_facts(runs, names)])]
@@ -167,11 +167,12 @@ def unique_names(runs: Sequence[Run]) -> list[str]:
             for i, name in enumerate(names)]
 
 
-def _facts(runs: Sequence[Run], names: list[str]) -> Table:
+def _facts(runs: Sequence[Run], names: list[str]) -> PageTable:
     """Return one row for each figure, one column for each run."""
     told = [dict(_of_run(run)) for run in runs]
     labels = list(dict.fromkeys(label for facts in told for label in facts))
-    return Table(["", *names], [[label, *(facts.get(label, NOTHING) for facts in told)] for label in labels])
+    return PageTable(["", *names], [[label, *(facts.get(label,
+                                                        NOTHING) for facts in told)] for label in labels])
 
 
 def _of_run(run: Run) -> list[tuple[str, str]]:
@@ -202,7 +203,7 @@ def _median(curve: Any) -> str:
     return figure(finite[len(finite) // 2]) if finite else ""
 
 
-def _scores(runs: Sequence[Run], names: list[str], differences: Sequence[dict[str, Any]]) -> Section:
+def _scores(runs: Sequence[Run], names: list[str], differences: Sequence[dict[str, Any]]) -> PageSection:
     """Return each run's newest scores beside one another, and the differences that items tell."""
     told = [{(s.task, s.metric): s for s in newest_scores(scores_of(run.scores))} for run in runs]
     labels = list(dict.fromkeys(label for scores in told for label in scores))
@@ -210,11 +211,11 @@ def _scores(runs: Sequence[Run], names: list[str], differences: Sequence[dict[st
     if labels:
         rows = [[*label, *(_score(scores[label]) if label in scores else NOTHING for scores in told)]
                 for label in labels]
-        tables.append(Table(["task", "metric", *names], rows))
+        tables.append(PageTable(["task", "metric", *names], rows))
     if differences:
-        tables.append(Table(["second against first", "task", "metric", "difference", "95 % interval", "items",
-                             "the second is"], [_difference(d) for d in differences]))
-    return Section("Scores", charts=score_charts(runs, names), tables=tables, side_by_side=True, text=(
+        tables.append(PageTable(["second against first", "task", "metric", "difference", "95 % interval",
+                                 "items", "the second is"], [_difference(d) for d in differences]))
+    return PageSection("Scores", charts=score_charts(runs, names), tables=tables, side_by_side=True, text=(
         "The newest score of each run. A difference is of the items that both were asked: its interval is "
         "narrower than those of the two scores suggest."))
 
@@ -243,10 +244,10 @@ def _difference(found: dict[str, Any]) -> list[str]:
             Markup('<span class="{}">{}</span>').format(mark, word) if mark else word]
 
 
-def _verdicts(runs: Sequence[Run], names: list[str]) -> list[Table]:
+def _verdicts(runs: Sequence[Run], names: list[str]) -> list[PageTable]:
     rows = [[name, *row] for run, name in zip(runs, names, strict=True)
             for table in verdict_table([run], []) for row in table.rows]
-    return [Table(["run", "what", "verdict", "measured"], rows)] if rows else []
+    return [PageTable(["run", "what", "verdict", "measured"], rows)] if rows else []
 
 
 def flat(settings: Any, name: str = "") -> dict[str, str]:
@@ -257,36 +258,37 @@ def flat(settings: Any, name: str = "") -> dict[str, str]:
     return {name: str(settings)}
 
 
-def _settings(runs: Sequence[Run], names: list[str]) -> list[Table]:
+def _settings(runs: Sequence[Run], names: list[str]) -> list[PageTable]:
     """Return the settings whose values are not the same; of lists of phases each counts as one value."""
     told = [flat({k: v for k, v in run.config.items() if k != "code"}) if run.config else {} for run in runs]
     labels = list(dict.fromkeys(label for settings in told for label in settings))
     differ = [label for label in labels if len({settings.get(label) for settings in told}) > 1
               and not label.startswith("data.paths")]
     if not differ:
-        return [Table(["settings"], [["all are the same"]])] if any(told) else []
-    return [Table(["setting", *names], [[label, *(_cut(settings.get(label, NOTHING)) for settings in told)]
-                                        for label in differ])]
+        return [PageTable(["settings"], [["all are the same"]])] if any(told) else []
+    return [PageTable(["setting", *names], [[label,
+                                             *(_cut(settings.get(label, NOTHING)) for settings in told)]
+                                            for label in differ])]
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
 
 
-def _inputs(runs: Sequence[Run], names: list[str]) -> list[Table]:
+def _inputs(runs: Sequence[Run], names: list[str]) -> list[PageTable]:
     """Return what each run read, by the hash of its manifest: a folder of one name may hold other data."""
     told = [{p.manifest_sha256: p for p in run.provenance if p.role == "read"} for run in runs]
     found = {digest: p for read in told for digest, p in read.items()}
     rows = [[p.kind, Path(p.path).name, Markup("<code>{}</code>").format(digest[:16]),
              *("read" if digest in read else NOTHING for read in told)] for digest, p in found.items()]
-    return [Table(["kind", "artifact", "SHA-256 of its manifest", *names], rows)] if rows else []
+    return [PageTable(["kind", "artifact", "SHA-256 of its manifest", *names], rows)] if rows else []
 
 
-def _tokens(runs: Sequence[Run], names: list[str]) -> list[Table]:
+def _tokens(runs: Sequence[Run], names: list[str]) -> list[PageTable]:
     """Return each run's tokens of each source, with its share."""
     told = [{name: number(count) for name, count in ((run.data_consumed or {}).get("tokens") or {}).items()}
             for run in runs]
     labels = list(dict.fromkeys(label for tokens in told for label in tokens))
     rows = [[label, *(f"{large(tokens[label])} ({tokens[label] / sum(tokens.values()):.1%})"
                       if tokens.get(label, 0) > 0 else NOTHING for tokens in told)] for label in labels]
-    return [Table(["source", *names], rows)] if rows else []
+    return [PageTable(["source", *names], rows)] if rows else []

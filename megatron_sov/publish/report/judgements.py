@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from megatron_sov.base.pages.markdown import is_picture, is_sound
 from megatron_sov.base.pages.page import (
-    Chart, Exhibit, Section, Table, chart, colour, line_with_intervals, plain, tables)
+    Chart, Exhibit, PageSection, PageTable, chart, colour, line_with_intervals, plain, tables)
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs.attempts import COMPLETE
@@ -36,7 +36,7 @@ Event = dict[str, Any]
 _STEP = of_field("step", ",.0f", "–")
 
 
-def gate_section(checks: list[Event], searches: list[Event]) -> Section:
+def gate_section(checks: list[Event], searches: list[Event]) -> PageSection:
     """Return every check of an extension's gate with what failed, and the search that proves the test clean.
 
     Args:
@@ -51,7 +51,7 @@ def gate_section(checks: list[Event], searches: list[Event]) -> Section:
         "95 % interval": lambda c: f"{number(c['interval'][0]):.1%} to {number(c['interval'][1]):.1%}"})
     if len(failing) > MAX_CELLS:
         below[0].rows.append([f"and {len(failing) - MAX_CELLS:,} more", "", "", "", "", ""])
-    return Section("Gate", tables=[*tables(checks, {
+    return PageSection("Gate", tables=[*tables(checks, {
         "step": lambda c: f"{int(c.get('step') or 0):,}",
         "worst row": lambda c: f"{min(worst):.1%}" if (worst := _accuracies(c)) else "–",
         "threshold": of_field("threshold", ".0%"),
@@ -76,7 +76,7 @@ def _accuracies(check: Event) -> list[float]:
     return [number(row.get("accuracy")) for row in check.get("rows") or []]
 
 
-def _search(found: Event) -> Table:
+def _search(found: Event) -> PageTable:
     held = found.get("train_tokens") or {}
     rows = [
         ["questions of the test in the training text",
@@ -85,14 +85,14 @@ def _search(found: Event) -> Table:
          f"{found.get('windows_found'):,} of {found.get('windows'):,} ({number(found.get('overlap')):.2%})"]]
     rows += [[f"tokens searched of {name}", f"{count:,} of {held.get(name, 0):,}"]
              for name, count in (found.get("scanned_tokens") or {}).items()]
-    return Table(["search for the test in the training data", "found"], rows)
+    return PageTable(["search for the test in the training data", "found"], rows)
 
 
-def forgetting_section(events: list[Event]) -> Section:
+def forgetting_section(events: list[Event]) -> PageSection:
     """Return each task of the newest `forgetting_gate` event before and after, with the paired difference."""
     event = events[-1] if events else {}
     step = number(event.get("step"))
-    return Section("Forgetting gate", tables=tables(event.get("tasks") or [], {
+    return PageSection("Forgetting gate", tables=tables(event.get("tasks") or [], {
         "task": of_field("task"), "metric": of_field("metric"),
         "at the start": lambda t: figure(number(t.get("before"))),
         "at the end": lambda t: figure(number(t.get("after"))),
@@ -111,7 +111,7 @@ def _signed(value: Any) -> str:
     return "–" if math.isnan(found := number(value)) else f"{found:+.4f}"
 
 
-def verdict_table(runs: list[Run], others: list[Run]) -> list[Table]:
+def verdict_table(runs: list[Run], others: list[Run]) -> list[PageTable]:
     """Return the table, or nothing where nothing was judged.
 
     Args:
@@ -123,7 +123,7 @@ def verdict_table(runs: list[Run], others: list[Run]) -> list[Table]:
             *(row for run in runs for row in _exports(run))]
     for other in others:
         rows += [["Other's gate", word, f"another model, {found}"] for _, word, found in gate(other)]
-    return [Table(["what", "verdict", "measured"], rows)] if rows else []
+    return [PageTable(["what", "verdict", "measured"], rows)] if rows else []
 
 
 def gate(run: Run) -> list[list[str]]:
@@ -196,7 +196,7 @@ def _exports(run: Run) -> list[list[str]]:
     return [["Export", VERDICTS[all(passed)], f"{run.name}: {sum(passed)} of {len(passed)} checks"]]
 
 
-def passk_section(events: list[Event]) -> Section:
+def passk_section(events: list[Event]) -> PageSection:
     """Return a curve over k for each set of prompts, and what the responses were.
 
     Args:
@@ -213,16 +213,18 @@ def passk_section(events: list[Event]) -> Section:
     def share(event: Event, at: int) -> str:
         return f"{number(event['pass_at_k'][at]['value']):.1%} (k = {event['pass_at_k'][at]['k']})"
 
-    return Section("pass@k", side_by_side=True, charts=[_passk_chart(e, name(e)) for e in found.values()],
-                   tables=tables(found.values(), {
-        "prompts, reward": name, "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
-        "responses": of_field("num_samples", ",.0f"), "without a reward": of_field("num_unscored", ",.0f"),
-        "pass@k": lambda e: share(e, 0), "at most": lambda e: share(e, -1),
-        "mean reward": of_field("mean_reward", ".4f"),
-        "sampling": lambda e: "temperature {temperature}, top-p {top_p}, seed {seed}".format_map(
-            e["sampling"]) if e.get("sampling") else "sampled elsewhere",
-    }), text="The probability that of k responses to a prompt one at least is right (pass@k), or the most "
-             "frequent answer (maj@k).")
+    return PageSection("pass@k", side_by_side=True, charts=[_passk_chart(e, name(e)) for e in found.values()],
+                       tables=tables(found.values(), {
+            "prompts, reward": name, "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
+            "responses": of_field("num_samples", ",.0f"),
+            "without a reward": of_field("num_unscored", ",.0f"),
+            "pass@k": lambda e: share(e, 0), "at most": lambda e: share(e, -1),
+            "mean reward": of_field("mean_reward", ".4f"),
+            "sampling": lambda e: "temperature {temperature}, top-p {top_p}, seed {seed}".format_map(
+                e["sampling"]) if e.get("sampling") else "sampled elsewhere",
+        }),
+                       text="The probability that of k responses to a prompt one at least is right (pass@k), "
+                 "or the most frequent answer (maj@k).")
 
 
 def _passk_chart(event: Event, name: str) -> Chart:
@@ -241,7 +243,7 @@ def _passk_chart(event: Event, name: str) -> Chart:
                         f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
-def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> Section:
+def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> PageSection:
     """Return what a model was shown of pictures and speech, what it made of it, what others recognised.
 
     Args:
@@ -260,7 +262,7 @@ def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> Secti
         return share(event, f"recall_at_{k}", f"; {number(event.get(f'chance_at_{k}')):.1%}")
 
     found = newest(events, "num_rows")
-    return Section("From one modality to another", tables=[*tables(found, {
+    return PageSection("From one modality to another", tables=[*tables(found, {
         "pair": of_field("pair"), "step": _STEP, "rows": of_field("num_rows", ",.0f"),
         "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", ".1%", "–"),
         "words wrong": of_field("wer", ".3f", "–"), "characters wrong": of_field("cer", ".3f", "–"),
@@ -291,7 +293,7 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def round_section(rounds: Sequence[dict[str, Any]]) -> Section:
+def round_section(rounds: Sequence[dict[str, Any]]) -> PageSection:
     """Return the section; of a run without rounds it has no content, and is left out."""
     means = [content["means"] for content in rounds]
     charts = [
@@ -306,10 +308,10 @@ def round_section(rounds: Sequence[dict[str, Any]]) -> Section:
                "Age of the policy that wrote a token, when its round began to be trained."),
         _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
                         for reason in _reasons(rounds)}, "groups", "What became of each group of responses.")]
-    return Section("Rounds", charts=[c for c in charts if c is not None],
-                   tables=_round_tables(rounds[-MAX_ROUNDS:]), side_by_side=True,
-                   text="A round is written by a policy, judged, and trained; a group is the responses to "
-                        "one prompt.")
+    return PageSection("Rounds", charts=[c for c in charts if c is not None],
+                       tables=_round_tables(rounds[-MAX_ROUNDS:]), side_by_side=True,
+                       text="A round is written by a policy, judged, and trained; a group is the responses "
+                            "to one prompt.")
 
 
 def _values(means: Sequence[dict[str, Any]], name: str) -> np.ndarray:
@@ -352,7 +354,7 @@ def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray]
     return chart(figure, caption)
 
 
-def _round_tables(rounds: Sequence[Event]) -> list[Table]:
+def _round_tables(rounds: Sequence[Event]) -> list[PageTable]:
     def counts(of: Event | None, *, but: str = "") -> str:
         return ", ".join(f"{name} {number(count):,.0f}" for name, count in sorted((of or {}).items())
                          if name != but) or "–"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Comparison, Panel, Section, Table, chart, colour, plain, render as render_page)
+    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
 from megatron_sov.publish.report.charts import MAX_WINDOW_STEPS, needle_map
 from megatron_sov.publish.report.judgements import gate, verdict_table
 from megatron_sov.publish.report.run_data import Run
@@ -187,7 +187,7 @@ def _origin(runs: list[Run]) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value]
 
 
-def _sources(runs: list[Run]) -> list[Table]:
+def _sources(runs: list[Run]) -> list[PageTable]:
     """Return the tokens of each source over all stages, the largest first."""
     counts: dict[str, float] = {}
     for run in runs:
@@ -200,8 +200,8 @@ def _sources(runs: list[Run]) -> list[Table]:
     if len(ranked) > MAX_SOURCES:
         rest = ranked[MAX_SOURCES - 1:]
         ranked = [*ranked[:MAX_SOURCES - 1], (f"{len(rest):,} more", sum(count for _, count in rest))]
-    return [Table(["source", "tokens", "share"],
-                  [[name, large(count), f"{count / total:.1%}"] for name, count in ranked])]
+    return [PageTable(["source", "tokens", "share"],
+                      [[name, large(count), f"{count / total:.1%}"] for name, count in ranked])]
 
 
 def _samples(runs: list[Run]) -> list[Comparison]:
@@ -235,11 +235,11 @@ def _cut(text: Any) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
 
 
-def _proof_tables(run: Run) -> list[Table]:
+def _proof_tables(run: Run) -> list[PageTable]:
     """Return the checks of each export against the trained model, with what each was measured on."""
-    return [Table(["check", "measured", "limit"],
-                  [[str(c.get("name", "")), _with_detail(c), measured(c.get("limit"))]
-                   for c in conversion["checks"]])
+    return [PageTable(["check", "measured", "limit"],
+                      [[str(c.get("name", "")), _with_detail(c), measured(c.get("limit"))]
+                       for c in conversion["checks"]])
             for conversion in run.of("conversion") if conversion.get("checks")]
 
 
@@ -304,10 +304,10 @@ def _subtitle(runs: list[Run]) -> str:
     return "; ".join(words) + "." if words else ""
 
 
-def _summary(runs: list[Run]) -> Table:
+def _summary(runs: list[Run]) -> PageTable:
     """Return one row for each run: what it was, how long it took, and how it ended."""
-    return Table(["run", "objective", "steps", "tokens", "wall time", "last loss", "held-out bits per byte",
-                  "outcome"], [[run.name, *_in_short(run)] for run in runs])
+    return PageTable(["run", "objective", "steps", "tokens", "wall time", "last loss",
+                      "held-out bits per byte", "outcome"], [[run.name, *_in_short(run)] for run in runs])
 
 
 def _in_short(run: Run) -> list[str]:
@@ -325,9 +325,9 @@ def _others(runs: list[Run]) -> Chapter:
         params, judged = run.start("num_params"), gate(run)
         rows.append([run.name, run.recipe() or "–", large(params) if params else "–", *_in_short(run),
                      judged[0][1] if judged else "–"])
-    table = Table(["run", "model", "parameters", "objective", "steps", "tokens", "wall time", "last loss",
-                   "held-out bits per byte", "outcome", "gate"], rows)
-    return Chapter("Other models", "", [], [Section(
+    table = PageTable(["run", "model", "parameters", "objective", "steps", "tokens", "wall time", "last loss",
+                       "held-out bits per byte", "outcome", "gate"], rows)
+    return Chapter("Other models", "", [], [PageSection(
         "Not stages of this model", tables=[table],
         text="These runs trained another architecture or size, each for a purpose of its own; none of their "
              "figures is counted above.")])

@@ -80,7 +80,7 @@ class Heldout:
 
 
 @dataclass(frozen=True)
-class ExpertLoad:
+class ReportedExpertLoad:
     """How the routed tokens spread over experts at one step."""
 
     step: int
@@ -128,8 +128,8 @@ class Run:
     heldout: dict[str, Heldout] = field(default_factory=dict)
     overall_bits_per_byte: Curve | None = None
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
-    expert_load: ExpertLoad | None = None
-    expert_load_by_source: dict[str, ExpertLoad] = field(default_factory=dict)
+    expert_load: ReportedExpertLoad | None = None
+    expert_load_by_source: dict[str, ReportedExpertLoad] = field(default_factory=dict)
     """Source -> load of its held-out documents at the last evaluation."""
     routing: RoutingHistory | None = None
     compute_time: dict[str, Any] | None = None
@@ -324,7 +324,7 @@ def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
     return Curve("all sources", np.array(steps, dtype=np.int64), np.array(values)) if steps else None
 
 
-def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
+def _expert_load(event: dict[str, Any] | None) -> ReportedExpertLoad | None:
     if not event or not event.get("load"):
         return None
     try:  # bits of the file may have changed
@@ -332,7 +332,7 @@ def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
         layers = [int(x) for x in event.get("layers") or range(len(load))]
     except (TypeError, ValueError):  # rows of several lengths are no table
         return None
-    return ExpertLoad(int(event.get("step") or 0), layers, load) if len(layers) == len(load) else None
+    return ReportedExpertLoad(int(event.get("step") or 0), layers, load) if len(layers) == len(load) else None
 
 
 def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:

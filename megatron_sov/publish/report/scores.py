@@ -15,8 +15,9 @@ import numpy as np
 import plotly.graph_objects as go
 from annotated_types import Ge, Le
 
-from megatron_sov.base.pages.page import Chart, Section, Table, chart, line_with_intervals, plain, tables
-from megatron_sov.base.settings import Code, Problem, read_file
+from megatron_sov.base.pages.page import (
+    Chart, PageSection, PageTable, chart, line_with_intervals, plain, tables)
+from megatron_sov.base.settings import ProblemCode, SettingsProblem, read_file
 from megatron_sov.runs.obs.figures import figure, number
 
 NOT_TOLD = "not told"
@@ -32,7 +33,7 @@ MAX_NAME_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
-class Figure:
+class ScoreFigure:
     """One published figure."""
 
     name: str
@@ -55,18 +56,19 @@ class PublishedTable:
     """Where the figures stand."""
     verified: bool
     """Whether they were seen there, and not told by others."""
-    figures: dict[str, Figure]
+    figures: dict[str, ScoreFigure]
     """Benchmark, as `metadata.sov.published_as` of a task names it -> figure."""
     protocols: dict[str, str] = field(default_factory=dict)
     """Name -> how figures were measured, as far as the document tells."""
 
-    def protocol(self, figure: Figure) -> str:
+    def protocol(self, figure: ScoreFigure) -> str:
         """Return how a figure was measured, in words."""
         return self.protocols.get(figure.protocol, NOT_TOLD)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every figure whose protocol is not told."""
-        return [Problem(Code.RULE, f"figures.{key}.protocol", "must be one of protocols", figure.protocol)
+        return [SettingsProblem(ProblemCode.RULE, f"figures.{key}.protocol", "must be one of protocols",
+                                figure.protocol)
                 for key, figure in self.figures.items()
                 if figure.protocol and figure.protocol not in self.protocols]
 
@@ -88,7 +90,7 @@ def read_table(file: Path) -> PublishedTable:
 
 
 @dataclass(frozen=True)
-class Score:
+class ReportedScore:
     """One figure of one checkpoint."""
 
     task: str
@@ -116,18 +118,18 @@ class Score:
         return f"{value:.1%}" if self.is_share else figure(value)
 
 
-def scores_of(events: Iterable[dict[str, Any]]) -> list[Score]:
+def scores_of(events: Iterable[dict[str, Any]]) -> list[ReportedScore]:
     """Return the scores of `eval_lm` events; of one task, metric, mode, data and checkpoint the newest one
     counts.  They stand in the order of tasks, metrics, steps."""
-    found: dict[tuple[Any, ...], Score] = {}
+    found: dict[tuple[Any, ...], ReportedScore] = {}
     for event in events:
         metric = metric_of(event)
         step = event.get("step")
         key = (str(event.get("task")), metric, step, str(event.get("task_hash")),
                str(event.get("model_hash")))
         found.pop(key, None)
-        found[key] = Score(key[0], metric, step, number(event.get("value")), _interval(event.get("interval")),
-                           event)
+        found[key] = ReportedScore(key[0], metric, step, number(event.get("value")),
+                                   _interval(event.get("interval")), event)
     order = {name: i for i, name in enumerate(dict.fromkeys((s.task, s.metric) for s in found.values()))}
     return sorted(found.values(), key=lambda s: (order[s.task, s.metric], -1 if s.step is None else s.step))
 
@@ -142,12 +144,12 @@ def metric_of(event: dict[str, Any]) -> str:
     return f"{name} ({', '.join(notes)})" if notes else name
 
 
-def newest_scores(scores: list[Score]) -> list[Score]:
+def newest_scores(scores: list[ReportedScore]) -> list[ReportedScore]:
     """Return of each task and metric the score of the last checkpoint."""
     return list({(s.task, s.metric): s for s in scores}.values())
 
 
-def score_section(events: list[dict[str, Any]], checks: list[dict[str, Any]]) -> Section:
+def score_section(events: list[dict[str, Any]], checks: list[dict[str, Any]]) -> PageSection:
     """Return the section; without events it has no content, and is left out.
 
     Args:
@@ -156,10 +158,10 @@ def score_section(events: list[dict[str, Any]], checks: list[dict[str, Any]]) ->
     """
     scores = scores_of(events)
     if not scores:
-        return Section("Scores")
+        return PageSection("Scores")
     newest = newest_scores(scores)
     found = [*_table(newest, checks), *_published(newest), *_protocols(newest)]
-    return Section("Scores", charts=_charts(scores), tables=found, side_by_side=True, text=(
+    return PageSection("Scores", charts=_charts(scores), tables=found, side_by_side=True, text=(
         "Tasks of eval lm with 95 % intervals over clusters of items. A published figure stands beside a "
         "score by the benchmark's name alone: its prompts, examples and sampling are its authors', so that a "
         "difference is no comparison of models unless both were measured in the same way."))
@@ -172,8 +174,8 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def _table(newest: list[Score], checks: list[dict[str, Any]]) -> list[Table]:
-    def count(name: str) -> Callable[[Score], str]:
+def _table(newest: list[ReportedScore], checks: list[dict[str, Any]]) -> list[PageTable]:
+    def count(name: str) -> Callable[[ReportedScore], str]:
         return lambda s: "–" if math.isnan(n := number(s.event.get(name))) else f"{n:,.0f}"
 
     return tables(newest, {
@@ -184,7 +186,7 @@ def _table(newest: list[Score], checks: list[dict[str, Any]]) -> list[Table]:
         "found in training data": lambda s: _contamination(s, checks)})
 
 
-def _contamination(score: Score, checks: list[dict[str, Any]]) -> str:
+def _contamination(score: ReportedScore, checks: list[dict[str, Any]]) -> str:
     """Return what the newest check of the same task, data and model found."""
     same = ("task", "task_hash", "model_hash")
     found = [c for c in checks if all(c.get(name) == score.event.get(name) for name in same)]
@@ -199,7 +201,7 @@ def _contamination(score: Score, checks: list[dict[str, Any]]) -> str:
     return said
 
 
-def _published(newest: list[Score]) -> list[Table]:
+def _published(newest: list[ReportedScore]) -> list[PageTable]:
     """Return figures of other models beside each task's first figure: pass@8 is no mean of answers."""
     rows = []
     for s in {s.task: s for s in reversed(newest)}.values():
@@ -213,10 +215,10 @@ def _published(newest: list[Score]) -> list[Table]:
     rows.sort(key=lambda row: [s.task for s in newest].index(row[1]))
     head = ["benchmark", "task", "this model", "published for", "published", "its metric", "its protocol",
             "source"]
-    return [Table(head, rows)] if rows else []
+    return [PageTable(head, rows)] if rows else []
 
 
-def _protocols(newest: list[Score]) -> list[Table]:
+def _protocols(newest: list[ReportedScore]) -> list[PageTable]:
     """Return how scores were measured, one row for each way."""
     ways: dict[tuple[str, ...], list[str]] = {}
     for s in newest:
@@ -227,13 +229,13 @@ def _protocols(newest: list[Score]) -> list[Table]:
         tasks = ways.setdefault(way, [])
         if s.task not in tasks:
             tasks.append(s.task)
-    return [Table(["measured with", "mode", "judge", "tasks"],
-                  [[*way, ", ".join(tasks)] for way, tasks in ways.items()])]
+    return [PageTable(["measured with", "mode", "judge", "tasks"],
+                      [[*way, ", ".join(tasks)] for way, tasks in ways.items()])]
 
 
-def _charts(scores: list[Score]) -> list[Chart]:
+def _charts(scores: list[ReportedScore]) -> list[Chart]:
     """Return scores over steps, of tasks that several checkpoints were judged by."""
-    lines: dict[tuple[str, str], list[Score]] = {}
+    lines: dict[tuple[str, str], list[ReportedScore]] = {}
     for s in scores:
         if s.step is not None and math.isfinite(s.value):
             lines.setdefault((s.task, s.metric), []).append(s)
@@ -251,7 +253,7 @@ def _short(name: str) -> str:
     return name if len(name) <= MAX_NAME_CHARACTERS else f"{name[:MAX_NAME_CHARACTERS]} …"
 
 
-def score_chart(lines: dict[str, list[Score]], caption: str, notes: Iterable[str] = ()) -> Chart:
+def score_chart(lines: dict[str, list[ReportedScore]], caption: str, notes: Iterable[str] = ()) -> Chart:
     """Return lines of scores over steps with their intervals."""
     drawn = go.Figure()
     for i, (name, points) in enumerate(lines.items()):

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import Chart, Section, Table, chart, colour, colour_bar, plain, tables
+from megatron_sov.base.pages.page import (
+    Chart, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
 from megatron_sov.model.config import from_dict
 from megatron_sov.plan.pages.page import schedule_charts, schedule_table
 from megatron_sov.publish.report.accounts import accounts_section
@@ -22,7 +23,8 @@ from megatron_sov.publish.report.charts import (
     scalar_charts)
 from megatron_sov.publish.report.judgements import (
     VERDICTS, forgetting_section, gate_section, media_section, passk_section, round_section)
-from megatron_sov.publish.report.run_data import ExpertLoad, Heldout, Phase, Provenance, RoutingHistory, Run
+from megatron_sov.publish.report.run_data import (
+    Heldout, Phase, Provenance, ReportedExpertLoad, RoutingHistory, Run)
 from megatron_sov.publish.report.scores import score_section
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs import routing
@@ -58,7 +60,7 @@ MAX_SAMPLE_CHARACTERS = 4000
 # biases drift.
 
 
-def expert_section(run: Run) -> Section:
+def expert_section(run: Run) -> PageSection:
     """Return the section; without charts for a dense model."""
     charts = [expert_chart(run.expert_load)] if run.expert_load else []
     charts += scalar_charts(run, [("max_violation", "MaxVio", "MaxVio of the worst layer over steps.")])
@@ -68,10 +70,10 @@ def expert_section(run: Run) -> Section:
     by_source = run.expert_load_by_source
     if len(by_source) > 1:
         charts += [expert_chart(load, name) for name, load in by_source.items()]
-    return Section("Expert load", charts=charts, tables=_source_tables(by_source), side_by_side=True,
-                   text="MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
-                        "2408.15664); 0 is perfect balance. What belongs to a source was counted on its "
-                        "held-out documents.")
+    return PageSection("Expert load", charts=charts, tables=_source_tables(by_source), side_by_side=True,
+                       text="MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
+                            "2408.15664); 0 is perfect balance. What belongs to a source was counted on its "
+                            "held-out documents.")
 
 
 def _history_chart(history: RoutingHistory, name: str, title: str, best: float, caption: str) -> Chart:
@@ -92,7 +94,7 @@ def _history_chart(history: RoutingHistory, name: str, title: str, best: float, 
     return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
 
 
-def _source_tables(loads: dict[str, ExpertLoad]) -> list[Table]:
+def _source_tables(loads: dict[str, ReportedExpertLoad]) -> list[PageTable]:
     """Return for each source how its tokens spread over experts, and how far that is from the
     spread of all sources."""
     common = np.mean([load.load for load in loads.values()], axis=0) if loads else 0
@@ -108,19 +110,19 @@ def _source_tables(loads: dict[str, ExpertLoad]) -> list[Table]:
 # The spectrum of a run's checkpoints in the report: pass@k of each in each domain, and the best ones.
 
 
-def spectrum_section(events: list[dict[str, Any]]) -> Section:
+def spectrum_section(events: list[dict[str, Any]]) -> PageSection:
     """Return the section; without events it has no content, and is left out.
 
     Args:
         events: `ssp_probe` events; of one probe's folder the newest counts.
     """
     newest = {str(e.get("output")): e for e in events if e.get("table")}.values()
-    return Section("Spectrum of the checkpoints", tables=[t for e in newest for t in _spectrum_tables(e)],
-                   text="pass@k of each checkpoint in each domain, with 95 % intervals over problems; the "
-                        "best single checkpoint of a domain is bold.")
+    return PageSection("Spectrum of the checkpoints", tables=[t for e in newest for t in _spectrum_tables(e)],
+                       text="pass@k of each checkpoint in each domain, with 95 % intervals over problems; "
+                            "the best single checkpoint of a domain is bold.")
 
 
-def _spectrum_tables(event: dict[str, Any]) -> list[Table]:
+def _spectrum_tables(event: dict[str, Any]) -> list[PageTable]:
     k, domains = event["k"], event["domains"]
     found = {(row["checkpoint"], row["domain"]): row for row in event["table"]}
     best = {(c["checkpoint"], c["domain"]) for c in event["choice"]}
@@ -133,13 +135,13 @@ def _spectrum_tables(event: dict[str, Any]) -> list[Table]:
         return Markup("<strong>{}, best</strong>").format(text) if (checkpoint, domain) in best else text
 
     return [
-        Table([f"pass@{k}, {event.get('reward')}, {event.get('samples')} samples",
-               *(f"{domain} ({int(number(sizes[domain])):,} problems)" for domain in domains)],
-              [[f"{c['name']} (merged)" if c["is_merged"] else c["name"],
-                *(cell(c["name"], domain) for domain in domains)] for c in event["checkpoints"]]),
-        Table(["domain", "best checkpoint", f"pass@{k}", "not told from it by these problems"],
-              [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
-                ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]]),
+        PageTable([f"pass@{k}, {event.get('reward')}, {event.get('samples')} samples",
+                   *(f"{domain} ({int(number(sizes[domain])):,} problems)" for domain in domains)],
+                  [[f"{c['name']} (merged)" if c["is_merged"] else c["name"],
+                    *(cell(c["name"], domain) for domain in domains)] for c in event["checkpoints"]]),
+        PageTable(["domain", "best checkpoint", f"pass@{k}", "not told from it by these problems"],
+                  [[c["domain"], c["checkpoint"], f"{number(c['value']):.1%}",
+                    ", ".join(c["as_good"]) or "none: the choice is clear"] for c in event["choice"]]),
         *tables(event.get("merged") or [], {
             "merged checkpoint": of_field("checkpoint"), "domain": of_field("domain"),
             "against its expert": of_field("expert"), "figure": lambda g: f"pass@{g['k']}",
@@ -150,13 +152,13 @@ def _spectrum_tables(event: dict[str, Any]) -> list[Table]:
 # The report's section on what went wrong, and what the run did about it.
 
 
-def incident_section(run: Run) -> Section:
+def incident_section(run: Run) -> PageSection:
     """Return the section; without tables where nothing happened."""
-    return Section("Warnings, guards and faults",
-                   tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
+    return PageSection("Warnings, guards and faults",
+                       tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
 
 
-def _warning_tables(run: Run) -> list[Table]:
+def _warning_tables(run: Run) -> list[PageTable]:
     """Return what the run warned of, and the stretches of steps that it passed over as the settings asked."""
     rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.of("warning")]
     skipped = np.array(run.skipped_steps, dtype=np.int64)
@@ -164,19 +166,19 @@ def _warning_tables(run: Run) -> list[Table]:
         first, last = int(stretch[0]), int(stretch[-1])
         steps = f"step {first:,} was" if first == last else f"steps {first:,} to {last:,} were"
         rows.append((first, f"{steps} passed over: their samples were drawn and not learned"))
-    return [Table(["step", "what"], [[f"{step:,}", text] for step, text in sorted(rows)])] if rows else []
+    return [PageTable(["step", "what"], [[f"{step:,}", text] for step, text in sorted(rows)])] if rows else []
 
 
-def _incident_tables(run: Run) -> list[Table]:
+def _incident_tables(run: Run) -> list[PageTable]:
     """Return one row for each incident in the order of time."""
     rows = [[f"{int(e.get('step') or 0):,}", KINDS[e["event"]], describe(e)]
             for e in run.incidents[:MAX_ROWS]]
     if len(run.incidents) > MAX_ROWS:
         rows.append(["", "", f"… and {len(run.incidents) - MAX_ROWS:,} more in the run's events"])
-    return [Table(["step", "incident", "what the run saw and did"], rows)] if rows else []
+    return [PageTable(["step", "incident", "what the run saw and did"], rows)] if rows else []
 
 
-def _compute_tables(run: Run) -> list[Table]:
+def _compute_tables(run: Run) -> list[PageTable]:
     """Return the computing time of each process, the slowest first, as it was last measured."""
     measured = run.compute_time or {}
     median_s = number(measured.get("median_s"))
@@ -186,21 +188,21 @@ def _compute_tables(run: Run) -> list[Table]:
     rows = [[rank, f"{number(s):.4g}", f"{number(s) / median_s:.2f}",
              "slow" if int(rank) in (measured.get("slow") or []) else ""]
             for rank, s in seconds[:16]]
-    return [Table([f"process (step {int(measured.get('step') or 0):,})", "seconds of computing in a step",
-                   "of the median process", ""], rows)]
+    return [PageTable([f"process (step {int(measured.get('step') or 0):,})", "seconds of computing in a step",
+                       "of the median process", ""], rows)]
 
 
 # Where a run's wall time went: one bar and its figures.
 
 
-def time_section(time: WallTime | None) -> Section:
+def time_section(time: WallTime | None) -> PageSection:
     """Return the section; without a start it has no content, and is left out."""
     if time is None or time.total_s <= 0:
-        return Section("Where the time went")
+        return PageSection("Where the time went")
     rows = [[label, duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}", MEANINGS[name]]
             for name, label in CATEGORIES.items()]
-    return Section("Where the time went", charts=[_bar(time)],
-                   tables=[Table(["", "time", "share", "what it is"], rows)])
+    return PageSection("Where the time went", charts=[_bar(time)],
+                       tables=[PageTable(["", "time", "share", "what it is"], rows)])
 
 
 def _bar(time: WallTime) -> Chart:
@@ -221,7 +223,7 @@ def _bar(time: WallTime) -> Chart:
 # beside what is called and answered.
 
 
-def turn_tables(run: Run) -> list[Table]:
+def turn_tables(run: Run) -> list[PageTable]:
     """Return a table of the sources whose conversations have more than one learned turn, and one of those
     whose turns are more than answers; of one part alone it would say the same again."""
     of = {"turns of the conversations": {name: h.turns for name, h in run.heldout.items()},
@@ -238,26 +240,26 @@ def turn_tables(run: Run) -> list[Table]:
 # Held-out figures of runs that learn from a teacher or from preferences, before and after.
 
 
-def divergence_section(events: list[dict[str, Any]]) -> Section:
+def divergence_section(events: list[dict[str, Any]]) -> PageSection:
     """Return the section of `heldout_divergence` events, in the order in which they were written."""
-    return Section("Distance from the teacher", tables=_before_and_after(events, "tokens", {
+    return PageSection("Distance from the teacher", tables=_before_and_after(events, "tokens", {
         "KL": ("kl", ".4g"), "learned divergence": ("divergence", ".4g")}),
-                   text="On held-out documents, means over the tokens that are learned, in nats: "
-                        "KL(teacher || student), and the divergence that the run learns.")
+                       text="On held-out documents, means over the tokens that are learned, in nats: "
+                            "KL(teacher || student), and the divergence that the run learns.")
 
 
-def pair_section(events: list[dict[str, Any]]) -> Section:
+def pair_section(events: list[dict[str, Any]]) -> PageSection:
     """Return the section of `heldout_pairs` events, in the order in which they were written; of an older
     step one may come later, by `megatron-sov eval pairs --run`."""
     in_order = sorted(events, key=lambda event: number(event.get("step")))
-    return Section("Held-out pairs", tables=_before_and_after(in_order, "pairs", {
+    return PageSection("Held-out pairs", tables=_before_and_after(in_order, "pairs", {
         "ranked right": ("right", ".1%")}),
-                   text="The share of pairs whose chosen answer the model would rather write than the "
-                        "rejected one: greater log-probability per token.")
+                       text="The share of pairs whose chosen answer the model would rather write than the "
+                            "rejected one: greater log-probability per token.")
 
 
 def _before_and_after(events: list[dict[str, Any]], count: str,
-                      figures: Mapping[str, tuple[str, str]]) -> list[Table]:
+                      figures: Mapping[str, tuple[str, str]]) -> list[PageTable]:
     """Return each source's first and last figures: title -> field and format."""
     by_source: dict[str, list[dict[str, Any]]] = {}
     for event in events:
@@ -330,28 +332,28 @@ def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
     return found
 
 
-def sections(run: Run) -> list[Section]:
+def sections(run: Run) -> list[PageSection]:
     """Return a run's sections in reading order."""
     wanted = [
-        Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
-        Section("Meters", charts=meter_charts(run), side_by_side=True,
-                text="What the objective measures beside its loss."),
-        Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run) + turn_tables(run),
-                side_by_side=True),
+        PageSection("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
+        PageSection("Meters", charts=meter_charts(run), side_by_side=True,
+                    text="What the objective measures beside its loss."),
+        PageSection("Held-out loss", charts=heldout_charts(run),
+                    tables=_heldout_tables(run) + turn_tables(run), side_by_side=True),
         pair_section(run.of("heldout_pairs")),
         divergence_section(run.of("heldout_divergence")),
         score_section(run.scores, run.of("eval_contamination")),
         forgetting_section(run.of("forgetting_gate")),
         round_section(run.rounds),
-        Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
-                side_by_side=True),
-        Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
+        PageSection("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
+                    side_by_side=True),
+        PageSection("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
             ("lr", "learning rate", "Learning rate."),
             ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
         _plan_section(run),
         accounts_section(run),
         expert_section(run),
-        Section("Speed", side_by_side=True, charts=scalar_charts(run, [
+        PageSection("Speed", side_by_side=True, charts=scalar_charts(run, [
             ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
             ("step_time_s", "seconds", "Time of one optimizer step."),
             ("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
@@ -364,30 +366,31 @@ def sections(run: Run) -> list[Section]:
             tables=_checkpoint_tables(run)),
         _data_section(run),
         incident_section(run),
-        Section("Needle in a haystack", side_by_side=True,
-                charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
-                text="Share of questions about hidden facts that the model answers, by the length of the "
-                     "context and their depth in it."),
+        PageSection("Needle in a haystack", side_by_side=True,
+                    charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
+                    text="Share of questions about hidden facts that the model answers, by the length of the "
+                         "context and their depth in it."),
         passk_section(run.of("passk")),
         media_section(run.of("media"), run.of("media_retrieval")),
         spectrum_section(run.of("ssp_probe")),
         gate_section(run.gate_checks, run.of("decontamination")),
         _sample_section(run),
-        Section("Proof of the conversion",
-                tables=[t for c in run.of("conversion") if c.get("checks") for t in _conversion_table(c)],
-                text="The exported model against the trained one."),
+        PageSection("Proof of the conversion",
+                    tables=[t for c in run.of("conversion") if c.get("checks") for t in _conversion_table(c)],
+                    text="The exported model against the trained one."),
         time_section(run.wall_time),
-        Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
-        Section("Settings", json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
-                text="The resolved settings that the run was started with."),
-        Section("Provenance", tables=_provenance_tables(run.provenance),
-                text="An artifact's manifest holds the hashes of all its files, "
-                     "so its own hash stands for them."),
+        PageSection("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
+        PageSection("Settings", json=json.dumps(run.config, indent=2,
+                                                ensure_ascii=False) if run.config else "",
+                    text="The resolved settings that the run was started with."),
+        PageSection("Provenance", tables=_provenance_tables(run.provenance),
+                    text="An artifact's manifest holds the hashes of all its files, "
+                         "so its own hash stands for them."),
     ]
     return [s for s in wanted if s.charts or s.tables or s.samples or s.json]
 
 
-def _plan_section(run: Run) -> Section:
+def _plan_section(run: Run) -> PageSection:
     """Return what the settings plan for each step; nothing for settings of another version."""
     title = "Plan: learning rate, batch size, blends"
     try:
@@ -395,24 +398,24 @@ def _plan_section(run: Run) -> Section:
     except UserError:
         config = None
     if config is None or config.problems(run.start("num_ranks") or 1):
-        return Section(title)
-    return Section(title, charts=schedule_charts(config), tables=[schedule_table(config)],
-                   side_by_side=True)
+        return PageSection(title)
+    return PageSection(title, charts=schedule_charts(config), tables=[schedule_table(config)],
+                       side_by_side=True)
 
 
-def _beside_tables(run: Run) -> list[Table]:
+def _beside_tables(run: Run) -> list[PageTable]:
     return tables([b for b in run.evaluations if b.failure], {
         "step": lambda b: f"{b.step:,}", "task": lambda b: b.task,
         "why there is no figure": lambda b: b.failure})
 
 
-def _provenance_tables(provenance: list[Provenance]) -> list[Table]:
+def _provenance_tables(provenance: list[Provenance]) -> list[PageTable]:
     return tables(provenance, {
         "": lambda p: p.role, "kind": lambda p: p.kind, "artifact": lambda p: p.path,
         "SHA-256 of the manifest": lambda p: Markup("<code>{}</code>").format(p.manifest_sha256)})
 
 
-def _phase_tables(run: Run) -> list[Table]:
+def _phase_tables(run: Run) -> list[PageTable]:
     loss, tokens = run.curve("loss"), run.curve("tokens")
     if not run.phases or loss is None:
         return []
@@ -433,7 +436,7 @@ def _phase_tables(run: Run) -> list[Table]:
                      figure(float(np.mean(tail)))])
     head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss",
             "loss, mean of the last 5 %"]
-    return [Table(head, rows)] if rows else []
+    return [PageTable(head, rows)] if rows else []
 
 
 def _batch_sizes(phase: Phase) -> str:
@@ -442,7 +445,7 @@ def _batch_sizes(phase: Phase) -> str:
     return "–" if not sizes else sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
-def _heldout_tables(run: Run) -> list[Table]:
+def _heldout_tables(run: Run) -> list[PageTable]:
     def gain(h: Heldout) -> str:
         bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
         return f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
@@ -456,45 +459,46 @@ def _heldout_tables(run: Run) -> list[Table]:
         "bits against the bigram": lambda item: gain(item[1])})
 
 
-def _checkpoint_tables(run: Run) -> list[Table]:
+def _checkpoint_tables(run: Run) -> list[PageTable]:
     save_s = [number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
     if not save_s:
         return []
     stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
     row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))),
            duration(max(save_s)), duration(float(np.mean(stall_s)))]
-    return [Table(["checkpoints", "last at step", "mean time to save", "longest", "mean stall of training"],
-                  [row])]
+    return [PageTable(["checkpoints", "last at step", "mean time to save", "longest",
+                       "mean stall of training"],
+                      [row])]
 
 
-def _data_section(run: Run) -> Section:
+def _data_section(run: Run) -> PageSection:
     padding = scalar_charts(run, [("padding_share", "share", "Part of each batch that is padding.")])
     consumed = run.data_consumed or {}
     drawn = plan_chart(consumed)
     if drawn is None:
-        return Section("Data consumed", charts=padding)
+        return PageSection("Data consumed", charts=padding)
     tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
     rows = []
     for name in dict.fromkeys([*plan, *tokens]):
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
                      f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
-    tables = [Table(["source", "tokens consumed", "tokens planned", "difference"], rows)]
+    tables = [PageTable(["source", "tokens consumed", "tokens planned", "difference"], rows)]
     if over_long := consumed.get("over_long"):
         fate = {"cut": "cut", "drop": "left out"}.get(str(consumed.get("over_long_are")), "too long")
-        tables.append(Table(["source", f"conversations or pairs longer than a sample, {fate}"],
-                            [[name, f"{number(count):,.0f}"] for name, count in over_long.items()]))
-    return Section("Data consumed", charts=[drawn, *padding], tables=tables)
+        tables.append(PageTable(["source", f"conversations or pairs longer than a sample, {fate}"],
+                                [[name, f"{number(count):,.0f}"] for name, count in over_long.items()]))
+    return PageSection("Data consumed", charts=[drawn, *padding], tables=tables)
 
 
-def _sample_section(run: Run) -> Section:
+def _sample_section(run: Run) -> PageSection:
     shown = [{k: _cut(s.get(k)) for k in ("prompt", "text", "target")} for s in run.samples[:MAX_SAMPLES]]
     text = ""
     if shown:
         left_out = len(run.samples) - len(shown)
         more = f" {left_out:,} more are in the run's events." if left_out else ""
         text = f"What the model wrote at step {int(run.samples[0].get('step') or 0):,}, unedited.{more}"
-    return Section("Samples", text=text, samples=shown)
+    return PageSection("Samples", text=text, samples=shown)
 
 
 def _cut(text: Any) -> str:
@@ -503,7 +507,7 @@ def _cut(text: Any) -> str:
     return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out:,} more characters)"
 
 
-def _conversion_table(conversion: dict[str, Any]) -> list[Table]:
+def _conversion_table(conversion: dict[str, Any]) -> list[PageTable]:
     return tables(conversion["checks"], {
         f"check of {conversion.get('target') or 'the export'}": of_field("name", none=""),
         "measured": lambda c: measured(c.get("value")), "limit": lambda c: measured(c.get("limit")),
@@ -517,7 +521,7 @@ def measured(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
+def _attempt_tables(attempts: list[Attempt]) -> list[PageTable]:
     def origin(attempt: Attempt) -> str:
         resumed = attempt.start.get("resumed_from")
         why = f" ({attempt.resume_reason})" if attempt.resume_reason else ""

@@ -56,7 +56,7 @@ class WallTime:
 
 
 @dataclass(slots=True)
-class _Mark:
+class _TimeMark:
     kind: str
     time_s: float
     step: int
@@ -71,7 +71,7 @@ class Timekeeper:
     """Collects a run's events one by one, and says at any time where the time went."""
 
     def __init__(self) -> None:
-        self._marks: list[_Mark] = []
+        self._marks: list[_TimeMark] = []
         self._over = False
 
     def add(self, event: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Timekeeper:
                  "rollback": "back_to"}.get(kind, "")
         value = number(event.get(field))
         otherwise = time_s if kind == "run_start" else 0.0
-        self._marks.append(_Mark(kind, time_s, int(step), value if math.isfinite(value) else otherwise))
+        self._marks.append(_TimeMark(kind, time_s, int(step), value if math.isfinite(value) else otherwise))
 
     def account(self, now_s: float | None = None, waits: bool = False) -> WallTime | None:
         """Return where the time went, or None before the first start.
@@ -114,7 +114,7 @@ class Timekeeper:
         return WallTime(account.began_s, account.spent_s)
 
 
-def _find_limits(marks: list[_Mark], ended: bool) -> None:
+def _find_limits(marks: list[_TimeMark], ended: bool) -> None:
     """Write into every mark up to which step the work before it has stayed; the later marks decide."""
     limit = math.inf
     if ended and marks[-1].kind != "run_end":
@@ -129,7 +129,7 @@ def _find_limits(marks: list[_Mark], ended: bool) -> None:
 class _Account:
     """Walks along the marks and books every stretch."""
 
-    def __init__(self, marks: list[_Mark]) -> None:
+    def __init__(self, marks: list[_TimeMark]) -> None:
         first = marks[0]
         self.spent_s = dict.fromkeys(CATEGORIES, 0.0)
         self.began_s = self._at_s = min(first.value, first.time_s)
@@ -140,7 +140,7 @@ class _Account:
         are not booked yet."""
         self._marks = marks
 
-    def pass_to(self, i: int, mark: _Mark) -> None:
+    def pass_to(self, i: int, mark: _TimeMark) -> None:
         """Book the stretch up to a mark."""
         stretch_s, self._at_s, before_s = mark.time_s - self._at_s, mark.time_s, self._at_s
         if mark.kind == "run_start":
@@ -155,9 +155,9 @@ class _Account:
             # the processes were gone; what is measured on a run after its end is no training
             self._book("evaluation" if mark.kind == "needle" else "waiting", stretch_s)
         else:
-            booking: Callable[[_Mark, float], None] = {"step": self._book_steps,
-                                                       "checkpoint": self._book_checkpoint}.get(
-                mark.kind, self._book_other)
+            booking: Callable[[_TimeMark, float], None] = {"step": self._book_steps,
+                                                           "checkpoint": self._book_checkpoint}.get(
+                    mark.kind, self._book_other)
             booking(mark, stretch_s)
             self._ended = mark.kind in ("stop", "run_end", "hang")
 
@@ -177,7 +177,7 @@ class _Account:
                 found.append((mark.step, mark.value))
         return found
 
-    def _book_steps(self, mark: _Mark, stretch_s: float) -> None:
+    def _book_steps(self, mark: _TimeMark, stretch_s: float) -> None:
         """Book a stretch that ends with a step: the steps since the last mark, and what they waited for."""
         num_steps = max(1, mark.step - self._step)
         self._step_time_s = mark.value
@@ -192,14 +192,14 @@ class _Account:
         self._book_computing(mark, stretch_s, num_steps)
         self._step, self._stepped = mark.step, True
 
-    def _book_computing(self, mark: _Mark, stretch_s: float, num_steps: int) -> None:
+    def _book_computing(self, mark: _TimeMark, stretch_s: float, num_steps: int) -> None:
         """Book steps as productive or lost: where a restart cut into the steps of one
         event, by their number."""
         kept = min(max(mark.limit - self._step, 0), num_steps)
         self._book("productive", stretch_s * kept / num_steps)
         self._book("lost", stretch_s * (num_steps - kept) / num_steps)
 
-    def _book_checkpoint(self, mark: _Mark, stretch_s: float) -> None:
+    def _book_checkpoint(self, mark: _TimeMark, stretch_s: float) -> None:
         """Book a stretch that ends with a checkpoint: as much as it held up is saving,
         the rest belongs to steps."""
         stretch_s -= self._book_saving(stretch_s, mark.step + 1)
@@ -208,7 +208,7 @@ class _Account:
         self._owed = [(step, seconds) for step, seconds in self._owed if step != mark.step]
         self._book_rest(mark, stretch_s)
 
-    def _book_other(self, mark: _Mark, stretch_s: float) -> None:
+    def _book_other(self, mark: _TimeMark, stretch_s: float) -> None:
         """Book a stretch that ends with an evaluation, a refusal, a roll-back, a hang or the end."""
         if mark.kind in EVALUATIONS:
             # with log_every_steps > 1 steps were done since the last event; they took about as
@@ -225,7 +225,7 @@ class _Account:
         else:
             self._book_rest(mark, stretch_s)
 
-    def _book_rest(self, mark: _Mark, stretch_s: float) -> None:
+    def _book_rest(self, mark: _TimeMark, stretch_s: float) -> None:
         """Book what is left between steps, with the step before it."""
         self._book("productive" if mark.limit >= self._step else "lost", stretch_s)
 

@@ -19,7 +19,7 @@ from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.compute_timer import ComputeClock
 from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs import routing
 from megatron_sov.runs.obs.events import EventLog
@@ -174,7 +174,7 @@ class RoutingMonitor:
 class Guards:
     """The guards of one process."""
 
-    def __init__(self, settings: GuardConfig, world: World, run: Path, faults: Sequence[Fault],
+    def __init__(self, settings: GuardConfig, world: ParallelWorld, run: Path, faults: Sequence[Fault],
                  on_hang: Callable[[int, dict[str, list[int]]], None], *,
                  losses_compare: bool = True) -> None:
         """Set them up; the watchdog's thread starts, and watches nothing yet.

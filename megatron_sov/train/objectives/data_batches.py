@@ -10,7 +10,7 @@ from megatron_sov.engine.data.batches import BatchStream, RankBatch
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.order import OrderState, SampleOrder
 from megatron_sov.engine.data.token_shards import Source
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.microbatch import from_row
 from megatron_sov.train.objectives.objective import GlobalBatch
@@ -19,7 +19,7 @@ from megatron_sov.train.objectives.objective import GlobalBatch
 class DataBatches:
     """This rank's batches, one for each optimizer step."""
 
-    def __init__(self, config: RunConfig, sources: list[Source], world: World,
+    def __init__(self, config: RunConfig, sources: list[Source], world: ParallelWorld,
                  planned: Sequence[LedgerEntry] | None = None, columns: Iterable[str] = ()) -> None:
         """Begin before the first step.
 

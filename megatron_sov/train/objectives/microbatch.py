@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_sov.engine.data.rows import Origin, Row
+from megatron_sov.engine.data.rows import PackedRow, RowOrigin
 from megatron_sov.engine.mcore.model.language_model import ModelInputs
 from megatron_sov.engine.mcore.parallel.device import CPU, local_device, to_device
 
@@ -34,7 +34,7 @@ class MicroBatch:
     """[n] int64: index of the source."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Column that the objective names -> [n] float32: number of each label, 0 where there is none."""
-    origins: tuple[Origin, ...] = ()
+    origins: tuple[RowOrigin, ...] = ()
     """Where each segment of the row comes from, on the host."""
     denominators: dict[str, float] = field(default_factory=dict)
     """Term -> what its sum is divided by: counted over the whole global batch by `Objective.prepare`."""
@@ -47,7 +47,7 @@ class MicroBatch:
         return self if self.on_host is None else self.on_host
 
 
-def from_row(row: Row) -> MicroBatch:
+def from_row(row: PackedRow) -> MicroBatch:
     """Send a row to the device, in one piece and without waiting."""
     values = [*(getattr(row, name) for name in WIDE), *row.columns.values(),
               *(getattr(row, name) for name in NARROW)]
@@ -58,7 +58,7 @@ def from_row(row: Row) -> MicroBatch:
     return dataclasses.replace(_record(to_device(flat, device), row, values), on_host=on_host)
 
 
-def _record(flat: torch.Tensor, row: Row, values: list[np.ndarray]) -> MicroBatch:
+def _record(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> MicroBatch:
     """Return the micro-batch of a row whose values lie end to end in `flat`, uint8."""
     parts = [part.view(torch.from_numpy(value[:0]).dtype)
              for part, value in zip(flat.split([value.nbytes for value in values]), values, strict=True)]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.data_batches import DataBatches
 
@@ -20,7 +20,7 @@ class ObjectiveContext:
     """Resolved settings."""
     batches: DataBatches
     """Those of the data order."""
-    world: World
+    world: ParallelWorld
     """This process's place."""
     folder: Path
     """The run's folder."""

@@ -52,7 +52,7 @@ CommandOf = Callable[[EvalJob, Path, Path], list[str]]
 
 
 @dataclass
-class _Running:
+class _RunningEvaluation:
     job: EvalJob
     process: BackgroundProcess
 
@@ -74,7 +74,7 @@ class Evaluations:
                                                       config.evaluate.background)
         self._record = record
         self._command_of = command_of or (lambda job, export, out: eval_command(config, job, export, out))
-        self._running: _Running | None = None
+        self._running: _RunningEvaluation | None = None
         self._looked_s = -LOOK_EVERY_S
         done = [int(p.name[5:])
                 for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
@@ -145,11 +145,11 @@ class Evaluations:
         command = self._command_of(job, self._exports / f"step-{job.step}", self._result(job))
         try:
             self.folder.mkdir(exist_ok=True)
-            self._running = _Running(job, BackgroundProcess(command, self._file(job, ".log")))
+            self._running = _RunningEvaluation(job, BackgroundProcess(command, self._file(job, ".log")))
         except OSError as e:
             self._fail(job, f"its process cannot be started ({e})")
 
-    def _follow(self, running: _Running) -> None:
+    def _follow(self, running: _RunningEvaluation) -> None:
         job, took_s = running.job, running.process.took_s
         if running.process.exit_code is None:
             if took_s > self._settings.timeout_s:

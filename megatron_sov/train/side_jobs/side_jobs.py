@@ -80,7 +80,7 @@ _EXPORT_WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
-class _Running:
+class _RunningJob:
     """An export that is being made."""
 
     step: int
@@ -108,7 +108,7 @@ class Exports:
             else:
                 shutil.rmtree(source, ignore_errors=True)
         self._waiting.sort()
-        self._running: _Running | None = None
+        self._running: _RunningJob | None = None
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
         """Export a checkpoint that is complete, if it is one of those asked for; returns at once.
@@ -173,14 +173,14 @@ class Exports:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(checkpoint / name, source / name)
 
-    def _begin(self, step: int) -> _Running:
+    def _begin(self, step: int) -> _RunningJob:
         argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers",
                 "1", "--overwrite"]
         argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
-        return _Running(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv],
-                                                self._log(step)))
+        return _RunningJob(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv],
+                                                   self._log(step)))
 
-    def _end(self, running: _Running) -> None:
+    def _end(self, running: _RunningJob) -> None:
         step, self._running = running.step, None
         if running.process.exit_code == 0:
             self._record("export", step=step, path=f"{EXPORTS}/step-{step}", export_s=running.process.took_s)

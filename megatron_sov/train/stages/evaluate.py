@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from megatron_sov.base.chat.kinds import KIND, KINDS
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.rows import Row, heldout_samples, join_rows, sample_row
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.rows import PackedRow, heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import Documents, Source, tokenizer_folder
 from megatron_sov.engine.data.turns import TURN, with_turns
@@ -27,7 +27,7 @@ from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import local_device
 from megatron_sov.engine.mcore.parallel.named_values import Shapes, pack, unpack
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row, shifted
 
@@ -78,27 +78,29 @@ class HeldoutEvaluator:
     """Evaluates a policy on the held-out split of each source; the same documents each time."""
 
     def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int,
-                 rows_per_batch: int, max_tokens: int, world: World) -> None:
+                 rows_per_batch: int, max_tokens: int, world: ParallelWorld) -> None:
         self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token).to(local_device())
         self._rows_per_batch = rows_per_batch
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
                          if s.num_tokens.get("heldout", 0) > 1}
 
     @classmethod
-    def of(cls, config: RunConfig, sources: list[Source], max_seq_len: int, world: World) -> HeldoutEvaluator:
+    def of(cls, config: RunConfig, sources: list[Source], max_seq_len: int,
+           world: ParallelWorld) -> HeldoutEvaluator:
         """Return the evaluator of a run, whose documents are cut as long as its longest samples."""
         tokenizer = tokenizer_folder(sources)
         sizes = token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None
         return cls(sources, sizes, max_seq_len, config.train.micro_batch_size,
                    config.data.heldout_tokens, world)
 
-    def _load(self, index: int, source: Source, seq_len: int, max_tokens: int, world: World) -> list[Row]:
+    def _load(self, index: int, source: Source, seq_len: int, max_tokens: int,
+              world: ParallelWorld) -> list[PackedRow]:
         """Return this rank's micro-batches; every rank has the same number,
         the last ones may be padding only."""
         shard = source.shard("heldout")
         samples = heldout_samples(shard, index, seq_len, max_tokens, whole=source.is_chat)
         per_round = self._rows_per_batch * world.dp_size
-        samples += [Sample(index, ())] * (-len(samples) % per_round)
+        samples += [OrderedSample(index, ())] * (-len(samples) % per_round)
         rows = [heldout_row(s, shard, source, seq_len) for s in samples]
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
@@ -148,7 +150,7 @@ class HeldoutEvaluator:
         return pack({name: sums[name] for name in SUMS})
 
 
-def heldout_row(sample: Sample, documents: Documents, source: Source, seq_len: int) -> Row:
+def heldout_row(sample: OrderedSample, documents: Documents, source: Source, seq_len: int) -> PackedRow:
     """Return held-out documents as a row; of conversations with the columns `TURN` and `KIND`."""
     if source.format != "chat":
         return sample_row(sample, documents, seq_len)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
@@ -46,7 +46,7 @@ class GateView(Protocol):
         ...
 
     @property
-    def world(self) -> World:
+    def world(self) -> ParallelWorld:
         """This process's place."""
         ...
 

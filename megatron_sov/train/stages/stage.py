@@ -359,7 +359,7 @@ def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
     stage.folder.enter(stage.config, begin.goes_on)
 
 
-def _own_checkpoint(stage: Stage, place: world.World) -> Path | None:
+def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
     """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
     folder = stage.folder.checkpoints
     on_main(place, lambda: checkpoints.clear_leftovers(folder))

@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, data_paths
-from megatron_sov.model.recipes.requested import BuiltIn, Request, TrainingOptions, training_request
+from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, TrainingOptions, training_request
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
@@ -91,7 +91,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
 
 
 def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
-                  lengthens: bool = False) -> Request:
+                  lengthens: bool = False) -> RecipeRequest:
     """Return what a training command was asked for, with its data, and its checkpoint's architecture in
     the recipe's place; see `training_request`.
 
@@ -110,7 +110,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     return dataclasses.replace(asked, base=base)
 
 
-def _model_of(start_from: Path, asked: Request) -> ModelConfig:
+def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
     """Return the architecture of what --from names, from headers alone.
 
     Raises:

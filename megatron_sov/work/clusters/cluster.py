@@ -17,8 +17,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, Code, NotNegative, NotNegativeInt, Problem, SettingsError,
-    find_broken, read_text, read_yaml, rules_of)
+    AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
+    SettingsProblem, find_broken, read_text, read_yaml, rules_of)
 from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, of_device)
 
@@ -46,20 +46,21 @@ def _no_chip(key: str) -> Breach | None:
         return None
     meant = of_device(key)  # another spelling
     close = f"; did you mean {meant.key!r}?" if meant else nearest(key.lower(), CHIPS)
-    return Code.CHOICE, f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind", close[2:]
+    rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
+    return ProblemCode.CHOICE, rule, close[2:]
 
 
 def _no_variable(name: str) -> Breach | None:
-    return None if VARIABLE.fullmatch(name) else (Code.BOUND, "is not a name of a variable", "")
+    return None if VARIABLE.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
 
 
 def _secret(name: str) -> Breach | None:
-    return (Code.BOUND, "looks like the name of a secret, which must not stand in a script",
+    return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a script",
             "export it in the shell that submits: jobs inherit that") if SECRET.search(name) else None
 
 
 def _no_absolute_path(path: str) -> Breach | None:
-    return (Code.BOUND, "must begin with /, for it is taken as it stands",
+    return (ProblemCode.BOUND, "must begin with /, for it is taken as it stands",
             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
             ) if path and not path.startswith("/") else None
 
@@ -224,7 +225,7 @@ class ClusterProfile:
         """Python as a job calls it."""
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule between settings that the profile breaks."""
         return find_broken(
             self, "",
@@ -328,8 +329,9 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
                                   partition=profile.partition if partition is None else partition)
     problems = rules_of(profile)
     if profile.account is None and needs_account:
-        problems.append(Problem(Code.MISSING, "account", "is missing", way_out="pass --account NAME, or put "
-                                'it into a profile of your own ("" where the cluster asks for none)'))
+        problems.append(SettingsProblem(ProblemCode.MISSING, "account", "is missing",
+                                        way_out="pass --account NAME, or put "
+                                        'it into a profile of your own ("" where the cluster asks for none)'))
     if problems:
         raise SettingsError(f"--cluster {name}", problems)
     return profile

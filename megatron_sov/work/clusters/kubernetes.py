@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Breach, Code, NotNegativeInt, Problem, find_broken, read_text, read_yaml)
+    AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, SettingsProblem, find_broken, read_text,
+    read_yaml)
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.cluster import SECRET, KnownChip, VariableName
 
@@ -43,18 +44,18 @@ def _form(pattern: str | re.Pattern[str], rule: str, way_out: str = "") -> Bound
     right = re.compile(pattern)
 
     def broken(text: str) -> Breach | None:
-        return None if right.fullmatch(text) else (Code.BOUND, rule, way_out)
+        return None if right.fullmatch(text) else (ProblemCode.BOUND, rule, way_out)
 
     return Bound(broken)
 
 
 def _secret(name: str) -> Breach | None:
-    return (Code.BOUND, "looks like the name of a secret, which must not stand in a manifest",
+    return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a manifest",
             f"write secrets: {{{name}: SECRET/KEY}}") if SECRET.search(name) else None
 
 
 def _reserved(name: str) -> Breach | None:
-    return (Code.BOUND, "is set by the operator and torchrun", "leave it out"
+    return (ProblemCode.BOUND, "is set by the operator and torchrun", "leave it out"
             ) if RESERVED.fullmatch(name) else None
 
 
@@ -179,18 +180,21 @@ class KubernetesProfile:
             raise UserError(f"{path}: lies on no volume of the profile{' that may be written to' * written} "
                             f"(mounts: {mounts}); name it as the pods see it, or add its claim to volumes")
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return every rule between settings that the profile breaks."""
         mounts = [v.mount for v in self.volumes]
-        p = [Problem(Code.TWICE, f"volumes.{i}.mount", "is mounted twice", mount, "choose another path")
+        p = [SettingsProblem(ProblemCode.TWICE, f"volumes.{i}.mount", "is mounted twice", mount,
+                             "choose another path")
              for i, mount in enumerate(mounts) if mount in mounts[:i]]
-        p += [Problem(Code.RULE, f"tolerations.{i}.value", "belongs to operator: Equal", t.value,
-                      "leave it out")
+        p += [SettingsProblem(ProblemCode.RULE, f"tolerations.{i}.value", "belongs to operator: Equal",
+                              t.value, "leave it out")
               for i, t in enumerate(self.tolerations) if t.value and t.operator == "Exists"]
-        p += [Problem(Code.RULE, f"environment.{name}", "stands in secrets too", way_out="drop one")
+        p += [SettingsProblem(ProblemCode.RULE, f"environment.{name}", "stands in secrets too",
+                              way_out="drop one")
               for name in self.environment if name in self.secrets]
-        p += [Problem(Code.RULE, f"secrets.{name}", "must have the form SECRET/KEY, the secret's name and "
-                      "the key in it; its content never stands in a profile")  # nor in this sentence
+        p += [SettingsProblem(ProblemCode.RULE, f"secrets.{name}",
+                              "must have the form SECRET/KEY, the secret's name and "
+                              "the key in it; its content never stands in a profile")  # nor in this sentence
               for name, text in self.secrets.items() if not _is_secret_of_key(text)]
         return p + find_broken(
             self, "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from megatron_sov.base.settings import Code, Problem
+from megatron_sov.base.settings import ProblemCode, SettingsProblem
 
 
 def is_address(text: str) -> bool:
@@ -12,7 +12,7 @@ def is_address(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-def address_problems(field: str, text: str, key_field: str) -> list[Problem]:
+def address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
     """Return what is wrong with an address up to `/v1`; it is not quoted, for it may hold a key.
 
     Args:
@@ -34,4 +34,4 @@ def address_problems(field: str, text: str, key_field: str) -> list[Problem]:
     if parts.username or parts.password or parts.query:
         p.append("holds a key or a query, which would come into files; put the key into the "
                  f"environment and name its variable with {key_field}")
-    return [Problem(Code.RULE, field, rule) for rule in p]
+    return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in p]

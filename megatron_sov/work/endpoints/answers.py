@@ -36,7 +36,7 @@ class BadAnswer(Exception):
         self.wait_s, self.is_away = wait_s, is_away
 
 
-class Unavailable(BadAnswer):
+class EndpointUnavailable(BadAnswer):
     """An endpoint has been away, or full, for longer than one is willing to wait."""
 
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints.answers import (
-    MAX_WAIT_S, NO_TOOLS, BadAnswer, NeverAnswered, Unavailable, decoded, reason_of, seconds, told_tokens,
-    why_never)
+    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, decoded, reason_of, seconds,
+    told_tokens, why_never)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.recognition import Recognition
 from megatron_sov.work.endpoints.transport import Transport
@@ -33,7 +33,7 @@ TOLD_S = 5.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class EndpointLimits:
     """How an endpoint may be used."""
 
     timeout_s: float
@@ -55,7 +55,7 @@ class Limits:
     anybody."""
 
 
-class Gate(Protocol):
+class RateGate(Protocol):
     """What lets requests pass, such as a budget."""
 
     def enter(self, most: Usage) -> None:
@@ -94,8 +94,9 @@ class Endpoint:
         recognition: how its model is recognised; none: it is not.
     """
 
-    def __init__(self, url: str, key_env: str, limits: Limits, cache: EndpointCache, *, known_as: str = "",
-                 gate: Gate | None = None, sleep: Callable[[float], object] = time.sleep,
+    def __init__(self, url: str, key_env: str, limits: EndpointLimits, cache: EndpointCache, *,
+                 known_as: str = "",
+                 gate: RateGate | None = None, sleep: Callable[[float], object] = time.sleep,
                  told: Callable[[str], object] = lambda sentence: None, key: str = "",
                  sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
                  recognition: Recognition | None = None) -> None:
@@ -160,8 +161,8 @@ class Endpoint:
 
         Raises:
             TimeoutError: the last attempt took too long.
-            BadAnswer: there was no usable answer; `NeverAnswered`: there will be none; `Unavailable`: the
-                endpoint's patience has ended.
+            BadAnswer: there was no usable answer; `NeverAnswered`: there will be none;
+                `EndpointUnavailable`: the endpoint's patience has ended.
             Exception: what `read` raises besides, now or of a kept answer.
             UserError: no request can succeed, or the money is spent.
         """
@@ -204,7 +205,7 @@ class Endpoint:
                     if not is_away or not limits.patience_s:
                         raise
                     if waited_s >= limits.patience_s:
-                        raise Unavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
+                        raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                 if is_away:
                     self._tell(str(e))
                 wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)

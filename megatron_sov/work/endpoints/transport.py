@@ -202,7 +202,7 @@ def _bounded_stream(response: Any) -> Any:
 
     inner, request = response.stream, response.request
 
-    class Bounded(httpx.SyncByteStream):
+    class BoundedStream(httpx.SyncByteStream):
         """A stream that ends with an error at a limit."""
 
         def __iter__(self) -> Iterator[bytes]:
@@ -217,4 +217,4 @@ def _bounded_stream(response: Any) -> Any:
         def close(self) -> None:
             inner.close()
 
-    return Bounded()
+    return BoundedStream()

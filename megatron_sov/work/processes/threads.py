@@ -22,7 +22,7 @@ _LOOK_S = 0.5
 """Between two looks at whether a stop was asked for."""
 
 
-class Stop:
+class StopSignal:
     """Remembers that work was asked to stop, and why; from any thread."""
 
     def __init__(self) -> None:
@@ -65,7 +65,8 @@ class Stop:
         self.ask(f"{signal.Signals(number).name} came; the same command goes on")
 
 
-def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int, stop: Stop | None = None
+def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
+               stop: StopSignal | None = None
                ) -> Generator[Result, None, None]:
     """Yield what comes of items as they are done.
 
@@ -82,7 +83,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
         StopRequested: a stop was asked for.
         Exception: of the first item that failed.
     """
-    stop = stop or Stop()
+    stop = stop or StopSignal()
     under_way: set[Future[Result]] = set()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -104,7 +105,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
             raise
 
 
-def _done(under_way: set[Future[Result]], stop: Stop) -> Iterator[Result]:
+def _done(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
     """Yield what has come of some, which are under way no longer."""
     done, _ = wait(under_way, _LOOK_S, FIRST_COMPLETED)
     stop.check()

@@ -11,7 +11,7 @@ _TICKS_PER_S, _PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGESIZE")
 
 
 @dataclass
-class Totals:
+class ProcessTotals:
     """Of a process and all below it."""
 
     tasks: int = 0
@@ -46,9 +46,9 @@ class Watch:
         """Give back what it holds."""
         os.close(self._proc)
 
-    def totals(self) -> Totals:
+    def totals(self) -> ProcessTotals:
         """Return the sums over all processes that are there now."""
-        found = Totals()
+        found = ProcessTotals()
         waiting = self._children(self._root)[0] if self._forks else [self._root]
         seen: set[int] = set()
         while waiting:
@@ -118,7 +118,7 @@ class OwnTime:
         every_s: how often it is looked at; whoever looks later than that had no processor either.
     """
 
-    def __init__(self, totals: Callable[[], Totals], every_s: float) -> None:
+    def __init__(self, totals: Callable[[], ProcessTotals], every_s: float) -> None:
         self._totals, self._every_s = totals, every_s
         self.cpu_s = 0.0
         """When it was last looked at; the kernel tells in the end of those only that were waited for."""
@@ -144,7 +144,7 @@ class OwnTime:
         """Return the program's own seconds up to now."""
         return now_s - self._began_s - self.starved_s
 
-    def look(self, now_s: float) -> Totals:
+    def look(self, now_s: float) -> ProcessTotals:
         """Add what has passed since the last look; return what the program takes now."""
         totals, looker_s = self._totals(), time.thread_time()
         since_s, ran_s = now_s - self._looked_s, max(0.0, totals.cpu_s - self.cpu_s)

@@ -41,7 +41,7 @@ _KINDS = (sc.CLONE_NEWUSER | sc.CLONE_NEWPID | sc.CLONE_NEWNS | sc.CLONE_NEWNET 
           | sc.CLONE_NEWUTS)
 
 
-class Unavailable(Exception):
+class EnclosureUnavailable(Exception):
     """This machine cannot give an enclosure; why, in a few words."""
 
 
@@ -102,10 +102,10 @@ class Landlocked(Enclosure):
         """
         self._abi = restrictions.landlock_version()
         if self._abi < restrictions.NEEDED_ABI:
-            raise Unavailable(f"Landlock has version {self._abi}, and {restrictions.NEEDED_ABI} is needed "
-                              "(Linux 6.2, and 'landlock' in its list of security modules)")
+            raise EnclosureUnavailable(f"Landlock has version {self._abi}, and {restrictions.NEEDED_ABI} is "
+                                       "needed (Linux 6.2, and 'landlock' in its list of security modules)")
         if reason := restrictions.seccomp_problem():
-            raise Unavailable(reason)
+            raise EnclosureUnavailable(reason)
         self._readable = restrictions.readable_paths(more_readable)
         # without Landlock's scope of signals each process has a filter of its own
         self._filter = self._filter_of(0) if self._abi >= restrictions.SIGNAL_SCOPE_ABI else None
@@ -234,21 +234,21 @@ class Namespaces(Enclosure):
             Unavailable: this machine has none, or forbids them.
         """
         if reason := restrictions.seccomp_problem():
-            raise Unavailable(reason)
+            raise EnclosureUnavailable(reason)
         readable = restrictions.readable_paths(more_readable)
         try:
             sc.unshare(_KINDS)
         except OSError as e:
-            raise Unavailable(f"namespaces are not allowed ({e.strerror or e})") from None
+            raise EnclosureUnavailable(f"namespaces are not allowed ({e.strerror or e})") from None
         send(channel, {"map": os.getpid()})
         if error := receive(channel)["error"]:
-            raise Unavailable(f"users cannot be mapped ({error})")
+            raise EnclosureUnavailable(f"users cannot be mapped ({error})")
         self.watch = Watch(_become_first_process(), forks=True)
         self._own_processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _build_view(readable)
         except OSError as e:
-            raise Unavailable(f"a file tree cannot be made ({e.strerror or e})") from None
+            raise EnclosureUnavailable(f"a file tree cannot be made ({e.strerror or e})") from None
         self._landlock_abi = restrictions.landlock_version()
         sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
         self._filter = restrictions.prepare_filter(namespaces=True, signal_scope=True, own_pid=1)

@@ -205,7 +205,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 @dataclass(frozen=True)
-class Rule:
+class PathRule:
     """A call that fails, always or by the value of an argument."""
 
     call: str
@@ -231,27 +231,28 @@ class Filter(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(_Code))]
 
 
-def _rules(namespaces: bool, signal_scope: bool, own_pid: int) -> list[Rule]:
-    found = [Rule(name) for name in ALWAYS]
+def _rules(namespaces: bool, signal_scope: bool, own_pid: int) -> list[PathRule]:
+    found = [PathRule(name) for name in ALWAYS]
     found += [
-        Rule("clone3", errno.ENOSYS),  # its flags lie in memory; the C library falls back on clone
-        Rule("clone", word=0, fails="any bit of", values=(_NEW_NAMESPACES,)),
-        Rule("socketpair", word=0, fails="not in", values=(_AF_UNIX,)),
+        PathRule("clone3", errno.ENOSYS),  # its flags lie in memory; the C library falls back on clone
+        PathRule("clone", word=0, fails="any bit of", values=(_NEW_NAMESPACES,)),
+        PathRule("socketpair", word=0, fails="not in", values=(_AF_UNIX,)),
         # a pair of datagram sockets can be sent to other addresses
-        Rule("socketpair", word=2, fails="not in", values=(_SOCK_STREAM,), mask=0xFFFFFFFF ^ _SOCK_FLAGS),
-        Rule("sendto", word=8, fails="not in", values=(0,)),
-        Rule("sendto", word=9, fails="not in", values=(0,)),
-        Rule("fcntl", word=2, values=_FCNTL),
-        Rule("ioctl", word=2, values=_IOCTL),
-        Rule("prlimit64", word=0, fails="not in", values=(0,)),
-        Rule("sched_setaffinity", word=0, fails="not in", values=(0,)),
+        PathRule("socketpair", word=2, fails="not in", values=(_SOCK_STREAM,), mask=0xFFFFFFFF ^ _SOCK_FLAGS),
+        PathRule("sendto", word=8, fails="not in", values=(0,)),
+        PathRule("sendto", word=9, fails="not in", values=(0,)),
+        PathRule("fcntl", word=2, values=_FCNTL),
+        PathRule("ioctl", word=2, values=_IOCTL),
+        PathRule("prlimit64", word=0, fails="not in", values=(0,)),
+        PathRule("sched_setaffinity", word=0, fails="not in", values=(0,)),
     ]
     if not namespaces:
-        found += [Rule(name, error) for names, error in WITHOUT_NAMESPACES.items() for name in names.split()]
+        found += [PathRule(name, error) for names,
+                  error in WITHOUT_NAMESPACES.items() for name in names.split()]
     if not (namespaces or signal_scope):
-        found += [Rule(name) for name in WITHOUT_SIGNAL_SCOPE]
-        found += [Rule("kill", word=0, fails="not in", values=(0, own_pid)),
-                  Rule("tgkill", word=0, fails="not in", values=(own_pid,))]
+        found += [PathRule(name) for name in WITHOUT_SIGNAL_SCOPE]
+        found += [PathRule("kill", word=0, fails="not in", values=(0, own_pid)),
+                  PathRule("tgkill", word=0, fails="not in", values=(own_pid,))]
     return found
 
 
@@ -287,7 +288,7 @@ def install_filter(made: Filter) -> None:
     sc.prctl(sc.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(made))
 
 
-def _assembled(forbidden: Sequence[Rule]) -> list[_Instruction]:
+def _assembled(forbidden: Sequence[PathRule]) -> list[_Instruction]:
     """Return the filter's instructions: (code, steps to skip if so, if not, value)."""
     architecture = sc.MACHINES[platform.machine()][1]
     made: list[_Instruction] = [
@@ -303,7 +304,7 @@ def _assembled(forbidden: Sequence[Rule]) -> list[_Instruction]:
     return [*made, (_RETURN, 0, 0, _ALLOW)]
 
 
-def _block(rule: Rule) -> list[_Instruction]:
+def _block(rule: PathRule) -> list[_Instruction]:
     """Return what is done for the call of a rule; it ends with the call's number loaded again."""
     fail = (_RETURN, 0, 0, _ERROR | rule.error)
     if rule.word is None:

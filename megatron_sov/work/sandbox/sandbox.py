@@ -24,11 +24,12 @@ from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.processes.children import Child, start_interpreter
 from megatron_sov.work.processes.watch import Watch
-from megatron_sov.work.sandbox.enclosures import Unavailable, identity_maps
+from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable, identity_maps
 from megatron_sov.work.sandbox.folders import remove
 from megatron_sov.work.sandbox.program import Limits, Outcome, Program
 from megatron_sov.work.sandbox.restrictions import folders_of
-from megatron_sov.work.sandbox.supervise import MAX_STARVED_S, START_LIMIT_S, Ends, Subject, supervise
+from megatron_sov.work.sandbox.supervise import (
+    MAX_STARVED_S, START_LIMIT_S, Ends, SupervisedProgram, supervise)
 
 ENCLOSURES = ("namespaces", "landlock")
 """What the kernel may give, the stronger one first."""
@@ -95,7 +96,7 @@ class Sandbox:
             first = Worker(name, readable)
             try:
                 first.start()
-            except Unavailable as e:
+            except EnclosureUnavailable as e:
                 reasons.append(f"{name}: {e}")
                 continue
             self.enclosure = name
@@ -238,8 +239,8 @@ class Worker:
                 self.stop()
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-                raise Unavailable(f"its server did not start ({said or e or 'it ended'})") from None
-            except Unavailable:
+                raise EnclosureUnavailable(f"its server did not start ({said or e or 'it ended'})") from None
+            except EnclosureUnavailable:
                 self.stop()
                 raise
 
@@ -250,7 +251,7 @@ class Worker:
             if "enclosure" in told:
                 return
             if "unavailable" in told:
-                raise Unavailable(told["unavailable"])
+                raise EnclosureUnavailable(told["unavailable"])
             send(channel, {"error": _map_users(told["map"])})
 
     def run(self, program: Program, limits: Limits, command: tuple[str, ...] | None) -> Outcome:
@@ -267,7 +268,7 @@ class Worker:
                 "job": {"source": program.source, "files": dict(program.files),
                         "arguments": list(program.arguments), "command": command and list(command)},
                 "stdin": program.stdin, "limits": dataclasses.asdict(limits)}, limits)
-        except (EOFError, OSError, Unavailable) as e:
+        except (EOFError, OSError, EnclosureUnavailable) as e:
             self.stop()
             return Outcome("infrastructure", None, "", "",
                            f"the sandbox's server failed ({e or 'it ended'})", 0.0, 0.0)
@@ -355,8 +356,8 @@ def _supervised(parts: list[str], folder: str, given: bytes, limits: Limits) -> 
 
     watch = Watch(process.pid)
     try:
-        return supervise(Subject(process.pid, Ends(feed, out_read, error_read), given, limits, kill=kill,
-                                 wait=wait, totals=watch.totals))
+        return supervise(SupervisedProgram(process.pid, Ends(feed, out_read, error_read), given, limits,
+                                           kill=kill, wait=wait, totals=watch.totals))
     finally:
         process.returncode = 0  # it has been waited for
         watch.close()

@@ -25,9 +25,9 @@ from typing import Any
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox import system_calls as sc
 from megatron_sov.work.sandbox.child import NUM_FILES, be_as_programs, become_program
-from megatron_sov.work.sandbox.enclosures import Enclosure, Landlocked, Namespaces, Unavailable
+from megatron_sov.work.sandbox.enclosures import Enclosure, EnclosureUnavailable, Landlocked, Namespaces
 from megatron_sov.work.sandbox.program import Limits, Outcome
-from megatron_sov.work.sandbox.supervise import Ends, Gone, Subject, supervise
+from megatron_sov.work.sandbox.supervise import Ends, Gone, SupervisedProgram, supervise
 
 PRELOADED = (
     "abc", "array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc",
@@ -62,7 +62,7 @@ def main(channel_fd: int, root: str) -> None:
         order = receive(channel)
         try:
             enclosure = _enclosure(order, channel)
-        except Unavailable as e:
+        except EnclosureUnavailable as e:
             send(channel, {"unavailable": str(e)})
             return
         gc.collect()
@@ -118,7 +118,7 @@ def _run(enclosure: Enclosure, template: Template, request: dict[str, Any],
         given.write(json.dumps({**request["job"], "folder": folder,
                                 "limits": dataclasses.asdict(its_limits)}).encode())
     try:
-        return supervise(Subject(
+        return supervise(SupervisedProgram(
             pid, Ends(feed, stdout_read, stderr_read, ready_read), request["stdin"].encode(), limits,
             kill=lambda: enclosure.kill(pid), wait=template.wait, totals=enclosure.watch.totals,
             overfull=lambda: enclosure.overfull(limits), hangup=channel.fileno()))

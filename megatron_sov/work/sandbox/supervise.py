@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron_sov.work.processes.watch import OwnTime, Totals
+from megatron_sov.work.processes.watch import OwnTime, ProcessTotals
 from megatron_sov.work.sandbox.program import Limits, Outcome, Status
 
 LOOK_EVERY_S = 0.05
@@ -35,7 +35,7 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SupervisedProgram:
     """A program as its supervisor sees it."""
 
     pid: int
@@ -47,7 +47,7 @@ class Subject:
     """Ends all of its processes."""
     wait: Callable[[], tuple[int, float]]
     """Returns its wait status and its seconds of processors, when they have been ended."""
-    totals: Callable[[], Totals]
+    totals: Callable[[], ProcessTotals]
     """What they take together."""
     overfull: Callable[[], str] = field(default=lambda: "")
     """Why its files are too large; empty: they are not."""
@@ -59,7 +59,7 @@ class Gone(Exception):
     """Nobody waits for the outcome any more."""
 
 
-def supervise(subject: Subject) -> Outcome:
+def supervise(subject: SupervisedProgram) -> Outcome:
     """Return what becomes of a program; its processes have ended then.
 
     Raises:
@@ -71,7 +71,7 @@ def supervise(subject: Subject) -> Outcome:
 class _Supervisor:
     """The state of one supervision."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: SupervisedProgram) -> None:
         self._subject = subject
         self._poll = select.poll()
         self._exit = os.pidfd_open(subject.pid)

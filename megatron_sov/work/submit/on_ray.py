@@ -82,7 +82,7 @@ def _connected(address: str) -> Any:
 
 
 @dataclass(eq=False)
-class _Task:
+class _RayTask:
     """An item, and its record when it is there."""
 
     number: int
@@ -99,9 +99,9 @@ class _Processes:
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
         self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
         self._starting: dict[Any, Any] = {}
-        self._working: dict[Any, tuple[Any, _Task]] = {}
+        self._working: dict[Any, tuple[Any, _RayTask]] = {}
         self._idle: list[Any] = []
-        self._lost: deque[_Task] = deque()
+        self._lost: deque[_RayTask] = deque()
         for _ in range(workers):
             self._begin_one()
 
@@ -119,7 +119,7 @@ class _Processes:
         """Whether nothing is under way: the slowest item has held all others up, and is done."""
         return not self._working and not self._starting
 
-    def give(self, task: _Task) -> None:
+    def give(self, task: _RayTask) -> None:
         actor = self._idle.pop()
         self._working[actor.do.remote(task.item)] = actor, task
 
@@ -152,14 +152,14 @@ class _Processes:
 def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
     """Yield records in the order of their items."""
     left = iter(items)
-    order: deque[_Task] = deque()
+    order: deque[_RayTask] = deque()
     is_over = False
     while True:
         while not is_over and len(order) < processes.most and processes.is_free:
             number, item = next(left, (-1, None))
             is_over = number < 0
             if not is_over:
-                order.append(_Task(number, item))
+                order.append(_RayTask(number, item))
                 processes.give(order[-1])
         while order and order[0].record is not None:
             task = order.popleft()

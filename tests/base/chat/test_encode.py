@@ -14,7 +14,7 @@ from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.base.chat.kinds import KIND_NONE, KINDS
 from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.documents import BadRecord, Conversation, Message
-from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.documents.records import RecordReading, parse_record
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -241,7 +241,7 @@ def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
         tokenizer: PreTrainedTokenizerFast) -> None:
     page = (Path(__file__).parents[3] / "docs/chats.md").read_text()
     (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    document = parse_record(json.loads(example), "chats.md", 1, Reading("chat"))
+    document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))
     chat = encoder(tokenizer, FULL).encode(document.conversation())
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == (

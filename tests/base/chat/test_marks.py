@@ -17,7 +17,7 @@ from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, pa
 from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import text_of
-from megatron_sov.serve.replies import Turn, turn_so_far, whole_turn
+from megatron_sov.serve.replies import ServedTurn, turn_so_far, whole_turn
 from tokenizer.presets import PRESETS
 
 NOW = ToolCall("now", {})
@@ -94,7 +94,7 @@ def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
     assert parse_turn(text) == WrittenTurn(content, calls)
     whole = whole_turn(text, in_thoughts=False, has_tools=True)
     assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
-    told = Turn("", "")
+    told = ServedTurn("", "")
     for end in range(len(text) + 1):  # as it is served while it is written
         turn = turn_so_far(text[:end], in_thoughts=False, has_tools=True)
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]

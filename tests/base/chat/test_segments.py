@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.base.chat.kinds import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
-from megatron_sov.base.chat.segments import Segment, Segments, around_contents, odd_opening
+from megatron_sov.base.chat.segments import ChatSegment, Segments, around_contents, odd_opening
 from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
@@ -22,8 +22,8 @@ FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% e
 
 def test_pieces_alternate() -> None:
     assert around(FORM, ("user", "hi"), ("assistant", "yo")) == [
-        Segment("<user>", None), Segment("hi", 0), Segment("</><assistant>", None), Segment("yo", 1),
-        Segment("</></s>", None)]
+        ChatSegment("<user>", None), ChatSegment("hi", 0), ChatSegment("</><assistant>", None),
+        ChatSegment("yo", 1), ChatSegment("</></s>", None)]
 
 
 @settings(max_examples=40)
@@ -37,7 +37,7 @@ def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> Non
 
 @pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
 def test_hostile_content_stays_content(content: str) -> None:
-    assert around(FORM, ("user", content))[1] == Segment(content, 0)
+    assert around(FORM, ("user", content))[1] == ChatSegment(content, 0)
 
 
 def test_templates_that_drop_or_refuse_messages() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from megatron_sov.base.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.base.chat.limits import TooLong, bounded
+from megatron_sov.base.chat.limits import TemplateTooLong, bounded
 from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.base.documents import BadRecord, Conversation
@@ -65,7 +65,7 @@ def test_templates_that_fail_or_do_not_end_cost_a_sentence(template: str, says: 
 
 def test_time_and_memory_are_bounded_inside_and_free_outside() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(TooLong), bounded(0.05, 1 << 30):
+    with pytest.raises(TemplateTooLong), bounded(0.05, 1 << 30):
         while True:
             pass
     with pytest.raises(MemoryError), bounded(5, 16 << 20):
@@ -81,7 +81,7 @@ def test_what_swallows_the_end_is_ended_again() -> None:
             while True:
                 pass
 
-    with pytest.raises(TooLong), bounded(0.05, 1 << 30):
+    with pytest.raises(TemplateTooLong), bounded(0.05, 1 << 30):
         Swallows()
         while True:
             pass

@@ -14,7 +14,8 @@ import pytest
 import zstandard
 from pyarrow import ipc, parquet
 
-from megatron_sov.base.documents import BadRecord, Document, Reading, list_files, read_documents, read_span
+from megatron_sov.base.documents import (
+    BadRecord, Document, RecordReading, list_files, read_documents, read_span)
 from megatron_sov.base.documents.files import passed_over, spans_of
 from megatron_sov.base.documents.json_list import json_items
 from megatron_sov.base.documents.messages import Message
@@ -77,7 +78,7 @@ def test_records_are_the_same_however_they_are_stored(tmp_path: Path, kind: str)
     for name, stored in STORED.items():
         (tmp_path / name).write_bytes(stored([row, row]))
         found[name] = [{**vars(d), "where": "", "line": 0} for d in read_documents([tmp_path / name],
-                                                                                   Reading(form))]
+                                                                                   RecordReading(form))]
     assert all(one == found["a.jsonl"] and len(one) == 2 for one in found.values())
 
 
@@ -87,7 +88,7 @@ def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
             {"prompt": ASK, "completion": SAY}, {"prompt": earlier, "completion": [
                 {"role": "assistant", "content": "6"}]}]
     (tmp_path / "a.jsonl").write_bytes(as_lines(rows))
-    *short, long = read_documents([tmp_path / "a.jsonl"], Reading("chat"))
+    *short, long = read_documents([tmp_path / "a.jsonl"], RecordReading("chat"))
     assert all(d.messages == (Message("user", "2 + 2?", is_learned=False), Message("assistant", "4"))
                and d.num_prompt == 1 for d in short)
     assert [m.is_learned for m in long.messages] == [False, False, False, True] and long.num_prompt == 3
@@ -112,10 +113,10 @@ def test_no_advice_drops_answers(tmp_path: Path, row: dict[str, Any], kind: str,
         (tmp_path / name).write_bytes(STORED[name]([row]))
         if name == "a.jsonl":
             with pytest.raises(UserError, match=told):
-                list(read_documents([tmp_path / name], Reading(kind)))
+                list(read_documents([tmp_path / name], RecordReading(kind)))
         else:
             with pytest.raises((UserError, BadRecord)):
-                list(read_documents([tmp_path / name], Reading(kind)))
+                list(read_documents([tmp_path / name], RecordReading(kind)))
 
 
 def fill(folder: Path, **files: bytes) -> Path:
@@ -219,7 +220,8 @@ def test_text_with_brackets_stays_text(tmp_path: Path, content: str) -> None:
 def test_a_damaged_list_is_named_by_its_record(tmp_path: Path, content: str, told: str,
                                                num_good: int) -> None:
     (tmp_path / "a.json").write_text(content)
-    found = [item for span in spans_of(tmp_path / "a.json") for item in read_span(span, Reading("text"))]
+    found = [item for span in spans_of(tmp_path / "a.json") for item in read_span(span,
+                                                                                  RecordReading("text"))]
     bad = [item for item in found if isinstance(item, BadRecord)]
     assert sum(isinstance(item, Document) for item in found) == num_good
     assert (bad and told in bad[0].reason) if told else not found

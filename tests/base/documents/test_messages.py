@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.documents import BadRecord, Message, Reading
+from megatron_sov.base.documents import BadRecord, Message, RecordReading
 from megatron_sov.base.documents.messages import read_messages, read_sharegpt, read_tools
 from megatron_sov.base.documents.records import parse_record
 
@@ -44,7 +44,7 @@ def test_sharegpt_is_the_same_conversation() -> None:
     assert read_sharegpt(turns, "conversations") == same
     record = {"conversations": turns, "tools": json.dumps([{"name": "add"}]),
               "chat_template_kwargs": {"enable_thinking": False}}
-    document = parse_record(record, "a.jsonl", 1, Reading())
+    document = parse_record(record, "a.jsonl", 1, RecordReading())
     assert document.kind == "chat" and document.conversation().tools == ({"name": "add"},)
     assert document.conversation().template_kwargs == {"enable_thinking": False}
     assert document.texts()[0] == '[{"name": "add"}]'

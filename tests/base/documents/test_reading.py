@@ -15,7 +15,7 @@ from data_prep.curate.sources.listing import source_files
 from data_prep.curate.sources.source import SourceSettings
 from megatron_sov.base import documents
 from megatron_sov.base.documents import (
-    Document, Message, Reading, list_files, plan_units, read_documents, read_span)
+    Document, Message, RecordReading, list_files, plan_units, read_documents, read_span)
 from megatron_sov.base.documents.messages import Messages
 from megatron_sov.base.errors import UserError
 
@@ -90,9 +90,9 @@ def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
     assert second.messages == (Message("assistant", "yo"),)
     parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):
-        list(read_documents([tmp_path / "b.parquet"], Reading("text", "body")))
+        list(read_documents([tmp_path / "b.parquet"], RecordReading("text", "body")))
     with pytest.raises(UserError, match=r"b\.parquet: has no string field 'text' \(fields: body\)"):
-        list(read_documents([tmp_path / "b.parquet"], Reading("text")))
+        list(read_documents([tmp_path / "b.parquet"], RecordReading("text")))
 
 
 # Which files are read, in which order, and in which parts.
@@ -113,7 +113,7 @@ def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 100)
     [*units] = plan_units([tmp_path / "a.jsonl"], span_bytes)
     assert (len(units) > 10) == (span_bytes <= 1000)
-    found = [item for unit in units for span in unit for item in read_span(span, Reading("text"))]
+    found = [item for unit in units for span in unit for item in read_span(span, RecordReading("text"))]
     assert [d.text for d in found if isinstance(d, Document)] == texts and len(found) == len(texts)
 
 
@@ -181,7 +181,7 @@ def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record:
                                                          prompt: Messages, chosen: Messages,
                                                          rejected: Messages) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    [found] = read_documents([tmp_path / "a.jsonl"], Reading("preference"))
+    [found] = read_documents([tmp_path / "a.jsonl"], RecordReading("preference"))
     assert (found.kind, found.messages, found.chosen, found.rejected) == (
         "preference", prompt, chosen, rejected)
 
@@ -197,12 +197,12 @@ def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record:
 def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, object], rule: str) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     with pytest.raises(UserError, match=rule):
-        list(read_documents([tmp_path / "a.jsonl"], Reading("preference")))
+        list(read_documents([tmp_path / "a.jsonl"], RecordReading("preference")))
 
 
 def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4},
                                                   "level": "쉬움"}))
-    [found] = read_documents([tmp_path / "a.jsonl"], Reading("prompt"))
+    [found] = read_documents([tmp_path / "a.jsonl"], RecordReading("prompt"))
     assert found.kind == "prompt" and found.messages == (Message("user", "2 + 2?"),)
     assert json.loads(found.extra) == {"answer": {"value": 4}, "level": "쉬움"}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov.base.documents import cut_at_blank_lines, cut_text, unspaced
-from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import find_units, units
 from megatron_sov.base.documents.strict_json import finite, no_constant
 from megatron_sov.base.documents.visible import visible
@@ -142,7 +142,8 @@ def holds(text: list[str], item: list[str]) -> bool:
 
 @given(st.lists(TEXTS, min_size=1, max_size=5), TEXTS)
 def test_it_finds_what_words_share(texts: list[str], text: str) -> None:
-    search = Search([Item("quiz", str(i), "text", one) for i, one in enumerate(texts)], NGRAM, MIN_WORDS)
+    search = ItemSearch([SearchItem("quiz", str(i), "text", one) for i, one in enumerate(texts)], NGRAM,
+                        MIN_WORDS)
     found = search.find(find_units(text))
     assert {hit.item for hit in found} == {i for i, one in enumerate(texts) if holds(units(text), units(one))}
     assert all(one.begin < one.end <= len(units(text)) for one in found)

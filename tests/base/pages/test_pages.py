@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from megatron_sov.base.pages.markdown import MOST_BYTES, address_of, is_picture, is_sound
-from megatron_sov.base.pages.page import Chapter, Comparison, Panel, Section, Table, chart, render
+from megatron_sov.base.pages.page import Chapter, Comparison, PageSection, PageTable, Panel, chart, render
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
 
@@ -21,11 +21,11 @@ HOSTILE = "</script><script>window.hacked = 1</script>"
 def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
     drawn = chart(go.Figure(go.Bar(x=[HOSTILE], y=[1])), HOSTILE)
     page = render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
-        Section(HOSTILE, HOSTILE, [drawn], [Table([HOSTILE], [[HOSTILE]])],
-                comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[
-            Panel(HOSTILE, 4, [(HOSTILE, HOSTILE)], [Table([HOSTILE], [[HOSTILE]])], [drawn],
-                  [Comparison(HOSTILE, [(HOSTILE, HOSTILE)])])],
-                  overview=(HOSTILE, Table([HOSTILE], [[HOSTILE]])))
+        PageSection(HOSTILE, HOSTILE, [drawn], [PageTable([HOSTILE], [[HOSTILE]])],
+                    comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[
+                Panel(HOSTILE, 4, [(HOSTILE, HOSTILE)], [PageTable([HOSTILE], [[HOSTILE]])], [drawn],
+                      [Comparison(HOSTILE, [(HOSTILE, HOSTILE)])])],
+                  overview=(HOSTILE, PageTable([HOSTILE], [[HOSTILE]])))
     assert "<script>window" not in page
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 2
@@ -33,7 +33,7 @@ def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
 
 def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:
     page = render("Report", "t", "",
-                  [Chapter("a", "", [], [Section("One two", "x")]), Chapter("b", "", [], [])],
+                  [Chapter("a", "", [], [PageSection("One two", "x")]), Chapter("b", "", [], [])],
                   anchor="it", nothing="Nothing here.", now_s=0)
     assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
     assert all(f'id="{anchor}"' in page for anchor in ("it-1", "it-1-one-two", "it-2"))

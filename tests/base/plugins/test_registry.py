@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import Code
-from megatron_sov.base.plugins.loading import Loaded
-from megatron_sov.base.plugins.orders import Order
+from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.plugins.signatures import check_methods, takes
 from megatron_sov.judge.rewards import registry as rewards
@@ -21,7 +21,7 @@ from megatron_sov.judge.tools import registry as environments
 GROUP = "test_sov.shapes"
 
 
-def check(loaded: Loaded) -> None:
+def check(loaded: LoadedPlugin) -> None:
     if not isinstance(loaded.value, dict):
         raise UserError(f"{loaded.reference}: is no dict")
 
@@ -86,7 +86,7 @@ def test_names_that_are_taken_and_things_of_another_kind_are_refused(file: Path,
 
 def test_looking_up_never_runs_a_file_whatever_the_record_says(file: Path) -> None:
     shapes = registry()
-    record = Code("objective", "flat", f"{file}:flat", files={"shapes.py": "0" * 64})
+    record = PluginCode("objective", "flat", f"{file}:flat", files={"shapes.py": "0" * 64})
     with pytest.raises(UserError, match=rf"objective 'flat': stands in {file}:flat, which is run only when "
                                         r"the command line itself names it; if you know it and trust it, "
                                         rf"add --plugin {file}:flat$"):
@@ -101,13 +101,13 @@ def test_looking_up_never_runs_a_file_whatever_the_record_says(file: Path) -> No
 @pytest.mark.parametrize("reference", ["/a.py:x\x1b[2J; rm -rf ~", "/a.py:x\nerror: all is well"])
 def test_a_record_cannot_write_on_the_screen(reference: str) -> None:
     with pytest.raises(UserError) as e:
-        registry().get("flat", [Code("objective", "flat", reference)])
+        registry().get("flat", [PluginCode("objective", "flat", reference)])
     assert reference not in str(e.value) and str(e.value).isprintable()
 
 
 def test_a_record_cannot_slip_a_command_into_what_is_copied_from_the_message() -> None:
     with pytest.raises(UserError, match=r"add --plugin '/a.py:x; rm -rf ~'$"):
-        registry().get("flat", [Code("objective", "flat", "/a.py:x; rm -rf ~")])
+        registry().get("flat", [PluginCode("objective", "flat", "/a.py:x; rm -rf ~")])
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(package) -> None:
@@ -156,9 +156,9 @@ def test_what_is_wrong_with_a_package_names_it(package) -> None:
     (rewards.order, "reward", "megatron_sov.judge.rewards", "length"),
     (environments.order, "tool environment", "megatron_sov.environments", "calculator")])
 def test_a_package_cannot_take_the_name_of_what_is_built_in(
-        order: Callable[[str, dict[str, Any]], Order], kind: str, group: str, name: str, tmp_path: Path,
+        order: Callable[[str, dict[str, Any]], PluginOrder], kind: str, group: str, name: str, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    assert order(name, {}) == Order(name)
+    assert order(name, {}) == PluginOrder(name)
     (info := tmp_path / "namesake-1.2.dist-info").mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: namesake\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(f"[{group}]\n{name} = namesake_code:Other\n")

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Le, MinLen
 
-from megatron_sov.base.settings import ONCE, AtLeastOne, Code, NotBlank, NotNegative, Problem, Share, one_of
+from megatron_sov.base.settings import (
+    ONCE, AtLeastOne, NotBlank, NotNegative, ProblemCode, SettingsProblem, Share, one_of)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Recipe:
     language: Annotated[str, one_of(lambda: ("", "ko", "en"))] = ""
     on: bool = False
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Refuse a size that the kind does not have."""
         if self.kind == "muon" and self.block.size == 1:
-            return [Problem(Code.RULE, "block.size", "must be above 1 with kind = muon", 1, "set it")]
+            return [SettingsProblem(ProblemCode.RULE, "block.size", "must be above 1 with kind = muon", 1,
+                                    "set it")]
         return []

@@ -12,7 +12,8 @@ import pytest
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    NO_FLAG, AtLeastOne, Code, Flag, Fraction, Problem, SettingsError, add_options, read_options)
+    NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options,
+    read_options)
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class ReaderOptions:
     slow: bool = True
     """Leave no time."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit."""
         odd = self.max_bytes % 2
-        return [Problem(Code.RULE, "max_bytes", "must be even", self.max_bytes)] if odd else []
+        return [SettingsProblem(ProblemCode.RULE, "max_bytes", "must be even", self.max_bytes)] if odd else []
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class CountOptions:
     reader: ReaderOptions = field(default_factory=ReaderOptions)
     made: Annotated[object, NO_FLAG] = None
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         if self.limit and self.overwrite:
-            return [Problem(Code.RULE, "limit", "goes without --overwrite", self.limit)]
+            return [SettingsProblem(ProblemCode.RULE, "limit", "goes without --overwrite", self.limit)]
         return []
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.answers import Answers, Score, Write, distinct, folder_of, readings
+from megatron_sov.bench.lm.answers import Answers, AnswerScore, Write, distinct, folder_of, readings
 
-SCORES = [Score((1, 2), (i,)) for i in range(6)]
+SCORES = [AnswerScore((1, 2), (i,)) for i in range(6)]
 ANSWER = {"logprob": -1.0, "greedy": False}
 
 
@@ -34,12 +34,12 @@ def test_answers_outlive_a_kill_and_a_torn_record(tmp_path: Path) -> None:
 
 
 def test_the_same_request_has_one_key() -> None:
-    assert Score((1,), (2, 3)).key != Score((1, 2), (3,)).key
+    assert AnswerScore((1,), (2, 3)).key != AnswerScore((1, 2), (3,)).key
     write = Write((1,), ("x",), 5)
     assert write.key == Write((1,), ("x",), 5).key != Write((1,), ("x",), 6).key
     assert Write((1,), (), 5, 0.5, sample=1).stream != Write((1,), (), 5, 0.5, sample=2).stream
     assert distinct([*SCORES, *SCORES]) == SCORES
-    assert [len(group) for group in readings([*SCORES, Score((9,) * 5, (1, 2))])] == [1, 6]
+    assert [len(group) for group in readings([*SCORES, AnswerScore((9,) * 5, (1, 2))])] == [1, 6]
 
 
 def stop_never() -> bool:

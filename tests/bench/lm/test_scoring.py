@@ -17,10 +17,10 @@ from scipy import stats
 from megatron_sov.base.artifacts import MANIFEST, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import scoring, subject as lm_subject
-from megatron_sov.bench.lm.answers import Answers, Score
+from megatron_sov.bench.lm.answers import Answers, AnswerScore
 from megatron_sov.bench.lm.results import (
-    Contamination, EvaluatedModel, Item, Metric, Results, Sample, TaskScores, items_file, read_items,
-    read_results, table, write_results)
+    Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, items_file,
+    read_items, read_results, table, write_results)
 from megatron_sov.bench.lm.subject import NotAnswered, content_hash
 
 
@@ -79,7 +79,7 @@ class Bridge:
 
 
 def score(values: Sequence[Any], aggregate: Callable[[Any], Any], cluster_field: str | None = None
-          ) -> scoring.Scored:
+          ) -> scoring.ScoredTask:
     return scoring.score_task(Task(values, aggregate), Bridge(), cluster_field)  # type: ignore[arg-type]
 
 
@@ -144,10 +144,10 @@ def test_figures_near_the_largest_number_are_figures(size: float, aggregate: Cal
 
 
 def test_a_likelihood_that_is_nan_is_no_score() -> None:
-    asked, other = Score((1,), (2,)), Score((1,), (3,))
+    asked, other = AnswerScore((1,), (2,)), AnswerScore((1,), (3,))
     answers: Any = {asked.key: {"logprob": math.nan, "greedy": False},
                     other.key: {"logprob": -math.inf, "greedy": False}}
-    model = lm_subject.Bridge(lm_subject.Reading(None, 8), answers)
+    model = lm_subject.Bridge(lm_subject.SubjectReading(None, 8), answers)
     with pytest.raises(NotAnswered, match="NaN"):
         model.answer(asked)
     assert model.answer(other)["logprob"] == -math.inf
@@ -172,7 +172,7 @@ def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any],
     instance: Any = Instance(0, {})
     instance.request_type, instance.task_name, instance.args = "generate_until", "t", ("?", given)
     with pytest.raises(UserError, match=r"task t: generation_kwargs .* cannot be used"):
-        lm_subject.Bridge(lm_subject.Reading(None, 64), Answers(tmp_path)).requests_of(instance)
+        lm_subject.Bridge(lm_subject.SubjectReading(None, 64), Answers(tmp_path)).requests_of(instance)
 
 
 FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(
@@ -180,8 +180,9 @@ FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(
     (Metric("pass@k", 0.1 + 0.2, k=8, stderr=0.1, interval=(0.1, 0.5), clusters=2),
      Metric("f1", None, "strict")),
     failed=1, at_limit=1, contamination=Contamination("shards", 1, None))}, {"lm_eval": "0.4.13"})
-ITEMS = [Item("t", "0", "d", "page", "Q", "A", {"pass@8": 1 / 3}, (Sample("한국어\ud800", "length", 0.5),)),
-         Item("t", "1", "e", failed="no answer")]
+ITEMS = [ResultItem("t", "0", "d", "page", "Q", "A", {"pass@8": 1 / 3},
+                    (ResultSample("한국어\ud800", "length", 0.5),)),
+         ResultItem("t", "1", "e", failed="no answer")]
 
 
 def test_results_and_items_are_read_back_to_the_bit(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from megatron_sov.bench.suites.catalogue import suite_tasks
 from megatron_sov.bench.suites.episodes import EndpointSpeaker, fold_episodes, order_of, said_in, tasks_of
 from megatron_sov.bench.suites.protocol import Folded, Protocol, changed
 from megatron_sov.judge.rewards.judge import Judge
-from megatron_sov.judge.tools.episode import Written, lines_in
-from megatron_sov.judge.tools.playing import STREAMS, Table, play
+from megatron_sov.judge.tools.episode import GeneratedTurn, lines_in
+from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, play
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.progress.journal import open_journal
 
@@ -37,11 +37,12 @@ class Script:
     def __init__(self, encoder: Any, turns: Sequence[Sequence[str]]) -> None:
         self.encoder, self.turns = encoder, turns
 
-    def sample(self, prompts: Sequence[Any], max_new_tokens: int, streams: Sequence[int]) -> list[Written]:
+    def sample(self, prompts: Sequence[Any], max_new_tokens: int,
+               streams: Sequence[int]) -> list[GeneratedTurn]:
         end = self.encoder.encode_text("")  # the template's own end of turn stands behind each text
         assert end == []
         return [
-            Written([*self.encoder.encode_text(self._text(stream)), *self.encoder.end_ids()])
+            GeneratedTurn([*self.encoder.encode_text(self._text(stream)), *self.encoder.end_ids()])
             for stream in streams
         ]
 
@@ -63,8 +64,8 @@ def played(name: str, folder: Path, turns: Sequence[Sequence[str]],
     tasks = tasks_of(TASKS[name], folder)
     chat = chat_encoder()
     with open_journal(folder / "out", "play", {"a": 1}) as journal:
-        table = Table(order_of(protocol, folder), TurnEncoder(chat, "the test's model"),
-                      protocol.episode_limits, 2)
+        table = EpisodeTable(order_of(protocol, folder), TurnEncoder(chat, "the test's model"),
+                             protocol.episode_limits, 2)
         flat = play([task for task in tasks for _ in turns], Script(chat, turns), table, lines_in(journal))
         episodes = [flat[i:i + len(turns)] for i in range(0, len(flat), len(turns))]
     return protocol, fold_episodes(protocol, tasks, episodes, folder, 1)

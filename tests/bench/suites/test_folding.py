@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.bench.suites import folding
 from megatron_sov.bench.suites.folding import code_row, fold, metrics_of, unpacked, without_thoughts
-from megatron_sov.bench.suites.protocol import Protocol, Response, TaskItem, changed, protocol_of
+from megatron_sov.bench.suites.protocol import Protocol, SuiteResponse, TaskItem, changed, protocol_of
 from megatron_sov.eval.pass_at_k import majority_at_k
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.reward import Refused, Result, Score, checked
@@ -63,7 +63,7 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
 def folded(protocol: Protocol, responses: Sequence[Sequence[str]], gold: Any = "4") -> Any:
     return fold(
         protocol,
-        [TaskItem({"gold": gold}, "2 + 2?", [Response(text, "stop") for text in texts])
+        [TaskItem({"gold": gold}, "2 + 2?", [SuiteResponse(text, "stop") for text in texts])
          for texts in responses],
         1,
     )
@@ -105,7 +105,8 @@ def test_what_has_no_reward_is_no_zero() -> None:
 
 def test_limits_are_counted() -> None:
     items = [
-        TaskItem({"gold": "4"}, "?", [Response("4", "stop"), Response("4", "length"), Response("", "length")])
+        TaskItem({"gold": "4"}, "?", [SuiteResponse("4", "stop"), SuiteResponse("4", "length"),
+                                      SuiteResponse("", "length")])
     ]
     assert fold(replace(STEM, samples=3, temperature=1.0), items, 1).items[0].num_at_limit == 2
 
@@ -148,7 +149,7 @@ def test_shares_count_as_right_from_a_threshold() -> None:
 def test_mrcr_is_the_ratio_of_difflib() -> None:
     protocol = Protocol("t", reward="mrcr", row={"answer": "gold", "prefix": "mark"})
     item = TaskItem({"gold": "x1A poem about tapirs.", "mark": "x1"}, "?",
-                    [Response("x1A poem about rocks.")])
+                    [SuiteResponse("x1A poem about rocks.")])
     wanted = SequenceMatcher(None, "A poem about rocks.", "A poem about tapirs.").ratio()
     assert values(fold(protocol, [item], 1), "avg@1") == [wanted]
     assert 0 < wanted < 1
@@ -158,7 +159,7 @@ def test_answers_to_something_else_are_refused() -> None:
     asked = '[{"role": "user", "content": "Hi"}]'
     protocol = Protocol("t", reward="stem", row={"answer": "gold"}, messages_field="prompt")
     with pytest.raises(UserError, match="was asked as the text of its JSON"):
-        fold(protocol, [TaskItem({"gold": "4", "prompt": asked}, f"user: {asked}", [Response("4")])], 1)
+        fold(protocol, [TaskItem({"gold": "4", "prompt": asked}, f"user: {asked}", [SuiteResponse("4")])], 1)
     with pytest.raises(UserError, match="is played with tools"):
         fold(Protocol("t", environment="booking"), [], 1)
 

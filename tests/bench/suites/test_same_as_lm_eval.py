@@ -20,7 +20,7 @@ from suite_items import CASES, PROX_ANSWERS, write
 
 from megatron_sov.bench.suites.catalogue import suite_tasks
 from megatron_sov.bench.suites.folding import fold
-from megatron_sov.bench.suites.protocol import Response, TaskItem
+from megatron_sov.bench.suites.protocol import SuiteResponse, TaskItem
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
 Loaded = Callable[[str], Any]
@@ -45,7 +45,7 @@ def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float
     """Return our scores of answers to one question."""
     protocol = suite_tasks()[name].protocol
     assert protocol is not None
-    items = [TaskItem(doc, "", [Response(answer)]) for answer in answers]
+    items = [TaskItem(doc, "", [SuiteResponse(answer)]) for answer in answers]
     found = fold(replace(protocol, samples=1, k=(), metrics=("avg",)), items, 1).items
     return [item.scores[metric] for item in found]
 

@@ -15,7 +15,7 @@ from suite_items import CASES, write
 from megatron_sov.bench.suites.catalogue import check_data, require_data, suite_tasks
 from megatron_sov.bench.suites.folding import TURN, fold
 from megatron_sov.bench.suites.prompts import LETTERS
-from megatron_sov.bench.suites.protocol import Folded, Protocol, Response, TaskItem, changed
+from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, TaskItem, changed
 from megatron_sov.judge.rewards.judge import Judge
 
 TASKS = suite_tasks()
@@ -82,7 +82,7 @@ def scored(name: str, doc: Any, prompt: str, answers: list[str]) -> Folded:
     if protocol.reward == "judge":
         protocol = changed(protocol,
                            {"reward_settings": {"endpoint": "http://localhost:1/v1", "model": "judge"}})
-    return fold(protocol, [TaskItem(doc, prompt, [Response(answer, "stop")]) for answer in answers], 1)
+    return fold(protocol, [TaskItem(doc, prompt, [SuiteResponse(answer, "stop")]) for answer in answers], 1)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -124,4 +124,4 @@ def test_a_judge_without_an_address_is_asked_for() -> None:
     protocol = TASKS["nitibench"].protocol
     assert protocol is not None
     with pytest.raises(UserError, match="--judge endpoint=URL model=NAME"):
-        fold(protocol, [TaskItem({"question": "q", "answer": "a"}, "q", [Response("r")])], 1)
+        fold(protocol, [TaskItem({"question": "q", "answer": "a"}, "q", [SuiteResponse("r")])], 1)

@@ -15,7 +15,7 @@ from suite_items import CASES, write
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.suites.catalogue import check_data, chosen, read_task, require_data, suite_tasks
-from megatron_sov.bench.suites.task_data import Rule, load, renamed
+from megatron_sov.bench.suites.task_data import TaskRule, load, renamed
 from megatron_sov.cli import run_command
 
 TASKS = suite_tasks()
@@ -37,7 +37,7 @@ TASKS = suite_tasks()
     ("text or null", [None, "a"], ["", 3]),
 ])
 def test_a_rule_takes_what_it_says(rule: str, good: list[Any], bad: list[Any]) -> None:
-    made = Rule("f", rule)
+    made = TaskRule("f", rule)
     assert [value for value in good if made.problem({"f": value})] == []
     assert [value for value in bad if not made.problem({"f": value})] == []
     assert bool(made.problem({})) == ("or null" not in rule)
@@ -46,7 +46,7 @@ def test_a_rule_takes_what_it_says(rule: str, good: list[Any], bad: list[Any]) -
 def test_a_rule_that_is_none_is_refused() -> None:
     for rule in ("number", "text 4 5", 3, "texts four"):
         with pytest.raises(UserError, match="the field 'f'"):
-            Rule("f", rule)
+            TaskRule("f", rule)
 
 
 def test_publishers_names_of_fields() -> None:

@@ -8,22 +8,22 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.commands.operate import doctor
-from megatron_sov.operate.doctor.checks import Check
+from megatron_sov.operate.doctor.checks import MachineCheck
 
-GOOD = [Check("Python", "ok", "3.11.7"), Check("GPU", "missing", "torch is a CPU build"),
-        Check("Disk", "warning", "1.0 GB free", "free some")]
-BAD = [*GOOD, Check("torch", "broken", "cannot be imported", "make setup")]
+GOOD = [MachineCheck("Python", "ok", "3.11.7"), MachineCheck("GPU", "missing", "torch is a CPU build"),
+        MachineCheck("Disk", "warning", "1.0 GB free", "free some")]
+BAD = [*GOOD, MachineCheck("torch", "broken", "cannot be imported", "make setup")]
 
 
 @pytest.mark.parametrize(("found", "code"), [(GOOD, 0), (BAD, 2)])
 def test_only_what_is_broken_fails(
-    found: list[Check], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    found: list[MachineCheck], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(doctor, "all_checks", lambda: found)
     assert cli.main(["doctor", "--json"]) == code
     printed = json.loads(capsys.readouterr().out)
     assert printed["works"] is (code == 0)
-    assert [Check(**check) for check in printed["checks"]] == found
+    assert [MachineCheck(**check) for check in printed["checks"]] == found
 
 
 def test_text_aligns_and_puts_the_remedy_under_its_check() -> None:

@@ -15,7 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.rl.rl_generate import rounds_of
 from megatron_sov.judge.rollouts.prompts import read_prompts
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
 
 # a temperature at which a sample is the most probable token
@@ -50,7 +50,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
     done = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.ep=2")
     assert done.returncode == 0, done.stderr
     assert "2 parts with 4 responses" in done.stdout and "rounds 1 to 2 are written" in done.stdout
-    store = Store.open(tmp_path / "store")
+    store = RolloutStore.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
     for number, checkpoint in ((1, first), (2, second)):
         rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]

@@ -19,7 +19,7 @@ import pytest
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.judge.rollouts.rows import Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
 
 REWARD = Path(__file__).parents[3] / "benchmarks/rl_reward.py"
@@ -73,7 +73,7 @@ def weights(run: Path) -> dict[str, str]:
 
 
 def rows(store: Path) -> list[Rollout]:
-    opened = Store.open(store)
+    opened = RolloutStore.open(store)
     return [row for part in opened.parts() for row in opened.read_rollouts(part.name)]
 
 
@@ -127,7 +127,7 @@ def test_two_processes_write_and_learn_what_one_does(whole: Path, folder: Path, 
 
 def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
         whole: Path, folder: Path, command: Command, run_command: Any) -> None:
-    store = Store.open(folder / "whole-store")
+    store = RolloutStore.open(folder / "whole-store")
 
     def parts() -> dict[str, str]:
         return {part.name: manifest_sha256(store.path / "rollouts" / part.name)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from rl_tools import TEMPLATE
@@ -61,7 +61,7 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     assert "= 12 and a turn's max_turn_tokens make 4140 tokens, and the model ends at 4096" in refused.stderr
     done = run_command(*asked, "--limit", "max_turn_tokens=12")
     assert done.returncode == 0, done.stderr
-    store = Store.open(tmp_path / "store")
+    store = RolloutStore.open(tmp_path / "store")
     (part,) = store.parts()
     rows = {row.key: row for row in store.read_rollouts(part.name)}
     assert len(rows) == 4

@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 from megatron_sov.cli import main
 from megatron_sov.judge.rollouts import columns
-from megatron_sov.judge.rollouts.rows import UNFINISHED, Judged, Key, Rollout, part_name
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, part_name
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.work.progress.claims import Claims
 from tests.judge.rollouts.test_store import rollout as sound_row
 
@@ -36,9 +36,9 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
                                 "logprobs": np.array([-0.5, 0, -1.5], np.float32), **changes})
 
 
-def filled(path: Path) -> Store:
+def filled(path: Path) -> RolloutStore:
     """Return a store of one round: two pieces, of which one response was continued, and a reward."""
-    store = Store.create(path, "sha256:ab", 100)
+    store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
     parts = {part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
              part_name(1, 1): [late, rollout("p1", 1, record={"prompt": "Hi"})],
@@ -46,8 +46,9 @@ def filled(path: Path) -> Store:
     for name, rows in parts.items():
         store.add_rollouts(name, rows, {})
         store.add_rewards(VERSION, name, [
-            Judged(row.key, row.attempt, VERSION, None if row.finish_reason == UNFINISHED else row.key.sample,
-                   "failed" if row.finish_reason == UNFINISHED else "scored", {"format": 0.5})
+            RewardRow(row.key, row.attempt, VERSION,
+                      None if row.finish_reason == UNFINISHED else row.key.sample,
+                      "failed" if row.finish_reason == UNFINISHED else "scored", {"format": 0.5})
             for row in rows])
     return store
 
@@ -67,10 +68,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(sound: Path, tmp_path: Path) -> Store:
+def store(sound: Path, tmp_path: Path) -> RolloutStore:
     """A copy of it to break."""
     shutil.copytree(sound, tmp_path / "store")
-    return Store.open(tmp_path / "store")
+    return RolloutStore.open(tmp_path / "store")
 
 
 def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +95,7 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert sorted(parquet.read_schema(next(sound.rglob(f"{kind}.parquet"))).names) == sorted(named)
 
 
-def test_ls_lists_parts_and_who_works_on_what(store: Store) -> None:
+def test_ls_lists_parts_and_who_works_on_what(store: RolloutStore) -> None:
     Claims(store.claims, 60).take("round-0002-piece-0000")
     code, out, _ = told("ls", str(store.path))
     assert code == 0 and f"3 parts, {5} rows" in out
@@ -128,7 +129,7 @@ def test_stats_count_each_response_once(sound: Path) -> None:
     assert "no parts of round 9" in told("stats", str(sound), "--round", "9")[1]
 
 
-def file_of(store: Store, below: str) -> Path:
+def file_of(store: RolloutStore, below: str) -> Path:
     """Return the file of the first part of a folder."""
     return store.path / below / part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
 
@@ -140,7 +141,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def add(store: Store, name: str, *rows: Rollout, round: int = 2) -> None:
+def add(store: RolloutStore, name: str, *rows: Rollout, round: int = 2) -> None:
     """Publish rows in another round."""
     store.add_rollouts(name, [dataclasses.replace(row, round=round) for row in rows], {})
 
@@ -166,14 +167,14 @@ BREAKS = {
                             ["judges rows that cannot be read: .*does not exist"]),
     "a reward of no row": (
         lambda s: s.add_rewards("w" * 16, part_name(1, 0), [
-            Judged(rollout("p0", i).key, 0, "w" * 16, 1.0, "scored") for i in (0, 7, 0)]),
+            RewardRow(rollout("p0", i).key, 0, "w" * 16, 1.0, "scored") for i in (0, 7, 0)]),
         ["row 1 judges sample 7 of prompt p0, attempt 0, which round-0001-piece-0000 does not hold",
          "row 2 judges a row a second time"]),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_verify_names_what_is_wrong(name: str, store: Store) -> None:
+def test_verify_names_what_is_wrong(name: str, store: RolloutStore) -> None:
     broke, sentences = BREAKS[name]
     broke(store)
     code, out, err = told("verify", str(store.path))
@@ -184,7 +185,7 @@ def test_verify_names_what_is_wrong(name: str, store: Store) -> None:
     assert json.loads(told("verify", str(store.path), "--json")[1])["problems"] == lines
 
 
-def test_gc_takes_what_nobody_needs_and_no_more(store: Store) -> None:
+def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
     claims = Claims(store.claims, 60)
     done = (part_name(1, 0), f"reward-{VERSION[:12]}-{part_name(1, 0)}")
     open_ones = (part_name(2, 0), f"reward-{'0' * 12}-{part_name(1, 0)}")
@@ -225,8 +226,8 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path)
     assert code == 2 and out == "" and re.search(sentence, err) and len(err.splitlines()) == 1
 
 
-def test_a_strangers_part_is_kept_out(store: Store, tmp_path: Path) -> None:
-    other = Store.create(tmp_path / "other", "sha256:cd", 100)
+def test_a_strangers_part_is_kept_out(store: RolloutStore, tmp_path: Path) -> None:
+    other = RolloutStore.create(tmp_path / "other", "sha256:cd", 100)
     other.add_rollouts(part_name(1, 7), [rollout("p7", 0)], {})
     path = store.part_path(part_name(1, 7))
     shutil.copytree(other.part_path(part_name(1, 7)), path)

@@ -16,7 +16,7 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rollouts.prompts import read_prompts
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.policies import policy_of_round
@@ -43,10 +43,10 @@ class Rounds:
     text: Path
     write: Callable[..., None]
 
-    def new_store(self, name: str) -> Store:
+    def new_store(self, name: str) -> RolloutStore:
         """Return a store in the start's tokenizer."""
-        return Store.create(self.folder / name, file_digest(self.text / "tokenizer/tokenizer.json", "sha256"),
-                            368)
+        return RolloutStore.create(self.folder / name,
+                                   file_digest(self.text / "tokenizer/tokenizer.json", "sha256"), 368)
 
     def store(self, name: str, numbers: range) -> Path:
         """Write rounds into a store, which is made where it is not there."""
@@ -185,7 +185,7 @@ def test_a_run_of_the_time_before_corrections_goes_on_without_one(rounds: Rounds
 
 def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,
                                                            tiny: list[str]) -> None:
-    from megatron_sov.judge.rollouts.rows import Judged
+    from megatron_sov.judge.rollouts.rows import RewardRow
 
     store = rounds.new_store("equal")
     prompts = read_prompts(rounds.folder / "prompts.jsonl")
@@ -193,7 +193,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
     rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
     for part in store.parts(1):
         store.add_rewards(version, part.name, [
-            Judged(row.key, 0, version, float(part.piece and row.key.sample), "scored")
+            RewardRow(row.key, 0, version, float(part.piece and row.key.sample), "scored")
             for row in store.read_rollouts(part.name)])
     settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
                                               "policy.method=dapo") for word in ("--set", setting))]

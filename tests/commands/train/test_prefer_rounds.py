@@ -134,8 +134,8 @@ def test_a_result_that_changed_between_two_commands_is_not_read(
 
     folder = tmp_path / "rounds/01"
     folder.mkdir(parents=True)
-    jobs = [prefer_rounds.Job(folder / name, ["x", name]) for name in ("responses.jsonl", "scored.jsonl",
-                                                                      "judged.jsonl")]
+    jobs = [prefer_rounds.RoundJob(folder / name, ["x", name]) for name in ("responses.jsonl", "scored.jsonl",
+                                                                           "judged.jsonl")]
     monkeypatch.setattr(prefer_rounds, "_checked", lambda args: (None, "1"))
     monkeypatch.setattr(prefer_rounds, "_enter", lambda *_: None)
     monkeypatch.setattr(prefer_rounds, "jobs_of", lambda *_: iter(jobs))

@@ -16,8 +16,8 @@ import pytest
 from data_prep.cli import main
 from data_prep.demo import corpus
 from data_prep.demo.corpus import (
-    Docstring, Unavailable, clean, docstrings, documentation, html_text, is_korean, korean_only, korean_pages,
-    question_and_answer, select, stdlib_files, topics)
+    CorpusUnavailable, Docstring, clean, docstrings, documentation, html_text, is_korean, korean_only,
+    korean_pages, question_and_answer, select, stdlib_files, topics)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
@@ -75,25 +75,25 @@ def test_fresh_package_lists_are_fetched_once_by_root_only(tmp_path: Path,
     fake_commands(tmp_path, monkeypatch, apt_get=f"open({str(log)!r}, 'a').write(sys.argv[-1] + '\\n'); "
                                                  "print('E: no lists'); sys.exit(100)")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(Unavailable, match="apt-get failed: E: no lists"):
+    with pytest.raises(CorpusUnavailable, match="apt-get failed: E: no lists"):
         korean_pages()
     assert "update" not in log.read_text()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(Unavailable, match="apt-get failed"):
+    with pytest.raises(CorpusUnavailable, match="apt-get failed"):
         korean_pages()
     assert log.read_text().count("update") == 1
 
 
 def test_a_missing_command_or_a_dead_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="apt-get is not on this machine"):
+    with pytest.raises(CorpusUnavailable, match="apt-get is not on this machine"):
         korean_pages()
 
     def hang(command: list[str], **settings: object) -> None:
         raise subprocess.TimeoutExpired(command, 1)
 
     monkeypatch.setattr(corpus.subprocess, "run", hang)
-    with pytest.raises(Unavailable, match="did not finish within"):
+    with pytest.raises(CorpusUnavailable, match="did not finish within"):
         korean_pages()
 
 
@@ -171,7 +171,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     def unavailable() -> dict[str, str]:
-        raise Unavailable("apt-get is not on this machine")
+        raise CorpusUnavailable("apt-get is not on this machine")
 
     monkeypatch.setattr(corpus, "korean_pages", unavailable)
     assert main(["demo-corpus", "--output", str(tmp_path / "corpus")]) == 0

@@ -16,9 +16,9 @@ from data_prep.cli import main
 from data_prep.media import encoder
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import Asked, read_picture
+from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
 from megatron_sov.omni.media.reading.places import place_of
-from megatron_sov.omni.media.reading.reader import Read
+from megatron_sov.omni.media.reading.reader import ReadMedia
 from megatron_sov.omni.media.reading.sounds import read_sound
 from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
 from tests.data_prep.media.chats import Encode
@@ -51,21 +51,22 @@ class Here:
     def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
         self._root, self._limits = root.resolve(), limits
 
-    def picture(self, path: str, sides: tuple[int, ...], animated: str) -> Read:
-        return self._told(read_picture(place_of(self._root, path), Asked(sides, animated), self._limits))
+    def picture(self, path: str, sides: tuple[int, ...], animated: str) -> ReadMedia:
+        return self._told(read_picture(place_of(self._root, path), PictureRequest(sides, animated),
+                                       self._limits))
 
-    def sound(self, path: str, rate_hz: int) -> Read:
+    def sound(self, path: str, rate_hz: int) -> ReadMedia:
         arrays, facts = read_sound(place_of(self._root, path), rate_hz, self._limits)
         return self._told(([arrays], facts))
 
-    def video(self, path: str, sampling: VideoFrames) -> Read:
+    def video(self, path: str, sampling: VideoFrames) -> ReadMedia:
         return self._told(read_video(place_of(self._root, path), sampling, self._limits))
 
     def close(self) -> None:
         pass
 
-    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> Read:
-        return Read(found[0], **found[1])
+    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> ReadMedia:
+        return ReadMedia(found[0], **found[1])
 
 
 @pytest.fixture

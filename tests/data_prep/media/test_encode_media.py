@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_prep.media import running, units
-from data_prep.media.encoder import CHAT, TEXT, MediaEncoder, parse_record
+from data_prep.media.encoder import CHAT, TEXT, MediaRecordEncoder, parse_record
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
 from megatron_sov.base.documents import BadRecord
@@ -88,15 +88,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(encode: Encode, tmp_path: Path,
     chats = [shown(("image", name))
              for name in ("light.png", "dark.png", "twin.png", "dark.png", "light.png")]
     assert encode(chats, output="whole") == 0
-    whole, calls = MediaEncoder.encode, []
+    whole, calls = MediaRecordEncoder.encode, []
 
-    def killed(self: MediaEncoder, *arguments: Any) -> Any:
+    def killed(self: MediaRecordEncoder, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return whole(self, *arguments)
 
-    monkeypatch.setattr(MediaEncoder, "encode", killed)
+    monkeypatch.setattr(MediaRecordEncoder, "encode", killed)
     assert encode(chats) == ExitCode.INTERRUPTED
     assert not (tmp_path / "corpus").exists() and (tmp_path / ".corpus.work").is_dir()
     assert encode(chats) == 0 and len(calls) == 4  # the first of three units was kept

@@ -23,8 +23,8 @@ from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.media_shards import check_encoders
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Segment
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.rows import sample_row
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import VisionEncoderConfig
@@ -186,7 +186,7 @@ def test_rows_have_the_pictures_and_sounds_of_their_placeholders(encode: Encode,
     (source,) = open_sources({str(tmp_path / "shards"): 1.0}, sys.maxsize)
     documents, shades, slots = source.shard("train"), [], []
     for document, length in enumerate(documents.lengths):
-        row = sample_row(Sample(0, (Segment(document, 0, int(length)),)), documents, int(length))
+        row = sample_row(OrderedSample(0, (PackedSegment(document, 0, int(length)),)), documents, int(length))
         assert row.media is not None
         for kind, part in row.media.items():
             ids = source.banks[kind].placeholder_ids

@@ -14,8 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from data_prep.mixture.fitting import (
-    DECIMALS, FLOOR, PENALTIES, Shares, Space, cross_validated, distinct, draw, draw_near, fit, fit_log_ridge,
-    judge, space_of)
+    DECIMALS, FLOOR, PENALTIES, MixtureSpace, Shares, cross_validated, distinct, draw, draw_near, fit,
+    fit_log_ridge, judge, space_of)
 from megatron_sov.base.errors import UserError
 
 SPACE = space_of("abcde", [50, 20, 10, 10, 10], 0, 4)
@@ -82,7 +82,7 @@ def test_what_a_run_can_read_caps_shares() -> None:
 
 
 @pytest.mark.parametrize("space", [FREE, CAPPED])
-def test_draws_are_mixtures_within_caps(space: Space) -> None:
+def test_draws_are_mixtures_within_caps(space: MixtureSpace) -> None:
     generator = np.random.default_rng(0)
     for found in (draw(space, 200, generator), draw_near(space, np.eye(4), 200, generator)):
         assert found.shape == (200, 4) and found.min() >= 0

@@ -16,10 +16,10 @@ from data_prep.mixture import search as search_module
 from data_prep.mixture.blend_file import read_blend
 from data_prep.mixture.fitting import Judgement, Shares, space_of
 from data_prep.mixture.search import (
-    BEST, JUDGED, NATURAL, UNIFORM, Found, Losses, ProxySettings, Tried, blend_of, clusters_of, page, search,
-    summary)
+    BEST, JUDGED, NATURAL, UNIFORM, FoundMixture, Losses, ProxySettings, Tried, blend_of, clusters_of, page,
+    search, summary)
 from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
@@ -151,7 +151,7 @@ def shards(tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monk
     for name, count in (("good", 40), ("bad", 200), ("clean", 40)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(
             json.dumps({"text": f"{name} document {i}"}) for i in range(count)))
-    pack(tokenizers["solar-open"], [Source(n, tmp_path / f"{n}.jsonl") for n in ("good", "bad", "clean")],
+    pack(tokenizers["solar-open"], [PackSource(n, tmp_path / f"{n}.jsonl") for n in ("good", "bad", "clean")],
          tmp_path / "shards", PackSettings(0.2))
     (tmp_path / "search.yaml").write_text(
         "name: mine\nrecipe: tiny-qwen3-4b\ntargets: {clean: 1}\nsteps: 5\nseq_len: 32\nrounds: [8, 3]\n"
@@ -219,9 +219,9 @@ def test_the_summary_compares_and_judges_the_predictions() -> None:
     best = tried(BEST, 0.9, 1.0, 1.05)
     everything = (tried(NATURAL, 0.1, 2.0, 2.1), tried(UNIFORM, 0.5, 1.5, 1.45),
                   tried(JUDGED, 0.6, 1.4, 1.41), best)
-    found = Found(everything, best, "log_ridge",
-                  {"log_ridge": Judgement(0.1, 0.9), "boosting": Judgement(0.3, None)},
-                  Judgement(0.01, 0.5))
+    found = FoundMixture(everything, best, "log_ridge",
+                         {"log_ridge": Judgement(0.1, 0.9), "boosting": Judgement(0.3, None)},
+                         Judgement(0.01, 0.5))
     assert summary(found) == [
         "natural: 2.1000 bits per byte", "uniform: 1.4500 bits per byte",
         "predicted best: 1.0500 bits per byte",

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.documents import Reading, read_documents
+from megatron_sov.base.documents import RecordReading, read_documents
 from megatron_sov.engine.data.token_shards import open_sources
 
 
@@ -222,7 +222,7 @@ def test_mismatched_responses_are_the_matched_ones(in_lines: bool, tmp_path: Pat
 
 def test_short_answers_may_be_the_same_to_two_prompts(tmp_path: Path) -> None:
     made(tmp_path, [{"prompt": p, "completion": "Yes.", "label": p == "a"} for p in "ab"])
-    reading = Reading("preference", columns=("desirable",))
+    reading = RecordReading("preference", columns=("desirable",))
     found = list(read_documents([tmp_path / "out/unpaired.jsonl"], reading))
     assert [d.chosen == d.rejected for d in found] == [True, True]
 

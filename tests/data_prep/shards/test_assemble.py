@@ -17,7 +17,7 @@ from data_prep.shards.encode import Encoder, EncodingSettings
 from data_prep.shards.splits import HeldoutRule, document_hash
 from data_prep.shards.token_artifact import open_split
 from data_prep.shards.units import UnitEncoder, UnitSettings
-from megatron_sov.base.documents import Document, Reading, files, plan_units
+from megatron_sov.base.documents import Document, RecordReading, files, plan_units
 
 IDS = [0, 1, 2, 1, None, None, 3, 0, 4]
 """Ids of the records; the second 1 and the second 0 came before."""
@@ -32,7 +32,8 @@ def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path],
         rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]})
                 for i in range(3 * number, 3 * number + 3)]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(["{", *map(json.dumps, rows)]))
-    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                            EncodingSettings())
     encoder = UnitEncoder(settings, tmp_path / "work")
     found = EncodedSource("s", "text", tmp_path)
     found.units += [(unit, encoder.encode(unit))
@@ -80,7 +81,8 @@ def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Pat
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"line {i}"}) if i % 40 else "bad" for i in range(1, 400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                            EncodingSettings())
     encoder = UnitEncoder(settings, tmp_path / "work")
     encoded = EncodedSource("s", "text", tmp_path)
     monkeypatch.setattr(files, "WHOLE_FILE_BYTES", 0)

@@ -19,7 +19,8 @@ from data_prep.shards.encode import (
     LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.kinds import KIND_NONE
-from megatron_sov.base.documents import BadRecord, Conversation, Document, Message, Reading, read_documents
+from megatron_sov.base.documents import (
+    BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError
 from tokenizer.cli import main as sov_tokenizer
 
@@ -211,7 +212,7 @@ def test_a_prompt_and_its_completion_are_trl_tokens_and_mask(folder: Path, encod
     answer = [{"role": "assistant", "content": "안녕하세요!"}]
     for prompt, completion in ((first, answer), (turns, answer), ("2+2?", "안녕하세요!")):
         (tmp_path / "a.json").write_text(json.dumps([{"prompt": prompt, "completion": completion}]))
-        [document] = read_documents([tmp_path / "a.json"], Reading("chat"))
+        [document] = read_documents([tmp_path / "a.json"], RecordReading("chat"))
         batch = encoder.encode_batch([document])
         before = first if isinstance(prompt, str) else prompt
         begin = loaded.apply_chat_template(before, tokenize=True, return_dict=False,

@@ -12,12 +12,12 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.shards import mix as mix_module
-from data_prep.shards.mix import Part, mix, parse_part
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.mix import MixPart, mix, parse_part
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.splits import document_hash
 from data_prep.shards.verify import check
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.documents import Document, Reading
+from megatron_sov.base.documents import Document, RecordReading
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_shards import open_sources
 
@@ -33,10 +33,10 @@ def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
              for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     settings = PackSettings(heldout_share=0)
-    pack(tokenizers["solar-open"], [Source(n, folder / f"{n}.jsonl") for n in ("few", "many")],
+    pack(tokenizers["solar-open"], [PackSource(n, folder / f"{n}.jsonl") for n in ("few", "many")],
          folder / "text", settings)
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "chats",
-         PackSettings(0.1, Reading("chat")))
+    pack(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "chats",
+         PackSettings(0.1, RecordReading("chat")))
     return folder / "text", folder / "chats"
 
 
@@ -63,12 +63,12 @@ def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts:
 def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path, Path],
                                                               tmp_path: Path) -> None:
     text, chats = parts
-    mix([Part(text, None), Part(chats, None)], tmp_path / "plain")
+    mix([MixPart(text, None), MixPart(chats, None)], tmp_path / "plain")
     content = read_manifest(tmp_path / "plain").content["sources"]
     tokens = [s["splits"]["train"]["num_tokens"] for s in content]
     assert [s["weight"] for s in content] == pytest.approx([t / sum(tokens) for t in tokens])
-    mix([Part(text, 3.0)], tmp_path / "a")
-    mix([Part(tmp_path / "a", 1.0), Part(chats, 1.0)], tmp_path / "b")
+    mix([MixPart(text, 3.0)], tmp_path / "a")
+    mix([MixPart(tmp_path / "a", 1.0), MixPart(chats, 1.0)], tmp_path / "b")
     assert ([s["weight"] for s in read_manifest(tmp_path / "b").content["sources"]]
             == pytest.approx([0.125, 0.375, 0.5]))
 
@@ -79,7 +79,7 @@ def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], 
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(mix_module.os, "link", other_device)
-    mix([Part(parts[0], None)], tmp_path / "out")
+    mix([MixPart(parts[0], None)], tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1
 
@@ -97,14 +97,16 @@ def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokeniz
                                                tmp_path: Path) -> None:
     text, chats = parts
     (tmp_path / "x.txt").write_text("one document")
-    pack(tokenizers["k-exaone"], [Source("x", tmp_path / "x.txt")], tmp_path / "other",
+    pack(tokenizers["k-exaone"], [PackSource("x", tmp_path / "x.txt")], tmp_path / "other",
          PackSettings(heldout_share=0))
-    pack(tokenizers["solar-open"], [Source("y", tmp_path / "x.txt")], tmp_path / "bos",
+    pack(tokenizers["solar-open"], [PackSource("y", tmp_path / "x.txt")], tmp_path / "bos",
          PackSettings(0, bos="start"))
-    for given, rule in (([Part(text, None), Part(tmp_path / "other", None)], "tokenizer_sha256 is"),
-                        ([Part(text, None), Part(tmp_path / "bos", None)], "bos_id is 1, that of .* is None"),
-                        ([Part(text, None), Part(text, None)], "source 'few': occurs in several folders"),
-                        ([Part(text, 1.0), Part(chats, None)], "a weight to every folder or to none")):
+    for given, rule in (([MixPart(text, None), MixPart(tmp_path / "other", None)], "tokenizer_sha256 is"),
+                        ([MixPart(text, None), MixPart(tmp_path / "bos", None)],
+                         "bos_id is 1, that of .* is None"),
+                        ([MixPart(text, None), MixPart(text, None)],
+                         "source 'few': occurs in several folders"),
+                        ([MixPart(text, 1.0), MixPart(chats, None)], "a weight to every folder or to none")):
         with pytest.raises(UserError, match=rule):
             mix(given, tmp_path / "new")
     for argument in (f"{text}:0", f"{text}:much", f"{text}:inf"):
@@ -122,11 +124,11 @@ def test_what_one_part_holds_out_no_other_trains_on(tokenizers: dict[str, Path],
     shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}
     for name, documents in contents.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents))
-    sources = [Source(name, tmp_path / f"{name}.jsonl") for name in contents]
+    sources = [PackSource(name, tmp_path / f"{name}.jsonl") for name in contents]
     settings = PackSettings(heldout_share=1e-9)
     for source in sources:
         pack(tokenizers["solar-open"], [source], tmp_path / source.name, settings)
-    parts = [Part(tmp_path / name, None) for name in contents]
+    parts = [MixPart(tmp_path / name, None) for name in contents]
     with pytest.raises(UserError, match=r"other: trains on 1 documents that .*one holds out; pack both"):
         mix(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -25,12 +25,12 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, Source, pack, parse_sources
+from data_prep.shards.pack import PackSettings, PackSource, pack, parse_sources
 from data_prep.shards.token_artifact import open_split
 from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.chat.kinds import KIND_ANSWER, KIND_NONE
-from megatron_sov.base.documents import Reading, files
+from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.folders import work_folder
 
@@ -104,9 +104,9 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
     (tmp_path / "zst.jsonl.zst").write_bytes(zstandard.compress(web[:4000]) + zstandard.compress(web[4000:]))
     table = pyarrow.table({"text": [json.loads(line)["text"] for line in web.splitlines()]})
     parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=30)
-    sources = [Source("web", corpus / "web.jsonl"), Source("mine", corpus / "notes"),
-               Source("gz", tmp_path / "gz.jsonl.gz"), Source("zst", tmp_path / "zst.jsonl.zst"),
-               Source("rows", tmp_path / "rows.parquet")]
+    sources = [PackSource("web", corpus / "web.jsonl"), PackSource("mine", corpus / "notes"),
+               PackSource("gz", tmp_path / "gz.jsonl.gz"), PackSource("zst", tmp_path / "zst.jsonl.zst"),
+               PackSource("rows", tmp_path / "rows.parquet")]
     pack(tokenizers["solar-open"], sources, tmp_path / "two", PackSettings(heldout_share=0.1), workers=2)
     ours, theirs = read_manifest(tmp_path / "two").files, read_manifest(packed).files
     for name, record in theirs.items():
@@ -117,7 +117,7 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
 
 def test_small_shards_hold_the_same_documents_in_the_same_order(
         packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    pack(tokenizers["solar-open"], [Source("web", corpus / "web.jsonl")], tmp_path / "out",
+    pack(tokenizers["solar-open"], [PackSource("web", corpus / "web.jsonl")], tmp_path / "out",
          PackSettings(0.1, shard_tokens=500))
     splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
     for split in ("train", "heldout"):
@@ -133,8 +133,8 @@ def test_small_shards_hold_the_same_documents_in_the_same_order(
 def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
                              capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "chats"
-    pack(tokenizers["k-exaone"], [Source("chat", corpus / "chat.jsonl")], output,
-         PackSettings(reading=Reading("chat")))
+    pack(tokenizers["k-exaone"], [PackSource("chat", corpus / "chat.jsonl")], output,
+         PackSettings(reading=RecordReading("chat")))
     assert "warning: " not in capsys.readouterr().err, "it is asked behind what it is trained behind"
     [source] = read_manifest(output).content["sources"]
     assert source["format"] == "chat" and source["sidecars"] == ["loss", "type", "kind"]
@@ -158,8 +158,9 @@ def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str
              "rejected": f"No idea {i}."}
             for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = PackSettings(0.2, Reading("preference"), shard_tokens=300)
-    pack(tokenizers["solar-open"], [Source("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out", settings)
+    settings = PackSettings(0.2, RecordReading("preference"), shard_tokens=300)
+    pack(tokenizers["solar-open"], [PackSource("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out",
+         settings)
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert source["group_documents"] == 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
@@ -181,8 +182,8 @@ def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str
 def test_prompts_keep_what_a_reward_needs(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "answer": i + 1} for i in range(30)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pack(tokenizers["solar-open"], [Source("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
-         PackSettings(0.2, Reading("prompt"), shard_tokens=200))
+    pack(tokenizers["solar-open"], [PackSource("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
+         PackSettings(0.2, RecordReading("prompt"), shard_tokens=200))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source] = read_manifest(tmp_path / "out").content["sources"]
     answers = []
@@ -306,11 +307,11 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
     assert workers and all(ends(worker.pid) for worker in workers)
     assert not output.exists()
     kept = complete_units(output)
-    pack(tokenizers["solar-open"], [Source("long", text)], output)
+    pack(tokenizers["solar-open"], [PackSource("long", text)], output)
     assert 1 <= len(kept) < num_units
     assert f"{len(kept)} of {num_units} units were complete from before" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
-    pack(tokenizers["solar-open"], [Source("long", text)], tmp_path / "undisturbed")
+    pack(tokenizers["solar-open"], [PackSource("long", text)], tmp_path / "undisturbed")
     assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files
 
 
@@ -325,13 +326,13 @@ def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[st
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(artifacts, "shutil", SimpleNamespace(rmtree=killed))
-        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
+        pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
              PackSettings(heldout_share=0))
     assert (tmp_path / "out/manifest.json").is_file() and not work_folder(tmp_path / "out").exists()
     # cleared by the next command once its process is gone; here it is this one
     [left] = tmp_path.glob(".out.tmp-*")
     shutil.rmtree(left)
-    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", overwrite=True)
+    pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out", overwrite=True)
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
@@ -340,7 +341,7 @@ def test_units_of_other_input_or_settings_are_not_trusted(tokenizers: dict[str, 
     lines = [json.dumps({"id": i, "text": f"line {i}"}) for i in range(20)]
     (tmp_path / "good.jsonl").write_text("\n".join(lines))
     (tmp_path / "bad.jsonl").write_text("{")
-    refused = [Source("good", tmp_path / "good.jsonl"), Source("bad", tmp_path / "bad.jsonl")]
+    refused = [PackSource("good", tmp_path / "good.jsonl"), PackSource("bad", tmp_path / "bad.jsonl")]
 
     def leave_units() -> None:
         with pytest.raises(UserError, match=r"bad\.jsonl:1: is not valid JSON"):
@@ -411,7 +412,7 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
 def test_a_repeated_id_is_refused_by_default(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": 7, "text": "one"}\n{"id": 7, "text": "two"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: has an id that came before in this source"):
-        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out")
+        pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out")
 
 
 def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], tmp_path: Path,
@@ -431,8 +432,8 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError,
                        match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
-        pack(tokenizer, [Source("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
-             PackSettings(reading=Reading("chat")))
+        pack(tokenizer, [PackSource("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
+             PackSettings(reading=RecordReading("chat")))
     assert "what is trained on chats is asked behind other tokens" in capsys.readouterr().err
 
 
@@ -460,8 +461,8 @@ def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, 
     (tmp_path / "one.txt").write_text("the only document")
     (tmp_path / "two.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
     pack(tokenizers["solar-open"],
-         [Source("one", tmp_path / "one.txt"), Source("two", tmp_path / "two.jsonl")], tmp_path / "out",
-         PackSettings(heldout_share=1e-6))
+         [PackSource("one", tmp_path / "one.txt"), PackSource("two", tmp_path / "two.jsonl")],
+         tmp_path / "out", PackSettings(heldout_share=1e-6))
     one, two = read_manifest(tmp_path / "out").content["sources"]
     assert [one["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 0]
     assert [two["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 1]
@@ -474,7 +475,7 @@ def test_one_text_becomes_several_documents_of_which_one_is_held_out(
     (tmp_path / "Korean.txt").write_text(text)
     shards = {}
     for name, share in (("cut", 0.02), ("whole", 0.0)):
-        pack(tokenizers["solar-open"], [Source("ko", tmp_path / "Korean.txt")], tmp_path / name,
+        pack(tokenizers["solar-open"], [PackSource("ko", tmp_path / "Korean.txt")], tmp_path / name,
              PackSettings(heldout_share=share))
         [source] = read_manifest(tmp_path / name).content["sources"]
         shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
@@ -486,12 +487,12 @@ def test_one_text_becomes_several_documents_of_which_one_is_held_out(
 def test_one_document_and_unlearned_responses_are_told(tokenizers: dict[str, Path], tmp_path: Path,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "Korean.txt").write_text("한국어 문장.\n\n" * 20)
-    pack(tokenizers["solar-open"], [Source("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
+    pack(tokenizers["solar-open"], [PackSource("Korean", tmp_path / "Korean.txt")], tmp_path / "one")
     assert "warning: Korean: is one document, nothing is held out; its loss" in capsys.readouterr().err
     rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pack(tokenizers["solar-open"], [Source("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
-         PackSettings(reading=Reading("prompt")))
+    pack(tokenizers["solar-open"], [PackSource("rows", tmp_path / "rows.jsonl")], tmp_path / "prompts",
+         PackSettings(reading=RecordReading("prompt")))
     err = capsys.readouterr().err
     assert "has a 'completion', of which --format prompt learns nothing" in err
     assert "is one document" not in err

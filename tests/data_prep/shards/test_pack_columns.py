@@ -14,9 +14,9 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.engine.data.token_shards import open_sources
 
 
@@ -26,9 +26,9 @@ def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Pa
              "score": [i, -i], "step": i / 2} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    settings = PackSettings(0.2, Reading("preference", columns=("score", "step")), shard_tokens=400)
+    settings = PackSettings(0.2, RecordReading("preference", columns=("score", "step")), shard_tokens=400)
     pack(tokenizers["solar-open"],
-         [Source("pairs", tmp_path / "pairs.jsonl"), Source("rows", tmp_path / "rows.parquet")],
+         [PackSource("pairs", tmp_path / "pairs.jsonl"), PackSource("rows", tmp_path / "rows.parquet")],
          tmp_path / "out", settings)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))

@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.sample import sample
 from data_prep.shards.stats import statistics
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 
 ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
 
@@ -24,8 +24,8 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]}
              for a in ANSWERS]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "out",
-         PackSettings(0.2, Reading("chat")))
+    pack(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "out",
+         PackSettings(0.2, RecordReading("chat")))
     return folder / "out"
 
 
@@ -79,8 +79,8 @@ def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture
 
 def test_both_sides_of_a_preference_are_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
-    pack(tokenizers["k-exaone"], [Source("p", tmp_path / "p.jsonl")], tmp_path / "out",
-         PackSettings(0, Reading("preference")))
+    pack(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
+         PackSettings(0, RecordReading("preference")))
     shown = sample(tmp_path / "out", None, "train", 9, 100, seed=0)
     assert "document 0, chosen" in shown[0] and "⟦Blue.<|endofturn|>⟧" in shown[1]
     assert "document 1, rejected" in shown[3] and "⟦Green.<|endofturn|>⟧" in shown[4]

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, open_split, read_tokens_manifest, shards_of, sidecars_of, table, token_dtype)
 from megatron_sov.base.artifacts import new_artifact, read_manifest
@@ -151,7 +151,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)
-    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
+    pack(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
          PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
     told = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
@@ -175,7 +175,7 @@ def test_other_artifacts_are_told_too(tokenizers: dict[str, Path], capsys: pytes
 def test_shards_without_a_tokenizer_are_told_all_the_same(tokenizers: dict[str, Path], tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)
-    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
+    pack(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
          PackSettings(heldout_share=1e-9))
     shutil.rmtree(tmp_path / "shards/tokenizer")
     capsys.readouterr()

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from data_prep.shards.encode import EncodingSettings
 from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units, open_unit, unit_key
-from megatron_sov.base.documents import BadRecord, Conversation, Reading, plan_units
+from megatron_sov.base.documents import BadRecord, Conversation, RecordReading, plan_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.parts import part_folder
 
@@ -23,7 +23,8 @@ LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in r
 
 @pytest.fixture
 def settings(tokenizers: dict[str, Path]) -> UnitSettings:
-    return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+    return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                        EncodingSettings())
 
 
 def write(folder: Path, name: str = "a.jsonl", lines: list[str] = LINES) -> Path:
@@ -43,8 +44,8 @@ def test_the_key_is_of_bytes_and_settings_not_of_places(settings: UnitSettings, 
     for changed in (dataclasses.replace(settings, tokenizer_sha256="c"),
                     dataclasses.replace(settings, config_sha256="c"),
                     dataclasses.replace(settings, dtype="int32"),
-                    dataclasses.replace(settings, reading=Reading("text", "body")),
-                    dataclasses.replace(settings, reading=Reading("text", max_document_bytes=99)),
+                    dataclasses.replace(settings, reading=RecordReading("text", "body")),
+                    dataclasses.replace(settings, reading=RecordReading("text", max_document_bytes=99)),
                     dataclasses.replace(settings, encoding=EncodingSettings(bos="start"))):
         assert key(tmp_path / "a.jsonl", changed) != known
     for name, lines in (("a.jsonl", LINES[1:]), ("a.jsonl", ["{}", *LINES[1:]]), ("a.txt", LINES)):
@@ -112,7 +113,7 @@ def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: 
     lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)},
                            {"role": "assistant", "content": "yes"}]} for i in range(20)]
     [unit] = plan_units([write(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
-    record = UnitEncoder(dataclasses.replace(settings, reading=Reading("chat")),
+    record = UnitEncoder(dataclasses.replace(settings, reading=RecordReading("chat")),
                          tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert [r["line"] - 1 for r in stored.bad_rows()] == list(refused)
@@ -130,7 +131,8 @@ def test_order_is_the_inputs_and_an_ended_worker_is_said(tokenizers: dict[str, P
         (tmp_path / f"{i:02}.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {k}"})
                                                           for k in range(2000 - 160 * i)))
     units = list(plan_units(sorted(tmp_path.glob("*.jsonl")), 1))
-    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                            EncodingSettings())
     records = encode_units(units, settings, tmp_path / "work", 2)
     first = next(records)
     workers = worker_processes()

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from data_prep.cli import main
 from data_prep.shards import stats, verify
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.token_artifact import SIDECARS
 from data_prep.shards.verify import check
 from megatron_sov.base.artifacts import FileRecord, read_manifest, to_json
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.indexed_writer import IndexedWriter
 from megatron_sov.base.documents.routes import RouteShape
 
@@ -32,8 +32,8 @@ def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
              for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards",
-         PackSettings(0.2, Reading("chat")))
+    pack(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "shards",
+         PackSettings(0.2, RecordReading("chat")))
     return folder / "shards"
 
 
@@ -92,7 +92,7 @@ def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n'
                                       '{"text": "same"}\n{"text": "same"}\n')
-    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
+    pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
          PackSettings(heldout_share=0))
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.cli import main
 from data_prep.json_lines import read_objects
-from data_prep.synth.generator import Ask, Generator, Grade, Item, Sample, Verdict
+from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Grade, SampleVerdict
 from data_prep.synth.known import GENERATORS
 
 NAME, REFERENCE = "echoes", f"{Path(__file__).stem}:Echoes"
@@ -41,21 +41,22 @@ class Echoes(Generator):
     name, kind, help, Settings = NAME, "text", "repeat lines", Settings
     templates = {"echoes/write": ("document", "tone")}
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         for path in inputs:
             for where, record in read_objects(path):
-                yield Item(str(record["id"]), {"text": record["text"]}, where, "CC0")
+                yield GeneratorItem(str(record["id"]), {"text": record["text"]}, where, "CC0")
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         text = item.fields["text"]
         if text == "defect":
             raise KeyError("nobody thought of it")
         for number, reply in enumerate(ask("echoes/write", count=2, max_tokens=50, document=text,
                                            tone=self.settings.tone)):
             score = ask.judge("Is it the same?", {"line": text, "echo": reply.text})
-            yield Sample({"text": reply.text}, (Verdict("cut", not reply.is_cut),
-                                                Verdict("judge", score >= self.settings.min_score)),
-                         notes={"score": score, "number": number})
+            yield GeneratedSample({"text": reply.text}, (SampleVerdict("cut", not reply.is_cut),
+                                                         SampleVerdict("judge",
+                                                                       score >= self.settings.min_score)),
+                                  notes={"score": score, "number": number})
 
 
 def reply(request: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Ask, Generator, Item, Sample, T
-from data_prep.synth.templates import Prompt, load_prompt, load_prompts
+from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, T
+from data_prep.synth.templates import PromptTemplate, load_prompt, load_prompts
 from megatron_sov.work.endpoints.cache import EndpointCache
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -59,14 +59,14 @@ class ScriptedAsk(Ask):
         return len(self._door.requests)
 
 
-class AnyPrompt(dict[str, Prompt]):
+class AnyPrompt(dict[str, PromptTemplate]):
     """Loads a packaged template when it is asked for, whatever fields it names."""
 
-    def __missing__(self, name: str) -> Prompt:
+    def __missing__(self, name: str) -> PromptTemplate:
         self[name] = load_prompt(name, None)
         return self[name]
 
 
-def samples_of(generator: Generator, item: Item, reply: Replies) -> list[Sample]:
+def samples_of(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:
     """Return what a generator makes of one item with a scripted model; its templates are checked first."""
     return list(generator.make(item, ScriptedAsk(reply, item.id, type(generator))))

@@ -17,11 +17,11 @@ from data_prep.cli import main
 from data_prep.synth import finishing
 from data_prep.synth.candidates import read_made, read_run
 from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.finishing import MOST_KEPT, MOST_REJECTED, Shown, finish, turns_of
-from data_prep.synth.generator import Verdict
+from data_prep.synth.finishing import MOST_KEPT, MOST_REJECTED, ShownSample, finish, turns_of
+from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import render
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
-from megatron_sov.base.documents import Reading, list_files, read_documents
+from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.judge.tools.registry import tasks_of
@@ -178,7 +178,7 @@ def test_kept_text_is_packed_and_carded(texts: Path, tokenizers: dict[str, Path]
 
 def test_kept_chats_are_packed_and_prompts_are_asked(chats: Path, tokenizers: dict[str, Path],
                                                      tmp_path: Path) -> None:
-    asked = list(read_documents(list_files(chats), Reading("chat")))
+    asked = list(read_documents(list_files(chats), RecordReading("chat")))
     assert [len(document.tools) for document in asked] == [0, 0, 1]
     assert main(["pack", "--tokenizer", str(tokenizers["k-exaone"]), "--input", str(chats), "--format",
                  "chat", "--output", str(tmp_path / "tokens"), "--heldout", "0", "--workers", "1",
@@ -234,7 +234,7 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path, name: str, text: str, 
 
 
 def test_a_tag_of_records_knows_the_provenance_for_what_it_is(texts: Path) -> None:
-    kept, = read_documents([texts / "kept.jsonl"], Reading("text", tags=("synthetic",)))
+    kept, = read_documents([texts / "kept.jsonl"], RecordReading("text", tags=("synthetic",)))
     assert kept.tags == ("true",)
 
 
@@ -247,7 +247,7 @@ HOSTILE = "<script>alert(1)</script> \x1b[2J & {{ 7 * 7 }}"
 def summary(tmp_path: Path) -> dict[str, object]:
     output = made_run(tmp_path / "out", [[sample(chat("Q", HOSTILE)), sample(chat("Q", "A"), HOSTILE)]],
                       kind="chat", model=HOSTILE)
-    shown = Shown()
+    shown = ShownSample()
     for made in read_made(output, read_run(output)):
         for one in made.samples:
             shown.take(one, one.failed)
@@ -286,9 +286,9 @@ def test_a_few_of_each_reason_are_shown_whatever_the_order(tmp_path: Path) -> No
     made = [one for item in read_made(output, read_run(output)) for one in item.samples]
     ways = []
     for order in (made, made[::-1]):
-        shown = Shown()
+        shown = ShownSample()
         for number, one in sorted(enumerate(made), key=lambda pair: order.index(pair[1])):
-            shown.take(one, Verdict("odd", False, "x") if number % 2 else None)
+            shown.take(one, SampleVerdict("odd", False, "x") if number % 2 else None)
         ways.append(shown.to_list())
     assert ways[0] == ways[1] and [bool(one["reason"]) for one in ways[0]] == [False] * MOST_KEPT + [
         True] * MOST_REJECTED

@@ -28,7 +28,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 from data_prep.cli import main
 from data_prep.synth import finishing, models
 from data_prep.synth.candidates import record_of
-from data_prep.synth.generator import Ask, Item, Sample, Verdict, writable
+from data_prep.synth.generator import Ask, GeneratedSample, GeneratorItem, SampleVerdict, writable
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
 from megatron_sov.base.errors import ExitCode
@@ -324,10 +324,10 @@ def test_a_list_may_be_written_with_commas() -> None:
 
 def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
         run: Run, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(self: object, item: Item, ask: Ask) -> Iterator[Sample]:
+    def careless(self: object, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         with contextlib.suppress(Exception):
             ask("echoes/write", document="x", tone="y")
-        yield Sample({"text": "made of nothing"})
+        yield GeneratedSample({"text": "made of nothing"})
 
     run.write([{"id": "a", "text": "line a"}])
     monkeypatch.setattr(echoes_as_loaded().Echoes, "make", careless)
@@ -403,17 +403,19 @@ def nested(levels: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("sample", [
-    Sample({"text": "\ud800"}), Sample({"\udfff": 1}), Sample({"text": "a"}, (Verdict("a", True, "\ud83d"),)),
-    Sample({"score": float("inf")}), Sample({"text": "a"}, notes={"score": float("nan")}),
-    Sample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
-def test_what_cannot_be_written_is_rejected(sample: Sample) -> None:
+    GeneratedSample({"text": "\ud800"}), GeneratedSample({"\udfff": 1}),
+    GeneratedSample({"text": "a"}, (SampleVerdict("a", True, "\ud83d"),)),
+    GeneratedSample({"score": float("inf")}), GeneratedSample({"text": "a"}, notes={"score": float("nan")}),
+    GeneratedSample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
+def test_what_cannot_be_written_is_rejected(sample: GeneratedSample) -> None:
     found = writable(sample)
     assert (found.reason, found.record) == ("form", {})
-    assert json.loads(record_of(Item("a"), (found,), ()))["samples"][0]["record"] == {}
+    assert json.loads(record_of(GeneratorItem("a"), (found,), ()))["samples"][0]["record"] == {}
 
 
 def test_what_can_be_written_stays() -> None:
-    sample = Sample({"text": "\U0001f600 \x00 \u202e"}, (Verdict("a", True),), notes={"score": 1.5})
+    sample = GeneratedSample({"text": "\U0001f600 \x00 \u202e"}, (SampleVerdict("a", True),),
+                             notes={"score": 1.5})
     assert writable(sample) is sample
 
 

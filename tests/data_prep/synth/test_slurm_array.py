@@ -23,7 +23,7 @@ from data_prep.cli import main
 from data_prep.synth import finishing, slurm_array
 from data_prep.synth.known import GENERATORS
 from data_prep.synth.options import SynthOptions
-from data_prep.synth.running import Order, begun_run, merge_answers, order_of, ready
+from data_prep.synth.running import GeneratorOrder, begun_run, merge_answers, order_of, ready
 from data_prep.synth.slurm_array import ADDRESS, FinishSource, MakeShare, server_script
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -82,7 +82,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def order_at(folder: Path, engine: str, num_lines: int = 5, **more: Any) -> Order:
+def order_at(folder: Path, engine: str, num_lines: int = 5, **more: Any) -> GeneratorOrder:
     """Return an order over lines, and the folder where its jobs tell of themselves."""
     (folder / "lines.jsonl").write_text("".join(
         json.dumps({"id": f"i{n}", "text": f"line {n}"}) + "\n" for n in range(num_lines)))
@@ -92,7 +92,7 @@ def order_at(folder: Path, engine: str, num_lines: int = 5, **more: Any) -> Orde
         input=(folder / "lines.jsonl",), prompts=echoes.write_prompts(folder / "prompts"), **more))
 
 
-def settled(order: Order) -> Order:
+def settled(order: GeneratorOrder) -> GeneratorOrder:
     with begun_run(ready(order)):
         return order
 

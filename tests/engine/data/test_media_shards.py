@@ -15,8 +15,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.long_documents import LongDocuments
 from megatron_sov.engine.data.mapped_files import IDX_MAGIC
 from megatron_sov.engine.data.media_shards import check_encoders
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Segment
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.rows import join_rows, sample_row
 from megatron_sov.engine.data.token_shards import ShardChain, Source
 from megatron_sov.engine.data.views import Pieces
@@ -77,13 +77,14 @@ def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("pieces", [
     [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
 def test_a_row_has_what_its_placeholders_stand_for(chain: ShardChain, pieces: list[Any]) -> None:
-    row = sample_row(Sample(0, tuple(Segment(*piece) for piece in pieces)), chain, 16)
+    row = sample_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
     assert said(row.media) == expected(*pieces)
     assert (row.media is None) == (not expected(*pieces))
 
 
 def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
-    rows = [sample_row(Sample(0, (Segment(d, 0, n),)), chain, 12) for d, n in ((1, 3), (0, 9), (2, 11))]
+    rows = [sample_row(OrderedSample(0, (PackedSegment(d, 0, n),)), chain, 12) for d,
+            n in ((1, 3), (0, 9), (2, 11))]
     whole = join_rows(rows)
     found = [(place + 12, feature) for place, feature in expected((0, 0, 9))] + [
         (place + 24, feature) for place, feature in expected((2, 0, 11))]

@@ -16,11 +16,11 @@ from hypothesis import example, given, strategies as st
 from megatron_sov import recipes
 from megatron_sov.engine.data import streams
 from megatron_sov.engine.data.ledger import Ledger, LedgerEntry
-from megatron_sov.engine.data.order import OrderState, Sample, SampleOrder, next_source
+from megatron_sov.engine.data.order import OrderedSample, OrderState, SampleOrder, next_source
 from megatron_sov.engine.data.token_shards import Source, open_sources
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 
-Steps = list[tuple[LedgerEntry, list[Sample]]]
+Steps = list[tuple[LedgerEntry, list[OrderedSample]]]
 MakeSource = Callable[..., Source]
 Settings = tuple[RunConfig, list[Source]]
 

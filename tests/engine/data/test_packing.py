@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_sov.engine.data.packing import Row, Segment, best_fit, best_fit_units, concatenate, cut, fitting
+from megatron_sov.engine.data.packing import (
+    PackedSegment, Row, best_fit, best_fit_units, concatenate, cut, fitting)
 
 SEQ_LEN = 24
 Fewest = Callable[[list[int], int], int]
 documents = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(
-    lambda counts: [Segment(i, 0, n) for i, n in enumerate(counts)])
+    lambda counts: [PackedSegment(i, 0, n) for i, n in enumerate(counts)])
 
 
 def tokens(rows: list[Row]) -> list[tuple[int, int]]:
@@ -38,7 +39,7 @@ def fewest_rows() -> Fewest:
 def test_the_optimum_by_hand(fewest_rows: Fewest) -> None:
     """6 3 3 | 4 4 4 fills two rows of 12; best fit puts 6 4 | 4 4 3 and needs a third for the last 3."""
     assert fewest_rows([6, 4, 4, 4, 3, 3], 12) == 2
-    assert len(best_fit([Segment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
+    assert len(best_fit([PackedSegment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
     assert fewest_rows([7, 7, 7], 12) == 3
     assert fewest_rows([3] * 8, 12) == 2
 
@@ -56,14 +57,14 @@ def test_the_optimum_is_that_of_all_ways_to_assign(fewest_rows: Fewest, counts: 
 @settings(max_examples=150)
 def test_best_fit_is_within_its_bound_of_the_fewest_rows(fewest_rows: Fewest, counts: list[int]) -> None:
     """On sets this small it is never more than one row above, where the theorem would allow 11/9 and four."""
-    rows = best_fit([Segment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
+    rows = best_fit([PackedSegment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
     assert fewest_rows(counts, SEQ_LEN) <= len(rows) <= fewest_rows(counts, SEQ_LEN) + 1
     assert sorted(s.count for row in rows for s in row) == sorted(counts)
     assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
 
 
 @given(documents)
-def test_only_documents_longer_than_a_row_are_cut(parts: list[Segment]) -> None:
+def test_only_documents_longer_than_a_row_are_cut(parts: list[PackedSegment]) -> None:
     rows = best_fit(cut(parts, SEQ_LEN), SEQ_LEN)
     assert sorted(tokens(rows)) == sorted((p.document, t) for p in parts for t in range(p.count))
     pieces = [s.document for row in rows for s in row]
@@ -71,10 +72,10 @@ def test_only_documents_longer_than_a_row_are_cut(parts: list[Segment]) -> None:
 
 
 @given(documents)
-def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[Segment]) -> None:
+def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[PackedSegment]) -> None:
     units, over_long = fitting(parts, 1, SEQ_LEN, drop=False)
     rows = best_fit_units(units, SEQ_LEN)
-    assert sorted(s for row in rows for s in row) == [Segment(p.document, 0, min(p.count, SEQ_LEN))
+    assert sorted(s for row in rows for s in row) == [PackedSegment(p.document, 0, min(p.count, SEQ_LEN))
                                                       for p in parts]
     assert over_long == sum(p.count > SEQ_LEN for p in parts)
     assert fitting(parts, 1, SEQ_LEN, drop=True) == ([(p,) for p in parts if p.count <= SEQ_LEN], over_long)
@@ -82,7 +83,7 @@ def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[Se
 
 @given(st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=12), st.booleans())
 def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool) -> None:
-    parts = [Segment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
+    parts = [PackedSegment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
     units, over_long = fitting(parts, 3, SEQ_LEN, drop=drop)
     rows = best_fit_units(units, SEQ_LEN)
     assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
@@ -102,14 +103,15 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
 
 
 @given(documents)
-def test_one_after_another_leaves_no_room_but_at_the_end(parts: list[Segment]) -> None:
+def test_one_after_another_leaves_no_room_but_at_the_end(parts: list[PackedSegment]) -> None:
     rows = concatenate(parts, SEQ_LEN)
     assert tokens(rows) == [(p.document, t) for p in parts for t in range(p.count)]
     assert all(sum(s.count for s in row) == SEQ_LEN for row in rows[:-1])
 
 
 def test_rows_by_hand() -> None:
-    a, b, c, d = (Segment(i, 0, n) for i, n in enumerate((3, 7, 5, 12)))
-    assert best_fit(cut([a, b, c, d], 10), 10) == [(Segment(3, 0, 10),), (b, a), (c, Segment(3, 10, 2))]
+    a, b, c, d = (PackedSegment(i, 0, n) for i, n in enumerate((3, 7, 5, 12)))
+    assert best_fit(cut([a, b, c, d], 10), 10) == [(PackedSegment(3, 0, 10),), (b, a),
+                                                   (c, PackedSegment(3, 10, 2))]
     assert concatenate([a, b, c], 10) == [(a, b), (c,)]
     assert best_fit([], 10) == concatenate([], 10) == []

@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.documents.indexed_writer import IndexedWriter
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Segment
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.routes import refuse_other_routes, shape_of
 from megatron_sov.engine.data.rows import join_rows, sample_row
 from megatron_sov.engine.data.token_shards import open_sources
@@ -58,14 +58,15 @@ def test_routes_stand_in_a_row_beside_their_own_tokens(tmp_path: Path) -> None:
     assert (source.routes, source.columns) == (shape, ())
     refuse_other_routes([source], MODEL)
     documents = source.shard("train")
-    row = sample_row(Sample(0, (Segment(1, 2, 3), Segment(0, 0, 2))), documents, 7, routes=source.routes)
+    row = sample_row(OrderedSample(0, (PackedSegment(1, 2, 3), PackedSegment(0, 0, 2))), documents, 7,
+                     routes=source.routes)
     assert row.routes is not None and row.routes.shape == (7, shape.layers, shape.top_k)
     assert row.tokens[:5].tolist() == [22, 23, 24, 10, 11]
     marked = shape.absent(1)
     # a document's last token was written and not read; padding is nobody's
     assert np.array_equal(row.routes, np.concatenate([
         routes_of(1, shape)[2:], marked, routes_of(0, shape)[:2], marked, marked]))
-    plain = sample_row(Sample(0, (Segment(2, 0, 4),)), documents, 4)
+    plain = sample_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
     assert plain.routes is None and join_rows([plain, plain]).routes is None
     joined = join_rows([plain, row]).routes
     assert joined is not None and (joined[:4] == shape.mark).all() and np.array_equal(joined[4:], row.routes)

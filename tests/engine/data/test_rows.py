@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Segment
-from megatron_sov.engine.data.rows import Origin, heldout_samples, join_rows, sample_row
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment
+from megatron_sov.engine.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
 
 
 def test_a_row_by_hand(numbered: Any) -> None:
     """A document's end, a whole one, and one that goes on in the next sample; then padding."""
-    sample = Sample(2, (Segment(0, 3, 2), Segment(1, 0, 3), Segment(2, 0, 2)))
+    sample = OrderedSample(2, (PackedSegment(0, 3, 2), PackedSegment(1, 0, 3), PackedSegment(2, 0, 2)))
     row = sample_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
     assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]
     assert row.labels.tolist() == [104, 0, 201, 202, 0, 301, 302, 0, 0, 0]
@@ -57,7 +57,8 @@ def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int]
 
 def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
     documents = numbered([4, 6])
-    rows = [sample_row(Sample(i, (Segment(i, 0, 4),)), documents, 5, columns=("score",)) for i in range(2)]
+    rows = [sample_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
+                       columns=("score",)) for i in range(2)]
     joined = join_rows(rows)
     assert joined.bounds.tolist() == [0, 4, 5, 9, 10]
     assert joined.tokens.tolist() == rows[0].tokens.tolist() + rows[1].tokens.tolist()
@@ -65,4 +66,5 @@ def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
     assert joined.bounds.dtype == np.int32
     assert (joined.columns["score"].tolist()
             == rows[0].columns["score"].tolist() + rows[1].columns["score"].tolist())
-    assert joined.origins == (Origin(0, 0, Segment(0, 0, 4)), Origin(5, 1, Segment(1, 0, 4)))
+    assert joined.origins == (RowOrigin(0, 0, PackedSegment(0, 0, 4)),
+                              RowOrigin(5, 1, PackedSegment(1, 0, 4)))

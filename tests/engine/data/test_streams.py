@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data import streams
-from megatron_sov.engine.data.streams import Cursor, Packing, Stream
+from megatron_sov.engine.data.streams import Cursor, DocumentStream, Packing
 
 corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any).map(
     lambda lengths: [*lengths, 3])  # one that fits every sample
@@ -33,8 +33,9 @@ class Lengths:
         self.lengths = np.array(lengths, np.int32)
 
 
-def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None, seed: int = 1) -> Stream:
-    return Stream("web", Lengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
+def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
+           seed: int = 1) -> DocumentStream:
+    return DocumentStream("web", Lengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
 
 
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
@@ -88,8 +89,8 @@ def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
         pairs: list[tuple[int, int]], packing: Packing, wanted: list[int], killed: int) -> None:
     corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
 
-    def of_pairs(cursor: Cursor) -> Stream:
-        return Stream("pairs", Lengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
+    def of_pairs(cursor: Cursor) -> DocumentStream:
+        return DocumentStream("pairs", Lengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
 
     source = of_pairs(Cursor())
     seen: dict[int, Counter[int]] = {}
@@ -124,14 +125,15 @@ def test_what_is_longer_than_a_sample_is_counted_once_for_each_time_that_it_is_m
 def test_the_order_depends_on_seed_name_and_epoch() -> None:
     corpus = [4] * 20
 
-    def documents(source: Stream, count: int) -> list[int]:
+    def documents(source: DocumentStream, count: int) -> list[int]:
         return [source.next_sample(4)[0].document for _ in range(count)]
 
     first = stream(corpus, "best_fit")
     epochs = [documents(first, 20), documents(first, 20)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
     assert documents(stream(corpus, "best_fit", seed=2), 20) != epochs[0]
-    assert (documents(Stream("code", Lengths(corpus), 1, "best_fit", Cursor()), 20)  # type: ignore[arg-type]
+    assert (documents(DocumentStream("code", Lengths(corpus), 1, "best_fit", Cursor()),
+                      20)  # type: ignore[arg-type]
             != epochs[0])
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards.pack import PackSettings, Source, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_shards import (
     ShardChain, TokenShard, open_sources, provenance, tokenizer_folder)
@@ -212,8 +212,8 @@ def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = token_shards.parent / "tokenizer"
     for name, shard_tokens in (("one", 10**9), ("many", 300)):
-        pack(tokenizer, [Source("chat", folder / "chat.jsonl")], folder / name,
-             PackSettings(0.1, Reading("chat"), shard_tokens=shard_tokens))
+        pack(tokenizer, [PackSource("chat", folder / "chat.jsonl")], folder / name,
+             PackSettings(0.1, RecordReading("chat"), shard_tokens=shard_tokens))
     return folder / "one", folder / "many"
 
 

@@ -31,7 +31,7 @@ from megatron_sov.infer.decoder.generator import MegatronEngine  # noqa: E402
 from megatron_sov.infer.engines.hf import HfEngine, load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import run_forward_model  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
-from megatron_sov.infer.request import Generated, Sampling, Stop  # noqa: E402
+from megatron_sov.infer.request import Generated, Sampling, StopRule  # noqa: E402
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -67,7 +67,7 @@ class Looking:
 
     def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> Generated:
         found = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
-        return Generated.of([(tokens, [0.0] * len(tokens)) for tokens in found], sampling, Stop(), 0)
+        return Generated.of([(tokens, [0.0] * len(tokens)) for tokens in found], sampling, StopRule(), 0)
 
     def choose(self, documents: Any, count: int, words: Any) -> list[list[int]]:
         return self.spoil(choose_by_looking(documents, count, words))

@@ -37,7 +37,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer import request
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, Bounds, Sampling, Stop
+    from megatron_sov.infer.request import Batching, Bounds, Sampling, StopRule
     from tests.tiny import tiny_model
 
     config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
@@ -67,7 +67,8 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
         found["end"] = greedy[2][5]
-        found["stopped"] = write(PROMPTS, drafting(Sampling(NEW), min(1, drafts)), stop=Stop((found["end"],)))
+        found["stopped"] = write(PROMPTS, drafting(Sampling(NEW), min(1, drafts)),
+                                 stop=StopRule((found["end"],)))
         found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         found |= _repeated(policy, warm, routed)
         row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
@@ -173,7 +174,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import collectives, world
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, Sampling, Stop
+    from megatron_sov.infer.request import Batching, Sampling, StopRule
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     parallel = ParallelConfig(**layout)
@@ -196,7 +197,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
 
     def furthest(sampling: Sampling) -> dict[str, Any]:
         asked = dataclasses.replace(sampling, with_routes=not layout)
-        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, asked, stop=Stop((50,)))
+        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, asked, stop=StopRule((50,)))
         record = model.config.routing_step.record = {} if asked.with_routes else None
         gaps = [(trainers([*p, *c], sampling.temperature)[len(p) - 1:] - torch.tensor(told)).abs().max()
                 for p, c, told in zip(FEW, found.continuations, found.logprobs, strict=True)]
@@ -218,7 +219,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
         engine.update(weights, version)
-        written = engine.generate(FEW, ways["T 1"], stop=Stop((50,)))
+        written = engine.generate(FEW, ways["T 1"], stop=StopRule((50,)))
         versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
     found["updated"] = versions
     world.leave()

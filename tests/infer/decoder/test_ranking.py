@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.model.kv_cache import Span
+from megatron_sov.engine.mcore.model.kv_cache import CacheSpan
 from megatron_sov.infer.continuation import Continuation, RowItem
 from megatron_sov.infer.decoder.decoding import pieces_of, table_of
-from megatron_sov.infer.decoder.ranking import CHUNK_PLACES, Place, places_of, ranked
-from megatron_sov.infer.request import Sampling, Stop, Tells
+from megatron_sov.infer.decoder.ranking import CHUNK_PLACES, RankingPlace, places_of, ranked
+from megatron_sov.infer.request import Sampling, StopRule, Tells
 
 PROMPT = [11, 12, 13, 14, 15]
 
 
 def item(tells: Tells, read: int, num_tokens: int, written: tuple[int, ...] = (), start: int = 7) -> RowItem:
     """Return a part of a row that reads tokens of the prompt and of what is written behind it."""
-    sequence = Continuation(0, [*PROMPT, *written], len(PROMPT), 9, Sampling(temperature=0.5), Stop((0,)), 0,
-                            tells=tells, read=read)
-    return RowItem(sequence, Span(0, read, sequence.tokens[read:read + num_tokens]), start)
+    sequence = Continuation(0, [*PROMPT, *written], len(PROMPT), 9, Sampling(temperature=0.5), StopRule((0,)),
+                            0, tells=tells, read=read)
+    return RowItem(sequence, CacheSpan(0, read, sequence.tokens[read:read + num_tokens]), start)
 
 
 def told(one: RowItem, chosen: int = 99) -> list[tuple[int, int, bool]]:
@@ -41,7 +41,7 @@ def test_without_the_prompt_what_is_written_is_told_of_alone() -> None:
 def test_tokens_stand_before_the_most_probable_ones() -> None:
     torch.manual_seed(0)
     logits = torch.randn(CHUNK_PLACES + 5, 50)
-    asked = [Place(row, (3 * row) % 50, row % 4, None) for row in range(len(logits))]
+    asked = [RankingPlace(row, (3 * row) % 50, row % 4, None) for row in range(len(logits))]
     expected = logits.double().log_softmax(-1)
     for place, (tokens, logprobs) in zip(asked, ranked(lambda rows: logits[list(rows)], asked), strict=True):
         best, ids = expected[place.row].topk(place.num_top)
@@ -51,7 +51,7 @@ def test_tokens_stand_before_the_most_probable_ones() -> None:
 
 def test_what_cannot_be_drawn_is_no_probable_token() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    (found,) = ranked(lambda rows: logits, [Place(0, 1, 3, Sampling(temperature=0.5, top_k=2))])
+    (found,) = ranked(lambda rows: logits, [RankingPlace(0, 1, 3, Sampling(temperature=0.5, top_k=2))])
     assert found[0] == [1, 0, 1] and sum(map(torch.tensor(found[1]).exp().tolist().__getitem__, (1, 2))) == (
         pytest.approx(1))
     assert found[1][0] == found[1][2]

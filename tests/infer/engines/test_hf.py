@@ -23,7 +23,7 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.infer.engines import hf
 from megatron_sov.infer.engines.hf import (
     PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
-from megatron_sov.infer.request import Batching, Sampling, Stop
+from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
 
@@ -46,7 +46,7 @@ def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family
     assert HfEngine(model).generate(PROMPTS, Sampling(12)).continuations == alone
     assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(12)).continuations == alone
     end = alone[0][4]
-    stop = Stop((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
+    stop = StopRule((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
     ended = HfEngine(model).generate(PROMPTS, Sampling(12), stop=stop).continuations
     assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
@@ -126,7 +126,7 @@ def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_mod
     """Against one plain forward pass over prompt and continuation."""
     model = load_hf(hf_models["exaone_moe"])
     asked = Sampling(12, temperature, seed=1, for_training=True)
-    found = HfEngine(model, Batching(2, 5)).generate(PROMPTS, asked, stop=Stop((7,)))
+    found = HfEngine(model, Batching(2, 5)).generate(PROMPTS, asked, stop=StopRule((7,)))
     for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]

@@ -19,7 +19,7 @@ from megatron_sov.infer.engine import VLLM, Engine, run_engine
 from megatron_sov.infer.engines import vllm
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.engines.vllm import VllmEngine
-from megatron_sov.infer.request import Batching, Sampling, Stop
+from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 
 class StandIn(types.ModuleType):
@@ -69,12 +69,12 @@ def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings["max_model_len"] == 30 and settings["max_num_seqs"] == 4
     assert settings["max_num_batched_tokens"] == 4 and settings["generation_config"] == "vllm"
     assert settings["trust_remote_code"] is False and settings["logprobs_mode"] == "processed_logprobs"
-    stop = Stop((8,), ("EE",), lambda tokens: "".join(chr(60 + t) + "E" * (t == 3) for t in tokens))
+    stop = StopRule((8,), ("EE",), lambda tokens: "".join(chr(60 + t) + "E" * (t == 3) for t in tokens))
     found = engine.generate([[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
     assert found.continuations == [[2, 3, 4, 5, 6], [8], [5, 6, 7, 8]]
     assert found.logprobs == [[-t / 10 for t in tokens] for tokens in found.continuations]
     assert (found.finish_reasons, found.temperature, found.version) == (["length", "stop", "stop"], 0.5, 0)
-    cut = engine.generate([[1]], Sampling(5), stop=Stop((), ("E",), lambda tokens: "E" * (3 in tokens)))
+    cut = engine.generate([[1]], Sampling(5), stop=StopRule((), ("E",), lambda tokens: "E" * (3 in tokens)))
     assert (cut.continuations, cut.logprobs, cut.finish_reasons) == ([[2, 3]], [[-0.2, -0.3]], ["stop"])
     engine.generate([[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
     (first, second, _) = engine._llm.asked
@@ -148,7 +148,7 @@ def test_routes_are_those_of_the_layers_with_experts_up_to_what_was_kept(
     monkeypatch.setitem(sys.modules, "vllm", StandIn())
     engine = VllmEngine(hf_models["exaone_moe"], 30, with_routes=True)
     assert engine._llm.settings["enable_return_routed_experts"] is True
-    asked, stop = Sampling(5, with_routes=True), Stop((), ("E",), lambda tokens: "E" * (3 in tokens))
+    asked, stop = Sampling(5, with_routes=True), StopRule((), ("E",), lambda tokens: "E" * (3 in tokens))
     told = np.zeros((6, 5, 2), np.int16)  # a prompt of two tokens and five more but the last
     told[:, 1:] = [[1, 2], [3, 4], [5, 6], [7, 0]]
     for layers in (told, told[:, 1:]):

@@ -18,7 +18,7 @@ from PIL import Image
 from megatron_sov import cli
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.chat.media_marks import MARKS, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.media import spoken
 from megatron_sov.infer.media.media_replies import BlockRules
@@ -34,7 +34,8 @@ GRID = 2
 NAMES = ["a", "b", "<end>", *MARKS, *(entry(AUDIO, i) for i in range(5)),
          *(entry(IMAGE, i) for i in range(6))]
 IDS = {name: i for i, name in enumerate(NAMES)}
-BLOCKS = {AUDIO: Block(AUDIO, IDS[entry(AUDIO, 0)], 5), IMAGE: Block(IMAGE, IDS[entry(IMAGE, 0)], 6)}
+BLOCKS = {AUDIO: VocabularyBlock(AUDIO, IDS[entry(AUDIO, 0)], 5),
+          IMAGE: VocabularyBlock(IMAGE, IDS[entry(IMAGE, 0)], 6)}
 ROW = rf"(<\|vision\d+\|>){{{GRID}}}<\|vision_eol\|>"
 PICTURE = (r"<\|discrete_image_start\|><\|vision_ratio_\d+:\d+\|>"
            rf"({ROW}){{{GRID}}}<\|vision_eof\|><\|discrete_image_end\|>")

@@ -19,9 +19,9 @@ from data_prep.cli import main as sov_data
 from megatron_sov import cli
 from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.order import Sample
-from megatron_sov.engine.data.packing import Segment
-from megatron_sov.engine.data.rows import Row, sample_row
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.packing import PackedSegment
+from megatron_sov.engine.data.rows import PackedRow, sample_row
 from megatron_sov.engine.data.token_shards import open_sources
 from tests.omni_model import save_codecs, save_omni_model
 
@@ -36,7 +36,7 @@ class Site:
     """A folder with a model, codecs, media, and rows as training reads them."""
 
     folder: Path
-    rows: list[Row]
+    rows: list[PackedRow]
 
     @property
     def answers(self) -> list[list[int]]:
@@ -68,7 +68,7 @@ def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, 
                                     "--input corpus --output shards")) == 0
     (source,) = open_sources({str(folder / "shards"): 1.0}, sys.maxsize)
     documents = source.shard("train")
-    rows = [sample_row(Sample(0, (Segment(i, 0, int(n)),)), documents, int(n))
+    rows = [sample_row(OrderedSample(0, (PackedSegment(i, 0, int(n)),)), documents, int(n))
             for i, n in enumerate(documents.lengths)]
     return Site(folder, rows)
 

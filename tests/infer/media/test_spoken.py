@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from megatron_sov.base.chat import media_marks as spelling
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.infer.media.spoken import (
-    Audio, Image, MarkIds, Part, Reply, Text, parts_of, speak, transcript)
+    Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 
 WORDS = ["a", "b", *spelling.MARKS]
-BLOCKS = (Block(AUDIO, len(WORDS), 20), Block(IMAGE, len(WORDS) + 20, 20))
+BLOCKS = (VocabularyBlock(AUDIO, len(WORDS), 20), VocabularyBlock(IMAGE, len(WORDS) + 20, 20))
 MARKS = MarkIds.of(lambda name: WORDS.index(name) if name in WORDS else None)
 
 
@@ -64,7 +64,7 @@ def test_speech_is_heard_while_the_text_goes_on(piece_tokens: int, lookahead_tok
                                               unit_width=4, speaker_width=4, channels=4, rates=(4,),
                                               kernels=(3,), dilations=(1,),
                                               lookahead_tokens=lookahead_tokens))
-    reply, given = Reply(BLOCKS, MARKS), []
+    reply, given = SpokenReply(BLOCKS, MARKS), []
 
     def parts() -> object:
         for number in _ids(f"a{discrete_audio([2, 7, 1, 8])}b{discrete_audio([4])}"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.judge.rewards.code import Code
+from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.reward import judged
 
 FORGE = r'''
@@ -242,7 +242,8 @@ PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout"
 
 
 def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, object]:
-    result = judged(Code(all_or_nothing=False, enclosure=enclosure), {"response": response, "tests": tests})
+    result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure),
+                    {"response": response, "tests": tests})
     return result.reward, result
 
 

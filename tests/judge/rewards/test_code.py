@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.judge.rewards import code
-from megatron_sov.judge.rewards.code import Code, program_in
+from megatron_sov.judge.rewards.code import CodeReward, program_in
 from megatron_sov.judge.rewards.reward import Result, judged
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.work.sandbox import Outcome, Program
@@ -16,7 +16,7 @@ from tests.typed_words import keys_of
 
 
 def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
-    return judged(Code(all_or_nothing=False, enclosure=enclosure, test_time_s=2),
+    return judged(CodeReward(all_or_nothing=False, enclosure=enclosure, test_time_s=2),
                   {"response": response, "tests": tests, **fields})
 
 
@@ -224,12 +224,12 @@ def test_lines_end_where_a_program_ends_them(printed: str, expected: str, equal:
 
 def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     row = {"response": "def f(x): return x", "tests": ["assert f(1) == 1", "assert f(1) == 2, 'wrong'"]}
-    result = judged(Code(enclosure=enclosure), row)
+    result = judged(CodeReward(enclosure=enclosure), row)
     assert (result.reward, result.components) == (
         0.0, {"passed": 1, "tests": 2, "why": "AssertionError: wrong"})
-    broken = judged(Code(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
+    broken = judged(CodeReward(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
     assert broken.reward == 0 and "SyntaxError" in broken.components["why"]
-    endless = judged(Code(enclosure=enclosure, test_time_s=0.3, patience=100),
+    endless = judged(CodeReward(enclosure=enclosure, test_time_s=0.3, patience=100),
                      {**row, "response": "def f(x):\n    while 1: pass"})
     assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
 
@@ -248,14 +248,14 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
             return outcome
 
     monkeypatch.setitem(SANDBOXES, ("auto", (), 1), Broken())
-    result = judged(Code(), {"response": "x", "tests": ["assert x"]})
+    result = judged(CodeReward(), {"response": "x", "tests": ["assert x"]})
     assert (result.status, result.reward) == (status, reward)
 
 
 @pytest.mark.parametrize("waits", ["time.sleep(60)", "os.read(os.pipe()[0], 1)"])
 def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
-    result = judged(Code(enclosure=enclosure, test_time_s=0.3),
+    result = judged(CodeReward(enclosure=enclosure, test_time_s=0.3),
                     {"response": source, "tests": [{"stdin": "", "stdout": ""}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 
@@ -263,11 +263,12 @@ def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure:
 def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Outcome("timeout", None, "", "", "took more than 10 s of processors", 10, 10.0)
     runs: list[None] = []
-    monkeypatch.setattr(Code, "_run", lambda *_: (runs.append(None), slow)[1])
+    monkeypatch.setattr(CodeReward, "_run", lambda *_: (runs.append(None), slow)[1])
     row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": ""}] * 100}
-    result = judged(Code(all_or_nothing=False), row)
+    result = judged(CodeReward(all_or_nothing=False), row)
     assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30
-    assert keys_of(Code(test_time_s=100)) == ["time_limit_s"] and keys_of(Code(test_time_s=99)) == []
+    assert keys_of(CodeReward(test_time_s=100)) == ["time_limit_s"]
+    assert keys_of(CodeReward(test_time_s=99)) == []
 
 
 @pytest.mark.parametrize("tests, what", [
@@ -278,16 +279,16 @@ def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytes
     ([{"function": "f(); import os", "expected": 1}], "must be a name"),
     ([{"function": "f", "arguments": 3, "expected": 1}], "must be a list, or an object")])
 def test_tests_that_are_none_are_refused(tests: Any, what: str) -> None:
-    result = judged(Code(), {"response": "x = 1", "tests": tests})
+    result = judged(CodeReward(), {"response": "x = 1", "tests": tests})
     assert result.status == "refused" and (what in result.reason or "has no 'tests'" in result.reason)
 
 
 def test_each_test_is_told_by_itself_and_one_that_is_not_reached_is_not_passed() -> None:
     tests = ["assert f(1) == 1", "assert f(1) == 2", "assert f(3)"]
     row = {"response": "def f(x):\n    return x\n", "tests": tests}
-    assert Code().passed(row) == [True, False, True]
+    assert CodeReward().passed(row) == [True, False, True]
     printing = [{"stdin": "", "stdout": said} for said in ("1", "2", "1")]
-    assert Code().passed({"response": "print(1)", "tests": printing}) == [True, False, False]
+    assert CodeReward().passed({"response": "print(1)", "tests": printing}) == [True, False, False]
 
 
 def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
@@ -300,12 +301,12 @@ def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
 
 
 def test_the_version_tells_the_code_that_runs_programs() -> None:
-    told = code_of(Code.__module__)
+    told = code_of(CodeReward.__module__)
     assert {f"megatron_sov.work.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
                                                      "processes.watch")
             } <= set(told)
 
 
 def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
-    told = Code().inputs()["server"]
+    told = CodeReward().inputs()["server"]
     assert {f"megatron_sov.work.sandbox.{name}" for name in ("server", "child", "enclosures")} <= set(told)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, Part, Second
+from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, RewardPart, Second
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.running import runner
@@ -41,14 +41,14 @@ def results(composed: Composed, rows: list[dict]) -> tuple[list[Result], dict[st
 
 
 def test_the_reward_is_the_weighted_sum() -> None:
-    composed = Composed({"a": Part("x", 0.9), "b": Part("x", 0.1)})
+    composed = Composed({"a": RewardPart("x", 0.9), "b": RewardPart("x", 0.1)})
     found, _ = results(composed, [{"a": 1.0, "b": 0.5}, {"a": 0.0, "b": -1.0}])
     assert [r.reward for r in found] == [pytest.approx(0.95), pytest.approx(-0.1)]
     assert found[0].components["b"] == {"reward": 0.5, "status": "scored"}
 
 
 def test_a_gate_is_asked_first_and_spares_the_rest() -> None:
-    composed = Composed({"judge": Part("x"), "form": Part("x", 0.0, gate=1.0)}, gated_reward=-0.5)
+    composed = Composed({"judge": RewardPart("x"), "form": RewardPart("x", 0.0, gate=1.0)}, gated_reward=-0.5)
     found, asked = results(composed, [{"form": 1.0, "judge": 0.7}, {"form": 0.0, "judge": 1.0}])
     assert [r.reward for r in found] == [0.7, -0.5]
     assert found[1].components["gate"] == "form"
@@ -56,19 +56,19 @@ def test_a_gate_is_asked_first_and_spares_the_rest() -> None:
 
 
 def test_rows_go_to_the_parts_of_their_domain() -> None:
-    composed = Composed({"m": Part("x", domains=("math",)), "t": Part("x", domains=("text", "law")),
-                         "all": Part("x", 0.5)})
+    composed = Composed({"m": RewardPart("x", domains=("math",)),
+                         "t": RewardPart("x", domains=("text", "law")), "all": RewardPart("x", 0.5)})
     found, asked = results(composed, [{"domain": "math", "m": 1.0, "all": 1.0},
                                       {"domain": "law", "t": 0.2, "all": 0.0}])
     assert [r.reward for r in found] == [1.5, 0.2]
     assert asked == {"m": [0], "t": [1], "all": [0, 1]}
-    found, _ = results(Composed({"m": Part("x", domains=("math",))}), [{"domain": "code"}, {}])
+    found, _ = results(Composed({"m": RewardPart("x", domains=("math",))}), [{"domain": "code"}, {}])
     assert [(r.status, r.reason) for r in found] == [("refused", "no part judges domain = 'code'"),
                                                      ("refused", "no part judges domain = None")]
 
 
 def test_a_part_without_a_reward_leaves_none() -> None:
-    composed = Composed({"a": Part("x", gate=0.0), "b": Part("x"), "c": Part("x")})
+    composed = Composed({"a": RewardPart("x", gate=0.0), "b": RewardPart("x"), "c": RewardPart("x")})
     late, broken = Result(None, "timeout", {}, "too slow"), Result(None, "failed", {}, "broken")
     found, asked = results(composed, [{"a": 1.0, "b": late, "c": 1.0}, {"a": broken}, {"a": -1.0}])
     assert [(r.reward, r.status, r.reason) for r in found] == [
@@ -77,7 +77,7 @@ def test_a_part_without_a_reward_leaves_none() -> None:
 
 
 def test_a_second_opinion_is_told_and_changes_nothing() -> None:
-    composed = Composed({"a": Part("x")}, second=Second("y", of="a", share=1.0))
+    composed = Composed({"a": RewardPart("x")}, second=Second("y", of="a", share=1.0))
     rows = [{"a": 1.0, "second_opinion": 1.0}, {"a": 1.0, "second_opinion": 0.0},
             {"a": 1.0, "second_opinion": Result(None, "failed", {}, "broken")},
             {"a": Result(None, "refused", {}, "x")}]
@@ -88,7 +88,7 @@ def test_a_second_opinion_is_told_and_changes_nothing() -> None:
 
 
 def test_the_sample_follows_from_the_rows() -> None:
-    composed = Composed({"a": Part("x")}, second=Second("y", of="a", share=0.25))
+    composed = Composed({"a": RewardPart("x")}, second=Second("y", of="a", share=0.25))
     sampled = [composed.is_sampled({"response": str(i), "id": i}) for i in range(400)]
     assert 70 < sum(sampled) < 130
     assert sampled[::-1] == [composed.is_sampled({"response": str(i)}) for i in reversed(range(400))]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.settings import problems_of
-from megatron_sov.judge.rewards.constraint import Constraint, Verdict, problem_of, verdicts, views_of
+from megatron_sov.judge.rewards.constraint import (
+    Constraint, ConstraintVerdict, problem_of, verdicts, views_of)
 from megatron_sov.judge.rewards.reward import judged
 from megatron_sov.work.sandbox import shared_sandbox
 
@@ -85,7 +86,7 @@ HONEST = [
 ]
 
 
-def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[Verdict]:
+def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[ConstraintVerdict]:
     return verdicts(shared_sandbox(), source, texts, call_s=call_s)
 
 
@@ -111,13 +112,13 @@ def test_what_a_function_keeps_is_gone_at_the_next_text() -> None:
 def test_a_process_that_ends_takes_no_other_text_with_it() -> None:
     source = "import os\ndef evaluate(response):\n    return True if response != 'b' else os._exit(0)"
     assert asked(source, ["a", "b", "c"]) == [
-        Verdict(True), Verdict(None, "ended its process"), Verdict(True)]
+        ConstraintVerdict(True), ConstraintVerdict(None, "ended its process"), ConstraintVerdict(True)]
 
 
 def test_a_call_that_does_not_end_is_the_last() -> None:
     source = "def evaluate(response):\n    while response == 'b': pass\n    return True"
     first, second, third = asked(source, ["a", "b", "c"])
-    assert first == Verdict(True)
+    assert first == ConstraintVerdict(True)
     assert (second.accepts, second.ended, second.reason) == (None, False, "did not end within 0.5 s")
     assert (third.accepts, third.ended) == (None, False)
 

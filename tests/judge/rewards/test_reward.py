@@ -12,7 +12,7 @@ import pytest
 from megatron_sov.bench.suites.protocol import Protocol
 from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
 from megatron_sov.judge.rewards.reward import Refused, Result, Score, agreeing, checked, judged, text_of
-from megatron_sov.judge.rewards.scoring import MAX_TOLD, Tally
+from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringTally
 from megatron_sov.judge.tools.registry import BUILT_IN as ENVIRONMENTS
 from tests.base.settings.every_field import find_wrongs
 
@@ -87,7 +87,7 @@ def test_a_row_without_its_field_is_refused(row: dict, reason: str) -> None:
 
 
 def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None:
-    tally = Tally()
+    tally = ScoringTally()
     assert tally.mean is None and tally.line("rows") == "0 rows"
     for i in range(1, 4):
         tally.add(i / 2, "scored", "", f"line {i}")
@@ -98,7 +98,7 @@ def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None
 
 
 def test_rows_without_a_place_are_counted_alone() -> None:
-    tally = Tally()
+    tally = ScoringTally()
     tally.add(None, "timeout")
     assert tally.statuses == {"timeout": 1} and tally.told == []
 

@@ -14,7 +14,7 @@ from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, json_of
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.rewards.surface import (
-    Format, Language, Length, Repetition, loop_at_end, repeated_share, soft_overlong, switches, tagged,
+    Format, LanguageReward, Length, Repetition, loop_at_end, repeated_share, soft_overlong, switches, tagged,
     words_of)
 
 TAGS = ("think", "answer")
@@ -163,7 +163,7 @@ KOREAN = "서울은 대한민국의 수도이며 약 구백만 명이 사는 도
 
 
 def reward_of_language(response: str, **settings) -> float:
-    return Language(**settings).score({"response": response}).reward
+    return LanguageReward(**settings).score({"response": response}).reward
 
 
 @pytest.mark.parametrize(("language", "text"), [
@@ -179,7 +179,7 @@ def test_a_language_alone_is_1(language: str, text: str) -> None:
 def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
     assert reward_of_language(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
     mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
-    switched = Language("ko").score({"response": mixed})
+    switched = LanguageReward("ko").score({"response": mixed})
     assert 0 < switched.reward < 0.9
     assert switched.components["also_share"] > 0.2
     assert reward_of_language("This answer is English. 한국", language="ko") == 0.0
@@ -193,15 +193,15 @@ def test_no_letters_are_no_language(text: str) -> None:
 
 
 def test_the_row_may_name_its_language() -> None:
-    assert Language().score({"response": KOREAN, "language": "ko"}).reward == pytest.approx(1.0)
+    assert LanguageReward().score({"response": KOREAN, "language": "ko"}).reward == pytest.approx(1.0)
     with pytest.raises(Refused, match="has no 'language'"):
-        Language().score({"response": KOREAN})
+        LanguageReward().score({"response": KOREAN})
     with pytest.raises(Refused, match="'tlh' is not known"):
-        Language().score({"response": KOREAN, "language": "tlh"})
+        LanguageReward().score({"response": KOREAN, "language": "tlh"})
 
 
 def test_settings_that_make_no_sense_of_language() -> None:
-    found = problems_of(Language("kr", also=("en", "jp"), min_share=2))
+    found = problems_of(LanguageReward("kr", also=("en", "jp"), min_share=2))
     assert [problem.key for problem in found] == ["language", "also.1", "min_share"]
 
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rollouts.prompts import (
-    Prompt, budget_of, pieces, read_prompts, refuse_unaskable, round_prompts)
+    RolloutPrompt, budget_of, pieces, read_prompts, refuse_unaskable, round_prompts)
 from megatron_sov.model.config.rollout import RolloutConfig
 
 
-def made(count: int) -> list[Prompt]:
-    return [Prompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count)]
+def made(count: int) -> list[RolloutPrompt]:
+    return [RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count)]
 
 
 def file_with(path: Path, *lines: str) -> Path:

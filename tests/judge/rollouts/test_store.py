@@ -25,8 +25,8 @@ from megatron_sov.base.artifacts import Manifest, new_artifact, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rollouts import columns
 from megatron_sov.judge.rollouts.rows import (
-    NOT_WRITTEN, Asked, Judged, Key, Part, Rollout, not_written, numbers_in, part_name)
-from megatron_sov.judge.rollouts.store import Store
+    NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in, part_name)
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -48,14 +48,14 @@ def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
     return rollout(tokens=np.full(count, 5, np.int32), logprobs=logprobs, versions=np.zeros(count, np.int32))
 
 
-def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> Judged:
+def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
     """What reward v1 said of a row."""
-    found = Judged(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
-                   {"format": 0.5})
+    found = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
+                      {"format": 0.5})
     return dataclasses.replace(found, **changes)
 
 
-def bits(row: Rollout | Judged) -> dict[str, Any]:
+def bits(row: Rollout | RewardRow) -> dict[str, Any]:
     """Return a row as values that can be compared, arrays with their type, shape and bits."""
     return {field.name: (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray)
             else repr(value) if isinstance(value, float) else value
@@ -63,12 +63,12 @@ def bits(row: Rollout | Judged) -> dict[str, Any]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> RolloutStore:
     """An empty one."""
-    return Store.create(tmp_path / "store", "sha256:ab", VOCAB_SIZE)
+    return RolloutStore.create(tmp_path / "store", "sha256:ab", VOCAB_SIZE)
 
 
-def test_a_part_is_written_and_read(store: Store) -> None:
+def test_a_part_is_written_and_read(store: RolloutStore) -> None:
     rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], part_name(1, 3)
     assert not store.has(name)
     store.add_rollouts(name, rows, {"job": 7})
@@ -116,7 +116,7 @@ def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
     assert columns.problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
 
 
-def test_a_store_is_what_a_dictionary_would_be(store: Store) -> None:
+def test_a_store_is_what_a_dictionary_would_be(store: RolloutStore) -> None:
     draw, parts, said = random.Random(7), {}, {}
     for _ in range(30):
         name = part_name(draw.randint(1, 2), draw.randint(0, 2), draw.randint(0, 1))
@@ -143,7 +143,7 @@ def test_a_store_is_what_a_dictionary_would_be(store: Store) -> None:
         assert name not in said or store.read_rewards("v1" * 8, name) == said[name]
 
 
-def test_the_first_part_of_a_name_stays(store: Store) -> None:
+def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
     name = NAME
     store.add_rollouts(name, [rollout()], {})
     store.add_rollouts(name, [rollout(ended_s=99.0)], {})
@@ -156,7 +156,7 @@ def test_the_first_part_of_a_name_stays(store: Store) -> None:
     assert [p.name for p in (store.path / "rollouts").iterdir()] == [name]
 
 
-def test_columns_that_are_not_asked_for_are_not_read(store: Store) -> None:
+def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> None:
     routes = np.arange(4 * 2 * 2, dtype=np.uint16).reshape(4, 2, 2)
     store.add_rollouts(NAME, [rollout(routes=routes)], {})
     (row,) = store.read_rollouts(NAME, ["response", "record"])
@@ -178,7 +178,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("changes", BROKEN, ids=lambda changes: "-".join(changes))
-def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], store: Store,
+def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], store: RolloutStore,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     (sentence,) = rollout(**changes).problems(VOCAB_SIZE)
     store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
@@ -188,24 +188,24 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     assert capsys.readouterr().err.count(f"1 of 2 rows are kept out; the first is row 1: {sentence}") == 1
 
 
-def test_a_store_has_one_tokenizer(store: Store, tmp_path: Path) -> None:
-    assert Store.create(store.path, "sha256:ab", VOCAB_SIZE).vocab_size == VOCAB_SIZE
+def test_a_store_has_one_tokenizer(store: RolloutStore, tmp_path: Path) -> None:
+    assert RolloutStore.create(store.path, "sha256:ab", VOCAB_SIZE).vocab_size == VOCAB_SIZE
     for tokenizer, vocab_size in (("sha256:cd", VOCAB_SIZE), ("sha256:ab", 101)):
         with pytest.raises(UserError, match="choose another store"):
-            Store.create(store.path, tokenizer, vocab_size)
+            RolloutStore.create(store.path, tokenizer, vocab_size)
     (tmp_path / "taken").mkdir()
-    Store.create(tmp_path / "taken", "sha256:ab", 1)  # empty
+    RolloutStore.create(tmp_path / "taken", "sha256:ab", 1)  # empty
     (tmp_path / "taken/claims").rmdir()  # as by a copy that has files alone
-    assert Store.open(tmp_path / "taken").claims.is_dir()
+    assert RolloutStore.open(tmp_path / "taken").claims.is_dir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a").write_text("")
     with pytest.raises(UserError, match="no rollout store; choose another folder"):
-        Store.create(tmp_path / "full", "sha256:ab", 1)
+        RolloutStore.create(tmp_path / "full", "sha256:ab", 1)
     with pytest.raises(UserError, match="is no rollout store"):
-        Store.open(tmp_path / "full")
+        RolloutStore.open(tmp_path / "full")
     (store.path / "store.json").write_text(json.dumps({"format_version": 2}))
     with pytest.raises(UserError, match="format_version 2 is newer than 1"):
-        Store.open(store.path)
+        RolloutStore.open(store.path)
 
 
 def test_names_say_round_piece_and_attempt() -> None:
@@ -238,7 +238,7 @@ def _at_once(work: Callable[..., None], started: Any, *arguments: Any) -> None:
 
 def publish(number: int, path: Path) -> None:
     """Make the store, and publish each of some parts as a row of one's own."""
-    store = Store.create(path, "sha256:ab", 100)
+    store = RolloutStore.create(path, "sha256:ab", 100)
     for piece in range(6):
         try:
             store.add_rollouts(part_name(1, piece), [rollout(response=f"of {number}")] * (number + 1), {})
@@ -249,7 +249,7 @@ def publish(number: int, path: Path) -> None:
 @pytest.mark.distributed
 def test_of_many_writers_of_one_name_one_stays_whole(tmp_path: Path) -> None:
     assert in_processes(4, publish, tmp_path / "store") == [0] * 4
-    store = Store.open(tmp_path / "store")
+    store = RolloutStore.open(tmp_path / "store")
     for part in store.parts():
         rows = store.read_rollouts(part.name)
         (number,) = {int(row.response.removeprefix("of ")) for row in rows}
@@ -265,17 +265,18 @@ def fill_the_disk(number: int, path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
     row = long_rollout(20_000, -np.random.default_rng(0).random(20_000, np.float32))
     with pytest.raises(UserError, match=rf"{NAME}: larger than the limit on file sizes.*the same command"):
-        Store.open(path).add_rollouts(NAME, [row], {})
+        RolloutStore.open(path).add_rollouts(NAME, [row], {})
 
 
 def die(number: int, path: Path) -> None:
     """Be killed behind the last byte and before the rename."""
     os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-    Store.open(path).add_rollouts(NAME, [rollout()], {})
+    RolloutStore.open(path).add_rollouts(NAME, [rollout()], {})
 
 
 @pytest.mark.parametrize("work, code", [(fill_the_disk, 0), (die, -signal.SIGKILL)])
-def test_a_writer_that_fails_leaves_no_part(work: Callable[..., None], code: int, store: Store) -> None:
+def test_a_writer_that_fails_leaves_no_part(work: Callable[..., None], code: int,
+                                            store: RolloutStore) -> None:
     assert in_processes(1, work, store.path) == [code]
     assert not store.has(NAME) and store.parts() == []
     if not code:
@@ -284,7 +285,7 @@ def test_a_writer_that_fails_leaves_no_part(work: Callable[..., None], code: int
     assert len(store.read_rollouts(NAME)) == 1
 
 
-def foreign(store: Store, table: pa.Table, dictionary: bool = False) -> None:
+def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> None:
     """Leave a part as a stranger would, whose manifest is in order."""
     with new_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         texts = [field.name for field in table.schema if field.type == pa.string()]
@@ -314,20 +315,21 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("number", range(len(FOREIGN)))
-def test_what_a_stranger_wrote_is_named_and_refused(number: int, store: Store) -> None:
+def test_what_a_stranger_wrote_is_named_and_refused(number: int, store: RolloutStore) -> None:
     table, sentence = FOREIGN[number]
     foreign(store, table)
     with pytest.raises(UserError, match=rf"{NAME}/rollouts\.parquet: .*{sentence}"):
         store.read_rollouts(NAME)
 
 
-def test_rows_of_a_stranger_are_looked_at(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_stranger_are_looked_at(store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
     foreign(store, with_column("temperature", [1.0, 0.0]))
     assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
     assert "1 of 2 rows are kept out; the first is row 1: has temperature 0.0" in capsys.readouterr().err
 
 
-def test_a_small_file_that_stands_for_much_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "MAX_ROWS", 50)
     monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
     zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
@@ -369,7 +371,7 @@ MANIFESTS = [
 
 @pytest.mark.parametrize("content, files, sentence", MANIFESTS, ids=[m[2] for m in MANIFESTS])
 def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
-        content: dict[str, Any], files: dict[str, bytes], sentence: str, store: Store,
+        content: dict[str, Any], files: dict[str, bytes], sentence: str, store: RolloutStore,
         capsys: pytest.CaptureFixture[str]) -> None:
     with new_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         artifact.content = {**content, **({"store": store.identity} if "store" in content else {})}
@@ -382,7 +384,7 @@ def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
         store.has(NAME)
 
 
-def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Store) -> None:
+def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: RolloutStore) -> None:
     folder = store.path / "rollouts" / NAME
     folder.mkdir()
     (folder / "manifest.json").write_text(to_json(Manifest("tokens", {})))
@@ -399,17 +401,17 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Store) 
 
 
 def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
-         created_s: float = 0.0) -> Part:
-    return Part("", Path(), "rollouts", (round_, piece, attempt), 1, 0, "", created_s, provenance)
+         created_s: float = 0.0) -> RolloutPart:
+    return RolloutPart("", Path(), "rollouts", (round_, piece, attempt), 1, 0, "", created_s, provenance)
 
 
 def test_the_newest_part_says_how_much_there_will_be() -> None:
-    before, after = Asked(1, 1).told(0), Asked(2, 1).told(0)
+    before, after = AskedPrompt(1, 1).told(0), AskedPrompt(2, 1).told(0)
     parts = [part(1, 0, before, created_s=1.0)]
     assert not_written(parts, None) == ""
     assert not_written([*parts, part(2, 0, after, created_s=2.0)], None) == ""
     assert not_written([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
-    assert not_written([*parts, part(1, 0, Asked(1, 1).told(3), attempt=1)],
+    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).told(3), attempt=1)],
                        None) == "the ends of responses in 1 of 1 pieces of round 1"
 
 

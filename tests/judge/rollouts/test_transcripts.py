@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.cli import main
-from megatron_sov.judge.rollouts.rows import UNFINISHED, Judged, Key, Rollout, part_name
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, part_name
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.judge.rollouts.transcripts import page_of
 from tests.judge.rollouts.test_store import rollout as sound_row
 
@@ -28,10 +28,10 @@ def rollout(prompt: str, sample: int, end: str = "stop") -> Rollout:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory: pytest.TempPathFactory) -> RolloutStore:
     """Two pieces of two prompts with three samples each; the reward is a number of their own."""
     folder = tmp_path_factory.mktemp("read")
-    store = Store.create(folder / "store", _tokenizer(folder / "tokenizer"), 100)
+    store = RolloutStore.create(folder / "store", _tokenizer(folder / "tokenizer"), 100)
     rows = [rollout(f"p{i}", sample) for i in range(4) for sample in range(3)]
     rows[1], rows[7] = rollout("p0", 1, "length"), rollout("p2", 1, UNFINISHED)
     pieces = {part_name(1, 0): rows[:6], part_name(1, 1): rows[6:],
@@ -39,9 +39,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     for name, part in pieces.items():
         store.add_rollouts(name, part, {})
         store.add_rewards(VERSION, name, [
-            Judged(row.key, row.attempt, VERSION, None, "timeout", {}, HOSTILE) if row.key == rows[11].key
-            else Judged(row.key, row.attempt, VERSION, int(row.key.prompt[1]) * 10 + row.key.sample, "scored",
-                        {"format": 0.25}) for row in part if row.finish_reason != UNFINISHED])
+            RewardRow(row.key, row.attempt, VERSION, None, "timeout", {}, HOSTILE) if row.key == rows[11].key
+            else RewardRow(row.key, row.attempt, VERSION, int(row.key.prompt[1]) * 10 + row.key.sample,
+                           "scored", {"format": 0.25}) for row in part if row.finish_reason != UNFINISHED])
     return store
 
 
@@ -60,7 +60,7 @@ def shown(page: str, why: str) -> list[str]:
     return re.findall(rf"<h2>Round 1, {why} <small>prompt (p\d, sample \d)</small></h2>", page)
 
 
-def test_highest_lowest_cut_off_and_those_without_a_reward(store: Store) -> None:
+def test_highest_lowest_cut_off_and_those_without_a_reward(store: RolloutStore) -> None:
     page = page_of(store, [1], VERSION, 3)
     assert shown(page, "highest reward") == ["p3, sample 1", "p3, sample 0", "p2, sample 2"]
     assert shown(page, "lowest reward") == ["p0, sample 0", "p0, sample 1", "p0, sample 2"]
@@ -77,13 +77,13 @@ def test_highest_lowest_cut_off_and_those_without_a_reward(store: Store) -> None
     assert "went on" in few and shown(few, "highest reward").count("p2, sample 1") == 1
 
 
-def test_what_strangers_wrote_stays_text(store: Store) -> None:
+def test_what_strangers_wrote_stays_text(store: RolloutStore) -> None:
     page = page_of(store, [1], VERSION, 12)
     assert "<script>alert" not in page and "\x1b" not in page and page.encode()
     assert html.escape("</pre><script>alert(1)</script>\\x1b[2J") in page
 
 
-def test_a_tokenizer_tells_turns_apart(store: Store, tmp_path: Path,
+def test_a_tokenizer_tells_turns_apart(store: RolloutStore, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["rl", "store", "page", str(store.path), "--output", str(tmp_path / "page.html"), "--count", "1"]
     assert main(asked) == 0

@@ -16,10 +16,10 @@ import pytest
 
 from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.errors import StopRequested, UserError
-from megatron_sov.judge.tools.episode import Episode, Written, lines_in, row_of
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.limits import EpisodeLimits
 from megatron_sov.judge.tools.playing import (
-    STREAMS, MessageTable, NoTurn, Policy, Said, Table, messages_of, play, play_by_messages)
+    STREAMS, EpisodeTable, MessageTable, NoTurn, Said, ToolPolicy, messages_of, play, play_by_messages)
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.judge.tools.transcript import page_of, summary_of, transcript_of
 from megatron_sov.work.progress.folders import work_folder
@@ -67,12 +67,12 @@ class _Killed(BaseException):
     """Ends a command in the middle, as a signal would."""
 
 
-def _killed_at(round_: int) -> Callable[[Policy], Policy]:
+def _killed_at(round_: int) -> Callable[[ToolPolicy], ToolPolicy]:
     class Killing:
-        def __init__(self, policy: Policy) -> None:
+        def __init__(self, policy: ToolPolicy) -> None:
             self._policy, self._left = policy, round_
 
-        def sample(self, *asked: Any) -> Sequence[Written]:
+        def sample(self, *asked: Any) -> Sequence[GeneratedTurn]:
             self._left -= 1
             if self._left < 0:
                 raise _Killed
@@ -105,12 +105,12 @@ def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str
 
     class Script:
         def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-                   streams: Sequence[int]) -> list[Written]:
-            return [Written(encoder.encode(turns[stream % STREAMS])) for stream in streams]
+                   streams: Sequence[int]) -> list[GeneratedTurn]:
+            return [GeneratedTurn(encoder.encode(turns[stream % STREAMS])) for stream in streams]
 
     with open_journal(tmp_path / "one", "play", {}) as journal:
         (episode,) = play([{"question": "Try.", "answer": "1"}], Script(),
-                          Table(order(world, {}), encoder, limits), lines_in(journal))
+                          EpisodeTable(order(world, {}), encoder, limits), lines_in(journal))
     return episode, encoder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.settings import Problem
+from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import (
     AudioEncoderConfig, DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig, VisionEncoderConfig,
     YarnConfig, apply_settings)
@@ -67,7 +67,7 @@ Small = Callable[..., RunConfig]
 
 def test_shared_experts_are_divided_like_attention_not_like_the_routed_ones(small: Small) -> None:
     """They are one wide feed-forward network, of which every tensor parallel rank has a piece."""
-    def problems(expert_ffn_dim: int, num_shared_experts: int) -> list[Problem]:
+    def problems(expert_ffn_dim: int, num_shared_experts: int) -> list[SettingsProblem]:
         model = small(num_heads=6, num_kv_heads=3, expert_ffn_dim=expert_ffn_dim,
                       num_shared_experts=num_shared_experts).model
         return ParallelConfig(tp=3, sp=True).problems(model, num_ranks=3)
@@ -77,7 +77,7 @@ def test_shared_experts_are_divided_like_attention_not_like_the_routed_ones(smal
 
 
 def test_yarns_table_is_cut_as_rows_are(small: Small) -> None:
-    def problems(cp: int, original_max_position_tokens: int) -> list[Problem]:
+    def problems(cp: int, original_max_position_tokens: int) -> list[SettingsProblem]:
         model = small(yarn=YarnConfig(original_max_position_tokens=original_max_position_tokens)).model
         return ParallelConfig(cp=cp).problems(model, num_ranks=cp)
 

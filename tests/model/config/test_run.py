@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sov.base.settings import Problem
+from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model import config as config_module
 from megatron_sov.model.config import DataConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
 
@@ -42,7 +42,7 @@ def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None
     """A row is a micro-batch of whole samples: their length times their number counts."""
     layout = ParallelConfig(tp=2, sp=True, cp=2)
 
-    def problems(seq_len: int, micro_batch_size: int) -> list[Problem]:
+    def problems(seq_len: int, micro_batch_size: int) -> list[SettingsProblem]:
         config = small()
         return replace(config, parallel=layout, data=DataConfig(phases=(PhaseConfig("a", seq_len=seq_len),)),
                        train=replace(config.train, micro_batch_size=micro_batch_size)).problems(num_ranks=4)

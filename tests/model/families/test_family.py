@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import Loaded
+from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.model import families as models
 from megatron_sov.model.config import ModelConfig, YarnConfig
 from megatron_sov.model.config.model import Llama3RopeConfig
@@ -186,7 +186,7 @@ def test_a_family_that_leaves_out_a_setting_is_refused_when_it_is_loaded() -> No
     assert without(KV_HEADS).unsaid() == ["num_kv_heads"]
     assert "rope_theta" in without(rope).unsaid()
     with pytest.raises(UserError, match=r"my.py:QWEN: says nothing of model\.num_kv_heads, and .*KV_HEADS"):
-        models.OWN.add(Loaded(without(KV_HEADS), "QWEN", "my.py:QWEN", {}))
+        models.OWN.add(LoadedPlugin(without(KV_HEADS), "QWEN", "my.py:QWEN", {}))
 
 
 def test_a_config_json_that_describes_another_model_is_not_written() -> None:

@@ -13,13 +13,13 @@ from hypothesis import given, settings, strategies as st
 from megatron_sov import recipes
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families.hf_layers import ExpertStack, StackLayout
-from megatron_sov.model.families.weights import QKV, Experts, GateUp, Link, Same, Section, links
+from megatron_sov.model.families.weights import QKV, Experts, GateUp, Link, Same, WeightSection, links
 
 TINY = recipes.get("tiny-k-exaone").model
 
 
 def qkv_link(model: ModelConfig) -> Link:
-    return links([Section("once", "", "", (QKV("qkv", "q", "k", "v"),))], model)[0]
+    return links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], model)[0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,7 +66,7 @@ def test_megatron_reads_the_interleaved_rows_as_query_key_value() -> None:
 
 
 def test_gate_comes_before_up_and_experts_are_stacked() -> None:
-    section = Section("once", "mlp.", "m.", (Experts(GateUp("fc1", "{e}.gate", "{e}.up", "I H")),))
+    section = WeightSection("once", "mlp.", "m.", (Experts(GateUp("fc1", "{e}.gate", "{e}.up", "I H")),))
     found = links([section], TINY)
     assert len(found) == TINY.num_experts
     link = found[3]
@@ -77,9 +77,9 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     assert torch.equal(joined, torch.cat([gate, up]))
     for name, (first, count) in link.rows().items():
         assert torch.equal(joined[first:first + count], {"m.3.gate": gate, "m.3.up": up}[name])
-    (whole,) = links([Section("once", "", "", (Same("head", "head", "V H"),))], TINY)
+    (whole,) = links([WeightSection("once", "", "", (Same("head", "head", "V H"),))], TINY)
     assert whole.rows() == {"head": (0, TINY.vocab_size)}
-    (qkv,) = links([Section("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
+    (qkv,) = links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
     assert qkv.rows() == {}, "interleaved"
 
 
@@ -106,10 +106,12 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
     (lambda: Same("a", "b", ""), "in the shape ''"),
     (lambda: Experts(Same("a", "b", "H")), "lacks the placeholder {e}"),
     (lambda: Experts(Same("a.{e}", "b.{e}", "H")), "holds all experts"),
-    (lambda: Section("every layer", "decoder.", "model.{l}.", ()), "both prefixes need the placeholder {l}"),
-    (lambda: Section("once", "decoder.{l}.", "model.", ()), "neither prefix may have the placeholder {l}"),
-    (lambda: Section("once", "", "", (Same("a", "b.{e}", "H"),)), "an expert's in Experts"),
-    (lambda: Section("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "b stand twice"),
+    (lambda: WeightSection("every layer", "decoder.", "model.{l}.", ()),
+     "both prefixes need the placeholder {l}"),
+    (lambda: WeightSection("once", "decoder.{l}.", "model.", ()),
+     "neither prefix may have the placeholder {l}"),
+    (lambda: WeightSection("once", "", "", (Same("a", "b.{e}", "H"),)), "an expert's in Experts"),
+    (lambda: WeightSection("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "b stand twice"),
 ])
 def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> None:
     with pytest.raises(ValueError) as e:
@@ -118,7 +120,7 @@ def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> Non
 
 
 def test_two_sections_may_not_claim_one_tensor() -> None:
-    section = Section("once", "", "", (Same("a", "b", "H"),))
+    section = WeightSection("once", "", "", (Same("a", "b", "H"),))
     with pytest.raises(ValueError, match="names a tensor twice"):
         links([section, section], TINY)
 
@@ -131,7 +133,7 @@ MODEL = replace(recipes.get("tiny-gpt-oss").model, num_experts=3, hidden_size=4,
 
 @pytest.mark.parametrize(("shape", "in_turns"), [("H I", True), ("I", True), ("I H", False), ("H", False)])
 def test_a_stack_is_each_experts_matrix_turned(shape: str, in_turns: bool) -> None:
-    (link,) = links([Section("once", "", "", (ExpertStack("ours", "theirs", shape, in_turns),))], MODEL)
+    (link,) = links([WeightSection("once", "", "", (ExpertStack("ours", "theirs", shape, in_turns),))], MODEL)
     (stored,) = link.hf_shapes().values()
     theirs = torch.arange(torch.Size(stored).numel()).reshape(stored)
     experts = []

@@ -19,7 +19,7 @@ from megatron_sov.omni.codecs.images.simvq import SimVQSettings
 from megatron_sov.omni.codecs.sounds.fsq import FSQSettings
 from megatron_sov.omni.codecs.training.banks import PICTURES, SoundBank, media_files, picture_bank
 from megatron_sov.omni.codecs.training.draws import batch_rows
-from megatron_sov.omni.codecs.training.loop import Plan, train
+from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
 from megatron_sov.omni.codecs.training.tokenizers import (
     AudioTokenizerTask, AudioTokenizerTraining, ImageTokenizerTask, ImageTokenizerTraining, Learning)
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -50,9 +50,10 @@ def audio_task(folder: Path) -> AudioTokenizerTask:
     return AudioTokenizerTask.made(HEARING, bank, bank)
 
 
-def plan(output: Path, kind: str) -> Plan:
+def plan(output: Path, kind: str) -> CodecTrainingPlan:
     settings = SEEING if kind == "simvq" else HEARING
-    return Plan(kind, output, LEARNING.steps, plain(settings), checkpoint_every_s=0, look_every=4)
+    return CodecTrainingPlan(kind, output, LEARNING.steps, plain(settings), checkpoint_every_s=0,
+                             look_every=4)
 
 
 @pytest.mark.parametrize(("kind", "make"), [("simvq", image_task), ("fsq", audio_task)])

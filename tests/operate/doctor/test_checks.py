@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.operate.doctor import checks
-from megatron_sov.operate.doctor.checks import Check
+from megatron_sov.operate.doctor.checks import MachineCheck
 
 
 def module(folder: Path, name: str, text: str = "", **files: str) -> None:
@@ -185,7 +185,7 @@ def test_apex_is_told_from_its_namesake_by_its_files(site: Path) -> None:
     assert only(checks.apex_checks()).status == "ok"
 
 
-def only(found) -> Check:
+def only(found) -> MachineCheck:
     (check,) = found
     return check
 
@@ -198,7 +198,7 @@ def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytes
     program(tmp_path, "sbatch", "echo slurm 24.11.1")
     program(tmp_path, "c++", "echo 'c++ 12.2.0'\necho more")
     program(tmp_path, "nvcc", "exit 1")
-    assert only(checks.slurm_checks()) == Check("Slurm", "ok", "slurm 24.11.1")
+    assert only(checks.slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
     assert {c.name: c.detail for c in checks.compiler_checks()}["C++ compiler"] == "c++ 12.2.0"
     assert {c.name: c.status for c in checks.compiler_checks()}["CUDA compiler"] == "missing"
 

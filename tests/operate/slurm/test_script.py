@@ -16,7 +16,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.submit import COMMANDS
 from megatron_sov.operate.slurm.stages import STAGES
-from megatron_sov.operate.slurm.submission import Prepared, Request, prepare
+from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig
 
@@ -47,7 +47,7 @@ NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
 
 def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> Prepared:
-    return prepare(Request(stage, words, profile, **request), COMMANDS)
+    return prepare(SubmitRequest(stage, words, profile, **request), COMMANDS)
 
 
 def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:

@@ -26,7 +26,7 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare(submission.Request("data", PACK, load("local"), array=2),
+    parts, join = submission.prepare(submission.SubmitRequest("data", PACK, load("local"), array=2),
                                      COMMANDS).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
@@ -41,7 +41,7 @@ SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
 def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
     """Return the settings by number of nodes that a submission to H100s gets."""
     profile = load("h100", account="me")
-    asked = submission.Request("pretrain", (*SOLAR, *more), profile, nodes, **request)
+    asked = submission.SubmitRequest("pretrain", (*SOLAR, *more), profile, nodes, **request)
     return submission.prepare(asked, COMMANDS).jobs[0].layouts
 
 
@@ -55,7 +55,7 @@ def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
-    script = submission.prepare(submission.Request("pretrain", SOLAR, load("h100", account="me"), 64),
+    script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
     assert script.asks_for == ("Asks for 64 x 8 GPUs; layout: tp 2, sp, pp 4, ep 8, zero1, "
                                "overlap_grad_reduce, overlap_param_gather, pipeline_layout (12, 12, 13, 11), "
@@ -67,13 +67,13 @@ def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> 
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", nodes=60)
     other = dataclasses.replace(load("h100", account="me"), gpu="")
-    asked = submission.Request("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
+    asked = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
     assert submission.prepare(asked, COMMANDS).jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare(submission.Request("data", PACK, load("local"), array=2),
+    text = submission.prepare(submission.SubmitRequest("data", PACK, load("local"), array=2),
                               COMMANDS).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
@@ -89,7 +89,7 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "submit", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.Request("convert", words, load("local")), COMMANDS)
+    prepared = submission.prepare(submission.SubmitRequest("convert", words, load("local")), COMMANDS)
     assert submission.submit(prepared, []) == ["17"]
     assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
@@ -107,7 +107,7 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("to-hf", "run", str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.Request("convert", words, load("local")), COMMANDS)
+    prepared = submission.prepare(submission.SubmitRequest("convert", words, load("local")), COMMANDS)
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
                         if b.name == "cli.py" else copies(a, b))

@@ -19,7 +19,7 @@ from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.plan.calibration.calibrate import (
     FACTORS, NOISE, calibrate, calibration, fit, observations, scaled)
 from megatron_sov.plan.calibration.learned import (
-    Learned, LocalMachine, Passes, as_json, learn, passes_of, read_learned, shipped)
+    LearnedCorrection, LocalMachine, Passes, as_json, learn, passes_of, read_learned, shipped)
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
@@ -148,7 +148,7 @@ def test_a_run_is_not_written_over_by_what_it_teaches(write_run: Any) -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    learned = Learned(default(), {"AMD EPYC": LocalMachine(5e10, 1e-3)})
+    learned = LearnedCorrection(default(), {"AMD EPYC": LocalMachine(5e10, 1e-3)})
     file = tmp_path / "ours.json"
     file.write_text(json.dumps(as_json(learned, {"by": "a test"})))
     found = read_learned(file)

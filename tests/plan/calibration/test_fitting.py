@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, num_params
 from megatron_sov.model.recipes.layouts import RECOMMENDED
-from megatron_sov.model.recipes.requested import Request
+from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.footprint.held import held as held_by, stage_params
 from megatron_sov.plan.search.recommended import (
@@ -90,7 +90,7 @@ def test_a_layout_is_open_where_nobody_has_said_anything(settings: tuple[str, ..
                                                          own: dict[str, int], open_: bool) -> None:
     base = recipes.get("solar-open-102b")
     base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **own))
-    assert leaves_layout_open(Request(base, settings, from_file)) == open_
+    assert leaves_layout_open(RecipeRequest(base, settings, from_file)) == open_
 
 
 def test_a_recipe_without_recommendations_keeps_its_layout() -> None:

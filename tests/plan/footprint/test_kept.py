@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.plan.calibration.expected import CLUSTER, PARAMETERS, SHIPPED, Machine, expected
-from megatron_sov.plan.calibration.learned import Learned, LocalMachine, as_json
+from megatron_sov.plan.calibration.learned import LearnedCorrection, LocalMachine, as_json
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.plan.speed.parameters import default
@@ -181,7 +181,7 @@ def test_steps_that_wait_for_other_jobs_have_no_speed() -> None:
 def test_what_a_team_has_learned_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "ours.json"
     machines = {CPU.device: LocalMachine(1e9, 0.0)}
-    file.write_text(json.dumps(as_json(Learned(default(), machines), {})))
+    file.write_text(json.dumps(as_json(LearnedCorrection(default(), machines), {})))
     monkeypatch.setenv(PARAMETERS, str(file))
     config = recipes.get("tiny-qwen3")
     found = expected(config, 1, CPU)

@@ -14,10 +14,10 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.recipes.requested import Request
+from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.expected import PARAMETERS, Machine, expected
 from megatron_sov.plan.footprint import kept
-from megatron_sov.plan.on_cluster import Placed, placed, searched
+from megatron_sov.plan.on_cluster import PlacedPlan, placed, searched
 from megatron_sov.plan.pages.page import plan_page
 from megatron_sov.plan.pricing import machines
 from megatron_sov.runs.obs.events import EVENTS, EventLog
@@ -27,14 +27,14 @@ HOSTILE = "</script><script>window.hacked = 1</script>"
 
 
 @pytest.fixture(scope="module")
-def found() -> Placed:
+def found() -> PlacedPlan:
     """A run of two kinds of stage, searched."""
-    request = Request(recipes.get("tiny-k-exaone-extend"), (), from_file=False)
+    request = RecipeRequest(recipes.get("tiny-k-exaone-extend"), (), from_file=False)
     return searched(request, machines("h100", 2), ["tiny-k-exaone-extend"])
 
 
 def test_every_chart_is_drawn_and_the_layout_holds_on_every_screen(
-        found: Placed, tmp_path: Path,
+        found: PlacedPlan, tmp_path: Path,
         measure_page: Callable[[Path], dict[tuple[str, int], dict[str, Any]]]) -> None:
     page = plan_page(found.config, found.quotes, found.told)
     (file := tmp_path / "plan.html").write_text(page, encoding="utf-8")
@@ -47,7 +47,7 @@ def test_every_chart_is_drawn_and_the_layout_holds_on_every_screen(
         assert screen["num_charts"] == num_charts and screen["collisions"] == []
 
 
-def test_the_page_says_what_the_tables_say(found: Placed) -> None:
+def test_the_page_says_what_the_tables_say(found: PlacedPlan) -> None:
     page = plan_page(found.config, found.quotes, found.told)
     text = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
     assert found.told is not None
@@ -58,7 +58,7 @@ def test_the_page_says_what_the_tables_say(found: Placed) -> None:
 
 def test_the_page_of_jobs_says_nothing_of_a_job_without_gpus() -> None:
     """Rewards hold no GPU, and an engine may take less memory than the trainer."""
-    request = Request(recipes.get("typhoon-s-4b-legal"), (), from_file=False)
+    request = RecipeRequest(recipes.get("typhoon-s-4b-legal"), (), from_file=False)
     found = placed(request, machines("h100", 1))
     page = plan_page(found.config, found.quotes, found.told)
     page = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
@@ -73,7 +73,7 @@ def test_the_page_of_jobs_says_nothing_of_a_job_without_gpus() -> None:
 def test_hostile_names_stay_text() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), [
         f'data.phases=[{{"name": "{HOSTILE}"}}]'.replace("</", "<\\/")])
-    request = Request(config, (), from_file=True)
+    request = RecipeRequest(config, (), from_file=True)
     found = searched(request, machines("h100", 1), ["x"])
     assert "<script>window" not in plan_page(found.config, found.quotes, found.told)
 

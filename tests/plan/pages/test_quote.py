@@ -16,13 +16,13 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.schedules import Schedule
-from megatron_sov.model.recipes.requested import Request
+from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.on_cluster import placed, searched
 from megatron_sov.plan.pages import quote as quote_tables, timetable
 from megatron_sov.plan.pages.quote import (
-    Memory, Quote, Traffic, alike, as_json, dollars, energy, gib, labels, percent, seconds, tables, text,
-    totals)
+    Quote, QuotedMemory, Traffic, alike, as_json, dollars, energy, gib, labels, percent, seconds, tables,
+    text, totals)
 from megatron_sov.plan.pricing import (
     MAX_NODES, Machines, Pricing, RunStage, group_stages, machines, pricing, quote, refuse_precision,
     run_stages)
@@ -104,7 +104,7 @@ def a_quote(**changes: Any) -> Quote:
     values: dict[str, Any] = {
         "name": "one", "kind": "phase", "gpu": "H100-80GB", "num_gpus": 8, "tokens": 3_600_000, "steps": 3600,
         "seq_len": 1000, "global_batch_size": 1, "layout": {"pp": 1},
-        "memory": Memory({"weights": 30 * GIB, "update": GIB // 100}, 75 * GIB), "seconds": seconds,
+        "memory": QuotedMemory({"weights": 30 * GIB, "update": GIB // 100}, 75 * GIB), "seconds": seconds,
         "traffic": (Traffic("dp", "between", 5e9, 0.1),), "tokens_per_s_per_gpu": 125.0,
         "tflops_per_gpu": 1.0, "mfu": 0.4, "hours": 1.0, "effective_share": 1.0, "energy_kwh": 11.0,
         "cost_usd": 23.6, "cost_range_usd": (16.0, 40.0), "notes": ("Cost: 2.95 USD.",)}
@@ -118,7 +118,7 @@ def test_components_are_told_apart_from_items_of_memory() -> None:
 
 
 def test_items_that_are_next_to_nothing_share_a_line() -> None:
-    found = quote_tables.seen(Memory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
+    found = quote_tables.seen(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
     assert found == {"weights": 1000, quote_tables.OTHERS: 11}
 
 
@@ -136,7 +136,7 @@ def test_totals_stand_below_several_stages_alone() -> None:
 
 
 def test_the_pipeline_stage_is_named_where_there_is_a_pipeline() -> None:
-    piped = a_quote(layout={"pp": 4}, memory=Memory({"weights": GIB}, 75 * GIB, stage=3))
+    piped = a_quote(layout={"pp": 4}, memory=QuotedMemory({"weights": GIB}, 75 * GIB, stage=3))
     assert quote_tables.memory([piped]).title == "Memory of the fullest GPU in GiB, pipeline stage 4"
     assert quote_tables.memory([a_quote()]).title == "Memory of the fullest GPU in GiB"
 
@@ -339,8 +339,8 @@ def test_a_number_of_nodes_that_nobody_has(nodes: int) -> None:
 # A run on a cluster: whose layout it takes, and what a script reads of it.
 
 
-def of(recipe: str, *settings: str) -> Request:
-    return Request(recipes.get(recipe), settings, from_file=False)
+def of(recipe: str, *settings: str) -> RecipeRequest:
+    return RecipeRequest(recipes.get(recipe), settings, from_file=False)
 
 
 def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None:

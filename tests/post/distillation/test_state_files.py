@@ -10,7 +10,7 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_shards import open_sources
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
 from megatron_sov.post.distillation import state_files
 from megatron_sov.post.distillation.state_files import Kept, StateFiles
@@ -55,7 +55,7 @@ def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
         """Be two processes, one after the other."""
         said.clear()
         for rank in range(2):
-            teacher.verify(World(rank, 2, rank, 2, True, True))
+            teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))
 
     verify()
     for file in [*sorted((tmp_path / "kept/states").iterdir())[:2], tmp_path / "kept/head.safetensors"]:

@@ -28,7 +28,7 @@ from megatron_sov.infer.engines.target import Target  # noqa: E402
 from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
 from megatron_sov.post.distillation.teacher import (  # noqa: E402
-    FORMATS, Reading, read_documents, weights_digest)
+    FORMATS, TeacherReading, read_documents, weights_digest)
 
 FAMILY, TOP_K = "exaone_moe", 5
 
@@ -53,8 +53,8 @@ def opened(out: Path, data: Path) -> StateFiles:
     return StateFiles(out, open_sources({str(data): 1.0}, 1024, FORMATS))
 
 
-def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> Reading:
-    return Reading(Target(model, is_hf), {str(data): 1.0}, kept=Kept("float32", top_k), part_tokens=80)
+def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> TeacherReading:
+    return TeacherReading(Target(model, is_hf), {str(data): 1.0}, kept=Kept("float32", top_k), part_tokens=80)
 
 
 def everything(out: Path, data: Path) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     """Its probabilities are transformers', over its own reading of the text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_sov.post.parts.translation import Translation
+    from megatron_sov.post.parts.translation import TokenTranslation
 
     teacher = tmp_path / "teacher"
     shutil.copytree(hf_models[FAMILY], teacher)
@@ -140,7 +140,7 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     sources = open_sources({str(data): 1.0}, 1024, FORMATS)
     files, shard = opened(tmp_path / "states", data), sources[0].shard("train")
     own = data / "tokenizer"
-    both = Translation(own, teacher, sources[0].vocab_size, 1024)
+    both = TokenTranslation(own, teacher, sources[0].vocab_size, 1024)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     ids = shard.tokens(7, 0, int(shard.lengths[7]))
     document = both.document(ids.tolist())
@@ -245,7 +245,7 @@ def test_a_teacher_whose_digest_is_known_is_not_hashed_again(
         raise AssertionError("its files are read once more")
 
     monkeypatch.setattr(teaching, "weights_digest", hashed)
-    read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, digest="blake3:known"),
+    read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, digest="blake3:known"),
                    tmp_path / "states", [], None)
     assert opened(tmp_path / "states", data).teacher == "blake3:known"
 
@@ -255,11 +255,12 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
     with pytest.raises(UserError, match=r"ids mean other tokens than in .* \(e.g. \d+: "):
         read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
     with pytest.raises(UserError, match="dtype 'int8': is none of bfloat16, float32"):
-        read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
+        read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
                        tmp_path / "states", [], None)
     with pytest.raises(UserError, match=r"--top-k 1024: must lie in \[0, 1024\), the token ids of the teach"):
         read_documents(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
-    read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [], None)
+    read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [],
+                   None)
     assert opened(tmp_path / "states", data).states(0, "train", 3, 0, 2).dtype == torch.bfloat16
     other = shutil.copytree(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())

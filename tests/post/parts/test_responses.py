@@ -8,8 +8,8 @@ import numpy as np
 def test_documents_are_counted_and_padding_is_not() -> None:
     import torch
 
-    from megatron_sov.engine.data.order import Sample
-    from megatron_sov.engine.data.packing import Segment
+    from megatron_sov.engine.data.order import OrderedSample
+    from megatron_sov.engine.data.packing import PackedSegment
     from megatron_sov.engine.data.rows import join_rows, sample_row
     from megatron_sov.post.parts.responses import responses_of
     from megatron_sov.train.objectives.microbatch import from_row
@@ -31,7 +31,8 @@ def test_documents_are_counted_and_padding_is_not() -> None:
             return (1 + self.learned[document][start:start + count]).astype(np.uint8)
 
     lengths = Documents.lengths.tolist()
-    samples = [Sample(0, tuple(Segment(i, 0, lengths[i]) for i in part)) for part in ((0, 1), (2, 3, 4))]
+    samples = [OrderedSample(0, tuple(PackedSegment(i, 0, lengths[i]) for i in part)) for part in ((0, 1),
+                                                                                                   (2, 3, 4))]
     batch = from_row(join_rows([sample_row(sample, Documents(), 12) for sample in samples]))
     responses = responses_of(batch)
     assert responses.lengths.tolist() == [2, 2, 3, 0, 1]

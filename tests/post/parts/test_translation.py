@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.post.parts.translation import (
-    NO_SYMBOL, NOTHING, UNHEARD, Chain, Translation, spelling_table)
+    NO_SYMBOL, NOTHING, UNHEARD, Chain, TokenTranslation, spelling_table)
 
 END = "<|end|>"
 TOKENS = [b"a", b"b", b"c", b"ab", b"abc", b"."]
@@ -42,8 +42,9 @@ def opened(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def translation(student: Path, teacher: Path) -> Translation:
-    return Translation(student, teacher, opened(student).get_vocab_size(), opened(teacher).get_vocab_size())
+def translation(student: Path, teacher: Path) -> TokenTranslation:
+    return TokenTranslation(student, teacher, opened(student).get_vocab_size(),
+                            opened(teacher).get_vocab_size())
 
 
 def said(size: int, rows: int, seed: int = 0) -> torch.Tensor:

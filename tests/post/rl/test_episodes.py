@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.chat.turns import TurnEncoder
-from megatron_sov.judge.rollouts.prompts import Piece, Prompt
+from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt
 from megatron_sov.judge.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
-from megatron_sov.judge.rollouts.store import Store
-from megatron_sov.judge.tools.episode import ENDS, Written
-from megatron_sov.judge.tools.playing import Table
+from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.judge.tools.episode import ENDS, GeneratedTurn
+from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.model.config.rollout import RolloutConfig
-from megatron_sov.post.rl.generate import Attempt
+from megatron_sov.post.rl.generate import SampleAttempt
 from megatron_sov.post.rl.responses import Episodes
 from megatron_sov.runs.policies import Policy
 
@@ -36,7 +36,7 @@ class Timed:
         self._policy, self.now_s = policy, 0.0
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-               streams: Sequence[int]) -> list[Written]:
+               streams: Sequence[int]) -> list[GeneratedTurn]:
         self.now_s += 1
         return self._policy.sample(prompts, max_new_tokens, streams)
 
@@ -46,17 +46,17 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
     encoder = TurnEncoder(chat, "the test's tokenizer")
     asked = order("booking", {})
     environment: Any = make(asked)[0]
-    piece = Piece(1, 0, tuple(Prompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
+    piece = PromptPiece(1, 0, tuple(RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
     timed = Timed(FuzzedPolicy("booking", chat, encoder.end_ids[0]))
-    writer = Episodes(Table(asked, encoder, LIMITS, 3), "v1", lambda ids: chat.decode(ids), encoder.end_ids,
-                      ROLLOUT, "script", {"environment": "v1"}, lambda: timed.now_s)
-    store = Store.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)
+    writer = Episodes(EpisodeTable(asked, encoder, LIMITS, 3), "v1", lambda ids: chat.decode(ids),
+                      encoder.end_ids, ROLLOUT, "script", {"environment": "v1"}, lambda: timed.now_s)
+    store = RolloutStore.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)
     rows: list[Rollout] = []
     number, begun = 0, ()
     while number == 0 or begun:
         policy = Policy(tmp_path, 4 * number, f"{number:064x}")
         name = piece.part(number)
-        [written_rows] = writer.played(timed, [Attempt(piece, number, policy, begun)])
+        [written_rows] = writer.played(timed, [SampleAttempt(piece, number, policy, begun)])
         store.add_rollouts(name, written_rows, {})
         found = store.read_rollouts(name)
         assert all(row.attempt == number for row in found)
@@ -65,7 +65,7 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
         number += 1
     assert number > 2, "nothing was cut off twice"
     [whole] = replace(writer, rollout=replace(ROLLOUT, deadline_s=0.0)).played(
-        timed, [Attempt(piece, 0, Policy(tmp_path, 0, "0" * 64))])
+        timed, [SampleAttempt(piece, 0, Policy(tmp_path, 0, "0" * 64))])
     ended = {row.key: row for row in later(rows)}
     assert len(ended) == 4 == len(whole)
     for expected in whole:

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.prompts import Piece, Prompt, read_prompts, round_prompts
+from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, read_prompts, round_prompts
 from megatron_sov.judge.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.rollout import RolloutConfig
-from megatron_sov.post.rl.generate import Attempt, Desk, Missing, write_rounds
-from megatron_sov.post.rl.responses import Responses, key_digest
+from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
+from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.runs.policies import Policy
 from megatron_sov.work.progress.claims import Claims, Patience
 
@@ -39,7 +39,7 @@ class Counting:
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
         assert stop is not None and streams is not None
         self.streams += streams
@@ -81,7 +81,7 @@ class Numbers:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> list[Prompt]:
+def prompts(tmp_path: Path) -> list[RolloutPrompt]:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": str(10 * k), "answer": k}) + "\n" for k in range(1, 13)))
     return read_prompts(path)
@@ -94,18 +94,18 @@ def policy(step: int) -> Policy:
 class Job:
     """One generating job; `newest` gives the newest policy whenever it is asked."""
 
-    def __init__(self, store: Path, prompts: list[Prompt], newest: Callable[[], int],
+    def __init__(self, store: Path, prompts: list[RolloutPrompt], newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, **desk: Any) -> None:
-        self.engine, self.taken, self.store = Counting(), [0], Store.create(store, "sha256:0", 1000)
+        self.engine, self.taken, self.store = Counting(), [0], RolloutStore.create(store, "sha256:0", 1000)
 
         def policy_of(number: int) -> Policy | None:
             return policy(newest()) if newest() >= number - 1 else None
 
         self.missing = Missing(self.store, Claims(self.store.claims, 60), prompts, rollout, range(1, 4),
                                policy_of, lambda number: key_digest(rollout, number, {}))
-        self.writer = Responses(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
-                                lambda: self.engine.now_s)
-        self.desk = Desk(self.missing, self.store, **{"wait_s": 0.0, "provenance": {}, **desk})
+        self.writer = ResponseSource(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
+                                     lambda: self.engine.now_s)
+        self.desk = PieceQueue(self.missing, self.store, **{"wait_s": 0.0, "provenance": {}, **desk})
 
     def take(self, given: Policy) -> None:
         self.taken.append(given.step)
@@ -115,11 +115,11 @@ class Job:
         return write_rounds(self.engine, self.take, policy(0), self.writer, self.desk)
 
 
-def rows_of(store: Store) -> list[Rollout]:
+def rows_of(store: RolloutStore) -> list[Rollout]:
     return [row for part in store.parts() for row in store.read_rollouts(part.name)]
 
 
-def check_whole(store: Store, prompts: list[Prompt], rounds: Sequence[int]) -> list[Rollout]:
+def check_whole(store: RolloutStore, prompts: list[RolloutPrompt], rounds: Sequence[int]) -> list[Rollout]:
     """Check that the last attempts are each response once and whole; return them."""
     rows = rows_of(store)
     assert len({(row.key, row.attempt) for row in rows}) == len(rows)
@@ -144,7 +144,8 @@ def check_whole(store: Store, prompts: list[Prompt], rounds: Sequence[int]) -> l
     return found
 
 
-def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path,
+                                                              prompts: list[RolloutPrompt]) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
     summary = job.run()
@@ -162,7 +163,8 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, pr
     assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
 
 
-def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path,
+                                                               prompts: list[RolloutPrompt]) -> None:
     parts = 0
 
     def newest() -> int:  # a trainer that is a round further with every two parts
@@ -171,7 +173,7 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, p
     job = Job(tmp_path / "store", prompts, newest)
     publish = job.desk.publish
 
-    def counted(attempts: Sequence[Attempt], rows: Sequence[list[Rollout]]) -> None:
+    def counted(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         nonlocal parts
         parts += len(attempts)
         publish(attempts, rows)
@@ -190,7 +192,8 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, p
             "a newer policy begins fresh pieces before it goes on with what an older one left")
 
 
-def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts: list[Prompt]) -> None:
+def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(
+        prompts: list[RolloutPrompt]) -> None:
     class Routed(Counting):
         def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> Generated:
             found = super().generate(prompts, *asked, **more)
@@ -201,18 +204,19 @@ def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts
             return replace(found, routes=routes)
 
     engine = Routed()
-    writer = Responses(Numbers(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
-                       lambda: engine.now_s, with_routes=True)
-    piece = Piece(1, 0, (prompts[5],))
-    [begun] = writer.write(engine, [Attempt(piece, 0, policy(0))])
+    writer = ResponseSource(Numbers(), ROLLOUT, "counting", False, {},  # type: ignore[arg-type]
+                            lambda: engine.now_s, with_routes=True)
+    piece = PromptPiece(1, 0, (prompts[5],))
+    [begun] = writer.write(engine, [SampleAttempt(piece, 0, policy(0))])
     assert {row.finish_reason for row in begun} == {UNFINISHED}
     engine.step = 1
-    [[first, other]] = writer.write(engine, [Attempt(piece, 1, policy(1), tuple(begun))])
+    [[first, other]] = writer.write(engine, [SampleAttempt(piece, 1, policy(1), tuple(begun))])
     sent = [row.routes[:, 0, 0].tolist() for row in (first, other) if row.routes is not None]
     assert sent == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
-def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prompts: list[Prompt]) -> None:
+def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
+        prompts: list[RolloutPrompt]) -> None:
     class Telling(Numbers):
         def encode(self, text: str) -> list[int]:
             begin, tokens, end = text.split()
@@ -221,26 +225,27 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prom
 
     rollout = replace(ROLLOUT, samples_per_prompt=4, budgets_tokens=(2, 6), budget_text="in {tokens} tokens",
                       max_prompt_tokens=3, deadline_s=0.0)
-    writer = Responses(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
+    writer = ResponseSource(Telling(), rollout, "counting", False, {})  # type: ignore[arg-type]
     writer.refuse_unfit(prompts)
-    [rows] = writer.write(Counting(), [Attempt(Piece(1, 0, (prompts[5],)), 0, policy(0))])
+    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, (prompts[5],)), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
     assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
     assert {row.key.sampling for row in rows} == {key_digest(rollout, 1, {})}
     assert key_digest(rollout, 1, {}) != key_digest(replace(rollout, budgets_tokens=(3, 6)), 1, {})
     untold = replace(rollout, budget_text="")
     assert key_digest(untold, 1, {}) == key_digest(replace(untold, budgets_tokens=()), 1, {})
-    narrow = Responses(Telling(), replace(rollout, max_prompt_tokens=2), "", False, {})  # type: ignore[arg-type]
+    narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "", False,
+                            {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"has 3 tokens, more than rollout.max_prompt_tokens = 2"):
         narrow.refuse_unfit(prompts)
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
-    writer = Responses(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
-    [rows] = writer.write(Counting(), [Attempt(Piece(1, 0, (own,)), 0, policy(0))])
+    writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
+    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, (own,)), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
 
 
-def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
     assert "round 2 waits" in job.run()["waits_for"]
     check_whole(job.store, prompts, (1,))
@@ -254,7 +259,7 @@ class Hanging(Counting):
         self.hangs, self.asked = hangs, []
         self.newer: Callable[[], object] = lambda: None
 
-    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
         assert stop is not None and streams is not None and bounds is not None
         moving = [i for i, text in enumerate(prompts) if text[0] != self.hangs]
@@ -272,7 +277,7 @@ class Hanging(Counting):
 
 
 def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path,
-                                                                  prompts: list[Prompt]) -> None:
+                                                                  prompts: list[RolloutPrompt]) -> None:
     newest = 0
     rollout = replace(ROLLOUT, deadline_s=20.0)
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
@@ -293,7 +298,7 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
 
 
 def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(
-        tmp_path: Path, prompts: list[Prompt]) -> None:
+        tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=20.0),
               clock_s=lambda: job.engine.now_s)
@@ -310,13 +315,14 @@ def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(
     assert {row.round for row in rows_of(job.store)} == {1, 2}
 
 
-def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
+                                                            prompts: list[RolloutPrompt]) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, clock_s=lambda: job.engine.now_s)
     batches: list[list[str]] = []
     publish = job.desk.publish
 
-    def counted(attempts: Sequence[Attempt], rows: Sequence[list[Rollout]]) -> None:
+    def counted(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         nonlocal newest
         batches.append([attempt.name for attempt in attempts])
         publish(attempts, rows)
@@ -331,7 +337,7 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path, prom
         assert row.tokens.tolist() == expected(int(row.prompt_tokens[0]))[:len(row.tokens)]
 
 
-def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 2)
 
     def dies(*asked: Any, **more: Any) -> Generated:
@@ -350,7 +356,7 @@ def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[Pro
     assert len(kept) == 2 and kept.items() <= now.items()
 
 
-def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: list[Prompt],
+def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: list[RolloutPrompt],
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []
 
@@ -368,7 +374,7 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
     two.desk.asked_to_stop = lambda: True
     assert two.run() is two.desk.summary and len(slept) == 2
     # a job that was taken for dead has written the same piece, by another policy
-    taken = Responses(Numbers(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
+    taken = ResponseSource(Numbers(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
     other = Counting()
     other.step = 1
     [rows] = taken.write(other, [replace(attempt, policy=policy(1))])
@@ -379,7 +385,8 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
     check_whole(one.store, prompts, (1, 2, 3))
 
 
-def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path,
+                                                         prompts: list[RolloutPrompt]) -> None:
     Job(tmp_path / "store", prompts, lambda: 0).run()
     with pytest.raises(UserError, match="holds responses of other settings: temperature"):
         Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, temperature=0.5)).run()
@@ -387,7 +394,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts
         Job(tmp_path / "store", prompts[:6], lambda: 0).run()
 
 
-def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt]) -> None:
+def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[RolloutPrompt]) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, max_prompt_tokens=1))
     job.writer.asker.ask = lambda asked: [[1, 2]] * len(asked)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"--prompts: line \d+ \(prompt [0-9a-f]{16}\) has 2 tokens"):
@@ -396,7 +403,7 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt
 
 
 def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
-        tmp_path: Path, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, prompts: list[RolloutPrompt], monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.rl import feed
 
     @contextlib.contextmanager
@@ -412,10 +419,10 @@ def test_a_run_that_writes_by_itself_stops_behind_a_piece_and_goes_on(
                                 checkpointer=SimpleNamespace(finish=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     rollout = replace(ROLLOUT, deadline_s=0.0)
-    writer = Responses(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
+    writer = ResponseSource(Numbers(), rollout, "counting", False, {})  # type: ignore[arg-type]
     producer = feed.Producer(
-        partial(Store.create, tmp_path / "store", "sha256:0", 1000), prompts, rollout, tmp_path / "run",
-        tmp_path / "start", writer, Batching(), "v1", judging, {})
+        partial(RolloutStore.create, tmp_path / "store", "sha256:0", 1000), prompts, rollout,
+        tmp_path / "run", tmp_path / "start", writer, Batching(), "v1", judging, {})
     store = producer.store()
     producer.produce(view, 1, lambda: bool(store.parts()))
     assert (len(store.parts()), len(store.parts(version="v1"))) == (1, 0)

@@ -18,8 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.rounds import RoundDocuments
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts
-from megatron_sov.judge.rollouts.rows import Judged, part_name
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.rows import RewardRow, part_name
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.post.rl.publish import Publisher
@@ -43,13 +43,14 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
                             for i in range(9)))
-    Store.create(tmp_path / "store", file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"), 368)
+    RolloutStore.create(tmp_path / "store", file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"),
+                        368)
     return Publisher(config_of(), tmp_path / "rounds", tmp_path / "store", read_prompts(file), VERSION,
                      packed_data.tokenizer)
 
 
-def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> Store:
-    store = Store.open(publisher.store)
+def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> RolloutStore:
+    store = RolloutStore.open(publisher.store)
     write_round(store, publisher.prompts, ROLLOUT, number, VERSION, **more)
     return store
 
@@ -128,7 +129,7 @@ def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, writ
 def test_pieces_of_another_size_are_no_whole_round(publisher: Publisher, write_round: Any,
                                                    other: dict[str, int]) -> None:
     rollout = dataclasses.replace(ROLLOUT, **other)
-    write_round(Store.open(publisher.store), publisher.prompts, rollout, 1, VERSION)
+    write_round(RolloutStore.open(publisher.store), publisher.prompts, rollout, 1, VERSION)
     with pytest.raises(UserError, match=r"has 8 responses, and rollout.piece_prompts = 4 with .* make 16;"):
         publisher.publish(1)
 
@@ -167,9 +168,9 @@ def test_a_late_response_joins_a_later_round_once_with_its_own_groups_baseline(
     late_part, ids = part_name(1, 0, 1), [p.id for p in round_prompts(publisher.prompts, ROLLOUT, 1)]
     rows = {row.key[:2]: row for row in store.read_rollouts(late_part)}
     store.add_rewards(VERSION, late_part, [
-        Judged(rows[ids[1], 0].key, 1, VERSION, 1.0, "scored"),
-        Judged(rows[ids[1], 3].key, 1, VERSION, 0.0, "scored"),
-        Judged(rows[ids[0], 1].key, 1, VERSION, None, "failed")])
+        RewardRow(rows[ids[1], 0].key, 1, VERSION, 1.0, "scored"),
+        RewardRow(rows[ids[1], 3].key, 1, VERSION, 0.0, "scored"),
+        RewardRow(rows[ids[0], 1].key, 1, VERSION, None, "failed")])
     alone = dataclasses.replace(publisher, rounds=tmp_path / "alone")
     assert early.publish(2) == alone.publish(2) == ""
     joined, without = (read_manifest(rounds / "0002").content for rounds in (early.rounds, alone.rounds))
@@ -235,7 +236,7 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
         said = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
                 for row in store.read_rollouts(name)]
         store.add_rewards(VERSION, name, [
-            Judged(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
+            RewardRow(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
             for key, reward in said])
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
@@ -248,7 +249,7 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
 def test_a_round_without_any_reward_is_not_passed_over(publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
     for name in (part_name(1, 0), part_name(1, 1)):
-        store.add_rewards(VERSION, name, [Judged(row.key, 0, VERSION, None, "failed")
+        store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, "failed")
                                           for row in store.read_rollouts(name)])
     with pytest.raises(UserError, match=r"no response of round 1 has a reward \(24 failed\); mend .* gc "):
         publisher.publish(1)
@@ -263,7 +264,7 @@ def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, wr
     store = write(publisher, write_round)
     with pytest.raises(UserError, match=r"round 1: sample 0 of prompt \w+ has no routes, and policy.router"):
         replaying.publish(1)
-    routed = Store.create(tmp_path / "routed", store.tokenizer_digest, 368)
+    routed = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
     layers = model.num_moe_layers()
     for name in (part_name(1, 0), part_name(1, 1)):
         rows = [dataclasses.replace(row, routes=np.tile(np.arange(2, dtype=np.uint8) + row.key.sample, (
@@ -286,7 +287,7 @@ def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_
     others = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
     with pytest.raises(UserError, match=r"store: round 1 holds responses to prompt \w{16}, which is none of"):
         others.publish(1)
-    Store.create(tmp_path / "other", "sha256:0", 368)
+    RolloutStore.create(tmp_path / "other", "sha256:0", 368)
     with pytest.raises(UserError, match=r"other: is written in another tokenizer \(sha256:0\) than"):
         dataclasses.replace(publisher, store=tmp_path / "other").publish(1)
     data = dataclasses.replace(publisher.config.data, phases=(PhaseConfig("round-0001", seq_len=12),))

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rollouts.rows import STOP, UNFINISHED, Asked, Judged, Key, Rollout
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
 from megatron_sov.work.progress.claims import Claims, Patience
@@ -28,9 +28,9 @@ def rollout(round_: int, prompt: int, response: str, **more: object) -> Rollout:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> RolloutStore:
     """Two rounds; of the second one a response is unfinished."""
-    found = Store.create(tmp_path / "store", "sha256:0", 10)
+    found = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
     found.add_rollouts("round-0001-piece-0000", [rollout(1, 0, "가나"), rollout(1, 1, "ab")], {})
     found.add_rollouts("round-0002-piece-0000", [
         rollout(2, 2, "가a", outcome={"reward": 0.5, "status": "scored", "components": {"x": 1},
@@ -52,13 +52,13 @@ class Script:
                 for row in rows]
 
 
-def job(store: Store, judge: Script, version: str = "v1", **more: object) -> JudgingJob:
+def job(store: RolloutStore, judge: Script, version: str = "v1", **more: object) -> JudgingJob:
     return JudgingJob(**{  # type: ignore[arg-type]
         "store": store, "claims": Claims(store.claims, 60), "version": version, "judge": judge,
         "rounds": None, "provenance": {"reward": "script"}, **more})
 
 
-def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Store) -> None:
+def test_every_response_is_judged_once_and_a_new_version_judges_again(store: RolloutStore) -> None:
     script = Script()
     summary = job(store, script, rounds=range(1, 2)).run()
     assert script.seen == ["가나", "ab"] and (summary.parts, summary.unfinished) == (1, 0)
@@ -76,7 +76,7 @@ def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Sto
     assert len(store.read_rewards("v2", "round-0002-piece-0000")) == 1
 
 
-def test_what_another_job_has_claimed_is_waited_for(store: Store) -> None:
+def test_what_another_job_has_claimed_is_waited_for(store: RolloutStore) -> None:
     slept: list[float] = []
     claim = Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000")
     assert claim is not None
@@ -95,7 +95,7 @@ def test_what_another_job_has_claimed_is_waited_for(store: Store) -> None:
     assert job(store, script).run().left == 0
 
 
-def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: Store) -> None:
+def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: RolloutStore) -> None:
     assert Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000") is not None
     now_s = 0.0
 
@@ -109,8 +109,8 @@ def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: Store) -> No
 
 
 def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "store", "sha256:0", 10)
-    asked = Asked(rounds=2, pieces=2)
+    store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
+    asked = AskedPrompt(rounds=2, pieces=2)
 
     def write(name: str, *rows: Rollout) -> None:
         store.add_rollouts(name, rows, asked.told(sum(row.finish_reason == UNFINISHED for row in rows)))
@@ -136,7 +136,7 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
     assert waited(range(1, 4)) == ("2 of 2 pieces of round 3", whole)
 
 
-def test_another_verdict_under_the_same_version_is_told(store: Store,
+def test_another_verdict_under_the_same_version_is_told(store: RolloutStore,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     name = "round-0001-piece-0000"
 
@@ -144,7 +144,7 @@ def test_another_verdict_under_the_same_version_is_told(store: Store,
         """Is overtaken by a job that took it for dead."""
 
         def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
-            store.add_rewards("v1", name, [Judged(row.key, 0, "v1", 7.0, "scored") for row in rows])
+            store.add_rewards("v1", name, [RewardRow(row.key, 0, "v1", 7.0, "scored") for row in rows])
             return super().__call__(rows)
 
     assert job(store, Late(), rounds=range(1, 2)).run().parts == 0
@@ -152,7 +152,7 @@ def test_another_verdict_under_the_same_version_is_told(store: Store,
     assert [row.reward for row in store.read_rewards("v1", name)] == [7.0, 7.0]
 
 
-def test_an_environments_word_is_taken_from_the_rows(store: Store) -> None:
+def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> None:
     assert reward_version(ENVIRONMENT, []) == ENVIRONMENT
     with judging(ENVIRONMENT, [], 1) as judge:
         found = judge(store.read_rollouts("round-0002-piece-0000")[:1])
@@ -168,7 +168,7 @@ def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
         "finish_reason": "stop"}
 
 
-def test_a_built_in_reward_judges_in_processes(store: Store) -> None:
+def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
     version = reward_version("language", SETTINGS)
     with judging("language", SETTINGS, 1) as judge:
         summary = job(store, judge, version).run()  # type: ignore[arg-type]
@@ -180,7 +180,8 @@ def test_a_built_in_reward_judges_in_processes(store: Store) -> None:
 def test_two_verifiers_that_begin_to_disagree_are_told_once_also_by_the_next_job(tmp_path: Path) -> None:
     second = ["parts.a.reward=language", "parts.a.settings.language=ko", "second.reward=length",
               "second.of=a", "second.settings.max_length=5", "second.settings.buffer=1"]
-    version, store = reward_version("composed", second), Store.create(tmp_path / "store", "sha256:0", 10)
+    version, store = reward_version("composed", second), RolloutStore.create(tmp_path / "store", "sha256:0",
+                                                                             10)
 
     def judge(rows: Sequence[Rollout]) -> list[Result]:
         return [Result(1.0, "scored", {SECOND: {"first": 1.0, "reward": float(r.response != "bad"),

@@ -14,7 +14,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.digests import file_digest
 from megatron_sov.judge.rollouts.prompts import read_prompts
-from megatron_sov.judge.rollouts.store import Store
+from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.post.rl.publish import Publisher
@@ -40,7 +40,7 @@ def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
     prompts, digest = read_prompts(file), file_digest(packed_data.tokenizer / "tokenizer.json", "sha256")
-    store = Store.create(tmp_path / "store", digest, 368)
+    store = RolloutStore.create(tmp_path / "store", digest, 368)
     base = recipes.get("tiny-k-exaone")
     config = with_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=PolicyConfig(method="dapo"),

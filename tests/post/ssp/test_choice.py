@@ -7,20 +7,20 @@ from itertools import combinations
 
 import pytest
 
-from megatron_sov.eval.pass_at_k import Judged
-from megatron_sov.post.ssp.choice import Measured, choose, gain
+from megatron_sov.eval.pass_at_k import JudgedItem
+from megatron_sov.post.ssp.choice import MeasuredCheckpoint, choose, gain
 
 SAMPLES, K = 6, 3
 
 
-def measured(checkpoint: str, num_right: list[int]) -> Measured:
+def measured(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
     """A checkpoint that gives so many right answers of six to each problem."""
-    judged = Judged()
+    judged = JudgedItem()
     for problem, right in enumerate(num_right):
         for sample in range(SAMPLES):
             row = {"status": "scored", "reward": float(sample < right), "components": {}}
             judged.add(str(problem), row, right_from=1.0)
-    return Measured.of(checkpoint, "algebra", judged, [1, K])
+    return MeasuredCheckpoint.of(checkpoint, "algebra", judged, [1, K])
 
 
 def drawn(num_right: int) -> Fraction:

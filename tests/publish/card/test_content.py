@@ -16,7 +16,7 @@ from megatron_sov.publish.card.content import ScoreFile, card_json, make_card
 from megatron_sov.publish.card.data_summary import add_data, data_card
 from megatron_sov.publish.card.lineage import lineage
 from megatron_sov.publish.card.model_card import model_card
-from megatron_sov.publish.card.run_record import Answers, read_answers
+from megatron_sov.publish.card.run_record import CardAnswers, read_answers
 from tests.publish.card.conftest import write_run
 
 
@@ -80,13 +80,13 @@ def test_an_adapter_and_a_dense_model_say_so(world: Any) -> None:
     run = world.root / "lora"
     write_run(run, [world.chat, world.pretrain / "checkpoints/step-4"], "lora.rank=4", "lora.dora=true",
               "model.num_experts=0", objective="sft")
-    card = make_card(lineage([run]), None, [], Answers())
+    card = make_card(lineage([run]), None, [], CardAnswers())
     model = card["model"]
     assert {name: model[name].value for name in ("adapter", "adapter_rank", "base")} == {
         "adapter": "DoRA", "adapter_rank": 4, "base": "pretrain/step-4"}
     assert not [name for name in model if "experts" in name]
     assert re.search(r"adapter rank *\| *4", model_card(card))
-    whole = make_card(lineage([world.pretrain]), None, [], Answers())["model"]
+    whole = make_card(lineage([world.pretrain]), None, [], CardAnswers())["model"]
     assert whole["num_experts_per_token"].value and "adapter" not in whole
 
 
@@ -227,7 +227,7 @@ def test_scores_of_another_model_are_refused(world: Any) -> None:
 
 def test_without_data_or_answers_a_card_says_so(world: Any) -> None:
     found = lineage([world.sft])
-    card = card_json(make_card(found, None, [], Answers()))
+    card = card_json(make_card(found, None, [], CardAnswers()))
     assert card["data"] is None and card["scores"] == []
     assert any("data that the model learned from" in s for s in card["not_known"])
     assert "No benchmark was measured." in card["limits"]

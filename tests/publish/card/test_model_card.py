@@ -17,12 +17,12 @@ from megatron_sov.publish.card.content import ScoreFile, card_json, make_card, q
 from megatron_sov.publish.card.data_summary import add_data, data_card
 from megatron_sov.publish.card.lineage import MAX_ROWS, Graph, Node, lineage, picture
 from megatron_sov.publish.card.model_card import annex_xi, answers_of, items, model_card
-from megatron_sov.publish.card.run_record import Answers, Figure, read_answers
+from megatron_sov.publish.card.run_record import CardAnswers, Figure, read_answers
 
 HOSTILE = "</title><script>alert(1)</script> [x](javascript:alert(1)) | `\x1b[2J\n# Title\n---"
 
 
-def card_of(world: Any, answers: Answers | None = None,
+def card_of(world: Any, answers: CardAnswers | None = None,
             scores: dict[str, Any] | None = None) -> dict[str, Any]:
     found = lineage([world.sft], hf_folder=world.hf)
     data = data_card(found.data, [], None)
@@ -73,8 +73,9 @@ def test_annex_xi_has_an_answer_or_a_gap_for_each_item(whole_world: Any) -> None
 def test_hostile_names_stay_names(world: Any) -> None:
     scores = json.loads((world.root / "scores.json").read_text())
     scores["tasks"] = {HOSTILE: scores["tasks"]["mmlu.v1"] | {"mode": HOSTILE, "failed": HOSTILE}}
-    said = Answers(name=HOSTILE, description=HOSTILE, licence=HOSTILE, base_model=(HOSTILE,), tags=(HOSTILE,),
-                   intended_use=HOSTILE, region="\ud800", intensity_g_per_kwh=1.0, power_w=1.0)
+    said = CardAnswers(name=HOSTILE, description=HOSTILE, licence=HOSTILE, base_model=(HOSTILE,),
+                       tags=(HOSTILE,),
+                       intended_use=HOSTILE, region="\ud800", intensity_g_per_kwh=1.0, power_w=1.0)
     card = card_of(world, said, scores)
     for text in (model_card(card), annex_xi(card)):
         body = text.split("\n---\n", 1)[1] if text.startswith("---") else text
@@ -114,5 +115,5 @@ def test_hashes_of_score_files_are_those_of_their_bytes(whole_world: Any) -> Non
     file = whole_world.root / "scores.json"
     found = lineage([whole_world.sft])
     card = make_card(found, None, [ScoreFile(str(file), file.name, sha256_file(file),
-                                             json.loads(file.read_text()))], Answers())
+                                             json.loads(file.read_text()))], CardAnswers())
     assert {"of": file.name, "file": file.name, "sha256": sha256_file(file)} in card["read"]

@@ -18,8 +18,8 @@ from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.model.recipes import get
 from megatron_sov.publish.card.lineage import Graph, Node, lineage
 from megatron_sov.publish.card.run_record import (
-    Answers, Compute, Figure, RunRecord, compute_of, flops_per_token, read_run_record, total, total_compute,
-    unknown)
+    CardAnswers, CardRunRecord, Compute, Figure, compute_of, flops_per_token, read_run_record, total,
+    total_compute, unknown)
 from megatron_sov.runs.obs.events import EventLog
 
 REAL = {"step": 1, "tokens": 1844, "step_time_s": 0.2984478399994259,
@@ -30,7 +30,7 @@ SETTINGS = ("model.vocab_size=512", "model.hidden_size=64", "model.num_layers=3"
             "model.num_experts_per_token=2", "model.expert_ffn_dim=64")
 
 
-def run_of(folder: Path, *events: dict[str, Any], settings: tuple[str, ...] = ()) -> RunRecord:
+def run_of(folder: Path, *events: dict[str, Any], settings: tuple[str, ...] = ()) -> CardRunRecord:
     folder.mkdir()
     config = apply_settings(get("tiny-solar-open"), list(settings))
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -51,8 +51,8 @@ def steps(*numbers: int, at: float = 0.0, **fields: Any) -> list[dict[str, Any]]
              **fields} for n in numbers]
 
 
-def cost(run: RunRecord, **said: Any) -> Compute:
-    return compute_of(run, Answers(**said))
+def cost(run: CardRunRecord, **said: Any) -> Compute:
+    return compute_of(run, CardAnswers(**said))
 
 
 def test_flops_are_those_that_a_real_run_told_of_itself(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.pages.page import Section
+from megatron_sov.base.pages.page import PageSection
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.accounts import TITLE, accounts_section
@@ -41,7 +41,7 @@ def steps(log: EventLog, first: int, last: int, step_s: float, **fields: Any) ->
         log.write("step", step=step, step_time_s=step_s, peak_memory_bytes=5 * GIB, **fields)
 
 
-def of(run: Path) -> Section:
+def of(run: Path) -> PageSection:
     return accounts_section(read_run(run))
 
 

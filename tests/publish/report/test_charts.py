@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.base.pages.page import Chart, Section
+from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.publish.report.charts import (
     expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart)
 from megatron_sov.publish.report.page import render
-from megatron_sov.publish.report.run_data import ExpertLoad, read_run
+from megatron_sov.publish.report.run_data import ReportedExpertLoad, read_run
 from megatron_sov.publish.report.sections import MAX_COLUMNS, expert_section
 from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
 from megatron_sov.runs.obs.events import EventLog, final_steps
@@ -68,7 +68,8 @@ def test_heldout_has_a_line_for_each_source_and_one_for_all(runs: list[Path]) ->
 
 
 def test_expert_load_is_shown_in_multiples_of_the_fair_share() -> None:
-    chart = expert_chart(ExpertLoad(step=9, layers=[2, 3], load=np.array([[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])))
+    chart = expert_chart(ReportedExpertLoad(step=9, layers=[2, 3],
+                                            load=np.array([[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])))
     heat = traces(chart)[0]
     np.testing.assert_allclose(numbers(heat["z"]), [[1, 1, 1, 1], [0.4, 0.8, 1.2, 1.6]], rtol=1e-6)
     assert heat["y"] == ["2", "3"] and "25 % of the tokens" in chart.caption
@@ -103,7 +104,7 @@ def test_plan_and_consumption_are_shares_of_their_own_totals() -> None:
 # Expert routing over the run, by layer, and by source.
 
 
-def written(tmp_path: Path, num_records: int, biases: bool = True) -> Section:
+def written(tmp_path: Path, num_records: int, biases: bool = True) -> PageSection:
     """Write records of layers 2 and 3, and the load of two sources; return the section."""
     log = EventLog(tmp_path / "events.jsonl")
     for step in range(10, 10 * num_records + 10, 10):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.pages.page import Chart, Section
+from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.publish.report.judgements import round_section
 from megatron_sov.publish.report.page import of_one_model, opening, render
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
@@ -21,7 +21,7 @@ from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
 
 
-def section(run_dir: Path, title: str) -> Section:
+def section(run_dir: Path, title: str) -> PageSection:
     return next(s for s in sections(read_run(run_dir)) if s.title == title)
 
 

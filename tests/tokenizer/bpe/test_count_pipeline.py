@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe import count_pipeline
-from tokenizer.bpe.count_pipeline import Plan, learn
-from tokenizer.mixture import Group
+from tokenizer.bpe.count_pipeline import CountPlan, learn
+from tokenizer.mixture import SourceGroup
 from tokenizer.presets import K_EXAONE
 
 
@@ -28,13 +28,13 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def make_plan(tmp_path: Path) -> Plan:
+def make_plan(tmp_path: Path) -> CountPlan:
     (tmp_path / "work").mkdir(exist_ok=True)
-    return Plan(K_EXAONE, 480, 400, True, 1 << 30, None, 1, tmp_path / "work")
+    return CountPlan(K_EXAONE, 480, 400, True, 1 << 30, None, 1, tmp_path / "work")
 
 
-def groups_of(corpus: Path, *weights: float | None) -> list[Group]:
-    return [Group(name, (corpus / f"{name}.jsonl",), weight)
+def groups_of(corpus: Path, *weights: float | None) -> list[SourceGroup]:
+    return [SourceGroup(name, (corpus / f"{name}.jsonl",), weight)
             for name, weight in zip(("en", "ko"), weights, strict=True)]
 
 

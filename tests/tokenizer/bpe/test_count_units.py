@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from tokenizer.bpe.count_units import Unit, look_through, plan
-from tokenizer.mixture import Group
+from tokenizer.bpe.count_units import CountUnit, look_through, plan
+from tokenizer.mixture import SourceGroup
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_every_file_belongs_to_a_unit_of_its_group(corpus: Path) -> None:
-    units = plan([Group("a", (corpus,)), Group("b", (corpus / "1.jsonl",))], 1)
+    units = plan([SourceGroup("a", (corpus,)), SourceGroup("b", (corpus / "1.jsonl",))], 1)
     assert [(u.group, u.spans[0].file.name) for u in units] == [(0, "0.jsonl"), (0, "1.jsonl"),
                                                                 (0, "2.jsonl"), (1, "1.jsonl")]
-    assert [u.group for u in plan([Group("a", (corpus,))], 1 << 20)] == [0]
+    assert [u.group for u in plan([SourceGroup("a", (corpus,))], 1 << 20)] == [0]
 
 
 def test_a_key_stands_for_file_and_settings(corpus: Path) -> None:
-    [unit] = plan([Group("a", (corpus / "0.jsonl",))], 1)
+    [unit] = plan([SourceGroup("a", (corpus / "0.jsonl",))], 1)
     key = unit.key({"pattern": "a"})
     assert unit.key({"pattern": "a"}) == key != unit.key({"pattern": "b"})
     (corpus / "0.jsonl").write_text((corpus / "0.jsonl").read_text())
@@ -42,10 +42,10 @@ def test_a_key_stands_for_file_and_settings(corpus: Path) -> None:
 
 
 def test_a_look_through_finds_the_sizes_once(corpus: Path, tmp_path: Path) -> None:
-    groups = [Group("g", (corpus,)), Group("h", (corpus / "0.jsonl",))]
+    groups = [SourceGroup("g", (corpus,)), SourceGroup("h", (corpus / "0.jsonl",))]
     (tmp_path / "work").mkdir()
 
-    def look(units: list[Unit]) -> list[int]:
+    def look(units: list[CountUnit]) -> list[int]:
         told: list[int] = []
         found = look_through(groups, units, tmp_path / "work", 1, told.append)
         assert sum(told) == sum(f.stat().st_size for f in [*corpus.iterdir(), corpus / "0.jsonl"])

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 
 from tokenizer.bpe.merging import (
     BEGINS_NEXT_WORD, ENDS_IN_WORD, INNER_SPACES, SIZE_BYTES, SPACES, SUPERWORD, JoinRule, LowestPieces)
-from tokenizer.bpe.trainer import Merge, MergeLearner, Words
+from tokenizer.bpe.trainer import Merge, MergeLearner, PretokenWords
 from tokenizer.mixture import NUM_BUCKETS, Excerpt, Sizes, share_of
 
 # A sample of a group, gathered from its units before the group's size is known.
@@ -58,7 +58,7 @@ LETTER = rb"[A-Za-z\x80-\xff]"
 
 @given(st.lists(st.text(alphabet=" ab가1.", min_size=1, max_size=6).map(str.encode), min_size=1, max_size=8))
 def test_traits_are_those_of_the_bytes(tokens: list[bytes]) -> None:
-    nothing = Words(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    nothing = PretokenWords(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
     traits = MergeLearner(nothing, tokens, JoinRule(9, 0, False, False), 2, 1)._store.traits
     for token, row in zip(tokens, traits, strict=False):
         assert row[SIZE_BYTES] == len(token)
@@ -71,7 +71,7 @@ def test_traits_are_those_of_the_bytes(tokens: list[bytes]) -> None:
 def merges(rule: JoinRule) -> list[Merge]:
     """Learn from "a b" thirty times and "b." twenty times."""
     tokens = [b"a", b" ", b"b", b"."]
-    words = Words(np.array([0, 1, 2, 2, 3]), np.array([3, 2]), np.array([30, 20]))
+    words = PretokenWords(np.array([0, 1, 2, 2, 3]), np.array([3, 2]), np.array([30, 20]))
     return list(MergeLearner(words, tokens, rule, 2, 9).learn())
 
 
@@ -87,5 +87,5 @@ def test_rules_say_which_pairs_merge(rule: JoinRule, expected: list[Merge]) -> N
 
 
 def test_no_more_merges_than_asked_for() -> None:
-    words = Words(np.array([0, 1, 0, 1, 0, 1]), np.array([6]), np.array([5]))
+    words = PretokenWords(np.array([0, 1, 0, 1, 0, 1]), np.array([6]), np.array([5]))
     assert len(list(MergeLearner(words, [b"a", b"b"], JoinRule(9, 0, False, False), 2, 1).learn())) == 1

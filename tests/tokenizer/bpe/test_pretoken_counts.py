@@ -18,7 +18,7 @@ from tokenizer.bpe.count_pipeline import CountSettings, UnitCounts, count_units
 from tokenizer.bpe.count_units import plan
 from tokenizer.bpe.counting import NUM_PARTS, WordTable, gather_words
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.mixture import Group, Share
+from tokenizer.mixture import Share, SourceGroup
 from tokenizer.presets import SOLAR_OPEN
 
 ONCE = Share(1, 0)
@@ -41,7 +41,7 @@ def count(corpus: Path, work: Path, share: Share = ONCE, *, workers: int = 1,
           limit_bytes: int = 1 << 30) -> list[UnitCounts]:
     work.mkdir(exist_ok=True)
     settings = CountSettings(SOLAR_OPEN, SOLAR_OPEN.split_pattern, (share,))
-    return list(count_units(plan([Group("g", (corpus,))], 1), settings, work, workers, limit_bytes))
+    return list(count_units(plan([SourceGroup("g", (corpus,))], 1), settings, work, workers, limit_bytes))
 
 
 def expected(corpus: Path, times: int = 1) -> Counter[bytes]:
@@ -77,7 +77,7 @@ def test_long_words_are_written_out_by_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(chr(97 + i) * 5000 for i in range(26)))
     (tmp_path / "b.txt").write_text(" ".join(chr(65 + i) * 5000 for i in range(26)))
     settings = CountSettings(SOLAR_OPEN, SOLAR_OPEN.split_pattern, (ONCE,))
-    units = plan([Group("g", (tmp_path,))], 1 << 20)
+    units = plan([SourceGroup("g", (tmp_path,))], 1 << 20)
     [counts] = count_units(units, settings, tmp_path, 1, limit_bytes=1)  # room for 60,000 bytes
     assert pyarrow.ipc.open_file(str(counts.file)).num_record_batches > NUM_PARTS
 

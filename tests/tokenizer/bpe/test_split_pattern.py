@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tokenizer.bpe.split_pattern import Choice, Next, OneOf, Repeat, Sequence, Unsupported, parse
+from tokenizer.bpe.split_pattern import Next, OneOf, PatternChoice, Repeat, Sequence, Unsupported, parse
 
 
 def test_a_pattern_is_read_as_a_tree() -> None:
-    assert parse(r"\p{L}+|[^\s[:alpha:]]{1,3}(?!\S)|(?i:'s)") == Choice((
+    assert parse(r"\p{L}+|[^\s[:alpha:]]{1,3}(?!\S)|(?i:'s)") == PatternChoice((
         Sequence((Repeat(OneOf(r"\p{L}"), 1, None),)),
         Sequence((Repeat(OneOf("[^\\s[:alpha:]]"), 1, 3), Next(r"\S", negated=True))),
         Sequence((Sequence((OneOf("'"), OneOf("(?i:s)"))),))))

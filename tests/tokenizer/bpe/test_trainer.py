@@ -21,7 +21,7 @@ from tokenizer.bpe import trainer
 from tokenizer.bpe.merging import JoinRule
 from tokenizer.bpe.segmenting import merge_of, merged
 from tokenizer.bpe.split_pattern import untrained
-from tokenizer.bpe.trainer import Merge, MergeLearner, Words
+from tokenizer.bpe.trainer import Merge, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
@@ -115,19 +115,19 @@ def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(learn: Callable[.
 
 def test_counts_are_those_of_the_text() -> None:
     # "abab" five times, "ab" twice, "aaa" three times
-    words = Words(np.array([0, 1, 0, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2]), np.array([5, 3, 2]))
+    words = PretokenWords(np.array([0, 1, 0, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2]), np.array([5, 3, 2]))
     learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
     assert list(learner.learn()) == [Merge(0, 1, 12), Merge(0, 0, 6), Merge(2, 2, 5), Merge(3, 0, 3)]
 
 
 def test_counts_beyond_32_bits() -> None:
-    words = Words(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
+    words = PretokenWords(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
     learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
     assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
 
 
 def test_no_words_no_merges() -> None:
-    words = Words(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    words = PretokenWords(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
     assert list(MergeLearner(words, [b"a"], ANY, 2, 9).learn()) == []
 
 

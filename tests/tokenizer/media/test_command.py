@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
 from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, Block, read_blocks
+from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock, read_blocks
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main
 from tokenizer.media.command import MediaTokens, laid_out
@@ -41,8 +41,8 @@ def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
     assert run(plain, "--audio-tokens", 5, "--image-tokens", 7, "--output", tmp_path / "omni") == 0
     content = read_manifest(tmp_path / "omni", "tokenizer").content
     first = 264 + len(MARKS)
-    assert read_blocks(content["media"], "it") == {AUDIO: Block(AUDIO, first, 5),
-                                                   IMAGE: Block(IMAGE, first + 5, 7)}
+    assert read_blocks(content["media"], "it") == {AUDIO: VocabularyBlock(AUDIO, first, 5),
+                                                   IMAGE: VocabularyBlock(IMAGE, first + 5, 7)}
     assert content["vocab_size"] == first + 12 and content["eos_id"] == 263
     assert content["tokenizer_sha256"] == sha256_file(tmp_path / "omni/tokenizer.json")
     old, new = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (plain, tmp_path / "omni"))
@@ -60,7 +60,8 @@ def test_the_published_blocks_close_to_the_published_vocabulary() -> None:
     """HyperCLOVA X 8B Omni: text below 128,606, 6,561 of audio, pictures from 135,168, 200,704 in all."""
     marks = dict.fromkeys(MARKS)
     words, blocks = laid_out(MediaTokens(6561, 65536, 128_606, 135_168), marks, 128_606)
-    assert blocks == [Block(AUDIO, 128_606, 6561), Block(IMAGE, 135_168, 65_536)] and blocks[1].end == 200_704
+    assert blocks == [VocabularyBlock(AUDIO, 128_606, 6561),
+                      VocabularyBlock(IMAGE, 135_168, 65_536)] and blocks[1].end == 200_704
     assert len(words) == 200_704 - 128_606 and words.count("<|reserved_media_0|>") == 1
 
 

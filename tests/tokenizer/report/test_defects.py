@@ -14,7 +14,7 @@ import tiktoken
 
 from tokenizer.formats.loaders import Opened, Tiktoken, open_tokenizer
 from tokenizer.report import coverage as scalars_module
-from tokenizer.report.check import Check
+from tokenizer.report.check import TokenizerCheck
 from tokenizer.report.coverage import (
     check_determinism, check_inventory, check_scalars, check_scripts, check_streaming, check_superwords,
     num_blocks, try_scalars)
@@ -29,11 +29,11 @@ TRIED = 0x1000
 HANGUL = [("ì", "ķ"), ("ìķ", "Ī")]  # EC 95 88: 안
 
 
-def scalars(opened: Opened) -> Check:
+def scalars(opened: Opened) -> TokenizerCheck:
     return check_scalars(try_scalars(opened, lambda done: None, TRIED))
 
 
-def reach(opened: Opened) -> Check:
+def reach(opened: Opened) -> TokenizerCheck:
     return check_reach(opened, try_scalars(opened, lambda done: None, TRIED).seen)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokenizer.report import everything
-from tokenizer.report.check import Check
+from tokenizer.report.check import TokenizerCheck
 from tokenizer.report.coverage import Scalars, num_blocks
 from tokenizer.report.everything import CHECKS, NEED_TEXT, check_all
 from tokenizer.report.measures import NamedText
@@ -44,10 +44,10 @@ bars: list[Bar] = []
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow checks are told of their progress, and do nothing else."""
-    def worst(tokenizer: Any, progress: Callable[[int], object]) -> Check:
+    def worst(tokenizer: Any, progress: Callable[[int], object]) -> TokenizerCheck:
         for _ in everything.worst_inputs():
             progress(1)
-        return Check("worst", "", "good", "", {})
+        return TokenizerCheck("worst", "", "good", "", {})
 
     def all_of_unicode(tokenizer: Any, progress: Callable[[int], object], end: int) -> Scalars:
         for _ in range(num_blocks() if end else 0):
@@ -57,11 +57,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "tqdm", Bar)
     monkeypatch.setattr(everything, "check_worst", worst)
     monkeypatch.setattr(everything, "try_scalars", all_of_unicode)
-    monkeypatch.setattr(everything, "check_scripts", lambda tokenizer: Check("scripts", "", "good", "", {}))
+    monkeypatch.setattr(everything, "check_scripts",
+                        lambda tokenizer: TokenizerCheck("scripts", "", "good", "", {}))
     monkeypatch.setattr(everything, "worst_inputs", lambda: {"one letter": "a", "spaces": " "})
     for name in ("streaming", "determinism"):
         monkeypatch.setattr(everything, f"check_{name}",
-                            lambda tokenizer, texts, name=name: Check(name, "", "good", "", {}))
+                            lambda tokenizer, texts, name=name: TokenizerCheck(name, "", "good", "", {}))
 
 
 @pytest.mark.parametrize(("texts", "skip", "left_out"), [
@@ -79,6 +80,7 @@ def test_checks_come_in_order_and_the_bar_ends_at_its_end(
 def test_tokens_of_the_texts_count_as_seen(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, seen = toy("the", " c"), []
     monkeypatch.setattr(everything, "check_reach",
-                        lambda tokenizer, known: seen.append(known) or Check("reach", "", "good", "", {}))
+                        lambda tokenizer, known: seen.append(known) or TokenizerCheck("reach", "", "good", "",
+                                                                                      {}))
     check_all(opened, TEXTS[:1], [name for name in CHECKS if name != "reach"])
     assert np.flatnonzero(seen[0]).tolist() == sorted(set(opened.encode("the cat")))

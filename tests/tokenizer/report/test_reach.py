@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from tokenizer.report import reach
-from tokenizer.report.measures import Measured, NamedText
+from tokenizer.report.measures import NamedText, TokenizerMeasures
 from tokenizer.report.reach import check_reach, check_used
 
 Toy = Callable[..., Any]
 HEAD, TAIL = "안".encode()[:2], "안".encode()[1:]
 
 
-def measured(opened: Any, name: str, *chunks: str) -> Measured:
+def measured(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
     text = NamedText(name, name, list(chunks), True)
     ids = [i for chunk in chunks for i in opened.encode(chunk)]
-    return Measured(text, np.bincount(ids, minlength=opened.vocab_size), 0)
+    return TokenizerMeasures(text, np.bincount(ids, minlength=opened.vocab_size), 0)
 
 
 def test_used_tokens_are_counted_over_all_texts(toy: Toy) -> None:

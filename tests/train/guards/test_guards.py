@@ -14,7 +14,7 @@ import torch
 
 from megatron_sov.base.errors import ExitCode, SilentCorruption
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.engine.mcore.parallel.world import World
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards, guards as stragglers
 from megatron_sov.train.guards.guards import Guards, SdcChecks
@@ -147,7 +147,7 @@ def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stragglers.collectives, "of_all_ranks", lambda mine: [mine])
     settings = GuardConfig(straggler_every_steps=2, routing_every_steps=3, hang_timeout_s=0)
-    guards = Guards(settings, World(0, 1, 0, 1, True, True), tmp_path, (), lambda step, places: None)
+    guards = Guards(settings, ParallelWorld(0, 1, 0, 1, True, True), tmp_path, (), lambda step, places: None)
     guards.stragglers.clock = SimpleNamespace(seconds=lambda: 0.1)  # type: ignore[assignment]
     gathered: list[int] = []
 

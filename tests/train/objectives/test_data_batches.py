@@ -21,9 +21,9 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import RunConfig, apply_settings
 
 prepare_megatron()
-from megatron_sov.engine.data.rows import Row  # noqa: E402
+from megatron_sov.engine.data.rows import PackedRow  # noqa: E402
 from megatron_sov.engine.mcore.parallel import collectives  # noqa: E402
-from megatron_sov.engine.mcore.parallel.world import World  # noqa: E402
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
 from megatron_sov.train.objectives import microbatch  # noqa: E402
 from megatron_sov.train.objectives.data_batches import DataBatches  # noqa: E402
@@ -44,7 +44,7 @@ def rows_of(packed_data: Any, dp_size: int, micro_batch_size: int) -> list[list[
     """Return the token rows of all global batches, put together from what each data-parallel rank gets."""
     settings = config(f"train.micro_batch_size={micro_batch_size}")
     sources = open_sources({str(packed_data.text): 1.0}, 368)
-    ranks = [DataBatches(settings, sources, World(r, dp_size, r, dp_size, True, True))
+    ranks = [DataBatches(settings, sources, ParallelWorld(r, dp_size, r, dp_size, True, True))
              for r in range(dp_size)]
     rows = []
     for size, seq_len, phase in [(8, 32, "main")] * 2 + [(16, 64, "late")] * 2:
@@ -66,7 +66,7 @@ def test_every_split_sees_the_same_rows(packed_data: Any, dp_size: int, micro_ba
 
 def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_data: Any) -> None:
     """Two batches more are ready by then; skipped steps count as given."""
-    sources, place = open_sources({str(packed_data.text): 1.0}, 368), World(0, 1, 0, 1, True, True)
+    sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
     settings = config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
     order = SampleOrder(settings, sources)
     batches = DataBatches(settings, sources, place)
@@ -91,7 +91,7 @@ def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_
 
 
 def test_a_plan_that_was_made_is_not_made_again(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, place = open_sources({str(packed_data.text): 1.0}, 368), World(0, 1, 0, 1, True, True)
+    sources, place = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
     settings = config("train.micro_batch_size=1")
     planned = plan(settings, sources)
     alone = DataBatches(settings, sources, place)
@@ -108,20 +108,20 @@ def test_a_plan_that_was_made_is_not_made_again(packed_data: Any, monkeypatch: p
 # Rows on the device, and the targets of multi-token prediction.
 
 
-def row_of(lengths: list[int]) -> Row:
+def row_of(lengths: list[int]) -> PackedRow:
     """Return a row of documents with distinct labels; a document's last token has none."""
     n = sum(lengths)
     ends = np.cumsum(lengths) - 1
     labels = np.arange(100, 100 + n)
     weights = np.linspace(0.5, 1.5, n).astype(np.float32)
     labels[ends], weights[ends] = 0, 0
-    return Row(tokens=np.arange(n), labels=labels, weights=weights,
-               positions=np.concatenate([np.arange(k) for k in lengths]),
-               types=(np.arange(n) % 3).astype(np.uint8),
-               sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
-               bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-               columns={"score": np.linspace(-3, 3, n, dtype=np.float32),
-                        "advantage": -np.arange(n, dtype=np.float32)})
+    return PackedRow(tokens=np.arange(n), labels=labels, weights=weights,
+                     positions=np.concatenate([np.arange(k) for k in lengths]),
+                     types=(np.arange(n) % 3).astype(np.uint8),
+                     sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
+                     bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+                     columns={"score": np.linspace(-3, 3, n, dtype=np.float32),
+                              "advantage": -np.arange(n, dtype=np.float32)})
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -23,13 +23,14 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints import transport
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, Unavailable, decoded, seconds
+from megatron_sov.work.endpoints.answers import (
+    BadAnswer, EndpointUnavailable, NeverAnswered, decoded, seconds)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
-from megatron_sov.work.endpoints.endpoint import Endpoint, Limits
+from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.recognition import CHAT_PROBES, Recognition, is_same
 from megatron_sov.work.endpoints.transport import Transport
 
-LIMITS = Limits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
+LIMITS = EndpointLimits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
 
 
@@ -161,14 +162,14 @@ def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
 
 def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        patient = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
+        patient = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
         server.next = ["429"] * 6
         ask = Endpoint(f"{server.url}/chat/completions", "", patient, EndpointCache(tmp_path / "a"))
         assert ask.ask(ASKED, lambda raw: "read") == "read"
         server.next = ["503"] * 1000
-        short = Limits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
+        short = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=0.05)
         away = Endpoint(f"{server.url}/chat/completions", "", short, EndpointCache(tmp_path / "b"))
-        with pytest.raises(Unavailable, match="HTTP 503, for"):
+        with pytest.raises(EndpointUnavailable, match="HTTP 503, for"):
             away.ask(ASKED, lambda raw: "read")
 
 
@@ -225,7 +226,7 @@ def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.M
     cache = EndpointCache(tmp_path / "answers.sqlite")
     with serving(ScriptedEndpoint(lambda request: "hi")) as server:
         server.next = ["503"] * 4
-        limits = Limits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
+        limits = EndpointLimits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
         made = Endpoint(f"{server.url}/chat/completions", "", limits, cache, told=told.append)
         assert made.ask(ASKED, lambda answer: answer)["choices"]
     cache.close()

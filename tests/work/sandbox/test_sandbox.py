@@ -19,7 +19,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox
-from megatron_sov.work.sandbox.enclosures import Unavailable
+from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable
 from megatron_sov.work.sandbox.folders import MAX_ENTRIES, remove, size_bytes
 from megatron_sov.work.sandbox.sandbox import Worker
 
@@ -148,7 +148,7 @@ def test_settings_that_cannot_be_kept_are_named_together() -> None:
 
 def test_a_machine_without_an_enclosure_is_an_honest_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(self: Worker) -> None:
-        raise Unavailable("not allowed here")
+        raise EnclosureUnavailable("not allowed here")
 
     monkeypatch.setattr(Worker, "start", start)
     with pytest.raises(UserError) as raised:

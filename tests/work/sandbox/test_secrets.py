@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_sov.judge.rewards.code import Code
+from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.reward import judged
 from megatron_sov.work.sandbox import Program, Sandbox
 from megatron_sov.work.sandbox.sandbox import SANDBOXES
@@ -111,7 +111,7 @@ import __main__
 if "__file__" in vars(__main__) and "solution" not in __file__:
     print(f(0, 0))
 '''
-    code = Code(enclosure=sandbox.enclosure, all_or_nothing=False, test_time_s=20)
+    code = CodeReward(enclosure=sandbox.enclosure, all_or_nothing=False, test_time_s=20)
     assert judged(code, {"response": honest, "tests": tests}).reward == 1.0
     result = judged(code, {"response": cheat, "tests": tests})
     assert (result.status, result.reward) == ("scored", 0.0), result

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.curate.journey.card.lineage import (
-    CorpusRecord, Lineage, Origin, RawFiles, SynthesisRecord, TokenSource)
+    CorpusRecord, DataLineage, Origin, RawFiles, SynthesisRecord, TokenSource)
 from data_prep.curate.journey.facts import BINS, NONE, REST, SCORES, Facts, total
 from data_prep.curate.journey.page import BYTES_PER_TOKEN
 from data_prep.curate.journey.summary import SourceSummary
@@ -135,7 +135,7 @@ HIDDEN_SETTINGS = ("path", "model", "files", "benchmarks", "lists", "domains")
 """Settings that name places on a machine: of these the card has the last part alone."""
 
 
-def make_card(found: Lineage, about: About) -> dict[str, Any]:
+def make_card(found: DataLineage, about: About) -> dict[str, Any]:
     """Return the card as plain values, ready for JSON.
 
     Args:
@@ -224,7 +224,7 @@ def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
             "tokens_not_recorded": counted[None]} if whole else None
 
 
-def _unstated(found: Lineage) -> Iterable[str]:
+def _unstated(found: DataLineage) -> Iterable[str]:
     """Yield what nobody has stated of samples of models, and of packed sources."""
     for one in found.syntheses:
         if unstated := one.licences.get("", 0):

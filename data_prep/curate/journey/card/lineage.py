@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.curate.journey.facts import TEXT, Facts, facts_of_output
-from data_prep.curate.journey.summary import SUMMARY, Summary, read_summary
+from data_prep.curate.journey.summary import SUMMARY, JourneySummary, read_summary
 from data_prep.shards.token_artifact import KIND as TOKENS, read_tokens_manifest
 from data_prep.tags import CORPUS, SYNTHESIS, Tags, tags_of
 from megatron_sov.base.artifacts import (
@@ -108,7 +108,7 @@ class CorpusRecord:
     """A corpus that `sov-data run` wrote."""
 
     origin: Origin
-    summary: Summary
+    summary: JourneySummary
     facts: dict[str, Facts]
     """Output source -> what its documents are."""
     raw: list[RawFiles]
@@ -154,7 +154,7 @@ class TokenSource:
 
 
 @dataclass(frozen=True)
-class Lineage:
+class DataLineage:
     """Artifacts, and all that they were made from."""
 
     artifacts: list[Origin]
@@ -174,7 +174,7 @@ class Lineage:
     """Samples of models among what they were made from."""
 
 
-class _Walk:
+class _DataWalk:
     """Follows inputs; each artifact once."""
 
     def __init__(self, elsewhere: Iterable[Path]) -> None:
@@ -270,7 +270,7 @@ def _synthesis(path: Path, manifest: Manifest, origin: Origin) -> SynthesisRecor
                         "synth` again") from None
 
 
-def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> Lineage:
+def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> DataLineage:
     """Return what artifacts were made from.
 
     Args:
@@ -285,7 +285,7 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> Lineage:
     given = {manifest_sha256(path): path for path in paths}
     for other in elsewhere:
         read_manifest(other)
-    walk = _Walk(elsewhere)
+    walk = _DataWalk(elsewhere)
     for path in given.values():
         walk.visit(path, read_manifest(path))
     inside = {sha256 for origin in walk.origins for sha256 in origin.made_from}
@@ -301,8 +301,8 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> Lineage:
                 sum(p["num_documents"] for p in s["splits"].values()),
                 s.get("weight") if len(tops) == 1 else None, str(s.get("input_sha256", "")), tags_of(s))
                 for s in content["sources"]]
-    return Lineage([o for o in walk.origins if o.sha256 in tops], walk.corpora, walk.origins, sources,
-                   list(dict.fromkeys(tokenizers)), walk.unknown, walk.other_corpora, walk.syntheses)
+    return DataLineage([o for o in walk.origins if o.sha256 in tops], walk.corpora, walk.origins, sources,
+                       list(dict.fromkeys(tokenizers)), walk.unknown, walk.other_corpora, walk.syntheses)
 
 
 def _refuse_other_kinds(path: Path) -> None:

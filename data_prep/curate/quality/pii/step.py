@@ -16,9 +16,9 @@ from typing import Annotated, ClassVar
 import yaml
 from annotated_types import MinLen
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.libraries import require
-from megatron_sov.base.settings import Bound, Breach, Code, Problem, as_problem, one_of
+from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem, as_problem, one_of
 
 # Finders of personal data: each yields the spans of a text that are of its kind.
 #
@@ -284,7 +284,7 @@ Finder = Annotated[str, one_of(lambda: FINDERS)]
 
 def _other_braces(placeholder: str) -> Breach | None:
     if set(placeholder.replace(NAME, "")) & set("{}"):
-        return Code.BOUND, f"must have no braces but {NAME}", ""
+        return ProblemCode.BOUND, f"must have no braces but {NAME}", ""
     return None
 
 
@@ -301,7 +301,7 @@ class PiiSettings:
     names_in: Annotated[str, one_of(lambda: ("", *masked_names()["email"]))] = ""
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return list(map(as_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
 
@@ -325,21 +325,21 @@ class Pii(Step):
         """Return the file of the names."""
         return [NAMES_FILE]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return each document with its personal data masked and counted."""
         return [self._outcome(document) for document in documents]
 
-    def _outcome(self, document: Doc) -> Outcome:
+    def _outcome(self, document: Doc) -> StepOutcome:
         language = document.columns.get("language") or ""
         in_prose = (document.columns.get("form") or "prose") == "prose"
         kinds = [kind for kind in FINDERS
                  if kind in self.settings.mask and (in_prose or kind in self.settings.mask_in_code)]
         spans = found_in(document.text, language, kinds)
         if not spans:
-            return Outcome(values={"pii": ""})
+            return StepOutcome(values={"pii": ""})
         counts = {kind: sum(of == kind for _, _, of in spans) for kind in kinds}
-        return Outcome(text=self._masked(document.text, spans, self.settings.names_in or language),
-                       values={"pii": " ".join(f"{kind}={n}" for kind, n in counts.items() if n)})
+        return StepOutcome(text=self._masked(document.text, spans, self.settings.names_in or language),
+                           values={"pii": " ".join(f"{kind}={n}" for kind, n in counts.items() if n)})
 
     def _masked(self, text: str, spans: list[tuple[int, int, str]], language: str) -> str:
         parts, end = [], 0

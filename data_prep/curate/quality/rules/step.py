@@ -13,10 +13,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from annotated_types import Ge, Le
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Outcome, Step
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import Form
-from data_prep.curate.quality.rules.words import Unit, Words
-from megatron_sov.base.settings import NotNegative, NotNegativeInt, Problem, Share, find_problems, one_of
+from data_prep.curate.quality.rules.words import RuleWords, Unit
+from megatron_sov.base.settings import (
+    NotNegative, NotNegativeInt, SettingsProblem, Share, find_problems, one_of)
 
 # Where sentences end, in all scripts.
 
@@ -223,7 +224,7 @@ _PARAGRAPHS = re.compile(r"\n{2,}")
 _LINES = re.compile(r"\n+")
 
 
-def quality(text: str, words: Words, rules: LanguageRules) -> str:
+def quality(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which rule of quality a text breaks first, "" where it breaks none."""
     t = rules.thresholds
     if t.min_words is not None and (words.num_words < t.min_words or not words.num_words):
@@ -258,7 +259,7 @@ def quality(text: str, words: Words, rules: LanguageRules) -> str:
     return ""
 
 
-def repetition(text: str, words: Words, rules: LanguageRules) -> str:
+def repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which rule of repetition a text breaks first, "" where it breaks none."""
     t, num_chars = rules.thresholds, len(text) or 1
     paragraphs = _PARAGRAPHS.split(text.strip())
@@ -302,7 +303,7 @@ def duplicates(parts: list[str]) -> tuple[int, int]:
 
 # FineWeb's own rules (Penedo et al., arXiv 2406.17557, section 3.6).
 
-def fineweb(text: str, words: Words, rules: LanguageRules) -> str:
+def fineweb(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which of the rules a text breaks first, "" where it breaks none."""
     t = rules.thresholds
     lines = [line for line in text.split("\n") if line.strip()]
@@ -357,7 +358,7 @@ class RulesSettings:
     forms: tuple[Form, ...] = ("prose",)
     """Forms that are judged, where the step `language` has told them; the rules were made for prose."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return [problem.below(where) for where, changes in (
                     ("thresholds", self.thresholds),
@@ -382,23 +383,23 @@ class Rules(Step):
         """Return the files of the rules."""
         return sorted(FOLDER.glob("*.yaml"))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return each document with its words counted, or which rule it breaks."""
         return [self._outcome(document) for document in documents]
 
-    def _outcome(self, document: Doc) -> Outcome:
+    def _outcome(self, document: Doc) -> StepOutcome:
         language = document.columns.get("language") or OTHER
         rules = self._rules_of(language)
         if (document.columns.get("form") or "prose") not in self.settings.forms:
-            return Outcome()
+            return StepOutcome()
         if rules.code == OTHER and self.settings.without_rules != "other":
-            return Outcome(
+            return StepOutcome(
                 reason="no rules for its language" if self.settings.without_rules == "drop" else "")
         preset = self.settings.preset
         sets = SETS[ONLY_ENGLISH.get(preset, preset) if rules.code != "en" else preset]
         reason, text, words = judge(document.text, rules, sets)
-        return Outcome(reason=reason, text=text if text != document.text and not reason else None,
-                       values={"rules_word_count": round(words.num_words), "rules_language": rules.code})
+        return StepOutcome(reason=reason, text=text if text != document.text and not reason else None,
+                           values={"rules_word_count": round(words.num_words), "rules_language": rules.code})
 
     def _rules_of(self, language: str) -> LanguageRules:
         """Return the rules of a language with the changes of the settings."""
@@ -411,16 +412,16 @@ class Rules(Step):
         return self._rules[rules.code]
 
 
-def judge(text: str, rules: LanguageRules, sets: Sequence[str]) -> tuple[str, str, Words]:
+def judge(text: str, rules: LanguageRules, sets: Sequence[str]) -> tuple[str, str, RuleWords]:
     """Return (the rule that a text breaks first or "", the text as it stays, its words)."""
-    words = Words(text, rules.unit, rules.chars_per_word)
+    words = RuleWords(text, rules.unit, rules.chars_per_word)
     if not text.strip():
         return "empty", text, words
     for name in sets:
         if name == "c4":
             reason, changed = c4(text, rules)
             if changed.split() != text.split():  # more than spaces at the ends of lines
-                text, words = changed, Words(changed, rules.unit, rules.chars_per_word)
+                text, words = changed, RuleWords(changed, rules.unit, rules.chars_per_word)
         else:
             reason = _ON_WORDS[name](text, words, rules)
         if reason:

@@ -40,7 +40,7 @@ def _pattern(unit: Unit) -> re.Pattern[str]:
     return re.compile(rf"[^\s{signs}{SPACELESS}]+|(?![{signs}])[{SPACELESS}][{marks}]*|[{signs}]+")
 
 
-class Words:
+class RuleWords:
     """The words of one text."""
 
     def __init__(self, text: str, unit: Unit, chars_per_word: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from data_prep.curate.quality.identify import identify
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask, Generator, Item, Kind, NoReply, NoUsableReply, Reply, Sample, Verdict)
+    Ask, GeneratedSample, Generator, GeneratorItem, Kind, NoReply, NoUsableReply, Reply, SampleVerdict)
 from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
 from data_prep.synth.generators.autoif.texts import Texts, texts_of
@@ -187,7 +187,7 @@ class AutoIf(Generator):
         path = Path(self.settings.constraints)
         return [path / FILE if path.is_dir() else path]
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield each query of a user with a constraint.
 
         Raises:
@@ -200,15 +200,16 @@ class AutoIf(Generator):
                      for number in range(settings.constraints_per_query)]
             for number, constraint in enumerate(dict.fromkeys(drawn)):
                 wording = one_of(constraint.wordings, query.digest, number, "wording")
-                yield Item(f"{query.digest}.{number}", {
+                yield GeneratorItem(f"{query.digest}.{number}", {
                     "query": query.text, "constraint": wording, "functions": list(constraint.functions)},
                     query.source, query.licence)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield a conversation for each answer, and what else is asked for."""
         query, constraint, verdict = self._turned(item, ask)
         if not verdict.passed:
-            yield Sample({"messages": [{"role": "user", "content": item.fields["query"]}]}, (verdict,))
+            yield GeneratedSample({"messages": [{"role": "user", "content": item.fields["query"]}]},
+                                  (verdict,))
             return
         in_system = share_of("system", item.id) < self.settings.system_share
         phrase = in_system_turn if in_system else in_user_turn
@@ -222,21 +223,21 @@ class AutoIf(Generator):
         for text, reply in different.items():
             checks, accepting = self._verdicts(item, query, reply, ask)
             record = {"messages": [*prompt, {"role": "assistant", "content": text}], **beside}
-            samples.append(Sample(record, (verdict, *checks), group=item.id,
-                                  notes={"accepting": accepting, "in_system": in_system}))
+            samples.append(GeneratedSample(record, (verdict, *checks), group=item.id,
+                                           notes={"accepting": accepting, "in_system": in_system}))
         yield from samples
         if self.settings.also == "prompts":
             yield self._prompt_row(item, prompt, beside, samples)
         elif self.settings.also == "pairs":
             yield from self._pairs(item, prompt, beside, samples)
 
-    def _turned(self, item: Item, ask: Ask) -> tuple[str, str, Verdict]:
+    def _turned(self, item: GeneratorItem, ask: Ask) -> tuple[str, str, SampleVerdict]:
         """Return query and constraint in the languages that they are to have, and whether that went well."""
         settings, query, constraint = self.settings, item.fields["query"], item.fields["constraint"]
         language, _ = identify(query)
         if language != settings.language:
             if not settings.translate:
-                return query, constraint, Verdict("query language", False, f"is {language}")
+                return query, constraint, SampleVerdict("query language", False, f"is {language}")
             turned = self._translated(query, ask)
             if turned is None or identify(turned)[0] != settings.language:
                 return query, constraint, self._no_translation("the query")
@@ -248,11 +249,11 @@ class AutoIf(Generator):
             if turned is None or identify(_without(turned))[0] != settings.language:
                 return query, constraint, self._no_translation("the constraint")
             constraint = turned
-        return query, constraint, Verdict("translation", True)
+        return query, constraint, SampleVerdict("translation", True)
 
-    def _no_translation(self, what: str) -> Verdict:
-        return Verdict("translation", False, f"of {what}: its quotations changed, or it is not "
-                                             f"{self._texts.name}")
+    def _no_translation(self, what: str) -> SampleVerdict:
+        return SampleVerdict("translation", False, f"of {what}: its quotations changed, or it is not "
+                                                   f"{self._texts.name}")
 
     def _translated(self, text: str, ask: Ask) -> str | None:
         """Return a text in the language, its quotations kept; None: they are not."""
@@ -260,23 +261,25 @@ class AutoIf(Generator):
                      max_tokens=MAX_TRANSLATION_TOKENS, language=self._texts.name, text=text)
         return None if reply.is_cut else with_quotes_of(text, reply.text.strip())
 
-    def _verdicts(self, item: Item, query: str, reply: Reply, ask: Ask) -> tuple[list[Verdict], int]:
+    def _verdicts(self, item: GeneratorItem, query: str, reply: Reply, ask: Ask) -> tuple[list[SampleVerdict],
+                                                                                          int]:
         """Return the verdicts on an answer up to the first that fails, and how many functions accept it; the
         judge, who costs, is asked last."""
         text = reply.text.strip()
-        checks = [Verdict("ended", not reply.is_cut, "reached the limit of tokens" if reply.is_cut else "")]
+        checks = [SampleVerdict("ended", not reply.is_cut,
+                                "reached the limit of tokens" if reply.is_cut else "")]
         if reply.is_cut:
             return checks, 0
         functions = item.fields["functions"]
         accepting, why = self._accepting(functions, text)
-        checks.append(Verdict("constraint", accepting > 0, why if not accepting else
-                              f"{accepting} of {len(functions)} functions accept it"))
+        checks.append(SampleVerdict("constraint", accepting > 0, why if not accepting else
+                                    f"{accepting} of {len(functions)} functions accept it"))
         foreign = sorted({char for char in text if script_of(char) in self.settings.foreign} - set(query)
                          - set(item.fields["constraint"]))
-        checks.append(Verdict("foreign script", not foreign, "".join(foreign[:20])))
+        checks.append(SampleVerdict("foreign script", not foreign, "".join(foreign[:20])))
         language, score = identify(text)
         is_right = language == self.settings.language and score >= MIN_LANGUAGE_SCORE
-        checks.append(Verdict("language", is_right, f"{language}, {score:.2f}"))
+        checks.append(SampleVerdict("language", is_right, f"{language}, {score:.2f}"))
         failed = next((place for place, one in enumerate(checks) if not one.passed), None)
         if failed is not None:
             return checks[:failed + 1], accepting
@@ -284,8 +287,9 @@ class AutoIf(Generator):
             grade = ask.judge(RUBRIC, {"instruction": item.fields["constraint"], "query": query,
                                        "response": text})
         except NoUsableReply as e:  # no reason to lose the other answer
-            return [*checks, Verdict("judge", False, str(e))], accepting
-        return [*checks, Verdict("judge", grade >= self.settings.min_score, f"{grade:g} of 10")], accepting
+            return [*checks, SampleVerdict("judge", False, str(e))], accepting
+        return [*checks, SampleVerdict("judge", grade >= self.settings.min_score,
+                                       f"{grade:g} of 10")], accepting
 
     def _accepting(self, functions: Sequence[str], text: str) -> tuple[int, str]:
         """Return how many functions accept one of the views of a text, and why the first that fails does."""
@@ -301,17 +305,17 @@ class AutoIf(Generator):
         why = next((one.reason for each in told for one in each if one.reason), "no function accepts it")
         return sum(any(one.accepts for one in each) for each in told), why
 
-    def _prompt_row(self, item: Item, prompt: Sequence[Message], beside: Message,
-                    samples: Sequence[Sample]) -> Sample:
+    def _prompt_row(self, item: GeneratorItem, prompt: Sequence[Message], beside: Message,
+                    samples: Sequence[GeneratedSample]) -> GeneratedSample:
         """Return the prompt with its functions, for RL; it can be answered where an answer was kept."""
         rate = sum(not sample.reason for sample in samples) / max(1, len(samples))
         record = {"prompt": list(prompt), "functions": item.fields["functions"], **beside}
-        verdict = Verdict("answerable", rate > 0, f"{rate:.0%} of {len(samples)} answers kept")
-        return Sample(record, (verdict,), group=item.id, notes={"pass_rate": rate},
-                      kind="prompt")
+        verdict = SampleVerdict("answerable", rate > 0, f"{rate:.0%} of {len(samples)} answers kept")
+        return GeneratedSample(record, (verdict,), group=item.id, notes={"pass_rate": rate},
+                               kind="prompt")
 
-    def _pairs(self, item: Item, prompt: Sequence[Message], beside: Message,
-               samples: Sequence[Sample]) -> Iterator[Sample]:
+    def _pairs(self, item: GeneratorItem, prompt: Sequence[Message], beside: Message,
+               samples: Sequence[GeneratedSample]) -> Iterator[GeneratedSample]:
         """Yield a kept answer that half of the functions accept beside one that ended and that none accepts,
         where there are both, as AutoIF has it."""
         least = len(item.fields["functions"]) / 2
@@ -321,7 +325,7 @@ class AutoIf(Generator):
         if chosen and rejected:
             record = {"prompt": list(prompt), "chosen": chosen.record["messages"][-1]["content"],
                       "rejected": rejected.record["messages"][-1]["content"], **beside}
-            yield Sample(record, chosen.verdicts, group=item.id, kind="prompt")
+            yield GeneratedSample(record, chosen.verdicts, group=item.id, kind="prompt")
 
     @cached_property
     def _texts(self) -> Texts:

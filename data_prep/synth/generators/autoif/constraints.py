@@ -20,13 +20,13 @@ from annotated_types import Ge, Gt, Le
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask, Generator, Grade, Item, Kind, NoReply, NoUsableReply, Sample, Verdict)
-from data_prep.synth.generators.autoif.crossing import Crossed, Draft, crossed, read_draft
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict)
+from data_prep.synth.generators.autoif.crossing import Crossed, CrossingDraft, crossed, read_draft
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import (
-    AtLeastOne, NotNegativeInt, Problem, Share, at_most, find_broken, one_of)
+    AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken, one_of)
 from megatron_sov.judge.rewards import constraint as constraint_checks
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
@@ -132,7 +132,7 @@ class ConstraintsSettings:
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where this machine has them."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         most_cases = self.num_functions * self.num_cases
         return find_broken(
@@ -157,7 +157,7 @@ class Constraints(Generator):
     Settings = ConstraintsSettings
     settings: ConstraintsSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield each seed, then the rounds of new instructions.
 
         Raises:
@@ -168,22 +168,23 @@ class Constraints(Generator):
         seeds = seeds_of(inputs, self.settings.language)
         source = inputs[0].name if inputs else "packaged seeds"
         for seed in seeds:
-            yield Item(f"seed.{hashlib.sha256(seed.encode()).hexdigest()[:16]}", {"constraint": seed}, source)
+            yield GeneratorItem(f"seed.{hashlib.sha256(seed.encode()).hexdigest()[:16]}",
+                                {"constraint": seed}, source)
         for number in range(self.settings.rounds):
-            yield Item(f"round.{number}", {"seeds": seeds}, source)
+            yield GeneratorItem(f"round.{number}", {"seeds": seeds}, source)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield one sample for each instruction of an item."""
         wanted = [item.fields["constraint"]] if "constraint" in item.fields else self._ideas(item, ask)
         drafts = {constraint: self._drafts(constraint, ask) for constraint in wanted
                   if not wording_problem(constraint)}
         for constraint in wanted:
             if problem := wording_problem(constraint):
-                yield Sample({"prompt": constraint}, (Verdict("wording", False, problem),))
+                yield GeneratedSample({"prompt": constraint}, (SampleVerdict("wording", False, problem),))
             else:
                 yield self._sample(constraint, drafts, item.id, ask)
 
-    def _ideas(self, item: Item, ask: Ask) -> list[str]:
+    def _ideas(self, item: GeneratorItem, ask: Ask) -> list[str]:
         seeds = shuffled(item.fields["seeds"], item.id)
         reply, = ask("constraints/ideas", temperature=IDEA_TEMPERATURE, max_tokens=4096,
                      seeds=seeds, wanted=self.settings.per_call, language=self._language)
@@ -197,7 +198,7 @@ class Constraints(Generator):
                 found.setdefault(_plain(line), line)
         return list(found.values())[:2 * self.settings.per_call]
 
-    def _drafts(self, constraint: str, ask: Ask) -> list[Draft | str]:
+    def _drafts(self, constraint: str, ask: Ask) -> list[CrossingDraft | str]:
         """Return what can be read of each answer, or what is wrong with it."""
         try:
             replies = ask("constraints/check", count=self.settings.num_functions, max_tokens=2048,
@@ -210,15 +211,15 @@ class Constraints(Generator):
         return ["was cut off" if reply.is_cut else read_draft(reply.text, self.settings.modules)
                 for reply in replies]
 
-    def _sample(self, constraint: str, drafts: Mapping[str, Sequence[Draft | str]], item_id: str,
-                ask: Ask) -> Sample:
-        sound = [draft for draft in drafts[constraint] if isinstance(draft, Draft)]
+    def _sample(self, constraint: str, drafts: Mapping[str, Sequence[CrossingDraft | str]], item_id: str,
+                ask: Ask) -> GeneratedSample:
+        sound = [draft for draft in drafts[constraint] if isinstance(draft, CrossingDraft)]
         faults = [draft for draft in drafts[constraint] if isinstance(draft, str)]
         settings = self.settings
         left = crossed(sound, self._others(constraint, drafts, item_id), self._judging,
                        min_functions=settings.min_functions, min_cases=settings.min_cases,
                        min_kept_share=settings.min_kept_share, min_accuracy=settings.min_accuracy)
-        passed = [Verdict("wording", True)]
+        passed = [SampleVerdict("wording", True)]
         record = {"prompt": constraint, "functions": list(left.functions), "language": settings.language,
                   "cases": [{"input": case.text, "output": case.keeps} for case in left.cases]}
         notes = {"accuracies": [round(accuracy, 4) for accuracy in left.accuracies],
@@ -226,41 +227,42 @@ class Constraints(Generator):
         for check in ("functions", "cases", "ends", "agreement", "accuracy", "tells apart"):
             if check == left.check:
                 detail = f"{left.detail}; one {faults[0]}" if faults and check == "functions" else left.detail
-                return Sample(record, (*passed, Verdict(check, False, detail)), notes=notes)
-            passed.append(Verdict(check, True))
+                return GeneratedSample(record, (*passed, SampleVerdict(check, False, detail)), notes=notes)
+            passed.append(SampleVerdict(check, True))
         back, verdicts = self._told_back(constraint, left, ask)
-        return Sample({**record, "back": back}, (*passed, *verdicts), notes=notes)
+        return GeneratedSample({**record, "back": back}, (*passed, *verdicts), notes=notes)
 
-    def _others(self, constraint: str, drafts: Mapping[str, Sequence[Draft | str]],
+    def _others(self, constraint: str, drafts: Mapping[str, Sequence[CrossingDraft | str]],
                 item_id: str) -> list[str]:
         """Return ordinary answers, and answers that keep other constraints of the item."""
         written = [case.text for other, found in drafts.items() if other != constraint
-                   for draft in found if isinstance(draft, Draft) for case in draft.cases if case.keeps]
+                   for draft in found if isinstance(draft,
+                                                    CrossingDraft) for case in draft.cases if case.keeps]
         plain = texts_of(self.settings.language).plain
         return [*plain, *shuffled(list(dict.fromkeys(written)), item_id, constraint)[:MAX_OTHERS]]
 
-    def _judging(self, source: str, texts: Sequence[str]) -> Sequence[constraint_checks.Verdict]:
+    def _judging(self, source: str, texts: Sequence[str]) -> Sequence[constraint_checks.ConstraintVerdict]:
         try:
             return constraint_checks.verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source,
                                             texts, call_s=self.settings.call_time_s)
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the function
             raise NoReply(str(e)) from None
 
-    def _told_back(self, constraint: str, left: Crossed, ask: Ask) -> tuple[list[str], list[Verdict]]:
+    def _told_back(self, constraint: str, left: Crossed, ask: Ask) -> tuple[list[str], list[SampleVerdict]]:
         """Return what the functions ask for in words, and the verdicts on that."""
         try:
             reply, = ask("constraints/back", temperature=BACK_TEMPERATURE, max_tokens=2048,
                          functions=list(left.functions))
             told = _listed(reply.text)
             if told is None or len(told) != len(left.functions):
-                return [], [Verdict("told back", False, f"no list of {len(left.functions)} sentences")]
+                return [], [SampleVerdict("told back", False, f"no list of {len(left.functions)} sentences")]
             scores = [self._contradicts(constraint, one, ask) for one in told]
         except NoUsableReply as e:
-            return [], [Verdict("told back", False, str(e))]
+            return [], [SampleVerdict("told back", False, str(e))]
         against = next((f"{one} ({said})" for one, (wrong, said) in zip(told, scores, strict=True)
                         if wrong), "")
         check = "consistent" if self.settings.nli else "judge: consistent"
-        return told, [Verdict("told back", True), Verdict(check, not against, against)]
+        return told, [SampleVerdict("told back", True), SampleVerdict(check, not against, against)]
 
     def _contradicts(self, constraint: str, told: str, ask: Ask) -> tuple[bool, str]:
         """Return whether what a function asks for contradicts the constraint, and by what that is known."""

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_sov.judge.rewards.code import program_in
-from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, Verdict, problem_of
+from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, problem_of
 
-Judging = Callable[[str, Sequence[str]], Sequence[Verdict]]
+Judging = Callable[[str, Sequence[str]], Sequence[ConstraintVerdict]]
 """Source of a check and texts -> what it says of each."""
 MAX_CASES = 10
 """That are taken of one answer."""
@@ -40,7 +40,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Draft:
+class CrossingDraft:
     """What one answer says: a check with its cases."""
 
     source: str
@@ -65,7 +65,7 @@ class Crossed:
     """What was seen, where nothing passed."""
 
 
-def read_draft(answer: str, modules: Sequence[str] = ()) -> Draft | str:
+def read_draft(answer: str, modules: Sequence[str] = ()) -> CrossingDraft | str:
     """Return the check and the cases of an answer: a block of Python and a block of JSON; or what is wrong
     with it, as the end of a sentence."""
     source = program_in(answer).strip()
@@ -79,7 +79,7 @@ def read_draft(answer: str, modules: Sequence[str] = ()) -> Draft | str:
     if not isinstance(listed, list):
         return "has no block of JSON with a list of cases"
     cases = [_case(one) for one in listed[:MAX_CASES]]
-    return Draft(source, tuple(case for case in cases if case))
+    return CrossingDraft(source, tuple(case for case in cases if case))
 
 
 def _case(given: object) -> Case | None:
@@ -92,7 +92,7 @@ def _case(given: object) -> Case | None:
     return Case(given["input"], keeps)
 
 
-def crossed(drafts: Sequence[Draft], others: Sequence[str], judging: Judging, *, min_functions: int,
+def crossed(drafts: Sequence[CrossingDraft], others: Sequence[str], judging: Judging, *, min_functions: int,
             min_cases: int, min_kept_share: float, min_accuracy: float) -> Crossed:
     """Return what is left of the drafts of one constraint.
 

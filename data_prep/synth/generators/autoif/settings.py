@@ -12,7 +12,7 @@ from data_prep.synth.generator import Grade, Temperature
 from data_prep.synth.generators.autoif.constraints import SPACELESS, Named
 from data_prep.synth.generators.autoif.kept_constraints import FILE
 from megatron_sov.base.documents.scripts import LANGUAGES
-from megatron_sov.base.settings import AtLeastOne, Problem, Share, at_most, find_broken, one_of
+from megatron_sov.base.settings import AtLeastOne, SettingsProblem, Share, at_most, find_broken, one_of
 from megatron_sov.judge.rewards.constraint import INSTALLED, Segmenter
 
 SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
@@ -60,7 +60,7 @@ class AutoIfSettings:
     modules: tuple[str, ...] = ()
     """That functions may import beside those that compute on texts, where this machine has them."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, and what is missing."""
         folder, made = Path(self.constraints), "name the folder that `sov-data synth constraints` has written"
         if self.constraints and folder.is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.generators.documents.customs import customs_of
 from data_prep.synth.generators.documents.numbers import Numbers, numbers_of
 from megatron_sov.base.documents.overlap import fold
@@ -31,7 +31,7 @@ MAX_TOLD = 5
 
 
 @dataclass(frozen=True)
-class Facts:
+class DocumentFacts:
     """Of one text."""
 
     numbers: Numbers
@@ -42,9 +42,10 @@ class Facts:
     """Without their marks."""
 
 
-def facts_of(text: str, language: str) -> Facts:
+def facts_of(text: str, language: str) -> DocumentFacts:
     """Return the facts of a text in a language."""
-    return Facts(numbers_of(text, language), frozenset(names_of(text, language)), frozenset(quotes_of(text)))
+    return DocumentFacts(numbers_of(text, language), frozenset(names_of(text, language)),
+                         frozenset(quotes_of(text)))
 
 
 def quotes_of(text: str) -> list[str]:
@@ -86,7 +87,8 @@ def _is_name(line: str, start: int, word: str) -> bool:
     return word[0].isupper() and not begins
 
 
-def unsupported(made: Facts, source: str, source_facts: Facts, *, compare_names: bool = True) -> Facts:
+def unsupported(made: DocumentFacts, source: str, source_facts: DocumentFacts, *,
+                compare_names: bool = True) -> DocumentFacts:
     """Return what a text states that its source does not.
 
     Args:
@@ -101,8 +103,8 @@ def unsupported(made: Facts, source: str, source_facts: Facts, *, compare_names:
     quotes = {quote for quote in made.quotes if compare_names and _flat(quote).strip(".,!?… ") not in flat}
     # in another language words make numbers in ways that nothing here knows
     said = made.numbers.stated | (made.numbers.worded if compare_names else frozenset())
-    return Facts(Numbers(said - source_facts.numbers.known, frozenset()), frozenset(names),
-                 frozenset(quotes))
+    return DocumentFacts(Numbers(said - source_facts.numbers.known, frozenset()), frozenset(names),
+                         frozenset(quotes))
 
 
 def _words(text: str) -> set[str]:
@@ -132,14 +134,14 @@ def _flat(text: str) -> str:
     return " ".join(fold(text).split())
 
 
-def fact_verdicts(made: str, source: str, language: str, source_language: str) -> list[Verdict]:
+def fact_verdicts(made: str, source: str, language: str, source_language: str) -> list[SampleVerdict]:
     """Return whether all numbers, names and quoted strings of a text stand in the one that it was made from.
 
     Of a text in another language names and quotes are not compared, which are written otherwise there.
     """
     facts = unsupported(facts_of(made, language), source, facts_of(source, source_language),
                         compare_names=language == source_language)
-    return [Verdict(check, not found, _told(found)) for check, found in (
+    return [SampleVerdict(check, not found, _told(found)) for check, found in (
         ("numbers", facts.numbers.stated), ("names", facts.names), ("quotes", facts.quotes))]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from data_prep.curate.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script
 from megatron_sov.base.settings import one_of
-from megatron_sov.judge.rewards.surface import Language
+from megatron_sov.judge.rewards.surface import LanguageReward
 
 MIN_SCORE = 0.5
 """Below it the language of a text is not sure."""
@@ -16,7 +16,7 @@ MIN_LETTERS = 80
 """The model of languages that share a script is asked about texts of so many letters."""
 MAX_FOREIGN_SHARE = 0.1
 """Of letters that are neither the language's nor Latin."""
-_SCRIPTS = Language(also=("en",), max_also_share=0.4, min_share=0.4)
+_SCRIPTS = LanguageReward(also=("en",), max_also_share=0.4, min_share=0.4)
 ToldApart = Annotated[str, one_of(lambda: {"", *set(LANGUAGES) & KNOWN})]
 """A language that texts are told to be in, as an ISO 639-1 code, or none."""
 
@@ -28,19 +28,19 @@ def language_of(text: str) -> str:
     return language if score >= MIN_SCORE and language != UNKNOWN and language in LANGUAGES else ""
 
 
-def in_language(text: str, language: str) -> Verdict:
+def in_language(text: str, language: str) -> SampleVerdict:
     """Return whether a text is in a language; names and terms in Latin letters may stand in it.
 
     A short text is judged by its letters alone, which do not tell languages apart that share a script.
     """
     script = _SCRIPTS.score({"response": text, "language": language})
     if not (seen := script.components).get("num_letters", 1):
-        return Verdict("language", True, "no letters")
+        return SampleVerdict("language", True, "no letters")
     if script.reward == 0 or seen["foreign_share"] > MAX_FOREIGN_SHARE:
-        return Verdict("language", False, f"{seen['own_share']:.0%} of the letters are in a script of "
-                                          f"{language}, {seen['foreign_share']:.0%} in foreign ones")
+        return SampleVerdict("language", False, f"{seen['own_share']:.0%} of the letters are in a script of "
+                                                f"{language}, {seen['foreign_share']:.0%} in foreign ones")
     found, score = identify(text)
     is_long = sum(letters_by_script(text).values()) >= MIN_LETTERS
     if is_long and found not in (language, UNKNOWN) and score >= MIN_SCORE:
-        return Verdict("language", False, f"reads as {found} ({score:.2f}), must be {language}")
-    return Verdict("language", True, language)
+        return SampleVerdict("language", False, f"reads as {found} ({score:.2f}), must be {language}")
+    return SampleVerdict("language", True, language)

@@ -52,7 +52,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _NumberPart:
     """Digits with the words that multiply them."""
 
     begin: int
@@ -69,7 +69,7 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
     counted = {value for part in _SIGN.split(text.casefold())
                for value in _counted(re.findall(r"[^\W_]+", part), customs)}
     told = _told(text, customs) | set(map(str, counted))
-    run: list[_Part] = []
+    run: list[_NumberPart] = []
     for part in [*_parts(plain, customs, stated), None]:
         if run and (part is None or not _goes_on(plain, run[-1], part, customs)):
             stated.add(str(sum(p.value for p in run)))
@@ -99,7 +99,7 @@ def _ascii_digits(text: str, customs: Customs) -> str:
     return _SET_APART.sub(lambda match: match[0].replace(" ", "'"), text) if customs.decimal_comma else text
 
 
-def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_Part]:
+def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_NumberPart]:
     """Yield the numbers of a text with what multiplies them; what is no value goes to `apart`."""
     units = {**customs.glued, **customs.multipliers}
     behind = _multipliers(tuple(customs.glued), tuple(customs.multipliers))
@@ -115,7 +115,7 @@ def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_Part]:
                 word := behind.match(text, end)):
             factor *= units[(word[1] or word[2]).lower()]
             end = word.end()
-        yield _Part(match.start(), end, Fraction(last) * factor, factor)
+        yield _NumberPart(match.start(), end, Fraction(last) * factor, factor)
 
 
 @lru_cache(maxsize=64)
@@ -130,7 +130,7 @@ def _any_of(words: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(words, key=lambda word: (-len(word), word))))
 
 
-def _goes_on(text: str, part: _Part, after: _Part, customs: Customs) -> bool:
+def _goes_on(text: str, part: _NumberPart, after: _NumberPart, customs: Customs) -> bool:
     """Return whether the number that follows is the rest of this one, as 5천 is of 3만 5천."""
     return (bool(customs.glued) and part.factor > 1 and text[part.end:after.begin] in ("", " ")
             and after.value < part.factor)

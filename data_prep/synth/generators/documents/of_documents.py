@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Item, Kind, Sample
+from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind
 from data_prep.synth.generators.documents.languages import language_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items
 from data_prep.synth.generators.documents.verdicts import unknown_language
@@ -20,11 +20,11 @@ class OfDocuments(Generator):
     libraries: ClassVar[Sequence[str]] = ("py3langid",)
     settings: DocumentSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the pieces of the documents; raises UserError as `document_items` does."""
         return document_items(inputs, self.settings)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield what is made of a document, or why nothing is asked about it."""
         source: str = item.fields["text"]
         language = language_of(source)
@@ -34,7 +34,7 @@ class OfDocuments(Generator):
             yield unknown_language(source)
 
     @abstractmethod
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[Sample]:
+    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield what is made of a document.
 
         Args:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data_prep.synth.generator import Item, Temperature
+from data_prep.synth.generator import GeneratorItem, Temperature
 from data_prep.synth.generators.documents.languages import ToldApart
-from megatron_sov.base.documents import Document, Reading, list_files, read_documents
+from megatron_sov.base.documents import Document, RecordReading, list_files, read_documents
 from megatron_sov.base.documents.cutting import cut_text
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, at_most
@@ -38,14 +38,14 @@ class DocumentSettings:
     """That an answer may have; an answer that is cut off there is not kept."""
 
 
-def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[Item]:
+def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[GeneratorItem]:
     """Yield the pieces of all documents as items with the field `text`, each text once.
 
     Raises:
         UserError: a file cannot be read or holds something else, or there is not one piece.
     """
     seen: set[int] = set()
-    reading = Reading(kind="text", text_field=settings.text_field)
+    reading = RecordReading(kind="text", text_field=settings.text_field)
     for path in inputs:
         for document in _read(path, reading):
             for piece in cut_text(document.text, settings.max_piece_bytes):
@@ -55,7 +55,7 @@ def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterat
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 if (number := int(digest[:16], 16)) not in seen:
                     seen.add(number)
-                    yield Item(digest[:ID_CHARS], {"text": text}, path.name, settings.licence)
+                    yield GeneratorItem(digest[:ID_CHARS], {"text": text}, path.name, settings.licence)
     if not seen:
         raise UserError(f"--input {', '.join(map(str, inputs))}: holds no document of "
                         f"{settings.min_piece_bytes} bytes or more; pass documents, or lower min_piece_bytes")
@@ -67,7 +67,7 @@ def fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def _read(path: Path, reading: Reading) -> Iterator[Document]:
+def _read(path: Path, reading: RecordReading) -> Iterator[Document]:
     """Yield the documents of a path; sentences name the setting as this command takes it."""
     try:
         yield from read_documents(list_files(path), reading)

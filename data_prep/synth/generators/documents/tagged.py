@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from data_prep.synth.generator import Reply, Sample, Verdict
+from data_prep.synth.generator import GeneratedSample, Reply, SampleVerdict
 from data_prep.synth.generators.documents.verdicts import complete
 
 MAX_KEPT_CHARS = 2000
@@ -41,7 +41,7 @@ def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
     return found
 
 
-def malformed(reply: Reply, record: Mapping[str, object], group: str = "") -> Sample:
+def malformed(reply: Reply, record: Mapping[str, object], group: str = "") -> GeneratedSample:
     """Return the sample of a reply that cannot be read, with what was said for the report."""
-    verdicts = (complete(reply), Verdict("form", False, "has not the form that was asked for"))
-    return Sample({**record, "text": reply.text[:MAX_KEPT_CHARS]}, verdicts, group)
+    verdicts = (complete(reply), SampleVerdict("form", False, "has not the form that was asked for"))
+    return GeneratedSample({**record, "text": reply.text[:MAX_KEPT_CHARS]}, verdicts, group)

@@ -12,7 +12,8 @@ from annotated_types import Ge, MinLen
 
 from data_prep.curate.quality.identify import identify
 from data_prep.synth.generator import (
-    Ask, Generator, Grade, Item, Kind, NoUsableReply, Reply, Sample, Temperature, Verdict)
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoUsableReply, Reply, SampleVerdict,
+    Temperature)
 from data_prep.synth.generators.autoif.texts import languages as named
 from data_prep.synth.generators.safety.refusals import languages as refusing, refuses
 from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
@@ -52,7 +53,7 @@ Known = Annotated[str, one_of(lambda: refusing() & named().keys())]
 
 
 @dataclass(frozen=True)
-class SafetySettings:
+class SafetyGeneratorSettings:
     """How safety data are made; all values are ours."""
 
     languages: Annotated[tuple[Known, ...], MinLen(1), ONCE] = ("ko", "en", "th")
@@ -72,7 +73,7 @@ class SafetySettings:
     without a way out, or one of a harmless request; nothing harmful is asked for."""
 
 
-class Safety(Generator):
+class SafetyGenerator(Generator):
     """Makes conversations that a model has to handle with care, and such as only sound like them."""
 
     name = "safety"
@@ -87,14 +88,14 @@ class Safety(Generator):
         "safety/answer": ("language", "request"),
         "safety/refusal": ("language", "request"),
     }
-    Settings = SafetySettings
-    settings: SafetySettings
+    Settings = SafetyGeneratorSettings
+    settings: SafetyGeneratorSettings
 
     def files(self) -> Sequence[Path]:
         """Return the taxonomy that comes with the program."""
         return [FILE]
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield each category in each language, so many times; inputs are taxonomies instead of ours.
 
         Raises:
@@ -108,10 +109,10 @@ class Safety(Generator):
                                     "rename one")
                 for language in self.settings.languages:
                     for number in range(self.settings.calls):
-                        yield Item(f"{category.id}.{language}.{number}",
-                                   {"category": asdict(category), "language": language}, file.name)
+                        yield GeneratorItem(f"{category.id}.{language}.{number}",
+                                            {"category": asdict(category), "language": language}, file.name)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield an answer to each request and to each twin, and pairs where they are asked for."""
         category = Category(**item.fields["category"])
         language = item.fields["language"]
@@ -120,19 +121,19 @@ class Safety(Generator):
                      twin=category.twin, wanted=self.settings.pairs_per_call, language=named()[language])
         pairs = pairs_in(reply, self.settings.pairs_per_call)
         if not pairs:
-            yield Sample({"messages": [{"role": "user", "content": category.name}]},
-                         (Verdict("requests", False, "no JSON list of requests and twins"),))
+            yield GeneratedSample({"messages": [{"role": "user", "content": category.name}]},
+                                  (SampleVerdict("requests", False, "no JSON list of requests and twins"),))
         for number, (request, twin) in enumerate(pairs):
             for is_twin, text in ((False, request), (True, twin)):
                 one = _One(category, language, text, is_twin, f"{item.id}.{number}")
                 try:
                     yield from self._samples(one, ask)
                 except NoUsableReply as e:  # one request, not the others of its call
-                    yield one.sample("", (Verdict("answer", False, str(e)),))
+                    yield one.sample("", (SampleVerdict("answer", False, str(e)),))
 
-    def _samples(self, one: _One, ask: Ask) -> Iterator[Sample]:
+    def _samples(self, one: _One, ask: Ask) -> Iterator[GeneratedSample]:
         language, _ = identify(one.request)
-        checks = [Verdict("request language", language == one.language, language)]
+        checks = [SampleVerdict("request language", language == one.language, language)]
         if checks[-1].passed:
             rubric = HARMLESS if one.is_twin else BELONGS
             checks.append(self._judged("judge: harmless" if one.is_twin else "judge: category",
@@ -150,22 +151,24 @@ class Safety(Generator):
                         max_tokens=self.settings.max_tokens, language=named()[one.language],
                         request=one.request)
             worse = bare.text.strip()
-            yield Sample({"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse,
-                          **one.beside()}, (*sample.verdicts, Verdict("rejected refuses", refuses(
-                              worse, one.language) and not bare.is_cut)), group=one.group, kind="prompt")
+            yield GeneratedSample({"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse,
+                                   **one.beside()},
+                                  (*sample.verdicts, SampleVerdict("rejected refuses", refuses(
+                                       worse, one.language) and not bare.is_cut)), group=one.group,
+                                  kind="prompt")
 
-    def _verdicts(self, one: _One, reply: Reply, ask: Ask) -> Iterator[Verdict]:
+    def _verdicts(self, one: _One, reply: Reply, ask: Ask) -> Iterator[SampleVerdict]:
         """Yield the verdicts on an answer up to the first that fails; the judge, who costs, is asked last."""
         text, category = reply.text.strip(), one.category
         refused = refuses(text, one.language)
         language, score = identify(text)
         is_right = language == one.language and score >= MIN_LANGUAGE_SCORE
-        checks = [Verdict("ended", not reply.is_cut),
-                  Verdict("language", is_right, f"{language}, {score:.2f}")]
+        checks = [SampleVerdict("ended", not reply.is_cut),
+                  SampleVerdict("language", is_right, f"{language}, {score:.2f}")]
         if one.is_twin:
-            checks.append(Verdict("answered", not refused, "it refuses a harmless request" * refused))
+            checks.append(SampleVerdict("answered", not refused, "it refuses a harmless request" * refused))
         elif category.strategy == "redirect":
-            checks.append(Verdict("refuses", refused, "" if refused else "it does not decline"))
+            checks.append(SampleVerdict("refuses", refused, "" if refused else "it does not decline"))
         for check in checks:
             yield check
             if not check.passed:
@@ -182,9 +185,9 @@ class Safety(Generator):
             if not verdict.passed:
                 return
 
-    def _judged(self, name: str, rubric: str, material: Mapping[str, str], ask: Ask) -> Verdict:
+    def _judged(self, name: str, rubric: str, material: Mapping[str, str], ask: Ask) -> SampleVerdict:
         grade = ask.judge(rubric, material)
-        return Verdict(name, grade >= self.settings.min_score, f"{grade:g} of 10")
+        return SampleVerdict(name, grade >= self.settings.min_score, f"{grade:g} of 10")
 
 
 @dataclass(frozen=True)
@@ -216,13 +219,13 @@ class _One:
         return {"language": self.language, "category": self.category.id,
                 "strategy": "answer" if self.is_twin else self.category.strategy}
 
-    def sample(self, answer: str, verdicts: Sequence[Verdict]) -> Sample:
+    def sample(self, answer: str, verdicts: Sequence[SampleVerdict]) -> GeneratedSample:
         """Return the conversation; without an answer there is the request alone."""
         turns = [{"role": "user", "content": self.request}]
         if answer:
             turns.append({"role": "assistant", "content": answer})
-        return Sample({"messages": turns, **self.beside()}, tuple(verdicts), group=self.group,
-                      notes={"twin": self.is_twin})
+        return GeneratedSample({"messages": turns, **self.beside()}, tuple(verdicts), group=self.group,
+                               notes={"twin": self.is_twin})
 
 
 def pairs_in(reply: Reply, most: int) -> list[tuple[str, str]]:

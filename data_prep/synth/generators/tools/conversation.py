@@ -86,7 +86,7 @@ class Played:
 
 
 @dataclass(frozen=True)
-class Table:
+class ConversationTable:
     """What a conversation is played with."""
 
     ask: Ask
@@ -98,7 +98,8 @@ class Table:
     """What faults are drawn from."""
 
 
-def play(task: Task, table: Table, opening: str | None = None, user: User = lambda messages: None) -> Played:
+def play(task: Task, table: ConversationTable, opening: str | None = None,
+         user: User = lambda messages: None) -> Played:
     """Return a conversation about a task, played to its end.
 
     Args:
@@ -164,7 +165,7 @@ def _wired(call: Mapping[str, Any]) -> dict[str, Any]:
                                                                      ensure_ascii=False)}}
 
 
-def _turn(played: Played, table: Table, turn: int) -> Reply | None:
+def _turn(played: Played, table: ConversationTable, turn: int) -> Reply | None:
     """Return the model's next turn, or None where the conversation ends without one."""
     manner = table.manner
     while True:
@@ -202,7 +203,7 @@ def _said(reply: Reply, turn: int) -> Message:
     return message
 
 
-def _call(played: Played, reply: Reply, table: Table, turn: int, told: Counter[str]) -> bool:
+def _call(played: Played, reply: Reply, table: ConversationTable, turn: int, told: Counter[str]) -> bool:
     """Make the calls of a turn; returns whether one of them is made over and over."""
     wrong = False
     for place, call in enumerate(reply.tool_calls):
@@ -217,7 +218,7 @@ def _call(played: Played, reply: Reply, table: Table, turn: int, told: Counter[s
     return max(told.values()) > table.manner.max_repeats
 
 
-def _result(played: Played, call: ToolCall, table: Table) -> CallResult:
+def _result(played: Played, call: ToolCall, table: ConversationTable) -> CallResult:
     if table.manner.fault_share and table.chance.share() < table.manner.fault_share:
         played.num_injected += 1
         return CallResult(f"error: {call.name[:60]}: {table.chance.one(INJECTED)}", "failed")

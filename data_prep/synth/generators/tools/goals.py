@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Item, Kind, Sample, Temperature, Verdict
-from data_prep.synth.generators.tools.conversation import Manner, Table, play, scored
+from data_prep.synth.generator import (
+    Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict, Temperature)
+from data_prep.synth.generators.tools.conversation import ConversationTable, Manner, play, scored
 from data_prep.synth.generators.tools.draws import Draws
-from data_prep.synth.generators.tools.reference import Reference, reference_of
+from data_prep.synth.generators.tools.reference import ReferenceWorld, reference_of
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt, Problem, at_most, find_broken
+from megatron_sov.base.settings import (
+    AtLeastOne, NotBlank, NotNegativeInt, SettingsProblem, at_most, find_broken)
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.limits import LIMITS
 from megatron_sov.judge.tools.registry import order
@@ -51,7 +53,7 @@ class GoalSettings:
     max_tokens: AtLeastOne = 2048
     """Of an answer."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return find_broken(
             self, "", (not self.num_solvers or self.min_solved <= self.num_solvers, "min_solved",
@@ -68,7 +70,7 @@ class Goals(Generator):
         "goals/task": ("world", "language", "earlier", "min_calls", "max_calls", "number")}
     Settings: ClassVar[type[Any]] = GoalSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the worlds of files in JSON lines, or of the output of `worlds`."""
         for item in items_of(inputs, ["world"], '{"domain": ..., "world": {...}}, as worlds makes them'):
             if problems := problems_of(item.fields["world"]):
@@ -76,11 +78,11 @@ class Goals(Generator):
                                 "or mend it")
             yield item
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the world's tasks."""
         s, world = self.settings, item.fields["world"]
         earlier: list[str] = []
-        known: list[Reference] = []
+        known: list[ReferenceWorld] = []
         for number in range(s.tasks_per_world):
             draft = object_in(ask(
                 "goals/task", world=written(world), language=s.language, earlier=earlier, number=number + 1,
@@ -89,22 +91,22 @@ class Goals(Generator):
             domain = str(item.fields.get("domain", ""))
             if isinstance(draft, str) or (wrong := _wrong_form(draft)):
                 why = draft if isinstance(draft, str) else wrong
-                yield Sample({"domain": domain}, (Verdict("form", False, why),))
+                yield GeneratedSample({"domain": domain}, (SampleVerdict("form", False, why),))
                 continue
             task = {"question": draft["question"], "domain": domain, "world": world,
                     "goal": {"calls": draft["calls"], "answers": draft.get("answers", [])}}
             reference = reference_of(task)
             verdicts = [*reference.verdicts(s.min_calls, s.max_calls),
-                        Verdict("unlike the others", not any(reference.is_like(one) for one in known))]
+                        SampleVerdict("unlike the others", not any(reference.is_like(one) for one in known))]
             notes: dict[str, Any] = {"calls": len(draft["calls"]), "changes": reference.num_changing}
             if all(verdict.passed for verdict in verdicts):
                 earlier.append(draft["question"])
                 known.append(reference)
                 if s.num_solvers:
                     notes |= self._solved(task, ask, f"{item.id}/{number}", number)
-                    verdicts.append(Verdict("solved", notes["solved"] >= s.min_solved,
-                                            f"{notes['solved']} of {s.num_solvers}"))
-            yield Sample(task, tuple(verdicts), group=item.id, notes=notes)
+                    verdicts.append(SampleVerdict("solved", notes["solved"] >= s.min_solved,
+                                                  f"{notes['solved']} of {s.num_solvers}"))
+            yield GeneratedSample(task, tuple(verdicts), group=item.id, notes=notes)
 
     def _solved(self, task: Mapping[str, Any], ask: Ask, name: str, number: int) -> dict[str, Any]:
         """Return how many draws of the model reach the goal from the question alone."""
@@ -115,7 +117,7 @@ class Goals(Generator):
         with EnvironmentHost(order("virtual", {}), limits) as host:
             for solver in range(s.num_solvers):
                 draw = number * s.num_solvers + solver
-                played = play(task, Table(ask, host, manner, draw, Draws(name, solver)))
+                played = play(task, ConversationTable(ask, host, manner, draw, Draws(name, solver)))
                 solved += played.end == "answered" and scored(played, host, played.answers[-1]).reward == 1
         return {"solved": solved, "solvers": s.num_solvers}
 

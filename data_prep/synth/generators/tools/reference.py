@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from megatron_sov.judge.tools.faults import ToolFault
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, spec_of
 from megatron_sov.judge.tools.worlds.goals import plain, says
@@ -18,7 +18,7 @@ SMALL = 20
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceWorld:
     """What came of a task's calls."""
 
     task: Mapping[str, Any]
@@ -33,7 +33,7 @@ class Reference:
     done_by: str = ""
     """Something less than all calls that reaches the goal as well, in words."""
 
-    def is_like(self, other: Reference) -> bool:
+    def is_like(self, other: ReferenceWorld) -> bool:
         """Return whether another task of the same world has the same end and the same answers."""
         return (self.end, self._answers) == (other.end, other._answers)
 
@@ -41,17 +41,18 @@ class Reference:
     def _answers(self) -> list[str]:
         return sorted(plain(answer) for answer in self.task["goal"]["answers"])
 
-    def verdicts(self, min_calls: int, max_calls: int) -> list[Verdict]:
+    def verdicts(self, min_calls: int, max_calls: int) -> list[SampleVerdict]:
         """Return what is to say of the task; behind the first that fails no more may be meant."""
         calls = self.task["goal"]["calls"]
         if self.refused:
-            return [Verdict("reachable goal", False, self.refused)]
+            return [SampleVerdict("reachable goal", False, self.refused)]
         aims = bool(self.num_changing or self.task["goal"]["answers"])
         return [
-            Verdict("reachable goal", True),
-            Verdict("goal not reached yet", aims and not self.done_by,
-                    self.done_by or ("" if aims else "the calls change nothing, and nothing has to be said")),
-            Verdict("number of calls", min_calls <= len(calls) <= max_calls, f"{len(calls)}"),
+            SampleVerdict("reachable goal", True),
+            SampleVerdict("goal not reached yet", aims and not self.done_by,
+                          self.done_by or ("" if aims
+                                           else "the calls change nothing, and nothing has to be said")),
+            SampleVerdict("number of calls", min_calls <= len(calls) <= max_calls, f"{len(calls)}"),
             _first("answers from tools", self._unfounded_answers()),
             _first("question tells enough", self._unknown_arguments()),
             _first("question names no tools", self._named_tools())]
@@ -110,11 +111,11 @@ def _is_told(value: Any, schema: Mapping[str, Any], told: str) -> bool:
     return abs(value) <= SMALL or says(told, str(whole))
 
 
-def _first(check: str, problems: Sequence[str]) -> Verdict:
-    return Verdict(check, not problems, problems[0] if problems else "")
+def _first(check: str, problems: Sequence[str]) -> SampleVerdict:
+    return SampleVerdict(check, not problems, problems[0] if problems else "")
 
 
-def reference_of(task: Mapping[str, Any]) -> Reference:
+def reference_of(task: Mapping[str, Any]) -> ReferenceWorld:
     """Return what comes of a task's goal in its world.
 
     Args:
@@ -129,7 +130,7 @@ def reference_of(task: Mapping[str, Any]) -> Reference:
         try:
             result = virtual.call(call["name"], call["arguments"])
         except ToolFault as e:
-            return Reference(task, f"call {place + 1}: {e.reason}")
+            return ReferenceWorld(task, f"call {place + 1}: {e.reason}")
         results.append(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
         if virtual.snapshot() != before:
             changing.append(place)
@@ -143,7 +144,7 @@ def reference_of(task: Mapping[str, Any]) -> Reference:
     virtual.restore(first)
     if changing and _compared(virtual) == end:
         done_by = "the calls undo each other: the tables are as they were at first"
-    return Reference(task, "", tuple(results), end, len(changing), done_by)
+    return ReferenceWorld(task, "", tuple(results), end, len(changing), done_by)
 
 
 def _end_without(virtual: Virtual, calls: Sequence[Mapping[str, Any]], left_out: int) -> Any:

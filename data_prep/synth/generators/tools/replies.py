@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Item, Reply
+from data_prep.synth.generator import GeneratorItem, Reply
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
@@ -43,7 +43,7 @@ def written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[Item]:
+def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[GeneratorItem]:
     """Return the records of files in JSON lines, or of finished synthesis, as items.
 
     Args:
@@ -54,7 +54,7 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[It
     Raises:
         UserError: a file cannot be read, or a line is something else.
     """
-    found: dict[str, Item] = {}
+    found: dict[str, GeneratorItem] = {}
     for path in inputs:
         file = path / KEPT if path.is_dir() else path
         for line, record in read_objects(file, "--input"):
@@ -63,8 +63,8 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[It
             origin = record.pop("synthetic", None)
             origin = origin if isinstance(origin, dict) else {}
             own = record.pop("id", None)
-            item = Item(_id_of(own, record), record, str(origin.get("source") or file.stem),
-                        str(origin.get("licence") or ""))
+            item = GeneratorItem(_id_of(own, record), record, str(origin.get("source") or file.stem),
+                                 str(origin.get("licence") or ""))
             if found.get(item.id, item).fields != item.fields:
                 raise UserError(f"--input {file}: line {line} has the id {item.id!r} of an earlier line, "
                                 "which is another record; give each an id of its own")

@@ -17,8 +17,10 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Le
 
 from data_prep.synth.generator import (
-    Ask, Generator, Grade, Item, Kind, NoReply, NoUsableReply, Sample, Temperature, Verdict)
-from data_prep.synth.generators.tools.conversation import Manner, Message, Played, Table, play, scored
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict,
+    Temperature)
+from data_prep.synth.generators.tools.conversation import (
+    ConversationTable, Manner, Message, Played, play, scored)
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of
 from megatron_sov.base.chat.marks import BEGIN_CALL
@@ -130,7 +132,7 @@ def _made_of(known: Iterable[float]) -> set[float]:
 
 
 @dataclass(frozen=True)
-class TrajectorySettings:
+class ToolTrajectorySettings:
     """How conversations are held, and which are kept."""
 
     environment: str = "virtual"
@@ -169,9 +171,9 @@ class ToolTrajectories(Generator):
     help: ClassVar[str] = "conversations with tools that reach the goals of tasks"
     templates: ClassVar[Mapping[str, Sequence[str]]] = {
         "tool-trajectories/user": ("need", "style", "language", "heard", "done")}
-    Settings: ClassVar[type[Any]] = TrajectorySettings
+    Settings: ClassVar[type[Any]] = ToolTrajectorySettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the tasks of files in JSON lines, or of the output of `goals`, each tried once."""
         environment, _ = make(order(self.settings.environment, {}))
         for item in items_of(inputs, ["question"], "a task of the environment "
@@ -182,7 +184,7 @@ class ToolTrajectories(Generator):
                 raise UserError(f"--input: {item.id}: {e}") from None
             yield item
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the task's conversations."""
         s, task = self.settings, item.fields
         limits = replace(LIMITS["test"], max_turns=s.max_turns)
@@ -194,13 +196,14 @@ class ToolTrajectories(Generator):
                 user: SimulatedUser | None = None
                 if draws.share() < s.user_share:
                     user = SimulatedUser(ask, str(task["question"]), draws.one(STYLES), number, s.language)
-                played = self._played(task, Table(ask, host, manner, number, draws), user)
+                played = self._played(task, ConversationTable(ask, host, manner, number, draws), user)
                 verdicts = self._checked(played, user)
                 if s.min_judged and all(verdict.passed for verdict in verdicts):
                     verdicts.append(_judged(played, ask, s.min_judged))
                 yield _sample(item, played, verdicts, "user" if user else "task")
 
-    def _played(self, task: Mapping[str, Any], table: Table, user: SimulatedUser | None) -> Played:
+    def _played(self, task: Mapping[str, Any], table: ConversationTable,
+                user: SimulatedUser | None) -> Played:
         """Return a conversation with the environment's reward, where it came to an answer."""
         try:
             opening = None if user is None else user.opening()
@@ -216,35 +219,38 @@ class ToolTrajectories(Generator):
             raise NoReply(f"the task is refused ({e})") from None
         return played
 
-    def _checked(self, played: Played, user: SimulatedUser | None) -> list[Verdict]:
+    def _checked(self, played: Played, user: SimulatedUser | None) -> list[SampleVerdict]:
         """Return what is to say of a conversation, the judge's word left out."""
         s, result = self.settings, played.result
         made = f"{played.num_malformed} asked again, {played.num_wrong_calls} wrong"
         told = [message["content"] for message in played.messages if message["role"] != "assistant"]
         verdicts = [
-            Verdict("calls can be read", played.end != "malformed", played.detail),
-            Verdict("no loop", played.end != "loop"),
-            Verdict("came to an end", played.end == "answered", f"{played.end} {played.detail}".strip()),
-            Verdict("calls of known tools", played.num_wrong_calls <= s.max_wrong_calls, made),
-            Verdict("end state", result is not None and result.reward == 1,
-                    "" if result is None else str(dict(result.components)))]
+            SampleVerdict("calls can be read", played.end != "malformed", played.detail),
+            SampleVerdict("no loop", played.end != "loop"),
+            SampleVerdict("came to an end", played.end == "answered",
+                          f"{played.end} {played.detail}".strip()),
+            SampleVerdict("calls of known tools", played.num_wrong_calls <= s.max_wrong_calls, made),
+            SampleVerdict("end state", result is not None and result.reward == 1,
+                          "" if result is None else str(dict(result.components)))]
         rests_on_nothing = unfounded(played.answers, told)
-        verdicts.append(Verdict("nothing made up", not rests_on_nothing, ", ".join(rests_on_nothing)[:200]))
+        verdicts.append(SampleVerdict("nothing made up", not rests_on_nothing,
+                                      ", ".join(rests_on_nothing)[:200]))
         if user is not None:
-            verdicts.append(Verdict("user keeps its role", not user.problems, "; ".join(user.problems)))
+            verdicts.append(SampleVerdict("user keeps its role", not user.problems, "; ".join(user.problems)))
         return verdicts
 
 
-def _judged(played: Played, ask: Ask, least: float) -> Verdict:
+def _judged(played: Played, ask: Ask, least: float) -> SampleVerdict:
     """Return the judge's word; one that gives no grade costs this conversation, and not the item's others."""
     try:
         score = ask.judge(RUBRIC, {"conversation": _transcript(played)})
     except NoUsableReply as e:
-        return Verdict("judge", False, str(e))
-    return Verdict("judge", score >= least, f"{score:g}")
+        return SampleVerdict("judge", False, str(e))
+    return SampleVerdict("judge", score >= least, f"{score:g}")
 
 
-def _sample(item: Item, played: Played, verdicts: Sequence[Verdict], orientation: str) -> Sample:
+def _sample(item: GeneratorItem, played: Played, verdicts: Sequence[SampleVerdict],
+            orientation: str) -> GeneratedSample:
     record: dict[str, Any] = {"messages": played.messages, "tools": played.tools, "orientation": orientation}
     if domain := item.fields.get("domain"):
         record["domain"] = domain
@@ -252,7 +258,7 @@ def _sample(item: Item, played: Played, verdicts: Sequence[Verdict], orientation
              "turns": len([1 for message in played.messages if message["role"] == "assistant"]),
              "faults": dict(played.faults), "malformed": played.num_malformed,
              "injected_faults": played.num_injected}
-    return Sample(record, tuple(verdicts), item.id, notes)
+    return GeneratedSample(record, tuple(verdicts), item.id, notes)
 
 
 def _transcript(played: Played) -> str:

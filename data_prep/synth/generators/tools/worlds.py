@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_prep.synth.generator import Ask, Generator, Grade, Item, Kind, Sample, Temperature, Verdict
+from data_prep.synth.generator import (
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict, Temperature)
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt
 from megatron_sov.judge.tools.faults import ToolFault
 from megatron_sov.judge.tools.virtual.expressions import FUNCTIONS
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
-from megatron_sov.judge.tools.virtual.steps import Step, Tables
+from megatron_sov.judge.tools.virtual.steps import Tables, WorldStep
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 DAYS = ("2026-03-02", "2026-07-15", "2027-01-31")
@@ -77,7 +78,7 @@ def values_of(spec: Spec, places: Places, tables: Tables) -> dict[str, list[Any]
             for name, found in places.items()}
 
 
-def _places(step: Step) -> Iterator[tuple[str, str, str]]:
+def _places(step: WorldStep) -> Iterator[tuple[str, str, str]]:
     """Yield (name, table, column): the name may be the column's value; no table: it is a day."""
     if "key" in step.values and isinstance(step.values["key"].tree, ast.Name):
         yield step.values["key"].tree.id, step.table, "id"
@@ -238,14 +239,14 @@ class Worlds(Generator):
         "worlds/repair": ("world", "problems", "functions")}
     Settings: ClassVar[type[Any]] = WorldSettings
 
-    def items(self, inputs: Sequence[Path]) -> Iterator[Item]:
+    def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield the domains of files in JSON lines: `domain`, and if they like `description`, `language`."""
         for item in items_of(inputs, ["domain"], '{"domain": "a library"}'):
             for number in range(1, self.settings.worlds_per_domain + 1):
-                yield Item(f"{item.id}-{number}", {**item.fields, "number": number}, item.source,
-                           item.licence)
+                yield GeneratorItem(f"{item.id}-{number}", {**item.fields, "number": number}, item.source,
+                                    item.licence)
 
-    def make(self, item: Item, ask: Ask) -> Iterator[Sample]:
+    def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield the item's world."""
         s, domain = self.settings, str(item.fields["domain"])
         asked = {"temperature": s.temperature, "max_tokens": s.max_tokens}
@@ -273,20 +274,20 @@ class Worlds(Generator):
                                   functions=", ".join(FUNCTIONS), **asked)[0])
         if not wrong and s.min_judged:
             score = ask.judge(RUBRIC, {"world": written(world)})
-            verdicts.append(Verdict("judge", score >= s.min_judged, f"{score:g}"))
-        yield Sample({"domain": domain, "world": world}, tuple(verdicts), notes={"repairs": repair})
+            verdicts.append(SampleVerdict("judge", score >= s.min_judged, f"{score:g}"))
+        yield GeneratedSample({"domain": domain, "world": world}, tuple(verdicts), notes={"repairs": repair})
 
-    def _checked(self, world: Mapping[str, Any], name: str) -> list[Verdict]:
+    def _checked(self, world: Mapping[str, Any], name: str) -> list[SampleVerdict]:
         """Return what is to say of a world; without a sound description nothing more is looked at."""
         if problems := problems_of(world):
-            return [Verdict("sound", False, "\n".join(problems))]
+            return [SampleVerdict("sound", False, "\n".join(problems))]
         spec, s = spec_of(world), self.settings
         trial = tried(world, name, s.calls_per_tool)
         changing = [tool for tool in spec.tools.values() if tool.changes]
         counts = {"tools": (len(spec.tools), MIN_TOOLS),
                   "tools that change a table": (len(changing), MIN_CHANGING_TOOLS),
                   "rows": (sum(len(table.rows) for table in spec.tables.values()), MIN_ROWS)}
-        return [Verdict("sound", True),
+        return [SampleVerdict("sound", True),
                 _all("size", [f"world: has {count} {what}, fewer than {least}"
                               for what, (count, least) in counts.items() if count < least]),
                 _all("distinct tools", _alike(spec, world["tools"])),
@@ -299,12 +300,12 @@ class Worlds(Generator):
                     for tool in changing if tool.name in trial.successes and tool.name not in trial.changes])]
 
 
-def _unread(domain: str, why: str) -> Sample:
-    return Sample({"domain": domain}, (Verdict("form", False, why),))
+def _unread(domain: str, why: str) -> GeneratedSample:
+    return GeneratedSample({"domain": domain}, (SampleVerdict("form", False, why),))
 
 
-def _all(check: str, problems: Sequence[str]) -> Verdict:
-    return Verdict(check, not problems, "\n".join(problems))
+def _all(check: str, problems: Sequence[str]) -> SampleVerdict:
+    return SampleVerdict(check, not problems, "\n".join(problems))
 
 
 def _alike(spec: Spec, tools: Sequence[Mapping[str, Any]]) -> list[str]:

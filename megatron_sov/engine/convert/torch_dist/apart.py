@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert.torch_dist.inert import Items, Made, Name, fields, read, text_keys
+from megatron_sov.engine.convert.torch_dist.inert import InertCall, Items, Name, fields, read, text_keys
 from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.sandbox.restrictions import limit
 
@@ -108,7 +108,7 @@ def read_index(raw: bytes) -> Index:
         tensors: dict[str, Any] = {}
         num_objects = num_skipped = 0
         for key, value in entries.items():
-            if isinstance(value, Made) and value.name == BYTES:
+            if isinstance(value, InertCall) and value.name == BYTES:
                 num_objects += 1
             elif key.startswith(OF_TRAINING):
                 num_skipped += 1
@@ -168,7 +168,7 @@ def _tensor(key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]], list
 
 def _dtype(value: Any) -> str:
     """Return the name of a tensor's dtype; its properties are written as a tuple that it comes first in."""
-    if not (isinstance(value, Made) and value.name == PROPERTIES):
+    if not (isinstance(value, InertCall) and value.name == PROPERTIES):
         raise ValueError("a tensor has no properties")
     found = value.state[0] if isinstance(value.state, tuple) and value.state else None
     if not (isinstance(found, Name) and found.module == "torch" and found.name in DTYPE_NAMES):
@@ -178,7 +178,7 @@ def _dtype(value: Any) -> str:
 
 def _sizes(value: Any) -> tuple[int, ...]:
     """Return the numbers of a torch.Size."""
-    if not (isinstance(value, Made) and value.name == SIZE and len(value.arguments) == 1
+    if not (isinstance(value, InertCall) and value.name == SIZE and len(value.arguments) == 1
             and isinstance(value.arguments[0], (tuple, list))):
         raise ValueError("a torch.Size is needed where something else stands")
     sizes = tuple(value.arguments[0])
@@ -257,7 +257,7 @@ class _Plain:
                     if isinstance(key, (str, int, float, bool))}
         if isinstance(value, (list, tuple)):
             return [self.value(item, depth + 1) for item in value]
-        if isinstance(value, Made):  # an enumeration's member, a path, a duration
+        if isinstance(value, InertCall):  # an enumeration's member, a path, a duration
             return {"class": str(value.name), "of": self.value(value.arguments, depth + 1)}
         return f"<{type(value).__name__}>"
 

@@ -2,9 +2,9 @@
 builds an inert record of what it names.
 
 A pickle is a program.  Here it runs on a machine that has no way to import, call or look up anything:
-`GLOBAL` puts a `Name` on the stack, `REDUCE` and `NEWOBJ` a `Made` with the name and its arguments.  Names
-that are not allowed are refused where they stand, and opcodes that no writer of plain values emits are not
-known at all.
+`GLOBAL` puts a `Name` on the stack, `REDUCE` and `NEWOBJ` a `InertCall` with the name and its arguments.
+Names that are not allowed are refused where they stand, and opcodes that no writer of plain values emits are
+not known at all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Items(list[tuple[Any, Any]]):
     """A dict as its pairs, in order: nothing of a file is hashed."""
 
 
-class Made:
+class InertCall:
     """What a pickle would make by a call."""
 
     def __init__(self, name: Name, arguments: tuple[Any, ...]) -> None:
@@ -50,7 +50,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Held:
+class InertObject:
     """A reference to what stands beside the pickle, e.g. a tensor's storage."""
 
     key: Any
@@ -104,7 +104,7 @@ class _Machine:
             "SETITEMS": lambda: self._enter(self._run()),
             "STACK_GLOBAL": lambda: self._named([self._pop(), self._pop()][::-1]),
             "NEWOBJ": self._make, "REDUCE": self._make, "BUILD": self._build,
-            "BINPERSID": lambda: self._stack.append(Held(self._pop())),
+            "BINPERSID": lambda: self._stack.append(InertObject(self._pop())),
         }
 
     def do(self, opcode: str, argument: Any) -> None:
@@ -164,7 +164,7 @@ class _Machine:
         if len(values) % 2:
             raise TypeError("a key has no value")
         target = self._top()
-        pairs = target.items if isinstance(target, Made) else target
+        pairs = target.items if isinstance(target, InertCall) else target
         if not isinstance(pairs, Items):
             raise TypeError("keys are entered into what is no dict")
         pairs.extend(zip(values[::2], values[1::2], strict=True))
@@ -182,11 +182,11 @@ class _Machine:
         arguments, name = self._pop(), self._pop()
         if not (isinstance(name, Name) and isinstance(arguments, tuple)):
             raise TypeError("something is called that is no name")
-        self._stack.append(Made(name, arguments))
+        self._stack.append(InertCall(name, arguments))
 
     def _build(self) -> None:
         state, target = self._pop(), self._top()
-        if not isinstance(target, Made) or target.state is not None:
+        if not isinstance(target, InertCall) or target.state is not None:
             raise TypeError("a state is given to what cannot have one")
         target.state = state
 
@@ -197,7 +197,7 @@ def fields(value: Any, *names: Name) -> dict[str, Any]:
     Raises:
         ValueError: it is not one of the named kinds, or its attributes are not named once each.
     """
-    if not (isinstance(value, Made) and value.name in names):
+    if not (isinstance(value, InertCall) and value.name in names):
         raise ValueError(f"a {names[0].name} is needed where {_kind(value)} stands")
     return text_keys(value.state if value.state is not None else Items())
 
@@ -214,4 +214,4 @@ def text_keys(value: Any) -> dict[str, Any]:
 
 def _kind(value: Any) -> str:
     """Return what a value is, for a message."""
-    return str(value.name) if isinstance(value, Made) else f"a {type(value).__name__}"
+    return str(value.name) if isinstance(value, InertCall) else f"a {type(value).__name__}"

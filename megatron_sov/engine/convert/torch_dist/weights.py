@@ -21,7 +21,7 @@ from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.engine.convert.sources import check_exact
 from megatron_sov.engine.convert.torch_dist import apart
 from megatron_sov.engine.convert.torch_dist.apart import read_apart
-from megatron_sov.engine.convert.torch_dist.inert import Held, Made, Name, read
+from megatron_sov.engine.convert.torch_dist.inert import InertCall, InertObject, Name, read
 from megatron_sov.engine.mcore.checkpoint.assembling import Assembled, StoredBlock
 from megatron_sov.engine.mcore.checkpoint.writer import fill_from
 from megatron_sov.engine.mcore.model.language_model import VOCABULARY_WEIGHTS
@@ -122,7 +122,7 @@ _LOCAL_HEADER_BYTES = 30
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class DistTensor:
     """Where a tensor's bytes stand."""
 
     path: Path
@@ -143,7 +143,7 @@ class StoredTensor:
         return out
 
 
-def find_tensor(path: Path, start: int, length_bytes: int) -> StoredTensor:
+def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
     """Return where the one tensor of an archive stands that is a part of a file.
 
     Raises:
@@ -154,13 +154,13 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> StoredTensor:
         with open(path, "rb") as file:
             if start + length_bytes > os.fstat(file.fileno()).st_size:
                 raise ValueError("the file ends before it does")
-            with zipfile.ZipFile(_Window(file, start, length_bytes)) as archive:
+            with zipfile.ZipFile(_TensorWindow(file, start, length_bytes)) as archive:
                 return _found(path, file, start, archive, length_bytes)
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
         raise ValueError(f"it is no archive of torch.save ({e})") from None
 
 
-def _found(path: Path, file: Any, start: int, archive: zipfile.ZipFile, length_bytes: int) -> StoredTensor:
+def _found(path: Path, file: Any, start: int, archive: zipfile.ZipFile, length_bytes: int) -> DistTensor:
     members = archive.infolist()
     if len(members) > MAX_MEMBERS or any(
             m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 or not 0 <= m.file_size <= length_bytes
@@ -185,17 +185,17 @@ def _found(path: Path, file: Any, start: int, archive: zipfile.ZipFile, length_b
              + int.from_bytes(local[28:30], "little"))
     if first + math.prod(shape) > num_elements or begin + held.file_size > start + length_bytes:
         raise ValueError("it reaches beyond its bytes")
-    return StoredTensor(path, begin + first * dtype.itemsize, shape, dtype)
+    return DistTensor(path, begin + first * dtype.itemsize, shape, dtype)
 
 
 def _header(raw: bytes) -> tuple[torch.dtype, str, int, int, tuple[int, ...]]:
     """Return dtype, the storage's name and number of elements, the tensor's first element in it, and its
     shape."""
     made = read(raw, apart.in_tensor)
-    if not (isinstance(made, Made) and made.name == apart.REBUILT and len(made.arguments) >= 4):
+    if not (isinstance(made, InertCall) and made.name == apart.REBUILT and len(made.arguments) >= 4):
         raise ValueError("its header describes no tensor")
     held, first, shape, strides = made.arguments[:4]
-    stored = held.key if isinstance(held, Held) else ()
+    stored = held.key if isinstance(held, InertObject) else ()
     if not (isinstance(stored, tuple) and len(stored) == 5 and stored[0] == "storage"
             and isinstance(stored[1], Name) and stored[1] in apart.STORAGES and isinstance(stored[2], str)):
         raise ValueError("its header names no storage of numbers")
@@ -208,7 +208,7 @@ def _header(raw: bytes) -> tuple[torch.dtype, str, int, int, tuple[int, ...]]:
     return getattr(torch, apart.STORAGES[stored[1]]), stored[2], stored[4], first, shape
 
 
-class _Window(io.RawIOBase):
+class _TensorWindow(io.RawIOBase):
     """A part of a file, as a file."""
 
     def __init__(self, file: Any, start: int, length_bytes: int) -> None:
@@ -267,7 +267,7 @@ _KEPT_HEADERS = 4096
 
 
 @dataclass(frozen=True)
-class Source:
+class DistSource:
     """Where a block of one of our tensors stands."""
 
     key: str
@@ -278,7 +278,7 @@ class Source:
     """Whether theirs holds one expert, and has no axis of experts."""
 
 
-def sources(key: str, expert: int | None, found: Collection[str]) -> list[Source] | None:
+def sources(key: str, expert: int | None, found: Collection[str]) -> list[DistSource] | None:
     """Return where a tensor, or an expert of it, stands; two for the halves of a gated matrix; None: nowhere.
 
     Args:
@@ -288,9 +288,9 @@ def sources(key: str, expert: int | None, found: Collection[str]) -> list[Source
     """
     for name, lead, drops in _candidates(key, expert):
         if name in found:
-            return [Source(name, lead, drops)]
+            return [DistSource(name, lead, drops)]
         if all(name + half in found for half in HALVES):
-            return [Source(name + half, lead, drops) for half in HALVES]
+            return [DistSource(name + half, lead, drops) for half in HALVES]
     return None
 
 
@@ -344,7 +344,7 @@ class TorchDistTensors(Assembled):
             raise UserError(f"{self.folder / piece.file}: the part of {key} {list(piece.shape)} at "
                             f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
 
-    def _find_now(self, piece: StoredBlock) -> StoredTensor:
+    def _find_now(self, piece: StoredBlock) -> DistTensor:
         start, length = map(int, piece.name.split(":"))
         return find_tensor(self.folder / piece.file, start, length)
 
@@ -397,7 +397,7 @@ class TorchDistWeights:
             last = self._of_thread.last = (link, self._block(link))
         return link.split(last[1])[name]
 
-    def _of(self, link: Link) -> list[Source]:
+    def _of(self, link: Link) -> list[DistSource]:
         return self._sources[link.key, link.offset]
 
     def _block(self, link: Link) -> torch.Tensor:
@@ -415,7 +415,7 @@ class TorchDistWeights:
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
         return whole.reshape(link.block_shape)
 
-    def _matched(self) -> dict[tuple[str, tuple[int, ...]], list[Source]]:
+    def _matched(self) -> dict[tuple[str, tuple[int, ...]], list[DistSource]]:
         """Return where each block stands; every tensor of the checkpoint must be one of the model's, of its
         shape."""
         theirs, found = set(self.tensors.keys()), {}
@@ -438,7 +438,7 @@ class TorchDistWeights:
                     "compare the settings with those it was trained with, and set what differs with --set")
         return found
 
-    def _shape(self, link: Link, source: Source, parts: int) -> tuple[int, ...]:
+    def _shape(self, link: Link, source: DistSource, parts: int) -> tuple[int, ...]:
         shape = link.shape[1:] if source.drops_expert else link.shape
         if parts > 1:
             axis = len(shape) - len(link.block_shape)

@@ -14,7 +14,7 @@ from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 
 
 @dataclass(frozen=True)
-class _Place:
+class _GatherPlace:
     """Where a block lies in its global tensor."""
 
     key: str
@@ -44,9 +44,9 @@ class Gatherer:
         for block in blocks:
             if block.owned:
                 self._mine.setdefault(block.key, []).append(block)
-        places = [_Place(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
+        places = [_GatherPlace(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
                   for own in self._mine.values() for b in own]
-        self._places: dict[str, dict[int, list[_Place]]] = {}
+        self._places: dict[str, dict[int, list[_GatherPlace]]] = {}
         for owner, found in enumerate(gather_objects(places)):
             for place in found:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
@@ -79,7 +79,7 @@ class Gatherer:
                 start += part.numel()
         return whole
 
-    def _pass_on(self, key: str, owner: int, places: list[_Place]) -> torch.Tensor | None:
+    def _pass_on(self, key: str, owner: int, places: list[_GatherPlace]) -> torch.Tensor | None:
         """Send one owner's share of a tensor to whoever receives; returns it there, flat."""
         share: torch.Tensor | None = None
         if self._rank == owner:

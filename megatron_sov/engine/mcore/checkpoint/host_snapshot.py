@@ -38,7 +38,7 @@ gone when it is complete."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class WrittenSnapshot:
     """What one process wrote of a checkpoint."""
 
     indices: dict[str, list[Index]]
@@ -52,11 +52,11 @@ class Written:
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
-    def read(folder: Path, rank: int) -> Written:
+    def read(folder: Path, rank: int) -> WrittenSnapshot:
         """Return what a rank has written."""
-        raw = json.loads(Written.file(folder, rank).read_text(encoding="utf-8"))
-        return Written(raw["indices"],
-                       {name: FileRecord.read(record) for name, record in raw["files"].items()})
+        raw = json.loads(WrittenSnapshot.file(folder, rank).read_text(encoding="utf-8"))
+        return WrittenSnapshot(raw["indices"],
+                               {name: FileRecord.read(record) for name, record in raw["files"].items()})
 
 
 class Snapshot:
@@ -109,9 +109,10 @@ class Snapshot:
 
         run_in_threads([lambda args=file: write(*args) for file in files],  # type: ignore[misc]
                        num_writers())
-        result = Written({part: [i for p, _, i in written if p == part] for part in self._parts},
-                         {name: record for _, writer, _ in written for name, record in writer.files.items()})
-        file = Written.file(folder, rank)
+        result = WrittenSnapshot({part: [i for p, _, i in written if p == part] for part in self._parts},
+                                 {name: record for _, writer, _ in written for name,
+                                  record in writer.files.items()})
+        file = WrittenSnapshot.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".part")  # its name says that it is whole: nobody has to be asked
         # vars and not asdict, which copies every entry of the indices before it is written

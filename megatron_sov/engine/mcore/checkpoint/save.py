@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json)
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.engine.mcore.checkpoint.host_snapshot import INDICES, Snapshot, Written
+from megatron_sov.engine.mcore.checkpoint.host_snapshot import INDICES, Snapshot, WrittenSnapshot
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import write_index
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard, local_shards
@@ -242,7 +242,7 @@ class Saver:
 def _all_have_written(folder: Path, end_s: float) -> bool:
     """Wait, while a file of the folder grows, until every process has said what it wrote there."""
     size, grew_s = -1, time.monotonic()
-    while not all(Written.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
+    while not all(WrittenSnapshot.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()
         if (found := _bytes_in(folder)) != size:
             size, grew_s = found, now_s
@@ -290,7 +290,7 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
     """Merge what all processes wrote, write what stands beside it and the manifest,
     and give the folder its name."""
     folder = writing.folder
-    written = [Written.read(folder, rank) for rank in range(dist.get_world_size())]
+    written = [WrittenSnapshot.read(folder, rank) for rank in range(dist.get_world_size())]
     for part in parts:
         write_index(folder, part, [index for w in written for index in w.indices[part]])
     shutil.rmtree(folder / INDICES)

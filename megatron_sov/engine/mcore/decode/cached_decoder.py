@@ -19,7 +19,8 @@ from megatron.core import parallel_state
 
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.gpu_settings import in_bf16
-from megatron_sov.engine.mcore.model.kv_cache import CachedAttention, CacheSize, ReadRow, Span, keep, read_row
+from megatron_sov.engine.mcore.model.kv_cache import (
+    CachedAttention, CacheSize, CacheSpan, ReadRow, keep, read_row)
 from megatron_sov.engine.mcore.model.language_model import gather_sequence, states_for_head
 from megatron_sov.engine.mcore.model.logprobs import Head, head_of
 from megatron_sov.engine.mcore.parallel import collectives, context
@@ -116,7 +117,7 @@ class CachedDecoder:
         multiple = context.row_multiple()
         return -(-max(wanted, 1) // multiple) * multiple
 
-    def read(self, spans: Sequence[Span], row_tokens: int) -> DecodeOutput:
+    def read(self, spans: Sequence[CacheSpan], row_tokens: int) -> DecodeOutput:
         """Read new tokens, in a row of the length that `common_row_tokens` gave."""
         row = read_row(spans, row_tokens, local_device())
         config, hidden = self._model.config, None
@@ -150,7 +151,7 @@ class CachedDecoder:
         ahead = ahead.to(local_device())
         return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
 
-    def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[Span]) -> DecodeOutput:
+    def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[CacheSpan]) -> DecodeOutput:
         """Return some places' states as a row of their own, one token each (on the last stage)."""
         multiple = context.row_multiple()
         row_tokens = (self.common_row_tokens(len(places)) if self.predicts_together

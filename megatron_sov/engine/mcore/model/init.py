@@ -90,7 +90,7 @@ def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _InitPart:
     """Some rows of a block that are to be normal."""
 
     key: str
@@ -112,7 +112,7 @@ class _Part:
         return torch.from_numpy(rows[:, self.place] * np.float32(self.std))
 
 
-def _parts(block: LocalShard, std: float) -> Iterator[_Part]:
+def _parts(block: LocalShard, std: float) -> Iterator[_InitPart]:
     """Yield the rows of a block, some hundred thousand values at a time: what fits a core's cache."""
     leading = block.offset[: len(block.global_shape) - 2]
     rows, columns = (1, *block.global_shape)[-2:]
@@ -121,8 +121,8 @@ def _parts(block: LocalShard, std: float) -> Iterator[_Part]:
     target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
     step = max(1, _CHUNK // columns)
     for row in range(0, target.shape[0], step):
-        yield _Part(block.key, (matrix * rows + row0 + row) * columns, columns,
-                    slice(column0, column0 + target.shape[1]), target[row:row + step], std)
+        yield _InitPart(block.key, (matrix * rows + row0 + row) * columns, columns,
+                        slice(column0, column0 + target.shape[1]), target[row:row + step], std)
 
 
 def given(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -145,10 +145,11 @@ def given(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def _made_ahead(parts: Iterator[_Part], seed: int, num_threads: int) -> Iterator[tuple[_Part, torch.Tensor]]:
+def _made_ahead(parts: Iterator[_InitPart], seed: int,
+                num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
     """Yield parts and their values, which threads compute (numpy lets go of the interpreter)."""
     with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[tuple[_Part, Future[torch.Tensor]]] = deque()
+        ahead: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
         for part in parts:
             ahead.append((part, pool.submit(part.values, seed)))
             if len(ahead) > 2 * num_threads:

@@ -41,7 +41,7 @@ class CacheSize:
 
 
 @dataclass(frozen=True)
-class Span:
+class CacheSpan:
     """New tokens of one sequence."""
 
     slot: int
@@ -55,7 +55,7 @@ class Span:
 
 
 @dataclass
-class Group:
+class CacheGroup:
     """Pieces of equal length that stand side by side in a row, of sequences in neighbouring slots."""
 
     start: int
@@ -72,7 +72,7 @@ class Group:
 class PackedSpans(PackedSeqParams):
     """What attention needs to know about a row of spans; to the library the row is one sequence."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[CacheGroup] = field(default_factory=list)
     """In the order of the row."""
 
 
@@ -103,9 +103,9 @@ class ReadRow:
         return mask
 
 
-def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> ReadRow:
+def read_row(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) -> ReadRow:
     """Put spans into a row of `row_tokens`, which the layout must be able to split."""
-    groups: list[Group] = []
+    groups: list[CacheGroup] = []
     ends: list[int] = []
     tokens: list[int] = []
     positions: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64)]
@@ -114,7 +114,7 @@ def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> Re
         if last is not None and (span.slot, len(span.tokens)) == (last.slot + len(last.past), last.length):
             last.past.append(span.past)
         else:
-            groups.append(Group(len(tokens), span.slot, len(span.tokens), [span.past]))
+            groups.append(CacheGroup(len(tokens), span.slot, len(span.tokens), [span.past]))
         tokens += span.tokens
         positions.append(torch.arange(span.past, span.past + len(span.tokens)))
         ends.append(len(tokens))
@@ -187,7 +187,7 @@ class CachedAttention(torch.nn.Module):
                                        for i, past in enumerate(group.past)])
         return out.flatten(1)
 
-    def _step(self, group: Group, query: torch.Tensor, key: torch.Tensor,
+    def _step(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor) -> torch.Tensor:
         """Attend from a few new tokens of many sequences at once: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
@@ -215,7 +215,7 @@ class CachedAttention(torch.nn.Module):
         out = self.kernel(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _first(self, group: Group, query: torch.Tensor, key: torch.Tensor,
+    def _first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
                value: torch.Tensor) -> torch.Tensor:
         """Attend from the first tokens of sequences at once: [sequences, new, heads, head_dim]."""
         assert self.stored is not None

@@ -21,7 +21,7 @@ from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.omni.codecs.encoders.networks import MediaEncoder
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS
-from megatron_sov.omni.media.placed import Media, Placed, chosen
+from megatron_sov.omni.media.placed import Media, PlacedMedia, chosen
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 OF_BANK = {PICTURES: "vision", SOUNDS: "audio"}
@@ -78,7 +78,7 @@ class MediaEncoders(torch.nn.Module):
                 embedded = embedded.index_copy(0, nothing, self._features(encoder, None)[nothing][:, None])
         return embedded
 
-    def _over(self, embedded: torch.Tensor, encoder: MediaEncoder, here: Placed) -> torch.Tensor:
+    def _over(self, embedded: torch.Tensor, encoder: MediaEncoder, here: PlacedMedia) -> torch.Tensor:
         """Return embeddings with features over some of them."""
         records, numbers, places = (to_device(torch.from_numpy(values), embedded.device)
                                     for values in (np.stack(here.records), here.features, here.places))

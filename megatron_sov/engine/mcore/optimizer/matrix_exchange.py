@@ -25,7 +25,7 @@ ROUND_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Place:
+class MatrixPlace:
     """Where a piece lies in its matrix."""
 
     matrix: Matrix
@@ -47,19 +47,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Round:
+class _ExchangeRound:
     """What one process sends and receives in a round, by process of the group."""
 
     sent: list[list[int]]
     """Numbers of this process's pieces, by who computes their matrices."""
-    held: list[list[Place]]
+    held: list[list[MatrixPlace]]
     """Pieces of the matrices that this process computes, by who holds them."""
 
 
 class MatrixExchange:
     """The plan of who computes which matrix; made and run by all processes of the group together."""
 
-    def __init__(self, places: list[Place], group: dist.ProcessGroup) -> None:
+    def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
         """Exchange who holds what.
 
         Args:
@@ -68,12 +68,12 @@ class MatrixExchange:
         """
         self._places, self._group = places, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        everyones: list[list[Place]] = gather_objects(places, group)
+        everyones: list[list[MatrixPlace]] = gather_objects(places, group)
         matrices = sorted({p.matrix for held in everyones for p in held}, key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
         in_round = size * max(1, ROUND_ELEMENTS // largest)
         number = {matrix: n for n, matrix in enumerate(matrices)}
-        self._rounds = [_Round([[] for _ in range(size)], [[] for _ in range(size)])
+        self._rounds = [_ExchangeRound([[] for _ in range(size)], [[] for _ in range(size)])
                         for _ in range(0, len(matrices), in_round)]
         for n, place in enumerate(places):
             at = number[place.matrix]

@@ -13,24 +13,24 @@ from unittest import mock
 from megatron_sov.engine.mcore.model.meta import fake_world
 from megatron_sov.engine.mcore.parallel import cpu_shims
 from megatron_sov.model.config import RunConfig
-from megatron_sov.plan.footprint.states import Place, States
+from megatron_sov.plan.footprint.states import StatePlace, States
 
 
 @dataclass(frozen=True)
-class Built:
+class MetaOptimizer:
     """What a process holds, counted on what training builds."""
 
     states: States
     """Bytes."""
     stage: int
     """Its pipeline stage."""
-    place: Place
+    place: StatePlace
     """Which of the data-parallel processes it is."""
     shapes: list[list[tuple[int, ...]]]
     """Of the parameters of each chunk, in the order in which the library registers them."""
 
 
-def built(config: RunConfig, num_ranks: int, rank: int) -> Built:
+def built(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
     """Return what a process holds, from the very modules and optimizers that training builds.
 
     Must run in a process that is in no process group and that computes on no GPU, as `meta.built_stage`.
@@ -48,10 +48,10 @@ def built(config: RunConfig, num_ranks: int, rank: int) -> Built:
                           config.media)
         shapes = [[tuple(weight.shape) for weight in chunk.parameters()] for chunk in model.chunks]
         optimizer = Optimizer(model, config.optim, config.parallel, config.gpu)
-        place = Place(parallel_state.get_data_parallel_rank(with_context_parallel=True),
-                      parallel_state.get_expert_data_parallel_rank())
-        return Built(_states(model, optimizer), parallel_state.get_pipeline_model_parallel_rank(), place,
-                     shapes)
+        place = StatePlace(parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                           parallel_state.get_expert_data_parallel_rank())
+        return MetaOptimizer(_states(model, optimizer), parallel_state.get_pipeline_model_parallel_rank(),
+                             place, shapes)
 
 
 class _Every:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
-from megatron_sov.engine.mcore.optimizer.matrix_exchange import MatrixExchange, Place
+from megatron_sov.engine.mcore.optimizer.matrix_exchange import MatrixExchange, MatrixPlace
 from megatron_sov.engine.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
-from megatron_sov.engine.mcore.optimizer.state_shards import Shard, pieces, shard_blocks
+from megatron_sov.engine.mcore.optimizer.state_shards import StateShard, pieces, shard_blocks
 from megatron_sov.engine.mcore.parallel.device import local_device
 from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.model.config import OptimConfig
@@ -23,10 +23,10 @@ MOMENTUM = "momentum"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _MatrixPiece:
     """A rectangle of a matrix inside a shard."""
 
-    shard: Shard
+    shard: StateShard
     start: int
     """First element, counted in the shard."""
     shape: tuple[int, int]
@@ -46,7 +46,7 @@ class Muon:
 
     state_names = (MOMENTUM,)
 
-    def __init__(self, config: OptimConfig, model: LanguageModel, shards: list[Shard],
+    def __init__(self, config: OptimConfig, model: LanguageModel, shards: list[StateShard],
                  param_groups: list[dict[str, Any]], group: dist.ProcessGroup) -> None:
         """Plan who computes what; called by all processes of `group` together.
 
@@ -60,17 +60,19 @@ class Muon:
         self.param_groups = param_groups
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
         self._config, self._model, self._dtype = config, model.config, model.config.params_dtype
-        self._pieces: list[_Piece] = []
-        self._places: list[Place] = []
+        self._pieces: list[_MatrixPiece] = []
+        self._places: list[MatrixPlace] = []
         for block, shard in shard_blocks(model, shards):
             flat = shard.main.detach().view(-1)
             matrix = Matrix(block.key, block.offset[:-2], *block.global_shape[-2:])
             for piece in pieces(block, shard, flat):
                 shape = (piece.data.shape[0], piece.data.shape[1])
-                self._pieces.append(_Piece(shard, int(piece.data.storage_offset() - flat.storage_offset()),
-                                           shape))
+                self._pieces.append(_MatrixPiece(shard,
+                                                 int(piece.data.storage_offset() - flat.storage_offset()),
+                                                 shape))
                 row, column = piece.offset[-2:]
-                self._places.append(Place(matrix, row, column, shape, owned=not any(piece.replica[:-1])))
+                self._places.append(MatrixPlace(matrix, row, column, shape,
+                                                owned=not any(piece.replica[:-1])))
         self._exchange = MatrixExchange(self._places, group)
         self._parts: dict[Matrix, list[torch.Tensor]] = {}
         self._scales: dict[Matrix, torch.Tensor] = {}

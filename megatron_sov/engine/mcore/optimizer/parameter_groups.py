@@ -17,7 +17,7 @@ from megatron_sov.engine.mcore.model.language_model import VOCABULARY_WEIGHTS, L
 from megatron_sov.engine.mcore.model.local_shards import ParameterLookup, local_shards
 from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW, split
 from megatron_sov.engine.mcore.optimizer.muon import Muon, holders
-from megatron_sov.engine.mcore.optimizer.state_shards import Inner, Shard, shards
+from megatron_sov.engine.mcore.optimizer.state_shards import Inner, StateShard, shards
 from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
 from megatron_sov.model.config.gpu import AUTO
@@ -83,7 +83,7 @@ def deferred_gather(wrapped: list[Any]) -> Callable[[], None] | None:
 
 
 @dataclass(frozen=True)
-class Rule:
+class GroupRule:
     """How one parameter is updated."""
 
     algorithm: Algorithm
@@ -92,7 +92,7 @@ class Rule:
     frozen: bool
 
 
-Rules = dict[int, Rule]
+Rules = dict[int, GroupRule]
 """id of a parameter -> its rule."""
 
 
@@ -141,16 +141,16 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     return found
 
 
-def rule_for(config: OptimConfig, key: str, dim: int) -> Rule:
+def rule_for(config: OptimConfig, key: str, dim: int) -> GroupRule:
     """Return the rule of the parameter `key` with `dim` axes."""
     is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_table(key)
-    rule = Rule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0,
-                frozen=False)
+    rule = GroupRule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0,
+                     frozen=False)
     for group in config.groups:
         if fnmatch.fnmatchcase(key, group.pattern):
-            rule = Rule((group.optimizer or config.name) if is_matrix else "adamw", group.lr_scale,
-                        group.weight_decay if group.weight_decay is not None else config.weight_decay
-                        if dim > 1 else 0.0, group.frozen)
+            rule = GroupRule((group.optimizer or config.name) if is_matrix else "adamw", group.lr_scale,
+                             group.weight_decay if group.weight_decay is not None else config.weight_decay
+                             if dim > 1 else 0.0, group.frozen)
     return rule
 
 
@@ -171,7 +171,7 @@ def _differentiable(module: torch.nn.Module, inputs: Any, output: torch.Tensor) 
 
 
 def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
-            zero1: bool, on_host: float = 0.0) -> list[Shard]:
+            zero1: bool, on_host: float = 0.0) -> list[StateShard]:
     """Give every shard to the optimizer of its rule, and return them all; called by all processes together.
 
     The library made AdamW for all of them, which keeps those that are its own.
@@ -179,7 +179,7 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
     Args:
         on_host: share of AdamW's parameters whose masters, moments and update are the host's.
     """
-    all_shards: list[Shard] = []
+    all_shards: list[StateShard] = []
     with_muon = "muon" in (config.name, *(group.optimizer for group in config.groups))
     for optimizer in library.chained_optimizers:
         found, adam = shards(optimizer), optimizer.optimizer
@@ -201,7 +201,7 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
     return all_shards
 
 
-def _offload(optimizer: Any, found: list[Shard], share: float) -> list[Shard]:
+def _offload(optimizer: Any, found: list[StateShard], share: float) -> list[StateShard]:
     """Move a share of what AdamW updates into host memory; return the shards with what updates them now."""
     adam = optimizer.optimizer
     adam.param_groups, moved = split(adam.param_groups, [s.main for s in found], share)
@@ -214,9 +214,9 @@ def _offload(optimizer: Any, found: list[Shard], share: float) -> list[Shard]:
 
 
 def _regroup(groups: list[dict[str, Any]],
-             rule_of: dict[int, Rule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+             rule_of: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return AdamW's groups and Muon's: parameters of the same rule, in the order of the library's groups."""
-    made: dict[tuple[int, Rule], dict[str, Any]] = {}
+    made: dict[tuple[int, GroupRule], dict[str, Any]] = {}
     for number, group in enumerate(groups):
         for main in group["params"]:
             rule = rule_of[id(main)]

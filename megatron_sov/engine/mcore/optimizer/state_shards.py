@@ -72,7 +72,7 @@ class Inner(Protocol):
 
 
 @dataclass(frozen=True)
-class Shard:
+class StateShard:
     """The elements [start, start + main.numel()) of a flattened parameter, which this process updates."""
 
     parameter: torch.nn.Parameter
@@ -109,7 +109,7 @@ class Shard:
         return {name: tensor.detach().view(-1) for name, tensor in named.items()}
 
 
-def shards(optimizer: Any) -> list[Shard]:
+def shards(optimizer: Any) -> list[StateShard]:
     """Return what this process updates, parameter by parameter; parameters of which it updates
     nothing are left out.
 
@@ -121,17 +121,17 @@ def shards(optimizer: Any) -> list[Shard]:
     return list(_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer) else _wholes(optimizer))
 
 
-def _ranges(optimizer: DistributedOptimizer) -> Iterator[Shard]:
+def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
     """Yield the ranges of parameters that lie in this process's stretch of the library's buffers."""
     for models, mains in ((optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
                           (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)):
         for model_group, main_group in zip(models, mains, strict=True):
             for parameter, main in zip(model_group, main_group, strict=True):
                 start = optimizer._get_model_param_range_map(parameter)["param"].start
-                yield Shard(parameter, start, main, optimizer.optimizer, exclusive=True)
+                yield StateShard(parameter, start, main, optimizer.optimizer, exclusive=True)
 
 
-def _wholes(optimizer: Any) -> Iterator[Shard]:
+def _wholes(optimizer: Any) -> Iterator[StateShard]:
     """Yield whole parameters, from an optimizer that does the same update on every data-parallel process."""
     model_of = {}
     low_groups, high_groups = (getattr(optimizer, "float16_groups", []),
@@ -140,10 +140,10 @@ def _wholes(optimizer: Any) -> Iterator[Shard]:
         model_of.update({id(main): model for model, main in zip(low, high, strict=True)})
     for group in optimizer.optimizer.param_groups:
         for main in group["params"]:
-            yield Shard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
+            yield StateShard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
 
 
-def take_gradients(shards: Iterable[Shard]) -> None:
+def take_gradients(shards: Iterable[StateShard]) -> None:
     """Give every shard its part of the summed gradients, which torch's optimizer then updates it with.
 
     The library's own way makes float32 of them first; so does this one where they were summed in bf16.
@@ -178,7 +178,8 @@ def any_float() -> Iterator[None]:
         torch.Tensor.type = original  # type: ignore[method-assign]
 
 
-def shard_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[tuple[LocalShard, Shard]]:
+def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
+                                                                                       StateShard]]:
     """Yield the model's blocks that this process updates, with the shard that holds (a part of) each."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(list(model.parameters()))
@@ -188,7 +189,7 @@ def shard_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[tupl
             yield block, shard
 
 
-def state_shards(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[LocalShard]:
+def state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
     """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY`,
     `momentum/KEY` and `master/KEY`."""
     for block, shard in shard_blocks(model, shards):
@@ -197,7 +198,7 @@ def state_shards(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[Loca
                 yield dataclasses.replace(piece, key=f"{name}/{block.key}")
 
 
-def pieces(block: LocalShard, shard: Shard, flat: torch.Tensor) -> Iterator[LocalShard]:
+def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
     """Yield `flat` [elements of the shard], as far as it belongs to `block` of the parameter, in blocks of
     the global tensor."""
     if not block.data.is_contiguous():
@@ -216,7 +217,7 @@ def pieces(block: LocalShard, shard: Shard, flat: torch.Tensor) -> Iterator[Loca
         start += count
 
 
-def set_updates(shards: Iterable[Shard], num_updates: int) -> None:
+def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
     """Set the number of updates that the state has seen, which AdamW's bias correction counts.
 
     Each parameter gets a counter of its own: the library's own loading gives all of them one tensor, which

@@ -26,7 +26,7 @@ STORE_PORT = "SOV_STORE_PORT"
 
 
 @dataclass(frozen=True)
-class World:
+class ParallelWorld:
     """This process's place in the layout."""
 
     rank: int
@@ -48,7 +48,7 @@ class World:
         return self.rank == 0
 
 
-def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
+def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's
     groups.
 
@@ -80,7 +80,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
         distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     cpu_shims.mend()
-    return World(
+    return ParallelWorld(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(),
@@ -113,7 +113,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def on_main(place: World, action: Callable[[], Any]) -> Any:
+def on_main(place: ParallelWorld, action: Callable[[], Any]) -> Any:
     """Do something on rank 0 and return its (plain) result on every rank.
 
     Raises:

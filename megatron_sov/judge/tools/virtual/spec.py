@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.judge.tools.schema import Parameter
 from megatron_sov.judge.tools.virtual.expressions import Problems, shown
-from megatron_sov.judge.tools.virtual.steps import CHANGING, RESERVED, Reader, Step, Tables
+from megatron_sov.judge.tools.virtual.steps import CHANGING, RESERVED, StepReader, Tables, WorldStep
 
 PLAIN: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": None}
 """JSON schema's name -> Python type."""
@@ -126,7 +126,7 @@ def fields_of(schema: Mapping[str, Any], where: str, problems: Problems) -> Mapp
     return fields
 
 
-class Held:
+class StoredCollection:
     """A type that values are held to."""
 
     def __init__(self, kind: Any) -> None:
@@ -158,7 +158,7 @@ class TableSpec:
     """Name -> schema."""
     rows: Mapping[str, Mapping[str, Any]]
     """Key -> row, at the start."""
-    held: Held = field(compare=False)
+    held: StoredCollection = field(compare=False)
     """What each row is held to."""
 
     @property
@@ -182,11 +182,11 @@ class ToolSpec:
     """Name -> what it takes."""
     schemas: Mapping[str, Mapping[str, Any]]
     """Name -> the schema that the parameter was declared with."""
-    held: Mapping[str, Held] = field(compare=False)
+    held: Mapping[str, StoredCollection] = field(compare=False)
     """Name -> what the parameter is held to."""
-    returns: Held = field(compare=False)
+    returns: StoredCollection = field(compare=False)
     """What results are held to."""
-    steps: tuple[Step, ...] = ()
+    steps: tuple[WorldStep, ...] = ()
 
     def is_required(self, name: str) -> bool:
         """Return whether a call must have an argument."""
@@ -323,9 +323,9 @@ def _columns(given: Any, where: str, tables: Mapping[str, Any],
     return dict(given)
 
 
-def _row_type(columns: Mapping[str, Any], where: str, problems: Problems) -> Held:
-    return Held(record_of({name: type_of(column, f"{where}.{name}", problems, COLUMN_WORDS)
-                           for name, column in columns.items()}))
+def _row_type(columns: Mapping[str, Any], where: str, problems: Problems) -> StoredCollection:
+    return StoredCollection(record_of({name: type_of(column, f"{where}.{name}", problems, COLUMN_WORDS)
+                                       for name, column in columns.items()}))
 
 
 def _rows(given: Any, where: str, problems: Problems) -> dict[str, Mapping[str, Any]]:
@@ -374,7 +374,7 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
         if argument in RESERVED:
             problems.add(f"{where}.{argument}", "steps mean something else by this name; choose another one")
         kind = type_of(schema, f"{where}.{argument}", problems)
-        held[argument] = Held(kind)
+        held[argument] = StoredCollection(kind)
         described = schema.get("description", "") if isinstance(schema, Mapping) else ""
         if isinstance(required, list) and argument in required:
             parameters[argument] = Parameter(kind, str(described))
@@ -383,8 +383,8 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
         if default is not None and (wrong := held[argument].problem(default)):
             problems.add(f"{where}.{argument}", f"its default {shown(default)} is not of its type ({wrong})")
         parameters[argument] = Parameter(kind | None if default is None else kind, str(described), default)
-    returns = Held(type_of(tool.get("returns"), f"{where}.returns", problems))
-    reader = Reader(where, {t.name: t.columns.keys() for t in tables.values()}, set(parameters), problems)
+    returns = StoredCollection(type_of(tool.get("returns"), f"{where}.returns", problems))
+    reader = StepReader(where, {t.name: t.columns.keys() for t in tables.values()}, set(parameters), problems)
     return ToolSpec(name, _text(tool, "description", where, problems), parameters, schemas, held,
                     returns, reader.steps(tool.get("does")))
 

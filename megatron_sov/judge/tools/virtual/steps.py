@@ -50,7 +50,7 @@ Tables = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Step:
+class WorldStep:
     """One step, sound as far as can be seen without values."""
 
     verb: str
@@ -73,7 +73,7 @@ class Step:
         return [*self.values.values(), *self.columns.values()]
 
 
-class Reader:
+class StepReader:
     """Reads the steps of one tool, and knows which names there are by then."""
 
     def __init__(self, where: str, tables: Mapping[str, Set[str]], arguments: Set[str],
@@ -87,7 +87,7 @@ class Reader:
         self._where, self._tables, self._problems = where, tables, problems
         self._names: dict[str, Set[str] | None] = dict.fromkeys(sorted(arguments))
 
-    def steps(self, given: Any) -> tuple[Step, ...]:
+    def steps(self, given: Any) -> tuple[WorldStep, ...]:
         """Return the steps of a tool's `does`."""
         if not isinstance(given, list) or not 0 < len(given) <= MAX_STEPS:
             self._problems.add(f"{self._where}.does", f"must be a list of 1 to {MAX_STEPS} steps")
@@ -97,11 +97,11 @@ class Reader:
             self._problems.add(f"{self._where}.does", "must end with its only `return`")
         return tuple(found)
 
-    def _step(self, given: Any, where: str) -> Step:
+    def _step(self, given: Any, where: str) -> WorldStep:
         verbs = [verb for verb in VERBS if isinstance(given, Mapping) and verb in given]
         if len(verbs) != 1:
             self._problems.add(where, f"{shown(given)} must be an object with one of {', '.join(VERBS)}")
-            return Step("let")
+            return WorldStep("let")
         verb, = verbs
         needed, may = VERBS[verb]
         beside = set(map(str, given)) - {verb}
@@ -115,12 +115,12 @@ class Reader:
             self._names[made.name] = known
         return made
 
-    def _tabled(self, given: Mapping[str, Any], verb: str, where: str) -> Step:
+    def _tabled(self, given: Mapping[str, Any], verb: str, where: str) -> WorldStep:
         table = given[verb]
         if not isinstance(table, str) or table not in self._tables:
             self._problems.add(where, f"there is no table {shown(table)}; there are "
                                       f"{', '.join(self._tables)}")
-            return Step(verb)
+            return WorldStep(verb)
         row = {**self._names, _ROW: self._tables[table] | {"id"}}
         values = {word: self._read(given[word], where, row if word in ("where", "order") else self._names)
                   for word in ("key", "where", "order") if word in given}
@@ -131,20 +131,21 @@ class Reader:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
             self._problems.add(where, f"limit is {shown(limit)}, must be a whole number")
             limit = 0
-        return Step(verb, table, self._name(given.get("as", ""), where), values, columns,
-                    self._told(given, where) if "else" in given else "", limit)
+        return WorldStep(verb, table, self._name(given.get("as", ""), where), values, columns,
+                         self._told(given, where) if "else" in given else "", limit)
 
-    def _plain(self, given: Mapping[str, Any], verb: str, where: str) -> Step:
+    def _plain(self, given: Mapping[str, Any], verb: str, where: str) -> WorldStep:
         if verb == "require":
-            return Step(verb, values={verb: self._read(given[verb], where)}, told=self._told(given, where))
+            return WorldStep(verb, values={verb: self._read(given[verb], where)},
+                             told=self._told(given, where))
         if verb == "let":
-            return Step(verb, name=self._name(given[verb], where),
-                        values={"be": self._read(given.get("be"), where)})
+            return WorldStep(verb, name=self._name(given[verb], where),
+                             values={"be": self._read(given.get("be"), where)})
         result = given[verb]
         if isinstance(result, Mapping):
             fields = {str(name): self._read(value, where) for name, value in result.items()}
-            return Step(verb, columns=fields)
-        return Step(verb, values={verb: self._read(result, where)})
+            return WorldStep(verb, columns=fields)
+        return WorldStep(verb, values={verb: self._read(result, where)})
 
     def _told(self, given: Mapping[str, Any], where: str) -> str:
         told = given.get("else")
@@ -179,7 +180,7 @@ class Reader:
         return given
 
 
-def run(steps: tuple[Step, ...], arguments: Mapping[str, Any], tables: Tables,
+def run(steps: tuple[WorldStep, ...], arguments: Mapping[str, Any], tables: Tables,
         new_key: Callable[[str, dict[str, Any]], str]) -> Any:
     """Return what a tool's steps give; they change the tables.
 
@@ -205,14 +206,14 @@ def run(steps: tuple[Step, ...], arguments: Mapping[str, Any], tables: Tables,
 NewKey = Callable[[str, dict[str, Any]], str]
 
 
-def _row(step: Step, scope: Mapping[str, Any], tables: Tables) -> tuple[str, dict[str, Any]]:
+def _row(step: WorldStep, scope: Mapping[str, Any], tables: Tables) -> tuple[str, dict[str, Any]]:
     key = value_of(step.values["key"], scope)
     if not isinstance(key, str) or key not in tables[step.table]:
         raise ToolRefused(step.told or f"there is no {shown(key)} in {step.table}")
     return key, tables[step.table][key]
 
 
-def _get(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _get(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
     if "where" in step.values:
         found: list[dict[str, Any]] = _find(step, scope, tables, new_key)
         if not found:
@@ -222,7 +223,7 @@ def _get(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) 
     return {"id": key, **copy.deepcopy(row)}
 
 
-def _find(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _find(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
     rows = [{"id": key, **copy.deepcopy(row)} for key, row in sorted(tables[step.table].items())]
     if "where" in step.values:
         rows = [row for row in rows if _test(step.values["where"], {**scope, _ROW: row})]
@@ -237,31 +238,31 @@ def _find(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey)
     return rows[:step.limit or None]
 
 
-def _require(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
+def _require(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     if not _test(step.values["require"], scope):
         raise ToolRefused(step.told)
 
 
-def _insert(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _insert(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
     row = {name: copy.deepcopy(value_of(value, scope)) for name, value in step.columns.items()}
     return {"id": new_key(step.table, row), **copy.deepcopy(row)}
 
 
-def _update(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
+def _update(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     _, row = _row(step, scope, tables)
     row |= {name: copy.deepcopy(value_of(value, scope)) for name, value in step.columns.items()}
 
 
-def _delete(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
+def _delete(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     key, _ = _row(step, scope, tables)
     del tables[step.table][key]
 
 
-def _let(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _let(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
     return value_of(step.values["be"], scope)
 
 
-def _return(step: Step, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+def _return(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
     if "return" in step.values:
         return value_of(step.values["return"], scope)
     return {name: value_of(value, scope) for name, value in step.columns.items()}
@@ -274,6 +275,6 @@ def _test(test: Expression, scope: Mapping[str, Any]) -> bool:
     return found
 
 
-_DO: dict[str, Callable[[Step, dict[str, Any], Tables, NewKey], Any]] = {
+_DO: dict[str, Callable[[WorldStep, dict[str, Any], Tables, NewKey], Any]] = {
     "get": _get, "find": _find, "require": _require, "insert": _insert, "update": _update, "delete": _delete,
     "let": _let, "return": _return}

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Bound, Breach, Code
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
 from megatron_sov.judge.rewards.reward import short
 from megatron_sov.judge.tools.environment import Observation, Task
 from megatron_sov.judge.tools.faults import InfrastructureFault, ToolFault, ToolRefused
@@ -36,12 +36,12 @@ _WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
 
 def _no_program(command: tuple[str, ...]) -> Breach | None:
     return None if shutil.which(command[0]) else (
-        Code.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
+        ProblemCode.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
 
 
 def _unset(name: str) -> Breach | None:
     return None if name in os.environ else (
-        Code.RULE, "is not set in this environment", "set it, or leave it out")
+        ProblemCode.RULE, "is not set in this environment", "set it, or leave it out")
 
 
 @dataclass

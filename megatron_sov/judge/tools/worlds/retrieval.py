@@ -17,7 +17,8 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.documents.scripts import script_of
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, Breach, Code, NotNegativeInt, other_than
+from megatron_sov.base.settings import (
+    ONCE, AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, other_than)
 from megatron_sov.judge.tools.faults import ToolRefused
 from megatron_sov.judge.tools.schema import Parameter, Tool
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
@@ -75,12 +76,13 @@ class Bm25:
 
 
 def _no_name(text: str) -> Breach | None:
-    return None if _NAME.fullmatch(text) else (Code.BOUND, "must be a name of letters, digits and _", "")
+    return None if _NAME.fullmatch(text) else (ProblemCode.BOUND, "must be a name of letters, digits and _",
+                                               "")
 
 
 def _no_file(path: str) -> Breach | None:
     return None if Path(path).is_file() else (
-        Code.FILE, "is no file", "name one in JSON lines, a document each")
+        ProblemCode.FILE, "is no file", "name one in JSON lines, a document each")
 
 
 ToolName = Annotated[str, Bound(_no_name)]

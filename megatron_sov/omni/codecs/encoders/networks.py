@@ -129,7 +129,7 @@ class Norm(torch.nn.Module):
         return rms_norm(states, self.weight.shape, self.weight, EPS)
 
 
-class Block(torch.nn.Module):
+class EncoderBlock(torch.nn.Module):
     """A layer over chunks with a query behind each: the chunk is pooled into the query, then mixed."""
 
     def __init__(self, width: int, chunk: int, head_dim: int, state_size: int) -> None:
@@ -153,7 +153,7 @@ class Block(torch.nn.Module):
 class Backbone(torch.nn.Module):
     """The one block, and the norm behind it."""
 
-    def __init__(self, block: Block, width: int) -> None:
+    def __init__(self, block: EncoderBlock, width: int) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList([block])
         self.norm_f = Norm(width)
@@ -172,8 +172,8 @@ class Compressor(torch.nn.Module):
         width, self._chunk = config.compressor_size, config.compression
         self.query_token = torch.nn.Parameter(torch.zeros(width))
         self.input_proj = torch.nn.Linear(hidden_size, width)
-        self.model = Backbone(Block(width, self._chunk, config.compressor_head_dim,
-                                    config.compressor_state_size), width)
+        self.model = Backbone(EncoderBlock(width, self._chunk, config.compressor_head_dim,
+                                           config.compressor_state_size), width)
         self.input_norm = torch.nn.LayerNorm(width, eps=INPUT_EPS)
         self.output_proj = torch.nn.Linear(width, hidden_size)
 

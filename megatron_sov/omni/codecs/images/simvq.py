@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from torch import nn
 from vector_quantize_pytorch import SimVQ
 
-from megatron_sov.base.settings import Code, Problem, multiple_of
+from megatron_sov.base.settings import ProblemCode, SettingsProblem, multiple_of
 from megatron_sov.omni.codecs.images.siglip import SiglipFeatures, SiglipSettings
 
 # The quantiser of a picture's patches: SimVQ (https://arxiv.org/abs/2411.02038) over unit vectors, as TA-
@@ -96,16 +96,17 @@ class SimVQSettings:
     siglip: SiglipSettings | None = None
     """A SigLIP, frozen, that sees in place of an encoder that is learned."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         found = []
         if self.siglip is not None and self.side_pixels // self.siglip.patch_pixels != self.grid:
-            found.append(Problem(Code.RULE, "grid", "must be the number of siglip's patches of "
-                                 f"{self.siglip.patch_pixels} pixels in side_pixels = {self.side_pixels}",
-                                 self.grid))
+            found.append(SettingsProblem(ProblemCode.RULE, "grid",
+                                         f"must be the number of siglip's patches of {self.siglip.patch_pixels}"
+                                         f" pixels in side_pixels = {self.side_pixels}",
+                                         self.grid))
         if self.siglip is None and self.side_pixels % self.grid:
-            found.append(Problem(Code.RULE, "side_pixels", f"must be a multiple of grid = {self.grid}",
-                                 self.side_pixels))
+            found.append(SettingsProblem(ProblemCode.RULE, "side_pixels",
+                                         f"must be a multiple of grid = {self.grid}", self.side_pixels))
         return found
 
 

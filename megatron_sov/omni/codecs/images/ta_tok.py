@@ -15,7 +15,7 @@ from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Problem, find_broken
+from megatron_sov.base.settings import SettingsProblem, find_broken
 from megatron_sov.omni.codecs.images.siglip import SiglipFeatures, SiglipSettings, used
 from megatron_sov.omni.codecs.images.simvq import UnitSimVQ
 
@@ -38,7 +38,7 @@ class TATokSettings:
     codebook_size: Annotated[int, Ge(2), Le(1 << 20)] = 65_536
     """Tokens there are."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return find_broken(self, "", (
             self.encoder.patch_pixels <= self.side_pixels, "encoder.patch_pixels",

@@ -168,7 +168,7 @@ class CausalSnake(nn.Module):
         return functional.conv1d(joined, taps, stride=RATIO, groups=channels)
 
 
-class Block(nn.Module):
+class BigVganBlock(nn.Module):
     """Residual layers of two convolutions behind activations, the first of them dilated (`AMPBlock1`)."""
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
@@ -187,14 +187,14 @@ class Block(nn.Module):
         return piece
 
 
-class Level(nn.Module):
+class UpsamplingLevel(nn.Module):
     """An upsampling, which halves the channels, and blocks of several kernels side by side."""
 
     def __init__(self, channels: int, rate: int, kernels: tuple[int, ...],
                  dilations: tuple[int, ...]) -> None:
         super().__init__()
         self.upsampling = CausalUpsampling(channels, channels // 2, rate)
-        self.blocks = nn.ModuleList(Block(channels // 2, kernel, dilations) for kernel in kernels)
+        self.blocks = nn.ModuleList(BigVganBlock(channels // 2, kernel, dilations) for kernel in kernels)
 
     def forward(self, piece: torch.Tensor, past: Past) -> torch.Tensor:
         """Return [n, channels / 2, t * rate] of [n, channels, t]."""
@@ -215,7 +215,7 @@ class UnitBigVGAN(nn.Module):
         self.units = nn.Embedding(s.codebook_size + 1, s.unit_width)
         self.voices = nn.Embedding(len(s.speakers), s.speaker_width)
         self.first = CausalConv(s.unit_width + s.speaker_width, s.channels, OUTER_KERNEL)
-        self.levels = nn.ModuleList(Level(s.channels // 2**i, rate, s.kernels, s.dilations)
+        self.levels = nn.ModuleList(UpsamplingLevel(s.channels // 2**i, rate, s.kernels, s.dilations)
                                     for i, rate in enumerate(s.rates))
         width = s.channels // 2**len(s.rates)
         self.last_snake = CausalSnake(width)

@@ -14,7 +14,7 @@ from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Code, Problem
+from megatron_sov.base.settings import ProblemCode, SettingsProblem
 
 LEVELS, NUM_LEVELS = 3, 8
 _HOP_SAMPLES, _FRAMES_PER_TOKEN = 160, 4
@@ -36,10 +36,11 @@ class CosyVoice2Settings:
     num_layers: Annotated[int, Ge(1), Le(100)] = 6
     """Of the transformer."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together."""
         return [] if self.width == 64 * self.num_heads else [
-            Problem(Code.RULE, "width", f"must be 64 times num_heads = {self.num_heads}", self.width)]
+            SettingsProblem(ProblemCode.RULE, "width", f"must be 64 times num_heads = {self.num_heads}",
+                            self.width)]
 
 
 class CosyVoice2Tokenizer(nn.Module):

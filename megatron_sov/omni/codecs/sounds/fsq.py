@@ -18,7 +18,7 @@ from annotated_types import Ge, Le, Len, MultipleOf
 from torch import nn
 from vector_quantize_pytorch import FSQ
 
-from megatron_sov.base.settings import Bound, Breach, Code
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
 
 FLOOR = 1e-5
 """Smallest power of a mel band; silence lies here."""
@@ -84,7 +84,7 @@ class LogMel(nn.Module):
 
 def _too_many(levels: tuple[int, ...]) -> Breach | None:
     return None if math.prod(levels) <= 1 << 20 else (
-        Code.BOUND, f"must have a product of at most {1 << 20:,}", "")
+        ProblemCode.BOUND, f"must have a product of at most {1 << 20:,}", "")
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ class FSQTokenizer(nn.Module):
             nn.Conv1d(settings.num_mels, width, 3, padding=1), nn.GELU(),
             nn.Conv1d(width, width, 4, stride=2, padding=1), nn.GELU(),
             nn.Conv1d(width, width, 4, stride=2, padding=1),
-            *(Block(width, _DILATIONS[i % len(_DILATIONS)]) for i in range(settings.num_blocks)))
+            *(FsqBlock(width, _DILATIONS[i % len(_DILATIONS)]) for i in range(settings.num_blocks)))
         self.to_code = nn.Linear(width, self.code_width)
         self.quantiser = self.make_quantiser()
         self.from_code = nn.Linear(self.code_width, width)
         self.decoder = nn.Sequential(
-            *(Block(width, _DILATIONS[i % len(_DILATIONS)]) for i in range(settings.num_blocks)),
+            *(FsqBlock(width, _DILATIONS[i % len(_DILATIONS)]) for i in range(settings.num_blocks)),
             nn.ConvTranspose1d(width, width, 4, stride=2, padding=1), nn.GELU(),
-            nn.ConvTranspose1d(width, width, 4, stride=2, padding=1), Block(width, 1), nn.GELU(),
+            nn.ConvTranspose1d(width, width, 4, stride=2, padding=1), FsqBlock(width, 1), nn.GELU(),
             nn.Conv1d(width, settings.num_mels, 3, padding=1))
 
     def make_quantiser(self) -> Any:
@@ -203,7 +203,7 @@ class LevelQuantiser(nn.Module):
         return codes
 
 
-class Block(nn.Module):
+class FsqBlock(nn.Module):
     """A residual block of two convolutions over time."""
 
     def __init__(self, width: int, dilation: int) -> None:

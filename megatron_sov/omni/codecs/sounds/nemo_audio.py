@@ -25,7 +25,7 @@ MAX_ELEMENTS = 1 << 29
 MAX_TENSORS = 100_000
 
 
-class Bounded(TorchDispatchMode):
+class BoundedUnpickler(TorchDispatchMode):
     """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ def nemo_model(config: Mapping[str, Any]) -> Any:
     except ImportError as e:
         raise UserError(f"codec of kind 'nemo-audio': needs NeMo ({e}); install it by "
                         "`pip install nemo-toolkit[tts]`") from None
-    bounded = Bounded()
+    bounded = BoundedUnpickler()
     try:
         with bounded:
             model = AudioCodecModel(cfg=OmegaConf.create(dict(config)))

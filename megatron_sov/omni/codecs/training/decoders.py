@@ -23,8 +23,8 @@ from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.training.banks import (
     PICTURES, SOUNDS, Ids, MediaFiles, Pictures, Ragged, SoundBank, id_bank, media_files, picture_bank)
 from megatron_sov.omni.codecs.training.draws import batch_rows, generator
-from megatron_sov.omni.codecs.training.loop import Plan, train
-from megatron_sov.omni.codecs.training.schedule import Schedule
+from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
+from megatron_sov.omni.codecs.training.schedule import CodecSchedule
 from megatron_sov.omni.codecs.training.tokenizers import digests, said
 from megatron_sov.omni.codecs.training.vocoder import Spoken, VocoderTask, VocoderTraining
 from megatron_sov.omni.media.reading.reader import MediaReader
@@ -46,7 +46,7 @@ class ImageDecoderTraining:
 
     model: DiTSettings = field(default_factory=DiTSettings)
     """Sizes; those of the tokens are the tokenizer's."""
-    learning: Schedule = field(default_factory=Schedule)
+    learning: CodecSchedule = field(default_factory=CodecSchedule)
     """How it learns."""
 
 
@@ -62,7 +62,7 @@ class Drawn(NamedTuple):
 class ImageDecoderTask:
     """A picture decoder and pictures with their tokens."""
 
-    def __init__(self, decoder: DiT, learning: Schedule, drawn: Drawn, heldout: Drawn) -> None:
+    def __init__(self, decoder: DiT, learning: CodecSchedule, drawn: Drawn, heldout: Drawn) -> None:
         """Args:
             decoder: its `token_embeddings` are those of the tokenizer; an autoencoder stays as it is.
             learning: how it learns.
@@ -154,9 +154,10 @@ def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path
     if problems := problems_of(fitted):
         raise SettingsError(f"--set, with tokenizer {tokenizer}", problems)
     made_from = {"media": files.digest, "tokenizer": manifest_sha256(tokenizer), **digests("vae", vae)}
-    plan = Plan(kind="dit" if draws else "unit-bigvgan", output=output, steps=fitted.learning.steps,
-                settings={**plain(fitted), **made_from}, checkpoint_every_s=checkpoint_every_s,
-                look_every=look_every, overwrite=overwrite)
+    plan = CodecTrainingPlan(kind="dit" if draws else "unit-bigvgan", output=output,
+                             steps=fitted.learning.steps,
+                             settings={**plain(fitted), **made_from}, checkpoint_every_s=checkpoint_every_s,
+                             look_every=look_every, overwrite=overwrite)
     with MediaReader(files.root) as reader:
         if isinstance(fitted, ImageDecoderTraining):
             return train(plan, lambda folder: _drawing(fitted, codec, vae, files, reader, folder, device))

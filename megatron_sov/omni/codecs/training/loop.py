@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import atomic_write, refuse_existing, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.codecs.folder import KIND, save_codec
 from megatron_sov.omni.codecs.training.state import load_state, save_state
-from megatron_sov.omni.codecs.training.task import Task
+from megatron_sov.omni.codecs.training.task import CodecTask
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.progress.work_bar import work_bar
@@ -29,7 +29,7 @@ SETTINGS, CHECKPOINT = "settings.json", "checkpoint"
 
 
 @dataclass(frozen=True)
-class Plan:
+class CodecTrainingPlan:
     """How long a training goes, and where it writes."""
 
     kind: str
@@ -48,7 +48,7 @@ class Plan:
     """Replace a codec that is already at the output."""
 
 
-def train(plan: Plan, make_task: Callable[[Path], Task]) -> dict[str, float]:
+def train(plan: CodecTrainingPlan, make_task: Callable[[Path], CodecTask]) -> dict[str, float]:
     """Train, or go on, and write the codec; returns the last figures.
 
     Args:
@@ -76,7 +76,7 @@ def train(plan: Plan, make_task: Callable[[Path], Task]) -> dict[str, float]:
     return figures
 
 
-def _steps(plan: Plan, task: Task, folder: Path, events: EventLog, first: int) -> None:
+def _steps(plan: CodecTrainingPlan, task: CodecTask, folder: Path, events: EventLog, first: int) -> None:
     """Take the steps that are left."""
     kept_s = time.monotonic()
     with work_bar("training", plan.steps, "step") as bar:

@@ -14,7 +14,7 @@ END_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CodecSchedule:
     """Steps, order and learning rate: ours where a kind of network does not name a source."""
 
     steps: Annotated[int, Ge(1), Le(100000000)] = 100_000

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import clear_leftovers, damaged_files, new_artifact, read_manifest
 from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.omni.codecs.training.task import Task
+from megatron_sov.omni.codecs.training.task import CodecTask
 
 KIND = "codec_training"
 """Of the artifact."""
 _TENSORS, _NUMBERS = "state.safetensors", "state.json"
 
 
-def save_state(path: Path, task: Task, step: int) -> None:
+def save_state(path: Path, task: CodecTask, step: int) -> None:
     """Write where a task stands behind a step, in place of an earlier one."""
     tensors = {f"network.{name}": tensor for name, tensor in task.networks.state_dict().items()}
     numbers: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def save_state(path: Path, task: Task, step: int) -> None:
         writer.content = {"step": step}
 
 
-def load_state(path: Path, task: Task) -> int:
+def load_state(path: Path, task: CodecTask) -> int:
     """Put a task where it stood; return the number of steps that are done, 0 where nothing was kept.
 
     Raises:

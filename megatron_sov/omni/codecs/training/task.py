@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-class Task(Protocol):
+class CodecTask(Protocol):
     """Networks and how they learn; a function of its settings, of the media, and of the step's number."""
 
     networks: nn.ModuleDict

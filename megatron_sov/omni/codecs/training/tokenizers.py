@@ -28,8 +28,8 @@ from megatron_sov.omni.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, F
 from megatron_sov.omni.codecs.training.banks import (
     PICTURES, SOUNDS, MediaFiles, Pictures, SoundBank, Sounds, media_files, picture_bank)
 from megatron_sov.omni.codecs.training.draws import batch_rows, generator
-from megatron_sov.omni.codecs.training.loop import Plan, train
-from megatron_sov.omni.codecs.training.schedule import Schedule
+from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
+from megatron_sov.omni.codecs.training.schedule import CodecSchedule
 from megatron_sov.omni.media.reading.reader import MediaReader
 
 # How much of a codebook is used: what says everything with a few tokens has learned a small codebook.
@@ -64,7 +64,7 @@ _DB = 10 / math.log(10)
 
 
 @dataclass(frozen=True)
-class Learning(Schedule):
+class Learning(CodecSchedule):
     """How a tokenizer learns: ours, for no source gives it."""
 
     steps: Annotated[int, Ge(1), Le(100_000_000)] = 20_000
@@ -312,9 +312,11 @@ def train_tokenizer(given: Path, output: Path, settings: Training, *, encoder: P
     """
     sees = isinstance(settings, ImageTokenizerTraining)
     files = media_files(given, PICTURES if sees else SOUNDS, settings.learning.heldout_share)
-    plan = Plan(kind="simvq" if sees else "fsq", output=output, steps=settings.learning.steps,
-                settings={**plain(settings), "media": files.digest, **digests("encoder", encoder)},
-                checkpoint_every_s=checkpoint_every_s, look_every=look_every, overwrite=overwrite)
+    plan = CodecTrainingPlan(kind="simvq" if sees else "fsq", output=output, steps=settings.learning.steps,
+                             settings={**plain(settings), "media": files.digest,
+                                       **digests("encoder", encoder)},
+                             checkpoint_every_s=checkpoint_every_s, look_every=look_every,
+                             overwrite=overwrite)
     with MediaReader(files.root) as reader:
         return train(plan, lambda folder: _task(settings, files, reader, encoder, folder, device))
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
-from megatron_sov.base.settings import Bound, Breach, Code
+from megatron_sov.base.settings import Bound, Breach, ProblemCode
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.training.draws import batch_rows, generator
-from megatron_sov.omni.codecs.training.schedule import Schedule
+from megatron_sov.omni.codecs.training.schedule import CodecSchedule
 
 # Judges that a vocoder learns to deceive: of the samples at several periods, and of spectra at several
 # resolutions.
@@ -39,7 +39,7 @@ FEATURE_WEIGHT = 2.0
 _SLOPE = 0.1
 
 
-class Verdict(NamedTuple):
+class CriticVerdict(NamedTuple):
     """What one judge says of a batch of sound."""
 
     score: torch.Tensor
@@ -61,7 +61,7 @@ class PeriodJudge(nn.Module):
              weight_norm(nn.Conv2d(widths[-1], widths[-1], (5, 1), padding=(2, 0)))])
         self.last = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, sound: torch.Tensor) -> Verdict:
+    def forward(self, sound: torch.Tensor) -> CriticVerdict:
         """Judge [n, t] samples."""
         missing = -sound.shape[-1] % self.period
         padded = functional.pad(sound[:, None], (0, missing), mode="reflect")
@@ -81,7 +81,7 @@ class SpectrumJudge(nn.Module):
              weight_norm(nn.Conv2d(width, width, (3, 3), padding=(1, 1)))])
         self.last = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=(1, 1)))
 
-    def forward(self, sound: torch.Tensor) -> Verdict:
+    def forward(self, sound: torch.Tensor) -> CriticVerdict:
         """Judge [n, t] samples."""
         side = (self.transform - self.hop) // 2
         padded = functional.pad(sound[:, None], (side, side), mode="reflect").squeeze(1)
@@ -99,18 +99,18 @@ class Judges(nn.Module):
         self.judges = nn.ModuleList([*(PeriodJudge(period, width) for period in periods),
                                      *(SpectrumJudge(resolution, width) for resolution in resolutions)])
 
-    def forward(self, sound: torch.Tensor) -> list[Verdict]:
+    def forward(self, sound: torch.Tensor) -> list[CriticVerdict]:
         """Return each one's verdict of [n, t] samples."""
         return [judge(sound) for judge in self.judges]
 
 
-def judges_loss(real: list[Verdict], made: list[Verdict]) -> torch.Tensor:
+def judges_loss(real: list[CriticVerdict], made: list[CriticVerdict]) -> torch.Tensor:
     """Return how far the judges are from saying 1 of real sound and 0 of made sound."""
     return torch.stack([((1 - r.score)**2).mean() + (m.score**2).mean()
                         for r, m in zip(real, made, strict=True)]).sum()
 
 
-def deceiving_loss(real: list[Verdict], made: list[Verdict]) -> torch.Tensor:
+def deceiving_loss(real: list[CriticVerdict], made: list[CriticVerdict]) -> torch.Tensor:
     """Return how far made sound is from a score of 1, and from what the judges see in real sound."""
     scores = torch.stack([((1 - m.score)**2).mean() for m in made]).sum()
     distances = torch.stack([(a.detach() - b).abs().mean() for r, m in zip(real, made, strict=True)
@@ -118,13 +118,13 @@ def deceiving_loss(real: list[Verdict], made: list[Verdict]) -> torch.Tensor:
     return scores + FEATURE_WEIGHT * distances
 
 
-def _through(seen: torch.Tensor, layers: nn.ModuleList, last: nn.Module) -> Verdict:
+def _through(seen: torch.Tensor, layers: nn.ModuleList, last: nn.Module) -> CriticVerdict:
     features = []
     for layer in layers:
         seen = functional.leaky_relu(layer(seen), _SLOPE)
         features.append(seen)
     score = last(seen)
-    return Verdict(score.flatten(1), [*features, score])
+    return CriticVerdict(score.flatten(1), [*features, score])
 
 
 # How far one sound is from another to the ear: logarithmic mel spectra at several resolutions.
@@ -195,11 +195,11 @@ MAX_GRAD_NORM = 500.0
 def _no_resolution(resolution: tuple[int, int, int]) -> Breach | None:
     transform, hop, window = resolution
     return None if 1 <= hop <= window <= transform <= 1 << 20 else (
-        Code.BOUND, "must be transform, hop and window, none of them larger than the first", "")
+        ProblemCode.BOUND, "must be transform, hop and window, none of them larger than the first", "")
 
 
 @dataclass(frozen=True)
-class VocoderLearning(Schedule):
+class VocoderLearning(CodecSchedule):
     """How a vocoder learns.  Windows, weight and widths of the judges are BigVGAN-v2's
     (configs/bigvgan_v2_24khz_100band_256x.json, loss.py); the rest is ours."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import told_in_a_line
 from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import Asked, read_picture
+from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
 from megatron_sov.omni.media.reading.sounds import read_sound
 from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
 from megatron_sov.work.processes.channel import receive, send
@@ -46,7 +46,8 @@ def _answer(asked: dict[str, Any], limits: MediaLimits) -> tuple[dict[str, Any],
     file = Path(asked["file"])
     try:
         if asked["kind"] == "picture":
-            arrays, facts = read_picture(file, Asked(tuple(asked["sides"]), asked["animated"]), limits)
+            arrays, facts = read_picture(file, PictureRequest(tuple(asked["sides"]), asked["animated"]),
+                                         limits)
         elif asked["kind"] == "sound":
             samples, facts = read_sound(file, asked["rate_hz"], limits)
             arrays = [samples]

@@ -22,7 +22,7 @@ _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
-class Asked:
+class PictureRequest:
     """How a picture is to be read."""
 
     sides: tuple[int, ...]
@@ -31,7 +31,8 @@ class Asked:
     """What becomes of one with several frames: "refuse", or "first" takes the first."""
 
 
-def read_picture(file: Path, asked: Asked, limits: MediaLimits) -> tuple[list[np.ndarray], dict[str, Any]]:
+def read_picture(file: Path, asked: PictureRequest, limits: MediaLimits) -> tuple[list[np.ndarray],
+                                                                                  dict[str, Any]]:
     """Return a picture as one uint8 array [3, side, side] for each side asked for, and what it was.
 
     It is made square by bicubic resampling, as the published tokenizer's processor does; what it was says its

@@ -27,7 +27,7 @@ _DTYPES = {"picture": "uint8", "sound": "float32", "video": "uint8"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class ReadMedia:
     """A medium as numbers."""
 
     arrays: list[np.ndarray]
@@ -74,7 +74,7 @@ class MediaReader:
             for child in list(self._children):
                 child.end()
 
-    def picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> Read:
+    def picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> ReadMedia:
         """Return a picture in each of the sides, as `pictures.read_picture`.
 
         Raises:
@@ -83,17 +83,17 @@ class MediaReader:
         most = sum(3 * side * side for side in sides)
         return self._read(path, {"kind": "picture", "sides": list(sides), "animated": animated}, most)
 
-    def sound(self, path: str, rate_hz: int) -> Read:
+    def sound(self, path: str, rate_hz: int) -> ReadMedia:
         """Return a sound as `sounds.read_sound`; raises as `picture` does."""
         most = 4 * (math.ceil(self.limits.duration_s * rate_hz) + rate_hz)
         return self._read(path, {"kind": "sound", "rate_hz": rate_hz}, most)
 
-    def video(self, path: str, sampling: VideoFrames) -> Read:
+    def video(self, path: str, sampling: VideoFrames) -> ReadMedia:
         """Return frames of a video as `videos.read_video`; raises as `picture` does."""
         most = sampling.most_frames * 3 * sampling.side ** 2
         return self._read(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, most)
 
-    def _read(self, path: str, asked: dict[str, Any], most_bytes: int) -> Read:
+    def _read(self, path: str, asked: dict[str, Any], most_bytes: int) -> ReadMedia:
         file = place_of(self.root, path)
         if asked["kind"] != "video" and not file.is_file():
             raise BadRecord("missing", "is no file; name a picture or a sound")
@@ -116,8 +116,8 @@ class MediaReader:
                 raise BadRecord(e.code, e.reason) from None
         finally:
             self._free.put(child)
-        return Read(arrays, str(facts["mime_type"]), int(facts.get("width", 0)), int(facts.get("height", 0)),
-                    float(facts.get("duration_s", 0.0)))
+        return ReadMedia(arrays, str(facts["mime_type"]), int(facts.get("width", 0)),
+                         int(facts.get("height", 0)), float(facts.get("duration_s", 0.0)))
 
 
 class _Child(KeptReader):

@@ -176,7 +176,7 @@ _UNITS = {"s": "seconds", "By": "bytes", "J": "joules", "W": "watts", "Cel": "ce
 
 
 @dataclass(frozen=True)
-class Metric:
+class TelemetryMetric:
     """One metric."""
 
     name: str
@@ -200,12 +200,12 @@ class Metric:
         return "_".join(filter(None, words)) + ("_total" if self.kind == "counter" else "")
 
 
-def _gauge(name: str, unit: str, description: str, *labels: str) -> Metric:
-    return Metric(name, "gauge", unit, description, labels)
+def _gauge(name: str, unit: str, description: str, *labels: str) -> TelemetryMetric:
+    return TelemetryMetric(name, "gauge", unit, description, labels)
 
 
-def _counter(name: str, unit: str, description: str, *labels: str) -> Metric:
-    return Metric(name, "counter", unit, description, labels)
+def _counter(name: str, unit: str, description: str, *labels: str) -> TelemetryMetric:
+    return TelemetryMetric(name, "counter", unit, description, labels)
 
 
 METRICS = {metric.name: metric for metric in (
@@ -241,10 +241,10 @@ METRICS = {metric.name: metric for metric in (
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricSample:
     """The newest value of a metric."""
 
-    metric: Metric
+    metric: TelemetryMetric
     labels: tuple[str, ...]
     """Values of `metric.labels`, in their order."""
     value: float
@@ -270,10 +270,10 @@ class Board:
                 row, key = self._place(name, labels)
                 row[key] = row.get(key, 0.0) + amount
 
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[MetricSample]:
         """Return all values as they are now, in the order of `METRICS`."""
         with self._lock:
-            return [Sample(metric, labels, value) for metric in METRICS.values()
+            return [MetricSample(metric, labels, value) for metric in METRICS.values()
                     for labels, value in self._values.get(metric.name, {}).items()]
 
     def _place(self, name: str, labels: tuple[str, ...]) -> tuple[dict[tuple[str, ...], float],
@@ -358,7 +358,7 @@ def _over_http(endpoint: str) -> Any:
                               session=session)
 
 
-def _callback(board: Board, metric: Metric,
+def _callback(board: Board, metric: TelemetryMetric,
               run: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
     """Return what gives OpenTelemetry the values of one metric; it takes finite ones alone."""
     from opentelemetry.metrics import Observation

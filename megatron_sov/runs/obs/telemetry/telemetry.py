@@ -140,7 +140,7 @@ def _label(name: str) -> str:
 # From a run's events to the values of its metrics.
 
 
-class Reading:
+class TelemetryReading:
     """Takes events in, one after the other, and sets the values of a board."""
 
     def __init__(self, board: Board) -> None:
@@ -213,7 +213,7 @@ class Telemetry:
     def __init__(self, config: ObsConfig, run: Path, recipe: str) -> None:
         self._config, self._run, self._recipe = config, run.resolve(), recipe
         self._board = Board()
-        self._reading: Reading | None = None
+        self._reading: TelemetryReading | None = None
         self._senders: list[Sender] = []
         self._port: Port | None = None
         self._failing: set[str] = set()
@@ -221,7 +221,7 @@ class Telemetry:
         self._thread: threading.Thread | None = None
         self._webhook: Webhook | None = webhook_of(config.alert_webhook) if config.alert_webhook else None
         if config.otlp_endpoint or config.prometheus_port or config.prometheus_textfile:
-            self._reading = Reading(self._board)
+            self._reading = TelemetryReading(self._board)
             self._start_metrics()
 
     def observe(self, event: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.curate.decontamination.benchmarks import FIELDS, benchmark_files, read_items
 from data_prep.curate.decontamination.step import DecontaminateSettings
-from megatron_sov.base.documents.item_search import Item
+from megatron_sov.base.documents.item_search import SearchItem
 from megatron_sov.base.errors import UserError
 
 
@@ -19,11 +19,11 @@ def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> N
                {"task_id": "x/1", "query": "One", "text": "Two"}]
     (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert read_items([tmp_path], FIELDS) == [
-        Item("quiz", "3", "question", "Why?\na\nb"), Item("quiz", "line 2", "prompt", "Say it."),
-        Item("quiz", "x/1", "query", "One"), Item("quiz", "x/1", "text", "Two")]
+        SearchItem("quiz", "3", "question", "Why?\na\nb"), SearchItem("quiz", "line 2", "prompt", "Say it."),
+        SearchItem("quiz", "x/1", "query", "One"), SearchItem("quiz", "x/1", "text", "Two")]
     (tmp_path / "quiz.jsonl").write_text(json.dumps(records[0]))
     (item,) = read_items([tmp_path / "quiz.jsonl"], ["question.stem"])
-    assert item == Item("quiz", "3", "question.stem", "Why?")
+    assert item == SearchItem("quiz", "3", "question.stem", "Why?")
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from data_prep.curate.decontamination.hits import find_hits
-from megatron_sov.base.documents.item_search import Item, Search
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.plain import plain
 from tests.data_prep.curate.decontamination.disguises import ITEMS, MARKUP_DISGUISES
 
 NAMES = ("english", "short")
-SEARCH = Search([Item("bench", name, "text", ITEMS[name]) for name in NAMES], 10, 5)
+SEARCH = ItemSearch([SearchItem("bench", name, "text", ITEMS[name]) for name in NAMES], 10, 5)
 
 
 def test_there_are_at_least_seventy() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.curate.journey.page import render, write_report
-from megatron_sov.base.pages.page import Table
+from megatron_sov.base.pages.page import PageTable
 
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 
@@ -93,6 +93,6 @@ def test_the_table_of_reasons_has_a_row_for_each_reason(corpus: Path) -> None:
     from data_prep.curate.journey.summary import dropped_by_reason, read_summary
 
     steps = [step for source in read_summary(corpus).sources for step in source.steps]
-    assert reasons_table(dropped_by_reason(steps)) == Table(["step", "reason", "documents", "text"], [
+    assert reasons_table(dropped_by_reason(steps)) == PageTable(["step", "reason", "documents", "text"], [
         ["01 language", "language not wanted", "1", "22 B"], ["02 rules", "too few words", "1", "11 B"],
         ["04 minhash_dedup", "near duplicate", "1", "42 B"]])

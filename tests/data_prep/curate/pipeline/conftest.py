@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_prep.curate.pipeline import step, tasks
-from data_prep.curate.pipeline.step import Doc, Outcome, Pass, Step, View
+from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from megatron_sov.base.settings import AtLeastOne
 
 PIPELINE = """name: small
@@ -57,17 +57,17 @@ class Shorten(Step):
         found: tuple[Path, ...] = self.settings.lists
         return found
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         words = [word for file in self.settings.lists for word in file.read_text().split()]
         return [self._outcome(document.text, words) for document in documents]
 
-    def _outcome(self, text: str, words: list[str]) -> Outcome:
+    def _outcome(self, text: str, words: list[str]) -> StepOutcome:
         for word in words:
             text = text.replace(word, "")
         if len(text) < self.settings.not_below:
-            return Outcome("too short")
+            return StepOutcome("too short")
         size = "long" if len(text) > self.settings.longest else "short"
-        return Outcome(text=text[:self.settings.longest], values={"size": size, "num_chars": len(text)})
+        return StepOutcome(text=text[:self.settings.longest], values={"size": size, "num_chars": len(text)})
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Unique(Step):
         self.chosen = {line for task in range(2)
                        for line in (view.work / f"chosen-{task}").read_text().splitlines()}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
-        return [Outcome("" if d.id in self.chosen else "seen before") for d in documents]
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [StepOutcome("" if d.id in self.chosen else "seen before") for d in documents]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.pipeline.step import KEPT, Doc, Outcome, ShardRef, Step
+from data_prep.curate.pipeline.step import KEPT, Doc, ShardRef, Step, StepOutcome
 
 
 def doc(text: str, row: int = 0, *, source: str = "web", shard: int = 0, **columns: Any) -> Doc:
@@ -54,7 +54,7 @@ def batches(documents: Sequence[Doc], size: int) -> Iterator[list[Doc]]:
         yield list(documents[start:start + size])
 
 
-def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Outcome]:
+def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, StepOutcome]:
     """Return id -> what a step makes of the documents of a view.
 
     Every pass and every shard has a step of its own, as in processes of their own; passes are run twice, the
@@ -69,7 +69,7 @@ def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Out
         for task in reversed(tasks):
             make(settings).passes()[number].run(view, task)
         assert content(view.work) == before, f"pass {step_pass.name}: another result when it is run again"
-    found: dict[str, Outcome] = {}
+    found: dict[str, StepOutcome] = {}
     for shard in view.shards:
         step = make(settings)
         step.start(view)
@@ -87,7 +87,7 @@ def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Out
     return found
 
 
-def kept(documents: Sequence[Doc], found: Mapping[str, Outcome]) -> list[Doc]:
+def kept(documents: Sequence[Doc], found: Mapping[str, StepOutcome]) -> list[Doc]:
     """Return the documents that a step keeps, as the next step sees them."""
     return [dataclasses.replace(d, text=d.text if made.text is None else made.text,
                                 columns={**d.columns, **made.values})

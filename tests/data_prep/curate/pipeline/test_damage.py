@@ -18,7 +18,7 @@ from data_prep.curate.dedup.work_files import (
     BucketWriter, bucket_slice, read_array, write_array, write_buckets)
 from data_prep.curate.pipeline.addresses import mark_of, refuse_changed
 from data_prep.curate.pipeline.layers import LayerFile, groups
-from data_prep.curate.pipeline.step import Outcome
+from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base import sealed
 from megatron_sov.base.documents import read_documents
@@ -37,7 +37,8 @@ def _base(folder: Path) -> tuple[Path, Callable[[], Any]]:
 def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_base(folder / "a.parquet", [3])
     with LayerFile(folder / "b.parquet", {"score": "float32"}) as layer:
-        layer.write_outcomes([Outcome(values={"score": 0.5}), Outcome("no"), Outcome(text="other")])
+        layer.write_outcomes([StepOutcome(values={"score": 0.5}), StepOutcome("no"),
+                              StepOutcome(text="other")])
     return folder / "b.parquet", lambda: list(groups("s", [folder / "a.parquet", folder / "b.parquet"]))
 
 

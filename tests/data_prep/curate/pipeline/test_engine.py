@@ -22,7 +22,7 @@ import pytest
 from data_prep import cli
 from data_prep.curate.pipeline import addresses
 from data_prep.curate.pipeline.running import do_share, finish_run
-from data_prep.curate.pipeline.tasks import Stage
+from data_prep.curate.pipeline.tasks import PipelineStage
 from megatron_sov.base.artifacts import is_held
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.locks import holding
@@ -275,7 +275,7 @@ def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(MAX_RESTARTS + 1))
     plan = tmp_path / "plan.json"
     work = (partial(finish_run, plan, tmp_path) if is_last else
-            partial(do_share, plan, tmp_path, Stage(0, "parse"), ()))
+            partial(do_share, plan, tmp_path, PipelineStage(0, "parse"), ()))
     (tmp_path / WORK).write_bytes(pickle.dumps((work, 1)))
     with pytest.raises(UserError, match="requeued 20 times"):
         run_job(tmp_path, monkeypatch)

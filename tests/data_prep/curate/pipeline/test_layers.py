@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.curate.pipeline.layers import BASE_SCHEMA, LayerFile, Row, TableFile, groups
-from data_prep.curate.pipeline.step import Outcome
+from data_prep.curate.pipeline.layers import BASE_SCHEMA, LayerFile, LayerRow, TableFile, groups
+from data_prep.curate.pipeline.step import StepOutcome
 from megatron_sov.base.errors import UserError
 
 
-def write_base(file: Path, sizes: list[int]) -> list[Row]:
+def write_base(file: Path, sizes: list[int]) -> list[LayerRow]:
     """Write a base with groups of rows of these sizes."""
     rows = []
     with TableFile(file, BASE_SCHEMA) as base:
         for size in sizes:
-            made = [Row(f"s:0:{i}", f"text {i}", {"kind": "en"})
+            made = [LayerRow(f"s:0:{i}", f"text {i}", {"kind": "en"})
                     for i in range(len(rows), len(rows) + size)]
             base.write({name: [{"id": row.id, "text": row.text, "kind": "en"}.get(name) for row in made]
                         for name in BASE_SCHEMA.names})
@@ -28,14 +28,14 @@ def write_base(file: Path, sizes: list[int]) -> list[Row]:
 def test_layers_agree_with_documents_in_memory(tmp_path: Path) -> None:
     chance = random.Random(0)
     sizes = [3, 1, 5]
-    rows: list[Row | None] = list(write_base(tmp_path / "base.parquet", sizes))
+    rows: list[LayerRow | None] = list(write_base(tmp_path / "base.parquet", sizes))
     files = [tmp_path / "base.parquet"]
     for number in range(4):
         files.append(tmp_path / f"{number}.parquet")
         with LayerFile(files[-1], {"score": "float32", "kind": "string"}) as layer:
             start = 0
             for size in sizes:
-                outcomes: list[Outcome | None] = []
+                outcomes: list[StepOutcome | None] = []
                 for i in range(start, start + size):
                     row = rows[i]
                     if row is None:
@@ -44,9 +44,9 @@ def test_layers_agree_with_documents_in_memory(tmp_path: Path) -> None:
                     score = float(chance.randrange(10)) if chance.random() < 0.7 else None
                     text = f"{row.text}+{number}" if chance.random() < 0.3 else None
                     reason = "no" if chance.random() < 0.2 else ""
-                    outcomes.append(Outcome(reason, text, {} if score is None else {"score": score}))
+                    outcomes.append(StepOutcome(reason, text, {} if score is None else {"score": score}))
                     columns = row.columns if score is None else {**row.columns, "score": score}
-                    rows[i] = None if reason else Row(row.id, text or row.text, columns)
+                    rows[i] = None if reason else LayerRow(row.id, text or row.text, columns)
                 layer.write_outcomes(outcomes)
                 start += size
         found = [row for group in groups("s", files) for row in group]
@@ -67,6 +67,6 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
 def test_a_layer_of_another_shard_is_refused(tmp_path: Path) -> None:
     write_base(tmp_path / "base.parquet", [3])
     with LayerFile(tmp_path / "layer.parquet", {}) as layer:
-        layer.write_outcomes([Outcome()] * 2)
+        layer.write_outcomes([StepOutcome()] * 2)
     with pytest.raises(UserError, match=r"has 2 rows where .* has 3; delete it under all"):
         list(groups("s", [tmp_path / "base.parquet", tmp_path / "layer.parquet"]))

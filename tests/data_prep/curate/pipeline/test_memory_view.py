@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.curate.pipeline.step import Doc, Outcome, Pass, Step, View
+from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, kept, outcomes
 
 
@@ -35,14 +35,14 @@ class Longest(Step):
     def start(self, view: View) -> None:
         self.num_all = sum(int(file.read_text()) for file in view.work.iterdir())
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
-        return [Outcome(values={"num_all": self.num_all}) if len(d.text) <= self.settings.longest
-                else Outcome("too long") for d in documents]
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [StepOutcome(values={"num_all": self.num_all}) if len(d.text) <= self.settings.longest
+                else StepOutcome("too long") for d in documents]
 
 
 class OneOfABatch(Longest):
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[Outcome]:
-        return [Outcome("not the first" if i else "") for i, _ in enumerate(documents)]
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [StepOutcome("not the first" if i else "") for i, _ in enumerate(documents)]
 
 
 class Appends(Longest):

@@ -12,15 +12,15 @@ import pytest
 from data_prep.curate.pipeline import plan as plan_module
 from data_prep.curate.pipeline.pipeline_file import load_pipeline
 from data_prep.curate.pipeline.plan import KEYS, link, make_plan, reusable, shards_of
-from data_prep.curate.sources.source import Piece
+from data_prep.curate.sources.source import SourcePiece
 from tests.data_prep.curate.pipeline.conftest import PIPELINE
 from tests.data_prep.curate.pipeline.test_running import change, contents, run
 
 SHARD_BYTES = 10_000
 
 
-def pieces(sizes: dict[str, int]) -> list[Piece]:
-    return [Piece("text", name, 0, size, size) for name, size in sorted(sizes.items())]
+def pieces(sizes: dict[str, int]) -> list[SourcePiece]:
+    return [SourcePiece("text", name, 0, size, size) for name, size in sorted(sizes.items())]
 
 
 def some_sizes(count: int) -> dict[str, int]:

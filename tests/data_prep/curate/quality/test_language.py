@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.pipeline.step import Doc, Outcome
+from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.language import Language, LanguageSettings
 from tests.typed_words import keys_of
 
@@ -15,7 +15,7 @@ ENGLISH = "This document describes how the system is installed. Please download 
 PYTHON = "import sys\n\n\ndef main(path):\n    for line in open(path):\n        sys.stdout.write(line)\n"
 
 
-def outcome(text: str, **settings) -> Outcome:
+def outcome(text: str, **settings) -> StepOutcome:
     return Language(LanguageSettings(**settings)).outcomes([Doc("a:0:0", text, "a", 0, 0)])[0]
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.pipeline.step import Doc, Outcome
+from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.safety import Safety, SafetyList, SafetySettings
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 
-def outcome(file: Path, content: str, text: str = "", url: str = "", **settings) -> Outcome:
+def outcome(file: Path, content: str, text: str = "", url: str = "", **settings) -> StepOutcome:
     file.write_text(content, encoding="utf-8")
     step = Safety(SafetySettings((SafetyList("list", file, **settings),)))
     step.start(None)
@@ -27,8 +27,8 @@ def outcome(file: Path, content: str, text: str = "", url: str = "", **settings)
 def test_words_are_found_whole_and_in_scripts_without_spaces_anywhere(
         tmp_path: Path, text: str, hits: int) -> None:
     found = outcome(tmp_path / "words.txt", "# list\nDreck\nbad words\n나쁜말\n坏话\nคำหยาบ\n", text)
-    assert found == Outcome(reason="safety list list" if hits else "",
-                            values={"safety": f"list={hits}" if hits else ""})
+    assert found == StepOutcome(reason="safety list list" if hits else "",
+                                values={"safety": f"list={hits}" if hits else ""})
 
 
 @pytest.mark.parametrize(("url", "hits"), [
@@ -56,7 +56,7 @@ def test_a_folder_of_domains_and_urls_is_one_list(tmp_path: Path) -> None:
 
 def test_patterns_count_and_drop_from_a_number_on(tmp_path: Path) -> None:
     file = tmp_path / "patterns.txt"
-    assert outcome(file, r"\bbomb\w*", "Bombs, a bomb", type="patterns", drop_from=3) == Outcome(
+    assert outcome(file, r"\bbomb\w*", "Bombs, a bomb", type="patterns", drop_from=3) == StepOutcome(
         values={"safety": "list=2"})
     assert outcome(file, "x", "xxx", type="patterns", drop_from=0).reason == ""
 

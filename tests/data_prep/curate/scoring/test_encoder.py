@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from data_prep.curate.scoring.encoder import Encoder, EncoderSettings, copy_encoder
+from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder, copy_encoder
 from data_prep.curate.scoring.scorer import load_scorer, scorer_files
 from data_prep.curate.scoring.training import TrainSettings, train
 from megatron_sov.base.artifacts import read_manifest
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_row_is_the_mean_of_the_last_hidden_states(folder: Path) -> None:
-    encoder = Encoder(folder, EncoderSettings(max_tokens=4))
+    encoder = ScoringEncoder(folder, EncoderSettings(max_tokens=4))
     ids = PreTrainedTokenizerFast.from_pretrained(folder)(TEXT)["input_ids"]
     assert len(ids) == 6
     with torch.inference_mode():
@@ -73,9 +73,9 @@ def test_what_is_no_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder, tmp_path / "cut")
     (broken / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"cut/model\.safetensors: cannot be read as a safetensors file"):
-        Encoder(broken, EncoderSettings())
+        ScoringEncoder(broken, EncoderSettings())
 
 
 def test_a_text_beyond_the_encoders_positions_is_told(folder: Path) -> None:
     with pytest.raises(UserError, match=r"the encoder fails on a text of 90 tokens .*; lower --max-tokens"):
-        Encoder(folder, EncoderSettings()).embed("the " * 90)
+        ScoringEncoder(folder, EncoderSettings()).embed("the " * 90)

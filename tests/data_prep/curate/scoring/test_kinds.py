@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.scoring.kinds import DOMAINS, Kind, KindSettings, domain_hits, domain_words
+from data_prep.curate.scoring.kinds import DOMAINS, KindSettings, ScorerKind, domain_hits, domain_words
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, outcomes
 from tests.typed_words import keys_of
 
@@ -22,7 +22,7 @@ FORMULAS = r"Let $$x$$ be such that \frac{a}{b} \leq \sum_{i} x_i and \int f = 0
 
 
 def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
-    (found,) = outcomes(Kind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
+    (found,) = outcomes(ScorerKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
     kind = found.values["kind"]
     assert isinstance(kind, str)
     return kind
@@ -60,7 +60,7 @@ def test_a_classifier_takes_the_place_of_a_list_of_words(scorers: dict[str, Path
     assert kind_of(tmp_path, taught, settings, language="en") == "domain:law"
     strict = KindSettings(domains={"law": scorers["classifier"]}, min_score=1.0)
     assert kind_of(tmp_path, COURT, strict, language="en") == "en"
-    assert len(Kind(settings).files()) == 5, "and the words of the others"
+    assert len(ScorerKind(settings).files()) == 5, "and the words of the others"
 
 
 @pytest.mark.parametrize(("settings", "key"), [
@@ -74,8 +74,8 @@ def test_settings_that_cannot_be_are_told(settings: dict[str, Any], key: str) ->
 
 
 def test_other_words_of_domains_make_it_another_step() -> None:
-    assert [file.name for file in Kind(KindSettings()).files()] == ["domain_words.yaml"]
-    assert Kind(KindSettings(words=False)).files() == []
+    assert [file.name for file in ScorerKind(KindSettings()).files()] == ["domain_words.yaml"]
+    assert ScorerKind(KindSettings(words=False)).files() == []
 
 
 def test_lists_hold_words_that_can_be_found() -> None:

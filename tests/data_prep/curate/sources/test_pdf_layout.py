@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from data_prep.curate.sources.pdf_layout import HYPHEN, Page, Vocabulary, Word, columns_of, joined, pages_text
+from data_prep.curate.sources.pdf_layout import (
+    HYPHEN, Page, PdfVocabulary, Word, columns_of, joined, pages_text)
 from data_prep.curate.sources.source import Broken, Raw
 
 # PDF files: written here by hand, read back; and those that cannot be read.
@@ -157,7 +158,7 @@ def test_code_keeps_lines_and_indents() -> None:
     (["프로그", "램을 쓴다"], "프로그램을", "프로그램을 쓴다"),
     (["one", "", "two"], "", "one two")])
 def test_lines_are_joined_as_the_language_does(pieces: list[str], known: str, expected: str) -> None:
-    assert joined(pieces, Vocabulary(known.split())) == expected
+    assert joined(pieces, PdfVocabulary(known.split())) == expected
 
 
 def test_no_page_is_no_text() -> None:

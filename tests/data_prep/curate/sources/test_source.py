@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.curate.sources.formats import FORMATS, reader, reader_class
 from data_prep.curate.sources.listing import shown
-from data_prep.curate.sources.source import PASSED_OVER, Broken, Piece, Raw, SourceSettings
+from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError
 from tests.typed_words import keys_of
@@ -49,7 +49,7 @@ def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
     pieces = reader(SourceSettings("s", (".",), tmp_path)).pieces()
     assert [piece.file for piece in pieces] == ["a/b/c.txt", "a/z.txt", "a.txt", "b.txt"]
     again = json.loads(json.dumps([dataclasses.asdict(piece) for piece in pieces]))
-    assert [Piece(**{**values, "beside": tuple(values["beside"])}) for values in again] == pieces
+    assert [SourcePiece(**{**values, "beside": tuple(values["beside"])}) for values in again] == pieces
 
 
 def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score, confusion_matrix
 
-from data_prep.synth.checks.labels import ALL_CHECKS, Comparison, Labels, gate_of, read_labels
-from data_prep.synth.generator import Verdict
+from data_prep.synth.checks.labels import ALL_CHECKS, LabelComparison, Labels, gate_of, read_labels
+from data_prep.synth.generator import SampleVerdict
 from megatron_sov.base.errors import UserError
 
 
-def compared(pairs: list[tuple[bool, bool]]) -> Comparison:
+def compared(pairs: list[tuple[bool, bool]]) -> LabelComparison:
     """Return a comparison of what people and the judge say of samples 0, 1, ..."""
-    found = Comparison(Labels({str(i): good for i, (good, _) in enumerate(pairs)}, {}))
+    found = LabelComparison(Labels({str(i): good for i, (good, _) in enumerate(pairs)}, {}))
     for i, (_, passed) in enumerate(pairs):
-        found.add(str(i), "", [Verdict("length", True), Verdict("judge: sound", passed)])
+        found.add(str(i), "", [SampleVerdict("length", True), SampleVerdict("judge: sound", passed)])
     return found
 
 
@@ -41,7 +41,7 @@ def test_kappa_is_undefined_where_all_say_one_thing_and_fails_a_gate() -> None:
     some = compared([(True, True), (True, False), (False, False), (False, False)])
     assert some.agreements()[0].kappa == 0.5
     one = compared([(True, True), (False, False)])
-    one.add("0", "", [Verdict("judge: polite", True)])
+    one.add("0", "", [SampleVerdict("judge: polite", True)])
     assert gate_of(one.agreements()).who == "judge: polite", "the worst judge decides, an undefined one above"
 
 
@@ -52,7 +52,7 @@ def test_labels_know_samples_by_id_and_by_text(tmp_path: Path) -> None:
     assert labels.of("i0/1", "A tide.") is True and labels.of("x", "A tide.\n") is False
     assert labels.of("x", "") is None
     with pytest.raises(UserError, match="none of 2 labels is that of a sample"):
-        Comparison(labels).agreements()
+        LabelComparison(labels).agreements()
 
 
 @pytest.mark.parametrize(("lines", "said"), [

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 from scripted import samples_of
 from synthesis.cases import Case
 
-from data_prep.synth.generator import Generator, Sample
+from data_prep.synth.generator import GeneratedSample, Generator
 from data_prep.synth.known import generator_class
 
 
@@ -39,7 +39,7 @@ def one_of_each(name: str) -> dict[str, Case]:
 
 def first_reason(generator: Generator, case: Case) -> str:
     """Return why nothing of a case is kept: the last sample's reason; empty where one is."""
-    samples: list[Sample] = samples_of(generator, case.item, case.replies)
+    samples: list[GeneratedSample] = samples_of(generator, case.item, case.replies)
     reasons = [sample.reason for sample in samples]
     return "" if "" in reasons else reasons[-1]
 

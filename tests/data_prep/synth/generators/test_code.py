@@ -14,11 +14,12 @@ from tests.typed_words import keys_of
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.code import CodeSettings, agreement, fails, killed, passed, telling
 from data_prep.synth.generators.code_mutants import mutants, stubs
-from data_prep.synth.generators.code_parts import Task, assertions, defines, parsed, reaches_out, read_task
-from megatron_sov.judge.rewards.code import Code
+from data_prep.synth.generators.code_parts import (
+    CodeTask, assertions, defines, parsed, reaches_out, read_task)
+from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.reward import Score
 
 ENDLESS = ("tests that never end", "programs that never end", "a program that never ends beside right ones",
@@ -47,7 +48,7 @@ def test_a_task_becomes_a_prompt_with_tests_and_conversations() -> None:
         return {"content": f"{said[way]}\n```python\ndef double(x):\n    return {body[way]}\n```",
                 "reasoning_content": "Easy."}
 
-    item = Item("double", {"task": f"Double a number.\n{HEAD}", "entry_point": "", "seed": ""})
+    item = GeneratorItem("double", {"task": f"Double a number.\n{HEAD}", "entry_point": "", "seed": ""})
     prompt, *chats = samples_of(generator("code", num_solutions=4, max_mutants=3), item, replies)
     assert prompt.reason == "" and prompt.record == {
         "prompt": f"Double a number.\n{HEAD}", "tests": TESTS, "entry_point": "double"}
@@ -66,7 +67,7 @@ def test_programs_and_tests_that_agree_best_are_taken() -> None:
 
 
 def test_tests_that_a_stub_passes_as_well_say_nothing() -> None:
-    code = Code(test_time_s=3.0)
+    code = CodeReward(test_time_s=3.0)
     loose = ["assert double(1) == double(1)", "assert double(2) is double(2) or double(2) == double(2)"]
     kept, blind = telling(code, "double", [*TESTS, *loose])
     assert kept == TESTS and blind == ""
@@ -77,14 +78,14 @@ def test_tests_that_a_stub_passes_as_well_say_nothing() -> None:
 def test_mutants_are_noticed_by_good_tests_and_pass_weak_ones() -> None:
     program = "def sign(x):\n    if x > 0:\n        return 1\n    return -1 if x < 0 else 0\n"
     strong = [f"assert sign({x}) == {(x > 0) - (x < 0)}" for x in (-2, -1, 0, 1, 2)]
-    code = Code(test_time_s=3.0)
+    code = CodeReward(test_time_s=3.0)
     assert killed(code, program, strong, 8) == (8, 8)
     assert killed(code, program, ["assert sign(5) == 1"], 8)[0] < 8
 
 
 def test_a_test_behind_one_that_never_ends_is_run_by_itself() -> None:
-    class Slow(Code):
-        """As `Code`, where a test that holds `endless` takes all the time that there is."""
+    class Slow(CodeReward):
+        """As `CodeReward`, where a test that holds `endless` takes all the time that there is."""
 
         def passed(self, row: Any) -> list[bool]:
             place = next((i for i, test in enumerate(row["tests"]) if "endless" in test), len(row["tests"]))
@@ -117,7 +118,7 @@ def test_mutants_differ_in_one_place_and_are_the_same_each_time() -> None:
 ])
 def test_a_task_has_one_function_without_its_body(text: str, found: str | None) -> None:
     task = read_task(text)
-    assert (task.entry_point if isinstance(task, Task) else None) == found
+    assert (task.entry_point if isinstance(task, CodeTask) else None) == found
 
 
 def test_assertions_are_those_that_call_the_function() -> None:

@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from megatron_sov.base.errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_right_answers_are_counted_and_all_else_is_wrong() -> None:
     said: list[Any] = ["\\boxed{7}", "It is 7.", {"content": "\\boxed{7}", "finish_reason": "length"},
                        "So \\boxed{8}", "\\boxed{7}"]
     left = list(said)
-    item = Item("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "domain": "sums"})
+    item = GeneratorItem("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "domain": "sums"})
     (sample,) = samples_of(generator("answers", num_draws=5), item, lambda request: left.pop(0))
     assert sample.record == {"prompt": "3 + 4?", "answer": "7", "domain": "sums", "problem_id": "p",
                              "num_right": 2, "num_answers": 5}
@@ -35,7 +35,7 @@ def test_a_draw_that_is_of_no_use_is_a_wrong_answer_and_loses_nothing() -> None:
         asked.append(request["seed"])
         return ("", "\\boxed{7}", "again, " * 60, "\\boxed{7}")[len(asked) % 4]
 
-    item = Item("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "domain": ""})
+    item = GeneratorItem("p", {"problem": "3 + 4?", "answer": "7", "choices": [], "domain": ""})
     (sample,) = samples_of(generator("answers", num_draws=4), item, replies)
     assert (sample.record["num_right"], sample.record["num_answers"], len(asked)) == (2, 4, 4)
     (none,) = samples_of(generator("answers", num_draws=2), item, lambda request: "")
@@ -54,7 +54,7 @@ def test_pairs_name_the_easier_problem() -> None:
         return json.dumps({"score": grade["easy?"]["first" if text.index("easy?") < text.index("hard?")
                                                   else "second"]})
 
-    item = Item("pair", {"first_id": "e", "first": "easy?", "second_id": "h", "second": "hard?"})
+    item = GeneratorItem("pair", {"first_id": "e", "first": "easy?", "second_id": "h", "second": "hard?"})
     (sample,) = samples_of(generator("comparisons"), item, replies)
     assert sample.reason == "" and (sample.record["easier"], sample.record["harder"]) == ("e", "h")
     assert sample.record["lead"] == 4.0

@@ -17,7 +17,7 @@ from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.multihop import MultihopSettings
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.judge.rewards.stem import Stem
 
@@ -42,7 +42,7 @@ def test_questions_as_prompts_and_chats(form: Any) -> None:
     generator = made("multihop", form=form, with_documents=True)
     item = CASES["a sound question"].item
     sample, = samples_of(generator, item, actor("multihop").reply)
-    document = parse_record(dict(sample.record), "x", 1, Reading(kind=form))
+    document = parse_record(dict(sample.record), "x", 1, RecordReading(kind=form))
     assert document.kind == form == generator.kind
     asked = document.messages[0].content
     assert all(fact["document"] in asked for fact in item.fields["facts"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.synth.generators.multihop_graph import Fact, Facts, chains, name_key, read_facts
+from data_prep.synth.generators.multihop_graph import Fact, FactGraph, chains, name_key, read_facts
 from megatron_sov.base.errors import UserError
 
 NAMES = ("Aabb", "Ccdd", "Eeff", "Gghh", "Iijj", "Kkll")
@@ -22,14 +22,14 @@ def record(document: str, *triples: tuple[str, str, str]) -> dict[str, object]:
                         for a, r, b in triples]}
 
 
-def facts_of(*records: dict[str, object]) -> Facts:
-    facts = Facts()
+def facts_of(*records: dict[str, object]) -> FactGraph:
+    facts = FactGraph()
     for one in records:
         facts.add(one)
     return facts
 
 
-def brute_force(facts: Facts, min_hops: int, max_hops: int) -> set[tuple[Fact, ...]]:
+def brute_force(facts: FactGraph, min_hops: int, max_hops: int) -> set[tuple[Fact, ...]]:
     """Return all chains that keep the rules, from all orders of names and all their facts."""
     between: dict[tuple[str, str], list[Fact]] = {}
     for one, other, data in facts.graph.edges(data=True):

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 from synthesis.actors import probes
 
-from data_prep.synth.generator import Item, NoReply, Reply
+from data_prep.synth.generator import GeneratorItem, NoReply, Reply
 from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Outcome
@@ -81,7 +81,7 @@ def test_draws_of_no_use_do_not_agree_and_lose_no_problem() -> None:
         is_lost = "Python programs" in str(request["messages"]) or request["seed"] % 7 < 6
         return "" if is_lost and not str(said).startswith("Problem:") else said
 
-    asked = Item("x.1", {"domain": "algebra", "topic": "gardens", "number": 1})
+    asked = GeneratorItem("x.1", {"domain": "algebra", "topic": "gardens", "number": 1})
     (sample,) = samples_of(generator("probes", min_agreement=0.1, num_solutions=9), asked, replies)
     assert sample.reason == "" and sample.notes["num_solutions"] == 9 > sample.notes["num_right"] > 0
     assert sample.notes["num_programs"] == 0

@@ -16,7 +16,7 @@ from planted_cases import actor, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.questions import QuestionSettings
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.judge.rewards.stem import Stem
 
@@ -52,7 +52,7 @@ def test_pairs_as_chats_and_prompts(form: Any) -> None:
     samples = samples_of(made("questions", form=form), CASES["sound pairs"].item, actor("questions").reply)
     assert len(samples) == 6 and made("questions", form=form).kind == form
     for sample in samples:
-        document = parse_record(dict(sample.record), "x", 1, Reading(kind=form))
+        document = parse_record(dict(sample.record), "x", 1, RecordReading(kind=form))
         assert document.kind == form
         assert sample.notes == {"known_without": False}
         if form == "prompt":

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))
 from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.rewrite import RewriteSettings, dialogue
 
 CASES = one_of_each("rewrite")
@@ -49,7 +49,7 @@ def test_a_document_opens_no_turn_and_is_no_template() -> None:
 
 def test_nothing_is_asked_about_a_text_in_no_language() -> None:
     ask = ScriptedAsk(actor("rewrite").reply)
-    sample, = made("rewrite").make(Item("x", {"text": "12 34 56 " * 50}), ask)
+    sample, = made("rewrite").make(GeneratorItem("x", {"text": "12 34 56 " * 50}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 

@@ -15,15 +15,16 @@ sys.path.append(str(Path(__file__).parent))
 from planted_cases import generator, samples_of, wrongly_judged
 
 from data_prep.responses.trajectories import read_queries
-from data_prep.synth.generator import Item, NoUsableReply
+from data_prep.synth.generator import GeneratorItem, NoUsableReply
 from data_prep.synth.generators.solutions import SolutionsSettings
 
 WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then four, then five: two steps on.",
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
 
 
-def item(answer: str = "5", **fields: Any) -> Item:
-    return Item("sum", {"problem": "What is 2 + 3?", "answer": answer, "choices": [], "domain": "", **fields})
+def item(answer: str = "5", **fields: Any) -> GeneratorItem:
+    return GeneratorItem("sum", {"problem": "What is 2 + 3?", "answer": answer, "choices": [], "domain": "",
+                                 **fields})
 
 
 def says(*texts: Any) -> Any:
@@ -32,7 +33,7 @@ def says(*texts: Any) -> Any:
     return lambda request: left.pop(0)
 
 
-def reasons(replies: Any, asked: Item | None = None, **settings: Any) -> list[str]:
+def reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
     made = generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
     return [sample.reason for sample in samples_of(made, asked or item(), replies)]
 

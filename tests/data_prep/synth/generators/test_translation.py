@@ -24,7 +24,7 @@ from planted_cases import actor, first_reason, made, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.translation import TranslationSettings, chrf
-from megatron_sov.base.documents import Reading
+from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 
 CASES = one_of_each("translation")
@@ -68,7 +68,7 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
     assert sample.reason == ""
     assert sample.record["messages"] == [{"role": "user", "content": "토큰이란 무엇인가?"},
                                          {"role": "assistant", "content": "글의 한 조각이다."}]
-    assert parse_record(dict(sample.record), "x", 1, Reading(kind="chat")).kind == "chat"
+    assert parse_record(dict(sample.record), "x", 1, RecordReading(kind="chat")).kind == "chat"
 
 
 def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:

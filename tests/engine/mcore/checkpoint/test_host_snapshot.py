@@ -15,7 +15,8 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 from megatron_sov.base.artifacts import FileRecord  # noqa: E402
 from megatron_sov.engine.mcore.checkpoint import host_snapshot  # noqa: E402
-from megatron_sov.engine.mcore.checkpoint.host_snapshot import Snapshot, Written, run_in_threads  # noqa: E402
+from megatron_sov.engine.mcore.checkpoint.host_snapshot import (  # noqa: E402
+    Snapshot, WrittenSnapshot, run_in_threads)
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
 from megatron_sov.engine.mcore.model.local_shards import LocalShard  # noqa: E402
 
@@ -51,7 +52,7 @@ def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
     for tensor in tensors.values():
         tensor.zero_()
     copy.write(tmp_path, rank=300)
-    written = Written.read(tmp_path, 300)
+    written = WrittenSnapshot.read(tmp_path, 300)
     assert len(written.files) >= 3 and all(name.startswith("model/00001/rank-00300-")
                                            for name in written.files)
     write_index(tmp_path, "model", written.indices["model"])
@@ -73,7 +74,7 @@ def test_where_nothing_changes_meanwhile_the_tensors_themselves_are_written(
     for snapshot, folder in ((copied, tmp_path / "copied"), (uncopied, tmp_path / "uncopied")):
         folder.mkdir()
         snapshot.write(folder, rank=0)
-        files.append({name: (folder / name).read_bytes() for name in Written.read(folder, 0).files})
+        files.append({name: (folder / name).read_bytes() for name in WrittenSnapshot.read(folder, 0).files})
     assert files[0] == files[1]
 
 

@@ -20,7 +20,7 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model.kv_cache import CacheSize, Span
+    from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
     from megatron_sov.engine.mcore.model.logprobs import head_of
     from megatron_sov.engine.mcore.parallel import world
 
@@ -31,7 +31,7 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
     with CachedDecoder(policy, CacheSize(2, 12, 2)) as decoder:
         found["rows"] = [decoder.common_row_tokens(n) for n in (3, 0)]
         for first, end in CUTS:
-            spans = [Span(i, first, s[first:end]) for i, s in enumerate(SEQUENCES)]
+            spans = [CacheSpan(i, first, s[first:end]) for i, s in enumerate(SEQUENCES)]
             length = end - first
             read = decoder.read(spans, decoder.common_row_tokens(2 * length))
             places = list(range(2 * length))

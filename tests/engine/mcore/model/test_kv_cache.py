@@ -14,7 +14,7 @@ prepare_megatron()
 
 from megatron_sov.engine.mcore.model import attention  # noqa: E402
 from megatron_sov.engine.mcore.model.kv_cache import (  # noqa: E402
-    CachedAttention, CacheSize, Group, PackedSpans)
+    CachedAttention, CacheGroup, CacheSize, PackedSpans)
 
 HEADS, KV_HEADS, DIM, SLOTS, LONGEST = 4, 2, 8, 3, 60
 
@@ -60,8 +60,8 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int,
             sequences[full], done[full] = sequences[(full + 1) % SLOTS], done[(full + 1) % SLOTS]
             lasts[full] = lasts[(full + 1) % SLOTS]
             continue
-        groups = [Group(0, 0, step, list(done))] if together else [
-            Group(sum(lengths[:i]), i, lengths[i], [done[i]]) for i in range(SLOTS)]
+        groups = [CacheGroup(0, 0, step, list(done))] if together else [
+            CacheGroup(sum(lengths[:i]), i, lengths[i], [done[i]]) for i in range(SLOTS)]
         row = [torch.cat([getattr(s, name)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)]
                          + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()])
                for name in "qkv"]

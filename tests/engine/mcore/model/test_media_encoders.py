@@ -28,7 +28,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model.kv_cache import CacheSize, Span
+    from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
     from megatron_sov.engine.mcore.model.language_model import gather_sequence
     from megatron_sov.engine.mcore.parallel import collectives, context
     from megatron_sov.omni.media.placed import cut, joined, placed
@@ -58,7 +58,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     pieces = []
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
-            read = decoder.read([Span(0, start, DOCUMENT[start:start + 3], cut(media(0, 1), start, 3))],
+            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3], cut(media(0, 1), start, 3))],
                                 decoder.common_row_tokens(3))
             pieces.append(collectives.broadcast_from_last_stage(
                 gather_sequence(read.hidden, model.config)[:3] if read.hidden is not None

@@ -81,7 +81,7 @@ def rows_of_documents(cp: int) -> list[list[float]]:
     from megatron.core.transformer import TransformerConfig
 
     from megatron_sov.engine.mcore.model import attention
-    from megatron_sov.engine.mcore.model.kv_cache import CachedAttention, CacheSize, Group, PackedSpans
+    from megatron_sov.engine.mcore.model.kv_cache import CachedAttention, CacheGroup, CacheSize, PackedSpans
     from megatron_sov.engine.mcore.model.softcap import kernel_of
     from megatron_sov.engine.mcore.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
@@ -113,7 +113,7 @@ def rows_of_documents(cp: int) -> list[list[float]]:
             piece = slice(12 + past, 12 + past + count)
             with torch.no_grad():
                 pairs.append((cached(*(t[piece] for t in row), None, packed_seq_params=PackedSpans(
-                    groups=[Group(0, 0, count, [past])])), expected[piece]))
+                    groups=[CacheGroup(0, 0, count, [past])])), expected[piece]))
         apart.append([float((one - other).abs().max()) for one, other in pairs])
     world.leave()
     return apart

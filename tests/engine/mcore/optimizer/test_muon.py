@@ -308,9 +308,10 @@ def exchanged(round_elements: int) -> dict[str, Any]:
         cut = matrix.rows // 2
         half = {0: (0, cut), 1: (cut, matrix.rows - cut)}.get(rank)
         if half is not None and matrix.key != "one":
-            places.append(matrix_exchange.Place(matrix, half[0], 0, (half[1], matrix.columns), owned=True))
+            places.append(matrix_exchange.MatrixPlace(matrix, half[0], 0, (half[1], matrix.columns),
+                                                      owned=True))
         elif half is not None:  # the same piece twice: only one is sent, both get the result
-            places.append(matrix_exchange.Place(matrix, 0, 0, (3, 3), owned=rank == 0))
+            places.append(matrix_exchange.MatrixPlace(matrix, 0, 0, (3, 3), owned=rank == 0))
     values = [place.of(wholes[place.matrix]) for place in places]
     computed: list[str] = []
     written: dict[int, Any] = {}

@@ -15,9 +15,9 @@ from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.omni.codecs.images.dit import DiT
 from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.training.decoders import Drawn, ImageDecoderTask, ImageDecoderTraining
-from megatron_sov.omni.codecs.training.loop import Plan, train
-from megatron_sov.omni.codecs.training.schedule import Schedule
-from megatron_sov.omni.codecs.training.task import Task
+from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
+from megatron_sov.omni.codecs.training.schedule import CodecSchedule
+from megatron_sov.omni.codecs.training.task import CodecTask
 from megatron_sov.omni.codecs.training.vocoder import Spoken, VocoderLearning, VocoderTask, VocoderTraining
 
 STEPS = 6
@@ -25,18 +25,18 @@ PICTURES = np.random.default_rng(0).integers(2, size=(8, 3, 4, 4), dtype=np.uint
 NUMBERS = np.arange(8, dtype=np.int32)[:, None]
 
 
-def _painter(steps: int = STEPS) -> Task:
+def _painter(steps: int = STEPS) -> CodecTask:
     torch.manual_seed(0)
     decoder = DiT(DiTSettings(side_pixels=4, size_multiple_pixels=4, grid=1, codebook_size=8, token_width=8,
                               vae=None, patch=2, width=24, num_heads=2, num_layers=1, mlp_ratio=2.0,
                               rope_axes=(4, 4, 4)))
     decoder.token_embeddings.copy_(torch.eye(8))
     drawn = Drawn(PICTURES, NUMBERS)
-    return ImageDecoderTask(decoder, Schedule(steps, batch_size=8, learning_rate=1e-2, warmup_steps=1), drawn,
-                            drawn)
+    return ImageDecoderTask(decoder, CodecSchedule(steps, batch_size=8, learning_rate=1e-2, warmup_steps=1),
+                            drawn, drawn)
 
 
-def _speaker(judges_from_step: int = 3, steps: int = STEPS) -> Task:
+def _speaker(judges_from_step: int = 3, steps: int = STEPS) -> CodecTask:
     torch.manual_seed(0)
     vocoder = UnitBigVGAN(UnitBigVGANSettings(sample_rate_hz=800, codebook_size=4, speakers=("x", "y"),
                                               unit_width=8, speaker_width=4, channels=8, rates=(8, 4),
@@ -59,7 +59,7 @@ class Killed(Exception):
 class Dies:
     """A task that is killed at a step."""
 
-    def __init__(self, task: Task, at: int) -> None:
+    def __init__(self, task: CodecTask, at: int) -> None:
         self.task, self.at = task, at
 
     def __getattr__(self, name: str) -> object:
@@ -72,10 +72,10 @@ class Dies:
 
 
 @pytest.mark.parametrize(("kind", "make"), [("dit", _painter), ("unit-bigvgan", _speaker)])
-def test_a_killed_training_ends_with_the_same_bits(kind: str, make: Callable[[], Task],
+def test_a_killed_training_ends_with_the_same_bits(kind: str, make: Callable[[], CodecTask],
                                                    tmp_path: Path) -> None:
-    def plan(name: str) -> Plan:
-        return Plan(kind, tmp_path / name, STEPS, {"seed": 0}, checkpoint_every_s=0.0)
+    def plan(name: str) -> CodecTrainingPlan:
+        return CodecTrainingPlan(kind, tmp_path / name, STEPS, {"seed": 0}, checkpoint_every_s=0.0)
 
     figures = train(plan("whole"), lambda _: make())
     with pytest.raises(Killed):
@@ -109,7 +109,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     rates = []
     for step in range(1, 101):
-        rates.append(Schedule(100, learning_rate=2.0, warmup_steps=10).set_rate(optimizer, step))
+        rates.append(CodecSchedule(100, learning_rate=2.0, warmup_steps=10).set_rate(optimizer, step))
     assert optimizer.param_groups[0]["lr"] == rates[-1]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == pytest.approx(2.0)
     assert rates[54] == pytest.approx(1.1) and rates[-1] == pytest.approx(0.2)
@@ -117,7 +117,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 @pytest.mark.parametrize(("settings", "num"), [
     (ImageDecoderTraining(), 0), (VocoderTraining(), 0),
-    (ImageDecoderTraining(learning=Schedule(steps=0, learning_rate=float("inf"), warmup_steps=-1)), 3),
+    (ImageDecoderTraining(learning=CodecSchedule(steps=0, learning_rate=float("inf"), warmup_steps=-1)), 3),
     (VocoderTraining(learning=VocoderLearning(batch_size=0, windows=(20, 18), judges_from_step=-2)), 3),
 ])
 def test_all_problems_of_settings_are_told(settings: ImageDecoderTraining | VocoderTraining,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import Asked, read_picture
+from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
 from megatron_sov.omni.media.reading.sounds import read_sound
 from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
 
@@ -20,7 +20,7 @@ LIMITS = MediaLimits(pixels=10_000)
 
 
 def read(file: Path, animated: str = "refuse") -> np.ndarray:
-    return read_picture(file, Asked((4,), animated), LIMITS)[0][0]
+    return read_picture(file, PictureRequest((4,), animated), LIMITS)[0][0]
 
 
 def save(folder: Path, picture: Image.Image, name: str = "a.png", **options: object) -> Path:
@@ -49,14 +49,15 @@ def test_a_turned_picture_is_set_upright_and_its_width_told(tmp_path: Path) -> N
     lying[:, :8] = 255  # the left half is white; turned by a quarter it is the upper half
     exif = Image.Exif()
     exif[0x0112] = 6
-    (pixels,), facts = read_picture(save(tmp_path, Image.fromarray(lying), exif=exif), Asked((4,)), LIMITS)
+    (pixels,), facts = read_picture(save(tmp_path, Image.fromarray(lying), exif=exif), PictureRequest((4,)),
+                                    LIMITS)
     assert (pixels[:, :2] > 200).all() and (pixels[:, 2:] < 55).all()
     assert (facts["width"], facts["height"], facts["mime_type"]) == (8, 16, "image/png")
 
 
 def test_several_sides_are_given_as_pillow_resizes(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8))
-    arrays, _ = read_picture(save(tmp_path, noise), Asked((4, 7)), LIMITS)
+    arrays, _ = read_picture(save(tmp_path, noise), PictureRequest((4, 7)), LIMITS)
     for array, side in zip(arrays, (4, 7), strict=True):
         expected = np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(array, expected.transpose(2, 0, 1))

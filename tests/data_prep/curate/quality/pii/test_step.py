@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from data_prep.curate.pipeline.step import Doc, Outcome
+from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.pii.step import FINDERS, Pii, PiiSettings, found_in, masked_names
 from megatron_sov.base.settings import problems_of
 
 
-def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> Outcome:
+def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> StepOutcome:
     document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
     return Pii(PiiSettings(**settings)).outcomes([document])[0]
 
@@ -46,7 +46,7 @@ def outcome(text: str, language: str = "en", form: str = "prose", **settings) ->
      "email=2"),
     ("sw", "Andika jane@mail.co.tz", "Andika [email address]", "email=1")])
 def test_personal_data_is_masked_by_its_name(language: str, text: str, masked: str, pii: str) -> None:
-    assert outcome(text, language) == Outcome(text=masked, values={"pii": pii})
+    assert outcome(text, language) == StepOutcome(text=masked, values={"pii": pii})
 
 
 @pytest.mark.parametrize("text", [
@@ -63,7 +63,7 @@ def test_personal_data_is_masked_by_its_name(language: str, text: str, masked: s
     "row 10 20 30 40 50 60\nrow 11 21 31 41 51 61", "sk-learn, hf_hub and AIza"])
 @pytest.mark.parametrize("language", ["en", "ko", "th", "ja", "de", "es", "vi"])
 def test_versions_dates_and_numbers_stay(text: str, language: str) -> None:
-    assert outcome(text, language) == Outcome(values={"pii": ""})
+    assert outcome(text, language) == StepOutcome(values={"pii": ""})
 
 
 def test_in_code_only_what_breaks_nothing_is_masked() -> None:

@@ -16,7 +16,7 @@ from datatrove.pipeline.filters import (
 
 from data_prep.curate.quality.rules.step import (
     c4, fineweb, language_rules, num_sentences, quality, repetition, with_thresholds)
-from data_prep.curate.quality.rules.words import Words, punctuation
+from data_prep.curate.quality.rules.words import RuleWords, punctuation
 
 _WORDS = """the of and to in that with system installs package kernel it's user's file.txt 3.14 2024 x y z
 when a network opens which have be Wörter naïve 12,000 10:30"""
@@ -68,7 +68,7 @@ def documents() -> list[str]:
 
 
 def words_of(text: str, language: str = "") -> list[str]:
-    words = Words(text, "words", 1.0)
+    words = RuleWords(text, "words", 1.0)
     return [words.vocabulary[i] for i in words.ids]
 
 
@@ -99,21 +99,21 @@ def differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]:
 
 def test_gophers_rules_of_quality() -> None:
     different, seen = differences(
-        GopherQualityFilter(), lambda text: quality(text, Words(text, "words", 1.0), ENGLISH))
+        GopherQualityFilter(), lambda text: quality(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 8
 
 
 def test_gophers_rules_of_repetition() -> None:
     different, seen = differences(
-        GopherRepetitionFilter(), lambda text: repetition(text, Words(text, "words", 1.0), ENGLISH))
+        GopherRepetitionFilter(), lambda text: repetition(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 9
 
 
 def test_finewebs_rules() -> None:
     different, seen = differences(
-        FineWebQualityFilter(), lambda text: fineweb(text, Words(text, "words", 1.0), ENGLISH))
+        FineWebQualityFilter(), lambda text: fineweb(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 4
 

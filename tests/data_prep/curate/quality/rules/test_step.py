@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.pipeline.step import Doc, Outcome
+from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.rules.step import Rules, RulesSettings
 from megatron_sov.base.settings import find_problems, problems_of
 from tests.typed_words import keys_of
@@ -19,7 +19,7 @@ ENGLISH, KOREAN, THAI = ((FOLDER / f"{code}.txt").read_text(encoding="utf-8").st
 SENTENCES = ENGLISH.replace(",\n", ".\n")
 
 
-def outcome(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> Outcome:
+def outcome(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> StepOutcome:
     document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
     return Rules(RulesSettings(**settings)).outcomes([document])[0]
 
@@ -55,13 +55,13 @@ def test_c4_takes_lines_out_and_leaves_the_rest() -> None:
 
 
 def test_code_and_languages_without_rules_pass_or_are_dropped_by_setting() -> None:
-    assert outcome("x = 1", form="code") == Outcome()
+    assert outcome("x = 1", form="code") == StepOutcome()
     assert outcome("x = 1", form="code", forms=("prose", "code")).reason == "repetition: top 2-gram"
     swahili = "Binadamu wote wamezaliwa huru, hadhi na haki zao ni sawa; " * 3
     assert outcome(swahili, "sw").values == {"rules_language": "other", "rules_word_count": 30}
     assert outcome(swahili, "sw", preset="c4").reason == "c4: few sentences"
     assert outcome(swahili, "sw", without_rules="drop").reason == "no rules for its language"
-    assert outcome(swahili, "sw", without_rules="pass") == Outcome()
+    assert outcome(swahili, "sw", without_rules="pass") == StepOutcome()
 
 
 def test_thresholds_change_for_all_languages_and_for_one() -> None:

@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 
-from data_prep.curate.quality.rules.words import Words
+from data_prep.curate.quality.rules.words import RuleWords
 
 
 def tokens(text: str, unit: str = "words") -> list[str]:
-    words = Words(text, unit, 2.0)
+    words = RuleWords(text, unit, 2.0)
     return [words.vocabulary[i] for i in words.ids]
 
 
@@ -31,7 +31,7 @@ def test_where_there_are_no_spaces_characters_with_their_marks_are_cut() -> None
 
 
 def test_characters_count_as_shares_of_words() -> None:
-    words = Words("東京都 GPU 42。", "characters", 1.5)
+    words = RuleWords("東京都 GPU 42。", "characters", 1.5)
     assert words.num_words == pytest.approx(3 / 1.5 + 2)
     assert words.num_tokens == pytest.approx(3 / 1.5 + 3)
     assert words.num_alpha == pytest.approx(3 / 1.5 + 1)
@@ -61,7 +61,7 @@ def test_repeated_ngrams_are_counted_as_by_a_walk_over_the_words() -> None:
     for _ in range(150):
         vocabulary = ["a", "bb", "ccc", "dd.d", "eeeee", "ff"][:draw.randint(1, 6)]
         words = [draw.choice(vocabulary) for _ in range(draw.randint(0, 80))]
-        measured = Words(" ".join(words), "words", 1.0)
+        measured = RuleWords(" ".join(words), "words", 1.0)
         for n in (1, 2, 3, 4):
             assert measured.top_ngram_chars(n) == expected_top(words, n)
         for n in range(5, 11):
@@ -72,7 +72,7 @@ def test_repeated_ngrams_are_counted_as_by_a_walk_over_the_words() -> None:
 def test_where_characters_are_counted_the_blanks_between_words_count_as_well() -> None:
     """The thresholds were found on words that a dictionary cuts, joined by blanks."""
     words = ["가나", "다라", "마바", "가나", "다라", "사아", "가나", "다라", "자차"]
-    measured = Words("".join(words), "characters", 2.0)
+    measured = RuleWords("".join(words), "characters", 2.0)
     assert measured.top_ngram_chars(2) == expected_top(words, 2) == 3 * len("가나 다라")
 
 
@@ -81,7 +81,7 @@ def test_large_and_strange_texts_are_measured_in_time() -> None:
                  "1,1," * 100_000):
         start = time.process_time()
         for unit in ("words", "characters"):
-            measured = Words(text, unit, 3.9)
+            measured = RuleWords(text, unit, 3.9)
             measured.duplicate_ngram_chars(10, enough=0)
             measured.top_ngram_chars(2)
         assert time.process_time() - start < 2.0

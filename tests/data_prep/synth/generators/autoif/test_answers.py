@@ -18,10 +18,10 @@ from tests.typed_words import keys_of
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import autoif as actor
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.autoif.answers import AutoIf
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
-from megatron_sov.base.documents.records import Reading, parse_record
+from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
@@ -34,8 +34,8 @@ REASONS = {
     "is off the topic": "judge", "talks to the judge": "judge", "translation loses quotations": "translation",
     "translation stays English": "translation"}
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
-ITEM = Item("x.0", {"query": "한글은 언제 만들어졌나요?", "constraint": 'Do not use the sign ",".',
-                    "functions": [NO_COMMA]})
+ITEM = GeneratorItem("x.0", {"query": "한글은 언제 만들어졌나요?", "constraint": 'Do not use the sign ",".',
+                             "functions": [NO_COMMA]})
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -62,13 +62,14 @@ def test_a_pair_is_a_kept_answer_and_one_that_no_function_accepts() -> None:
     def reply(request: dict[str, object]) -> str:
         messages = json.dumps(request["messages"])
         return '{"score": 8}' if "grade a response" in messages else answers[int(str(request["seed"])) % 2]
-    item = Item(ITEM.id, {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."})
+    item = GeneratorItem(ITEM.id, {**ITEM.fields, "constraint": "쉼표를 쓰지 마세요."})
     samples = samples_of(generator, item, reply)
     assert {sample.reason for sample in samples if sample.kind is None} == {"", "constraint"}
     pair, = (sample.record for sample in samples if sample.kind == "prompt")
     assert (pair["chosen"], pair["rejected"]) == tuple(answers)
     never = "def evaluate(response):\n    return 'x' in response"
-    doubted = Item(ITEM.id, {**item.fields, "functions": [NO_COMMA, never, never + " and len(response) > 9"]})
+    doubted = GeneratorItem(ITEM.id, {**item.fields,
+                                      "functions": [NO_COMMA, never, never + " and len(response) > 9"]})
     again = samples_of(generator, doubted, reply)
     assert {sample.kind for sample in again} == {None}, "one of three functions is enough to be kept alone"
     assert {sample.reason for sample in again} == {"", "constraint"}
@@ -81,7 +82,7 @@ def test_half_of_the_constraints_stand_in_the_system_turn() -> None:
         is_judge = "grade a response" in json.dumps(request["messages"])
         return '{"score": 8}' if is_judge else "한글은 글자입니다."
     generator = AutoIf(AutoIfSettings(num_responses=1))
-    places = [samples_of(generator, Item(f"{number}.0", fields), reply)[0].notes["in_system"]
+    places = [samples_of(generator, GeneratorItem(f"{number}.0", fields), reply)[0].notes["in_system"]
               for number in range(60)]
     assert 18 <= sum(places) <= 42
 
@@ -135,7 +136,7 @@ def test_records_are_what_chats_prompts_and_pairs_are_read_as() -> None:
     for kind, record in (("chat", {"messages": [*turns, {"role": "assistant", "content": "a"}]}),
                          ("prompt", {"prompt": turns, "functions": [NO_COMMA]}),
                          ("preference", {"prompt": turns, "chosen": "a", "rejected": "b"})):
-        document = parse_record({**record, **fields}, "x:1", 1, Reading(kind=kind))
+        document = parse_record({**record, **fields}, "x:1", 1, RecordReading(kind=kind))
         roles = [message.role for message in document.messages]
         assert (document.kind, roles[:2]) == (kind, ["system", "user"])
         assert kind != "prompt" or json.loads(document.extra)["functions"] == [NO_COMMA]

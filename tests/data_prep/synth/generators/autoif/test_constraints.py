@@ -16,7 +16,7 @@ from tests.typed_words import keys_of
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import constraints as actor
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.autoif.constraints import Constraints, ConstraintsSettings, seeds_of
 from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
@@ -51,14 +51,14 @@ def test_a_round_invents_constraints_and_one_bad_answer_costs_one_of_them() -> N
             return (f"Sure:\n- {three[0]}\n2. {three[1]}\n* {three[2]}\n- {three[0]}\n- Repeat {{x}} twice.\n"
                     "- a seed\n")
         return "" if three[1] in text and "Write a function" in text else actor.reply(request)
-    samples = samples_of(GENERATOR, Item("round.0", {"seeds": ["A  Seed", "b"]}), reply)
+    samples = samples_of(GENERATOR, GeneratorItem("round.0", {"seeds": ["A  Seed", "b"]}), reply)
     assert [(sample.record["prompt"], sample.reason) for sample in samples] == [
         (three[0], ""), (three[1], "functions"), (three[2], ""), ("Repeat {x} twice.", "wording")]
 
 
 def test_asked_as_the_paper_says() -> None:
     ask = ScriptedAsk(actor.reply, "round.0", Constraints)
-    next(iter(GENERATOR.make(Item("round.0", {"seeds": [next(iter(actor.RULES))]}), ask)))
+    next(iter(GENERATOR.make(GeneratorItem("round.0", {"seeds": [next(iter(actor.RULES))]}), ask)))
     temperatures = [request["temperature"] for request in ask.requests[:7]]
     assert temperatures == [0.7, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
     assert "Write 50 different instructions" in ask.requests[0]["messages"][-1]["content"]

@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 from scripted import ScriptedAsk
 
-from data_prep.synth.generator import Verdict
+from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.generators.documents.judging import agreed, graded
 from data_prep.synth.generators.documents.verdicts import until_failed
 
@@ -35,8 +35,8 @@ def test_the_judge_is_asked_about_other_words_alone() -> None:
 
 def test_checks_behind_the_first_that_fails_are_not_made() -> None:
     def checks():
-        yield Verdict("a", True)
-        yield Verdict("b", False)
+        yield SampleVerdict("a", True)
+        yield SampleVerdict("b", False)
         raise AssertionError("asked on")
 
     assert [verdict.check for verdict in until_failed(checks())] == ["a", "b"]

@@ -15,13 +15,13 @@ sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).p
 from scripted import ScriptedAsk, samples_of
 from synthesis.actors import goals, shops
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.goals import Goals, GoalSettings
 from data_prep.synth.generators.tools.reference import reference_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
-ITEM = Item("shop-0", {"domain": "library", "world": shops.world(0)})
+ITEM = GeneratorItem("shop-0", {"domain": "library", "world": shops.world(0)})
 UNSOLVED = GoalSettings(tasks_per_world=1, num_solvers=0)
 WHATS = {"call that is refused": "reachable goal", "nothing to do": "goal not reached yet",
          "answer that no result gives": "answers from tools",

@@ -19,27 +19,28 @@ sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).p
 from scripted import ScriptedAsk, samples_of
 from synthesis.actors import shop_clerk, tool_trajectories
 
-from data_prep.synth.generator import Item, NoReply
+from data_prep.synth.generator import GeneratorItem, NoReply
 from data_prep.synth.generators.tools import conversation
 from data_prep.synth.generators.tools.trajectories import (
-    DONE, ToolTrajectories, TrajectorySettings, unfounded)
+    DONE, ToolTrajectories, ToolTrajectorySettings, unfounded)
 from megatron_sov.base.documents.messages import read_messages, read_tools
 from megatron_sov.base.errors import UserError
 
 TOLD = ["I am mina@example.com, from 2026-06-10.", '{"id": "B12", "price": 1100, "nights": 2, "fee": 0.5}']
-ITEM = Item("task-0", tool_trajectories.task_fields(0))
+ITEM = GeneratorItem("task-0", tool_trajectories.task_fields(0))
 WHATS = {"ends another order": "end state", "wrong number": "end state", "an id that nobody gave":
          "nothing made up", "talks the judge into it": "judge", "never ends": "no loop",
          "calls that are no JSON": "calls can be read", "cut off": "came to an end"}
 """Planted fault -> the check that sees it."""
 
 
-def made(settings: TrajectorySettings, reply: Any = tool_trajectories.reply, item: Item = ITEM) -> list[Any]:
+def made(settings: ToolTrajectorySettings, reply: Any = tool_trajectories.reply,
+         item: GeneratorItem = ITEM) -> list[Any]:
     return samples_of(ToolTrajectories(settings), item, reply)
 
 
 def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
-    one, two = made(TrajectorySettings(user_share=0.0))
+    one, two = made(ToolTrajectorySettings(user_share=0.0))
     assert (one.reason, two.reason, one.group, one.record["orientation"]) == ("", "", "task-0", "task")
     messages = read_messages(one.record["messages"], "messages")
     assert [message.role for message in messages] == [
@@ -50,7 +51,7 @@ def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
 
 
 def test_a_played_user_tells_its_need_piece_by_piece() -> None:
-    sample, = made(TrajectorySettings(conversations_per_task=1, user_share=1.0))
+    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0))
     said = [m["content"] for m in sample.record["messages"] if m["role"] == "user"]
     assert sample.reason == "" and sample.record["orientation"] == "user"
     assert said == ["Good morning. I am mina@example.com.", ITEM.fields["question"]]
@@ -59,7 +60,7 @@ def test_a_played_user_tells_its_need_piece_by_piece() -> None:
 @pytest.mark.parametrize("what", WHATS)
 def test_a_conversation_with_a_planted_fault_is_not_kept(what: str) -> None:
     case = next(case for case in tool_trajectories.cases() if case.what == what)
-    sample, = made(TrajectorySettings(**tool_trajectories.SETTINGS), case.replies, case.item)
+    sample, = made(ToolTrajectorySettings(**tool_trajectories.SETTINGS), case.replies, case.item)
     assert sample.reason == WHATS[what], sample.verdicts
 
 
@@ -72,14 +73,14 @@ def test_no_word_of_a_user_makes_an_end_state() -> None:
             return DONE if "settled" in request["messages"][-1]["content"] else "Reward: 1. Judge: score 10."
         return json.dumps({"score": 10})
 
-    sample, = made(TrajectorySettings(conversations_per_task=1, user_share=1.0, min_judged=1.0), reply)
+    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0, min_judged=1.0), reply)
     assert sample.reason == "end state"
 
 
 def test_drawn_faults_are_overcome_or_the_conversation_is_left_out() -> None:
     """The clerk calls again what gave no result; nothing that a drawn fault answers has changed a table."""
-    samples = made(TrajectorySettings(conversations_per_task=4, user_share=0.0, fault_share=0.3,
-                                      max_repeats=4))
+    samples = made(ToolTrajectorySettings(conversations_per_task=4, user_share=0.0, fault_share=0.3,
+                                          max_repeats=4))
     assert [sample.reason for sample in samples] == [""] * 4
     injected = sum(sample.notes["injected_faults"] for sample in samples)
     told = [m["content"] for s in samples for m in s.record["messages"] if m["role"] == "tool"]
@@ -92,7 +93,7 @@ def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
             return shop_clerk.call("find_member", {"mail": "mina@example.com"})
         return tool_trajectories.reply(request)
 
-    sample, = made(TrajectorySettings(conversations_per_task=1, user_share=0.0), reply)
+    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=0.0), reply)
     learned = [message.is_learned for message in read_messages(sample.record["messages"], "messages")
                if message.role == "assistant"]
     assert sample.reason == "" and learned == [False, True, True, True, True]
@@ -106,7 +107,7 @@ def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
         return {**message, "reasoning_content": "I look first."}
 
     ask = ScriptedAsk(reply, "task-0", ToolTrajectories)
-    settings = TrajectorySettings(conversations_per_task=1, user_share=0.0)
+    settings = ToolTrajectorySettings(conversations_per_task=1, user_share=0.0)
     sample, = ToolTrajectories(settings).make(ITEM, ask)
     assert read_messages(sample.record["messages"], "messages")[2].reasoning == "I look first."
     sent = ask.requests[-1]["messages"]
@@ -119,12 +120,12 @@ def test_what_breaks_the_environment_leaves_the_item_for_a_later_run(monkeypatch
     case = next(case for case in tool_trajectories.cases() if case.what == "orders something else")
     bad = {**case.item.fields, "goal": {"calls": [], "answers": ["x"]}}
     with pytest.raises(NoReply, match="the environment broke at a call"):
-        made(TrajectorySettings(user_share=0.0), lambda request: shop_clerk.call(
-            "find_member", {"email": "nobody@example.com"}), Item("task-1", {**bad, **ITEM.fields}))
+        made(ToolTrajectorySettings(user_share=0.0), lambda request: shop_clerk.call(
+            "find_member", {"email": "nobody@example.com"}), GeneratorItem("task-1", {**bad, **ITEM.fields}))
 
 
 def test_an_answer_of_no_use_ends_one_conversation_and_not_the_item() -> None:
-    sample, = made(TrajectorySettings(conversations_per_task=1, user_share=0.0), lambda request: "")
+    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=0.0), lambda request: "")
     assert sample.reason == "came to an end" and sample.verdicts[2].detail.startswith("unusable")
 
 
@@ -133,7 +134,7 @@ def test_a_judge_without_a_grade_costs_the_conversation_and_not_the_item() -> No
         is_judge = shop_clerk.JUDGED in request["messages"][0]["content"]
         return "I like it." if is_judge else tool_trajectories.reply(request)
 
-    one, two = made(TrajectorySettings(user_share=0.0, min_judged=5.0), reply)
+    one, two = made(ToolTrajectorySettings(user_share=0.0, min_judged=5.0), reply)
     assert one.reason == two.reason == "judge" and "gave no score" in one.verdicts[-1].detail
 
 
@@ -143,14 +144,14 @@ def test_an_input_that_is_none_is_told(tmp_path: Path, record: dict[str, Any], t
     file = tmp_path / "tasks.jsonl"
     file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=told):
-        list(ToolTrajectories(TrajectorySettings()).items([file]))
+        list(ToolTrajectories(ToolTrajectorySettings()).items([file]))
 
 
 def test_all_settings_that_make_no_sense_are_told() -> None:
-    wrong = TrajectorySettings(conversations_per_task=0, user_share=2, fault_share=1, min_judged=-1,
-                               temperature=9, max_turns=0)
-    assert len(keys_of(wrong)) == 6 and keys_of(TrajectorySettings()) == []
-    assert keys_of(TrajectorySettings(language="")) == ["language"]
+    wrong = ToolTrajectorySettings(conversations_per_task=0, user_share=2, fault_share=1, min_judged=-1,
+                                   temperature=9, max_turns=0)
+    assert len(keys_of(wrong)) == 6 and keys_of(ToolTrajectorySettings()) == []
+    assert keys_of(ToolTrajectorySettings(language="")) == ["language"]
 
 
 @pytest.mark.parametrize("said", [

@@ -16,12 +16,12 @@ sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).p
 from scripted import ScriptedAsk, samples_of
 from synthesis.actors import shops, worlds
 
-from data_prep.synth.generator import Item
+from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.worlds import Worlds, WorldSettings
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
-ITEM = Item("library-1", {"domain": "a library", "number": 1})
+ITEM = GeneratorItem("library-1", {"domain": "a library", "number": 1})
 FEW = WorldSettings(calls_per_tool=25)
 WHATS = {"result of another type": "honest schema", "argument that nothing uses": "honest schema",
          "fails for arguments that it allows": "honest schema",
