@@ -36,10 +36,14 @@ APPEND = """
 import sys
 from pathlib import Path
 import numpy as np
-from megatron_sov.judge.rollouts.rows import Key, Rollout
-from megatron_sov.judge.rollouts.store import Store
+try:
+    from megatron_sov.judge.rollouts.rows import Key, Rollout
+    from megatron_sov.judge.rollouts.store import RolloutStore
+except ImportError:  # a version from before the halls
+    from megatron_sov.rollouts.rows import Key, Rollout
+    from megatron_sov.rollouts.store import Store as RolloutStore
 
-store, count = Store.create(Path(sys.argv[1]), "sha256:ab", 50_000), int(sys.argv[2])
+store, count = RolloutStore.create(Path(sys.argv[1]), "sha256:ab", 50_000), int(sys.argv[2])
 draw = np.random.default_rng(0)
 for piece in range(count // 4096):
     rows = [Rollout(Key(f"p{i}", 0, "f" * 64, "s" * 64), 1, 0, {"prompt": "?"}, np.arange(20, dtype=np.int32),

@@ -22,7 +22,7 @@ from data_prep.tags import is_chosen, tags_of
 from megatron_sov.base.errors import UserError, list_problems, nearest
 from megatron_sov.base.settings import Bound, Breach, NotBlank, ProblemCode, SettingsProblem, read_file
 
-SHIPPED = Path(__file__).parents[1] / "pipelines" / "blends"
+SHIPPED = Path(__file__).parents[1] / "curate/pipelines/blends"
 """Blends that come with the framework, one file each."""
 TOLERANCE_PCT = 0.01
 """By which the shares of a phase may miss 100, for published figures are rounded."""

@@ -40,7 +40,7 @@ def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any)
 
 def killed_in_the_middle(body: str, path: Path) -> None:
     """Run `body` in a process that is killed (SIGKILL) where it prints "now"."""
-    program = "import os, sys, time\nfrom megatron_sov import artifacts\npath = artifacts.Path(sys.argv[1])\n"
+    program = "import os, sys, time\nfrom megatron_sov.base import artifacts\npath = artifacts.Path(sys.argv[1])\n"
     process = subprocess.Popen([sys.executable, "-c", program + textwrap.dedent(body), str(path)],
                                stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert process.stdout is not None
@@ -141,7 +141,7 @@ def test_what_a_process_of_another_container_works_on_is_left_alone(tmp_path: Pa
     killed_at = tmp_path / f".a.tmp-{pid}"
     program = """import sys
 from pathlib import Path
-from megatron_sov import artifacts
+from megatron_sov.base import artifacts
 artifacts.os.getpid = lambda: int(sys.argv[2])
 with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
     print("now", flush=True)

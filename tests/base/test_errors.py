@@ -41,7 +41,7 @@ def test_what_may_be_a_name_on_the_hub_is_told_how_it_is_fetched(tmp_path: Path,
 
 def test_a_missing_package_is_installed_from_the_checkout_or_by_its_own_name(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(errors.__file__).parents[1]
+    root = Path(errors.__file__).parents[2]
     monkeypatch.setattr(sys, "executable", "/my env/python")
     pip = "'/my env/python' -m pip"
     assert how_to_install("eval") == f"{pip} install -e '{root}[eval]' -c {root}/constraints.txt"

@@ -261,7 +261,7 @@ def test_a_tiny_source_is_never_held_out_wholly(tokenizers: dict[str, Path], tmp
 UNIT_BYTES = 25_000
 STOPS = f"""
 import sys, time
-from data_prep import pack
+from data_prep.shards import pack
 from data_prep.cli import main
 from megatron_sov.base.documents import files
 

@@ -97,7 +97,7 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
                "print(a.__file__, tokenizer.__file__, slurm.__file__)")
     done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)},
                           capture_output=True, text=True, check=True)
-    files = ("megatron_sov/operate/slurm/attempts.py", "tokenizer/__init__.py", "operate/slurm/__init__.py")
+    files = ("megatron_sov/operate/slurm/attempts.py", "tokenizer/__init__.py", "slurm/__init__.py")
     assert done.stdout.split() == [f"{code}/{file}" for file in files]
     assert ((code / "slurm/templates/header.sbatch.j2").is_file()
             and (code / "slurm/clusters/local.yaml").is_file())

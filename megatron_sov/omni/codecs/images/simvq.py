@@ -101,8 +101,9 @@ class SimVQSettings:
         found = []
         if self.siglip is not None and self.side_pixels // self.siglip.patch_pixels != self.grid:
             found.append(SettingsProblem(ProblemCode.RULE, "grid",
-                                         f"must be the number of siglip's patches of {self.siglip.patch_pixels}"
-                                         f" pixels in side_pixels = {self.side_pixels}",
+                                         "must be the number of siglip's patches of "
+                                         f"{self.siglip.patch_pixels} pixels in side_pixels = "
+                                         f"{self.side_pixels}",
                                          self.grid))
         if self.siglip is None and self.side_pixels % self.grid:
             found.append(SettingsProblem(ProblemCode.RULE, "side_pixels",

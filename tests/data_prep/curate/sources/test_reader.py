@@ -15,7 +15,7 @@ from megatron_sov.work.sandbox import readers
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time
-from data_prep.curate.sources.reader import Item
+from data_prep.curate.sources.reader import SourceItem
 from data_prep.curate.sources.reader import FileReader
 from data_prep.curate.sources.source import Raw
 
@@ -54,7 +54,7 @@ class Reader(FileReader):
                 if word in globals():
                     globals()[word]()
                 yield Raw(word, f"{job.name}:{number}")
-            yield Item(f"{job.name}:{number}", read)
+            yield SourceItem(f"{job.name}:{number}", read)
 '''
 
 
