@@ -75,7 +75,8 @@ from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units
 from megatron_sov.base.documents import RecordReading, plan_units
 if __name__ == "__main__":
     units = list(plan_units([Path(sys.argv[2])]))
-    settings = UnitSettings(Path(sys.argv[1]), "", "", "uint16", RecordReading("text"), EncodingSettings(fast=True))
+    settings = UnitSettings(Path(sys.argv[1]), "", "", "uint16", RecordReading("text"),
+                            EncodingSettings(fast=True))
     if sys.argv[4] == "threads":
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(UnitEncoder(settings, Path(sys.argv[3])).encode, units))

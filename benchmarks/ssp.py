@@ -32,7 +32,8 @@ MAKE = """
 import dataclasses, json, shutil, sys
 from pathlib import Path
 import torch
-from megatron_sov import convert, models, recipes
+from megatron_sov import convert, recipes
+from megatron_sov.model import families as models
 from megatron_sov.engine.convert.shard_writer import plan_shards, write_files
 from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.model.families.family import TokenIds

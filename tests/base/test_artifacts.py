@@ -40,7 +40,8 @@ def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any)
 
 def killed_in_the_middle(body: str, path: Path) -> None:
     """Run `body` in a process that is killed (SIGKILL) where it prints "now"."""
-    program = "import os, sys, time\nfrom megatron_sov.base import artifacts\npath = artifacts.Path(sys.argv[1])\n"
+    program = ("import os, sys, time\nfrom megatron_sov.base import artifacts\n"
+               "path = artifacts.Path(sys.argv[1])\n")
     process = subprocess.Popen([sys.executable, "-c", program + textwrap.dedent(body), str(path)],
                                stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert process.stdout is not None
