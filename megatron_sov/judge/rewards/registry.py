@@ -43,7 +43,7 @@ def _check(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a reward", {"score": ("row",)})
 
 
-OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.judge.rewards", BUILT_IN, _check)
+OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.rewards", BUILT_IN, _check)
 """Rewards that are not built in."""
 
 

@@ -174,7 +174,7 @@ def _check(loaded: LoadedPlugin) -> None:
                         "that returns a RunConfig")
 
 
-OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", "megatron_sov.model.recipes", RECIPES, _check)
+OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", "megatron_sov.recipes", RECIPES, _check)
 """Recipes that are not built in."""
 
 

@@ -153,7 +153,7 @@ def test_what_is_wrong_with_a_package_names_it(package) -> None:
 
 
 @pytest.mark.parametrize("order, kind, group, name", [
-    (rewards.order, "reward", "megatron_sov.judge.rewards", "length"),
+    (rewards.order, "reward", "megatron_sov.rewards", "length"),
     (environments.order, "tool environment", "megatron_sov.environments", "calculator")])
 def test_a_package_cannot_take_the_name_of_what_is_built_in(
         order: Callable[[str, dict[str, Any]], PluginOrder], kind: str, group: str, name: str, tmp_path: Path,
