@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -94,9 +96,50 @@ EXTRAS = {
     ],
 }
 
+VERSION, PARTS = DISTRIBUTED["__version__"], DISTRIBUTED["PARTS"]
+PART = os.environ.get("SOV_PART", "")
+"""What is built: the whole (""), "core", or one of its parts (`make parts`)."""
+OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "serve": ["serve"]}
+"""Part -> extras whose libraries it needs."""
+SCRIPTS = {"core": "megatron-sov=megatron_sov.cli:main", "tokenizer": "sov-tokenizer=tokenizer.cli:main",
+           "data": "sov-data=data_prep.cli:main"}
+if PART not in ("", "core", *PARTS):
+    raise SystemExit(f"SOV_PART={PART} must be core, {', '.join(PARTS)}, or not be set")
+
+
+def part_of(module: str) -> str:
+    """Return the part that a module is in: that of the longest name, since parts lie inside of others."""
+    found = [(len(name), part) for part, names in PARTS.items() for name in names
+             if f"{module}.".startswith(f"{name}.")]
+    return max(found)[1] if found else "core"
+
+
+class BuildPart(build_py):
+    """Leaves out what another part has."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Return (package, module, file) of those modules that are built."""
+        found = super().find_package_modules(package, package_dir)
+        return [(of, module, file) for of, module, file in found
+                if not PART or part_of(of if module == "__init__" else f"{of}.{module}") == PART]
+
+    def find_data_files(self, package: str, src_dir: str) -> list[str]:
+        """Return those data files that are built: they go with the package whose folder they are in."""
+        return [file for file in super().find_data_files(package, src_dir)
+                if not PART or part_of(os.path.dirname(os.path.relpath(file)).replace(os.sep, ".")) == PART]
+
+
+LIBRARIES = sorted({line for name, lines in EXTRAS.items() if name not in ("dev", "gpu", "rollout", "docs")
+                    for line in lines})
+EXTRAS["all"] = LIBRARIES + ([f"megatron-sov-{part}=={VERSION}" for part in PARTS] if PART == "core" else [])
+NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
+         [f"megatron-sov=={VERSION}", *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
+if PART == "synth":
+    NEEDS.append(f"megatron-sov-data=={VERSION}")
+
 setup(
-    name="megatron-sov",
-    version=DISTRIBUTED["__version__"],
+    name="megatron-sov" if PART in ("", "core") else f"megatron-sov-{PART}",
+    version=VERSION,
     description="Train your own language model on Megatron-Core, from raw text to a Hugging Face folder.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -106,13 +149,8 @@ setup(
     packages=find_packages(include=[
         pattern for package in DISTRIBUTED["OUR_PACKAGES"] for pattern in (package, f"{package}.*")]),
     package_data={"": [f"**/*.{ending}" for ending in DATA_FILES] + ["py.typed"]},
-    install_requires=INSTALL_REQUIRES,
-    extras_require=EXTRAS,
-    entry_points={
-        "console_scripts": [
-            "megatron-sov=megatron_sov.cli:main",
-            "sov-tokenizer=tokenizer.cli:main",
-            "sov-data=data_prep.cli:main",
-        ],
-    },
+    cmdclass={"build_py": BuildPart},
+    install_requires=NEEDS,
+    extras_require=EXTRAS if PART in ("", "core") else {},
+    entry_points={"console_scripts": [line for part, line in SCRIPTS.items() if PART in ("", part)]},
 )

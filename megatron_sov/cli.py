@@ -14,7 +14,8 @@ import time
 from types import ModuleType
 from typing import Any
 
-from megatron_sov.base.command_line import Parser, exit_code, fill_commands, parser_of, version_of
+from megatron_sov.base.command_line import (
+    Parser, exit_code, fill_commands, is_installed, parser_of, part_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.entry_points import Declared, declared
 from megatron_sov.base.plugins.signatures import takes
@@ -26,8 +27,8 @@ PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 
 def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
-    texts = {name: c.help for name, c in COMMANDS.items()} | {d.name: f"from package {d.package}"
-                                                              for d in installed}
+    texts = {name: c.help + _missing(c.module) for name, c in COMMANDS.items()}
+    texts |= {d.name: f"from package {d.package}" for d in installed}
     width = max(map(len, texts))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())
     parser = argparse.ArgumentParser(
@@ -42,6 +43,11 @@ def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def _missing(module: str) -> str:
+    """Return what the help says of a command whose part is not installed."""
+    return "" if is_installed(module) else f" (part '{part_of(module)}', not installed)"
 
 
 def build_parser() -> Parser:

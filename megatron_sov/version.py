@@ -1,6 +1,6 @@
 """What is distributed: the version, for the wheel and for provenance, and the packages.
 
-setup.py reads both constants without importing anything, so they stay plain values.
+setup.py reads these constants without importing anything, so they stay plain values.
 """
 
 from __future__ import annotations
@@ -10,3 +10,13 @@ __version__ = "0.1.0"
 OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
 """Packages at the top of the tree, in the wheel and in the copy of the code that jobs run;
 `slurm` holds data alone."""
+
+PARTS = {
+    "tokenizer": ("tokenizer",),
+    "data": ("data_prep",),
+    "synth": ("data_prep.synth",),
+    "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
+                "megatron_sov.commands.operate.ladder", "megatron_sov.commands.models.card"),
+    "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve"),
+}
+"""Part that an installation can do without -> its packages and modules; all others are the core."""

@@ -542,9 +542,10 @@ def packed_data(tmp_path_factory: pytest.TempPathFactory,
     return packed
 
 
-def _pip(*arguments: str, cwd: Path) -> None:
+def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
 
 
@@ -558,25 +559,49 @@ def files_of_the_rooms() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def wheel(files_of_the_rooms: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the sources, so that nothing is written beside them."""
+def build_wheel(files_of_the_rooms: set[str],
+                tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `build(part="")`: the wheel of the whole, of the core or of a part, built from a copy of the
+    sources, so that nothing is written beside them."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     for name in files_of_the_rooms | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
-    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".",
-         cwd=folder / "source")
-    (built,) = folder.glob("megatron_sov-*.whl")
-    return built
+
+    def build(part: str = "") -> Path:
+        shutil.rmtree(folder / "source/build", ignore_errors=True)  # it would come along
+        wheels = folder / (part or "whole")
+        _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(wheels), ".",
+             cwd=folder / "source", SOV_PART=part)
+        (built,) = wheels.glob("megatron_sov*.whl")
+        return built
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel alone into a folder; its dependencies come from the running environment."""
-    target = tmp_path_factory.mktemp("elsewhere") / "site"
-    _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
-    return target
+def wheel(build_wheel: Callable[..., Path]) -> Path:
+    """Build the wheel of the whole."""
+    return build_wheel()
+
+
+@pytest.fixture(scope="session")
+def install_wheels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `install(*wheels)`: a folder with these alone; dependencies are those of the tests."""
+    def install(*wheels: Path) -> Path:
+        target = tmp_path_factory.mktemp("elsewhere") / "site"
+        _pip("install", "--no-deps", "--no-index", "--target", str(target), *map(str, wheels),
+             cwd=target.parent)
+        return target
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, install_wheels: Callable[..., Path]) -> Path:
+    """Install the wheel of the whole alone."""
+    return install_wheels(wheel)
 
 
 @pytest.fixture(scope="session")

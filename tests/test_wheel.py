@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.base.command_line import part_of
+from megatron_sov.version import PARTS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
@@ -59,3 +62,35 @@ def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(installed / "megatron_sov/model/recipes/__init__.py"), "True",
                                    recipes.names()[0]]
+
+
+def parts_in(files: set[str]) -> dict[str, set[str]]:
+    """Return part ("" for the core) -> its files, by `part_of`."""
+    found: dict[str, set[str]] = {}
+    for file in files:
+        name = file.removesuffix(".py") if file.endswith(".py") else file.rpartition("/")[0]
+        module = name.removesuffix("/__init__").replace("/", ".")
+        found.setdefault(part_of(module), set()).add(file)
+    return found
+
+
+def test_the_core_works_without_its_parts_and_names_what_is_missing(
+        build_wheel: Callable[..., Path], install_wheels: Callable[..., Path],
+        files_of_the_rooms: set[str]) -> None:
+    core, serve = build_wheel("core"), build_wheel("serve")
+    parts = parts_in(files_of_the_rooms)
+    assert set(parts) == {"", *PARTS}
+    for built, part in ((core, ""), (serve, "serve")):
+        with zipfile.ZipFile(built) as archive:
+            assert {name for name in archive.namelist() if ".dist-info/" not in name} == parts[part]
+    alone, both = install_wheels(core), install_wheels(core, serve)
+    program = "from megatron_sov.cli import main; raise SystemExit(main())"
+    done = run_installed(alone, sys.executable, "-P", "-c", program, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "(part 'serve', not installed)" in done.stdout and "pretrain" in done.stdout
+    done = run_installed(alone, sys.executable, "-P", "-c", program, "serve", "somewhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: this needs the part 'serve', which is not installed: install the "
+                                  "wheel megatron_sov_serve-")
+    done = run_installed(both, sys.executable, "-P", "-c", program, "serve", "--help")
+    assert (done.returncode, done.stderr) == (0, "")

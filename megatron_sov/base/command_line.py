@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest)
-from megatron_sov.version import __version__
+from megatron_sov.version import PARTS, __version__
 
 MAX_PATH_CHARS = 300
 """Of a path that is shown; the longest that a disk takes are longer than a screen."""
@@ -87,8 +87,8 @@ def _options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """Import every command below a parser; returns the parser and all below it."""
-    if isinstance(parser, _CommandParser):
+    """Import every command below a parser whose part is installed; returns the parser and all below it."""
+    if isinstance(parser, _CommandParser) and is_installed(parser._module or "megatron_sov"):
         parser.fill()
     found = [parser]
     for action in parser._actions:
@@ -123,6 +123,21 @@ class _CommandParser(Parser):
         """Return what `argparse` does, with the command's arguments."""
         self.fill()
         return super().parse_known_args(args, namespace)
+
+
+def part_of(module: str) -> str:
+    """Return the part of our distribution that a module is in (`version.PARTS`); "" for the core."""
+    found = [(len(name), part) for part, names in PARTS.items() for name in names
+             if f"{module}.".startswith(f"{name}.")]
+    return max(found)[1] if found else ""
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module's part is here, without importing the module."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
@@ -175,6 +190,14 @@ def exit_code(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as e:
+        part = part_of(e.name or "")
+        if not part:  # a defect
+            raise
+        print(f"error: this needs the part '{part}', which is not installed: install the wheel "
+              f"megatron_sov_{part}-{__version__}-py3-none-any.whl from where the core came (make parts)",
+              file=sys.stderr)
+        return ExitCode.USER_ERROR
     except MemoryError as e:
         print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
               "less to do at a time", file=sys.stderr)
