@@ -1,4 +1,4 @@
-"""Pages of the API reference: one for each room, of a large room one for each of its wings.  Sources are read
+"""Pages of the API reference: one for each hall, of a large one one for each folder in it.  Sources are read
 and not imported, and only what has a docstring of its own stands there."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
 PUBLIC = re.compile(r"^(?:async )?(?:def|class) [A-Za-z]", re.MULTILINE)
 LARGE_MODULES = 24
-"""A room of more modules has a page for each of its folders."""
+"""A folder with more modules has a page for each folder in it."""
 
 
 def modules_of(folder: Path) -> list[Path]:
@@ -41,19 +41,26 @@ def groups() -> Iterator[tuple[str, list[Path]]]:
         direct = [file for file in modules_of(ROOT / package) if file.parent == ROOT / package]
         if direct:
             yield package, direct
-        for room in sorted(path for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()):
-            modules = modules_of(room)
-            wings = {file.relative_to(room).parts[0] for file in modules if file.parent != room}
-            if len(modules) <= LARGE_MODULES or not wings:
-                yield dotted(room), modules
-                continue
-            yield dotted(room), [file for file in modules if file.parent == room]
-            for wing in sorted(wings):
-                yield f"{dotted(room)}.{wing}", [f for f in modules if f.is_relative_to(room / wing)]
+        for hall in sorted(path for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()):
+            yield from pages_of(hall)
+
+
+def pages_of(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Yield the page of a folder's modules; where there are too many, one for each folder below it."""
+    modules = modules_of(folder)
+    own = [file for file in modules if file.parent == folder]
+    if len(modules) <= LARGE_MODULES or own == modules:
+        if modules:
+            yield dotted(folder), modules
+        return
+    if own:
+        yield dotted(folder), own
+    for wing in sorted({folder / file.relative_to(folder).parts[0] for file in modules if file not in own}):
+        yield from pages_of(wing)
 
 
 def page(name: str, modules: list[Path]) -> str:
-    """Return a page's Markdown: what the room says of itself, then each module for mkdocstrings."""
+    """Return a page's Markdown: what the folder says of itself, then each module for mkdocstrings."""
     package = ROOT.joinpath(*name.split("."), "__init__.py")
     about = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
     blocks = "".join(f"\n::: {dotted(module)}\n" for module in modules)
