@@ -79,6 +79,27 @@ def score(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
                            "--output", "OUT", "--workers", "1"]
 
 
+def score_code(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
+    """300 programs with two tests each, in the sandbox."""
+    with open(folder / "rows.jsonl", "w") as f:
+        for n in range(300 * size):
+            response = f"```python\ndef add(a, b):\n    return a + b + {n % 5 // 4}\n```"
+            f.write(json.dumps({"id": n, "response": response, "tests": [
+                "assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"]}) + "\n")
+    return 300 * size, ["megatron_sov", "score", "--reward", "code", "--input", "rows.jsonl",
+                        "--output", "OUT", "--workers", "2"]
+
+
+def score_math(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
+    """2,000 answers against sums."""
+    with open(folder / "rows.jsonl", "w") as f:
+        for n in range(2000 * size):
+            f.write(json.dumps({"id": n, "response": f"So it is \\boxed{{{n + n % 3 // 2}}}.",
+                                "answer": str(n)}) + "\n")
+    return 2000 * size, ["megatron_sov", "score", "--reward", "math", "--input", "rows.jsonl",
+                         "--output", "OUT", "--workers", "2"]
+
+
 def _raw(folder: Path, demo: Path, size: int) -> float:
     """Put the demo's English text, so many times as other words, into `raw`; returns its MB."""
     (folder / "raw").mkdir(exist_ok=True)
@@ -147,8 +168,9 @@ def rl_generate(folder: Path, demo: Path, size: int) -> tuple[float, list[str]]:
 
 
 KINDS: dict[str, tuple[Prepare, str]] = {
-    "score": (score, "rows/s"), "pack": (pack, "MB/s"), "data run": (data_run, "MB/s"),
-    "tokenizer": (tokenizer, "MB/s"), "convert": (convert, "models/s"), "eval lm": (eval_lm, "items/s"),
+    "score": (score, "rows/s"), "score code": (score_code, "rows/s"), "score math": (score_math, "rows/s"),
+    "pack": (pack, "MB/s"), "data run": (data_run, "MB/s"), "tokenizer": (tokenizer, "MB/s"),
+    "convert": (convert, "models/s"), "eval lm": (eval_lm, "items/s"),
     "rl generate": (rl_generate, "responses/s"), "store append": (store_append, "rows/s")}
 
 
@@ -194,7 +216,8 @@ def compared(name: str, before: Path, demo: Path, rounds: int) -> str:
                      for field in ("wall_s", "cpu_s"))
         memory = median(one.memory_mb for one in took[ROOT])
         _, words = prepare(folder, demo, 10)
-        ten = "-" if name in ("convert", "rl generate") else f"{run(ROOT, folder, words).memory_mb:.0f}"
+        once = name in ("convert", "rl generate", "score code")
+        ten = "-" if once else f"{run(ROOT, folder, words).memory_mb:.0f}"
     return (f"{name:<13} {units / wall[before]:>9,.1f} {units / wall[ROOT]:>9,.1f} {unit:<11} "
             f"{wall[before] / wall[ROOT]:>6.3f} {units / cpu[before]:>9,.1f} {units / cpu[ROOT]:>9,.1f} "
             f"{cpu[before] / cpu[ROOT]:>7.3f} {memory:>7.0f} {ten:>7}")
