@@ -19,7 +19,7 @@ from megatron_sov.judge.rollouts.store import RolloutStore
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
 """What is kept of a row while others are read: 29 bytes."""
-_COLUMNS = ("record", "prompt_tokens", "tokens", "versions", "finish_reason")
+_CHECKED_COLUMNS = ("record", "prompt_tokens", "tokens", "versions", "finish_reason")
 
 
 @dataclass
@@ -178,14 +178,14 @@ def figures_of(store: RolloutStore, round: int | None = None,
     judged: dict[str, set[str]] = {}
     for part in (part for folder in store.versions() for part in store.parts(round, folder)):
         judged.setdefault(part.version, set()).add(part.name)
-    return {str(number): _round(store, parts, judged, done) for number, parts in rounds.items()}
+    return {str(number): _figures_of_round(store, parts, judged, done) for number, parts in rounds.items()}
 
 
-def _round(store: RolloutStore, parts: list[RolloutPart], judged: Mapping[str, set[str]],
+def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Mapping[str, set[str]],
            done: Callable[[int], object]
            ) -> dict[str, Any]:
     whole, domains, replaced = Figures(), dict[str, Figures](), 0
-    for here, rows, num_replaced in store.pieces(parts, _COLUMNS):
+    for here, rows, num_replaced in store.pieces(parts, _CHECKED_COLUMNS):
         replaced += num_replaced
         counted = {(row.key, row.attempt): (whole, domains.setdefault(domain_of(row.record), Figures()))
                    for row in rows}

@@ -33,8 +33,8 @@ ROLLOUTS = _schema(
 """`problem`: what is wrong with a row, which is kept out; empty where nothing is."""
 REWARDS = _schema(("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(), reward=pa.float64(),
                   status=pa.string(), components=pa.string(), reason=pa.string())
-REPEATED = (*dict.fromkeys(field.name for field in (*ROLLOUTS, *REWARDS) if field.type == pa.string()
-                           and field.name != "response"), "versions.list.element")
+REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if column.type == pa.string()
+                           and column.name != "response"), "versions.list.element")
 """Leaves that are written with a dictionary."""
 SPLIT = ("logprobs.list.element",)
 """Leaves of floats that are written byte by byte."""
@@ -130,7 +130,7 @@ def schema_for(columns: Sequence[str]) -> pa.Schema:
     if unknown := set(columns) - set(NAMES):
         raise ValueError(f"{sorted(unknown)[0]!r} is no field of a rollout (fields: {', '.join(NAMES)})")
     wanted = {*_ALWAYS, *columns, *(_ROUTES if "routes" in columns else ())}
-    return pa.schema([field for field in ROLLOUTS if field.name in wanted])
+    return pa.schema([column for column in ROLLOUTS if column.name in wanted])
 
 
 def keys_of(table: pa.Table) -> list[Key]:
@@ -167,8 +167,8 @@ def rewards_of(table: pa.Table) -> list[RewardRow]:
 
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
-    return pa.table([columns[field.name] if isinstance(columns[field.name], pa.Array)
-                     else pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    return pa.table([columns[column.name] if isinstance(columns[column.name], pa.Array)
+                     else pa.array(columns[column.name], column.type) for column in schema], schema=schema)
 
 
 def _key_columns(keys: Sequence[Key]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ CUT_OFF = (LENGTH, "turns", "tokens", "unended")
 """Finish reasons of what a limit ended; the last three are those of episodes, see `tools.episode.ENDS`."""
 MAX_CHARS = 20_000
 """Of one thing said."""
-_COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
+_SHOWN_COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
 Decode = Callable[[list[int]], str]
 
 
@@ -103,7 +103,7 @@ def page_of(store: RolloutStore, rounds: Sequence[int], version: str | None, mos
         most: responses of each kind and round.
         decode: from token ids to text, with special tokens; tells what a model wrote from what tools said.
     """
-    found = [_round(store, number, version, most) for number in rounds]
+    found = [_shown_round(store, number, version, most) for number in rounds]
     chapters = [_chapter(f"Round {part.number}, {why}", read, decode)
                 for part in found for why, read in part.shown()]
     table = PageTable(["round", "responses", "mean reward", "cut off", "no reward"],
@@ -113,9 +113,9 @@ def page_of(store: RolloutStore, rounds: Sequence[int], version: str | None, mos
                   overview=("Rounds", table), anchor="response", nothing="Nothing was said.")
 
 
-def _round(store: RolloutStore, number: int, version: str | None, most: int) -> _TranscriptRound:
+def _shown_round(store: RolloutStore, number: int, version: str | None, most: int) -> _TranscriptRound:
     found = _TranscriptRound(number, most)
-    for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
+    for parts, rows, _ in store.pieces(store.parts(number), _SHOWN_COLUMNS):
         said = {} if version is None else store.judgements(version, parts)
         found.add([_Read(row, said.get((row.key, row.attempt))) for row in rows])
     return found

@@ -16,7 +16,7 @@ _GUESTS = {"G1": {"name": "Kim Mina", "email": "mina@example.com"},
            "G2": {"name": "Lee Joon", "email": "joon@example.com"}}
 _BOOKINGS = {"B1": {"guest": "G1", "room": "R1", "check_in": "2026-05-01", "check_out": "2026-05-03",
                     "status": "booked"}}
-_TABLES = {"rooms": _ROOMS, "guests": _GUESTS, "bookings": _BOOKINGS}
+_HOTEL = {"rooms": _ROOMS, "guests": _GUESTS, "bookings": _BOOKINGS}
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Booking(Database):
     TABLES = ("rooms", "guests", "bookings")
     EXAMPLES = (
         {"question": "I am mina@example.com. Please book me the cheapest room for two in Busan from "
-                     "2026-06-10 to 2026-06-12. What will it cost?", "tables": _TABLES,
+                     "2026-06-10 to 2026-06-12. What will it cost?", "tables": _HOTEL,
          "goal": {"calls": [{"name": "book_room", "arguments": {
              "guest_id": "G1", "room_id": "R3", "check_in": "2026-06-10", "check_out": "2026-06-12"}}],
              "answers": ["220"]}},
-        {"question": "I am mina@example.com and cannot come in May. Cancel my booking.", "tables": _TABLES,
+        {"question": "I am mina@example.com and cannot come in May. Cancel my booking.", "tables": _HOTEL,
          "goal": {"calls": [{"name": "cancel_booking", "arguments": {"booking_id": "B1"}}]}})
 
     @tool

@@ -10,7 +10,7 @@ from megatron_sov.judge.tools.schema import tool
 from megatron_sov.judge.tools.worlds.goals import Database
 
 Status = Literal["open", "waiting", "closed"]
-_TABLES = {
+_DESK = {
     "customers": {"C1": {"name": "Somchai", "plan": "basic"}, "C2": {"name": "Mina", "plan": "business"}},
     "agents": {"A1": {"name": "Ann", "team": "billing"}, "A2": {"name": "Bo", "team": "network"}},
     "tickets": {
@@ -32,10 +32,10 @@ class Tickets(Database):
               "'duplicate of' and the earlier one's id. In the end say which tickets you changed.")
     TABLES = ("customers", "agents", "tickets")
     EXAMPLES = (
-        {"question": "Please care for ticket T1.", "tables": _TABLES,
+        {"question": "Please care for ticket T1.", "tables": _DESK,
          "goal": {"calls": [{"name": "assign_ticket", "arguments": {"ticket_id": "T1", "agent_id": "A1"}}],
                   "answers": ["T1"]}},
-        {"question": "Please care for Mina's tickets.", "tables": _TABLES,
+        {"question": "Please care for Mina's tickets.", "tables": _DESK,
          "goal": {"calls": [
              {"name": "assign_ticket", "arguments": {"ticket_id": "T2", "agent_id": "A2"}},
              {"name": "set_priority", "arguments": {"ticket_id": "T2", "priority": 1}},

@@ -14,7 +14,7 @@ from megatron_sov.base.artifacts import clear_leftovers, damaged_files, new_arti
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.omni.codecs.training.task import CodecTask
 
-KIND = "codec_training"
+STATE_KIND = "codec_training"
 """Of the artifact."""
 _TENSORS, _NUMBERS = "state.safetensors", "state.json"
 
@@ -33,7 +33,7 @@ def save_state(path: Path, task: CodecTask, step: int) -> None:
                 else:
                     plain.setdefault(str(index), {})[key] = value
         numbers[name] = {"groups": state["param_groups"], "state": plain}
-    with new_artifact(path, KIND, overwrite=True) as writer:
+    with new_artifact(path, STATE_KIND, overwrite=True) as writer:
         save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
                   writer.path / _TENSORS)
         (writer.path / _NUMBERS).write_text(json.dumps({"optimizers": numbers}), encoding="utf-8")
@@ -49,7 +49,7 @@ def load_state(path: Path, task: CodecTask) -> int:
     clear_leftovers(path)
     if not path.exists():
         return 0
-    step = read_manifest(path, KIND).content.get("step")
+    step = read_manifest(path, STATE_KIND).content.get("step")
     remedy = f"delete {path.parent} to begin again"
     if damaged := damaged_files(path):
         raise UserError(f"{damaged[0]}; {remedy}")

@@ -188,7 +188,7 @@ class SpectralLoss(nn.Module):
 LOOK_SOUNDS = 64
 """Held-out sounds that are looked at."""
 MAX_WINDOWS = 16
-MAX_GRAD_NORM = 500.0
+MAX_VOCODER_GRAD_NORM = 500.0
 """Longer gradients are shortened; BigVGAN-v2's."""
 
 
@@ -318,7 +318,7 @@ class VocoderTask:
         optimizer = self.optimizers[name]
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), MAX_GRAD_NORM)
+        norm = nn.utils.clip_grad_norm_(self.networks[name].parameters(), MAX_VOCODER_GRAD_NORM)
         optimizer.step()
         return norm.item()
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Those that are decoded: pixels alone, and nothing that is a program."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -65,11 +65,10 @@ def opened(file: Path, limits: MediaLimits) -> ImageFile:
 
     Image.MAX_IMAGE_PIXELS = None  # `limits` says it
     try:
-        picture = Image.open(file, formats=FORMATS)
+        picture = Image.open(file, formats=PICTURE_FORMATS)
     except UnidentifiedImageError:
-        raise BadRecord("no_picture", f"is no picture in one of {', '.join(FORMATS)}; convert it, or leave "
-                                      "it "
-                                      "out") from None
+        raise BadRecord("no_picture", f"is no picture in one of {', '.join(PICTURE_FORMATS)}; "
+                                      "convert it, or leave it out") from None
     width, height = picture.size
     if width * height > limits.pixels:
         picture.close()

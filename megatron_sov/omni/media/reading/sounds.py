@@ -11,10 +11,10 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.limits import MediaLimits
 
-FORMATS = {"WAV": "audio/wav", "WAVEX": "audio/wav", "RF64": "audio/wav", "FLAC": "audio/flac",
+SOUND_FORMATS = {"WAV": "audio/wav", "WAVEX": "audio/wav", "RF64": "audio/wav", "FLAC": "audio/flac",
            "OGG": "audio/ogg", "MP3": "audio/mpeg"}
 """libsndfile's name of a format -> type of its content."""
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 LEAST_RATE_HZ, MOST_RATE_HZ = 1000, 768_000
 MOST_CHANNELS = 64
 PEAK = 16.0
@@ -33,11 +33,11 @@ def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarra
 
     try:
         with soundfile.SoundFile(file) as sound:
-            if sound.format not in FORMATS:
+            if sound.format not in SOUND_FORMATS:
                 raise BadRecord("no_sound", f"is a sound of format {sound.format}, read are "
-                                            f"{', '.join(FORMATS)}; convert it")
+                                            f"{', '.join(SOUND_FORMATS)}; convert it")
             samples = _mono(sound, limits)
-            own_hz, mime_type = int(sound.samplerate), FORMATS[sound.format]
+            own_hz, mime_type = int(sound.samplerate), SOUND_FORMATS[sound.format]
     except soundfile.LibsndfileError as e:
         raise BadRecord("no_sound", f"is no sound that is read ({str(e).rpartition(': ')[2][:120]}); "
                                     "convert it to "

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import SUFFIXES, opened, squared, upright
+from megatron_sov.omni.media.reading.pictures import PICTURE_SUFFIXES, opened, squared, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,10 +72,10 @@ def _refuse_long(duration_s: float, limits: MediaLimits) -> None:
 def _of_folder(folder: Path, sampling: VideoFrames,
                limits: MediaLimits) -> tuple[list[np.ndarray], float, str]:
     # frame-2 before frame-10
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES), key=lambda f: [
+    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES), key=lambda f: [
         int(part) if part.isdigit() else part for part in re.split(r"(\d+)", f.name)])
     if not files:
-        raise BadRecord("no_video", f"is a folder without pictures ({', '.join(SUFFIXES)}); name a video")
+        raise BadRecord("no_video", f"is a folder without pictures ({', '.join(PICTURE_SUFFIXES)}); name a video")
     if len(files) > MOST_FRAMES_IN:
         raise BadRecord("long", f"is a folder of {len(files):,} pictures, at most {MOST_FRAMES_IN:,} are "
                                 "read; "
