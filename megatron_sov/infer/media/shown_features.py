@@ -12,8 +12,7 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS
-from megatron_sov.omni.media.data_codecs import banks_of
+from megatron_sov.omni.media.banks import PICTURES, SOUNDS, banks_of
 from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
 from megatron_sov.omni.media.placed import Media, placed
 

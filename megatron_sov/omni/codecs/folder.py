@@ -101,13 +101,13 @@ class Vocoder(Protocol):
 # The kinds of codec there are; none is imported before it is asked for.
 
 KNOWN = {
-    "simvq": "megatron_sov.omni.codecs.images.simvq:SimVQTokenizer",
-    "ta-tok": "megatron_sov.omni.codecs.images.ta_tok:TATok",
-    "fsq": "megatron_sov.omni.codecs.sounds.fsq:FSQTokenizer",
-    "cosyvoice2": "megatron_sov.omni.codecs.sounds.cosyvoice2:CosyVoice2Tokenizer",
-    "nemo-audio": "megatron_sov.omni.codecs.sounds.nemo_audio:NemoAudioTokenizer",
-    "dit": "megatron_sov.omni.codecs.images.dit:DiT",
-    "unit-bigvgan": "megatron_sov.omni.codecs.sounds.bigvgan:UnitBigVGAN",
+    "simvq": "megatron_sov.omni.codecs.quantised:SimVQTokenizer",
+    "ta-tok": "megatron_sov.omni.codecs.quantised:TATok",
+    "fsq": "megatron_sov.omni.codecs.quantised:FSQTokenizer",
+    "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
+    "nemo-audio": "megatron_sov.omni.codecs.published:NemoAudioTokenizer",
+    "dit": "megatron_sov.omni.codecs.dit:DiT",
+    "unit-bigvgan": "megatron_sov.omni.codecs.bigvgan:UnitBigVGAN",
 }
 """Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
 and keeps them as `.settings`."""

@@ -15,11 +15,9 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import plain
 from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings
-from megatron_sov.omni.codecs.sounds.fsq import FSQSettings
+from megatron_sov.omni.codecs.quantised import FSQSettings, SimVQSettings
 from megatron_sov.omni.codecs.training.banks import PICTURES, SoundBank, media_files, picture_bank
-from megatron_sov.omni.codecs.training.draws import batch_rows
-from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
+from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, batch_rows, train
 from megatron_sov.omni.codecs.training.tokenizers import (
     AudioTokenizerTask, AudioTokenizerTraining, ImageTokenizerTask, ImageTokenizerTraining, Learning)
 from megatron_sov.runs.obs.events import EVENTS, read_events

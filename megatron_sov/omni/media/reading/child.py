@@ -12,10 +12,8 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import told_in_a_line
-from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
-from megatron_sov.omni.media.reading.sounds import read_sound
-from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
+from megatron_sov.omni.media.reading.kinds import (
+    MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox.restrictions import enclose_reader
 

@@ -8,18 +8,41 @@ import math
 import queue
 import threading
 import weakref
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.places import place_of
-from megatron_sov.omni.media.reading.videos import VideoFrames
+from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox.readers import KeptReader, ReaderEnded, Wording
+
+
+def place_of(root: Path, path: str) -> Path:
+    """Return where a medium lies.
+
+    Args:
+        root: the folder of media.
+        path: as a record names it, relative to the root.
+
+    Raises:
+        BadRecord: it leads out of the root, by its parts or by a link, or nothing is there.
+    """
+    parts = PurePosixPath(path)
+    if not path or "\0" in path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise BadRecord("outside", "is no path below --media-root; name it relative to that folder, "
+                                   "without ..")
+    file = root / parts
+    try:
+        real = file.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BadRecord("missing", f"is not in {root}; add it, or mend the record") from None
+    if not real.is_relative_to(root.resolve()):
+        raise BadRecord("outside", "is a link that leads out of --media-root; copy the file there")
+    return real
+
 
 WORDING = Wording("decoder", "decode", "--max-time")
 MOST_HEADER_BYTES = 1 << 16

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.codecs.images.vae import VAESettings, new_vae, open_vae
+from megatron_sov.omni.codecs.decoder_settings import VAESettings
+from megatron_sov.omni.codecs.dit import new_vae, open_vae
 
 TINY = VAESettings(latent_channels=2, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
                    scaling_factor=0.5, shift_factor=0.25)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.omni.codecs.sounds import nemo_audio
-from megatron_sov.omni.codecs.sounds.nemo_audio import MAX_ELEMENTS, BoundedUnpickler
+from megatron_sov.omni.codecs import published
+from megatron_sov.omni.codecs.published import MAX_ELEMENTS, BoundedUnpickler
 
 
 def test_a_network_of_usual_size_is_the_one_that_torch_makes() -> None:
@@ -31,7 +31,7 @@ def test_what_is_too_large_is_refused_before_it_is_reserved(make: Any) -> None:
 
 
 def test_many_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nemo_audio, "MAX_TENSORS", 10)
+    monkeypatch.setattr(published, "MAX_TENSORS", 10)
     limits = BoundedUnpickler()
     with pytest.raises(MemoryError, match="in 11 tensors"), limits:
         torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(10**9))

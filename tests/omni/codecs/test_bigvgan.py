@@ -11,9 +11,9 @@ import torch
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
+from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.omni.codecs.folder import open_codec, save_codec
-from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
 
 TINY = UnitBigVGANSettings(sample_rate_hz=800, tokens_per_s=25, codebook_size=32, speakers=("her", "him"),
                            unit_width=8, speaker_width=4, channels=16, rates=(8, 4), kernels=(3, 5),

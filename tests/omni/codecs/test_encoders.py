@@ -12,8 +12,8 @@ import torch
 
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import encoder_params, encoder_tensors
-from megatron_sov.omni.codecs.encoders import networks
-from megatron_sov.omni.codecs.encoders.networks import Compressor, MediaEncoder, Mixer, fastest, patches, scan
+from megatron_sov.omni.codecs import encoders
+from megatron_sov.omni.codecs.encoders import Compressor, MediaEncoder, Mixer, fastest, patches, scan
 
 # The compressor's scan and mixer against transformers' Mamba-2 and against the recurrence itself.
 
@@ -92,7 +92,7 @@ def test_the_kernel_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPat
     assert fastest(torch.device("cuda")) is scan
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
     assert fastest(torch.device("cpu")) is scan
     found = fastest(torch.device("cuda"))(*drawn(70))
     assert found.equal(scan(*drawn(70))) and asked == {"groups": 1, "chunk_size": 64}

@@ -7,8 +7,7 @@ import torch
 from scipy.signal import firwin, kaiser_beta
 from torch.nn import functional
 
-from megatron_sov.omni.codecs.sounds.bigvgan import (
-    DELAY_SAMPLES, TAPS, CausalSnake, Past, SnakeBeta, low_pass)
+from megatron_sov.omni.codecs.bigvgan import DELAY_SAMPLES, TAPS, CausalSnake, Past, SnakeBeta, low_pass
 
 
 def test_the_filter_is_scipys_window_design() -> None:

@@ -20,11 +20,9 @@ from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 # at a learned query behind the chunk.
 #
 # It is MambaMia2 as the authors serve it (OmniServe, mambamia_videoaudio_compressor.py), with their names:
-# a
-# projection to the layer's width, a query behind each chunk, a norm, one block (norm, gated pooling of the
-# chunk into its query, Mamba-2, residual), a norm, a projection to the model's width.  Their dropout inside
-# the
-# block is left out: what is computed would depend on the layout.
+# a projection to the layer's width, a query behind each chunk, a norm, one block (norm, gated pooling of the
+# chunk into its query, Mamba-2, residual), a norm, a projection to the model's width. Their dropout inside
+# the block is left out: what is computed would depend on the layout.
 #
 # The scan is Mamba-2's (arXiv 2405.21060, listing 1) in plain torch, piece by piece; where `mamba_ssm` is
 # installed and the layer is on a GPU, its kernel does the same.

@@ -11,10 +11,9 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
-from megatron_sov.omni.codecs.decoder_settings import DiTSettings
+from megatron_sov.omni.codecs.decoder_settings import DiTSettings, VAESettings
+from megatron_sov.omni.codecs.dit import DiT
 from megatron_sov.omni.codecs.folder import open_codec, save_codec
-from megatron_sov.omni.codecs.images.dit import DiT
-from megatron_sov.omni.codecs.images.vae import VAESettings
 
 TINY = DiTSettings(side_pixels=8, size_multiple_pixels=2, grid=2, codebook_size=16, token_width=6, vae=None,
                    patch=2, width=24, num_heads=2, num_layers=2, mlp_ratio=2.0, rope_axes=(4, 4, 4), steps=3)

@@ -24,13 +24,11 @@ from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.codecs import importing
+from megatron_sov.omni.codecs import published
 from megatron_sov.omni.codecs.folder import open_codec, save_codec
-from megatron_sov.omni.codecs.images.siglip import SiglipSettings, load_siglip, siglip_settings
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.omni.codecs.importing import import_codec
-from megatron_sov.omni.codecs.sounds.fsq import LevelQuantiser
-from megatron_sov.omni.codecs.sounds.nemo_audio import config_problems
+from megatron_sov.omni.codecs.published import config_problems, import_codec
+from megatron_sov.omni.codecs.quantised import LevelQuantiser, SimVQSettings, SimVQTokenizer
+from megatron_sov.omni.codecs.siglip import SiglipSettings, load_siglip, siglip_settings
 from megatron_sov.omni.codecs.training.tokenizers import ImageTokenizerTask, Learning
 
 
@@ -63,15 +61,15 @@ class PublishedTATok(nn.Module):
 
 
 @pytest.fixture
-def published() -> PublishedTATok:
+def published_network() -> PublishedTATok:
     torch.manual_seed(0)
     return PublishedTATok().eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "released"])
-def test_ta_tok_gives_the_ids_that_its_authors_code_gives(tmp_path: Path, published: PublishedTATok,
+def test_ta_tok_gives_the_ids_that_its_authors_code_gives(tmp_path: Path, published_network: PublishedTATok,
                                                           form: str) -> None:
-    state = published.state_dict()
+    state = published_network.state_dict()
     if form == "pth":
         source = tmp_path / "ta_tok.pth"
         torch.save({"model": {"args": {"input_size": 20}, "sd": state}}, source)
@@ -86,14 +84,14 @@ def test_ta_tok_gives_the_ids_that_its_authors_code_gives(tmp_path: Path, publis
     codec = open_codec(tmp_path / "codec")
     pictures = torch.rand(4, 3, 20, 20, generator=torch.Generator().manual_seed(2))
     ids = codec.encode(pictures)
-    assert torch.equal(ids, published.encode(pictures))
+    assert torch.equal(ids, published_network.encode(pictures))
     assert len(ids.unique()) > 5
     assert (codec.side_pixels, codec.grid, codec.codebook_size, codec.width) == (20, 4, 40, 6)
-    torch.testing.assert_close(codec.embed(ids), published.codes()[ids])
+    torch.testing.assert_close(codec.embed(ids), published_network.codes()[ids])
 
 
-def test_another_network_is_one_sentence(tmp_path: Path, published: PublishedTATok) -> None:
-    state = {name: tensor.clone() for name, tensor in published.state_dict().items()}
+def test_another_network_is_one_sentence(tmp_path: Path, published_network: PublishedTATok) -> None:
+    state = {name: tensor.clone() for name, tensor in published_network.state_dict().items()}
     file = tmp_path / "model.safetensors"
     patches, code_bias = "encoder.embeddings.patch_embedding.weight", "bottleneck.in_linear.bias"
     cases = [({"a": torch.zeros(1)}, f"lacks {re.escape(patches)}, so it is no TA-Tok"),
@@ -147,7 +145,7 @@ def test_a_pickle_may_not_fill_the_memory_nor_read_without_end(
     with zipfile.ZipFile(file, "w") as out:
         for name, content in members.items():
             out.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
-    monkeypatch.setattr(importing, "_LOADING_S", 0.05)
+    monkeypatch.setattr(published, "_LOADING_S", 0.05)
     with pytest.raises(UserError, match="takes more memory or time"):
         import_codec("ta-tok", file, tmp_path / "codec")
 
