@@ -17,7 +17,7 @@ from megatron_sov.judge.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.judge.rewards.math_answers", "Math"),
-    "stem": ("megatron_sov.judge.rewards.stem", "Stem"),
+    "stem": ("megatron_sov.judge.rewards.answers", "Stem"),
     "ifeval": ("megatron_sov.judge.rewards.ifeval", "IfEval"),
     "classifier": ("megatron_sov.judge.rewards.classifier", "Classifier"),
     "composed": ("megatron_sov.judge.rewards.composed", "Composed"),

@@ -80,7 +80,7 @@ def _source(module: str) -> str:
 
 
 def _room(module: str) -> str:
-    """Return a module's package: `megatron_sov.judge.rewards` of `megatron_sov.judge.rewards.stem`."""
+    """Return a module's package: `megatron_sov.judge.rewards` of `megatron_sov.judge.rewards.answers`."""
     return ".".join(module.split(".")[:3])
 
 

@@ -19,10 +19,8 @@ from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import Observation, Task
-from megatron_sov.judge.tools.faults import INFRASTRUCTURE
+from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
-from megatron_sov.judge.tools.limits import EpisodeLimits, cut
 from megatron_sov.work.progress.journal import Journal
 
 ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")

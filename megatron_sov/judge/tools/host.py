@@ -16,9 +16,9 @@ from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.judge.rewards.reward import Result, checked, short
-from megatron_sov.judge.tools.environment import Environment, Observation, Task, unknown
-from megatron_sov.judge.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
-from megatron_sov.judge.tools.limits import EpisodeLimits, cut
+from megatron_sov.judge.tools.environment import (
+    INFRASTRUCTURE, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault, cut,
+    unknown)
 from megatron_sov.judge.tools.registry import BUILT_IN, make
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers

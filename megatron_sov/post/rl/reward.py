@@ -18,8 +18,7 @@ from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.running import runner
-from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally
+from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
 from megatron_sov.judge.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
 from megatron_sov.work.progress.claims import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.judge.tools.schema import Parameter
+from megatron_sov.judge.tools.environment import Parameter
 from megatron_sov.judge.tools.virtual.expressions import Problems, shown
 from megatron_sov.judge.tools.virtual.steps import CHANGING, RESERVED, StepReader, Tables, WorldStep
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.judge.tools.faults import ToolFault, ToolRefused
+from megatron_sov.judge.tools.environment import ToolFault, ToolRefused
 from megatron_sov.judge.tools.virtual import expressions
 from megatron_sov.judge.tools.virtual.expressions import Expression, Problems, shown, value_of
 

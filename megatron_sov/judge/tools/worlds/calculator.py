@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron_sov.judge.tools.faults import ToolRefused
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import ToolRefused, tool
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 
 MAX_CHARS, MAX_NODES, MAX_BITS = 1000, 200, 4096

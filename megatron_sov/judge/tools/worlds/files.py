@@ -8,9 +8,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Score
-from megatron_sov.judge.tools.environment import Observation, Task, World
-from megatron_sov.judge.tools.faults import ToolRefused
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import Observation, Task, ToolRefused, World, tool
 
 MAX_FILES, MAX_TREE_CHARS = 10_000, 8_000_000
 MAX_FOUND = 200

@@ -14,8 +14,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Score
-from megatron_sov.judge.tools.environment import Observation, Task, World
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import Observation, Task, ToolFault, World
 
 LEFT_OUT = ""
 """Among accepted values: the argument may be left out."""

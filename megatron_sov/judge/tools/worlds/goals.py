@@ -13,10 +13,9 @@ import re
 from typing import Any
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.answers import Stem
 from megatron_sov.judge.rewards.reward import Refused, Score
-from megatron_sov.judge.rewards.stem import Stem
-from megatron_sov.judge.tools.environment import Observation, Task, World, text_in
-from megatron_sov.judge.tools.faults import ToolFault, ToolRefused
+from megatron_sov.judge.tools.environment import Observation, Task, ToolFault, ToolRefused, World, text_in
 
 
 class AnsweredWorld(World):

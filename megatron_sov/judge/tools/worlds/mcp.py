@@ -21,8 +21,8 @@ from annotated_types import MinLen
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Bound, Breach, ProblemCode
 from megatron_sov.judge.rewards.reward import short
-from megatron_sov.judge.tools.environment import Observation, Task
-from megatron_sov.judge.tools.faults import InfrastructureFault, ToolFault, ToolRefused
+from megatron_sov.judge.tools.environment import (
+    InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 from megatron_sov.version import __version__
 from megatron_sov.work.processes.environment import variables_for_foreign

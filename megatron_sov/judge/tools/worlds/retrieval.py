@@ -19,8 +19,7 @@ from megatron_sov.base.documents.scripts import script_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     ONCE, AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, other_than)
-from megatron_sov.judge.tools.faults import ToolRefused
-from megatron_sov.judge.tools.schema import Parameter, Tool
+from megatron_sov.judge.tools.environment import Parameter, Tool, ToolRefused
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 
 K1, B = 1.2, 0.75

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.environment import Observation, Task
-from megatron_sov.judge.tools.faults import ToolFault
-from megatron_sov.judge.tools.schema import Tool
+from megatron_sov.judge.tools.environment import Observation, Task, Tool, ToolFault
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, spec_of
 from megatron_sov.judge.tools.virtual.steps import run
 from megatron_sov.judge.tools.worlds.goals import Database

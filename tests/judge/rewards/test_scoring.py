@@ -12,9 +12,9 @@ from unittest.mock import Mock
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards import running as room
+from megatron_sov.judge.rewards import scoring as room
 from megatron_sov.judge.rewards.registry import order
-from megatron_sov.judge.rewards.running import ProcessRunner
+from megatron_sov.judge.rewards.scoring import ProcessRunner
 from megatron_sov.work.processes.channel import send
 from megatron_sov.work.processes.environment import forget_other_variables
 from megatron_sov.work.processes.workers import serve

@@ -8,8 +8,7 @@ import pytest
 from transformers.utils import get_json_schema
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.faults import ToolFault
-from megatron_sov.judge.tools.schema import Tool, tool_of
+from megatron_sov.judge.tools.environment import Tool, ToolFault, tool_of
 
 
 def find_room(city: str, nights: int, kinds: list[str], view: Literal["sea", "yard"] = "yard",

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.cli import main
+from megatron_sov.judge.rollouts.inspection import page_of
 from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, part_name
 from megatron_sov.judge.rollouts.store import RolloutStore
-from megatron_sov.judge.rollouts.transcripts import page_of
 from tests.judge.rollouts.test_store import rollout as sound_row
 
 VERSION = "8c1d22ab90e4f00d"

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from megatron_sov.judge.rewards.answers import final_answer, last_boxed, normalized, read_quantity
+from megatron_sov.judge.rewards.answers import Stem, final_answer, last_boxed, normalized, read_quantity
 from megatron_sov.judge.rewards.reward import Refused
-from megatron_sov.judge.rewards.stem import Stem
 
 
 def right(response: str, answer: object, **more) -> bool:
