@@ -42,7 +42,6 @@ class Classifier:
     """For a row."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what is missing."""
         return find_broken(
             self, "", ((Path(self.folder) / "config.json").is_file(), "folder", "has no config.json",
                        "name a folder of a sequence classifier"),

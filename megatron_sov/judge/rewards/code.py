@@ -47,7 +47,6 @@ class CodeReward:
     """For a row; then its status is timeout."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         longest_s = self.patience * self.test_time_s
         return find_broken(self, "", (
             self.time_limit_s > longest_s, "time_limit_s",
@@ -117,7 +116,6 @@ class CodeReward:
         return passed, why, too_slow
 
     def _tested(self, source: str, tests: list[Any], row: Row) -> tuple[list[bool], str, bool]:
-        """Run the tests' process, which has a process of its own for the solution."""
         entry_point = row.get("entry_point", "")
         if not isinstance(entry_point, str):
             raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function")

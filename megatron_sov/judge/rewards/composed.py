@@ -64,7 +64,6 @@ class Composed:
     """A second opinion; it is reported and changes no reward."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = [SettingsProblem(ProblemCode.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
                              "name its parts here") for name,
              part in self.parts.items() if part.reward == "composed"]
@@ -91,11 +90,9 @@ class Composed:
         return {**kept, "order": list(self.parts), "versions": dict(versions)}
 
     def in_order(self) -> list[tuple[str, RewardPart]]:
-        """Return the parts as they are asked."""
         return sorted(self.parts.items(), key=lambda item: item[1].gate is None)
 
     def judges(self, part: RewardPart, row: Row) -> bool:
-        """Return whether a part judges a row."""
         return not part.domains or row.get(self.domain_field) in part.domains
 
     def stops(self, part: RewardPart, result: Result) -> bool:

@@ -114,7 +114,6 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
 
 
 def _problem(node: ast.AST, allowed: frozenset[str]) -> str:
-    """Return what is wrong with one node of a check's tree."""
     imported: list[str] = []
     if isinstance(node, ast.Import):
         imported = [alias.name for alias in node.names]

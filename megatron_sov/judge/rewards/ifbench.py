@@ -70,7 +70,6 @@ def tokens(text: str) -> list[str]:
 
 
 def bare(text: str) -> str:
-    """Return a text without ASCII punctuation."""
     return text.translate(_NO_PUNCTUATION)
 
 

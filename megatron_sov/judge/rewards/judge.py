@@ -96,7 +96,6 @@ def sound(text: str) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:

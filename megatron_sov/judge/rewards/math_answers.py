@@ -82,7 +82,6 @@ class Math:
     """Where the answer is a number, a response has to give the number: 6 \\times 7 restates a question."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what is missing."""
         found = importlib.util.find_spec("math_verify") is not None
         return [] if found else [as_problem(f"math-verify is not installed; {how_to_install('rl')}")]
 

@@ -79,7 +79,6 @@ class DisagreementAlarm:
         """The first one."""
 
     def add(self, paid_wrongly: bool) -> None:
-        """Take in the next opinion."""
         self.seen += 1
         self.paid += paid_wrongly
         if self.alarm is not None:
@@ -163,11 +162,9 @@ class Opinions:
 
     @property
     def alarm(self) -> Alarm | None:
-        """The first alarm."""
         return self.rule.alarm
 
     def add(self, opinion: Opinion) -> None:
-        """Take in the next opinion."""
         self.num_opinions += 1
         self.lines.append(opinion.line)
         if opinion.disagrees:

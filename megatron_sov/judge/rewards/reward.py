@@ -158,13 +158,11 @@ def agreeing(first: Result, second: Result) -> Result:
 
 
 def short(text: str) -> str:
-    """Return the beginning of a reason, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_REASON_CHARS else line[:MAX_REASON_CHARS - 3] + "..."
 
 
 def _plain(value: Any) -> Any:
-    """Return a component as JSON has it."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Real):

@@ -120,7 +120,6 @@ class ProcessRunner(Runner):
         return [results[i] for i in range(len(rows))]
 
     def _lost(self, exit_code: int | None) -> Result:
-        """Return the result of a row whose process has ended, or had to."""
         if exit_code is None:
             return Result(None, "timeout", {}, f"took longer than {self._time_limit_s:g} s")
         if exit_code == -signal.SIGPROF:
@@ -139,7 +138,6 @@ def _blamed(suspect: Result, control: Result) -> Result:
 
 
 def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> Answer:
-    """Return what judges rows, in a process of the reward."""
     forget_other_variables(variables)
     reward = build(asked)
     if hasattr(reward, "prepare"):
@@ -262,7 +260,6 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
 
 
 def _written(row: Row, result: Result, version: str) -> bytes:
-    """Return the line of a row with its reward: what the row had, then what became of it."""
     return json_line({**row, "reward": result.reward, "status": result.status,
                       "components": dict(result.components), "reason": result.reason,
                       "reward_version": version})

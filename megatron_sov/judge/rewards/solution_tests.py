@@ -70,7 +70,6 @@ class Peer:
             return self.decoded(message[1])
 
     def serve(self) -> None:
-        """Answer until the other side has gone."""
         while True:
             self._answer(self.receive())
 
@@ -92,7 +91,6 @@ class Peer:
         self.send([*told, changed])
 
     def send(self, message: Any) -> None:
-        """Send a message."""
         data = json.dumps(message).encode()
         self._channel.sendall(struct.pack("<Q", len(data)) + data)
 
@@ -350,7 +348,6 @@ def read_exactly(length: int) -> bytes:
 
 
 def tell(fd: int, **what: Any) -> None:
-    """Write a line of the verdict."""
     os.write(fd, json.dumps(what).encode() + b"\n")
 
 

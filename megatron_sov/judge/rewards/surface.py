@@ -43,7 +43,6 @@ class Length:
     """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
 
     def score(self, row: Row) -> Score:
-        """Return a number from -1 to 0."""
         length = self._length(row)
         if length < self.min_length:
             return Score(-1.0, {"length": length, "too_short": True})
@@ -222,7 +221,6 @@ class Format:
     """1 or 0; without, the share of checks that pass."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if self.regex or self.tags or self.json or self.json_keys else [
             SettingsProblem(ProblemCode.RULE, "", "nothing is asked for",
                             way_out="set regex, tags, json or json_keys")]

@@ -38,7 +38,6 @@ class StoreCheck:
 
 
 def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
-    """Return what is wrong with a store."""
     found = StoreCheck()
     parts = store.parts(refused=found.problems.append)
     kept: list[np.ndarray] = []

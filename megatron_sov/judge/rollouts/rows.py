@@ -81,12 +81,10 @@ class Rollout:
 
     @property
     def written_versions(self) -> np.ndarray:
-        """Return the versions of the tokens that a policy wrote."""
         return self.versions[self.is_written]
 
     @property
     def num_written(self) -> int:
-        """Return the number of tokens that a policy wrote."""
         return int(self.is_written.sum())
 
     @property

@@ -380,7 +380,6 @@ class RolloutStore(Table[RolloutPart]):
         return _converted(part.file, lambda: rewards_of(self.read(part, REWARDS)))
 
     def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:
-        """Return what a reward said of the rows of those parts that it has judged."""
         return {(said.key, said.attempt): said for part in parts if self.has(part.name, version)
                 for said in self.read_rewards(version, part.name)}
 

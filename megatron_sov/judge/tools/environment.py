@@ -118,9 +118,8 @@ class Tool:
             object.__setattr__(self, "_adapter", TypeAdapter(made))
             self._adapter.json_schema()
         except Exception as e:  # whatever a type's own hooks raise
-            raise UserError(f"tool {self.name}: its arguments have no JSON schema "
-                            f"({first_line(e)}); use str, int, float, bool, list, dict, Literal and "
-                            "None") from None
+            raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_line(e)}); use "
+                            "str, int, float, bool, list, dict, Literal and None") from None
 
     def description_for_models(self) -> dict[str, Any]:
         """Return it as OpenAI describes functions, which chat templates show."""
@@ -323,7 +322,6 @@ class World:
     """Of this episode."""
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode."""
         self.task, self.state = task, copy.deepcopy(self.first_state(task))
         return Observation(text_in(task, "question"), text_in(task, "system", self.rules()))
 
@@ -341,21 +339,17 @@ class World:
         return {tool.name: tool for tool in tools_of(self)}
 
     def tools(self) -> list[dict[str, Any]]:
-        """Return the tools as OpenAI describes functions."""
         return [tool.description_for_models() for tool in self.by_name.values()]
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Return what a tool gives for arguments of the right types."""
         if name not in self.by_name:
             raise ToolFault("unknown_tool", unknown(name, self.by_name))
         return self.by_name[name].call(arguments)
 
     def snapshot(self) -> Any:
-        """Return a copy of the state."""
         return copy.deepcopy(self.state)
 
     def restore(self, state: Any) -> None:
-        """Take a state over."""
         self.state = copy.deepcopy(state)
 
 

@@ -65,7 +65,6 @@ class EpisodeTurn:
 
     @property
     def parsed(self) -> WrittenTurn:
-        """Return what it says and calls."""
         return parse_turn(self.text, in_thoughts=self.in_thoughts)
 
 
@@ -93,7 +92,6 @@ class Episode:
 
     @property
     def ids(self) -> list[int]:
-        """Return all ids so far."""
         return [*self.prompt, *(i for t in self.turns for i in (*t.written.ids, *t.behind))]
 
     @property
@@ -116,7 +114,6 @@ class Episode:
         return self.turns[-1].parsed.content if self.end == "answered" else ""
 
     def faults(self) -> Counter[str]:
-        """Return fault -> calls."""
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
 
 
@@ -189,7 +186,6 @@ def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
 
 def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
           limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
-    """Make a call, unless it is none or one too many."""
     if isinstance(call, BadCall):
         return {"name": "", "arguments": {}}, _told(call.code, call.reason, limits)
     asked = {"name": call.name, "arguments": call.arguments}
@@ -223,7 +219,6 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
 
 
 def left_of(episode: Episode, limits: EpisodeLimits) -> int:
-    """Return how many tokens a model may write in the next turn."""
     return limits.max_response_tokens - episode.num_response_tokens
 
 
@@ -259,13 +254,11 @@ class EpisodeLines:
 
 
 def begin_line(episode: Episode) -> dict[str, Any]:
-    """Return the line of an episode that has begun."""
     return {"episode": episode.number, "prompt": episode.prompt,
             "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
 
 
 def turn_line(episode: Episode) -> dict[str, Any]:
-    """Return the line of an episode's last turn."""
     return {"episode": episode.number, "turn": asdict(episode.turns[-1])}
 
 
@@ -276,13 +269,11 @@ def lines_of(episode: Episode) -> list[dict[str, Any]]:
 
 
 def result_line(episode: Episode) -> dict[str, Any]:
-    """Return the line of an episode's reward."""
     assert episode.result is not None
     return {"episode": episode.number, "result": asdict(episode.result)}
 
 
 def lines_in(journal: Journal) -> EpisodeLines:
-    """Return the lines of a journal, which keeps more."""
     def keep(lines: Sequence[dict[str, Any]]) -> None:
         journal.add([(line["episode"], json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass"))
                      for line in lines])

@@ -113,7 +113,6 @@ class EnvironmentHost:
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
 
     def score(self, answer: str) -> Result:
-        """Return the reward of the episode, or why there is none."""
         try:
             given = self._ask("score", self._limits.call_timeout_s, answer=answer)
         except _HostGone as gone:
@@ -200,7 +199,6 @@ def _value(environment: Environment, request: dict[str, Any]) -> Any:
 
 
 def _shown(value: Any, max_chars: int) -> tuple[str, bool]:
-    """Return a result as the text that a model is shown, and whether it was cut."""
     if not isinstance(value, str):
         try:
             value = json.dumps(value, ensure_ascii=False, allow_nan=False)

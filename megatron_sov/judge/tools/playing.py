@@ -303,7 +303,6 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
 
 def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
            begin: Callable[[Opening], Episode]) -> Episode:
-    """Begin an episode, or go on in one that the journal knows."""
     try:
         if known is None:
             return begin(host.reset(task))
@@ -318,7 +317,6 @@ def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None
 
 def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
            pool: ThreadPoolExecutor) -> None:
-    """Play the next turn of all episodes that go on, and score those that end."""
     playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
@@ -454,7 +452,6 @@ class _Room:
     """Of the journal, and of what is told."""
 
     def sit(self) -> None:
-        """Play one episode after the other in a process of the environment."""
         try:
             with EnvironmentHost(self.table.asked, self.table.limits) as host:
                 while not self.is_over:
@@ -491,7 +488,6 @@ class _Room:
             self.ended(1)
 
     def _turn(self, episode: Episode, host: EnvironmentHost) -> EpisodeTurn:
-        """Return the next turn, with the results of its calls."""
         limits = self.table.limits
         left = limits.max_response_tokens - _used_tokens(episode.turns)
         said = self.speaker.say(messages_of(episode), episode.opening.tools,

@@ -89,5 +89,4 @@ def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Tas
 
 
 def digest_of(tasks: Sequence[Any]) -> str:
-    """Return a hash of tasks."""
     return hashlib.sha256(json.dumps(tasks, sort_keys=True, default=dict).encode()).hexdigest()[:16]

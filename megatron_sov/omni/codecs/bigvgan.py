@@ -223,12 +223,10 @@ class UnitBigVGAN(nn.Module):
 
     @property
     def sample_rate_hz(self) -> int:
-        """Of what it says."""
         return self.settings.sample_rate_hz
 
     @property
     def speakers(self) -> tuple[str, ...]:
-        """Names of the voices in its table."""
         return self.settings.speakers
 
     def forward(self, ids: torch.Tensor, voices: torch.Tensor) -> torch.Tensor:

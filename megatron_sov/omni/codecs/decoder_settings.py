@@ -114,7 +114,6 @@ class DiTSettings:
         return int((area * ratio)**0.5 // unit) * unit, int((area / ratio)**0.5 // unit) * unit
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = []
         place = self.latent_pixels * self.patch
         for name in ("side_pixels", "size_multiple_pixels"):
@@ -176,7 +175,6 @@ class UnitBigVGANSettings:
         return math.prod(self.rates)
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = []
         if self.samples_per_token * self.tokens_per_s != self.sample_rate_hz:
             found.append(SettingsProblem(

@@ -212,7 +212,6 @@ def _to_places(pictures: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def _from_places(places: torch.Tensor, patch: int, rows: int, columns: int) -> torch.Tensor:
-    """Undo `_to_places`."""
     return nn.functional.fold(places.transpose(1, 2), (rows * patch, columns * patch), patch, stride=patch)
 
 

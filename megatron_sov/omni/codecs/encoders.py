@@ -123,7 +123,6 @@ class Norm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(width))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states, normalised."""
         return rms_norm(states, self.weight.shape, self.weight, EPS)
 
 
@@ -193,7 +192,6 @@ class Adapter(torch.nn.Module):
         self.fc2 = torch.nn.Linear(in_features, out_features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return features of the model's width."""
         if self.fc1 is not None:
             features = torch.nn.functional.gelu(self.fc1(features))
         out: torch.Tensor = self.fc2(features)

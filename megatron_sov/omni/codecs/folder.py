@@ -234,7 +234,6 @@ def load_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -
 
 
 def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise `UserError` where a file's tensors are not the expected ones."""
     for name, tensor in expected.items():
         if name not in found:
             raise UserError(f"{file}: lacks {name}, which its settings ask for; {_REMEDY}")

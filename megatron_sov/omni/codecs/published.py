@@ -55,7 +55,6 @@ class CosyVoice2Settings:
     """Of the transformer."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if self.width == 64 * self.num_heads else [
             SettingsProblem(ProblemCode.RULE, "width", f"must be 64 times num_heads = {self.num_heads}",
                             self.width)]
@@ -209,7 +208,6 @@ class NemoAudioSettings:
     """A longer sound is cut into pieces of this length."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for each setting that is not well."""
         return list(config_problems(self.config))
 
 
@@ -368,7 +366,6 @@ def _compare(own: Mapping[str, torch.Tensor], state: Tensors, source: Path) -> N
 
 
 def _tensors(source: Path, inside: str) -> Tensors:
-    """Return the tensors of a source under the names that their authors gave them."""
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{source}: {'has no safetensors files' if source.is_dir() else 'does not exist'}; "
@@ -507,8 +504,7 @@ def _member(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], na
     """Return a member of an archive, to be read; `UserError` where there is none, or it is too large."""
     if name not in members or members[name].size > max_bytes:
         what = "has no" if name not in members else "has too large a"
-        raise UserError(f"{os.fsdecode(archive.name or b'')}: {what} {name}; "
-                        "pass a .nemo file of a codec")
+        raise UserError(f"{os.fsdecode(archive.name or b'')}: {what} {name}; pass a .nemo file of a codec")
     found = archive.extractfile(members[name])
     assert found is not None  # it is a regular file
     return found

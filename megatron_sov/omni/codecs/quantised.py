@@ -67,7 +67,6 @@ class UnitSimVQ(nn.Module):
         return ids.view(vectors.shape[:2])
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the codes [..., width] of ids."""
         codes: torch.Tensor = self.book.code_transform(F.embedding(ids, self.book.frozen_codebook))
         return codes
 
@@ -97,7 +96,6 @@ class SimVQSettings:
     """A SigLIP, frozen, that sees in place of an encoder that is learned."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = []
         if self.siglip is not None and self.side_pixels // self.siglip.patch_pixels != self.grid:
             found.append(SettingsProblem(ProblemCode.RULE, "grid",
@@ -219,7 +217,6 @@ class TATokSettings:
     """Tokens there are."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return find_broken(self, "", (
             self.encoder.patch_pixels <= self.side_pixels, "encoder.patch_pixels",
             f"must be at most side_pixels = {self.side_pixels}"))

@@ -50,12 +50,10 @@ class BankShape:
 
     @property
     def dtype(self) -> str:
-        """Type of a number."""
         return _DTYPES[self.kind]
 
     @property
     def record_bytes(self) -> int:
-        """Size of a record."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def slots_of(self, num_frames: int) -> int:

@@ -49,7 +49,6 @@ class Expression:
 
     @property
     def names(self) -> frozenset[str]:
-        """Return what it uses of its scope."""
         nodes = list(ast.walk(self.tree))
         called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
         return frozenset(node.id for node in nodes if isinstance(node, ast.Name)
@@ -168,7 +167,6 @@ def _value(node: ast.AST, scope: Mapping[str, Any]) -> Any:
 
 
 def _column(value: Any, name: str) -> Any:
-    """Return a column of a row, or of each of several rows."""
     if isinstance(value, list):
         return [_column(row, name) for row in value]
     if not isinstance(value, dict) or name not in value:
@@ -331,7 +329,6 @@ class Problems:
     """Sentences, each with the place that it is about."""
 
     def __init__(self) -> None:
-        """Nothing is wrong yet."""
         self.told: list[str] = []
 
     def add(self, where: str, what: str) -> None:

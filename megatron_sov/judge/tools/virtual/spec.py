@@ -189,12 +189,10 @@ class ToolSpec:
     steps: tuple[WorldStep, ...] = ()
 
     def is_required(self, name: str) -> bool:
-        """Return whether a call must have an argument."""
         return self.parameters[name].default is Parameter.default
 
     @property
     def changes(self) -> bool:
-        """Whether it may change a table."""
         return any(step.verb in CHANGING for step in self.steps)
 
 
@@ -209,7 +207,6 @@ class Spec:
     tools: Mapping[str, ToolSpec]
 
     def first_tables(self) -> Tables:
-        """Return the tables at the start."""
         return {name: {key: dict(row) for key, row in table.rows.items()}
                 for name, table in self.tables.items()}
 

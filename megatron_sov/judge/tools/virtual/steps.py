@@ -69,7 +69,6 @@ class WorldStep:
     """Most rows; 0: all."""
 
     def expressions(self) -> list[Expression]:
-        """Return all that it computes."""
         return [*self.values.values(), *self.columns.values()]
 
 
@@ -88,7 +87,6 @@ class StepReader:
         self._names: dict[str, Set[str] | None] = dict.fromkeys(sorted(arguments))
 
     def steps(self, given: Any) -> tuple[WorldStep, ...]:
-        """Return the steps of a tool's `does`."""
         if not isinstance(given, list) or not 0 < len(given) <= MAX_STEPS:
             self._problems.add(f"{self._where}.does", f"must be a list of 1 to {MAX_STEPS} steps")
             return ()

@@ -41,7 +41,6 @@ class Files(World):
         return observation
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return the task's files."""
         files = task.get("files", {})
         if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
             raise UserError("the task's files must be an object of path -> text")
@@ -52,7 +51,6 @@ class Files(World):
 
     @property
     def files(self) -> dict[str, str]:
-        """Path -> text."""
         found: dict[str, str] = self.state["files"]
         return found
 

@@ -48,11 +48,9 @@ class Functions(World):
         return observation
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return that no call was made."""
         return {"calls": []}
 
     def tools(self) -> list[dict[str, Any]]:
-        """Return the task's functions."""
         return self._tools
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:

@@ -35,7 +35,6 @@ class AnsweredWorld(World):
         return observation
 
     def score(self, answer: str) -> Score:
-        """Return whether the answer is right."""
         judge = Stem(relative_tolerance=self.relative_tolerance)
         return judge.score({"response": answer, "answer": self.task["answer"]} if "answer" in self.task
                            else {"response": answer})

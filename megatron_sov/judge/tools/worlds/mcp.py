@@ -62,7 +62,6 @@ class Mcp(AnsweredWorld):
     """Rules for the model, where a task has none of its own."""
 
     def rules(self) -> str:
-        """Return what models are told where a task has no `system` of its own."""
         return self.system
 
     def reset(self, task: Task) -> Observation:
@@ -71,15 +70,12 @@ class Mcp(AnsweredWorld):
         return super().reset(task)
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """No call has been made."""
         return {"calls": []}
 
     def tools(self) -> list[dict[str, Any]]:
-        """Return what the server said that it has."""
         return self._tools
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """Return the text that the server gives."""
         text = self._call(name, arguments)
         self.state["calls"].append([name, dict(arguments)])
         return text

@@ -115,7 +115,6 @@ class Retrieval(AnsweredWorld):
     """Rules for the model, where a task has none of its own."""
 
     def rules(self) -> str:
-        """Return what models are told where a task has no `system` of its own."""
         return self.system
 
     def inputs(self) -> dict[str, str]:

@@ -46,7 +46,6 @@ class Virtual(Database):
         return super().reset(task)
 
     def rules(self) -> str:
-        """Return the world's rules."""
         return self._world.rules
 
     def first_state(self, task: Task) -> dict[str, Any]:

@@ -313,7 +313,6 @@ class VocoderTask:
         return {"spectral": self.distance(made, real).item()}
 
     def codec(self) -> UnitBigVGAN:
-        """Return the vocoder."""
         return self.vocoder
 
     def _step(self, name: str, loss: torch.Tensor) -> float:
@@ -422,7 +421,6 @@ class ImageDecoderTask:
         return {"loss": self._loss(pictures, ids, generator(self.learning.seed, 0, "look")).item()}
 
     def codec(self) -> DiT:
-        """Return the decoder."""
         return self.decoder
 
     def _loss(self, pictures: Pictures, ids: Ids, draws: torch.Generator) -> torch.Tensor:
@@ -485,7 +483,6 @@ def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path
 
 
 def _tokenizer(folder: Path, of_pictures: bool) -> Any:
-    """Return a tokenizer of the right kind of medium."""
     codec = open_codec(folder)
     wanted = "side_pixels" if of_pictures else "samples_per_token"
     if not hasattr(codec, "encode") or not hasattr(codec, wanted):
@@ -574,6 +571,5 @@ class SpokenBank(Sequence[Spoken]):
         return len(self._sounds)
 
     def __getitem__(self, row: Any) -> Any:
-        """Return one of them."""
         return Spoken(torch.from_numpy(self._ids.row(row).astype(np.int64)),
                       torch.from_numpy(self._sounds[row]), self._speakers[row])

@@ -166,7 +166,6 @@ def load_state(path: Path, task: CodecTask) -> int:
 
 
 def _optimizer_state(name: str, numbers: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return one optimizer's state as torch has it."""
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in numbers["state"].items()}
     begin = f"optimizer.{name}."
     for key, tensor in tensors.items():
@@ -230,7 +229,6 @@ def train(plan: CodecTrainingPlan, make_task: Callable[[Path], CodecTask]) -> di
 
 
 def _steps(plan: CodecTrainingPlan, task: CodecTask, folder: Path, events: EventLog, first: int) -> None:
-    """Take the steps that are left."""
     kept_s = time.monotonic()
     with work_bar("training", plan.steps, "step") as bar:
         bar.update(first)

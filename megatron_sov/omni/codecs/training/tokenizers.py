@@ -124,12 +124,10 @@ class _Autoencoder:
                                weight_decay=learning.weight_decay)}
 
     def codec(self) -> nn.Module:
-        """Return the tokenizer."""
         network: nn.Module = self.network
         return network
 
     def _step(self, step: int, media: torch.Tensor) -> dict[str, float]:
-        """Learn from one batch."""
         optimizer = self.optimizers["tokenizer"]
         rate = self.learning.set_rate(optimizer, step)
         self.network.train()
@@ -178,7 +176,6 @@ class ImageTokenizerTask(_Autoencoder):
         return cls(SimVQTokenizer(settings.model), settings.learning, pictures, heldout, device)
 
     def learn(self, step: int) -> dict[str, float]:
-        """Take one step; see `task.Task`."""
         rows = batch_rows(len(self._pictures), self.learning.batch_size, self.learning.seed, step)
         return self._step(step, _shares(self._pictures[rows.numpy()]))
 

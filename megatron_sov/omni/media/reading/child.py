@@ -54,12 +54,10 @@ def _answer(asked: dict[str, Any], limits: MediaLimits) -> tuple[dict[str, Any],
     except BadRecord as e:
         return {"bad": e.code, "reason": e.reason}, []
     except MemoryError:
-        return {"bad": "memory", "reason": f"takes more memory to decode than {limits.memory_bytes:,} "
-                                           "bytes; leave "
-                                           "it out"}, []
-    except Exception as e:
-        return {"bad": "broken", "reason": f"cannot be decoded ({told_in_a_line(e)[:MAX_ERROR_CHARS]}); "
-                                           "mend it, or "
+        return {"bad": "memory", "reason": f"takes more memory to decode than {limits.memory_bytes:,} bytes; "
                                            "leave it out"}, []
+    except Exception as e:
+        return {"bad": "broken", "reason": f"cannot be decoded ({told_in_a_line(e)[:MAX_ERROR_CHARS]}); mend "
+                                           "it, or leave it out"}, []
     arrays = [np.ascontiguousarray(array) for array in arrays]
     return {"facts": facts, "arrays": [[list(a.shape), a.dtype.name] for a in arrays]}, arrays

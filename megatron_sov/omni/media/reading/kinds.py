@@ -122,9 +122,8 @@ def _in_colour(picture: Image) -> Image:
     if picture.mode in _DEEP:
         deep = np.asarray(picture).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
-            raise BadRecord("depth", f"has pixels from {deep.min()} to {deep.max()}, which are neither 8 "
-                                     "nor 16 "
-                                     "bits; convert it")
+            raise BadRecord("depth", f"has pixels from {deep.min()} to {deep.max()}, which are neither 8 nor "
+                                     "16 bits; convert it")
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise BadRecord("depth", "has pixels of floating point, whose white nobody knows; convert it")
@@ -170,10 +169,8 @@ def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarra
             samples = _mono(sound, limits)
             own_hz, mime_type = int(sound.samplerate), SOUND_FORMATS[sound.format]
     except soundfile.LibsndfileError as e:
-        raise BadRecord("no_sound", f"is no sound that is read ({str(e).rpartition(': ')[2][:120]}); "
-                                    "convert it to "
-                                    "WAV, FLAC, "
-                                    "OGG or MP3, or leave it out") from None
+        raise BadRecord("no_sound", f"is no sound that is read ({str(e).rpartition(': ')[2][:120]}); convert "
+                                    "it to WAV, FLAC, OGG or MP3, or leave it out") from None
     if not len(samples):
         raise BadRecord("silence", "is a sound of no length; leave it out")
     if not np.isfinite(samples).all():
@@ -196,9 +193,8 @@ def _mono(sound: Any, limits: MediaLimits) -> np.ndarray:
     """
     if not LEAST_RATE_HZ <= sound.samplerate <= MOST_RATE_HZ or not 0 < sound.channels <= MOST_CHANNELS:
         raise BadRecord("rate", f"has {sound.channels} channels of {sound.samplerate} samples a second, "
-                                "which no "
-                                f"sound has (1 to {MOST_CHANNELS}, {LEAST_RATE_HZ:,} to {MOST_RATE_HZ:,}); "
-                                "convert it")
+                                f"which no sound has (1 to {MOST_CHANNELS}, {LEAST_RATE_HZ:,} to "
+                                f"{MOST_RATE_HZ:,}); convert it")
     most = int(limits.duration_s * sound.samplerate)
     if sound.frames > most:
         raise _too_long(sound.frames / sound.samplerate, limits)
@@ -218,8 +214,7 @@ def _mono(sound: Any, limits: MediaLimits) -> np.ndarray:
 
 def _too_long(found_s: float, limits: MediaLimits) -> BadRecord:
     return BadRecord("long", f"lasts {found_s:,.0f} s or longer, at most {limits.duration_s:g} s are read; "
-                             "cut it, "
-                             "or raise --max-duration")
+                             "cut it, or raise --max-duration")
 
 
 def resampled(samples: np.ndarray, own_hz: int, rate_hz: int) -> np.ndarray:
@@ -280,8 +275,7 @@ def read_video(file: Path, sampling: VideoFrames,
 def _refuse_long(duration_s: float, limits: MediaLimits) -> None:
     if duration_s > limits.duration_s:
         raise BadRecord("long", f"lasts {duration_s:,.0f} s, at most {limits.duration_s:g} s are read; cut "
-                                "it, or "
-                                "raise --max-duration")
+                                "it, or raise --max-duration")
 
 
 def _of_folder(folder: Path, sampling: VideoFrames,
@@ -294,8 +288,7 @@ def _of_folder(folder: Path, sampling: VideoFrames,
                                     "name a video")
     if len(files) > MOST_FRAMES_IN:
         raise BadRecord("long", f"is a folder of {len(files):,} pictures, at most {MOST_FRAMES_IN:,} are "
-                                "read; "
-                                "divide it")
+                                "read; divide it")
     if link := next((f for f in files if f.is_symlink()), None):
         raise BadRecord("outside", f"has the link {link.name}; copy the picture there")
     duration_s = len(files) / sampling.folder_frames_per_s
@@ -337,8 +330,7 @@ def _frames(picture: Image, limits: MediaLimits) -> Iterator[Image]:
             picture.load()
         except (OSError, EOFError, ValueError, SyntaxError) as e:
             raise BadRecord("truncated", f"is cut off or damaged at frame {number} ({str(e)[:200]}); fetch "
-                                         "it "
-                                         "again, or leave it out") from None
+                                         "it again, or leave it out") from None
         yield picture
 
 
@@ -353,8 +345,7 @@ def _of_container(file: Path, sampling: VideoFrames, limits: MediaLimits) -> tup
         import av
     except ImportError:
         raise BadRecord("library", "is a video container, which needs PyAV: `pip install av`; or give a "
-                                   "folder of "
-                                   "its frames") from None
+                                   "folder of its frames") from None
     try:
         with av.open(str(file)) as container:
             stream = container.streams.video[0]
@@ -364,8 +355,7 @@ def _of_container(file: Path, sampling: VideoFrames, limits: MediaLimits) -> tup
             _refuse_long(duration_s, limits)
             if stream.width * stream.height > limits.pixels:
                 raise BadRecord("pixels", f"has {stream.width} x {stream.height} pixels, at most "
-                                          f"{limits.pixels:,} "
-                                          "are read; shrink it, or raise --max-pixels")
+                                          f"{limits.pixels:,} are read; shrink it, or raise --max-pixels")
             waiting, frames = sampling.times(duration_s), list[np.ndarray]()
             for frame in container.decode(stream):
                 while len(frames) < len(waiting) and (frame.time or 0.0) >= waiting[len(frames)]:
@@ -374,6 +364,5 @@ def _of_container(file: Path, sampling: VideoFrames, limits: MediaLimits) -> tup
             frames += [squared(last.to_image(), sampling.side)] * (len(waiting) - len(frames))
             return frames, duration_s
     except (av.error.FFmpegError, IndexError, UnboundLocalError) as e:
-        raise BadRecord("truncated", f"is no video that is read, cut off or damaged ({str(e)[:200]}); "
-                                     "fetch it "
-                                     "again, or leave it out") from None
+        raise BadRecord("truncated", f"is no video that is read, cut off or damaged ({str(e)[:200]}); fetch "
+                                     "it again, or leave it out") from None

@@ -92,7 +92,6 @@ class MediaReader:
         self.close()
 
     def close(self) -> None:
-        """End the processes."""
         with self._lock:
             for child in list(self._children):
                 child.end()
@@ -121,9 +120,8 @@ class MediaReader:
         if asked["kind"] != "video" and not file.is_file():
             raise BadRecord("missing", "is no file; name a picture or a sound")
         if file.is_file() and (size_bytes := file.stat().st_size) > self.limits.file_bytes:
-            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are "
-                                    "read; shrink "
-                                    "it, or raise --max-file-bytes")
+            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are read; "
+                                    "shrink it, or raise --max-file-bytes")
         child = self._free.get()
         try:
             if child is None or child.is_worn:
