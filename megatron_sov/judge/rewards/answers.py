@@ -78,15 +78,18 @@ def final_answer(response: str) -> str | None:
     "the answer is ..." (also in Korean, Thai, Chinese, Japanese); a last line of few words.
     """
     text = response[-MAX_CHARS:].strip()
+    # the clearest mark wins, and of its kind the last: a response may correct itself
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
     tagged = _TAG.findall(text)
     if tagged:
         return tagged[-1].strip()
+    # an announcement ends with its line: what follows is talk about it
     said = [match.end() for match in _SAID.finditer(text)]
     if said:
         return text[said[-1]:].partition("\n")[0][:MAX_ANSWER_CHARS].strip().strip("*").strip()
+    # nothing is marked: a short last line is an answer, a long one is prose
     line = text.rsplit("\n", 1)[-1].strip()
     return line if line and len(line.split()) <= 8 and len(line) <= MAX_ANSWER_CHARS else None
 
@@ -106,6 +109,7 @@ def last_box(text: str) -> tuple[int, int] | None:
             return None
         depth = 0
         for i in range(start + len("\\boxed"), min(len(text), start + MAX_ANSWER_CHARS)):
+            # braces nest in LaTeX (\boxed{\frac{1}{2}}), which no regular expression counts
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 return start, i + 1
@@ -116,6 +120,7 @@ def last_box(text: str) -> tuple[int, int] | None:
 def normalized(text: str) -> str:
     """Return a short answer without case, articles, punctuation at its ends, LaTeX's text marks, and with
     single spaces."""
+    # full-width letters and digits of East Asian keyboards become the plain ones
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.strip().strip("$").strip())
@@ -148,10 +153,13 @@ def read_quantity(text: str) -> Quantity | None:
     below = _BELOW.match(rest)
     if below:
         divisor = float(below[1])
+        # a division by zero becomes infinity, which is refused below: no error of a response reaches the
+        # caller
         plain, rest, is_whole = plain / divisor if divisor else math.inf, rest[below.end():], False
     power = _POWER.match(rest)
     if power:
         exponent = int(power[1] or power[2])
+        # beyond 1e300 a float overflows, and `**` would raise
         plain, rest = (plain * 10.0 ** exponent if abs(exponent) <= 300 else math.inf), rest[power.end():]
         is_whole = False
     if not math.isfinite(plain):
@@ -166,6 +174,7 @@ def read_quantity(text: str) -> Quantity | None:
 def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
     """Return whether two quantities are equal within a tolerance; one without a unit is taken to have the
     other's."""
+    # the numbers as they were written are compared: a factor to SI of one side alone would be wrong
     if first.dimension is None or second.dimension is None:
         return math.isclose(first.plain, second.plain, rel_tol=relative_tolerance)
     return (first.dimension == second.dimension
@@ -174,6 +183,7 @@ def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
 
 def _simplified(text: str) -> str:
     """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
+    # the caret goes in before superscripts become digits: 10² would be 102
     text = _RAISED.sub("^", text[:500]).translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
     text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(r"\^\{\s*([+-]?[\d.]+)\s*\}", r"^\1", text)
@@ -181,6 +191,7 @@ def _simplified(text: str) -> str:
     text = re.sub(r"\s+\^", "^", text)  # \text{s}^2
     text = text.replace("\\%", "%").replace("^\\circ", "°").replace("\\Omega", "Ω").replace("\\mu", "µ")
     text = re.sub(r"\\[,;!: ]|~", " ", text).replace("\\times", "*").replace("\\cdot", "*")
+    # minus, micro and ohm have two code points each; the tables above know one
     text = unicodedata.normalize("NFC", text).replace("−", "-").replace("μ", "µ").replace("\u2126", "Ω")
     return re.sub(r"^(?:=|≈|~|about|approximately)\s*", "", text.strip())
 
@@ -189,6 +200,7 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
     """Return factor and dimension of a compound unit such as kg m/s^2; None where a part is not known."""
     if len(text) > 40:
         return None
+    # a slash holds for the unit behind it alone, so m/(s kg) becomes m/s/kg first
     text = re.sub(r"\s*([*/])\s*", r"\1", text.replace("·", "*"))
     text = re.sub(r"/\(([^()]*)\)", lambda below: "/" + re.sub(r"[\s*]+", "/", below[1].strip()), text)
     text = text.replace("(", "").replace(")", "")
@@ -200,6 +212,7 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
                 place += 1
                 continue
             return None
+        # one unknown part makes the whole unit unknown: a guess could pay a wrong answer
         single = _single(part[2])
         if single is None:
             return None
@@ -215,7 +228,9 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
 
 
 def _single(name: str) -> tuple[float, Dimension] | None:
+    # short names are symbols, where case counts: mW is no MW
     name = _NAMES.get(name.lower(), name) if len(name) > 2 else name
+    # these take no prefix: a kilominute is no unit
     if name in _WHOLE:
         return _WHOLE[name]
     for prefix, scale in _PREFIXES.items():
@@ -278,6 +293,7 @@ class Stem:
             raise Refused(f"answer = {told_short(gold)} is no number with a known unit")
         if given is None or (self.unit_required and expected.dimension and not given.dimension):
             return False
+        # a count has no tolerance: 100 people are not 101 within one per cent
         if self.exact_integers and expected.dimension is None and expected.is_whole and given.is_whole:
             return expected.plain == given.plain
         return same(expected, given, self.relative_tolerance)
@@ -307,6 +323,7 @@ def _letter(gold: str) -> str:
 
 def _choice(found: str, row: Row) -> str | None:
     """Return the letter that a final answer names, or whose choice it is, word for word; None for several."""
+    # "A or B" hedges, and would be right for two answers
     if _SEVERAL.fullmatch(found.upper()):
         return None
     match = _LETTER.fullmatch(found.upper()) or _LEADING.match(found)
@@ -315,6 +332,7 @@ def _choice(found: str, row: Row) -> str | None:
     choices = row.get("choices")
     if isinstance(choices, list) and len(choices) <= 10:
         said = normalized(found)
+        # a response may write the choice out; two equal choices would leave its letter open
         hits = [i for i, choice in enumerate(choices) if isinstance(choice,
                                                                     str) and normalized(choice) == said]
         if len(hits) == 1:
@@ -325,6 +343,7 @@ def _choice(found: str, row: Row) -> str | None:
 def _quantity(found: str) -> Quantity | None:
     """Return the quantity of a final answer; of v = 3 m/s what stands behind the last sign of equality, where
     no other number is said to be equal to it."""
+    # in "v = 3 m/s" the name may stand before; in "2 = 3" two numbers contradict each other
     *sides, last = re.split(r"=|≈|\\approx", found)
     given = read_quantity(last)
     others = list(filter(None, map(read_quantity, sides)))

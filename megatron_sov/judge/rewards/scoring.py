@@ -46,12 +46,14 @@ def runner(asked: PluginOrder, made: MadeReward, workers: int) -> Runner:
         workers: processes; a reward that waits for an endpoint says itself how many threads it wants.
     """
     reward: Any = made.reward
+    # parts have runners of their own: one may wait for an endpoint while another needs processes
     if made.parts:
         return ComposedRunner(reward, {name: runner(*part, workers) for name, part in made.parts.items()})
     if hasattr(reward, "threads"):
         return ThreadRunner(reward, reward.threads)
     # a file of a user's is no module that can be found by name, and is run by each process
     modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if asked.name in BUILT_IN else []
+    # a reward that holds a model takes one process, however many were asked for
     workers = min(workers, getattr(reward, "MAX_WORKERS", workers))
     return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules,
                          getattr(reward, "VARIABLES", ()), control=getattr(reward, "CONTROL", None),
@@ -101,16 +103,22 @@ class ProcessRunner(Runner):
         suspects: dict[int, Result] = {}
         late: set[int] = set()
         # (row, whether it is judged twice)
+        # places count over all batches, so that a rerun judges the same rows twice
         places = range(self._num_seen, self._num_seen + len(rows))
         waiting = deque((i, (dict(row), place < CHECKED_TWICE or place % EVERY == 0))
                         for i, (place, row) in enumerate(zip(places, rows, strict=True)))
+        # `waiting` grows while answers come: a row goes back into it at most twice
         for i, answer in self._workers.answers(waiting, self._time_limit_s):
             result = self._lost(answer.exit_code) if isinstance(answer, Lost) else Result(**answer)
+            # the second answer for a suspect is the one to its control response
             if i in suspects:
                 results[i] = _blamed(suspects[i], result)
+            # was it the response or the row? The same row with a harmless response says it
             elif result.spent and self._control is not None:
                 suspects[i] = result
                 waiting.append((i, ({**rows[i], "response": self._control}, False)))
+            # the clock alone ran out: a busy machine is no fault of the response, so the row gets one more
+            # chance
             elif answer == Lost(None) and self._control is not None and i not in late:
                 late.add(i)
                 waiting.append((i, (dict(rows[i]), False)))
@@ -131,6 +139,7 @@ class ProcessRunner(Runner):
 
 def _blamed(suspect: Result, control: Result) -> Result:
     """Return the result of a row that passed a limit, from the one that it has with an ordinary response."""
+    # the row itself is too heavy to judge: nothing is known about the response
     if control.reward is None:
         return suspect
     reason = f"the response: {suspect.reason}"
@@ -138,8 +147,10 @@ def _blamed(suspect: Result, control: Result) -> Result:
 
 
 def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> Answer:
+    # keys of the user's environment do not reach code of a user's file
     forget_other_variables(variables)
     reward = build(asked)
+    # before memory is limited: loading a model may need more than judging with it
     if hasattr(reward, "prepare"):
         reward.prepare()
     limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
@@ -160,6 +171,8 @@ def _judged_in(cpu_limit_s: float, reward: Any, row: Row) -> Result:
     that is doing."""
     if not math.isfinite(cpu_limit_s):
         return judged(reward, row)
+    # ITIMER_PROF counts processor time, so that neighbours on the machine do not make a row late; SIGPROF is
+    # not handled and ends the process even inside of C code
     signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
     try:
         return judged(reward, row)
@@ -238,6 +251,8 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
     summary = ScoringSummary()
     with runner(asked, made, workers) as running:
 
+        # the journal holds the lines of the output themselves: they are joined at the end, nothing is scored
+        # again
         def score(batch: Batch) -> bytes:
             results = running.score([row for _, row in batch])
             for (line, _), result in zip(batch, results, strict=True):
@@ -245,6 +260,7 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
             return b"".join(_written(row, result, made.version)
                             for (_, row), result in zip(batch, results, strict=True))
 
+        # rows of an earlier run are counted from their lines, so that the summary is that of the whole file
         def count(batch: Batch, record: bytes) -> None:
             summary.num_kept += len(batch)
             for (line, _), raw in zip(batch, record.split(b"\n")[:-1], strict=True):
@@ -253,6 +269,8 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
 
         run_job(Job(made_by="megatron-sov score", output=output, items=_batches(source), do=here(score),
                     identity={"input": file_digest(source), "reward": asked.name,
+                              # another reward, input or batch size would mix with what a killed run left, so
+                              # it is refused
                               "reward_version": made.version, "batch_rows": BATCH_ROWS},
                     sink=lambda journal: journal.write_to(output), known=count,
                     done=lambda batch: progress(len(batch))), redo=redo)

@@ -40,6 +40,7 @@ class StoreCheck:
 def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
     found = StoreCheck()
     parts = store.parts(refused=found.problems.append)
+    # heads of all rows, a few bytes each, are all that is in memory of the parts before
     kept: list[np.ndarray] = []
     for number, part in enumerate(parts):
         try:
@@ -47,6 +48,7 @@ def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: Non
         except UserError as e:
             found.problems.append(str(e))
             continue
+        # runs before `continue` too: a part that cannot be read is still a step of the bar
         finally:
             done(1)
         found.parts, found.rows = found.parts + 1, found.rows + len(rows)
@@ -62,6 +64,7 @@ def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: Non
 
 def _heads(rows: list[Rollout], number: int) -> np.ndarray:
     heads = np.zeros(len(rows), _ROW)
+    # keys as 128-bit digests: they only have to be equal or not
     heads["key"] = np.frombuffer(b"".join(_digest(row.key) for row in rows), "<u8").reshape(-1, 2)
     heads["attempt"] = [row.attempt for row in rows]
     heads["is_unfinished"] = [row.finish_reason == UNFINISHED for row in rows]
@@ -75,9 +78,11 @@ def _digest(key: Key) -> bytes:
 
 def _key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:
     """Return a sentence for each key whose attempts are not 0, 1, ... behind unfinished ones."""
+    # lexsort takes its last key first: equal keys lie together, each group by attempt
     heads = heads[np.lexsort((heads["attempt"], *heads["key"].T))]
     follows = np.append([False], (heads["key"][1:] == heads["key"][:-1]).all(1))[:len(heads)]
     before = np.concatenate([heads[:1], heads[:-1]])
+    # compared with its neighbour alone, a row breaks at most one of the three rules
     twice = follows & (heads["attempt"] == before["attempt"])
     behind = follows & (heads["attempt"] == before["attempt"] + 1)
     begins = ~follows & (heads["attempt"] == 0)
@@ -100,6 +105,8 @@ def _reward_problems(store: RolloutStore, part: RolloutPart, found: StoreCheck) 
         rows, _ = store.read_all(part.name, ())
     except UserError as e:
         return [f"{part.path}: judges rows that cannot be read: {e}"
+                # rows that are gone altogether need a sentence of their own; other errors name the file
+                # themselves
                 if not store.part_path(part.name).exists() else str(e)]
     found.parts, found.rewards = found.parts + 1, found.rewards + len(said)
     there, seen, problems = {(row.key, row.attempt) for row in rows}, set(), []
@@ -190,6 +197,7 @@ def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Map
     whole, domains, replaced = Figures(), dict[str, Figures](), 0
     for here, rows, num_replaced in store.pieces(parts, _CHECKED_COLUMNS):
         replaced += num_replaced
+        # only last attempts are keys here, so rewards of replaced ones find nothing
         counted = {(row.key, row.attempt): (whole, domains.setdefault(domain_of(row.record), Figures()))
                    for row in rows}
         for row in rows:
@@ -199,6 +207,7 @@ def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Map
             by = store.judgements(version, [part for part in here if part.name in names])
             for head, said in by.items():
                 for figures in counted.get(head, ()):
+                    # a version without rewards in a domain has no entry there
                     tally = figures.rewards.setdefault(version, ScoringTally())
                     tally.add(said.reward, said.status)
         done(len(here))
@@ -259,6 +268,7 @@ class _TranscriptRound:
         cut = [read for read in found if read.is_cut]
         self.cut_off += len(cut)
         judged = [read for read, _ in scored]
+        # cut back after each piece: memory holds the shown ones and one piece
         self.highest = self._kept([*self.highest, *judged], -1)
         # twice as many, since those that are among the highest are left out in the end
         self.lowest = self._kept([*self.lowest, *judged], 1, 2 * self.most)
@@ -334,6 +344,7 @@ def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
 
 
 def _asked(record: Any) -> list[tuple[str, str]]:
+    # a conversation, a prompt, or the task of an environment
     given = record.get("messages", record.get("prompt", record.get("question", "")))
     if isinstance(given, list):
         return [(str(message.get("role", "")), str(message.get("content", ""))) for message in given
@@ -346,6 +357,7 @@ def _said(row: Rollout, decode: Decode | None) -> list[tuple[str, str]]:
     if decode is None:
         return [("model" if row.is_written.all() else "model and tools", row.response)]
     found, place = [], 0
+    # an empty span at the end, so that what tools said last is a turn too
     for start, end in [*row.spans, (len(row.tokens), len(row.tokens))]:
         found += [(who, decode(row.tokens[first:last].tolist()))
                   for who, first, last in (("tools and template", place, start), ("model", start, end))

@@ -82,9 +82,11 @@ def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     columns["outcome"] = _json_texts([row.outcome for row in rows])
     columns["response"] = [_utf8(row.response) for row in rows]
     columns |= _route_columns(rows)
+    # int64 ids would wrap around silently in an int32 column, and look sound
     wide = any(getattr(row, name).dtype != np.int32 for row in rows for name in ("prompt_tokens", "tokens"))
     columns["problem"] = [""] * len(rows)
     table = _table(columns, ROLLOUTS)
+    # the common case: no row is looked at by itself
     if all_sound(table, vocab_size) and not wide:
         return table
     columns["problem"] = ["; ".join(row.problems(vocab_size)) for row in rows]
@@ -99,6 +101,7 @@ def all_sound(table: pa.Table, vocab_size: int) -> bool:
         table: has at least the columns `RULES`; where it has routes, rows are looked at one by one.
         vocab_size: what token ids must lie below.
     """
+    # all tokens of all rows as one array each: the rules become a few numpy operations
     column = {name: table[name].combine_chunks() for name in _ARRAYS}
     flat = {name: array.flatten().to_numpy() for name, array in column.items()}
     lengths = {name: array.value_lengths().to_numpy() for name, array in column.items()}
@@ -107,7 +110,9 @@ def all_sound(table: pa.Table, vocab_size: int) -> bool:
     ids, logprobs = np.concatenate([flat["prompt_tokens"], flat["tokens"]]), flat["logprobs"]
     return bool((lengths["prompt_tokens"] > 0).all()
                 and ((ids >= 0) & (ids < vocab_size)).all()
+                # NaN fails both comparisons, so it is caught as well
                 and ((logprobs <= 0) & (logprobs > -np.inf)).all()
+                # a log-probability of what no policy wrote would be trained on
                 and not logprobs[flat["versions"] == NOT_WRITTEN].any()
                 and (table["temperature"].to_numpy() > 0).all()
                 and ("routes" not in table.column_names or table["routes"].null_count == table.num_rows))
@@ -128,6 +133,7 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
         read["routes"] = _routes_of(table)
     nothing = {name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()} | _OTHERS
     left = {name: value for name, value in nothing.items() if name not in columns}
+    # Rollout takes key, round and attempt by place, all else by name
     heads = zip(keys_of(table), table["round"].to_pylist(), table["attempt"].to_pylist(), strict=True)
     return [Rollout(key, number, attempt, **dict(zip(read, values, strict=True)), **left)
             for (key, number, attempt), values in
@@ -190,6 +196,7 @@ def _key_columns(keys: Sequence[Key]) -> dict[str, Any]:
 
 def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
     """Return each value as JSON; the samples of a prompt share theirs, which is converted once."""
+    # by identity, as mappings have no hash; `values` keeps them alive, so an id stays its own
     texts: dict[int, str | None] = {id(None): None}
     for value in values:
         if id(value) not in texts:
@@ -199,6 +206,7 @@ def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
 
 def _json_text(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # half of a surrogate pair is no UTF-8: escaped it can be read back exactly
     return text if _utf8(text) == text else json.dumps(value, allow_nan=False)
 
 
@@ -235,6 +243,7 @@ def _array_of(buffer: Any, layers: int, top_k: int, width: int) -> np.ndarray:
     if layers < 1 or top_k < 1 or width not in (1, 2) or buffer.size % token_bytes:
         raise ValueError(f"routes of {buffer.size:,} bytes are not [tokens, {layers}, {top_k}] of {width} "
                          "bytes each")
+    # a view of Arrow's memory: routes are the largest column, and are not copied
     return np.frombuffer(buffer, f"<u{width}").reshape(-1, layers, top_k)
 
 
@@ -248,6 +257,7 @@ def _values(table: pa.Table, name: str) -> list[Any]:
 
 def _from_json(texts: Sequence[str | None]) -> list[Any]:
     """Return what each text stands for; equal ones become one object."""
+    # samples of one prompt share one record, in memory too
     found: dict[str | None, Any] = {None: None}
     read: Callable[[str], Any] = json.loads
     for text in texts:
@@ -305,6 +315,7 @@ class RolloutStore(Table[RolloutPart]):
         if numbers is not None and (strangers := {row.round for row in rows} - {numbers[0]}):
             raise ValueError(f"{name}: has a row of round {strangers.pop()}")
         table = _converted(path, lambda: rollouts_table(rows, self.vocab_size))
+        # another job was first: equal rows are fine, since the work is deterministic; other rows are refused
         if not self.publish(name, "", table, provenance, sum(map(bool, table["problem"].to_pylist()))):
             _refuse_others(path, self.read_all(name)[0], rows, _without_times)
 
@@ -364,6 +375,7 @@ class RolloutStore(Table[RolloutPart]):
         if strangers := {row.round for row in rows} - {part.round}:
             raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
         problems = problems_of(table)
+        # only where all columns of the rules were read
         if set(RULES) <= set(names) and not all_sound(table, self.vocab_size):
             # a stranger who wrote it may not have looked
             problems = [problem or "; ".join(row.problems(self.vocab_size))
@@ -393,6 +405,7 @@ class RolloutStore(Table[RolloutPart]):
             fields: as `read_rollouts` has them.
         """
         for piece in sorted({part.piece for part in parts}):
+            # attempts of a response are always in parts of its own piece
             here = [part for part in parts if part.piece == piece]
             rows = [row for part in here for row in self.read_rollouts(part.name, fields)]
             last = later(rows)
@@ -419,5 +432,6 @@ def _refuse_others(path: Path, there: Sequence[_Row], rows: Sequence[_Row],
 def _without_times(row: Rollout) -> tuple[Any, ...]:
     """Return what makes a rollout what it is, arrays to the bit; when it was written does not count."""
     values = {name: getattr(row, name) for name in NAMES if name not in ("began_s", "ended_s")}
+    # bytes, not values: -0.0 and 0.0 differ here, and NaN equals itself
     return (row.key, row.attempt, *((value.tobytes(), value.shape) if isinstance(value, np.ndarray) else value
                                     for value in values.values()))

@@ -110,6 +110,7 @@ class Tool:
     def __post_init__(self) -> None:
         from pydantic import ConfigDict, TypeAdapter, with_config
 
+        # a TypedDict: optional arguments are left out, and the function's own defaults hold
         fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
         # strict: "3" is no 3, and true is no 1
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -174,6 +175,7 @@ def tool_of(function: Callable[..., Any]) -> Tool:
 def tools_of(environment: Any) -> tuple[Tool, ...]:
     """Return the methods of an environment that are marked as tools, in the order in which they are written;
     raises as `tool_of` does."""
+    # base classes first, each name once: a dict is an ordered set
     names: dict[str, None] = {}
     for made in reversed(type(environment).__mro__):
         names |= {name: None for name, value in vars(made).items() if getattr(value, _MARK, False)}
@@ -186,12 +188,14 @@ def _annotated(parameter: Parameter) -> Any:
     optional = parameter.default is not inspect.Parameter.empty
     shown = {"default": parameter.default} if optional and parameter.default is not None else None
     info = Field(description=parameter.description or None, json_schema_extra=shown)
+    # the default is shown and not filled in: models see what happens without it
     kind = _ANNOTATED[parameter.type, info]
     return _NOT_REQUIRED[kind] if optional else kind
 
 
 def _described(text: str) -> dict[str, str]:
     """Return name -> description of the arguments in a Google-style docstring."""
+    # odd places have the names of sections, even ones their texts
     parts = _SECTION.split(text)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     lines = textwrap.dedent(sections.get("Args", "").strip("\n"))
@@ -202,6 +206,7 @@ def _without_titles(value: Any, inside_properties: bool = False) -> Any:
     """Return a schema without the titles that pydantic makes of names; models need none."""
     if isinstance(value, dict):
         return {key: _without_titles(part, key == "properties") for key, part in value.items()
+                # inside of `properties` a key is an argument's name, and "title" may be one
                 if inside_properties or not (key == "title" or (key == "additionalProperties" and not part))}
     return [_without_titles(part) for part in value] if isinstance(value, list) else value
 
@@ -247,6 +252,7 @@ def cut(text: str, max_chars: int) -> tuple[str, bool]:
     """Return a tool's result within the limit, with a note of what was cut, and whether anything was."""
     if len(text) <= max_chars:
         return text, False
+    # the note counts towards the limit, unless it would not leave a character of the text
     note = f"\n[cut: {max_chars:,} of {len(text):,} characters]"
     return (text[:max_chars - len(note)] + note if len(note) < max_chars else text[:max_chars]), True
 
@@ -322,6 +328,7 @@ class World:
     """Of this episode."""
 
     def reset(self, task: Task) -> Observation:
+        # a copy: the task is reused for other episodes, and tools change the state in place
         self.task, self.state = task, copy.deepcopy(self.first_state(task))
         return Observation(text_in(task, "question"), text_in(task, "system", self.rules()))
 

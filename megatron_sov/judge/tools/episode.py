@@ -124,6 +124,7 @@ def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limit
         UserError: the model's template refuses the question or the tools, or they are too long.
     """
     seen = opening.observation
+    # an empty system message is not the same as none to many templates
     messages = [Message("system", seen.system)] if seen.system else []
     chat = Conversation((*messages, Message("user", seen.user)), opening.tools)
     try:
@@ -147,11 +148,14 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
         encoder: of the model.
         limits: of the episode.
     """
+    # the state before the calls: it is replaced behind them
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
                        in_thoughts=encoder.opens_thoughts(episode.ids))
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
+    # a turn that was cut may hold half a call: none of it is made
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
+    # calls are made even where no turn can follow: their effect is what is scored
     turn = with_calls(turn, len(episode.turns), host, limits)
     if turn.end:
         return turn
@@ -173,8 +177,10 @@ def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
         limits: of the episode.
     """
     found = turn.parsed.calls
+    # no call is an answer, which ends the episode
     if not found:
         return replace(turn, end="answered")
+    # in order, one after the other: a call may depend on what the one before has changed
     made = [_made(call, place, host, limits) for place, call in enumerate(found)]
     calls = [{**asked, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
              for asked, result in made]
@@ -214,6 +220,7 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
         "num_cut": sum(call["is_cut"] for turn in episode.turns for call in turn.calls),
         "num_turns_that_differ": sum(encoder.differs(w.ids) for w in written),
         "ids": episode.ids, "spans": [list(span) for span in episode.spans],
+        # of all turns or of none: a gap could not be told from a zero
         "logprobs": logprobs if all(part is not None for part in logprobs) else None,
     }
 
@@ -241,6 +248,7 @@ class EpisodeLines:
         found: dict[int, Episode] = {}
         for line in self._lines:
             number = line["episode"]
+            # lines come in the order in which they were kept: begin, turns, result
             if "prompt" in line:
                 opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
                 found[number] = Episode(number, tasks[number], opening, line["prompt"])

@@ -72,6 +72,7 @@ class EnvironmentHost:
             f"tool environment {asked.name}", _serve,
             (asked, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
             modules=[module for module, _, _ in BUILT_IN.values()], may_start_processes=True,
+            # the process runs code of others: its answers are bounded before they are read
             most_bytes=limits.max_state_bytes + _MORE_BYTES)
         self._task: Task = {}
         self.state = "null"
@@ -95,6 +96,7 @@ class EnvironmentHost:
 
     def resume(self, task: Task, state: str) -> Opening:
         """Go on in an episode whose state is known; raises as `reset` does."""
+        # the task first: a state alone has no goal and no tools
         opening = self.reset(task)
         self._begin("restore", task=dict(task), state=json.loads(state))
         return opening
@@ -109,6 +111,7 @@ class EnvironmentHost:
             except UserError as e:  # it could before: nothing is known about the model's doing
                 return CallResult(f"error: {call.name}: {gone.reason}, and {short(str(e))}", INFRASTRUCTURE)
             return CallResult(f"error: {call.name}: {gone.reason}", gone.code)
+        # a call that failed sends none: the state is what it was
         self.state = answer.get("state", self.state)
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
 
@@ -143,6 +146,7 @@ class EnvironmentHost:
 def _serve(asked: PluginOrder, limits: dict[str, int]) -> Answer:
     """Return what does as it is asked, in the environment's process."""
     environment, _ = make(asked)
+    # behind `make`: making the world is not limited itself
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
     return lambda request, again: _DO[request.pop("what")](environment, request | limits)
 
@@ -174,6 +178,7 @@ def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any
 
 def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     """Make a call; one that gives no result leaves the state as it was."""
+    # before each call, since a tool may fail half way through its changes
     before = environment.snapshot()
     try:
         text, is_cut = _shown(_value(environment, request), request["max_tool_chars"])
@@ -184,6 +189,7 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
         fault = ToolFault("memory", "asked for more memory than it may have")
     except (Exception, SystemExit) as e:
         fault = ToolFault("failed", f"failed ({short(told_in_a_line(e))})")
+    # also where the result could not be shown: the model must not see a state that no call explains
     environment.restore(before)
     said = fault.reason if fault.code in ("unknown_tool", "arguments") else (
         f"{request['name']}: {fault.reason}")
@@ -192,6 +198,7 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(environment: Environment, request: dict[str, Any]) -> Any:
+    # by what this episode shows, not by what the class has: tools may depend on the task
     names = [tool["function"]["name"] for tool in environment.tools()]
     if request["name"] not in names:
         raise ToolFault("unknown_tool", unknown(request["name"], names))
@@ -213,6 +220,7 @@ def _state(environment: Environment, request: dict[str, Any]) -> str:
         state = json.dumps(environment.snapshot(), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise ToolFault("state", f"left a state that is no JSON ({short(str(e))})") from None
+    # ASCII by json.dumps: characters are bytes
     if len(state) > request["max_state_bytes"]:
         raise ToolFault("state", f"left a state of {len(state):,} bytes, more than "
                                  f"{request['max_state_bytes']:,}")

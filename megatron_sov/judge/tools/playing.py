@@ -85,6 +85,7 @@ def page_of(title: str, transcripts: Sequence[Transcript], limits: EpisodeLimits
     def worst_first(transcript: Transcript) -> float:
         return float("-inf") if transcript.result.reward is None else transcript.result.reward
 
+    # a page is read for what went wrong
     shown = sorted(transcripts, key=worst_first)[:MAX_CHAPTERS]
     left_out = len(transcripts) - len(shown)
     rows = [[name, value] for name, value in [*figures.items(), *(
@@ -189,6 +190,7 @@ def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move],
     faults: Counter[str] = Counter()
     end, answer = "unended", ""
     for place, move in enumerate(moves):
+        # the same limits as a model has, so that a person sees what it would see
         if place >= limits.max_turns:
             end = "turns"
             show(f"the limit of {limits.max_turns} turns is reached")
@@ -272,6 +274,7 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
     waiting = deque(n for n in range(len(tasks)) if n not in episodes or episodes[n].result is None)
     ended(len(tasks) - len(waiting))
     with ExitStack() as stack:
+        # processes are started once and serve one episode after the other
         seats = [_Seat(stack.enter_context(EnvironmentHost(table.asked, table.limits)))
                  for _ in range(min(table.parallel, len(waiting)))]
         pool = stack.enter_context(ThreadPoolExecutor(max(len(seats), 1)))
@@ -289,8 +292,11 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
             for seat in seats:
                 if seat.episode is None and waiting:
                     newcomers.append((seat, waiting.popleft()))
+            # processes start side by side
             fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
+            # before the first turn is asked for: a turn in the journal always finds its episode
             journal.add([begin_line(episode) for episode in fresh])
+            # where the play is to stop, waiting tasks are still begun, and come back without a turn
             if not stopped:
                 _round(seats, policy, table, journal, pool)
             for seat in seats:
@@ -307,6 +313,7 @@ def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None
         if known is None:
             return begin(host.reset(task))
         if known.turns:
+            # the process of the run before is gone; the journal has the state behind its last turn
             host.resume(task, known.turns[-1].state)
         else:
             host.reset(task)
@@ -320,9 +327,13 @@ def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, jour
     playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
+        # the engine is asked for the longest turn, and each is cut here: so samples do not depend on what is
+        # left
         left = [min(left_of(episode, table.limits), table.limits.max_turn_tokens) for _, episode in open_]
+        # a function of episode and turn: a resumed play draws the same
         streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
         found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
+        # tools of different episodes run at the same time, those of one in order
         turns = pool.map(
             lambda given: take_turn(given[0][1], within(given[1], given[2]), given[0][0], table.encoder,
                                     table.limits), zip(open_, found, left, strict=True))
@@ -331,12 +342,14 @@ def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, jour
     over = [(host, episode) for host, episode in playing if episode.end]
     for (_, episode), result in zip(over, pool.map(lambda given: scored(*given), over), strict=True):
         episode.result = result
+    # all lines of a round are kept before the next one begins
     journal.add([*(turn_line(episode) for _, episode in open_),
                  *(result_line(episode) for _, episode in over)])
 
 
 def scored(host: EnvironmentHost, episode: Episode) -> Result:
     """Return the reward of an episode that has ended, or why there is none."""
+    # a broken machine must not be learned from: no reward
     if episode.end == "infrastructure":
         return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls
                                                if call["fault"] == "infrastructure"))
@@ -427,6 +440,7 @@ def play_by_messages(tasks: Sequence[Task], speaker: Speaker, table: MessageTabl
                         if n not in room.episodes or room.episodes[n].result is None)
     ended(len(tasks) - len(room.waiting))
     seats = min(table.parallel, len(room.waiting))
+    # the block waits for all seats; errors are raised behind it
     with ThreadPoolExecutor(max(seats, 1)) as pool:
         under_way = [pool.submit(room.sit) for _ in range(seats)]
     for seat in under_way:
@@ -456,10 +470,12 @@ class _Room:
             with EnvironmentHost(self.table.asked, self.table.limits) as host:
                 while not self.is_over:
                     try:
+                        # atomic on a deque: no lock is needed to share the tasks
                         number = self.waiting.popleft()
                     except IndexError:
                         return
                     self._play(number, host)
+        # the other seats end behind their turn, instead of playing on for a play that has failed
         except BaseException:
             self.is_over = True
             raise
@@ -493,12 +509,14 @@ class _Room:
         said = self.speaker.say(messages_of(episode), episode.opening.tools,
                                 min(left, limits.max_turn_tokens), episode.number * STREAMS
                                 + len(episode.turns))
+        # only the endpoint can count: the first answer is the first that is known of the prompt's length
         if not episode.turns and said.read_tokens > limits.max_prompt_tokens:
             raise UserError(f"task {episode.number + 1}: its question and tools make {said.read_tokens:,} "
                             f"tokens, more than max_prompt_tokens {limits.max_prompt_tokens:,}; raise it in "
                             "`limits` of a task file of your own, or shorten them")
         turn = EpisodeTurn(GeneratedTurn([]), said.text, [], [], host.state, message=said.message,
                            read_tokens=said.read_tokens, wrote_tokens=said.wrote_tokens)
+        # the endpoint's own counts: what it read now less what it read first, and what it wrote
         used = _used_tokens([*episode.turns, turn])
         if used - turn.wrote_tokens >= limits.max_response_tokens:  # by what tools have said
             return replace(turn, end="tokens")
@@ -515,6 +533,7 @@ class _Room:
 
 def _used_tokens(turns: Sequence[EpisodeTurn]) -> int:
     """Return the tokens behind the first prompt, as far as they have been counted."""
+    # the last request held everything before it
     return turns[-1].read_tokens + turns[-1].wrote_tokens - turns[0].read_tokens if turns else 0
 
 

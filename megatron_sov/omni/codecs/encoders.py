@@ -80,6 +80,7 @@ def fastest(device: torch.device) -> Scan:
     if device.type != "cuda" or importlib.util.find_spec("mamba_ssm") is None:
         return scan
     kernel: Any = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    # the kernel wants an axis of groups, of which there is one
     return lambda x, dt, a, b, c: kernel(x, dt, a, b.unsqueeze(2), c.unsqueeze(2), SCAN_TOKENS)
 
 
@@ -104,6 +105,7 @@ class Mixer(torch.nn.Module):
         """Return [n, tokens, width]; every token knows those before it."""
         projected = self.in_proj(states)
         gate, mixed, dt = projected.split([self.inner, self.inner + 2 * self.state_size, self.heads], -1)
+        # padded on both sides and cut behind: each token sees itself and three before it
         mixed = silu(self.conv1d(mixed.transpose(1, 2))[..., :states.shape[1]].transpose(1, 2))
         x, b, c = mixed.split([self.inner, self.state_size, self.state_size], -1)
         # bf16 would lose what is added to a long sum
@@ -141,6 +143,7 @@ class EncoderBlock(torch.nn.Module):
         normed = self.norm(states)
         features, query = normed[:, :, :-1], normed[:, :, -1]
         pooled = (features * self.weight_fc(query).softmax(-1)[..., None]).sum(2)
+        # in [margin, 1 - margin]: neither the query nor its chunk is ever shut out
         gate = self.gate_fc(query).sigmoid() * (1 - 2 * GATE_MARGIN) + GATE_MARGIN
         read = torch.cat([features, (pooled * gate + query * (1 - gate)).unsqueeze(2)], 2)
         mixed: torch.Tensor = self.mixer(read.flatten(1, 2)).unflatten(1, states.shape[1:3])
@@ -179,6 +182,7 @@ class Compressor(torch.nn.Module):
         chunks = self.input_proj(features).unflatten(1, (-1, self._chunk))
         query = self.query_token.expand(*chunks.shape[:2], 1, -1)
         states = self.model(self.input_norm(torch.cat([chunks, query], 2)))
+        # the query's place has read the whole chunk, and those before it
         out: torch.Tensor = self.output_proj(states[:, :, -1])
         return out
 
@@ -223,6 +227,7 @@ class MediaEncoder(torch.nn.Module):
         """Return [records, slots, hidden] of raw records, whatever their dtype; None: features of nothing,
         through all that learns."""
         weight, learns = self.adapter.fc2.weight, any(p.requires_grad for p in self.encoder.parameters())
+        # ranks without media must take part in gradients and their reductions, as far as anything learns
         if records is None and not learns:
             features = weight.new_zeros(1, self._encoded_features, self.config.feature_size)
         else:

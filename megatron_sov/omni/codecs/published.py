@@ -152,6 +152,8 @@ class BoundedUnpickler(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         """Count what an operation makes that begins with sizes (`empty`, `zeros`, ...) or a range."""
+        # operations that make a tensor have its size first; the dispatcher sees them before memory is
+        # reserved
         asked = args[0] if args else None
         if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) for n in asked):
             self._num_elements += math.prod(asked)
@@ -283,6 +285,7 @@ def config_problems(config: object) -> Iterator[str]:
         for name in NEUTRAL:
             if config.get(name):
                 yield f"config.{name}: belongs to training, which may download other networks; leave it out"
+    # without recursion: the file decides how deep it is nested
     stack: list[tuple[str, object, int]] = [("config", config, 0)]
     num_items = 0
     while stack:
@@ -305,6 +308,7 @@ def config_problems(config: object) -> Iterator[str]:
             stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
         elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
             yield f"{where} = {str(node)[:40]}: is no number of a codec; each is at most {_MAX_NUMBER:,}"
+        # omegaconf's resolvers, as ${oc.env:KEY}, read the environment; ${a.b} names a place in the file
         elif isinstance(node, str) and ":" in node.partition("${")[2]:
             yield f"{where} = {node[:100]!r}: would be looked up outside of the file"
 
@@ -347,6 +351,7 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
         expected = cls(settings).state_dict()
     _compare(expected, state, source)
     codec: nn.Module = cls(settings)
+    # names and shapes have been compared: what is left is a copy
     codec.load_state_dict(state)
     save_codec(output, kind, codec, overwrite=overwrite)
 
@@ -366,6 +371,7 @@ def _compare(own: Mapping[str, torch.Tensor], state: Tensors, source: Path) -> N
 
 
 def _tensors(source: Path, inside: str) -> Tensors:
+    # of a folder safetensors alone: other files in it may be pickles
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{source}: {'has no safetensors files' if source.is_dir() else 'does not exist'}; "
@@ -388,6 +394,7 @@ def _read(file: Path, inside: str = "") -> Tensors:
                 return {name.removeprefix(inside): opened.get_tensor(name) for name in own}
         _refuse_inflated(file)
         with bounded(_LOADING_S, _LOADING_BYTES + _LOADING_COPIES * file.stat().st_size):
+            # torch's restricted unpickler runs no code of the file; time and memory are bounded around it
             raw = torch.load(file, map_location="cpu", weights_only=True)
     except (TemplateTooLong, MemoryError):
         raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
@@ -395,6 +402,7 @@ def _read(file: Path, inside: str = "") -> Tensors:
     except Exception as e:  # what is no pickle of tensors raises as it likes
         raise UserError(f"{file}: cannot be read without running what it holds ({told_in_a_line(e)[:200]}); "
                         "pass its weights as safetensors, e.g. those of a model with it inside") from None
+    # published files wrap their weights, some of them twice
     for key in ("model", "sd", "state_dict"):
         if isinstance(raw, dict) and isinstance(raw.get(key), dict):
             raw = raw[key]
@@ -419,6 +427,8 @@ def _refuse_inflated(file: Path) -> None:
 def _are_held(tensors: Iterable[torch.Tensor], size_bytes: int) -> bool:
     """Return whether tensors are plain numbers, none of them spread out of fewer ones; two may be one."""
     kept = list(tensors)
+    # expanded views (stride 0) claim more numbers than the file has; twice, as two names may share one
+    # tensor
     return all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
                and not t.is_complex() for t in kept) \
         and sum(t.numel() * t.element_size() for t in kept) <= 2 * size_bytes
@@ -450,6 +460,7 @@ def _nemo(source: Path) -> tuple[NemoAudioSettings, Tensors]:
             config = yaml.load(_member(archive, members, "model_config.yaml", _MAX_CONFIG_BYTES).read(),
                                Loader=BoundedLoader)
             weights = Path(folder) / "weights.pt"
+            # block by block into a file of ours: the archive's names are never used as paths
             with open(weights, "wb") as out:
                 read = _member(archive, members, "model_weights.ckpt",
                                min(_MAX_WEIGHTS_BYTES, _MAX_GROWTH * source.stat().st_size))
@@ -463,6 +474,7 @@ def _nemo(source: Path) -> tuple[NemoAudioSettings, Tensors]:
     if not isinstance(config, dict):
         raise UserError(f"{source}: its model_config.yaml is no object of settings; download it again")
     config = {key: value for key, value in config.items() if key not in UNUSED}
+    # set, not removed: NeMo reads them always
     config |= NEUTRAL
     if found := list(config_problems(config)):
         raise UserError(list_problems(f"{source}: model_config.yaml", found[:20]))
@@ -479,6 +491,7 @@ def _nemo(source: Path) -> tuple[NemoAudioSettings, Tensors]:
 def _opened(source: Path) -> Any:
     """Return an archive's bytes; older ones are compressed."""
     with open(source, "rb") as file:
+        # gzip's two magic bytes: the ending says nothing
         zipped = file.read(2) == b"\x1f\x8b"
     return gzip.open(source) if zipped else open(source, "rb")
 

@@ -62,6 +62,7 @@ class UnitSimVQ(nn.Module):
     def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return the ids [n, t] of [n, t, width] vectors, in bounded memory."""
         codes, flat = self.book.codebook, F.normalize(vectors, dim=-1).flatten(0, 1)
+        # 1,024 vectors at a time for 65,536 codes, else the table of distances is the largest tensor
         rows = max(1, _SCORES // self.codebook_size)
         ids = torch.cat([torch.cdist(part, codes).argmin(-1) for part in flat.split(rows)])
         return ids.view(vectors.shape[:2])
@@ -125,6 +126,7 @@ class SimVQTokenizer(nn.Module):
             self.encoder: nn.Module = _PatchEncoder(settings)
             self.to_code = nn.Linear(settings.width, settings.code_width)
         else:
+            # published features, which a codebook is learned over
             self.encoder = SiglipFeatures(settings.siglip, settings.side_pixels).requires_grad_(False)
             self.to_code = nn.Linear(settings.siglip.width, settings.code_width)
         self.quantiser = self.make_quantiser()
@@ -168,6 +170,7 @@ class SimVQTokenizer(nn.Module):
         patches = self.to_pixels(self.decoder(self.from_code(codes) + self.drawn_at)).transpose(1, 2)
         patch = self.side_pixels // self.grid
         drawn = F.fold(patches, self.grid * patch, kernel_size=patch, stride=patch) + 0.5
+        # SigLIP leaves a border unseen where patches do not fill the side: the picture is stretched over it
         if self.grid * patch == self.side_pixels:
             return drawn
         return F.interpolate(drawn, size=self.side_pixels, mode="bilinear", align_corners=False)
@@ -270,6 +273,7 @@ def ta_tok_state(found: Mapping[str, torch.Tensor],
     if missing := [name for name in needed if name not in found]:
         raise UserError(f"{where}: lacks {missing[0]}, so it is no TA-Tok; pass ta_tok.pth or the "
                         "safetensors files of a model that has it inside")
+    # the file has the last layer too, which is not used: see `used`
     layers = 1 + max(int(name.split(".")[3]) for name in found
                      if name.startswith("encoder.encoder.layers.") and name.split(".")[3].isdigit())
     width, _, patch, _ = _shape(found, _PATCHES, 4, where)
@@ -341,6 +345,7 @@ class LogMel(nn.Module):
 
     def forward(self, sounds: torch.Tensor) -> torch.Tensor:
         """Return [n, mels, samples / hop] frames, natural logarithms, of [n, samples] sounds."""
+        # a centred transform has one frame more than hops
         power = self._spectra(sounds).abs()[..., :-1] ** 2
         return (self.filters @ power).clamp_min(FLOOR).log()
 
@@ -351,12 +356,14 @@ class LogMel(nn.Module):
     def sound(self, frames: torch.Tensor) -> torch.Tensor:
         """Return the sounds [n, frames * hop] in -1..1 of [n, mels, frames] log-mel frames; phases begin at
         zero, so that it is a function of them."""
+        # least squares: mel bands are fewer than frequencies; negative powers are cut off below
         power = torch.linalg.pinv(self.filters) @ frames.exp()
         size = F.pad(power.clamp_min(0).sqrt(), (0, 1), mode="replicate")
         length = frames.shape[-1] * self.hop_samples
         spectrum = size.to(torch.complex64)
         for _ in range(_GRIFFIN_LIM_STEPS):
             again = self._spectra(self._back(spectrum, length))
+            # the magnitudes that are wanted with the phases that a real sound has
             spectrum = size * again / again.abs().clamp_min(1e-8)
         return self._back(spectrum, length).clamp(-1, 1)
 
@@ -433,6 +440,7 @@ class FSQTokenizer(nn.Module):
 
     def encode(self, sound: torch.Tensor) -> torch.Tensor:
         """Return [t] int64 ids of [s] samples; the last token's silence is filled up."""
+        # pieces end between tokens, so that only the last one is filled up
         tokens = int(self.max_piece_s * self.sample_rate_hz / self.samples_per_token)
         piece = max(1, tokens) * self.samples_per_token
         with torch.no_grad():

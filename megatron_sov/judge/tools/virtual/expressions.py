@@ -66,6 +66,7 @@ def read(text: Any, columns: Columns, where: str, problems: Problems) -> Express
     """
     if text is None or isinstance(text, (bool, int, float)):
         return Expression(str(text), ast.Constant(text))
+    # reading goes on behind a problem, so that all problems are told at once
     none = Expression(str(text)[:MAX_CHARS], ast.Constant(None))
     if not isinstance(text, str) or len(text) > MAX_CHARS:
         problems.add(where, f"{shown(text)} must be an expression of at most {MAX_CHARS} characters")
@@ -89,11 +90,13 @@ def read(text: Any, columns: Columns, where: str, problems: Problems) -> Express
 
 def _wrong(node: ast.AST, columns: Columns) -> str:
     """Return why a part may not stand in an expression; empty: it may."""
+    # a list of what is allowed: a new part of Python's grammar stays outside
     if not isinstance(node, _PARTS):
         return f"{type(node).__name__} is not in the language"
     if isinstance(node, ast.Constant) and not (node.value is None
                                                or isinstance(node.value, (bool, int, float, str))):
         return "only texts, numbers, true, false and null are constants"
+    # 1e999 is read as infinity
     if isinstance(node, ast.Constant) and isinstance(node.value, float) and not math.isfinite(node.value):
         return "a number is too large"
     if isinstance(node, ast.Name) and node.id not in CONSTANTS and node.id not in columns:
@@ -148,11 +151,13 @@ def _value(node: ast.AST, scope: Mapping[str, Any]) -> Any:
         return not _truth(inner) if isinstance(node.op, ast.Not) else -_number(inner)
     if isinstance(node, ast.BoolOp):
         wanted = isinstance(node.op, ast.Or)
+        # like Python, parts behind the deciding one are not worked out
         return wanted if any(_truth(_value(part, scope)) is wanted for part in node.values) else not wanted
     if isinstance(node, ast.IfExp):
         return _value(node.body if _truth(_value(node.test, scope)) else node.orelse, scope)
     if isinstance(node, ast.Compare):
         values = [_value(part, scope) for part in (node.left, *node.comparators)]
+        # a < b < c compares each pair of neighbours
         return all(_compared(op, left, right)
                    for op, left, right in zip(node.ops, values, values[1:], strict=False))
     if isinstance(node, ast.BinOp):
@@ -175,6 +180,7 @@ def _column(value: Any, name: str) -> Any:
 
 
 def _binary(op: ast.operator, left: Any, right: Any) -> Any:
+    # + joins texts or lists; a text and a number is a fault
     if isinstance(op, ast.Add) and any(
             isinstance(left, kind) and isinstance(right, kind) for kind in (str, list)):
         return left + right
@@ -201,6 +207,7 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> bool:
 
 def same(left: Any, right: Any) -> bool:
     """Return whether two JSON values are the same; true is no 1, and 1 is 1.0."""
+    # for Python true equals 1
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     return bool(left == right)
@@ -267,6 +274,7 @@ def _day(value: Any) -> datetime.date:
         found = datetime.date.fromisoformat(_text(value))
     except ValueError:
         raise _NoValue(f"{shown(value)} is no day written YYYY-MM-DD") from None
+    # fromisoformat takes 20260510 too, and days are compared as texts
     if found.isoformat() != value:
         raise _NoValue(f"{shown(value)} is no day written YYYY-MM-DD")
     return found
@@ -303,6 +311,7 @@ def _bounded(value: Any) -> Any:
 
 def _within(value: Any) -> Any:
     """Return a value; lists of one list, and lists of those, are small until they are written out."""
+    # by a list of what is left, not by recursion: values may be nested deep
     waiting, num_parts = [value], 0
     while waiting:
         part = waiting.pop()

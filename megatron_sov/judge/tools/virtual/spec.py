@@ -66,11 +66,13 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
                             "of them")
         return Any
     allowed = _ANYWHERE | also | {word for name in names for word in _WORDS.get(name, ())}
+    # a keyword that is shown and not held to would mislead the model
     if unknown := sorted(set(map(str, schema)) - allowed):
         problems.add(where, f"has {unknown[0]!r}, which nothing would hold to; a {names[0]} may have "
                             f"{', '.join(sorted(allowed))}")
     if "enum" in schema:
         return _choice(schema["enum"], names, where, problems)
+    # ["string", "null"] becomes a union of both
     made = [_one(name, schema, where, problems, levels) for name in names]
     return _UNION[tuple(made)]
 
@@ -79,6 +81,7 @@ def _choice(values: Any, names: list[str], where: str, problems: Problems) -> An
     plain = {"string": str, "integer": int, "null": type(None)}
     kinds = tuple(plain[name] for name in names if name in plain)
     if not isinstance(values, list) or not values or not all(
+            # True is an int in Python, and no whole number of a schema
             isinstance(value, kinds) and not isinstance(value, bool) for value in values):
         problems.add(where, "enum must be a list of texts or whole numbers of the type beside it")
         return Any
@@ -97,6 +100,7 @@ def _object(schema: Mapping[str, Any], where: str, problems: Problems, levels: i
     made = {}
     for name, part in fields.items():
         kind = type_of(part, f"{where}.{name}", problems, levels=levels - 1)
+        # results without `required` must have all fields, which is stricter than JSON schema
         made[name] = kind if name in required else _NOT_REQUIRED[kind]
     return record_of(made)
 
@@ -140,6 +144,7 @@ class StoredCollection:
             self._adapter.validate_json(json.dumps({"value": value}, allow_nan=False))
         except ValidationError as e:
             first = e.errors(include_url=False, include_input=False)[0]
+            # without the wrapping field `value`, which only the type here has
             place = ".".join(str(part) for part in first["loc"][1:])
             return f"{place}: {first['msg'][:120]}" if place else first["msg"][:120]
         except (TypeError, ValueError) as e:
@@ -218,6 +223,7 @@ class Spec:
                 if wrong := table.held.problem(row):
                     return f"row {key} of {name}: {wrong}"
                 for column, other in references.items():
+                    # a row that refers to a deleted one breaks the world, not only the row
                     if row[column] is not None and row[column] not in tables[other]:
                         return f"row {key} of {name}: {column} is {shown(row[column])}, which {other} has not"
         return ""
@@ -235,6 +241,7 @@ def spec_of(world: Any) -> Spec:
         UserError: the description breaks rules; all of them are told.
     """
     try:
+        # the order of tools is what models see, so it is part of the cache's key
         text = json.dumps(world, sort_keys=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"the task's world is no JSON ({e})") from None
@@ -255,6 +262,7 @@ def _read(world: Any) -> tuple[Spec | None, Problems]:
         problems.add("world", f"is {shown(world)}, must be an object with {', '.join(sorted(_WORLD))}")
         return None, problems
     try:
+        # bounded before anything is read: the parts below walk all of it
         too_long = len(json.dumps(world, allow_nan=False)) > MAX_SPEC_CHARS
     except (TypeError, ValueError, RecursionError):
         too_long = True
@@ -266,6 +274,7 @@ def _read(world: Any) -> tuple[Spec | None, Problems]:
     tools = _tools(world.get("tools"), tables, problems)
     rules = _text(world, "rules", "world", problems)
     spec = Spec(_text(world, "name", "world", problems), rules, tables, tools)
+    # rows are held to their types only where the types themselves are sound
     if not problems.told and (broken := spec.broken_rule(spec.first_tables())):
         problems.add("tables", broken)
     return (None if problems.told else spec), problems
@@ -288,6 +297,7 @@ def _tables(given: Any, problems: Problems) -> dict[str, TableSpec]:
         found[name] = TableSpec(name, _prefix(table, where, problems), columns, rows,
                                 _row_type(columns, where, problems))
     prefixes = [table.prefix for table in found.values()]
+    # new keys are prefix and number: two tables would give out the same
     if len(set(prefixes)) < len(prefixes):
         problems.add("tables", "each table must have a prefix of its own, so that a key tells its table")
     return found
@@ -379,8 +389,10 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
         default = schema.get("default") if isinstance(schema, Mapping) else None
         if default is not None and (wrong := held[argument].problem(default)):
             problems.add(f"{where}.{argument}", f"its default {shown(default)} is not of its type ({wrong})")
+        # an argument that may be left out is null inside of steps, so null is allowed
         parameters[argument] = Parameter(kind | None if default is None else kind, str(described), default)
     returns = StoredCollection(type_of(tool.get("returns"), f"{where}.returns", problems))
+    # steps are read once, against all names that there are: a typing error never reaches an episode
     reader = StepReader(where, {t.name: t.columns.keys() for t in tables.values()}, set(parameters), problems)
     return ToolSpec(name, _text(tool, "description", where, problems), parameters, schemas, held,
                     returns, reader.steps(tool.get("does")))

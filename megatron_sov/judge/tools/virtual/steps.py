@@ -90,6 +90,7 @@ class StepReader:
         if not isinstance(given, list) or not 0 < len(given) <= MAX_STEPS:
             self._problems.add(f"{self._where}.does", f"must be a list of 1 to {MAX_STEPS} steps")
             return ()
+        # in order: a step may use the names of those before it
         found = [self._step(step, f"{self._where}.does[{i}]") for i, step in enumerate(given)]
         if [step.verb for step in found if step.verb == "return"] != ["return"] or found[-1].verb != "return":
             self._problems.add(f"{self._where}.does", "must end with its only `return`")
@@ -109,6 +110,7 @@ class StepReader:
             self._problems.add(where, f"a {verb} has no {unknown[0]!r}")
         made = self._tabled(given, verb, where) if verb in _TABLED else self._plain(given, verb, where)
         if made.name:
+            # columns are known of rows alone; of other values nothing can be said before they exist
             known = self._tables[made.table] | {"id"} if made.table else None
             self._names[made.name] = known
         return made
@@ -191,6 +193,7 @@ def run(steps: tuple[WorldStep, ...], arguments: Mapping[str, Any], tables: Tabl
     Raises:
         ToolFault: the call is refused, or a step fails; the tables may be changed halfway.
     """
+    # a copy: names of steps are those of this call alone
     scope = dict(arguments)
     result: Any = None
     for step in steps:
@@ -198,6 +201,7 @@ def run(steps: tuple[WorldStep, ...], arguments: Mapping[str, Any], tables: Tabl
         if step.name:
             scope[step.name] = given
         result = given
+    # what is given out must not change with the tables later
     return copy.deepcopy(result)
 
 
@@ -222,16 +226,19 @@ def _get(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: New
 
 
 def _find(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+    # by key, so that results do not depend on the order of earlier changes
     rows = [{"id": key, **copy.deepcopy(row)} for key, row in sorted(tables[step.table].items())]
     if "where" in step.values:
         rows = [row for row in rows if _test(step.values["where"], {**scope, _ROW: row})]
     if "order" in step.values:
         places = [value_of(step.values["order"], {**scope, _ROW: row}) for row in rows]
+        # numbers are one kind, bool is one of its own: Python would sort true among the numbers
         kinds = {str if isinstance(place, str) else type(place) if isinstance(place, bool) else float
                  for place in places if isinstance(place, (str, int, float))}
         if len(kinds) > 1 or not all(isinstance(place, (str, int, float)) for place in places):
             raise ToolFault("failed", "failed (rows cannot be put in order: what they are ordered by is not "
                                       "all numbers or all texts)")
+        # the place in the list breaks ties, and rows are never compared
         rows = [row for _, _, row in sorted(zip(places, range(len(rows)), rows, strict=True))]
     return rows[:step.limit or None]
 
@@ -248,6 +255,7 @@ def _insert(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: 
 
 def _update(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     _, row = _row(step, scope, tables)
+    # all values are worked out before the row changes
     row |= {name: copy.deepcopy(value_of(value, scope)) for name, value in step.columns.items()}
 
 

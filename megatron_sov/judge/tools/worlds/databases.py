@@ -72,6 +72,7 @@ class Booking(Database):
             check_out: last day.
         """
         self.row("guests", guest_id)
+        # both checks refuse by themselves, before anything has changed
         price = self.row("rooms", room_id)["price"] * _nights(check_in, check_out)
         if not self._is_free(room_id, check_in, check_out):
             raise ToolRefused(f"{room_id} is not free from {check_in} to {check_out}")
@@ -125,6 +126,7 @@ def _nights(check_in: str, check_out: str) -> int:
             days.append(datetime.date.fromisoformat(day))
         except ValueError:
             days.append(datetime.date.min)
+        # also 20260510, which Python reads as a day
         if days[-1].isoformat() != day:
             raise ToolRefused(f"{day[:40]!r} is no day written YYYY-MM-DD")
     if days[1] <= days[0]:

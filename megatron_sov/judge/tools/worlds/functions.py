@@ -67,6 +67,8 @@ class Functions(World):
     def score(self, answer: str) -> Score:
         """Return whether the calls are those that are wanted, one for one."""
         made = self.state["calls"]
+        # one call may fit several wanted ones, so the first that fits need not be the right one: matched
+        # below
         fits = [[i for i, call in enumerate(made) if _fits(call, wanted)] for wanted in self._wanted]
         right = len(made) == len(self._wanted) and _all_matched(fits)
         return Score(float(right), {"calls": len(made), "wanted": len(self._wanted)})
@@ -91,6 +93,7 @@ def _json_schema(value: Any) -> Any:
         return [_json_schema(part) for part in value]
     if not isinstance(value, dict):
         return value
+    # templates and models know JSON schema's names
     names = {"dict": "object", "float": "number", "tuple": "array"}
     return {key: names.get(part, part) if key == "type" and isinstance(part, str) else _json_schema(part)
             for key, part in value.items()}
@@ -134,6 +137,7 @@ def _all_matched(fits: list[list[int]]) -> bool:
         for call in fits[wanted]:
             if call not in seen:
                 seen.add(call)
+                # Kuhn's step: the wanted call that has this one takes another, if it can
                 if call not in taken or placed(taken[call], seen):
                     taken[call] = wanted
                     return True

@@ -29,6 +29,7 @@ class AnsweredWorld(World):
         """Begin an episode of a task that has an answer."""
         observation = super().reset(task)
         try:
+            # a trial: a task whose answer cannot be judged is refused before a model has played it
             self.score("")
         except Refused as e:
             raise UserError(f"the task {e}") from None
@@ -58,6 +59,7 @@ class Database(World):
         if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError("the task's goal.answers must be a list of texts")
         self._answers = answers
+        # the goal is worked out by the tools themselves, so a change of a tool changes it as well
         self._wanted = self._led_to(goal.get("calls", []))
         return observation
 
@@ -82,6 +84,7 @@ class Database(World):
                 self.call(text_in(call, "name"), call["arguments"])
             except ToolFault as e:
                 raise UserError(f"the task's goal.calls[{i}] gives no result: {e.reason}") from None
+        # the episode begins from the first tables
         wanted, self.state = self.state, first
         return wanted
 
@@ -89,6 +92,7 @@ class Database(World):
         """Return 1 where the tables are as wanted and all is said, else 0."""
         said = plain(answer)
         missing = [wanted for wanted in self._answers if not says(said, plain(wanted))]
+        # content counts, not the way: other calls with the same effect are right
         tables = {name: self.compared(name, self.state[name]) == self.compared(name, self._wanted[name])
                   for name in self.TABLES}
         return Score(float(not missing and all(tables.values())),
@@ -121,6 +125,7 @@ class Database(World):
         """Put a row into a table; returns its key, which follows from what is there already."""
         numbers = [int(key[len(prefix):]) for key in self.state[table]
                    if key.startswith(prefix) and key[len(prefix):].isdecimal()]
+        # one above the highest: the same calls give the same keys in every episode
         key = f"{prefix}{max(numbers, default=0) + 1}"
         self.state[table][key] = row
         return key

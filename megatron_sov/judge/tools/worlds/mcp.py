@@ -77,6 +77,7 @@ class Mcp(AnsweredWorld):
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         text = self._call(name, arguments)
+        # only calls that gave a result are made again: one that failed is taken to have changed nothing
         self.state["calls"].append([name, dict(arguments)])
         return text
 
@@ -91,6 +92,7 @@ class Mcp(AnsweredWorld):
 
     def _begin(self) -> None:
         self._end()
+        # foreign code gets no keys of the environment unless they are named
         self._server = ProcessTree(self.command, variables_for_foreign(self.env))
         self._number = 0
         try:
@@ -142,9 +144,11 @@ class Mcp(AnsweredWorld):
             message = self._received()
             if "method" in message:
                 if "id" in message:
+                    # a server may ask the client for things; without an answer it would wait for ever
                     known: dict[str, Any] = {"result": {}} if message["method"] == "ping" else {
                         "error": {"code": _NO_METHOD, "message": "this client offers nothing"}}
                     self._send({"id": message["id"], **known})
+            # answers to requests that were given up are passed over
             elif message.get("id") == self._number:
                 break
         if "error" in message:
@@ -162,6 +166,7 @@ class Mcp(AnsweredWorld):
             self._server.stdin.flush()
 
     def _received(self) -> dict[str, Any]:
+        # bounded, for a server may write without an end of line
         raw = self._server.stdout.readline(MAX_LINE_BYTES)
         if not raw:
             raise InfrastructureFault("the server has ended")

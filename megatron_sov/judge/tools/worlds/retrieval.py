@@ -53,6 +53,7 @@ class Bm25:
 
     def __init__(self, documents: Sequence[str]) -> None:
         self._lengths: list[int] = []
+        # term -> (document, times): a search touches only documents that have a word of it
         self._counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, document in enumerate(documents):
             counts = Counter(terms_of(document))
@@ -67,8 +68,10 @@ class Bm25:
         scores: defaultdict[int, float] = defaultdict(float)
         for term, times in Counter(terms_of(query)).items():
             places = self._counts.get(term, [])
+            # ln(1 + (N - n + 0.5) / (n + 0.5)), n of N documents having the term
             idf = math.log(1 + (len(self._lengths) - len(places) + 0.5) / (len(places) + 0.5))
             for number, tf in places:
+                # B: how far long documents are held back; K1: how soon more of a term counts no more
                 length = K1 * (1 - B + B * self._lengths[number] / self._mean_length)
                 scores[number] += times * idf * tf * (K1 + 1) / (tf + length)
         return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]

@@ -40,6 +40,7 @@ class Virtual(Database):
     def reset(self, task: Task) -> Observation:
         """Begin an episode in the task's world."""
         self._world: Spec = spec_of(task.get("world"))
+        # of the instance: each task has a world of its own
         self.TABLES = tuple(self._world.tables)
         self.by_name = {name: Tool(name, tool.description, tool.parameters, partial(self._run, tool))
                         for name, tool in self._world.tools.items()}
@@ -78,12 +79,14 @@ class Virtual(Database):
         left_out = {name: parameter.default for name, parameter in tool.parameters.items()
                     if name not in arguments}
         before = self.state
+        # steps work on a copy: if one fails, the tables before are still there
         self.state = copy.deepcopy(before)
         try:
             result = run(tool.steps, {**arguments, **left_out}, self.state,
                          lambda table, row: self.add(table, self._world.tables[table].prefix, row))
             if wrong := tool.returns.problem(result):
                 raise ToolFault("result", f"returned what its schema does not allow ({wrong})")
+            # rules are checked behind changes only: reading cannot break them
             if tool.changes and (broken := self._world.broken_rule(self.state)):
                 raise ToolFault("state", f"left tables that its world does not allow ({broken})")
         except BaseException:

@@ -67,6 +67,7 @@ class PeriodJudge(nn.Module):
 
     def forward(self, sound: torch.Tensor) -> CriticVerdict:
         """Judge [n, t] samples."""
+        # to whole periods: samples become [t / period, period], and the kernel runs along time
         missing = -sound.shape[-1] % self.period
         padded = functional.pad(sound[:, None], (0, missing), mode="reflect")
         return _through(padded.unflatten(-1, (-1, self.period)), self.layers, self.last)
@@ -87,6 +88,7 @@ class SpectrumJudge(nn.Module):
 
     def forward(self, sound: torch.Tensor) -> CriticVerdict:
         """Judge [n, t] samples."""
+        # so much at both ends that there is a frame for each hop, as in BigVGAN's code
         side = (self.transform - self.hop) // 2
         padded = functional.pad(sound[:, None], (side, side), mode="reflect").squeeze(1)
         spectrum = torch.stft(padded, self.transform, self.hop, self.window, center=False,
@@ -117,6 +119,7 @@ def judges_loss(real: list[CriticVerdict], made: list[CriticVerdict]) -> torch.T
 def deceiving_loss(real: list[CriticVerdict], made: list[CriticVerdict]) -> torch.Tensor:
     """Return how far made sound is from a score of 1, and from what the judges see in real sound."""
     scores = torch.stack([((1 - m.score)**2).mean() for m in made]).sum()
+    # the real side is a fixed target
     distances = torch.stack([(a.detach() - b).abs().mean() for r, m in zip(real, made, strict=True)
                              for a, b in zip(r.features, m.features, strict=True)]).sum()
     return scores + FEATURE_WEIGHT * distances
@@ -293,8 +296,10 @@ class VocoderTask:
         if self.judges is None or step < s.judges_from_step:
             norm = self._step("vocoder", spectral)
             return {"loss": spectral.item(), "spectral": spectral.item(), "grad_norm": norm}
+        # detached: the judges' step must not reach the vocoder
         judged = judges_loss(self.judges(real), self.judges(made.detach()))
         self._step("judges", judged)
+        # the vocoder's gradient passes through them and none is kept of their own weights
         self.judges.requires_grad_(False)
         deceiving = deceiving_loss(self.judges(real), self.judges(made))
         loss = s.spectral_weight * spectral + deceiving
@@ -333,10 +338,12 @@ class VocoderTask:
         """
         sizes, length = self.vocoder.settings, self.learning.segment_tokens
         samples, ahead = sizes.samples_per_token, sizes.lookahead_tokens
+        # ids have the lookahead behind the segment, the sound has not
         ids = torch.full((len(sounds), length + ahead), self.vocoder.behind_end)
         real = torch.zeros(len(sounds), length * samples)
         there = torch.zeros(len(sounds), length)
         for row, spoken in enumerate(sounds):
+            # the segment begins at a token, so that ids and samples stay together
             last = max(len(spoken.ids) - length, 0)
             first = 0 if draws is None else int(torch.randint(last + 1, (), generator=draws))
             tokens = spoken.ids[first:first + length + ahead]
@@ -346,6 +353,7 @@ class VocoderTask:
         device = self.vocoder.voices.weight.device
         voices = self.vocoder.voices(torch.tensor([spoken.speaker for spoken in sounds], device=device))
         made = self.vocoder(ids.to(device), voices)
+        # behind a short sound both are silent: what is made there is no fault
         return real.to(device), made * there.repeat_interleave(samples, 1).to(device)
 
 
@@ -389,6 +397,7 @@ class ImageDecoderTask:
             heldout: not to learn from.
         """
         if decoder.vae is not None:
+            # the latents are its own: were it to learn, the target would move
             decoder.vae.requires_grad_(False)
         self.decoder, self.learning, self.drawn, self.heldout = decoder, learning, drawn, heldout
         self.networks = nn.ModuleDict({"decoder": decoder})
@@ -427,7 +436,9 @@ class ImageDecoderTask:
         device = self.decoder.place_in.weight.device
         with torch.no_grad():
             latents = self.decoder.to_latents(torch.from_numpy(pictures.copy()).to(device) / 255)
+        # drawn on the CPU: the same on every device
         noise = torch.randn(latents.shape, generator=draws).to(device)
+        # the sigmoid of a normal number: logit-normal
         level = torch.randn(len(latents), generator=draws).sigmoid().to(device)
         share = level[:, None, None, None]
         velocity = self.decoder((1 - share) * latents + share * noise, level,
@@ -467,6 +478,7 @@ def train_decoder(given: Path, output: Path, settings: Training, tokenizer: Path
     draws = isinstance(settings, ImageDecoderTraining)
     codec = _tokenizer(tokenizer, draws)
     files = media_files(given, PICTURES if draws else SOUNDS, settings.learning.heldout_share)
+    # what tokenizer and files say is not left to the user
     fitted = _of_pictures(settings, codec, vae) if isinstance(settings, ImageDecoderTraining) else \
         _of_sounds(settings, codec, files)
     if problems := problems_of(fitted):
@@ -532,6 +544,7 @@ def _drawing(settings: ImageDecoderTraining, codec: Any, vae: Path | None, files
         for part, names in (("train", files.train), ("heldout", files.heldout)))
     torch.manual_seed(settings.learning.seed)
     decoder = DiT(settings.model)
+    # the tokenizer's embeddings go with the decoder, which then needs no tokenizer
     decoder.token_embeddings.copy_(codec.embed(torch.arange(codec.codebook_size)[None])[0])
     if vae is not None and decoder.vae is not None:
         decoder.vae.load_state_dict(open_vae(vae)[1].state_dict())

@@ -61,6 +61,7 @@ class CodecTask(Protocol):
 def generator(seed: int, step: int, purpose: str = "") -> torch.Generator:
     """Return a generator on the CPU for one purpose at one step."""
     digest = hashlib.sha256(f"{seed}:{step}:{purpose}".encode()).digest()
+    # hashed: seed, step and purpose become one seed of 63 bits, which torch takes as signed
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
@@ -72,6 +73,7 @@ def batch_rows(num_rows: int, batch_size: int, seed: int, step: int) -> torch.Te
     begin = (step - 1) * batch_size
     places = torch.arange(begin, begin + batch_size)
     rows = torch.empty(batch_size, dtype=torch.int64)
+    # a batch may end one round and begin the next, or hold several
     for epoch in (places // num_rows).unique().tolist():
         order = torch.randperm(num_rows, generator=generator(seed, epoch, "order"))
         here = places // num_rows == epoch
@@ -100,9 +102,9 @@ class CodecSchedule:
     heldout_share: Annotated[float, Ge(0), Le(0.9)] = 0.05
     """Of the files; never learned from."""
 
-
     def set_rate(self, optimizer: Optimizer, step: int) -> float:
         """Give an optimizer the learning rate of a step, the first being 1, and return it."""
+        # share of the cosine that is done: 0 at the end of the warmup, 1 at the last step
         gone = min(max(step - self.warmup_steps, 0) / max(self.steps - self.warmup_steps, 1), 1.0)
         down = END_SHARE + (1 - END_SHARE) * (1 + math.cos(math.pi * gone)) / 2
         rate = self.learning_rate * min(step / max(self.warmup_steps, 1), 1.0) * down
@@ -125,11 +127,13 @@ def save_state(path: Path, task: CodecTask, step: int) -> None:
         plain: dict[str, dict[str, Any]] = {}
         for index, entries in state["state"].items():
             for key, value in entries.items():
+                # safetensors holds tensors alone; the other entries, such as flags, go into the JSON
                 if isinstance(value, torch.Tensor):
                     tensors[f"optimizer.{name}.{index}.{key}"] = value
                 else:
                     plain.setdefault(str(index), {})[key] = value
         numbers[name] = {"groups": state["param_groups"], "state": plain}
+    # renamed into place when whole: a kill leaves the earlier state
     with new_artifact(path, STATE_KIND, overwrite=True) as writer:
         save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
                   writer.path / _TENSORS)
@@ -143,6 +147,7 @@ def load_state(path: Path, task: CodecTask) -> int:
     Raises:
         UserError: what was kept is damaged, or of another network.
     """
+    # of a process that was killed while it wrote
     clear_leftovers(path)
     if not path.exists():
         return 0
@@ -172,6 +177,7 @@ def _optimizer_state(name: str, numbers: Any, tensors: dict[str, torch.Tensor]) 
         if key.startswith(begin):
             index, _, entry = key.removeprefix(begin).partition(".")
             state.setdefault(int(index), {})[entry] = tensor
+    # JSON has made lists of tuples, and the same bits need the same types
     groups = [{key: tuple(value) if key == "betas" else value for key, value in group.items()}
               for group in numbers["groups"]]
     return {"state": state, "param_groups": groups}
@@ -214,16 +220,19 @@ def train(plan: CodecTrainingPlan, make_task: Callable[[Path], CodecTask]) -> di
     folder = plan.output.with_name(f"{plan.output.name}.training")
     with _own_folder(folder, plan.settings):
         task = make_task(folder)
+        # behind `make_task`, which draws the first weights: they are replaced where a state was kept
         first = load_state(folder / CHECKPOINT, task)
         events = EventLog(folder / EVENTS)
         try:
             _steps(plan, task, folder, events, first)
+            # in the `try`: a failure here too leaves the events closed and the state on disk
             figures = task.look()
             events.write("codec_heldout", step=plan.steps, **figures)
         finally:
             events.close()
         save_codec(plan.output, plan.kind, task.codec(), training=plan.settings, overwrite=plan.overwrite,
                    facts={"steps": plan.steps, "heldout": figures}, files={EVENTS: folder / EVENTS})
+    # only when the codec is on disk: until then it is all that there is
     shutil.rmtree(folder, ignore_errors=True)
     return figures
 
@@ -235,12 +244,14 @@ def _steps(plan: CodecTrainingPlan, task: CodecTask, folder: Path, events: Event
         for step in range(first + 1, plan.steps + 1):
             figures = task.learn(step)
             events.write("codec_step", step=step, **figures)
+            # before a state is kept: a broken one would end every later attempt
             if not math.isfinite(figures["loss"]):
                 raise UserError(f"{folder}: the loss of step {step} is {figures['loss']}; lower "
                                 f"learning.learning_rate, and delete {folder} to begin again")
             bar.update(1)
             if plan.look_every and step % plan.look_every == 0 and step < plan.steps:
                 events.write("codec_heldout", step=step, **task.look())
+            # at the last step too: a kill while the codec is written costs no training
             if time.monotonic() - kept_s >= plan.checkpoint_every_s or step == plan.steps:
                 save_state(folder / CHECKPOINT, task, step)
                 kept_s = time.monotonic()
@@ -264,6 +275,7 @@ def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         before = None
+    # other settings would give a mixture that no settings describe
     if before != settings:
         known = before if isinstance(before, dict) else {}
         differs = [key for key in settings if known.get(key) != settings[key]]

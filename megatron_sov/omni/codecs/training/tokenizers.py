@@ -57,6 +57,7 @@ class CodebookUsage:
         total = int(self.counts.sum())
         if not total:
             return {"perplexity": math.nan, "used_share": 0.0}
+        # 0 log 0 is 0: ids that never came are left out
         shares = self.counts[self.counts > 0].double() / total
         return {"perplexity": float(torch.exp(-(shares * shares.log()).sum())),
                 "used_share": float((self.counts > 0).double().mean())}
@@ -193,6 +194,7 @@ class ImageTokenizerTask(_Autoencoder):
             pictures = _shares(self._heldout[begin:begin + self.learning.batch_size]).to(self.device)
             ids = self.network.encode(pictures)
             usage.add(ids)
+            # through the ids and back, as in use; the floor keeps a perfect picture at 100 dB
             error = (self.network.reconstruct(ids) - pictures).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
             psnr_db += float((-_DB * error.log()).sum())
         return {"psnr_db": psnr_db / len(self._heldout), **usage.figures()}
@@ -236,6 +238,7 @@ class AudioTokenizerTask(_Autoencoder):
         pieces = torch.zeros(len(rows), size)
         for piece, row, place in zip(pieces, rows.tolist(), places.tolist(), strict=True):
             sound = self._sounds[row]
+            # a sound shorter than a piece begins at 0 and is followed by silence
             begin = int(place * max(1, len(sound) - size + 1))
             cut = sound[begin:begin + size]
             piece[:len(cut)] = torch.from_numpy(cut)
@@ -251,6 +254,7 @@ class AudioTokenizerTask(_Autoencoder):
         usage, error_db, num_sounds = CodebookUsage(self.network.codebook_size), 0.0, 0
         for row in range(len(self._heldout)):
             sound = torch.from_numpy(self._heldout[row]).to(self.device)
+            # whole tokens alone: frames that are filled up would count as error
             tokens = len(sound) // (FRAMES_PER_TOKEN * self.network.frames.hop_samples)
             if not tokens:
                 continue
@@ -403,6 +407,7 @@ def reconstruct(folder: Path, files: Sequence[Path], output: Path,
     sees = hasattr(codec, "side_pixels")
     decode, rate_hz = _decoder(folder, codec, sees, through)
     targets = [output / f"{file.stem}{'.png' if sees else '.wav'}" for file in files]
+    # before anything is written: the second would silently replace the first
     if len(set(targets)) < len(targets):
         raise UserError(f"--output {output}: two of the files would be written under one name; call the "
                         "command once for each of them")
@@ -450,6 +455,7 @@ def _sound(codec: Any, decode: Decode, rate_hz: int, file: Path, target: Path) -
         heard = reader.sound(file.name, codec.sample_rate_hz).arrays[0]
     again: np.ndarray[Any, Any] = decode(codec.encode(torch.from_numpy(heard.copy()))).numpy()
     written = io.BytesIO()
+    # without the silence that filled up the last token
     soundfile.write(written, again[:len(heard) * rate_hz // codec.sample_rate_hz], rate_hz, subtype="PCM_16",
                     format="WAV")
     write_output(target, written.getvalue())

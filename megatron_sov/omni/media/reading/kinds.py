@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
+
 @dataclass(frozen=True)
 class MediaLimits:
     """Limits of each medium, and of the process that decodes it."""
