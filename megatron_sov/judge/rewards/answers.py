@@ -110,7 +110,10 @@ def last_box(text: str) -> tuple[int, int] | None:
         depth = 0
         for i in range(start + len("\\boxed"), min(len(text), start + MAX_ANSWER_CHARS)):
             # braces nest in LaTeX (\boxed{\frac{1}{2}}), which no regular expression counts
-            depth += (text[i] == "{") - (text[i] == "}")
+            if text[i] == "{":
+                depth += 1
+            elif text[i] == "}":
+                depth -= 1
             if depth == 0:
                 return start, i + 1
         end = start
@@ -333,10 +336,10 @@ def _choice(found: str, row: Row) -> str | None:
     if isinstance(choices, list) and len(choices) <= 10:
         said = normalized(found)
         # a response may write the choice out; two equal choices would leave its letter open
-        hits = [i for i, choice in enumerate(choices) if isinstance(choice,
-                                                                    str) and normalized(choice) == said]
+        hits = [letter for letter, choice in zip("ABCDEFGHIJ", choices, strict=False)
+                if isinstance(choice, str) and normalized(choice) == said]
         if len(hits) == 1:
-            return "ABCDEFGHIJ"[hits[0]]
+            return hits[0]
     return None
 
 

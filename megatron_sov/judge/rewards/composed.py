@@ -107,8 +107,8 @@ class Composed:
         if not results:
             return Result(None, "refused", {}, f"no part judges {self.domain_field} = "
                                                f"{told_short(row.get(self.domain_field))}")
-        components = {name: {"reward": r.reward, "status": r.status, **r.components} for name,
-                      r in results.items()}
+        components = {name: {"reward": result.reward, "status": result.status, **result.components}
+                      for name, result in results.items()}
         # a fault of the machine outranks one of the row: it may be gone tomorrow
         for status in WORST_FIRST:
             for name, result in results.items():
@@ -177,7 +177,6 @@ class ComposedRunner(Runner):
         second = self._composed.second
         assert second is not None
         asked = [i for i, results in enumerate(found)
-                 # only what was judged can be disagreed with
                  if second.of in results and results[second.of].reward is not None
                  and self._composed.is_sampled(rows[i])]
         for i, other in zip(asked, self._runners[SECOND].score([rows[i] for i in asked]), strict=True):

@@ -248,7 +248,9 @@ class Constraint:
         why = next((one.reason for each in told for one in each if one.reason), "")
         # an empty response keeps many constraints ("no commas"), and is still worth nothing
         kept = accepting > 0 and share >= self.min_share and bool(response.strip())
-        reward = share * bool(response.strip()) if self.give_share else float(kept)
+        reward = float(kept)
+        if self.give_share:
+            reward = share if response.strip() else 0.0
         return Score(reward, {"accepting": accepting, "functions": len(functions), "why": short(why)})
 
 

@@ -179,7 +179,8 @@ def consonants(response: str) -> bool:
 def alliteration_increment(response: str) -> bool:
     before = -1
     for sentence in sentences(response):
-        firsts = [word[0] for word in (w.lstrip(PUNCTUATION + " ") for w in sentence.lower().split()) if word]
+        words = [word.lstrip(PUNCTUATION + " ") for word in sentence.lower().split()]
+        firsts = [word[0] for word in words if word]
         same = [a == b for a, b in pairwise(firsts)]
         # the first pair of a sequence brings two words, each further one brings one
         count = sum(2 if not i or not same[i - 1] else 1 for i, equal in enumerate(same) if equal)
@@ -243,8 +244,9 @@ def keywords_specific_position(response: str, keyword: str, n: int, m: int) -> b
 def words_position(response: str, keyword: str) -> bool:
     words = [word.lower() for word in tokens(response)]
     # a mark at the end is a token, and no word
-    ends = bool(words) and words[-1] in PUNCTUATION
-    return len(words) >= 2 + ends and words[1] == words[-2 - ends] == keyword.strip().lower()
+    if words and words[-1] in PUNCTUATION:
+        words.pop()
+    return len(words) >= 2 and words[1] == words[-2] == keyword.strip().lower()
 
 
 WORD_CHECKS: Mapping[str, Check] = {
@@ -305,7 +307,7 @@ def quotes(response: str) -> bool:
 
 def options(response: str, options: str) -> bool:
     # the data set writes its options in three ways
-    separator = "/" if "/" in options else "or" if "or" in options else ","
+    separator = next((mark for mark in ("/", "or") if mark in options), ",")
     allowed = [option.strip() for option in options.split(separator)]
     if re.match(r"\W*[aA]\W*[bB]\W*[cC]\W*", options):
         return response in allowed
@@ -321,8 +323,8 @@ def emoji(response: str) -> bool:
     texts = [bare(sentence).strip() for sentence in sentences(response)]
     for i, text in enumerate(texts):
         # a selector may stand behind the last character, and the emoji itself behind the full stop
-        places = [*text[-2:], *(texts[i + 1][:1] if i + 1 < len(texts) else "")] if text else []
-        if not any(map(_EMOJI.fullmatch, places)):
+        behind = texts[i + 1][:1] if i + 1 < len(texts) else ""
+        if not text or not any(map(_EMOJI.fullmatch, text[-2:] + behind)):
             return False
     return True
 

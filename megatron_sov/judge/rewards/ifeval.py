@@ -42,8 +42,7 @@ class IfEval:
         followed = [any(text.strip() and checked(name, text, arguments) for text in texts)
                     for name, arguments in asked]
         share = sum(followed) / len(followed)
-        components = {f"{i}:{name}": done for i, ((name, _),
-                                                  done) in enumerate(zip(asked, followed, strict=True))}
+        components = {f"{i}:{name}": followed[i] for i, (name, _) in enumerate(asked)}
         return Score(float(share == 1) if self.all_or_nothing else share, components)
 
 
@@ -74,8 +73,8 @@ def _instruction(item: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or name not in CHECKS:
         raise Refused(f"instruction {told_short(name or item)} is not known{nearest(str(name), CHECKS)}")
     # the data set's table has a column for each argument of any instruction, empty for all others
-    return name, {key: value for key, value in item.items() if key not in ("id",
-                                                                           "prompt") and value is not None}
+    return name, {key: value for key, value in item.items()
+                  if key not in ("id", "prompt") and value is not None}
 
 
 def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:

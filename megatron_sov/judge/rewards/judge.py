@@ -186,7 +186,6 @@ class Judge:
             value = self._asked.ask({"model": self.model, "messages": messages}, _pooled)
             return Score(value, {"judge": value})
         value, reason = self._asked.ask(self._payload(row, response), self._graded)
-        # from [min_score, max_score] to [0, 1]
         reward = (value - self.min_score) / (self.max_score - self.min_score)
         return Score(reward, {"judge": value, "said": reason[:500]})
 
@@ -221,7 +220,6 @@ class Judge:
 def _pooled(answer: Any) -> float:
     """Return the number of a reward model: that of the last token, where there is one for each."""
     value = only(answer, "data").get("data")
-    # a model with pooling by token gives a list of lists
     while isinstance(value, list) and value:
         value = value[-1]
     if not is_number(value):

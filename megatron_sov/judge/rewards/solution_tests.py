@@ -77,7 +77,6 @@ class Peer:
 
     def _answer(self, message: list[Any]) -> None:
         _, operation, encoded, names = message
-        # an argument that cannot be decoded is an error of the call, as any other
         values: list[Any] = []
         try:
             values = [self.decoded(value) for value in encoded]
@@ -141,7 +140,6 @@ class Peer:
         (value.update if hasattr(value, "update") else value.extend)(new)
 
     def _error(self, kinds: list[str], text: str) -> Exception:
-        # the nearest class that this side knows, along the order of inheritance
         for name in kinds:
             kind = self.errors.get(name) or BUILT_IN_ERRORS.get(name)
             if kind is not None:
@@ -403,7 +401,6 @@ def main() -> None:
     try:
         told = peer.receive()
         if isinstance(told.get("error"), str):
-            # a solution that does not load has failed all tests
             tell(verdict, loaded=False, reason=told["error"])
             return
         names = {**names_of(told, peer), "__name__": "__main__", "__plain__": plain}

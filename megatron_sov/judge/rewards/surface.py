@@ -96,7 +96,7 @@ class Repetition:
         # what is beyond the allowed share, over all that could be: 0 to 1
         excess = max(0.0, share - self.allowed_share) / (1 - self.allowed_share)
         # the worst and not the sum: a loop is also repeated n-grams and often has no end
-        worst = max(excess, float(loops), self.no_end_penalty * unended)
+        worst = max(excess, float(loops), self.no_end_penalty if unended else 0.0)
         # 0.0 - 0.0 is 0.0, and -0.0 would print as -0
         return Score(0.0 - worst, {"repeated_share": share, "loop": piece[:40] if loops else "",
                                    "loop_repeats": repeats if loops else 0, "no_end": unended})
@@ -184,7 +184,6 @@ class LanguageReward:
         beside = {script for name in self.also for script in LANGUAGES[name]} - own
         own_share = sum(counts[s] for s in own) / total
         also_share = sum(counts[s] for s in beside) / total
-        # by difference: letters of any script that neither has
         foreign_share = 1 - own_share - also_share
         # other letters are paid up to their limit; below `min_share` it is another language
         reward = own_share + min(also_share, self.max_also_share) if own_share >= self.min_share else 0.0

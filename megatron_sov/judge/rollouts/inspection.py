@@ -207,7 +207,6 @@ def _figures_of_round(store: RolloutStore, parts: list[RolloutPart], judged: Map
             by = store.judgements(version, [part for part in here if part.name in names])
             for head, said in by.items():
                 for figures in counted.get(head, ()):
-                    # a version without rewards in a domain has no entry there
                     tally = figures.rewards.setdefault(version, ScoringTally())
                     tally.add(said.reward, said.status)
         done(len(here))
@@ -327,10 +326,14 @@ def _shown_round(store: RolloutStore, number: int, version: str | None, most: in
 def _chapter(name: str, read: _Read, decode: Decode | None) -> Chapter:
     row, judged = read.row, read.judged
     written = row.written_versions
-    reward = judged.status if judged is not None and judged.reward is None else (
-        "none" if judged is None or judged.reward is None else f"{judged.reward:g}")
-    steps = "" if not len(written) else f"{written.min()}" if written.min() == written.max() else (
-        f"{written.min()} to {written.max()}")
+    if judged is None:
+        reward = "none"
+    else:
+        reward = judged.status if judged.reward is None else f"{judged.reward:g}"
+    steps = ""
+    if len(written):
+        first, last = written.min(), written.max()
+        steps = f"{first}" if first == last else f"{first} to {last}"
     figures = [("reward", reward, "" if judged is None else _plain(judged.reason)),
                *((_plain(part), _plain(str(value)), "") for part, value in
                  ({} if judged is None else judged.components).items()),

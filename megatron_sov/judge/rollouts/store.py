@@ -135,9 +135,11 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     left = {name: value for name, value in nothing.items() if name not in columns}
     # Rollout takes key, round and attempt by place, all else by name
     heads = zip(keys_of(table), table["round"].to_pylist(), table["attempt"].to_pylist(), strict=True)
-    return [Rollout(key, number, attempt, **dict(zip(read, values, strict=True)), **left)
-            for (key, number, attempt), values in
-            zip(heads, zip(*read.values(), strict=True) if read else [()] * table.num_rows, strict=True)]
+    rows = []
+    for i, (key, number, attempt) in enumerate(heads):
+        fields = {name: values[i] for name, values in read.items()}
+        rows.append(Rollout(key, number, attempt, **fields, **left))
+    return rows
 
 
 def schema_for(columns: Sequence[str]) -> pa.Schema:

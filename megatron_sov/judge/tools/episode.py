@@ -148,7 +148,6 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
         encoder: of the model.
         limits: of the episode.
     """
-    # the state before the calls: it is replaced behind them
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
                        in_thoughts=encoder.opens_thoughts(episode.ids))
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)

@@ -85,7 +85,6 @@ def page_of(title: str, transcripts: Sequence[Transcript], limits: EpisodeLimits
     def worst_first(transcript: Transcript) -> float:
         return float("-inf") if transcript.result.reward is None else transcript.result.reward
 
-    # a page is read for what went wrong
     shown = sorted(transcripts, key=worst_first)[:MAX_CHAPTERS]
     left_out = len(transcripts) - len(shown)
     rows = [[name, value] for name, value in [*figures.items(), *(
@@ -509,7 +508,6 @@ class _Room:
         said = self.speaker.say(messages_of(episode), episode.opening.tools,
                                 min(left, limits.max_turn_tokens), episode.number * STREAMS
                                 + len(episode.turns))
-        # only the endpoint can count: the first answer is the first that is known of the prompt's length
         if not episode.turns and said.read_tokens > limits.max_prompt_tokens:
             raise UserError(f"task {episode.number + 1}: its question and tools make {said.read_tokens:,} "
                             f"tokens, more than max_prompt_tokens {limits.max_prompt_tokens:,}; raise it in "

@@ -157,7 +157,6 @@ def _value(node: ast.AST, scope: Mapping[str, Any]) -> Any:
         return _value(node.body if _truth(_value(node.test, scope)) else node.orelse, scope)
     if isinstance(node, ast.Compare):
         values = [_value(part, scope) for part in (node.left, *node.comparators)]
-        # a < b < c compares each pair of neighbours
         return all(_compared(op, left, right)
                    for op, left, right in zip(node.ops, values, values[1:], strict=False))
     if isinstance(node, ast.BinOp):

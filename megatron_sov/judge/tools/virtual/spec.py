@@ -72,7 +72,6 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
                             f"{', '.join(sorted(allowed))}")
     if "enum" in schema:
         return _choice(schema["enum"], names, where, problems)
-    # ["string", "null"] becomes a union of both
     made = [_one(name, schema, where, problems, levels) for name in names]
     return _UNION[tuple(made)]
 
@@ -223,7 +222,6 @@ class Spec:
                 if wrong := table.held.problem(row):
                     return f"row {key} of {name}: {wrong}"
                 for column, other in references.items():
-                    # a row that refers to a deleted one breaks the world, not only the row
                     if row[column] is not None and row[column] not in tables[other]:
                         return f"row {key} of {name}: {column} is {shown(row[column])}, which {other} has not"
         return ""

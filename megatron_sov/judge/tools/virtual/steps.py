@@ -193,7 +193,6 @@ def run(steps: tuple[WorldStep, ...], arguments: Mapping[str, Any], tables: Tabl
     Raises:
         ToolFault: the call is refused, or a step fails; the tables may be changed halfway.
     """
-    # a copy: names of steps are those of this call alone
     scope = dict(arguments)
     result: Any = None
     for step in steps:
@@ -233,9 +232,8 @@ def _find(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: Ne
     if "order" in step.values:
         places = [value_of(step.values["order"], {**scope, _ROW: row}) for row in rows]
         # numbers are one kind, bool is one of its own: Python would sort true among the numbers
-        kinds = {str if isinstance(place, str) else type(place) if isinstance(place, bool) else float
-                 for place in places if isinstance(place, (str, int, float))}
-        if len(kinds) > 1 or not all(isinstance(place, (str, int, float)) for place in places):
+        kinds = {float if type(place) is int else type(place) for place in places}
+        if len(kinds) > 1 or not kinds <= {str, bool, float}:
             raise ToolFault("failed", "failed (rows cannot be put in order: what they are ordered by is not "
                                       "all numbers or all texts)")
         # the place in the list breaks ties, and rows are never compared

@@ -108,9 +108,15 @@ def _is_call(call: Any) -> bool:
 def _fits(call: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Return whether a call is a wanted one: no argument of another value, none missing, none too many."""
     given, accepted = call["arguments"], wanted["arguments"]
-    return (call["name"] == wanted["name"] and set(given) <= set(accepted) and all(
-        any(_same(given[name], value) for value in values) if name in given else LEFT_OUT in values
-        for name, values in accepted.items()))
+    if call["name"] != wanted["name"] or not set(given) <= set(accepted):
+        return False
+    for name, values in accepted.items():
+        if name not in given:
+            if LEFT_OUT not in values:
+                return False
+        elif not any(_same(given[name], value) for value in values):
+            return False
+    return True
 
 
 def _same(given: Any, wanted: Any) -> bool:

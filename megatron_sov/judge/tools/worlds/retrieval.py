@@ -183,9 +183,11 @@ class Retrieval(AnsweredWorld):
         return [{"query": query, "results": self._found(query)} for query in asked]
 
     def _found(self, query: str) -> list[dict[str, Any]]:
-        return [{**{key: self._documents[number].get(key) for key in self.keys},
-                 self.text: self._documents[number][self.text][:self.snippet_chars]}
+        return [self._given(self._documents[number], self.snippet_chars)
                 for number, _ in self._index.search(query, self.top_k)]
+
+    def _given(self, document: dict[str, Any], most_chars: int | None = None) -> dict[str, Any]:
+        return {**{key: document.get(key) for key in self.keys}, self.text: document[self.text][:most_chars]}
 
     def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
         asked = {key: value for key, value in wanted.items() if value is not None}
@@ -193,4 +195,4 @@ class Retrieval(AnsweredWorld):
                  if all(str(d.get(key, "")) == value for key, value in asked.items())]
         if not found:
             raise ToolRefused(f"there is no document with {asked}; search for it first")
-        return [{**{key: d.get(key) for key in self.keys}, self.text: d[self.text]} for d in found]
+        return [self._given(document) for document in found]

@@ -177,9 +177,11 @@ def _optimizer_state(name: str, numbers: Any, tensors: dict[str, torch.Tensor]) 
         if key.startswith(begin):
             index, _, entry = key.removeprefix(begin).partition(".")
             state.setdefault(int(index), {})[entry] = tensor
-    # JSON has made lists of tuples, and the same bits need the same types
-    groups = [{key: tuple(value) if key == "betas" else value for key, value in group.items()}
-              for group in numbers["groups"]]
+    # JSON has made a list of the tuple, and the same bits need the same types
+    groups = [dict(group) for group in numbers["groups"]]
+    for group in groups:
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
     return {"state": state, "param_groups": groups}
 
 
