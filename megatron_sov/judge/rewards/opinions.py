@@ -185,7 +185,7 @@ class Opinions:
         if self.alarm is not None and not rang:
             self.alarm_line = opinion.line
 
-    def told(self, place: str = "line") -> str:
+    def describe_alarm(self, place: str = "line") -> str:
         """Return the alarm in a sentence; empty without one.
 
         Args:
@@ -277,7 +277,7 @@ def page_of(opinions: Opinions, name: str, version: str) -> str:
                     tables=[PageTable(["words", "in wrongly paid answers", "in others"],
                                       rows)] if rows else []),
         PageSection("Wrongly paid answers", text="The newest ones, by their end.", tables=_answers(opinions))]
-    figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.told()),
+    figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.describe_alarm()),
                ("Second opinions", f"{count:,}", ""),
                ("Disagree", f"{len(opinions.disagreeing) / max(1, count):.1%}",
                 f"{len(opinions.disagreeing):,} rows"),

@@ -278,7 +278,7 @@ class _TranscriptRound:
     def _kept(self, reads: list[_Read], sign: int, most: int | None = None) -> list[_Read]:
         return sorted(reads, key=lambda read: (sign * (read.reward or 0.0), read.place))[:most or self.most]
 
-    def shown(self) -> Iterator[tuple[str, _Read]]:
+    def pick_reads(self) -> Iterator[tuple[str, _Read]]:
         above = {read.row.key for read in self.highest}
         lowest = [read for read in self.lowest if read.row.key not in above][:self.most]
         for why, reads in (("highest reward", self.highest), ("lowest reward", lowest),
@@ -307,7 +307,7 @@ def page_of(store: RolloutStore, rounds: Sequence[int], version: str | None, mos
     """
     found = [_shown_round(store, number, version, most) for number in rounds]
     chapters = [_chapter(f"Round {part.number}, {why}", read, decode)
-                for part in found for why, read in part.shown()]
+                for part in found for why, read in part.pick_reads()]
     table = PageTable(["round", "responses", "mean reward", "cut off", "no reward"],
                       [part.figures() for part in found])
     told = "no reward" if version is None else f"reward {version}"

@@ -205,7 +205,7 @@ class AskedPrompt:
     pieces: int
     """Of each round."""
 
-    def told(self, unfinished: int) -> dict[str, int]:
+    def to_provenance(self, unfinished: int) -> dict[str, int]:
         """Return what stands in the provenance of a part with so many unfinished rows."""
         return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
 

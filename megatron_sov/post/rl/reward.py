@@ -233,7 +233,7 @@ class JudgingJob:
         if opinion is not None:
             self.opinions.add(opinion)
             if self.opinions.alarm is not None:
-                self.alarmed(f"ALARM of two verifiers {self.opinions.told('second opinion')}")
+                self.alarmed(f"ALARM of two verifiers {self.opinions.describe_alarm('second opinion')}")
 
     def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""

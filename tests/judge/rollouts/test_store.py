@@ -406,12 +406,12 @@ def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
 
 
 def test_the_newest_part_says_how_much_there_will_be() -> None:
-    before, after = AskedPrompt(1, 1).told(0), AskedPrompt(2, 1).told(0)
+    before, after = AskedPrompt(1, 1).to_provenance(0), AskedPrompt(2, 1).to_provenance(0)
     parts = [part(1, 0, before, created_s=1.0)]
     assert not_written(parts, None) == ""
     assert not_written([*parts, part(2, 0, after, created_s=2.0)], None) == ""
     assert not_written([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
-    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).told(3), attempt=1)],
+    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).to_provenance(3), attempt=1)],
                        None) == "the ends of responses in 1 of 1 pieces of round 1"
 
 

@@ -37,7 +37,7 @@ def image_task(folder: Path) -> ImageTokenizerTask:
     shape = (3, 8, 8)
     bank = picture_bank(folder / "train.bin", [str(i) for i in range(10)], 8,
                         lambda name: rng.integers(0, 256, shape, dtype=np.uint8))
-    return ImageTokenizerTask.made(SEEING, bank[2:], bank[:2])
+    return ImageTokenizerTask.create(SEEING, bank[2:], bank[:2])
 
 
 def audio_task(folder: Path) -> AudioTokenizerTask:
@@ -45,7 +45,7 @@ def audio_task(folder: Path) -> AudioTokenizerTask:
     names = [str(length) for length in (100, 5000, 9000, 700)]
     bank = SoundBank(folder / "train.bin", names,
                      lambda name: rng.uniform(-1, 1, int(name)).astype(np.float32))
-    return AudioTokenizerTask.made(HEARING, bank, bank)
+    return AudioTokenizerTask.create(HEARING, bank, bank)
 
 
 def plan(output: Path, kind: str) -> CodecTrainingPlan:

@@ -69,22 +69,22 @@ def read(text: Any, columns: Columns, where: str, problems: Problems) -> Express
     # reading goes on behind a problem, so that all problems are told at once
     none = Expression(str(text)[:MAX_CHARS], ast.Constant(None))
     if not isinstance(text, str) or len(text) > MAX_CHARS:
-        problems.add(where, f"{shown(text)} must be an expression of at most {MAX_CHARS} characters")
+        problems.add(where, f"{quote(text)} must be an expression of at most {MAX_CHARS} characters")
         return none
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        problems.add(where, f"{shown(text)} is no expression; a text stands in quotes: \"'open'\"")
+        problems.add(where, f"{quote(text)} is no expression; a text stands in quotes: \"'open'\"")
         return none
     nodes = list(ast.walk(tree))
     if len(nodes) > MAX_NODES:
-        problems.add(where, f"{shown(text)} has more than {MAX_NODES} parts")
+        problems.add(where, f"{quote(text)} has more than {MAX_NODES} parts")
         return none
     before = len(problems.told)
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     for node in nodes:
         if id(node) not in called and (wrong := _wrong(node, columns)):
-            problems.add(where, f"{shown(text)}: {wrong}")
+            problems.add(where, f"{quote(text)}: {wrong}")
     return Expression(text, tree) if len(problems.told) == before else none
 
 
@@ -127,11 +127,11 @@ def value_of(expression: Expression, scope: Mapping[str, Any]) -> Any:
     try:
         return _within(_value(expression.tree, scope))
     except _NoValue as e:
-        raise ToolFault("failed", f"failed ({shown(expression.text)}: {e})") from None
+        raise ToolFault("failed", f"failed ({quote(expression.text)}: {e})") from None
     except RecursionError:
-        raise ToolFault("failed", f"failed ({shown(expression.text)} is nested too deep)") from None
+        raise ToolFault("failed", f"failed ({quote(expression.text)} is nested too deep)") from None
     except (ArithmeticError, ValueError):  # JSON's whole numbers have no bounds, and come as arguments
-        raise ToolFault("failed", f"failed ({shown(expression.text)}: a number passes {MAX_NUMBER:.0e})"
+        raise ToolFault("failed", f"failed ({quote(expression.text)}: a number passes {MAX_NUMBER:.0e})"
                         ) from None
 
 
@@ -272,10 +272,10 @@ def _day(value: Any) -> datetime.date:
     try:
         found = datetime.date.fromisoformat(_text(value))
     except ValueError:
-        raise _NoValue(f"{shown(value)} is no day written YYYY-MM-DD") from None
+        raise _NoValue(f"{quote(value)} is no day written YYYY-MM-DD") from None
     # fromisoformat takes 20260510 too, and days are compared as texts
     if found.isoformat() != value:
-        raise _NoValue(f"{shown(value)} is no day written YYYY-MM-DD")
+        raise _NoValue(f"{quote(value)} is no day written YYYY-MM-DD")
     return found
 
 
@@ -345,6 +345,6 @@ class Problems:
             self.told.append(f"{where}: {what}")
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """Return a value as a sentence may hold it."""
     return repr(str(value)[:60])

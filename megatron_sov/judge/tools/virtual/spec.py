@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.judge.tools.environment import Parameter
-from megatron_sov.judge.tools.virtual.expressions import Problems, shown
+from megatron_sov.judge.tools.virtual.expressions import Problems, quote
 from megatron_sov.judge.tools.virtual.steps import CHANGING, RESERVED, StepReader, Tables, WorldStep
 
 PLAIN: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": None}
@@ -56,13 +56,13 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
         levels: that may follow.
     """
     if not isinstance(schema, Mapping) or not levels:
-        problems.add(where, f"{shown(schema)} must be a JSON schema, at most {MAX_LEVELS} levels deep")
+        problems.add(where, f"{quote(schema)} must be a JSON schema, at most {MAX_LEVELS} levels deep")
         return Any
     named = schema.get("type")
     names: list[Any] = named if isinstance(named, list) else [named]
     known = PLAIN.keys() | _WORDS.keys()
     if not names or not all(isinstance(name, str) and name in known for name in names):
-        problems.add(where, f"type is {shown(named)}, must be one of {', '.join(sorted(known))}, or a list "
+        problems.add(where, f"type is {quote(named)}, must be one of {', '.join(sorted(known))}, or a list "
                             "of them")
         return Any
     allowed = _ANYWHERE | also | {word for name in names for word in _WORDS.get(name, ())}
@@ -123,7 +123,7 @@ def fields_of(schema: Mapping[str, Any], where: str, problems: Problems) -> Mapp
         return {}
     if not isinstance(required, list) or not all(isinstance(name, str) and name in fields
                                                  for name in required):
-        problems.add(where, f"required is {shown(required)}, must be a list of properties")
+        problems.add(where, f"required is {quote(required)}, must be a list of properties")
     if schema.get("additionalProperties", False) is not False:
         problems.add(where, "additionalProperties must be false: nothing else is taken or given")
     return fields
@@ -223,7 +223,7 @@ class Spec:
                     return f"row {key} of {name}: {wrong}"
                 for column, other in references.items():
                     if row[column] is not None and row[column] not in tables[other]:
-                        return f"row {key} of {name}: {column} is {shown(row[column])}, which {other} has not"
+                        return f"row {key} of {name}: {column} is {quote(row[column])}, which {other} has not"
         return ""
 
 
@@ -257,7 +257,7 @@ def _known(text: str) -> Spec:
 def _read(world: Any) -> tuple[Spec | None, Problems]:
     problems = Problems()
     if not isinstance(world, Mapping):
-        problems.add("world", f"is {shown(world)}, must be an object with {', '.join(sorted(_WORLD))}")
+        problems.add("world", f"is {quote(world)}, must be an object with {', '.join(sorted(_WORLD))}")
         return None, problems
     try:
         # bounded before anything is read: the parts below walk all of it
@@ -304,7 +304,7 @@ def _tables(given: Any, problems: Problems) -> dict[str, TableSpec]:
 def _prefix(table: Mapping[str, Any], where: str, problems: Problems) -> str:
     prefix = table.get("prefix")
     if not isinstance(prefix, str) or not prefix.isalpha() or len(prefix) > 12:
-        problems.add(where, f"prefix is {shown(prefix)}, must be 1 to 12 letters, as in B for the key B1")
+        problems.add(where, f"prefix is {quote(prefix)}, must be 1 to 12 letters, as in B for the key B1")
         return ""
     return prefix
 
@@ -321,7 +321,7 @@ def _columns(given: Any, where: str, tables: Mapping[str, Any],
         other = column["references"] if refers else None
         if refers and (not isinstance(other, str) or other not in tables
                        or column.get("type") not in ("string", ["string", "null"])):
-            problems.add(f"{where}.{name}", f"references {shown(other)}: must be a table, whose keys are of "
+            problems.add(f"{where}.{name}", f"references {quote(other)}: must be a table, whose keys are of "
                                             "type string")
         if isinstance(column, Mapping) and column.get("free", False) not in (True, False):
             problems.add(f"{where}.{name}", "free must be true or false")
@@ -349,7 +349,7 @@ def _tools(given: Any, tables: Mapping[str, TableSpec], problems: Problems) -> d
     for i, tool in enumerate(given):
         where = f"tools[{i}]"
         if not isinstance(tool, Mapping):
-            problems.add(where, f"{shown(tool)} must be an object with {', '.join(sorted(_TOOL))}")
+            problems.add(where, f"{quote(tool)} must be an object with {', '.join(sorted(_TOOL))}")
             continue
         name = _text(tool, "name", where, problems)
         where = f"tool {name[:40]}" if name else where
@@ -386,7 +386,7 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
             continue
         default = schema.get("default") if isinstance(schema, Mapping) else None
         if default is not None and (wrong := held[argument].problem(default)):
-            problems.add(f"{where}.{argument}", f"its default {shown(default)} is not of its type ({wrong})")
+            problems.add(f"{where}.{argument}", f"its default {quote(default)} is not of its type ({wrong})")
         # an argument that may be left out is null inside of steps, so null is allowed
         parameters[argument] = Parameter(kind | None if default is None else kind, str(described), default)
     returns = StoredCollection(type_of(tool.get("returns"), f"{where}.returns", problems))
@@ -404,6 +404,6 @@ def _only(given: Mapping[str, Any], known: set[str], where: str, problems: Probl
 def _text(given: Mapping[str, Any], name: str, where: str, problems: Problems) -> str:
     value = given.get(name)
     if not isinstance(value, str) or not value.strip():
-        problems.add(where, f"{name} is {shown(value)}, must be text")
+        problems.add(where, f"{name} is {quote(value)}, must be text")
         return ""
     return value

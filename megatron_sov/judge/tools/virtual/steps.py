@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_sov.judge.tools.environment import ToolFault, ToolRefused
 from megatron_sov.judge.tools.virtual import expressions
-from megatron_sov.judge.tools.virtual.expressions import Expression, Problems, shown, value_of
+from megatron_sov.judge.tools.virtual.expressions import Expression, Problems, quote, value_of
 
 MAX_STEPS = 20
 """Of a tool."""
@@ -99,7 +99,7 @@ class StepReader:
     def _step(self, given: Any, where: str) -> WorldStep:
         verbs = [verb for verb in VERBS if isinstance(given, Mapping) and verb in given]
         if len(verbs) != 1:
-            self._problems.add(where, f"{shown(given)} must be an object with one of {', '.join(VERBS)}")
+            self._problems.add(where, f"{quote(given)} must be an object with one of {', '.join(VERBS)}")
             return WorldStep("let")
         verb, = verbs
         needed, may = VERBS[verb]
@@ -118,7 +118,7 @@ class StepReader:
     def _tabled(self, given: Mapping[str, Any], verb: str, where: str) -> WorldStep:
         table = given[verb]
         if not isinstance(table, str) or table not in self._tables:
-            self._problems.add(where, f"there is no table {shown(table)}; there are "
+            self._problems.add(where, f"there is no table {quote(table)}; there are "
                                       f"{', '.join(self._tables)}")
             return WorldStep(verb)
         row = {**self._names, _ROW: self._tables[table] | {"id"}}
@@ -129,7 +129,7 @@ class StepReader:
             self._problems.add(where, "a get needs `key` or `where`, one of them")
         limit = given.get("limit", 0)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            self._problems.add(where, f"limit is {shown(limit)}, must be a whole number")
+            self._problems.add(where, f"limit is {quote(limit)}, must be a whole number")
             limit = 0
         return WorldStep(verb, table, self._name(given.get("as", ""), where), values, columns,
                          self._told(given, where) if "else" in given else "", limit)
@@ -159,7 +159,7 @@ class StepReader:
 
     def _columns(self, given: Any, table: str, where: str, whole: bool) -> dict[str, Expression]:
         if not isinstance(given, Mapping):
-            self._problems.add(where, f"{shown(given)} must be an object of columns")
+            self._problems.add(where, f"{quote(given)} must be an object of columns")
             return {}
         known = self._tables[table]
         if unknown := sorted(set(map(str, given)) - known):
@@ -174,7 +174,7 @@ class StepReader:
             return ""
         if not isinstance(given, str) or not given.isidentifier() or given in self._names \
                 or given in RESERVED or given in expressions.FUNCTIONS:
-            self._problems.add(where, f"{shown(given)} must be a new name of letters, digits and _, and none "
+            self._problems.add(where, f"{quote(given)} must be a new name of letters, digits and _, and none "
                                       f"of {', '.join(expressions.FUNCTIONS)}")
             return ""
         return given
@@ -210,7 +210,7 @@ NewKey = Callable[[str, dict[str, Any]], str]
 def _row(step: WorldStep, scope: Mapping[str, Any], tables: Tables) -> tuple[str, dict[str, Any]]:
     key = value_of(step.values["key"], scope)
     if not isinstance(key, str) or key not in tables[step.table]:
-        raise ToolRefused(step.told or f"there is no {shown(key)} in {step.table}")
+        raise ToolRefused(step.told or f"there is no {quote(key)} in {step.table}")
     return key, tables[step.table][key]
 
 
@@ -275,7 +275,7 @@ def _return(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: 
 def _test(test: Expression, scope: Mapping[str, Any]) -> bool:
     found = value_of(test, scope)
     if not isinstance(found, bool):
-        raise ToolFault("failed", f"failed ({shown(test.text)} is neither true nor false)")
+        raise ToolFault("failed", f"failed ({quote(test.text)} is neither true nor false)")
     return found
 
 

@@ -139,14 +139,14 @@ def _all_matched(fits: list[list[int]]) -> bool:
     """Return whether each wanted call has a call of its own among those that fit (augmenting paths)."""
     taken: dict[int, int] = {}
 
-    def placed(wanted: int, seen: set[int]) -> bool:
+    def find_call(wanted: int, seen: set[int]) -> bool:
         for call in fits[wanted]:
             if call not in seen:
                 seen.add(call)
                 # Kuhn's step: the wanted call that has this one takes another, if it can
-                if call not in taken or placed(taken[call], seen):
+                if call not in taken or find_call(taken[call], seen):
                     taken[call] = wanted
                     return True
         return False
 
-    return all(placed(wanted, set()) for wanted in range(len(fits)))
+    return all(find_call(wanted, set()) for wanted in range(len(fits)))

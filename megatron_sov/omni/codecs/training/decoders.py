@@ -27,7 +27,7 @@ from megatron_sov.omni.codecs.training.banks import (
     PICTURES, SOUNDS, Ids, MediaFiles, Pictures, Ragged, SoundBank, id_bank, media_files, picture_bank)
 from megatron_sov.omni.codecs.training.loop import (
     CodecSchedule, CodecTrainingPlan, batch_rows, generator, train)
-from megatron_sov.omni.codecs.training.tokenizers import digests, said
+from megatron_sov.omni.codecs.training.tokenizers import digests, name_refusals
 from megatron_sov.omni.media.reading.reader import MediaReader
 
 # Judges that a vocoder learns to deceive: of the samples at several periods, and of spectra at several
@@ -539,8 +539,8 @@ def _drawing(settings: ImageDecoderTraining, codec: Any, vae: Path | None, files
 
     drawn, heldout = (
         Drawn(picture_bank(folder / f"{part}.bin", names, side,
-                           said(files.root, lambda name: reader.picture(name, (side,)).arrays[0])),
-              id_bank(folder / f"{part}.ids", names, codec.grid**2, said(files.root, ids)))
+                           name_refusals(files.root, lambda name: reader.picture(name, (side,)).arrays[0])),
+              id_bank(folder / f"{part}.ids", names, codec.grid**2, name_refusals(files.root, ids)))
         for part, names in (("train", files.train), ("heldout", files.heldout)))
     torch.manual_seed(settings.learning.seed)
     decoder = DiT(settings.model)
@@ -561,8 +561,8 @@ def _speaking(settings: VocoderTraining, codec: Any, files: MediaFiles, reader: 
         return np.asarray(codec.encode(torch.from_numpy(reader.sound(name, codec.sample_rate_hz).arrays[0])))
 
     spoken, heldout = (
-        SpokenBank(SoundBank(folder / f"{part}.bin", names, said(files.root, sound)),
-                   Ragged(folder / f"{part}.ids", names, said(files.root, ids), np.dtype(np.int32)),
+        SpokenBank(SoundBank(folder / f"{part}.bin", names, name_refusals(files.root, sound)),
+                   Ragged(folder / f"{part}.ids", names, name_refusals(files.root, ids), np.dtype(np.int32)),
                    [settings.model.speakers.index(_speaker(name)) for name in names])
         for part, names in (("train", files.train), ("heldout", files.heldout)))
     torch.manual_seed(settings.learning.seed)

@@ -29,7 +29,7 @@ from megatron_sov.omni.codecs.quantised import (
     FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer)
 from megatron_sov.omni.codecs.siglip import SiglipFeatures, load_siglip, siglip_settings
 from megatron_sov.omni.codecs.training.banks import (
-    PICTURES, SOUNDS, MediaFiles, Pictures, SoundBank, Sounds, media_files, picture_bank)
+    PICTURES, SOUNDS, MediaFiles, Pictures, Read, SoundBank, Sounds, media_files, picture_bank)
 from megatron_sov.omni.codecs.training.loop import (
     CodecSchedule, CodecTrainingPlan, batch_rows, generator, train)
 from megatron_sov.omni.media.reading.reader import MediaReader
@@ -170,7 +170,7 @@ class ImageTokenizerTask(_Autoencoder):
         self._pictures, self._heldout = pictures, heldout
 
     @classmethod
-    def made(cls, settings: ImageTokenizerTraining, pictures: Pictures, heldout: Pictures,
+    def create(cls, settings: ImageTokenizerTraining, pictures: Pictures, heldout: Pictures,
              device: torch.device | str = "cpu") -> ImageTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
@@ -224,7 +224,7 @@ class AudioTokenizerTask(_Autoencoder):
         self._sounds, self._heldout = sounds, heldout
 
     @classmethod
-    def made(cls, settings: AudioTokenizerTraining, sounds: Sounds, heldout: Sounds,
+    def create(cls, settings: AudioTokenizerTraining, sounds: Sounds, heldout: Sounds,
              device: torch.device | str = "cpu") -> AudioTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
@@ -339,9 +339,10 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
         def picture(name: str) -> np.ndarray[Any, Any]:
             return reader.picture(name, (side,)).arrays[0]
 
-        train, heldout = (picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
+        train, heldout = (picture_bank(folder / f"{part}.bin", names, side,
+                                       name_refusals(files.root, picture))
                           for part, names in (("train", files.train), ("heldout", files.heldout)))
-        task = ImageTokenizerTask.made(settings, train, heldout, device=device)
+        task = ImageTokenizerTask.create(settings, train, heldout, device=device)
         if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
             load_siglip(sees, encoder)
         return task
@@ -350,22 +351,22 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
     def sound(name: str) -> np.ndarray[Any, Any]:
         return reader.sound(name, rate_hz).arrays[0]
 
-    sounds, others = (SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
+    sounds, others = (SoundBank(folder / f"{part}.bin", names, name_refusals(files.root, sound))
                       for part, names in (("train", files.train), ("heldout", files.heldout)))
-    return AudioTokenizerTask.made(settings, sounds, others, device=device)
+    return AudioTokenizerTask.create(settings, sounds, others, device=device)
 
 
-def said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
+def name_refusals(root: Path, read: Read) -> Read:
     """Return a reader whose refusals are sentences for the user."""
     def checked(name: str) -> np.ndarray[Any, Any]:
-        with named(root / name):
+        with naming_file(root / name):
             return read(name)
 
     return checked
 
 
 @contextmanager
-def named(file: Path) -> Iterator[None]:
+def naming_file(file: Path) -> Iterator[None]:
     """Turn the refusal of a medium into a sentence that begins with its name."""
     try:
         yield
@@ -439,7 +440,7 @@ def _decoder(folder: Path, codec: Any, sees: bool, through: Through) -> tuple[De
 def _picture(codec: Any, decode: Decode, file: Path, target: Path) -> None:
     from PIL import Image
 
-    with MediaReader(file.parent) as reader, named(file):
+    with MediaReader(file.parent) as reader, naming_file(file):
         seen = reader.picture(file.name, (codec.side_pixels,)).arrays[0]
     again = decode(codec.encode(torch.from_numpy(seen.copy())[None].float() / 255)[0])
     pixels = (again * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -451,7 +452,7 @@ def _picture(codec: Any, decode: Decode, file: Path, target: Path) -> None:
 def _sound(codec: Any, decode: Decode, rate_hz: int, file: Path, target: Path) -> None:
     import soundfile
 
-    with MediaReader(file.parent) as reader, named(file):
+    with MediaReader(file.parent) as reader, naming_file(file):
         heard = reader.sound(file.name, codec.sample_rate_hz).arrays[0]
     again: np.ndarray[Any, Any] = decode(codec.encode(torch.from_numpy(heard.copy()))).numpy()
     written = io.BytesIO()
