@@ -122,7 +122,7 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     """Return the rows of a table that has the columns of `schema_for`.
 
     Args:
-        table: as `Store.read` gives it.
+        table: as `RolloutStore.read` gives it.
         columns: fields that were read; others are empty.
 
     Raises:
@@ -347,7 +347,7 @@ class RolloutStore(Table[RolloutPart]):
 
         Args:
             name: of the part.
-            fields: to read (`columns.NAMES`); the others are empty, and a row's key, round and attempt are
+            fields: to read (`NAMES`); the others are empty, and a row's key, round and attempt are
                 always there.  None: all.
 
         Raises:

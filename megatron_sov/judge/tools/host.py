@@ -34,7 +34,7 @@ class CallResult:
     text: str
     """What the model is told."""
     fault: str = ""
-    """One of `faults.FAULTS`; empty: the tool gave this."""
+    """One of `environment.FAULTS`; empty: the tool gave this."""
     is_cut: bool = False
     """Whether the tool said more."""
 

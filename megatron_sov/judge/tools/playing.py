@@ -393,7 +393,7 @@ class Speaker(Protocol):
             messages: all of it.
             tools: that may be called, as OpenAI describes functions.
             max_tokens: longest turn.
-            stream: number of the turn's stream of random numbers, as in `playing.Policy`.
+            stream: number of the turn's stream of random numbers, as in `ToolPolicy.sample`.
 
         Raises:
             NoTurn: there is no answer.

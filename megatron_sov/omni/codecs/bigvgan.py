@@ -2,7 +2,7 @@
 
 Its shape is that of the authors' serving code (OmniServe, decoder/audio/codec): a token's embedding and a
 speaker's vector side by side, then upsamplings, each followed by blocks with periodic activations whose mean
-goes on.  Activations are late instead of looking ahead (`snake.py`), so streaming is exact.
+goes on.  Activations are late instead of looking ahead (`CausalSnake`), so streaming is exact.
 """
 
 from __future__ import annotations

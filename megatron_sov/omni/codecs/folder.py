@@ -147,7 +147,7 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
 
     Args:
         path: the folder.
-        kind: one of `known.KNOWN`.
+        kind: one of `folder.KNOWN`.
         codec: has `.settings`; its state is written as it is.
         facts: goes into the manifest's content beside kind and config, e.g. figures of held-out media.
         training: the settings that it was trained with.

@@ -193,7 +193,7 @@ class CodecTrainingPlan:
     """How long a training goes, and where it writes."""
 
     kind: str
-    """Kind of the codec, one of `known.KNOWN`."""
+    """Kind of the codec, one of `folder.KNOWN`."""
     output: Path
     """The codec's folder."""
     steps: int

@@ -231,7 +231,7 @@ class AudioTokenizerTask(_Autoencoder):
         return cls(FSQTokenizer(settings.model), settings.learning, sounds, heldout, device)
 
     def learn(self, step: int) -> dict[str, float]:
-        """Take one step over pieces that begin anywhere; see `task.Task`."""
+        """Take one step over pieces that begin anywhere."""
         rows = batch_rows(len(self._sounds), self.learning.batch_size, self.learning.seed, step)
         places = torch.rand(len(rows), generator=generator(self.learning.seed, step, "crops"))
         size = self.learning.crop_tokens * self.network.samples_per_token

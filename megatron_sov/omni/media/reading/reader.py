@@ -97,7 +97,7 @@ class MediaReader:
                 child.end()
 
     def picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> ReadMedia:
-        """Return a picture in each of the sides, as `pictures.read_picture`.
+        """Return a picture in each of the sides, as `kinds.read_picture`.
 
         Raises:
             BadRecord: it cannot be had; the reason completes a sentence that begins with its name.
@@ -106,12 +106,12 @@ class MediaReader:
         return self._read(path, {"kind": "picture", "sides": list(sides), "animated": animated}, most)
 
     def sound(self, path: str, rate_hz: int) -> ReadMedia:
-        """Return a sound as `sounds.read_sound`; raises as `picture` does."""
+        """Return a sound as `kinds.read_sound`; raises as `picture` does."""
         most = 4 * (math.ceil(self.limits.duration_s * rate_hz) + rate_hz)
         return self._read(path, {"kind": "sound", "rate_hz": rate_hz}, most)
 
     def video(self, path: str, sampling: VideoFrames) -> ReadMedia:
-        """Return frames of a video as `videos.read_video`; raises as `picture` does."""
+        """Return frames of a video as `kinds.read_video`; raises as `picture` does."""
         most = sampling.most_frames * 3 * sampling.side ** 2
         return self._read(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, most)
 
