@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import judged
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import runner
 
 Item = tuple[str, str]
 """A gold answer, and a response."""

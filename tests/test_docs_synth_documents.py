@@ -17,7 +17,7 @@ from data_prep.cli import main
 from data_prep.synth.known import generator_class
 from data_prep.synth.running import made_generator
 from megatron_sov.base.settings import parse_nested
-from megatron_sov.judge.rewards.stem import Stem
+from megatron_sov.judge.rewards.answers import Stem
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.cases import asked, fenced_text

@@ -221,7 +221,7 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
 def write_codec(folder: Path) -> None:
     """Write an untrained tokenizer of pictures."""
     from megatron_sov.omni.codecs.folder import save_codec
-    from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
+    from megatron_sov.omni.codecs.quantised import SimVQSettings, SimVQTokenizer
 
     settings = SimVQSettings(side_pixels=8, grid=2, width=8, num_layers=1, num_heads=2, code_width=4,
                              codebook_size=16)

@@ -201,7 +201,7 @@ class Seed:
 
 def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
     """Return what judges recognise in held-out media: as they are, and through the codec and back."""
-    from megatron_sov.omni.codecs.reconstruction import reconstruct
+    from megatron_sov.omni.codecs.training.tokenizers import reconstruct
 
     found: dict[str, tuple[float, float]] = {}
     for name, rows in questions(shared.index, 0).items():

@@ -33,9 +33,9 @@ from PIL import Image
 from pystoi import stoi
 
 from megatron_sov.base.settings import change
+from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
+from megatron_sov.omni.codecs.dit import DiT
 from megatron_sov.omni.codecs.folder import open_codec
-from megatron_sov.omni.codecs.images.dit import DiT
-from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.training import decoders, tokenizers
 
 RATE_HZ = speech.SAMPLE_RATE_HZ

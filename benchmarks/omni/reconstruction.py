@@ -30,8 +30,7 @@ from pystoi import stoi
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from vector_quantize_pytorch import VectorQuantize
 
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.omni.codecs.sounds.fsq import FSQSettings, FSQTokenizer
+from megatron_sov.omni.codecs.quantised import FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer
 from megatron_sov.omni.codecs.training.tokenizers import (
     AudioTokenizerTask, CodebookUsage, ImageTokenizerTask, Learning)
 

@@ -21,9 +21,8 @@ from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import MEDIA, PICTURES, SOUNDS
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
-from megatron_sov.omni.media.reading.places import place_of
-from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia
-from megatron_sov.omni.media.reading.videos import VideoFrames
+from megatron_sov.omni.media.reading.kinds import VideoFrames
+from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia, place_of
 from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
 
 BATCH = 16

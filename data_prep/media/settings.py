@@ -14,7 +14,7 @@ from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.omni.media.reading.limits import MediaLimits
+from megatron_sov.omni.media.reading.kinds import MediaLimits
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 

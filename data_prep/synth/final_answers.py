@@ -16,7 +16,7 @@ from typing import Any, Literal
 from megatron_sov.judge.rewards.answers import last_boxed, normalized, read_quantity
 from megatron_sov.judge.rewards.composed import Runner
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import runner
 
 Way = Literal["auto", "math", "stem"]
 """How answers are compared: by mathematics; as choices, quantities and words; auto: as the answer looks."""

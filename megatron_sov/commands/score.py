@@ -85,8 +85,8 @@ def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
           + (f" (lines {lines})" if lines else ""))
     if opinions.alarm:
         strings = ", ".join(repr(s.text) for s in opinions.strings()[:TOLD_STRINGS])
-        print(visible(f"ALARM {opinions.told()}" + (f"; look at answers with {strings}" if strings else "")),
-              file=sys.stderr)
+        hint = f"; look at answers with {strings}" if strings else ""
+        print(visible(f"ALARM {opinions.describe_alarm()}{hint}"), file=sys.stderr)
     if page is not None:
         from megatron_sov.judge.rewards.opinions import page_of
 

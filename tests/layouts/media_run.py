@@ -20,7 +20,7 @@ from megatron_sov.engine.mcore.model.local_shards import local_shards
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.omni.media.placed import Media, PlacedMedia, placed
+from megatron_sov.omni.media.placed import Media, PlacedMedia, place_media
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.objectives.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
@@ -88,7 +88,8 @@ class Documents:
         for kind, bank in self.banks.items():
             mine = np.isin(tokens, bank.placeholder_ids)
             if mine.any():
-                found[kind] = placed(np.flatnonzero(mine), features[mine], self.records[kind], bank.slots)
+                found[kind] = place_media(np.flatnonzero(mine), features[mine], self.records[kind],
+                                          bank.slots)
         return found
 
 

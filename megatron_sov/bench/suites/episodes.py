@@ -33,9 +33,8 @@ from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, 
 from megatron_sov.bench.suites.task_data import TaskData
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools import registry
-from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.environment import INFRASTRUCTURE, Task
 from megatron_sov.judge.tools.episode import Episode
-from megatron_sov.judge.tools.faults import INFRASTRUCTURE
 from megatron_sov.judge.tools.playing import Message, NoTurn, Said
 from megatron_sov.work.endpoints.answers import BadAnswer, only, told_tokens
 from megatron_sov.work.endpoints.cache import EndpointCache

@@ -28,7 +28,7 @@ from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
 from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged, told_short
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import runner
 from megatron_sov.judge.rewards.version import operational, version_of
 
 BATCH_ROWS = 32

@@ -29,7 +29,7 @@ from megatron_sov.infer.request import LENGTH, SampleSeed, Sampling, Temperature
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.registry import BUILT_IN as REWARDS
 from megatron_sov.judge.rewards.reward import Row, Score, text_of
-from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
+from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN as ENVIRONMENTS
 
 KEY = "sov"

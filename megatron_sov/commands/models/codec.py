@@ -148,7 +148,7 @@ def _told(figures: dict[str, Any]) -> str:
 
 
 def _import(args: CodecImportOptions) -> int:
-    from megatron_sov.omni.codecs.importing import import_codec
+    from megatron_sov.omni.codecs.published import import_codec
 
     import_codec(args.kind, args.source, args.output, overwrite=args.overwrite)
     print(f"wrote codec {args.output}")
@@ -156,7 +156,7 @@ def _import(args: CodecImportOptions) -> int:
 
 
 def _reconstruct(args: ReconstructOptions) -> int:
-    from megatron_sov.omni.codecs.reconstruction import Through, reconstruct
+    from megatron_sov.omni.codecs.training.tokenizers import Through, reconstruct
 
     through = Through(args.decoder, args.speaker, args.decoder_steps, args.seed)
     for file in reconstruct(args.codec, args.files, args.output, through):

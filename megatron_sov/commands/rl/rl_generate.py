@@ -23,7 +23,7 @@ from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.rollouts.prompts import (
     RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
-from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
+from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.rollout import RolloutConfig

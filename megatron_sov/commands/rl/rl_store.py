@@ -21,7 +21,7 @@ from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.work_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.judge.rollouts.checking import StoreCheck
+    from megatron_sov.judge.rollouts.inspection import StoreCheck
     from megatron_sov.judge.rollouts.rows import Rollout
     from megatron_sov.judge.rollouts.store import RolloutStore
     from megatron_sov.work.progress.claims import Holder
@@ -203,7 +203,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _page(args: StorePageOptions) -> int:
-    from megatron_sov.judge.rollouts.transcripts import page_of
+    from megatron_sov.judge.rollouts.inspection import page_of
 
     store = open_store(args.store)
     check_output("--output", args.output)
@@ -247,7 +247,7 @@ def _decode_of(folder: Path, store: RolloutStore) -> Callable[[list[int]], str]:
 
 
 def _stats(args: StoreStatsOptions) -> int:
-    from megatron_sov.judge.rollouts.checking import figures_of
+    from megatron_sov.judge.rollouts.inspection import figures_of
 
     store = open_store(args.store)
     with work_bar("read", len(store.parts(args.round)), "part") as bar:
@@ -286,7 +286,7 @@ def _tell(name: str, figures: dict[str, Any]) -> None:
 
 def checked(store: RolloutStore) -> StoreCheck:
     """Return what is wrong with a store, behind a bar."""
-    from megatron_sov.judge.rollouts.checking import check
+    from megatron_sov.judge.rollouts.inspection import check
 
     with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check(store, bar.update)

@@ -21,14 +21,13 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.infer.asking import EngineOptions
 from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.request import WholeSampling
-from megatron_sov.judge.tools.environment import Environment, Task
+from megatron_sov.judge.tools.environment import LIMITS, Environment, EpisodeLimits, Task
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
 from megatron_sov.judge.tools.host import EnvironmentHost, Opening
-from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
-from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play
+from megatron_sov.judge.tools.playing import (
+    EpisodeTable, ToolPolicy, identity_of, moves_of_file, moves_of_lines, page_of, play, play_by_hand,
+    summary_of, transcript_of)
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
-from megatron_sov.judge.tools.transcript import (
-    moves_of_file, moves_of_lines, page_of, play_by_hand, summary_of, transcript_of)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.work.progress.journal import open_journal
 from megatron_sov.work.progress.work_bar import work_bar

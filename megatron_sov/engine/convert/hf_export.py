@@ -32,7 +32,7 @@ from megatron_sov.model import families as models
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import HF_PREFIXES
 from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE
-from megatron_sov.omni.media.data_codecs import codecs_of
+from megatron_sov.omni.media.banks import codecs_of
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.work.progress.resumable_artifact import resumable_artifact

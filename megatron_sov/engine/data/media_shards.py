@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.mapped_files import numbers
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.omni.media.banks import KINDS, MEDIA, NONE, PICTURES, SIDECAR_DTYPE, BankShape, open_bank
-from megatron_sov.omni.media.placed import Media, PlacedMedia, placed
+from megatron_sov.omni.media.placed import Media, PlacedMedia, place_media
 
 DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
 
@@ -61,7 +61,7 @@ class MediaShard:
             if wrong := these[(these < 0) | (these >= len(bank) * shape.slots)][:1].tolist():
                 raise UserError(f"{self._sidecar}: document {document} has a placeholder of {kind} for "
                                 f"feature {wrong[0]}, and there are {len(bank) * shape.slots}; {DAMAGED}")
-            found[kind] = placed(np.flatnonzero(mine), these, bank, shape.slots)
+            found[kind] = place_media(np.flatnonzero(mine), these, bank, shape.slots)
             rest = rest & ~mine
         if rest.any():
             place = int(np.flatnonzero(rest)[0])

@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.media.shown_features import encoders_of, encoding_of, placed_media
 from megatron_sov.infer.media.shown_media import BANK_OF, OPTIONS, ShownMedia
-from megatron_sov.omni.media.data_codecs import codecs_of, refuse_other_codecs
+from megatron_sov.omni.media.banks import codecs_of, refuse_other_codecs
 from megatron_sov.omni.media.placed import Media
 from megatron_sov.omni.media.reading.reader import MediaReader
 

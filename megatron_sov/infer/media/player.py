@@ -17,7 +17,7 @@ from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 from megatron_sov.infer.turns import EnginePolicy, with_policy
-from megatron_sov.judge.tools.limits import EpisodeLimits
+from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.playing import ToolPolicy
 
 

@@ -12,10 +12,9 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS
-from megatron_sov.omni.media.data_codecs import banks_of
+from megatron_sov.omni.media.banks import PICTURES, SOUNDS, banks_of
 from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
-from megatron_sov.omni.media.placed import Media, placed
+from megatron_sov.omni.media.placed import Media, place_media
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -85,5 +84,5 @@ def placed_media(ids: Sequence[int], records: Records, meant: MeantTokens, encod
             raise UserError(f"{where}: its {kind} stand at placeholders {unknown}, which are not among "
                             f"model.{name}.placeholder_ids = {list(encoder.placeholder_ids)}; put the "
                             "tokenizer there that the model was trained with")
-        found[kind] = placed(places, numbers[places], [record for record, _ in of_kind], encoder.slots)
+        found[kind] = place_media(places, numbers[places], [record for record, _ in of_kind], encoder.slots)
     return found

@@ -20,8 +20,8 @@ from megatron_sov.infer.media.shown_features import Encoders
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.omni.media.items import MediaItem, discrete_audio, discrete_image
+from megatron_sov.omni.media.reading.kinds import VideoFrames
 from megatron_sov.omni.media.reading.reader import MediaReader
-from megatron_sov.omni.media.reading.videos import VideoFrames
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
 
 OPTIONS = {IMAGE: "--image-tokenizer", AUDIO: "--audio-tokenizer"}

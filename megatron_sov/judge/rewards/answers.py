@@ -1,5 +1,7 @@
-"""The final answer of a response: what stands in a box, in answer tags, behind "the answer is"; and numbers
-with units: read, brought to SI units, compared."""
+"""The final answer of a response, and STEM's rewards for it.
+
+An answer stands in a box, in answer tags, behind "the answer is"; numbers with units are read, brought to SI
+units, and compared."""
 
 from __future__ import annotations
 
@@ -7,6 +9,10 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sov.base.settings import Fraction
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, told_short
 
 MAX_CHARS = 100_000
 """Of a longer response the end is read."""
@@ -72,15 +78,18 @@ def final_answer(response: str) -> str | None:
     "the answer is ..." (also in Korean, Thai, Chinese, Japanese); a last line of few words.
     """
     text = response[-MAX_CHARS:].strip()
+    # the clearest mark wins, and of its kind the last: a response may correct itself
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
     tagged = _TAG.findall(text)
     if tagged:
         return tagged[-1].strip()
+    # an announcement ends with its line: what follows is talk about it
     said = [match.end() for match in _SAID.finditer(text)]
     if said:
         return text[said[-1]:].partition("\n")[0][:MAX_ANSWER_CHARS].strip().strip("*").strip()
+    # nothing is marked: a short last line is an answer, a long one is prose
     line = text.rsplit("\n", 1)[-1].strip()
     return line if line and len(line.split()) <= 8 and len(line) <= MAX_ANSWER_CHARS else None
 
@@ -100,7 +109,11 @@ def last_box(text: str) -> tuple[int, int] | None:
             return None
         depth = 0
         for i in range(start + len("\\boxed"), min(len(text), start + MAX_ANSWER_CHARS)):
-            depth += (text[i] == "{") - (text[i] == "}")
+            # braces nest in LaTeX (\boxed{\frac{1}{2}}), which no regular expression counts
+            if text[i] == "{":
+                depth += 1
+            elif text[i] == "}":
+                depth -= 1
             if depth == 0:
                 return start, i + 1
         end = start
@@ -110,6 +123,7 @@ def last_box(text: str) -> tuple[int, int] | None:
 def normalized(text: str) -> str:
     """Return a short answer without case, articles, punctuation at its ends, LaTeX's text marks, and with
     single spaces."""
+    # full-width letters and digits of East Asian keyboards become the plain ones
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.strip().strip("$").strip())
@@ -142,10 +156,13 @@ def read_quantity(text: str) -> Quantity | None:
     below = _BELOW.match(rest)
     if below:
         divisor = float(below[1])
+        # a division by zero becomes infinity, which is refused below: no error of a response reaches the
+        # caller
         plain, rest, is_whole = plain / divisor if divisor else math.inf, rest[below.end():], False
     power = _POWER.match(rest)
     if power:
         exponent = int(power[1] or power[2])
+        # beyond 1e300 a float overflows, and `**` would raise
         plain, rest = (plain * 10.0 ** exponent if abs(exponent) <= 300 else math.inf), rest[power.end():]
         is_whole = False
     if not math.isfinite(plain):
@@ -160,6 +177,7 @@ def read_quantity(text: str) -> Quantity | None:
 def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
     """Return whether two quantities are equal within a tolerance; one without a unit is taken to have the
     other's."""
+    # the numbers as they were written are compared: a factor to SI of one side alone would be wrong
     if first.dimension is None or second.dimension is None:
         return math.isclose(first.plain, second.plain, rel_tol=relative_tolerance)
     return (first.dimension == second.dimension
@@ -168,6 +186,7 @@ def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
 
 def _simplified(text: str) -> str:
     """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
+    # the caret goes in before superscripts become digits: 10² would be 102
     text = _RAISED.sub("^", text[:500]).translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
     text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(r"\^\{\s*([+-]?[\d.]+)\s*\}", r"^\1", text)
@@ -175,6 +194,7 @@ def _simplified(text: str) -> str:
     text = re.sub(r"\s+\^", "^", text)  # \text{s}^2
     text = text.replace("\\%", "%").replace("^\\circ", "°").replace("\\Omega", "Ω").replace("\\mu", "µ")
     text = re.sub(r"\\[,;!: ]|~", " ", text).replace("\\times", "*").replace("\\cdot", "*")
+    # minus, micro and ohm have two code points each; the tables above know one
     text = unicodedata.normalize("NFC", text).replace("−", "-").replace("μ", "µ").replace("\u2126", "Ω")
     return re.sub(r"^(?:=|≈|~|about|approximately)\s*", "", text.strip())
 
@@ -183,6 +203,7 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
     """Return factor and dimension of a compound unit such as kg m/s^2; None where a part is not known."""
     if len(text) > 40:
         return None
+    # a slash holds for the unit behind it alone, so m/(s kg) becomes m/s/kg first
     text = re.sub(r"\s*([*/])\s*", r"\1", text.replace("·", "*"))
     text = re.sub(r"/\(([^()]*)\)", lambda below: "/" + re.sub(r"[\s*]+", "/", below[1].strip()), text)
     text = text.replace("(", "").replace(")", "")
@@ -194,6 +215,7 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
                 place += 1
                 continue
             return None
+        # one unknown part makes the whole unit unknown: a guess could pay a wrong answer
         single = _single(part[2])
         if single is None:
             return None
@@ -209,7 +231,9 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
 
 
 def _single(name: str) -> tuple[float, Dimension] | None:
+    # short names are symbols, where case counts: mW is no MW
     name = _NAMES.get(name.lower(), name) if len(name) > 2 else name
+    # these take no prefix: a kilominute is no unit
     if name in _WHOLE:
         return _WHOLE[name]
     for prefix, scale in _PREFIXES.items():
@@ -218,3 +242,112 @@ def _single(name: str) -> tuple[float, Dimension] | None:
             factor, dimension = _BASE[rest]
             return factor * scale, dimension
     return None
+
+
+Kind = Literal["choice", "number", "text"]
+_LETTER = re.compile(r"\W*([A-J])\W*", re.ASCII)
+_SEVERAL = re.compile(r"\W*[A-J](?:\W+(?:(?:AND|OR)\W+)?[A-J])+\W*", re.ASCII)
+_LEADING = re.compile(r"[\s(\[*\"']*(?:option|choice)?\s*[(\[]?([A-J])(?:[)\].:,*]|\s*$|\s+[-–—])",
+                      re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """1 for a right final answer, 0 for a wrong one or none."""
+
+    CONTROL, cpu_limit_s = "", 10.0
+
+    kind: Literal["auto", "choice", "number", "text"] = "auto"
+    """auto: a single letter is a choice, what reads as a number is one, all else is text."""
+    relative_tolerance: Fraction = 0.01
+    """For numbers."""
+    exact_integers: bool = True
+    """A whole number without a unit is a count: another whole number is no rounding of it, however near."""
+    unit_required: bool = False
+    """A number without the answer's unit is wrong; without, it is taken to have that unit."""
+
+    def score(self, row: Row) -> Score:
+        """Return whether the response's final answer is the row's `answer`, or one of several in a list."""
+        golds = _golds(row)
+        response = row.get("response")
+        if not isinstance(response, str):
+            raise Refused("has no text 'response'")
+        found = final_answer(response)
+        kind: Kind = self._kind(golds)
+        if found is None:
+            return Score(0.0, {"kind": kind, "extracted": None})
+        right = any(self._right(kind, found, gold, row) for gold in golds)
+        return Score(float(right), {"kind": kind, "extracted": found[:200]})
+
+    def _kind(self, golds: list[str]) -> Kind:
+        if self.kind != "auto":
+            return self.kind
+        if all(_LETTER.fullmatch(gold) for gold in golds):
+            return "choice"
+        return "number" if all(read_quantity(gold) for gold in golds) else "text"
+
+    def _right(self, kind: Kind, found: str, gold: str, row: Row) -> bool:
+        if kind == "choice":
+            return _choice(found, row) == _letter(gold)
+        if kind == "text":
+            return normalized(found) == normalized(gold) != ""
+        expected, given = read_quantity(gold), _quantity(found)
+        if expected is None:
+            raise Refused(f"answer = {told_short(gold)} is no number with a known unit")
+        if given is None or (self.unit_required and expected.dimension and not given.dimension):
+            return False
+        # a count has no tolerance: 100 people are not 101 within one per cent
+        if self.exact_integers and expected.dimension is None and expected.is_whole and given.is_whole:
+            return expected.plain == given.plain
+        return same(expected, given, self.relative_tolerance)
+
+
+def _golds(row: Row) -> list[str]:
+    """Return the answers that are right.
+
+    Raises:
+        Refused: there are none, or something else than text.
+    """
+    answer = row.get("answer")
+    given = answer if isinstance(answer, list) else [answer]
+    golds = [gold for gold in given if isinstance(gold, str) and gold.strip()]
+    if not golds or len(golds) < len(given):
+        raise Refused(f"answer = {told_short(answer)} must be text, or a list of texts" if "answer" in row
+                      else "has no 'answer'")
+    return golds
+
+
+def _letter(gold: str) -> str:
+    match = _LETTER.fullmatch(gold.strip().upper())
+    if match is None:
+        raise Refused(f"answer = {told_short(gold)} must be a letter from A to J")
+    return match[1]
+
+
+def _choice(found: str, row: Row) -> str | None:
+    """Return the letter that a final answer names, or whose choice it is, word for word; None for several."""
+    # "A or B" hedges, and would be right for two answers
+    if _SEVERAL.fullmatch(found.upper()):
+        return None
+    match = _LETTER.fullmatch(found.upper()) or _LEADING.match(found)
+    if match:
+        return match[1].upper()
+    choices = row.get("choices")
+    if isinstance(choices, list) and len(choices) <= 10:
+        said = normalized(found)
+        # a response may write the choice out; two equal choices would leave its letter open
+        hits = [letter for letter, choice in zip("ABCDEFGHIJ", choices, strict=False)
+                if isinstance(choice, str) and normalized(choice) == said]
+        if len(hits) == 1:
+            return hits[0]
+    return None
+
+
+def _quantity(found: str) -> Quantity | None:
+    """Return the quantity of a final answer; of v = 3 m/s what stands behind the last sign of equality, where
+    no other number is said to be equal to it."""
+    # in "v = 3 m/s" the name may stand before; in "2 = 3" two numbers contradict each other
+    *sides, last = re.split(r"=|≈|\\approx", found)
+    given = read_quantity(last)
+    others = list(filter(None, map(read_quantity, sides)))
+    return given if given is None or all(same(other, given, 0.01) for other in others) else None

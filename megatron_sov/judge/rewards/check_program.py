@@ -23,9 +23,11 @@ _PR_SET_DUMPABLE = 4
 
 def judge(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
     """Ask the function about texts from one of them on; runs in a process of its own."""
+    # what a check prints must not look like a line of a verdict
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
+    # compiled and run again for each text: what a function remembers of earlier texts must not count
     for place in range(first, len(texts)):
         signal.setitimer(signal.ITIMER_PROF, call_s)  # of a processor; its signal ends the process
         verdict: Any = None
@@ -34,7 +36,9 @@ def judge(source: str, texts: list[str], first: int, call_s: float, out: int) ->
             exec(compile(source, "check.py", "exec"), names)
             verdict = names["evaluate"](texts[place])
             kind = type(verdict).__name__
+            # a truthy text is no verdict: `return "yes"` would accept everything
             reason = "" if isinstance(verdict, bool) else f"gave a {kind}, not True or False"
+        # SystemExit too: it ends the call, and not the texts behind it
         except BaseException as e:
             reason = f"{type(e).__name__}: {e}"
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -60,6 +64,7 @@ def tell(line: list[Any]) -> list[Any]:
 def judged_from(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
     """Write and return the lines of the texts from one of them on, up to one at which the process ends."""
     read_end, write_end = os.pipe()
+    # a child that crashes takes its own text along; the parent goes on behind it
     child = os.fork()
     if child == 0:
         try:
@@ -67,10 +72,12 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
             judge(source, texts, first, call_s, write_end)
         finally:
             os._exit(0)
+    # held open here, it would keep the pipe from ever ending
     os.close(write_end)
     lines: list[list[Any]] = []
     rest, forged = b"", False
     try:
+        # a part of a line stays in `rest` until its end has come
         while first + len(lines) < len(texts) and (part := os.read(read_end, 1 << 16)):
             *whole, rest = (rest + part).split(b"\n")
             for line in whole:
@@ -79,10 +86,12 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
         forged = True
     finally:
         os.close(read_end)
+        # killed in any case: a function may have left threads that go on
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     place = first + len(lines)
     if place < len(texts):
+        # whoever forges lines is treated as one that did not end: the function is no check
         slow = forged or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
         reason = f"did not end within {call_s:g} s" if slow else "ended its process"
         lines.append(tell([place, None, reason, "slow" if slow else "ended"]))

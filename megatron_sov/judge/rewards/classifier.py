@@ -27,6 +27,7 @@ class Classifier:
     """The classifier's number: its logit, or the probability of a label where it has several."""
 
     LIBRARIES = ("transformers", "torch")
+    # one process holds the model; a limit of address space would refuse its mapped weights
     MAX_WORKERS = 1
     MAX_MEMORY_BYTES = 0
 
@@ -42,7 +43,6 @@ class Classifier:
     """For a row."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what is missing."""
         return find_broken(
             self, "", ((Path(self.folder) / "config.json").is_file(), "folder", "has no config.json",
                        "name a folder of a sequence classifier"),
@@ -63,6 +63,7 @@ class Classifier:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        # several instances of one process (parts, a second opinion) share one copy of the weights
         if (self.folder, self.device) in _LOADED:
             return
         try:
@@ -94,6 +95,7 @@ class Classifier:
         if said is not None:
             raise Refused(f"holds {said!r}, a special token of the classifier's tokenizer; remove it")
         text = tokenizer.apply_chat_template(messages, tokenize=False)
+        # the template has written the special tokens already; adding them would double BOS
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > self.max_tokens:
             raise Refused(f"has {len(ids):,} tokens; at most {self.max_tokens:,} are read (max_tokens)")
@@ -103,6 +105,7 @@ class Classifier:
             return Score(logits[0], {"logit": logits[0]})
         if not 0 <= self.label < len(logits):
             raise Refused(f"label = {self.label}: the classifier has labels 0 to {len(logits) - 1}")
+        # softmax less the maximum, so that no exponential overflows
         most = max(logits)
         shares = [math.exp(x - most) for x in logits]
         return Score(shares[self.label] / sum(shares), {"logit": logits[self.label]})

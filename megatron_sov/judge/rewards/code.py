@@ -21,6 +21,7 @@ from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox, shared_sandbox
 
 MAX_TESTS = 10_000
+# possessive quantifiers: a response of many backticks must not take quadratic time
 _FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("", "python", "py", "python3")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
@@ -47,7 +48,6 @@ class CodeReward:
     """For a row; then its status is timeout."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         longest_s = self.patience * self.test_time_s
         return find_broken(self, "", (
             self.time_limit_s > longest_s, "time_limit_s",
@@ -86,10 +86,12 @@ class CodeReward:
         one that never ends are not reached, and count as not passed."""
         tests = _tests_of(row)
         passed, _, _ = self._judged(row, tests)
+        # all tests by place: pass@k compares them one by one
         return passed + [False] * (len(tests) - len(passed))
 
     def _judged(self, row: Row, tests: list[Any]) -> tuple[list[bool], str, bool]:
         """Return which tests are passed, as far as they ran, why one is not, and whether time ran out."""
+        # half of a surrogate pair cannot be sent to the sandbox
         source = program_in(text_of(row, "response")).encode(errors="replace").decode()
         if isinstance(tests[0], str):
             return self._tested(source, tests, row)
@@ -106,30 +108,33 @@ class CodeReward:
                 break
             expected = test["stdout"]
             outcome = self._run(Program(source, stdin=test["stdin"]), len(expected.encode(errors="replace")))
+            # time that it waited for a processor is not the program's
             taken_s += outcome.wall_s - outcome.starved_s
             too_slow = too_slow or outcome.status == "timeout"
             right = outcome.status == "ok" and _lines(outcome.stdout) == _lines(expected)
             passed.append(right)
             if not right:
                 why = why or outcome.reason or f"printed {told_short(outcome.stdout)}"
+                # one failure decides: the other tests would only take time
                 if self.all_or_nothing:
                     break
         return passed, why, too_slow
 
     def _tested(self, source: str, tests: list[Any], row: Row) -> tuple[list[bool], str, bool]:
-        """Run the tests' process, which has a process of its own for the solution."""
         entry_point = row.get("entry_point", "")
         if not isinstance(entry_point, str):
             raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function")
         request = json.dumps({"tests": tests, "entry_point": entry_point})
         outcome = self._run(Program(_testing_program(), stdin=_framed(source) + _framed(request)))
         passed, why, done = [False] * len(tests), "", False
+        # every line is of `solution_tests`: the solution's own output goes nowhere
         for line in filter(None, outcome.stdout.split("\n")):
             verdict = json.loads(line)
             done = done or "done" in verdict or "loaded" in verdict
             if "test" in verdict:
                 passed[verdict["test"]] = verdict["passed"]
             why = why or verdict.get("reason", "")
+        # without a last line the tests ended early, by a crash or a limit
         why = why if done else why or outcome.reason or "ended before its tests did"
         return passed, why, outcome.status == "timeout" or outcome.cpu_s >= self.test_time_s
 
@@ -137,8 +142,10 @@ class CodeReward:
         """Return what becomes of a program that has shown by itself what it is worth; it may write as much
         more than it should as any program may write."""
         limits = self._limits()
+        # a right answer may be long: it is never cut by the limit of wrong ones
         limits = replace(limits, output_bytes=limits.output_bytes + expected_bytes)
         outcome = self._sandbox().run(program, limits)
+        # the machine's fault leaves no reward; that of the program is worth 0
         if outcome.status == "infrastructure":
             raise RuntimeError(outcome.reason)
         if outcome.status == "refused":
@@ -157,6 +164,7 @@ def program_in(response: str) -> str:
     """Return a response's program: its last fenced block of Python behind its thoughts, else all of it."""
     said = behind_thoughts(response)
     blocks = [text for language, text in _FENCED.findall(said) if language.lower() in _PYTHON]
+    # the last block: a response may show a draft before its final program
     return blocks[-1] if blocks else said
 
 
@@ -202,6 +210,7 @@ def _call(test: Mapping[str, Any]) -> str:
         raise Refused(f"function = {told_short(function)} must be a name, such as add or Solution().add")
     if not isinstance(arguments, (list, dict)):
         raise Refused(f"arguments = {told_short(arguments)} must be a list, or an object by name")
+    # arguments stand in the test as Python literals
     stars = "**" if isinstance(arguments, dict) else "*"
     return f"assert __plain__({function}({stars}{arguments!r})) == {test['expected']!r}"
 

@@ -64,7 +64,6 @@ class Composed:
     """A second opinion; it is reported and changes no reward."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = [SettingsProblem(ProblemCode.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
                              "name its parts here") for name,
              part in self.parts.items() if part.reward == "composed"]
@@ -86,16 +85,17 @@ class Composed:
     def judging(self, versions: Mapping[str, str]) -> dict[str, Any]:
         """Return what the version of the whole depends on: of the parts their versions, not settings."""
         kept = asdict(self)
+        # settings go: a part's version has those that count, and operational ones must not change the whole
         for made in (*kept["parts"].values(), *filter(None, [kept["second"]])):
             del made["settings"]
         return {**kept, "order": list(self.parts), "versions": dict(versions)}
 
     def in_order(self) -> list[tuple[str, RewardPart]]:
-        """Return the parts as they are asked."""
+        # False sorts before True, and the sort is stable: gates first, each group in the order of the
+        # settings
         return sorted(self.parts.items(), key=lambda item: item[1].gate is None)
 
     def judges(self, part: RewardPart, row: Row) -> bool:
-        """Return whether a part judges a row."""
         return not part.domains or row.get(self.domain_field) in part.domains
 
     def stops(self, part: RewardPart, result: Result) -> bool:
@@ -107,8 +107,9 @@ class Composed:
         if not results:
             return Result(None, "refused", {}, f"no part judges {self.domain_field} = "
                                                f"{told_short(row.get(self.domain_field))}")
-        components = {name: {"reward": r.reward, "status": r.status, **r.components} for name,
-                      r in results.items()}
+        components = {name: {"reward": result.reward, "status": result.status, **result.components}
+                      for name, result in results.items()}
+        # a fault of the machine outranks one of the row: it may be gone tomorrow
         for status in WORST_FIRST:
             for name, result in results.items():
                 if result.reward is None and result.status == status:
@@ -122,6 +123,7 @@ class Composed:
     def is_sampled(self, row: Row) -> bool:
         """Return whether a row gets a second opinion, by its content alone."""
         text = json.dumps([row.get("prompt"), row.get("response")], sort_keys=True, default=repr)
+        # a hash as a number in [0, 1): the same row is sampled in every run, on every machine
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
         return self.second is not None and place < self.second.share
 
@@ -157,12 +159,14 @@ class ComposedRunner(Runner):
     def score(self, rows: Sequence[Row]) -> list[Result]:
         composed = self._composed
         found: list[dict[str, Result]] = [{} for _ in rows]
+        # part by part over the whole batch, so that each runner gets many rows at a time
         going_on = list(range(len(rows)))
         for name, part in composed.in_order():
             asked = [i for i in going_on if composed.judges(part, rows[i])]
             results = dict(zip(asked, self._runners[name].score([rows[i] for i in asked]), strict=True))
             for i, result in results.items():
                 found[i][name] = result
+            # a gate that has stopped a row spares it the costlier parts
             going_on = [i for i in going_on if i not in results or not composed.stops(part, results[i])]
         whole = [composed.combined(row, results) for row, results in zip(rows, found, strict=True)]
         return self._with_second(rows, found, whole) if composed.second else whole

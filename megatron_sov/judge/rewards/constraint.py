@@ -95,6 +95,7 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
     if len(source) > MAX_SOURCE_CHARS:
         return f"has {len(source):,} characters, at most {MAX_SOURCE_CHARS:,} are taken"
     try:
+        # `catch_warnings` changes a filter of the whole process, and rewards may judge in threads
         with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model's "\d" is its own affair
             tree = ast.parse(source)
@@ -104,25 +105,29 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "evaluate"]
     if not functions:
         return "has no function evaluate(response)"
+    # the last definition is the one that Python calls
     arguments = functions[-1].args
+    # it is called with one positional argument: what else it takes needs a default
     required = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
     if required > 1 or not (arguments.posonlyargs or arguments.args) or any(
             default is None for default in arguments.kw_defaults):
         return "evaluate must take one argument, the response"
+    # a module is named by its top package: `import os.path` is `os`
     allowed = MODULES | {name.partition(".")[0] for name in modules}
     return next(filter(None, (_problem(node, allowed) for node in ast.walk(tree))), "")
 
 
 def _problem(node: ast.AST, allowed: frozenset[str]) -> str:
-    """Return what is wrong with one node of a check's tree."""
     imported: list[str] = []
     if isinstance(node, ast.Import):
         imported = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
+        # a relative import has no package here, so it is never allowed
         imported = [node.module or "."] if not node.level else ["."]
     for name in imported:
         if name.partition(".")[0] not in allowed:
             return f"imports {name}, which is not among the modules that compute on texts alone"
+    # dunder names lead from any object to the interpreter: ().__class__.__base__ ...
     if isinstance(node, ast.Name) and (node.id in _BANNED_NAMES or _is_hidden(node.id)):
         return f"names {node.id}, which a check does not need"
     if isinstance(node, ast.Attribute) and (node.attr in _BANNED_ATTRIBUTES or _is_hidden(node.attr)):
@@ -149,9 +154,11 @@ def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: flo
         RuntimeError: the sandbox failed, or the machine was too busy to say whether the function is too slow.
     """
     total_s = CALLS_OF_TIME * call_s
+    # the clock is twice the processor's time: a machine shared with others must not decide
     limits = Limits(wall_s=2 * total_s + 1, cpu_s=total_s, memory_bytes=memory_bytes)
     request = json.dumps({"source": source, "texts": list(texts), "call_s": call_s})
     outcome = sandbox.run(Program(_program(), stdin=request), limits)
+    # no verdict of the function: the row fails, and does not count against the response
     if outcome.status in ("infrastructure", "refused"):
         raise RuntimeError(f"check function: {outcome.reason}")
     return _read(outcome, len(texts))
@@ -165,6 +172,7 @@ def _read(outcome: Outcome, count: int) -> list[ConstraintVerdict]:
             place, accepts, reason, how = json.loads(line)
         except (ValueError, TypeError, RecursionError):  # cut off where the program was ended
             break
+        # lines come one by one: what was written before the program was ended still counts
         told[place] = ConstraintVerdict(accepts, reason, how == "ended")
     over = ConstraintVerdict(None, "was not asked: an earlier call did not end", ended=False)
     if outcome.status != "ok":
@@ -232,12 +240,17 @@ class Constraint:
         functions = functions_of(row, self.modules)
         views = views_of(response.strip(), self.segmenter)
         sandbox = shared_sandbox(self.enclosure, self.command)
+        # every function sees every view: each call has a process of its own, so order does not matter
         told = [verdicts(sandbox, function, views, call_s=self.call_time_s) for function in functions]
+        # one view that it accepts is enough, as in Typhoon-S
         accepting = sum(any(one.accepts for one in each) for each in told)
         share = accepting / len(functions)
         why = next((one.reason for each in told for one in each if one.reason), "")
+        # an empty response keeps many constraints ("no commas"), and is still worth nothing
         kept = accepting > 0 and share >= self.min_share and bool(response.strip())
-        reward = share * bool(response.strip()) if self.give_share else float(kept)
+        reward = float(kept)
+        if self.give_share:
+            reward = share if response.strip() else 0.0
         return Score(reward, {"accepting": accepting, "functions": len(functions), "why": short(why)})
 
 

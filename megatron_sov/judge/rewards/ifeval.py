@@ -32,16 +32,17 @@ class IfEval:
 
     def score(self, row: Row) -> Score:
         """Return whether the response follows the row's `instructions`."""
+        # thoughts and calls as the model wrote them: the checks are over the whole text
         response = as_written(text_of(row, "response"))
         if len(response) > MAX_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_CHARS:,} are checked")
         asked = instructions_of(row)
         texts = loosened(response) if self.loose else [response]
+        # an empty response follows nothing, though "no commas" holds for it
         followed = [any(text.strip() and checked(name, text, arguments) for text in texts)
                     for name, arguments in asked]
         share = sum(followed) / len(followed)
-        components = {f"{i}:{name}": done for i, ((name, _),
-                                                  done) in enumerate(zip(asked, followed, strict=True))}
+        components = {f"{i}:{name}": followed[i] for i, (name, _) in enumerate(asked)}
         return Score(float(share == 1) if self.all_or_nothing else share, components)
 
 
@@ -57,6 +58,7 @@ def instructions_of(row: Row) -> list[tuple[str, dict[str, Any]]]:
         names, arguments = row["instruction_id_list"], row.get("kwargs")
         if not isinstance(arguments, list) or len(arguments) != len(names):
             raise Refused("kwargs must be a list as long as instruction_id_list")
+        # the id last: an argument of that name must not replace it
         given = [{**kwargs, "id": name} if isinstance(kwargs, Mapping) else name
                  for name, kwargs in zip(names, arguments, strict=True)]
     if not isinstance(given, list) or not given:
@@ -71,8 +73,8 @@ def _instruction(item: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or name not in CHECKS:
         raise Refused(f"instruction {told_short(name or item)} is not known{nearest(str(name), CHECKS)}")
     # the data set's table has a column for each argument of any instruction, empty for all others
-    return name, {key: value for key, value in item.items() if key not in ("id",
-                                                                           "prompt") and value is not None}
+    return name, {key: value for key, value in item.items()
+                  if key not in ("id", "prompt") and value is not None}
 
 
 def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
@@ -81,6 +83,7 @@ def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
     Raises:
         Refused: the arguments are not those of the instruction.
     """
+    # a wrong type would compare false, and a response would pay for a fault of the data
     hints = get_type_hints(CHECKS[name])
     for key, value in arguments.items():
         if key in hints and key != "return" and not _is_of(hints[key], value):

@@ -59,6 +59,7 @@ def number_sentences(response: str, num_sentences: int, relation: str) -> bool:
 
 
 def number_paragraphs(response: str, num_paragraphs: int) -> bool:
+    # empty parts at the ends are allowed, in the middle they are a fault: the original's rule
     parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", response)]
     if not all(parts[1:-1]):
         return False
@@ -74,6 +75,7 @@ def nth_paragraph_first_word(response: str, num_paragraphs: int, nth_paragraph: 
     count = sum(bool(part.strip()) for part in parts)
     if not 0 < nth_paragraph <= count or not parts[nth_paragraph - 1].strip():
         return False
+    # the original strips one kind of quotation mark after the other, and so do we
     word = parts[nth_paragraph - 1].split()[0].lstrip("'").lstrip('"')
     return count == num_paragraphs and re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
@@ -89,6 +91,7 @@ def postscript(response: str, postscript_marker: str) -> bool:
 
 
 def number_bullet_lists(response: str, num_bullets: int) -> bool:
+    # two stars begin bold text and no bullet
     stars = patterns.findall(r"^\s*\*[^\*].*$", response, patterns.regex.MULTILINE)
     dashes = patterns.findall(r"^\s*-.*$", response, patterns.regex.MULTILINE)
     return len(stars) + len(dashes) == num_bullets
@@ -99,6 +102,8 @@ def constrained_response(response: str) -> bool:
 
 
 def number_highlighted_sections(response: str, num_highlights: int) -> bool:
+    # bold text also matches the single pattern at its ends, with nothing inside; the original counts both
+    # patterns
     single = patterns.findall(r"\*[^\n\*]*\*", response)
     double = patterns.findall(r"\*\*[^\n\*]*\*\*", response)
     count = sum(bool(text.strip("*").strip()) for text in single)
@@ -111,6 +116,7 @@ def multiple_sections(response: str, section_spliter: str, num_sections: int) ->
 
 def json_format(response: str) -> bool:
     text = response.strip()
+    # in this order, as the original removes them
     for fence in FENCES:
         text = text.removeprefix(fence)
     try:
@@ -192,6 +198,7 @@ _KEPT = [
 
 def hold_periods(text: str) -> str:
     """Return a text in which a full stop that ends no sentence is another character."""
+    # titles, decimals, addresses and initials keep their full stops while sentences are cut
     for pattern, kept in _KEPT:
         text = re.sub(pattern, kept, text)
     return text

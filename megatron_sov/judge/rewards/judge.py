@@ -50,6 +50,7 @@ def fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: f
         low: the worst score.
         high: the best score.
     """
+    # a hash of all that is graded: a response would have to hold the hash of itself to close the fence
     digest = hashlib.sha256(json.dumps([model, rubric, material], sort_keys=True).encode()).hexdigest()
     fence = f"=== {digest[:24]} ==="
     text = "\n".join(f"{name.upper()}:\n{fence}\n{part}\n{fence}" for name, part in material.items())
@@ -68,8 +69,10 @@ def grade_of(answer: Any, low: float, high: float) -> tuple[float, str]:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise BadAnswer("the judge's answer has no message")
+    # declining is about the row, and no fault of the judge
     if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
         raise Refused("the judge declines to look at this row")
+    # a cut answer may hold a number that is not the grade
     if choice.get("finish_reason") == "length":
         raise BadAnswer("the judge's answer was cut off; raise max_tokens")
     content = message.get("content")
@@ -80,10 +83,12 @@ def grade_of(answer: Any, low: float, high: float) -> tuple[float, str]:
 
 def grade_in(content: str, low: float, high: float) -> tuple[float, str]:
     """Return score and reason of what a judge wrote; raises BadAnswer where it gives no sound score."""
+    # a judge that thinks may write drafts of a grade before it
     found = (json_of(content.rpartition(THINKING_END)[2].strip()) if len(content) < MAX_ANSWER_CHARS
              else None)
     found = found if isinstance(found, dict) else {}
     value = found.get("score")
+    # a grade out of bounds is none: clipping it would pay for a judge that was talked into 100
     if not is_number(value) or not low <= value <= high:
         raise BadAnswer(f"the judge gave no score from {low:g} to {high:g}")
     reason = found.get("reason")
@@ -96,7 +101,7 @@ def sound(text: str) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number."""
+    # True is an int in Python, and a grade of true is none
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -168,6 +173,7 @@ class Judge:
             BadAnswer: it gave no score.
         """
         response = text_of(row, "response")
+        # thoughts are no part of the response that is graded
         if self.hide_thinking:
             response = behind_thoughts(response)
         if len(response) > self.max_chars:
@@ -185,6 +191,7 @@ class Judge:
 
     @cached_property
     def _asked(self) -> Endpoint:
+        # /pooling is vLLM's own path, beside the OpenAI-like /v1
         base = self.endpoint.rstrip("/")
         url = f"{base}/chat/completions" if self.kind == "rubric" else f"{base.removesuffix('/v1')}/pooling"
         limits = EndpointLimits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
@@ -200,6 +207,7 @@ class Judge:
         """Return the request: the response fenced by a line that its writer could not know."""
         rubric = self.rubric if row.get("rubric") is None else sound(text_of(row, "rubric"))
         material = {"prompt": sound(prompt_text(row)), "response": response}
+        # a reference is material too: it stands inside of a fence
         if row.get("answer") is not None:
             material["known answer"] = sound(text_of(row, "answer"))
         return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens,

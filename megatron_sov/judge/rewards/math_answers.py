@@ -82,7 +82,6 @@ class Math:
     """Where the answer is a number, a response has to give the number: 6 \\times 7 restates a question."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what is missing."""
         found = importlib.util.find_spec("math_verify") is not None
         return [] if found else [as_problem(f"math-verify is not installed; {how_to_install('rl')}")]
 
@@ -90,6 +89,7 @@ class Math:
         """Import what judges, so that the first row does not wait for it."""
         import math_verify
 
+        # sympy takes seconds to import, which no row's time has to pay
         assert math_verify  # imported for its effect
         for name in ("math_verify", "latex2sympy2_extended"):  # they tell each response that is no formula
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -100,10 +100,13 @@ class Math:
         Raises:
             Refused: the row has no answer, or one that is no mathematics.
         """
+        # the gold answer first: a row that cannot be judged is refused whatever the response says
         gold = self._gold(text_of(row, "answer"))
         # a box in the thoughts of a response is no answer of it
         said = behind_thoughts(text_of(row, "response")[-self.tail_chars:]).translate(_SPELLED)
+        # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
         said = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, said))
+        # counters go only where the gold answer has none, else they are part of it
         if not _HANGUL.search(row["answer"]):
             said = _COUNTED.sub("", said)
         found = self._found(said, gold)
@@ -116,6 +119,7 @@ class Math:
     def _equal(self, gold: list[Any], found: list[Any]) -> bool:
         from math_verify import verify
 
+        # no limit of time of its own: those are signals, and need a main thread
         return bool(verify(gold, found, float_rounding=self.float_rounding, strict=self.strict,
                            timeout_seconds=None))
 
@@ -126,6 +130,7 @@ class Math:
         boxed = _from_last_boxes(response, alone=is_number)
         if boxed or not self.marked_only:
             return _parsed(boxed or response)
+        # no box: first where "the answer is" stands, then the last line, unless that is prose
         found = _parsed(response, anchored=True)
         if all(isinstance(item, str) for item in found):
             said = final_answer(response) or ""
@@ -137,6 +142,7 @@ class Math:
         if not self.literal:
             return True
         wanted = next((item for item in reversed(gold) if isinstance(item, str)), "")
+        # an integral written down again equals its value for sympy, and answers nothing
         if _UNDONE.search(shown) and not _UNDONE.search(wanted):
             return False
         value = literal_value(_SIDES.split(wanted)[-1])
@@ -151,6 +157,7 @@ class Math:
             plain = [] if "\\boxed" in shown else _parsed(shown, expressions=True)
             return bool(found and plain) and getattr(found[0], "is_Number", False) and plain[0] == found[0]
         if not any(math.isclose(given * factor, value, rel_tol=0.01, abs_tol=0.01)
+                   # percent and share are both accepted: 50 % is 0.5
                    for factor in (1, 100, 0.01)):
             return False
         # "a + b = 42" leaves open what its beginning is; all else before the number has to be the number
@@ -166,6 +173,7 @@ class Math:
             raise Refused(f"answer has {len(answer):,} characters; it must have 1 to {MAX_ANSWER_CHARS:,}")
         answer = answer.translate(_SPELLED)
         marked = any(mark in answer for mark in DELIMITERS)
+        # an unmarked answer is put into a box: math-verify then takes all of it and no part
         gold = (_parsed(answer) if marked else []) or _parsed(f"\\boxed{{{answer}}}")
         if not gold:
             raise Refused(f"answer = {answer[:80]!r} is no mathematics that math-verify reads")
@@ -176,13 +184,16 @@ def literal_value(text: str) -> float | None:
     """Return the number that a text is, written out: whole, decimal, mixed, a fraction that is no whole
     number, in scientific notation, with a sign of percent; None for expressions that have to be computed."""
     found = _LITERAL.fullmatch(_bare(text))
+    # "1, 2" and tuples are several values; "1,000" is one
     several = re.search(r",\s", text) or ("," in text and text.lstrip().startswith(("(", "\\{", "\\left")))
     if found is None or several or not any(char.isdigit() for char in found[0]):
         return None
+    # an odd number of minus signs in front is a minus
     sign = -1.0 if found[0][:len(found[0]) - len(found[0].lstrip("+-"))].count("-") % 2 else 1.0
     try:
         over, under = found["over"] or found["top"], found["under"] or found["bottom"]
         if over:
+            # 6/2 restates a division that the question asks for; 7/2 is a value
             if (above := _number(over)) % (below := _number(under)) == 0:
                 return None
             return sign * (float(found["whole"] or 0) + above / below)
@@ -226,6 +237,7 @@ def _bare(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[;: ]|[\s$~]", "", text)
     text = text.strip("*").rstrip(".").removeprefix("\\{").removesuffix("\\}")
+    # brackets around the whole, however many
     while text[:1] + text[-1:] in ("()", "{}"):
         text = text[1:-1]
     return text
@@ -241,6 +253,7 @@ def _from_last_boxes(response: str, *, alone: bool) -> str:
     """
     text = re.sub(r"\\boxed\s+\{", r"\\boxed{", re.sub(r"\\boxed\s*\{\s*\}", "", response))  # no answer
     end, start = len(text), -1
+    # backwards from the end: the first box that does not belong to the others ends the answer
     for _ in range(MAX_BOXES):
         place = last_box(text[:end])
         if place is None:
@@ -262,6 +275,7 @@ def _parsed(text: str, *, anchored: bool = False, expressions: bool = False) -> 
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
+    # `not anchored` also tries a match without an announcement before it
     kinds = [ExprExtractionConfig(not anchored)]
     if not expressions:
         kinds = [LatexExtractionConfig(not anchored), *kinds]

@@ -79,20 +79,24 @@ class DisagreementAlarm:
         """The first one."""
 
     def add(self, paid_wrongly: bool) -> None:
-        """Take in the next opinion."""
         self.seen += 1
         self.paid += paid_wrongly
         if self.alarm is not None:
             return
+        # until the usual share is known, nothing can be unusual
         if self.seen <= self.num_first:
             if self.seen == self.num_first:
                 self._begin()
             return
         more = min(self._usual + self.rise, 0.99)
+        # likelihood ratio of one opinion under the larger share and under the usual one
         ratio = more / self._usual if paid_wrongly else (1 - more) / (1 - self._usual)
+        # the sum begins again at zero: where it left zero last, the growth began
         if self._height <= 0:
             self._since, self._paid_since = self.seen, 0
         self._paid_since += paid_wrongly
+        # Page's recursion: evidence against a rise is forgotten at zero, else a long quiet time would hide
+        # one
         self._height = max(0.0, self._height + math.log(ratio))
         if self._height >= math.log(self.run_length):
             share = self._paid_since / (self.seen - self._since + 1)
@@ -102,12 +106,14 @@ class DisagreementAlarm:
         """Take a share for the usual one that is rather too large than too small."""
         self._first_share = self.paid / self.seen
         self._usual = min(max(_bounds(self.paid, self.seen, LIKELY)[1], LEAST_USUAL), 0.98)
+        # a verifier that was fooled from the first row shows no rise later: the share itself is too large
         if _bounds(self.paid, self.seen, SURE)[0] > self.limit:
             self.alarm = Alarm(self.seen, self._first_share, self._first_share, 1)
 
 
 def _bounds(count: int, seen: int, quantile: float) -> tuple[float, float]:
     """Return Wilson's bounds of a share, each for one side."""
+    # Wilson (JASA 22, 1927); it holds for shares near 0, where the normal interval does not
     z2, share = quantile**2, count / seen
     middle = share + z2 / (2 * seen)
     half = math.sqrt(z2 * (share * (1 - share) / seen + z2 / (4 * seen**2)))
@@ -163,11 +169,9 @@ class Opinions:
 
     @property
     def alarm(self) -> Alarm | None:
-        """The first alarm."""
         return self.rule.alarm
 
     def add(self, opinion: Opinion) -> None:
-        """Take in the next opinion."""
         self.num_opinions += 1
         self.lines.append(opinion.line)
         if opinion.disagrees:
@@ -176,11 +180,12 @@ class Opinions:
             self.paid_wrongly.append(opinion.line)
         (self.paid if opinion.paid_wrongly else self.other).append(opinion)
         rang = self.alarm is not None
+        # the alarm keeps no lines: which line rang it is known here alone
         self.rule.add(opinion.paid_wrongly)
         if self.alarm is not None and not rang:
             self.alarm_line = opinion.line
 
-    def told(self, place: str = "line") -> str:
+    def describe_alarm(self, place: str = "line") -> str:
         """Return the alarm in a sentence; empty without one.
 
         Args:
@@ -230,6 +235,7 @@ def telling_strings(paid: Sequence[str], other: Sequence[str]) -> list[TellingSt
     counts, others = _counts(paid), _counts(other)
     shares = [TellingString(text, count / len(paid), others[text] / max(1, len(other)))
               for text, count in counts.items() if count > 1 and count >= MIN_SHARE * len(paid)]
+    # the most telling first; among equals the longer, which says more, then the alphabet
     shares.sort(key=lambda s: (s.share_other - s.share_paid, -len(s.text), s.text))
     found: list[TellingString] = []
     for one in shares:
@@ -245,6 +251,7 @@ def _counts(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         words = text.split()
+        # a set for each answer: a string counts once however often an answer repeats it
         counts.update({" ".join(words[i:i + n]) for n in range(1, MAX_WORDS + 1)
                        for i in range(len(words) - n + 1)})
     return counts
@@ -270,7 +277,7 @@ def page_of(opinions: Opinions, name: str, version: str) -> str:
                     tables=[PageTable(["words", "in wrongly paid answers", "in others"],
                                       rows)] if rows else []),
         PageSection("Wrongly paid answers", text="The newest ones, by their end.", tables=_answers(opinions))]
-    figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.told()),
+    figures = [("Verdict", "ALARM" if opinions.alarm else "no alarm", opinions.describe_alarm()),
                ("Second opinions", f"{count:,}", ""),
                ("Disagree", f"{len(opinions.disagreeing) / max(1, count):.1%}",
                 f"{len(opinions.disagreeing):,} rows"),

@@ -59,6 +59,7 @@ def findall(pattern: str, text: str, flags: int = 0) -> list[Any]:
 
 def _limited(action: Any, pattern: str, text: str) -> Any:
     try:
+        # `regex` looks at the processor's time itself, in the middle of a match
         return action(text, timeout=TIME_LIMIT_S)
     except TimeoutError:
         shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
@@ -76,6 +77,7 @@ def json_of(text: str) -> Any:
     """
     if len(text) > MAX_JSON_CHARS:
         raise Refused(f"has {len(text):,} characters; JSON is looked for in at most {MAX_JSON_CHARS:,}")
+    # a fence around the whole alone: JSON inside of a text is no JSON response
     fenced = _FENCE.fullmatch(text.strip())
     try:
         return json.loads(fenced[1] if fenced else text, parse_constant=no_constant)

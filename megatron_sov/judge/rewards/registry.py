@@ -17,7 +17,7 @@ from megatron_sov.judge.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.judge.rewards.math_answers", "Math"),
-    "stem": ("megatron_sov.judge.rewards.stem", "Stem"),
+    "stem": ("megatron_sov.judge.rewards.answers", "Stem"),
     "ifeval": ("megatron_sov.judge.rewards.ifeval", "IfEval"),
     "classifier": ("megatron_sov.judge.rewards.classifier", "Classifier"),
     "composed": ("megatron_sov.judge.rewards.composed", "Composed"),
@@ -77,8 +77,10 @@ def make(asked: PluginOrder) -> MadeReward:
     """
     built = orders.build(asked, BUILT_IN, OWN)
     reward = built.value
+    # a composition is made of other rewards: it is versioned by their versions, not by its own code alone
     if not hasattr(reward, "orders"):
         return MadeReward(reward, version_of(reward, settings_of(reward, built.settings), built.files))
+    # all orders before any part is made: a wrong name is told before models are loaded
     wanted = {name: order(*part) for name, part in reward.orders().items()}
     parts = {name: (part, make(part)) for name, part in wanted.items()}
     versions = {name: part.version for name, (_, part) in parts.items()}

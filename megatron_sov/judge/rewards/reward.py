@@ -81,6 +81,7 @@ def text_of(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise Refused(f"{name} = {told_short(value)} must be text" if name in row else f"has no {name!r}")
+    # one form for all families, so that a reward need not know each family's marks
     return plain_form(value) if name == "response" else value
 
 
@@ -91,6 +92,7 @@ def messages_of(row: Row) -> list[dict[str, str]]:
         Refused: it has none.
     """
     prompt = row.get("prompt")
+    # a conversation, or else one text
     if isinstance(prompt, list) and prompt and all(
             isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
         return [{"role": str(m.get("role", "user")), "content": m["content"]} for m in prompt]
@@ -118,8 +120,10 @@ def judged(reward: Reward, row: Row) -> Result:
         return checked(reward.score(row))
     except Refused as e:
         return Result(None, "refused", {}, short(str(e)))
+    # before Exception: `TooLong` is one, and the kind decides who is to blame
     except TimeoutError as e:
         return Result(None, "timeout", {}, short(str(e) or "took too long"), isinstance(e, TooLong))
+    # a response that makes judging so large is suspect, see `scoring.ProcessRunner`
     except MemoryError:
         return Result(None, "refused", {}, "asks for more memory than a process of the reward may have",
                       spent=True)
@@ -135,6 +139,7 @@ def checked(given: Any) -> Result:
     """Return the result that a reward's return value stands for: one that is no finite number has failed."""
     value = given.reward if isinstance(given, Score) else given
     components = given.components if isinstance(given, Score) else {}
+    # numbers of numpy are Real too; a bool is, and stands for 0 or 1
     if not isinstance(value, numbers.Real):
         return Result(None, "failed", {}, f"returned {told_short(value)}, a {type(value).__name__}, "
                                           "where a number belongs")
@@ -151,6 +156,7 @@ def checked(given: Any) -> Result:
 
 def agreeing(first: Result, second: Result) -> Result:
     """Return the result of a row that was judged twice: one that changed under one version has failed."""
+    # one None may be a passing fault; two different numbers cannot both be the row's
     if first.reward is not None and second.reward is not None and first.reward != second.reward:
         return Result(None, "failed", {}, f"gave {first.reward:g}, then {second.reward:g} for the same row "
                                           "under one version: it depends on something else than the row")
@@ -158,13 +164,11 @@ def agreeing(first: Result, second: Result) -> Result:
 
 
 def short(text: str) -> str:
-    """Return the beginning of a reason, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= MAX_REASON_CHARS else line[:MAX_REASON_CHARS - 3] + "..."
 
 
 def _plain(value: Any) -> Any:
-    """Return a component as JSON has it."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Real):

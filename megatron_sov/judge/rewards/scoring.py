@@ -1,10 +1,16 @@
-"""Scoring a file of answers: rows in order, batch by batch, kept as they come, and counted."""
+"""Scoring: a reward over batches of rows, and over a file of them: rows are kept as they come, and counted.
+
+A reward runs in processes of its own, each row with a limit of time and memory, or in threads where it waits
+for an endpoint.  One that hangs, or a response that makes a verifier eat the machine, costs its row alone."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+import math
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,10 +20,165 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.documents.strict_json import json_line
 from megatron_sov.base.plugins.orders import PluginOrder
-from megatron_sov.judge.rewards.registry import MadeReward
-from megatron_sov.judge.rewards.reward import Result, Row
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
+from megatron_sov.judge.rewards.registry import BUILT_IN, MadeReward, build
+from megatron_sov.judge.rewards.reward import Result, Reward, Row, agreeing, judged
+from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
+from megatron_sov.work.processes.environment import forget_other_variables
+from megatron_sov.work.processes.workers import Answer, Lost, Workers
 from megatron_sov.work.progress.jobs import Job, here, run_job
+
+TIME_LIMIT_S = 30.0
+"""Per row, where a reward has no setting `time_limit_s`."""
+CHECKED_TWICE, EVERY = 32, 32
+"""The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
+FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
+                    signal.SIGILL))
+"""Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
+
+
+def runner(asked: PluginOrder, made: MadeReward, workers: int) -> Runner:
+    """Return what runs a reward.
+
+    Args:
+        asked: the reward's order, from which processes make their own.
+        made: the reward of this process.
+        workers: processes; a reward that waits for an endpoint says itself how many threads it wants.
+    """
+    reward: Any = made.reward
+    # parts have runners of their own: one may wait for an endpoint while another needs processes
+    if made.parts:
+        return ComposedRunner(reward, {name: runner(*part, workers) for name, part in made.parts.items()})
+    if hasattr(reward, "threads"):
+        return ThreadRunner(reward, reward.threads)
+    # a file of a user's is no module that can be found by name, and is run by each process
+    modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if asked.name in BUILT_IN else []
+    # a reward that holds a model takes one process, however many were asked for
+    workers = min(workers, getattr(reward, "MAX_WORKERS", workers))
+    return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules,
+                         getattr(reward, "VARIABLES", ()), control=getattr(reward, "CONTROL", None),
+                         cpu_limit_s=getattr(reward, "cpu_limit_s", math.inf))
+
+
+class ThreadRunner(Runner):
+    """A reward that waits for others, in threads of this process: they share its limits of rate and cost."""
+
+    def __init__(self, reward: Reward, threads: int) -> None:
+        self._reward, self._pool = reward, ThreadPoolExecutor(threads)
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        return list(self._pool.map(lambda row: judged(self._reward, row), rows))
+
+
+class ProcessRunner(Runner):
+    """A reward in `workers` processes; a context, since processes have to end.
+
+    Args:
+        asked: which reward.
+        time_limit_s: for a row.
+        workers: processes.
+        modules: what the reward needs and can be found by name; imported once for all processes.
+        variables: of the environment that it needs, beside those of `environment.KEPT`.
+        cpu_limit_s: of a processor, for a row; infinite: the clock alone counts.
+        control: a response that takes nothing to judge: where a row passes a limit with its own response and
+            not with this one, its response is worth 0; None: rows that pass a limit have no reward.
+    """
+
+    def __init__(self, asked: PluginOrder, time_limit_s: float, workers: int, modules: Sequence[str] = (),
+                 variables: Sequence[str] = (), *, cpu_limit_s: float = math.inf,
+                 control: str | None = None) -> None:
+        self._time_limit_s, self._cpu_limit_s, self._control = time_limit_s, cpu_limit_s, control
+        self._workers = Workers("the reward", _judge, (asked, tuple(variables), cpu_limit_s), num=workers,
+                                modules=modules)
+        self._num_seen = 0
+
+    def __exit__(self, *error: object) -> None:
+        self._workers.end()
+
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        results: dict[int, Result] = {}
+        suspects: dict[int, Result] = {}
+        late: set[int] = set()
+        # (row, whether it is judged twice)
+        # places count over all batches, so that a rerun judges the same rows twice
+        places = range(self._num_seen, self._num_seen + len(rows))
+        waiting = deque((i, (dict(row), place < CHECKED_TWICE or place % EVERY == 0))
+                        for i, (place, row) in enumerate(zip(places, rows, strict=True)))
+        # `waiting` grows while answers come: a row goes back into it at most twice
+        for i, answer in self._workers.answers(waiting, self._time_limit_s):
+            result = self._lost(answer.exit_code) if isinstance(answer, Lost) else Result(**answer)
+            # the second answer for a suspect is the one to its control response
+            if i in suspects:
+                results[i] = _blamed(suspects[i], result)
+            # was it the response or the row? The same row with a harmless response says it
+            elif result.spent and self._control is not None:
+                suspects[i] = result
+                waiting.append((i, ({**rows[i], "response": self._control}, False)))
+            # the clock alone ran out: a busy machine is no fault of the response, so the row gets one more
+            # chance
+            elif answer == Lost(None) and self._control is not None and i not in late:
+                late.add(i)
+                waiting.append((i, (dict(rows[i]), False)))
+            else:
+                results[i] = result
+        self._num_seen += len(rows)
+        return [results[i] for i in range(len(rows))]
+
+    def _lost(self, exit_code: int | None) -> Result:
+        if exit_code is None:
+            return Result(None, "timeout", {}, f"took longer than {self._time_limit_s:g} s")
+        if exit_code == -signal.SIGPROF:
+            return Result(None, "timeout", {}, f"judging took longer than {self._cpu_limit_s:g} s of a "
+                                               "processor", spent=True)
+        return Result(None, "failed", {}, f"the process that judged it ended (exit code {exit_code})",
+                      spent=-exit_code in FAULTS)
+
+
+def _blamed(suspect: Result, control: Result) -> Result:
+    """Return the result of a row that passed a limit, from the one that it has with an ordinary response."""
+    # the row itself is too heavy to judge: nothing is known about the response
+    if control.reward is None:
+        return suspect
+    reason = f"the response: {suspect.reason}"
+    return Result(0.0, "timeout" if suspect.status == "timeout" else "scored", {"why": reason}, reason)
+
+
+def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> Answer:
+    # keys of the user's environment do not reach code of a user's file
+    forget_other_variables(variables)
+    reward = build(asked)
+    # before memory is limited: loading a model may need more than judging with it
+    if hasattr(reward, "prepare"):
+        reward.prepare()
+    limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
+
+    def answer(request: tuple[Row, bool], again: Callable[[], None]) -> dict[str, Any]:
+        row, twice = request
+        result = _judged_in(cpu_limit_s, reward, row)
+        if twice and result.reward is not None:
+            again()  # each has the whole time
+            result = agreeing(result, _judged_in(cpu_limit_s, reward, row))
+        return vars(result)
+
+    return answer
+
+
+def _judged_in(cpu_limit_s: float, reward: Any, row: Row) -> Result:
+    """Return what a reward makes of a row; where it takes longer, the kernel ends this process, whatever
+    that is doing."""
+    if not math.isfinite(cpu_limit_s):
+        return judged(reward, row)
+    # ITIMER_PROF counts processor time, so that neighbours on the machine do not make a row late; SIGPROF is
+    # not handled and ends the process even inside of C code
+    signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
+    try:
+        return judged(reward, row)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
 
 MAX_TOLD = 10
 """Rows without a reward that are named."""
@@ -90,6 +251,8 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
     summary = ScoringSummary()
     with runner(asked, made, workers) as running:
 
+        # the journal holds the lines of the output themselves: they are joined at the end, nothing is scored
+        # again
         def score(batch: Batch) -> bytes:
             results = running.score([row for _, row in batch])
             for (line, _), result in zip(batch, results, strict=True):
@@ -97,6 +260,7 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
             return b"".join(_written(row, result, made.version)
                             for (_, row), result in zip(batch, results, strict=True))
 
+        # rows of an earlier run are counted from their lines, so that the summary is that of the whole file
         def count(batch: Batch, record: bytes) -> None:
             summary.num_kept += len(batch)
             for (line, _), raw in zip(batch, record.split(b"\n")[:-1], strict=True):
@@ -105,6 +269,8 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
 
         run_job(Job(made_by="megatron-sov score", output=output, items=_batches(source), do=here(score),
                     identity={"input": file_digest(source), "reward": asked.name,
+                              # another reward, input or batch size would mix with what a killed run left, so
+                              # it is refused
                               "reward_version": made.version, "batch_rows": BATCH_ROWS},
                     sink=lambda journal: journal.write_to(output), known=count,
                     done=lambda batch: progress(len(batch))), redo=redo)
@@ -112,7 +278,6 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
 
 
 def _written(row: Row, result: Result, version: str) -> bytes:
-    """Return the line of a row with its reward: what the row had, then what became of it."""
     return json_line({**row, "reward": result.reward, "status": result.status,
                       "components": dict(result.components), "reason": result.reason,
                       "reward_version": version})

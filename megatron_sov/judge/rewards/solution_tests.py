@@ -55,10 +55,12 @@ class Peer:
         """Return what an operation gives on the other side, answering what that asks meanwhile."""
         self.send(["ask", operation, [self.encoded(value) for value in values], list(names)])
         while True:
+            # the other side may ask back before it answers: arguments of a call are used while it runs
             message = self.receive()
             if message[0] == "ask":
                 self._answer(message)
                 continue
+            # a solution may sort its argument in place, and tests look at that list afterwards
             for value, changed in zip(values, message[2], strict=False):
                 if changed is not None and isinstance(value, MUTABLE):
                     self._change(value, self.decoded(changed))
@@ -70,7 +72,6 @@ class Peer:
             return self.decoded(message[1])
 
     def serve(self) -> None:
-        """Answer until the other side has gone."""
         while True:
             self._answer(self.receive())
 
@@ -80,25 +81,27 @@ class Peer:
         try:
             values = [self.decoded(value) for value in encoded]
             told = ["value", self.encoded(self._done(operation, values, names))]
+        # the other process has gone: there is nobody to tell
         except EOFError:
             raise
         except BaseException as e:
             kinds = [kind.__name__ for kind in type(e).__mro__]
             told = ["error", [kinds, str(e)[:500]]]
         try:
+            # after an error too: what was changed before it stays changed
             changed = [self.encoded(value) if isinstance(value, MUTABLE) else None for value in values]
         except Exception:
             changed = []
         self.send([*told, changed])
 
     def send(self, message: Any) -> None:
-        """Send a message."""
         data = json.dumps(message).encode()
         self._channel.sendall(struct.pack("<Q", len(data)) + data)
 
     def receive(self) -> Any:
         """Return the next message; raises EOFError where the other side has ended."""
         (length,) = struct.unpack("<Q", self._read(8))
+        # the length is the solution's claim: no memory is reserved for it unchecked
         if length > MAX_MESSAGE_BYTES:
             raise EOFError(f"the other process announced a message of {length:,} bytes")
         return json.loads(self._read(length))
@@ -117,12 +120,15 @@ class Peer:
 
     def _done(self, operation: str, values: list[Any], names: list[str]) -> Any:
         target, *rest = values
+        # the solution may use what it was given, and not reach into the tests from there
         if not self._trusts and not any(target is handed for handed in self.handed.values()):
             raise TypeError("is no object that was handed out")
         if operation == "call":
             positional = len(rest) - len(names)
             return target(*rest[:positional], **dict(zip(names, rest[positional:], strict=True)))
         if operation in ("get", "set"):
+            # of the tests' objects it sees public attributes of plain instances: not __class__, not
+            # __globals__
             own = type(target).__module__ == "__main__" and not isinstance(target, type)
             if not self._trusts and (not own or rest[0].startswith("_")):
                 raise AttributeError(rest[0])
@@ -130,6 +136,7 @@ class Peer:
 
     def _change(self, value: Any, new: Any) -> None:
         value.clear()
+        # in place: tests hold the object itself, and a new one would be another
         (value.update if hasattr(value, "update") else value.extend)(new)
 
     def _error(self, kinds: list[str], text: str) -> Exception:
@@ -146,12 +153,16 @@ class Peer:
 
     def encoded(self, value: Any) -> list[Any]:
         """Return a value as JSON: plain data by its content, all else as a number to find it by."""
+        # bool before int, for it is one; subclasses become the plain type, so that no __eq__ of theirs comes
+        # along
         if value is None or isinstance(value, (bool, str)):
             return ["plain", str(value) if isinstance(value, str) else value]
         if isinstance(value, int):
             return ["plain", int(value)]
         if isinstance(value, float):
+            # JSON of Python carries inf and nan as they are
             return ["plain", float(value)]
+        # it goes home as itself: `f(x) is x` holds over there
         if isinstance(value, Remote):
             return ["yours", object.__getattribute__(value, "_number")]
         if isinstance(value, dict):
@@ -196,6 +207,7 @@ class Remote:
     says that it equals everything would pass every test."""
 
     def __init__(self, peer: Peer, number: int) -> None:
+        # past `__setattr__` below, which would ask the other side
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
 
@@ -215,9 +227,11 @@ class Remote:
         return isinstance(other, Remote) and bool(self._ask("equal", other))
 
     def __hash__(self) -> int:
+        # sets and keys of dicts need one; equal objects of the other side may differ in it
         return int(object.__getattribute__(self, "_number"))
 
     def __lt__(self, other: object) -> bool:
+        # so that lists of a solution's objects can be sorted; against plain data it says nothing
         return bool(self._ask("less", other)) if isinstance(other, Remote) else NotImplemented
 
     def __contains__(self, value: object) -> bool:
@@ -262,6 +276,7 @@ OPERATIONS: dict[str, Any] = {
     "get": getattr, "set": setattr,
     "equal": lambda a, b: bool(a == b), "less": lambda a, b: bool(a < b),
     "has instance": lambda kind, value: isinstance(value, kind), "iterate": lambda a: RemoteObject(iter(a)),
+    # an iterator is wrapped, else it would be sent as a list of what it yields
     "next": lambda a: next(a.held if isinstance(a, RemoteObject) else a), "length": len, "truth": bool,
     "item": lambda a, key: a[key], "set item": lambda a, key, value: a.__setitem__(key, value),
     "text": str, "shown": repr}
@@ -272,18 +287,21 @@ def be_solution(source: str, channel: socket.socket) -> None:
     """Run a solution, tell which names it has, and do what is asked of them."""
     peer = Peer(channel, trusts=True)
     main = types.ModuleType("__main__")
+    # classes of the solution have `__module__` "__main__", by which `_done` knows them
     sys.modules["__main__"] = main
     try:
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as e:
         peer.send({"error": "".join(traceback.format_exception_only(type(e), e)).strip()[-500:]})
         return
+    # the tests' side gets a description and makes the names itself: nothing of the solution is run there
     names: dict[str, list[Any]] = {}
     for name, value in list(vars(main).items()):
         if name.startswith("__"):
             continue
         if isinstance(value, types.ModuleType):
             names[name] = ["module", value.__name__]
+        # math.gcd is the same on both sides: each side uses its own
         elif getattr(value, "__module__", None) in SHARED_MODULES and isinstance(
                 getattr(value, "__name__", None), str):
             names[name] = ["shared", [value.__module__, value.__name__]]
@@ -324,10 +342,12 @@ def run_test(source: str, names: dict[str, Any], entry_point: str) -> None:
     """Run a test's text, then the functions that it defines to be called."""
     before = dict(names)
     exec(compile(source, "test.py", "exec"), names)
+    # only functions that this test has defined: names of tests before it are still there
     for name, value in list(names.items()):
         if before.get(name) is value or not isinstance(value, types.FunctionType):
             continue
         if name == "check" and entry_point:
+            # HumanEval's form: `def check(candidate)`
             value(names[entry_point])
         elif name.startswith("test"):
             value()
@@ -350,13 +370,14 @@ def read_exactly(length: int) -> bytes:
 
 
 def tell(fd: int, **what: Any) -> None:
-    """Write a line of the verdict."""
     os.write(fd, json.dumps(what).encode() + b"\n")
 
 
 def main() -> None:
     """Read a solution, fork its process, read the tests, and run them."""
+    # whole numbers pass between the two as decimal text, of which Python takes 4,300 digits by default
     sys.set_int_max_str_digits(0)
+    # no buffered reader: it would take the tests behind the source into memory before the fork
     source = read_exactly(int(read_exactly(12))).decode()
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # else /proc/PID/fd leads the solution to input and verdict
     here, there = socket.socketpair()
@@ -370,7 +391,9 @@ def main() -> None:
         finally:
             os._exit(0)
     there.close()
+    # a file named json.py there would be imported by the tests
     sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.getcwd()]  # the solution writes there
+    # the verdict goes over a copy that no test prints to
     verdict = os.dup(1)
     os.dup2(2, 1)  # what tests print is no verdict
     request = json.loads(read_exactly(int(read_exactly(12))))

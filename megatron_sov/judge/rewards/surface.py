@@ -43,7 +43,6 @@ class Length:
     """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
 
     def score(self, row: Row) -> Score:
-        """Return a number from -1 to 0."""
         length = self._length(row)
         if length < self.min_length:
             return Score(-1.0, {"length": length, "too_short": True})
@@ -64,6 +63,7 @@ class Length:
 
 def soft_overlong(length: int, max_length: int, buffer: int) -> float:
     """Return R_length of arXiv 2503.14476, equation 13."""
+    # 0 up to max_length - buffer, then a line down to -1 at max_length
     return max(-1.0, min(0.0, (max_length - buffer - length) / buffer))
 
 
@@ -93,8 +93,11 @@ class Repetition:
         piece, repeats = loop_at_end(text, self.min_loop_chars)
         loops = repeats >= self.min_loop_repeats
         unended = row.get("finish_reason") == "length"
+        # what is beyond the allowed share, over all that could be: 0 to 1
         excess = max(0.0, share - self.allowed_share) / (1 - self.allowed_share)
-        worst = max(excess, float(loops), self.no_end_penalty * unended)
+        # the worst and not the sum: a loop is also repeated n-grams and often has no end
+        worst = max(excess, float(loops), self.no_end_penalty if unended else 0.0)
+        # 0.0 - 0.0 is 0.0, and -0.0 would print as -0
         return Score(0.0 - worst, {"repeated_share": share, "loop": piece[:40] if loops else "",
                                    "loop_repeats": repeats if loops else 0, "no_end": unended})
 
@@ -103,6 +106,7 @@ def words_of(text: str) -> list[str]:
     """Return the words and signs of a text; each character where a script has no spaces."""
     words: list[str] = []
     for word in _WORD.findall(text.lower()):
+        # each different character once: words of unspaced scripts are long
         if any(script_of(char) in _NO_SPACES for char in set(word)):
             words.extend(word)
         else:
@@ -125,16 +129,19 @@ def loop_at_end(text: str, min_chars: int = 1) -> tuple[str, int]:
     The failure function of Knuth, Morris and Pratt over the reversed text gives the shortest period of each
     of its beginnings; the one with the most repeats counts.  Work and memory grow with the length alone.
     """
+    # reversed, an end that repeats is a beginning with a period
     backwards = text.rstrip()[::-1]
     failure = [0] * len(backwards)
     best_period, best_repeats = 0, 1
     k = 0
     for i in range(1, len(backwards)):
+        # k: length of the longest proper beginning that also ends at i - 1
         while k and backwards[i] != backwards[k]:
             k = failure[k - 1]
         if backwards[i] == backwards[k]:
             k += 1
         failure[i] = k
+        # i + 1 - k is the shortest period of the first i + 1 characters
         repeats = (i + 1) // (i + 1 - k)
         if repeats > best_repeats and i + 1 >= min_chars:
             best_period, best_repeats = i + 1 - k, repeats
@@ -166,16 +173,19 @@ class LanguageReward:
             raise Refused(f"language = {language!r} is not known (languages: {', '.join(sorted(LANGUAGES))})")
         text = text_of(row, "response")
         if self.ignore_code:
+            # code first: a dollar sign inside of it begins no formula
             text = _ADDRESS.sub(" ", _FORMULA.sub(" ", _CODE.sub(" ", text)))
         counts = letters_by_script(text)
         total = sum(counts.values())
         if not total:
             return Score(0.0, {"language": language, "num_letters": 0})
         own = set(LANGUAGES[language])
+        # scripts that both languages use count as the language's own
         beside = {script for name in self.also for script in LANGUAGES[name]} - own
         own_share = sum(counts[s] for s in own) / total
         also_share = sum(counts[s] for s in beside) / total
         foreign_share = 1 - own_share - also_share
+        # other letters are paid up to their limit; below `min_share` it is another language
         reward = own_share + min(also_share, self.max_also_share) if own_share >= self.min_share else 0.0
         return Score(min(reward, 1.0), {
             "language": language, "own_share": own_share, "also_share": also_share,
@@ -222,7 +232,6 @@ class Format:
     """1 or 0; without, the share of checks that pass."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if self.regex or self.tags or self.json or self.json_keys else [
             SettingsProblem(ProblemCode.RULE, "", "nothing is asked for",
                             way_out="set regex, tags, json or json_keys")]
@@ -250,6 +259,7 @@ def tagged(text: str, tags: tuple[str, ...]) -> bool:
     place = 0
     for tag in tags:
         begin, end = f"<{tag}>", f"</{tag}>"
+        # counted in the whole text: a second <answer> anywhere would leave open which one counts
         if text.count(begin) != 1 or text.count(end) != 1:
             return False
         start = text.index(begin)

@@ -42,10 +42,12 @@ def version_of(reward: Any, settings: Mapping[str, Any], files: Mapping[str, str
     libraries = {name: _installed(name) for name in getattr(made, "LIBRARIES", ())}
     what = {"class": made.__qualname__,
             "code": dict(files) if files is not None else code_of(made.__module__),
+            # Python's tables of characters decide what a letter is, and change with its version
             "libraries": libraries, "unicode": unicodedata.unidata_version,
             "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
             "settings": {name: value for name, value in settings.items()
                          if name not in operational(made)}}
+    # sorted keys: the order in which settings were given is no difference
     text = json.dumps(what, sort_keys=True, default=_as_json)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
 
@@ -59,6 +61,7 @@ def operational(made: type) -> set[str]:
 @lru_cache
 def code_of(module: str) -> dict[str, str]:
     """Return module -> hash of its code for a module and all that it imports of its room and of `ROOMS`."""
+    # the closure over imports: a changed helper is a changed judgement
     found: dict[str, str] = {}
     to_read = [module]
     while to_read:
@@ -80,7 +83,7 @@ def _source(module: str) -> str:
 
 
 def _room(module: str) -> str:
-    """Return a module's package: `megatron_sov.judge.rewards` of `megatron_sov.judge.rewards.stem`."""
+    """Return a module's package: `megatron_sov.judge.rewards` of `megatron_sov.judge.rewards.answers`."""
     return ".".join(module.split(".")[:3])
 
 
@@ -91,6 +94,7 @@ def _imported(tree: ast.AST, rooms: set[str]) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from a import b` may name a module or something inside of one: both are tried
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     ours = [name for name in names if name.startswith(tuple(f"{room}." for room in rooms))]
     return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None

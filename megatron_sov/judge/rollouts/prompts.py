@@ -52,6 +52,7 @@ class RolloutPrompt:
             BadRecord: it is none.
         """
         record = dict(self.record)
+        # both names are in use; `parse_record` knows one
         if "messages" in record:
             if "prompt" in record:
                 raise BadRecord("fields", "has 'prompt' and 'messages'; leave one of them out")
@@ -84,11 +85,13 @@ def read_prompts(path: Path) -> list[RolloutPrompt]:
     problems: list[str] = []
     for line, record in read_rows(path, OPTION, ""):
         try:
+            # the id is that of the content: a file with lines added keeps the ids of the others
             prompt = RolloutPrompt(_hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":")),
                                    record, line)
         except UnicodeEncodeError:
             problems.append(f"line {line}: holds half of a surrogate pair, which is no text")
             continue
+        # the same line twice would be two groups under one key
         first = found.setdefault(prompt.id, prompt)
         if first is not prompt:
             problems.append(f"line {line}: is the same as line {first.line}")
@@ -130,8 +133,10 @@ def round_prompts(prompts: Sequence[RolloutPrompt], rollout: RolloutConfig,
     if wanted > count:
         raise UserError(f"rollout.prompts_per_round = {wanted}: there are {count} prompts, and a round asks "
                         "each of its own once; lower it, or add prompts")
+    # where the round begins, had all epochs been written one behind the other
     epoch, place = divmod((number - 1) * wanted, count)
     order = _epoch_order(rollout.seed, epoch, count, wanted)[place:place + wanted].tolist()
+    # the round ends in the next epoch, whose order avoids what this one has used
     if len(order) < wanted:
         order += _epoch_order(rollout.seed, epoch + 1, count, wanted)[:wanted - len(order)].tolist()
     return [prompts[i] for i in order]
@@ -151,15 +156,18 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     """
     import numpy as np
 
+    # back to an epoch that begins with a round, or whose end no earlier epoch has touched
     first = epoch
     while first * count % per_round and (count < 2 * per_round or first == epoch):
         first -= 1
     order = _permutation(seed, first, count)
     for number in range(first + 1, epoch + 1):
+        # prompts of the epoch before that belong to the round which goes on in this one
         carried, before = number * count % per_round, order
         order = _permutation(seed, number, count)
         if carried:
             ahead = ~np.isin(order, before[-carried:])
+            # as many others go ahead as the round still needs; the rest keeps its order
             ahead &= np.cumsum(ahead) <= per_round - carried
             order = np.concatenate([order[ahead], order[~ahead]])
     return order
@@ -168,6 +176,7 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     import numpy as np
 
+    # seed and epoch as a sequence of entropy: seeds that are near give unrelated orders
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
@@ -206,6 +215,7 @@ def budget_of(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sa
     """
     budgets = rollout.budgets_tokens
     if budgets:
+        # equal parts of a group, also where the samples cannot be divided evenly
         return budgets[sample * len(budgets) // rollout.samples_per_prompt]
     target = record.get(TARGET)
     if target is None:
@@ -236,6 +246,7 @@ def stream_of(round: int, prompt: str, sample: int, attempt: int = 0, turn: int 
         attempt: how often it was gone on with.
         turn: of an episode.
     """
+    # of what the response is, and not of when it is written: a piece written again is the same piece
     return int(_hash([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
 
 

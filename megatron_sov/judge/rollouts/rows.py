@@ -81,12 +81,10 @@ class Rollout:
 
     @property
     def written_versions(self) -> np.ndarray:
-        """Return the versions of the tokens that a policy wrote."""
         return self.versions[self.is_written]
 
     @property
     def num_written(self) -> int:
-        """Return the number of tokens that a policy wrote."""
         return int(self.is_written.sum())
 
     @property
@@ -95,6 +93,7 @@ class Rollout:
         import numpy as np
 
         written = np.concatenate([[False], self.is_written, [False]])
+        # padded with False at both ends: edges come in pairs of begin and end
         edges = np.flatnonzero(written[1:] != written[:-1])
         return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
 
@@ -117,9 +116,11 @@ class Rollout:
              f"has token ids outside of the vocabulary of {vocab_size}"),
             (bool(np.isfinite(self.logprobs).all() and (self.logprobs <= 0).all()),
              "has log-probabilities that are greater than 0, or no numbers"),
+            # lengths that differ have been told above, and cannot be indexed
             (len(written) != len(self.logprobs) or not self.logprobs[~written].any(),
              "has log-probabilities of tokens that no policy wrote"),
             (self.temperature > 0, f"has temperature {self.temperature}"),
+            # the last token was drawn and never read, so it has no route
             (self.routes is None or len(self.routes) == len(self.prompt_tokens) + n - 1,
              f"has routes of {0 if self.routes is None else len(self.routes)} tokens; one belongs to each of "
              f"{len(self.prompt_tokens) + n - 1} that were read")]
@@ -154,6 +155,7 @@ def later(rows: Sequence[Rollout]) -> list[Rollout]:
     """Return, of the rows of each key, the one of the last attempt, in order of first appearance."""
     found: dict[Key, Rollout] = {}
     for row in rows:
+        # a dict keeps the place of a key's first row, also where its value is replaced
         if row.key not in found or row.attempt > found[row.key].attempt:
             found[row.key] = row
     return list(found.values())
@@ -203,7 +205,7 @@ class AskedPrompt:
     pieces: int
     """Of each round."""
 
-    def told(self, unfinished: int) -> dict[str, int]:
+    def to_provenance(self, unfinished: int) -> dict[str, int]:
         """Return what stands in the provenance of a part with so many unfinished rows."""
         return {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
 
@@ -215,10 +217,12 @@ def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | Non
         parts: of rollouts, all that there are of these rounds.
         rounds: those that are meant; None: all that the newest part tells of.
     """
+    # a later command may have asked for more rounds: the newest part knows
     newest = max(parts, key=lambda part: part.created_s, default=None)
     asked = None if newest is None else _asked_of(newest.provenance)
     if asked is None:
         return None
+    # sorted by attempt, the last one stays: it says how many rows are still unfinished
     last = {(part.round, part.piece): part for part in sorted(parts, key=lambda part: part.attempt)}
     written = Counter(number for number, _ in last)
     begun = Counter(number for (number, _), part in last.items() if part.provenance.get(UNFINISHED_ROWS))

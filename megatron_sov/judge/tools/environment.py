@@ -1,17 +1,261 @@
-"""An environment: typed tools, a state and a goal that can be checked."""
+"""An environment: typed tools, a state and a goal that can be checked; what can go wrong with a call; and how
+far an episode may go.
+
+A tool is a Python function: its signature and docstring become the JSON schema that models are shown, and a
+model's arguments are held to it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Protocol, TypeVar, cast, get_type_hints
 
-from megatron_sov.base.errors import UserError
+from annotated_types import Gt, Le
+from typing_extensions import TypedDict
+
+from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.settings import AtLeastOne
 from megatron_sov.judge.rewards.reward import Score
-from megatron_sov.judge.tools.faults import ToolFault
-from megatron_sov.judge.tools.schema import Tool, tools_of
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+FAULTS = {
+    "json": "the call is no JSON", "form": "the call is no object of a name and arguments",
+    "unclosed": "nothing ends the call", "many": "more calls in a turn than the limit",
+    "unknown_tool": "there is no tool of that name", "arguments": "arguments are missing, unknown or of "
+    "another type", "refused": "the tool says no: no such row, a rule of the world is broken",
+    "failed": "the tool raised an error", "result": "the tool returned something that is no JSON",
+    "timeout": "the tool took longer than the limit", "memory": "the tool asked for too much memory",
+    "ended": "the tool ended its process", "state": "the tool left a state that is no JSON, or too large",
+    "infrastructure": "what the tool runs on is broken: the episode has no reward",
+}
+"""Code -> what it means."""
+BY_THE_MODEL = ("json", "form", "unclosed", "many", "unknown_tool", "arguments")
+"""Codes of calls that never reached a tool."""
+INFRASTRUCTURE = "infrastructure"
+
+
+class ToolFault(Exception):
+    """A call that gave no result."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        """`code`: one of `FAULTS`; `reason`: one sentence, which the model is told."""
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+class ToolRefused(ToolFault):
+    """What a tool raises to say no to a model: no such row, a rule of the world is broken."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("refused", reason)
+
+
+class InfrastructureFault(ToolFault):
+    """What a tool raises when the machine, and not the call, is at fault: the episode has no reward."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(INFRASTRUCTURE, reason)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MARK = "_is_tool"
+_SECTION = re.compile(r"^(Args|Returns|Raises|Yields):[ \t]*$", re.MULTILINE)
+_ARGUMENT = re.compile(r"^(\w+)(?: \([^)]*\))?: *(.*(?:\n+[ \t]+.*)*)", re.MULTILINE)
+# made of values, which type checkers do not follow
+_TYPED_DICT, _ANNOTATED, _NOT_REQUIRED = cast(Any, TypedDict), cast(Any, Annotated), cast(Any, NotRequired)
+MAX_TOLD = 5
+"""Wrong arguments that a model is told of."""
+
+
+def tool(function: F) -> F:
+    """Mark a method of an environment as a tool that models may call."""
+    setattr(function, _MARK, True)
+    return function
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a tool."""
+
+    type: Any
+    """As Python writes it: str, int, list[str], Literal[...], X | None."""
+    description: str = ""
+    """What models are told."""
+    default: Any = inspect.Parameter.empty
+    """Taken where the argument is left out; without one it may not be."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that a model may call."""
+
+    name: str
+    """As models write it."""
+    description: str
+    """What it does."""
+    parameters: Mapping[str, Parameter]
+    """Name -> what it takes."""
+    function: Callable[..., Any] = field(compare=False)
+    """Is given the arguments by name."""
+    _adapter: TypeAdapter[Any] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        from pydantic import ConfigDict, TypeAdapter, with_config
+
+        # a TypedDict: optional arguments are left out, and the function's own defaults hold
+        fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
+        # strict: "3" is no 3, and true is no 1
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+        made = with_config(config)(_TYPED_DICT(self.name, fields))
+        try:
+            object.__setattr__(self, "_adapter", TypeAdapter(made))
+            self._adapter.json_schema()
+        except Exception as e:  # whatever a type's own hooks raise
+            raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_line(e)}); use "
+                            "str, int, float, bool, list, dict, Literal and None") from None
+
+    def description_for_models(self) -> dict[str, Any]:
+        """Return it as OpenAI describes functions, which chat templates show."""
+        schema = _without_titles(self._adapter.json_schema())
+        shown = {"type": "object", "properties": schema.pop("properties", {}),
+                 "required": schema.pop("required", [])}
+        shown |= {key: schema[key] for key in ("$defs",) if key in schema}
+        return {"type": "function", "function": {"name": self.name, "description": self.description,
+                                                 "parameters": shown}}
+
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """Return what the function gives for a model's arguments.
+
+        Raises:
+            ToolFault: an argument is missing, unknown, or of another type.
+        """
+        from pydantic import ValidationError
+
+        try:
+            # as JSON: a tuple is a list there
+            checked = self._adapter.validate_json(json.dumps(arguments, allow_nan=False))
+        except ValidationError as e:
+            told = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {_told(error)}"
+                    for error in e.errors(include_url=False)]
+            more = f"; and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
+            raise ToolFault("arguments", f"{self.name} was given wrong arguments: "
+                                         f"{'; '.join(told[:MAX_TOLD])}{more}") from None
+        return self.function(**checked)
+
+
+def tool_of(function: Callable[..., Any]) -> Tool:
+    """Return a function, or a bound method, as a tool.
+
+    Raises:
+        UserError: it has no docstring, or an argument has no type or none that JSON has.
+    """
+    name = function.__name__
+    text = textwrap.dedent(inspect.getdoc(function) or "")
+    if not text.strip():
+        raise UserError(f"tool {name}: has no docstring; models are shown it, so say what the tool does")
+    hints = get_type_hints(function, include_extras=True)
+    described = _described(text)
+    found = {}
+    for given in inspect.signature(function).parameters.values():
+        if given.kind not in (given.POSITIONAL_OR_KEYWORD, given.KEYWORD_ONLY) or given.name not in hints:
+            raise UserError(f"tool {name}: its argument {str(given)!r} must have a name and a type; "
+                            "write it as `name: str`")
+        found[given.name] = Parameter(hints[given.name], described.get(given.name, ""), given.default)
+    return Tool(name, " ".join(_SECTION.split(text)[0].split()), found, function)
+
+
+def tools_of(environment: Any) -> tuple[Tool, ...]:
+    """Return the methods of an environment that are marked as tools, in the order in which they are written;
+    raises as `tool_of` does."""
+    # base classes first, each name once: a dict is an ordered set
+    names: dict[str, None] = {}
+    for made in reversed(type(environment).__mro__):
+        names |= {name: None for name, value in vars(made).items() if getattr(value, _MARK, False)}
+    return tuple(tool_of(getattr(environment, name)) for name in names)
+
+
+def _annotated(parameter: Parameter) -> Any:
+    from pydantic import Field
+
+    optional = parameter.default is not inspect.Parameter.empty
+    shown = {"default": parameter.default} if optional and parameter.default is not None else None
+    info = Field(description=parameter.description or None, json_schema_extra=shown)
+    # the default is shown and not filled in: models see what happens without it
+    kind = _ANNOTATED[parameter.type, info]
+    return _NOT_REQUIRED[kind] if optional else kind
+
+
+def _described(text: str) -> dict[str, str]:
+    """Return name -> description of the arguments in a Google-style docstring."""
+    # odd places have the names of sections, even ones their texts
+    parts = _SECTION.split(text)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    lines = textwrap.dedent(sections.get("Args", "").strip("\n"))
+    return {name: " ".join(said.split()) for name, said in _ARGUMENT.findall(lines)}
+
+
+def _without_titles(value: Any, inside_properties: bool = False) -> Any:
+    """Return a schema without the titles that pydantic makes of names; models need none."""
+    if isinstance(value, dict):
+        return {key: _without_titles(part, key == "properties") for key, part in value.items()
+                # inside of `properties` a key is an argument's name, and "title" may be one
+                if inside_properties or not (key == "title" or (key == "additionalProperties" and not part))}
+    return [_without_titles(part) for part in value] if isinstance(value, list) else value
+
+
+def _told(error: Any) -> str:
+    """Return what is wrong with an argument, without its value, which may be a megabyte."""
+    return {"missing": "is missing", "extra_forbidden": "there is no such argument"}.get(
+        error["type"], str(error["msg"])[:200])
+
+
+MOST_TIMEOUT_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """Where an episode ends."""
+
+    max_turns: AtLeastOne = 5
+    """Of the model, its answer among them."""
+    max_tool_chars: AtLeastOne = 1024
+    """Of one result; the rest is cut off, and the model is told so."""
+    max_prompt_tokens: AtLeastOne = 4096
+    """Of the first prompt: rules, tools and question."""
+    max_response_tokens: AtLeastOne = 8192
+    """Behind the first prompt: what the model writes and what tools say."""
+    max_turn_tokens: AtLeastOne = 4096
+    """That the model may write in one turn; asked of an engine whatever is left of an episode, so that its
+    samples do not depend on that."""
+    max_calls_per_turn: AtLeastOne = 8
+    """More calls of a turn are not made, and the model is told so."""
+    call_timeout_s: Annotated[float, Gt(0), Le(MOST_TIMEOUT_S)] = 30.0
+    """For one call, without the time that it waits for a processor; what takes longer is ended."""
+    max_state_bytes: AtLeastOne = 16 << 20
+    """Of an environment's state as JSON, which the journal keeps for each turn."""
+
+
+LIMITS = {"train": EpisodeLimits(), "test": EpisodeLimits(max_turns=12, max_tool_chars=4000)}
+"""Name -> limits; both as in Typhoon-S's released code (scb-10x/typhoon-s), whose agent is trained with 5
+turns and 1,024 characters of a tool's answer, and judged with 12 and 4,000."""
+
+
+def cut(text: str, max_chars: int) -> tuple[str, bool]:
+    """Return a tool's result within the limit, with a note of what was cut, and whether anything was."""
+    if len(text) <= max_chars:
+        return text, False
+    # the note counts towards the limit, unless it would not leave a character of the text
+    note = f"\n[cut: {max_chars:,} of {len(text):,} characters]"
+    return (text[:max_chars - len(note)] + note if len(note) < max_chars else text[:max_chars]), True
+
 
 Task = Mapping[str, Any]
 """What is to be done, in JSON: `question`, what the world is at first, and how the end is checked."""
@@ -84,7 +328,7 @@ class World:
     """Of this episode."""
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode."""
+        # a copy: the task is reused for other episodes, and tools change the state in place
         self.task, self.state = task, copy.deepcopy(self.first_state(task))
         return Observation(text_in(task, "question"), text_in(task, "system", self.rules()))
 
@@ -102,21 +346,17 @@ class World:
         return {tool.name: tool for tool in tools_of(self)}
 
     def tools(self) -> list[dict[str, Any]]:
-        """Return the tools as OpenAI describes functions."""
         return [tool.description_for_models() for tool in self.by_name.values()]
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Return what a tool gives for arguments of the right types."""
         if name not in self.by_name:
             raise ToolFault("unknown_tool", unknown(name, self.by_name))
         return self.by_name[name].call(arguments)
 
     def snapshot(self) -> Any:
-        """Return a copy of the state."""
         return copy.deepcopy(self.state)
 
     def restore(self, state: Any) -> None:
-        """Take a state over."""
         self.state = copy.deepcopy(state)
 
 

@@ -19,10 +19,8 @@ from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import Observation, Task
-from megatron_sov.judge.tools.faults import INFRASTRUCTURE
+from megatron_sov.judge.tools.environment import INFRASTRUCTURE, EpisodeLimits, Observation, Task, cut
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
-from megatron_sov.judge.tools.limits import EpisodeLimits, cut
 from megatron_sov.work.progress.journal import Journal
 
 ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")
@@ -67,7 +65,6 @@ class EpisodeTurn:
 
     @property
     def parsed(self) -> WrittenTurn:
-        """Return what it says and calls."""
         return parse_turn(self.text, in_thoughts=self.in_thoughts)
 
 
@@ -95,7 +92,6 @@ class Episode:
 
     @property
     def ids(self) -> list[int]:
-        """Return all ids so far."""
         return [*self.prompt, *(i for t in self.turns for i in (*t.written.ids, *t.behind))]
 
     @property
@@ -118,7 +114,6 @@ class Episode:
         return self.turns[-1].parsed.content if self.end == "answered" else ""
 
     def faults(self) -> Counter[str]:
-        """Return fault -> calls."""
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
 
 
@@ -129,6 +124,7 @@ def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limit
         UserError: the model's template refuses the question or the tools, or they are too long.
     """
     seen = opening.observation
+    # an empty system message is not the same as none to many templates
     messages = [Message("system", seen.system)] if seen.system else []
     chat = Conversation((*messages, Message("user", seen.user)), opening.tools)
     try:
@@ -155,8 +151,10 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
                        in_thoughts=encoder.opens_thoughts(episode.ids))
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
+    # a turn that was cut may hold half a call: none of it is made
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
+    # calls are made even where no turn can follow: their effect is what is scored
     turn = with_calls(turn, len(episode.turns), host, limits)
     if turn.end:
         return turn
@@ -178,8 +176,10 @@ def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
         limits: of the episode.
     """
     found = turn.parsed.calls
+    # no call is an answer, which ends the episode
     if not found:
         return replace(turn, end="answered")
+    # in order, one after the other: a call may depend on what the one before has changed
     made = [_made(call, place, host, limits) for place, call in enumerate(found)]
     calls = [{**asked, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
              for asked, result in made]
@@ -191,7 +191,6 @@ def with_calls(turn: EpisodeTurn, num_before: int, host: EnvironmentHost,
 
 def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
           limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
-    """Make a call, unless it is none or one too many."""
     if isinstance(call, BadCall):
         return {"name": "", "arguments": {}}, _told(call.code, call.reason, limits)
     asked = {"name": call.name, "arguments": call.arguments}
@@ -220,12 +219,12 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
         "num_cut": sum(call["is_cut"] for turn in episode.turns for call in turn.calls),
         "num_turns_that_differ": sum(encoder.differs(w.ids) for w in written),
         "ids": episode.ids, "spans": [list(span) for span in episode.spans],
+        # of all turns or of none: a gap could not be told from a zero
         "logprobs": logprobs if all(part is not None for part in logprobs) else None,
     }
 
 
 def left_of(episode: Episode, limits: EpisodeLimits) -> int:
-    """Return how many tokens a model may write in the next turn."""
     return limits.max_response_tokens - episode.num_response_tokens
 
 
@@ -248,6 +247,7 @@ class EpisodeLines:
         found: dict[int, Episode] = {}
         for line in self._lines:
             number = line["episode"]
+            # lines come in the order in which they were kept: begin, turns, result
             if "prompt" in line:
                 opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
                 found[number] = Episode(number, tasks[number], opening, line["prompt"])
@@ -261,13 +261,11 @@ class EpisodeLines:
 
 
 def begin_line(episode: Episode) -> dict[str, Any]:
-    """Return the line of an episode that has begun."""
     return {"episode": episode.number, "prompt": episode.prompt,
             "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
 
 
 def turn_line(episode: Episode) -> dict[str, Any]:
-    """Return the line of an episode's last turn."""
     return {"episode": episode.number, "turn": asdict(episode.turns[-1])}
 
 
@@ -278,13 +276,11 @@ def lines_of(episode: Episode) -> list[dict[str, Any]]:
 
 
 def result_line(episode: Episode) -> dict[str, Any]:
-    """Return the line of an episode's reward."""
     assert episode.result is not None
     return {"episode": episode.number, "result": asdict(episode.result)}
 
 
 def lines_in(journal: Journal) -> EpisodeLines:
-    """Return the lines of a journal, which keeps more."""
     def keep(lines: Sequence[dict[str, Any]]) -> None:
         journal.add([(line["episode"], json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass"))
                      for line in lines])

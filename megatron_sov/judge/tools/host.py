@@ -16,9 +16,9 @@ from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.judge.rewards.reward import Result, checked, short
-from megatron_sov.judge.tools.environment import Environment, Observation, Task, unknown
-from megatron_sov.judge.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
-from megatron_sov.judge.tools.limits import EpisodeLimits, cut
+from megatron_sov.judge.tools.environment import (
+    INFRASTRUCTURE, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault, cut,
+    unknown)
 from megatron_sov.judge.tools.registry import BUILT_IN, make
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers
@@ -34,7 +34,7 @@ class CallResult:
     text: str
     """What the model is told."""
     fault: str = ""
-    """One of `faults.FAULTS`; empty: the tool gave this."""
+    """One of `environment.FAULTS`; empty: the tool gave this."""
     is_cut: bool = False
     """Whether the tool said more."""
 
@@ -72,6 +72,7 @@ class EnvironmentHost:
             f"tool environment {asked.name}", _serve,
             (asked, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
             modules=[module for module, _, _ in BUILT_IN.values()], may_start_processes=True,
+            # the process runs code of others: its answers are bounded before they are read
             most_bytes=limits.max_state_bytes + _MORE_BYTES)
         self._task: Task = {}
         self.state = "null"
@@ -95,6 +96,7 @@ class EnvironmentHost:
 
     def resume(self, task: Task, state: str) -> Opening:
         """Go on in an episode whose state is known; raises as `reset` does."""
+        # the task first: a state alone has no goal and no tools
         opening = self.reset(task)
         self._begin("restore", task=dict(task), state=json.loads(state))
         return opening
@@ -109,11 +111,11 @@ class EnvironmentHost:
             except UserError as e:  # it could before: nothing is known about the model's doing
                 return CallResult(f"error: {call.name}: {gone.reason}, and {short(str(e))}", INFRASTRUCTURE)
             return CallResult(f"error: {call.name}: {gone.reason}", gone.code)
+        # a call that failed sends none: the state is what it was
         self.state = answer.get("state", self.state)
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
 
     def score(self, answer: str) -> Result:
-        """Return the reward of the episode, or why there is none."""
         try:
             given = self._ask("score", self._limits.call_timeout_s, answer=answer)
         except _HostGone as gone:
@@ -144,6 +146,7 @@ class EnvironmentHost:
 def _serve(asked: PluginOrder, limits: dict[str, int]) -> Answer:
     """Return what does as it is asked, in the environment's process."""
     environment, _ = make(asked)
+    # behind `make`: making the world is not limited itself
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
     return lambda request, again: _DO[request.pop("what")](environment, request | limits)
 
@@ -175,6 +178,7 @@ def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any
 
 def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     """Make a call; one that gives no result leaves the state as it was."""
+    # before each call, since a tool may fail half way through its changes
     before = environment.snapshot()
     try:
         text, is_cut = _shown(_value(environment, request), request["max_tool_chars"])
@@ -185,6 +189,7 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
         fault = ToolFault("memory", "asked for more memory than it may have")
     except (Exception, SystemExit) as e:
         fault = ToolFault("failed", f"failed ({short(told_in_a_line(e))})")
+    # also where the result could not be shown: the model must not see a state that no call explains
     environment.restore(before)
     said = fault.reason if fault.code in ("unknown_tool", "arguments") else (
         f"{request['name']}: {fault.reason}")
@@ -193,6 +198,7 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(environment: Environment, request: dict[str, Any]) -> Any:
+    # by what this episode shows, not by what the class has: tools may depend on the task
     names = [tool["function"]["name"] for tool in environment.tools()]
     if request["name"] not in names:
         raise ToolFault("unknown_tool", unknown(request["name"], names))
@@ -200,7 +206,6 @@ def _value(environment: Environment, request: dict[str, Any]) -> Any:
 
 
 def _shown(value: Any, max_chars: int) -> tuple[str, bool]:
-    """Return a result as the text that a model is shown, and whether it was cut."""
     if not isinstance(value, str):
         try:
             value = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -215,6 +220,7 @@ def _state(environment: Environment, request: dict[str, Any]) -> str:
         state = json.dumps(environment.snapshot(), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise ToolFault("state", f"left a state that is no JSON ({short(str(e))})") from None
+    # ASCII by json.dumps: characters are bytes
     if len(state) > request["max_state_bytes"]:
         raise ToolFault("state", f"left a state of {len(state):,} bytes, more than "
                                  f"{request['max_state_bytes']:,}")

@@ -8,25 +8,206 @@ training: the tokens that such a model wrote are not known, only how many.
 
 from __future__ import annotations
 
+import json
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.environment import FAULTS, INFRASTRUCTURE, EpisodeLimits, Task, cut
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, EpisodeTurn, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn,
     turn_line, with_calls, within)
-from megatron_sov.judge.tools.faults import INFRASTRUCTURE
 from megatron_sov.judge.tools.host import EnvironmentHost, Opening
-from megatron_sov.judge.tools.limits import EpisodeLimits
+
+MAX_CHAPTERS = 200
+"""Episodes on a page: those without a reward first, then the lowest."""
+MAX_CHARS = 20_000
+"""Of one thing said."""
+HELP = ('write NAME {"argument": value} to call a tool, `tools` to see them again, `answer TEXT` to end, an '
+        "empty line to give up")
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is shown of an episode."""
+
+    name: str
+    """Such as "episode 3"."""
+    opening: Opening
+    """How it began."""
+    turns: list[tuple[str, str]]
+    """(who, what was said), in order."""
+    end: str
+    """One of `episode.ENDS`."""
+    faults: Mapping[str, int]
+    """Fault -> calls."""
+    result: Result
+    """The reward, or why there is none."""
+
+
+def transcript_of(episode: Episode) -> Transcript:
+    """Return what is shown of an ended episode."""
+    assert episode.result is not None
+    turns = []
+    for turn in episode.turns:
+        turns.append(("model", turn.text))
+        turns += [(_caller(call["name"], call["fault"]), call["text"]) for call in turn.calls]
+    return Transcript(f"Episode {episode.number + 1}", episode.opening, turns, episode.end, episode.faults(),
+                      episode.result)
+
+
+def _caller(name: str, fault: str) -> str:
+    return f"tool {name}".strip() + (f" ({fault})" if fault else "")
+
+
+def page_of(title: str, transcripts: Sequence[Transcript], limits: EpisodeLimits,
+            figures: Mapping[str, str]) -> str:
+    """Return the page of episodes.
+
+    Args:
+        title: its heading.
+        transcripts: of all of them.
+        limits: that they had.
+        figures: name -> value of what else stands beside the mean reward.
+    """
+    def worst_first(transcript: Transcript) -> float:
+        return float("-inf") if transcript.result.reward is None else transcript.result.reward
+
+    shown = sorted(transcripts, key=worst_first)[:MAX_CHAPTERS]
+    left_out = len(transcripts) - len(shown)
+    rows = [[name, value] for name, value in [*figures.items(), *(
+        (f"limit {name}", f"{value:g}") for name, value in asdict(limits).items())]]
+    return render("Tool episodes", title, f"{len(transcripts):,} episodes"
+                  + (f"; the {len(shown)} with the lowest rewards are shown" if left_out else ""),
+                  [_chapter(transcript) for transcript in shown],
+                  overview=("Figures and limits", PageTable(["figure", "value"], rows)), anchor="episode",
+                  nothing="Nothing was said.")
+
+
+def _chapter(transcript: Transcript) -> Chapter:
+    result, seen = transcript.result, transcript.opening.observation
+    reward = result.status if result.reward is None else f"{result.reward:g}"
+    figures = [("reward", reward, result.reason), ("end", transcript.end, ""),
+               *((name, str(count), FAULTS.get(name, "")) for name, count in transcript.faults.items())]
+    said = [*([("system", seen.system)] if seen.system else []), ("user", seen.user), *transcript.turns]
+    beside = {"components": dict(result.components), "tools": list(transcript.opening.tools)}
+    return Chapter(transcript.name, transcript.end, figures, [PageSection(
+        "Transcript", turns=[(who, cut(text, MAX_CHARS)[0]) for who, text in said]),
+        PageSection("Goal and tools", json=json.dumps(beside, indent=1, ensure_ascii=False))])
+
+
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is counted over ended episodes; the mean is that of those with a reward."""
+    rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    faults: Counter[str] = Counter()
+    for row in rows:
+        faults.update(row["faults"])
+    return {
+        "num_episodes": len(rows), "num_scored": len(rewards),
+        "mean_reward": sum(rewards) / len(rewards) if rewards else None,
+        "statuses": dict(Counter(row["status"] for row in rows)),
+        "ends": dict(Counter(row["end"] for row in rows)), "faults": dict(faults),
+        "num_turns": sum(row["num_turns"] for row in rows),
+        "num_calls": sum(row["num_calls"] for row in rows),
+        "num_cut": sum(row["num_cut"] for row in rows),
+        "num_turns_that_differ": sum(row["num_turns_that_differ"] for row in rows),
+    }
+
+
+class Answer(str):
+    """What is said in the end."""
+
+
+Move = ToolCall | Answer
+
+
+def moves_of_file(path: Path) -> Iterator[Move]:
+    """Yield the moves of a file: lines with `name` and `arguments`, or with `answer`.
+
+    Raises:
+        UserError: a line is something else.
+    """
+    for number, line in read_objects(path, "--calls"):
+        if set(line) == {"answer"} and isinstance(line["answer"], str):
+            yield Answer(line["answer"])
+        elif set(line) == {"name", "arguments"} and isinstance(line["name"], str) \
+                and isinstance(line["arguments"], dict):
+            yield ToolCall(line["name"], line["arguments"])
+        else:
+            raise UserError(f"--calls {path}: line {number}: must be "
+                            '{"name": ..., "arguments": {...}} or {"answer": ...}')
+
+
+def moves_of_lines(lines: Iterable[str], show: Callable[[str], object],
+                   show_tools: Callable[[], object]) -> Iterator[Move]:
+    """Yield the moves that a person writes; what is none is told, and asked for again."""
+    show(HELP)
+    for line in lines:
+        word, _, rest = line.strip().partition(" ")
+        if not word:
+            return
+        if word == "answer":
+            yield Answer(rest.strip())
+        elif word == "tools":
+            show_tools()
+        else:
+            try:
+                arguments = json.loads(rest.strip() or "{}")
+            except ValueError as e:
+                show(f"{rest.strip()[:60]!r} is no JSON ({e}); {HELP}")
+                continue
+            if isinstance(arguments, dict):
+                yield ToolCall(word, arguments)
+            else:
+                show(f"{rest.strip()[:60]!r} is no JSON object; {HELP}")
+
+
+def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move], limits: EpisodeLimits,
+                 show: Callable[[str], object]) -> Transcript:
+    """Return the transcript of an episode that has begun; each call is a turn.
+
+    Args:
+        host: of the environment, reset to a task.
+        opening: as `host.reset` gave it.
+        moves: in order.
+        limits: of turns and results.
+        show: is given each result.
+    """
+    turns: list[tuple[str, str]] = []
+    faults: Counter[str] = Counter()
+    end, answer = "unended", ""
+    for place, move in enumerate(moves):
+        # the same limits as a model has, so that a person sees what it would see
+        if place >= limits.max_turns:
+            end = "turns"
+            show(f"the limit of {limits.max_turns} turns is reached")
+            break
+        if isinstance(move, Answer):
+            turns.append(("model", str(move)))
+            end, answer = "answered", str(move)
+            break
+        turns.append(("model", f"{move.name} {json.dumps(move.arguments, ensure_ascii=False)}"))
+        called = host.call(move)
+        faults.update([called.fault] if called.fault else [])
+        turns.append((f"tool {move.name}" + (f" ({called.fault})" if called.fault else ""), called.text))
+        show(called.text)
+        if called.fault == INFRASTRUCTURE:
+            return Transcript("Episode 1", opening, turns, INFRASTRUCTURE, faults,
+                              Result(None, "failed", {}, called.text))
+    return Transcript("Episode 1", opening, turns, end, faults, host.score(answer))
+
 
 STREAMS = 1 << 16
 """Streams of random numbers that an episode has, one for each turn."""
@@ -92,6 +273,7 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
     waiting = deque(n for n in range(len(tasks)) if n not in episodes or episodes[n].result is None)
     ended(len(tasks) - len(waiting))
     with ExitStack() as stack:
+        # processes are started once and serve one episode after the other
         seats = [_Seat(stack.enter_context(EnvironmentHost(table.asked, table.limits)))
                  for _ in range(min(table.parallel, len(waiting)))]
         pool = stack.enter_context(ThreadPoolExecutor(max(len(seats), 1)))
@@ -109,8 +291,11 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
             for seat in seats:
                 if seat.episode is None and waiting:
                     newcomers.append((seat, waiting.popleft()))
+            # processes start side by side
             fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
+            # before the first turn is asked for: a turn in the journal always finds its episode
             journal.add([begin_line(episode) for episode in fresh])
+            # where the play is to stop, waiting tasks are still begun, and come back without a turn
             if not stopped:
                 _round(seats, policy, table, journal, pool)
             for seat in seats:
@@ -123,11 +308,11 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
 
 def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
            begin: Callable[[Opening], Episode]) -> Episode:
-    """Begin an episode, or go on in one that the journal knows."""
     try:
         if known is None:
             return begin(host.reset(task))
         if known.turns:
+            # the process of the run before is gone; the journal has the state behind its last turn
             host.resume(task, known.turns[-1].state)
         else:
             host.reset(task)
@@ -138,13 +323,16 @@ def _began(host: EnvironmentHost, number: int, task: Task, known: Episode | None
 
 def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
            pool: ThreadPoolExecutor) -> None:
-    """Play the next turn of all episodes that go on, and score those that end."""
     playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
+        # the engine is asked for the longest turn, and each is cut here: so samples do not depend on what is
+        # left
         left = [min(left_of(episode, table.limits), table.limits.max_turn_tokens) for _, episode in open_]
+        # a function of episode and turn: a resumed play draws the same
         streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
         found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
+        # tools of different episodes run at the same time, those of one in order
         turns = pool.map(
             lambda given: take_turn(given[0][1], within(given[1], given[2]), given[0][0], table.encoder,
                                     table.limits), zip(open_, found, left, strict=True))
@@ -153,12 +341,14 @@ def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, jour
     over = [(host, episode) for host, episode in playing if episode.end]
     for (_, episode), result in zip(over, pool.map(lambda given: scored(*given), over), strict=True):
         episode.result = result
+    # all lines of a round are kept before the next one begins
     journal.add([*(turn_line(episode) for _, episode in open_),
                  *(result_line(episode) for _, episode in over)])
 
 
 def scored(host: EnvironmentHost, episode: Episode) -> Result:
     """Return the reward of an episode that has ended, or why there is none."""
+    # a broken machine must not be learned from: no reward
     if episode.end == "infrastructure":
         return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls
                                                if call["fault"] == "infrastructure"))
@@ -203,7 +393,7 @@ class Speaker(Protocol):
             messages: all of it.
             tools: that may be called, as OpenAI describes functions.
             max_tokens: longest turn.
-            stream: number of the turn's stream of random numbers, as in `playing.Policy`.
+            stream: number of the turn's stream of random numbers, as in `ToolPolicy.sample`.
 
         Raises:
             NoTurn: there is no answer.
@@ -249,6 +439,7 @@ def play_by_messages(tasks: Sequence[Task], speaker: Speaker, table: MessageTabl
                         if n not in room.episodes or room.episodes[n].result is None)
     ended(len(tasks) - len(room.waiting))
     seats = min(table.parallel, len(room.waiting))
+    # the block waits for all seats; errors are raised behind it
     with ThreadPoolExecutor(max(seats, 1)) as pool:
         under_way = [pool.submit(room.sit) for _ in range(seats)]
     for seat in under_way:
@@ -274,15 +465,16 @@ class _Room:
     """Of the journal, and of what is told."""
 
     def sit(self) -> None:
-        """Play one episode after the other in a process of the environment."""
         try:
             with EnvironmentHost(self.table.asked, self.table.limits) as host:
                 while not self.is_over:
                     try:
+                        # atomic on a deque: no lock is needed to share the tasks
                         number = self.waiting.popleft()
                     except IndexError:
                         return
                     self._play(number, host)
+        # the other seats end behind their turn, instead of playing on for a play that has failed
         except BaseException:
             self.is_over = True
             raise
@@ -311,7 +503,6 @@ class _Room:
             self.ended(1)
 
     def _turn(self, episode: Episode, host: EnvironmentHost) -> EpisodeTurn:
-        """Return the next turn, with the results of its calls."""
         limits = self.table.limits
         left = limits.max_response_tokens - _used_tokens(episode.turns)
         said = self.speaker.say(messages_of(episode), episode.opening.tools,
@@ -323,6 +514,7 @@ class _Room:
                             "`limits` of a task file of your own, or shorten them")
         turn = EpisodeTurn(GeneratedTurn([]), said.text, [], [], host.state, message=said.message,
                            read_tokens=said.read_tokens, wrote_tokens=said.wrote_tokens)
+        # the endpoint's own counts: what it read now less what it read first, and what it wrote
         used = _used_tokens([*episode.turns, turn])
         if used - turn.wrote_tokens >= limits.max_response_tokens:  # by what tools have said
             return replace(turn, end="tokens")
@@ -339,6 +531,7 @@ class _Room:
 
 def _used_tokens(turns: Sequence[EpisodeTurn]) -> int:
     """Return the tokens behind the first prompt, as far as they have been counted."""
+    # the last request held everything before it
     return turns[-1].read_tokens + turns[-1].wrote_tokens - turns[0].read_tokens if turns else 0
 
 

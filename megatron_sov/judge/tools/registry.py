@@ -24,9 +24,9 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "retrieval": ("megatron_sov.judge.tools.worlds.retrieval", "Retrieval",
                   "search and read documents of your own, by BM25"),
     "python": ("megatron_sov.judge.tools.worlds.python", "Python", "programs in the sandbox"),
-    "booking": ("megatron_sov.judge.tools.worlds.booking", "Booking",
+    "booking": ("megatron_sov.judge.tools.worlds.databases", "Booking",
                  "hotel rooms: search, book, change, cancel"),
-    "tickets": ("megatron_sov.judge.tools.worlds.tickets", "Tickets",
+    "tickets": ("megatron_sov.judge.tools.worlds.databases", "Tickets",
                  "customers' tickets: find, assign, close"),
     "files": ("megatron_sov.judge.tools.worlds.files", "Files",
                "a tree of text files: list, read, edit, search"),
@@ -89,5 +89,4 @@ def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Tas
 
 
 def digest_of(tasks: Sequence[Any]) -> str:
-    """Return a hash of tasks."""
     return hashlib.sha256(json.dumps(tasks, sort_keys=True, default=dict).encode()).hexdigest()[:16]

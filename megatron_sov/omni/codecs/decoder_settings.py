@@ -9,7 +9,41 @@ from typing import Annotated
 from annotated_types import Ge, Le, Len
 
 from megatron_sov.base.settings import ONCE, ProblemCode, SettingsProblem, multiple_of
-from megatron_sov.omni.codecs.images.vae import VAESettings
+
+MAX_BLOCKS = 8
+
+
+Width = Annotated[int, Ge(1), Le(65_536)]
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """The defaults are Flux's autoencoder, which the authors' latents (16 channels, an eighth of the side)
+    fit; names are those of diffusers' config."""
+
+    latent_channels: Annotated[int, Ge(1), Le(1024)] = 16
+    """Of a latent."""
+    block_out_channels: Annotated[
+        tuple[Width, ...], Len(1, MAX_BLOCKS), multiple_of("norm_num_groups")] = (128, 256, 512, 512)
+    """Of each block; every one but the last halves the picture's sides."""
+    layers_per_block: Annotated[int, Ge(1), Le(100)] = 2
+    """Residual layers of a block."""
+    norm_num_groups: Annotated[int, Ge(1), Le(65536)] = 32
+    """Groups of its norms."""
+    scaling_factor: Annotated[float, Ge(1e-06), Le(1000000.0)] = 0.3611
+    """What latents are multiplied with, so that they spread as the noise does."""
+    shift_factor: Annotated[float, Ge(-1000000.0), Le(1000000.0)] = 0.1159
+    """What is taken off them before."""
+    use_quant_conv: bool = False
+    """A convolution of size 1 behind the encoder."""
+    use_post_quant_conv: bool = False
+    """A convolution of size 1 before the decoder."""
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a side of one latent."""
+        return 2**(len(self.block_out_channels) - 1)
+
 
 # Sizes of the picture decoder (`dit.py`).
 
@@ -80,7 +114,6 @@ class DiTSettings:
         return int((area * ratio)**0.5 // unit) * unit, int((area / ratio)**0.5 // unit) * unit
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = []
         place = self.latent_pixels * self.patch
         for name in ("side_pixels", "size_multiple_pixels"):
@@ -142,7 +175,6 @@ class UnitBigVGANSettings:
         return math.prod(self.rates)
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = []
         if self.samples_per_token * self.tokens_per_s != self.sample_rate_hz:
             found.append(SettingsProblem(

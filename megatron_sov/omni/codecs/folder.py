@@ -101,13 +101,13 @@ class Vocoder(Protocol):
 # The kinds of codec there are; none is imported before it is asked for.
 
 KNOWN = {
-    "simvq": "megatron_sov.omni.codecs.images.simvq:SimVQTokenizer",
-    "ta-tok": "megatron_sov.omni.codecs.images.ta_tok:TATok",
-    "fsq": "megatron_sov.omni.codecs.sounds.fsq:FSQTokenizer",
-    "cosyvoice2": "megatron_sov.omni.codecs.sounds.cosyvoice2:CosyVoice2Tokenizer",
-    "nemo-audio": "megatron_sov.omni.codecs.sounds.nemo_audio:NemoAudioTokenizer",
-    "dit": "megatron_sov.omni.codecs.images.dit:DiT",
-    "unit-bigvgan": "megatron_sov.omni.codecs.sounds.bigvgan:UnitBigVGAN",
+    "simvq": "megatron_sov.omni.codecs.quantised:SimVQTokenizer",
+    "ta-tok": "megatron_sov.omni.codecs.quantised:TATok",
+    "fsq": "megatron_sov.omni.codecs.quantised:FSQTokenizer",
+    "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
+    "nemo-audio": "megatron_sov.omni.codecs.published:NemoAudioTokenizer",
+    "dit": "megatron_sov.omni.codecs.dit:DiT",
+    "unit-bigvgan": "megatron_sov.omni.codecs.bigvgan:UnitBigVGAN",
 }
 """Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
 and keeps them as `.settings`."""
@@ -125,6 +125,7 @@ def codec_class(kind: str, where: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as e:
+        # a defect of ours must not read as a missing package
         if (e.name or "").startswith("megatron_sov"):
             raise
         raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
@@ -146,7 +147,7 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
 
     Args:
         path: the folder.
-        kind: one of `known.KNOWN`.
+        kind: one of `folder.KNOWN`.
         codec: has `.settings`; its state is written as it is.
         facts: goes into the manifest's content beside kind and config, e.g. figures of held-out media.
         training: the settings that it was trained with.
@@ -157,6 +158,7 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
         UserError: the folder is taken, or the disk refuses.
     """
     with new_artifact(path, KIND, overwrite=overwrite) as writer:
+        # cloned: safetensors refuses tensors that share memory
         state = {name: tensor.detach().cpu().clone().contiguous()
                  for name, tensor in codec.state_dict().items()}
         save_file(state, writer.path / WEIGHTS)
@@ -183,11 +185,13 @@ def open_codec(folder: str | Path, device: str | torch.device = "cpu", kind: str
     if kind is not None and found != kind:
         raise UserError(f"{folder}: is a codec of kind {found!r} where {kind!r} is needed; pass another one")
     file = folder / WEIGHTS
+    # a link could name any file of this machine
     refuse_link_outside(folder, file)
     if problems := damaged_files(folder):
         raise UserError(f"{problems[0]}; {_REMEDY}")
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
         with torch.device("meta"):
+            # on no device: shapes cost nothing there, and are compared before memory is reserved
             expected = cls(settings).state_dict()
         codec = load_weights(file, expected, lambda: cls(settings))
     return codec.to(device).eval().requires_grad_(False)
@@ -234,7 +238,6 @@ def load_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -
 
 
 def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise `UserError` where a file's tensors are not the expected ones."""
     for name, tensor in expected.items():
         if name not in found:
             raise UserError(f"{file}: lacks {name}, which its settings ask for; {_REMEDY}")
@@ -242,6 +245,7 @@ def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.
         if shape != list(tensor.shape):
             raise UserError(f"{file}: {name} has the shape {shape}, its settings say {list(tensor.shape)}; "
                             f"{_REMEDY}")
+        # bf16 for float32 may pass, since it is converted; ids for weights may not
         if (dtype in _FLOATS) != tensor.dtype.is_floating_point:
             raise UserError(f"{file}: {name} has numbers of kind {dtype}, not {tensor.dtype}; {_REMEDY}")
     if extra := [name for name in found if name not in expected]:

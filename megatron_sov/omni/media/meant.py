@@ -92,7 +92,6 @@ class MeantTokens:
             features = [row * slots + slot for row, used in held for slot in range(used)]
             if len(features) != len(places):
                 raise BadRecord("placeholders", f"has {len(places)} placeholders of {kind} and "
-                                                f"{len(features)} "
-                                                "features for them; encode the media again")
+                                                f"{len(features)} features for them; encode the media again")
             found[places] = features
         return found

@@ -28,7 +28,7 @@ Media = Mapping[str, PlacedMedia]
 """Kind of bank (`media.banks.KINDS`) -> what of it a row has; a kind of which it has nothing is left out."""
 
 
-def placed(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
+def place_media(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
            slots: int) -> PlacedMedia:
     """Return the media of a row.
 
@@ -74,7 +74,7 @@ def cut(media: Media | None, start: int, count: int) -> dict[str, PlacedMedia]:
 
 def chosen(part: PlacedMedia, which: np.ndarray, places: np.ndarray) -> PlacedMedia:
     """Return some of the placeholders with new places, and the records that they need."""
-    return placed(places, part.features[which], part.records, part.slots)
+    return place_media(places, part.features[which], part.records, part.slots)
 
 
 def fingerprint(media: Media) -> bytes:

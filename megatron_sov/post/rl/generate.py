@@ -329,7 +329,8 @@ class PieceQueue:
     def _publish(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
         written_by = {"policy": attempt.policy.sha256, "step": attempt.policy.step,
-                      "checkpoint": str(attempt.policy.path), **self.missing.asked.told(num_unfinished)}
+                      "checkpoint": str(attempt.policy.path),
+                      **self.missing.asked.to_provenance(num_unfinished)}
         try:
             self.store.add_rollouts(attempt.name, rows, {**self.provenance, **written_by})
         except AlreadyPublished as e:  # a job that was taken for dead has published its own

@@ -18,8 +18,7 @@ from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.running import runner
-from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally
+from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
 from megatron_sov.judge.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
 from megatron_sov.work.progress.claims import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -234,7 +233,7 @@ class JudgingJob:
         if opinion is not None:
             self.opinions.add(opinion)
             if self.opinions.alarm is not None:
-                self.alarmed(f"ALARM of two verifiers {self.opinions.told('second opinion')}")
+                self.alarmed(f"ALARM of two verifiers {self.opinions.describe_alarm('second opinion')}")
 
     def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""

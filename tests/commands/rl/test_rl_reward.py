@@ -38,7 +38,8 @@ def test_where_waiting_ends_before_the_last_round_the_command_is_not_done(
                   np.array([-1], np.float32), np.zeros(1, np.int32), STOP, "!", 1.0, "test", 0.0, 1.0)
     asked = ["rl", "reward", "--store", str(store.path), "--reward", ENVIRONMENT]
     outcome = {"reward": 1.0, "status": "scored", "components": {}, "reason": ""}
-    store.add_rollouts("round-0001-piece-0000", [replace(row, outcome=outcome)], AskedPrompt(3, 1).told(0))
+    store.add_rollouts("round-0001-piece-0000", [replace(row, outcome=outcome)],
+                       AskedPrompt(3, 1).to_provenance(0))
     assert main([*asked, "--wait", "0.1"]) == 75
     assert (f"warning: {store.path}: nothing more has come for 0.1 s, and 1 of 1 pieces of round 2 are not "
             "written: whoever trains waits for their rewards; give the same command again"

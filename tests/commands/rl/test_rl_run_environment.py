@@ -19,7 +19,7 @@ from rl_tools import TEMPLATE
 WORLD = '''
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import World
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import tool
 
 class Lucky(World):
     SYSTEM = "Be brief."

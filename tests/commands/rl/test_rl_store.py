@@ -19,9 +19,8 @@ import pytest
 from pyarrow import parquet
 
 from megatron_sov.cli import main
-from megatron_sov.judge.rollouts import columns
 from megatron_sov.judge.rollouts.rows import UNFINISHED, Key, RewardRow, Rollout, part_name
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.judge.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
 from megatron_sov.work.progress.claims import Claims
 from tests.judge.rollouts.test_store import rollout as sound_row
 
@@ -87,7 +86,7 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for line in "".join(blocks).splitlines():
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
-    for kind, schema in (("rollouts", columns.ROLLOUTS), ("rewards", columns.REWARDS)):
+    for kind, schema in (("rollouts", ROLLOUTS), ("rewards", REWARDS)):
         table = text.partition(f"`{kind}.parquet`:")[2].partition("\n## ")[0].partition("\n`rewards")[0]
         named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
                  for name in re.findall(r"`(\w+)`", row)]

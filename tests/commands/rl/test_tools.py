@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
-from megatron_sov.judge.tools.faults import FAULTS
+from megatron_sov.judge.tools.environment import FAULTS
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN
 from megatron_sov.work.progress.journal import open_journal
 

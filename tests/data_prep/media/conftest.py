@@ -15,12 +15,9 @@ from PIL import Image
 from data_prep.cli import main
 from data_prep.media import encoder
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
-from megatron_sov.omni.media.reading.places import place_of
-from megatron_sov.omni.media.reading.reader import ReadMedia
-from megatron_sov.omni.media.reading.sounds import read_sound
-from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
+from megatron_sov.omni.media.reading.kinds import (
+    MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
+from megatron_sov.omni.media.reading.reader import ReadMedia, place_of
 from tests.data_prep.media.chats import Encode
 from tokenizer.media.command import MediaTokens, add_media
 

@@ -57,8 +57,7 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
 def test_spectrograms_are_those_of_whisper(encode: Encode, tmp_path: Path, media: Path) -> None:
     from transformers import WhisperFeatureExtractor
 
-    from megatron_sov.omni.media.reading.limits import MediaLimits
-    from megatron_sov.omni.media.reading.sounds import read_sound
+    from megatron_sov.omni.media.reading.kinds import MediaLimits, read_sound
 
     assert encode([shown(("audio", "short.wav"))]) == 0
     samples, _ = read_sound(media / "short.wav", 16_000, MediaLimits())

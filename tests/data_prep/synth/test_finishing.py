@@ -25,7 +25,7 @@ from megatron_sov.base.documents import RecordReading, list_files, read_document
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.judge.tools.registry import tasks_of
-from megatron_sov.judge.tools.worlds.booking import Booking
+from megatron_sov.judge.tools.worlds.databases import Booking
 from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.journal import begun, records_by_item
 

@@ -26,7 +26,7 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.recipes import get
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS
-from megatron_sov.omni.media.placed import placed
+from megatron_sov.omni.media.placed import place_media
 from megatron_sov.runs.checkpoints import settings_of
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
@@ -128,7 +128,7 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
     media = {}
     for kind, encoder in pads.items():
         places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
-        media[kind] = placed(places, np.arange(len(places)), records[kind], encoder.slots)
+        media[kind] = place_media(places, np.arange(len(places)), records[kind], encoder.slots)
     world.join(config.parallel)
     try:
         row = Inputs([ids], torch.device("cpu"))

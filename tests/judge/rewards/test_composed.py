@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, RewardPart, Second
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import runner
 
 
 class Field:

@@ -16,7 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.judge import Judge
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import judged
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import runner
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_sov.judge.rewards.math_answers import Math
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Refused
-from megatron_sov.judge.rewards.running import runner
+from megatron_sov.judge.rewards.scoring import runner
 
 pytest.importorskip("math_verify", reason="the extra `rl` is not installed")
 

@@ -32,13 +32,13 @@ def test_disagreements_are_counted_by_direction(tmp_path: Path) -> None:
     found = read_opinions(write(tmp_path / "out.jsonl", [
         ("a", 1.0, 1.0), ("b", 1.0, 0.0), ("c", 0.0, 1.0), ("d", 1.0, None)]))
     assert (found.num_opinions, found.disagreeing, found.paid_wrongly) == (3, [2, 3], [2])
-    assert found.alarm is None and found.told() == ""
+    assert found.alarm is None and found.describe_alarm() == ""
 
 
 def test_an_alarm_tells_line_share_and_words(tmp_path: Path) -> None:
     found = read_opinions(write(tmp_path / "out.jsonl", [*HONEST, *EXPLOITS]))
     assert 250 < found.alarm_line < 280
-    assert found.told().startswith(f"at line {found.alarm_line}: the first verifier pays 100%")
+    assert found.describe_alarm().startswith(f"at line {found.alarm_line}: the first verifier pays 100%")
     first = found.strings()[0]
     assert (first.text, first.share_paid, first.share_other) == ("trust me <b>now</b>, it", 1.0, 0.0)
     page = page_of(found, "out.jsonl", "0123")

@@ -23,10 +23,10 @@ from pyarrow import parquet
 
 from megatron_sov.base.artifacts import Manifest, new_artifact, to_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rollouts import columns
 from megatron_sov.judge.rollouts.rows import (
     NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in, part_name)
-from megatron_sov.judge.rollouts.store import RolloutStore
+from megatron_sov.judge.rollouts.store import (
+    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, problems_of, rollouts_of, rollouts_table)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
@@ -110,10 +110,10 @@ ROWS = st.lists(st.builds(
 def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
                                                     tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "any.parquet"
-    write_table(file, columns.rollouts_table(rows, VOCAB_SIZE), columns.REPEATED, columns.SPLIT)
-    table = read_table(file, columns.ROLLOUTS)
-    assert [bits(row) for row in columns.rollouts_of(table, columns.NAMES)] == [bits(row) for row in rows]
-    assert columns.problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
+    write_table(file, rollouts_table(rows, VOCAB_SIZE), REPEATED, SPLIT)
+    table = read_table(file, ROLLOUTS)
+    assert [bits(row) for row in rollouts_of(table, NAMES)] == [bits(row) for row in rows]
+    assert problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
 
 
 def test_a_store_is_what_a_dictionary_would_be(store: RolloutStore) -> None:
@@ -295,7 +295,7 @@ def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> N
 
 def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
     """Return two sound rows of which a column is another one."""
-    table = columns.rollouts_table([rollout(0), rollout(1)], 100)
+    table = rollouts_table([rollout(0), rollout(1)], 100)
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
 
 
@@ -310,7 +310,7 @@ FOREIGN = [
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
     (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
     (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
-    (columns.rollouts_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
+    (rollouts_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
 ]
 
 
@@ -333,13 +333,13 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
     monkeypatch.setattr(bounds, "MAX_ROWS", 50)
     monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
     zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
-    big = columns.rollouts_table([rollout()], 100)
+    big = rollouts_table([rollout()], 100)
     at = big.schema.get_field_index("tokens")
     lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros),
                                      big.schema.field(at).type)
     routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
     bombs = {
-        "has 51 rows, at most 50": (columns.rollouts_table([rollout()] * 51, 100), False),
+        "has 51 rows, at most 50": (rollouts_table([rollout()] * 51, 100), False),
         "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
         "repeats its values by a dictionary": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
@@ -406,12 +406,12 @@ def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
 
 
 def test_the_newest_part_says_how_much_there_will_be() -> None:
-    before, after = AskedPrompt(1, 1).told(0), AskedPrompt(2, 1).told(0)
+    before, after = AskedPrompt(1, 1).to_provenance(0), AskedPrompt(2, 1).to_provenance(0)
     parts = [part(1, 0, before, created_s=1.0)]
     assert not_written(parts, None) == ""
     assert not_written([*parts, part(2, 0, after, created_s=2.0)], None) == ""
     assert not_written([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
-    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).told(3), attempt=1)],
+    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).to_provenance(3), attempt=1)],
                        None) == "the ends of responses in 1 of 1 pieces of round 1"
 
 

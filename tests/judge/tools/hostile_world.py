@@ -4,9 +4,7 @@ import os
 import sys
 import time
 
-from megatron_sov.judge.tools.environment import World
-from megatron_sov.judge.tools.faults import InfrastructureFault
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import InfrastructureFault, World, tool
 
 
 class Hostile(World):

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
+from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.limits import EpisodeLimits
 from megatron_sov.judge.tools.registry import order
 
 FILE = Path(__file__).with_name("hostile_world.py")

@@ -14,8 +14,7 @@ from PIL import Image
 
 from megatron_sov.cli import main
 from megatron_sov.omni.codecs.folder import save_codec
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.omni.codecs.sounds.fsq import FSQSettings, FSQTokenizer
+from megatron_sov.omni.codecs.quantised import FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer
 
 PAGE = (Path(__file__).parents[3] / "docs/media_decoders.md").read_text(encoding="utf-8")
 

@@ -16,8 +16,7 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, change, plain
 from megatron_sov.omni.codecs.folder import KIND, WEIGHTS, inspected, open_codec, save_codec
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.omni.codecs.sounds.fsq import FSQSettings, FSQTokenizer
+from megatron_sov.omni.codecs.quantised import FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer
 from megatron_sov.omni.codecs.training.tokenizers import ImageTokenizerTraining
 
 SETTINGS = SimVQSettings(side_pixels=8, grid=2, width=8, num_layers=1, num_heads=2, code_width=4,

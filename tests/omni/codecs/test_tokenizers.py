@@ -11,8 +11,8 @@ from scipy.stats import entropy
 from vector_quantize_pytorch import FSQ, SimVQ
 
 from megatron_sov.base.settings import problems_of
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer, UnitSimVQ
-from megatron_sov.omni.codecs.sounds.fsq import FSQSettings, FSQTokenizer, LevelQuantiser, LogMel
+from megatron_sov.omni.codecs.quantised import (
+    FSQSettings, FSQTokenizer, LevelQuantiser, LogMel, SimVQSettings, SimVQTokenizer, UnitSimVQ)
 from megatron_sov.omni.codecs.training.tokenizers import CodebookUsage
 
 PICTURES = SimVQSettings(side_pixels=16, grid=4, width=32, num_layers=1, num_heads=2, code_width=8,
@@ -45,7 +45,7 @@ def test_a_large_codebook_is_searched_in_parts(monkeypatch: pytest.MonkeyPatch,
     quantiser = UnitSimVQ(4, 30)
     vectors = torch.randn(5, 6, 4, generator=drawn)
     whole = quantiser.nearest(vectors)
-    monkeypatch.setattr("megatron_sov.omni.codecs.images.simvq._SCORES", 70)
+    monkeypatch.setattr("megatron_sov.omni.codecs.quantised._SCORES", 70)
     assert torch.equal(quantiser.nearest(vectors), whole)
 
 

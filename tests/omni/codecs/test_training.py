@@ -15,11 +15,9 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import plain
 from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings
-from megatron_sov.omni.codecs.sounds.fsq import FSQSettings
+from megatron_sov.omni.codecs.quantised import FSQSettings, SimVQSettings
 from megatron_sov.omni.codecs.training.banks import PICTURES, SoundBank, media_files, picture_bank
-from megatron_sov.omni.codecs.training.draws import batch_rows
-from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
+from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, batch_rows, train
 from megatron_sov.omni.codecs.training.tokenizers import (
     AudioTokenizerTask, AudioTokenizerTraining, ImageTokenizerTask, ImageTokenizerTraining, Learning)
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -39,7 +37,7 @@ def image_task(folder: Path) -> ImageTokenizerTask:
     shape = (3, 8, 8)
     bank = picture_bank(folder / "train.bin", [str(i) for i in range(10)], 8,
                         lambda name: rng.integers(0, 256, shape, dtype=np.uint8))
-    return ImageTokenizerTask.made(SEEING, bank[2:], bank[:2])
+    return ImageTokenizerTask.create(SEEING, bank[2:], bank[:2])
 
 
 def audio_task(folder: Path) -> AudioTokenizerTask:
@@ -47,7 +45,7 @@ def audio_task(folder: Path) -> AudioTokenizerTask:
     names = [str(length) for length in (100, 5000, 9000, 700)]
     bank = SoundBank(folder / "train.bin", names,
                      lambda name: rng.uniform(-1, 1, int(name)).astype(np.float32))
-    return AudioTokenizerTask.made(HEARING, bank, bank)
+    return AudioTokenizerTask.create(HEARING, bank, bank)
 
 
 def plan(output: Path, kind: str) -> CodecTrainingPlan:

@@ -14,8 +14,8 @@ from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, RATI
 from megatron_sov.base.chat.media_vocabulary import (
     AUDIO, IMAGE, VIDEO, VocabularyBlock, described, read_blocks)
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape, open_bank, read_shapes
-from megatron_sov.omni.media.data_codecs import CORPUS, codecs_of, refuse_other_codecs
+from megatron_sov.omni.media.banks import (
+    CORPUS, PICTURES, SOUNDS, BankShape, codecs_of, open_bank, read_shapes, refuse_other_codecs)
 from megatron_sov.omni.media.items import (
     MediaItem, discrete_audio, discrete_image, drawing_call, nearest_ratio)
 

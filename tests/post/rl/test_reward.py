@@ -113,7 +113,8 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
     asked = AskedPrompt(rounds=2, pieces=2)
 
     def write(name: str, *rows: Rollout) -> None:
-        store.add_rollouts(name, rows, asked.told(sum(row.finish_reason == UNFINISHED for row in rows)))
+        num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
+        store.add_rollouts(name, rows, asked.to_provenance(num_unfinished))
 
     def waited(rounds: range | None = None, wait_s: float = 12.0) -> tuple[str, list[float]]:
         slept: list[float] = []

@@ -17,10 +17,8 @@ from data_prep.synth.generators.tools.draws import Draws
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.tools.environment import Task
-from megatron_sov.judge.tools.faults import BY_THE_MODEL
+from megatron_sov.judge.tools.environment import BY_THE_MODEL, EpisodeLimits, Task
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost
-from megatron_sov.judge.tools.limits import EpisodeLimits
 
 Message = dict[str, Any]
 User = Callable[[Sequence[Message]], "str | None"]

@@ -22,8 +22,8 @@ from data_prep.synth.generators.tools.replies import items_of, object_in, writte
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, NotBlank, NotNegativeInt, SettingsProblem, at_most, find_broken)
+from megatron_sov.judge.tools.environment import LIMITS
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.limits import LIMITS
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.judge.tools.virtual.spec import problems_of
 

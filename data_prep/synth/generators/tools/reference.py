@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.synth.generator import SampleVerdict
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, spec_of
 from megatron_sov.judge.tools.worlds.goals import plain, says
 from megatron_sov.judge.tools.worlds.virtual import Virtual

@@ -26,8 +26,8 @@ from data_prep.synth.generators.tools.replies import items_of
 from megatron_sov.base.chat.marks import BEGIN_CALL
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt, Share
+from megatron_sov.judge.tools.environment import LIMITS
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.limits import LIMITS
 from megatron_sov.judge.tools.registry import make, order
 
 DONE = "###DONE###"

@@ -19,7 +19,7 @@ from data_prep.synth.generator import (
 from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.virtual.expressions import FUNCTIONS
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, problems_of, spec_of
 from megatron_sov.judge.tools.virtual.steps import Tables, WorldStep

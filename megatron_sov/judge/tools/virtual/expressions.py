@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import ToolFault
 
 MAX_CHARS, MAX_NODES = 600, 150
 """Of an expression, and of its parts."""
@@ -49,7 +49,6 @@ class Expression:
 
     @property
     def names(self) -> frozenset[str]:
-        """Return what it uses of its scope."""
         nodes = list(ast.walk(self.tree))
         called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
         return frozenset(node.id for node in nodes if isinstance(node, ast.Name)
@@ -67,34 +66,37 @@ def read(text: Any, columns: Columns, where: str, problems: Problems) -> Express
     """
     if text is None or isinstance(text, (bool, int, float)):
         return Expression(str(text), ast.Constant(text))
+    # reading goes on behind a problem, so that all problems are told at once
     none = Expression(str(text)[:MAX_CHARS], ast.Constant(None))
     if not isinstance(text, str) or len(text) > MAX_CHARS:
-        problems.add(where, f"{shown(text)} must be an expression of at most {MAX_CHARS} characters")
+        problems.add(where, f"{quote(text)} must be an expression of at most {MAX_CHARS} characters")
         return none
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        problems.add(where, f"{shown(text)} is no expression; a text stands in quotes: \"'open'\"")
+        problems.add(where, f"{quote(text)} is no expression; a text stands in quotes: \"'open'\"")
         return none
     nodes = list(ast.walk(tree))
     if len(nodes) > MAX_NODES:
-        problems.add(where, f"{shown(text)} has more than {MAX_NODES} parts")
+        problems.add(where, f"{quote(text)} has more than {MAX_NODES} parts")
         return none
     before = len(problems.told)
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     for node in nodes:
         if id(node) not in called and (wrong := _wrong(node, columns)):
-            problems.add(where, f"{shown(text)}: {wrong}")
+            problems.add(where, f"{quote(text)}: {wrong}")
     return Expression(text, tree) if len(problems.told) == before else none
 
 
 def _wrong(node: ast.AST, columns: Columns) -> str:
     """Return why a part may not stand in an expression; empty: it may."""
+    # a list of what is allowed: a new part of Python's grammar stays outside
     if not isinstance(node, _PARTS):
         return f"{type(node).__name__} is not in the language"
     if isinstance(node, ast.Constant) and not (node.value is None
                                                or isinstance(node.value, (bool, int, float, str))):
         return "only texts, numbers, true, false and null are constants"
+    # 1e999 is read as infinity
     if isinstance(node, ast.Constant) and isinstance(node.value, float) and not math.isfinite(node.value):
         return "a number is too large"
     if isinstance(node, ast.Name) and node.id not in CONSTANTS and node.id not in columns:
@@ -125,11 +127,11 @@ def value_of(expression: Expression, scope: Mapping[str, Any]) -> Any:
     try:
         return _within(_value(expression.tree, scope))
     except _NoValue as e:
-        raise ToolFault("failed", f"failed ({shown(expression.text)}: {e})") from None
+        raise ToolFault("failed", f"failed ({quote(expression.text)}: {e})") from None
     except RecursionError:
-        raise ToolFault("failed", f"failed ({shown(expression.text)} is nested too deep)") from None
+        raise ToolFault("failed", f"failed ({quote(expression.text)} is nested too deep)") from None
     except (ArithmeticError, ValueError):  # JSON's whole numbers have no bounds, and come as arguments
-        raise ToolFault("failed", f"failed ({shown(expression.text)}: a number passes {MAX_NUMBER:.0e})"
+        raise ToolFault("failed", f"failed ({quote(expression.text)}: a number passes {MAX_NUMBER:.0e})"
                         ) from None
 
 
@@ -149,6 +151,7 @@ def _value(node: ast.AST, scope: Mapping[str, Any]) -> Any:
         return not _truth(inner) if isinstance(node.op, ast.Not) else -_number(inner)
     if isinstance(node, ast.BoolOp):
         wanted = isinstance(node.op, ast.Or)
+        # like Python, parts behind the deciding one are not worked out
         return wanted if any(_truth(_value(part, scope)) is wanted for part in node.values) else not wanted
     if isinstance(node, ast.IfExp):
         return _value(node.body if _truth(_value(node.test, scope)) else node.orelse, scope)
@@ -168,7 +171,6 @@ def _value(node: ast.AST, scope: Mapping[str, Any]) -> Any:
 
 
 def _column(value: Any, name: str) -> Any:
-    """Return a column of a row, or of each of several rows."""
     if isinstance(value, list):
         return [_column(row, name) for row in value]
     if not isinstance(value, dict) or name not in value:
@@ -177,6 +179,7 @@ def _column(value: Any, name: str) -> Any:
 
 
 def _binary(op: ast.operator, left: Any, right: Any) -> Any:
+    # + joins texts or lists; a text and a number is a fault
     if isinstance(op, ast.Add) and any(
             isinstance(left, kind) and isinstance(right, kind) for kind in (str, list)):
         return left + right
@@ -203,6 +206,7 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> bool:
 
 def same(left: Any, right: Any) -> bool:
     """Return whether two JSON values are the same; true is no 1, and 1 is 1.0."""
+    # for Python true equals 1
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     return bool(left == right)
@@ -268,9 +272,10 @@ def _day(value: Any) -> datetime.date:
     try:
         found = datetime.date.fromisoformat(_text(value))
     except ValueError:
-        raise _NoValue(f"{shown(value)} is no day written YYYY-MM-DD") from None
+        raise _NoValue(f"{quote(value)} is no day written YYYY-MM-DD") from None
+    # fromisoformat takes 20260510 too, and days are compared as texts
     if found.isoformat() != value:
-        raise _NoValue(f"{shown(value)} is no day written YYYY-MM-DD")
+        raise _NoValue(f"{quote(value)} is no day written YYYY-MM-DD")
     return found
 
 
@@ -305,6 +310,7 @@ def _bounded(value: Any) -> Any:
 
 def _within(value: Any) -> Any:
     """Return a value; lists of one list, and lists of those, are small until they are written out."""
+    # by a list of what is left, not by recursion: values may be nested deep
     waiting, num_parts = [value], 0
     while waiting:
         part = waiting.pop()
@@ -331,7 +337,6 @@ class Problems:
     """Sentences, each with the place that it is about."""
 
     def __init__(self) -> None:
-        """Nothing is wrong yet."""
         self.told: list[str] = []
 
     def add(self, where: str, what: str) -> None:
@@ -340,6 +345,6 @@ class Problems:
             self.told.append(f"{where}: {what}")
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """Return a value as a sentence may hold it."""
     return repr(str(value)[:60])

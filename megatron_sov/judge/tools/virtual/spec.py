@@ -12,8 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.judge.tools.schema import Parameter
-from megatron_sov.judge.tools.virtual.expressions import Problems, shown
+from megatron_sov.judge.tools.environment import Parameter
+from megatron_sov.judge.tools.virtual.expressions import Problems, quote
 from megatron_sov.judge.tools.virtual.steps import CHANGING, RESERVED, StepReader, Tables, WorldStep
 
 PLAIN: dict[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": None}
@@ -56,16 +56,17 @@ def type_of(schema: Any, where: str, problems: Problems, also: frozenset[str] = 
         levels: that may follow.
     """
     if not isinstance(schema, Mapping) or not levels:
-        problems.add(where, f"{shown(schema)} must be a JSON schema, at most {MAX_LEVELS} levels deep")
+        problems.add(where, f"{quote(schema)} must be a JSON schema, at most {MAX_LEVELS} levels deep")
         return Any
     named = schema.get("type")
     names: list[Any] = named if isinstance(named, list) else [named]
     known = PLAIN.keys() | _WORDS.keys()
     if not names or not all(isinstance(name, str) and name in known for name in names):
-        problems.add(where, f"type is {shown(named)}, must be one of {', '.join(sorted(known))}, or a list "
+        problems.add(where, f"type is {quote(named)}, must be one of {', '.join(sorted(known))}, or a list "
                             "of them")
         return Any
     allowed = _ANYWHERE | also | {word for name in names for word in _WORDS.get(name, ())}
+    # a keyword that is shown and not held to would mislead the model
     if unknown := sorted(set(map(str, schema)) - allowed):
         problems.add(where, f"has {unknown[0]!r}, which nothing would hold to; a {names[0]} may have "
                             f"{', '.join(sorted(allowed))}")
@@ -79,6 +80,7 @@ def _choice(values: Any, names: list[str], where: str, problems: Problems) -> An
     plain = {"string": str, "integer": int, "null": type(None)}
     kinds = tuple(plain[name] for name in names if name in plain)
     if not isinstance(values, list) or not values or not all(
+            # True is an int in Python, and no whole number of a schema
             isinstance(value, kinds) and not isinstance(value, bool) for value in values):
         problems.add(where, "enum must be a list of texts or whole numbers of the type beside it")
         return Any
@@ -97,6 +99,7 @@ def _object(schema: Mapping[str, Any], where: str, problems: Problems, levels: i
     made = {}
     for name, part in fields.items():
         kind = type_of(part, f"{where}.{name}", problems, levels=levels - 1)
+        # results without `required` must have all fields, which is stricter than JSON schema
         made[name] = kind if name in required else _NOT_REQUIRED[kind]
     return record_of(made)
 
@@ -120,7 +123,7 @@ def fields_of(schema: Mapping[str, Any], where: str, problems: Problems) -> Mapp
         return {}
     if not isinstance(required, list) or not all(isinstance(name, str) and name in fields
                                                  for name in required):
-        problems.add(where, f"required is {shown(required)}, must be a list of properties")
+        problems.add(where, f"required is {quote(required)}, must be a list of properties")
     if schema.get("additionalProperties", False) is not False:
         problems.add(where, "additionalProperties must be false: nothing else is taken or given")
     return fields
@@ -140,6 +143,7 @@ class StoredCollection:
             self._adapter.validate_json(json.dumps({"value": value}, allow_nan=False))
         except ValidationError as e:
             first = e.errors(include_url=False, include_input=False)[0]
+            # without the wrapping field `value`, which only the type here has
             place = ".".join(str(part) for part in first["loc"][1:])
             return f"{place}: {first['msg'][:120]}" if place else first["msg"][:120]
         except (TypeError, ValueError) as e:
@@ -189,12 +193,10 @@ class ToolSpec:
     steps: tuple[WorldStep, ...] = ()
 
     def is_required(self, name: str) -> bool:
-        """Return whether a call must have an argument."""
         return self.parameters[name].default is Parameter.default
 
     @property
     def changes(self) -> bool:
-        """Whether it may change a table."""
         return any(step.verb in CHANGING for step in self.steps)
 
 
@@ -209,7 +211,6 @@ class Spec:
     tools: Mapping[str, ToolSpec]
 
     def first_tables(self) -> Tables:
-        """Return the tables at the start."""
         return {name: {key: dict(row) for key, row in table.rows.items()}
                 for name, table in self.tables.items()}
 
@@ -222,7 +223,7 @@ class Spec:
                     return f"row {key} of {name}: {wrong}"
                 for column, other in references.items():
                     if row[column] is not None and row[column] not in tables[other]:
-                        return f"row {key} of {name}: {column} is {shown(row[column])}, which {other} has not"
+                        return f"row {key} of {name}: {column} is {quote(row[column])}, which {other} has not"
         return ""
 
 
@@ -238,6 +239,7 @@ def spec_of(world: Any) -> Spec:
         UserError: the description breaks rules; all of them are told.
     """
     try:
+        # the order of tools is what models see, so it is part of the cache's key
         text = json.dumps(world, sort_keys=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"the task's world is no JSON ({e})") from None
@@ -255,9 +257,10 @@ def _known(text: str) -> Spec:
 def _read(world: Any) -> tuple[Spec | None, Problems]:
     problems = Problems()
     if not isinstance(world, Mapping):
-        problems.add("world", f"is {shown(world)}, must be an object with {', '.join(sorted(_WORLD))}")
+        problems.add("world", f"is {quote(world)}, must be an object with {', '.join(sorted(_WORLD))}")
         return None, problems
     try:
+        # bounded before anything is read: the parts below walk all of it
         too_long = len(json.dumps(world, allow_nan=False)) > MAX_SPEC_CHARS
     except (TypeError, ValueError, RecursionError):
         too_long = True
@@ -269,6 +272,7 @@ def _read(world: Any) -> tuple[Spec | None, Problems]:
     tools = _tools(world.get("tools"), tables, problems)
     rules = _text(world, "rules", "world", problems)
     spec = Spec(_text(world, "name", "world", problems), rules, tables, tools)
+    # rows are held to their types only where the types themselves are sound
     if not problems.told and (broken := spec.broken_rule(spec.first_tables())):
         problems.add("tables", broken)
     return (None if problems.told else spec), problems
@@ -291,6 +295,7 @@ def _tables(given: Any, problems: Problems) -> dict[str, TableSpec]:
         found[name] = TableSpec(name, _prefix(table, where, problems), columns, rows,
                                 _row_type(columns, where, problems))
     prefixes = [table.prefix for table in found.values()]
+    # new keys are prefix and number: two tables would give out the same
     if len(set(prefixes)) < len(prefixes):
         problems.add("tables", "each table must have a prefix of its own, so that a key tells its table")
     return found
@@ -299,7 +304,7 @@ def _tables(given: Any, problems: Problems) -> dict[str, TableSpec]:
 def _prefix(table: Mapping[str, Any], where: str, problems: Problems) -> str:
     prefix = table.get("prefix")
     if not isinstance(prefix, str) or not prefix.isalpha() or len(prefix) > 12:
-        problems.add(where, f"prefix is {shown(prefix)}, must be 1 to 12 letters, as in B for the key B1")
+        problems.add(where, f"prefix is {quote(prefix)}, must be 1 to 12 letters, as in B for the key B1")
         return ""
     return prefix
 
@@ -316,7 +321,7 @@ def _columns(given: Any, where: str, tables: Mapping[str, Any],
         other = column["references"] if refers else None
         if refers and (not isinstance(other, str) or other not in tables
                        or column.get("type") not in ("string", ["string", "null"])):
-            problems.add(f"{where}.{name}", f"references {shown(other)}: must be a table, whose keys are of "
+            problems.add(f"{where}.{name}", f"references {quote(other)}: must be a table, whose keys are of "
                                             "type string")
         if isinstance(column, Mapping) and column.get("free", False) not in (True, False):
             problems.add(f"{where}.{name}", "free must be true or false")
@@ -344,7 +349,7 @@ def _tools(given: Any, tables: Mapping[str, TableSpec], problems: Problems) -> d
     for i, tool in enumerate(given):
         where = f"tools[{i}]"
         if not isinstance(tool, Mapping):
-            problems.add(where, f"{shown(tool)} must be an object with {', '.join(sorted(_TOOL))}")
+            problems.add(where, f"{quote(tool)} must be an object with {', '.join(sorted(_TOOL))}")
             continue
         name = _text(tool, "name", where, problems)
         where = f"tool {name[:40]}" if name else where
@@ -381,9 +386,11 @@ def _tool(tool: Mapping[str, Any], name: str, where: str, tables: Mapping[str, T
             continue
         default = schema.get("default") if isinstance(schema, Mapping) else None
         if default is not None and (wrong := held[argument].problem(default)):
-            problems.add(f"{where}.{argument}", f"its default {shown(default)} is not of its type ({wrong})")
+            problems.add(f"{where}.{argument}", f"its default {quote(default)} is not of its type ({wrong})")
+        # an argument that may be left out is null inside of steps, so null is allowed
         parameters[argument] = Parameter(kind | None if default is None else kind, str(described), default)
     returns = StoredCollection(type_of(tool.get("returns"), f"{where}.returns", problems))
+    # steps are read once, against all names that there are: a typing error never reaches an episode
     reader = StepReader(where, {t.name: t.columns.keys() for t in tables.values()}, set(parameters), problems)
     return ToolSpec(name, _text(tool, "description", where, problems), parameters, schemas, held,
                     returns, reader.steps(tool.get("does")))
@@ -397,6 +404,6 @@ def _only(given: Mapping[str, Any], known: set[str], where: str, problems: Probl
 def _text(given: Mapping[str, Any], name: str, where: str, problems: Problems) -> str:
     value = given.get(name)
     if not isinstance(value, str) or not value.strip():
-        problems.add(where, f"{name} is {shown(value)}, must be text")
+        problems.add(where, f"{name} is {quote(value)}, must be text")
         return ""
     return value

@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.judge.tools.faults import ToolFault, ToolRefused
+from megatron_sov.judge.tools.environment import ToolFault, ToolRefused
 from megatron_sov.judge.tools.virtual import expressions
-from megatron_sov.judge.tools.virtual.expressions import Expression, Problems, shown, value_of
+from megatron_sov.judge.tools.virtual.expressions import Expression, Problems, quote, value_of
 
 MAX_STEPS = 20
 """Of a tool."""
@@ -69,7 +69,6 @@ class WorldStep:
     """Most rows; 0: all."""
 
     def expressions(self) -> list[Expression]:
-        """Return all that it computes."""
         return [*self.values.values(), *self.columns.values()]
 
 
@@ -88,10 +87,10 @@ class StepReader:
         self._names: dict[str, Set[str] | None] = dict.fromkeys(sorted(arguments))
 
     def steps(self, given: Any) -> tuple[WorldStep, ...]:
-        """Return the steps of a tool's `does`."""
         if not isinstance(given, list) or not 0 < len(given) <= MAX_STEPS:
             self._problems.add(f"{self._where}.does", f"must be a list of 1 to {MAX_STEPS} steps")
             return ()
+        # in order: a step may use the names of those before it
         found = [self._step(step, f"{self._where}.does[{i}]") for i, step in enumerate(given)]
         if [step.verb for step in found if step.verb == "return"] != ["return"] or found[-1].verb != "return":
             self._problems.add(f"{self._where}.does", "must end with its only `return`")
@@ -100,7 +99,7 @@ class StepReader:
     def _step(self, given: Any, where: str) -> WorldStep:
         verbs = [verb for verb in VERBS if isinstance(given, Mapping) and verb in given]
         if len(verbs) != 1:
-            self._problems.add(where, f"{shown(given)} must be an object with one of {', '.join(VERBS)}")
+            self._problems.add(where, f"{quote(given)} must be an object with one of {', '.join(VERBS)}")
             return WorldStep("let")
         verb, = verbs
         needed, may = VERBS[verb]
@@ -111,6 +110,7 @@ class StepReader:
             self._problems.add(where, f"a {verb} has no {unknown[0]!r}")
         made = self._tabled(given, verb, where) if verb in _TABLED else self._plain(given, verb, where)
         if made.name:
+            # columns are known of rows alone; of other values nothing can be said before they exist
             known = self._tables[made.table] | {"id"} if made.table else None
             self._names[made.name] = known
         return made
@@ -118,7 +118,7 @@ class StepReader:
     def _tabled(self, given: Mapping[str, Any], verb: str, where: str) -> WorldStep:
         table = given[verb]
         if not isinstance(table, str) or table not in self._tables:
-            self._problems.add(where, f"there is no table {shown(table)}; there are "
+            self._problems.add(where, f"there is no table {quote(table)}; there are "
                                       f"{', '.join(self._tables)}")
             return WorldStep(verb)
         row = {**self._names, _ROW: self._tables[table] | {"id"}}
@@ -129,7 +129,7 @@ class StepReader:
             self._problems.add(where, "a get needs `key` or `where`, one of them")
         limit = given.get("limit", 0)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
-            self._problems.add(where, f"limit is {shown(limit)}, must be a whole number")
+            self._problems.add(where, f"limit is {quote(limit)}, must be a whole number")
             limit = 0
         return WorldStep(verb, table, self._name(given.get("as", ""), where), values, columns,
                          self._told(given, where) if "else" in given else "", limit)
@@ -159,7 +159,7 @@ class StepReader:
 
     def _columns(self, given: Any, table: str, where: str, whole: bool) -> dict[str, Expression]:
         if not isinstance(given, Mapping):
-            self._problems.add(where, f"{shown(given)} must be an object of columns")
+            self._problems.add(where, f"{quote(given)} must be an object of columns")
             return {}
         known = self._tables[table]
         if unknown := sorted(set(map(str, given)) - known):
@@ -174,7 +174,7 @@ class StepReader:
             return ""
         if not isinstance(given, str) or not given.isidentifier() or given in self._names \
                 or given in RESERVED or given in expressions.FUNCTIONS:
-            self._problems.add(where, f"{shown(given)} must be a new name of letters, digits and _, and none "
+            self._problems.add(where, f"{quote(given)} must be a new name of letters, digits and _, and none "
                                       f"of {', '.join(expressions.FUNCTIONS)}")
             return ""
         return given
@@ -200,6 +200,7 @@ def run(steps: tuple[WorldStep, ...], arguments: Mapping[str, Any], tables: Tabl
         if step.name:
             scope[step.name] = given
         result = given
+    # what is given out must not change with the tables later
     return copy.deepcopy(result)
 
 
@@ -209,7 +210,7 @@ NewKey = Callable[[str, dict[str, Any]], str]
 def _row(step: WorldStep, scope: Mapping[str, Any], tables: Tables) -> tuple[str, dict[str, Any]]:
     key = value_of(step.values["key"], scope)
     if not isinstance(key, str) or key not in tables[step.table]:
-        raise ToolRefused(step.told or f"there is no {shown(key)} in {step.table}")
+        raise ToolRefused(step.told or f"there is no {quote(key)} in {step.table}")
     return key, tables[step.table][key]
 
 
@@ -224,16 +225,18 @@ def _get(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: New
 
 
 def _find(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> Any:
+    # by key, so that results do not depend on the order of earlier changes
     rows = [{"id": key, **copy.deepcopy(row)} for key, row in sorted(tables[step.table].items())]
     if "where" in step.values:
         rows = [row for row in rows if _test(step.values["where"], {**scope, _ROW: row})]
     if "order" in step.values:
         places = [value_of(step.values["order"], {**scope, _ROW: row}) for row in rows]
-        kinds = {str if isinstance(place, str) else type(place) if isinstance(place, bool) else float
-                 for place in places if isinstance(place, (str, int, float))}
-        if len(kinds) > 1 or not all(isinstance(place, (str, int, float)) for place in places):
+        # numbers are one kind, bool is one of its own: Python would sort true among the numbers
+        kinds = {float if type(place) is int else type(place) for place in places}
+        if len(kinds) > 1 or not kinds <= {str, bool, float}:
             raise ToolFault("failed", "failed (rows cannot be put in order: what they are ordered by is not "
                                       "all numbers or all texts)")
+        # the place in the list breaks ties, and rows are never compared
         rows = [row for _, _, row in sorted(zip(places, range(len(rows)), rows, strict=True))]
     return rows[:step.limit or None]
 
@@ -250,6 +253,7 @@ def _insert(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: 
 
 def _update(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: NewKey) -> None:
     _, row = _row(step, scope, tables)
+    # all values are worked out before the row changes
     row |= {name: copy.deepcopy(value_of(value, scope)) for name, value in step.columns.items()}
 
 
@@ -271,7 +275,7 @@ def _return(step: WorldStep, scope: Mapping[str, Any], tables: Tables, new_key: 
 def _test(test: Expression, scope: Mapping[str, Any]) -> bool:
     found = value_of(test, scope)
     if not isinstance(found, bool):
-        raise ToolFault("failed", f"failed ({shown(test.text)} is neither true nor false)")
+        raise ToolFault("failed", f"failed ({quote(test.text)} is neither true nor false)")
     return found
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron_sov.judge.tools.faults import ToolRefused
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import ToolRefused, tool
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 
 MAX_CHARS, MAX_NODES, MAX_BITS = 1000, 200, 4096
@@ -96,6 +95,7 @@ def _value(node: ast.AST) -> Number:
 
 
 def _binary(op: ast.operator, left: Number, right: Number) -> Number:
+    # whole numbers divide exactly: 1/3 + 1/6 is 1/2, without rounding
     if isinstance(op, ast.Div) and not isinstance(left, float) and not isinstance(right, float):
         return _bounded(Fraction(left) / Fraction(right))
     if isinstance(op, ast.Pow) and not isinstance(left, float):
@@ -118,6 +118,7 @@ def _called(name: str, arguments: list[Number]) -> Number:
 def _bounded(value: Any) -> Number:
     if isinstance(value, float) and not math.isfinite(value):
         raise ToolRefused("has no finite value")
+    # (-1) ** 0.5 is complex in Python
     if isinstance(value, complex) or not isinstance(value, Number):
         raise ToolRefused("has no real value")
     if not isinstance(value, float) and max(Fraction(value).numerator.bit_length(),

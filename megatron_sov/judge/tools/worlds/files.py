@@ -8,9 +8,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Score
-from megatron_sov.judge.tools.environment import Observation, Task, World
-from megatron_sov.judge.tools.faults import ToolRefused
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import Observation, Task, ToolRefused, World, tool
 
 MAX_FILES, MAX_TREE_CHARS = 10_000, 8_000_000
 MAX_FOUND = 200
@@ -43,7 +41,6 @@ class Files(World):
         return observation
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return the task's files."""
         files = task.get("files", {})
         if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
             raise UserError("the task's files must be an object of path -> text")
@@ -54,7 +51,6 @@ class Files(World):
 
     @property
     def files(self) -> dict[str, str]:
-        """Path -> text."""
         found: dict[str, str] = self.state["files"]
         return found
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Score
-from megatron_sov.judge.tools.environment import Observation, Task, World
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import Observation, Task, ToolFault, World
 
 LEFT_OUT = ""
 """Among accepted values: the argument may be left out."""
@@ -49,11 +48,9 @@ class Functions(World):
         return observation
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return that no call was made."""
         return {"calls": []}
 
     def tools(self) -> list[dict[str, Any]]:
-        """Return the task's functions."""
         return self._tools
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -70,6 +67,8 @@ class Functions(World):
     def score(self, answer: str) -> Score:
         """Return whether the calls are those that are wanted, one for one."""
         made = self.state["calls"]
+        # one call may fit several wanted ones, so the first that fits need not be the right one: matched
+        # below
         fits = [[i for i, call in enumerate(made) if _fits(call, wanted)] for wanted in self._wanted]
         right = len(made) == len(self._wanted) and _all_matched(fits)
         return Score(float(right), {"calls": len(made), "wanted": len(self._wanted)})
@@ -94,6 +93,7 @@ def _json_schema(value: Any) -> Any:
         return [_json_schema(part) for part in value]
     if not isinstance(value, dict):
         return value
+    # templates and models know JSON schema's names
     names = {"dict": "object", "float": "number", "tuple": "array"}
     return {key: names.get(part, part) if key == "type" and isinstance(part, str) else _json_schema(part)
             for key, part in value.items()}
@@ -108,9 +108,15 @@ def _is_call(call: Any) -> bool:
 def _fits(call: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Return whether a call is a wanted one: no argument of another value, none missing, none too many."""
     given, accepted = call["arguments"], wanted["arguments"]
-    return (call["name"] == wanted["name"] and set(given) <= set(accepted) and all(
-        any(_same(given[name], value) for value in values) if name in given else LEFT_OUT in values
-        for name, values in accepted.items()))
+    if call["name"] != wanted["name"] or not set(given) <= set(accepted):
+        return False
+    for name, values in accepted.items():
+        if name not in given:
+            if LEFT_OUT not in values:
+                return False
+        elif not any(_same(given[name], value) for value in values):
+            return False
+    return True
 
 
 def _same(given: Any, wanted: Any) -> bool:
@@ -133,13 +139,14 @@ def _all_matched(fits: list[list[int]]) -> bool:
     """Return whether each wanted call has a call of its own among those that fit (augmenting paths)."""
     taken: dict[int, int] = {}
 
-    def placed(wanted: int, seen: set[int]) -> bool:
+    def find_call(wanted: int, seen: set[int]) -> bool:
         for call in fits[wanted]:
             if call not in seen:
                 seen.add(call)
-                if call not in taken or placed(taken[call], seen):
+                # Kuhn's step: the wanted call that has this one takes another, if it can
+                if call not in taken or find_call(taken[call], seen):
                     taken[call] = wanted
                     return True
         return False
 
-    return all(placed(wanted, set()) for wanted in range(len(fits)))
+    return all(find_call(wanted, set()) for wanted in range(len(fits)))

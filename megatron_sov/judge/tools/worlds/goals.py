@@ -13,10 +13,9 @@ import re
 from typing import Any
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards.answers import Stem
 from megatron_sov.judge.rewards.reward import Refused, Score
-from megatron_sov.judge.rewards.stem import Stem
-from megatron_sov.judge.tools.environment import Observation, Task, World, text_in
-from megatron_sov.judge.tools.faults import ToolFault, ToolRefused
+from megatron_sov.judge.tools.environment import Observation, Task, ToolFault, ToolRefused, World, text_in
 
 
 class AnsweredWorld(World):
@@ -30,13 +29,13 @@ class AnsweredWorld(World):
         """Begin an episode of a task that has an answer."""
         observation = super().reset(task)
         try:
+            # a trial: a task whose answer cannot be judged is refused before a model has played it
             self.score("")
         except Refused as e:
             raise UserError(f"the task {e}") from None
         return observation
 
     def score(self, answer: str) -> Score:
-        """Return whether the answer is right."""
         judge = Stem(relative_tolerance=self.relative_tolerance)
         return judge.score({"response": answer, "answer": self.task["answer"]} if "answer" in self.task
                            else {"response": answer})
@@ -60,15 +59,16 @@ class Database(World):
         if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError("the task's goal.answers must be a list of texts")
         self._answers = answers
+        # the goal is worked out by the tools themselves, so a change of a tool changes it as well
         self._wanted = self._led_to(goal.get("calls", []))
         return observation
 
     def first_state(self, task: Task) -> dict[str, Any]:
         """Return the task's tables; those that it leaves out are empty."""
         tables = task.get("tables", {})
-        if not isinstance(tables, dict) or any(
-                not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values())
-                for rows in tables.values()):
+        found = list(tables.values()) if isinstance(tables, dict) else [None]
+        if not all(isinstance(rows, dict) for rows in found) or not all(
+                isinstance(row, dict) for rows in found for row in rows.values()):
             raise UserError("the task's tables must be an object of tables, each an object of rows by key")
         if unknown := sorted(set(tables) - set(self.TABLES)):
             raise UserError(f"the task has a table {unknown[0]!r}; tables are {', '.join(self.TABLES)}")
@@ -84,6 +84,7 @@ class Database(World):
                 self.call(text_in(call, "name"), call["arguments"])
             except ToolFault as e:
                 raise UserError(f"the task's goal.calls[{i}] gives no result: {e.reason}") from None
+        # the episode begins from the first tables
         wanted, self.state = self.state, first
         return wanted
 
@@ -91,6 +92,7 @@ class Database(World):
         """Return 1 where the tables are as wanted and all is said, else 0."""
         said = plain(answer)
         missing = [wanted for wanted in self._answers if not says(said, plain(wanted))]
+        # content counts, not the way: other calls with the same effect are right
         tables = {name: self.compared(name, self.state[name]) == self.compared(name, self._wanted[name])
                   for name in self.TABLES}
         return Score(float(not missing and all(tables.values())),
@@ -123,6 +125,7 @@ class Database(World):
         """Put a row into a table; returns its key, which follows from what is there already."""
         numbers = [int(key[len(prefix):]) for key in self.state[table]
                    if key.startswith(prefix) and key[len(prefix):].isdecimal()]
+        # one above the highest: the same calls give the same keys in every episode
         key = f"{prefix}{max(numbers, default=0) + 1}"
         self.state[table][key] = row
         return key

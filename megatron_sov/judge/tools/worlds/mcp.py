@@ -21,8 +21,8 @@ from annotated_types import MinLen
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Bound, Breach, ProblemCode
 from megatron_sov.judge.rewards.reward import short
-from megatron_sov.judge.tools.environment import Observation, Task
-from megatron_sov.judge.tools.faults import InfrastructureFault, ToolFault, ToolRefused
+from megatron_sov.judge.tools.environment import (
+    InfrastructureFault, Observation, Task, ToolFault, ToolRefused)
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 from megatron_sov.version import __version__
 from megatron_sov.work.processes.environment import variables_for_foreign
@@ -62,7 +62,6 @@ class Mcp(AnsweredWorld):
     """Rules for the model, where a task has none of its own."""
 
     def rules(self) -> str:
-        """Return what models are told where a task has no `system` of its own."""
         return self.system
 
     def reset(self, task: Task) -> Observation:
@@ -71,16 +70,14 @@ class Mcp(AnsweredWorld):
         return super().reset(task)
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """No call has been made."""
         return {"calls": []}
 
     def tools(self) -> list[dict[str, Any]]:
-        """Return what the server said that it has."""
         return self._tools
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """Return the text that the server gives."""
         text = self._call(name, arguments)
+        # only calls that gave a result are made again: one that failed is taken to have changed nothing
         self.state["calls"].append([name, dict(arguments)])
         return text
 
@@ -95,6 +92,7 @@ class Mcp(AnsweredWorld):
 
     def _begin(self) -> None:
         self._end()
+        # foreign code gets no keys of the environment unless they are named
         self._server = ProcessTree(self.command, variables_for_foreign(self.env))
         self._number = 0
         try:
@@ -146,9 +144,11 @@ class Mcp(AnsweredWorld):
             message = self._received()
             if "method" in message:
                 if "id" in message:
+                    # a server may ask the client for things; without an answer it would wait for ever
                     known: dict[str, Any] = {"result": {}} if message["method"] == "ping" else {
                         "error": {"code": _NO_METHOD, "message": "this client offers nothing"}}
                     self._send({"id": message["id"], **known})
+            # answers to requests that were given up are passed over
             elif message.get("id") == self._number:
                 break
         if "error" in message:
@@ -166,6 +166,7 @@ class Mcp(AnsweredWorld):
             self._server.stdin.flush()
 
     def _received(self) -> dict[str, Any]:
+        # bounded, for a server may write without an end of line
         raw = self._server.stdout.readline(MAX_LINE_BYTES)
         if not raw:
             raise InfrastructureFault("the server has ended")

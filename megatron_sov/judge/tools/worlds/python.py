@@ -7,9 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_sov.base.settings import AboveZero, AtLeastOne
-from megatron_sov.judge.tools.environment import Task
-from megatron_sov.judge.tools.faults import InfrastructureFault, ToolRefused
-from megatron_sov.judge.tools.schema import tool
+from megatron_sov.judge.tools.environment import InfrastructureFault, Task, ToolRefused, tool
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 from megatron_sov.work.sandbox import Limits, Program, Sandbox
 

@@ -19,8 +19,7 @@ from megatron_sov.base.documents.scripts import script_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     ONCE, AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, other_than)
-from megatron_sov.judge.tools.faults import ToolRefused
-from megatron_sov.judge.tools.schema import Parameter, Tool
+from megatron_sov.judge.tools.environment import Parameter, Tool, ToolRefused
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 
 K1, B = 1.2, 0.75
@@ -54,6 +53,7 @@ class Bm25:
 
     def __init__(self, documents: Sequence[str]) -> None:
         self._lengths: list[int] = []
+        # term -> (document, times): a search touches only documents that have a word of it
         self._counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, document in enumerate(documents):
             counts = Counter(terms_of(document))
@@ -68,8 +68,10 @@ class Bm25:
         scores: defaultdict[int, float] = defaultdict(float)
         for term, times in Counter(terms_of(query)).items():
             places = self._counts.get(term, [])
+            # ln(1 + (N - n + 0.5) / (n + 0.5)), n of N documents having the term
             idf = math.log(1 + (len(self._lengths) - len(places) + 0.5) / (len(places) + 0.5))
             for number, tf in places:
+                # B: how far long documents are held back; K1: how soon more of a term counts no more
                 length = K1 * (1 - B + B * self._lengths[number] / self._mean_length)
                 scores[number] += times * idf * tf * (K1 + 1) / (tf + length)
         return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]
@@ -116,7 +118,6 @@ class Retrieval(AnsweredWorld):
     """Rules for the model, where a task has none of its own."""
 
     def rules(self) -> str:
-        """Return what models are told where a task has no `system` of its own."""
         return self.system
 
     def inputs(self) -> dict[str, str]:
@@ -182,9 +183,11 @@ class Retrieval(AnsweredWorld):
         return [{"query": query, "results": self._found(query)} for query in asked]
 
     def _found(self, query: str) -> list[dict[str, Any]]:
-        return [{**{key: self._documents[number].get(key) for key in self.keys},
-                 self.text: self._documents[number][self.text][:self.snippet_chars]}
+        return [self._given(self._documents[number], self.snippet_chars)
                 for number, _ in self._index.search(query, self.top_k)]
+
+    def _given(self, document: dict[str, Any], most_chars: int | None = None) -> dict[str, Any]:
+        return {**{key: document.get(key) for key in self.keys}, self.text: document[self.text][:most_chars]}
 
     def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
         asked = {key: value for key, value in wanted.items() if value is not None}
@@ -192,4 +195,4 @@ class Retrieval(AnsweredWorld):
                  if all(str(d.get(key, "")) == value for key, value in asked.items())]
         if not found:
             raise ToolRefused(f"there is no document with {asked}; search for it first")
-        return [{**{key: d.get(key) for key in self.keys}, self.text: d[self.text]} for d in found]
+        return [self._given(document) for document in found]

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.environment import Observation, Task
-from megatron_sov.judge.tools.faults import ToolFault
-from megatron_sov.judge.tools.schema import Tool
+from megatron_sov.judge.tools.environment import Observation, Task, Tool, ToolFault
 from megatron_sov.judge.tools.virtual.spec import Spec, ToolSpec, spec_of
 from megatron_sov.judge.tools.virtual.steps import run
 from megatron_sov.judge.tools.worlds.goals import Database
@@ -42,13 +40,13 @@ class Virtual(Database):
     def reset(self, task: Task) -> Observation:
         """Begin an episode in the task's world."""
         self._world: Spec = spec_of(task.get("world"))
+        # of the instance: each task has a world of its own
         self.TABLES = tuple(self._world.tables)
         self.by_name = {name: Tool(name, tool.description, tool.parameters, partial(self._run, tool))
                         for name, tool in self._world.tools.items()}
         return super().reset(task)
 
     def rules(self) -> str:
-        """Return the world's rules."""
         return self._world.rules
 
     def first_state(self, task: Task) -> dict[str, Any]:
@@ -81,12 +79,14 @@ class Virtual(Database):
         left_out = {name: parameter.default for name, parameter in tool.parameters.items()
                     if name not in arguments}
         before = self.state
+        # steps work on a copy: if one fails, the tables before are still there
         self.state = copy.deepcopy(before)
         try:
             result = run(tool.steps, {**arguments, **left_out}, self.state,
                          lambda table, row: self.add(table, self._world.tables[table].prefix, row))
             if wrong := tool.returns.problem(result):
                 raise ToolFault("result", f"returned what its schema does not allow ({wrong})")
+            # rules are checked behind changes only: reading cannot break them
             if tool.changes and (broken := self._world.broken_rule(self.state)):
                 raise ToolFault("state", f"left tables that its world does not allow ({broken})")
         except BaseException:

@@ -155,7 +155,6 @@ class Ragged:
                             f"{file.parent} to begin again")
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self._ends)
 
     def row(self, row: int) -> np.ndarray[Any, Any]:

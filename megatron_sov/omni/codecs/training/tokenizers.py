@@ -1,11 +1,11 @@
 """Training tokenizers of pictures and of sounds as autoencoders: what the plain decoder makes of the tokens
-is to be what was seen or heard.
-"""
+is to be what was seen or heard.  `reconstruct` shows what tokens still hold."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,18 +18,20 @@ from annotated_types import Ge, Le
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import refuse_input
 from megatron_sov.base.settings import plain
-from megatron_sov.omni.codecs.images.siglip import SiglipFeatures, load_siglip, siglip_settings
-from megatron_sov.omni.codecs.images.simvq import SimVQSettings, SimVQTokenizer
-from megatron_sov.omni.codecs.sounds.fsq import FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer
+from megatron_sov.omni.codecs.folder import open_codec
+from megatron_sov.omni.codecs.quantised import (
+    FRAMES_PER_TOKEN, FSQSettings, FSQTokenizer, SimVQSettings, SimVQTokenizer)
+from megatron_sov.omni.codecs.siglip import SiglipFeatures, load_siglip, siglip_settings
 from megatron_sov.omni.codecs.training.banks import (
-    PICTURES, SOUNDS, MediaFiles, Pictures, SoundBank, Sounds, media_files, picture_bank)
-from megatron_sov.omni.codecs.training.draws import batch_rows, generator
-from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
-from megatron_sov.omni.codecs.training.schedule import CodecSchedule
+    PICTURES, SOUNDS, MediaFiles, Pictures, Read, SoundBank, Sounds, media_files, picture_bank)
+from megatron_sov.omni.codecs.training.loop import (
+    CodecSchedule, CodecTrainingPlan, batch_rows, generator, train)
 from megatron_sov.omni.media.reading.reader import MediaReader
 
 # How much of a codebook is used: what says everything with a few tokens has learned a small codebook.
@@ -55,6 +57,7 @@ class CodebookUsage:
         total = int(self.counts.sum())
         if not total:
             return {"perplexity": math.nan, "used_share": 0.0}
+        # 0 log 0 is 0: ids that never came are left out
         shares = self.counts[self.counts > 0].double() / total
         return {"perplexity": float(torch.exp(-(shares * shares.log()).sum())),
                 "used_share": float((self.counts > 0).double().mean())}
@@ -122,12 +125,10 @@ class _Autoencoder:
                                weight_decay=learning.weight_decay)}
 
     def codec(self) -> nn.Module:
-        """Return the tokenizer."""
         network: nn.Module = self.network
         return network
 
     def _step(self, step: int, media: torch.Tensor) -> dict[str, float]:
-        """Learn from one batch."""
         optimizer = self.optimizers["tokenizer"]
         rate = self.learning.set_rate(optimizer, step)
         self.network.train()
@@ -169,14 +170,13 @@ class ImageTokenizerTask(_Autoencoder):
         self._pictures, self._heldout = pictures, heldout
 
     @classmethod
-    def made(cls, settings: ImageTokenizerTraining, pictures: Pictures, heldout: Pictures,
+    def create(cls, settings: ImageTokenizerTraining, pictures: Pictures, heldout: Pictures,
              device: torch.device | str = "cpu") -> ImageTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
         return cls(SimVQTokenizer(settings.model), settings.learning, pictures, heldout, device)
 
     def learn(self, step: int) -> dict[str, float]:
-        """Take one step; see `task.Task`."""
         rows = batch_rows(len(self._pictures), self.learning.batch_size, self.learning.seed, step)
         return self._step(step, _shares(self._pictures[rows.numpy()]))
 
@@ -194,6 +194,7 @@ class ImageTokenizerTask(_Autoencoder):
             pictures = _shares(self._heldout[begin:begin + self.learning.batch_size]).to(self.device)
             ids = self.network.encode(pictures)
             usage.add(ids)
+            # through the ids and back, as in use; the floor keeps a perfect picture at 100 dB
             error = (self.network.reconstruct(ids) - pictures).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
             psnr_db += float((-_DB * error.log()).sum())
         return {"psnr_db": psnr_db / len(self._heldout), **usage.figures()}
@@ -223,20 +224,21 @@ class AudioTokenizerTask(_Autoencoder):
         self._sounds, self._heldout = sounds, heldout
 
     @classmethod
-    def made(cls, settings: AudioTokenizerTraining, sounds: Sounds, heldout: Sounds,
+    def create(cls, settings: AudioTokenizerTraining, sounds: Sounds, heldout: Sounds,
              device: torch.device | str = "cpu") -> AudioTokenizerTask:
         """Return a task with a new tokenizer, whose weights are a function of the seed."""
         torch.manual_seed(settings.learning.seed)
         return cls(FSQTokenizer(settings.model), settings.learning, sounds, heldout, device)
 
     def learn(self, step: int) -> dict[str, float]:
-        """Take one step over pieces that begin anywhere; see `task.Task`."""
+        """Take one step over pieces that begin anywhere."""
         rows = batch_rows(len(self._sounds), self.learning.batch_size, self.learning.seed, step)
         places = torch.rand(len(rows), generator=generator(self.learning.seed, step, "crops"))
         size = self.learning.crop_tokens * self.network.samples_per_token
         pieces = torch.zeros(len(rows), size)
         for piece, row, place in zip(pieces, rows.tolist(), places.tolist(), strict=True):
             sound = self._sounds[row]
+            # a sound shorter than a piece begins at 0 and is followed by silence
             begin = int(place * max(1, len(sound) - size + 1))
             cut = sound[begin:begin + size]
             piece[:len(cut)] = torch.from_numpy(cut)
@@ -252,6 +254,7 @@ class AudioTokenizerTask(_Autoencoder):
         usage, error_db, num_sounds = CodebookUsage(self.network.codebook_size), 0.0, 0
         for row in range(len(self._heldout)):
             sound = torch.from_numpy(self._heldout[row]).to(self.device)
+            # whole tokens alone: frames that are filled up would count as error
             tokens = len(sound) // (FRAMES_PER_TOKEN * self.network.frames.hop_samples)
             if not tokens:
                 continue
@@ -336,9 +339,10 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
         def picture(name: str) -> np.ndarray[Any, Any]:
             return reader.picture(name, (side,)).arrays[0]
 
-        train, heldout = (picture_bank(folder / f"{part}.bin", names, side, said(files.root, picture))
+        train, heldout = (picture_bank(folder / f"{part}.bin", names, side,
+                                       name_refusals(files.root, picture))
                           for part, names in (("train", files.train), ("heldout", files.heldout)))
-        task = ImageTokenizerTask.made(settings, train, heldout, device=device)
+        task = ImageTokenizerTask.create(settings, train, heldout, device=device)
         if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
             load_siglip(sees, encoder)
         return task
@@ -347,24 +351,112 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
     def sound(name: str) -> np.ndarray[Any, Any]:
         return reader.sound(name, rate_hz).arrays[0]
 
-    sounds, others = (SoundBank(folder / f"{part}.bin", names, said(files.root, sound))
+    sounds, others = (SoundBank(folder / f"{part}.bin", names, name_refusals(files.root, sound))
                       for part, names in (("train", files.train), ("heldout", files.heldout)))
-    return AudioTokenizerTask.made(settings, sounds, others, device=device)
+    return AudioTokenizerTask.create(settings, sounds, others, device=device)
 
 
-def said(root: Path, read: Callable[[str], np.ndarray[Any, Any]]) -> Callable[[str], np.ndarray[Any, Any]]:
+def name_refusals(root: Path, read: Read) -> Read:
     """Return a reader whose refusals are sentences for the user."""
     def checked(name: str) -> np.ndarray[Any, Any]:
-        with named(root / name):
+        with naming_file(root / name):
             return read(name)
 
     return checked
 
 
 @contextmanager
-def named(file: Path) -> Iterator[None]:
+def naming_file(file: Path) -> Iterator[None]:
     """Turn the refusal of a medium into a sentence that begins with its name."""
     try:
         yield
     except BadRecord as e:
         raise UserError(f"{file}: {e.reason}") from None
+
+
+@dataclass(frozen=True)
+class Through:
+    """Which decoder, and how it decodes."""
+
+    decoder: Path | None = None
+    """Folder of an image decoder or a vocoder; None: the tokenizer's own plain decoder."""
+    speaker: str | None = None
+    """Voice of the vocoder; None: its first."""
+    steps: int | None = None
+    """Of the image decoder's sampler; None: as its settings say."""
+    seed: int = 0
+    """Of the image decoder's noise."""
+
+
+def reconstruct(folder: Path, files: Sequence[Path], output: Path,
+                through: Through = Through()) -> Iterator[Path]:
+    """Write a PNG or WAV file for each medium, and yield each as it is written.
+
+    Args:
+        folder: a tokenizer; without a decoder, one that was trained here.
+        files: pictures or sounds.
+        output: folder; a file is called as its medium, with another ending.
+        through: which decoder.
+
+    Raises:
+        UserError: the codec has no decoder of its own and none is given, the decoder is of another kind, a
+            medium cannot be read, or two have one name.
+    """
+    codec = open_codec(folder)
+    if not hasattr(codec, "encode"):
+        raise UserError(f"{folder}: is no tokenizer; pass one, and this one as --decoder")
+    sees = hasattr(codec, "side_pixels")
+    decode, rate_hz = _decoder(folder, codec, sees, through)
+    targets = [output / f"{file.stem}{'.png' if sees else '.wav'}" for file in files]
+    # before anything is written: the second would silently replace the first
+    if len(set(targets)) < len(targets):
+        raise UserError(f"--output {output}: two of the files would be written under one name; call the "
+                        "command once for each of them")
+    for target in targets:
+        refuse_input("--output", target, *files)
+    for file, target in zip(files, targets, strict=True):
+        _picture(codec, decode, file, target) if sees else _sound(codec, decode, rate_hz, file, target)
+        yield target
+
+
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _decoder(folder: Path, codec: Any, sees: bool, through: Through) -> tuple[Decode, int]:
+    """Return what makes a picture or a sound of its ids, and the sound's rate in Hz (0 of a picture)."""
+    if through.decoder is None:
+        if not hasattr(codec, "reconstruct"):
+            raise UserError(f"{folder}: has no decoder of its own; pass one as --decoder, or a tokenizer "
+                            "that `megatron-sov codec train` wrote")
+        if sees:
+            return lambda ids: codec.reconstruct(ids[None])[0], 0
+        return codec.reconstruct, codec.sample_rate_hz
+    decoder = open_codec(through.decoder, kind="dit" if sees else "unit-bigvgan")
+    if sees:
+        return lambda ids: decoder.decode(ids[None], steps=through.steps, seed=through.seed)[0], 0
+    return (lambda ids: decoder.decode(ids, through.speaker or decoder.speakers[0])), decoder.sample_rate_hz
+
+
+def _picture(codec: Any, decode: Decode, file: Path, target: Path) -> None:
+    from PIL import Image
+
+    with MediaReader(file.parent) as reader, naming_file(file):
+        seen = reader.picture(file.name, (codec.side_pixels,)).arrays[0]
+    again = decode(codec.encode(torch.from_numpy(seen.copy())[None].float() / 255)[0])
+    pixels = (again * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG")
+    write_output(target, written.getvalue())
+
+
+def _sound(codec: Any, decode: Decode, rate_hz: int, file: Path, target: Path) -> None:
+    import soundfile
+
+    with MediaReader(file.parent) as reader, naming_file(file):
+        heard = reader.sound(file.name, codec.sample_rate_hz).arrays[0]
+    again: np.ndarray[Any, Any] = decode(codec.encode(torch.from_numpy(heard.copy()))).numpy()
+    written = io.BytesIO()
+    # without the silence that filled up the last token
+    soundfile.write(written, again[:len(heard) * rate_hz // codec.sample_rate_hz], rate_hz, subtype="PCM_16",
+                    format="WAV")
+    write_output(target, written.getvalue())

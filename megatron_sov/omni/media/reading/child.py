@@ -12,10 +12,8 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import told_in_a_line
-from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
-from megatron_sov.omni.media.reading.sounds import read_sound
-from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
+from megatron_sov.omni.media.reading.kinds import (
+    MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox.restrictions import enclose_reader
 
@@ -56,12 +54,10 @@ def _answer(asked: dict[str, Any], limits: MediaLimits) -> tuple[dict[str, Any],
     except BadRecord as e:
         return {"bad": e.code, "reason": e.reason}, []
     except MemoryError:
-        return {"bad": "memory", "reason": f"takes more memory to decode than {limits.memory_bytes:,} "
-                                           "bytes; leave "
-                                           "it out"}, []
-    except Exception as e:
-        return {"bad": "broken", "reason": f"cannot be decoded ({told_in_a_line(e)[:MAX_ERROR_CHARS]}); "
-                                           "mend it, or "
+        return {"bad": "memory", "reason": f"takes more memory to decode than {limits.memory_bytes:,} bytes; "
                                            "leave it out"}, []
+    except Exception as e:
+        return {"bad": "broken", "reason": f"cannot be decoded ({told_in_a_line(e)[:MAX_ERROR_CHARS]}); mend "
+                                           "it, or leave it out"}, []
     arrays = [np.ascontiguousarray(array) for array in arrays]
     return {"facts": facts, "arrays": [[list(a.shape), a.dtype.name] for a in arrays]}, arrays

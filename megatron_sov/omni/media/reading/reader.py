@@ -8,18 +8,41 @@ import math
 import queue
 import threading
 import weakref
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.places import place_of
-from megatron_sov.omni.media.reading.videos import VideoFrames
+from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox.readers import KeptReader, ReaderEnded, Wording
+
+
+def place_of(root: Path, path: str) -> Path:
+    """Return where a medium lies.
+
+    Args:
+        root: the folder of media.
+        path: as a record names it, relative to the root.
+
+    Raises:
+        BadRecord: it leads out of the root, by its parts or by a link, or nothing is there.
+    """
+    parts = PurePosixPath(path)
+    if not path or "\0" in path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise BadRecord("outside", "is no path below --media-root; name it relative to that folder, "
+                                   "without ..")
+    file = root / parts
+    try:
+        real = file.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BadRecord("missing", f"is not in {root}; add it, or mend the record") from None
+    if not real.is_relative_to(root.resolve()):
+        raise BadRecord("outside", "is a link that leads out of --media-root; copy the file there")
+    return real
+
 
 WORDING = Wording("decoder", "decode", "--max-time")
 MOST_HEADER_BYTES = 1 << 16
@@ -69,13 +92,12 @@ class MediaReader:
         self.close()
 
     def close(self) -> None:
-        """End the processes."""
         with self._lock:
             for child in list(self._children):
                 child.end()
 
     def picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> ReadMedia:
-        """Return a picture in each of the sides, as `pictures.read_picture`.
+        """Return a picture in each of the sides, as `kinds.read_picture`.
 
         Raises:
             BadRecord: it cannot be had; the reason completes a sentence that begins with its name.
@@ -84,12 +106,12 @@ class MediaReader:
         return self._read(path, {"kind": "picture", "sides": list(sides), "animated": animated}, most)
 
     def sound(self, path: str, rate_hz: int) -> ReadMedia:
-        """Return a sound as `sounds.read_sound`; raises as `picture` does."""
+        """Return a sound as `kinds.read_sound`; raises as `picture` does."""
         most = 4 * (math.ceil(self.limits.duration_s * rate_hz) + rate_hz)
         return self._read(path, {"kind": "sound", "rate_hz": rate_hz}, most)
 
     def video(self, path: str, sampling: VideoFrames) -> ReadMedia:
-        """Return frames of a video as `videos.read_video`; raises as `picture` does."""
+        """Return frames of a video as `kinds.read_video`; raises as `picture` does."""
         most = sampling.most_frames * 3 * sampling.side ** 2
         return self._read(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, most)
 
@@ -98,9 +120,8 @@ class MediaReader:
         if asked["kind"] != "video" and not file.is_file():
             raise BadRecord("missing", "is no file; name a picture or a sound")
         if file.is_file() and (size_bytes := file.stat().st_size) > self.limits.file_bytes:
-            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are "
-                                    "read; shrink "
-                                    "it, or raise --max-file-bytes")
+            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are read; "
+                                    "shrink it, or raise --max-file-bytes")
         child = self._free.get()
         try:
             if child is None or child.is_worn:

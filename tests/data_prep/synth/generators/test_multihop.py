@@ -19,7 +19,7 @@ from scripted import ScriptedAsk, samples_of
 from data_prep.synth.generators.multihop import MultihopSettings
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
-from megatron_sov.judge.rewards.stem import Stem
+from megatron_sov.judge.rewards.answers import Stem
 
 CASES = one_of_each("multihop")
 REASONS = {

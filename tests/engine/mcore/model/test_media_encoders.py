@@ -31,7 +31,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
     from megatron_sov.engine.mcore.model.language_model import gather_sequence
     from megatron_sov.engine.mcore.parallel import collectives, context
-    from megatron_sov.omni.media.placed import cut, joined, placed
+    from megatron_sov.omni.media.placed import cut, joined, place_media
 
     _, model = tiny_model("tiny-qwen3", *SETTINGS, layout=layout)
     bank = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
@@ -40,7 +40,7 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     def media(first: int, second: int) -> Any:
         places = np.flatnonzero(np.array(DOCUMENT) == 5)
         numbers = np.array([4 * first + i for i in range(4)] + [4 * second, 4 * second + 1])
-        return {"pictures": placed(places, numbers, bank, 4)}
+        return {"pictures": place_media(places, numbers, bank, 4)}
 
     def last(pictures: list[tuple[int, int]]) -> torch.Tensor:
         row = Inputs([DOCUMENT] * len(pictures), torch.device("cpu"), 4 * len(DOCUMENT))

@@ -13,9 +13,8 @@ import pytest
 
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import EpisodeLimits, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.limits import EpisodeLimits
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.judge.tools.worlds.mcp import _described
 

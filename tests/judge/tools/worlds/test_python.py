@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.worlds import python as world
 from megatron_sov.judge.tools.worlds.python import Python
 

@@ -10,9 +10,8 @@ import pytest
 
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import LIMITS, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.limits import LIMITS
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.judge.tools.virtual.expressions import MAX_CHARS, MAX_TEXT_CHARS, Problems, read, value_of
 from megatron_sov.judge.tools.virtual.spec import problems_of, spec_of

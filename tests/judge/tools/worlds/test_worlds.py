@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.faults import ToolFault
+from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.registry import make, order
 from megatron_sov.judge.tools.worlds.calculator import calculated
 

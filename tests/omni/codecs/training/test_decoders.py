@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from megatron_sov.base.settings import problems_of
+from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.decoder_settings import DiTSettings, UnitBigVGANSettings
+from megatron_sov.omni.codecs.dit import DiT
 from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
-from megatron_sov.omni.codecs.images.dit import DiT
-from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
-from megatron_sov.omni.codecs.training.decoders import Drawn, ImageDecoderTask, ImageDecoderTraining
-from megatron_sov.omni.codecs.training.loop import CodecTrainingPlan, train
-from megatron_sov.omni.codecs.training.schedule import CodecSchedule
-from megatron_sov.omni.codecs.training.task import CodecTask
-from megatron_sov.omni.codecs.training.vocoder import Spoken, VocoderLearning, VocoderTask, VocoderTraining
+from megatron_sov.omni.codecs.training.decoders import (
+    Drawn, ImageDecoderTask, ImageDecoderTraining, Spoken, VocoderLearning, VocoderTask, VocoderTraining)
+from megatron_sov.omni.codecs.training.loop import CodecSchedule, CodecTask, CodecTrainingPlan, train
 
 STEPS = 6
 PICTURES = np.random.default_rng(0).integers(2, size=(8, 3, 4, 4), dtype=np.uint8) * 255

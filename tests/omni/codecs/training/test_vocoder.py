@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sov.omni.codecs.training.vocoder import (
+from megatron_sov.omni.codecs.training.decoders import (
     Judges, SpectralLoss, deceiving_loss, judges_loss, mel_filters)
 
 

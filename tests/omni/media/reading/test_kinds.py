@@ -11,10 +11,8 @@ import soundfile
 from PIL import Image
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.limits import MediaLimits
-from megatron_sov.omni.media.reading.pictures import PictureRequest, read_picture
-from megatron_sov.omni.media.reading.sounds import read_sound
-from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
+from megatron_sov.omni.media.reading.kinds import (
+    MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 
 LIMITS = MediaLimits(pixels=10_000)
 

@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.limits import MediaLimits
+from megatron_sov.omni.media.reading.kinds import MediaLimits
 from megatron_sov.omni.media.reading.reader import MediaReader
 from megatron_sov.work.sandbox import readers
 

@@ -1,1 +1,0 @@
-"""Tokenizers of pictures, and networks that draw."""

@@ -1,1 +1,0 @@
-"""Tokenizers of sounds, and networks that speak."""

@@ -1,0 +1,116 @@
+"""Choices, quantities and short answers, right ones in disguise and wrong ones that look right."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_sov.judge.rewards.answers import Stem, final_answer, last_boxed, normalized, read_quantity
+from megatron_sov.judge.rewards.reward import Refused
+
+
+def right(response: str, answer: object, **more) -> bool:
+    settings = {name: more.pop(name) for name in ("unit_required", "kind") if name in more}
+    return Stem(**settings).score({"response": response, "answer": answer, **more}).reward == 1.0
+
+
+@pytest.mark.parametrize("response", [
+    "Because water is polar, the answer is B.", "Answer: (B)", "\\boxed{B}", "**Answer: B**",
+    "B", "(b)", "A is wrong. C is wrong.\nFinal answer: B) polar", "정답: B", "정답은 B", "คำตอบคือ B",
+    "<answer>B</answer>", "First I thought the answer is A. No: the answer is B", "Answer: polar bonds",
+    "The answer is B. I hope this answer helps you!", "Let me answer this.\nB", "**Answer**\n\nB",
+    "Answer - B", "the answer choice B", "Answer (B)"])
+def test_choices_in_their_disguises(response: str) -> None:
+    assert right(response, "B", choices=["ionic bonds", "polar bonds", "none"])
+
+
+@pytest.mark.parametrize("response", [
+    "The answer is A.", "\\boxed{A} or \\boxed{C}", "B is wrong, so the answer is C", "", "Bonds",
+    "Answer: Because",
+    "I do not know which of A, B, C, D it is, since all of them could be argued for at length",
+    "the answer is B or C", "Answer: A, B, C, D", "\\boxed{B, C}", "The answer is B, A and C"])
+def test_wrong_choices_and_none(response: str) -> None:
+    assert not right(response, "B")
+
+
+@pytest.mark.parametrize(("response", "answer"), [
+    ("so v = 3.0 m/s", "3 m/s"), ("The answer is $9.81\\,\\mathrm{m/s^{2}}$", "9.8 m/s^2"),
+    ("\\boxed{5 km}", "5000 m"),
+    ("\\boxed{1.2\\times 10^{3}\\ \\text{J}}", "1.2 kJ"), ("Answer: 1,234.5", "1234.5"),
+    ("\\boxed{50\\%}", "0.5 rad"),
+    ("\\boxed{36 km/h}", "10 m/s"),
+    ("\\boxed{9.8\\,\\text{m}/\\text{s}^2}", "9.8 m/s^2"),
+    ("\\boxed{4.18 J/(g K)}", "4180 J/(kg K)"), ("\\boxed{3}", "3 m"),
+    ("\\boxed{180^\\circ}", "3.14159 rad"), ("Answer: 6.02e23", "6.022 × 10^23"),
+    ("\\boxed{-5 µC}", "-5e-6 C"),
+    ("\\boxed{10 meters}", "10 m"), ("\\boxed{2 N·m}", "2 J"), ("\\boxed{3 J/g/K}", "3 J/(g K)"),
+    ("\\boxed{1 kg m s^-2}", "1 N"), ("The answer is $5313$.", "5313"), ("\\boxed{0.75}", "3/4"),
+    ("\\boxed{-\\dfrac{6}{8}}", "-3/4"), ("\\boxed{\\frac{3}{4} m}", "75 cm"), ("Answer: 5313.4", "5313"),
+    ("\\boxed{5.31\\times 10^3}", "5313"), ("Answer: 6.02×10²³", "6.022e23"),
+    ("\\boxed{3 m/s²}", "3 m/s^2")])
+def test_quantities_in_their_disguises(response: str, answer: str) -> None:
+    assert right(response, answer)
+
+
+@pytest.mark.parametrize(("response", "answer"), [
+    ("\\boxed{3 m}", "3 s"), ("\\boxed{3 km}", "3 m"), ("\\boxed{3.2 m}", "3 m"), ("\\boxed{-3 m}", "3 m"),
+    ("\\boxed{3 florins}", "3 m"), ("\\boxed{1e400}", "3"), ("\\boxed{10^{10^{10}}}", "3"),
+    ("\\boxed{10**10**10}", "3"), ("\\boxed{3 Tm^99}", "3 m"), ("\\boxed{3 fm^-99}", "3 m"),
+    ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
+    ("Answer: 3 4 5", "3"), ("\\boxed{5314}", "5313"), ("\\boxed{4/3}", "3/4"), ("\\boxed{3/0}", "3"),
+    ("\\boxed{-3/4}", "3/4"), ("\\boxed{2\\frac{1}{2}}", "10.5"), ("\\boxed{\\frac{1}{2}5}", "0.04"),
+    ("\\boxed{10²}", "102")])
+def test_wrong_quantities(response: str, answer: str) -> None:
+    assert not right(response, answer)
+
+
+def test_whole_numbers_may_be_taken_for_roundings() -> None:
+    row = {"response": "\\boxed{5314}", "answer": "5313"}
+    assert Stem(exact_integers=False).score(row).reward == 1.0
+
+
+def test_a_unit_may_be_required() -> None:
+    assert not right("\\boxed{3}", "3 m", unit_required=True)
+    assert right("\\boxed{300 cm}", "3 m", unit_required=True)
+
+
+@pytest.mark.parametrize(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
+                                             ("25%", 0.25),
+                                             ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
+def test_numbers_are_brought_to_si_units(text: str, value: float | None) -> None:
+    read = read_quantity(text)
+    assert (read is None) if value is None else (read is not None and math.isclose(read.value, value))
+
+
+def test_an_equation_of_two_numbers_has_to_be_true() -> None:
+    assert right("\\boxed{v = 3}", "3") and right("\\boxed{9/3 = 3}", "3")
+    assert not right("\\boxed{41 = 3}", "3")
+
+
+def test_short_answers_without_case_articles_and_signs() -> None:
+    assert right("The answer is **the Mitochondrion**.", "mitochondrion")
+    assert right("\\boxed{\\text{NaCl}}", "NaCl")
+    assert right("정답은 엽록체", ["미토콘드리아", "엽록체"])
+    assert not right("The answer is chloroplast", "mitochondrion")
+    assert normalized(" The  Ｗater. ") == "water"
+
+
+@pytest.mark.parametrize("answer", [None, 4, "", [], ["a", 1]])
+def test_rows_without_an_answer_are_refused(answer: object) -> None:
+    with pytest.raises(Refused, match="must be text, or a list"):
+        Stem().score({"response": "x", "answer": answer})
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000,
+                                  "{" * 500_000,
+                                  "a" * 1_000_000, "정답" * 100_000])
+def test_hostile_responses_take_a_moment(text: str) -> None:
+    assert not right(text, "B")
+    assert not right(text, "3 m/s")
+
+
+def test_the_last_whole_box_counts() -> None:
+    assert last_boxed("\\boxed{1} \\boxed{\\frac{2}{3}} \\boxed{open") == "\\frac{2}{3}"
+    assert final_answer("\\boxed{1}\nthe answer is 2") == "1"
+    assert final_answer("x " * 100) is None

@@ -1,0 +1,173 @@
+"""A reward that hangs, dies or changes its mind costs its row; the rows beside it are judged."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.judge.rewards import scoring as room
+from megatron_sov.judge.rewards.registry import order
+from megatron_sov.judge.rewards.scoring import ProcessRunner
+from megatron_sov.work.processes.channel import send
+from megatron_sov.work.processes.environment import forget_other_variables
+from megatron_sov.work.processes.workers import serve
+
+CODE = '''
+import itertools, os, time
+from megatron_sov.base.errors import UserError
+count = itertools.count()
+
+class Does:
+    """Does what the response says, and says which process it was."""
+
+    def __init__(self, *, size: int = 1) -> None:
+        self.size = size
+
+    def score(self, row):
+        what = row["response"]
+        if what == "hang":
+            time.sleep(3600)
+        if what == "loop":
+            while True:
+                pass
+        if what == "die":
+            os._exit(7)
+        if what == "mistake":
+            raise UserError("mend the settings")
+        if what == "eat":
+            return len(bytearray(1 << 40))
+        if what == "tell":
+            return sum(name in os.environ for name in ("WANDB_API_KEY", "MY_VERIFIER", "PATH"))
+        if what == "deep":
+            return (deep := lambda n: deep(n + 1))(0)
+        if what == "abort":
+            os.abort()
+        if what == "killed":
+            os.kill(os.getpid(), 9)
+        if what == "change":
+            return next(count)
+        return float(what)
+'''
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
+    (tmp_path / "does.py").write_text(CODE)
+    return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
+                                        more.get("time_limit_s", 20.0), more.get("workers", 2),
+                                        variables=more.get("variables", ()), control=more.get("control"),
+                                        cpu_limit_s=more.get("cpu_limit_s", float("inf")))
+
+
+def rows(*responses: str) -> list[dict[str, str]]:
+    return [{"response": response} for response in responses]
+
+
+def test_results_come_in_the_order_of_the_rows(runner) -> None:
+    with runner() as running:
+        results = running.score(rows(*map(str, range(20))))
+        assert [result.reward for result in results] == list(range(20))
+        assert running.score([]) == []
+        assert [r.reward for r in running.score(rows("5", "6"))] == [5.0, 6.0]
+
+
+def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
+    with runner(time_limit_s=0.5) as running:
+        found = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
+    assert [(r.reward, r.status) for r in found] == [
+        (1.0, "scored"), (None, "timeout"), (None, "failed"), (None, "refused"), (None, "failed"),
+        (None, "failed"), (None, "timeout"), (2.0, "scored")]
+    assert found[1].reason == "took longer than 0.5 s"
+    assert found[2].reason == "the process that judged it ended (exit code 7)"
+    assert "more memory" in found[3].reason
+    assert "then 1 for the same row under one version" in found[4].reason
+
+
+def test_a_response_that_keeps_its_judge_busy_is_worth_nothing_and_a_judge_that_waits_has_no_verdict(
+        runner) -> None:
+    with runner(cpu_limit_s=0.2, control="5") as running:
+        found = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
+    assert [(r.reward, r.status) for r in found] == [
+        (1.0, "scored"), (0.0, "timeout"), (0.0, "scored"), (0.0, "scored"), (0.0, "scored"),
+        (None, "failed"), (None, "failed"), (None, "failed"), (2.0, "scored")]
+    assert found[1].reason == "the response: judging took longer than 0.2 s of a processor"
+    assert found[1].components == {"why": found[1].reason}
+    with runner(cpu_limit_s=0.2, control="5", time_limit_s=0.3) as running:
+        assert running.score(rows("hang", "1"))[0].reward is None
+    with runner(cpu_limit_s=0.2, control="loop") as running:  # then the row keeps it busy, or the reward
+        assert [(r.reward, r.status) for r in running.score(rows("loop", "1"))] == [
+            (None, "timeout"), (1.0, "scored")]
+
+
+def test_a_judge_that_had_no_processor_judges_once_more(runner, tmp_path: Path) -> None:
+    (tmp_path / "does.py").write_text(CODE.replace('if what == "hang":', f"""if what == "once":
+            with contextlib.suppress(FileExistsError), open({str(tmp_path / "came")!r}, "x"):
+                time.sleep(3600)
+            return 3.0
+        if what == "hang":""").replace("import itertools", "import contextlib, itertools"))
+    with runner(cpu_limit_s=5, control="5", time_limit_s=1.5, workers=1) as running:
+        assert [(r.reward, r.status) for r in running.score(rows("once"))] == [(3.0, "scored")]
+
+
+def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:
+    with (pytest.raises(UserError, match='size = "big" must be a whole number'),
+          runner(settings={"size": "big"}) as running):
+        running.score(rows("1"))
+
+
+def test_a_mistake_that_meets_every_row_ends_the_work(runner) -> None:
+    with runner() as running, pytest.raises(UserError, match="mend the settings"):
+        running.score(rows("1", "mistake", "2"))
+
+
+def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_for(
+        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    forkserver._forkserver._stop()  # the next one is started with these
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("MY_VERIFIER", "at home")
+    for variables, seen in (((), 1.0), (("MY_VERIFIER",), 2.0)):
+        with runner(variables=variables, workers=1) as running:
+            assert running.score(rows("tell"))[0].reward == seen
+
+
+def test_the_order_of_gpus_stays_since_their_numbers_mean_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
+    monkeypatch.setattr(os, "environ", dict(had))
+    forget_other_variables()
+    assert os.environ.keys() == had.keys() - {"HF_TOKEN"}
+
+
+def test_any_limit_of_time_can_be_waited_for(runner) -> None:
+    with runner(time_limit_s=float("inf"), workers=1) as running:
+        assert running.score(rows("1"))[0].reward == 1.0
+
+
+def test_one_server_imports_what_all_runners_need() -> None:
+    for name in ("colorsys", "wave"):
+        ProcessRunner(order("stem", {}), 1.0, 1, [name])
+    assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_process_whose_command_has_ended_ends_without_a_traceback(
+        is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # they would change this process
+    for name in ("forget_other_variables", "limit_memory", "signal"):
+        monkeypatch.setattr(room, name, Mock())
+    (tmp_path / "does.py").write_text(CODE)
+    command, own = socket.socketpair()
+    with own:
+        if is_early:
+            command.close()
+        else:
+            send(command, ({"response": "1"}, True))
+            own.shutdown(socket.SHUT_WR)
+        serve(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
+    command.close()

@@ -1,0 +1,390 @@
+"""Published tokenizers as codecs, through doubles with their authors' names; and hostile files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.omni.codecs import published
+from megatron_sov.omni.codecs.folder import open_codec, save_codec
+from megatron_sov.omni.codecs.published import config_problems, import_codec
+from megatron_sov.omni.codecs.quantised import LevelQuantiser, SimVQSettings, SimVQTokenizer
+from megatron_sov.omni.codecs.siglip import SiglipSettings, load_siglip, siglip_settings
+from megatron_sov.omni.codecs.training.tokenizers import ImageTokenizerTask, Learning
+
+
+class PublishedTATok(nn.Module):
+    """csuhan/Tar's `TextAlignedTokenizer` up to the ids, with its names; codes by the largest cosine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = SiglipVisionModel(SiglipVisionConfig(
+            hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=16, image_size=20,
+            patch_size=5))
+        self.encode_task_layer = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+        self.decode_task_layer = nn.Sequential(nn.Linear(32, 32))
+        self.bottleneck = nn.Module()
+        self.bottleneck.in_linear, self.bottleneck.out_linear = nn.Linear(32, 6), nn.Linear(6, 6)
+        self.bottleneck.regularizer = nn.Module()
+        self.bottleneck.regularizer.embedding = nn.Embedding(40, 6)
+        self.bottleneck.regularizer.embedding_proj = nn.Linear(6, 6)
+        self.scale_layer = nn.Module()
+        self.scale_layer.register_buffer("shift", torch.full((1, 3, 1, 1), 0.5))
+
+    def codes(self) -> torch.Tensor:
+        regularizer = self.bottleneck.regularizer
+        return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        seen = self.encoder((pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states[-2]
+        vectors = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(seen)), dim=-1)
+        return (vectors @ self.codes().T).argmax(-1)
+
+
+@pytest.fixture
+def published_network() -> PublishedTATok:
+    torch.manual_seed(0)
+    return PublishedTATok().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors", "released"])
+def test_ta_tok_gives_the_ids_that_its_authors_code_gives(tmp_path: Path, published_network: PublishedTATok,
+                                                          form: str) -> None:
+    state = published_network.state_dict()
+    if form == "pth":
+        source = tmp_path / "ta_tok.pth"
+        torch.save({"model": {"args": {"input_size": 20}, "sd": state}}, source)
+    else:
+        source = tmp_path / "model"
+        source.mkdir()
+        begin = "model.discrete_vision_model." if form == "released" else ""
+        save_file({f"{begin}{name}": tensor.clone() for name, tensor in state.items()}
+                  | ({"model.language_model.w": torch.zeros(2)} if begin else {}),
+                  source / "model.safetensors")
+    import_codec("ta-tok", source, tmp_path / "codec")
+    codec = open_codec(tmp_path / "codec")
+    pictures = torch.rand(4, 3, 20, 20, generator=torch.Generator().manual_seed(2))
+    ids = codec.encode(pictures)
+    assert torch.equal(ids, published_network.encode(pictures))
+    assert len(ids.unique()) > 5
+    assert (codec.side_pixels, codec.grid, codec.codebook_size, codec.width) == (20, 4, 40, 6)
+    torch.testing.assert_close(codec.embed(ids), published_network.codes()[ids])
+
+
+def test_another_network_is_one_sentence(tmp_path: Path, published_network: PublishedTATok) -> None:
+    state = {name: tensor.clone() for name, tensor in published_network.state_dict().items()}
+    file = tmp_path / "model.safetensors"
+    patches, code_bias = "encoder.embeddings.patch_embedding.weight", "bottleneck.in_linear.bias"
+    cases = [({"a": torch.zeros(1)}, f"lacks {re.escape(patches)}, so it is no TA-Tok"),
+             ({**state, patches: torch.zeros(3)}, r"has the shape \[3\], not 4 axes"),
+             ({k: v for k, v in state.items() if k != code_bias}, "lacks what is to_code.bias"),
+             ({**state, "encode_task_layer.0.bias": torch.zeros(9)}, r"has the shape \[9\], not \[32\]"),
+             ({**state, "encode_task_layer.0.bias": torch.full((32,), torch.nan)}, "not finite")]
+    for tensors, said in cases:
+        save_file(tensors, file)
+        with pytest.raises(UserError, match=said):
+            import_codec("ta-tok", file, tmp_path / "codec")
+    assert not (tmp_path / "codec").exists()
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch was-run",)
+
+
+@pytest.mark.parametrize("kind", ["ta-tok", "cosyvoice2"])
+def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"sd": {"a": torch.zeros(1)}, "args": Evil()}}, "evil.pth")
+    with pytest.raises(UserError, match="cannot be read without running what it holds"):
+        import_codec(kind, Path("evil.pth"), Path("codec"))
+    for name, content, said in [("none.pth", None, "does not exist"),
+                                ("text.pth", b"hello", "cannot be read"),
+                                ("cut.safetensors", b"\x08\0\0\0", "cannot be read")]:
+        if content is not None:
+            Path(name).write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            import_codec(kind, Path(name), Path("codec"))
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(UserError, match="holds no names with tensors"):
+        import_codec(kind, Path("list.pt"), Path("codec"))
+    assert not Path("was-run").exists() and not Path("codec").exists()
+
+
+@pytest.mark.parametrize("opcodes", [
+    b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # bytearray(2**31 - 1)
+    b"]" + b"]a" * 1_000_000 + b"."], ids=["one object", "many objects"])
+def test_a_pickle_may_not_fill_the_memory_nor_read_without_end(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opcodes: bytes) -> None:
+    file = tmp_path / "small.pth"
+    torch.save({}, file)
+    with zipfile.ZipFile(file) as read:
+        members = {name: read.read(name) for name in read.namelist()}
+    with zipfile.ZipFile(file, "w") as out:
+        for name, content in members.items():
+            out.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
+    monkeypatch.setattr(published, "_LOADING_S", 0.05)
+    with pytest.raises(UserError, match="takes more memory or time"):
+        import_codec("ta-tok", file, tmp_path / "codec")
+
+
+@pytest.mark.parametrize("kind", ["spread", "sparse", "compressed"])
+def test_tensors_that_are_larger_than_their_file_are_refused(tmp_path: Path, kind: str) -> None:
+    """A file of some kilobytes would fill the memory."""
+    file = tmp_path / "small.pth"
+    many = {"spread": torch.zeros(1, dtype=torch.float16).expand(1 << 40),
+            "sparse": torch.zeros(1 << 20).to_sparse(), "compressed": torch.zeros(1 << 20)}[kind]
+    torch.save({"a": many}, file)
+    if kind == "compressed":
+        with zipfile.ZipFile(file) as read:
+            members = {name: read.read(name) for name in read.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
+            for name, content in members.items():
+                out.writestr(name, content)
+    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "not numbers that it"):
+        import_codec("ta-tok", file, tmp_path / "codec")
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    """Have a package of others be installed, for this test."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        above = ".".join(parts[:i])
+        if above not in sys.modules:
+            monkeypatch.setitem(sys.modules, above, ModuleType(above))
+    for key, value in content.items():
+        monkeypatch.setattr(sys.modules[name], key, value, raising=False)
+
+
+@dataclass
+class ModelConfig:
+    """s3tokenizer's."""
+
+    n_mels: int = 128
+    n_audio_ctx: int = 1500
+    n_audio_state: int = 1280
+    n_audio_head: int = 20
+    n_audio_layer: int = 6
+    n_codebook_size: int = 3**8
+
+
+class S3TokenizerV2(nn.Module):
+    """s3tokenizer's, with its outermost names: two convolutions of stride 2, and its quantiser."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        super().__init__()
+        assert "v2" in name
+        width = config.n_audio_state
+        self.encoder = nn.Module()
+        self.encoder.conv1 = nn.Conv1d(config.n_mels, width, 3, stride=2, padding=1)
+        self.encoder.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.encoder.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(config.n_audio_layer))
+        self.quantizer = nn.Module()
+        self.quantizer._codebook = nn.Module()
+        self.quantizer._codebook.project_down = nn.Linear(width, 8)
+
+    @torch.inference_mode()
+    def quantize(self, mel: torch.Tensor, mel_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert int(mel_len) <= 3000
+        x = self.encoder.conv2(F.gelu(self.encoder.conv1(mel))).transpose(1, 2)
+        h = (self.quantizer._codebook.project_down(x).tanh() * 0.9990000128746033).round() + 1
+        return (h * 3 ** torch.arange(8.0)).sum(-1).int(), torch.tensor([x.shape[1]])
+
+
+def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 128, padding: int = 0) -> torch.Tensor:
+    """s3tokenizer's, in its shape alone."""
+    return audio.view(-1, 160)[:, :n_mels].T * 20
+
+
+def test_cosyvoice_2_is_heard_by_s3tokenizers_network(tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = S3TokenizerV2("speech_tokenizer_v2_25hz", ModelConfig(80, 1500, 64, 1, 2))
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"needs the package s3tokenizer .*`pip install s3tokenizer`"):
+        import_codec("cosyvoice2", tmp_path / "weights.safetensors", tmp_path / "codec")
+    module(monkeypatch, "s3tokenizer.model_v2", ModelConfig=ModelConfig, S3TokenizerV2=S3TokenizerV2)
+    module(monkeypatch, "s3tokenizer.utils", log_mel_spectrogram=log_mel_spectrogram,
+           onnx2torch=lambda path, out, verbose: network.state_dict())
+    import_codec("cosyvoice2", tmp_path / "weights.safetensors", tmp_path / "codec")
+    codec = open_codec(tmp_path / "codec")
+    sound = torch.rand(16_000 * 31, generator=torch.Generator().manual_seed(1)) - 0.5
+    ids = codec.encode(sound)
+    assert (len(ids), ids.dtype, codec.codebook_size) == (31 * 25, torch.int64, 6561)
+    frames = log_mel_spectrogram(sound[:640 * 7], 80)[None]
+    assert torch.equal(codec.encode(sound[:640 * 7]), network.quantize(frames, torch.tensor([28]))[0][0])
+    assert [len(codec.encode(sound[:n])) for n in (0, 1, 640, 641)] == [0, 1, 1, 2]
+    assert torch.equal(codec.embed(ids), LevelQuantiser((3,) * 8).embed(ids))
+    (tmp_path / "speech_tokenizer_v2.onnx").write_bytes(b"")
+    import_codec("cosyvoice2", tmp_path / "speech_tokenizer_v2.onnx", tmp_path / "again")
+    assert torch.equal(open_codec(tmp_path / "again").encode(sound[:3000]), codec.encode(sound[:3000]))
+
+
+NEMO_MODULE = "nemo.collections.tts.modules.audio_codec_modules"
+NEMO = {"sample_rate": 16_000, "samples_per_frame": 640, "levels": 5,
+        "audio_encoder": {"_target_": f"{NEMO_MODULE}.HiFiGANEncoder"}}
+
+
+class AudioCodecModel(nn.Module):
+    """NeMo's, with its signatures: keywords alone, tokens [batch, codebooks, frames]."""
+
+    def __init__(self, cfg: dict[str, Any]) -> None:
+        super().__init__()
+        assert "train_ds" not in cfg
+        assert cfg["discriminator"] is None and cfg["use_scl_loss"] is False  # each would download networks
+        self.sample_rate, self.samples_per_frame = cfg["sample_rate"], cfg["samples_per_frame"]
+        self.audio_encoder = nn.Linear(640, cfg.get("width", 1))
+        self.vector_quantizer = nn.Module()
+        if "books" in cfg:  # GroupFiniteScalarQuantizer; FiniteScalarQuantizer has no such number
+            self.vector_quantizer.num_groups = cfg["books"]
+        self.vector_quantizer.codebook_size = cfg["levels"]
+
+    def encode(self, *, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        filled = F.pad(audio, (0, -audio.shape[1] % 640)).view(1, -1, 640)
+        tokens = (self.audio_encoder(filled)[..., 0].sigmoid() * 5).floor().int()
+        return tokens[:, None], torch.tensor([tokens.shape[1]])
+
+    def dequantize(self, *, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tokens[:, 0].float(), -tokens[:, 0].float()], dim=1)
+
+
+def nemo_file(path: Path, config: Any, weights: Any, folder: str = "./") -> Path:
+    """Write a .nemo archive."""
+    raw = io.BytesIO()
+    torch.save(weights, raw)
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("model_config.yaml", yaml.safe_dump(config).encode()),
+                              ("model_weights.ckpt", raw.getvalue())):
+            info = tarfile.TarInfo(f"{folder}{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_nemos_codec_is_heard_by_nemos_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = AudioCodecModel({**NEMO, "discriminator": None, "use_scl_loss": False})
+    trained = {"train_ds": {"_target_": "os.system"}, "discriminator": {"_target_": "a.Discriminator"},
+               "use_scl_loss": True}
+    file = nemo_file(tmp_path / "codec.nemo", {**NEMO, **trained},
+                     {**network.state_dict(), "discriminator.first.weight": torch.ones(1)}, "../../")
+    with pytest.raises(UserError, match=r"needs NeMo .*`pip install nemo-toolkit\[tts\]`"):
+        import_codec("nemo-audio", file, tmp_path / "codec")
+    module(monkeypatch, "nemo.collections.tts.models", AudioCodecModel=AudioCodecModel)
+    module(monkeypatch, "omegaconf", OmegaConf=type("OmegaConf", (), {"create": staticmethod(dict)}))
+    import_codec("nemo-audio", file, tmp_path / "codec")
+    codec = open_codec(tmp_path / "codec")
+    sound = torch.rand(16_000 * 31 + 5, generator=torch.Generator().manual_seed(1)) - 0.5
+    ids = codec.encode(sound)
+    expected, _ = network.encode(audio=sound[None], audio_len=torch.tensor([len(sound)]))
+    assert torch.equal(ids, expected[0, 0].long())
+    assert (codec.codebook_size, codec.samples_per_token, codec.width) == (5, 640, 2)
+    assert torch.equal(codec.embed(ids), torch.stack([ids.float(), -ids.float()], dim=1))
+    many = nemo_file(tmp_path / "many.nemo", {**NEMO, "books": 8}, network.state_dict())
+    with pytest.raises(UserError, match="has 8 codebooks, where a token is one number"):
+        import_codec("nemo-audio", many, tmp_path / "other")
+    large = nemo_file(tmp_path / "large.nemo", {**NEMO, "width": 900_000}, network.state_dict())
+    with pytest.raises(UserError, match="its configuration asks for 576,000,000 numbers in 1 tensors"):
+        import_codec("nemo-audio", large, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"audio_encoder": {"_target_": "os.system", "command": "touch was-run"}},
+     "config.audio_encoder._target_ = 'os.system': names no network of NeMo's for speech"),
+    ({"a": [{"_target_": "nemo.collections.tts.modules.x.download"}]}, "config.a.0._target_"),
+    ({"a": {"_target_": f"{NEMO_MODULE}.torch.ctypes.util.subprocess.Popen"}}, "config.a._target_"),
+    ({"a": {"_target_": f"{NEMO_MODULE}.SLMDiscriminator"}}, "config.a._target_"),
+    ({"audio_encoder": {"cls": "subprocess.Popen", "params": {"args": "id"}}}, "config.audio_encoder.cls"),
+    ({"params": {"use_scl_loss": True}}, "config.params"),
+    ({"a": {"_target_": ["os", "system"]}}, "config.a._target_"),
+    ({"b": "oc.env", "a": "${${b}:HOME}"}, "config.a = '${${b}:HOME}': would be looked up"),
+    ({"a": {"_target_": [[[["x"] * 9] * 9] * 9]}}, "config.a._target_ = a list"),
+    ({"a": {"width": 10**7}}, "config.a.width = 10000000: is no number of a codec"),
+    ({"a": {"rate": float("nan")}}, "config.a.rate = nan: is no number"),
+    ({"a": "${oc.env:HOME}"}, "config.a = '${oc.env:HOME}': would be looked up outside of the file"),
+    ([1], "is no object of settings")])
+def test_a_configuration_that_calls_something_else_is_refused(tmp_path: Path, config: Any, said: str) -> None:
+    file = nemo_file(tmp_path / "evil.nemo", config, {})
+    with pytest.raises(UserError, match=re.escape(said)):
+        import_codec("nemo-audio", file, tmp_path / "codec")
+
+
+def test_a_folder_with_a_discriminator_is_refused() -> None:
+    found = list(config_problems({**NEMO, "discriminator": {}, "use_scl_loss": True}))
+    assert len(found) == 1 and "config.use_scl_loss: belongs to training" in found[0]
+
+
+def test_an_archive_that_is_none_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.nemo").write_bytes(b"hello")
+    nemo_file(Path("evil.nemo"), NEMO, {"a": Evil()})
+    with tarfile.open("empty.nemo", "w"):
+        pass
+    name = tarfile.TarInfo("x")
+    name.type, name.size = tarfile.XHDTYPE, 1 << 32
+    Path("names.nemo").write_bytes(name.tobuf())
+    Path("bent.nemo").write_bytes(gzip.compress(b"\0" * 9999)[:12] + b"\xff" * 99)
+    for name, said in [("text.nemo", "cannot be read as a .nemo file"), ("none.nemo", "cannot be read as"),
+                       ("empty.nemo", "has no model_config.yaml"), ("bent.nemo", "cannot be read as"),
+                       ("names.nemo", "a header of 4,294,967,296"),
+                       ("evil.nemo", "without running what it holds")]:
+        with pytest.raises(UserError, match=said):
+            import_codec("nemo-audio", Path(name), Path("codec"))
+    assert not Path("was-run").exists()
+
+
+def test_a_siglip_sees_frozen_while_a_tokenizer_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    published = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=20,
+        patch_size=6)).eval()
+    published.save_pretrained(tmp_path / "siglip")
+    state = {f"vision_model.{name}": tensor for name, tensor in published.state_dict().items()}
+    save_file(state, tmp_path / "siglip" / "model.safetensors")
+    siglip, side = siglip_settings(tmp_path / "siglip")
+    assert (siglip, side) == (SiglipSettings(6, 16, 24, 2, 2), 20)
+    settings = SimVQSettings(20, 3, 16, 1, 2, 4, 16, siglip)
+    assert settings.problems() == []
+    network = SimVQTokenizer(settings)
+    load_siglip(network.encoder, tmp_path / "siglip")
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 3, 20, 20), dtype=np.uint8)
+    task = ImageTokenizerTask(network, Learning(batch_size=4, warmup_steps=0), pictures, pictures)
+    before = network.to_code.weight.clone()
+    task.learn(1)
+    seen = torch.from_numpy(pictures).float() / 255
+    states = published(seen * 2 - 1, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(network.encoder(seen), states)
+    assert not torch.equal(network.to_code.weight, before)
+    assert network.reconstruct(network.encode(seen)).shape == (8, 3, 20, 20)
+    save_codec(tmp_path / "codec", "simvq", network)
+    assert torch.equal(open_codec(tmp_path / "codec").encode(seen), network.encode(seen))
+    save_file({"vision_model.head.probe": torch.zeros(1)}, tmp_path / "siglip" / "model.safetensors")
+    with pytest.raises(UserError, match="are not those of the SigLIP"):
+        load_siglip(network.encoder, tmp_path / "siglip")
+    for content in ("", "[]", '{"model_type": "clip"}', '{"model_type": "siglip", "image_size": -1}',
+                    "[" * 9999):
+        (tmp_path / "siglip" / "config.json").write_text(content)
+        with pytest.raises(UserError, match="is not the configuration of a SigLIP"):
+            siglip_settings(tmp_path / "siglip")
