@@ -11,7 +11,10 @@ from __future__ import annotations
 import re
 
 from megatron_sov.base.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS
-from megatron_sov.base.documents import Message
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_sov.base.documents import Message
 
 KIND = "kind"
 """Column of chats: what each token is learned as."""

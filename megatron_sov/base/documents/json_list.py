@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sov.base.documents.messages import BadRecord
 
-_BLOCK_BYTES = 1 << 20
+_LIST_BLOCK_BYTES = 1 << 20
 _ESCAPE_CHARS = 16
 """An error so near to the end of what is read may be of something that is not read to its end."""
 
@@ -91,7 +91,7 @@ class _ByteWindow:
 
     def _grow(self) -> None:
         """Read on, at least so much as is held: an item is begun again a few times only."""
-        left = max(_BLOCK_BYTES, len(self._text) - self.at)
+        left = max(_LIST_BLOCK_BYTES, len(self._text) - self.at)
         parts = [self._text[self.at:]]
         try:
             while left > 0 and not self._is_whole:

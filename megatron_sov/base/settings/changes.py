@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from megatron_sov.base.settings.problem import ProblemCode, SettingsError, SettingsProblem, cut
 from megatron_sov.base.settings.reading import Instead, fields_of, hint_below, no_other, plain, read, unknown
 
-S = TypeVar("S")
+C = TypeVar("S")
 _WORDS = {"True": True, "False": False, "None": None}
 _MAX_WHOLE = 1e19
 
@@ -80,8 +80,8 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
     return found
 
 
-def change(settings: S, given: Iterable[str], option: str = "--set", *,
-           instead: Instead = no_other, rules: bool = True) -> S:
+def change(settings: C, given: Iterable[str], option: str = "--set", *,
+           instead: Instead = no_other, rules: bool = True) -> C:
     """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``.
 
     Args:

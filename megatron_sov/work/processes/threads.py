@@ -15,7 +15,7 @@ from megatron_sov.base.errors import StopRequested
 from megatron_sov.work.processes.children import FORWARDED
 
 Work = TypeVar("Work")
-Result = TypeVar("Result")
+ThreadResult = TypeVar("Result")
 AHEAD = 2
 """Items that wait for a thread, for each thread: little is read before it is needed."""
 _LOOK_S = 0.5
@@ -65,9 +65,9 @@ class StopSignal:
         self.ask(f"{signal.Signals(number).name} came; the same command goes on")
 
 
-def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
+def in_threads(do: Callable[[Work], ThreadResult], items: Iterable[Work], threads: int,
                stop: StopSignal | None = None
-               ) -> Generator[Result, None, None]:
+               ) -> Generator[ThreadResult, None, None]:
     """Yield what comes of items as they are done.
 
     The first that fails ends it, as a stop does: none is begun any more, what is under way is waited for and
@@ -84,7 +84,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
         Exception: of the first item that failed.
     """
     stop = stop or StopSignal()
-    under_way: set[Future[Result]] = set()
+    under_way: set[Future[ThreadResult]] = set()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
@@ -105,7 +105,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
             raise
 
 
-def _done(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
+def _done(under_way: set[Future[ThreadResult]], stop: StopSignal) -> Iterator[Result]:
     """Yield what has come of some, which are under way no longer."""
     done, _ = wait(under_way, _LOOK_S, FIRST_COMPLETED)
     stop.check()
