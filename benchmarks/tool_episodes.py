@@ -24,9 +24,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sov.base.chat.encode import ChatEncoder
+from megatron_sov.base.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.base.chat.template import ChatTemplate
-from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.limits import EpisodeLimits
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, play

@@ -20,7 +20,7 @@ from data_prep.media.units import (
     BAD, KIND, RECORDS, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan)
 from megatron_sov.base.artifacts import (
     MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing)
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (

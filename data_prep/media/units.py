@@ -21,7 +21,7 @@ from data_prep.media.encoder import (
     TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, Medium, MessagePart, UnitBanks, parse_record)
 from data_prep.media.settings import CALL, STOP, MediaSettings
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import UserError

@@ -12,8 +12,8 @@ from annotated_types import Le
 
 from megatron_sov.base.artifacts import (
     damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
-from megatron_sov.base.chat.media_marks import DIGITS, MARKS, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, MEDIA, VocabularyBlock, described
+from megatron_sov.base.chat.media_tokens import (
+    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, described, entry)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, add_options, only_with, read_options)

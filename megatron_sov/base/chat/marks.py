@@ -16,7 +16,10 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sov.base.documents import Message
 
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
@@ -208,3 +211,60 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         return "".join(parts)
 
     return decode
+
+
+KIND = "kind"
+"""Column of chats: what each token is learned as."""
+KIND_NONE, KIND_THOUGHT, KIND_CALL, KIND_ANSWER = 0, 1, 2, 3
+"""What a token can be learned as: nothing, since no learned turn holds it, or a part of one."""
+KINDS = {"thought": KIND_THOUGHT, "call": KIND_CALL, "answer": KIND_ANSWER}
+"""Name in events and the report -> kind."""
+_END_TAG = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[/?[A-Z_]{1,60}\])")
+# a template may have opened the thoughts that a turn begins with
+_THOUGHT = (f"(?P<thought>\\A(?:(?!{BEGIN_THOUGHTS}).)*?{END_THOUGHTS}|"
+            f"{BEGIN_THOUGHTS}.*?(?:{END_THOUGHTS}|\\Z))")
+_CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
+
+
+def kinds_of_turn(text: str, message: Message) -> bytes:
+    """Return the kind of each character of a learned turn.
+
+    Args:
+        text: the turn as the template shows it, or the content of a message that is nothing else.
+        message: what it shows.
+    """
+    answer = _end_of_thoughts(text, message.reasoning.strip())
+    content = message.content.strip()
+    place = text.find(content, answer)
+    calls = _begin_of_calls(text, message, place + len(content) if place >= 0 else answer)
+    said = text[answer:calls]
+    return (bytes([KIND_THOUGHT]) * answer + _spelled(said, message)
+            + bytes([KIND_CALL]) * (len(text) - answer - len(said)))
+
+
+def _end_of_thoughts(text: str, thoughts: str) -> int:
+    """Return where a turn goes on behind its thoughts and the tag that ends them; 0 where it shows none."""
+    begin = text.find(thoughts) if thoughts else -1
+    if begin < 0:
+        return 0
+    end = begin + len(thoughts)
+    tag = _END_TAG.match(text, end)
+    return tag.end() if tag else end
+
+
+def _begin_of_calls(text: str, message: Message, behind: int) -> int:
+    """Return where the calls of a turn begin: behind what it says; its end where it has none, or they are
+    not shown there."""
+    names = [call["function"]["name"] for call in message.tool_calls]
+    return behind if names and text.find(names[0], behind) >= 0 else len(text)
+
+
+def _spelled(said: str, message: Message) -> bytes:
+    """Return the kinds of what is said, in which a message without thoughts or calls of its own may spell
+    them; a call inside of thoughts is a thought, and the other way round."""
+    found = bytearray([KIND_ANSWER]) * len(said)
+    sought = [*([] if message.reasoning.strip() else [_THOUGHT]), *([] if message.tool_calls else [_CALL])]
+    for part in re.finditer("|".join(sought), said, re.DOTALL) if sought else ():
+        begin, end = part.span()
+        found[begin:end] = bytes([KINDS[str(part.lastgroup)]]) * (end - begin)
+    return bytes(found)

@@ -21,7 +21,7 @@ from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import behind_links
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, parse_nested
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of

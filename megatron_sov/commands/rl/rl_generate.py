@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import ExitCode, UserError, list_problems
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
 from megatron_sov.base.warning import warn
@@ -252,7 +252,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     Raises:
         UserError: a prompt is too long, or the model has no chat template.
     """
-    from megatron_sov.base.chat.turns import TurnEncoder
+    from megatron_sov.base.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.responses import Episodes, ResponseSource

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
-from megatron_sov.base.chat import media_marks as marks
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
+from megatron_sov.base.chat import media_tokens as marks
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn

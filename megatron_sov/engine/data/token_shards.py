@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.chat.kinds import KIND
+from megatron_sov.base.chat.marks import KIND
 from megatron_sov.base.documents.routes import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
 from megatron_sov.judge.rewards.registry import BUILT_IN, MadeReward, build
 from megatron_sov.judge.rewards.reward import Result, Reward, Row, agreeing, judged

@@ -16,9 +16,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import (

@@ -105,7 +105,7 @@ def in_threads(do: Callable[[Work], ThreadResult], items: Iterable[Work], thread
             raise
 
 
-def _done(under_way: set[Future[ThreadResult]], stop: StopSignal) -> Iterator[Result]:
+def _done(under_way: set[Future[ThreadResult]], stop: StopSignal) -> Iterator[ThreadResult]:
     """Yield what has come of some, which are under way no longer."""
     done, _ = wait(under_way, _LOOK_S, FIRST_COMPLETED)
     stop.check()

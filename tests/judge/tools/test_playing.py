@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.limits import EpisodeLimits

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, RATIOS, entries, entry, spelled
-from megatron_sov.base.chat.media_vocabulary import (
-    AUDIO, IMAGE, VIDEO, VocabularyBlock, described, read_blocks)
+from megatron_sov.base.chat.media_tokens import (
+    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, RATIOS, VIDEO, VocabularyBlock, described, entries, entry,
+    read_blocks, spelled)
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape, open_bank, read_shapes
 from megatron_sov.omni.media.data_codecs import CORPUS, codecs_of, refuse_other_codecs
