@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from megatron_sov.base.documents import Document, LeftOut
-from megatron_sov.base.documents.columns import BUCKET_NAME, is_float32
+from megatron_sov.base.documents.records import BUCKET_NAME, is_float32
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import (
     LoadedPlugin, PluginCode, is_reference, load, recording_reads, telling)

@@ -18,7 +18,7 @@ from data_prep.shards.token_artifact import (
     shards_of)
 from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.chat.marks import KIND_NONE, KINDS
-from megatron_sov.base.documents.routes import ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from megatron_sov.omni.media.banks import MEDIA

@@ -31,8 +31,8 @@ from data_prep.synth.options import SynthOptions, duration_s
 from data_prep.synth.templates import PROMPTS, PromptTemplate, load_prompts
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
+from megatron_sov.base.errors import (
+    ExitCode, StopRequested, UserError, list_problems, told_in_a_line, visible)
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, problems_of, read)

@@ -200,7 +200,6 @@ def _shown(message: str) -> str:
     """Return a message without control characters: names of files, and what files hold, are of strangers."""
     if message.replace("\n", "").isprintable():
         return message
-    from megatron_sov.base.documents.visible import visible  # slow, and needed by hardly any message
 
     return visible(message)
 

@@ -8,9 +8,39 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
+
+_KEPT = {"\n", "\t"}
+_SHOWN = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))
+          if chr(code) not in _KEPT}
+"""Character -> its escape, e.g. \\x1b; C0 and C1 begin sequences that move the cursor or rename windows."""
+
+
+def visible(text: str) -> str:
+    """Return text in which every control character but line feed and tab is its escape."""
+    return text.translate(_SHOWN)
+
+
+Record = Callable[..., None]
+"""Writes an event: `record(name, **fields)`, as `EventLog.write` does."""
+
+
+def warn(text: str, record: Record | None = None, event: str = "warning", **fields: Any) -> None:
+    """Say something on standard error, and record it.
+
+    Args:
+        text: what is to be known, in words.
+        record: writes the event; None: it is only said.
+        event: name of the event, which gets `text` beside its fields.
+        fields: what else it tells, such as `step`.
+    """
+    # one write: lines of other processes must not come in between
+    print(f"warning: {text}\n", end="", file=sys.stderr, flush=True)
+    if record is not None:
+        record(event, **fields, text=text)
 
 
 class ExitCode(IntEnum):

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.rows import check_rows, parse_row, read_lines
-from megatron_sov.base.documents.strict_json import json_line
+from megatron_sov.base.documents.rows import check_rows, json_line, parse_row, read_lines
 from megatron_sov.base.errors import ExitCode, UserError, told_in_a_line
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.plugins import registry

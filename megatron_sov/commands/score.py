@@ -11,8 +11,7 @@ from typing import Annotated
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.rows import check_rows
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Flag, add_options, parse_nested, read_options
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.base.documents import KINDS, ROLLOUTS
-from megatron_sov.base.documents.columns import column_problems
+from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry, check_methods, takes

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.base.warning import warn
 from megatron_sov.engine import convert
 from megatron_sov.engine.data.media_shards import banks_of, media_of
 from megatron_sov.engine.data.token_shards import Documents, Source

@@ -23,7 +23,7 @@ from data_prep.curate.pipeline.plan import (
 from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
-from megatron_sov.base.documents.strict_json import changed_values
+from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.sealed import read_json, try_read_json

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.unspaced import HANGUL_OF_RUNS, OF_RUNS, code_points
+from megatron_sov.base.documents.scripts import HANGUL_OF_RUNS, OF_RUNS, code_points
 
 WORDS = 10
 """Of a run."""

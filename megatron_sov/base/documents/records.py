@@ -4,15 +4,203 @@ prompt), or a prompt."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sov.base.documents.columns import read_bucket, read_columns, read_tags
-from megatron_sov.base.documents.layouts import KTO_TAG, LABEL, own_fields, refuse_media
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
-    refuse_other_types, without_nulls)
+    refuse_other_types, sharegpt_messages, without_nulls)
+
+COLUMN_NAME = re.compile(r"[a-z_]+")
+BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
+TAG_VALUE = re.compile(r"[\w.:+-]{1,60}")
+"""What a tag may be, such as domain:law; no sign among them is one of a pattern."""
+RESERVED = ("bin", "extra", "idx", "kind", "loss", "routes", "type")
+"""Endings of the other files of a shard."""
+LARGEST = 3.4028234663852886e38
+"""Of float32."""
+
+
+def column_problems(names: Iterable[str]) -> list[str]:
+    """Return one sentence for each name that no column can have."""
+    names = list(names)
+    problems = [f"{name!r} cannot name a column (letters a-z and '_', and none of {', '.join(RESERVED)})"
+                for name in names if not COLUMN_NAME.fullmatch(name) or name in RESERVED]
+    return problems + [f"{name!r} is given {names.count(name)} times"
+                       for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def read_columns(record: Mapping[str, Any], names: Iterable[str],
+                 num_sequences: int) -> dict[str, tuple[float, ...]]:
+    """Return column -> its number for each sequence of a record.
+
+    Args:
+        record: has a field for each column: a number, or a list with one for each sequence.
+        names: the columns.
+        num_sequences: 2 for a preference (chosen, rejected), else 1.
+
+    Raises:
+        BadRecord: a field is missing, or holds something else.
+    """
+    return {name: _numbers(record, name, num_sequences) for name in names}
+
+
+def read_bucket(record: Mapping[str, Any], field: str) -> str:
+    """Return the value of a record's field as the name of a bucket.
+
+    Raises:
+        BadRecord: the field is missing, or its value is no name.
+    """
+    value = record.get(field)
+    name = str(value) if isinstance(value, (str, int)) else ""
+    if not BUCKET_NAME.fullmatch(name):
+        raise BadRecord("fields", f"has {str(value)[:40]!r} in field {field!r}, by which --bucket-by sorts; "
+                                  "must be a name of letters, digits, '.', '_', '-', or a whole number")
+    return name
+
+
+def tag_value(value: Any) -> str | None:
+    """Return how a value is written as a tag, `True` as "true"; None: it is none."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if isinstance(value, (str, int)) and TAG_VALUE.fullmatch(text) else None
+
+
+def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the value of each of these fields as a tag; "" where the record has none.
+
+    A record of `sov-data synth` has its provenance in the field `synthetic`, which says that it is.
+
+    Raises:
+        BadRecord: a value cannot be one.
+    """
+    found = []
+    for name in names:
+        value = record.get(name)
+        if name == "synthetic" and isinstance(value, dict):
+            value = True
+        tag = "" if value is None or value == "" else tag_value(value)
+        if tag is None:
+            raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, which --tag names; must "
+                                      "be a word of letters, digits, '.', ':', '+', '_', '-', a whole "
+                                      "number, true or false")
+        found.append(tag)
+    return tuple(found)
+
+
+def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
+    if name not in record:
+        raise BadRecord("fields", f"has no field {name!r}, which --column names "
+                                  f"(fields: {', '.join(record) or 'none'}); add it")
+    value = record[name]
+    values = value if isinstance(value, list) else [value] * num_sequences
+    if len(values) != num_sequences or not all(map(is_float32, values)):
+        wanted = "a number" if num_sequences == 1 else f"a number or a list of {num_sequences}"
+        raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, must be {wanted} that float32 "
+                                  "holds, for --column")
+    return tuple(map(float, values))
+
+
+def is_float32(value: Any) -> bool:
+    """Return whether a value is a finite number that float32 holds."""
+    # a comparison, since a whole number of 400 digits has no float that could be asked whether it is finite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+LABEL = "label"
+"""Field of a judged response, true or false: whether it is a good one."""
+KTO_TAG = "kto_tag"
+"""LLaMA-Factory's name for it."""
+ALPACA = ("instruction", "input", "output", "system", "history")
+"""Fields of an Alpaca record: a question in two parts, its answer, and what comes before."""
+CHATS = ("messages", "conversations")
+SIDES = ("chosen", "rejected")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+"""Fields in which other tools keep pictures, sounds and videos beside a text that names them."""
+FOREIGN = (*ALPACA, *MEDIA, KTO_TAG, LABEL)
+"""Fields that decide how a record is read, beside those of messages."""
+
+
+def own_fields(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """Return a record with the fields that are read here.
+
+    Args:
+        record: of any layout; one that is known already is returned as it is.
+        kind: what it is read as, one of `KINDS`; None: by its fields.
+
+    Raises:
+        BadRecord: a field of the layout has another type than it should.
+    """
+    if is_alpaca(record):
+        record = _of_alpaca(record, kind)
+    if isinstance(record.get(KTO_TAG), bool) and kind != "prompt":
+        record = {LABEL: record[KTO_TAG], **_without(record, (KTO_TAG,))}
+    chat = _chat_name(record)
+    if kind is not None and chat is not None and all(isinstance(record.get(side), dict) for side in SIDES):
+        sides = {side: sharegpt_messages([record[side]], side) for side in SIDES}
+        record = {"prompt": sharegpt_messages(record[chat], chat), **sides,
+                  **_without(record, (chat, "prompt", *SIDES))}
+    return record
+
+
+def split_response(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a judged chat as a prompt with its completion, the last message; others are returned as they
+    are."""
+    chat = _chat_name(record)
+    if chat is None or "prompt" in record or LABEL not in record:
+        return record
+    messages = sharegpt_messages(record[chat], chat)
+    return {"prompt": messages[:-1], "completion": messages[-1:], **_without(record, (chat,))}
+
+
+def is_alpaca(record: Mapping[str, Any]) -> bool:
+    """Return whether a record, or a table with such columns, is one of Alpaca's."""
+    return "instruction" in record and not {"prompt", *CHATS} & record.keys() and (
+        "output" in record or {*SIDES} <= record.keys() or "input" in record)
+
+
+def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
+    """Refuse pictures, sounds and videos beside a text: they would be left out without a word.
+
+    Raises:
+        BadRecord: there are such.
+    """
+    for name in MEDIA:
+        value = record.get(name)
+        # a prompt's other fields are the reward's: a name alone may well be that of a container
+        if value and isinstance(value, (list, dict, bytes) if is_prompt else (list, dict, bytes, str)):
+            raise BadRecord("media", f"has {name!r}, and what is packed here is text; turn such records into "
+                                     "tokens with `sov-data encode-media` first, or remove the field")
+
+
+def _of_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    for name in ALPACA[:3]:
+        if record.get(name) is not None and not isinstance(record[name], str):
+            raise BadRecord("fields", f"{name!r} is {str(record[name])[:40]!r}, must be a string")
+    asked = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    before: list[dict[str, Any]] = []
+    for i, pair in enumerate(record.get("history") or []):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise BadRecord("fields", f"history[{i}] is {str(pair)[:40]!r}, must be a question and its "
+                                      "answer")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    prompt = [*before, {"role": "user", "content": asked}]
+    if record.get("output") is None or kind == "prompt":  # whose other fields are the reward's
+        return {"prompt": prompt, **_without(record, ("instruction", "input", "history"))}
+    others = _without(record, ("instruction", "input", "output", "history"))
+    if before and kind == "chat" and not isinstance(record.get(KTO_TAG), bool):  # its answers are learned
+        return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **others}
+    return {"prompt": prompt, "completion": record["output"], **others}
+
+
+def _chat_name(record: Mapping[str, Any]) -> str | None:
+    return next((name for name in CHATS if isinstance(record.get(name), list) and record[name]), None)
+
+
+def _without(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in names}
+
 
 KINDS = ("text", "chat", "preference", "prompt")
 ROLLOUTS = "rollouts"

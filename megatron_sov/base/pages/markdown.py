@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import visible
 
 MAX_ROWS = 50
 MAX_CHARS = 2_000

@@ -1,7 +1,6 @@
 """Settings, declared once and read in one way: frozen dataclasses whose types carry the bounds, one reader
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
-from megatron_sov.base.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.base.settings.options import (
     NO_FLAG, Actions, Flag, add_actions, add_options, num_cores, options_of, read_options, run_action)
 from megatron_sov.base.settings.problem import (
@@ -10,7 +9,9 @@ from megatron_sov.base.settings.problem import (
     find_broken, multiple_of, name_options, not_with, one_of, only_with, other_than)
 from megatron_sov.base.settings.reading import (
     check, find_problems, place_of, plain, problems_of, read, read_arguments, rules_of)
-from megatron_sov.base.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
+from megatron_sov.base.settings.sources import (
+    Located, Place, assign_all, change, parse_changes, parse_nested, read_file, read_located, read_text,
+    read_yaml)
 
 __all__ = [
     "NO_FLAG",

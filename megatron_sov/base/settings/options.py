@@ -29,9 +29,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from megatron_sov.base.errors import DryRun
-from megatron_sov.base.settings.changes import parse_value
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_problems, hints_of, rules_of
+from megatron_sov.base.settings.sources import parse_value
 
 MAX_FILES = 10_000
 """Of a folder that are counted; on a shared disk each costs a question."""

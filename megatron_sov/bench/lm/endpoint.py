@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.settings import OTHER_MODEL, EndpointModel, EndpointSettings
 from megatron_sov.infer.request import LENGTH, STOP

@@ -18,8 +18,7 @@ from megatron_sov.base.digests import file_digest, fingerprint
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.outputs import behind_links
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, parse_nested

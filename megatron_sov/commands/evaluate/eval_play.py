@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, StopRequested, UserError
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.bench.lm.settings import (

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.errors import ExitCode, UserError, list_problems
+from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
-from megatron_sov.base.warning import warn
 from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.engine.data.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, visible, warn
 from megatron_sov.base.settings import Flag, NotNegative, add_options, read_options
-from megatron_sov.base.warning import warn
 from megatron_sov.commands.reward_options import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.judge.rollouts.prompts import rounds_between
 from megatron_sov.model.config.rollout import RolloutConfig

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.judge.rollouts.prompts import rounds_between

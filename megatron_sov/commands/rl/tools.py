@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import new_artifact, refuse_existing, write_output
 from megatron_sov.base.chat.encode import TurnEncoder
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (

@@ -16,8 +16,7 @@ from megatron_sov.base.artifacts import FileRecord, atomic_write, manifest_sha25
 from megatron_sov.base.chat import media_tokens as marks
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.digests import fingerprint
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.engine.convert.changed_values import (
     KEEP, check_dtype_name, check_space, converted, exported_dtype)

@@ -21,9 +21,8 @@ from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
 from megatron_sov.base.chat.folder import read_chat_encoder
 from megatron_sov.base.digests import fingerprint
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.base.warning import warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS
 from megatron_sov.engine.convert.changed_values import (
     KEEP, check_dtype_name, check_space, converted, planned_dtype)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.rows import read_rows
-from megatron_sov.base.documents.strict_json import json_line
+from megatron_sov.base.documents.rows import json_line, read_rows
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.registry import MadeReward
 from megatron_sov.judge.rewards.reward import Result, Row

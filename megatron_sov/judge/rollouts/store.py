@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.judge.rollouts import columns
 from megatron_sov.judge.rollouts.rows import (
     Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)

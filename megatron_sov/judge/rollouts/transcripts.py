@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import visible
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.judge.rollouts.rows import LENGTH, RewardRow, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore

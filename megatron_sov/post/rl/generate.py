@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.parallel.world import on_first

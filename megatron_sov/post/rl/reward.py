@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import parse_nested
-from megatron_sov.base.warning import warn
 from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order

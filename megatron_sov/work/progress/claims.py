@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.work.processes.process_identity import has_ended, identity
 
 POLL_S = 5.0

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, new_file, to_json
-from megatron_sov.base.documents.strict_json import changed_values
+from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.locks import LOCK, holding

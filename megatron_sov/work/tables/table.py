@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, is_held,
     manifest_sha256, new_artifact, read_manifest, rename_unless_taken, to_json)
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_nowhere
-from megatron_sov.base.warning import warn
 
 if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted without it
     import pyarrow as pa

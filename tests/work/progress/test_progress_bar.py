@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.runs.obs.figures import duration, figure, large, number, size
 from megatron_sov.work.progress import progress_bar, work_bar
