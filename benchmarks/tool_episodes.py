@@ -30,8 +30,7 @@ from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, r
 from megatron_sov.judge.tools.limits import EpisodeLimits
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, play
 from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import RECORDS, open_journal
+from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (

@@ -26,9 +26,9 @@ from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, add_options, as_problem, read_options)
 from megatron_sov.omni.media.banks import KINDS, MEDIA, BankShape, open_bank
-from megatron_sov.work.progress.folders import slurm_folder, work_folder
-from megatron_sov.work.progress.parts import begin_parts, open_parts, part_folder
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.journal import slurm_folder, work_folder
+from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.resumable import begin_parts, open_parts, part_folder
 from megatron_sov.work.submit.arrays import (
     FINISH_CPUS, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
 

@@ -26,7 +26,7 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.omni.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
 from megatron_sov.omni.media.items import MediaItem, drawing_call
-from megatron_sov.work.progress.parts import make_part, part_folder
+from megatron_sov.work.progress.resumable import make_part, part_folder
 
 KIND = "media_corpus"
 RECORDS_PER_UNIT = 128

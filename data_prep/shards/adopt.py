@@ -24,7 +24,7 @@ from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsProblem, add_options, read_options)
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 BATCH_DOCUMENTS = 512
 SAMPLES, SAMPLE_TOKENS, SHOWN_CHARS = 64, 512, 160

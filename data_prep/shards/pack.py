@@ -43,7 +43,7 @@ from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
-from megatron_sov.work.progress.parts import open_parts
+from megatron_sov.work.progress.resumable import open_parts
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary

@@ -33,7 +33,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.omni.media.banks import MEDIA
 from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.parts import make_part, part_folder
+from megatron_sov.work.progress.resumable import make_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"

@@ -39,9 +39,9 @@ from megatron_sov.base.settings import (
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.transport import missing_libraries
-from megatron_sov.work.processes.threads import StopSignal, in_threads
-from megatron_sov.work.progress.folders import delete_work, slurm_folder, work_folder
-from megatron_sov.work.progress.journal import Journal, begun, differences
+from megatron_sov.work.processes.pool import StopSignal, in_threads
+from megatron_sov.work.progress.journal import (
+    Journal, begun, delete_work, differences, slurm_folder, work_folder)
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.submit.arrays import refuse_living
 

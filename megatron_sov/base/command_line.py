@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest)
+    DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest, visible)
 from megatron_sov.version import __version__
 
 MAX_PATH_CHARS = 300
@@ -200,7 +200,6 @@ def _shown(message: str) -> str:
     """Return a message without control characters: names of files, and what files hold, are of strangers."""
     if message.replace("\n", "").isprintable():
         return message
-
     return visible(message)
 
 

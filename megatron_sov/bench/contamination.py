@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
 from megatron_sov.bench.score_differences import ScoredItem, is_mean, values_of
 from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 MIN_WORDS = 5
 """An item of fewer words is not looked for: it says too little."""

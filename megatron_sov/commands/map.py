@@ -22,11 +22,10 @@ from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, num_cores, only_with,
     parse_nested, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.work.processes.threads import in_threads
-from megatron_sov.work.progress.folders import slurm_folder
+from megatron_sov.work.processes.pool import in_threads
 from megatron_sov.work.progress.jobs import Executor, Job, in_workers, run_job, run_share
-from megatron_sov.work.progress.journal import Journal, begin_journal, done_items
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.journal import Journal, begin_journal, done_items, slurm_folder
+from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.submit.arrays import (
     ClusterOptions, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
 

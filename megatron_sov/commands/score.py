@@ -19,7 +19,7 @@ from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.opinions import read_opinions
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringSummary, score_file
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""

@@ -33,7 +33,7 @@ from megatron_sov.post.document_logprobs import RunningLogprobs, document_logpro
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.stages.gate import GateView
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 IDENTITY = "reference.json"
 COLUMN = "reference_logprobs"

@@ -17,8 +17,7 @@ from megatron_sov.base.errors import GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Flag, NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.work.progress.folders import delete_work, work_folder
-from megatron_sov.work.progress.journal import read_job
+from megatron_sov.work.progress.journal import delete_work, read_job, work_folder
 from megatron_sov.work.progress.locks import holding
 
 MAX_CHARS = 160

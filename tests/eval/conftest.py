@@ -16,7 +16,7 @@ import pytest
 from megatron_sov.bench.lm import endpoint as lm_endpoint
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, open_haystacks
-from megatron_sov.work.endpoints.recognition import TEXTS
+from megatron_sov.work.endpoints.answers import TEXTS
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.work.endpoints.addresses import is_address
+from megatron_sov.work.endpoints.transport import is_address
 
 UNKNOWN_LENGTH = 2048
 """Longest sequence where a folder says none, as in lm-eval."""

@@ -37,9 +37,8 @@ from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import Episode
 from megatron_sov.judge.tools.faults import INFRASTRUCTURE
 from megatron_sov.judge.tools.playing import Message, NoTurn, Said
-from megatron_sov.work.endpoints.answers import BadAnswer, only, told_tokens
+from megatron_sov.work.endpoints.answers import CHAT_PROBES, BadAnswer, only, told_tokens
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.recognition import CHAT_PROBES
 
 
 def tasks_of(task: TaskFile, data_dir: Path, limit: int | None = None) -> list[Task]:

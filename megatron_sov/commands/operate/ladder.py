@@ -205,7 +205,7 @@ def _train(args: LadderOptions, members: Sequence[Member]) -> int:
     from megatron_sov.operate.slurm.stages import SubmitOptions
     from megatron_sov.publish.ladder.results import is_complete
     from megatron_sov.train.stages.stage_config import StageOptions
-    from megatron_sov.work.processes.commands import run_command
+    from megatron_sov.work.processes.children import run_command
 
     for i, member in enumerate(members, 1):
         if is_complete(args.run / member.name):

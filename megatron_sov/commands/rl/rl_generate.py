@@ -30,7 +30,7 @@ from megatron_sov.model.recipes.requested import RecipeOptions, requested
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
-from megatron_sov.work.progress.claims import Claims
+from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target

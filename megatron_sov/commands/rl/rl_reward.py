@@ -20,8 +20,8 @@ from megatron_sov.judge.rollouts.prompts import rounds_between
 from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
-from megatron_sov.work.progress.claims import Claims
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.locks import Claims
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.judge.rollouts.store import RolloutStore

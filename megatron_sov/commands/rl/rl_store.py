@@ -17,13 +17,13 @@ from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, r
 from megatron_sov.judge.rollouts.prompts import rounds_between
 from megatron_sov.runs.inspecting import MAX_PROBLEMS, ArtifactKind
 from megatron_sov.runs.obs.figures import size
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.judge.rollouts.checking import StoreCheck
     from megatron_sov.judge.rollouts.rows import Rollout
     from megatron_sov.judge.rollouts.store import RolloutStore
-    from megatron_sov.work.progress.claims import Holder
+    from megatron_sov.work.progress.locks import Holder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def _judged(store: RolloutStore, round_: int | None = None) -> dict[str, list[st
 
 
 def _held(store: RolloutStore) -> list[Holder]:
-    from megatron_sov.work.progress.claims import holders
+    from megatron_sov.work.progress.locks import holders
 
     return [holder for holder in holders(store.claims) if not holder.is_released]
 

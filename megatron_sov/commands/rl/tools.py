@@ -30,7 +30,7 @@ from megatron_sov.judge.tools.transcript import (
     moves_of_file, moves_of_lines, page_of, play_by_hand, summary_of, transcript_of)
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.work.progress.journal import open_journal
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 KIND = "episodes"
 """Of the artifact that `run` writes."""

@@ -25,7 +25,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
-from megatron_sov.work.processes.commands import run_command
+from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
     from megatron_sov.train.stages.gate import EndVerdict

@@ -34,7 +34,7 @@ from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE
 from megatron_sov.omni.media.data_codecs import codecs_of
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
-from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+from megatron_sov.work.progress.resumable import resumable_artifact
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 BICUBIC = 3

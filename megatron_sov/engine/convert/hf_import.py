@@ -41,7 +41,7 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
-from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+from megatron_sov.work.progress.resumable import resumable_artifact
 
 # Hashes the files of a source while it is converted, so that neither waits for the other.
 #

@@ -21,8 +21,7 @@ from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
 from megatron_sov.judge.rewards.registry import BUILT_IN, MadeReward, build
 from megatron_sov.judge.rewards.reward import Result, Reward, Row, agreeing, judged
-from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
-from megatron_sov.work.processes.environment import forget_other_variables
+from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, forget_other_variables, limit_memory
 from megatron_sov.work.processes.workers import Answer, Lost, Workers
 
 TIME_LIMIT_S = 30.0

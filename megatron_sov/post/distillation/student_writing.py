@@ -33,7 +33,7 @@ from megatron_sov.infer.request import Sampling, StopRule
 from megatron_sov.post.distillation.state_files import lengths_of
 from megatron_sov.post.distillation.teacher import artifact_on_ranks, weights_digest
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.resumable_artifact import ResumableArtifact, resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 KIND = "tokens"
 PART_PROMPTS = 1024

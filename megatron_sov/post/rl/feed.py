@@ -51,7 +51,7 @@ from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.train.stages.feed import FeedView
-from megatron_sov.work.progress.claims import Claims
+from megatron_sov.work.progress.locks import Claims
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""

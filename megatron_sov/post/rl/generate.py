@@ -37,8 +37,8 @@ from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.progress.claims import POLL_S, Claims, Patience
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.locks import POLL_S, Claims, Patience
+from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.tables.table import AlreadyPublished
 
 

@@ -20,7 +20,7 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.running import runner
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally
 from megatron_sov.judge.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
-from megatron_sov.work.progress.claims import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:

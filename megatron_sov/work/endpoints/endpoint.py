@@ -14,10 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints.answers import (
-    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, decoded, reason_of, seconds,
-    told_tokens, why_never)
+    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition, decoded, reason_of,
+    seconds, told_tokens, why_never)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
-from megatron_sov.work.endpoints.recognition import Recognition
 from megatron_sov.work.endpoints.transport import Transport
 
 T = TypeVar("T")

@@ -14,12 +14,51 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import IO
+from typing import IO, Any
 
 from megatron_sov.base.errors import ExitCode
+
+KEPT_VARIABLES = frozenset((
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TMPDIR", "TEMP", "TMP", "TZ", "TERM", "LANG",
+    "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX",
+    "TOKENIZERS_PARALLELISM", "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
+"""Names of variables."""
+BEGINNINGS_OF_VARIABLES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
+                   "TORCH_", "TRITON_",
+                   "COVERAGE_", "COV_CORE_")
+"""Beginnings of names."""
+
+VARIABLES_OF_FOREIGN = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
+"""What a foreign program is given, as the client of the MCP SDK has it."""
+
+
+def variables_for_foreign(more: Iterable[str] = ()) -> dict[str, str]:
+    """Return the environment that a foreign program is started with.
+
+    Args:
+        more: names that the settings give it besides.
+    """
+    # what an old shell would run as a function is passed on only where it is asked for by name
+    kept = [name for name in VARIABLES_OF_FOREIGN if not os.environ.get(name, "").startswith("()")]
+    return {name: os.environ[name] for name in (*kept, *more) if name in os.environ}
+
+
+def forget_other_variables(more: Iterable[str] = ()) -> None:
+    """Remove every variable of this process's environment that is not kept.
+
+    Args:
+        more: names that the reward asks for.
+    """
+    kept = KEPT_VARIABLES.union(more)
+    for name in [*os.environ]:
+        if name not in kept and not name.startswith(BEGINNINGS_OF_VARIABLES):
+            del os.environ[name]
+
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask for a stop; the launcher passes them on to its ranks.  SIGUSR1 is what Slurm is asked to
@@ -112,3 +151,69 @@ def _waited(process: subprocess.Popen[bytes], within_s: float | None) -> int | N
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(within_s)
     return process.returncode
+
+
+def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
+                  stderr: IO[Any] | int | None = None, environment: Mapping[str, str] | None = None,
+                  ends_with_this: bool = False, own_group: bool = False) -> subprocess.Popen[Any]:
+    """Start a command that reads nothing.
+
+    Args:
+        command: program and arguments.
+        stdout: where it writes; None: where this process does.
+        stderr: likewise.
+        environment: its own; None: this process's.
+        ends_with_this: it is killed when this process ends.
+        own_group: Ctrl-C of a terminal is not for it.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment,
+                            start_new_session=own_group,
+                            preexec_fn=partial(die_with_parent, os.getpid()) if ends_with_this else None)
+
+
+def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> None:
+    """Ask commands to end, and kill those that have not after that many seconds."""
+    for command in commands:
+        command.terminate()
+    deadline_s = time.monotonic() + wait_s
+    for command in commands:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command.wait(max(0.0, deadline_s - time.monotonic()))
+        if command.poll() is None:
+            command.kill()
+            command.wait()
+
+
+def run_command(argv: list[str], go_on_by: str) -> int:
+    """Run `python -m ARGV` to its end and return its exit code, or that of a stop where this process was
+    asked for one meanwhile: a command that was just ending may end well, and the next one must not begin.
+
+    A signal that asks this process for a stop reaches the command, which saves everything; the command ends
+    with this process.
+
+    Args:
+        argv: a module and its arguments.
+        go_on_by: what a user does to go on after a stop.
+    """
+    child = start_command([sys.executable, "-m", *argv], ends_with_this=True)
+    asked_to_stop = False
+
+    def forward(number: int, frame: Any) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+        if number != signal.SIGINT:  # which a terminal sends to both
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if asked_to_stop:
+        print(f"stopped; {go_on_by}", file=sys.stderr, flush=True)
+        return ExitCode.STOPPED
+    return code if code >= 0 else 128 - code

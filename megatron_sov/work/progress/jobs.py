@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import Journal, open_journal
+from megatron_sov.work.progress.journal import Journal, open_journal, work_folder
 
 Work = TypeVar("Work")
 Numbered = Iterable[tuple[int, Work]]

@@ -20,11 +20,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, new_file, to_json
+from megatron_sov.base.artifacts import atomic_write, delete_folder, disk_errors, new_file, to_json
 from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.locks import LOCK, holding
+
+
+def work_folder(output: Path) -> Path:
+    """Return the folder that keeps what is done of an output until that is there."""
+    return output.with_name(f".{output.name}.work")
+
+
+def slurm_folder(output: Path) -> Path:
+    """Return the folder with the logs of Slurm's jobs on an output, which outlive the work."""
+    return output.with_name(f".{output.name}.slurm")
+
+
+def delete_work(output: Path) -> None:
+    """Delete the work on an output that is there: first its name, so that a kill on the way leaves no torn
+    part that a later command would trust."""
+    # what `new_artifact` clears away after a kill
+    delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
+
 
 JOB, RECORDS = "job.json", "records"
 PARTS = "[0-9a-f][0-9a-f]/*"

@@ -24,8 +24,7 @@ from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.processes.children import Child, start_interpreter
 from megatron_sov.work.processes.watch import Watch
-from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable, identity_maps
-from megatron_sov.work.sandbox.folders import remove
+from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable, identity_maps, remove
 from megatron_sov.work.sandbox.program import Limits, Outcome, Program
 from megatron_sov.work.sandbox.restrictions import folders_of
 from megatron_sov.work.sandbox.supervise import (

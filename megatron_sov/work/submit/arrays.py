@@ -30,7 +30,7 @@ from megatron_sov.base.sealed import read_json, try_read_json, write_json
 from megatron_sov.work.clusters import client, cluster, kubernetes
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
-from megatron_sov.work.progress.folders import slurm_folder
+from megatron_sov.work.progress.journal import slurm_folder
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 

@@ -32,7 +32,7 @@ from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manife
 from megatron_sov.base.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import work_folder
 
 
 @pytest.fixture(scope="module")

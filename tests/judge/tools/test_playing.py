@@ -22,8 +22,7 @@ from megatron_sov.judge.tools.playing import (
     STREAMS, EpisodeTable, MessageTable, NoTurn, Said, ToolPolicy, messages_of, play, play_by_messages)
 from megatron_sov.judge.tools.registry import order
 from megatron_sov.judge.tools.transcript import page_of, summary_of, transcript_of
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import RECORDS, open_journal
+from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import tool_episodes

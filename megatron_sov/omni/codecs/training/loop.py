@@ -23,7 +23,7 @@ from megatron_sov.omni.codecs.training.state import load_state, save_state
 from megatron_sov.omni.codecs.training.task import CodecTask
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.work.progress.locks import holding
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint"
 
