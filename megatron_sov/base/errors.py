@@ -1,5 +1,6 @@
-"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback),
-stops, gates, defects."""
+"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback), stops,
+gates, defects.  And what it says meanwhile: warnings, and text of strangers without control characters.
+"""
 
 from __future__ import annotations
 

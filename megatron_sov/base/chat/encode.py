@@ -367,7 +367,12 @@ _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
 class TurnEncoder:
-    """A chat encoder for conversations with tools."""
+    """A chat encoder for conversations with tools, which grow turn by turn: what a model wrote stays as it was
+    written, and what the template puts behind it is appended.
+
+    Encoding the whole conversation again for each turn would give a model other ids than it wrote (many texts
+    have several spellings in tokens), and train it on tokens that it never sampled.
+    """
 
     def __init__(self, encoder: ChatEncoder, where: str,
                  template_kwargs: Mapping[str, Any] | None = None) -> None:

@@ -1,5 +1,5 @@
 """Marks that models write around thoughts and calls of tools: which tokens stay in the text of a response,
-and one form for all families.
+one form for all families, and which characters of a turn are thoughts, calls or its answer.
 
 The form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>`, and
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.  Others are those of published templates, as vLLM
@@ -228,6 +228,10 @@ _CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
 
 def kinds_of_turn(text: str, message: Message) -> bytes:
     """Return the kind of each character of a learned turn.
+
+    Opening marks count with what they open, and what ends a part counts with it: the tag behind the thoughts
+    (`</think>`, `<|end|>`), and the end of the turn behind its last part.  A message that is a content alone
+    may spell thoughts and calls in it, in the marks that `tool_calls.parse_turn` reads.
 
     Args:
         text: the turn as the template shows it, or the content of a message that is nothing else.

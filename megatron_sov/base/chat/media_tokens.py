@@ -1,8 +1,11 @@
-"""How the tokens of media are spelled in a text: entries of codebooks, and the marks around them.
+"""Tokens of media: how a text spells them, and which ids of a vocabulary they have.
 
 The spelling is that of HyperCLOVA X 8B Omni: marks and placeholders as in the chat template of its serving
 code (github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook entries
 as its released model code names them (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
+
+A text's tokens come first; each kind of medium has a block of ids behind them, and token `i` of its codebook
+is id `first + i`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,16 @@
-"""A tokenizer's chat template, rendered as transformers renders it: in a sandbox, in bounds."""
+"""A tokenizer's chat template, rendered as transformers renders it: in a sandbox, in bounds; and which
+characters of its text are the template's, and which are a message's.
+
+The text is always what the template shows of the real messages.  Where the learned turns are in it is found
+in the first of three ways that serves:
+
+1. Marks in the place of contents, for messages that are a content and nothing else: every character is known
+   to come from the template or from one message.  A template that does more with contents than show them
+   (trims them, looks into them) shows another text then, and the next way is tried.
+2. The template's own generation blocks.
+3. Prefixes: a turn begins where the text ends with which a model is asked for it, and goes on as long as the
+   conversation that ends with it is the beginning of the whole one.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,12 @@
 An item of `ngram` words or more is found where one of its runs of so many words is.  A shorter one is found
 where all of it is; one below `min_words` says too little to be looked for.  A text's runs are looked up in a
 table of one byte for each value of their first bits, and those few that may be an item's among all of them.
+
+`plain` gives a second form of a text: what a reader sees of one that is written with markup, escapes or
+letters that look like others.  It is searched beside the text itself, so that nothing that is found without
+it is lost: entities and escapes are read, tags inside words and commands of TeX and Markdown go, accents go,
+and letters of other scripts that look like Latin ones become these (Unicode Technical Standard 39,
+confusables).
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""One record of a user's file as a document: text, a chat, a preference (two answers to one
-prompt), or a prompt."""
+"""One record of a user's file as a document: text, a chat, a preference (two answers to one prompt), or a
+prompt; the layouts of other tools (LLaMA-Factory's Alpaca and ShareGPT); and what a record says of itself
+beside its text: numbers that become columns, its bucket, its tags.
+"""
 
 from __future__ import annotations
 

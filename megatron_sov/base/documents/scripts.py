@@ -1,4 +1,6 @@
-"""Scripts of a text: which alphabets its letters are of, from the names that Unicode gives them."""
+"""Scripts of a text: which alphabets its letters are of, from the names that Unicode gives them; and which
+scripts put no blank between words.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
+# Scripts that put no blank between words, or whose blanks do not set words apart.  Who counts such a script
+# by its characters names the rows that it takes.  Where they differ it is on purpose:
+# - runs of words that texts share (`documents.overlap`) leave Tibetan whole, whose syllables have marks
+#   between them, and give Hangul a size of its own.  They look at NFKC, in which half-width kana and
+#   compatibility letters do not occur, and take the marks of Han for characters;
+# - rules of quality (`data_prep.curate.quality.rules.words`) count what is written by hand and by keyboards,
+#   without letters of old Korean;
+# - n-grams of scorers (`data_prep.curate.scoring.ngrams`) leave runs of lone Hangul letters, bopomofo and
+#   half-width kana whole: as words they say what their letters would not.  To change that means to train all
+#   scorers again.
 CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
     "thai": ((0x0E00, 0x0E80),),
     "lao": ((0x0E80, 0x0F00),),

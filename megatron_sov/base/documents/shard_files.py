@@ -1,9 +1,14 @@
-"""Routes: which experts each token of a document visited, in every layer that has experts.
+"""Files of token shards: Megatron-Core's indexed format, and the routes of tokens.
 
-The routes of n tokens are one array [n, layers, top_k] of expert numbers, in the narrowest unsigned type that
-leaves its largest value free.  That value is the mark of what was not recorded: it stands in the place of all
-experts of a choice, or of none.  Token t's row tells where t itself went when it was read; so a document's
-last token, which a generator writes and never reads, has the mark.
+`PREFIX.bin` holds tokens, `PREFIX.idx` says where each document begins.  The index is (little endian): magic,
+version (int64), dtype code (int8), number of sequences and of document bounds (int64 each), lengths in tokens
+(int32), starts in bytes (int64), document bounds (int64).  Here one document is one sequence.
+
+Routes say which experts each token of a document visited, in every layer that has experts.  Those of n tokens
+are one array [n, layers, top_k] of expert numbers, in the narrowest unsigned type that leaves its largest
+value free.  That value marks what was not recorded: it replaces all experts of a choice, or none.  Token t's
+row says where t itself went when it was read; so a document's last token, which a generator writes and never
+reads, has the mark.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What is known by name of one kind of code: what is built in, what a person named,
-what installed packages declare."""
+"""What is known by name of one kind of code: what is built in, what a person named, what installed packages
+declare; and orders for it, plain values from which any process builds the same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`key=value`, as `--set` and its like take it: read, and applied to settings."""
+"""Settings as people write them: `key=value` of `--set` and its like, and YAML whose every value knows its
+line, so that a mistake found later can still be pointed at.
+"""
 
 from __future__ import annotations
 

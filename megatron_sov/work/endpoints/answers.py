@@ -1,4 +1,6 @@
-"""How an endpoint may fail to answer, and what it says of its costs."""
+"""How an endpoint may fail to answer, what it says of its costs, and whether the model that answers is still
+the one whose answers are kept.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,9 @@ from typing import Any, TypeGuard
 
 from megatron_sov.base.errors import UserError
 
+# Whether the model behind an address is still the one whose answers are kept: it answers fixed questions, and
+# what it says is compared with what it said before.  Names say little: a server that is started again may
+# have another model under the same one.
 TEXTS = ("The history of the town began when", "To bake bread at home, you need",
          "The three branches of physics are", "After the rain had stopped, the children")
 """By whose likeliest continuations two models hardly ever agree; the first alone was asked once."""

@@ -1,7 +1,9 @@
-"""Child processes: how they end with their parent, what they may take, and how they are talked to.
+"""Child processes: how they end with their parent, what they may take, what they get of the environment, and
+how they are talked to.
 
 A child has a socket to this process, for messages of JSON (`work.channel`): nothing that it sends is ever
-unpickled.  It is an interpreter of its own, or a fork of a small server (`work.workers`).  No torch here.
+unpickled.  It is an interpreter of its own, a fork of a small server (`work.workers`), or a command.
+No torch here.
 """
 
 from __future__ import annotations
@@ -27,12 +29,11 @@ KEPT_VARIABLES = frozenset((
     "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX",
     "TOKENIZERS_PARALLELISM", "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
-"""Names of variables."""
+"""Names of variables that processes keep which judge or run what a model wrote: what they need to run, and no
+key of the user's.  What a verifier does not know it cannot give away."""
 BEGINNINGS_OF_VARIABLES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
-                   "TORCH_", "TRITON_",
-                   "COVERAGE_", "COV_CORE_")
+                           "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
 """Beginnings of names."""
-
 VARIABLES_OF_FOREIGN = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 """What a foreign program is given, as the client of the MCP SDK has it."""
 

@@ -1,4 +1,4 @@
-"""Work in several processes, with the results in the order of the input."""
+"""Work in several processes, with the results in the order of the input, or in threads as results come."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from megatron_sov.base.errors import ExitCode, StopRequested, UserError
 from megatron_sov.work.processes.children import FORWARDED
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor
 
 Work = TypeVar("Work")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 AHEAD = 2
 """Items that wait for a thread, for each thread: little is read before it is needed."""
 _LOOK_S = 0.5
@@ -71,8 +73,7 @@ class StopSignal:
 
 
 def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
-               stop: StopSignal | None = None
-               ) -> Generator[Result, None, None]:
+               stop: StopSignal | None = None) -> Generator[Result, None, None]:
     """Yield what comes of items as they are done.
 
     The first that fails ends it, as a stop does: none is begun any more, what is under way is waited for and
@@ -119,8 +120,6 @@ def _done(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
         yield future.result()
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 _work: Callable[[Any], Any]
 """What this worker process does with each item."""
 WAITING_PER_WORKER = 4

@@ -1,7 +1,15 @@
-"""Who works in a folder: one process at a time, and nobody once that one has ended, however it did.
+"""Who works on what: locks of folders, claims of pieces, and which process wrote a record.
 
-The kernel keeps these locks, so they are seen from other containers, and on most network file systems from
-other machines.
+The kernel keeps a folder's lock, so it is seen from other containers, and on most network file systems from
+other machines; it ends with its process, however that ends.
+
+A claim's n-th holder is the one process that could make its file n: who lost never believes to have won, on
+any file system.  A sign of life is a counter in that file, which others watch on their own clock: no two
+machines' clocks are compared, and a clock that is set harms nothing.  A holder whose process can be looked up
+from here, and has ended, need not be watched: a job that is started again goes on at once.  A claim only
+saves work: should two jobs ever do the same, the store keeps what is published first.
+
+    CLAIMS/NAME/1.json                    its first holder, and so on; the last one counts
 """
 
 from __future__ import annotations

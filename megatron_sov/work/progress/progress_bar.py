@@ -1,4 +1,6 @@
-"""The progress bar of a training loop: a bar on a terminal, an occasional plain line in a log file."""
+"""Progress bars: of a training loop (a bar on a terminal, an occasional plain line in a log file), and of work
+of many equal parts (on a terminal alone: a log file would fill with it).
+"""
 
 from __future__ import annotations
 

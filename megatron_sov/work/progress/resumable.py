@@ -1,7 +1,10 @@
-"""Parts of an output that is not there yet, each a folder named by a hash of all that it depends on.
+"""Outputs that are made in parts: a killed command goes on, and makes no finished part again.
 
-The same command, and one with more input or other settings, takes those that fit and makes the rest beside
-them.
+A part is a folder named by a hash of all that it depends on: the same command, and one with more input or
+other settings, takes those that fit and makes the rest.
+
+An artifact that is made file by file has a journal in its work folder, with the size and hash of every file
+that is on disk, and `content/`, which becomes the output by a rename when it is complete.
 """
 
 from __future__ import annotations
