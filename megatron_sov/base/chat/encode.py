@@ -367,8 +367,8 @@ _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
 class TurnEncoder:
-    """A chat encoder for conversations with tools, which grow turn by turn: what a model wrote stays as it was
-    written, and what the template puts behind it is appended.
+    """A chat encoder for conversations with tools, which grow turn by turn: what a model wrote is kept as it
+    is, and what the template puts behind it is appended.
 
     Encoding the whole conversation again for each turn would give a model other ids than it wrote (many texts
     have several spellings in tokens), and train it on tokens that it never sampled.

@@ -1,5 +1,5 @@
-"""Rows of a user's file in JSON lines: prompts, answers, tasks; each checked before the work, and read without
-what Python's JSON lets through and JSON does not know.
+"""Rows of a user's file in JSON lines: prompts, answers, tasks; each checked before the work, and read
+without what Python's JSON lets through and JSON does not know.
 """
 
 from __future__ import annotations

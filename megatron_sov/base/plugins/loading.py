@@ -1,5 +1,5 @@
-"""Running a file that a person named: read once, hashed, and run from the very bytes that were hashed; with the
-files that it opens to read, since its outcomes depend on them.
+"""Running a file that a person named: read once, hashed, and run from the very bytes that were hashed; with
+the files that it opens to read, since its outcomes depend on them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Progress bars: of a training loop (a bar on a terminal, an occasional plain line in a log file), and of work
-of many equal parts (on a terminal alone: a log file would fill with it).
+"""Progress bars: of a training loop (a bar on a terminal, an occasional plain line in a log file), and of
+work of many equal parts (on a terminal alone: a log file would fill with it).
 """
 
 from __future__ import annotations
