@@ -137,9 +137,12 @@ def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
         if makes_parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # the bytes reach the disk before the name does: a power cut may leave the old file, never a torn
+            # new one
             yield temporary
             fsync_path(temporary)
             os.replace(temporary, path)
+            # a rename is durable only when its folder is on the disk too
             fsync_path(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -162,6 +165,7 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
             temporary.mkdir(parents=True)
             yield temporary
+            # files and sub-folders first, so that the rename below cannot come before their bytes
             for file in temporary.rglob("*"):
                 fsync_path(file)
             if first_stays:
@@ -175,6 +179,7 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
 def rename_unless_taken(built: Path, path: Path) -> bool:
     """Give a folder its final name; returns False where there is one of that name, which stays."""
     try:
+        # rename(2) refuses a folder that is not empty: of two writers exactly one gets the name
         os.rename(built, path)
     except OSError:
         if not path.is_dir():
@@ -190,6 +195,7 @@ def delete_folder(path: Path, hidden: Path) -> None:
     Raises:
         FileNotFoundError: another process was faster.
     """
+    # one step takes the name away; what follows may be interrupted anywhere
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
@@ -221,6 +227,7 @@ def holds(fd: int) -> bool | None:
     None where that cannot be known: Lustre knows no locks unless mounted with `flock`, NFS none of folders.
     """
     try:
+        # a lock of the open file: the kernel drops it when the process ends, however that ends
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -298,6 +305,7 @@ class ArtifactWriter:
     def complete(self) -> None:
         """Hash and sync every file, then write the manifest (still under the temporary name)."""
         files = dict(self.known_files)
+        # sorted, so that manifests list files in one order on every file system
         inside = [p for p in sorted(self.path.iterdir()) if p.name not in self.leave_out]
         found = [p for top in inside for p in ([top, *top.rglob("*")] if top.is_dir() else [top])]
         for file in sorted(p for p in found if p.is_file()):
@@ -307,6 +315,8 @@ class ArtifactWriter:
             fsync_path(file)
         for folder in (p for p in found if p.is_dir()):
             fsync_path(folder)
+        # the manifest holds its own hash, which is taken with zeros in that place; `sha256` is the last
+        # field, so that the last run of zeros in the text is that place
         manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
                             sha256=_NO_HASH)
         head, _, tail = to_json(manifest).rpartition(_NO_HASH)
@@ -330,6 +340,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
     Raises:
         UserError: `path` exists and may not be replaced, or the disk refuses.
     """
+    # the temporary folder has to be on the disk of the final one: a rename does not cross disks
     path = behind_links(Path(path))
     refuse_nowhere(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -337,6 +348,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
+        # leftovers are cleared before, while this folder is not there yet: it would look like one
         with _made(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
@@ -368,6 +380,8 @@ def publish(temporary: Path, path: Path) -> None:
     """Rename a complete folder to its final name, moving an older artifact out of the way first."""
     old = None
     if path.exists():
+        # between the two renames nothing has the name; after a kill there `clear_leftovers` puts the old one
+        # back
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         os.rename(path, old)
     os.rename(temporary, path)
@@ -403,6 +417,7 @@ def clear_leftovers(path: Path) -> None:
         stem, _, pid = leftover.name.rpartition("-")
         if not pid.isdigit() or not _is_left(leftover, int(pid)):
             continue
+        # a kill of `publish` between its two renames: the old artifact is the only one there is
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
         else:
@@ -411,6 +426,8 @@ def clear_leftovers(path: Path) -> None:
 
 def _is_left(folder: Path, pid: int) -> bool:
     """Return whether nobody works in a folder any more, in whose name a process put its number."""
+    # the lock says more than the number: that is of another process table in a container or on another
+    # machine
     held = is_held(folder)
     if pid == os.getpid():  # of an earlier start of this container, or of another one that is at work
         return held is False
@@ -437,13 +454,16 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     try:
         written = file.read_bytes()
         raw = json.loads(written.decode())
+        # before the fields are read: a newer format may have others, and deserves another message than damage
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
+        # names come from a file that a stranger may have made, and are joined to paths later
         if outside := [name for name in files if not _is_inside(name)]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
+        # bytes as they were written, not JSON that was read and written again: that could differ in form
         head, _, tail = written.rpartition(manifest.sha256.encode() or b"none")
         if manifest.sha256 and _hash_around(head, tail) != manifest.sha256:
             raise ValueError("its content differs from its own hash")
@@ -532,6 +552,7 @@ def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> 
         below: list[dict[str, Any]] = []
         if place is None:
             state = "changed since" if _hash_at(Path(item["path"])) else "not here"
+        # one corpus may be an input of many: its own origins are listed once, or the tree grows without bound
         elif sha256 in seen:
             state = "as above"
         else:
@@ -582,6 +603,7 @@ def file_damage(file: Path, record: FileRecord) -> str | None:
     """Return one sentence where a file is missing or differs from its record, else None."""
     if not file.is_file():
         return f"{file}: is missing"
+    # the size costs nothing; the hash reads the whole file
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
     return (None if file_digest(file, algorithm_of(record.digest)) == record.digest

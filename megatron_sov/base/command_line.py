@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # argparse would make `Path("")` this folder
         self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -51,6 +52,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse complains about; an option that is missing may be there, misspelt."""
+        # a misspelt option is unknown to argparse, which then misses the right one
         if "are required: " in message:
             options = list(self._option_string_actions)
             words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
@@ -64,6 +66,7 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args, namespace)
         if not rest:
             return found
+        # a shell splits `--set a.b=1 c.d=2`; the second word has no option of its own
         settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
         options = _options_of(self)
         if settings and "--set" in options:
@@ -115,6 +118,7 @@ class _CommandParser(Parser):
 
     def fill(self) -> None:
         """Import the command's module and add its arguments, once."""
+        # emptied first: filling twice would declare every option twice
         module, self._module = self._module, ""
         if module:
             importlib.import_module(module).add_arguments(self)
@@ -132,6 +136,7 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                     parser_class=_CommandParser)
     for name, command in commands.items():
+        # the module is a name until its command is parsed: `--help` imports none
         actions.add_parser(name, help=command.help)._module = command.module
     return parser
 
@@ -157,7 +162,8 @@ def exit_code(action: Callable[[], int]) -> int:
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
         return code
     except SystemExit as e:
-        if isinstance(e.code, str):  # which Python prints
+        # Python prints such a text itself and ends with 1
+        if isinstance(e.code, str):
             raise
         raise SystemExit(kept_code(e.code)) from None
     except DryRun as e:
@@ -179,10 +185,12 @@ def exit_code(action: Callable[[], int]) -> int:
         print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
               "less to do at a time", file=sys.stderr)
         return ExitCode.CRASH
+    # the reader has enough (`| head`): no error, and nothing more may be written
     except BrokenPipeError:
         _drop_output()
         return ExitCode.OK
     except OSError as e:
+        # a full disk behind standard output has no file name to show
         if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _drop_output()
             print(f"error: standard output, or a file of this command: {os.strerror(e.errno)}; free some "

@@ -68,6 +68,7 @@ class ExitCode(IntEnum):
 def kept_code(code: object) -> int:
     """Return an exit code that the system keeps whole, of what a command returns or `SystemExit` holds: it
     keeps the lowest byte alone, and 256 would tell of a success."""
+    # `SystemExit(None)` and a command that returns nothing are a success
     if code is None:
         return ExitCode.OK
     return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
@@ -128,6 +129,7 @@ def download(path: str | os.PathLike[str]) -> str:
     """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
     Face hub: the command that fetches it; empty where it cannot be one."""
     found = re.fullmatch(r"\w[\w.-]*/(\w[\w.-]*)", os.fspath(path))
+    # NAME/NAME may be a path too: where its folder exists, that was meant
     if found is None or os.path.exists(os.path.dirname(path)):
         return ""
     name = shlex.quote(found[1])
@@ -150,6 +152,7 @@ def how_to_install(extra: str, options: str = "") -> str:
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:
+        # the wheel's own metadata: what the extra adds, at the versions of this release
         lines = metadata.requires("megatron-sov") or []
     except metadata.PackageNotFoundError:  # a copy of the folders alone
         lines = []

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
 or of a response to learn."""
+# a table for `bytes.translate`: kind 0 is a prompt, every other kind a response
 _TYPE_OF_KIND = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
 SPLIT_TEXTS = 4096
 """Pieces of templates that are remembered, split at their special tokens."""
@@ -111,12 +112,15 @@ class ChatEncoder:
 
         self._meant = meant
         self._template, self._with_special = template, tokenizer
+        # a copy of its own, since the switch below changes the tokenizer for all who hold it
         self._plain = Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
         self._encode_plain = encode_plain or self._plain_ids
         special = {id_: token for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._special = {id_: token.content for id_, token in special.items()}
+        # such tokens swallow white space around them, so that pieces encoded apart differ from the whole text
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
+        # the template's own texts are few and come again in every chat
         self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
 
     def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
@@ -168,6 +172,7 @@ class ChatEncoder:
         before: Run = []
         for run in _runs(parts):
             new_ids, new_kinds = self._encode_run(run)
+            # a special token before the response keeps the two apart by itself
             if run[0].is_asked_again and before and before[0].special is None:
                 self._check_joint(before, run, new_ids)
             ids += new_ids
@@ -181,6 +186,7 @@ class ChatEncoder:
         try:
             return around_contents(self._template, chat, awaits_response, wanted)
         except BadRecord as marked:
+            # prefixes find turns in the text alone, so a content must not spell what could end a turn there
             means: Collection[int] = self._meant.ids if self._meant else ()
             spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
@@ -229,6 +235,7 @@ class ChatEncoder:
         """Return the special tokens with which the template ends an assistant's turn, in the middle of a
         chat, at its end, and behind calls of tools; none where it shows no such chat, or ends turns with
         text."""
+        # a dict and not a set: the first one is what `TurnEncoder.encode` writes
         found = dict.fromkeys(self._answer_ends())
         try:
             encoded = self.encode(CALL_PROBE)
@@ -241,6 +248,7 @@ class ChatEncoder:
 
     def _answer_ends(self) -> tuple[int, ...]:
         found: dict[int, None] = {}
+        # the probes' contents are single letters, so every special token in a learned part is the template's
         for chat in PROBES:
             try:
                 segments = around_contents(self._template, chat)
@@ -260,10 +268,12 @@ class ChatEncoder:
         last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
         for i, segment in enumerate(segments):
             later = i < last_message
+            # one turn may be two segments, an opening and a content; only the first begins a text of its own
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             kinds = bytes(len(segment.text))
             if segment.message is not None and learned[i]:
                 kinds = kinds_of_turn(segment.text, chat.messages[segment.message])
+            # a whole turn as the template shows it: special tokens in it are the template's and are meant
             if segment.is_turn:
                 split, place = self._split_at_special(segment.text), 0
                 for n, (text, special) in enumerate(split):
@@ -279,6 +289,7 @@ class ChatEncoder:
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
                     place += len(text)
+                # a content has no end of its own; the template's text behind it may bring one
                 is_open = learned[i]
                 continue
             split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
@@ -298,7 +309,10 @@ class ChatEncoder:
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
         if run[0].special is not None:
             return [run[0].special], run[0].kinds[:1]
+        # texts of the template and of a content are joined before encoding: tokens may reach over the border,
+        # as they do when the model is asked with the whole text
         text, kinds = "".join(p.text for p in run), b"".join(p.kinds for p in run)
+        # one kind for all: the fast encoder, which gives no offsets, is enough
         if len(found := set(kinds)) <= 1:
             ids = self._encode_plain(text)
             return ids, bytes(found or {KIND_NONE}) * len(ids)
@@ -310,6 +324,7 @@ class ChatEncoder:
     def _check_joint(self, before: Run, run: Run, ids: list[int]) -> None:
         """Refuse a response whose first token would be another one together with what the template writes
         before it: later turns would be trained behind other ids than a model is asked with."""
+        # asked again, the prompt and the response are one text; written, the prompt was encoded alone
         text = "".join(p.text for p in before)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
             raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
@@ -328,6 +343,7 @@ class ChatEncoder:
     def _split_at_special(self, text: str) -> tuple[tuple[str, int | None], ...]:
         """Return a template's text as ordinary texts and special tokens with their texts, in order."""
         found: list[tuple[str, int | None]] = []
+        # offsets count characters of the text; what is between two special tokens is ordinary
         start = 0
         encoding = self._with_special.encode(text, add_special_tokens=False)
         for id_, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -394,6 +410,7 @@ class TurnEncoder:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
         self._text = marks_decoder(encoder.added_ids(), self.end_ids, encoder.decode)
+        # both raise now, at the start of a run, what would else meet the first conversation with tools
         self.behind_turn(["c"])
         self._refuse_unread_calls()
 
@@ -441,6 +458,7 @@ class TurnEncoder:
             except BadRecord as e:
                 raise UserError(f"{self._where}: its chat template shows no results of tools (a conversation "
                                 f"with one {e.reason}); {_REMEDY}") from None
+        # the last learned token is the end of the assistant's turn; the rest is results and the next opening
         end = encoded.types.rfind(bytes([TYPE_RESPONSE])) + 1
         if not end or encoded.ids[end - 1] not in self.end_ids or end == len(encoded.ids):
             raise UserError(f"{self._where}: its chat template does not show where a turn before a tool's "
@@ -453,6 +471,7 @@ class TurnEncoder:
         return self._encoder.encode(chat, awaits_response=True)
 
     def _plain(self, result: str) -> str:
+        # a blank behind the first character: the text reads the same and is no special token any more
         for special in self._encoder.special_texts():
             result = result.replace(special, f"{special[0]} {special[1:]}")
         return result.strip()

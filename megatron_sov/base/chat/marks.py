@@ -46,6 +46,7 @@ def _quoting(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[st
     return re.compile(f"<(?={more}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)}))")
 
 
+# the look-ahead leaves the mark itself unmatched, so that only `<` is replaced
 _ALL_MARKS = _quoting(MARKS)
 _QUOTED = re.compile(_ALL_MARKS.pattern.replace("(?=", f"{_JOINER}(?=", 1))
 
@@ -112,15 +113,18 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
         text: of the turn, special tokens of `MARKS` spelled out.
         in_thoughts: the template has opened thoughts before it.
     """
+    # Solar's template wrote the opening mark into the prompt; the turn begins behind it
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
     place = 0
     if text.lstrip().startswith(BEGIN_THOUGHTS) or (in_thoughts and not text.startswith("<|think|>")):
+        # thoughts in Hermes' form are ready; only what follows them may have another family's form
         place = text.find(END_THOUGHTS)
         place = len(text) if place < 0 else place + len(END_THOUGHTS)
     first = _FIRST.search(text, place)
     if first is None or first[0] == BEGIN_CALL:  # a turn has the form of its first mark
         return text
+    # a mark of another family in this turn was typed, not meant: it must not open anything below
     text = text[:place] + quoted(text[place:], _TEXT_IN[first[0]])
     spans = [text[:place]]
     for thoughts in _in_order(_THOUGHTS, text):
@@ -142,6 +146,7 @@ def _said(text: str) -> str:
     found, place = [], 0
     begins = [(match, end) for pattern, end in _CALLS for match in pattern.finditer(text)]
     for match, end in sorted(begins, key=lambda item: item[0].start()):
+        # a call inside the arguments of another one is text of those
         if match.start() < place:
             continue
         stop = text.find(end, match.end())
@@ -186,8 +191,10 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         end_ids: tokens that end a turn; the last one is left out of the text.
         plain: decodes tokens that are no marks.
     """
+    # a family is there when the tokenizer has its first or last mark as a token
     has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
     shown = {added[mark]: mark for family in has for mark in family if mark in added}
+    # Hermes' marks may be plain text for a tokenizer without tokens for them; there they are meant
     text_marks = set(MARKS) - set(_HERMES)
     if BEGIN_CALL in added or any(family is not _HERMES for family in has):
         text_marks |= set(_HERMES[2:])
@@ -200,6 +207,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
 
     def decode(tokens: list[int]) -> str:
         whole = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
+        # what the model wrote in ordinary tokens is quoted, what it wrote as tokens of marks is meant
         parts, start, marks = [], 0, quotable
         for place in [*(n for n, id_ in enumerate(whole) if id_ in shown), len(whole)]:
             if place > start:
@@ -237,6 +245,7 @@ def kinds_of_turn(text: str, message: Message) -> bytes:
         text: the turn as the template shows it, or the content of a message that is nothing else.
         message: what it shows.
     """
+    # stripped, since templates trim what they show; searched in order, since one text may occur twice
     answer = _end_of_thoughts(text, message.reasoning.strip())
     content = message.content.strip()
     place = text.find(content, answer)
@@ -268,6 +277,7 @@ def _spelled(said: str, message: Message) -> bytes:
     them; a call inside of thoughts is a thought, and the other way round."""
     found = bytearray([KIND_ANSWER]) * len(said)
     sought = [*([] if message.reasoning.strip() else [_THOUGHT]), *([] if message.tool_calls else [_CALL])]
+    # one pattern with both parts: whichever begins first wins, so a call inside thoughts stays thoughts
     for part in re.finditer("|".join(sought), said, re.DOTALL) if sought else ():
         begin, end = part.span()
         found[begin:end] = bytes([KINDS[str(part.lastgroup)]]) * (end - begin)

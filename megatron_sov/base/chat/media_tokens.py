@@ -105,10 +105,12 @@ def ratio(width: int, height: int) -> str:
     return f"<|vision_ratio_{width}:{height}|>"
 
 
+# the order gives ids to tokens of new vocabularies: add at the end, never in between
 MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTINUOUS_IMAGE,
          *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD,
          *(ratio(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
 """All tokens of media that are no codebook entries, in the order in which a vocabulary gets them."""
+# longest first: a mark may be the beginning of another one
 SPELLED = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
                                *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
 """Finds any token of media in a text."""

@@ -51,6 +51,7 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+        # the marks depend on a variable, so that one compiled template serves both renderings
         def mark(text: str) -> nodes.If:
             asked = nodes.Name("marks_generation", "load")
             return nodes.If(asked, [nodes.Output([nodes.TemplateData(text)])], [], [], lineno=line)
@@ -93,6 +94,7 @@ class ChatTemplate:
             UserError: it is not a Jinja template.
         """
         self._made_of = template, bos_token, eos_token, where, today
+        # the settings of transformers' `apply_chat_template`: other ones give other white space
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
@@ -105,6 +107,7 @@ class ChatTemplate:
             raise UserError(f"{where}: its chat_template is a {type(template).__name__}, must be a string; "
                             "keep the one that is meant as a string")
         try:
+            # compiling runs constant expressions of the template, which can be as large as any
             with bounded(CPU_S, MEMORY_BYTES):
                 self._template = environment.from_string(template)
         except Exception as e:
@@ -130,6 +133,7 @@ class ChatTemplate:
         turns = [message.to_dict() for message in conversation.messages]
         for turn, content in zip(turns, contents or (), strict=contents is not None):
             turn["content"] = content
+        # a record's variables come first, so that they cannot replace what every template is given
         given: dict[str, Any] = {**conversation.template_kwargs, **self._globals,
                                  "tools": list(conversation.tools) or None, "documents": None}
         try:
@@ -209,12 +213,14 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
     marks = [_MARK.format(i) for i in range(len(messages))]
     # template text and message numbers, in turn
     parts = _MARKS.split(template.render(conversation, awaits_response, contents=marks))
+    # re.split with one group: texts at even places, numbers of messages at odd ones
     if parts[1::2] != [str(i) for i in range(len(messages))]:
         raise BadRecord("template", f"is not shown by the chat template of {template.where} with each "
                                     f"message once and in order (roles: {roles}); "
                                     "change the chat or the template")
     segments = [ChatSegment(messages[int(part)].content if i % 2 else part, int(part) if i % 2 else None)
                 for i, part in enumerate(parts) if i % 2 or part]
+    # the marks showed where contents go; the real text shows whether the template leaves them as they are
     shown = template.render(conversation, awaits_response)
     start = 0
     for i, segment in enumerate(segments):
@@ -234,12 +240,14 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
                    learned: Collection[int]) -> Iterator[ChatSegment]:
     """Yield segments, with what stands between the text that asks for a learned turn and its content as the
     turn's own."""
+    # hashable, so that the opening is rendered once for all chats with these roles, tools and variables
     beside = json.dumps([conversation.tools, dict(conversation.template_kwargs)], sort_keys=True)
     roles = tuple(m.role for m in conversation.messages)
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         if segment.message is None and following is not None and following.message in learned:
             ask: Callable[..., str] = _asked_with if len(beside) < SHORT_BESIDE else _asked_with.__wrapped__
             asked = ask(template, roles[:following.message], beside)
+            # what the template shows before a content and does not write when it asks is the model's to write
             if asked and segment.text.startswith(asked) and segment.text != asked:
                 yield ChatSegment(asked, None)
                 yield ChatSegment(segment.text[len(asked):], following.message, is_turn=True)
@@ -256,6 +264,7 @@ def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> 
     prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
     try:
         shown = template.render(prompt, awaits_response=True, contents=marks)
+        # a template without `add_generation_prompt` asks for nothing
         if shown == template.render(prompt, contents=marks):
             return ""
     except BadRecord:
@@ -278,6 +287,7 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
         BadRecord: the template refuses the conversation, or a learned turn cannot be found in what it shows.
     """
     text = template.render(conversation, awaits_response)
+    # a prompt that the template drops or changes would be trained on without a word
     _refuse_hidden(template, conversation, text)
     spans = _generated(template, conversation, awaits_response, text, ends)
     if spans is None:
@@ -289,6 +299,7 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
         segments += [ChatSegment(text[start:first], None), ChatSegment(text[first:end], i, is_turn=True)]
         start = end
     segments = [s for s in (*segments, ChatSegment(text[start:], None)) if s.text]
+    # overlapping turns would put characters twice, or in another order
     if "".join(s.text for s in segments) != text:
         raise BadRecord("template", f"is shown by the chat template of {template.where} with learned turns "
                                     "that overlap; give each turn a chat of its own")
@@ -334,6 +345,7 @@ def _generated(template: ChatTemplate, conversation: Conversation, awaits_respon
     """Return where each assistant's turn stands, by generation blocks; None where each has not its own."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))
     turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+    # a block for each turn of an assistant, and the text without the marks is the real one
     if parts[1::2] != [BEGIN, END] * len(turns) or "".join(parts[::2]) != text or not turns:
         return None
     places, start = [], 0
@@ -366,6 +378,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
     """Return where the turn of message `number` stands: from where a model is asked for it to its end."""
     messages = conversation.messages
     asked = template.render(replace(conversation, messages=messages[:number]), awaits_response=True)
+    # templates that drop earlier thoughts show another prefix than the model was asked with at that turn
     if not text.startswith(asked):
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
                                     f"{number + 1} behind another text than a model is asked for it with; "
@@ -374,6 +387,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
     header = _unasked_header(template, conversation, number, asked)
     begin = len(asked) + (len(header) if text.startswith(header, len(asked)) else 0)
     shown = template.render(replace(conversation, messages=messages[:number + 1]))
+    # the last end behind the turn's beginning: special tokens inside, of calls say, come before it
     places = [shown.rfind(end, begin) + len(end) for end in ends if end in shown[begin:]]
     is_last = number == len(messages) - 1
     end = max(places, default=len(shown) if is_last else len(shown.rstrip()))

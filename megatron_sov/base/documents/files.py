@@ -29,6 +29,7 @@ def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[by
     for block in blocks:
         buffer += block
         start = 0
+        # what is left is at most the limit, and may be joined by the next block
         while len(buffer) - start > limit_bytes:
             end = cut_position(buffer, start, limit_bytes)
             yield buffer[start:end]
@@ -149,6 +150,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     Raises:
         UserError: the path does not exist, or the folder holds nothing to read.
     """
+    # a file that is named is read whatever its ending; endings choose within folders alone
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -167,7 +169,9 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                      f"{why_left_out(left_out[0])}"))
     texts, records, lists = ([file for file, name in names.items() if is_one(name)]
                              for is_one in (_is_text, is_records, _is_json))
+    # README and the like: left out of a folder with records, texts as others in one without
     about = [file for file in texts if is_about(names[file])]
+    # only JSON besides what describes it: a list of records, perhaps; its beginning decides
     if not records and len(about) == len(texts):
         records = [file for file in lists if holds_records(file)]
     if records:
@@ -178,6 +182,8 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if not found:
         raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
+    # by parts of the path and not by its text: the order is the same on every machine and decides all that
+    # follows
     kept = sorted(found, key=lambda p: p.relative_to(path).parts)
     sentences = [passed_over([name for file, name in names.items() if file not in found], hidden),
                  *(_of_a_dataset([names[file] for file in kept]) if records else ())]
@@ -223,12 +229,14 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
         links: list[str] = []
         for top in waiting:
             for where, folders, files in os.walk(top, onerror=refuse):
+                # a link to a folder above, or to one that was walked, would be read again and again
                 real = os.path.realpath(where)
                 if real in seen or root.startswith(f"{real.rstrip('/')}/"):
                     left_out.append(Path(where))
                     folders[:] = []
                     continue
                 seen.add(real)
+                # rejected samples, journals and reports lie next to the kept ones and are no data
                 if is_synthesis(files):
                     folders[:], files = [], [KEPT]
                 left_out += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
@@ -239,6 +247,7 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
                         yield path
                     else:
                         left_out.append(Path(path))
+        # links last: a folder that is also there by its own name keeps that name in messages
         waiting = links
 
 
@@ -296,6 +305,7 @@ def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
         hidden: names of hidden files and folders.
     """
     if len(others) <= _MOST_TOLD:
+        # few files are named; of many the endings say more
         which = sorted(others)
     else:
         endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
@@ -362,6 +372,7 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
               or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
             yield whole
         else:
+            # each span begins where a record or a document does, so that processes read them alone
             starts = list(_starts(whole, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
                 yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
@@ -379,6 +390,8 @@ def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
             start += span_bytes
             f.seek(start)
             if suffix in JSONL_SUFFIXES:
+                # to the end of the line that the boundary fell into; in blocks, since a line may be larger
+                # than memory
                 while (block := f.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
                     start += len(block)
                 start += len(block)
@@ -415,6 +428,8 @@ def open_parquet(file: Path) -> Any:
     try:
         opened = sealed.open_parquet(file)
         leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
+        # read as dictionaries: a page that repeats one string of megabytes would else take a copy for each
+        # row
         strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                    and leaf.logical_type.type in ("STRING", "NONE")]
         return sealed.open_parquet(file, metadata=opened.metadata, read_dictionary=strings)
@@ -439,6 +454,8 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
     try:
         with pyarrow.OSFile(str(file)) as opened:
             begin = opened.read(6)
+            # a file begins with its magic, a stream with a continuation mark, one of before 2019 with a
+            # length
             is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
             opened.seek(0)
             reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
@@ -487,5 +504,6 @@ def holds_records(file: Path) -> bool:
     except (OSError, EOFError, zlib.error):
         return True  # it is refused where it is read
     line, _, rest = head.partition(b"\n")
+    # `[{` or a first line that is a whole object with another one below
     is_list = head[:1] == b"[" and head[1:].lstrip()[:1] == b"{"
     return is_list or (line[:1] == b"{" and line.rstrip()[-1:] == b"}" and rest.lstrip()[:1] == b"{")

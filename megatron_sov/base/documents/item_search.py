@@ -55,6 +55,7 @@ _MARKUP = re.compile(
     r"\*?(?=\{| ))|"
     r"\\(?P<literal>[&%$#_{}*`\[\]()!.+>|-])|"
     r"(?P<marks>[{}$`^]|\*{1,3}|~~|(?<=\w)_{1,3}(?=\w)|\b_{1,2}|_{1,2}\b|==|\+\+)", re.DOTALL)
+# one look for a cheap sign instead of the large pattern at every character
 _SIGNS = {_ESCAPE: re.compile(r"&(?=[#\w])|%(?=[0-9A-Fa-f])|=(?=[0-9A-F\r\n])|\\(?=[ux])"),
           _MARKUP: re.compile(r"<(?=[!/A-Za-z])|\\|\](?=[\](])|\[(?=[^\[\]\n]{1,200}\]\()|!(?=\[)|[~{}$`^*_]|"
                               r"=(?==)|\+(?=\+)")}
@@ -99,6 +100,7 @@ class Plain:
         starts, ends = self.steps[0]()
         for step in self.steps[1:]:
             at, upto = step()
+            # places compose: each step says where its characters came from in the text before it
             starts, ends = starts[at], ends[upto - 1]
         return starts, ends
 
@@ -108,6 +110,7 @@ def plain(text: str) -> Plain | None:
     if not _MAY_DIFFER.search(text):
         return None
     made, steps = text, list[_Step]()
+    # escapes first, for they may hide markup; markup before letters, for commands of accents make letters
     for _ in range(_ROUNDS):
         new, step = _replaced(made, _ESCAPE, _unescaped)
         if new == made:
@@ -153,8 +156,11 @@ def _replaced(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str
 
 
 def _places(parts: list[str], begins: list[int], stops: list[int]) -> _Places:
+    # parts alternate: even ones were kept as they are, odd ones were replaced
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     part = np.repeat(np.arange(len(parts)), sizes)
+    # place inside its part: characters of a kept part move on one by one, those of a replaced part share its
+    # span
     here = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
     is_kept = part % 2 == 0
     starts = np.array(begins)[part] + here * is_kept
@@ -205,6 +211,7 @@ def _letter(character: str) -> str:
         return made
     if _COMBINING.fullmatch(character):
         return ""
+    # decomposition takes accents off Latin letters; Hangul falls into jamo and is left as it is
     apart = unicodedata.normalize("NFKD", character)
     if not apart[:1].isascii() and apart[:1] not in _CONFUSABLE:
         return character
@@ -254,6 +261,8 @@ class ItemSearch:
         self.items, self.ngram, self.min_words = items, ngram, min_words
         self.too_short: list[int] = []
         """Numbers of the items that are not looked for."""
+        # hash of a run -> items that have it; `_whole`: hash of the first run -> length and hash of a short
+        # item
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):
@@ -266,6 +275,7 @@ class ItemSearch:
     def _add(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
         """Look for an item in one of its forms."""
         if units.size >= self.ngram * TWELFTHS:
+            # an item may repeat a run, and both its forms may have it: its number is noted once
             for run in np.unique(units.runs(self.ngram)).tolist():
                 if number not in runs[run][-1:]:
                     runs[run].append(number)
@@ -286,6 +296,7 @@ class ItemSearch:
         for begin, run in places:
             for item in self._owners[run]:
                 stretches = found[item]
+                # places come in order, so a run that touches the last stretch makes it longer
                 if stretches and begin <= stretches[-1][1]:
                     stretches[-1] = (stretches[-1][0], int(ends[begin]))
                 else:
@@ -294,6 +305,7 @@ class ItemSearch:
             for begin, run in self._beginnings.places(units.runs(self.min_words)):
                 for count, whole, item in self._whole[run]:
                     end = begin + count
+                    # the first words agree; the hash of the whole item decides
                     if end <= len(units.hashes) and whole == int(stretch_hashes(
                             units.hashes[begin:end], np.array([0]), np.array([count]))[0]):
                         found[item].append((begin, end))
@@ -305,6 +317,7 @@ class _Keys:
 
     def __init__(self, keys: list[int]) -> None:
         self._keys = np.sort(np.array(keys, np.uint64))
+        # about one in 32 values of the table is set, so most runs of a text end at this look
         wanted = max(1, len(keys) * _BYTES_PER_KEY).bit_length()
         bits = min(max(wanted, _MIN_BITS), _MAX_BITS)
         self._shift = np.uint64(64 - bits)
@@ -316,6 +329,7 @@ class _Keys:
         places = np.flatnonzero(self._may_be[asked >> self._shift])
         if not len(places):
             return []
+        # a binary search for the few that are left; clipped, since a key above all others has no place
         nearest = np.minimum(np.searchsorted(self._keys, asked[places]), len(self._keys) - 1)
         places = places[self._keys[nearest] == asked[places]]
         return list(zip(places.tolist(), asked[places].tolist(), strict=True))

@@ -36,6 +36,7 @@ def json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
     try:
         if window.sign() != "[":
             raise BadRecord("json", "is no list in JSON; pass a list of records, or JSON Lines")
+        # one value after the other, instead of json.loads of the whole file
         window.at += 1
         if window.sign() != "]":
             yield window.item()
@@ -81,6 +82,8 @@ class _ByteWindow:
         self.sign()
         while True:
             try:
+                # tried from the item's begin each time; `_grow` doubles, so all tries together read a few
+                # times its length
                 found, end = json.JSONDecoder().raw_decode(self._text, self.at)
                 # a number may go on behind what is read, as 1 does in 1.5 and 1e+5
                 ends = isinstance(found, (dict, list, str)) or end + len("e+") < len(self._text)
@@ -88,6 +91,8 @@ class _ByteWindow:
                     self.at = end
                     return found
             except json.JSONDecodeError as e:
+                # an error close to the end may only be where the window ends: an escape, a word or a number
+                # that is cut
                 is_cut = e.pos > len(self._text) - _ESCAPE_CHARS or e.msg.startswith("Unterminated string")
                 if self._is_whole or not is_cut:
                     raise BadRecord("json", f"is not valid JSON ({e.msg}); the rest of the file is not read; "
@@ -95,6 +100,7 @@ class _ByteWindow:
             except (ValueError, RecursionError) as e:
                 raise BadRecord("json", f"is not valid JSON ({str(e)[:100]}); the rest of the file is not "
                                         "read; mend it") from None
+            # an item without an end, a missing quote say, must not pull the whole file into memory
             if len(self._text) - self.at > self._limit:
                 raise BadRecord("too_long", f"is longer than --max-document-bytes {self._limit}; cut it, or "
                                             "raise the limit; the rest of the file is not read")
@@ -102,6 +108,7 @@ class _ByteWindow:
 
     def _grow(self) -> None:
         """Read on, at least so much as is held: an item is begun again a few times only."""
+        # what was read before the item is dropped
         left = max(_BLOCK_BYTES, len(self._text) - self.at)
         parts = [self._text[self.at:]]
         try:
@@ -138,6 +145,7 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
     reading = reading or RecordReading()
     for file in files:
         line = 0
+        # spans count their own lines; `line` makes them lines of the file for messages
         for span in spans_of(file):
             counted = CountedSpan(span, reading)
             for item in counted:
@@ -226,6 +234,7 @@ class CountedSpan:
             return self._lines(f)
         if self.span.suffix != JSON_SUFFIX:
             return self._pieces(f)
+        # opened a second time: a compressed stream cannot go back
         with _open(self.span) as beginning:
             head = _guarded(beginning.read, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         return self._items(f) if head.startswith(b"[") else self._lines(f)
@@ -244,11 +253,13 @@ class CountedSpan:
 
     def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
+        # a compressed file is one span, whose size says nothing of its lines
         left = float("inf") if self.span.compression else self.span.stop - self.span.start
         while left > 0 and (line := _guarded(f.readline, limit + 1)):
             self.num_lines += 1
             left -= len(line)
             if len(line) > limit and not line.endswith(b"\n"):
+                # the rest of a line that is too long is passed over in blocks and never held
                 while (rest := _guarded(f.readline, _BLOCK_BYTES)):
                     left -= len(rest)
                     if rest.endswith(b"\n"):
@@ -274,6 +285,7 @@ class CountedSpan:
             raise BadRecord("fields", f"is plain text, which has no field {asked[0]!r}; "
                                       "pass JSONL or Parquet")
         position = span.start
+        # endings that say nothing of the content; data in JSON would be trained on as text
         is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
         blocks = _blocks(f, None if span.compression else span.stop - span.start)
         limit_bytes = span.document_bytes
@@ -282,6 +294,8 @@ class CountedSpan:
             limit_bytes = max(len(first), 1) if len(first) <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
             blocks = _chain(first, blocks)
         for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
+            # `position` counts bytes of the file, the mark included: offsets in messages are those of the
+            # file
             raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
             if position == 0 and is_vague and _JSON_BEGINS.match(raw):
                 raise BadRecord("json", "is JSON and no plain text; name it with the ending .json (a list of "
@@ -301,6 +315,7 @@ class CountedSpan:
             head = _guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
         found = head.decode(errors="replace").split(_TABLES[self.span.suffix])
         names = [name.strip().strip('"') for name in found]
+        # a table whose columns are fields of records was meant as records, whatever its ending
         known = {self.reading.text_field, *DIALOGUE, *FOREIGN}
         if self.reading.kind not in (None, "text") or known & {*names}:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
@@ -371,6 +386,7 @@ def _columns(names: list[str], reading: RecordReading) -> list[str]:
     """
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise BadRecord("parquet", f"has two columns {twice[0]!r}; rename or remove one")
+    # a prompt's other columns are the reward's, and travel with it
     if reading.kind == "prompt":
         return names
     if problem := columns_problem(names, reading):
@@ -397,6 +413,7 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
     try:
         for number in row_groups:
             group = file.metadata.row_group(number)
+            # rows that fit into the bound by the mean of their group; long documents are few at a time
             rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
             yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
                                          columns=columns)

@@ -80,6 +80,7 @@ def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...
     found = []
     for name in names:
         value = record.get(name)
+        # the whole provenance is no tag; that there is one is what blends choose by
         if name == "synthetic" and isinstance(value, dict):
             value = True
         tag = "" if value is None or value == "" else tag_value(value)
@@ -134,11 +135,14 @@ def own_fields(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     Raises:
         BadRecord: a field of the layout has another type than it should.
     """
+    # first, for what follows knows messages alone
     if is_alpaca(record):
         record = _of_alpaca(record, kind)
+    # a prompt keeps it as it is: its other fields are the reward's
     if isinstance(record.get(KTO_TAG), bool) and kind != "prompt":
         record = {LABEL: record[KTO_TAG], **_without(record, (KTO_TAG,))}
     chat = _chat_name(record)
+    # LLaMA-Factory's ShareGPT preference: a shared chat, and one message on each side
     if kind is not None and chat is not None and all(isinstance(record.get(side), dict) for side in SIDES):
         sides = {side: sharegpt_messages([record[side]], side) for side in SIDES}
         record = {"prompt": sharegpt_messages(record[chat], chat), **sides,
@@ -180,6 +184,7 @@ def _of_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     for name in ALPACA[:3]:
         if record.get(name) is not None and not isinstance(record[name], str):
             raise BadRecord("fields", f"{name!r} is {str(record[name])[:40]!r}, must be a string")
+    # instruction and input as LLaMA-Factory joins them
     asked = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
     before: list[dict[str, Any]] = []
     for i, pair in enumerate(record.get("history") or []):
@@ -356,6 +361,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     Raises:
         BadRecord: fields are missing or malformed, a value is too long, or nothing is in it.
     """
+    # a record with plain text is text, also where it has fields that other layouts use
     if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
         record = own_fields(record, reading.kind)
     kind = _kind(record, reading)
@@ -364,12 +370,14 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         refuse_deep(record)
         if not reading.media:
             refuse_media(record, kind == "prompt")
+        # the reward's own fields keep their nulls
         record = {name: without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
                   for name, value in record.items()}
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
         fields["messages"], shared = _chat(record)
+        # a count that the record gives goes before the one that its layout implies
         fields["num_prompt"] = _num_prompt(record, len(fields["messages"])) or shared
     elif kind == "preference":
         fields = _preference(record)
@@ -382,6 +390,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
                                      default=str)
         fields["awaits_response"] = True
     if kind != "text":
+        # the system prompt last: it moves the count of prompt messages by one
         fields |= _beside(record) | _with_system(record, fields)
     if reading.bucket_by:
         fields["bucket"] = read_bucket(record, reading.bucket_by)
@@ -401,6 +410,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
 def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     """Return the kind to read a record as; with an expected kind, a record of another one is
     refused by its name."""
+    # the order decides: a preference has a prompt too, and a chat may have a text beside it
     present = {"preference": "chosen" in record and "rejected" in record,
                "chat": "messages" in record or "conversations" in record
                or ("prompt" in record and completion_of(record) is not None),
@@ -414,6 +424,7 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     elif found := next((kind for kind, is_one in present.items() if is_one), None):
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
                    "prompt": "a prompt"}[found]
+        # KTO's rows; training on the bad ones as chats would teach them
         if found == "chat" and isinstance(record.get(LABEL), bool):
             raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
                                       f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
@@ -461,6 +472,7 @@ def _chat(record: dict[str, Any]) -> tuple[Messages, int]:
                                   "`sov-data unpaired`")
     if chat is not None:
         return (read_messages if chat == "messages" else read_sharegpt)(record[chat], chat), 0
+    # TRL allows a string on one side and messages on the other
     both = [[{"role": role, "content": value}] if isinstance(value, str) else value
             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
     for field_name, messages in zip(("prompt", name), both, strict=True):
@@ -478,6 +490,7 @@ def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
     count = record.get(NUM_PROMPT)
     if count is None:
         return 0
+    # `type` and not isinstance: true is an int for Python
     if type(count) is not int or not 0 < count < num_messages:
         raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT!r}, must say how many of "
                                   f"the {num_messages} messages are the prompt: at least 1, and not all")
@@ -534,6 +547,7 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     chosen, rejected = (_messages(record[field], field, "assistant") for field in ("chosen", "rejected"))
     prompt = _messages(record["prompt"], "prompt", "user") if record.get("prompt") is not None else ()
     shared = 0
+    # one message is left on each side, even where both are equal
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if not prompt or chosen[:len(prompt)] == prompt == rejected[:len(prompt)] or (
@@ -556,6 +570,7 @@ def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
     """Raise `BadRecord` where a document's texts are too long, no text, or none at all."""
     size_bytes = 0
     for text in texts:
+        # encoding also finds half of a surrogate pair, which no tokenizer takes
         size_bytes += _size_bytes(text)
     if size_bytes > reading.max_document_bytes:
         raise too_long(reading)

@@ -39,6 +39,7 @@ def json_line(row: Any, *, allow_nan: bool = True) -> bytes:
 def changed_values(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield dotted name, old and new value, as `short_json` has them, of all in which two trees differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
+        # the new order first, then what has gone
         for key in [*now, *(k for k in before if k not in now)]:
             yield from changed_values(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
     elif before != now:
@@ -82,6 +83,7 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
         num_rows += 1
         if isinstance(row, str):
             num_bad += 1
+            # all are counted, few are named: a file of another form would fill the screen
             if len(problems) < MAX_TOLD:
                 problems.append(f"line {line}: {row}")
     if num_bad > MAX_TOLD:
@@ -116,6 +118,7 @@ def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes
     try:
         with open(path, "rb") as f:
             number = 0
+            # one byte more than allowed, so that a line of exactly the limit passes
             while raw := f.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw) > MAX_LINE_BYTES:

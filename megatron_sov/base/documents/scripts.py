@@ -83,6 +83,7 @@ def script_of(char: str) -> str:
     """
     if unicodedata.category(char)[0] not in "LM":
         return ""
+    # Unicode names begin with the script: HANGUL SYLLABLE GA, LATIN SMALL LETTER A
     words = unicodedata.name(char, "").split()
     if not words or words[0] in ("COMBINING", "MATHEMATICAL", "VARIATION"):
         return ""
@@ -94,6 +95,7 @@ def script_of(char: str) -> str:
 def letters_by_script(text: str) -> Counter[str]:
     """Return script -> letters of a text."""
     counts: Counter[str] = Counter()
+    # each kind of character once: texts have millions of characters of a few hundred kinds
     for char, count in Counter(text).items():
         if script := script_of(char):
             counts[script] += count

@@ -40,8 +40,10 @@ class IndexedWriter:
         `dtype` is a key of `DTYPE_CODES`."""
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self.prefix, self.dtype = prefix, dtype
+        # four bytes a document; the index is written from it at the end
         self.lengths_tokens = array("i")
         names = {"bin": dtype, **(sidecars or {})}
+        # little endian on any machine, as Megatron-Core reads it
         self._dtypes = {suffix: np.dtype(name).newbyteorder("<") for suffix, name in names.items()}
         self._files = {suffix: open(f"{prefix}.{suffix}", "wb")  # noqa: SIM115  (closed in __exit__)
                        for suffix in names}
@@ -64,6 +66,7 @@ class IndexedWriter:
                  trace: TracebackType | None) -> None:
         for file in self._files.values():
             file.close()
+        # no index behind an error: files without one are no shard
         if kind is None:
             write_index(self.prefix, self.dtype, np.frombuffer(self.lengths_tokens, dtype=np.int32)
                         if self.lengths_tokens else np.zeros(0, np.int32))
@@ -72,12 +75,14 @@ class IndexedWriter:
 def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> None:
     """Write `PREFIX.idx` of documents that follow one another in `PREFIX.bin`."""
     starts = np.zeros(len(lengths_tokens), dtype="<i8")
+    # int64 before the sum: a split may have more tokens than int32 counts
     np.cumsum(lengths_tokens[:-1], out=starts[1:])
     starts *= np.dtype(dtype).itemsize
     with open(f"{prefix}.idx", "wb") as f:
         f.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[dtype], len(lengths_tokens), len(lengths_tokens) + 1))
         f.write(lengths_tokens.astype("<i4").tobytes())
         f.write(starts.tobytes())
+        # bounds of documents in sequences: one each, and the end
         f.write(np.arange(len(lengths_tokens) + 1, dtype="<i8").tobytes())
 
 
@@ -130,6 +135,7 @@ class RouteShape:
                     f"{self.layers}, {self.top_k}] of {self.dtype}")
         marked = routes == self.mark
         absent = marked.all(axis=2)
+        # equal neighbours after sorting are an expert that is visited twice
         ordered = np.sort(routes, axis=2)
         rules = (((routes >= self.num_experts).any(axis=2) & ~absent,
                   f"expert numbers must lie below {self.num_experts}, or all be {self.mark} (not recorded)"),

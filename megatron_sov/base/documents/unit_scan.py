@@ -67,6 +67,7 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
     Returns:
         How many units there are.
     """
+    # one pass with explicit state: numba compiles this to a loop without objects
     count, at, begin, end, group, num_groups = 0, 0, 0, 0, 0, 0
     is_open = is_number = False
     value = _OFFSET
@@ -78,15 +79,18 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
                 is_open = is_number = True
                 begin, group, num_groups, value = at, 0, 0, _OFFSET
             if kind >= DIGIT:
+                # digits of all scripts hash as ASCII's
                 code = 48 + kind - DIGIT
                 group += 1
             else:
                 is_number = False
+            # FNV-1a over code points
             value = (value ^ np.uint64(code)) * _PRIME
             at += 1
             end = at
             continue
         if is_open and kind == SEPARATOR:
+            # skipped without a trace in the hash, so that 1,000 and 1000 are one word
             if is_number and _parts_thousands(codes, classes, at, group, num_groups):
                 at, group, num_groups = at + 1, 0, num_groups + 1
                 continue
@@ -101,6 +105,7 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
         if kind == SEPARATOR:
             at = _behind_markup(codes, classes, commands, at)
             continue
+        # a character of a script without blanks is a unit by itself
         hashes[count] = _mixed((_OFFSET ^ np.uint64(code)) * _PRIME)
         sizes[count] = QUARTER_SIZE if kind == QUARTER else THIRD_SIZE
         begins[count], ends[count] = at, at + 1
@@ -136,11 +141,13 @@ def _parts_thousands(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: 
     code = codes[at]
     if code not in (_COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _APOSTROPHE, _ARABIC_THOUSANDS):
         return False
+    # groups are of three digits; the first one may be shorter
     if not (group == 3 or (num_groups == 0 and 1 <= group < 3)) or at + 3 >= len(codes):
         return False
     for place in range(at + 1, at + 4):
         if classes[codes[place]] < DIGIT:
             return False
+    # a fourth digit behind the three: this is another number
     return at + 4 == len(codes) or bool(classes[codes[at + 4]] < DIGIT)
 
 
@@ -156,6 +163,7 @@ def _behind_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: in
         if codes[at] == _NEW_LINE:
             num_lines += 1
         at += 1
+    # two line ends are a paragraph, in which no word goes on
     return at if num_lines == 1 and at < len(codes) and classes[codes[at]] == WORD else 0
 
 
@@ -170,6 +178,7 @@ def _behind_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], comman
     if code == _LESS:
         first = codes[after]
         if 0x61 <= first <= 0x7A or first in (_SLASH, _MARK):
+            # bounded, so that many `<` without an end cost linear time
             for place in range(after + 1, min(after + _TAG_CHARACTERS, len(codes))):
                 if codes[place] == _MORE:
                     return place + 1
@@ -206,6 +215,7 @@ def run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]) -> 
     Returns:
         How many units begin one: all up to where too little is left.
     """
+    # two ends that only move forward: linear in the number of units
     held, end = np.int64(0), 0
     for begin in range(len(sizes)):
         while held < target:

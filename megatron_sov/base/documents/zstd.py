@@ -38,11 +38,13 @@ class ZstdFile(io.RawIOBase):
         """
         while not self._pending:
             if self._frame.eof:
+                # the next frame begins inside the block that ended the last one
                 raw = self._frame.unused_data or self._file.read(_INPUT_BYTES)
                 self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
             else:
                 raw = self._file.read(_INPUT_BYTES)
             if not raw:
+                # no more bytes: the end of the file if no frame is open, else a file that was cut off
                 if self._begun:
                     raise EOFError("the compressed data end inside a frame")
                 return 0

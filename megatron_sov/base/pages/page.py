@@ -219,6 +219,7 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    # StrictUndefined: a misspelt name in the template is an error and not an empty place
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_resource("page.html.j2"))
     plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")
