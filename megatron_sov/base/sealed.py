@@ -44,6 +44,7 @@ def sealed(data: bytes, of: str = "") -> bytes:
         of: what they belong to (everywhere in this module); it goes into the checksum and not into the file,
             so that a sound file of something else is no sound file here.
     """
+    # the last one: text of rows may spell a seal's place
     head, mark, tail = data.rpartition(PLACE.encode())
     if not mark:
         head, tail = data, b""
@@ -57,6 +58,7 @@ def seal_file(file: Path, of: str = "") -> str:
         if start is None:
             start = f.seek(0, os.SEEK_END)
             f.write(PLACE.encode())
+        # over the file with zeros in the seal's place, which are there at this moment
         digest = _digest(f, start, of)
         f.seek(start + len(_MARK))
         f.write(digest)
@@ -105,8 +107,10 @@ def check_seal(file: Path, way: str = RUN_AGAIN, of: str = "", *, is_required: b
         OSError: it cannot be read.
     """
     stat = os.stat(file)
+    # what changes with the content; the change time cannot be set back by touch
     mark = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     is_settled = time.time_ns() - stat.st_ctime_ns > _SETTLED_S * 1e9
+    # a file that has just changed is read each time, for its next change may have the same time
     is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), mark, of)
     what = ""
     if is_sealed is False:
@@ -141,11 +145,13 @@ def _place(f: Any, wanted: bytes) -> int | None:
     size = f.seek(0, os.SEEK_END)
     f.seek(max(0, size - 8))
     end, tail, key = f.read(), _TAIL_BYTES, b""
+    # Parquet ends with the footer's length in 4 bytes and its magic; metadata is in the footer
     if end[4:] == _PARQUET:
         tail, key = min(int.from_bytes(end[:4], "little"), _MOST_FOOTER_BYTES) + len(end), _KEY
     begin = max(0, size - tail)
     f.seek(begin)
     found = f.read().rfind(key + wanted)
+    # behind the key, which is part of the search in Parquet alone
     place = begin + found + len(key)
     return None if found < 0 or place + len(PLACE) > size else place
 
@@ -182,6 +188,7 @@ def _hex(parts: Sequence[bytes], of: str) -> bytes:
 def write_json(file: Path, value: Any, of: str = "") -> None:
     """Write a value of plain JSON, an object flat beside its seal, anything else below "content": also an
     object with a key of that name, which could not be told apart."""
+    # flat where that can be undone: other programs find the keys where they expect them
     is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
     whole = {**value, SEAL: PLACE} if is_flat else {"content": value, SEAL: PLACE}
     # nothing but ASCII: names of files may hold bytes that are no text

@@ -59,9 +59,12 @@ def recording_reads() -> Iterator[Reads]:
     (pyarrow, safetensors, tokenizers): there are no events of it."""
     global _is_listening
     if not _is_listening:  # a hook stays for good
+        # an audit hook sees opens by any library in Python, and cannot be removed: it looks at `_here` and
+        # returns
         sys.addaudithook(_note)
         threading.Thread.start = _start_noted  # type: ignore  # Python 3.11 has no event of it
         _is_listening = True
+    # blocks may be nested: a file that loads another one has its own set again afterwards
     before = getattr(_here, "reads", None)
     found = Reads()
     _here.reads = found
@@ -81,6 +84,7 @@ def _note(event: str, arguments: tuple[object, ...]) -> None:
         reads = _of_threads
     if reads is None:
         return
+    # what another process reads is not seen from here; the caller is told that something may be missing
     if event in _PROCESSES:
         reads.unseen = _PROCESSES[event]
     elif event == "os.rename" and all(isinstance(name, (str, bytes)) for name in arguments[:2]):
@@ -128,6 +132,7 @@ def _take(path: str, reads: Reads, creates: bool, empties: bool, reads_none: boo
         return
     if reads_none:
         return
+    # Python opens the cache; what counts is the source that it was made of
     if path.endswith(".pyc"):
         with contextlib.suppress(ValueError):
             path = importlib.util.source_from_cache(path)
@@ -188,6 +193,7 @@ def load(reference: str) -> LoadedPlugin:
         UserError: the reference has another form, there is no such file or module, it fails,
             or has no such name.
     """
+    # the last colon: a path may hold others
     place, _, name = reference.rpartition(":")
     if not place or not name.isidentifier():
         raise UserError(f"{reference}: must have the form FILE.py:NAME or MODULE:NAME")
@@ -240,6 +246,7 @@ def _run(path: Path) -> tuple[ModuleType, str]:
     """Return the module that a file makes, and the hash of its bytes; a file that has not
     changed is run once."""
     try:
+        # read once; hash and code are of these bytes, also when the file changes meanwhile
         source = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); name a Python file, "
@@ -250,6 +257,7 @@ def _run(path: Path) -> tuple[ModuleType, str]:
     # dataclasses and annotations look their module up by its name, so it needs one that nothing else has
     module = ModuleType(f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
     module.__file__ = str(path)
+    # before the code runs, as import does: dataclasses look their module up there
     sys.modules[module.__name__] = module
     try:
         # not through importlib: it may take a .pyc of a second ago for the file,
@@ -304,6 +312,7 @@ def telling(where: str) -> Iterator[None]:
         raise UserError(f"{e.filename or where}{f':{e.lineno}' if e.lineno else ''}: {e.msg}; "
                         "mend the line") from None
     except (Exception, SystemExit) as e:
+        # the last line in the user's file: deeper frames are of libraries that it called
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == where]
         raise UserError(f"{where}{f':{lines[-1]}' if lines else ''}: {type(e).__name__}: {e}") from e
 
@@ -317,6 +326,7 @@ def _importing_from(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    # at the end: a file of the user's never hides an installed module
     sys.path.append(str(folder))
     importlib.invalidate_caches()
     try:

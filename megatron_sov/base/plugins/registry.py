@@ -32,6 +32,7 @@ def declared(group: str) -> list[Declared]:
     """Return what installed packages declare in a group of entry points, by name; nothing is imported."""
     from importlib.metadata import entry_points
 
+    # a set: a package that is found by two paths declares the same twice
     found = {Declared(p.name, p.value, f"{p.dist.name} {p.dist.version}" if p.dist else "unknown package")
              for p in entry_points(group=group)}
     return sorted(found, key=lambda d: (d.name, d.package))
@@ -127,6 +128,7 @@ class Registry(Generic[T]):
         if name in self._built_in:
             raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; "
                             "give it another name")
+        # the same reference again is the same code: commands and configs may both name it
         if known is not None and known.code.reference != loaded.reference:
             raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
                             "give one of them another name")
@@ -152,6 +154,7 @@ class Registry(Generic[T]):
                             f"{' and by '.join(d.package for d in found)}; uninstall one of them")
         if not found:
             raise UserError(self._unknown(name, recorded))
+        # an entry point is code that somebody installed, which a config may use by its name
         self._import(found[0])
         return self._known[name].value
 
@@ -203,6 +206,7 @@ class Registry(Generic[T]):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")
         for code in recorded:
+            # printable alone: the hint is a command to copy, and the reference is a stranger's
             if ((code.kind, code.name) == (self.kind, name) and not code.package
                     and code.reference.isprintable()):
                 return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
@@ -259,6 +263,7 @@ def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
         code = own.code(known_as)
         assert code is not None, f"{name} was loaded and has no record"
         return PluginOrder(known_as, settings, code.reference, code.files)
+    # raises now where there is none; the order itself stays a name, which each process looks up
     own.get(name)
     return PluginOrder(name, settings)
 

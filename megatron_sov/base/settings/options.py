@@ -161,6 +161,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     parser.set_defaults(options_class=cls)
     groups: dict[str, Any] = {"": parser}
     classes = cls.__mro__
+    # field -> how far up the class that declares it is; nearer ones overwrite
     nearness = {name: i for i in reversed(range(len(classes)))
                 for name in inspect.get_annotations(classes[i])}
     # options of the class itself go before those that it has from others; arguments keep their order
@@ -168,6 +169,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         heading = given.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         shown = given.help + _default_shown(given)
+        # no value on the line: the option turns the default around
         if given.hint is bool:
             action = into.add_argument(given.key, dest=given.dest, help=shown, default=argparse.SUPPRESS,
                                        action="store_false" if given.default is True else "store_true")
@@ -176,6 +178,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                                        help=shown, metavar=_metavar(given), **_arity(given))
             # a shell completes these; `read_options` checks them
             action.choices = tuple(map(str, get_args(given.hint))) or None
+        # `Parser._check_value` leaves such values to `read_options`, which names all mistakes at once
         action.is_setting = True
         action.declared = None if given.default is dataclasses.MISSING else given.default
     if _tells_by_itself(cls):
@@ -235,6 +238,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     names: dict[str, str] = {}
     for given in _fields(cls):
         names[given.dest] = given.key
+        # SUPPRESS: what was not typed is absent, so that defaults are those of the class
         if not hasattr(args, given.dest):
             continue
         node = raw
@@ -247,11 +251,13 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         node[given.path[-1]] = [_typed(text, given.hint) for text in value] if given.repeats else \
             _typed(value, given.hint)
     kept: dict[str, str] = {}
+    # texts that are no UTF-8 go through JSON as placeholders, and come back behind it
     settings, found = find_problems(cls, _each_text(raw, lambda text: _held(text, kept)))
     settings = _each_text(settings, lambda text: kept.get(text, text)) if kept else settings
     problems += found
     if settings is not None and not problems:
         problems = rules_of(settings)
+    # last: a dry run still finds every mistake of the options
     if settings is not None and not problems and hasattr(args, "dry_run") and _tells_by_itself(cls):
         problems = _end_dry_run(settings, raw)
     if problems:
@@ -351,6 +357,7 @@ def _typed(text: Any, hint: Any) -> Any:
         return text
     if get_origin(hint) is Literal:
         return next((word for word in get_args(hint) if str(word) == text), text)
+    # an exact whole number first: through a float 2**60 + 1 would change
     with contextlib.suppress(ValueError):
         if hint in (int, float):
             return int(text)
@@ -370,6 +377,7 @@ def _under_its_name(problem: SettingsProblem, names: Mapping[str, str]) -> Setti
     what is on or off has none on the line."""
     key = problem.key
     while key and key not in names:
+        # up to the field that the option sets: a problem may be of an item inside it
         key = key.rpartition(".")[0]
     value = UNSET if isinstance(problem.value, bool) else problem.value
     beside = problem.key.rpartition(".")[0]
@@ -388,6 +396,7 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
         path = (*above, field.name)
         is_made = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
+            # options are built from the class's own defaults; another factory's would be lost without a word
             if is_made and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _fields(hint, path)
@@ -416,6 +425,7 @@ def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:
 @cache
 def _module_docs(module: str) -> dict[str, dict[str, str]]:
     """Return class -> field -> the string under it, of a module's source."""
+    # docstrings under fields are no attributes: the source is the only place that has them
     source = inspect.getsource(sys.modules[module])
     return {node.name: {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
                         for field, text in itertools.pairwise(node.body)

@@ -71,6 +71,7 @@ class SettingsProblem:
     @property
     def sentence(self) -> str:
         """The problem without its line."""
+        # each part is cut alone, so that the end of a long key is still there
         key = ".".join(map(cut, self.key.split(".")))  # a stranger's file may hold any
         if self.key.startswith("-") and self.value is not UNSET:
             begin = f"{key} {show(self.value)}: "
@@ -168,6 +169,7 @@ def show(value: Any) -> str:
 
 def cut(text: str) -> str:
     """Return a text of a stranger's as a message may hold it: no control characters, not long."""
+    # cut before it is escaped: a text of gigabytes is never walked through
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_VALUE_CHARS + 1])
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS - 3] + "..."
 
@@ -205,6 +207,7 @@ class Bound:
         def ask(value: Any) -> Any:
             if found := self.broken(value):
                 code, rule, way_out = found
+                # pydantic carries our sentence to `_problem`, which knows the place
                 raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out,
                                                               "may_be_secret": self.may_be_secret})
             return value

@@ -107,6 +107,7 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         """Reads numbers as YAML 1.2 and JSON have them."""
 
+    # YAML 1.1 wants a point and a sign in the exponent; people write 2e9
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     return Loader
 
@@ -121,6 +122,7 @@ def read_located(text: str) -> Located:
         return made
 
     try:
+        # JSON is read as JSON: YAML differs from it in tabs, surrogate pairs and limits
         value = (json.loads(text, parse_float=_number, object_pairs_hook=as_object)
                  if text.lstrip().startswith(("{", "[")) else UNSET)
     except (ValueError, RecursionError):
@@ -145,6 +147,7 @@ def _read_yaml(text: str) -> Located:
     import yaml
 
     found = Located()
+    # so that `dispose` below has something, also when the text itself cannot be opened
     loader = _loader()("")
     try:
         loader = _loader()(text)
@@ -180,10 +183,12 @@ class _Reading:
 
         line = node.start_mark.line + 1
         self.num_values += 1
+        # counted in the walk, aliases each time: ten levels of ten aliases are 10^10 values
         if depth > MAX_DEPTH or self.num_values > MAX_VALUES:
             what = f"it is nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else \
                 f"its aliases make more than {MAX_VALUES:,} values"
             raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+        # the key's own line goes before the value's
         self.found.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
@@ -211,6 +216,7 @@ class _Reading:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
                     if isinstance(part, yaml.MappingNode):
+                        # YAML's merge: of several the first one counts, and the mapping's own keys before all
                         merged = {**self.value(part, place, depth + 1), **merged}
                     else:
                         self._refuse(line, place, "<< takes an alias of a mapping", "")
@@ -251,6 +257,7 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
     problems: list[SettingsProblem] = []
     for text in given:
         key, equals, value = text.partition("=")
+        # `a..b=1` and `=1` have an empty part
         if not equals or not all(key.split(".")):
             problems.append(SettingsProblem(ProblemCode.FORM, "",
                                             f"{cut(text)!r} must have the form key=value"))
@@ -337,6 +344,7 @@ def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> Setti
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
+        # a position must exist: settings of a list are changed, never made longer, by dots
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
                 return SettingsProblem(ProblemCode.UNKNOWN, key,

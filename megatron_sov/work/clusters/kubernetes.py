@@ -167,6 +167,7 @@ class KubernetesProfile:
     def holds(self, path: Path, *, written: bool = False) -> bool:
         """Return whether a path lies on a volume, the innermost one, and may be written to if asked."""
         mounts = [v for v in self.volumes if PurePosixPath(path).is_relative_to(v.mount)]
+        # a volume may be mounted inside another one; the pod writes to the inner
         innermost = max(mounts, key=lambda v: len(PurePosixPath(v.mount).parts), default=None)
         return innermost is not None and not (written and innermost.read_only)
 
@@ -239,6 +240,7 @@ def literal(word: str) -> str:
 
 def variables_of(profile: KubernetesProfile, **more: str) -> list[dict[str, Any]]:
     """Return a container's environment; what a secret holds is named, not written."""
+    # the profile's own variables go last and win
     plain = {"PYTHONSAFEPATH": "1"} | more | profile.environment
     found: list[dict[str, Any]] = [{"name": name, "value": literal(value)} for name, value in plain.items()]
     for name, text in profile.secrets.items():
@@ -314,6 +316,7 @@ def living_jobs(namespace: str, names: Sequence[str]) -> list[str]:
                                       if c["status"] == "True"}
             for job in found.get("items", [found])}  # of a single name it prints the Job alone
     living = [name for name in names if name in ends and not ends[name] & {"Complete", "Failed"}]
+    # one that is not there was deleted, which counts as failed: the next waits for it in vain
     failed = [i for i, name in enumerate(names) if "Failed" in ends.get(name, {"Failed"})]
     if failed and (behind := [name for name in living if name in names[failed[0]:]]):
         delete_jobs(namespace, behind)

@@ -74,6 +74,7 @@ class Recognition:
         before = kept["answers"] if isinstance(kept, dict) and "answers" in kept else [kept]
         before = [] if kept is None else before
         now = [ask(question) for question in self.questions]
+        # earlier versions kept one answer: only questions that were asked before are compared
         others = [i for i, (one, other) in enumerate(zip(before, now, strict=False))
                   if not is_same(one, other) and _stays(self.questions[i], one, other, ask)]
         if self.same_model and others:
@@ -108,6 +109,7 @@ def _shown(answer: Any) -> str:
 
 def is_same(one: Any, other: Any) -> bool:
     """Return whether two answers to one question say the same and name the same model."""
+    # two names are two models; one name proves nothing
     names = [answer.get("model") for answer in (one, other) if isinstance(answer, dict)]
     if len(names) == 2 and all(isinstance(name, str) for name in names) and names[0] != names[1]:
         return False
@@ -177,6 +179,7 @@ def decoded(body: bytes) -> Any:
         looks = "HTML" if body.lstrip()[:1] == b"<" else "no JSON, or a part of it"
         raise BadAnswer(f"the endpoint sent {looks}") from None
     parts = [found]
+    # level by level and not by calls: what is nested deep would overflow the stack
     for _ in range(MAX_LEVELS):
         parts = [inner for part in parts if isinstance(part, (dict, list))
                  for inner in (part.values() if isinstance(part, dict) else part)]
@@ -199,6 +202,7 @@ def reason_of(body: bytes, secret: str = "") -> str:
         said = said.get("error", said) if isinstance(said, dict) else None
         message = said.get("message") if isinstance(said, dict) else None
         if isinstance(message, str):
+            # an endpoint's text goes to the terminal, and may quote the key that it was sent
             line = "".join(char if char.isprintable() else " " for char in message)
             return " ".join((line.replace(secret, "...") if secret else line).split())[:MAX_TOLD_CHARS]
     return ""

@@ -48,9 +48,12 @@ class EndpointCache:
 
     def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
         self._path, self._lock = path, threading.Lock()
+        # opened as caches of their own, so that files of earlier versions are read too
         self._others = [EndpointCache(other) for other in others if other.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # autocommit, one connection for all threads: `_lock` orders them, SQLite's own lock orders
+            # processes
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
@@ -63,6 +66,7 @@ class EndpointCache:
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
         """Return the hash of what is asked, and where."""
+        # sorted: equal requests have one key in whatever order their fields were made
         text = json.dumps([url, payload], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -89,6 +93,7 @@ class EndpointCache:
         """
         request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
         with self._told(), self._lock, self._connection:
+            # the write lock at once: two processes that both begin by reading would deadlock
             self._connection.execute("BEGIN IMMEDIATE")
             if answer is not None:
                 self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)",
@@ -141,6 +146,7 @@ class EndpointCache:
             try:
                 with self._connection:
                     self._connection.execute("BEGIN IMMEDIATE")
+                    # an answer that is here already was used; the other file's would contradict it
                     self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
                     self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
                                              "FROM other.requests")
@@ -149,6 +155,7 @@ class EndpointCache:
                         self._connection.execute(f"DELETE FROM other.{table}")
             finally:
                 self._connection.execute("DETACH other")
+        # after the commit: a kill before it leaves an empty file, which is taken over again without harm
         other.unlink()
 
     def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:

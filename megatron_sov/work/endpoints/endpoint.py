@@ -127,6 +127,7 @@ class Endpoint:
         """
         if self._recognition is None:
             return 0
+        # one thread asks the fixed questions, the others wait for what it finds
         with self._recognising:
             if self._number < 0:
                 self._number = self._recognised(self._recognition)
@@ -177,6 +178,8 @@ class Endpoint:
     def _alone(self, key: str) -> Iterator[None]:
         """Let one thread at a time ask a question: the others find its answer."""
         with self._lock:
+            # a lock for each question that is under way, dropped with the last who waits: the table does not
+            # grow
             lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
             self._asking[key] = lock, num_waiting + 1
         try:
@@ -199,6 +202,7 @@ class Endpoint:
                 raise
             except (TimeoutError, BadAnswer) as e:
                 is_away = getattr(e, "is_away", False)
+                # an endpoint that is full answers later; since when counts from its last answer to anybody
                 if attempt >= limits.max_attempts:
                     waited_s = time.monotonic() - max(began_s, self.answered_s)
                     if not is_away or not limits.patience_s:
@@ -207,6 +211,7 @@ class Endpoint:
                         raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                 if is_away:
                     self._tell(str(e))
+                # jitter, so that threads that failed together do not come back together
                 wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)
                 self._sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
             else:
@@ -245,6 +250,7 @@ class Endpoint:
             return
         with self._lock:
             now_s = time.monotonic()
+            # the turn is taken under the lock, the waiting is done outside of it
             turn_s = max(self._next_s, now_s)
             self._next_s = turn_s + 60 / limits.requests_per_minute
         self._sleep(turn_s - now_s)
@@ -253,6 +259,7 @@ class Endpoint:
         """Return what `read` makes of one request's answer.  The answer and what it was billed come to the
         disk together: a kill leaves both or none."""
         most = self._most(payload)
+        # before the request leaves: a budget is reserved for the worst case, and corrected in `leave`
         self._gate.enter(most)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:

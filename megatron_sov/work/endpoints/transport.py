@@ -37,6 +37,7 @@ def address_problems(field: str, text: str, key_field: str) -> list[SettingsProb
         parts = urlsplit(text)
         is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets that are not closed, a port that is none
+        # the checks below read the parts of an address, also where there is none
         parts, is_sound = urlsplit(""), False
     if not is_sound:
         p.append("must be an address such as http://localhost:8000/v1")
@@ -76,6 +77,7 @@ def bound_streams(client: Any, deadline: Deadline) -> None:
     # httpx gives no other way to its connections; `test_endpoint.py` sees whether it still does
     for transport in filter(None, (client._transport, *client._mounts.values())):
         pool = transport._pool
+        # every socket operation asks the deadline of its thread
         pool._network_backend = _bounded_backend(pool._network_backend, deadline)
 
 
@@ -92,6 +94,7 @@ def _bounded_backend(inner: Any, deadline: Deadline) -> Any:
             return self._inner.read(max_bytes, _left(deadline, timeout, httpcore.ReadTimeout))
 
         def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            # in pieces: one large write to a slow reader would pass the deadline in a single call
             for start in range(0, len(buffer), _PIECE_BYTES):
                 left_s = _left(deadline, timeout, httpcore.WriteTimeout)
                 self._inner.write(buffer[start:start + _PIECE_BYTES], left_s)
@@ -174,6 +177,7 @@ class Transport:
         import openai
 
         secret = self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
+        # no compression: a limit of bytes would count packed ones, and little unpacks to much
         headers: dict[str, Any] = {"Accept-Encoding": "identity",
                                    "Authorization": f"Bearer {secret}" if secret else openai.Omit()}
         try:

@@ -51,6 +51,7 @@ class BackgroundProcess:
         with open(log, "wb") as out:
             out.write(f"{shlex.join(command)}\n".encode())
             out.flush()
+            # through this module: a preexec_fn is not safe in a process that has threads
             self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
                                              stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                              env=humble_environment())

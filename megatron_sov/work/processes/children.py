@@ -72,6 +72,7 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int) -> None:
     """Ask Linux to kill this process when its parent dies, so that a killed run leaves none behind."""
     be_killed_with_parent()
+    # the parent may have died before prctl took effect; then no signal ever comes
     if sys.platform == "linux" and os.getppid() != parent:
         os._exit(ExitCode.CRASH)
 
@@ -104,6 +105,7 @@ class Child:
             patience_s: in which it may end by itself, and remove what it made, when its channel is closed.
         """
         self.channel, self._wait = channel, wait
+        # not __del__: it also runs when the interpreter ends, and holds nothing of this object
         self._end = weakref.finalize(self, _end, channel, kill, wait, patience_s, os.getpid())
 
     def exit_code(self, within_s: float) -> int | None:
@@ -138,6 +140,7 @@ def start_interpreter(command: Sequence[str], arguments: Sequence[str], variable
         patience_s: see `Child`.
     """
     ours, theirs = socket.socketpair()
+    # nothing of this process's environment but the libraries' path: keys stay here
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", **variables,
                    **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}}
     with theirs:
@@ -177,6 +180,7 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
 
 def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> None:
     """Ask commands to end, and kill those that have not after that many seconds."""
+    # all are asked before any is waited for: they end at the same time
     for command in commands:
         command.terminate()
     deadline_s = time.monotonic() + wait_s
@@ -208,6 +212,7 @@ def run_command(argv: list[str], go_on_by: str) -> int:
         if number != signal.SIGINT:  # which a terminal sends to both
             child.send_signal(number)
 
+    # the command saves and ends; this process only notes that it has to stop, and waits
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         code = child.wait()

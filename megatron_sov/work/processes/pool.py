@@ -42,6 +42,7 @@ class StopSignal:
         """Stop at signals that ask for it and are not ignored, as long as this is open; the same one again
         ends the process as it would by itself."""
         before = {number: signal.getsignal(number) for number in FORWARDED}
+        # nohup ignores signals on purpose; that stays
         before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
         for number in before:
             signal.signal(number, self._note)
@@ -68,6 +69,7 @@ class StopSignal:
         self.check()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # the second one ends the process: somebody does not want to wait
         signal.signal(number, signal.SIG_DFL)
         self.ask(f"{signal.Signals(number).name} came; the same command goes on")
 
@@ -95,6 +97,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
         try:
             for item in items:
                 under_way.add(pool.submit(do, item))
+                # bounded, since items may come from a stream that is longer than memory
                 if len(under_way) >= AHEAD * threads:
                     yield from _done(under_way, stop)
             while under_way:
@@ -104,6 +107,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
             for future in under_way:
                 future.cancel()
             wait(under_way)
+            # who closed the generator takes no more; else results that are paid for are still given
             if not isinstance(e, GeneratorExit):
                 for future in under_way:
                     if not future.cancelled() and future.exception() is None:
@@ -154,6 +158,7 @@ class WorkerPool(Generic[Item, Result]):
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         """Wait for what is under way, or end the processes at once behind an error."""
         if failure is not None:
+            # an error ends the work now; results under way are of no use
             for process in multiprocessing.active_children():
                 process.terminate()
         self.end()
@@ -170,6 +175,7 @@ class WorkerPool(Generic[Item, Result]):
         Raises:
             WorkerLost: a worker was ended from outside.
         """
+        # one item or one worker: starting processes would cost more than the work
         left = iter(items)
         first = list(islice(left, self._workers)) if self._pool is None else []
         if self._pool is None and len(first) <= 1:
@@ -186,8 +192,10 @@ class WorkerPool(Generic[Item, Result]):
         under_way: deque[Future[Result]] = deque()
         try:
             for item in chain(first, left):
+                # a pool starts its processes in submit, and they inherit the mask of signals
                 with _without_interrupts():
                     under_way.append(self._pool.submit(_do, item))
+                # in the order of the input: a slow item holds back later results, and their number is bounded
                 while under_way and (under_way[0].done()
                                      or len(under_way) >= WAITING_PER_WORKER * self._workers):
                     yield under_way.popleft().result()

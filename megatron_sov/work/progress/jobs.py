@@ -46,6 +46,7 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
         UserError: another process works on it, other work on the output is unfinished, or as its parts do.
     """
     with open_journal(job.output, job.made_by, job.identity, redo=redo) as journal:
+        # records are in the order of items, so that one walk serves all that are done
         before = journal.records()
         under_way: deque[Work] = deque()
 
@@ -55,10 +56,12 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
                     job.known(item, next(before)[1])
                     job.done(item)
                 else:
+                    # `do` yields in order: the oldest that was given is the next that comes back
                     under_way.append(item)
                     yield number, item
 
         for number, record in job.do(open_items()):
+            # on record before anybody is told that it is done
             journal.add([(number, record)])
             job.done(under_way.popleft())
         job.sink(journal)

@@ -82,6 +82,7 @@ class Journal:
             for item, _, end in _records(file):
                 self.done.add(item)
                 size_bytes = end if file == own else size_bytes
+        # what a kill left behind the last whole record is cut off, or all later ones could not be read
         self._file = open(own, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
         self._synced_s = time.monotonic()
@@ -94,9 +95,11 @@ class Journal:
         """
         with disk_errors(self.folder):
             for item, payload in records:
+                # length and checksum first: a reader knows a torn record without a rule for its content
                 header = json.dumps([item, len(payload), zlib.crc32(payload)])
                 self._file.write(b"%s\n%s\n" % (header.encode(), payload))
                 self.done.add(item)
+            # out of this process, so that a kill loses nothing; the disk itself is asked once a second
             self._file.flush()
             if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # each costs as much as many records
                 os.fsync(self._file.fileno())
@@ -160,6 +163,7 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
     with holding(folder, output):
         _, before = _told(folder)
+        # records of other settings must not be mixed with new ones
         if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
@@ -232,6 +236,7 @@ def items_on_record(folder: Path) -> set[Item]:
 def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
     """Yield the records of a journal by item, whoever has added them in whatever order; one at a time is in
     memory."""
+    # places and not records: the output of a job may be larger than memory
     places: list[tuple[Any, int, int]] = []
     files = _files(folder)
     for number, file in enumerate(files):
@@ -311,5 +316,6 @@ def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
         payload = f.read(size_bytes + 1)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
+    # the line feed is written last
     whole = len(payload) == size_bytes + 1 and payload.endswith(b"\n")
     return (item, payload[:-1]) if whole and zlib.crc32(payload[:-1]) == checksum else None

@@ -53,6 +53,7 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
 
     pid, started_s = record.get("pid"), record.get("started_s")
     here = (socket.gethostname(), process_table())
+    # a number means something in its own table of processes alone
     if (record.get("host"), record.get("process_table")) != here or not isinstance(pid, int) \
             or not isinstance(started_s, float):
         return None
@@ -157,6 +158,8 @@ class Claims:
         with disk_errors(self._folder):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
             try:
+                # file n + 1 can be made by one process only (O_EXCL): that is the whole protocol, no lock is
+                # needed
                 number = _last_number(self._folder / name)
                 if number and not self._is_free(name, number):
                     return None
@@ -182,7 +185,9 @@ class Claims:
         told = _told(content)
         if told.get("is_released") or has_ended(told):
             return True
+        # since when this job has seen the same content, by its own clock
         seen_number, seen, since_s = self._seen.get(name, (0, b"", 0.0))
+        # a sign of life, or the first look: the lease begins again
         if (seen_number, seen) != (number, content):
             (self._watched.discard if seen_number else self._watched.add)(name)
             self._seen[name] = (number, content, self._clock())
@@ -242,6 +247,7 @@ class Claim:
         file = _file(self._folder, self.name, self._number)
         next_file = _file(self._folder, self.name, self._number + 1)
         with self._lock:
+            # a file n + 1 means that another job took over; writing n again would bring no claim back
             if self._is_over or not file.exists() or next_file.exists():
                 self._is_over = True
                 return False
@@ -333,6 +339,7 @@ def _trying(folder: Path) -> Iterator[bool]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        # closing the files gives the lock back, also where the block raises
         yield _hold(folder, stack)
 
 
@@ -341,6 +348,7 @@ def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, fd)
+        # the folder itself, so that no lock file is left in outputs
         is_ours = holds(fd)
         if is_ours is None:  # NFS locks files that are open for writing, and nothing else
             lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)

@@ -23,6 +23,7 @@ def work_bar(title: str, total: int, unit: str, shows: bool = True) -> tqdm[Neve
         unit: what a part is; large numbers are shortened.
         shows: False on processes that leave it to another one.
     """
+    # disable=None: tqdm shows itself on a terminal and nowhere else
     return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=BEGINS_AFTER_S,
                 disable=None if shows else True)
 

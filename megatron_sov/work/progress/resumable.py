@@ -36,10 +36,12 @@ class ResumableArtifact:
         self._journal, self._lock = journal, threading.Lock()
         self.finished: dict[str, FileRecord] = {}
         """Files that need not be made again."""
+        # by size alone: hashes were taken when the files were synced, and are checked by whoever reads them
         for name, record in journal.records():
             file, noted = self.path / str(name), FileRecord.read(json.loads(record))
             if file.is_file() and file.stat().st_size == noted.size_bytes:
                 self.finished[str(name)] = noted
+        # a file without a record may be torn
         for file in [p for p in self.path.rglob("*") if p.is_file()]:
             if file.relative_to(self.path).as_posix() not in self.finished:
                 file.unlink()
@@ -52,6 +54,7 @@ class ResumableArtifact:
     def finish(self, name: str, record: FileRecord) -> None:
         """Note, from any thread, that a file is complete and synced; `name` is relative to the artifact."""
         with self._lock:
+            # behind the sync of the file: a record promises that its bytes are on the disk
             self._journal.add([(name, json.dumps(dataclasses.asdict(record)).encode())])
             self.finished[name] = record
 
@@ -78,6 +81,7 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
+        # the version too: another one may write other bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
             content = journal.folder / CONTENT
@@ -106,6 +110,7 @@ def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]
     folder = part_folder(work, key)
     if (folder / told_in).is_file():
         return folder, False
+    # two jobs may make the same part; equal keys make equal parts, so the first stays
     with new_folder(folder, first_stays=True) as temporary:
         make(temporary)
     return folder, True
@@ -123,6 +128,7 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
         UserError: another process works on it, the parts are another command's, or nothing can be written.
     """
     with begun(output, made_by, {"command": made_by}):
+        # deleted only behind a success: an error leaves the parts for the next try
         yield work_folder(output)
         delete_work(output)
 

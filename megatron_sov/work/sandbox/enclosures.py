@@ -38,6 +38,8 @@ def size_bytes(folder: str) -> tuple[int, int]:
     """Return how many bytes and entries lie in a folder, however deep, counted up to `MAX_ENTRIES`: so many
     where a part of it cannot be looked at, in which anything may lie."""
     total = entries = 0
+    # paths are opened from file descriptors and never through links: the program may change the tree
+    # meanwhile
     begins = [os.open(folder, _FOLDER)]
     waiting = [(begins[0], ".")]
     try:
@@ -77,6 +79,7 @@ def _level(folder: int) -> tuple[int, int, list[str]]:
                 inner.append(entry.name)
             else:
                 with contextlib.suppress(FileNotFoundError):
+                    # blocks and not the length: a file with holes takes no room
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
             if entries >= MAX_ENTRIES:
                 break
@@ -87,6 +90,7 @@ def remove(folder: str) -> None:
     """Remove a folder, however deep it is: what lies below is brought to the top first, so that no path
     becomes too long and nothing calls itself."""
     next_name = 0
+    # each round takes one level away, so that depth costs rounds and no stack
     while inner := [entry for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]:
         for entry in inner:
             for below in _entries(entry.path):
@@ -199,6 +203,7 @@ class Landlocked(Enclosure):
         self._readable = restrictions.readable_paths(more_readable)
         # without Landlock's scope of signals each process has a filter of its own
         self._filter = self._filter_of(0) if self._abi >= restrictions.SIGNAL_SCOPE_ABI else None
+        # a user that nobody else has: the kernel's count of processes is then this sandbox's alone
         self._uid = _free_uid()
         sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
         self.watch = Watch(os.getpid(), forks=True)
@@ -266,6 +271,7 @@ class Landlocked(Enclosure):
 
 def _free_uid() -> int | None:
     """Return a user that root may become and that nobody is; None: this process is not root, or cannot."""
+    # by the process number, so that sandboxes at one time hardly ever share a user
     uid = FIRST_UID + os.getpid() % NUM_UIDS
     maps = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     known = any(first <= uid < first + count for first, _, count in maps)
@@ -277,6 +283,7 @@ def _become(uid: int) -> None:
     may lie in a folder that none but root enters. What may be read and written is Landlock's to say."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
+    # capabilities would vanish with root; one is needed for the last step, then none
     sc.prctl(sc.PR_SET_KEEPCAPS, 1)
     os.setresuid(uid, uid, uid)
     sc.set_capabilities(1 << sc.CAP_SETUID)
@@ -327,9 +334,11 @@ class Namespaces(Enclosure):
             raise EnclosureUnavailable(reason)
         readable = restrictions.readable_paths(more_readable)
         try:
+            # all at once: the user namespace gives the rights to make the others
             sc.unshare(_KINDS)
         except OSError as e:
             raise EnclosureUnavailable(f"namespaces are not allowed ({e.strerror or e})") from None
+        # a process cannot map its own users with root's range; who started it does
         send(channel, {"map": os.getpid()})
         if error := receive(channel)["error"]:
             raise EnclosureUnavailable(f"users cannot be mapped ({error})")
@@ -362,6 +371,7 @@ class Namespaces(Enclosure):
 
     def enter(self, folder: str, limits: Limits) -> None:
         """Give this process its private folder, and take its privileges."""
+        # a mount namespace of its own, so that the tmpfs goes with the program
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("tmpfs", folder, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
                  f"size={limits.file_bytes},nr_inodes={_MAX_INODES},mode=700,uid={UID},gid={UID}")
@@ -402,12 +412,14 @@ def _become_first_process() -> int:
 
 def _build_view(readable: list[str]) -> None:
     """Make a file tree of what may be read the root of this mount namespace."""
+    # private first: mounts made here must not show up in the machine's own tree
     sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
     root = _MOUNT_POINT
     sc.mount("tmpfs", root, "tmpfs", sc.MS_NOSUID, "size=1m,mode=755")
     for path in [*readable, *filter(os.path.exists, restrictions.DEVICES)]:
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
+        # links are made again as links: /bin leads to /usr/bin in the view too
         if os.path.islink(path):
             os.symlink(os.readlink(path), target)
             continue
@@ -418,5 +430,6 @@ def _build_view(readable: list[str]) -> None:
         sc.mount(path, target, None, sc.MS_BIND | sc.MS_REC)
     os.makedirs(f"{root}{PRIVATE}", exist_ok=True)
     os.symlink(PRIVATE, f"{root}/dev/shm")  # where the C library keeps named semaphores
+    # behind the binds, so that it reaches all of them
     sc.make_read_only(root)
     sc.make_root(root)

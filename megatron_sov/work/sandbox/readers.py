@@ -66,6 +66,7 @@ class KeptReader:
         """
         self.num_files = 0
         self._time_s, self._wording = time_s, wording
+        # the reader finds our package first, whatever is in the path of this process
         path = [_ROOT, *(p for p in map(os.path.abspath, filter(None, sys.path)) if p != _ROOT)]
         self._child = start_interpreter([sys.executable, "-c", _CODE.format(module=module)],
                                         [json.dumps(path)], _VARIABLES)
@@ -108,6 +109,7 @@ class KeptReader:
         """Return why the process has gone."""
         code = self._child.exit_code(END_LIMIT_S) or 0
         words = self._wording
+        # the reader sets a timer of processor time, whose signal ends it
         if code == -signal.SIGPROF:
             return ReaderEnded("time", f"took more than {self._time_s:g} s of processor time to "
                                        f"{words.verb}; raise {words.option}, or leave it out")

@@ -121,6 +121,7 @@ def make_read_only(target: str) -> None:
 def make_root(folder: str) -> None:
     """Make a folder, which must be a mount, the root of this mount namespace, and drop what was there."""
     os.chdir(folder)
+    # the trick of pivot_root(2): the old root ends on top of the new one and is taken off
     call("pivot_root", b".", b".")
     _checked("umount of the old root", _libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
@@ -128,6 +129,7 @@ def make_root(folder: str) -> None:
 
 def prctl(option: int, *values: object) -> int:
     """Set something about this process."""
+    # prctl takes five words; unset ones would be what the registers hold
     filled = [*values, *[ctypes.c_ulong(0)] * (4 - len(values))]
     filled = [ctypes.c_ulong(v) if isinstance(v, int) else v for v in filled]
     return _checked(f"prctl {option}", _prctl(option, *filled))
@@ -151,6 +153,7 @@ def has_capability(capability: int) -> bool:
 def set_file_uid(uid: int) -> None:
     """Own files as another user than signals and limits go by."""
     _libc.setfsuid(uid)
+    # setfsuid reports no error; a second call returns what is in effect
     if _libc.setfsuid(-1) != uid:
         raise OSError(f"setfsuid {uid} has no effect")
 

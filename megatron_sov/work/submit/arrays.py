@@ -116,6 +116,7 @@ def refuse_living(output: Path) -> None:
     """Raise `UserError` where jobs work in a run's folder, as far as can be known here."""
     jobs = Jobs.read(output)
     try:
+        # on a machine without the cluster's programs nothing can be known, and nothing is refused
         living = jobs.living()
     except UserError:  # no such cluster here
         return
@@ -219,6 +220,7 @@ class Arrays:
 
     def note(self, name: str, number: str) -> None:
         """Put a job on record that no array waits for."""
+        # on record at once: a kill behind this leaves jobs that the next command knows of
         self.jobs.numbers[name] = number
         self.jobs.write(self._folder)
 
@@ -237,8 +239,10 @@ class Arrays:
         """
         profile, logs = self._profile, self._folder / "logs" / name
         on_slurm = isinstance(profile, ClusterProfile)
+        # more tasks than the cluster takes jobs: each job does several, one after the other
         tasks_per_job = math.ceil(num_tasks / (_max_array_size() if on_slurm else MAX_PODS))
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
+        # failures of an earlier array would stop this one
         shutil.rmtree(logs, ignore_errors=True)
         with disk_errors(logs):
             (logs / "slurm_logs" if on_slurm else logs).mkdir(parents=True)
@@ -270,6 +274,7 @@ class _Array:
     number: str = ""
 
     def submit_to_slurm(self, profile: ClusterProfile) -> str:
+        # a job's share of a node by its cores, in MiB
         memory = profile.memory_bytes // profile.cpus_per_node >> 20
         options = {
             "job-name": self.logs.name, "array": f"0-{self.num_jobs - 1}", "nodes": "1",
@@ -308,6 +313,7 @@ class _Array:
             "workingDir": str(Path.cwd()), "resources": {"requests": asked, "limits": dict(asked)},
             "env": variables_of(profile, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")})
         codes = {"containerName": CONTAINER, "operator": "In"}
+        # in this order: the first rule that matches decides
         rules = [{"action": "Ignore", "onExitCodes": codes | {"values": [int(ExitCode.STOPPED)]}},
                  {"action": "FailIndex", "onExitCodes": codes | {"values": [1, 2]}},
                  {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
@@ -366,6 +372,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | Ku
             return
         shared.begin()
         tell_failures(slurm, (shared.name, FINISH))
+        # no task without an item
         num_tasks = min(most_tasks, shared.num_items - shared.num_done())
         with Arrays(slurm, shared.address, profile) as arrays:
             if num_tasks:

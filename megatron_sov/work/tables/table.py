@@ -181,6 +181,7 @@ class Table(Generic[P]):
     @classmethod
     def _make(cls, path: Path, identity: Mapping[str, Any]) -> None:
         """Make an empty table, unless another process is first."""
+        # made whole under another name: of several that create the table one rename wins
         built = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
         with disk_errors(path):
             try:
@@ -190,6 +191,7 @@ class Table(Generic[P]):
                 os.rename(built, path)
                 fsync_path(path.parent)
             except OSError as e:
+                # another process was first, which is as good
                 if (path / cls.HEAD).is_file():
                     return
                 if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -233,6 +235,7 @@ class Table(Generic[P]):
             UserError: it is not there, torn, or of another table or version.
         """
         path = self.part_path(name, version)
+        # folders have the beginning of a version, manifests all of it: two may share the beginning
         part = self._opened(path, self.ADDED if version else self.ROWS)
         if part.version != version:
             raise UserError(f"{path}: is of {self.VERSION.replace('_', ' ')} {part.version!r}, whose first "
@@ -288,6 +291,7 @@ class Table(Generic[P]):
     def _problem(self, path: Path, manifest: Manifest) -> str:
         """Return what is wrong with a part as far as its manifest and the sizes of its files tell."""
         content, name, table = manifest.content, f"{manifest.kind}.parquet", manifest.content.get("store")
+        # a part that was copied from another store would be trained on without a word
         if table != self.identity:
             told = self.tell(table) if isinstance(table, Mapping) else "of none"
             return f"belongs to another store ({told}; this one: {self.tell(self.identity)})"
@@ -375,6 +379,7 @@ class Table(Generic[P]):
             for path in sorted(folder.iterdir()):
                 if path.name.startswith(".") and _is_left(path):
                     yield path, "a killed job left it"
+        # claims on what is published protect nothing any more
         done = set()
         for version in kept:
             for path in sorted(self._folder(version).iterdir()):
@@ -405,6 +410,7 @@ def clear(found: Collection[Clearable]) -> None:
 def _is_left(folder: Path) -> bool:
     """Return whether nobody works in a temporary folder any more, as far as can be known: a writer holds it,
     where the disk knows locks, and changes it all the time."""
+    # a writer at work; where locks are unknown, the time of the last change decides
     if is_held(folder):
         return False
     try:
