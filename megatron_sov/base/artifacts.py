@@ -69,7 +69,6 @@ class FileRecord:
 
     @staticmethod
     def of(file: Path, algorithm: str = BLAKE3) -> FileRecord:
-        """Return the record of a file as it is now."""
         return FileRecord(file_digest(file, algorithm), file.stat().st_size)
 
 
@@ -97,7 +96,6 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
     return file_digest(path, SHA256).removeprefix(f"{SHA256}:")
 
 
@@ -324,7 +322,6 @@ class ArtifactWriter:
 
 
 def _hash_around(head: bytes, tail: bytes) -> str:
-    """Return the hash that stands between two parts of a manifest."""
     return hashlib.sha256(head + _NO_HASH.encode() + tail).hexdigest()
 
 
@@ -484,7 +481,6 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a manifest's file name stays inside its folder."""
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
@@ -524,7 +520,6 @@ def find_input(path: str, sha256: str, by: Path, elsewhere: Mapping[str, Path] |
 
 
 def _hash_at(path: Path) -> str:
-    """Return the hash of the manifest at a place, "" where there is none."""
     try:
         return manifest_sha256(path) if (path / MANIFEST).is_file() else ""
     except (OSError, ValueError):  # no path of this machine

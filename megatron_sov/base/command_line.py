@@ -41,7 +41,6 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what `argparse` does."""
         self._typed = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
@@ -85,7 +84,6 @@ def _path(text: str) -> Path:
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options of a parser and of the commands below it."""
     return [option for each in fill_commands(parser) for option in each._option_string_actions]
 
 
@@ -124,7 +122,6 @@ class _CommandParser(Parser):
             importlib.import_module(module).add_arguments(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what `argparse` does, with the command's arguments."""
         self.fill()
         return super().parse_known_args(args, namespace)
 

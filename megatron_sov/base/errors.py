@@ -102,7 +102,6 @@ class SilentCorruption(Exception):
 
 
 def told_in_a_line(error: BaseException) -> str:
-    """Return an error's class and the first line of what it says."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -132,7 +132,6 @@ def _is_sealed(file: str, mark: tuple[int, ...], of: str) -> bool | None:
 
 
 def _said(f: Any, start: int | None) -> bytes:
-    """Return the checksum that stands at a place."""
     if start is None:
         return b""
     f.seek(start + len(_MARK))

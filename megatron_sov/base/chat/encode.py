@@ -78,7 +78,6 @@ class Meant(Protocol):
 
     @property
     def ids(self) -> frozenset[int]:
-        """Their ids."""
         ...
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
@@ -228,7 +227,6 @@ class ChatEncoder:
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def special_texts(self) -> tuple[str, ...]:
-        """Return how the special tokens are spelled."""
         return tuple(self._special.values())
 
     def end_ids(self) -> tuple[int, ...]:
@@ -303,7 +301,6 @@ class ChatEncoder:
         return parts, is_open
 
     def _pieces(self, text: str) -> list[tuple[str, int | None]]:
-        """Return a content as ordinary texts and the special tokens that are meant in it."""
         return [(text, None)] if self._meant is None else self._meant.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
@@ -477,7 +474,6 @@ class TurnEncoder:
         return result.strip()
 
     def opens_thoughts(self, asked: Sequence[int]) -> bool:
-        """Return whether what a model is asked with ends in the beginning of its thoughts."""
         return self._encoder.opens_thoughts(asked)
 
     def text(self, written: Sequence[int]) -> str:

@@ -83,7 +83,6 @@ def chat_files(folder: Path) -> list[Path]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return the fields of the files beside a tokenizer.json."""
     config: dict[str, Any] = {}
     try:
         for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # what the second one says counts

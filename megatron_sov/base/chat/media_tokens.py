@@ -41,7 +41,6 @@ class VocabularyBlock:
 
 
 def described(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, int]]:
-    """Return what a tokenizer's manifest says of its blocks."""
     return {block.kind: {"first": block.first, "size": block.size} for block in blocks}
 
 
@@ -101,7 +100,6 @@ def name_of(token: str) -> str:
 
 
 def ratio(width: int, height: int) -> str:
-    """Return the token of a ratio of width to height."""
     return f"<|vision_ratio_{width}:{height}|>"
 
 

@@ -14,23 +14,7 @@ from megatron_sov.base.documents.reading import read_documents, read_span
 from megatron_sov.base.documents.records import KINDS, ROLLOUTS, Document, LeftOut, RecordReading
 
 __all__ = [
-    "DOCUMENT_BYTES",
-    "KINDS",
-    "ROLES",
-    "ROLLOUTS",
-    "TEXT_SUFFIXES",
-    "WHOLE_FILE_BYTES",
-    "BadRecord",
-    "Conversation",
-    "Document",
-    "FileSpan",
-    "LeftOut",
-    "Message",
-    "RecordReading",
-    "cut_at_blank_lines",
-    "cut_text",
-    "list_files",
-    "plan_units",
-    "read_documents",
-    "read_span",
+    "DOCUMENT_BYTES", "KINDS", "ROLES", "ROLLOUTS", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord",
+    "Conversation", "Document", "FileSpan", "LeftOut", "Message", "RecordReading", "cut_at_blank_lines",
+    "cut_text", "list_files", "plan_units", "read_documents", "read_span",
 ]

@@ -53,7 +53,6 @@ def cut_position(buffer: bytes, start: int, limit_bytes: int) -> int:
 
 
 def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
-    """Cut one text as `cut_at_blank_lines` does."""
     for piece in cut_at_blank_lines([text.encode()], limit_bytes):
         yield piece.decode()
 

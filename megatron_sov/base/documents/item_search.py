@@ -91,7 +91,6 @@ class Plain:
 
     @property
     def ends(self) -> NDArray[np.int64]:
-        """Return where it ends."""
         return self._origins[1]
 
     @cached_property
@@ -127,7 +126,6 @@ def plain(text: str) -> Plain | None:
 
 
 def forms(text: str) -> list[str]:
-    """Return a text and, where it has one, its plain form."""
     other = plain(text)
     return [text] if other is None else [text, other.text]
 

@@ -53,7 +53,6 @@ class Message:
         return not (self.reasoning or self.tool_calls or self.other)
 
     def texts(self) -> tuple[str, ...]:
-        """Return what was written into it."""
         calls = (json.dumps(self.tool_calls, ensure_ascii=False),) if self.tool_calls else ()
         return (*((self.reasoning,) if self.reasoning else ()), self.content, *calls)
 
@@ -81,7 +80,6 @@ class Conversation:
 
     @staticmethod
     def of(*turns: tuple[str, str]) -> Conversation:
-        """Return a conversation of (role, content) pairs."""
         return Conversation(tuple(Message(role, content) for role, content in turns))
 
     def beside(self) -> tuple[str, ...]:

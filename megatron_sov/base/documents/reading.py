@@ -240,7 +240,6 @@ class CountedSpan:
         return self._items(f) if head.startswith(b"[") else self._lines(f)
 
     def _items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
-        """Read a list in JSON."""
         for item in json_items(lambda size: _guarded(f.read, size), self.reading.max_document_bytes):
             self.num_lines += 1
             try:
@@ -400,7 +399,6 @@ def _columns(names: list[str], reading: RecordReading) -> list[str]:
 
 
 def _slices(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield the rows of batches, a few at a time."""
     for batch in batches:
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS)

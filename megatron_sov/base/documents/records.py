@@ -161,7 +161,6 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_alpaca(record: Mapping[str, Any]) -> bool:
-    """Return whether a record, or a table with such columns, is one of Alpaca's."""
     return "instruction" in record and not {"prompt", *CHATS} & record.keys() and (
         "output" in record or {*SIDES} <= record.keys() or "input" in record)
 
@@ -292,7 +291,6 @@ class Document:
 
     @property
     def kind(self) -> str:
-        """Return which of `KINDS` it is."""
         if self.chosen:
             return "preference"
         return "prompt" if self.awaits_response else "chat" if self.messages else "text"
@@ -520,7 +518,6 @@ def _with_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[str,
 
 
 def _messages(value: Any, name: str, role: str) -> Messages:
-    """Return messages given as such, or as one string by `role`."""
     return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
 
 
@@ -587,6 +584,5 @@ def _size_bytes(text: str) -> int:
 
 
 def too_long(reading: RecordReading) -> BadRecord:
-    """Return the refusal of a document above the limit."""
     return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; "
                                  "cut it, or raise the limit")

@@ -93,7 +93,6 @@ def script_of(char: str) -> str:
 
 
 def letters_by_script(text: str) -> Counter[str]:
-    """Return script -> letters of a text."""
     counts: Counter[str] = Counter()
     # each kind of character once: texts have millions of characters of a few hundred kinds
     for char, count in Counter(text).items():

@@ -114,7 +114,6 @@ class RouteShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """Layers x top_k x bytes of a number."""
         return self.layers * self.top_k * np.dtype(self.dtype).itemsize
 
     def absent(self, num_tokens: int) -> np.ndarray:

@@ -20,14 +20,12 @@ class ZstdFile(io.RawIOBase):
     """The decompressed bytes of a file; wrap it in `io.BufferedReader`."""
 
     def __init__(self, file: Path) -> None:
-        """Open `file`."""
         self._file = open(file, "rb")  # noqa: SIM115  (closed in close)
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False
         self._pending = memoryview(b"")
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
@@ -60,6 +58,5 @@ class ZstdFile(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()

@@ -55,7 +55,6 @@ def hub_licence(names: Iterable[str]) -> dict[str, str | list[str]]:
 
 
 def hub_languages(names: Iterable[str]) -> list[str]:
-    """Return those names that the hub takes for languages."""
     return [name for name in names if _LANGUAGE.fullmatch(name) and name != "und"]
 
 

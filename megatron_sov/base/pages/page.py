@@ -81,7 +81,6 @@ def plain(text: object) -> str:
 
 
 def colour(i: int) -> str:
-    """Return the CSS variable of the i-th colour."""
     return f"var(--c{i % NUM_COLOURS + 1})"
 
 

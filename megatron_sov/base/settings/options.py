@@ -99,7 +99,6 @@ class Flag:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -136,14 +135,12 @@ class _Given:
 
     @property
     def key(self) -> str:
-        """Return what it is called in messages."""
         if self.flag.name:
             return self.flag.name
         return f"--{'no-' if self.default is True else ''}{self.path[-1].replace('_', '-')}"
 
     @property
     def dest(self) -> str:
-        """Return its name among parsed arguments."""
         return ".".join(self.path)
 
 
@@ -295,7 +292,6 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
 
 
 def _is_in(raw: Any, path: tuple[str, ...]) -> bool:
-    """Say whether a field was typed."""
     for name in path:
         if not isinstance(raw, dict) or name not in raw:
             return False
@@ -316,7 +312,6 @@ def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
 
 
 def run_action(actions: Actions, args: argparse.Namespace) -> int:
-    """Run the action that was chosen; returns its exit code."""
     cls, do = actions[args.action]
     return do(read_options(cls, args))
 

@@ -152,7 +152,6 @@ class SettingsError(UserError):
 
     @property
     def codes(self) -> list[tuple[str, str]]:
-        """Return code and key of each problem."""
         return [(str(problem.code), problem.key) for problem in self.problems]
 
 
@@ -230,7 +229,6 @@ class Relation:
     """Whether the other's value is told too."""
 
     def broken_by(self, settings: Any, name: str) -> SettingsProblem | None:
-        """Return the problem of the field `name`, where there is one."""
         value, other = getattr(settings, name), getattr(settings, self.other)
         if value is None or self.holds(value, other):
             return None

@@ -97,7 +97,6 @@ def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tup
 
 
 def _as_fields(value: Any) -> dict[str, Any]:
-    """Return a dataclass among plain values as its fields."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__}")
     return dataclasses.asdict(value)

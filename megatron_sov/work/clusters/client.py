@@ -91,7 +91,6 @@ def states(jobs: list[str]) -> dict[str, str]:
 
 
 def cancel(jobs: list[str]) -> None:
-    """Take jobs back."""
     if jobs:
         ask("scancel", *jobs)
 

@@ -217,16 +217,13 @@ class ClusterProfile:
 
     @property
     def cpus_per_task(self) -> int:
-        """Cores of a rank."""
         return max(1, self.cpus_per_node // self.tasks_per_node)
 
     @property
     def python_program(self) -> str:
-        """Python as a job calls it."""
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule between settings that the profile breaks."""
         return find_broken(
             self, "",
             (self.cpus_per_node >= max(1, self.tasks_per_node), "cpus_per_node",
@@ -267,7 +264,6 @@ def shipped(folder: str) -> dict[str, Traversable]:
 
 
 def names() -> list[str]:
-    """Return the names of the profiles that come with the package."""
     return [*shipped("clusters")]
 
 

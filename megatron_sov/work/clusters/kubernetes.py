@@ -151,7 +151,6 @@ class KubernetesProfile:
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks of a pod."""
         return self.gpus_per_node or self.ranks_per_node
 
     def amount(self, resource: str) -> float:
@@ -182,7 +181,6 @@ class KubernetesProfile:
                             f"(mounts: {mounts}); name it as the pods see it, or add its claim to volumes")
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule between settings that the profile breaks."""
         mounts = [v.mount for v in self.volumes]
         p = [SettingsProblem(ProblemCode.TWICE, f"volumes.{i}.mount", "is mounted twice", mount,
                              "choose another path")
@@ -211,12 +209,10 @@ def _is_secret_of_key(text: str) -> bool:
 
 
 def names() -> list[str]:
-    """Return the names of the profiles of kind k8s that come with the package."""
     return [*cluster.shipped("kubernetes")]
 
 
 def is_kubernetes(name: str) -> bool:
-    """Return whether what --cluster names is a profile of kind k8s."""
     if name.endswith((".yaml", ".yml")):
         return Path(name).is_file() and bool(KIND.search(read_text(Path(name), f"--cluster {name}")))
     return name in names()
@@ -324,6 +320,5 @@ def living_jobs(namespace: str, names: Sequence[str]) -> list[str]:
 
 
 def delete_jobs(namespace: str, names: Sequence[str]) -> None:
-    """Delete Jobs with their pods."""
     if names:
         kubectl("delete", "jobs", *names, "--namespace", namespace, "--ignore-not-found", "--wait=false")

@@ -55,7 +55,6 @@ class Recognition:
 
     @property
     def questions(self) -> list[dict[str, Any]]:
-        """The requests."""
         return [{"model": self.model, **probe} for probe in self.probes]
 
     def compared(self, kept: Any, ask: Callable[[Mapping[str, Any]], Any],

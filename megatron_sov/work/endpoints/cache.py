@@ -65,13 +65,11 @@ class EndpointCache:
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
-        """Return the hash of what is asked, and where."""
         # sorted: equal requests have one key in whatever order their fields were made
         text = json.dumps([url, payload], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
-        """Return a kept answer; None where there is none."""
         found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
         if found:
             try:
@@ -113,28 +111,22 @@ class EndpointCache:
                             "copy, or delete it: then its answers are asked, and paid, again") from None
 
     def note_model(self, name: str, number: int, answer: Any) -> None:
-        """Note what `model` returns."""
         self._do("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (name, number, json.dumps(answer)))
 
     def keys(self) -> set[str]:
-        """Return what is kept."""
         return {row[0] for row in self._do("SELECT key FROM answers", ())}
 
     def cost(self) -> float:
-        """Return what all requests on record have cost."""
         return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
 
     def usage(self) -> Usage:
-        """Return what all requests on record were billed for."""
         return Usage(*self._do("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
                                "coalesce(sum(cost), 0.0) FROM requests", ())[0])
 
     def num_requests(self) -> int:
-        """Return how many requests are on record."""
         return int(self._do("SELECT count(*) FROM requests", ())[0][0])
 
     def close(self) -> None:
-        """Close the files."""
         for cache in (self, *self._others):
             cache._connection.close()
 

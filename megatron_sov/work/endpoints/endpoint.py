@@ -114,7 +114,6 @@ class Endpoint:
         self._names: set[str] = set()
 
     def key(self, payload: Mapping[str, Any]) -> str:
-        """Return the hash that an answer is kept by."""
         number = self.recognise()
         return self._cache.key(f"{self._known_as}#{number}" if number else self._known_as, payload)
 

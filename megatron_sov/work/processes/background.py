@@ -74,7 +74,6 @@ class BackgroundProcess:
                 else f"its process ended with {self._process.returncode}")
 
     def kill(self) -> None:
-        """End it and wait for its end."""
         self._process.kill()
         self._process.wait()
 

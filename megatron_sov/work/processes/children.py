@@ -113,7 +113,6 @@ class Child:
         return self._wait(within_s)
 
     def end(self) -> None:
-        """End it, whatever it does."""
         self._end()
 
 

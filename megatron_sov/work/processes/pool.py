@@ -164,7 +164,6 @@ class WorkerPool(Generic[Item, Result]):
         self.end()
 
     def end(self) -> None:
-        """Wait for what is under way, and end the processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

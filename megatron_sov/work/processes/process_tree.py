@@ -53,7 +53,6 @@ class ProcessTree:
         self.stdin, self.stdout = self._keeper.stdin, self._keeper.stdout
 
     def end(self) -> None:
-        """End all of its processes."""
         os.close(self._wanted)
         self._keeper.wait()
         self.stdout.close()

@@ -45,7 +45,6 @@ class Watch:
         self._base_bytes = self._resident_bytes(self._root)
 
     def close(self) -> None:
-        """Give back what it holds."""
         os.close(self._proc)
 
     def totals(self) -> ProcessTotals:
@@ -145,7 +144,6 @@ class OwnTime:
         return self._looked_s + self._every_s
 
     def own_s(self, now_s: float) -> float:
-        """Return the program's own seconds up to now."""
         return now_s - self._began_s - self.starved_s
 
     def look(self, now_s: float) -> ProcessTotals:

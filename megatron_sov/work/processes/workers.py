@@ -193,7 +193,6 @@ class Workers:
         worker.end()
 
     def end(self) -> None:
-        """End them."""
         for worker in [*self._workers]:
             self._end(worker)
 

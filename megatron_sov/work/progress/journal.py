@@ -198,7 +198,6 @@ def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, 
 
 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
-    """Empty a folder for a job."""
     with disk_errors(folder):
         _empty(folder)
         atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,

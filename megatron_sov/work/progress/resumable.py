@@ -48,7 +48,6 @@ class ResumableArtifact:
 
     @property
     def path(self) -> Path:
-        """The folder to write files into."""
         return self.writer.path
 
     def finish(self, name: str, record: FileRecord) -> None:

@@ -212,20 +212,17 @@ class Landlocked(Enclosure):
         self._tasks_of_user = 0
 
     def prepare(self) -> str:
-        """Return the folder that a program will have."""
         self._folder = tempfile.mkdtemp(prefix="program-", dir=self._parent)
         if self._uid is not None:
             os.chmod(self._folder, 0o777)  # of all who could find it, Landlock lets this program in
         return self._folder
 
     def fork(self) -> int:
-        """As os.fork()."""
         if self._uid is None:
             self._tasks_of_user = _count_tasks(os.geteuid())
         return os.fork()
 
     def enter(self, folder: str, limits: Limits) -> None:
-        """Take this process's privileges."""
         if self._uid is None:
             sc.set_capabilities(0)  # root of a container that has no other user
         else:
@@ -233,7 +230,6 @@ class Landlocked(Enclosure):
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
 
     def lock(self, folder: str, limits: Limits) -> None:
-        """Restrict what this process may read, write and call."""
         # the kernel counts all processes of a user; root's programs have users of their own
         restrictions.limit(resource.RLIMIT_NPROC, self._tasks_of_user + limits.processes)
         restrictions.restrict_files(self._abi, self._readable, [folder, *restrictions.devices()])
@@ -244,24 +240,20 @@ class Landlocked(Enclosure):
         return restrictions.prepare_filter(namespaces=False, signal_scope=scope, own_pid=pid)
 
     def kill(self, pid: int) -> None:
-        """End a program with all of its processes."""
         with contextlib.suppress(ProcessLookupError):  # it has not made its group yet, or is gone
             os.killpg(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
     def clean(self) -> None:
-        """Remove a program's folder."""
         if self._folder:
             remove(self._folder)
             self._folder = ""
 
     def close(self) -> None:
-        """Remove what programs' folders were made in."""
         remove(self._parent)
 
     def overfull(self, limits: Limits) -> str:
-        """Return why a program's files are too large; empty: they are not."""
         total, entries = size_bytes(self._folder)
         if entries >= MAX_ENTRIES:
             return f"made {MAX_ENTRIES:,} files or more, or a folder that cannot be listed"
@@ -292,7 +284,6 @@ def _become(uid: int) -> None:
 
 
 def _count_tasks(uid: int) -> int:
-    """Return how many processes and threads a user has."""
     total = 0
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
@@ -355,7 +346,6 @@ class Namespaces(Enclosure):
         """Programs have a user that the server has not."""
 
     def prepare(self) -> str:
-        """Return the folder, which each program has of its own."""
         return PRIVATE
 
     def fork(self) -> int:
@@ -391,7 +381,6 @@ class Namespaces(Enclosure):
         restrictions.install_filter(self._filter)
 
     def kill(self, pid: int) -> None:
-        """End a program with all of its processes."""
         os.kill(pid, signal.SIGKILL)
 
 

@@ -102,11 +102,9 @@ class KeptReader:
             raise self._gone() from None
 
     def wait_again(self) -> None:
-        """Let the next message take its time."""
         self.channel.settimeout(START_LIMIT_S + CLOCK_FACTOR * self._time_s)
 
     def _gone(self) -> ReaderEnded:
-        """Return why the process has gone."""
         code = self._child.exit_code(END_LIMIT_S) or 0
         words = self._wording
         # the reader sets a timer of processor time, whose signal ends it
@@ -117,5 +115,4 @@ class KeptReader:
         return ReaderEnded("crash", f"ended its {words.program} ({said}); leave it out")
 
     def end(self) -> None:
-        """End the process."""
         self._child.end()

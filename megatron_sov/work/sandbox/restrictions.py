@@ -111,7 +111,6 @@ def enclose_reader(readable: list[str], memory_bytes: int) -> None:
 
 
 def devices() -> list[str]:
-    """Return the devices that a process may use."""
     return [device for device in DEVICES if os.path.exists(device)]
 
 

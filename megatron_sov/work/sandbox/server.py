@@ -168,7 +168,6 @@ class Template:
         return status, cpu_s
 
     def close(self) -> None:
-        """End it."""
         self._control.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)

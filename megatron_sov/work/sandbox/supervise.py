@@ -131,7 +131,6 @@ class _Supervisor:
                                 self._subject.limits.wall_s + self._time.starved_s)
 
     def _serve(self, wait_s: float) -> None:
-        """Do what pipes ask for."""
         for fd, _ in self._poll.poll(1000 * wait_s):
             if fd == self._exit:
                 self._ended = True

@@ -105,7 +105,6 @@ def enter_namespace(fd: int, kind: int) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount a file system."""
     _checked(f"mount {source} at {target}", _mount(
         os.fsencode(source), os.fsencode(target), kind.encode() if kind else None,
         ctypes.c_ulong(flags), options.encode() or None))
@@ -128,7 +127,6 @@ def make_root(folder: str) -> None:
 
 
 def prctl(option: int, *values: object) -> int:
-    """Set something about this process."""
     # prctl takes five words; unset ones would be what the registers hold
     filled = [*values, *[ctypes.c_ulong(0)] * (4 - len(values))]
     filled = [ctypes.c_ulong(v) if isinstance(v, int) else v for v in filled]
@@ -144,7 +142,6 @@ def set_capabilities(mask: int) -> None:
 
 
 def has_capability(capability: int) -> bool:
-    """Return whether this process may use a capability."""
     status = Path("/proc/self/status").read_text()
     effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> capability & 1)
@@ -168,7 +165,6 @@ def drop_bounding_set() -> None:
 
 
 def close_above(fd: int) -> None:
-    """Close all files from this one on."""
     call("close_range", ctypes.c_uint(fd), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0))
 
 

@@ -92,23 +92,19 @@ class Jobs:
         return Jobs(**(try_read_json(output / JOBS) or {"address": "", "numbers": {}}))
 
     def write(self, output: Path) -> None:
-        """Put it on record."""
         (output / JOBS).parent.mkdir(parents=True, exist_ok=True)
         write_json(output / JOBS, asdict(self))
 
     def living(self) -> list[str]:
-        """Return those that wait or run."""
         numbers = list(self.numbers.values())
         return sorted(kubernetes.living_jobs(self.namespace, numbers) if self.namespace
                       else client.states(numbers))
 
     def told(self, living: Sequence[str]) -> str:
-        """Return whose jobs are living, in words."""
         return ("Kubernetes' jobs " if self.namespace else "Slurm's jobs ") + ", ".join(living)
 
     @property
     def way_to_end(self) -> str:
-        """What takes such jobs away."""
         return f"`kubectl delete jobs --namespace {self.namespace}`" if self.namespace else "`scancel`"
 
 
@@ -256,7 +252,6 @@ class Arrays:
         return array.number
 
     def told(self) -> str:
-        """Return the names and numbers of all jobs."""
         return ", ".join(f"{name} {number}" for name, number in self.jobs.numbers.items())
 
 
@@ -383,13 +378,11 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | Ku
 
 
 def _max_array_size() -> int:
-    """Return how many jobs an array may have here."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", client.ask("scontrol", "show", "config").stdout)
     return max(1, int(found[1]) - 1 if found else DEFAULT_MAX_ARRAY - 1)
 
 
 def _environment(profile: ClusterProfile) -> Iterator[str]:
-    """Yield the shell lines that make a job's environment."""
     yield from profile.setup
     if profile.modules:
         yield f"module load {shlex.join(profile.modules)}"

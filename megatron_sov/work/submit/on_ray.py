@@ -112,7 +112,6 @@ class _Processes:
 
     @property
     def is_free(self) -> bool:
-        """Whether a process has nothing to do."""
         return bool(self._idle)
 
     @property
