@@ -48,7 +48,6 @@ class EncodedChat:
     """A conversation as tokens."""
 
     ids: list[int]
-    """Token ids."""
     kinds: bytearray
     """What each is learned as (`chat.kinds`); `KIND_NONE`: it is part of a prompt."""
     is_open: bool

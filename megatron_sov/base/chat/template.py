@@ -179,7 +179,6 @@ class ChatSegment:
     """A part of a rendered conversation."""
 
     text: str
-    """The characters."""
     message: int | None
     """Whose content or turn it is; None: nothing of it is learned, or it is the template's own."""
     is_turn: bool = False

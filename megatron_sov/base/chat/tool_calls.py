@@ -31,7 +31,6 @@ class ToolCall:
     """A call as a model wrote it; whether there is such a tool is another question."""
 
     name: str
-    """Of the tool."""
     arguments: dict[str, Any]
     """Name -> JSON value."""
 
@@ -54,7 +53,6 @@ class WrittenTurn:
     content: str
     """What it says, without thoughts and calls."""
     calls: tuple[ToolCall | BadCall, ...]
-    """In order."""
 
 
 def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:

@@ -112,7 +112,6 @@ class FileSpan:
     """A part of a file that holds whole documents."""
 
     file: Path
-    """The file."""
     start: int
     """First byte; of a Parquet file the first row group."""
     stop: int
@@ -120,7 +119,6 @@ class FileSpan:
     document_bytes: int
     """Longest document of a text file."""
     size_bytes: int
-    """Bytes on the disk."""
 
     @property
     def compression(self) -> str:

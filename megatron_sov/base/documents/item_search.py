@@ -82,7 +82,6 @@ class Plain:
 
     text: str
     steps: tuple[_Step, ...]
-    """How it was made."""
 
     @property
     def starts(self) -> NDArray[np.int64]:

@@ -36,7 +36,6 @@ class Message:
     role: str
     """One of `ROLES`."""
     content: str = ""
-    """What is said."""
     reasoning: str = ""
     """What was thought before it (`reasoning_content`, `thinking` or `reasoning`)."""
     tool_calls: tuple[dict[str, Any], ...] = ()
@@ -72,7 +71,6 @@ class Conversation:
     """Messages with what a chat template is given beside them."""
 
     messages: Messages
-    """In order."""
     tools: tuple[dict[str, Any], ...] = ()
     """Descriptions of tools, as OpenAI spells them."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -257,7 +257,6 @@ class Document:
     where: str
     """Its place for messages: the file, and the line of a JSONL file or the row of a Parquet file."""
     text: str = ""
-    """Plain text."""
     messages: Messages = ()
     """A chat, or the prompt of a preference."""
     chosen: Messages = ()

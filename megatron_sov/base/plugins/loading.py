@@ -152,7 +152,6 @@ class PluginCode:
     and loads nothing."""
 
     kind: Kind
-    """What it is."""
     name: str
     """What the settings call it."""
     reference: str
@@ -168,7 +167,6 @@ class LoadedPlugin:
     """Something that stands in a user's file or module."""
 
     value: Any
-    """The thing itself."""
     attribute: str
     """Its name there."""
     reference: str

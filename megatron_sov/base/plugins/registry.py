@@ -21,7 +21,6 @@ class Declared:
     """One entry point of an installed package, not imported yet."""
 
     name: str
-    """What it is called."""
     reference: str
     """MODULE:NAME, or MODULE."""
     package: str
@@ -229,7 +228,6 @@ class PluginOrder:
     name: str
     """As it is built in, or an installed package has it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """As they were given."""
     reference: str = ""
     """FILE.py:NAME or MODULE:NAME of one that a person named; empty: it is known by name."""
     files: Mapping[str, str] = field(default_factory=dict)

@@ -219,7 +219,6 @@ class Relation:
     """A bound that another field of the same class sets; where that has no value, there is none."""
 
     other: str
-    """The other field."""
     holds: Callable[[Any, Any], bool]
     """Says whether a value goes with the other's."""
     rule: str

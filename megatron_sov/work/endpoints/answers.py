@@ -47,7 +47,6 @@ class Recognition:
     model: str
     """Its name at the address."""
     probes: Sequence[Mapping[str, Any]]
-    """Its questions."""
     way_out: str
     """What a user may do who means another model, or knows that it is the same."""
     same_model: bool = False

@@ -31,9 +31,7 @@ class Usage:
     """What a request was billed for."""
 
     input_tokens: int
-    """Tokens that were read."""
     output_tokens: int
-    """Tokens that were written."""
     cost: float
     """In the currency of the prices."""
 

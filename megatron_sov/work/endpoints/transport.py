@@ -134,11 +134,9 @@ class Answered:
     """What came back."""
 
     status: int
-    """Of HTTP."""
     headers: Mapping[str, str]
     """Names in small letters."""
     body: bytes
-    """All of it."""
 
 
 def missing_libraries() -> list[str]:

@@ -26,9 +26,7 @@ class ProcessTree:
     """A command that runs, with its pipes."""
 
     stdin: IO[bytes]
-    """What it reads."""
     stdout: IO[bytes]
-    """What it writes."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Start it.

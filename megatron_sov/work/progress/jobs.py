@@ -24,7 +24,6 @@ class Job(Generic[Work]):
     made_by: str
     """The command, as it is typed."""
     output: Path
-    """What is made."""
     identity: Mapping[str, Any]
     """JSON values that records depend on."""
     items: Iterable[Work]

@@ -73,7 +73,6 @@ class Journal:
                 off.
         """
         self.folder = folder
-        """Where it lies."""
         self.done: set[Item] = set()
         """Items with a record."""
         own = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)

@@ -46,7 +46,6 @@ class Program:
     """A program, what it reads and what lies beside it."""
 
     source: str
-    """Its text."""
     stdin: str = ""
     """What it reads from standard input."""
     files: Mapping[str, str] = field(default_factory=dict)

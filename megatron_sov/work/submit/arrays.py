@@ -327,7 +327,6 @@ class SharedWork:
     """What an array does in shares, and a last job finishes."""
 
     name: str
-    """Of the array."""
     address: str
     """Of what the jobs work on, see `Jobs`."""
     num_items: int
@@ -335,7 +334,6 @@ class SharedWork:
     unit: str
     """What an item is, in the plural."""
     num_done: Callable[[], int]
-    """Items that are done."""
     begin: Callable[[], object]
     """Makes the folder of the work."""
     share: Callable[[int], Work]

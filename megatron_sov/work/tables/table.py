@@ -53,7 +53,6 @@ class TablePart:
 
     name: str
     path: Path
-    """Its folder."""
     kind: str
     """Of its manifest: the table's `ROWS` or `ADDED`."""
     key: tuple[int, ...]
@@ -115,7 +114,6 @@ class Table(Generic[P]):
     SPLIT: ClassVar[Collection[str]]
     """Leaves of floats whose bytes are sorted by their place."""
     PART: ClassVar[Any]
-    """`P`."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
