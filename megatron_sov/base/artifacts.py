@@ -346,7 +346,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
         # leftovers are cleared before, while this folder is not there yet: it would look like one
-        with _made(temporary, path):
+        with _hold_new_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
                 yield writer
@@ -357,7 +357,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
 
 
 @contextlib.contextmanager
-def _made(temporary: Path, path: Path) -> Iterator[None]:
+def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
     """Make a temporary folder and hold it, so that nobody takes it for a leftover: in another container, or
     on another machine that sees the same disk, the number in its name means nothing."""
     try:

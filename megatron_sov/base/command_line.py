@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest, visible)
+    DryRun, ExitCode, GateFailed, StopRequested, UserError, nearest, to_exit_code, visible)
 from megatron_sov.version import __version__
 
 MAX_PATH_CHARS = 300
@@ -155,22 +155,22 @@ def exit_code(action: Callable[[], int]) -> int:
             with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
                 stream.reconfigure(errors="backslashreplace")
     try:
-        code = kept_code(action())
+        code = to_exit_code(action())
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
         return code
     except SystemExit as e:
         # Python prints such a text itself and ends with 1
         if isinstance(e.code, str):
             raise
-        raise SystemExit(kept_code(e.code)) from None
+        raise SystemExit(to_exit_code(e.code)) from None
     except DryRun as e:
-        print(_shown(str(e)))
+        print(_escape_controls(str(e)))
         return ExitCode.OK
     except UserError as e:
-        print(f"error: {_shown(str(e))}", file=sys.stderr)
+        print(f"error: {_escape_controls(str(e))}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except GateFailed as e:
-        print(f"gate: {_shown(str(e))}", file=sys.stderr)
+        print(f"gate: {_escape_controls(str(e))}", file=sys.stderr)
         return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
@@ -187,7 +187,7 @@ def exit_code(action: Callable[[], int]) -> int:
         _drop_output()
         return ExitCode.OK
     except OSError as e:
-        # a full disk behind standard output has no file name to show
+        # standard output on a full disk has no file name to show
         if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _drop_output()
             print(f"error: standard output, or a file of this command: {os.strerror(e.errno)}; free some "
@@ -195,13 +195,13 @@ def exit_code(action: Callable[[], int]) -> int:
             return ExitCode.USER_ERROR
         if e.filename is None:  # not about a file that somebody named: a defect
             raise
-        path = _shown(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
+        path = _escape_controls(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
               "disk", file=sys.stderr)
         return ExitCode.USER_ERROR
 
 
-def _shown(message: str) -> str:
+def _escape_controls(message: str) -> str:
     """Return a message without control characters: names of files, and what files hold, are of strangers."""
     if message.replace("\n", "").isprintable():
         return message

@@ -65,7 +65,7 @@ class ExitCode(IntEnum):
     """Ctrl-C, before there was anything to save (128 + SIGINT, as shells have it)."""
 
 
-def kept_code(code: object) -> int:
+def to_exit_code(code: object) -> int:
     """Return an exit code that the system keeps whole, of what a command returns or `SystemExit` holds: it
     keeps the lowest byte alone, and 256 would tell of a success."""
     # `SystemExit(None)` and a command that returns nothing are a success

@@ -77,7 +77,7 @@ def write_sealed(file: Path, data: bytes, of: str = "") -> None:
 def seal_of(file: Path) -> str:
     """Return the checksum that a file says it has, which nobody has looked at; "": none."""
     with open(file, "rb") as f:
-        return _said(f, _place(f, _MARK)).decode("ascii", "replace")
+        return _read_seal(f, _place(f, _MARK)).decode("ascii", "replace")
 
 
 def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str | None = None) -> str | None:
@@ -128,10 +128,10 @@ def _is_sealed(file: str, mark: tuple[int, ...], of: str) -> bool | None:
     """Return whether a file's content is what its seal says; None: it has no seal."""
     with open(file, "rb") as f:
         start = _place(f, _MARK)
-        return None if start is None else _said(f, start) == _digest(f, start, of)
+        return None if start is None else _read_seal(f, start) == _digest(f, start, of)
 
 
-def _said(f: Any, start: int | None) -> bytes:
+def _read_seal(f: Any, start: int | None) -> bytes:
     if start is None:
         return b""
     f.seek(start + len(_MARK))
@@ -150,14 +150,14 @@ def _place(f: Any, wanted: bytes) -> int | None:
     begin = max(0, size - tail)
     f.seek(begin)
     found = f.read().rfind(key + wanted)
-    # behind the key, which is part of the search in Parquet alone
+    # after the key, which is part of the search in Parquet alone
     place = begin + found + len(key)
     return None if found < 0 or place + len(PLACE) > size else place
 
 
 def _digest(f: Any, start: int, of: str) -> bytes:
     """Return the checksum of a file whose seal begins at a place."""
-    digest = _begun(of)
+    digest = _begin_digest(of)
     f.seek(0)
     left = start
     while left and (block := f.read(min(left, _BLOCK_BYTES))):
@@ -170,7 +170,7 @@ def _digest(f: Any, start: int, of: str) -> bytes:
     return digest.text().partition(":")[2].encode()
 
 
-def _begun(of: str) -> Digest:
+def _begin_digest(of: str) -> Digest:
     digest = Digest()
     if of:
         digest.update(f"{of}\0".encode("utf-8", "surrogateescape"))
@@ -178,7 +178,7 @@ def _begun(of: str) -> Digest:
 
 
 def _hex(parts: Sequence[bytes], of: str) -> bytes:
-    digest = _begun(of)
+    digest = _begin_digest(of)
     for part in parts:
         digest.update(part)
     return digest.text().partition(":")[2].encode()

@@ -286,7 +286,7 @@ class ChatEncoder:
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
                     place += len(text)
-                # a content has no end of its own; the template's text behind it may bring one
+                # a content has no end of its own; the template's text after it may bring one
                 is_open = learned[i]
                 continue
             split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
@@ -467,7 +467,7 @@ class TurnEncoder:
         return self._encoder.encode(chat, awaits_response=True)
 
     def _plain(self, result: str) -> str:
-        # a blank behind the first character: the text reads the same and is no special token any more
+        # a blank after the first character: the text reads the same and is no special token any more
         for special in self._encoder.special_texts():
             result = result.replace(special, f"{special[0]} {special[1:]}")
         return result.strip()

@@ -95,12 +95,12 @@ _FIRST = re.compile("|".join(re.escape(mark) for mark in (
     *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>")))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """What opens calls."""
-_TEXT_IN = {mark: _quoting([other for other in MARKS if other not in family and other not in thoughts], "")
-            for family, thoughts in ((_SOLAR, ()), (_GPT_OSS, ()), (_DEEPSEEK, _HERMES[:2]),
-                                     (_KIMI, _HERMES[:2]))
-            for mark in family}
-"""Mark -> what is text in a turn of its form: the marks of other families; DeepSeek and Kimi write thoughts
-as Hermes does."""
+_TEXT_IN: dict[str, re.Pattern[str]] = {}
+"""Mark -> what is text in a turn of its form: the marks of other families."""
+for _family in (_SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI):
+    # DeepSeek and Kimi write thoughts as Hermes does
+    _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
+    _TEXT_IN |= dict.fromkeys(_family, _quoting([mark for mark in MARKS if mark not in _own], ""))
 _FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
 
 
@@ -113,7 +113,7 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
         text: of the turn, special tokens of `MARKS` spelled out.
         in_thoughts: the template has opened thoughts before it.
     """
-    # Solar's template wrote the opening mark into the prompt; the turn begins behind it
+    # Solar's template wrote the opening mark into the prompt; the turn begins after it
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
     place = 0
@@ -130,10 +130,10 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
     for thoughts in _in_order(_THOUGHTS, text):
         if thoughts.start() < place:
             continue
-        spans += [_said(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
+        spans += [_outside(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
-    return "".join([*spans, _said(text[place:])])
+    return "".join([*spans, _outside(text[place:])])
 
 
 def _in_order(patterns: Collection[re.Pattern[str]], text: str) -> list[re.Match[str]]:
@@ -141,7 +141,7 @@ def _in_order(patterns: Collection[re.Pattern[str]], text: str) -> list[re.Match
                   key=lambda found: found.start())
 
 
-def _said(text: str) -> str:
+def _outside(text: str) -> str:
     """Return what stands outside of thoughts, calls in Hermes' form, frames of turns left out."""
     found, place = [], 0
     begins = [(match, end) for pattern, end in _CALLS for match in pattern.finditer(text)]

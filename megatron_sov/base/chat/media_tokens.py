@@ -40,12 +40,12 @@ class VocabularyBlock:
         return self.first + self.size
 
 
-def described(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, int]]:
+def describe_blocks(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, int]]:
     return {block.kind: {"first": block.first, "size": block.size} for block in blocks}
 
 
 def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
-    """Return kind -> block, as `described` wrote them; nothing where there is no record.
+    """Return kind -> block, as `describe_blocks` wrote them; nothing where there is no record.
 
     Raises:
         UserError: it is no such record; `where` names it.

@@ -14,6 +14,7 @@ in the first of three ways that serves:
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -385,7 +386,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
     header = _unasked_header(template, conversation, number, asked)
     begin = len(asked) + (len(header) if text.startswith(header, len(asked)) else 0)
     shown = template.render(replace(conversation, messages=messages[:number + 1]))
-    # the last end behind the turn's beginning: special tokens inside, of calls say, come before it
+    # the last end after the turn's beginning: special tokens inside, of calls say, come before it
     places = [shown.rfind(end, begin) + len(end) for end in ends if end in shown[begin:]]
     is_last = number == len(messages) - 1
     end = max(places, default=len(shown) if is_last else len(shown.rstrip()))
@@ -408,9 +409,14 @@ def _unasked_header(template: ChatTemplate, conversation: Conversation, number: 
                          for messages in (plain[:number], plain))
     except BadRecord:
         return ""
-    before = "".join(s.text for s in shown[:next(i for i, s in enumerate(shown) if s.message == number)])
+    before = _text_before(shown, number)
     said = "".join(s.text for s in prompt)
     return before[len(said):] if before.startswith(said) else ""
+
+
+def _text_before(segments: Segments, number: int) -> str:
+    """Return the text in front of the first segment of a message."""
+    return "".join(s.text for s in itertools.takewhile(lambda s: s.message != number, segments))
 
 
 def odd_opening(template: ChatTemplate) -> str | None:
@@ -424,7 +430,7 @@ def odd_opening(template: ChatTemplate) -> str | None:
         shown = around_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
     except BadRecord:  # no such chats: what the data has is checked one by one
         return None
-    before = "".join(s.text for s in shown[:next(i for i, s in enumerate(shown) if s.message == 1)])
+    before = _text_before(shown, 1)
     opened = "".join(s.text for s in asked)
     if opened == before:
         return None

@@ -168,7 +168,7 @@ def _checked(value: Any) -> ToolCall | BadCall:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    # Python keeps the last of two equal names; which one was meant nobody can say
+    # Python keeps the last of two equal names; which one was meant is unknown
     if len(found) != len(pairs):
         raise ValueError("a name stands twice in an object")
     return found

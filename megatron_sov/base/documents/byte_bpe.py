@@ -62,9 +62,11 @@ def ranks(raw: dict[str, Any]) -> dict[bytes, int]:
         raise NotByteBpe("its ids do not rise with its merges")
     contents = {t["content"] for t in added}
     characters = byte_characters()
+    found: dict[bytes, int] = {}
     try:
-        found = {bytes(characters[c] for c in token): id_
-                 for token, id_ in vocab.items() if token not in contents}
+        for token, id_ in vocab.items():
+            if token not in contents:
+                found[bytes(characters[c] for c in token)] = id_
     except KeyError:
         raise NotByteBpe("its vocabulary is not spelled in bytes") from None
     # all 256 bytes, so that every text can be encoded; and no token without a merge, which ranks alone would
@@ -84,7 +86,7 @@ def merges(raw: dict[str, Any]) -> list[tuple[str, str]]:
 @cache
 def byte_characters() -> dict[str, int]:
     """Return character -> byte of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
-    # bytes that print stand for themselves, the others take code points from 256 on, in order
+    # bytes that print keep their code point, the others take code points from 256 on, in order
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -95,8 +97,10 @@ def adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
     """Yield text on which two encoders of one tokenizer would part: every token,
     every kind of character, long runs."""
     characters = byte_characters()
-    tokens = (bytes(characters[c] for c in token if c in characters) for token in raw["model"]["vocab"])
-    spelled = [t.decode("utf-8", errors="ignore") for t in tokens]
+    spelled = []
+    for token in raw["model"]["vocab"]:
+        content = bytes(characters[c] for c in token if c in characters)
+        spelled.append(content.decode("utf-8", errors="ignore"))
     # without a blank tokens meet, with one they begin words
     yield from (separator.join(spelled) for separator in ("", " "))
     for separator in ("a", " "):

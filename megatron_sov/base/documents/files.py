@@ -147,7 +147,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     Raises:
         UserError: the path does not exist, or the folder holds nothing to read.
     """
-    # a file that is named is read whatever its ending; endings choose within folders alone
+    # a file that is named is read with any ending; endings choose within folders alone
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -164,8 +164,9 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                     and (one.is_dir() or _is_text(one.name) or is_records(one.name))]:
         tell(visible(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} "
                      f"{why_left_out(left_out[0])}"))
-    texts, records, lists = ([file for file, name in names.items() if is_one(name)]
-                             for is_one in (_is_text, is_records, _is_json))
+    texts = [file for file, name in names.items() if _is_text(name)]
+    records = [file for file, name in names.items() if is_records(name)]
+    lists = [file for file, name in names.items() if _is_json(name)]
     # README and the like: left out of a folder with records, texts as others in one without
     about = [file for file in texts if is_about(names[file])]
     # only JSON besides what describes it: a list of records, perhaps; its beginning decides
@@ -233,7 +234,7 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
                     folders[:] = []
                     continue
                 seen.add(real)
-                # rejected samples, journals and reports lie next to the kept ones and are no data
+                # rejected samples, journals and reports are in the same folder and are no data
                 if is_synthesis(files):
                     folders[:], files = [], [KEPT]
                 left_out += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
@@ -319,9 +320,9 @@ def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
 def _of_a_dataset(kept: list[str]) -> Iterator[str]:
     """Yield what a dataset has that may not be meant, in words."""
     if plain := [name for name in kept if _is_text(name)]:
-        yield (f"beside records it reads {len(plain):,} files of plain text ({', '.join(plain[:_MOST_TOLD])}"
-               f"{', ...' * (len(plain) > _MOST_TOLD)}) as documents; pass the files of records to leave "
-               "them out")
+        shown = ", ".join([*plain[:_MOST_TOLD], *(["..."] if len(plain) > _MOST_TOLD else [])])
+        yield (f"beside records it reads {len(plain):,} files of plain text ({shown}) as documents; pass the "
+               "files of records to leave them out")
     splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in kept)]
     if len(splits) > 1:
         yield (f"it reads the splits {', '.join(splits)} as one source; pass the files of one split to keep "

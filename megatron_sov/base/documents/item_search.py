@@ -314,7 +314,7 @@ class _Keys:
 
     def __init__(self, keys: list[int]) -> None:
         self._keys = np.sort(np.array(keys, np.uint64))
-        # about one in 32 values of the table is set, so most runs of a text end at this look
+        # at most one in 32 values of the table is set, so most runs of a text end at this look
         wanted = max(1, len(keys) * _BYTES_PER_KEY).bit_length()
         bits = min(max(wanted, _MIN_BITS), _MAX_BITS)
         self._shift = np.uint64(64 - bits)

@@ -132,11 +132,13 @@ def units(text: str) -> list[str]:
     """Return the units of a text as strings, without what is passed over."""
     from megatron_sov.base.documents import unit_scan
 
-    found = find_units(text)
-    spans = (found.span(i, i + 1) for i in range(len(found.hashes)))
-    return ["".join(c for c in found.folded[start:stop].casefold()
-                    if _classes()[ord(c)] not in (unit_scan.SEPARATOR, unit_scan.IGNORED))
-            for start, stop in spans]
+    found, classes, written = find_units(text), _classes(), list[str]()
+    passed_over = (unit_scan.SEPARATOR, unit_scan.IGNORED)
+    for i in range(len(found.hashes)):
+        start, stop = found.span(i, i + 1)
+        characters = found.folded[start:stop].casefold()
+        written.append("".join(c for c in characters if classes[ord(c)] not in passed_over))
+    return written
 
 
 def runs(text: str, words: int = WORDS) -> list[int]:

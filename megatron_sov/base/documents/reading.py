@@ -248,7 +248,7 @@ class CountedSpan:
                 yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
                                    self.parse)
             except BadRecord as e:
-                yield _placed(e, self.num_lines, b"")
+                yield _at_line(e, self.num_lines, b"")
 
     def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
@@ -263,7 +263,7 @@ class CountedSpan:
                     left -= len(rest)
                     if rest.endswith(b"\n"):
                         break
-                yield _placed(too_long(self.reading), self.num_lines, line)
+                yield _at_line(too_long(self.reading), self.num_lines, line)
             elif line.strip():
                 if self.num_lines == 1 and self.span.start == 0:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -271,7 +271,7 @@ class CountedSpan:
                     yield parse_line(line, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
                                      self.parse)
                 except BadRecord as e:
-                    yield _placed(e, self.num_lines, line)
+                    yield _at_line(e, self.num_lines, line)
 
     def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         span = self.span
@@ -305,7 +305,7 @@ class CountedSpan:
                     raise BadRecord("empty", f"holds no text at offset {position}")
                 yield Document(str(span.file), text)
             except BadRecord as e:
-                yield _placed(e, 0, raw)
+                yield _at_line(e, 0, raw)
             position += len(piece)
 
     def _refuse_table(self) -> None:
@@ -314,7 +314,7 @@ class CountedSpan:
             head = _guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
         found = head.decode(errors="replace").split(_TABLES[self.span.suffix])
         names = [name.strip().strip('"') for name in found]
-        # a table whose columns are fields of records was meant as records, whatever its ending
+        # a table whose columns are fields of records was meant as records
         known = {self.reading.text_field, *DIALOGUE, *FOREIGN}
         if self.reading.kind not in (None, "text") or known & {*names}:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
@@ -329,10 +329,10 @@ class CountedSpan:
                     yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                      self.reading)
                 except BadRecord as e:
-                    yield _placed(e, self.num_lines, b"")
+                    yield _at_line(e, self.num_lines, b"")
 
 
-def _placed(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
+def _at_line(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
     return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
 
 

@@ -292,7 +292,9 @@ class Document:
     def kind(self) -> str:
         if self.chosen:
             return "preference"
-        return "prompt" if self.awaits_response else "chat" if self.messages else "text"
+        if self.awaits_response:
+            return "prompt"
+        return "chat" if self.messages else "text"
 
     def texts(self) -> tuple[str, ...]:
         """Return the pieces of text that users wrote: the text itself, or each message's content."""
@@ -407,7 +409,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
 def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     """Return the kind to read a record as; with an expected kind, a record of another one is
     refused by its name."""
-    # the order decides: a preference has a prompt too, and a chat may have a text beside it
+    # the order decides: a preference has a prompt too, and a chat may have a text as well
     present = {"preference": "chosen" in record and "rejected" in record,
                "chat": "messages" in record or "conversations" in record
                or ("prompt" in record and completion_of(record) is not None),
@@ -513,7 +515,9 @@ def _with_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[str,
     if not isinstance(system, str) or not system.strip() or messages[0].role == "system":
         return {}
     num_prompt = fields.get("num_prompt", 0)
-    return {"messages": (Message("system", system), *messages), "num_prompt": num_prompt + bool(num_prompt)}
+    if num_prompt:  # 0 says nothing, and stays
+        num_prompt += 1
+    return {"messages": (Message("system", system), *messages), "num_prompt": num_prompt}
 
 
 def _messages(value: Any, name: str, role: str) -> Messages:
@@ -526,7 +530,9 @@ def _media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
     try:
         if not isinstance(value, dict):
             raise TypeError("no object")
-        found = {str(kind): tuple((row, used) for row, used in rows) for kind, rows in value.items()}
+        found: dict[str, tuple[tuple[int, int], ...]] = {}
+        for kind, rows in value.items():
+            found[str(kind)] = tuple((row, used) for row, used in rows)
         numbers = [n for rows in found.values() for pair in rows for n in pair]
         if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers):
             raise ValueError("no whole numbers")

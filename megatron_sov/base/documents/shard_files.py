@@ -66,7 +66,7 @@ class IndexedWriter:
                  trace: TracebackType | None) -> None:
         for file in self._files.values():
             file.close()
-        # no index behind an error: files without one are no shard
+        # no index after an error: files without one are no shard
         if kind is None:
             write_index(self.prefix, self.dtype, np.frombuffer(self.lengths_tokens, dtype=np.int32)
                         if self.lengths_tokens else np.zeros(0, np.int32))

@@ -147,7 +147,7 @@ def _parts_thousands(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: 
     for place in range(at + 1, at + 4):
         if classes[codes[place]] < DIGIT:
             return False
-    # a fourth digit behind the three: this is another number
+    # a fourth digit after the three: this is another number
     return at + 4 == len(codes) or bool(classes[codes[at + 4]] < DIGIT)
 
 

@@ -52,7 +52,8 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
         small: for a `Panel`, where the curve needs the room that margins take.
     """
     has_legend = len(figure.data) > 1
-    margins = SMALL_MARGINS if small else {**MARGINS, "b": 76 if has_legend else 56}
+    bottom = 76 if has_legend else 56
+    margins = SMALL_MARGINS if small else {**MARGINS, "b": bottom}
     # The legend may take the whole width, not only that of the curves: names are long and phones are narrow.
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container",
               "x": 0}

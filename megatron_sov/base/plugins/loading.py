@@ -84,7 +84,7 @@ def _note(event: str, arguments: tuple[object, ...]) -> None:
         reads = _of_threads
     if reads is None:
         return
-    # what another process reads is not seen from here; the caller is told that something may be missing
+    # what another process reads is not seen from here; `unseen` says that something may be missing
     if event in _PROCESSES:
         reads.unseen = _PROCESSES[event]
     elif event == "os.rename" and all(isinstance(name, (str, bytes)) for name in arguments[:2]):
@@ -92,7 +92,7 @@ def _note(event: str, arguments: tuple[object, ...]) -> None:
         if old in _written:  # what was written under another name first, as caches are
             _written.add(new)
     elif event in _LIBRARIES:
-        named = arguments[event == "import"]
+        named = arguments[1] if event == "import" else arguments[0]
         if isinstance(named, (str, bytes, os.PathLike)) and os.fspath(named) not in ("", ":memory:"):
             name = os.fsdecode(named)
             if name.startswith("file:"):  # an address of SQLite

@@ -248,8 +248,8 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         node[given.path[-1]] = [_typed(text, given.hint) for text in value] if given.repeats else \
             _typed(value, given.hint)
     kept: dict[str, str] = {}
-    # texts that are no UTF-8 go through JSON as placeholders, and come back behind it
-    settings, found = find_problems(cls, _each_text(raw, lambda text: _held(text, kept)))
+    # texts that are no UTF-8 go through JSON as placeholders, and come back after it
+    settings, found = find_problems(cls, _each_text(raw, lambda text: _replace_bytes(text, kept)))
     settings = _each_text(settings, lambda text: kept.get(text, text)) if kept else settings
     problems += found
     if settings is not None and not problems:
@@ -321,7 +321,7 @@ def options_of(args: argparse.Namespace) -> Any:
     return read_options(args.options_class, args) if hasattr(args, "options_class") else args
 
 
-def _held(text: str, kept: dict[str, str]) -> str:
+def _replace_bytes(text: str, kept: dict[str, str]) -> str:
     """Return a text, or what stands for it where it is none: a file's name may be bytes that are no UTF-8,
     which JSON cannot hold."""
     if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text):
@@ -422,12 +422,17 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     """Return class -> field -> the string under it, of a module's source."""
     # docstrings under fields are no attributes: the source is the only place that has them
     source = inspect.getsource(sys.modules[module])
-    return {node.name: {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
-                        for field, text in itertools.pairwise(node.body)
-                        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-                        and isinstance(text.value.value, str)}
-            for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        docs = found[node.name] = {}
+        for field, text in itertools.pairwise(node.body):
+            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                    and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                    and isinstance(text.value.value, str)):
+                docs[field.target.id] = " ".join(inspect.cleandoc(text.value.value).split())
+    return found
 
 
 def _docs(cls: type) -> dict[str, str]:

@@ -86,8 +86,9 @@ class SettingsProblem:
 
     def below(self, prefix: str) -> SettingsProblem:
         """Return the problem of a setting that stands inside another; an option's name stays."""
-        return self if self.key.startswith("-") else replace(
-            self, key=f"{prefix}.{self.key}" if self.key else prefix)
+        if self.key.startswith("-"):
+            return self
+        return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
 def as_problem(said: SettingsProblem | str) -> SettingsProblem:

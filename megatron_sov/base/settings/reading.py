@@ -75,7 +75,9 @@ def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
 
 def place_of(key: str) -> tuple[str | int, ...]:
     """Return the keys and list positions of a key with dots."""
-    return tuple(int(part) if part.isdecimal() else part for part in key.split(".")) if key else ()
+    if not key:
+        return ()
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None,
@@ -133,8 +135,11 @@ def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # what is wrong with one of several is told with its place
         return [problem.below(name) if problem.key or "." in name else problem for problem in rules_of(value)]
-    items = value.items() if isinstance(value, Mapping) else \
-        enumerate(value) if isinstance(value, (tuple, list)) else ()
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
     return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
 
 
@@ -191,7 +196,7 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsP
     errors = error.errors(include_url=False)
     for one in errors:
         place = one["loc"]
-        # the list seems short since its bad items were dropped; their own problems are told
+        # pydantic does not count bad items, so the list only seems short; their own problems are reported
         if one["type"] == "too_short" and any(
                 other["loc"] != place and other["loc"][:len(place)] == place for other in errors):
             continue

@@ -177,8 +177,9 @@ class KubernetesProfile:
             parts = parts[:-1] if part == ".." and len(parts) > 1 else [*parts, part]
         if not self.holds(Path(*parts), written=written):
             mounts = ", ".join(v.mount for v in self.volumes) or "none"
-            raise UserError(f"{path}: lies on no volume of the profile{' that may be written to' * written} "
-                            f"(mounts: {mounts}); name it as the pods see it, or add its claim to volumes")
+            which = "volume of the profile that may be written to" if written else "volume of the profile"
+            raise UserError(f"{path}: lies on no {which} (mounts: {mounts}); name it as the pods see it, or "
+                            "add its claim to volumes")
 
     def problems(self) -> list[SettingsProblem]:
         mounts = [v.mount for v in self.volumes]
@@ -308,9 +309,10 @@ def living_jobs(namespace: str, names: Sequence[str]) -> list[str]:
     said = kubectl("get", "jobs", *names, "--namespace", namespace, "--ignore-not-found", "--output", "json"
                    ) if names else ""
     found = json.loads(said or '{"items": []}')
-    ends = {job["metadata"]["name"]: {c["type"] for c in job.get("status", {}).get("conditions", ())
-                                      if c["status"] == "True"}
-            for job in found.get("items", [found])}  # of a single name it prints the Job alone
+    ends: dict[str, set[str]] = {}
+    for job in found.get("items", [found]):  # of a single name it prints the Job alone
+        conditions = job.get("status", {}).get("conditions", ())
+        ends[job["metadata"]["name"]] = {c["type"] for c in conditions if c["status"] == "True"}
     living = [name for name in names if name in ends and not ends[name] & {"Complete", "Failed"}]
     # one that is not there was deleted, which counts as failed: the next waits for it in vain
     failed = [i for i, name in enumerate(names) if "Failed" in ends.get(name, {"Failed"})]

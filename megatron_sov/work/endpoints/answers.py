@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 from megatron_sov.base.errors import UserError
 
-# Whether the model behind an address is still the one whose answers are kept: it answers fixed questions, and
+# Whether the model at an address is still the one whose answers are kept: it answers fixed questions, and
 # what it says is compared with what it said before.  Names say little: a server that is started again may
 # have another model under the same one.
 TEXTS = ("The history of the town began when", "To bake bread at home, you need",
@@ -79,7 +79,7 @@ class Recognition:
             return now, ""
         told = f"{len(others)} of {len(before)} fixed questions" if len(before) > 1 else "a fixed question"
         if others and len(others) >= OTHER_FROM * len(before):
-            one, other = (_shown(answers[others[0]]) for answers in (before, now))
+            one, other = (_describe_answer(answers[others[0]]) for answers in (before, now))
             raise UserError(f"{place}: answers {told} otherwise than the model {self.model!r} whose answers "
                             f"are kept ({other} now, {one} before). Nothing was removed or asked again: "
                             + self.way_out)
@@ -99,9 +99,9 @@ def _stays(question: Mapping[str, Any], one: Any, other: Any,
     return True
 
 
-def _shown(answer: Any) -> str:
+def _describe_answer(answer: Any) -> str:
     name = answer.get("model") if isinstance(answer, dict) else None
-    said = repr(next(_said(answer), ""))[:80]
+    said = repr(next(_texts_of(answer), ""))[:80]
     return f"{said} of {name[:80]!r}" if isinstance(name, str) else said
 
 
@@ -111,7 +111,7 @@ def is_same(one: Any, other: Any) -> bool:
     names = [answer.get("model") for answer in (one, other) if isinstance(answer, dict)]
     if len(names) == 2 and all(isinstance(name, str) for name in names) and names[0] != names[1]:
         return False
-    ours, theirs = list(_said(one)), list(_said(other))
+    ours, theirs = list(_texts_of(one)), list(_texts_of(other))
     return len(ours) == len(theirs) and all(map(_agree, ours, theirs))
 
 
@@ -121,15 +121,15 @@ def _agree(one: str | float, other: str | float) -> bool:
     return abs(one - other) <= _CLOSE * max(1.0, abs(one), abs(other))
 
 
-def _said(answer: Any, name: str = "") -> Iterator[str | float]:
+def _texts_of(answer: Any, name: str = "") -> Iterator[str | float]:
     """Yield the texts of an answer's choices, and the numbers of its data."""
     if isinstance(answer, dict):
         for key in sorted(answer):
             if name or key in ("choices", "data"):
-                yield from _said(answer[key], key)
+                yield from _texts_of(answer[key], key)
     elif isinstance(answer, list):
         for part in answer:
-            yield from _said(part, name)
+            yield from _texts_of(part, name)
     elif (isinstance(answer, str) and name in _SAID) or (isinstance(answer, float) and name == "data"):
         yield answer
 

@@ -63,7 +63,7 @@ class EndpointCache:
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
-        # sorted: equal requests have one key in whatever order their fields were made
+        # sorted: equal requests have one key in any order of their fields
         text = json.dumps([url, payload], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -88,7 +88,7 @@ class EndpointCache:
             answer: what is kept; None: it is no answer.
         """
         request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
-        with self._told(), self._lock, self._connection:
+        with self._refuse_errors(), self._lock, self._connection:
             # the write lock at once: two processes that both begin by reading would deadlock
             self._connection.execute("BEGIN IMMEDIATE")
             if answer is not None:
@@ -130,7 +130,7 @@ class EndpointCache:
 
     def take_over(self, other: Path) -> None:
         """Move all that another file holds into this one, in one step, and remove the file."""
-        with self._told(), self._lock:
+        with self._refuse_errors(), self._lock:
             EndpointCache(other).close()  # brings it to this version's form
             self._connection.execute("ATTACH ? AS other", (str(other),))
             try:
@@ -149,11 +149,11 @@ class EndpointCache:
         other.unlink()
 
     def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
-        with self._told(), self._lock:
+        with self._refuse_errors(), self._lock:
             return self._connection.execute(statement, values).fetchall()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _refuse_errors(self) -> Iterator[None]:
         """Tell a user what SQLite complains about."""
         try:
             yield

@@ -137,7 +137,7 @@ class Endpoint:
         number, kept = self._cache.model(name) or (0, None)
         try:
             answers, doubt = recognition.compared(
-                kept, lambda question: self._asked(question, "", lambda found: found), self._url)
+                kept, lambda question: self._ask_until_answered(question, "", lambda found: found), self._url)
         except (BadAnswer, TimeoutError) as e:
             if kept is not None:
                 self._told(f"{self._url}: {e}, so it is not known whether its model is still the one whose "
@@ -171,7 +171,7 @@ class Endpoint:
             if kept is not None:
                 with contextlib.suppress(BadAnswer):  # kept by other code
                     return read(kept)
-            return self._asked(payload, key, read)
+            return self._ask_until_answered(payload, key, read)
 
     @contextlib.contextmanager
     def _alone(self, key: str) -> Iterator[None]:
@@ -190,7 +190,7 @@ class Endpoint:
                 if num_waiting > 1:
                     self._asking[key] = lock, num_waiting - 1
 
-    def _asked(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
+    def _ask_until_answered(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
         limits, began_s, attempt = self._limits, time.monotonic(), 0
         while True:
             attempt += 1

@@ -99,9 +99,9 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
                 under_way.add(pool.submit(do, item))
                 # bounded, since items may come from a stream that is longer than memory
                 if len(under_way) >= AHEAD * threads:
-                    yield from _done(under_way, stop)
+                    yield from _yield_finished(under_way, stop)
             while under_way:
-                yield from _done(under_way, stop)
+                yield from _yield_finished(under_way, stop)
         except BaseException as e:
             stop.ask(str(e))  # what waits for an answer gets it, and asks no more
             for future in under_way:
@@ -115,7 +115,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
             raise
 
 
-def _done(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
+def _yield_finished(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
     """Yield what has come of some, which are under way no longer."""
     done, _ = wait(under_way, _LOOK_S, FIRST_COMPLETED)
     stop.check()

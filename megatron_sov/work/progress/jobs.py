@@ -60,7 +60,7 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
                     yield number, item
 
         for number, record in job.do(open_items()):
-            # on record before anybody is told that it is done
+            # on record before it is reported as done
             journal.add([(number, record)])
             job.done(under_way.popleft())
         job.sink(journal)

@@ -81,7 +81,7 @@ class Journal:
             for item, _, end in _records(file):
                 self.done.add(item)
                 size_bytes = end if file == own else size_bytes
-        # what a kill left behind the last whole record is cut off, or all later ones could not be read
+        # what a kill left after the last whole record is cut off, or all later ones could not be read
         self._file = open(own, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
         self._synced_s = time.monotonic()
@@ -161,7 +161,7 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
     with holding(folder, output):
-        _, before = _told(folder)
+        _, before = _read_job_file(folder)
         # records of other settings must not be mixed with new ones
         if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
@@ -178,7 +178,7 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
             raise
 
 
-def _told(folder: Path) -> tuple[str, dict[str, Any] | None]:
+def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
     """Return the command and what the records of a folder depend on; None behind a kill before anything was
     done, and in a folder of an earlier version."""
     try:
@@ -222,7 +222,7 @@ def _delete(folder: Path) -> None:
 def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items of an output that have records for this identity; changes nothing."""
     folder = work_folder(output)
-    _, before = _told(folder)
+    _, before = _read_job_file(folder)
     return items_on_record(folder) if before == json.loads(to_json(dict(identity))) else set()
 
 
@@ -261,7 +261,7 @@ def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, b
 def read_job(folder: Path) -> dict[str, Any]:
     """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
     it tells."""
-    made_by, identity = _told(folder)
+    made_by, identity = _read_job_file(folder)
     return {"made_by": made_by, "identity": identity or {},
             "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
             + sum(read_job(inside)["num_done"] for inside in folder.glob(".*.work"))}

@@ -182,7 +182,7 @@ class Claims:
             content = _file(self._folder, name, number).read_bytes()
         except FileNotFoundError:
             return False
-        told = _told(content)
+        told = _read_claim(content)
         if told.get("is_released") or has_ended(told):
             return True
         # since when this job has seen the same content, by its own clock
@@ -269,7 +269,7 @@ def holders(folder: Path) -> list[Holder]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # cleared away meanwhile; a stranger
             if number := _last_number(folder / name):
                 file = _file(folder, name, number)
-                told = _told(file.read_bytes())
+                told = _read_claim(file.read_bytes())
                 pid = told.get("pid")
                 found.append(Holder(name, str(told.get("host", "")), pid if isinstance(pid, int) else 0,
                                     str(told.get("slurm_job", "")), bool(told.get("is_released")),
@@ -287,7 +287,7 @@ def _last_number(folder: Path) -> int:
     return max((int(stem) for stem in stems if stem.isascii() and stem.isdigit()), default=0)
 
 
-def _told(content: bytes) -> dict[str, Any]:
+def _read_claim(content: bytes) -> dict[str, Any]:
     """Return what a claim's file tells; nothing where its holder was killed before it could write."""
     try:
         told = json.loads(content)

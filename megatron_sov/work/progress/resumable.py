@@ -53,7 +53,7 @@ class ResumableArtifact:
     def finish(self, name: str, record: FileRecord) -> None:
         """Note, from any thread, that a file is complete and synced; `name` is relative to the artifact."""
         with self._lock:
-            # behind the sync of the file: a record promises that its bytes are on the disk
+            # after the sync of the file: a record promises that its bytes are on the disk
             self._journal.add([(name, json.dumps(dataclasses.asdict(record)).encode())])
             self.finished[name] = record
 
@@ -127,7 +127,7 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
         UserError: another process works on it, the parts are another command's, or nothing can be written.
     """
     with begun(output, made_by, {"command": made_by}):
-        # deleted only behind a success: an error leaves the parts for the next try
+        # deleted only after a success: an error leaves the parts for the next try
         yield work_folder(output)
         delete_work(output)
 

@@ -51,7 +51,7 @@ def _take_streams() -> None:
     """Make the three streams; each looks at its file once, which therefore is a pipe meanwhile."""
     ends, own = os.pipe(), [os.dup(fd) for fd in range(3)]
     for fd in range(3):
-        os.dup2(ends[fd > 0], fd)
+        os.dup2(ends[0] if fd == 0 else ends[1], fd)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w")), encoding="utf-8",
@@ -78,8 +78,7 @@ def become_program(enclosure: Enclosure, ends: Sequence[int]) -> NoReturn:
         with open(_JOB, "rb", buffering=0) as given:
             request = json.loads(given.readall())
         folder, limits = request["folder"], Limits(**request["limits"])
-        # enter first (privileges are needed to make the folder), limits next, lock last: nothing is undone
-        # after it
+        # enter first: making the folder needs privileges; lock last: it forbids what the steps before need
         enclosure.enter(folder, limits)
         os.chdir(folder)
         name = SOURCE_NAME + (".py" if request["command"] is None else "")

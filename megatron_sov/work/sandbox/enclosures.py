@@ -329,7 +329,7 @@ class Namespaces(Enclosure):
             sc.unshare(_KINDS)
         except OSError as e:
             raise EnclosureUnavailable(f"namespaces are not allowed ({e.strerror or e})") from None
-        # a process cannot map its own users with root's range; who started it does
+        # a map of more than one user has to be written from outside of the namespace
         send(channel, {"map": os.getpid()})
         if error := receive(channel)["error"]:
             raise EnclosureUnavailable(f"users cannot be mapped ({error})")
@@ -419,6 +419,6 @@ def _build_view(readable: list[str]) -> None:
         sc.mount(path, target, None, sc.MS_BIND | sc.MS_REC)
     os.makedirs(f"{root}{PRIVATE}", exist_ok=True)
     os.symlink(PRIVATE, f"{root}/dev/shm")  # where the C library keeps named semaphores
-    # behind the binds, so that it reaches all of them
+    # after the binds, so that it reaches all of them
     sc.make_read_only(root)
     sc.make_root(root)

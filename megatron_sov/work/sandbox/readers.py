@@ -66,7 +66,7 @@ class KeptReader:
         """
         self.num_files = 0
         self._time_s, self._wording = time_s, wording
-        # the reader finds our package first, whatever is in the path of this process
+        # the reader finds our package first, before anything in the path of this process
         path = [_ROOT, *(p for p in map(os.path.abspath, filter(None, sys.path)) if p != _ROOT)]
         self._child = start_interpreter([sys.executable, "-c", _CODE.format(module=module)],
                                         [json.dumps(path)], _VARIABLES)

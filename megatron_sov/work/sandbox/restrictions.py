@@ -148,7 +148,8 @@ def _loaded_libraries() -> list[str]:
         lines = Path("/proc/self/maps").read_text().split("\n")
     except OSError:
         return []
-    files = {fields[5] for fields in (line.split(None, 5) for line in lines) if len(fields) == 6}
+    mapped = [line.split(None, 5) for line in lines]  # address, rights, offset, device, inode, file
+    files = {fields[5] for fields in mapped if len(fields) == 6}
     return sorted({os.path.dirname(file) for file in files if file.startswith("/") and ".so" in file})
 
 

@@ -100,7 +100,7 @@ class Jobs:
         return sorted(kubernetes.living_jobs(self.namespace, numbers) if self.namespace
                       else client.states(numbers))
 
-    def told(self, living: Sequence[str]) -> str:
+    def describe(self, living: Sequence[str]) -> str:
         return ("Kubernetes' jobs " if self.namespace else "Slurm's jobs ") + ", ".join(living)
 
     @property
@@ -117,8 +117,8 @@ def refuse_living(output: Path) -> None:
     except UserError:  # no such cluster here
         return
     if living:
-        raise UserError(f"{output}: {jobs.told(living)} work in this folder; pass --cluster to see how far "
-                        f"they are, or {jobs.way_to_end} them")
+        raise UserError(f"{output}: {jobs.describe(living)} work in this folder; pass --cluster to see how "
+                        f"far they are, or {jobs.way_to_end} them")
 
 
 Work = Callable[[int], object]
@@ -216,7 +216,7 @@ class Arrays:
 
     def note(self, name: str, number: str) -> None:
         """Put a job on record that no array waits for."""
-        # on record at once: a kill behind this leaves jobs that the next command knows of
+        # on record at once: a kill after this leaves jobs that the next command knows of
         self.jobs.numbers[name] = number
         self.jobs.write(self._folder)
 
@@ -251,7 +251,7 @@ class Arrays:
         self._before = array
         return array.number
 
-    def told(self) -> str:
+    def describe(self) -> str:
         return ", ".join(f"{name} {number}" for name, number in self.jobs.numbers.items())
 
 
@@ -360,7 +360,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | Ku
     with holding(slurm, output), disk_errors(slurm):
         jobs = Jobs.read(slurm)
         if living := jobs.living():
-            print(f"{output}: {jobs.told(living)} are at work; {shared.num_done():,} of "
+            print(f"{output}: {jobs.describe(living)} are at work; {shared.num_done():,} of "
                   f"{shared.num_items:,} {shared.unit} are done")
             return
         shared.begin()
@@ -372,7 +372,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | Ku
                 shared.beside(arrays, arrays.submit(shared.name, shared.share(num_tasks), num_tasks,
                                                     cpus=shared.cpus, gpus=shared.gpus))
             arrays.submit(FINISH, shared.finish, cpus=shared.finish_cpus)
-    print(f"{output}: submitted {arrays.told()}; the same command tells how far they are")
+    print(f"{output}: submitted {arrays.describe()}; the same command tells how far they are")
 
 
 def _max_array_size() -> int:

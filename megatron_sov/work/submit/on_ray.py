@@ -125,7 +125,7 @@ class _Processes:
 
     def wait(self) -> None:
         """Wait until a process has started, has done its item, or is lost, whose item is given on."""
-        # one at a time: starts and items end in the same wait, and are told apart by their table
+        # one at a time: starts and items end in the same wait, and their table says which it was
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:

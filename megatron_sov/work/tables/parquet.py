@@ -107,7 +107,7 @@ def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
 
 def _bytes_of(leaf: Any) -> int:
     """Return what a column of a row group takes in memory, texts once for each that differs."""
-    # numbers take their width whatever they are packed to; texts and bytes what they are unpacked
+    # numbers take their width however they are packed; texts and bytes their size unpacked
     width = _WIDTHS.get(leaf.physical_type)
     return int(leaf.total_uncompressed_size if width is None else leaf.num_values * width)
 

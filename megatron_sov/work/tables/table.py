@@ -346,8 +346,9 @@ class Table(Generic[P]):
         with disk_errors(path):
             try:
                 with new_artifact(built, kind) as artifact:
-                    repeated, split = ([leaf for leaf in leaves if leaf.split(".")[0] in table.column_names]
-                                       for leaves in (self.REPEATED, self.SPLIT))
+                    has = set(table.column_names)
+                    repeated = [leaf for leaf in self.REPEATED if leaf.split(".")[0] in has]
+                    split = [leaf for leaf in self.SPLIT if leaf.split(".")[0] in has]
                     write_table(artifact.path / f"{kind}.parquet", table, repeated, split)
                     artifact.content = {
                         "num_rows": table.num_rows,
@@ -368,8 +369,11 @@ class Table(Generic[P]):
             firsts: first numbers of the keys of parts that can go, with all that was added to them.
         """
         folders = {version[:VERSION_CHARS] for version in versions} & set(self.versions())
-        return [Clearable(path, why, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
-                for path, why in self._clearable(folders, firsts)]
+        found = []
+        for path, why in self._clearable(folders, firsts):
+            size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            found.append(Clearable(path, why, size_bytes))
+        return found
 
     def _clearable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
         kept = ["", *(folder for folder in self.versions() if folder not in folders)]
