@@ -42,7 +42,6 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
 MAX_ORIGINS = 200
-"""Artifacts whose origins are followed."""
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
@@ -81,7 +80,6 @@ class Manifest:
     content: dict[str, Any]
     """Counts and facts that readers of this kind rely on."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The settings that it was made with."""
     inputs: list[dict[str, str]] = dataclasses.field(default_factory=list)
     """The artifacts that it was made from: kind, path and manifest hash of each."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
@@ -199,7 +197,7 @@ def delete_folder(path: Path, hidden: Path) -> None:
 
 
 def final_name(name: str) -> str:
-    """Return the name that a file or folder of `new_file` or `new_folder` gets; of another its own."""
+    """Return what `new_file` or `new_folder` will call a temporary name; of another its own."""
     found = _TEMPORARY_NAME.fullmatch(name)
     return found[1] if found else name
 
@@ -289,7 +287,6 @@ class ArtifactWriter:
         self.known_files: dict[str, FileRecord] = {}
         """Files whose hash the writer already knows; the rest are hashed on completion."""
         self.algorithm = BLAKE3
-        """What hashes the rest."""
         self.leave_out: frozenset[str] = frozenset()
         """Names directly inside the folder that are no part of the artifact."""
 
@@ -595,10 +592,8 @@ def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers:
 
 
 def file_damage(file: Path, record: FileRecord) -> str | None:
-    """Return one sentence where a file is missing or differs from its record, else None."""
     if not file.is_file():
         return f"{file}: is missing"
-    # the size costs nothing; the hash reads the whole file
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
     return (None if file_digest(file, algorithm_of(record.digest)) == record.digest

@@ -26,7 +26,6 @@ MAX_PATH_CHARS = 300
 
 
 def version_of(program: str) -> str:
-    """Return what `PROGRAM --version` prints."""
     return f"{program} {__version__}"
 
 
@@ -139,7 +138,6 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
 
 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
-    """Parse and run a command of a parser of `parser_of`; returns its exit code."""
     def action() -> int:
         args = parser.parse_args(argv)
         return int(importlib.import_module(commands[args.command].module).run(args))

@@ -55,7 +55,6 @@ class EncodedChat:
 
     @property
     def types(self) -> bytes:
-        """`TYPE_PROMPT` or `TYPE_RESPONSE` of each."""
         return bytes(self.kinds.translate(_TYPE_OF_KIND))
 
 
@@ -208,7 +207,6 @@ class ChatEncoder:
         return tuple(self._special[id_] for id_ in self._answer_ends())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens spelled out."""
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 

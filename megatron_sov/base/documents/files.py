@@ -122,7 +122,6 @@ class FileSpan:
 
     @property
     def compression(self) -> str:
-        """Return ".gz", ".zst" or an empty string."""
         suffix = self.file.suffix.lower()
         return suffix if suffix in COMPRESSED_SUFFIXES else ""
 
@@ -250,19 +249,16 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is passed over for its name."""
     return name.startswith(".") or name in VERSION_CONTROL
 
 
 def why_left_out(path: Path) -> str:
-    """Return why `walk_files` leaves something out that is not hidden."""
     if path.is_dir():
         return "leads to a folder that is read under another name, or that holds this one"
     return "is a link that leads to nothing" if not path.exists() else "is no ordinary file"
 
 
 def is_about(name: str) -> bool:
-    """Return whether a file in a dataset describes it, by its name, such as README.md."""
     return bool(_ABOUT.fullmatch(name.rpartition("/")[2]))
 
 

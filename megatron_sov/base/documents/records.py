@@ -497,7 +497,6 @@ def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
 
 
 def _beside(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a chat template is given beside the messages."""
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")

@@ -49,6 +49,9 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
     return found
 
 
+# One pass with explicit state, which numba compiles to a loop without objects.  A word's hash is FNV-1a over
+# its code points, in which the digits of all scripts count as ASCII's; what separates thousands leaves no
+# trace in it, so that 1,000 and 1000 are one word.  A character of a script without blanks is a unit itself.
 @compiled
 def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
          hashes: NDArray[np.uint64], sizes: NDArray[np.uint8], begins: NDArray[np.int64],
@@ -67,7 +70,6 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
     Returns:
         How many units there are.
     """
-    # one pass with explicit state: numba compiles this to a loop without objects
     count, at, begin, end, group, num_groups = 0, 0, 0, 0, 0, 0
     is_open = is_number = False
     value = _OFFSET
@@ -79,18 +81,15 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
                 is_open = is_number = True
                 begin, group, num_groups, value = at, 0, 0, _OFFSET
             if kind >= DIGIT:
-                # digits of all scripts hash as ASCII's
                 code = 48 + kind - DIGIT
                 group += 1
             else:
                 is_number = False
-            # FNV-1a over code points
             value = (value ^ np.uint64(code)) * _PRIME
             at += 1
             end = at
             continue
         if is_open and kind == SEPARATOR:
-            # skipped without a trace in the hash, so that 1,000 and 1000 are one word
             if is_number and _parts_thousands(codes, classes, at, group, num_groups):
                 at, group, num_groups = at + 1, 0, num_groups + 1
                 continue
@@ -105,7 +104,6 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
         if kind == SEPARATOR:
             at = _behind_markup(codes, classes, commands, at)
             continue
-        # a character of a script without blanks is a unit by itself
         hashes[count] = _mixed((_OFFSET ^ np.uint64(code)) * _PRIME)
         sizes[count] = QUARTER_SIZE if kind == QUARTER else THIRD_SIZE
         begins[count], ends[count] = at, at + 1

@@ -287,7 +287,6 @@ def run_files(files: Mapping[Path, str]) -> None:
 
 
 def _imported(name: str) -> ModuleType:
-    """Return a module that Python finds by its name."""
     try:
         with telling(name):
             return importlib.import_module(name)
@@ -358,7 +357,6 @@ def _beside(path: Path) -> dict[str, str]:
 
 
 def _read_by(path: Path) -> dict[str, str]:
-    """Return file -> sha256 of what a file has read while it was loaded."""
     return {os.path.relpath(file, path.parent): _sha256(file) for file in sorted(_read.get(path, ()))
             if file.is_file()}
 

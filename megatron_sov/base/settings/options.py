@@ -125,12 +125,10 @@ class _Given:
 
     @property
     def is_positional(self) -> bool:
-        """Say whether it stands on the line without a name."""
         return bool(self.flag.name) and not self.flag.name.startswith("-")
 
     @property
     def is_written(self) -> bool:
-        """Say whether it is a path that the command makes."""
         return self.hint is Path and (self.flag.writes or self.path[-1].startswith("out"))
 
     @property
@@ -190,7 +188,6 @@ def _tells_by_itself(cls: Any) -> bool:
 
 
 def _arity(given: _Given) -> dict[str, Any]:
-    """Return how often an argument and its values may stand on the line."""
     if given.is_positional:
         if given.repeats:
             return {"nargs": "+" if given.is_required else "*", "default": argparse.SUPPRESS}

@@ -237,7 +237,6 @@ class Relation:
 
 
 def at_most(other: str) -> Relation:
-    """Return the bound of a number that is never above another field's."""
     return Relation(other, lambda value, most: most is None or value <= most, "must be at most")
 
 

@@ -36,7 +36,6 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
 
 
 def no_other(key: str) -> str:
-    """Say nothing of a key that does not exist."""
     return ""
 
 
@@ -74,7 +73,6 @@ def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
 
 
 def place_of(key: str) -> tuple[str | int, ...]:
-    """Return the keys and list positions of a key with dots."""
     if not key:
         return ()
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))

@@ -40,7 +40,6 @@ TIMEOUT_S = 60
 
 
 def _form(pattern: str | re.Pattern[str], rule: str, way_out: str = "") -> Bound:
-    """Return the bound of a text that a pattern describes as a whole."""
     right = re.compile(pattern)
 
     def broken(text: str) -> Breach | None:

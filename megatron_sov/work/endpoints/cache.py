@@ -154,7 +154,6 @@ class EndpointCache:
 
     @contextlib.contextmanager
     def _refuse_errors(self) -> Iterator[None]:
-        """Tell a user what SQLite complains about."""
         try:
             yield
         except sqlite3.Error as e:

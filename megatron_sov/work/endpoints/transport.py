@@ -20,7 +20,6 @@ from megatron_sov.work.endpoints.answers import BadAnswer
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text begins as an address, and is no path."""
     return text.startswith(("http://", "https://"))
 
 
@@ -225,7 +224,6 @@ def _bound(response: Any) -> None:
 
 
 def _unbounded() -> Any:
-    """Return the class of errors for answers beyond a limit."""
     import httpx
 
     return httpx.DecodingError

@@ -116,7 +116,6 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
 
 
 def _yield_finished(under_way: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
-    """Yield what has come of some, which are under way no longer."""
     done, _ = wait(under_way, _LOOK_S, FIRST_COMPLETED)
     stop.check()
     for future in done:

@@ -133,7 +133,6 @@ class OwnTime:
         self.begin()
 
     def begin(self) -> None:
-        """Count from now on, of a program that begins."""
         self._began_s = self._looked_s = time.monotonic()
         self._looker_s = time.thread_time()
         self.starved_s = 0.0

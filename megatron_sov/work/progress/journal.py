@@ -213,7 +213,6 @@ def _empty(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, as far as the disk lets it."""
     with contextlib.suppress(OSError):
         _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -88,7 +88,6 @@ class Jobs:
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        """Return what is on record; nothing where there is none."""
         return Jobs(**(try_read_json(output / JOBS) or {"address": "", "numbers": {}}))
 
     def write(self, output: Path) -> None:

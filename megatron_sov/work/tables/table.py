@@ -242,7 +242,6 @@ class Table(Generic[P]):
         return part
 
     def versions(self) -> list[str]:
-        """Return the folders of added columns, by the beginning of their version."""
         return sorted(p.name for p in (self.path / self.ADDED).iterdir()
                       if p.is_dir() and not p.name.startswith("."))
 
