@@ -420,8 +420,7 @@ def clear_leftovers(path: Path) -> None:
 
 def _is_left(folder: Path, pid: int) -> bool:
     """Return whether nobody works in a folder any more, in whose name a process put its number."""
-    # the lock says more than the number: that is of another process table in a container or on another
-    # machine
+    # the lock says more than the number, which may be of another container or machine
     held = is_held(folder)
     if pid == os.getpid():  # of an earlier start of this container, or of another one that is at work
         return held is False

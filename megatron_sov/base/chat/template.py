@@ -210,9 +210,8 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
     if not all(m.is_plain for m in messages):
         raise BadRecord("template", "has thoughts or calls, which marks do not reach")
     marks = [_MARK.format(i) for i in range(len(messages))]
-    # template text and message numbers, in turn
+    # re.split with one group: texts of the template at even places, numbers of messages at odd ones
     parts = _MARKS.split(template.render(conversation, awaits_response, contents=marks))
-    # re.split with one group: texts at even places, numbers of messages at odd ones
     if parts[1::2] != [str(i) for i in range(len(messages))]:
         raise BadRecord("template", f"is not shown by the chat template of {template.where} with each "
                                     f"message once and in order (roles: {roles}); "

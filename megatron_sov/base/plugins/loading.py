@@ -152,6 +152,7 @@ class PluginCode:
     and loads nothing."""
 
     kind: Kind
+    """What it is."""
     name: str
     """What the settings call it."""
     reference: str
