@@ -27,8 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.base.chat.segments import odd_opening
-from megatron_sov.base.chat.template import ChatTemplate
+from megatron_sov.base.chat.template import ChatTemplate, odd_opening
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 

@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_prep.curate.decontamination.hits import find_hits
 from megatron_sov.base.documents import list_files, read_documents
-from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
 from megatron_sov.base.documents.overlap import find_units, fold
-from megatron_sov.base.documents.plain import plain
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS
 

@@ -45,9 +45,8 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.runs.checkpoints import latest, step_of
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import items_on_record
-from megatron_sov.work.progress.resumable_artifact import CONTENT
+from megatron_sov.work.progress.journal import items_on_record, work_folder
+from megatron_sov.work.progress.resumable import CONTENT
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_layers=4", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=16", "model.expert_ffn_dim=32")

@@ -51,7 +51,7 @@ from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.post.rl.responses import NO_TOKENS, ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.progress.claims import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, Patience
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64
 SHORT, TIMES, LONG_SHARE = (5, 16), 20, 0.1

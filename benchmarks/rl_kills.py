@@ -46,7 +46,7 @@ from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prom
 from megatron_sov.judge.rollouts.rows import Rollout, later, part_name
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config.rollout import RolloutConfig
-from megatron_sov.work.progress.claims import holders
+from megatron_sov.work.progress.locks import holders
 
 JOBS = ("generate", "reward", "train")
 ROLLOUT = RolloutConfig(rounds=4, prompts_per_round=16, samples_per_prompt=8, piece_prompts=8,

@@ -24,15 +24,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sov.base.chat.encode import ChatEncoder
+from megatron_sov.base.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.base.chat.template import ChatTemplate
-from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, play
 from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import RECORDS, open_journal
+from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (

@@ -11,13 +11,11 @@ from typing import Annotated, Any
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from megatron_sov.base.documents import Document, LeftOut
-from megatron_sov.base.documents.columns import BUCKET_NAME, is_float32
+from megatron_sov.base.documents.records import BUCKET_NAME, is_float32
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import PluginCode
-from megatron_sov.base.plugins.loading import LoadedPlugin, is_reference, load, telling
-from megatron_sov.base.plugins.reads import recording_reads
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import takes
+from megatron_sov.base.plugins.loading import (
+    LoadedPlugin, PluginCode, is_reference, load, recording_reads, telling)
+from megatron_sov.base.plugins.registry import Registry, takes
 from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem
 
 Function = Callable[[Document], Document | LeftOut]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
-from megatron_sov.base.documents.columns import tag_value
+from megatron_sov.base.documents.records import tag_value
 from megatron_sov.base.errors import UserError
 
 MAX_VALUES = 64

@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.work.processes.commands import start_command
+from megatron_sov.work.processes.children import start_command
 
 AnyPath = str | Path
 _ERRORS: dict[int, type[Exception]] = {

@@ -17,8 +17,7 @@ from typing import Any
 from megatron_sov.base.command_line import (
     Parser, exit_code, fill_commands, is_installed, parser_of, part_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError, nearest
-from megatron_sov.base.plugins.entry_points import Declared, declared
-from megatron_sov.base.plugins.signatures import takes
+from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS
 from megatron_sov.runs.obs.process_start import process_started_s
 

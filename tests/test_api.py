@@ -16,7 +16,7 @@ import pytest
 import megatron_sov
 from megatron_sov import api
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
-from megatron_sov.work.processes import commands
+from megatron_sov.work.processes import children
 
 PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
 
@@ -82,7 +82,7 @@ def test_how_a_command_ended_is_how_the_function_ends(
 ) -> None:
     program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
     real = subprocess.Popen
-    monkeypatch.setattr(commands.subprocess, "Popen",
+    monkeypatch.setattr(children.subprocess, "Popen",
                         lambda argv, **more: real([sys.executable, "-c", program], **more))
     with pytest.raises(type(error)) as e:
         api._run(["eval"])

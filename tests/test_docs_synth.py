@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import records_by_item
+from megatron_sov.work.progress.journal import records_by_item, work_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving

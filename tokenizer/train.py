@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_exi
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, Fraction, NotNegative, add_options, not_with, num_cores, read_options)
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.parts import open_parts
+from megatron_sov.work.progress.journal import work_folder
+from megatron_sov.work.progress.resumable import open_parts
 from tokenizer.mixture import SourceGroup, gather_groups
 from tokenizer.presets import PRESETS, Preset, load_preset
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from megatron_sov.work.endpoints.answers import CHAT_PROBES
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.recognition import CHAT_PROBES
 
 Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
 """Takes a chat-completions body (messages, seed, temperature, tools), gives a text or a message."""

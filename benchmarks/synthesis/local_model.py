@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from data_prep.cli import main as sov_data
 from data_prep.synth.known import GENERATORS, generator_class
 from data_prep.synth.models import Served, serving
-from megatron_sov.work.processes.threads import StopSignal
+from megatron_sov.work.processes.pool import StopSignal
 
 ACTORS = Path(__file__).parent / "actors"
 NUM_ITEMS, MAX_TOKENS = 2, 32

@@ -25,7 +25,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from virtual_cluster import PROFILE, VirtualCluster, why_not
 
 from data_prep import cli
-from megatron_sov.work.progress.folders import slurm_folder, work_folder
+from megatron_sov.work.progress.journal import slurm_folder, work_folder
 from megatron_sov.work.submit.arrays import Jobs
 
 ROOT = Path(__file__).parents[2]

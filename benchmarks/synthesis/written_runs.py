@@ -11,8 +11,7 @@ from typing import Any
 
 from data_prep.synth.checks.settings import CheckSettings
 from data_prep.synth.finishing import finish
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import Journal, begun
+from megatron_sov.work.progress.journal import Journal, begun, work_folder
 
 LIKE_ANY = {"verdicts": [], "group": "", "notes": {}, "kind": None}
 

@@ -19,8 +19,7 @@ from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_exi
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
 from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.records import parse_record
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import Flag, add_options, read_options
 
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.media.settings import MediaSettings
-from megatron_sov.base.chat.media_marks import spelled
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.errors import UserError

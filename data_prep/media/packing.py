@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_prep.media.units import KIND, RECORDS
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
-from megatron_sov.base.chat.media_vocabulary import MEDIA as BLOCKS, read_blocks
+from megatron_sov.base.chat.media_tokens import MEDIA as BLOCKS, read_blocks
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import MEDIA, NONE, SIDECAR_DTYPE, BankShape, open_bank, read_shapes
 from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding

@@ -20,15 +20,15 @@ from data_prep.media.units import (
     BAD, KIND, RECORDS, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan)
 from megatron_sov.base.artifacts import (
     MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing)
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, add_options, as_problem, read_options)
 from megatron_sov.omni.media.banks import KINDS, MEDIA, BankShape, open_bank
-from megatron_sov.work.progress.folders import slurm_folder, work_folder
-from megatron_sov.work.progress.parts import begin_parts, open_parts, part_folder
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.journal import slurm_folder, work_folder
+from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.resumable import begin_parts, open_parts, part_folder
 from megatron_sov.work.submit.arrays import (
     FINISH_CPUS, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
 

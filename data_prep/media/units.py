@@ -21,13 +21,12 @@ from data_prep.media.encoder import (
     TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, Medium, MessagePart, UnitBanks, parse_record)
 from data_prep.media.settings import CALL, STOP, MediaSettings
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.omni.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
 from megatron_sov.omni.media.items import MediaItem, drawing_call
-from megatron_sov.work.progress.parts import make_part, part_folder
+from megatron_sov.work.progress.resumable import make_part, part_folder
 
 KIND = "media_corpus"
 RECORDS_PER_UNIT = 128

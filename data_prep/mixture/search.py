@@ -34,9 +34,9 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.errors import ExitCode, UserError, how_to_install, nearest
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, chart, colour, plain, render
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.work.processes.commands import end_commands, start_command
-from megatron_sov.work.progress.parts import open_parts, part_folder
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.processes.children import end_commands, start_command
+from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.resumable import open_parts, part_folder
 
 KIND = "mixture"
 BEST_SHARE, MIN_BEST = 0.01, 16

@@ -20,12 +20,11 @@ from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
 from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, IndexedSplit, token_dtype
 from megatron_sov.base.artifacts import new_artifact, read_manifest, refuse_existing
 from megatron_sov.base.documents import Document
-from megatron_sov.base.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsProblem, add_options, read_options)
-from megatron_sov.base.warning import warn
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 BATCH_DOCUMENTS = 512
 SAMPLES, SAMPLE_TOKENS, SHOWN_CHARS = 64, 512, 160

@@ -22,9 +22,9 @@ from data_prep.shards.splits import HELDOUT, SPLITS, HeldoutRule
 from data_prep.shards.token_artifact import sidecars_of
 from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.kinds import KIND_NONE
+from megatron_sov.base.chat.marks import KIND_NONE
 from megatron_sov.base.documents import FileSpan
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.omni.media.banks import MEDIA, NONE
 
 BLOCK_TOKENS = 1 << 22

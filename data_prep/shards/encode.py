@@ -18,9 +18,8 @@ from tokenizers import Tokenizer
 
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.base.chat.encode import ChatEncoder
-from megatron_sov.base.chat.kinds import KIND_ANSWER, KIND_NONE
-from megatron_sov.base.chat.segments import odd_opening
-from megatron_sov.base.chat.template import ChatTemplate
+from megatron_sov.base.chat.marks import KIND_ANSWER, KIND_NONE
+from megatron_sov.base.chat.template import ChatTemplate, odd_opening
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
 from megatron_sov.base.errors import UserError

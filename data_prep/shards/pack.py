@@ -36,16 +36,14 @@ from data_prep.tags import (
 from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
 from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
-from megatron_sov.base.documents.columns import column_problems
 from megatron_sov.base.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
-from megatron_sov.base.documents.records import completion_of
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.documents.records import column_problems, completion_of
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options,
-    name_options, num_cores, problems_of, read_options)
-from megatron_sov.base.warning import warn
-from megatron_sov.work.progress.parts import open_parts
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
+    num_cores, problems_of, read_options)
+from megatron_sov.work.progress.resumable import open_parts
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary

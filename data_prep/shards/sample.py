@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 
 from data_prep.shards.token_artifact import PackedShard, read_tokens_manifest, shards_of
 from megatron_sov.base.chat.folder import open_tokenizer
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 
 LEARNED = ("⟦", "⟧")

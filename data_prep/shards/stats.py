@@ -18,10 +18,10 @@ from data_prep.shards.splits import SPLITS
 from data_prep.shards.token_artifact import num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.media_marks import name_of
+from megatron_sov.base.chat.media_tokens import name_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 _BLOCK_ITEMS = 1 << 22
 _BAR_CHARS = 40

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_prep.shards.splits import HELDOUT, SPLITS, TRAIN
 from megatron_sov.base.artifacts import Manifest, read_manifest
-from megatron_sov.base.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION
+from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import MEDIA, SIDECAR_DTYPE
 

@@ -24,16 +24,16 @@ from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.shards.splits import document_hash
 from data_prep.steps import Steps
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.chat.media_marks import SPELLED
+from megatron_sov.base.chat.media_tokens import SPELLED
 from megatron_sov.base.documents import BadRecord, Document, FileSpan, LeftOut, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
 from megatron_sov.base.documents.records import check_texts
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.omni.media.banks import MEDIA
 from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.parts import make_part, part_folder
+from megatron_sov.work.progress.resumable import make_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"

@@ -17,12 +17,12 @@ from data_prep.shards.token_artifact import (
     COLUMN_DTYPE, SIDECARS, IndexedSplit, PackedShard, document_hashes, num_tokens, read_tokens_manifest,
     shards_of)
 from megatron_sov.base.artifacts import damaged_files
-from megatron_sov.base.chat.kinds import KIND_NONE, KINDS
-from megatron_sov.base.documents.routes import ROUTES, RouteShape
+from megatron_sov.base.chat.marks import KIND_NONE, KINDS
+from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from megatron_sov.omni.media.banks import MEDIA
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2), "kind": (KIND_NONE, *KINDS.values())}

@@ -12,10 +12,9 @@ from typing import Any
 
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Kind, SampleVerdict
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.documents.strict_json import finite, no_constant
+from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import JOB, records_by_item
+from megatron_sov.work.progress.journal import JOB, records_by_item, work_folder
 
 RUN, ANSWERS = "run.json", "answers.sqlite"
 CANDIDATES = "candidates"

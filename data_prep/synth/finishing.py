@@ -27,10 +27,10 @@ from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
+from megatron_sov.base.documents.files import KEPT, REJECTED
 from megatron_sov.base.documents.messages import BadRecord, Message
 from megatron_sov.base.documents.records import RecordReading, parse_record
-from megatron_sov.base.documents.strict_json import json_line
-from megatron_sov.base.documents.synthesis import KEPT, REJECTED
+from megatron_sov.base.documents.rows import json_line
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import SettingsError, problems_of
 

@@ -21,7 +21,7 @@ from data_prep.synth.templates import PromptTemplate
 from megatron_sov.base.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
 from megatron_sov.base.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
-from megatron_sov.base.documents.strict_json import finite, no_constant
+from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
 from megatron_sov.judge.rewards.surface import loop_at_end
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered

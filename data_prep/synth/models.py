@@ -21,13 +21,13 @@ from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, download
 from megatron_sov.base.settings import NotNegative, NotNegativeInt, ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.addresses import address_problems, is_address
-from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
+from megatron_sov.work.endpoints.answers import (
+    CHAT_PROBES, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
-from megatron_sov.work.endpoints.recognition import CHAT_PROBES, Recognition
-from megatron_sov.work.processes.commands import end_commands, start_command
-from megatron_sov.work.processes.threads import StopSignal
+from megatron_sov.work.endpoints.transport import address_problems, is_address
+from megatron_sov.work.processes.children import end_commands, start_command
+from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0

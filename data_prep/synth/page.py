@@ -10,8 +10,7 @@ from typing import Any
 
 from data_prep.curate.journey.page import bars
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.runs.obs.figures import duration, figure, large
 

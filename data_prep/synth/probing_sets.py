@@ -21,9 +21,8 @@ from data_prep.json_lines import read_objects
 from data_prep.synth.generators.probes import DOMAIN
 from data_prep.synth.problems import line_files
 from megatron_sov.base.artifacts import new_artifact, refuse_existing
-from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, forms
 from megatron_sov.base.documents.overlap import WORDS, find_units
-from megatron_sov.base.documents.plain import forms
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import Flag, NotNegativeInt, add_options, read_options
 

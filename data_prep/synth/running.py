@@ -31,17 +31,17 @@ from data_prep.synth.options import SynthOptions, duration_s
 from data_prep.synth.templates import PROMPTS, PromptTemplate, load_prompts
 from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, StopRequested, UserError, list_problems, told_in_a_line
+from megatron_sov.base.errors import (
+    ExitCode, StopRequested, UserError, list_problems, told_in_a_line, visible)
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, problems_of, read)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.transport import missing_libraries
-from megatron_sov.work.processes.threads import StopSignal, in_threads
-from megatron_sov.work.progress.folders import delete_work, slurm_folder, work_folder
-from megatron_sov.work.progress.journal import Journal, begun, differences
+from megatron_sov.work.processes.pool import StopSignal, in_threads
+from megatron_sov.work.progress.journal import (
+    Journal, begun, delete_work, differences, slurm_folder, work_folder)
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.submit.arrays import refuse_living
 

@@ -25,8 +25,7 @@ from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.kubernetes import KubernetesProfile
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.progress.folders import slurm_folder, work_folder
-from megatron_sov.work.progress.journal import items_on_record
+from megatron_sov.work.progress.journal import items_on_record, slurm_folder, work_folder
 from megatron_sov.work.submit.arrays import (
     FINISH_CPUS, Arrays, SharedWork, TaskFailed, profile_of, refuse_many_restarts, submit_shares)
 

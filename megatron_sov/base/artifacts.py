@@ -42,7 +42,6 @@ MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
 MAX_ORIGINS = 200
-"""Artifacts whose origins are followed."""
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
@@ -69,7 +68,6 @@ class FileRecord:
 
     @staticmethod
     def of(file: Path, algorithm: str = BLAKE3) -> FileRecord:
-        """Return the record of a file as it is now."""
         return FileRecord(file_digest(file, algorithm), file.stat().st_size)
 
 
@@ -82,7 +80,6 @@ class Manifest:
     content: dict[str, Any]
     """Counts and facts that readers of this kind rely on."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The settings that it was made with."""
     inputs: list[dict[str, str]] = dataclasses.field(default_factory=list)
     """The artifacts that it was made from: kind, path and manifest hash of each."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
@@ -97,7 +94,6 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
     return file_digest(path, SHA256).removeprefix(f"{SHA256}:")
 
 
@@ -137,9 +133,12 @@ def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
         if makes_parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # the bytes reach the disk before the name does: a power cut may leave the old file, never a torn
+            # new one
             yield temporary
             fsync_path(temporary)
             os.replace(temporary, path)
+            # a rename is durable only when its folder is on the disk too
             fsync_path(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -162,6 +161,7 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
             temporary.mkdir(parents=True)
             yield temporary
+            # files and sub-folders first, so that the rename below cannot come before their bytes
             for file in temporary.rglob("*"):
                 fsync_path(file)
             if first_stays:
@@ -175,6 +175,7 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
 def rename_unless_taken(built: Path, path: Path) -> bool:
     """Give a folder its final name; returns False where there is one of that name, which stays."""
     try:
+        # rename(2) refuses a folder that is not empty: of two writers exactly one gets the name
         os.rename(built, path)
     except OSError:
         if not path.is_dir():
@@ -190,12 +191,13 @@ def delete_folder(path: Path, hidden: Path) -> None:
     Raises:
         FileNotFoundError: another process was faster.
     """
+    # one step takes the name away; what follows may be interrupted anywhere
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def final_name(name: str) -> str:
-    """Return the name that a file or folder of `new_file` or `new_folder` gets; of another its own."""
+    """Return what `new_file` or `new_folder` will call a temporary name; of another its own."""
     found = _TEMPORARY_NAME.fullmatch(name)
     return found[1] if found else name
 
@@ -221,6 +223,7 @@ def holds(fd: int) -> bool | None:
     None where that cannot be known: Lustre knows no locks unless mounted with `flock`, NFS none of folders.
     """
     try:
+        # a lock of the open file: the kernel drops it when the process ends, however that ends
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -284,7 +287,6 @@ class ArtifactWriter:
         self.known_files: dict[str, FileRecord] = {}
         """Files whose hash the writer already knows; the rest are hashed on completion."""
         self.algorithm = BLAKE3
-        """What hashes the rest."""
         self.leave_out: frozenset[str] = frozenset()
         """Names directly inside the folder that are no part of the artifact."""
 
@@ -298,6 +300,7 @@ class ArtifactWriter:
     def complete(self) -> None:
         """Hash and sync every file, then write the manifest (still under the temporary name)."""
         files = dict(self.known_files)
+        # sorted, so that manifests list files in one order on every file system
         inside = [p for p in sorted(self.path.iterdir()) if p.name not in self.leave_out]
         found = [p for top in inside for p in ([top, *top.rglob("*")] if top.is_dir() else [top])]
         for file in sorted(p for p in found if p.is_file()):
@@ -307,6 +310,8 @@ class ArtifactWriter:
             fsync_path(file)
         for folder in (p for p in found if p.is_dir()):
             fsync_path(folder)
+        # the manifest holds its own hash, which is taken with zeros in that place; `sha256` is the last
+        # field, so that the last run of zeros in the text is that place
         manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
                             sha256=_NO_HASH)
         head, _, tail = to_json(manifest).rpartition(_NO_HASH)
@@ -314,7 +319,6 @@ class ArtifactWriter:
 
 
 def _hash_around(head: bytes, tail: bytes) -> str:
-    """Return the hash that stands between two parts of a manifest."""
     return hashlib.sha256(head + _NO_HASH.encode() + tail).hexdigest()
 
 
@@ -330,6 +334,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
     Raises:
         UserError: `path` exists and may not be replaced, or the disk refuses.
     """
+    # the temporary folder has to be on the disk of the final one: a rename does not cross disks
     path = behind_links(Path(path))
     refuse_nowhere(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -337,7 +342,8 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
-        with _made(temporary, path):
+        # leftovers are cleared before, while this folder is not there yet: it would look like one
+        with _hold_new_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
                 yield writer
@@ -348,7 +354,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
 
 
 @contextlib.contextmanager
-def _made(temporary: Path, path: Path) -> Iterator[None]:
+def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
     """Make a temporary folder and hold it, so that nobody takes it for a leftover: in another container, or
     on another machine that sees the same disk, the number in its name means nothing."""
     try:
@@ -368,6 +374,8 @@ def publish(temporary: Path, path: Path) -> None:
     """Rename a complete folder to its final name, moving an older artifact out of the way first."""
     old = None
     if path.exists():
+        # between the two renames nothing has the name; after a kill there `clear_leftovers` puts the old one
+        # back
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         os.rename(path, old)
     os.rename(temporary, path)
@@ -403,6 +411,7 @@ def clear_leftovers(path: Path) -> None:
         stem, _, pid = leftover.name.rpartition("-")
         if not pid.isdigit() or not _is_left(leftover, int(pid)):
             continue
+        # a kill of `publish` between its two renames: the old artifact is the only one there is
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
         else:
@@ -411,6 +420,7 @@ def clear_leftovers(path: Path) -> None:
 
 def _is_left(folder: Path, pid: int) -> bool:
     """Return whether nobody works in a folder any more, in whose name a process put its number."""
+    # the lock says more than the number, which may be of another container or machine
     held = is_held(folder)
     if pid == os.getpid():  # of an earlier start of this container, or of another one that is at work
         return held is False
@@ -437,13 +447,16 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     try:
         written = file.read_bytes()
         raw = json.loads(written.decode())
+        # before the fields are read: a newer format may have others, and deserves another message than damage
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
         files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
+        # names come from a file that a stranger may have made, and are joined to paths later
         if outside := [name for name in files if not _is_inside(name)]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
+        # bytes as they were written, not JSON that was read and written again: that could differ in form
         head, _, tail = written.rpartition(manifest.sha256.encode() or b"none")
         if manifest.sha256 and _hash_around(head, tail) != manifest.sha256:
             raise ValueError("its content differs from its own hash")
@@ -464,7 +477,6 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a manifest's file name stays inside its folder."""
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
@@ -504,7 +516,6 @@ def find_input(path: str, sha256: str, by: Path, elsewhere: Mapping[str, Path] |
 
 
 def _hash_at(path: Path) -> str:
-    """Return the hash of the manifest at a place, "" where there is none."""
     try:
         return manifest_sha256(path) if (path / MANIFEST).is_file() else ""
     except (OSError, ValueError):  # no path of this machine
@@ -532,6 +543,7 @@ def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> 
         below: list[dict[str, Any]] = []
         if place is None:
             state = "changed since" if _hash_at(Path(item["path"])) else "not here"
+        # one corpus may be an input of many: its own origins are listed once, or the tree grows without bound
         elif sha256 in seen:
             state = "as above"
         else:
@@ -579,7 +591,6 @@ def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers:
 
 
 def file_damage(file: Path, record: FileRecord) -> str | None:
-    """Return one sentence where a file is missing or differs from its record, else None."""
     if not file.is_file():
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:

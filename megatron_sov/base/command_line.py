@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, GateFailed, StopRequested, UserError, kept_code, nearest)
+    DryRun, ExitCode, GateFailed, StopRequested, UserError, nearest, to_exit_code, visible)
 from megatron_sov.version import PARTS, __version__
 
 MAX_PATH_CHARS = 300
@@ -26,7 +26,6 @@ MAX_PATH_CHARS = 300
 
 
 def version_of(program: str) -> str:
-    """Return what `PROGRAM --version` prints."""
     return f"{program} {__version__}"
 
 
@@ -37,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # argparse would make `Path("")` this folder
         self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what `argparse` does."""
         self._typed = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
@@ -51,6 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse complains about; an option that is missing may be there, misspelt."""
+        # a misspelt option is unknown to argparse, which then misses the right one
         if "are required: " in message:
             options = list(self._option_string_actions)
             words = [word.partition("=")[0] for word in self._typed if word.startswith("--")]
@@ -64,6 +64,7 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(args, namespace)
         if not rest:
             return found
+        # a shell splits `--set a.b=1 c.d=2`; the second word has no option of its own
         settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
         options = _options_of(self)
         if settings and "--set" in options:
@@ -82,7 +83,6 @@ def _path(text: str) -> Path:
 
 
 def _options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options of a parser and of the commands below it."""
     return [option for each in fill_commands(parser) for option in each._option_string_actions]
 
 
@@ -115,12 +115,12 @@ class _CommandParser(Parser):
 
     def fill(self) -> None:
         """Import the command's module and add its arguments, once."""
+        # emptied first: filling twice would declare every option twice
         module, self._module = self._module, ""
         if module:
             importlib.import_module(module).add_arguments(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what `argparse` does, with the command's arguments."""
         self.fill()
         return super().parse_known_args(args, namespace)
 
@@ -147,12 +147,12 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                     parser_class=_CommandParser)
     for name, command in commands.items():
+        # the module is a name until its command is parsed: `--help` imports none
         actions.add_parser(name, help=command.help)._module = command.module
     return parser
 
 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
-    """Parse and run a command of a parser of `parser_of`; returns its exit code."""
     def action() -> int:
         args = parser.parse_args(argv)
         return int(importlib.import_module(commands[args.command].module).run(args))
@@ -168,21 +168,22 @@ def exit_code(action: Callable[[], int]) -> int:
             with contextlib.suppress(OSError):  # a pipe that took a file's place cannot say where it is
                 stream.reconfigure(errors="backslashreplace")
     try:
-        code = kept_code(action())
+        code = to_exit_code(action())
         sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
         return code
     except SystemExit as e:
-        if isinstance(e.code, str):  # which Python prints
+        # Python prints such a text itself and ends with 1
+        if isinstance(e.code, str):
             raise
-        raise SystemExit(kept_code(e.code)) from None
+        raise SystemExit(to_exit_code(e.code)) from None
     except DryRun as e:
-        print(_shown(str(e)))
+        print(_escape_controls(str(e)))
         return ExitCode.OK
     except UserError as e:
-        print(f"error: {_shown(str(e))}", file=sys.stderr)
+        print(f"error: {_escape_controls(str(e))}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except GateFailed as e:
-        print(f"gate: {_shown(str(e))}", file=sys.stderr)
+        print(f"gate: {_escape_controls(str(e))}", file=sys.stderr)
         return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
@@ -202,10 +203,12 @@ def exit_code(action: Callable[[], int]) -> int:
         print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
               "less to do at a time", file=sys.stderr)
         return ExitCode.CRASH
+    # the reader has enough (`| head`): no error, and nothing more may be written
     except BrokenPipeError:
         _drop_output()
         return ExitCode.OK
     except OSError as e:
+        # standard output on a full disk has no file name to show
         if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             _drop_output()
             print(f"error: standard output, or a file of this command: {os.strerror(e.errno)}; free some "
@@ -213,18 +216,16 @@ def exit_code(action: Callable[[], int]) -> int:
             return ExitCode.USER_ERROR
         if e.filename is None:  # not about a file that somebody named: a defect
             raise
-        path = _shown(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
+        path = _escape_controls(os.fsdecode(e.filename)[:MAX_PATH_CHARS])
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
               "disk", file=sys.stderr)
         return ExitCode.USER_ERROR
 
 
-def _shown(message: str) -> str:
+def _escape_controls(message: str) -> str:
     """Return a message without control characters: names of files, and what files hold, are of strangers."""
     if message.replace("\n", "").isprintable():
         return message
-    from megatron_sov.base.documents.visible import visible  # slow, and needed by hardly any message
-
     return visible(message)
 
 

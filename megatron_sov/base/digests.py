@@ -44,7 +44,7 @@ class Digest:
 
 
 def file_digest(path: Path, algorithm: str = BLAKE3) -> str:
-    """Return the digest of a file's bytes, read in blocks."""
+    # one buffer for all blocks, unbuffered: no copy between the file and the hash
     digest, block = Digest(algorithm), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as f:
         while count := f.readinto(block):

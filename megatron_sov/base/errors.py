@@ -1,5 +1,6 @@
-"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback),
-stops, gates, defects."""
+"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback), stops,
+gates, defects.  And what it says meanwhile: warnings, and text of strangers without control characters.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +9,39 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
+
+_KEPT = {"\n", "\t"}
+_SHOWN = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))
+          if chr(code) not in _KEPT}
+"""Character -> its escape, e.g. \\x1b; C0 and C1 begin sequences that move the cursor or rename windows."""
+
+
+def visible(text: str) -> str:
+    """Return text in which every control character but line feed and tab is its escape."""
+    return text.translate(_SHOWN)
+
+
+Record = Callable[..., None]
+"""Writes an event: `record(name, **fields)`, as `EventLog.write` does."""
+
+
+def warn(text: str, record: Record | None = None, event: str = "warning", **fields: Any) -> None:
+    """Say something on standard error, and record it.
+
+    Args:
+        text: what is to be known, in words.
+        record: writes the event; None: it is only said.
+        event: name of the event, which gets `text` beside its fields.
+        fields: what else it tells, such as `step`.
+    """
+    # one write: lines of other processes must not come in between
+    print(f"warning: {text}\n", end="", file=sys.stderr, flush=True)
+    if record is not None:
+        record(event, **fields, text=text)
 
 
 class ExitCode(IntEnum):
@@ -34,9 +65,10 @@ class ExitCode(IntEnum):
     """Ctrl-C, before there was anything to save (128 + SIGINT, as shells have it)."""
 
 
-def kept_code(code: object) -> int:
+def to_exit_code(code: object) -> int:
     """Return an exit code that the system keeps whole, of what a command returns or `SystemExit` holds: it
     keeps the lowest byte alone, and 256 would tell of a success."""
+    # `SystemExit(None)` and a command that returns nothing are a success
     if code is None:
         return ExitCode.OK
     return code if isinstance(code, int) and 0 <= code <= 255 else ExitCode.CRASH
@@ -70,7 +102,6 @@ class SilentCorruption(Exception):
 
 
 def told_in_a_line(error: BaseException) -> str:
-    """Return an error's class and the first line of what it says."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -97,6 +128,7 @@ def download(path: str | os.PathLike[str]) -> str:
     """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
     Face hub: the command that fetches it; empty where it cannot be one."""
     found = re.fullmatch(r"\w[\w.-]*/(\w[\w.-]*)", os.fspath(path))
+    # NAME/NAME may be a path too: where its folder exists, that was meant
     if found is None or os.path.exists(os.path.dirname(path)):
         return ""
     name = shlex.quote(found[1])
@@ -119,6 +151,7 @@ def how_to_install(extra: str, options: str = "") -> str:
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:
+        # the wheel's own metadata: what the extra adds, at the versions of this release
         lines = metadata.requires("megatron-sov") or []
     except metadata.PackageNotFoundError:  # a copy of the folders alone
         lines = []

@@ -74,6 +74,7 @@ def refuse_link_outside(folder: Path, file: Path) -> None:
         UserError: naming where it leads.
     """
     root, there = folder.resolve(), file.resolve()
+    # the hub's cache is made of links: snapshots/HASH/FILE leads to blobs/HASH
     cache = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
     if not any(there.is_relative_to(allowed) for allowed in (root, *cache)):
         raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied "
@@ -88,6 +89,7 @@ def refuse_unwritable(folder: Path, said: str) -> None:
     """
     try:
         try:
+            # a file without a name: it is gone when it is closed, also after a kill
             os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
         except OSError as e:
             if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
@@ -110,6 +112,7 @@ def _refuse_place(path: Path, said: str) -> None:
         if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"{said}: cannot be a path ({os.strerror(e.errno)}); "
                             "choose another one") from None
+    # the first folder above that is there; all below it would be made in it
     nearest = next(p for p in path.absolute().parents if os.path.exists(p))
     if not nearest.is_dir():
         raise UserError(f"{said}: {nearest} is a file, so nothing can lie in it; choose another path")

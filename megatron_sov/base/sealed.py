@@ -44,6 +44,7 @@ def sealed(data: bytes, of: str = "") -> bytes:
         of: what they belong to (everywhere in this module); it goes into the checksum and not into the file,
             so that a sound file of something else is no sound file here.
     """
+    # the last one: text of rows may spell a seal's place
     head, mark, tail = data.rpartition(PLACE.encode())
     if not mark:
         head, tail = data, b""
@@ -57,6 +58,7 @@ def seal_file(file: Path, of: str = "") -> str:
         if start is None:
             start = f.seek(0, os.SEEK_END)
             f.write(PLACE.encode())
+        # over the file with zeros in the seal's place, which are there at this moment
         digest = _digest(f, start, of)
         f.seek(start + len(_MARK))
         f.write(digest)
@@ -75,7 +77,7 @@ def write_sealed(file: Path, data: bytes, of: str = "") -> None:
 def seal_of(file: Path) -> str:
     """Return the checksum that a file says it has, which nobody has looked at; "": none."""
     with open(file, "rb") as f:
-        return _said(f, _place(f, _MARK)).decode("ascii", "replace")
+        return _read_seal(f, _place(f, _MARK)).decode("ascii", "replace")
 
 
 def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str | None = None) -> str | None:
@@ -105,8 +107,10 @@ def check_seal(file: Path, way: str = RUN_AGAIN, of: str = "", *, is_required: b
         OSError: it cannot be read.
     """
     stat = os.stat(file)
+    # what changes with the content; the change time cannot be set back by touch
     mark = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     is_settled = time.time_ns() - stat.st_ctime_ns > _SETTLED_S * 1e9
+    # a file that has just changed is read each time, for its next change may have the same time
     is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), mark, of)
     what = ""
     if is_sealed is False:
@@ -124,11 +128,10 @@ def _is_sealed(file: str, mark: tuple[int, ...], of: str) -> bool | None:
     """Return whether a file's content is what its seal says; None: it has no seal."""
     with open(file, "rb") as f:
         start = _place(f, _MARK)
-        return None if start is None else _said(f, start) == _digest(f, start, of)
+        return None if start is None else _read_seal(f, start) == _digest(f, start, of)
 
 
-def _said(f: Any, start: int | None) -> bytes:
-    """Return the checksum that stands at a place."""
+def _read_seal(f: Any, start: int | None) -> bytes:
     if start is None:
         return b""
     f.seek(start + len(_MARK))
@@ -141,18 +144,20 @@ def _place(f: Any, wanted: bytes) -> int | None:
     size = f.seek(0, os.SEEK_END)
     f.seek(max(0, size - 8))
     end, tail, key = f.read(), _TAIL_BYTES, b""
+    # Parquet ends with the footer's length in 4 bytes and its magic; metadata is in the footer
     if end[4:] == _PARQUET:
         tail, key = min(int.from_bytes(end[:4], "little"), _MOST_FOOTER_BYTES) + len(end), _KEY
     begin = max(0, size - tail)
     f.seek(begin)
     found = f.read().rfind(key + wanted)
+    # after the key, which is part of the search in Parquet alone
     place = begin + found + len(key)
     return None if found < 0 or place + len(PLACE) > size else place
 
 
 def _digest(f: Any, start: int, of: str) -> bytes:
     """Return the checksum of a file whose seal begins at a place."""
-    digest = _begun(of)
+    digest = _begin_digest(of)
     f.seek(0)
     left = start
     while left and (block := f.read(min(left, _BLOCK_BYTES))):
@@ -165,7 +170,7 @@ def _digest(f: Any, start: int, of: str) -> bytes:
     return digest.text().partition(":")[2].encode()
 
 
-def _begun(of: str) -> Digest:
+def _begin_digest(of: str) -> Digest:
     digest = Digest()
     if of:
         digest.update(f"{of}\0".encode("utf-8", "surrogateescape"))
@@ -173,7 +178,7 @@ def _begun(of: str) -> Digest:
 
 
 def _hex(parts: Sequence[bytes], of: str) -> bytes:
-    digest = _begun(of)
+    digest = _begin_digest(of)
     for part in parts:
         digest.update(part)
     return digest.text().partition(":")[2].encode()
@@ -182,6 +187,7 @@ def _hex(parts: Sequence[bytes], of: str) -> bytes:
 def write_json(file: Path, value: Any, of: str = "") -> None:
     """Write a value of plain JSON, an object flat beside its seal, anything else below "content": also an
     object with a key of that name, which could not be told apart."""
+    # flat where that can be undone: other programs find the keys where they expect them
     is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
     whole = {**value, SEAL: PLACE} if is_flat else {"content": value, SEAL: PLACE}
     # nothing but ASCII: names of files may hold bytes that are no text

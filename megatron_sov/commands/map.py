@@ -12,24 +12,20 @@ from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.rows import check_rows, parse_row, read_lines
-from megatron_sov.base.documents.strict_json import json_line
+from megatron_sov.base.documents.rows import check_rows, json_line, parse_row, read_lines
 from megatron_sov.base.errors import ExitCode, UserError, told_in_a_line
 from megatron_sov.base.outputs import refuse_nowhere
-from megatron_sov.base.plugins import orders
+from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.orders import PluginOrder
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import check_methods
+from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, num_cores, only_with,
     parse_nested, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.work.processes.threads import in_threads
-from megatron_sov.work.progress.folders import slurm_folder
+from megatron_sov.work.processes.pool import in_threads
 from megatron_sov.work.progress.jobs import Executor, Job, in_workers, run_job, run_share
-from megatron_sov.work.progress.journal import Journal, begin_journal, done_items
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.journal import Journal, begin_journal, done_items, slurm_folder
+from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.submit.arrays import (
     ClusterOptions, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
 
@@ -171,8 +167,8 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(MapOptions, args)
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
-    asked = orders.ordered(options.step, parse_nested(options.settings), {}, STEPS)
-    orders.build(asked, {}, STEPS)
+    asked = registry.ordered(options.step, parse_nested(options.settings), {}, STEPS)
+    registry.build(asked, {}, STEPS)
     num_rows = check_rows(options.file, "ROWS", "")
     if not (options.cluster and (options.output / MANIFEST).is_file()):
         refuse_existing(options.output, KIND, options.overwrite)
@@ -196,7 +192,7 @@ def _batches(file: Path) -> Iterator[Batch]:
 def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
     """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
     that failed, behind "-"."""
-    step = orders.build(asked, {}, STEPS).value
+    step = registry.build(asked, {}, STEPS).value
 
     def do(line: tuple[int, bytes]) -> bytes:
         number, raw = line

@@ -11,8 +11,7 @@ from typing import Annotated
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.rows import check_rows
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Flag, add_options, parse_nested, read_options
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName
@@ -20,7 +19,7 @@ from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.opinions import read_opinions
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringSummary, score_file
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""

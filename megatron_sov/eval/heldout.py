@@ -38,7 +38,7 @@ from megatron_sov.engine.data.vocabulary import refuse_other_tokens
 from megatron_sov.infer.engines.load import Loaded
 from megatron_sov.train.stages.evaluate import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of)
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 ROW_TOKENS = 8192
 """Tokens of a row, unless one document alone is longer."""

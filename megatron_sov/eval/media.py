@@ -25,7 +25,7 @@ from megatron_sov.base.plugins.loading import calling, load
 from megatron_sov.eval.statistics import mean_interval, wilson_interval
 from megatron_sov.infer.request import Batching
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.load import Loaded

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.mcore.model.kv_cache import CacheSpan
 from megatron_sov.infer.request import Sampling, StopRule, Tells, Written
 from megatron_sov.omni.media.placed import Media, cut, fingerprint

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.base.documents import KINDS, ROLLOUTS
-from megatron_sov.base.documents.columns import column_problems
+from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import check_methods, takes
+from megatron_sov.base.plugins.registry import Registry, check_methods, takes
 from megatron_sov.base.settings import read_arguments
 from megatron_sov.model.config import RunConfig
 

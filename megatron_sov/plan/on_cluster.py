@@ -24,7 +24,7 @@ from megatron_sov.plan.search.sweep import (
     SweepSearch, fewest_nodes, fits_somehow, num_layouts, search, told_nodes)
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.work.clusters.units import GIB
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 LEAST_SHOWN_BYTES = GIB // 20
 """Items of memory that one line has no place for are smaller."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.data.batches import rows_per_micro_batch
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.packing import PackedSegment, Row, best_fit

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.base.warning import warn
 from megatron_sov.engine import convert
 from megatron_sov.engine.data.media_shards import banks_of, media_of
 from megatron_sov.engine.data.token_shards import Documents, Source
@@ -34,7 +33,7 @@ from megatron_sov.post.document_logprobs import RunningLogprobs, document_logpro
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.stages.gate import GateView
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 IDENTITY = "reference.json"
 COLUMN = "reference_logprobs"

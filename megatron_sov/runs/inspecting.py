@@ -13,13 +13,11 @@ from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, damaged_files, disk_errors, origins_of, read_manifest, write_output)
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import GateFailed, UserError
+from megatron_sov.base.errors import GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Flag, NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.work.progress.folders import delete_work, work_folder
-from megatron_sov.work.progress.journal import read_job
+from megatron_sov.work.progress.journal import delete_work, read_job, work_folder
 from megatron_sov.work.progress.locks import holding
 
 MAX_CHARS = 160

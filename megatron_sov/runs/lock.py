@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors
-from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.warning import warn
-from megatron_sov.work.processes.process_identity import has_ended, identity
-from megatron_sov.work.progress.locks import in_turn
+from megatron_sov.base.errors import ExitCode, UserError, warn
+from megatron_sov.work.progress.locks import has_ended, identity, in_turn
 
 LOCK = "lock.json"
 LEASE_S = 60.0

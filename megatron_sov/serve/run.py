@@ -22,7 +22,7 @@ from megatron_sov.serve.http_server import HttpServer
 from megatron_sov.serve.scheduler import Clerk, RequestQueue
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.work.processes.process_identity import has_ended, identity
+from megatron_sov.work.progress.locks import has_ended, identity
 
 LOOKS_S = 1.0
 """How often it is looked whether the parent lives."""

@@ -17,7 +17,7 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.train.computation import OwnPart

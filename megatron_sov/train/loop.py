@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.mcore.parallel.world import on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.attribution import attribute

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.token_shards import Source, provenance
 from megatron_sov.engine.mcore.checkpoint.save import Saved

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.bench.lm import endpoint as lm_endpoint
-from megatron_sov.work.endpoints.recognition import TEXTS
+from megatron_sov.work.endpoints.answers import TEXTS
 
 
 class ScriptedEndpoint(ThreadingHTTPServer):

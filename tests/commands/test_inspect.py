@@ -15,9 +15,8 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.cli import main
 from megatron_sov.judge.rollouts.rows import part_name
 from megatron_sov.judge.rollouts.store import RolloutStore
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import open_journal
-from megatron_sov.work.progress.parts import part_folder
+from megatron_sov.work.progress.journal import open_journal, work_folder
+from megatron_sov.work.progress.resumable import part_folder
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import OWN
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import RECORDS
+from megatron_sov.work.progress.journal import RECORDS, work_folder
 
 PAGE = Path(__file__).parents[2] / "docs/rewards.md"
 ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]

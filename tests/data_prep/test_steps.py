@@ -18,7 +18,7 @@ from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.steps import CodeStep, StepCodeSettings, Steps, named_steps
 from megatron_sov.base.documents import Document, LeftOut
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.reads import recording_reads
+from megatron_sov.base.plugins.loading import recording_reads
 from megatron_sov.base.settings import problems_of
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of

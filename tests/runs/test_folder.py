@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import COMPLETION, CONFIG, RunFolder

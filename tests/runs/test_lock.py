@@ -19,7 +19,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs import lock
 from megatron_sov.runs.lock import LOCK, RunLock, living_holder
-from megatron_sov.work.processes.process_identity import process_table
+from megatron_sov.work.progress.locks import process_table
 
 
 def write_record(run: Path, **changed: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import apply_settings

@@ -12,8 +12,8 @@ from annotated_types import Le
 
 from megatron_sov.base.artifacts import (
     damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
-from megatron_sov.base.chat.media_marks import DIGITS, MARKS, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, MEDIA, VocabularyBlock, described
+from megatron_sov.base.chat.media_tokens import (
+    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, add_options, only_with, read_options)
@@ -156,7 +156,7 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
         artifact.content = {**manifest.content,
                             "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
                             "vocab_size": max(ids_of(surgery.raw).values()) + 1, "checked": checked,
-                            MEDIA: described(blocks)}
+                            MEDIA: describe_blocks(blocks)}
         artifact.settings = {"tokenizer": tokenizer.resolve().name, "asked": asked}
     _tell(blocks, artifact.content["vocab_size"], checked, output)
 
@@ -212,7 +212,7 @@ def _grow_model(model: Path, output: Path, asked: MediaTokens, noise: float, see
 
     words, blocks = _laid_out(open_hf(find_file(model)), asked)
     graft(model, output, add=[], overwrite=overwrite, codebooks=Codebooks(
-        tuple(words), noise, seed, {MEDIA: described(blocks), "media_noise": noise}))
+        tuple(words), noise, seed, {MEDIA: describe_blocks(blocks), "media_noise": noise}))
     _tell(blocks, 0, "", output)
 
 

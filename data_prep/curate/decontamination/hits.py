@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.curate.decontamination.places import places
-from megatron_sov.base.documents.item_search import ItemSearch
+from megatron_sov.base.documents.item_search import ItemSearch, plain
 from megatron_sov.base.documents.overlap import find_units
-from megatron_sov.base.documents.plain import plain
 
 MOST_HITS = 1000
 """Of one text that are told; one that has so many is not worth more room."""

@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 
 from data_prep.curate.journey.summary import SUMMARY, JourneySummary, read_summary
 from data_prep.shards.shard_damage import way_out
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, nearest, visible
 from megatron_sov.base.sealed import open_parquet, try_read_json, write_json
 
 # A pipeline's output on the disk as its readers see it: base shards, and a layer over them for each step.

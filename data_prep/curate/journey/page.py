@@ -16,8 +16,7 @@ from data_prep.curate.journey.summary import (
     DocumentSample, DroppedCount, JourneySummary, SourceSummary, StepCounts, dropped_by_reason, read_summary)
 from data_prep.curate.journey.telling import changes, cut
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, write_output
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.pages.page import (
     Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
 from megatron_sov.runs.obs.figures import duration, large, size

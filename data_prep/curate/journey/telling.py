@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.curate.journey.facts import QUARANTINE, Corpus, StepFolder, batches, damage, open_shard, row_of
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.runs.obs.figures import size
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 # A document's way through a pipeline: what each step made of it, read from the shard that its id names.
 

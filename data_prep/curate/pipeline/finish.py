@@ -21,8 +21,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, FileRecord, atomic_write, disk_errors, file_damage, manifest_sha256, new_folder,
     read_manifest)
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.sealed import check_seal, open_parquet, read_json, read_lines
 
 MAX_NAMES = 6

@@ -23,7 +23,7 @@ from data_prep.curate.pipeline.plan import (
 from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
-from megatron_sov.base.documents.strict_json import changed_values
+from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.sealed import read_json, try_read_json
@@ -302,7 +302,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
         living = before.living()
         if living and before.address == READING:
             then = "the same command then submits" if before.namespace else "the last of them submits"
-            print(f"{output}: {before.told(living)} read the raw files; {then} the steps")
+            print(f"{output}: {before.describe(living)} read the raw files; {then} the steps")
             return
         unknown = unknown_inputs(pipeline, output)
         plan = None if is_much(unknown) else make_plan(pipeline, output)
@@ -316,7 +316,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             _submit_reading(pipeline, output, profile, unknown)
             return
         if living:
-            print("\n".join([f"{output}: at work in {before.told(living)}",
+            print("\n".join([f"{output}: at work in {before.describe(living)}",
                              *_progress(plan, output)]))
             return
         for sentence in plan.told():
@@ -351,7 +351,7 @@ def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile | Kube
                 arrays.submit(stage.name, partial(do_share, file, output, stage, todo), len(todo))
         arrays.submit(FINISH, partial(finish_run, file, output), cpus=min(profile.cpus_per_node, FINISH_CPUS))
     print("\n".join([*_progress(plan, output), f"{output}: submitted {len(arrays.jobs.numbers)} jobs: "
-                     f"{arrays.told()}; the same command tells how far they are"]))
+                     f"{arrays.describe()}; the same command tells how far they are"]))
 
 
 def _progress(plan: PipelinePlan, output: Path) -> Iterator[str]:

@@ -32,8 +32,7 @@ from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
 from data_prep.shards.shard_damage import place_in_run
 from megatron_sov.base.artifacts import disk_errors, new_file, new_folder
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.sealed import PLACE, SEAL, seal_file, seal_of, write_json
 from megatron_sov.work.tables.parquet import TableFile
 

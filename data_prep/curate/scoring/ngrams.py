@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.documents.compiled import compiled
-from megatron_sov.base.documents.unspaced import OF_SCORERS, code_points
+from megatron_sov.base.documents.scripts import OF_SCORERS, code_points
 
 SEPARATOR, LETTER, ALONE = 0, 1, 2
 """What a character is: between units, part of a run, or a unit by itself."""

@@ -21,7 +21,7 @@ from data_prep.curate.scoring.scorer import (
 from megatron_sov.base.artifacts import new_artifact, refuse_existing, sha256_file
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.base.settings import SettingsError, as_problem, name_options, problems_of
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 # Fitting a linear scorer: the library does it, and what is chosen is chosen on texts that were not fitted.
 #

@@ -9,8 +9,7 @@ from typing import NoReturn
 
 from data_prep.curate.sources.source import PASSED_OVER, SourcePiece, SourceSettings
 from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 
 
 def source_files(source: SourceSettings, wanted: Callable[[str], bool],

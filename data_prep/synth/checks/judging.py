@@ -34,7 +34,7 @@ from megatron_sov.base.documents import Document, RecordReading, list_files, rea
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_parquet
-from megatron_sov.work.progress.folders import work_folder
+from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
 LOT_ITEMS = 2000

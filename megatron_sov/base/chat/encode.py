@@ -8,16 +8,17 @@ alone: spelled out in a content they are ordinary text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_sov.base.chat.kinds import KIND_ANSWER, KIND_NONE, kinds_of_turn
-from megatron_sov.base.chat.marks import BEGINS_OF_THOUGHTS
-from megatron_sov.base.chat.segments import Segments, around_contents, around_turns
-from megatron_sov.base.chat.template import ChatTemplate
+from megatron_sov.base.chat.marks import (
+    BEGINS_OF_THOUGHTS, KIND_ANSWER, KIND_NONE, kinds_of_turn, marks_decoder)
+from megatron_sov.base.chat.template import ChatTemplate, Segments, around_contents, around_turns
+from megatron_sov.base.chat.tool_calls import ToolCall, parse_turn
 from megatron_sov.base.documents import BadRecord, Conversation, Message
+from megatron_sov.base.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
 or of a response to learn."""
+# a table for `bytes.translate`: kind 0 is a prompt, every other kind a response
 _TYPE_OF_KIND = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
 SPLIT_TEXTS = 4096
 """Pieces of templates that are remembered, split at their special tokens."""
@@ -46,7 +48,6 @@ class EncodedChat:
     """A conversation as tokens."""
 
     ids: list[int]
-    """Token ids."""
     kinds: bytearray
     """What each is learned as (`chat.kinds`); `KIND_NONE`: it is part of a prompt."""
     is_open: bool
@@ -54,7 +55,6 @@ class EncodedChat:
 
     @property
     def types(self) -> bytes:
-        """`TYPE_PROMPT` or `TYPE_RESPONSE` of each."""
         return bytes(self.kinds.translate(_TYPE_OF_KIND))
 
 
@@ -76,7 +76,6 @@ class Meant(Protocol):
 
     @property
     def ids(self) -> frozenset[int]:
-        """Their ids."""
         ...
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
@@ -110,12 +109,15 @@ class ChatEncoder:
 
         self._meant = meant
         self._template, self._with_special = template, tokenizer
+        # a copy of its own, since the switch below changes the tokenizer for all who hold it
         self._plain = Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
         self._encode_plain = encode_plain or self._plain_ids
         special = {id_: token for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._special = {id_: token.content for id_, token in special.items()}
+        # such tokens swallow white space around them, so that pieces encoded apart differ from the whole text
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
+        # the template's own texts are few and come again in every chat
         self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
 
     def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
@@ -167,6 +169,7 @@ class ChatEncoder:
         before: Run = []
         for run in _runs(parts):
             new_ids, new_kinds = self._encode_run(run)
+            # a special token before the response keeps the two apart by itself
             if run[0].is_asked_again and before and before[0].special is None:
                 self._check_joint(before, run, new_ids)
             ids += new_ids
@@ -180,6 +183,7 @@ class ChatEncoder:
         try:
             return around_contents(self._template, chat, awaits_response, wanted)
         except BadRecord as marked:
+            # prefixes find turns in the text alone, so a content must not spell what could end a turn there
             means: Collection[int] = self._meant.ids if self._meant else ()
             spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
@@ -203,7 +207,6 @@ class ChatEncoder:
         return tuple(self._special[id_] for id_ in self._answer_ends())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens spelled out."""
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 
@@ -221,13 +224,13 @@ class ChatEncoder:
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def special_texts(self) -> tuple[str, ...]:
-        """Return how the special tokens are spelled."""
         return tuple(self._special.values())
 
     def end_ids(self) -> tuple[int, ...]:
         """Return the special tokens with which the template ends an assistant's turn, in the middle of a
         chat, at its end, and behind calls of tools; none where it shows no such chat, or ends turns with
         text."""
+        # a dict and not a set: the first one is what `TurnEncoder.encode` writes
         found = dict.fromkeys(self._answer_ends())
         try:
             encoded = self.encode(CALL_PROBE)
@@ -240,6 +243,7 @@ class ChatEncoder:
 
     def _answer_ends(self) -> tuple[int, ...]:
         found: dict[int, None] = {}
+        # the probes' contents are single letters, so every special token in a learned part is the template's
         for chat in PROBES:
             try:
                 segments = around_contents(self._template, chat)
@@ -259,10 +263,12 @@ class ChatEncoder:
         last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
         for i, segment in enumerate(segments):
             later = i < last_message
+            # one turn may be two segments, an opening and a content; only the first begins a text of its own
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             kinds = bytes(len(segment.text))
             if segment.message is not None and learned[i]:
                 kinds = kinds_of_turn(segment.text, chat.messages[segment.message])
+            # a whole turn as the template shows it: special tokens in it are the template's and are meant
             if segment.is_turn:
                 split, place = self._split_at_special(segment.text), 0
                 for n, (text, special) in enumerate(split):
@@ -278,6 +284,7 @@ class ChatEncoder:
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
                     place += len(text)
+                # a content has no end of its own; the template's text after it may bring one
                 is_open = learned[i]
                 continue
             split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
@@ -291,13 +298,15 @@ class ChatEncoder:
         return parts, is_open
 
     def _pieces(self, text: str) -> list[tuple[str, int | None]]:
-        """Return a content as ordinary texts and the special tokens that are meant in it."""
         return [(text, None)] if self._meant is None else self._meant.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
         if run[0].special is not None:
             return [run[0].special], run[0].kinds[:1]
+        # texts of the template and of a content are joined before encoding: tokens may reach over the border,
+        # as they do when the model is asked with the whole text
         text, kinds = "".join(p.text for p in run), b"".join(p.kinds for p in run)
+        # one kind for all: the fast encoder, which gives no offsets, is enough
         if len(found := set(kinds)) <= 1:
             ids = self._encode_plain(text)
             return ids, bytes(found or {KIND_NONE}) * len(ids)
@@ -309,6 +318,7 @@ class ChatEncoder:
     def _check_joint(self, before: Run, run: Run, ids: list[int]) -> None:
         """Refuse a response whose first token would be another one together with what the template writes
         before it: later turns would be trained behind other ids than a model is asked with."""
+        # asked again, the prompt and the response are one text; written, the prompt was encoded alone
         text = "".join(p.text for p in before)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
             raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
@@ -327,6 +337,7 @@ class ChatEncoder:
     def _split_at_special(self, text: str) -> tuple[tuple[str, int | None], ...]:
         """Return a template's text as ordinary texts and special tokens with their texts, in order."""
         found: list[tuple[str, int | None]] = []
+        # offsets count characters of the text; what is between two special tokens is ordinary
         start = 0
         encoding = self._with_special.encode(text, add_special_tokens=False)
         for id_, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -359,3 +370,117 @@ def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
         run.append(part)
     if run:
         yield run
+
+
+_ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
+_REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
+
+
+class TurnEncoder:
+    """A chat encoder for conversations with tools, which grow turn by turn: what a model wrote is kept as it
+    is, and what the template puts behind it is appended.
+
+    Encoding the whole conversation again for each turn would give a model other ids than it wrote (many texts
+    have several spellings in tokens), and train it on tokens that it never sampled.
+    """
+
+    def __init__(self, encoder: ChatEncoder, where: str,
+                 template_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Take the encoder of a model.
+
+        Args:
+            encoder: of its tokenizer and template.
+            where: names it in messages.
+            template_kwargs: variables of the template, such as `enable_thinking`.
+
+        Raises:
+            UserError: its template ends no turn with a special token, or shows no results of tools.
+        """
+        self._encoder, self._where = encoder, where
+        self._template_kwargs = dict(template_kwargs or {})
+        self.end_ids = encoder.end_ids()
+        """Special tokens with which a model ends its turn."""
+        if not self.end_ids:
+            raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
+                            f"where a turn ends; {_REMEDY}")
+        self._text = marks_decoder(encoder.added_ids(), self.end_ids, encoder.decode)
+        # both raise now, at the start of a run, what would else meet the first conversation with tools
+        self.behind_turn(["c"])
+        self._refuse_unread_calls()
+
+    def _refuse_unread_calls(self) -> None:
+        """Refuse a template whose calls of tools would be taken for answers: it shows one, which has to be
+        found again."""
+        chat = replace(CALL_PROBE, template_kwargs=self._template_kwargs)
+        try:
+            encoded = self._encoder.encode(chat)
+        except BadRecord:
+            return
+        # the whole text: with contents that cannot be told from it, a template's calls may be no response
+        shown = self._encoder.decode(encoded.ids)
+        said = self._encoder.decode([i for i, kind in zip(encoded.ids, encoded.types, strict=True)
+                                     if kind == TYPE_RESPONSE])
+        call = ToolCall(**CALL["function"])
+        seen = said if call.name in said else shown
+        if call.name in seen and call not in parse_turn(seen).calls:
+            raise UserError(f"{self._where}: its chat template writes calls of tools in a form that is not "
+                            f"read here ({said.strip()[:80]!r}); {_REMEDY}")
+
+    def opening(self, chat: Conversation) -> list[int]:
+        """Return the ids with which a model is asked first.
+
+        Raises:
+            BadRecord: the template refuses the conversation.
+        """
+        asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
+        return self._encoder.encode(asked, awaits_response=True).ids
+
+    def behind_turn(self, results: Sequence[str]) -> list[int]:
+        """Return the ids behind the end of a model's turn: results of tools, and the opening of the next one.
+
+        Special tokens that a result spells out are text; where the template does not let them be told from
+        its own, a space breaks them.
+
+        Raises:
+            UserError: the template does not show results of tools.
+        """
+        try:
+            encoded = self._encoded(results)
+        except BadRecord:
+            try:
+                encoded = self._encoded([self._plain(result) for result in results])
+            except BadRecord as e:
+                raise UserError(f"{self._where}: its chat template shows no results of tools (a conversation "
+                                f"with one {e.reason}); {_REMEDY}") from None
+        # the last learned token is the end of the assistant's turn; the rest is results and the next opening
+        end = encoded.types.rfind(bytes([TYPE_RESPONSE])) + 1
+        if not end or encoded.ids[end - 1] not in self.end_ids or end == len(encoded.ids):
+            raise UserError(f"{self._where}: its chat template does not show where a turn before a tool's "
+                            f"result ends; {_REMEDY}")
+        return encoded.ids[end:]
+
+    def _encoded(self, results: Sequence[str]) -> EncodedChat:
+        tools = tuple(Message("tool", result) for result in results)
+        chat = Conversation((_ASKED, _SAID, *tools), (), self._template_kwargs)
+        return self._encoder.encode(chat, awaits_response=True)
+
+    def _plain(self, result: str) -> str:
+        # a blank after the first character: the text reads the same and is no special token any more
+        for special in self._encoder.special_texts():
+            result = result.replace(special, f"{special[0]} {special[1:]}")
+        return result.strip()
+
+    def opens_thoughts(self, asked: Sequence[int]) -> bool:
+        return self._encoder.opens_thoughts(asked)
+
+    def text(self, written: Sequence[int]) -> str:
+        """Return what a model wrote, without the token that ends its turn."""
+        return self._text(list(written))
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text as a turn of a model, with the token that ends it."""
+        return [*self._encoder.encode_text(text), self.end_ids[0]]
+
+    def differs(self, written: Sequence[int]) -> bool:
+        """Return whether the text of what a model wrote has other ids when it is encoded again."""
+        return self._encoder.encode_text(self._encoder.decode(written)) != list(written)

@@ -58,6 +58,7 @@ def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder |
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
+    # a missing token is an empty text: templates add it to strings
     bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
                        meant=meant)
@@ -82,7 +83,6 @@ def chat_files(folder: Path) -> list[Path]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return the fields of the files beside a tokenizer.json."""
     config: dict[str, Any] = {}
     try:
         for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # what the second one says counts
@@ -100,6 +100,7 @@ def _template(folder: Path, config: dict[str, Any]) -> Any:
 def _default(template: Any) -> Any:
     """Return the template called default where there are several, as a list of names and templates."""
     if isinstance(template, list):
+        # transformers keeps several templates as a list of names and templates
         return next((t.get("template") for t in template if t.get("name") == "default"), None)
     return template
 

@@ -31,8 +31,10 @@ def bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # the limit is on all of the address space, so what is there already is added to what the code may take
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space_bytes() + memory_bytes
+    # time of the processor and not of the clock: a busy machine must not fail a template
     before = signal.signal(signal.SIGVTALRM, _stop)
     # Again and again: what is raised inside of a `__del__` or a callback of the garbage collector is lost.
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s, cpu_s)

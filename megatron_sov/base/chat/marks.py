@@ -1,5 +1,5 @@
 """Marks that models write around thoughts and calls of tools: which tokens stay in the text of a response,
-and one form for all families.
+one form for all families, and which characters of a turn are thoughts, calls or its answer.
 
 The form is Hermes' (NousResearch/Hermes-Function-Calling): `<think>...</think>`, and
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.  Others are those of published templates, as vLLM
@@ -16,7 +16,10 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sov.base.documents import Message
 
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
@@ -43,6 +46,7 @@ def _quoting(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[st
     return re.compile(f"<(?={more}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)}))")
 
 
+# the look-ahead leaves the mark itself unmatched, so that only `<` is replaced
 _ALL_MARKS = _quoting(MARKS)
 _QUOTED = re.compile(_ALL_MARKS.pattern.replace("(?=", f"{_JOINER}(?=", 1))
 
@@ -91,12 +95,12 @@ _FIRST = re.compile("|".join(re.escape(mark) for mark in (
     *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>")))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """What opens calls."""
-_TEXT_IN = {mark: _quoting([other for other in MARKS if other not in family and other not in thoughts], "")
-            for family, thoughts in ((_SOLAR, ()), (_GPT_OSS, ()), (_DEEPSEEK, _HERMES[:2]),
-                                     (_KIMI, _HERMES[:2]))
-            for mark in family}
-"""Mark -> what is text in a turn of its form: the marks of other families; DeepSeek and Kimi write thoughts
-as Hermes does."""
+_TEXT_IN: dict[str, re.Pattern[str]] = {}
+"""Mark -> what is text in a turn of its form: the marks of other families."""
+for _family in (_SOLAR, _GPT_OSS, _DEEPSEEK, _KIMI):
+    # DeepSeek and Kimi write thoughts as Hermes does
+    _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
+    _TEXT_IN |= dict.fromkeys(_family, _quoting([mark for mark in MARKS if mark not in _own], ""))
 _FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
 
 
@@ -109,24 +113,27 @@ def plain_form(text: str, *, in_thoughts: bool = False) -> str:
         text: of the turn, special tokens of `MARKS` spelled out.
         in_thoughts: the template has opened thoughts before it.
     """
+    # Solar's template wrote the opening mark into the prompt; the turn begins after it
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
     place = 0
     if text.lstrip().startswith(BEGIN_THOUGHTS) or (in_thoughts and not text.startswith("<|think|>")):
+        # thoughts in Hermes' form are ready; only what follows them may have another family's form
         place = text.find(END_THOUGHTS)
         place = len(text) if place < 0 else place + len(END_THOUGHTS)
     first = _FIRST.search(text, place)
     if first is None or first[0] == BEGIN_CALL:  # a turn has the form of its first mark
         return text
+    # a mark of another family in this turn was typed, not meant: it must not open anything below
     text = text[:place] + quoted(text[place:], _TEXT_IN[first[0]])
     spans = [text[:place]]
     for thoughts in _in_order(_THOUGHTS, text):
         if thoughts.start() < place:
             continue
-        spans += [_said(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
+        spans += [_outside(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
-    return "".join([*spans, _said(text[place:])])
+    return "".join([*spans, _outside(text[place:])])
 
 
 def _in_order(patterns: Collection[re.Pattern[str]], text: str) -> list[re.Match[str]]:
@@ -134,11 +141,12 @@ def _in_order(patterns: Collection[re.Pattern[str]], text: str) -> list[re.Match
                   key=lambda found: found.start())
 
 
-def _said(text: str) -> str:
+def _outside(text: str) -> str:
     """Return what stands outside of thoughts, calls in Hermes' form, frames of turns left out."""
     found, place = [], 0
     begins = [(match, end) for pattern, end in _CALLS for match in pattern.finditer(text)]
     for match, end in sorted(begins, key=lambda item: item[0].start()):
+        # a call inside the arguments of another one is text of those
         if match.start() < place:
             continue
         stop = text.find(end, match.end())
@@ -183,8 +191,10 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         end_ids: tokens that end a turn; the last one is left out of the text.
         plain: decodes tokens that are no marks.
     """
+    # a family is there when the tokenizer has its first or last mark as a token
     has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
     shown = {added[mark]: mark for family in has for mark in family if mark in added}
+    # Hermes' marks may be plain text for a tokenizer without tokens for them; there they are meant
     text_marks = set(MARKS) - set(_HERMES)
     if BEGIN_CALL in added or any(family is not _HERMES for family in has):
         text_marks |= set(_HERMES[2:])
@@ -197,6 +207,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
 
     def decode(tokens: list[int]) -> str:
         whole = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
+        # what the model wrote in ordinary tokens is quoted, what it wrote as tokens of marks is meant
         parts, start, marks = [], 0, quotable
         for place in [*(n for n, id_ in enumerate(whole) if id_ in shown), len(whole)]:
             if place > start:
@@ -208,3 +219,66 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         return "".join(parts)
 
     return decode
+
+
+KIND = "kind"
+"""Column of chats: what each token is learned as."""
+KIND_NONE, KIND_THOUGHT, KIND_CALL, KIND_ANSWER = 0, 1, 2, 3
+"""What a token can be learned as: nothing, since no learned turn holds it, or a part of one."""
+KINDS = {"thought": KIND_THOUGHT, "call": KIND_CALL, "answer": KIND_ANSWER}
+"""Name in events and the report -> kind."""
+_END_TAG = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[/?[A-Z_]{1,60}\])")
+# a template may have opened the thoughts that a turn begins with
+_THOUGHT = (f"(?P<thought>\\A(?:(?!{BEGIN_THOUGHTS}).)*?{END_THOUGHTS}|"
+            f"{BEGIN_THOUGHTS}.*?(?:{END_THOUGHTS}|\\Z))")
+_CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
+
+
+def kinds_of_turn(text: str, message: Message) -> bytes:
+    """Return the kind of each character of a learned turn.
+
+    Opening marks count with what they open, and what ends a part counts with it: the tag behind the thoughts
+    (`</think>`, `<|end|>`), and the end of the turn behind its last part.  A message that is a content alone
+    may spell thoughts and calls in it, in the marks that `tool_calls.parse_turn` reads.
+
+    Args:
+        text: the turn as the template shows it, or the content of a message that is nothing else.
+        message: what it shows.
+    """
+    # stripped, since templates trim what they show; searched in order, since one text may occur twice
+    answer = _end_of_thoughts(text, message.reasoning.strip())
+    content = message.content.strip()
+    place = text.find(content, answer)
+    calls = _begin_of_calls(text, message, place + len(content) if place >= 0 else answer)
+    said = text[answer:calls]
+    return (bytes([KIND_THOUGHT]) * answer + _spelled(said, message)
+            + bytes([KIND_CALL]) * (len(text) - answer - len(said)))
+
+
+def _end_of_thoughts(text: str, thoughts: str) -> int:
+    """Return where a turn goes on behind its thoughts and the tag that ends them; 0 where it shows none."""
+    begin = text.find(thoughts) if thoughts else -1
+    if begin < 0:
+        return 0
+    end = begin + len(thoughts)
+    tag = _END_TAG.match(text, end)
+    return tag.end() if tag else end
+
+
+def _begin_of_calls(text: str, message: Message, behind: int) -> int:
+    """Return where the calls of a turn begin: behind what it says; its end where it has none, or they are
+    not shown there."""
+    names = [call["function"]["name"] for call in message.tool_calls]
+    return behind if names and text.find(names[0], behind) >= 0 else len(text)
+
+
+def _spelled(said: str, message: Message) -> bytes:
+    """Return the kinds of what is said, in which a message without thoughts or calls of its own may spell
+    them; a call inside of thoughts is a thought, and the other way round."""
+    found = bytearray([KIND_ANSWER]) * len(said)
+    sought = [*([] if message.reasoning.strip() else [_THOUGHT]), *([] if message.tool_calls else [_CALL])]
+    # one pattern with both parts: whichever begins first wins, so a call inside thoughts stays thoughts
+    for part in re.finditer("|".join(sought), said, re.DOTALL) if sought else ():
+        begin, end = part.span()
+        found[begin:end] = bytes([KINDS[str(part.lastgroup)]]) * (end - begin)
+    return bytes(found)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_sov.base.chat.marks import (
     BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, as_written, plain_form)
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
-from megatron_sov.base.documents.strict_json import finite, no_constant
+from megatron_sov.base.documents.rows import finite, no_constant
 
 Fault = Literal["json", "form", "unclosed"]
 _SPACE = " \t\r\n"
@@ -31,7 +31,6 @@ class ToolCall:
     """A call as a model wrote it; whether there is such a tool is another question."""
 
     name: str
-    """Of the tool."""
     arguments: dict[str, Any]
     """Name -> JSON value."""
 
@@ -54,7 +53,6 @@ class WrittenTurn:
     content: str
     """What it says, without thoughts and calls."""
     calls: tuple[ToolCall | BadCall, ...]
-    """In order."""
 
 
 def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
@@ -67,6 +65,7 @@ def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
         text: of the turn.
         in_thoughts: the template has opened thoughts before it.
     """
+    # one form for all families, so that what follows knows one pair of marks
     text = plain_form(text, in_thoughts=in_thoughts)
     place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
     said: list[str] = []
@@ -107,6 +106,7 @@ def _call(text: str, start: int, last_end: int) -> tuple[ToolCall | BadCall, int
         start += 1
     try:
         value, end = _value(text, start)
+        # the marks inside arguments were quoted; their value is what the model wrote
         if (inside := as_written(text[start:end])) != text[start:end]:
             value, _ = _value(inside, 0)
         refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
@@ -116,6 +116,7 @@ def _call(text: str, start: int, last_end: int) -> tuple[ToolCall | BadCall, int
     while end < len(text) and text[end] in _SPACE:
         end += 1
     if not text.startswith(END_CALL, end):
+        # an end tag follows somewhere, so the object itself is wrong; without one the turn was cut off
         if last_end >= end:
             return _no_json(text, start, ValueError("more stands behind the object"))
         return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
@@ -136,6 +137,7 @@ def _value(text: str, start: int) -> tuple[Any, int]:
             if is_rest or end < len(piece):  # a number may go on
                 return value, start + end
         except json.JSONDecodeError as e:
+            # an error well before the end of the piece will not go away with more text
             is_sure = not e.msg.startswith("Unterminated string") and e.pos < len(piece) - _WORD_CHARS
             if is_rest or is_sure:
                 raise
@@ -166,6 +168,7 @@ def _checked(value: Any) -> ToolCall | BadCall:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
+    # Python keeps the last of two equal names; which one was meant is unknown
     if len(found) != len(pairs):
         raise ValueError("a name stands twice in an object")
     return found

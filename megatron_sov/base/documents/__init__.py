@@ -6,31 +6,15 @@ A text file is one document; above `WHOLE_FILE_BYTES` it is cut at blank lines i
 preference or a prompt.  Any of the text forms may be compressed (`.gz`, `.zst`).
 """
 
-from megatron_sov.base.documents.cutting import cut_at_blank_lines, cut_text
 from megatron_sov.base.documents.files import (
-    DOCUMENT_BYTES, TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, list_files, plan_units)
+    DOCUMENT_BYTES, TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, cut_text, list_files,
+    plan_units)
 from megatron_sov.base.documents.messages import ROLES, BadRecord, Conversation, Message
 from megatron_sov.base.documents.reading import read_documents, read_span
 from megatron_sov.base.documents.records import KINDS, ROLLOUTS, Document, LeftOut, RecordReading
 
 __all__ = [
-    "DOCUMENT_BYTES",
-    "KINDS",
-    "ROLES",
-    "ROLLOUTS",
-    "TEXT_SUFFIXES",
-    "WHOLE_FILE_BYTES",
-    "BadRecord",
-    "Conversation",
-    "Document",
-    "FileSpan",
-    "LeftOut",
-    "Message",
-    "RecordReading",
-    "cut_at_blank_lines",
-    "cut_text",
-    "list_files",
-    "plan_units",
-    "read_documents",
-    "read_span",
+    "DOCUMENT_BYTES", "KINDS", "ROLES", "ROLLOUTS", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord",
+    "Conversation", "Document", "FileSpan", "LeftOut", "Message", "RecordReading", "cut_at_blank_lines",
+    "cut_text", "list_files", "plan_units", "read_documents", "read_span",
 ]

@@ -21,9 +21,11 @@ class BoundedLoader(yaml.SafeLoader):
         merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
         parts = [part for value in merged
                  for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+        # each part once: an alias of one mapping may be named many times
         for part in {id(part): part for part in parts}.values():
             if isinstance(part, yaml.MappingNode):
                 self.flatten_mapping(part)
+        # counted after the parts were flattened, so that growth by levels is seen before it happens
         if sum(1 + len(part.value) for part in parts) > MAX_MERGED:
             raise yaml.constructor.ConstructorError(None, None, f"<< of more than {MAX_MERGED:,} values",
                                                     node.start_mark)

@@ -56,15 +56,21 @@ def ranks(raw: dict[str, Any]) -> dict[bytes, int]:
         raise NotByteBpe("its model is not plain byte-level BPE")
     vocab = model["vocab"]
     products = [vocab["".join(merge)] for merge in merges(raw)]
+    # tiktoken merges the pair with the lowest id first; that is the order of merges only if ids rise with
+    # them
     if products != sorted(set(products)):
         raise NotByteBpe("its ids do not rise with its merges")
     contents = {t["content"] for t in added}
     characters = byte_characters()
+    found: dict[bytes, int] = {}
     try:
-        found = {bytes(characters[c] for c in token): id_
-                 for token, id_ in vocab.items() if token not in contents}
+        for token, id_ in vocab.items():
+            if token not in contents:
+                found[bytes(characters[c] for c in token)] = id_
     except KeyError:
         raise NotByteBpe("its vocabulary is not spelled in bytes") from None
+    # all 256 bytes, so that every text can be encoded; and no token without a merge, which ranks alone would
+    # make
     num_bytes = sum(len(token) == 1 for token in found)
     if num_bytes != 256 or (len(set(products)) + num_bytes != len(found) and not model.get("ignore_merges")):
         raise NotByteBpe("its vocabulary is not 256 bytes and one token for each merge")
@@ -80,6 +86,7 @@ def merges(raw: dict[str, Any]) -> list[tuple[str, str]]:
 @cache
 def byte_characters() -> dict[str, int]:
     """Return character -> byte of the byte-level alphabet (GPT-2's `bytes_to_unicode`)."""
+    # bytes that print keep their code point, the others take code points from 256 on, in order
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -90,8 +97,11 @@ def adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
     """Yield text on which two encoders of one tokenizer would part: every token,
     every kind of character, long runs."""
     characters = byte_characters()
-    tokens = (bytes(characters[c] for c in token if c in characters) for token in raw["model"]["vocab"])
-    spelled = [t.decode("utf-8", errors="ignore") for t in tokens]
+    spelled = []
+    for token in raw["model"]["vocab"]:
+        content = bytes(characters[c] for c in token if c in characters)
+        spelled.append(content.decode("utf-8", errors="ignore"))
+    # without a blank tokens meet, with one they begin words
     yield from (separator.join(spelled) for separator in ("", " "))
     for separator in ("a", " "):
         yield separator.join(_characters())
@@ -105,6 +115,7 @@ def adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
 def _characters() -> Iterator[str]:
     """Yield characters of every Unicode block: all but the large uniform ones, of those some."""
     for code in range(0x20000):
+        # Han, Hangul, private use, Tangut: blocks whose characters are all of one kind
         uniform = (0x3400 <= code < 0xA000 or 0xAC00 <= code < 0xD7A4 or 0xE000 <= code < 0xF900
                    or 0x17000 <= code < 0x18D00)
         if not 0xD800 <= code < 0xE000 and (not uniform or code % 64 == 0):

@@ -16,7 +16,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """Return a function compiled."""
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # numba's word for: no place to keep it

@@ -15,11 +15,56 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from megatron_sov.base import sealed
-from megatron_sov.base.documents.cutting import cut_position
 from megatron_sov.base.documents.records import BadRecord
-from megatron_sov.base.documents.synthesis import KEPT, is_synthesis
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_line, visible
+
+
+def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
+    """Cut a stream of UTF-8 bytes into pieces of at most `limit_bytes`; joined, the pieces give the stream.
+
+    A cut stands behind the last blank line that fits, else behind the last line, else the last space, else
+    between characters.
+    """
+    buffer = b""
+    for block in blocks:
+        buffer += block
+        start = 0
+        # what is left is at most the limit, and may be joined by the next block
+        while len(buffer) - start > limit_bytes:
+            end = cut_position(buffer, start, limit_bytes)
+            yield buffer[start:end]
+            start = end
+        buffer = buffer[start:]
+    if buffer:
+        yield buffer
+
+
+def cut_position(buffer: bytes, start: int, limit_bytes: int) -> int:
+    """Return where to cut `buffer` behind `start`, at most `limit_bytes` further."""
+    stop = start + limit_bytes
+    for separator in (b"\n\n", b"\n\r\n", b"\n", b" "):
+        found = buffer.rfind(separator, start, stop)
+        if found >= 0:
+            return found + len(separator)
+    end = stop
+    while end > start + 1 and buffer[end] & 0xC0 == 0x80:  # a continuation byte: the character began earlier
+        end -= 1
+    return end
+
+
+def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
+    for piece in cut_at_blank_lines([text.encode()], limit_bytes):
+        yield piece.decode()
+
+
+KEPT, REJECTED = "kept.jsonl", "rejected.jsonl"
+"""Samples that passed all checks, and those that did not."""
+
+
+def is_synthesis(names: Iterable[str]) -> bool:
+    """Return whether a folder with such files is one of synthesis, of which `KEPT` alone is data."""
+    return {KEPT, REJECTED} <= set(names)
+
 
 WHOLE_FILE_BYTES = 1_000_000
 DOCUMENT_BYTES = 200_000
@@ -67,7 +112,6 @@ class FileSpan:
     """A part of a file that holds whole documents."""
 
     file: Path
-    """The file."""
     start: int
     """First byte; of a Parquet file the first row group."""
     stop: int
@@ -75,11 +119,9 @@ class FileSpan:
     document_bytes: int
     """Longest document of a text file."""
     size_bytes: int
-    """Bytes on the disk."""
 
     @property
     def compression(self) -> str:
-        """Return ".gz", ".zst" or an empty string."""
         suffix = self.file.suffix.lower()
         return suffix if suffix in COMPRESSED_SUFFIXES else ""
 
@@ -104,6 +146,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     Raises:
         UserError: the path does not exist, or the folder holds nothing to read.
     """
+    # a file that is named is read with any ending; endings choose within folders alone
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -120,9 +163,12 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                     and (one.is_dir() or _is_text(one.name) or is_records(one.name))]:
         tell(visible(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} "
                      f"{why_left_out(left_out[0])}"))
-    texts, records, lists = ([file for file, name in names.items() if is_one(name)]
-                             for is_one in (_is_text, is_records, _is_json))
+    texts = [file for file, name in names.items() if _is_text(name)]
+    records = [file for file, name in names.items() if is_records(name)]
+    lists = [file for file, name in names.items() if _is_json(name)]
+    # README and the like: left out of a folder with records, texts as others in one without
     about = [file for file in texts if is_about(names[file])]
+    # only JSON besides what describes it: a list of records, perhaps; its beginning decides
     if not records and len(about) == len(texts):
         records = [file for file in lists if holds_records(file)]
     if records:
@@ -133,6 +179,8 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if not found:
         raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
+    # by parts of the path and not by its text: the order is the same on every machine and decides all that
+    # follows
     kept = sorted(found, key=lambda p: p.relative_to(path).parts)
     sentences = [passed_over([name for file, name in names.items() if file not in found], hidden),
                  *(_of_a_dataset([names[file] for file in kept]) if records else ())]
@@ -178,12 +226,14 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
         links: list[str] = []
         for top in waiting:
             for where, folders, files in os.walk(top, onerror=refuse):
+                # a link to a folder above, or to one that was walked, would be read again and again
                 real = os.path.realpath(where)
                 if real in seen or root.startswith(f"{real.rstrip('/')}/"):
                     left_out.append(Path(where))
                     folders[:] = []
                     continue
                 seen.add(real)
+                # rejected samples, journals and reports are in the same folder and are no data
                 if is_synthesis(files):
                     folders[:], files = [], [KEPT]
                 left_out += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
@@ -194,23 +244,21 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
                         yield path
                     else:
                         left_out.append(Path(path))
+        # links last: a folder that is also there by its own name keeps that name in messages
         waiting = links
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is passed over for its name."""
     return name.startswith(".") or name in VERSION_CONTROL
 
 
 def why_left_out(path: Path) -> str:
-    """Return why `walk_files` leaves something out that is not hidden."""
     if path.is_dir():
         return "leads to a folder that is read under another name, or that holds this one"
     return "is a link that leads to nothing" if not path.exists() else "is no ordinary file"
 
 
 def is_about(name: str) -> bool:
-    """Return whether a file in a dataset describes it, by its name, such as README.md."""
     return bool(_ABOUT.fullmatch(name.rpartition("/")[2]))
 
 
@@ -251,6 +299,7 @@ def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
         hidden: names of hidden files and folders.
     """
     if len(others) <= _MOST_TOLD:
+        # few files are named; of many the endings say more
         which = sorted(others)
     else:
         endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
@@ -267,9 +316,9 @@ def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
 def _of_a_dataset(kept: list[str]) -> Iterator[str]:
     """Yield what a dataset has that may not be meant, in words."""
     if plain := [name for name in kept if _is_text(name)]:
-        yield (f"beside records it reads {len(plain):,} files of plain text ({', '.join(plain[:_MOST_TOLD])}"
-               f"{', ...' * (len(plain) > _MOST_TOLD)}) as documents; pass the files of records to leave "
-               "them out")
+        shown = ", ".join([*plain[:_MOST_TOLD], *(["..."] if len(plain) > _MOST_TOLD else [])])
+        yield (f"beside records it reads {len(plain):,} files of plain text ({shown}) as documents; pass the "
+               "files of records to leave them out")
     splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in kept)]
     if len(splits) > 1:
         yield (f"it reads the splits {', '.join(splits)} as one source; pass the files of one split to keep "
@@ -317,6 +366,7 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
               or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
             yield whole
         else:
+            # each span begins where a record or a document does, so that processes read them alone
             starts = list(_starts(whole, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
                 yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
@@ -334,6 +384,8 @@ def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
             start += span_bytes
             f.seek(start)
             if suffix in JSONL_SUFFIXES:
+                # to the end of the line that the boundary fell into; in blocks, since a line may be larger
+                # than memory
                 while (block := f.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
                     start += len(block)
                 start += len(block)
@@ -370,6 +422,8 @@ def open_parquet(file: Path) -> Any:
     try:
         opened = sealed.open_parquet(file)
         leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
+        # read as dictionaries: a page that repeats one string of megabytes would else take a copy for each
+        # row
         strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                    and leaf.logical_type.type in ("STRING", "NONE")]
         return sealed.open_parquet(file, metadata=opened.metadata, read_dictionary=strings)
@@ -394,6 +448,8 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
     try:
         with pyarrow.OSFile(str(file)) as opened:
             begin = opened.read(6)
+            # a file begins with its magic, a stream with a continuation mark, one of before 2019 with a
+            # length
             is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
             opened.seek(0)
             reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
@@ -442,5 +498,6 @@ def holds_records(file: Path) -> bool:
     except (OSError, EOFError, zlib.error):
         return True  # it is refused where it is read
     line, _, rest = head.partition(b"\n")
+    # `[{` or a first line that is a whole object with another one below
     is_list = head[:1] == b"[" and head[1:].lstrip()[:1] == b"{"
     return is_list or (line[:1] == b"{" and line.rstrip()[-1:] == b"}" and rest.lstrip()[:1] == b"{")

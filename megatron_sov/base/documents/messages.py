@@ -36,7 +36,6 @@ class Message:
     role: str
     """One of `ROLES`."""
     content: str = ""
-    """What is said."""
     reasoning: str = ""
     """What was thought before it (`reasoning_content`, `thinking` or `reasoning`)."""
     tool_calls: tuple[dict[str, Any], ...] = ()
@@ -53,7 +52,6 @@ class Message:
         return not (self.reasoning or self.tool_calls or self.other)
 
     def texts(self) -> tuple[str, ...]:
-        """Return what was written into it."""
         calls = (json.dumps(self.tool_calls, ensure_ascii=False),) if self.tool_calls else ()
         return (*((self.reasoning,) if self.reasoning else ()), self.content, *calls)
 
@@ -73,7 +71,6 @@ class Conversation:
     """Messages with what a chat template is given beside them."""
 
     messages: Messages
-    """In order."""
     tools: tuple[dict[str, Any], ...] = ()
     """Descriptions of tools, as OpenAI spells them."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +78,6 @@ class Conversation:
 
     @staticmethod
     def of(*turns: tuple[str, str]) -> Conversation:
-        """Return a conversation of (role, content) pairs."""
         return Conversation(tuple(Message(role, content) for role, content in turns))
 
     def beside(self) -> tuple[str, ...]:
@@ -95,6 +91,7 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list, tuple)):
+        # keys too: a template may show them
         for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(part)
 
@@ -149,6 +146,7 @@ def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
         raise BadRecord("fields", f"'{name}' must be a non-empty list of objects with 'from' and 'value'")
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
+        # mixed data sets have both spellings in one list
         if isinstance(turn, dict) and "role" in turn and "from" not in turn:
             messages.append(turn)
             continue
@@ -222,6 +220,7 @@ def _content(content: Any, where: str, optional: bool) -> str:
     """Return a content, which may be a list with one part of text."""
     if content is None and optional:
         return ""
+    # OpenAI's list of parts; one of text is the text, more cannot be joined without guessing
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
         content = content[0].get("text") if content[0].get("type") == "text" else content
     if not isinstance(content, str):
@@ -259,6 +258,7 @@ def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
             raise BadRecord("tool_call", f"{where}[{i}] has no function with a name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
+            # OpenAI sends arguments as JSON in a string, templates want the object
             arguments = _json(arguments or "{}", f"{where}[{i}].function.arguments")
         if not isinstance(arguments, dict):
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
@@ -288,11 +288,13 @@ def _check_tools(messages: Sequence[Message], name: str) -> None:
             if answered >= len(open_calls):
                 raise BadRecord("tool_result", f"has a tool's result without a call: {name}[{i}]")
             ids = [call.get("id") for call in open_calls]
+            # ids are compared only where the calls have some: many data sets leave them out
             if (id_ := dict(message.other).get("tool_call_id")) is not None and any(ids) and id_ not in ids:
                 raise BadRecord("tool_result", f"has the result of another call: {name}[{i}].tool_call_id is "
                                                f"{id_!r}, the calls before it are {ids}")
             answered += 1
             continue
+        # calls at the very end may be open: the conversation stops with them
         if answered < len(open_calls):
             raise BadRecord("tool_call", f"has {len(open_calls)} tool calls and {answered} results before "
                                          f"{name}[{i}]; give each call its result, or end there")

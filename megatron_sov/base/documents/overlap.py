@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.unspaced import HANGUL_OF_RUNS, OF_RUNS, code_points
+from megatron_sov.base.documents.scripts import HANGUL_OF_RUNS, OF_RUNS, code_points
 
 WORDS = 10
 """Of a run."""
@@ -34,6 +34,7 @@ _COMMANDS = ("text", "textbf", "textit", "textrm", "texttt", "textsf", "textsc",
              "displaystyle", "textstyle", "limits", "quad", "qquad", "underline")
 """Commands of TeX that change how something looks and not what it says."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+# an odd number has an inverse modulo 2^64, which is what lets sums be shifted to any stretch
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _FINISH = np.uint64(29)
 _KEPT_POWERS = 1 << 20
@@ -101,20 +102,24 @@ def find_units(text: str) -> Units:
     places = None
     if text.isascii():
         folded = text
+        # most texts of code and English: no tables, no normal form
         codes = np.frombuffer(text.lower().encode("ascii"), np.uint8).astype(np.uint32)
     else:
         folded = unicodedata.normalize("NFKC", text)
         codes = _code_points(folded)
         found = unit_scan.fold_case(codes, _folds(), _classes())
+        # one letter that becomes two (as ß) changes the places, so the text itself is folded then
         if found & 2:
             folded = fold(text)
             codes = _code_points(folded)
         if found & 1:
+            # invisible characters go before words are found: one inside a word must not part it
             places = np.flatnonzero(_classes()[codes] != unit_scan.IGNORED)
             codes = codes[places]
     count = len(codes)
     hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
     begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
+    # room for one unit a character, the most there can be; the rest is cut off below
     count = unit_scan.scan(codes, _classes(), _commands(), hashes, sizes, begins, ends)
     return Units(folded, places, hashes[:count], sizes[:count], begins[:count], ends[:count])
 
@@ -127,11 +132,13 @@ def units(text: str) -> list[str]:
     """Return the units of a text as strings, without what is passed over."""
     from megatron_sov.base.documents import unit_scan
 
-    found = find_units(text)
-    spans = (found.span(i, i + 1) for i in range(len(found.hashes)))
-    return ["".join(c for c in found.folded[start:stop].casefold()
-                    if _classes()[ord(c)] not in (unit_scan.SEPARATOR, unit_scan.IGNORED))
-            for start, stop in spans]
+    found, classes, written = find_units(text), _classes(), list[str]()
+    passed_over = (unit_scan.SEPARATOR, unit_scan.IGNORED)
+    for i in range(len(found.hashes)):
+        start, stop = found.span(i, i + 1)
+        characters = found.folded[start:stop].casefold()
+        written.append("".join(c for c in characters if classes[ord(c)] not in passed_over))
+    return written
 
 
 def runs(text: str, words: int = WORDS) -> list[int]:
@@ -147,8 +154,10 @@ def stretch_hashes(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDA
     With ``S`` the sums of ``ids[k] B^-k`` a stretch's polynomial is ``B^(end-1) (S[end] - S[begin])``, all
     modulo 2^64, where the odd `B` has an inverse: the cost does not depend on the stretches' lengths.
     """
+    # Rabin's hash of every stretch from prefix sums: two lookups and a product each
     powers, inverses = _powers(len(ids))
     sums = np.zeros(len(ids) + 1, np.uint64)
+    # unsigned numbers wrap around, which is the modulus
     np.cumsum(ids * inverses, out=sums[1:])
     found: NDArray[np.uint64] = powers[ends - 1] * (sums[ends] - sums[begins])
     return found ^ (found >> _FINISH)
@@ -161,6 +170,7 @@ def window_hashes(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
     if count < 1:
         return np.zeros(0, np.uint64)
     begins = np.arange(count)
+    # plus one: id 0 would vanish in a sum, and windows of different lengths could agree
     return stretch_hashes(tokens.astype(np.uint64) + np.uint64(1), begins, begins + window)
 
 
@@ -168,6 +178,7 @@ def _powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Return the first powers of the base and of its inverse, at least so many of each."""
     if count > _KEPT_POWERS:
         return _first_powers(count)
+    # a power of two, so that texts of all lengths share nine tables
     powers, inverses = _first_kept_powers(max(1 << 12, 1 << (count - 1).bit_length()))
     return powers[:count], inverses[:count]
 
@@ -194,6 +205,7 @@ def _classes() -> NDArray[np.uint8]:
         found[begin:end] = u.QUARTER
     for begin, end in code_points(HANGUL_OF_RUNS):
         found[begin:end] = u.THIRD
+    # after the scripts: marks and digits inside their ranges are no letters
     for code in range(_NAMED_PLANES):
         category = unicodedata.category(chr(code))
         if category[0] in "PSZ" or category == "Cc":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
@@ -10,18 +11,117 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megatron_sov.base.documents.cutting import cut_at_blank_lines
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
-    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, is_records, list_files, open_bytes,
-    open_parquet, spans_of)
-from megatron_sov.base.documents.json_list import json_items
-from megatron_sov.base.documents.layouts import FOREIGN
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, cut_at_blank_lines, is_records, list_files,
+    open_bytes, open_parquet, spans_of)
 from megatron_sov.base.documents.messages import without_nulls
 from megatron_sov.base.documents.records import (
-    DIALOGUE, NUM_PROMPT, BadRecord, Document, Parse, RecordReading, columns_problem, decode, parse_line,
-    parse_object, parse_record, too_long)
+    DIALOGUE, FOREIGN, NUM_PROMPT, BadRecord, Document, Parse, RecordReading, columns_problem, decode,
+    parse_line, parse_object, parse_record, too_long)
 from megatron_sov.base.errors import UserError, first_line
+
+_ESCAPE_CHARS = 16
+"""An error so near to the end of what is read may be of something that is not read to its end."""
+
+
+def json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
+    """Yield the items of a list; what cannot be read as one is a `BadRecord`, the last that is yielded.
+
+    Args:
+        read: returns at most so many bytes of the file; none at its end.
+        limit_bytes: of an item.
+    """
+    window = _ByteWindow(read, limit_bytes)
+    try:
+        if window.sign() != "[":
+            raise BadRecord("json", "is no list in JSON; pass a list of records, or JSON Lines")
+        # one value after the other, instead of json.loads of the whole file
+        window.at += 1
+        if window.sign() != "]":
+            yield window.item()
+            while window.sign() == ",":
+                window.at += 1
+                yield window.item()
+        if window.sign() != "]":
+            raise BadRecord("json", "is not valid JSON: a ',' or the list's ']' must stand before it; mend "
+                                    "it, or fetch it again")
+        window.at += 1
+        if window.sign():
+            raise BadRecord("json", "has more behind the end of its list; keep one list in a file, or write "
+                                    "JSON Lines")
+    except BadRecord as e:
+        yield e
+
+
+class _ByteWindow:
+    """What is read of the file, and where in it one is."""
+
+    def __init__(self, read: Callable[[int], bytes], limit_bytes: int) -> None:
+        self._read, self._limit = read, limit_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self.at, self._is_whole = "", 0, False
+
+    def sign(self) -> str:
+        """Go to the next character that is no blank, and return it; empty at the end."""
+        while True:
+            while self.at < len(self._text):
+                if (char := self._text[self.at]) not in " \t\r\n":
+                    return char
+                self.at += 1
+            if self._is_whole:
+                return ""
+            self._grow()
+
+    def item(self) -> Any:
+        """Return the item that begins here, and go behind it.
+
+        Raises:
+            BadRecord: it is no JSON, or too long.
+        """
+        self.sign()
+        while True:
+            try:
+                # tried from the item's begin each time; `_grow` doubles, so all tries together read a few
+                # times its length
+                found, end = json.JSONDecoder().raw_decode(self._text, self.at)
+                # a number may go on behind what is read, as 1 does in 1.5 and 1e+5
+                ends = isinstance(found, (dict, list, str)) or end + len("e+") < len(self._text)
+                if ends or self._is_whole:
+                    self.at = end
+                    return found
+            except json.JSONDecodeError as e:
+                # an error close to the end may only be where the window ends: an escape, a word or a number
+                # that is cut
+                is_cut = e.pos > len(self._text) - _ESCAPE_CHARS or e.msg.startswith("Unterminated string")
+                if self._is_whole or not is_cut:
+                    raise BadRecord("json", f"is not valid JSON ({e.msg}); the rest of the file is not read; "
+                                            "mend it") from None
+            except (ValueError, RecursionError) as e:
+                raise BadRecord("json", f"is not valid JSON ({str(e)[:100]}); the rest of the file is not "
+                                        "read; mend it") from None
+            # an item without an end, a missing quote say, must not pull the whole file into memory
+            if len(self._text) - self.at > self._limit:
+                raise BadRecord("too_long", f"is longer than --max-document-bytes {self._limit}; cut it, or "
+                                            "raise the limit; the rest of the file is not read")
+            self._grow()
+
+    def _grow(self) -> None:
+        """Read on, at least so much as is held: an item is begun again a few times only."""
+        # what was read before the item is dropped
+        left = max(_BLOCK_BYTES, len(self._text) - self.at)
+        parts = [self._text[self.at:]]
+        try:
+            while left > 0 and not self._is_whole:
+                block = self._read(left)
+                self._is_whole = not block
+                left -= len(block)
+                parts.append(self._decode(block, self._is_whole))
+        except UnicodeDecodeError as e:
+            raise BadRecord("utf8", f"is not UTF-8 ({e.reason}); convert it, e.g. iconv -f CP949 -t UTF-8; "
+                                    "it and what comes behind it are not read") from None
+        self._text, self.at = "".join(parts), 0
+
 
 KEPT_BYTES = 1000
 """What is kept of a bad record's content."""
@@ -45,6 +145,7 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
     reading = reading or RecordReading()
     for file in files:
         line = 0
+        # spans count their own lines; `line` makes them lines of the file for messages
         for span in spans_of(file):
             counted = CountedSpan(span, reading)
             for item in counted:
@@ -133,12 +234,12 @@ class CountedSpan:
             return self._lines(f)
         if self.span.suffix != JSON_SUFFIX:
             return self._pieces(f)
+        # opened a second time: a compressed stream cannot go back
         with _open(self.span) as beginning:
             head = _guarded(beginning.read, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
         return self._items(f) if head.startswith(b"[") else self._lines(f)
 
     def _items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
-        """Read a list in JSON."""
         for item in json_items(lambda size: _guarded(f.read, size), self.reading.max_document_bytes):
             self.num_lines += 1
             try:
@@ -147,20 +248,22 @@ class CountedSpan:
                 yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
                                    self.parse)
             except BadRecord as e:
-                yield _placed(e, self.num_lines, b"")
+                yield _at_line(e, self.num_lines, b"")
 
     def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
+        # a compressed file is one span, whose size says nothing of its lines
         left = float("inf") if self.span.compression else self.span.stop - self.span.start
         while left > 0 and (line := _guarded(f.readline, limit + 1)):
             self.num_lines += 1
             left -= len(line)
             if len(line) > limit and not line.endswith(b"\n"):
+                # the rest of a line that is too long is passed over in blocks and never held
                 while (rest := _guarded(f.readline, _BLOCK_BYTES)):
                     left -= len(rest)
                     if rest.endswith(b"\n"):
                         break
-                yield _placed(too_long(self.reading), self.num_lines, line)
+                yield _at_line(too_long(self.reading), self.num_lines, line)
             elif line.strip():
                 if self.num_lines == 1 and self.span.start == 0:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -168,7 +271,7 @@ class CountedSpan:
                     yield parse_line(line, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
                                      self.parse)
                 except BadRecord as e:
-                    yield _placed(e, self.num_lines, line)
+                    yield _at_line(e, self.num_lines, line)
 
     def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         span = self.span
@@ -181,6 +284,7 @@ class CountedSpan:
             raise BadRecord("fields", f"is plain text, which has no field {asked[0]!r}; "
                                       "pass JSONL or Parquet")
         position = span.start
+        # endings that say nothing of the content; data in JSON would be trained on as text
         is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
         blocks = _blocks(f, None if span.compression else span.stop - span.start)
         limit_bytes = span.document_bytes
@@ -189,6 +293,8 @@ class CountedSpan:
             limit_bytes = max(len(first), 1) if len(first) <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
             blocks = _chain(first, blocks)
         for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
+            # `position` counts bytes of the file, the mark included: offsets in messages are those of the
+            # file
             raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
             if position == 0 and is_vague and _JSON_BEGINS.match(raw):
                 raise BadRecord("json", "is JSON and no plain text; name it with the ending .json (a list of "
@@ -199,7 +305,7 @@ class CountedSpan:
                     raise BadRecord("empty", f"holds no text at offset {position}")
                 yield Document(str(span.file), text)
             except BadRecord as e:
-                yield _placed(e, 0, raw)
+                yield _at_line(e, 0, raw)
             position += len(piece)
 
     def _refuse_table(self) -> None:
@@ -208,6 +314,7 @@ class CountedSpan:
             head = _guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
         found = head.decode(errors="replace").split(_TABLES[self.span.suffix])
         names = [name.strip().strip('"') for name in found]
+        # a table whose columns are fields of records was meant as records
         known = {self.reading.text_field, *DIALOGUE, *FOREIGN}
         if self.reading.kind not in (None, "text") or known & {*names}:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
@@ -222,10 +329,10 @@ class CountedSpan:
                     yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                      self.reading)
                 except BadRecord as e:
-                    yield _placed(e, self.num_lines, b"")
+                    yield _at_line(e, self.num_lines, b"")
 
 
-def _placed(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
+def _at_line(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
     return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
 
 
@@ -278,6 +385,7 @@ def _columns(names: list[str], reading: RecordReading) -> list[str]:
     """
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise BadRecord("parquet", f"has two columns {twice[0]!r}; rename or remove one")
+    # a prompt's other columns are the reward's, and travel with it
     if reading.kind == "prompt":
         return names
     if problem := columns_problem(names, reading):
@@ -291,7 +399,6 @@ def _columns(names: list[str], reading: RecordReading) -> list[str]:
 
 
 def _slices(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield the rows of batches, a few at a time."""
     for batch in batches:
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS)
@@ -304,6 +411,7 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
     try:
         for number in row_groups:
             group = file.metadata.row_group(number)
+            # rows that fit into the bound by the mean of their group; long documents are few at a time
             rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
             yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
                                          columns=columns)

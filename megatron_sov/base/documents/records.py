@@ -1,18 +1,212 @@
-"""One record of a user's file as a document: text, a chat, a preference (two answers to one
-prompt), or a prompt."""
+"""One record of a user's file as a document: text, a chat, a preference (two answers to one prompt), or a
+prompt; the layouts of other tools (LLaMA-Factory's Alpaca and ShareGPT); and what a record says of itself
+beside its text: numbers that become columns, its bucket, its tags.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sov.base.documents.columns import read_bucket, read_columns, read_tags
-from megatron_sov.base.documents.layouts import KTO_TAG, LABEL, own_fields, refuse_media
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, read_messages, read_sharegpt, read_tools, refuse_deep,
-    refuse_other_types, without_nulls)
+    refuse_other_types, sharegpt_messages, without_nulls)
+
+COLUMN_NAME = re.compile(r"[a-z_]+")
+BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
+TAG_VALUE = re.compile(r"[\w.:+-]{1,60}")
+"""What a tag may be, such as domain:law; no sign among them is one of a pattern."""
+RESERVED = ("bin", "extra", "idx", "kind", "loss", "routes", "type")
+"""Endings of the other files of a shard."""
+LARGEST = 3.4028234663852886e38
+"""Of float32."""
+
+
+def column_problems(names: Iterable[str]) -> list[str]:
+    """Return one sentence for each name that no column can have."""
+    names = list(names)
+    problems = [f"{name!r} cannot name a column (letters a-z and '_', and none of {', '.join(RESERVED)})"
+                for name in names if not COLUMN_NAME.fullmatch(name) or name in RESERVED]
+    return problems + [f"{name!r} is given {names.count(name)} times"
+                       for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def read_columns(record: Mapping[str, Any], names: Iterable[str],
+                 num_sequences: int) -> dict[str, tuple[float, ...]]:
+    """Return column -> its number for each sequence of a record.
+
+    Args:
+        record: has a field for each column: a number, or a list with one for each sequence.
+        names: the columns.
+        num_sequences: 2 for a preference (chosen, rejected), else 1.
+
+    Raises:
+        BadRecord: a field is missing, or holds something else.
+    """
+    return {name: _numbers(record, name, num_sequences) for name in names}
+
+
+def read_bucket(record: Mapping[str, Any], field: str) -> str:
+    """Return the value of a record's field as the name of a bucket.
+
+    Raises:
+        BadRecord: the field is missing, or its value is no name.
+    """
+    value = record.get(field)
+    name = str(value) if isinstance(value, (str, int)) else ""
+    if not BUCKET_NAME.fullmatch(name):
+        raise BadRecord("fields", f"has {str(value)[:40]!r} in field {field!r}, by which --bucket-by sorts; "
+                                  "must be a name of letters, digits, '.', '_', '-', or a whole number")
+    return name
+
+
+def tag_value(value: Any) -> str | None:
+    """Return how a value is written as a tag, `True` as "true"; None: it is none."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if isinstance(value, (str, int)) and TAG_VALUE.fullmatch(text) else None
+
+
+def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the value of each of these fields as a tag; "" where the record has none.
+
+    A record of `sov-data synth` has its provenance in the field `synthetic`, which says that it is.
+
+    Raises:
+        BadRecord: a value cannot be one.
+    """
+    found = []
+    for name in names:
+        value = record.get(name)
+        # the whole provenance is no tag; that there is one is what blends choose by
+        if name == "synthetic" and isinstance(value, dict):
+            value = True
+        tag = "" if value is None or value == "" else tag_value(value)
+        if tag is None:
+            raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, which --tag names; must "
+                                      "be a word of letters, digits, '.', ':', '+', '_', '-', a whole "
+                                      "number, true or false")
+        found.append(tag)
+    return tuple(found)
+
+
+def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
+    if name not in record:
+        raise BadRecord("fields", f"has no field {name!r}, which --column names "
+                                  f"(fields: {', '.join(record) or 'none'}); add it")
+    value = record[name]
+    values = value if isinstance(value, list) else [value] * num_sequences
+    if len(values) != num_sequences or not all(map(is_float32, values)):
+        wanted = "a number" if num_sequences == 1 else f"a number or a list of {num_sequences}"
+        raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, must be {wanted} that float32 "
+                                  "holds, for --column")
+    return tuple(map(float, values))
+
+
+def is_float32(value: Any) -> bool:
+    """Return whether a value is a finite number that float32 holds."""
+    # a comparison, since a whole number of 400 digits has no float that could be asked whether it is finite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+LABEL = "label"
+"""Field of a judged response, true or false: whether it is a good one."""
+KTO_TAG = "kto_tag"
+"""LLaMA-Factory's name for it."""
+ALPACA = ("instruction", "input", "output", "system", "history")
+"""Fields of an Alpaca record: a question in two parts, its answer, and what comes before."""
+CHATS = ("messages", "conversations")
+SIDES = ("chosen", "rejected")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+"""Fields in which other tools keep pictures, sounds and videos beside a text that names them."""
+FOREIGN = (*ALPACA, *MEDIA, KTO_TAG, LABEL)
+"""Fields that decide how a record is read, beside those of messages."""
+
+
+def own_fields(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """Return a record with the fields that are read here.
+
+    Args:
+        record: of any layout; one that is known already is returned as it is.
+        kind: what it is read as, one of `KINDS`; None: by its fields.
+
+    Raises:
+        BadRecord: a field of the layout has another type than it should.
+    """
+    # first, for what follows knows messages alone
+    if is_alpaca(record):
+        record = _of_alpaca(record, kind)
+    # a prompt keeps it as it is: its other fields are the reward's
+    if isinstance(record.get(KTO_TAG), bool) and kind != "prompt":
+        record = {LABEL: record[KTO_TAG], **_without(record, (KTO_TAG,))}
+    chat = _chat_name(record)
+    # LLaMA-Factory's ShareGPT preference: a shared chat, and one message on each side
+    if kind is not None and chat is not None and all(isinstance(record.get(side), dict) for side in SIDES):
+        sides = {side: sharegpt_messages([record[side]], side) for side in SIDES}
+        record = {"prompt": sharegpt_messages(record[chat], chat), **sides,
+                  **_without(record, (chat, "prompt", *SIDES))}
+    return record
+
+
+def split_response(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a judged chat as a prompt with its completion, the last message; others are returned as they
+    are."""
+    chat = _chat_name(record)
+    if chat is None or "prompt" in record or LABEL not in record:
+        return record
+    messages = sharegpt_messages(record[chat], chat)
+    return {"prompt": messages[:-1], "completion": messages[-1:], **_without(record, (chat,))}
+
+
+def is_alpaca(record: Mapping[str, Any]) -> bool:
+    return "instruction" in record and not {"prompt", *CHATS} & record.keys() and (
+        "output" in record or {*SIDES} <= record.keys() or "input" in record)
+
+
+def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
+    """Refuse pictures, sounds and videos beside a text: they would be left out without a word.
+
+    Raises:
+        BadRecord: there are such.
+    """
+    for name in MEDIA:
+        value = record.get(name)
+        # a prompt's other fields are the reward's: a name alone may well be that of a container
+        if value and isinstance(value, (list, dict, bytes) if is_prompt else (list, dict, bytes, str)):
+            raise BadRecord("media", f"has {name!r}, and what is packed here is text; turn such records into "
+                                     "tokens with `sov-data encode-media` first, or remove the field")
+
+
+def _of_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    for name in ALPACA[:3]:
+        if record.get(name) is not None and not isinstance(record[name], str):
+            raise BadRecord("fields", f"{name!r} is {str(record[name])[:40]!r}, must be a string")
+    # instruction and input as LLaMA-Factory joins them
+    asked = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    before: list[dict[str, Any]] = []
+    for i, pair in enumerate(record.get("history") or []):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise BadRecord("fields", f"history[{i}] is {str(pair)[:40]!r}, must be a question and its "
+                                      "answer")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    prompt = [*before, {"role": "user", "content": asked}]
+    if record.get("output") is None or kind == "prompt":  # whose other fields are the reward's
+        return {"prompt": prompt, **_without(record, ("instruction", "input", "history"))}
+    others = _without(record, ("instruction", "input", "output", "history"))
+    if before and kind == "chat" and not isinstance(record.get(KTO_TAG), bool):  # its answers are learned
+        return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **others}
+    return {"prompt": prompt, "completion": record["output"], **others}
+
+
+def _chat_name(record: Mapping[str, Any]) -> str | None:
+    return next((name for name in CHATS if isinstance(record.get(name), list) and record[name]), None)
+
+
+def _without(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in names}
+
 
 KINDS = ("text", "chat", "preference", "prompt")
 ROLLOUTS = "rollouts"
@@ -63,7 +257,6 @@ class Document:
     where: str
     """Its place for messages: the file, and the line of a JSONL file or the row of a Parquet file."""
     text: str = ""
-    """Plain text."""
     messages: Messages = ()
     """A chat, or the prompt of a preference."""
     chosen: Messages = ()
@@ -97,10 +290,11 @@ class Document:
 
     @property
     def kind(self) -> str:
-        """Return which of `KINDS` it is."""
         if self.chosen:
             return "preference"
-        return "prompt" if self.awaits_response else "chat" if self.messages else "text"
+        if self.awaits_response:
+            return "prompt"
+        return "chat" if self.messages else "text"
 
     def texts(self) -> tuple[str, ...]:
         """Return the pieces of text that users wrote: the text itself, or each message's content."""
@@ -166,6 +360,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     Raises:
         BadRecord: fields are missing or malformed, a value is too long, or nothing is in it.
     """
+    # a record with plain text is text, also where it has fields that other layouts use
     if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
         record = own_fields(record, reading.kind)
     kind = _kind(record, reading)
@@ -174,12 +369,14 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         refuse_deep(record)
         if not reading.media:
             refuse_media(record, kind == "prompt")
+        # the reward's own fields keep their nulls
         record = {name: without_nulls(value) if name in DIALOGUE and isinstance(value, list) else value
                   for name, value in record.items()}
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
         fields["messages"], shared = _chat(record)
+        # a count that the record gives goes before the one that its layout implies
         fields["num_prompt"] = _num_prompt(record, len(fields["messages"])) or shared
     elif kind == "preference":
         fields = _preference(record)
@@ -192,6 +389,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
                                      default=str)
         fields["awaits_response"] = True
     if kind != "text":
+        # the system prompt last: it moves the count of prompt messages by one
         fields |= _beside(record) | _with_system(record, fields)
     if reading.bucket_by:
         fields["bucket"] = read_bucket(record, reading.bucket_by)
@@ -211,6 +409,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
 def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     """Return the kind to read a record as; with an expected kind, a record of another one is
     refused by its name."""
+    # the order decides: a preference has a prompt too, and a chat may have a text as well
     present = {"preference": "chosen" in record and "rejected" in record,
                "chat": "messages" in record or "conversations" in record
                or ("prompt" in record and completion_of(record) is not None),
@@ -224,6 +423,7 @@ def _kind(record: dict[str, Any], reading: RecordReading) -> str:
     elif found := next((kind for kind, is_one in present.items() if is_one), None):
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
                    "prompt": "a prompt"}[found]
+        # KTO's rows; training on the bad ones as chats would teach them
         if found == "chat" and isinstance(record.get(LABEL), bool):
             raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
                                       f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
@@ -271,6 +471,7 @@ def _chat(record: dict[str, Any]) -> tuple[Messages, int]:
                                   "`sov-data unpaired`")
     if chat is not None:
         return (read_messages if chat == "messages" else read_sharegpt)(record[chat], chat), 0
+    # TRL allows a string on one side and messages on the other
     both = [[{"role": role, "content": value}] if isinstance(value, str) else value
             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
     for field_name, messages in zip(("prompt", name), both, strict=True):
@@ -288,6 +489,7 @@ def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
     count = record.get(NUM_PROMPT)
     if count is None:
         return 0
+    # `type` and not isinstance: true is an int for Python
     if type(count) is not int or not 0 < count < num_messages:
         raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT!r}, must say how many of "
                                   f"the {num_messages} messages are the prompt: at least 1, and not all")
@@ -295,7 +497,6 @@ def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
 
 
 def _beside(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what a chat template is given beside the messages."""
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
@@ -313,11 +514,12 @@ def _with_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[str,
     if not isinstance(system, str) or not system.strip() or messages[0].role == "system":
         return {}
     num_prompt = fields.get("num_prompt", 0)
-    return {"messages": (Message("system", system), *messages), "num_prompt": num_prompt + bool(num_prompt)}
+    if num_prompt:  # 0 says nothing, and stays
+        num_prompt += 1
+    return {"messages": (Message("system", system), *messages), "num_prompt": num_prompt}
 
 
 def _messages(value: Any, name: str, role: str) -> Messages:
-    """Return messages given as such, or as one string by `role`."""
     return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
 
 
@@ -327,7 +529,9 @@ def _media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
     try:
         if not isinstance(value, dict):
             raise TypeError("no object")
-        found = {str(kind): tuple((row, used) for row, used in rows) for kind, rows in value.items()}
+        found: dict[str, tuple[tuple[int, int], ...]] = {}
+        for kind, rows in value.items():
+            found[str(kind)] = tuple((row, used) for row, used in rows)
         numbers = [n for rows in found.values() for pair in rows for n in pair]
         if not all(type(n) is int and 0 <= n < 1 << 40 for n in numbers):
             raise ValueError("no whole numbers")
@@ -344,6 +548,7 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     chosen, rejected = (_messages(record[field], field, "assistant") for field in ("chosen", "rejected"))
     prompt = _messages(record["prompt"], "prompt", "user") if record.get("prompt") is not None else ()
     shared = 0
+    # one message is left on each side, even where both are equal
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if not prompt or chosen[:len(prompt)] == prompt == rejected[:len(prompt)] or (
@@ -366,6 +571,7 @@ def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
     """Raise `BadRecord` where a document's texts are too long, no text, or none at all."""
     size_bytes = 0
     for text in texts:
+        # encoding also finds half of a surrogate pair, which no tokenizer takes
         size_bytes += _size_bytes(text)
     if size_bytes > reading.max_document_bytes:
         raise too_long(reading)
@@ -382,6 +588,5 @@ def _size_bytes(text: str) -> int:
 
 
 def too_long(reading: RecordReading) -> BadRecord:
-    """Return the refusal of a document above the limit."""
     return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; "
                                  "cut it, or raise the limit")

@@ -1,16 +1,56 @@
-"""Rows of a user's file in JSON lines: prompts, answers, tasks; each checked before the work."""
+"""Rows of a user's file in JSON lines: prompts, answers, tasks; each checked before the work, and read
+without what Python's JSON lets through and JSON does not know.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
-from megatron_sov.base.documents.strict_json import finite, no_constant
 from megatron_sov.base.errors import UserError, list_problems
+
+
+def no_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity (`parse_constant`); raises ValueError."""
+    raise ValueError(f"{name} is no JSON")
+
+
+def finite(text: str) -> float:
+    """Return a number (`parse_float`); raises ValueError where it would be written as Infinity."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is more than a float holds")
+    return number
+
+
+def json_line(row: Any, *, allow_nan: bool = True) -> bytes:
+    """Return a value as a line of JSON; raises TypeError and ValueError where it is none."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=allow_nan).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        return json.dumps(row, allow_nan=allow_nan).encode() + b"\n"
+
+
+def changed_values(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield dotted name, old and new value, as `short_json` has them, of all in which two trees differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        # the new order first, then what has gone
+        for key in [*now, *(k for k in before if k not in now)]:
+            yield from changed_values(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield name, short_json(before), short_json(now)
+
+
+def short_json(value: Any) -> str:
+    """Return a value as JSON for a message, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
 
 Row = Mapping[str, Any]
 """A JSON object."""
@@ -43,6 +83,7 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
         num_rows += 1
         if isinstance(row, str):
             num_bad += 1
+            # all are counted, few are named: a file of another form would fill the screen
             if len(problems) < MAX_TOLD:
                 problems.append(f"line {line}: {row}")
     if num_bad > MAX_TOLD:
@@ -77,6 +118,7 @@ def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes
     try:
         with open(path, "rb") as f:
             number = 0
+            # one byte more than allowed, so that a line of exactly the limit passes
             while raw := f.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw) > MAX_LINE_BYTES:

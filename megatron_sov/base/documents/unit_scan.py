@@ -49,6 +49,9 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
     return found
 
 
+# One pass with explicit state, which numba compiles to a loop without objects.  A word's hash is FNV-1a over
+# its code points, in which the digits of all scripts count as ASCII's; what separates thousands leaves no
+# trace in it, so that 1,000 and 1000 are one word.  A character of a script without blanks is a unit itself.
 @compiled
 def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
          hashes: NDArray[np.uint64], sizes: NDArray[np.uint8], begins: NDArray[np.int64],
@@ -136,11 +139,13 @@ def _parts_thousands(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: 
     code = codes[at]
     if code not in (_COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _APOSTROPHE, _ARABIC_THOUSANDS):
         return False
+    # groups are of three digits; the first one may be shorter
     if not (group == 3 or (num_groups == 0 and 1 <= group < 3)) or at + 3 >= len(codes):
         return False
     for place in range(at + 1, at + 4):
         if classes[codes[place]] < DIGIT:
             return False
+    # a fourth digit after the three: this is another number
     return at + 4 == len(codes) or bool(classes[codes[at + 4]] < DIGIT)
 
 
@@ -156,6 +161,7 @@ def _behind_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: in
         if codes[at] == _NEW_LINE:
             num_lines += 1
         at += 1
+    # two line ends are a paragraph, in which no word goes on
     return at if num_lines == 1 and at < len(codes) and classes[codes[at]] == WORD else 0
 
 
@@ -170,6 +176,7 @@ def _behind_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], comman
     if code == _LESS:
         first = codes[after]
         if 0x61 <= first <= 0x7A or first in (_SLASH, _MARK):
+            # bounded, so that many `<` without an end cost linear time
             for place in range(after + 1, min(after + _TAG_CHARACTERS, len(codes))):
                 if codes[place] == _MORE:
                     return place + 1
@@ -206,6 +213,7 @@ def run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]) -> 
     Returns:
         How many units begin one: all up to where too little is left.
     """
+    # two ends that only move forward: linear in the number of units
     held, end = np.int64(0), 0
     for begin in range(len(sizes)):
         while held < target:

@@ -20,14 +20,12 @@ class ZstdFile(io.RawIOBase):
     """The decompressed bytes of a file; wrap it in `io.BufferedReader`."""
 
     def __init__(self, file: Path) -> None:
-        """Open `file`."""
         self._file = open(file, "rb")  # noqa: SIM115  (closed in close)
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False
         self._pending = memoryview(b"")
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
@@ -38,11 +36,13 @@ class ZstdFile(io.RawIOBase):
         """
         while not self._pending:
             if self._frame.eof:
+                # the next frame begins inside the block that ended the last one
                 raw = self._frame.unused_data or self._file.read(_INPUT_BYTES)
                 self._frame, self._begun = zstandard.ZstdDecompressor().decompressobj(), False
             else:
                 raw = self._file.read(_INPUT_BYTES)
             if not raw:
+                # no more bytes: the end of the file if no frame is open, else a file that was cut off
                 if self._begun:
                     raise EOFError("the compressed data end inside a frame")
                 return 0
@@ -58,6 +58,5 @@ class ZstdFile(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()

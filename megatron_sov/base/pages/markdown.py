@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import visible
 
 MAX_ROWS = 50
 MAX_CHARS = 2_000
@@ -23,6 +23,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}")
 
 def md(text: object, chars: int = MAX_CHARS) -> str:
     """Return a text on one line that is text alone wherever Markdown is read."""
+    # one line: a line break would end a table's row or begin a heading
     line = visible(" ".join(str(text).split()))
     line = line if len(line) <= chars else f"{line[:chars]} …"
     return _SPECIAL.sub(r"\\\g<0>", html.escape(line, quote=False))
@@ -54,7 +55,6 @@ def hub_licence(names: Iterable[str]) -> dict[str, str | list[str]]:
 
 
 def hub_languages(names: Iterable[str]) -> list[str]:
-    """Return those names that the hub takes for languages."""
     return [name for name in names if _LANGUAGE.fullmatch(name) and name != "und"]
 
 
@@ -81,6 +81,7 @@ def address_of(file: Path) -> str:
             content = f.read(MOST_BYTES + 1)
     except OSError:
         return ""
+    # by the first bytes and not by the name, which a stranger chose
     mime = next((mime for signature, mime in _SIGNATURES if content.startswith(signature)), "")
     if content[:4] == b"RIFF" and content[8:12] == b"WAVE":
         mime = "audio/wav"

@@ -52,7 +52,8 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
         small: for a `Panel`, where the curve needs the room that margins take.
     """
     has_legend = len(figure.data) > 1
-    margins = SMALL_MARGINS if small else {**MARGINS, "b": 76 if has_legend else 56}
+    bottom = 76 if has_legend else 56
+    margins = SMALL_MARGINS if small else {**MARGINS, "b": bottom}
     # The legend may take the whole width, not only that of the curves: names are long and phones are narrow.
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container",
               "x": 0}
@@ -81,7 +82,6 @@ def plain(text: object) -> str:
 
 
 def colour(i: int) -> str:
-    """Return the CSS variable of the i-th colour."""
     return f"var(--c{i % NUM_COLOURS + 1})"
 
 
@@ -219,6 +219,7 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     import jinja2
     from plotly.offline import get_plotlyjs
 
+    # StrictUndefined: a misspelt name in the template is an error and not an empty place
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(_resource("page.html.j2"))
     plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")

@@ -1,17 +1,76 @@
-"""What is known by name of one kind of code: what is built in, what a person named,
-what installed packages declare."""
+"""What is known by name of one kind of code: what is built in, what a person named, what installed packages
+declare; and orders for it, plain values from which any process builds the same.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import shlex
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.plugins.code import Kind, PluginCode
-from megatron_sov.base.plugins.entry_points import Declared, declared
-from megatron_sov.base.plugins.loading import LoadedPlugin, is_reference, load
+from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
+from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One entry point of an installed package, not imported yet."""
+
+    name: str
+    reference: str
+    """MODULE:NAME, or MODULE."""
+    package: str
+    """Package and version."""
+
+
+def declared(group: str) -> list[Declared]:
+    """Return what installed packages declare in a group of entry points, by name; nothing is imported."""
+    from importlib.metadata import entry_points
+
+    # a set: a package that is found by two paths declares the same twice
+    found = {Declared(p.name, p.value, f"{p.dist.name} {p.dist.version}" if p.dist else "unknown package")
+             for p in entry_points(group=group)}
+    return sorted(found, key=lambda d: (d.name, d.package))
+
+
+def takes(function: Any, names: tuple[str, ...]) -> bool:
+    """Return whether something can be called with so many arguments by position."""
+    try:
+        inspect.signature(function).bind(*names)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, tuple[str, ...]]) -> None:
+    """Check that a class has methods that take what they will be given.
+
+    Args:
+        value: what was found.
+        reference: where it stands.
+        what: what it should be, e.g. "an objective".
+        methods: name -> arguments behind `self`.
+
+    Raises:
+        UserError: it is no class, or a method is missing or takes something else; all of them are named.
+    """
+    shapes = {name: f"{name}({', '.join(('self', *arguments))})" for name, arguments in methods.items()}
+    if not inspect.isclass(value):
+        raise UserError(f"{reference}: is a {type(value).__name__}; "
+                        f"{what} is a class with {', '.join(shapes.values())}")
+    wrong = [name for name, arguments in methods.items()
+             if not callable(getattr(value, name, None))
+             or not takes(getattr(value, name), ("self", *arguments))]
+    if wrong:
+        found = [f"{name}{inspect.signature(getattr(value, name))}"
+                 for name in wrong if callable(getattr(value, name, None))]
+        has = f"it has {', '.join(found)}" if found else "it has none"
+        raise UserError(f"{reference}: {what} needs {', '.join(shapes[name] for name in wrong)}; {has}")
+
 
 T = TypeVar("T")
 ABSENT = {"model family": ("is not supported", "families")}
@@ -68,6 +127,7 @@ class Registry(Generic[T]):
         if name in self._built_in:
             raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; "
                             "give it another name")
+        # the same reference again is the same code: commands and configs may both name it
         if known is not None and known.code.reference != loaded.reference:
             raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
                             "give one of them another name")
@@ -93,6 +153,7 @@ class Registry(Generic[T]):
                             f"{' and by '.join(d.package for d in found)}; uninstall one of them")
         if not found:
             raise UserError(self._unknown(name, recorded))
+        # an entry point is code that somebody installed, which a config may use by its name
         self._import(found[0])
         return self._known[name].value
 
@@ -144,6 +205,7 @@ class Registry(Generic[T]):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")
         for code in recorded:
+            # printable alone: the hint is a command to copy, and the reference is a stranger's
             if ((code.kind, code.name) == (self.kind, name) and not code.package
                     and code.reference.isprintable()):
                 return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
@@ -153,3 +215,89 @@ class Registry(Generic[T]):
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
         return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({plural}: {', '.join(known)}; "
                 "your own are named FILE.py:NAME)")
+
+
+BuiltIn = Mapping[str, Sequence[str]]
+"""Name -> module and class (and what else is known) of what is built in."""
+
+
+@dataclass(frozen=True)
+class PluginOrder:
+    """Something that was asked for."""
+
+    name: str
+    """As it is built in, or an installed package has it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reference: str = ""
+    """FILE.py:NAME or MODULE:NAME of one that a person named; empty: it is known by name."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File -> sha256 of what was loaded by that reference."""
+
+
+@dataclass(frozen=True)
+class BuiltPlugin:
+    """What an order stands for."""
+
+    value: Any
+    """An object of its class."""
+    settings: Mapping[str, Any]
+    """What it was made with."""
+    files: Mapping[str, str] | None
+    """Hashes of its files; None: it is built in."""
+
+
+def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
+            own: Registry[type[Any]]) -> PluginOrder:
+    """Return the order for what a person named, built in or FILE.py:NAME.
+
+    Raises:
+        UserError: there is none of that name, two have it, or its file cannot be run.
+    """
+    if name in built_in:
+        own.refuse_namesakes(name)
+        return PluginOrder(name, settings)
+    if is_reference(name):
+        known_as = own.load(name)
+        code = own.code(known_as)
+        assert code is not None, f"{name} was loaded and has no record"
+        return PluginOrder(known_as, settings, code.reference, code.files)
+    # raises now where there is none; the order itself stays a name, which each process looks up
+    own.get(name)
+    return PluginOrder(name, settings)
+
+
+def build(asked: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
+    """Return what an order stands for.
+
+    Raises:
+        UserError: a setting does not exist, has the wrong type or breaks a rule (what `problems()` of the
+            class says); all of them are named. Or its file fails, or has changed since it was ordered.
+    """
+    made, files = _class(asked, built_in, own)
+    what = f"{own.kind} {asked.reference or asked.name}"
+    settings = read_arguments(made, asked.settings, what)
+    with telling(what):
+        value = made(**settings)
+        problems = rules_of(value)
+    if problems:
+        raise SettingsError(what, problems)
+    return BuiltPlugin(value, settings, files)
+
+
+def _class(asked: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]],
+           ) -> tuple[type[Any], Mapping[str, str] | None]:
+    """Return a class, and the hashes of its files where it is not built in."""
+    if asked.name in built_in:
+        module, name = built_in[asked.name][:2]
+        return getattr(importlib.import_module(module), name), None
+    if asked.reference:
+        own.load(asked.reference)
+    made = own.get(asked.name)
+    code = own.code(asked.name)
+    files = code.files if code else {}
+    # a process that starts later would go by other code under the same version
+    changed = [name for name, digest in asked.files.items() if files.get(name, digest) != digest]
+    if changed:
+        raise UserError(f"{own.kind} {asked.reference}: {changed[0]} has changed since this command began; "
+                        "run it again")
+    return made, files

@@ -1,7 +1,6 @@
 """Settings, declared once and read in one way: frozen dataclasses whose types carry the bounds, one reader
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
-from megatron_sov.base.settings.changes import assign_all, change, parse_changes, parse_nested
 from megatron_sov.base.settings.options import (
     NO_FLAG, Actions, Flag, add_actions, add_options, num_cores, options_of, read_options, run_action)
 from megatron_sov.base.settings.problem import (
@@ -10,60 +9,16 @@ from megatron_sov.base.settings.problem import (
     find_broken, multiple_of, name_options, not_with, one_of, only_with, other_than)
 from megatron_sov.base.settings.reading import (
     check, find_problems, place_of, plain, problems_of, read, read_arguments, rules_of)
-from megatron_sov.base.settings.yaml_file import Located, Place, read_file, read_located, read_text, read_yaml
+from megatron_sov.base.settings.sources import (
+    Located, Place, assign_all, change, parse_changes, parse_nested, read_file, read_located, read_text,
+    read_yaml)
 
 __all__ = [
-    "NO_FLAG",
-    "ONCE",
-    "RISING",
-    "AboveZero",
-    "Actions",
-    "AtLeastOne",
-    "Bound",
-    "Breach",
-    "Finite",
-    "Flag",
-    "Fraction",
-    "Located",
-    "NotBlank",
-    "NotNegative",
-    "NotNegativeInt",
-    "Place",
-    "ProblemCode",
-    "Relation",
-    "SettingsError",
-    "SettingsProblem",
-    "Share",
-    "add_actions",
-    "add_options",
-    "as_problem",
-    "assign_all",
-    "at_most",
-    "below",
-    "change",
-    "check",
-    "find_broken",
-    "find_problems",
-    "multiple_of",
-    "name_options",
-    "not_with",
-    "num_cores",
-    "one_of",
-    "only_with",
-    "options_of",
-    "other_than",
-    "parse_changes",
-    "parse_nested",
-    "place_of",
-    "plain",
-    "problems_of",
-    "read",
-    "read_arguments",
-    "read_file",
-    "read_located",
-    "read_options",
-    "read_text",
-    "read_yaml",
-    "rules_of",
-    "run_action",
+    "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "AtLeastOne", "Bound", "Breach", "Finite", "Flag",
+    "Fraction", "Located", "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation",
+    "SettingsError", "SettingsProblem", "Share", "add_actions", "add_options", "as_problem", "assign_all",
+    "at_most", "below", "change", "check", "find_broken", "find_problems", "multiple_of", "name_options",
+    "not_with", "num_cores", "one_of", "only_with", "options_of", "other_than", "parse_changes",
+    "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments", "read_file", "read_located",
+    "read_options", "read_text", "read_yaml", "rules_of", "run_action",
 ]

@@ -29,9 +29,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from megatron_sov.base.errors import DryRun
-from megatron_sov.base.settings.changes import parse_value
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_problems, hints_of, rules_of
+from megatron_sov.base.settings.sources import parse_value
 
 MAX_FILES = 10_000
 """Of a folder that are counted; on a shared disk each costs a question."""
@@ -99,7 +99,6 @@ class Flag:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -126,24 +125,20 @@ class _Given:
 
     @property
     def is_positional(self) -> bool:
-        """Say whether it stands on the line without a name."""
         return bool(self.flag.name) and not self.flag.name.startswith("-")
 
     @property
     def is_written(self) -> bool:
-        """Say whether it is a path that the command makes."""
         return self.hint is Path and (self.flag.writes or self.path[-1].startswith("out"))
 
     @property
     def key(self) -> str:
-        """Return what it is called in messages."""
         if self.flag.name:
             return self.flag.name
         return f"--{'no-' if self.default is True else ''}{self.path[-1].replace('_', '-')}"
 
     @property
     def dest(self) -> str:
-        """Return its name among parsed arguments."""
         return ".".join(self.path)
 
 
@@ -161,6 +156,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     parser.set_defaults(options_class=cls)
     groups: dict[str, Any] = {"": parser}
     classes = cls.__mro__
+    # field -> how far up the class that declares it is; nearer ones overwrite
     nearness = {name: i for i in reversed(range(len(classes)))
                 for name in inspect.get_annotations(classes[i])}
     # options of the class itself go before those that it has from others; arguments keep their order
@@ -168,6 +164,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         heading = given.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         shown = given.help + _default_shown(given)
+        # no value on the line: the option turns the default around
         if given.hint is bool:
             action = into.add_argument(given.key, dest=given.dest, help=shown, default=argparse.SUPPRESS,
                                        action="store_false" if given.default is True else "store_true")
@@ -176,6 +173,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                                        help=shown, metavar=_metavar(given), **_arity(given))
             # a shell completes these; `read_options` checks them
             action.choices = tuple(map(str, get_args(given.hint))) or None
+        # `Parser._check_value` leaves such values to `read_options`, which names all mistakes at once
         action.is_setting = True
         action.declared = None if given.default is dataclasses.MISSING else given.default
     if _tells_by_itself(cls):
@@ -190,7 +188,6 @@ def _tells_by_itself(cls: Any) -> bool:
 
 
 def _arity(given: _Given) -> dict[str, Any]:
-    """Return how often an argument and its values may stand on the line."""
     if given.is_positional:
         if given.repeats:
             return {"nargs": "+" if given.is_required else "*", "default": argparse.SUPPRESS}
@@ -235,6 +232,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     names: dict[str, str] = {}
     for given in _fields(cls):
         names[given.dest] = given.key
+        # SUPPRESS: what was not typed is absent, so that defaults are those of the class
         if not hasattr(args, given.dest):
             continue
         node = raw
@@ -247,11 +245,13 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         node[given.path[-1]] = [_typed(text, given.hint) for text in value] if given.repeats else \
             _typed(value, given.hint)
     kept: dict[str, str] = {}
-    settings, found = find_problems(cls, _each_text(raw, lambda text: _held(text, kept)))
+    # texts that are no UTF-8 go through JSON as placeholders, and come back after it
+    settings, found = find_problems(cls, _each_text(raw, lambda text: _replace_bytes(text, kept)))
     settings = _each_text(settings, lambda text: kept.get(text, text)) if kept else settings
     problems += found
     if settings is not None and not problems:
         problems = rules_of(settings)
+    # last: a dry run still finds every mistake of the options
     if settings is not None and not problems and hasattr(args, "dry_run") and _tells_by_itself(cls):
         problems = _end_dry_run(settings, raw)
     if problems:
@@ -289,7 +289,6 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
 
 
 def _is_in(raw: Any, path: tuple[str, ...]) -> bool:
-    """Say whether a field was typed."""
     for name in path:
         if not isinstance(raw, dict) or name not in raw:
             return False
@@ -310,7 +309,6 @@ def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
 
 
 def run_action(actions: Actions, args: argparse.Namespace) -> int:
-    """Run the action that was chosen; returns its exit code."""
     cls, do = actions[args.action]
     return do(read_options(cls, args))
 
@@ -320,7 +318,7 @@ def options_of(args: argparse.Namespace) -> Any:
     return read_options(args.options_class, args) if hasattr(args, "options_class") else args
 
 
-def _held(text: str, kept: dict[str, str]) -> str:
+def _replace_bytes(text: str, kept: dict[str, str]) -> str:
     """Return a text, or what stands for it where it is none: a file's name may be bytes that are no UTF-8,
     which JSON cannot hold."""
     if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text):
@@ -351,6 +349,7 @@ def _typed(text: Any, hint: Any) -> Any:
         return text
     if get_origin(hint) is Literal:
         return next((word for word in get_args(hint) if str(word) == text), text)
+    # an exact whole number first: through a float 2**60 + 1 would change
     with contextlib.suppress(ValueError):
         if hint in (int, float):
             return int(text)
@@ -370,6 +369,7 @@ def _under_its_name(problem: SettingsProblem, names: Mapping[str, str]) -> Setti
     what is on or off has none on the line."""
     key = problem.key
     while key and key not in names:
+        # up to the field that the option sets: a problem may be of an item inside it
         key = key.rpartition(".")[0]
     value = UNSET if isinstance(problem.value, bool) else problem.value
     beside = problem.key.rpartition(".")[0]
@@ -388,6 +388,7 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Given]:
         path = (*above, field.name)
         is_made = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
+            # options are built from the class's own defaults; another factory's would be lost without a word
             if is_made and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _fields(hint, path)
@@ -416,13 +417,19 @@ def _taken_apart(hint: Any) -> tuple[Flag, Any, bool]:
 @cache
 def _module_docs(module: str) -> dict[str, dict[str, str]]:
     """Return class -> field -> the string under it, of a module's source."""
+    # docstrings under fields are no attributes: the source is the only place that has them
     source = inspect.getsource(sys.modules[module])
-    return {node.name: {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
-                        for field, text in itertools.pairwise(node.body)
-                        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-                        and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-                        and isinstance(text.value.value, str)}
-            for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        docs = found[node.name] = {}
+        for field, text in itertools.pairwise(node.body):
+            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                    and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                    and isinstance(text.value.value, str)):
+                docs[field.target.id] = " ".join(inspect.cleandoc(text.value.value).split())
+    return found
 
 
 def _docs(cls: type) -> dict[str, str]:

@@ -71,6 +71,7 @@ class SettingsProblem:
     @property
     def sentence(self) -> str:
         """The problem without its line."""
+        # each part is cut alone, so that the end of a long key is still there
         key = ".".join(map(cut, self.key.split(".")))  # a stranger's file may hold any
         if self.key.startswith("-") and self.value is not UNSET:
             begin = f"{key} {show(self.value)}: "
@@ -85,8 +86,9 @@ class SettingsProblem:
 
     def below(self, prefix: str) -> SettingsProblem:
         """Return the problem of a setting that stands inside another; an option's name stays."""
-        return self if self.key.startswith("-") else replace(
-            self, key=f"{prefix}.{self.key}" if self.key else prefix)
+        if self.key.startswith("-"):
+            return self
+        return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
 def as_problem(said: SettingsProblem | str) -> SettingsProblem:
@@ -151,7 +153,6 @@ class SettingsError(UserError):
 
     @property
     def codes(self) -> list[tuple[str, str]]:
-        """Return code and key of each problem."""
         return [(str(problem.code), problem.key) for problem in self.problems]
 
 
@@ -168,6 +169,7 @@ def show(value: Any) -> str:
 
 def cut(text: str) -> str:
     """Return a text of a stranger's as a message may hold it: no control characters, not long."""
+    # cut before it is escaped: a text of gigabytes is never walked through
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_VALUE_CHARS + 1])
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS - 3] + "..."
 
@@ -205,6 +207,7 @@ class Bound:
         def ask(value: Any) -> Any:
             if found := self.broken(value):
                 code, rule, way_out = found
+                # pydantic carries our sentence to `_problem`, which knows the place
                 raise PydanticCustomError("asked", "{rule}", {"code": code, "rule": rule, "way_out": way_out,
                                                               "may_be_secret": self.may_be_secret})
             return value
@@ -217,7 +220,6 @@ class Relation:
     """A bound that another field of the same class sets; where that has no value, there is none."""
 
     other: str
-    """The other field."""
     holds: Callable[[Any, Any], bool]
     """Says whether a value goes with the other's."""
     rule: str
@@ -227,7 +229,6 @@ class Relation:
     """Whether the other's value is told too."""
 
     def broken_by(self, settings: Any, name: str) -> SettingsProblem | None:
-        """Return the problem of the field `name`, where there is one."""
         value, other = getattr(settings, name), getattr(settings, self.other)
         if value is None or self.holds(value, other):
             return None
@@ -236,7 +237,6 @@ class Relation:
 
 
 def at_most(other: str) -> Relation:
-    """Return the bound of a number that is never above another field's."""
     return Relation(other, lambda value, most: most is None or value <= most, "must be at most")
 
 

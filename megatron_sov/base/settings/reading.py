@@ -36,7 +36,6 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
 
 
 def no_other(key: str) -> str:
-    """Say nothing of a key that does not exist."""
     return ""
 
 
@@ -58,6 +57,7 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
     """
     settings, problems = find_problems(cls, raw, instead)
     if settings is not None and rules:
+        # only where every field is sound: rules compare values and may rely on their types
         problems = rules_of(settings)
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
@@ -73,8 +73,9 @@ def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
 
 
 def place_of(key: str) -> tuple[str | int, ...]:
-    """Return the keys and list positions of a key with dots."""
-    return tuple(int(part) if part.isdecimal() else part for part in key.split(".")) if key else ()
+    if not key:
+        return ()
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None,
@@ -96,7 +97,6 @@ def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tup
 
 
 def _as_fields(value: Any) -> dict[str, Any]:
-    """Return a dataclass among plain values as its fields."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__}")
     return dataclasses.asdict(value)
@@ -113,6 +113,7 @@ def rules_of(settings: Any) -> list[SettingsProblem]:
     own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
     if not dataclasses.is_dataclass(settings):  # of a user's own code
         return own
+    # inner settings first: what the outer ones compare may be wrong because of them
     found = [problem for field in dataclasses.fields(settings)
              for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
     try:
@@ -132,8 +133,11 @@ def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # what is wrong with one of several is told with its place
         return [problem.below(name) if problem.key or "." in name else problem for problem in rules_of(value)]
-    items = value.items() if isinstance(value, Mapping) else \
-        enumerate(value) if isinstance(value, (tuple, list)) else ()
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
     return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
 
 
@@ -162,6 +166,7 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
     taken = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     try:
+        # a class's types are those of its own __init__; without one, its fields'
         declared = vars(made).get("__init__", made)
         hints = get_type_hints(declared, include_extras=True)
     except (NameError, TypeError):  # a name in them is not known here
@@ -189,13 +194,15 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsP
     errors = error.errors(include_url=False)
     for one in errors:
         place = one["loc"]
+        # pydantic does not count bad items, so the list only seems short; their own problems are reported
         if one["type"] == "too_short" and any(
                 other["loc"] != place and other["loc"][:len(place)] == place for other in errors):
-            continue  # pydantic does not count items that are wrong
+            continue
         problem = _problem(cls, one, instead)
         earlier = found.get(problem.key)
         if earlier is None:
             found[problem.key] = problem
+        # pydantic reports each part of a union by itself
         elif earlier.code == problem.code == ProblemCode.TYPE and problem.rule not in earlier.rule:
             # a value that is none of several types: one sentence with all of them
             rule = f"{earlier.rule} or {problem.rule.removeprefix('must be ')}"
@@ -228,6 +235,7 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
     if kind == "asked":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"],
                                UNSET if ctx["may_be_secret"] else value, ctx["way_out"])
+    # our bound for finite numbers is "below infinity"; the sentence says what is meant
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
@@ -284,6 +292,7 @@ def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     declared there; for a key that does not exist, the class around it."""
     place: list[Any] = []
     hint = _inside(cls)
+    # pydantic puts names of a union's parts between the keys; a walk along the types finds which are which
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
             place.append(part)
@@ -360,6 +369,7 @@ def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem
         at, hint = [], cls
         for part in problem.key.split("."):
             if dataclasses.is_dataclass(hint):
+                # position of each part among the fields of its class; what is unknown goes last
                 names = fields_of(cast(Any, hint))
                 at.append(float(names.index(part)) if part in names else float("inf"))
             else:

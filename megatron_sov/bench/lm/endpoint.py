@@ -16,17 +16,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.settings import OTHER_MODEL, EndpointModel, EndpointSettings
 from megatron_sov.infer.request import LENGTH, STOP
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.work.endpoints.answers import BadAnswer
+from megatron_sov.work.endpoints.answers import CHAT_PROBES, TEXT_PROBES, BadAnswer, Recognition
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
-from megatron_sov.work.endpoints.recognition import CHAT_PROBES, TEXT_PROBES, Recognition
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 LIMITS = EndpointLimits(timeout_s=600.0, max_attempts=5, backoff_s=1.0, requests_per_minute=0.0, max_cost=0.0,
                         input_price=0.0, output_price=0.0)

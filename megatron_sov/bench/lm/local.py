@@ -33,7 +33,7 @@ from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 CHUNK_ROWS, CHUNK_BATCHES = 4, 4
 """Rows of tokens that are read for likelihoods, and batches of sequences, that a chunk has at most for each

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_sov.base.artifacts import sha256_file, to_json, write_output
-from megatron_sov.base.documents.strict_json import json_line
+from megatron_sov.base.documents.rows import json_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Finite
 from megatron_sov.eval.statistics import mean_of

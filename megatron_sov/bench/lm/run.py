@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line
+from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, problems_of
 from megatron_sov.bench.lm.answers import Answer, Answers, Request, distinct, folder_of

@@ -25,8 +25,7 @@ from megatron_sov.base.artifacts import MANIFEST, FileRecord, damaged_files, man
 from megatron_sov.base.chat.folder import TOKENIZER_JSON
 from megatron_sov.base.chat.marks import text_decoder
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError, first_line, list_problems, told_in_a_line
+from megatron_sov.base.errors import UserError, first_line, list_problems, told_in_a_line, visible
 from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
@@ -36,7 +35,7 @@ from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.work.endpoints.addresses import is_address
+from megatron_sov.work.endpoints.transport import is_address
 
 UNKNOWN_LENGTH = 2048
 """Longest sequence where a folder says none, as in lm-eval."""

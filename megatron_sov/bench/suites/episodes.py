@@ -20,7 +20,7 @@ from megatron_sov.base.chat.marks import BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, E
 from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.base.documents.messages import REASONING
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.bench.lm.endpoint import endpoint_at
 from megatron_sov.bench.lm.results import (
     EvaluatedModel, ResultItem, Results, ResultSample, TaskSampling, TaskScores, judged_by, metric_of_items,
@@ -36,9 +36,8 @@ from megatron_sov.judge.tools import registry
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, Task
 from megatron_sov.judge.tools.episode import Episode
 from megatron_sov.judge.tools.playing import Message, NoTurn, Said
-from megatron_sov.work.endpoints.answers import BadAnswer, only, told_tokens
+from megatron_sov.work.endpoints.answers import CHAT_PROBES, BadAnswer, only, told_tokens
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.recognition import CHAT_PROBES
 
 
 def tasks_of(task: TaskFile, data_dir: Path, limit: int | None = None) -> list[Task]:

@@ -26,7 +26,7 @@ from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_p
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.eval.needle.suite import NeedleSuite

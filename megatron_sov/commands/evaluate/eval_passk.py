@@ -18,10 +18,9 @@ from megatron_sov.base.digests import file_digest, fingerprint
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.outputs import behind_links
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, parse_nested
 from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of
@@ -34,10 +33,9 @@ from megatron_sov.judge.rewards.scoring import score_file
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.jobs import Job, here, run_job
-from megatron_sov.work.progress.journal import done_items
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.journal import done_items, work_folder
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -184,7 +182,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         if plan.target is not None:
             _sample(plan)
         return ExitCode.OK
-    from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+    from megatron_sov.work.progress.resumable import resumable_artifact
 
     with resumable_artifact(args.output, KIND, "megatron-sov eval passk", plan.responses,
                             overwrite=args.overwrite, redo=args.redo) as artifact:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, StopRequested, UserError
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.bench.lm.settings import (
@@ -26,9 +25,9 @@ from megatron_sov.judge.tools.registry import digest_of
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.train.stopping import StopFlag, stoppable
-from megatron_sov.work.endpoints.addresses import is_address
+from megatron_sov.work.endpoints.transport import is_address
 from megatron_sov.work.progress.journal import open_journal
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.bench.lm.results import EvaluatedModel, Results

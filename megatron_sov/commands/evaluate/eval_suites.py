@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.settings import Flag
 
 if TYPE_CHECKING:

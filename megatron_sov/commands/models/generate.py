@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
+from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, read_options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt
 from megatron_sov.commands.shared_options import ModelPath, RecordOptions

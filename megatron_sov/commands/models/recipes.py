@@ -9,8 +9,8 @@ from functools import partial
 
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.entry_points import declared
 from megatron_sov.base.plugins.loading import is_reference
+from megatron_sov.base.plugins.registry import declared
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.model import families as models, objectives, recipes
 from megatron_sov.model.config import RunConfig

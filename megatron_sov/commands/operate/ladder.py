@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sov.base.artifacts import atomic_write, to_json
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
-from megatron_sov.base.warning import warn
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.model.config import RunConfig, data_paths, from_dict
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
@@ -206,7 +205,7 @@ def _train(args: LadderOptions, members: Sequence[Member]) -> int:
     from megatron_sov.operate.slurm.stages import SubmitOptions
     from megatron_sov.publish.ladder.results import is_complete
     from megatron_sov.train.stages.stage_config import StageOptions
-    from megatron_sov.work.processes.commands import run_command
+    from megatron_sov.work.processes.children import run_command
 
     for i, member in enumerate(members, 1):
         if is_complete(args.run / member.name):

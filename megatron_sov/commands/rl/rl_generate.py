@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.errors import ExitCode, UserError, list_problems
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
-from megatron_sov.base.warning import warn
 from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.engine.data.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
@@ -31,7 +30,7 @@ from megatron_sov.model.recipes.requested import RecipeOptions, requested
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
-from megatron_sov.work.progress.claims import Claims
+from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -252,7 +251,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     Raises:
         UserError: a prompt is too long, or the model has no chat template.
     """
-    from megatron_sov.base.chat.turns import TurnEncoder
+    from megatron_sov.base.chat.encode import TurnEncoder
     from megatron_sov.infer.asking import Asker
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.responses import Episodes, ResponseSource

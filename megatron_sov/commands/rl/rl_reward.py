@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, visible, warn
 from megatron_sov.base.settings import Flag, NotNegative, add_options, read_options
-from megatron_sov.base.warning import warn
 from megatron_sov.commands.reward_options import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.judge.rollouts.prompts import rounds_between
 from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
-from megatron_sov.work.progress.claims import Claims
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.locks import Claims
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.judge.rollouts.store import RolloutStore

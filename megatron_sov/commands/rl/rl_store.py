@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.judge.rollouts.prompts import rounds_between
 from megatron_sov.runs.inspecting import MAX_PROBLEMS, ArtifactKind
 from megatron_sov.runs.obs.figures import size
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.judge.rollouts.inspection import StoreCheck
     from megatron_sov.judge.rollouts.rows import Rollout
     from megatron_sov.judge.rollouts.store import RolloutStore
-    from megatron_sov.work.progress.claims import Holder
+    from megatron_sov.work.progress.locks import Holder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +141,7 @@ def _judged(store: RolloutStore, round_: int | None = None) -> dict[str, list[st
 
 
 def _held(store: RolloutStore) -> list[Holder]:
-    from megatron_sov.work.progress.claims import holders
+    from megatron_sov.work.progress.locks import holders
 
     return [holder for holder in holders(store.claims) if not holder.is_released]
 

@@ -27,8 +27,8 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
-from megatron_sov.work.processes.commands import run_command
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.processes.children import run_command
+from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp.probing import ProbedCheckpoint

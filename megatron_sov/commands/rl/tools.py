@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import new_artifact, refuse_existing, write_output
-from megatron_sov.base.chat.turns import TurnEncoder
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.chat.encode import TurnEncoder
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
     NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
@@ -30,7 +29,7 @@ from megatron_sov.judge.tools.playing import (
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.work.progress.journal import open_journal
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 KIND = "episodes"
 """Of the artifact that `run` writes."""

@@ -28,7 +28,7 @@ from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
-from megatron_sov.work.processes.commands import run_command
+from megatron_sov.work.processes.children import run_command
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.errors import ExitCode, StopRequested, UserError
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import Flag, NotNegative, add_options, read_options
-from megatron_sov.base.warning import warn
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
 from megatron_sov.commands.evaluate.eval_difference import named_tasks
@@ -26,7 +25,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import GATE
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
-from megatron_sov.work.processes.commands import run_command
+from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
     from megatron_sov.train.stages.gate import EndVerdict

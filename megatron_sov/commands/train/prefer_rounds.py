@@ -34,7 +34,7 @@ from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result
 from megatron_sov.train.stages.stage_config import stage_request
-from megatron_sov.work.processes.commands import run_command
+from megatron_sov.work.processes.children import run_command
 
 NEEDED = ("prompts", "reward", "tokenizer")
 LINES = ".jsonl"

@@ -33,7 +33,7 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import (
     HF_MODEL, IMPORTED, KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind, settings_of)
-from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+from megatron_sov.work.progress.resumable import resumable_artifact
 
 # A checkpoint whose blocks are computed from other checkpoints; a killed command goes on where it was.
 

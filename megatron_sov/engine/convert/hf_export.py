@@ -13,11 +13,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
-from megatron_sov.base.chat import media_marks as marks
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
+from megatron_sov.base.chat import media_tokens as marks
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.digests import fingerprint
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.engine.convert.changed_values import (
     KEEP, check_dtype_name, check_space, converted, exported_dtype)
@@ -35,7 +34,7 @@ from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE
 from megatron_sov.omni.media.banks import codecs_of
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
-from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+from megatron_sov.work.progress.resumable import resumable_artifact
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 BICUBIC = 3

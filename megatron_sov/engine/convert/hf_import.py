@@ -21,9 +21,8 @@ from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
 from megatron_sov.base.chat.folder import read_chat_encoder
 from megatron_sov.base.digests import fingerprint
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.base.warning import warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS
 from megatron_sov.engine.convert.changed_values import (
     KEEP, check_dtype_name, check_space, converted, planned_dtype)
@@ -42,7 +41,7 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
-from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+from megatron_sov.work.progress.resumable import resumable_artifact
 
 # Hashes the files of a source while it is converted, so that neither waits for the other.
 #

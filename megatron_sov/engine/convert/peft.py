@@ -14,8 +14,7 @@ import torch
 
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.convert.changed_values import converted
 from megatron_sov.engine.convert.sources import FLOATS, CheckpointWeights, check_exact, newest_of_run
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.order import OrderedSample, SampleOrder
 from megatron_sov.engine.data.rows import PackedRow, join_rows, sample_row

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.token_shards import Documents, Source, open_sources

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.data.media_shards import media_of
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.packing import PackedSegment, best_fit, concatenate, cut

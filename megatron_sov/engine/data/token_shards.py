@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
-from megatron_sov.base.chat.kinds import KIND
-from megatron_sov.base.documents.routes import ROUTES, RouteShape
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.chat.marks import KIND
+from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.data.lengths import ChainedLengths, Lengths
 from megatron_sov.engine.data.mapped_files import allow_open_files, numbers, read_index
 from megatron_sov.engine.data.media_shards import MediaShard

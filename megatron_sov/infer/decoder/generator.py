@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.convert.changed_values import Changed
 from megatron_sov.engine.convert.live_import import LiveImport
 from megatron_sov.engine.data.routes import shape_of

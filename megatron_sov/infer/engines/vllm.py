@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.engine.convert.growing import open_weights
 from megatron_sov.engine.convert.sources import HfWeights

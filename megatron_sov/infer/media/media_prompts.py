@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.media.shown_features import encoders_of, encoding_of, placed_media

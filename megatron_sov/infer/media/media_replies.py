@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.chat import media_marks as marks
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
+from megatron_sov.base.chat import media_tokens as marks
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.media.media_prompts import Parts, blocks_of, prompts_of, refuse_unknown_kinds

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
-from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import check_engine, check_length

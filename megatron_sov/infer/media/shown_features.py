@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, banks_of
 from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding

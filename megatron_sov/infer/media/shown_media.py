@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.chat.media_marks import spelled
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.media.shown_features import Encoders

@@ -1,6 +1,6 @@
 """A reply in parts: what a model writes, draws and says, taken from its ids one by one.
 
-Codebook entries stand between marks (`base/chat/media_marks.py`) among the ids of a text.  Speech and text
+Codebook entries stand between marks (`base/chat/media_tokens.py`) among the ids of a text.  Speech and text
 may alternate; all audio tokens of a reply are one sound, as in the authors' serving code (OmniServe,
 `extract_audio_info`), and `speak` lets it be heard while the text goes on.
 """
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.chat import media_marks as spelling
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
+from megatron_sov.base.chat import media_tokens as spelling
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from typing import Any
 
 import regex
 
-from megatron_sov.base.documents.strict_json import no_constant
+from megatron_sov.base.documents.rows import no_constant
 from megatron_sov.judge.rewards.reward import Refused, TooLong
 
 TIME_LIMIT_S = 2.0

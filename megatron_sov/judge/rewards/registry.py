@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins import orders
+from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.orders import PluginOrder
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import check_methods
+from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
 from megatron_sov.judge.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
@@ -65,7 +63,7 @@ def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
     Raises:
         UserError: there is none of that name, or its file cannot be run.
     """
-    return orders.ordered(name, settings, BUILT_IN, OWN)
+    return registry.ordered(name, settings, BUILT_IN, OWN)
 
 
 def make(asked: PluginOrder) -> MadeReward:
@@ -75,7 +73,7 @@ def make(asked: PluginOrder) -> MadeReward:
         UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
             its file fails, or has changed since it was ordered.
     """
-    built = orders.build(asked, BUILT_IN, OWN)
+    built = registry.build(asked, BUILT_IN, OWN)
     reward = built.value
     # a composition is made of other rewards: it is versioned by their versions, not by its own code alone
     if not hasattr(reward, "orders"):
@@ -89,4 +87,4 @@ def make(asked: PluginOrder) -> MadeReward:
 
 def build(asked: PluginOrder) -> Any:
     """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
-    return orders.build(asked, BUILT_IN, OWN).value
+    return registry.build(asked, BUILT_IN, OWN).value

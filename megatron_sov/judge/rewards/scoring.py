@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.documents.rows import read_rows
-from megatron_sov.base.documents.strict_json import json_line
-from megatron_sov.base.plugins.orders import PluginOrder
+from megatron_sov.base.documents.rows import json_line, read_rows
+from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
 from megatron_sov.judge.rewards.registry import BUILT_IN, MadeReward, build
 from megatron_sov.judge.rewards.reward import Result, Reward, Row, agreeing, judged
-from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
-from megatron_sov.work.processes.environment import forget_other_variables
+from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, forget_other_variables, limit_memory
 from megatron_sov.work.processes.workers import Answer, Lost, Workers
 from megatron_sov.work.progress.jobs import Job, here, run_job
 

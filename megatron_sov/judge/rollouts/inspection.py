@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render
 from megatron_sov.judge.rewards.scoring import ScoringTally
 from megatron_sov.judge.rollouts.rows import (

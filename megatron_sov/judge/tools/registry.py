@@ -10,11 +10,9 @@ from typing import Any, cast
 
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins import orders
+from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.orders import PluginOrder
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import check_methods
+from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
 from megatron_sov.judge.rewards.version import settings_of, version_of
 from megatron_sov.judge.tools.environment import Environment, Task
 
@@ -55,7 +53,7 @@ def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
     Raises:
         UserError: there is none of that name, or its file cannot be run.
     """
-    return orders.ordered(name, settings, BUILT_IN, OWN)
+    return registry.ordered(name, settings, BUILT_IN, OWN)
 
 
 def make(asked: PluginOrder) -> tuple[Environment, str]:
@@ -65,7 +63,7 @@ def make(asked: PluginOrder) -> tuple[Environment, str]:
         UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
             its file fails, or has changed since it was ordered.
     """
-    built = orders.build(asked, BUILT_IN, OWN)
+    built = registry.build(asked, BUILT_IN, OWN)
     return (cast(Environment, built.value),
             version_of(built.value, settings_of(built.value, built.settings), built.files))
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_sov.base.plugins.code import PluginCode
+from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, check, find_broken)
 from megatron_sov.model.config.bounds import MAX_STEPS

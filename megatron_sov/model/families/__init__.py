@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.plugins.code import PluginCode
-from megatron_sov.base.plugins.loading import LoadedPlugin
+from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families.dense_families import (

@@ -11,8 +11,7 @@ from functools import partial
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin, calling
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import takes
+from megatron_sov.base.plugins.registry import Registry, takes
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.recipes import (
     hyperclova_omni, k_exaone, open_models, policies, solar_open, typhoon_s, vibethinker)

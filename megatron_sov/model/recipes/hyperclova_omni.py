@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
+from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig,
     TrainConfig)

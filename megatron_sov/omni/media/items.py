@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sov.base.chat.media_marks import (
-    AUDIO_AUX, AUDIO_PAD, CONTINUOUS_AUDIO, CONTINUOUS_IMAGE, CONTINUOUS_VIDEO, DISCRETE_AUDIO,
-    DISCRETE_IMAGE, END_OF_FRAME, END_OF_LINE, IMAGE_PAD, MIME, RATIOS, VIDEO_AUX, VIDEO_PAD, entry, ratio)
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.chat.media_tokens import (
+    AUDIO, AUDIO_AUX, AUDIO_PAD, CONTINUOUS_AUDIO, CONTINUOUS_IMAGE, CONTINUOUS_VIDEO, DISCRETE_AUDIO,
+    DISCRETE_IMAGE, END_OF_FRAME, END_OF_LINE, IMAGE, IMAGE_PAD, MIME, RATIOS, VIDEO, VIDEO_AUX, VIDEO_PAD,
+    entry, ratio)
 
 TOOL, ARGUMENT = "t2i_model_generation", "discrete_image_token"
 """The call by which a model draws, and its argument."""

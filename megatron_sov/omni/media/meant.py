@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, SPELLED, VIDEO_PAD
+from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, SPELLED, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.banks import KINDS, NONE, PICTURES, SOUNDS
 

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_sov.base.artifacts import FileRecord, fsync_path, read_manifest, refuse_existing
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.folder import read_chat_encoder
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import (
@@ -33,7 +33,7 @@ from megatron_sov.infer.request import Sampling, StopRule
 from megatron_sov.post.distillation.state_files import lengths_of
 from megatron_sov.post.distillation.teacher import artifact_on_ranks, weights_digest
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.resumable_artifact import ResumableArtifact, resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 KIND = "tokens"
 PART_PROMPTS = 1024

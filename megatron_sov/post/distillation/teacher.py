@@ -39,7 +39,7 @@ from megatron_sov.post.distillation.state_files import (
 from megatron_sov.post.parts.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.resumable_artifact import ResumableArtifact, resumable_artifact
+from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.engine.data.views import SHORT
 from megatron_sov.engine.mcore.parallel import collectives

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from megatron_sov.base.artifacts import atomic_write, read_manifest, to_json
-from megatron_sov.base.documents.routes import RouteShape
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.documents.shard_files import RouteShape
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.base.warning import warn
 from megatron_sov.engine.data.rounds import Round, RoundDocuments
 from megatron_sov.engine.data.routes import replayed_routes
 from megatron_sov.engine.mcore.checkpoint import load
@@ -52,7 +51,7 @@ from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
 from megatron_sov.train.stages.feed import FeedView
-from megatron_sov.work.progress.claims import Claims
+from megatron_sov.work.progress.locks import Claims
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds: which model `REFERENCE` is of."""

@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.parallel.world import on_first
@@ -38,8 +37,8 @@ from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.progress.claims import POLL_S, Claims, Patience
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.locks import POLL_S, Claims, Patience
+from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.tables.table import AlreadyPublished
 
 

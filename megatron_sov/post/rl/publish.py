@@ -21,10 +21,8 @@ import numpy as np
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, new_artifact, read_manifest
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.documents import ROLLOUTS
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
-from megatron_sov.base.documents.routes import ROUTES, RouteShape
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.documents.shard_files import ROUTES, IndexedWriter, RouteShape
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
 from megatron_sov.engine.data.routes import replayed_routes
 from megatron_sov.engine.data.token_bytes import token_bytes

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import parse_nested
-from megatron_sov.base.warning import warn
 from megatron_sov.judge.rewards.composed import SECOND
 from megatron_sov.judge.rewards.opinions import Opinions, opinion_of
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ScoringTally, runner
 from megatron_sov.judge.rollouts.rows import UNFINISHED, RewardRow, Rollout, RolloutPart, not_written
-from megatron_sov.work.progress.claims import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, Patience
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, find_input, inputs_of, manifest_sha256, places_of, read_manifest)
-from megatron_sov.base.documents.visible import visible
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.publish.card.run_record import CardRunRecord, flops_per_token, read_run_record
 from megatron_sov.runs.checkpoints import BASE, CHECKPOINTS_OF_A_RUN, KIND, SOURCE, latest, short_name
 from megatron_sov.runs.folder import COMPLETION, CONFIG, EXPORTS, ROUNDS

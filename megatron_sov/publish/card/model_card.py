@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import visible
 from megatron_sov.base.pages.markdown import hub_languages, hub_licence, md, slug, table
 from megatron_sov.publish.card.content import MODALITY, NOT_KNOWN, params, quantity, score, with_basis
 from megatron_sov.publish.card.data_summary import DATA

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, nearest, warn
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.obs.events import EventLog
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import SilentCorruption
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import SilentCorruption, warn
 from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import LanguageModel

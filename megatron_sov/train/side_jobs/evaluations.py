@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write
-from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.engine.data.token_shards import TEXTS, Source
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig

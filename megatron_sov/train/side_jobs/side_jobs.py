@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig, TrainConfig
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINTS_OF_A_RUN, MODEL, latest, step_of

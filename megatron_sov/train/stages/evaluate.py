@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.base.chat.kinds import KIND, KINDS
+from megatron_sov.base.chat.marks import KIND, KINDS
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import PackedRow, heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_bytes import token_bytes

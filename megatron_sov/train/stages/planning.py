@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.model.config import RunConfig
 from megatron_sov.plan.calibration.expected import Machine, expected

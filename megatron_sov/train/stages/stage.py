@@ -16,8 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
-from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
 from megatron_sov.engine.data import over_long
 from megatron_sov.engine.data.columns import refuse_without_columns
 from megatron_sov.engine.data.ledger import LedgerEntry, plan

@@ -113,17 +113,21 @@ def _read() -> dict[str, Chip]:
     """Return the chips of the packaged table."""
     text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    # all spellings lead to one key: the table's own, the maker's, CUDA's
     _aliases.update({_folded(name): key for key, row in rows.items()
                      for name in (key, row["name"], *row["aliases"])})
-    return {key: Chip(
-        name=row["name"], memory_bytes=row["memory_gib"] * GIB, key=key, generation=row["generation"],
-        hbm_bytes_per_s=row["hbm_gbytes_per_s"] * 1e9,
-        **{f"{precision}_flops_per_s": row["tflops"].get(precision, 0) * 1e12 for precision in PRECISIONS},
-        nvlink_bytes_per_s=row["nvlink_gbytes_per_s"] * 1e9, nvlink_domain=row["nvlink_domain"],
-        network_bytes_per_s=row["network_gbits_per_s"] * 1e9 / 8,
-        power_w=row["power_w"], server_power_w=row["server_power_w"], price=Price(**row["price"]),
-        sources={of: source for fields, source in row["sources"].items() for of in fields.split(", ")})
-        for key, row in rows.items()}
+    chips: dict[str, Chip] = {}
+    for key, row in rows.items():
+        rates = {f"{name}_flops_per_s": row["tflops"].get(name, 0) * 1e12 for name in PRECISIONS}
+        chips[key] = Chip(
+            name=row["name"], memory_bytes=row["memory_gib"] * GIB, key=key, generation=row["generation"],
+            hbm_bytes_per_s=row["hbm_gbytes_per_s"] * 1e9, **rates,
+            nvlink_bytes_per_s=row["nvlink_gbytes_per_s"] * 1e9, nvlink_domain=row["nvlink_domain"],
+            # networks are sold in decimal bits, links inside a server in bytes
+            network_bytes_per_s=row["network_gbits_per_s"] * 1e9 / 8,
+            power_w=row["power_w"], server_power_w=row["server_power_w"], price=Price(**row["price"]),
+            sources={of: source for fields, source in row["sources"].items() for of in fields.split(", ")})
+    return chips
 
 
 def _folded(name: str) -> str:

@@ -85,12 +85,12 @@ def states(jobs: list[str]) -> dict[str, str]:
         return {}
     # fails for one job that is long gone
     done = ask("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")
+    # %F is the array's number for each of its tasks: the last task that is listed counts
     found = dict(line.split()[:2] for line in done.stdout.splitlines() if len(line.split()) == 2)
     return {number: state for number, state in found.items() if state in LIVING}
 
 
 def cancel(jobs: list[str]) -> None:
-    """Take jobs back."""
     if jobs:
         ask("scancel", *jobs)
 

@@ -217,16 +217,13 @@ class ClusterProfile:
 
     @property
     def cpus_per_task(self) -> int:
-        """Cores of a rank."""
         return max(1, self.cpus_per_node // self.tasks_per_node)
 
     @property
     def python_program(self) -> str:
-        """Python as a job calls it."""
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule between settings that the profile breaks."""
         return find_broken(
             self, "",
             (self.cpus_per_node >= max(1, self.tasks_per_node), "cpus_per_node",
@@ -247,6 +244,7 @@ def links(profile: ClusterProfile, num_gpus: int) -> Links:
         UserError: the profile does not say which GPUs it has, or what joins them beyond an NVLink domain.
     """
     of = profile.chip
+    # an NVL72 joins several nodes; in others NVLink ends with the server, of which a node may be a part
     in_one = of.nvlink_domain if of.nvlink_domain > LARGEST_SERVER else min(LARGEST_SERVER,
                                                                             profile.gpus_per_node)
     domain = profile.nvlink_domain or in_one
@@ -266,7 +264,6 @@ def shipped(folder: str) -> dict[str, Traversable]:
 
 
 def names() -> list[str]:
-    """Return the names of the profiles that come with the package."""
     return [*shipped("clusters")]
 
 
@@ -282,6 +279,7 @@ def time_limit_s(text: str) -> float:
     if found is None:
         raise UserError(f"time limit {text!r}: must be minutes, H:MM:SS or D-HH:MM:SS; "
                         "set --time, or the profile's time_limit")
+    # seconds of each group of the pattern; those that did not match are None
     units = {"d": 86400, "dh": 3600, "dm": 60, "ds": 1, "h": 3600, "m": 60, "s": 1}
     return sum(int(found[name] or 0) * seconds for name, seconds in units.items()) or math.inf
 
@@ -324,6 +322,7 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     else:
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
                         f"{', '.join(names())}; your own: a path that ends with .yaml)")
+    # rules wait until the command line's account and partition are in
     profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)

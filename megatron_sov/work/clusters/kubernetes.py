@@ -40,7 +40,6 @@ TIMEOUT_S = 60
 
 
 def _form(pattern: str | re.Pattern[str], rule: str, way_out: str = "") -> Bound:
-    """Return the bound of a text that a pattern describes as a whole."""
     right = re.compile(pattern)
 
     def broken(text: str) -> Breach | None:
@@ -151,7 +150,6 @@ class KubernetesProfile:
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks of a pod."""
         return self.gpus_per_node or self.ranks_per_node
 
     def amount(self, resource: str) -> float:
@@ -167,6 +165,7 @@ class KubernetesProfile:
     def holds(self, path: Path, *, written: bool = False) -> bool:
         """Return whether a path lies on a volume, the innermost one, and may be written to if asked."""
         mounts = [v for v in self.volumes if PurePosixPath(path).is_relative_to(v.mount)]
+        # a volume may be mounted inside another one; the pod writes to the inner
         innermost = max(mounts, key=lambda v: len(PurePosixPath(v.mount).parts), default=None)
         return innermost is not None and not (written and innermost.read_only)
 
@@ -177,11 +176,11 @@ class KubernetesProfile:
             parts = parts[:-1] if part == ".." and len(parts) > 1 else [*parts, part]
         if not self.holds(Path(*parts), written=written):
             mounts = ", ".join(v.mount for v in self.volumes) or "none"
-            raise UserError(f"{path}: lies on no volume of the profile{' that may be written to' * written} "
-                            f"(mounts: {mounts}); name it as the pods see it, or add its claim to volumes")
+            which = "volume of the profile that may be written to" if written else "volume of the profile"
+            raise UserError(f"{path}: lies on no {which} (mounts: {mounts}); name it as the pods see it, or "
+                            "add its claim to volumes")
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule between settings that the profile breaks."""
         mounts = [v.mount for v in self.volumes]
         p = [SettingsProblem(ProblemCode.TWICE, f"volumes.{i}.mount", "is mounted twice", mount,
                              "choose another path")
@@ -210,12 +209,10 @@ def _is_secret_of_key(text: str) -> bool:
 
 
 def names() -> list[str]:
-    """Return the names of the profiles of kind k8s that come with the package."""
     return [*cluster.shipped("kubernetes")]
 
 
 def is_kubernetes(name: str) -> bool:
-    """Return whether what --cluster names is a profile of kind k8s."""
     if name.endswith((".yaml", ".yml")):
         return Path(name).is_file() and bool(KIND.search(read_text(Path(name), f"--cluster {name}")))
     return name in names()
@@ -239,6 +236,7 @@ def literal(word: str) -> str:
 
 def variables_of(profile: KubernetesProfile, **more: str) -> list[dict[str, Any]]:
     """Return a container's environment; what a secret holds is named, not written."""
+    # the profile's own variables go last and win
     plain = {"PYTHONSAFEPATH": "1"} | more | profile.environment
     found: list[dict[str, Any]] = [{"name": name, "value": literal(value)} for name, value in plain.items()]
     for name, text in profile.secrets.items():
@@ -310,10 +308,12 @@ def living_jobs(namespace: str, names: Sequence[str]) -> list[str]:
     said = kubectl("get", "jobs", *names, "--namespace", namespace, "--ignore-not-found", "--output", "json"
                    ) if names else ""
     found = json.loads(said or '{"items": []}')
-    ends = {job["metadata"]["name"]: {c["type"] for c in job.get("status", {}).get("conditions", ())
-                                      if c["status"] == "True"}
-            for job in found.get("items", [found])}  # of a single name it prints the Job alone
+    ends: dict[str, set[str]] = {}
+    for job in found.get("items", [found]):  # of a single name it prints the Job alone
+        conditions = job.get("status", {}).get("conditions", ())
+        ends[job["metadata"]["name"]] = {c["type"] for c in conditions if c["status"] == "True"}
     living = [name for name in names if name in ends and not ends[name] & {"Complete", "Failed"}]
+    # one that is not there was deleted, which counts as failed: the next waits for it in vain
     failed = [i for i, name in enumerate(names) if "Failed" in ends.get(name, {"Failed"})]
     if failed and (behind := [name for name in living if name in names[failed[0]:]]):
         delete_jobs(namespace, behind)
@@ -321,6 +321,5 @@ def living_jobs(namespace: str, names: Sequence[str]) -> list[str]:
 
 
 def delete_jobs(namespace: str, names: Sequence[str]) -> None:
-    """Delete Jobs with their pods."""
     if names:
         kubectl("delete", "jobs", *names, "--namespace", namespace, "--ignore-not-found", "--wait=false")

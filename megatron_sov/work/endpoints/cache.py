@@ -31,9 +31,7 @@ class Usage:
     """What a request was billed for."""
 
     input_tokens: int
-    """Tokens that were read."""
     output_tokens: int
-    """Tokens that were written."""
     cost: float
     """In the currency of the prices."""
 
@@ -48,9 +46,12 @@ class EndpointCache:
 
     def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
         self._path, self._lock = path, threading.Lock()
+        # opened as caches of their own, so that files of earlier versions are read too
         self._others = [EndpointCache(other) for other in others if other.exists()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # autocommit, one connection for all threads: `_lock` orders them, SQLite's own lock orders
+            # processes
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
@@ -62,12 +63,11 @@ class EndpointCache:
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:
-        """Return the hash of what is asked, and where."""
+        # sorted: equal requests have one key in any order of their fields
         text = json.dumps([url, payload], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
-        """Return a kept answer; None where there is none."""
         found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
         if found:
             try:
@@ -88,7 +88,8 @@ class EndpointCache:
             answer: what is kept; None: it is no answer.
         """
         request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
-        with self._told(), self._lock, self._connection:
+        with self._refuse_errors(), self._lock, self._connection:
+            # the write lock at once: two processes that both begin by reading would deadlock
             self._connection.execute("BEGIN IMMEDIATE")
             if answer is not None:
                 self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)",
@@ -108,39 +109,34 @@ class EndpointCache:
                             "copy, or delete it: then its answers are asked, and paid, again") from None
 
     def note_model(self, name: str, number: int, answer: Any) -> None:
-        """Note what `model` returns."""
         self._do("INSERT OR REPLACE INTO models VALUES (?, ?, ?)", (name, number, json.dumps(answer)))
 
     def keys(self) -> set[str]:
-        """Return what is kept."""
         return {row[0] for row in self._do("SELECT key FROM answers", ())}
 
     def cost(self) -> float:
-        """Return what all requests on record have cost."""
         return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
 
     def usage(self) -> Usage:
-        """Return what all requests on record were billed for."""
         return Usage(*self._do("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
                                "coalesce(sum(cost), 0.0) FROM requests", ())[0])
 
     def num_requests(self) -> int:
-        """Return how many requests are on record."""
         return int(self._do("SELECT count(*) FROM requests", ())[0][0])
 
     def close(self) -> None:
-        """Close the files."""
         for cache in (self, *self._others):
             cache._connection.close()
 
     def take_over(self, other: Path) -> None:
         """Move all that another file holds into this one, in one step, and remove the file."""
-        with self._told(), self._lock:
+        with self._refuse_errors(), self._lock:
             EndpointCache(other).close()  # brings it to this version's form
             self._connection.execute("ATTACH ? AS other", (str(other),))
             try:
                 with self._connection:
                     self._connection.execute("BEGIN IMMEDIATE")
+                    # an answer that is here already was used; the other file's would contradict it
                     self._connection.execute("INSERT OR IGNORE INTO answers SELECT * FROM other.answers")
                     self._connection.execute(f"INSERT INTO requests ({_COLUMNS}) SELECT {_COLUMNS} "
                                              "FROM other.requests")
@@ -149,15 +145,15 @@ class EndpointCache:
                         self._connection.execute(f"DELETE FROM other.{table}")
             finally:
                 self._connection.execute("DETACH other")
+        # after the commit: a kill before it leaves an empty file, which is taken over again without harm
         other.unlink()
 
     def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
-        with self._told(), self._lock:
+        with self._refuse_errors(), self._lock:
             return self._connection.execute(statement, values).fetchall()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Tell a user what SQLite complains about."""
+    def _refuse_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as e:

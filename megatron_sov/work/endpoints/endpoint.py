@@ -14,10 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints.answers import (
-    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, decoded, reason_of, seconds,
-    told_tokens, why_never)
+    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition, decoded, reason_of,
+    seconds, told_tokens, why_never)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
-from megatron_sov.work.endpoints.recognition import Recognition
 from megatron_sov.work.endpoints.transport import Transport
 
 T = TypeVar("T")
@@ -115,7 +114,6 @@ class Endpoint:
         self._names: set[str] = set()
 
     def key(self, payload: Mapping[str, Any]) -> str:
-        """Return the hash that an answer is kept by."""
         number = self.recognise()
         return self._cache.key(f"{self._known_as}#{number}" if number else self._known_as, payload)
 
@@ -128,6 +126,7 @@ class Endpoint:
         """
         if self._recognition is None:
             return 0
+        # one thread asks the fixed questions, the others wait for what it finds
         with self._recognising:
             if self._number < 0:
                 self._number = self._recognised(self._recognition)
@@ -138,7 +137,7 @@ class Endpoint:
         number, kept = self._cache.model(name) or (0, None)
         try:
             answers, doubt = recognition.compared(
-                kept, lambda question: self._asked(question, "", lambda found: found), self._url)
+                kept, lambda question: self._ask_until_answered(question, "", lambda found: found), self._url)
         except (BadAnswer, TimeoutError) as e:
             if kept is not None:
                 self._told(f"{self._url}: {e}, so it is not known whether its model is still the one whose "
@@ -172,12 +171,14 @@ class Endpoint:
             if kept is not None:
                 with contextlib.suppress(BadAnswer):  # kept by other code
                     return read(kept)
-            return self._asked(payload, key, read)
+            return self._ask_until_answered(payload, key, read)
 
     @contextlib.contextmanager
     def _alone(self, key: str) -> Iterator[None]:
         """Let one thread at a time ask a question: the others find its answer."""
         with self._lock:
+            # a lock for each question that is under way, dropped with the last who waits: the table does not
+            # grow
             lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
             self._asking[key] = lock, num_waiting + 1
         try:
@@ -189,7 +190,7 @@ class Endpoint:
                 if num_waiting > 1:
                     self._asking[key] = lock, num_waiting - 1
 
-    def _asked(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
+    def _ask_until_answered(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
         limits, began_s, attempt = self._limits, time.monotonic(), 0
         while True:
             attempt += 1
@@ -200,6 +201,7 @@ class Endpoint:
                 raise
             except (TimeoutError, BadAnswer) as e:
                 is_away = getattr(e, "is_away", False)
+                # an endpoint that is full answers later; since when counts from its last answer to anybody
                 if attempt >= limits.max_attempts:
                     waited_s = time.monotonic() - max(began_s, self.answered_s)
                     if not is_away or not limits.patience_s:
@@ -208,6 +210,7 @@ class Endpoint:
                         raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                 if is_away:
                     self._tell(str(e))
+                # jitter, so that threads that failed together do not come back together
                 wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)
                 self._sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
             else:
@@ -246,6 +249,7 @@ class Endpoint:
             return
         with self._lock:
             now_s = time.monotonic()
+            # the turn is taken under the lock, the waiting is done outside of it
             turn_s = max(self._next_s, now_s)
             self._next_s = turn_s + 60 / limits.requests_per_minute
         self._sleep(turn_s - now_s)
@@ -254,6 +258,7 @@ class Endpoint:
         """Return what `read` makes of one request's answer.  The answer and what it was billed come to the
         disk together: a kill leaves both or none."""
         most = self._most(payload)
+        # before the request leaves: a budget is reserved for the worst case, and corrected in `leave`
         self._gate.enter(most)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:

@@ -15,7 +15,39 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import BadAnswer
+
+
+def is_address(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
+    """Return what is wrong with an address up to `/v1`; it is not quoted, for it may hold a key.
+
+    Args:
+        field: that holds it.
+        text: as it was written.
+        key_field: that names the variable of the key.
+    """
+    p = []
+    try:
+        parts = urlsplit(text)
+        is_sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that are not closed, a port that is none
+        # the checks below read the parts of an address, also where there is none
+        parts, is_sound = urlsplit(""), False
+    if not is_sound:
+        p.append("must be an address such as http://localhost:8000/v1")
+    if parts.path.rstrip("/").endswith("/completions"):
+        p.append("must end before /chat/completions, which is added to it, such as "
+                 "http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query:
+        p.append("holds a key or a query, which would come into files; put the key into the "
+                 f"environment and name its variable with {key_field}")
+    return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in p]
+
 
 _PIECE_BYTES = 1 << 16
 """Between two looks at the clock while a request is sent."""
@@ -44,6 +76,7 @@ def bound_streams(client: Any, deadline: Deadline) -> None:
     # httpx gives no other way to its connections; `test_endpoint.py` sees whether it still does
     for transport in filter(None, (client._transport, *client._mounts.values())):
         pool = transport._pool
+        # every socket operation asks the deadline of its thread
         pool._network_backend = _bounded_backend(pool._network_backend, deadline)
 
 
@@ -60,6 +93,7 @@ def _bounded_backend(inner: Any, deadline: Deadline) -> Any:
             return self._inner.read(max_bytes, _left(deadline, timeout, httpcore.ReadTimeout))
 
         def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            # in pieces: one large write to a slow reader would pass the deadline in a single call
             for start in range(0, len(buffer), _PIECE_BYTES):
                 left_s = _left(deadline, timeout, httpcore.WriteTimeout)
                 self._inner.write(buffer[start:start + _PIECE_BYTES], left_s)
@@ -99,11 +133,9 @@ class Answered:
     """What came back."""
 
     status: int
-    """Of HTTP."""
     headers: Mapping[str, str]
     """Names in small letters."""
     body: bytes
-    """All of it."""
 
 
 def missing_libraries() -> list[str]:
@@ -142,6 +174,7 @@ class Transport:
         import openai
 
         secret = self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
+        # no compression: a limit of bytes would count packed ones, and little unpacks to much
         headers: dict[str, Any] = {"Accept-Encoding": "identity",
                                    "Authorization": f"Bearer {secret}" if secret else openai.Omit()}
         try:
@@ -191,7 +224,6 @@ def _bound(response: Any) -> None:
 
 
 def _unbounded() -> Any:
-    """Return the class of errors for answers beyond a limit."""
     import httpx
 
     return httpx.DecodingError

@@ -51,6 +51,7 @@ class BackgroundProcess:
         with open(log, "wb") as out:
             out.write(f"{shlex.join(command)}\n".encode())
             out.flush()
+            # through this module: a preexec_fn is not safe in a process that has threads
             self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
                                              stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                              env=humble_environment())
@@ -73,7 +74,6 @@ class BackgroundProcess:
                 else f"its process ended with {self._process.returncode}")
 
     def kill(self) -> None:
-        """End it and wait for its end."""
         self._process.kill()
         self._process.wait()
 

@@ -12,6 +12,7 @@ _LENGTH = struct.Struct("<Q")
 
 def send(channel: socket.socket, message: Any) -> None:
     """Send a message; raises OSError where the other side has gone."""
+    # surrogatepass: names of files may hold bytes that are no UTF-8
     data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     channel.sendall(_LENGTH.pack(len(data)) + data)
 
@@ -37,6 +38,7 @@ def receive(channel: socket.socket, most_bytes: int | None = None) -> Any:
 def _read(channel: socket.socket, num_bytes: int) -> bytes:
     parts = []
     while num_bytes:
+        # a length that the other side made up reserves no memory: parts come as they are sent
         part = channel.recv(min(num_bytes, 1 << 20))
         if not part:
             raise EOFError

@@ -26,9 +26,7 @@ class ProcessTree:
     """A command that runs, with its pipes."""
 
     stdin: IO[bytes]
-    """What it reads."""
     stdout: IO[bytes]
-    """What it writes."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Start it.
@@ -53,7 +51,6 @@ class ProcessTree:
         self.stdin, self.stdout = self._keeper.stdin, self._keeper.stdout
 
     def end(self) -> None:
-        """End all of its processes."""
         os.close(self._wanted)
         self._keeper.wait()
         self.stdout.close()
@@ -65,6 +62,7 @@ def _be_kept(until: int) -> None:
     """Go on as the command, in a child of a keeper that this process becomes."""
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     keeper = os.getpid()
+    # this process becomes the keeper, its child the command: orphans of the command come to the keeper
     pid = os.fork()
     if pid:
         _keep(pid, until)
@@ -80,12 +78,14 @@ def _keep(pid: int, until: int) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries them
         ended = os.pidfd_open(pid)
         # the command's pipes have to end with the command, and `until` with who wanted it
+        # every file but the two: an open end of a pipe here would keep readers waiting for ever
         for below, above in pairwise((-1, *sorted((until, ended)), os.sysconf("SC_OPEN_MAX"))):
             os.closerange(below + 1, above)
         watched = select.poll()
         for fd in (until, ended):
             watched.register(fd, select.POLLIN)
         watched.poll()
+        # until none is left: a child that is killed hands its own children to the keeper
         while pids := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             for child in pids:
                 with contextlib.suppress(ProcessLookupError):

@@ -35,6 +35,8 @@ class Watch:
     def __init__(self, root_pid: int, *, forks: bool = False) -> None:
         self._root, self._forks = root_pid, forks
         self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # it may vanish from view
+        # what all forks share with the server is no program's; counted once for each, it would exceed any
+        # limit
         self._base_bytes = self._resident_bytes(root_pid) if forks else 0
 
     def follow_child(self) -> None:
@@ -43,13 +45,13 @@ class Watch:
         self._base_bytes = self._resident_bytes(self._root)
 
     def close(self) -> None:
-        """Give back what it holds."""
         os.close(self._proc)
 
     def totals(self) -> ProcessTotals:
         """Return the sums over all processes that are there now."""
         found = ProcessTotals()
         waiting = self._children(self._root)[0] if self._forks else [self._root]
+        # a process that moves to another parent during the walk would be counted twice
         seen: set[int] = set()
         while waiting:
             pid = waiting.pop()
@@ -61,6 +63,7 @@ class Watch:
                 fields = self._fields(f"{pid}/stat")
                 found.runnable = found.runnable or fields[0] == "R" or any(
                     self._runs(pid, thread) for thread in threads[1:])
+                # utime, stime, and those of its children that have ended and were waited for
                 found.cpu_s += sum(map(int, fields[11:15])) / _TICKS_PER_S
                 found.memory_bytes += max(0, self._resident_bytes(pid) - self._base_bytes)
             except (OSError, ValueError, IndexError):  # it has just ended
@@ -130,7 +133,6 @@ class OwnTime:
         self.begin()
 
     def begin(self) -> None:
-        """Count from now on, of a program that begins."""
         self._began_s = self._looked_s = time.monotonic()
         self._looker_s = time.thread_time()
         self.starved_s = 0.0
@@ -141,17 +143,19 @@ class OwnTime:
         return self._looked_s + self._every_s
 
     def own_s(self, now_s: float) -> float:
-        """Return the program's own seconds up to now."""
         return now_s - self._began_s - self.starved_s
 
     def look(self, now_s: float) -> ProcessTotals:
         """Add what has passed since the last look; return what the program takes now."""
         totals, looker_s = self._totals(), time.thread_time()
         since_s, ran_s = now_s - self._looked_s, max(0.0, totals.cpu_s - self.cpu_s)
+        # who looks too late was itself without a processor; its own work since then is not that
         late_s = since_s - self._every_s - (looker_s - self._looker_s)
         if totals.runnable:  # of the time since the last look, all in which none of them ran
             late_s = since_s
+        # never more than the time in which the program did not run
         self.starved_s += max(0.0, min(late_s, since_s - ran_s))
         self._looked_s, self._looker_s = now_s, looker_s
+        # the sum falls when a child has ended that nobody waited for
         self.cpu_s = max(self.cpu_s, totals.cpu_s)
         return totals

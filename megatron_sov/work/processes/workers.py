@@ -43,6 +43,7 @@ class _Fork(Child):
                  may_start_processes: bool) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
+            # forked by a server without threads: a fork of this process could inherit a held lock
             process = multiprocessing.get_context("forkserver").Process(
                 target=_begin, args=(theirs, make, arguments), daemon=not may_start_processes)
             process.start()
@@ -114,6 +115,7 @@ class Workers:
         self._name, self._make, self._arguments, self._num = name, make, arguments, num
         self._most_bytes, self._may_start_processes = most_bytes, may_start_processes
         self._workers: list[_Fork] = []
+        # one server for all: modules are added before it starts, later ones are imported by each fork
         _PRELOADED.update(dict.fromkeys([__name__, make.__module__, *modules]))
         multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED])
 
@@ -131,6 +133,7 @@ class Workers:
             while waiting or any(worker.keys for worker in self._workers):
                 self._hand_out(waiting, limit_s)
                 busy = [worker for worker in self._workers if worker.keys or not worker.is_ready]
+                # sleep until a message comes or a process has to be looked at
                 left_s = min(worker.look_at_s for worker in busy) - time.monotonic()
                 came = connection.wait([worker.channel for worker in busy], max(left_s, 0.0))
                 for worker in busy:
@@ -138,6 +141,7 @@ class Workers:
                         for answer in self._taken(worker, worker.channel in came):
                             yield worker.keys.pop(), answer
         finally:
+            # one with a request under way would send its answer to the next caller
             for worker in [worker for worker in self._workers if worker.keys]:
                 self._end(worker)
 
@@ -165,6 +169,7 @@ class Workers:
                 if kind == "problem":
                     self._end(worker)
                     raise UserError(value)
+                # "ready" or "again": its time begins from now
                 worker.is_ready = True
                 worker.begin_again()
                 return []
@@ -188,7 +193,6 @@ class Workers:
         worker.end()
 
     def end(self) -> None:
-        """End them."""
         for worker in [*self._workers]:
             self._end(worker)
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import Journal, open_journal
+from megatron_sov.work.progress.journal import Journal, open_journal, work_folder
 
 Work = TypeVar("Work")
 Numbered = Iterable[tuple[int, Work]]
@@ -25,7 +24,6 @@ class Job(Generic[Work]):
     made_by: str
     """The command, as it is typed."""
     output: Path
-    """What is made."""
     identity: Mapping[str, Any]
     """JSON values that records depend on."""
     items: Iterable[Work]
@@ -47,6 +45,7 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
         UserError: another process works on it, other work on the output is unfinished, or as its parts do.
     """
     with open_journal(job.output, job.made_by, job.identity, redo=redo) as journal:
+        # records are in the order of items, so that one walk serves all that are done
         before = journal.records()
         under_way: deque[Work] = deque()
 
@@ -56,10 +55,12 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
                     job.known(item, next(before)[1])
                     job.done(item)
                 else:
+                    # `do` yields in order: the oldest that was given is the next that comes back
                     under_way.append(item)
                     yield number, item
 
         for number, record in job.do(open_items()):
+            # on record before it is reported as done
             journal.add([(number, record)])
             job.done(under_way.popleft())
         job.sink(journal)

@@ -20,11 +20,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, new_file, to_json
-from megatron_sov.base.documents.strict_json import changed_values
+from megatron_sov.base.artifacts import atomic_write, delete_folder, disk_errors, new_file, to_json
+from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.work.progress.folders import work_folder
 from megatron_sov.work.progress.locks import LOCK, holding
+
+
+def work_folder(output: Path) -> Path:
+    """Return the folder that keeps what is done of an output until that is there."""
+    return output.with_name(f".{output.name}.work")
+
+
+def slurm_folder(output: Path) -> Path:
+    """Return the folder with the logs of Slurm's jobs on an output, which outlive the work."""
+    return output.with_name(f".{output.name}.slurm")
+
+
+def delete_work(output: Path) -> None:
+    """Delete the work on an output that is there: first its name, so that a kill on the way leaves no torn
+    part that a later command would trust."""
+    # what `new_artifact` clears away after a kill
+    delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
+
 
 JOB, RECORDS = "job.json", "records"
 PARTS = "[0-9a-f][0-9a-f]/*"
@@ -56,7 +73,6 @@ class Journal:
                 off.
         """
         self.folder = folder
-        """Where it lies."""
         self.done: set[Item] = set()
         """Items with a record."""
         own = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
@@ -65,6 +81,7 @@ class Journal:
             for item, _, end in _records(file):
                 self.done.add(item)
                 size_bytes = end if file == own else size_bytes
+        # what a kill left after the last whole record is cut off, or all later ones could not be read
         self._file = open(own, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
         self._synced_s = time.monotonic()
@@ -77,9 +94,11 @@ class Journal:
         """
         with disk_errors(self.folder):
             for item, payload in records:
+                # length and checksum first: a reader knows a torn record without a rule for its content
                 header = json.dumps([item, len(payload), zlib.crc32(payload)])
                 self._file.write(b"%s\n%s\n" % (header.encode(), payload))
                 self.done.add(item)
+            # out of this process, so that a kill loses nothing; the disk itself is asked once a second
             self._file.flush()
             if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # each costs as much as many records
                 os.fsync(self._file.fileno())
@@ -142,7 +161,8 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
     folder = work_folder(output)
     now = json.loads(to_json(dict(identity)))  # as the file has it: a tuple is a list there
     with holding(folder, output):
-        _, before = _told(folder)
+        _, before = _read_job_file(folder)
+        # records of other settings must not be mixed with new ones
         if before != now and not redo and (changed := _differing_work(folder, before, now)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
@@ -158,7 +178,7 @@ def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = 
             raise
 
 
-def _told(folder: Path) -> tuple[str, dict[str, Any] | None]:
+def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
     """Return the command and what the records of a folder depend on; None behind a kill before anything was
     done, and in a folder of an earlier version."""
     try:
@@ -177,7 +197,6 @@ def _differing_work(folder: Path, before: dict[str, Any] | None, now: dict[str, 
 
 
 def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
-    """Empty a folder for a job."""
     with disk_errors(folder):
         _empty(folder)
         atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
@@ -194,7 +213,6 @@ def _empty(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, as far as the disk lets it."""
     with contextlib.suppress(OSError):
         _empty(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -203,7 +221,7 @@ def _delete(folder: Path) -> None:
 def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items of an output that have records for this identity; changes nothing."""
     folder = work_folder(output)
-    _, before = _told(folder)
+    _, before = _read_job_file(folder)
     return items_on_record(folder) if before == json.loads(to_json(dict(identity))) else set()
 
 
@@ -215,6 +233,7 @@ def items_on_record(folder: Path) -> set[Item]:
 def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
     """Yield the records of a journal by item, whoever has added them in whatever order; one at a time is in
     memory."""
+    # places and not records: the output of a job may be larger than memory
     places: list[tuple[Any, int, int]] = []
     files = _files(folder)
     for number, file in enumerate(files):
@@ -241,7 +260,7 @@ def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, b
 def read_job(folder: Path) -> dict[str, Any]:
     """Return made_by, identity and num_done (items with a record) of a folder of unfinished work, as far as
     it tells."""
-    made_by, identity = _told(folder)
+    made_by, identity = _read_job_file(folder)
     return {"made_by": made_by, "identity": identity or {},
             "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
             + sum(read_job(inside)["num_done"] for inside in folder.glob(".*.work"))}
@@ -294,5 +313,6 @@ def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
         payload = f.read(size_bytes + 1)
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None
+    # the line feed is written last
     whole = len(payload) == size_bytes + 1 and payload.endswith(b"\n")
     return (item, payload[:-1]) if whole and zlib.crc32(payload[:-1]) == checksum else None

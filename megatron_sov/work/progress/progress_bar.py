@@ -1,4 +1,6 @@
-"""The progress bar of a training loop: a bar on a terminal, an occasional plain line in a log file."""
+"""Progress bars: of a training loop (a bar on a terminal, an occasional plain line in a log file), and of
+work of many equal parts (on a terminal alone: a log file would fill with it).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,24 @@ import time
 from typing import Never, TextIO
 
 from tqdm import tqdm
+
+BEGINS_AFTER_S = 2.0
+"""What takes a moment only shows none."""
+
+
+def work_bar(title: str, total: int, unit: str, shows: bool = True) -> tqdm[Never]:
+    """Return a bar, to be used as a context; `update(n)` says that n more parts are done.
+
+    Args:
+        title: what is going on, one word.
+        total: parts.
+        unit: what a part is; large numbers are shortened.
+        shows: False on processes that leave it to another one.
+    """
+    # disable=None: tqdm shows itself on a terminal and nowhere else
+    return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=BEGINS_AFTER_S,
+                disable=None if shows else True)
+
 
 LINE_EVERY_S = 10.0
 """Seconds between plain lines at least; a log file is read by people, and steps may take milliseconds."""

@@ -37,6 +37,7 @@ def be_as_programs() -> None:
     """Set, in the server, what its forks have from it: signals, environment, mode of new files, streams."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    # a fixed environment and hash seed: a program gives the same on every machine, and sees no key
     os.environ.clear()
     os.environ.update({"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "program",
                        "LOGNAME": "program", "PYTHONHASHSEED": "0"})
@@ -50,7 +51,7 @@ def _take_streams() -> None:
     """Make the three streams; each looks at its file once, which therefore is a pipe meanwhile."""
     ends, own = os.pipe(), [os.dup(fd) for fd in range(3)]
     for fd in range(3):
-        os.dup2(ends[fd > 0], fd)
+        os.dup2(ends[0] if fd == 0 else ends[1], fd)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w")), encoding="utf-8",
@@ -71,11 +72,13 @@ def become_program(enclosure: Enclosure, ends: Sequence[int]) -> NoReturn:
             to be: the worker's job, with its folder and limits.
     """
     try:
+        # a group of its own, by which all of its processes can be killed at once
         os.setsid()
         _take_files(ends)
         with open(_JOB, "rb", buffering=0) as given:
             request = json.loads(given.readall())
         folder, limits = request["folder"], Limits(**request["limits"])
+        # enter first: making the folder needs privileges; lock last: it forbids what the steps before need
         enclosure.enter(folder, limits)
         os.chdir(folder)
         name = SOURCE_NAME + (".py" if request["command"] is None else "")
@@ -86,6 +89,7 @@ def become_program(enclosure: Enclosure, ends: Sequence[int]) -> NoReturn:
         os.environ["HOME"] = os.environ["TMPDIR"] = folder
         _limit(limits)
         enclosure.lock(folder, limits)
+        # from here on the clock of the program runs
         os.write(_TOLD, READY)
         os.close(_TOLD)
     except BaseException as e:
@@ -102,6 +106,7 @@ def _take_files(ends: Sequence[int]) -> None:
     high = [os.dup2(fd, 100 + i) for i, fd in enumerate(ends)]  # none of them lies where another goes
     for i, fd in enumerate(high):
         os.dup2(fd, i, inheritable=i < _TOLD)
+    # no file of the template is left open for the program
     sc.close_above(NUM_FILES)
 
 
@@ -135,6 +140,7 @@ def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
     """Run a source as the main module of this interpreter, as `python program.py` would."""
     sys.argv = [os.path.basename(path), *arguments]
     sys.path[0:0] = [os.path.dirname(path)]
+    # a fresh module: the program sees no name of ours
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = main
@@ -176,6 +182,7 @@ def _guarded(run: Any) -> int:
     except BaseException as e:
         with contextlib.suppress(BaseException):
             trace = before = e.__traceback__
+            # our own frames are taken out of the trace, at its begin and where `open` is replaced
             while trace and trace.tb_frame.f_code.co_filename in (__file__, _guarded.__code__.co_filename):
                 trace = before = trace.tb_next
             while before and before.tb_next:

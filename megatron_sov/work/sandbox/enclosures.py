@@ -11,10 +11,12 @@ program stay in one process group, which they cannot leave, so that one signal e
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
 import socket
+import stat
 import tempfile
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +24,100 @@ from typing import Protocol
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.processes.watch import Watch
 from megatron_sov.work.sandbox import restrictions, system_calls as sc
-from megatron_sov.work.sandbox.folders import MAX_ENTRIES, remove, size_bytes
 from megatron_sov.work.sandbox.program import Limits
+
+MAX_ENTRIES = 10_000
+"""Files and folders that are counted."""
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LONG_PATH = 700
+"""Characters, behind which a path begins anew: the kernel takes none of more than 4,095 bytes."""
+_VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def size_bytes(folder: str) -> tuple[int, int]:
+    """Return how many bytes and entries lie in a folder, however deep, counted up to `MAX_ENTRIES`: so many
+    where a part of it cannot be looked at, in which anything may lie."""
+    total = entries = 0
+    # paths are opened from file descriptors and never through links: the program may change the tree
+    # meanwhile
+    begins = [os.open(folder, _FOLDER)]
+    waiting = [(begins[0], ".")]
+    try:
+        while waiting and entries < MAX_ENTRIES:
+            begin, path = waiting.pop()
+            try:
+                fd = os.open(path, _FOLDER, dir_fd=begin)
+            except OSError as e:
+                if e.errno in _VANISHED:
+                    continue
+                return total, MAX_ENTRIES
+            try:
+                held, num_held, inner = _level(fd)
+                if len(path) > _LONG_PATH:
+                    begin, path = os.dup(fd), "."
+                    begins.append(begin)
+            finally:
+                os.close(fd)
+            total, entries = total + held, entries + num_held
+            waiting += [(begin, f"{path}/{name}") for name in inner]
+    except OSError:  # too many of them are open
+        return total, MAX_ENTRIES
+    finally:
+        for fd in begins:
+            os.close(fd)
+    return total, entries
+
+
+def _level(folder: int) -> tuple[int, int, list[str]]:
+    """Return the bytes of an open folder's files, the number of its entries, and the folders among them."""
+    total = entries = 0
+    inner = []
+    with os.scandir(folder) as found:
+        for entry in found:
+            entries += 1
+            if entry.is_dir(follow_symlinks=False):
+                inner.append(entry.name)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    # blocks and not the length: a file with holes takes no room
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+            if entries >= MAX_ENTRIES:
+                break
+    return total, entries, inner
+
+
+def remove(folder: str) -> None:
+    """Remove a folder, however deep it is: what lies below is brought to the top first, so that no path
+    becomes too long and nothing calls itself."""
+    next_name = 0
+    # each round takes one level away, so that depth costs rounds and no stack
+    while inner := [entry for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]:
+        for entry in inner:
+            for below in _entries(entry.path):
+                if below.is_dir(follow_symlinks=False):
+                    _make_writable(below.path)  # else it cannot be moved
+                    while os.path.lexists(f"{folder}/{next_name}"):
+                        next_name += 1
+                    os.rename(below.path, f"{folder}/{next_name}")
+                else:
+                    os.unlink(below.path)
+            os.rmdir(entry.path)
+    for entry in _entries(folder):
+        os.unlink(entry.path)
+    os.rmdir(folder)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    _make_writable(folder)
+    with os.scandir(folder) as found:
+        return list(found)
+
+
+def _make_writable(folder: str) -> None:
+    """Let the owner list and change a folder, which programs may have made without; none runs any more."""
+    if os.lstat(folder).st_mode & stat.S_IRWXU != stat.S_IRWXU:
+        os.chmod(folder, stat.S_IRWXU)
+
 
 FIRST_UID, NUM_UIDS = 61184, 4336
 """systemd's range for users that exist for a moment; root's sandboxes take one of them each."""
@@ -109,6 +203,7 @@ class Landlocked(Enclosure):
         self._readable = restrictions.readable_paths(more_readable)
         # without Landlock's scope of signals each process has a filter of its own
         self._filter = self._filter_of(0) if self._abi >= restrictions.SIGNAL_SCOPE_ABI else None
+        # a user that nobody else has: the kernel's count of processes is then this sandbox's alone
         self._uid = _free_uid()
         sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
         self.watch = Watch(os.getpid(), forks=True)
@@ -117,20 +212,17 @@ class Landlocked(Enclosure):
         self._tasks_of_user = 0
 
     def prepare(self) -> str:
-        """Return the folder that a program will have."""
         self._folder = tempfile.mkdtemp(prefix="program-", dir=self._parent)
         if self._uid is not None:
             os.chmod(self._folder, 0o777)  # of all who could find it, Landlock lets this program in
         return self._folder
 
     def fork(self) -> int:
-        """As os.fork()."""
         if self._uid is None:
             self._tasks_of_user = _count_tasks(os.geteuid())
         return os.fork()
 
     def enter(self, folder: str, limits: Limits) -> None:
-        """Take this process's privileges."""
         if self._uid is None:
             sc.set_capabilities(0)  # root of a container that has no other user
         else:
@@ -138,7 +230,6 @@ class Landlocked(Enclosure):
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
 
     def lock(self, folder: str, limits: Limits) -> None:
-        """Restrict what this process may read, write and call."""
         # the kernel counts all processes of a user; root's programs have users of their own
         restrictions.limit(resource.RLIMIT_NPROC, self._tasks_of_user + limits.processes)
         restrictions.restrict_files(self._abi, self._readable, [folder, *restrictions.devices()])
@@ -149,24 +240,20 @@ class Landlocked(Enclosure):
         return restrictions.prepare_filter(namespaces=False, signal_scope=scope, own_pid=pid)
 
     def kill(self, pid: int) -> None:
-        """End a program with all of its processes."""
         with contextlib.suppress(ProcessLookupError):  # it has not made its group yet, or is gone
             os.killpg(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
     def clean(self) -> None:
-        """Remove a program's folder."""
         if self._folder:
             remove(self._folder)
             self._folder = ""
 
     def close(self) -> None:
-        """Remove what programs' folders were made in."""
         remove(self._parent)
 
     def overfull(self, limits: Limits) -> str:
-        """Return why a program's files are too large; empty: they are not."""
         total, entries = size_bytes(self._folder)
         if entries >= MAX_ENTRIES:
             return f"made {MAX_ENTRIES:,} files or more, or a folder that cannot be listed"
@@ -176,6 +263,7 @@ class Landlocked(Enclosure):
 
 def _free_uid() -> int | None:
     """Return a user that root may become and that nobody is; None: this process is not root, or cannot."""
+    # by the process number, so that sandboxes at one time hardly ever share a user
     uid = FIRST_UID + os.getpid() % NUM_UIDS
     maps = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     known = any(first <= uid < first + count for first, _, count in maps)
@@ -187,6 +275,7 @@ def _become(uid: int) -> None:
     may lie in a folder that none but root enters. What may be read and written is Landlock's to say."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
+    # capabilities would vanish with root; one is needed for the last step, then none
     sc.prctl(sc.PR_SET_KEEPCAPS, 1)
     os.setresuid(uid, uid, uid)
     sc.set_capabilities(1 << sc.CAP_SETUID)
@@ -195,7 +284,6 @@ def _become(uid: int) -> None:
 
 
 def _count_tasks(uid: int) -> int:
-    """Return how many processes and threads a user has."""
     total = 0
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
@@ -237,9 +325,11 @@ class Namespaces(Enclosure):
             raise EnclosureUnavailable(reason)
         readable = restrictions.readable_paths(more_readable)
         try:
+            # all at once: the user namespace gives the rights to make the others
             sc.unshare(_KINDS)
         except OSError as e:
             raise EnclosureUnavailable(f"namespaces are not allowed ({e.strerror or e})") from None
+        # a map of more than one user has to be written from outside of the namespace
         send(channel, {"map": os.getpid()})
         if error := receive(channel)["error"]:
             raise EnclosureUnavailable(f"users cannot be mapped ({error})")
@@ -256,7 +346,6 @@ class Namespaces(Enclosure):
         """Programs have a user that the server has not."""
 
     def prepare(self) -> str:
-        """Return the folder, which each program has of its own."""
         return PRIVATE
 
     def fork(self) -> int:
@@ -272,6 +361,7 @@ class Namespaces(Enclosure):
 
     def enter(self, folder: str, limits: Limits) -> None:
         """Give this process its private folder, and take its privileges."""
+        # a mount namespace of its own, so that the tmpfs goes with the program
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("tmpfs", folder, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
                  f"size={limits.file_bytes},nr_inodes={_MAX_INODES},mode=700,uid={UID},gid={UID}")
@@ -291,7 +381,6 @@ class Namespaces(Enclosure):
         restrictions.install_filter(self._filter)
 
     def kill(self, pid: int) -> None:
-        """End a program with all of its processes."""
         os.kill(pid, signal.SIGKILL)
 
 
@@ -312,12 +401,14 @@ def _become_first_process() -> int:
 
 def _build_view(readable: list[str]) -> None:
     """Make a file tree of what may be read the root of this mount namespace."""
+    # private first: mounts made here must not show up in the machine's own tree
     sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
     root = _MOUNT_POINT
     sc.mount("tmpfs", root, "tmpfs", sc.MS_NOSUID, "size=1m,mode=755")
     for path in [*readable, *filter(os.path.exists, restrictions.DEVICES)]:
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
+        # links are made again as links: /bin leads to /usr/bin in the view too
         if os.path.islink(path):
             os.symlink(os.readlink(path), target)
             continue
@@ -328,5 +419,6 @@ def _build_view(readable: list[str]) -> None:
         sc.mount(path, target, None, sc.MS_BIND | sc.MS_REC)
     os.makedirs(f"{root}{PRIVATE}", exist_ok=True)
     os.symlink(PRIVATE, f"{root}/dev/shm")  # where the C library keeps named semaphores
+    # after the binds, so that it reaches all of them
     sc.make_read_only(root)
     sc.make_root(root)

@@ -34,7 +34,6 @@ class Limits:
     """Standard output, and as many again of standard error."""
 
     def problems(self) -> list[str]:
-        """Return one sentence for every limit that cannot be kept."""
         p = [f"{name} = {value} must be positive and finite" for name, value in vars(self).items()
              if not (value > 0 and math.isfinite(value))]
         if self.files < 8:
@@ -47,7 +46,6 @@ class Program:
     """A program, what it reads and what lies beside it."""
 
     source: str
-    """Its text."""
     stdin: str = ""
     """What it reads from standard input."""
     files: Mapping[str, str] = field(default_factory=dict)

@@ -66,6 +66,7 @@ class KeptReader:
         """
         self.num_files = 0
         self._time_s, self._wording = time_s, wording
+        # the reader finds our package first, before anything in the path of this process
         path = [_ROOT, *(p for p in map(os.path.abspath, filter(None, sys.path)) if p != _ROOT)]
         self._child = start_interpreter([sys.executable, "-c", _CODE.format(module=module)],
                                         [json.dumps(path)], _VARIABLES)
@@ -101,13 +102,12 @@ class KeptReader:
             raise self._gone() from None
 
     def wait_again(self) -> None:
-        """Let the next message take its time."""
         self.channel.settimeout(START_LIMIT_S + CLOCK_FACTOR * self._time_s)
 
     def _gone(self) -> ReaderEnded:
-        """Return why the process has gone."""
         code = self._child.exit_code(END_LIMIT_S) or 0
         words = self._wording
+        # the reader sets a timer of processor time, whose signal ends it
         if code == -signal.SIGPROF:
             return ReaderEnded("time", f"took more than {self._time_s:g} s of processor time to "
                                        f"{words.verb}; raise {words.option}, or leave it out")
@@ -115,5 +115,4 @@ class KeptReader:
         return ReaderEnded("crash", f"ended its {words.program} ({said}); leave it out")
 
     def end(self) -> None:
-        """End the process."""
         self._child.end()

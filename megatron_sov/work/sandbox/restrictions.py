@@ -38,6 +38,7 @@ _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _FILES_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _TCP_ABI, _TCP, _SCOPES = 4, 3, 3
 _VERSION, _BENEATH = 1, 1
+# names and not numbers: `system_calls` has both machines' numbers
 ALWAYS = (
     # other processes
     "ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "kcmp",
@@ -87,6 +88,7 @@ _Instruction = tuple[int, int, int, int]
 def limit(kind: int, most: float) -> None:
     """Let this process and those that it starts have no more, or less where the machine has a lower limit."""
     hard = resource.getrlimit(kind)[1]
+    # hard and soft together: the process cannot raise it again
     value = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
     resource.setrlimit(kind, (value, value))
 
@@ -109,7 +111,6 @@ def enclose_reader(readable: list[str], memory_bytes: int) -> None:
 
 
 def devices() -> list[str]:
-    """Return the devices that a process may use."""
     return [device for device in DEVICES if os.path.exists(device)]
 
 
@@ -122,6 +123,7 @@ def readable_paths(more: Iterable[str] = ()) -> list[str]:
     wanted = [*SYSTEM, *_interpreter(), *_loaded_libraries(), *more]
     existing = sorted({form for path in wanted if os.path.exists(path)
                        for form in (os.path.normpath(path), os.path.realpath(path))})
+    # a rule for a folder covers all below it
     return [path for path in existing if not any(path.startswith(f"{other}/") for other in existing)]
 
 
@@ -146,7 +148,8 @@ def _loaded_libraries() -> list[str]:
         lines = Path("/proc/self/maps").read_text().split("\n")
     except OSError:
         return []
-    files = {fields[5] for fields in (line.split(None, 5) for line in lines) if len(fields) == 6}
+    mapped = [line.split(None, 5) for line in lines]  # address, rights, offset, device, inode, file
+    files = {fields[5] for fields in mapped if len(fields) == 6}
     return sorted({os.path.dirname(file) for file in files if file.startswith("/") and ".so" in file})
 
 
@@ -177,6 +180,7 @@ def restrict_files(version: int, readable: Iterable[str], writable: Iterable[str
         readable: folders and files that may be read and run.
         writable: those that may also be changed.
     """
+    # the newest set of rights that this kernel knows: an unknown bit is refused as a whole
     rights = max((bits for first, bits in _FILES_BY_ABI.items() if first <= version))
     rules = _Ruleset(rights, _TCP if version >= _TCP_ABI else 0,
                      _SCOPES if version >= SIGNAL_SCOPE_ABI else 0)
@@ -186,6 +190,7 @@ def restrict_files(version: int, readable: Iterable[str], writable: Iterable[str
         for path in readable:
             _allow(fd, path, rights & (_EXECUTE | _READ_FILE | _READ_DIR))
         for path in writable:
+            # no device files: they would lead past all of this
             _allow(fd, path, rights & ~(_MAKE_CHAR | _MAKE_BLOCK))
         sc.call("landlock_restrict_self", ctypes.c_int(fd), ctypes.c_uint32(0))
     finally:
@@ -195,6 +200,7 @@ def restrict_files(version: int, readable: Iterable[str], writable: Iterable[str
 def _allow(ruleset: int, path: str, rights: int) -> None:
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
+        # the kernel refuses rights of folders in a rule for a file
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             rights &= _FILE_RIGHTS
         rule = _Beneath(rights, fd)
@@ -292,6 +298,7 @@ def _assembled(forbidden: Sequence[PathRule]) -> list[_Instruction]:
     """Return the filter's instructions: (code, steps to skip if so, if not, value)."""
     architecture = sc.MACHINES[platform.machine()][1]
     made: list[_Instruction] = [
+        # offset 4 of seccomp_data: numbers mean other calls on another architecture (32-bit calls of x86-64)
         (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
         (_LOAD, 0, 0, 0),
         # newer calls, and those of the x32 ABI, whose numbers have bit 30
@@ -311,6 +318,7 @@ def _block(rule: PathRule) -> list[_Instruction]:
         return [fail]
     tests: list[_Instruction] = []
     for i, value in enumerate(rule.values):
+        # jumps count instructions to skip, and only go forward
         behind = len(rule.values) - 1 - i
         if rule.fails == "not in":  # any of them leads over the failure
             tests.append((_IF_EQUAL, behind + 1, 0, value))

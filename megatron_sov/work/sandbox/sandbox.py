@@ -24,8 +24,7 @@ from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.processes.children import Child, start_interpreter
 from megatron_sov.work.processes.watch import Watch
-from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable, identity_maps
-from megatron_sov.work.sandbox.folders import remove
+from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable, identity_maps, remove
 from megatron_sov.work.sandbox.program import Limits, Outcome, Program
 from megatron_sov.work.sandbox.restrictions import folders_of
 from megatron_sov.work.sandbox.supervise import (
@@ -92,6 +91,7 @@ class Sandbox:
         readable = sorted({folder for parts in self._languages.values()
                            for folder in folders_of(shutil.which(parts[0]) or parts[0])})
         reasons = []
+        # tried and not asked: whether a kernel allows namespaces depends on its settings and on containers
         for name in ENCLOSURES if wanted == "auto" else (wanted,):
             first = Worker(name, readable)
             try:
@@ -139,6 +139,7 @@ class Sandbox:
         reason = program.problem() or self._language_problem(program.language)
         if reason:
             return Outcome("refused", None, "", "", reason, 0.0, 0.0)
+        # a queue as a semaphore: who finds no free worker waits here
         worker = self._free.get()
         try:
             command = self._languages.get(program.language)
@@ -227,6 +228,7 @@ class Worker:
             return
         if self._order["enclosure"] == "landlock":  # namespaces have theirs in memory
             self._order["folder"] = tempfile.mkdtemp(prefix="sandbox-")
+        # the interpreter itself and not a virtual environment's link: fewer folders have to be readable
         python = getattr(sys, "_base_executable", None) or sys.executable
         with tempfile.TemporaryFile() as errors:
             # the hash seed is fixed, so that a program prints its sets in one order wherever it runs
@@ -276,6 +278,7 @@ class Worker:
     def _ask(self, request: dict[str, Any], limits: Limits) -> Outcome:
         assert self._child is not None
         channel = self._child.channel
+        # longer than anything the server itself waits for: passing it means that the server hangs
         channel.settimeout(START_LIMIT_S + limits.wall_s + MAX_STARVED_S + _ANSWER_LIMIT_S)
         send(channel, request)
         return Outcome(**receive(channel))
@@ -294,6 +297,7 @@ class Worker:
 def _map_users(pid: int) -> str:
     """Write the user and group maps of a server's namespace; returns why that failed."""
     error = ""
+    # the better map first; a machine may forbid it
     for setgroups, users, groups in identity_maps(os.geteuid(), os.getegid()):
         try:
             for name, text in (("uid_map", users), ("setgroups", setgroups), ("gid_map", groups)):

@@ -98,6 +98,7 @@ def _run(enclosure: Enclosure, template: Template, request: dict[str, Any],
         channel: to whoever waits for the outcome.
     """
     limits = Limits(**request["limits"])
+    # stdin, stdout, stderr, ready, job: ours are one end of each, the program's the other
     pipes = [os.pipe() for _ in range(5)]
     (stdin, feed), (stdout_read, stdout), (stderr_read, stderr), (ready_read, ready), (job, give) = pipes
     theirs = (stdin, stdout, stderr, ready, job)
@@ -152,6 +153,7 @@ class Template:
             OSError: there is none.
             EOFError: the template has ended.
         """
+        # one letter and five files: the template hears nothing else of the program
         socket.send_fds(self._control, [b"f"], files)
         pid, error = _FORKED.unpack(self._answer(_FORKED.size))
         if error:
@@ -166,7 +168,6 @@ class Template:
         return status, cpu_s
 
     def close(self) -> None:
-        """End it."""
         self._control.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
@@ -180,6 +181,7 @@ class Template:
 
 def _fork_programs(enclosure: Enclosure, control: socket.socket) -> None:
     """Fork programs until the server goes."""
+    # what a program leaves behind comes to the template, which waits for it: none stays a zombie
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     while True:
         order, files, _, _ = socket.recv_fds(control, 1, NUM_FILES)

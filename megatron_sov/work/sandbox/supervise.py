@@ -74,6 +74,7 @@ class _Supervisor:
     def __init__(self, subject: SupervisedProgram) -> None:
         self._subject = subject
         self._poll = select.poll()
+        # a file that becomes readable when the process ends: one poll waits for everything
         self._exit = os.pidfd_open(subject.pid)
         ends = subject.ends
         self._open: dict[int, bytearray] = {}
@@ -84,6 +85,7 @@ class _Supervisor:
                 self._poll.register(fd, select.POLLIN)
         self._came = dict(self._open)
         self._left = memoryview(subject.input)
+        # a program that reads nothing must not stop its supervisor
         os.set_blocking(ends.stdin, False)
         self._poll.register(ends.stdin, select.POLLOUT)
         self._poll.register(self._exit, select.POLLIN)
@@ -101,6 +103,7 @@ class _Supervisor:
             self._wait_for_end()
             wall_s = time.monotonic() - self._began_s
         finally:
+            # always, also after a good end: what it started may still run, and would keep pipes open
             subject.kill()
             status, used_s = subject.wait()
             self._close()
@@ -128,7 +131,6 @@ class _Supervisor:
                                 self._subject.limits.wall_s + self._time.starved_s)
 
     def _serve(self, wait_s: float) -> None:
-        """Do what pipes ask for."""
         for fd, _ in self._poll.poll(1000 * wait_s):
             if fd == self._exit:
                 self._ended = True
@@ -164,6 +166,7 @@ class _Supervisor:
             return
         most = self._subject.limits.output_bytes
         if len(came) > most:
+            # the limit passed, the output up to it is kept
             del came[most:]
             self._pass("output", f"wrote more than {most:,} bytes to its standard "
                                  f"{'output' if fd == self._subject.ends.stdout else 'error'}")
@@ -189,6 +192,7 @@ class _Supervisor:
             self._time.begin()
             return
         limits, totals = self._subject.limits, self._time.look(now_s)
+        # the kernel limits each process; all together are watched from here
         if totals.memory_bytes > limits.memory_bytes:
             self._pass("memory", f"took more than {limits.memory_bytes:,} bytes of memory in "
                                  f"{totals.tasks} processes and threads")
@@ -233,6 +237,7 @@ def _ending(code: int, stderr: str, cpu_s: float, limits: Limits) -> tuple[Statu
     """
     if code == 0:
         return "ok", ""
+    # the kernel sends SIGXCPU at the soft limit and SIGKILL at the hard one
     if -code == signal.SIGXCPU or (-code == signal.SIGKILL and cpu_s >= limits.cpu_s):
         return "timeout", f"took more than {limits.cpu_s:g} s of processors"
     if code < 0:

@@ -105,7 +105,6 @@ def enter_namespace(fd: int, kind: int) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    """Mount a file system."""
     _checked(f"mount {source} at {target}", _mount(
         os.fsencode(source), os.fsencode(target), kind.encode() if kind else None,
         ctypes.c_ulong(flags), options.encode() or None))
@@ -121,13 +120,14 @@ def make_read_only(target: str) -> None:
 def make_root(folder: str) -> None:
     """Make a folder, which must be a mount, the root of this mount namespace, and drop what was there."""
     os.chdir(folder)
+    # the trick of pivot_root(2): the old root ends on top of the new one and is taken off
     call("pivot_root", b".", b".")
     _checked("umount of the old root", _libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
 
 
 def prctl(option: int, *values: object) -> int:
-    """Set something about this process."""
+    # prctl takes five words; unset ones would be what the registers hold
     filled = [*values, *[ctypes.c_ulong(0)] * (4 - len(values))]
     filled = [ctypes.c_ulong(v) if isinstance(v, int) else v for v in filled]
     return _checked(f"prctl {option}", _prctl(option, *filled))
@@ -142,7 +142,6 @@ def set_capabilities(mask: int) -> None:
 
 
 def has_capability(capability: int) -> bool:
-    """Return whether this process may use a capability."""
     status = Path("/proc/self/status").read_text()
     effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> capability & 1)
@@ -151,6 +150,7 @@ def has_capability(capability: int) -> bool:
 def set_file_uid(uid: int) -> None:
     """Own files as another user than signals and limits go by."""
     _libc.setfsuid(uid)
+    # setfsuid reports no error; a second call returns what is in effect
     if _libc.setfsuid(-1) != uid:
         raise OSError(f"setfsuid {uid} has no effect")
 
@@ -165,7 +165,6 @@ def drop_bounding_set() -> None:
 
 
 def close_above(fd: int) -> None:
-    """Close all files from this one on."""
     call("close_range", ctypes.c_uint(fd), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0))
 
 

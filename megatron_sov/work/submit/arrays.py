@@ -30,7 +30,7 @@ from megatron_sov.base.sealed import read_json, try_read_json, write_json
 from megatron_sov.work.clusters import client, cluster, kubernetes
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
-from megatron_sov.work.progress.folders import slurm_folder
+from megatron_sov.work.progress.journal import slurm_folder
 from megatron_sov.work.progress.locks import holding
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 
@@ -88,27 +88,22 @@ class Jobs:
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        """Return what is on record; nothing where there is none."""
         return Jobs(**(try_read_json(output / JOBS) or {"address": "", "numbers": {}}))
 
     def write(self, output: Path) -> None:
-        """Put it on record."""
         (output / JOBS).parent.mkdir(parents=True, exist_ok=True)
         write_json(output / JOBS, asdict(self))
 
     def living(self) -> list[str]:
-        """Return those that wait or run."""
         numbers = list(self.numbers.values())
         return sorted(kubernetes.living_jobs(self.namespace, numbers) if self.namespace
                       else client.states(numbers))
 
-    def told(self, living: Sequence[str]) -> str:
-        """Return whose jobs are living, in words."""
+    def describe(self, living: Sequence[str]) -> str:
         return ("Kubernetes' jobs " if self.namespace else "Slurm's jobs ") + ", ".join(living)
 
     @property
     def way_to_end(self) -> str:
-        """What takes such jobs away."""
         return f"`kubectl delete jobs --namespace {self.namespace}`" if self.namespace else "`scancel`"
 
 
@@ -116,12 +111,13 @@ def refuse_living(output: Path) -> None:
     """Raise `UserError` where jobs work in a run's folder, as far as can be known here."""
     jobs = Jobs.read(output)
     try:
+        # on a machine without the cluster's programs nothing can be known, and nothing is refused
         living = jobs.living()
     except UserError:  # no such cluster here
         return
     if living:
-        raise UserError(f"{output}: {jobs.told(living)} work in this folder; pass --cluster to see how far "
-                        f"they are, or {jobs.way_to_end} them")
+        raise UserError(f"{output}: {jobs.describe(living)} work in this folder; pass --cluster to see how "
+                        f"far they are, or {jobs.way_to_end} them")
 
 
 Work = Callable[[int], object]
@@ -219,6 +215,7 @@ class Arrays:
 
     def note(self, name: str, number: str) -> None:
         """Put a job on record that no array waits for."""
+        # on record at once: a kill after this leaves jobs that the next command knows of
         self.jobs.numbers[name] = number
         self.jobs.write(self._folder)
 
@@ -237,8 +234,10 @@ class Arrays:
         """
         profile, logs = self._profile, self._folder / "logs" / name
         on_slurm = isinstance(profile, ClusterProfile)
+        # more tasks than the cluster takes jobs: each job does several, one after the other
         tasks_per_job = math.ceil(num_tasks / (_max_array_size() if on_slurm else MAX_PODS))
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
+        # failures of an earlier array would stop this one
         shutil.rmtree(logs, ignore_errors=True)
         with disk_errors(logs):
             (logs / "slurm_logs" if on_slurm else logs).mkdir(parents=True)
@@ -251,8 +250,7 @@ class Arrays:
         self._before = array
         return array.number
 
-    def told(self) -> str:
-        """Return the names and numbers of all jobs."""
+    def describe(self) -> str:
         return ", ".join(f"{name} {number}" for name, number in self.jobs.numbers.items())
 
 
@@ -270,6 +268,7 @@ class _Array:
     number: str = ""
 
     def submit_to_slurm(self, profile: ClusterProfile) -> str:
+        # a job's share of a node by its cores, in MiB
         memory = profile.memory_bytes // profile.cpus_per_node >> 20
         options = {
             "job-name": self.logs.name, "array": f"0-{self.num_jobs - 1}", "nodes": "1",
@@ -308,6 +307,7 @@ class _Array:
             "workingDir": str(Path.cwd()), "resources": {"requests": asked, "limits": dict(asked)},
             "env": variables_of(profile, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")})
         codes = {"containerName": CONTAINER, "operator": "In"}
+        # in this order: the first rule that matches decides
         rules = [{"action": "Ignore", "onExitCodes": codes | {"values": [int(ExitCode.STOPPED)]}},
                  {"action": "FailIndex", "onExitCodes": codes | {"values": [1, 2]}},
                  {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
@@ -326,7 +326,6 @@ class SharedWork:
     """What an array does in shares, and a last job finishes."""
 
     name: str
-    """Of the array."""
     address: str
     """Of what the jobs work on, see `Jobs`."""
     num_items: int
@@ -334,7 +333,6 @@ class SharedWork:
     unit: str
     """What an item is, in the plural."""
     num_done: Callable[[], int]
-    """Items that are done."""
     begin: Callable[[], object]
     """Makes the folder of the work."""
     share: Callable[[int], Work]
@@ -361,28 +359,27 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile | Ku
     with holding(slurm, output), disk_errors(slurm):
         jobs = Jobs.read(slurm)
         if living := jobs.living():
-            print(f"{output}: {jobs.told(living)} are at work; {shared.num_done():,} of "
+            print(f"{output}: {jobs.describe(living)} are at work; {shared.num_done():,} of "
                   f"{shared.num_items:,} {shared.unit} are done")
             return
         shared.begin()
         tell_failures(slurm, (shared.name, FINISH))
+        # no task without an item
         num_tasks = min(most_tasks, shared.num_items - shared.num_done())
         with Arrays(slurm, shared.address, profile) as arrays:
             if num_tasks:
                 shared.beside(arrays, arrays.submit(shared.name, shared.share(num_tasks), num_tasks,
                                                     cpus=shared.cpus, gpus=shared.gpus))
             arrays.submit(FINISH, shared.finish, cpus=shared.finish_cpus)
-    print(f"{output}: submitted {arrays.told()}; the same command tells how far they are")
+    print(f"{output}: submitted {arrays.describe()}; the same command tells how far they are")
 
 
 def _max_array_size() -> int:
-    """Return how many jobs an array may have here."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", client.ask("scontrol", "show", "config").stdout)
     return max(1, int(found[1]) - 1 if found else DEFAULT_MAX_ARRAY - 1)
 
 
 def _environment(profile: ClusterProfile) -> Iterator[str]:
-    """Yield the shell lines that make a job's environment."""
     yield from profile.setup
     if profile.modules:
         yield f"module load {shlex.join(profile.modules)}"

@@ -70,6 +70,7 @@ def _connected(address: str) -> Any:
     except ImportError:
         raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}"
                         ) from None
+    # nodes see the same disk; this code goes before what is installed there
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
     try:
         ray.init(address=address, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": code}})
@@ -111,7 +112,6 @@ class _Processes:
 
     @property
     def is_free(self) -> bool:
-        """Whether a process has nothing to do."""
         return bool(self._idle)
 
     @property
@@ -125,6 +125,7 @@ class _Processes:
 
     def wait(self) -> None:
         """Wait until a process has started, has done its item, or is lost, whose item is given on."""
+        # one at a time: starts and items end in the same wait, and their table says which it was
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:
@@ -155,6 +156,7 @@ def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, by
     order: deque[_RayTask] = deque()
     is_over = False
     while True:
+        # bounded: results wait in `order` for the slowest item before them
         while not is_over and len(order) < processes.most and processes.is_free:
             number, item = next(left, (-1, None))
             is_over = number < 0

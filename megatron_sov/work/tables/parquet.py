@@ -70,10 +70,12 @@ def read_table(file: Path, schema: pa.Schema) -> pa.Table:
     """
     texts = [field.name for field in schema if field.type == pa.string()]
     with refused_damage(file, MAKE_AGAIN):
+        # the footer first: what it promises to be is checked before a column is read
         with parquet.ParquetFile(file) as plain:
             _check(file, plain, schema)
             with parquet.ParquetFile(file, metadata=plain.metadata, read_dictionary=texts) as opened:
                 table = opened.read(schema.names, use_threads=False)
+        # offsets and lengths inside the columns are a stranger's too
         table.validate(full=True)
     empty = [field.name for field in schema if not field.nullable and table[field.name].null_count]
     if empty:
@@ -105,6 +107,7 @@ def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
 
 def _bytes_of(leaf: Any) -> int:
     """Return what a column of a row group takes in memory, texts once for each that differs."""
+    # numbers take their width however they are packed; texts and bytes their size unpacked
     width = _WIDTHS.get(leaf.physical_type)
     return int(leaf.total_uncompressed_size if width is None else leaf.num_values * width)
 
@@ -125,6 +128,7 @@ def texts_of(column: pa.ChunkedArray) -> list[str | None]:
     """
     found: list[str | None] = []
     for chunk in column.chunks:
+        # one object for each text; the last place of the list stands for a missing value
         values = [*chunk.dictionary.to_pylist(), None]
         found += [values[i] for i in chunk.indices.fill_null(len(values) - 1).to_numpy().tolist()]
     return found
@@ -135,6 +139,7 @@ def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray]:
     found: list[np.ndarray] = []
     for chunk in column.chunks:
         values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy().tolist()
+        # views: a part of rollouts has millions of tokens
         found += [values[start:end] for start, end in itertools.pairwise(ends)]
     return found
 
@@ -198,6 +203,7 @@ class TableFile:
             self._new.__exit__(kind, error, trace)
             return
         with contextlib.ExitStack() as stack:
+            # `close` first, then the name: the file is sealed and synced before anybody sees it
             stack.push(self._new)
             self.close()
 

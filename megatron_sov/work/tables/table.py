@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 from megatron_sov.base.artifacts import (
     MANIFEST, Manifest, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, is_held,
     manifest_sha256, new_artifact, read_manifest, rename_unless_taken, to_json)
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_nowhere
-from megatron_sov.base.warning import warn
 
 if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted without it
     import pyarrow as pa
@@ -54,7 +53,6 @@ class TablePart:
 
     name: str
     path: Path
-    """Its folder."""
     kind: str
     """Of its manifest: the table's `ROWS` or `ADDED`."""
     key: tuple[int, ...]
@@ -116,7 +114,6 @@ class Table(Generic[P]):
     SPLIT: ClassVar[Collection[str]]
     """Leaves of floats whose bytes are sorted by their place."""
     PART: ClassVar[Any]
-    """`P`."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
@@ -182,6 +179,7 @@ class Table(Generic[P]):
     @classmethod
     def _make(cls, path: Path, identity: Mapping[str, Any]) -> None:
         """Make an empty table, unless another process is first."""
+        # made whole under another name: of several that create the table one rename wins
         built = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
         with disk_errors(path):
             try:
@@ -191,6 +189,7 @@ class Table(Generic[P]):
                 os.rename(built, path)
                 fsync_path(path.parent)
             except OSError as e:
+                # another process was first, which is as good
                 if (path / cls.HEAD).is_file():
                     return
                 if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -234,6 +233,7 @@ class Table(Generic[P]):
             UserError: it is not there, torn, or of another table or version.
         """
         path = self.part_path(name, version)
+        # folders have the beginning of a version, manifests all of it: two may share the beginning
         part = self._opened(path, self.ADDED if version else self.ROWS)
         if part.version != version:
             raise UserError(f"{path}: is of {self.VERSION.replace('_', ' ')} {part.version!r}, whose first "
@@ -242,7 +242,6 @@ class Table(Generic[P]):
         return part
 
     def versions(self) -> list[str]:
-        """Return the folders of added columns, by the beginning of their version."""
         return sorted(p.name for p in (self.path / self.ADDED).iterdir()
                       if p.is_dir() and not p.name.startswith("."))
 
@@ -289,6 +288,7 @@ class Table(Generic[P]):
     def _problem(self, path: Path, manifest: Manifest) -> str:
         """Return what is wrong with a part as far as its manifest and the sizes of its files tell."""
         content, name, table = manifest.content, f"{manifest.kind}.parquet", manifest.content.get("store")
+        # a part that was copied from another store would be trained on without a word
         if table != self.identity:
             told = self.tell(table) if isinstance(table, Mapping) else "of none"
             return f"belongs to another store ({told}; this one: {self.tell(self.identity)})"
@@ -345,8 +345,9 @@ class Table(Generic[P]):
         with disk_errors(path):
             try:
                 with new_artifact(built, kind) as artifact:
-                    repeated, split = ([leaf for leaf in leaves if leaf.split(".")[0] in table.column_names]
-                                       for leaves in (self.REPEATED, self.SPLIT))
+                    has = set(table.column_names)
+                    repeated = [leaf for leaf in self.REPEATED if leaf.split(".")[0] in has]
+                    split = [leaf for leaf in self.SPLIT if leaf.split(".")[0] in has]
                     write_table(artifact.path / f"{kind}.parquet", table, repeated, split)
                     artifact.content = {
                         "num_rows": table.num_rows,
@@ -367,8 +368,11 @@ class Table(Generic[P]):
             firsts: first numbers of the keys of parts that can go, with all that was added to them.
         """
         folders = {version[:VERSION_CHARS] for version in versions} & set(self.versions())
-        return [Clearable(path, why, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
-                for path, why in self._clearable(folders, firsts)]
+        found = []
+        for path, why in self._clearable(folders, firsts):
+            size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            found.append(Clearable(path, why, size_bytes))
+        return found
 
     def _clearable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
         kept = ["", *(folder for folder in self.versions() if folder not in folders)]
@@ -376,6 +380,7 @@ class Table(Generic[P]):
             for path in sorted(folder.iterdir()):
                 if path.name.startswith(".") and _is_left(path):
                     yield path, "a killed job left it"
+        # claims on what is published protect nothing any more
         done = set()
         for version in kept:
             for path in sorted(self._folder(version).iterdir()):
@@ -406,6 +411,7 @@ def clear(found: Collection[Clearable]) -> None:
 def _is_left(folder: Path) -> bool:
     """Return whether nobody works in a temporary folder any more, as far as can be known: a writer holds it,
     where the disk knows locks, and changes it all the time."""
+    # a writer at work; where locks are unknown, the time of the last change decides
     if is_held(folder):
         return False
     try:

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.base.chat.kinds import KIND_NONE, KINDS
+from megatron_sov.base.chat.marks import KIND_NONE, KINDS
 from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.documents.records import RecordReading, parse_record

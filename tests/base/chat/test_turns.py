@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sov.base.chat.encode import ChatEncoder
+from megatron_sov.base.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.base.chat.template import ChatTemplate
-from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.documents import Conversation, Message
 from megatron_sov.base.errors import UserError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sov.base.documents.strict_json import changed_values
+from megatron_sov.base.documents.rows import changed_values
 
 
 def test_changed_values_are_named_by_their_place() -> None:

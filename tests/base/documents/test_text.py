@@ -10,11 +10,11 @@ import unicodedata
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.base.documents import cut_at_blank_lines, cut_text, unspaced
+from megatron_sov.base.documents import cut_at_blank_lines, cut_text, scripts
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import find_units, units
-from megatron_sov.base.documents.strict_json import finite, no_constant
-from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.base.errors import visible
 
 
 def read(text: str) -> object:
@@ -81,9 +81,9 @@ WORDS = {"thai": "THAI", "lao": "LAO", "tibetan letters": "TIBETAN", "tibetan si
 """Script -> how the names of its characters begin."""
 
 
-@pytest.mark.parametrize("script", unspaced.CODE_POINTS)
+@pytest.mark.parametrize("script", scripts.CODE_POINTS)
 def test_the_ranges_hold_the_script_and_no_other(script: str) -> None:
-    names = [unicodedata.name(chr(code)) for begin, end in unspaced.CODE_POINTS[script]
+    names = [unicodedata.name(chr(code)) for begin, end in scripts.CODE_POINTS[script]
              for code in range(begin, end) if unicodedata.category(chr(code))[0] in "LM"]
     odd = [name for name in names if not re.match(WORDS[script], name)]
     assert names and odd in ([], ["COMBINING KATAKANA-HIRAGANA VOICED SOUND MARK",
@@ -91,9 +91,9 @@ def test_the_ranges_hold_the_script_and_no_other(script: str) -> None:
 
 
 def test_every_letter_of_a_script_is_in_its_ranges() -> None:
-    spans = sorted(itertools.chain.from_iterable(unspaced.CODE_POINTS.values()))
+    spans = sorted(itertools.chain.from_iterable(scripts.CODE_POINTS.values()))
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "each is of one script"
-    everything = re.compile(f"[{unspaced.in_brackets(tuple(unspaced.CODE_POINTS))}]")
+    everything = re.compile(f"[{scripts.in_brackets(tuple(scripts.CODE_POINTS))}]")
     missing = {unicodedata.name(chr(code)) for code in range(0x20000)
                if unicodedata.category(chr(code)) == "Lo" and not everything.match(chr(code))
                and re.match("THAI |LAO |TIBETAN |KHMER |HIRAGANA |KATAKANA |CJK UNI|HANGUL ",
@@ -106,10 +106,10 @@ def test_every_letter_of_a_script_is_in_its_ranges() -> None:
     ("ㄅ", "rules"), ("ｶ", "rules"), ("々", "runs"), ("한", "hangul rules scorers"),
     ("漢", "runs rules scorers")])
 def test_who_takes_which_is_a_decision(text: str, takes: str) -> None:
-    decisions = {"runs": unspaced.OF_RUNS, "hangul": unspaced.HANGUL_OF_RUNS, "rules": unspaced.OF_RULES,
-                 "scorers": unspaced.OF_SCORERS}
-    assert [name for name, scripts in decisions.items()
-            if re.match(f"[{unspaced.in_brackets(scripts)}]", text)] == takes.split()
+    decisions = {"runs": scripts.OF_RUNS, "hangul": scripts.HANGUL_OF_RUNS, "rules": scripts.OF_RULES,
+                 "scorers": scripts.OF_SCORERS}
+    assert [name for name, taken in decisions.items()
+            if re.match(f"[{scripts.in_brackets(taken)}]", text)] == takes.split()
 
 
 # The search finds what a comparison of lists of words finds.

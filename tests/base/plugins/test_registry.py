@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.code import PluginCode
-from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.orders import PluginOrder
-from megatron_sov.base.plugins.registry import Registry
-from megatron_sov.base.plugins.signatures import check_methods, takes
+from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
+from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods, takes
 from megatron_sov.judge.rewards import registry as rewards
 from megatron_sov.judge.tools import registry as environments
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from suite_items import CASES, write
 
+from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
-from megatron_sov.base.chat.turns import TurnEncoder
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.settings import EndpointSettings
 from megatron_sov.bench.suites.catalogue import suite_tasks

@@ -13,7 +13,7 @@ from megatron_sov import cli
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data import token_shards
 from megatron_sov.runs.obs.events import EventLog
-from megatron_sov.work.processes import commands as run_commands
+from megatron_sov.work.processes import children as run_commands
 
 SIZES = "12K,24K,48K,96K"
 ALWAYS = ["tiny-solar-open", "--tokens-per-param", "5", "--set", "train.global_batch_size=8", "--set",

@@ -19,7 +19,7 @@ from data_prep.shards.token_artifact import open_split
 from data_prep.shards.verify import check
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
+from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.media_shards import check_encoders

@@ -18,7 +18,7 @@ import pytest
 from data_prep.mixture.search import LOG, RESULT, Proxies, ProxySettings, command, key_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.stages.stage_config import StageOptions, parse_stage
-from megatron_sov.work.progress.parts import part_folder
+from megatron_sov.work.progress.resumable import part_folder
 from tests.typed_words import typed
 
 SETTINGS = ProxySettings("tiny-qwen3-4b", ((Path("shards"), "a" * 64),), ("optim.lr=1e-3",), 7, 64, 3)

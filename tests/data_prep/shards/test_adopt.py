@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import cli
 from data_prep.shards.token_artifact import read_tokens_manifest, shards_of
-from megatron_sov.base.documents.indexed_writer import HEADER
+from megatron_sov.base.documents.shard_files import HEADER
 
 
 @pytest.fixture(scope="module")

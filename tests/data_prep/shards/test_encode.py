@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from data_prep.shards.encode import (
     LONGEST_WHITESPACE_CHARS, EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast)
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.base.chat.kinds import KIND_NONE
+from megatron_sov.base.chat.marks import KIND_NONE
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError

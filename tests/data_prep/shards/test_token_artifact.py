@@ -18,7 +18,7 @@ from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, open_split, read_tokens_manifest, shards_of, sidecars_of, table, token_dtype)
 from megatron_sov.base.artifacts import new_artifact, read_manifest
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
+from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 
 

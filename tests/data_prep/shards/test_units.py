@@ -16,7 +16,7 @@ from data_prep.shards.encode import EncodingSettings
 from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units, open_unit, unit_key
 from megatron_sov.base.documents import BadRecord, Conversation, RecordReading, plan_units
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.parts import part_folder
+from megatron_sov.work.progress.resumable import part_folder
 
 LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
 

@@ -22,8 +22,7 @@ from data_prep.shards.token_artifact import SIDECARS
 from data_prep.shards.verify import check
 from megatron_sov.base.artifacts import FileRecord, read_manifest, to_json
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import Journal, begun
+from megatron_sov.work.progress.journal import Journal, begun, work_folder
 
 RUN = {"generator": "facts", "version": 2, "kind": "text", "model": "writer-7b", "judge": "judge-70b",
        "templates": {"facts/write": 3}, "settings": {"count": 1}, "inputs": [], "input_price": 1.0,

@@ -26,8 +26,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.judge.rollouts.prompts import read_prompts, refuse_unaskable
 from megatron_sov.judge.tools.registry import tasks_of
 from megatron_sov.judge.tools.worlds.databases import Booking
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import begun, records_by_item
+from megatron_sov.work.progress.journal import begun, records_by_item, work_folder
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
 GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "

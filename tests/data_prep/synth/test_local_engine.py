@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.synth.models import KEY_ENV, identity_of, serving
 from megatron_sov.base.errors import StopRequested, UserError
-from megatron_sov.work.processes.threads import StopSignal
+from megatron_sov.work.processes.pool import StopSignal
 
 SERVER = """import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer

@@ -33,8 +33,7 @@ from data_prep.synth.known import GENERATORS
 from data_prep.synth.running import made_generator
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import records_by_item
+from megatron_sov.work.progress.journal import records_by_item, work_folder
 
 KEY = "sk-very-secret-0123456789"
 

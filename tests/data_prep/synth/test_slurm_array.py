@@ -28,8 +28,7 @@ from data_prep.synth.slurm_array import ADDRESS, FinishSource, MakeShare, server
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.progress.folders import slurm_folder, work_folder
-from megatron_sov.work.progress.journal import records_by_item
+from megatron_sov.work.progress.journal import records_by_item, slurm_folder, work_folder
 from megatron_sov.work.submit.arrays import Jobs
 
 PROFILE = """description: noted, not run

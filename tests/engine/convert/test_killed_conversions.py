@@ -17,9 +17,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert import shard_writer
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import items_on_record
-from megatron_sov.work.progress.resumable_artifact import CONTENT
+from megatron_sov.work.progress.journal import items_on_record, work_folder
+from megatron_sov.work.progress.resumable import CONTENT
 
 FILE_BYTES = 6_000
 KILLED = f"""

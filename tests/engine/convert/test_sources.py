@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_a
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert import hf_import, shard_writer
 from megatron_sov.engine.convert.hf_import import checked_source
-from megatron_sov.work.progress.resumable_artifact import ResumableArtifact
+from megatron_sov.work.progress.resumable import ResumableArtifact
 
 
 def copy_with(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

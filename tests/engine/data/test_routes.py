@@ -11,8 +11,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.documents.indexed_writer import IndexedWriter
-from megatron_sov.base.documents.routes import RouteShape
+from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.packing import PackedSegment

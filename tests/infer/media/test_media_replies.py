@@ -17,8 +17,7 @@ from PIL import Image
 
 from megatron_sov import cli
 from megatron_sov.base.artifacts import new_artifact
-from megatron_sov.base.chat.media_marks import MARKS, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, entry
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.media import spoken
 from megatron_sov.infer.media.media_replies import BlockRules

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.cli import main as sov_data
 from megatron_sov import cli
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD
+from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.packing import PackedSegment

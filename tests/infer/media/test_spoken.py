@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sov.base.chat import media_marks as spelling
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
+from megatron_sov.base.chat import media_tokens as spelling
+from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.infer.media.spoken import (
     Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
 from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN

@@ -16,7 +16,7 @@ from megatron_sov.judge.rewards import scoring as room
 from megatron_sov.judge.rewards.registry import order
 from megatron_sov.judge.rewards.scoring import ProcessRunner
 from megatron_sov.work.processes.channel import send
-from megatron_sov.work.processes.environment import forget_other_variables
+from megatron_sov.work.processes.children import forget_other_variables
 from megatron_sov.work.processes.workers import serve
 
 CODE = '''

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
@@ -22,8 +22,7 @@ from megatron_sov.judge.tools.playing import (
     STREAMS, EpisodeTable, MessageTable, NoTurn, Said, ToolPolicy, messages_of, page_of, play,
     play_by_messages, summary_of, transcript_of)
 from megatron_sov.judge.tools.registry import order
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import RECORDS, open_journal
+from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import tool_episodes

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, RATIOS, entries, entry, spelled
-from megatron_sov.base.chat.media_vocabulary import (
-    AUDIO, IMAGE, VIDEO, VocabularyBlock, described, read_blocks)
+from megatron_sov.base.chat.media_tokens import (
+    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, RATIOS, VIDEO, VocabularyBlock, describe_blocks, entries,
+    entry, read_blocks, spelled)
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import (
     CORPUS, PICTURES, SOUNDS, BankShape, codecs_of, open_bank, read_shapes, refuse_other_codecs)
@@ -147,7 +147,7 @@ def test_a_codec_is_known_by_its_hash_as_long_as_the_data_are_there(tmp_path: Pa
 
 def test_blocks_are_read_back() -> None:
     blocks = [VocabularyBlock(AUDIO, 128606, 6561), VocabularyBlock(IMAGE, 135168, 65536)]
-    assert read_blocks(described(blocks), "it") == {b.kind: b for b in blocks}
+    assert read_blocks(describe_blocks(blocks), "it") == {b.kind: b for b in blocks}
     assert blocks[1].end == 200704 and read_blocks(None, "it") == {}
 
 

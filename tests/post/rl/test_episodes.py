@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.chat.turns import TurnEncoder
+from megatron_sov.base.chat.encode import TurnEncoder
 from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt
 from megatron_sov.judge.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
 from megatron_sov.judge.rollouts.store import RolloutStore

@@ -25,7 +25,7 @@ from megatron_sov.model.config.rollout import RolloutConfig
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, write_rounds
 from megatron_sov.post.rl.responses import ResponseSource, key_digest
 from megatron_sov.runs.policies import Policy
-from megatron_sov.work.progress.claims import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, Patience
 
 END = 5
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, piece_prompts=2,

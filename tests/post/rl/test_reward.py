@@ -15,7 +15,7 @@ from megatron_sov.judge.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key,
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, judging, reward_version, row_of, second_opinions)
-from megatron_sov.work.progress.claims import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, Patience
 
 SETTINGS = ["language=ko"]
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
-from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD, entry
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock, read_blocks
+from megatron_sov.base.chat.media_tokens import (
+    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, entry, read_blocks)
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main
 from tokenizer.media.command import MediaTokens, laid_out

@@ -24,10 +24,9 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints import transport
 from megatron_sov.work.endpoints.answers import (
-    BadAnswer, EndpointUnavailable, NeverAnswered, decoded, seconds)
+    CHAT_PROBES, BadAnswer, EndpointUnavailable, NeverAnswered, Recognition, decoded, is_same, seconds)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
-from megatron_sov.work.endpoints.recognition import CHAT_PROBES, Recognition, is_same
 from megatron_sov.work.endpoints.transport import Transport
 
 LIMITS = EndpointLimits(600.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.work.processes import commands
+from megatron_sov.work.processes import children
 from megatron_sov.work.processes.background import LOWEST_PRIORITY, humble_environment
 
 PARENT = """
@@ -101,14 +101,14 @@ def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatc
     # one that came too early would end the tests
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGINT)}
     try:
-        assert commands.run_command(["child", "code"], "x") == 3
+        assert children.run_command(["child", "code"], "x") == 3
         assert capfd.readouterr() == ("", "")
         # the command ends well, and none may follow it
-        assert commands.run_command(["child", "SIGUSR1"], "continue with --resume") == 75
+        assert children.run_command(["child", "SIGUSR1"], "continue with --resume") == 75
         assert capfd.readouterr() == (f"asked by {int(signal.SIGUSR1)}\n",
                                       "stopped; continue with --resume\n")
         # a terminal has sent it to the command, too
-        assert commands.run_command(["child", "SIGINT"], "x") == 75
+        assert children.run_command(["child", "SIGINT"], "x") == 75
         assert capfd.readouterr().out == ""
         assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.claims import Claim, Claims, holders
+from megatron_sov.work.progress.locks import Claim, Claims, holders
 
 
 class Clock:

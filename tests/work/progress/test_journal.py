@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import JOB, RECORDS, done_items, open_journal, read_job
+from megatron_sov.work.progress.journal import JOB, RECORDS, done_items, open_journal, read_job, work_folder
 
 ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
 

@@ -15,7 +15,7 @@ from megatron_sov.base.artifacts import is_held, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
 from megatron_sov.work.progress.locks import holding
-from megatron_sov.work.progress.resumable_artifact import resumable_artifact
+from megatron_sov.work.progress.resumable import resumable_artifact
 
 
 def test_a_folder_is_held_until_the_end(tmp_path: Path) -> None:

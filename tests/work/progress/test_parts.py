@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.journal import read_job
-from megatron_sov.work.progress.parts import begin_parts, open_parts, part_folder
+from megatron_sov.work.progress.journal import read_job, work_folder
+from megatron_sov.work.progress.resumable import begin_parts, open_parts, part_folder
 
 
 def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:

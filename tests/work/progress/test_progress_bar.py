@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.runs.obs.figures import duration, figure, large, number, size
-from megatron_sov.work.progress import progress_bar, work_bar
-from megatron_sov.work.progress.progress_bar import ProgressBar
-from megatron_sov.work.progress.work_bar import work_bar as bar_of
+from megatron_sov.work.progress import progress_bar
+from megatron_sov.work.progress.progress_bar import ProgressBar, work_bar as bar_of
 
 
 class Terminal(io.StringIO):
@@ -83,7 +82,7 @@ class Screen(io.StringIO):
     (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
 def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_bar, "BEGINS_AFTER_S", delay_s)
+    monkeypatch.setattr(progress_bar, "BEGINS_AFTER_S", delay_s)
     monkeypatch.setattr("sys.stderr", screen)
     with bar_of("hashing", 2_000_000, "B", shows) as bar:
         bar.update(2_000_000)

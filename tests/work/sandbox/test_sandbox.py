@@ -19,8 +19,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Limits, Outcome, Program, Sandbox
-from megatron_sov.work.sandbox.enclosures import EnclosureUnavailable
-from megatron_sov.work.sandbox.folders import MAX_ENTRIES, remove, size_bytes
+from megatron_sov.work.sandbox.enclosures import MAX_ENTRIES, EnclosureUnavailable, remove, size_bytes
 from megatron_sov.work.sandbox.sandbox import Worker
 
 

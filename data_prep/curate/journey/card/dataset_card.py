@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from data_prep.curate.journey.card.card import CATEGORIES, NOT_RECORDED, About
-from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import visible
 from megatron_sov.base.pages.markdown import hub_languages, hub_licence, link, md, table
 from megatron_sov.runs.obs.figures import large, size
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.unspaced import OF_RULES, in_brackets
+from megatron_sov.base.documents.scripts import OF_RULES, in_brackets
 
 Unit = Literal["words", "characters"]
 SPACELESS = in_brackets(OF_RULES)

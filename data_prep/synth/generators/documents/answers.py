@@ -6,7 +6,7 @@ import re
 
 from data_prep.synth.generators.documents.numbers import numbers_of, without_numbers
 from megatron_sov.base.documents.overlap import fold
-from megatron_sov.base.documents.unspaced import OF_RUNS, in_brackets
+from megatron_sov.base.documents.scripts import OF_RUNS, in_brackets
 from megatron_sov.judge.rewards.answers import final_answer, normalized
 
 _PARTICLE = re.compile(

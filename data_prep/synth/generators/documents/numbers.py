@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from data_prep.synth.generators.documents.customs import Customs, customs_of
-from megatron_sov.base.documents.unspaced import OF_RUNS, in_brackets
+from megatron_sov.base.documents.scripts import OF_RUNS, in_brackets
 
 SMALL = 10
 """Words for numbers up to this say other things too, as "one" and "second" do."""

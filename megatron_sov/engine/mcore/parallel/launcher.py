@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_line, kept_code
+from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_line, to_exit_code
 from megatron_sov.base.plugins.loading import files_that_ran, run_files
 from megatron_sov.engine.mcore.parallel import cpu_shims
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -272,7 +272,7 @@ def _end_with(main: Callable[[], Any]) -> NoReturn:
 
 def _rank_code(main: Callable[[], Any]) -> int:
     try:
-        return kept_code(main() or 0)
+        return to_exit_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
             # one write, whole also beside other ranks' lines

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_sov.base.artifacts import atomic_write, new_file
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 # The media files that a codec is trained from, and which of them are held out.
 

@@ -30,7 +30,7 @@ from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.omni.codecs.folder import KIND, save_codec
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.work.progress.locks import holding
-from megatron_sov.work.progress.work_bar import work_bar
+from megatron_sov.work.progress.progress_bar import work_bar
 
 
 class CodecTask(Protocol):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 from megatron_sov.runs.obs.incidents import KINDS, describe
 from megatron_sov.version import __version__
 

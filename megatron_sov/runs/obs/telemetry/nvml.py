@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import warn
 
 EVERY_S = 1.0
 FRESH_S = 10.0

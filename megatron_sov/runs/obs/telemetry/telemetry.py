@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sov.base.artifacts import atomic_write
-from megatron_sov.base.errors import UserError, how_to_install
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, how_to_install, warn
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.incidents import is_incident

@@ -21,7 +21,7 @@ PADDED = 25
 
 def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
     """Return routes as no router would choose them; of one choice in eight it is not known."""
-    from megatron_sov.base.documents.routes import RouteShape
+    from megatron_sov.base.documents.shard_files import RouteShape
 
     shape, random = RouteShape(layers, TOP_K, EXPERTS), np.random.default_rng(seed)
     routes = random.permuted(np.tile(np.arange(EXPERTS), (num_tokens, layers, 1)), axis=2)[:, :, :TOP_K]
@@ -34,7 +34,7 @@ def tables() -> list[list[Any]]:
     """Return what tables of both types say of tokens that are looked up by their part of a mask."""
     import torch
 
-    from megatron_sov.base.documents.routes import RouteShape
+    from megatron_sov.base.documents.shard_files import RouteShape
     from megatron_sov.engine.mcore.model.replay import RouteTable
 
     found = []

@@ -1,15 +1,62 @@
-"""How the tokens of media are spelled in a text: entries of codebooks, and the marks around them.
+"""Tokens of media: how a text spells them, and which ids of a vocabulary they have.
 
 The spelling is that of HyperCLOVA X 8B Omni: marks and placeholders as in the chat template of its serving
 code (github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook entries
 as its released model code names them (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
+
+A text's tokens come first; each kind of medium has a block of ids behind them, and token `i` of its codebook
+is id `first + i`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
-from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE
+from megatron_sov.base.errors import UserError
+
+MEDIA = "media"
+"""Field of a tokenizer's manifest: kind -> first id and size of its block."""
+AUDIO, IMAGE, VIDEO = "audio", "image", "video"
+"""Kinds of media; a video has no discrete tokens."""
+
+
+@dataclass(frozen=True)
+class VocabularyBlock:
+    """The ids of one codebook."""
+
+    kind: str
+    """`AUDIO` or `IMAGE`."""
+    first: int
+    """Id of its token 0."""
+    size: int
+    """Tokens of its codebook."""
+
+    @property
+    def end(self) -> int:
+        """The id behind its last one."""
+        return self.first + self.size
+
+
+def describe_blocks(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, int]]:
+    return {block.kind: {"first": block.first, "size": block.size} for block in blocks}
+
+
+def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
+    """Return kind -> block, as `describe_blocks` wrote them; nothing where there is no record.
+
+    Raises:
+        UserError: it is no such record; `where` names it.
+    """
+    try:
+        return {kind: VocabularyBlock(kind, int(record[kind]["first"]), int(record[kind]["size"]))
+                for kind in (AUDIO, IMAGE) if kind in (record or {})}
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{where}: {MEDIA} = {str(record)[:200]} cannot be read ({e}); make the tokenizer "
+                        "again with `sov-tokenizer media`") from None
+
 
 MIME = ("<|mime_start|>", "<|mime_end|>")
 """Around the JSON that says what an item is."""
@@ -53,14 +100,15 @@ def name_of(token: str) -> str:
 
 
 def ratio(width: int, height: int) -> str:
-    """Return the token of a ratio of width to height."""
     return f"<|vision_ratio_{width}:{height}|>"
 
 
+# the order gives ids to tokens of new vocabularies: add at the end, never in between
 MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTINUOUS_IMAGE,
          *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD,
          *(ratio(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
 """All tokens of media that are no codebook entries, in the order in which a vocabulary gets them."""
+# longest first: a mark may be the beginning of another one
 SPELLED = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
                                *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
 """Finds any token of media in a text."""

@@ -17,8 +17,8 @@ from pyarrow import ipc, parquet
 from megatron_sov.base.documents import (
     BadRecord, Document, RecordReading, list_files, read_documents, read_span)
 from megatron_sov.base.documents.files import passed_over, spans_of
-from megatron_sov.base.documents.json_list import json_items
 from megatron_sov.base.documents.messages import Message
+from megatron_sov.base.documents.reading import json_items
 from megatron_sov.base.errors import UserError
 
 ROWS = [{"text": f"line {i}\u2028 \x85 \x1c 한국어"} for i in range(5)]
@@ -248,14 +248,14 @@ def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
 def test_items_are_the_same_wherever_reads_end(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.base.documents.json_list._BLOCK_BYTES", step)
+    monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", step)
     wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
     raw = io.BytesIO(json.dumps(wanted, indent=1).encode())
     assert list(json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
 
 
 def test_an_item_beyond_the_limit_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.base.documents.json_list._BLOCK_BYTES", 100)
+    monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", 100)
     raw = io.BytesIO(json.dumps(["a" * 100_000]).encode())
     [bad] = json_items(raw.read, 1000)
     assert isinstance(bad, BadRecord) and bad.code == "too_long" and raw.tell() < 10_000

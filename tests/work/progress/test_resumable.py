@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import FileRecord, damaged_files
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import journal
-from megatron_sov.work.progress.folders import work_folder
-from megatron_sov.work.progress.resumable_artifact import CONTENT, resumable_artifact
+from megatron_sov.work.progress.journal import work_folder
+from megatron_sov.work.progress.resumable import CONTENT, resumable_artifact
 
 
 def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_an_error_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> 
 
 def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path\n"
-            "from megatron_sov.work.progress.resumable_artifact import resumable_artifact\n"
+            "from megatron_sov.work.progress.resumable import resumable_artifact\n"
             "with resumable_artifact(Path(sys.argv[1]), 'kind', 'sov make', {}):\n"
             "    print('in', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
