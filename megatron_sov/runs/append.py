@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.runs.folder import CONFIG
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.runs.obs.telemetry.telemetry import alert
 
-CONFIG = "config.json"
+
 
 
 class RunEvents:

@@ -11,8 +11,8 @@ from megatron_sov.model.config import (
 from megatron_sov.model.recipes.open_models import dense_sources, qwen3_8b
 from megatron_sov.model.recipes.sources import Sources, derive, ours, published
 
-SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
-TOKENS = 680_000_000
+TYPHOON_SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
+TYPHOON_TOKENS = 680_000_000
 """Two epochs of about 340,000 conversations of a thousand tokens."""
 
 
@@ -27,7 +27,7 @@ def typhoon_s_8b() -> RunConfig:
         recipe="typhoon-s-8b",
         model=replace(qwen3_8b().model, max_position_tokens=32768),
         parallel=ParallelConfig(zero1=True),
-        data=DataConfig(phases=(PhaseConfig("sft", tokens=TOKENS, seq_len=16384),)),
+        data=DataConfig(phases=(PhaseConfig("sft", tokens=TYPHOON_TOKENS, seq_len=16384),)),
         optim=OptimConfig(lr=2e-5, min_lr=0.0, schedule="cosine", warmup_steps=65, weight_decay=0.0,
                           beta2=0.999),
         train=TrainConfig(global_batch_size=32, micro_batch_size=1, seed=42, recompute=True),
@@ -47,23 +47,23 @@ def typhoon_s_8b_opd() -> RunConfig:
         distillation=DistillationConfig(beta=0.0, temperature=1.0, top_k=0))
 
 
-_TRAINER = published(f"{SCRIPT} leaves it to transformers' trainer")
-SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
+_TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
+TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
     "data.phases.*.name": ours("the stage"),
     "data.phases.*.tokens": ours("2 epochs of about 340,000 samples are published, their tokens are not"),
-    "data.phases.*.seq_len": published(SCRIPT),
-    **dict.fromkeys(("optim.name", "optim.lr", "optim.schedule"), published(SCRIPT)),
-    "optim.warmup_steps": published(f"{SCRIPT}: 5 % of the steps"),
+    "data.phases.*.seq_len": published(TYPHOON_SCRIPT),
+    **dict.fromkeys(("optim.name", "optim.lr", "optim.schedule"), published(TYPHOON_SCRIPT)),
+    "optim.warmup_steps": published(f"{TYPHOON_SCRIPT}: 5 % of the steps"),
     **dict.fromkeys(("optim.min_lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
-                     "optim.clip_grad"), _TRAINER),
-    "train.global_batch_size": published(f"{SCRIPT}: 8 processes x 1 sample x 4"),
-    "train.micro_batch_size": published(SCRIPT),
-    "train.seed": published(SCRIPT),
+                     "optim.clip_grad"), _TYPHOON_TRAINER),
+    "train.global_batch_size": published(f"{TYPHOON_SCRIPT}: 8 processes x 1 sample x 4"),
+    "train.micro_batch_size": published(TYPHOON_SCRIPT),
+    "train.seed": published(TYPHOON_SCRIPT),
     "train.recompute": ours("memory; it changes no result"),
     "objective.name": published("arXiv 2601.18129, SFT"),
 })
 _OPD = "scb-10x/typhoon-s, on-policy distillation"
-OPD_SOURCES: Sources = derive(SOURCES, {
+OPD_SOURCES: Sources = derive(TYPHOON_SOURCES, {
     "data.phases.*.tokens": ours("an upper bound: what all steps read if every row is full"),
     "data.phases.*.seq_len": published(f"{_OPD}: 2,048 of a response, 4,096 in all"),
     **dict.fromkeys(("optim.lr", "optim.schedule"), published(f"{_OPD}: 1e-6, cosine")),
