@@ -1,17 +1,22 @@
-"""What the rounds of a folder were begun with: those that go on are asked for the same.  No torch here."""
+"""Rounds of a run: what a folder's were begun with, and which checkpoint writes one's responses.  No torch
+here."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest, to_json, write_output
+from megatron_sov.base.artifacts import (
+    MANIFEST, damaged_files, manifest_sha256, read_manifest, to_json, write_output)
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.runs import checkpoints
 
 ASKED = "rounds.json"
 RESULTS = "results.json"
@@ -103,3 +108,37 @@ def _holds_more(folder: Path, known: Collection[Path]) -> bool:
     return any(p.is_file() and p not in known
                and not any(part.startswith(".") for part in p.relative_to(folder).parts)
                for p in folder.rglob("*"))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Weights that responses are written by."""
+
+    path: Path
+    """The checkpoint."""
+    step: int
+    """Optimizer steps behind it, of the run; 0: the one that it starts from."""
+    sha256: str
+    """Hash of its manifest, by which responses are known to be its."""
+
+
+def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
+    """Return the newest policy, where it may write a round; None: it is not trained yet.
+
+    A policy is the checkpoint behind the last step of a round.  Newer ones than a round needs are used as
+    well: what is left of an old round is written by whatever policy there is.
+
+    Args:
+        run: the folder of `rl train`, which may not be there yet.
+        start: the checkpoint that it starts from.
+        number: of the round, from 1.
+        rollout: its rounds.
+    """
+    folder = run / checkpoints.CHECKPOINTS_OF_A_RUN
+    newest = checkpoints.latest(folder)
+    while newest is not None and checkpoints.step_of(newest) % rollout.steps_per_round:
+        newest = checkpoints.latest_not_after(folder, checkpoints.step_of(newest) - 1)
+    path, step = (start, 0) if newest is None else (newest, checkpoints.step_of(newest))
+    if step // rollout.steps_per_round < number - 1 - rollout.max_staleness:
+        return None
+    return Policy(path, step, manifest_sha256(path))

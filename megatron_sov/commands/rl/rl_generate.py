@@ -26,11 +26,11 @@ from megatron_sov.judge.rollouts.prompts import (
 from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.recipes.requested import RecipeOptions, requested
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
-from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.runs.rounds import Policy, policy_of_round
 from megatron_sov.work.progress.claims import Claims
 
 if TYPE_CHECKING:

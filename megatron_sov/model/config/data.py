@@ -11,8 +11,7 @@ from annotated_types import Ge, Le, MinLen
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
-from megatron_sov.model.config.optim import Schedule
-from megatron_sov.model.config.train import TrainConfig
+from megatron_sov.model.config.train import Schedule, TrainConfig
 
 
 @dataclass(frozen=True)

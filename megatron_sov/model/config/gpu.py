@@ -11,8 +11,7 @@ from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
-from megatron_sov.model.config.optim import OptimConfig
-from megatron_sov.model.config.train import TrainConfig
+from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 # What matrix products in 8 or 4 bits ask of precision, model, layout and rows: the rules of Transformer
 # Engine 2.20 and megatron-core 0.16.1, told before anything starts.

@@ -12,8 +12,7 @@ from megatron_sov.base.settings import AboveZero, NotNegativeInt, SettingsProble
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
-from megatron_sov.model.config.optim import OptimConfig
-from megatron_sov.model.config.train import TrainConfig
+from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

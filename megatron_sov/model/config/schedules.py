@@ -16,8 +16,8 @@ from megatron_sov.model.config import data
 
 if TYPE_CHECKING:
     from megatron_sov.model.config.data import PhaseConfig
-    from megatron_sov.model.config.optim import OptimConfig
     from megatron_sov.model.config.run import RunConfig
+    from megatron_sov.model.config.train import OptimConfig
 
 
 def decayed(form: str, done: float) -> float:

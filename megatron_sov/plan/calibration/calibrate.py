@@ -17,14 +17,13 @@ from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
-from megatron_sov.plan.calibration.expected import Machine, step_seconds
-from megatron_sov.plan.calibration.learned import (
-    LearnedCorrection, LocalMachine, as_json, learn, passes_of, shipped)
+from megatron_sov.plan.calibration.expected import (
+    LearnedCorrection, LocalMachine, Machine, as_json, learn, passes_of, shipped, step_seconds)
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.runs.folder import CONFIG, PLAN, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.stretches import MeasuredStretch, Stretches
+from megatron_sov.runs.obs.history import MeasuredStretch, Stretches
 from megatron_sov.work.clusters.chips import CHIPS, Chip, of_device
 
 MOST = 10**9

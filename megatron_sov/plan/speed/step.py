@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
-from megatron_sov.plan.speed import traffic, work
+from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
-from megatron_sov.plan.speed.work import Product
+from megatron_sov.plan.speed.traffic import Product
 from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
@@ -86,11 +86,11 @@ class Clock:
                 * width / (width + p.attention_half_width) * keys / (keys + p.attention_half_tokens))
         if w.attention_kernel == "portable":
             peak *= p.attention_portable[self.family]
-        once = work.attention_flops(w, window) / peak + p.product_fill_s
-        return self.passes("core_attn", work.ATTENTION_BACKWARD) * once
+        once = traffic.attention_flops(w, window) / peak + p.product_fill_s
+        return self.passes("core_attn", traffic.ATTENTION_BACKWARD) * once
 
     def scan(self) -> float:
-        return (self.passes("mamba") * work.mamba_scan_flops(self.w)
+        return (self.passes("mamba") * traffic.mamba_scan_flops(self.w)
                 / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction))
 
     def passed(self, num_bytes: float, part: str) -> float:
@@ -102,9 +102,9 @@ class Clock:
         seconds = 0.0
         if self.w.precision != "bf16":
             passes = self.p.quantize_passes[self.w.precision]
-            seconds += passes * work.quantized_bytes(products, self.frozen) / self.hbm
+            seconds += passes * traffic.quantized_bytes(products, self.frozen) / self.hbm
         if self.frozen:
-            seconds += self.passed(work.adapter_bytes(products), "")
+            seconds += self.passed(traffic.adapter_bytes(products), "")
         return seconds
 
 
@@ -267,8 +267,8 @@ def _head(clock: Clock) -> _MicroBatch:
     """Return the seconds of the output head and of those of prediction layers, with their losses."""
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_mtp_layers) * (
-        clock.products(work.products(w, "head"))
-        + work.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
+        clock.products(traffic.products(w, "head"))
+        + traffic.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
 
 def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
@@ -306,8 +306,8 @@ def _trunk(clock: Clock) -> _MicroBatch:
     s, trunk = clock.w.shape, _MicroBatch()
     for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
                           (lambda: _attention(clock, s.window), s.num_window_layers),
-                          (lambda: _block(clock, "mamba", work.mamba_bytes, "mamba"), s.num_mamba_layers),
-                          (lambda: _block(clock, "dense", work.dense_bytes, "mlp"),
+                          (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
+                          (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
                            s.num_feed_forward_layers - s.num_moe_layers),
                           (lambda: _moe(clock), s.num_moe_layers)):
         if layers:
@@ -319,33 +319,33 @@ def _prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of multi-token prediction without its heads."""
     s, found = clock.w.shape, _MicroBatch()
     if s.num_mtp_layers:
-        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", work.dense_bytes, "mlp")
+        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", traffic.dense_bytes, "mlp")
         for part in (_attention(clock, 0), ffn):
             found.add(part, s.num_mtp_layers)
-        found.dense += s.num_mtp_layers * clock.products(work.products(clock.w, "prediction"))
+        found.dense += s.num_mtp_layers * clock.products(traffic.products(clock.w, "prediction"))
     return found
 
 
 def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float], part: str) -> _MicroBatch:
     """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
     `part`."""
-    products = work.products(clock.w, block)
+    products = traffic.products(clock.w, block)
     return _MicroBatch(dense=clock.products(products), attention=clock.scan() if block == "mamba" else 0.0,
                        memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
 
 
 def _attention(clock: Clock, window: int) -> _MicroBatch:
-    found = _block(clock, "attention", work.attention_bytes, "")
+    found = _block(clock, "attention", traffic.attention_bytes, "")
     found.attention = clock.attention(window)
     return found
 
 
 def _moe(clock: Clock) -> _MicroBatch:
-    beside, experts = work.products(clock.w, "beside experts"), work.products(clock.w, "expert")
+    beside, experts = traffic.products(clock.w, "beside experts"), traffic.products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(work.moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(traffic.moe_bytes(clock.w), "moe") + clock.around(beside)
     if not clock.w.fused_experts:
-        memory += (clock.passed(work.activation_bytes(clock.w), activation) + clock.around(experts))
+        memory += (clock.passed(traffic.activation_bytes(clock.w), activation) + clock.around(experts))
     return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.folder import EVALUATIONS
+from megatron_sov.runs.obs.events import is_told, score_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.score_events import is_told, score_events
 
 SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation",
            "padding_share", "tflops_per_process", "mfu", "peak_memory_bytes", "reserved_memory_bytes",

@@ -17,9 +17,9 @@ from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.base.warning import warn
 from megatron_sov.model.config import ObsConfig
+from megatron_sov.runs.obs.exporters import METRICS, Board, Otlp, Webhook, body_of, webhook_of
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.incidents import is_incident
-from megatron_sov.runs.obs.telemetry.metrics import METRICS, Board, Otlp, Webhook, body_of, webhook_of
+from megatron_sov.runs.obs.history import is_incident
 from megatron_sov.version import __version__
 
 OF_A_STEP = {
