@@ -57,7 +57,6 @@ class Conditions:
 
 def conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_s: float,
                write_s: float) -> Conditions:
-    """Return the conditions of a run on a cluster, with nodes enough."""
     return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_OF_A_YEAR,
                       (FailureKind("any", 1.0, profile.restart_s),), interval_s, stall_s, write_s)
 
@@ -153,7 +152,6 @@ class _Tensor:
 
 
 def _tensors(model: ModelConfig) -> list[_Tensor]:
-    """Return the tensors of a model, by the weight map of its family."""
     found = [_Tensor(weight.key.replace("{l}", str(layer)), weight.numel, len(weight.shape) == 2,
                      weight.is_buffer) for weight in layer_weights(model) for layer in weight.layers]
     return found + [_Tensor(key, math.prod(shape), len(shape) == 2)
@@ -200,7 +198,6 @@ def rank_bytes(config: RunConfig, num_ranks: int) -> int:
 
 
 def write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s: float) -> WriteTimes:
-    """Return how long a checkpoint takes."""
     size_bytes, of_one = checkpoint_bytes(config).total, rank_bytes(config, num_ranks)
     background_s = max(size_bytes / storage_bytes_per_s, of_one / PROCESS_WRITE_BYTES_PER_S)
     if not config.train.async_save:

@@ -41,7 +41,6 @@ class Machines:
 
     @property
     def chip(self) -> Chip | None:
-        """The GPU; None: the profile names none."""
         return self.profile.chip if self.profile.gpus_per_node and self.profile.gpu else None
 
     def links(self) -> Links:

@@ -230,12 +230,10 @@ class AdapterBase:
     """Of its manifest."""
 
     def to_dict(self) -> dict[str, str]:
-        """Return what a manifest holds of it."""
         return {"path": str(self.path), "sha256": self.sha256}
 
     @staticmethod
     def of(path: Path) -> AdapterBase:
-        """Return what stands for a checkpoint in those of its adapters."""
         return AdapterBase(path.resolve(), manifest_sha256(path))
 
 

@@ -60,7 +60,6 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
         return self.path / CHECKPOINTS_OF_A_RUN
 
     def checkpoint(self, step: int) -> Path:
@@ -75,7 +74,6 @@ class RunFolder:
         return _declared(file)
 
     def complete(self, content: dict[str, Any]) -> None:
-        """Declare the stage complete."""
         atomic_write(self.path / COMPLETION, to_json(content))
 
     def hold(self, content: dict[str, Any]) -> None:
@@ -83,12 +81,10 @@ class RunFolder:
         atomic_write(self.path / HELD, to_json(content))
 
     def held(self) -> dict[str, Any] | None:
-        """Return what was noted by `hold`, or None."""
         file = self.path / HELD
         return _declared(file) if file.is_file() else None
 
     def release(self) -> None:
-        """Forget what was noted by `hold`."""
         (self.path / HELD).unlink(missing_ok=True)
 
     def fail(self, failure: str) -> None:
@@ -160,7 +156,6 @@ class RunFolder:
                             f"{config.num_steps()} asks for more; start a new --run --from it")
 
     def create(self) -> None:
-        """Make the folder, empty."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -261,7 +256,6 @@ class RunEvents:
         self._path = None if run is None else run / EVENTS
 
     def last_step(self) -> int | None:
-        """Return the last optimizer step on record, or None."""
         steps = ([e["step"] for e in read_events(self._path) if e["event"] == "step" and "step" in e]
                  if self._path else [])
         return max(steps, default=None)

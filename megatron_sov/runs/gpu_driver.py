@@ -130,7 +130,6 @@ class GpuMeter:
             return self._total_j if self._has_energy else math.nan
 
     def close(self) -> None:
-        """Ask no more."""
         self._closed.set()
         self._thread.join(CLOSE_S)
 

@@ -55,7 +55,6 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the lock back."""
         if self._thread.is_alive():
             self._stop.set()
             self._thread.join()

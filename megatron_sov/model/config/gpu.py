@@ -274,7 +274,6 @@ AUTO = GpuConfig()
 
 def _missing_modules(setting: str, chosen: tuple[str, ...], model: ModelConfig
                      ) -> list[tuple[bool, str, str, str]]:
-    """Return the rules that the model has what is chosen."""
     if not model.num_moe_layers():
         return [(name not in OF_EXPERTS, setting, f"names {name}, and the model has no experts "
                  f"(model.num_experts = {model.num_experts})", "leave it out") for name in chosen]

@@ -313,7 +313,6 @@ class PolicyConfig:
 
     @property
     def has_text(self) -> bool:
-        """Whether text is learned beside responses."""
         return self.parts.knowledge_coeff > 0
 
     @property

@@ -227,7 +227,6 @@ class RunConfig:
             raise SettingsError(f"recipe {self.recipe}", problems)
 
     def num_steps(self) -> int:
-        """Return the run's optimizer steps."""
         return sum(phase_steps(self.data, self.train))
 
     def phase_starts(self) -> list[int]:
@@ -286,7 +285,6 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
 
 
 def _instead(key: str) -> str:
-    """Return what to write in place of a setting that does not exist."""
     if key in RENAMED:
         return f"it is called {RENAMED[key]} now"
     return NOT_OFFERED.get(key.rpartition(".")[2], "")

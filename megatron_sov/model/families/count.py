@@ -87,7 +87,6 @@ class ParamCount:
 
 
 def num_params(model: ModelConfig) -> ParamCount:
-    """Return the parameter counts of `model`."""
     weights = [w for w in layer_weights(model) if not w.is_buffer]
     trunk = [w for w in weights if not w.predicts]
     return ParamCount(sum(w.numel * len(w.layers) for w in trunk),

@@ -41,7 +41,6 @@ def encoder_tensors(model: ModelConfig) -> Shapes:
 
 
 def is_encoder(key: str) -> bool:
-    """Return whether a tensor belongs to an encoder, its adapter or compressor."""
     return key.startswith(PREFIXES)
 
 
@@ -188,5 +187,4 @@ def encoder_buffer_bytes(model: ModelConfig) -> int:
 
 
 def encoder_params(model: ModelConfig) -> int:
-    """Return the parameters of all encoders, adapters and compressors of a model."""
     return sum(math.prod(shape) for shape in encoder_tensors(model).values())

@@ -50,11 +50,9 @@ class Renamed:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the field's names."""
         return (self.hf, *self.aliases)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the field with the model's value."""
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -81,11 +79,9 @@ class Fixed:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the field with its only value."""
         return {self.hf: self.value} if self.written else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +100,6 @@ class Unused:
     names: tuple[str, ...]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing: such fields are not written."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +115,6 @@ class Encoders:
     names: tuple[str, ...] = ("vision_config", "audio_config", "audio_tokens", "image_tokens")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return those that the model has."""
         found = {"vision_config": model.vision, "audio_config": model.audio,
                  "audio_tokens": model.audio_tokens, "image_tokens": model.image_tokens}
         return {name: asdict(config) for name, config in found.items() if config is not None}
@@ -142,7 +136,6 @@ class Rope:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the fields of both spellings."""
         share = () if self.default_share is None else ("partial_rotary_factor",)
         return ("rope_parameters", "rope_scaling", "rope_theta", *share)
 
@@ -249,7 +242,6 @@ class AttentionScale:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
@@ -333,7 +325,6 @@ class LatentRope(Rope):
     and sine have none, and the scale of the softmax has all of it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return `rope_parameters` with both."""
         written = super().write(model)
         if model.yarn is not None:
             written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": model.yarn.mscale}
@@ -387,7 +378,6 @@ class AlternatingLayers:
     names: tuple[str, ...] = ("layer_types", "sliding_window")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list and the window."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -404,7 +394,6 @@ class Quantization:
     names: tuple[str, ...] = ("quantization_config",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -440,7 +429,6 @@ class EmbeddingsByWidth:
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the root of the width."""
         return {"embedding_multiplier": math.sqrt(config["hidden_size"])}
 
 
@@ -455,7 +443,6 @@ class SoftCap:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     @property
@@ -464,7 +451,6 @@ class SoftCap:
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the cap."""
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -552,7 +538,6 @@ class PeriodicLayers:
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list and the window."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -37,15 +37,12 @@ class StackLayout(Layout):
         return (experts, *reversed(rest))
 
     def stored(self, length: int) -> tuple[int, ...]:
-        """Return the stored shape: there is one part."""
         return self.hf_shape
 
     def to_stored(self, part: Any, length: int) -> Any:
-        """Return the block as Hugging Face stores it."""
         return part.permute(self.order).reshape(self.hf_shape).contiguous()
 
     def to_view(self, tensor: Any, length: int) -> Any:
-        """Return the stored tensor as the view."""
         turned = tensor.reshape([self.view[axis] for axis in self.order])
         return turned.permute([self.order.index(axis) for axis in range(len(self.order))])
 
@@ -77,7 +74,6 @@ class ExpertStack:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return the one name."""
         return (self.hf,)
 
     def layout(self, model: ModelConfig) -> Layout:
@@ -221,7 +217,6 @@ class OneWindow:
         return {"sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the pattern and the window."""
         window = config.get("sliding_window", 0)
         return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
 
@@ -285,7 +280,6 @@ class LeadingDenseLayers:
                               "first_last_k_dense_replace")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the count and the explicit list."""
         return {"first_k_dense_replace": model.num_dense_layers, "mlp_layer_types": [
             "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
 
@@ -314,7 +308,6 @@ class SparseSteps:
     names: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the leading dense layers as a list."""
         return {"mlp_only_layers": list(range(model.num_dense_layers)), "decoder_sparse_step": 1}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -399,11 +392,9 @@ class Unclamped:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing: absence means no limit."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -423,7 +414,6 @@ class NormsBehind:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:

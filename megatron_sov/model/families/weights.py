@@ -86,7 +86,6 @@ class Layout:
 
     @property
     def block(self) -> tuple[int, ...]:
-        """Return the shape of the Megatron block."""
         return self.stored(self.view[self.axis])
 
     def to_stored(self, part: Any, length: int) -> Any:
@@ -137,11 +136,9 @@ class Same:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return the one name."""
         return (self.hf,)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the tensor itself as its only part."""
         shape = shape_of(self.shape, model)
         return Layout(shape, 0, (shape[0],), 1)
 
@@ -162,11 +159,9 @@ class GateUp:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return gate, then up."""
         return (self.gate, self.up)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return two stacked parts."""
         return Layout((2, *shape_of(self.shape, model)), 0, (1, 1), 2)
 
 
@@ -189,7 +184,6 @@ class QKV:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return query, key, value."""
         return (self.query, self.key, self.value)
 
     def layout(self, model: ModelConfig) -> Layout:
@@ -217,21 +211,17 @@ class Experts:
 
     @property
     def megatron(self) -> str:
-        """Return the name of the stacked tensor."""
         return self.each.megatron
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return one expert's names, with the placeholder."""
         return self.each.hf_names
 
     @property
     def fp32(self) -> bool:
-        """Return what the entry of each expert says."""
         return self.each.fp32
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the layout of one expert's block."""
         return self.each.layout(model)
 
 
@@ -315,7 +305,6 @@ class Link:
         return (1,) * (len(self.shape) - len(self.block_shape)) + self.block_shape
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each Hugging Face tensor."""
         return {name: self.layout.stored(n)
                 for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
 

@@ -248,12 +248,10 @@ RECIPES |= {name: Recipe(partial(_shrunk, name, RECIPES[big])) for name, big in 
 
 
 def names() -> list[str]:
-    """Return the names of all built-in recipes."""
     return sorted(RECIPES)
 
 
 def of_family(family: str) -> list[str]:
-    """Return the names of the built-in recipes of models of a family."""
     return [name for name in names() if RECIPES[name].build().model.family == family]
 
 

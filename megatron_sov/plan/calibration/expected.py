@@ -139,7 +139,6 @@ def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection
 
 
 def as_json(learned: LearnedCorrection, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a file."""
     return {"parameters": dataclasses.asdict(learned.parameters), "provenance": dict(provenance),
             MACHINES: {name: dataclasses.asdict(machine) for name, machine in learned.machines.items()}}
 

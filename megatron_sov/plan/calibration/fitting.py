@@ -64,7 +64,6 @@ def usable_bytes(gpu: Gpu) -> int:
 
 
 def fits(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
-    """Return whether every process of a run fits a GPU."""
     return fullest(config, num_ranks)[1].total <= usable_bytes(gpu)
 
 

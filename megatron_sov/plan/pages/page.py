@@ -26,7 +26,6 @@ ROW_PX, AROUND_PX = 26, 130
 
 
 def plan_page(config: RunConfig, quotes: Sequence[Quote], told: PlanText | None) -> str:
-    """Return the page's HTML."""
     sections = [PageSection("Schedule", charts=schedule_charts(config),
                             tables=[schedule_table(config)], side_by_side=True)]
     if quotes:

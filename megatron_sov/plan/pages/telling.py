@@ -316,7 +316,6 @@ def set_line(settings: Sequence[str]) -> str:
 
 
 def stage_of(config: RunConfig) -> str:
-    """Return the stage of `submit` that trains a run."""
     command = BUILT_IN.get(config.objective.name, "pretrain")
     return "extend" if config.extend.stages and command == "pretrain" else command.replace(" ", "-")
 

@@ -242,7 +242,6 @@ def _least_bytes(config: RunConfig, num_ranks: int) -> float:
 
 
 def told_nodes(nodes: int | None) -> str:
-    """Return what `fewest_nodes` found, for the end of a sentence."""
     if nodes is None:
         return (f"no number of nodes up to {NODES_TRIED[-1]:,} is enough: set less of the layout, take "
                 "larger GPUs, or shorter samples")

@@ -57,7 +57,6 @@ class Clock:
         return HALF if {"layer", "op"} & set(w.recompute_modules) else 0.0
 
     def passes(self, part: str, backward: float = 2.0) -> float:
-        """Return forward passes' worth of a part in a micro-batch."""
         return 1.0 if self.forward_only else 1 + backward + self.again(part)
 
     def products(self, products: list[Product]) -> float:

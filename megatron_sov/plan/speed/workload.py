@@ -348,7 +348,6 @@ class Workload:
 
     @property
     def expert_dp(self) -> int:
-        """Copies of each routed expert."""
         return max(1, self.num_gpus // (self.etp * self.ep * self.pp))
 
     @property

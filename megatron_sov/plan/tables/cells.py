@@ -106,7 +106,6 @@ def count(row: Mapping[str, str], column: str) -> int:
 
 
 def words(row: Mapping[str, str], *columns: str) -> str:
-    """Return what cells of words say, in lower case."""
     return " ; ".join(row.get(column, "").strip().lower() for column in columns)
 
 

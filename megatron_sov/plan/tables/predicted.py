@@ -285,7 +285,6 @@ def _with_kernels(w: Workload, row: Mapping[str, str], known: Published | None, 
 
 
 def _is_megatron(row: Mapping[str, str]) -> bool:
-    """Return whether Megatron ran, and not another program of the same maker."""
     said = words(row, "source", "source_ref", "other", "note", "dp_sharding")
     return bool(MEGATRON.search(said)) and "automodel" not in words(row, "source")
 

@@ -262,7 +262,6 @@ class Board:
         self._lock = threading.Lock()
 
     def set(self, name: str, value: float, *labels: str) -> None:
-        """Set a metric's value."""
         with self._lock:
             row, key = self._place(name, labels)
             row[key] = value
@@ -343,7 +342,6 @@ class Otlp:
             raise ConnectionError("the collector did not take them")
 
     def close(self) -> None:
-        """Let go of the connection."""
         self._exporter.shutdown()
         self._provider.shutdown()
 
@@ -410,12 +408,10 @@ class _TensorBoard:
         self._writer = summary.Writer(str(run_dir / "tensorboard"))
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Write one scalar for each value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step=step)
 
     def close(self) -> None:
-        """Flush and close the files."""
         self._writer.close()
 
 
@@ -438,11 +434,9 @@ class _Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Log all values as one row."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Finish the run; online this waits until everything is sent."""
         self._run.finish()
 
 
@@ -476,13 +470,11 @@ class _MLflow:
             self._client.log_batch(self._run_id, params=params[start:start + _MAX_PARAMS])
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Log all values in one request."""
         now_ms = int(time.time() * 1000)
         self._client.log_batch(self._run_id, metrics=[self._metric(name, float(value), now_ms, step)
                                                       for name, value in values.items()])
 
     def close(self) -> None:
-        """Mark the run as ended."""
         self._client.set_terminated(self._run_id)
 
 

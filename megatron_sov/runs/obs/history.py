@@ -141,7 +141,6 @@ class Stretches:
 
 
 def _count(value: object) -> int:
-    """Return an event's count; 0 where it has none."""
     found = number(value)
     return int(found) if math.isfinite(found) else 0
 

@@ -97,11 +97,9 @@ class Port:
 
     @property
     def port(self) -> int:
-        """The port that is open."""
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Close it."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -237,7 +235,6 @@ class Telemetry:
             self._tell("telemetry", e)
 
     def close(self) -> None:
-        """Send the last values, and what is left of alerts."""
         self._board.set("sov.train.running", 0.0)
         self._closed.set()
         if self._thread is not None:
