@@ -91,6 +91,8 @@ class DecodingRequest:
     def ends_after_tokens(self) -> float:
         """Mean length that responses would have without a longest one; infinite where nearly all are cut."""
         mean = min(self.response_tokens, 0.98 * self.max_tokens)
+        # Bisection for m in E[min(X, max)] = m (1 - exp(-max / m)), X exponential: no closed form. In
+        # logarithms, since m may be huge.
         low, high = mean, 1e3 * self.max_tokens
         for _ in range(60):
             middle = math.sqrt(low * high)
@@ -118,11 +120,13 @@ class DecodingWriting:
 
 def writing(engines: Engines, asked: DecodingRequest, parameters: Parameters) -> DecodingWriting:
     e = engines
+    # The fullest engine sets the time, so round up.
     mine = max(1, -(-asked.num_responses // e.num_engines))
     context = asked.prompt_tokens + asked.response_tokens / 2
     longest = asked.prompt_tokens + asked.response_tokens
     weights = e.shape.params() * e.weight_bytes / e.tp
     room = e.costs.memory_share * e.chip.memory_bytes - weights
+    # Room is reserved for the length at the end, else responses would be thrown out of the cache midway.
     held = int(max(1, room / (kv_bytes(e.shape, longest) / kv_cuts(e.shape, e.tp))))
     running = min(mine * max(1, asked.rounds_ahead), held, e.costs.max_running)
     full_s = step_s(e, running, context, parameters)
@@ -147,6 +151,7 @@ def _thinning(asked: DecodingRequest, together: int) -> Iterator[tuple[float, fl
     for i in range(SLICES):
         token = (i + 0.5) * steps
         alive = math.exp(-token / mean)
+        # 1 - (1 - p)^n: the probability that at least one of n responses still runs.
         yield token, steps * (1 - (1 - alive) ** together), alive
 
 
@@ -181,6 +186,7 @@ def touched_params(shape: ModelShape, running: float) -> float:
     if not shape.num_experts:
         return everywhere
     share = shape.num_experts_per_token / shape.num_experts
+    # E (1 - (1 - k/E)^n) by expm1 and log1p, which keep their digits where k/E is small.
     met = shape.num_experts * -math.expm1(running * math.log1p(-share)) if share < 1 else shape.num_experts
     beyond = max(0.0, met - shape.num_experts_per_token)
     return everywhere + shape.num_moe_layers * beyond * shape.block_params("expert")
@@ -222,6 +228,7 @@ class DecodingRound(DecodingWriting):
     @property
     def total_s(self) -> float:
         """Seconds of the round: of jobs that work at the same time the longer one."""
+        # Apart, the shorter job waits for the longer one: staleness is bounded.
         together = max(self.generate_s, self.learn_s) if self.apart else self.generate_s + self.learn_s
         return together + self.refit_s + self.other_s
 
@@ -364,6 +371,7 @@ FORWARD_TOKENS = 16384
 
 def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     """Return the engines that fit a model: of as few GPUs each as hold it."""
+    # Doubling: an engine has a power of two of GPUs, which divides heads. bf16: 2 bytes a weight.
     tp, weight_bytes = 1, shape.params() * 2
     while tp < min(MAX_TP, pricing.num_ranks) and (
             weight_bytes / tp > MAX_WEIGHTS_SHARE * pricing.chip.memory_bytes):
@@ -387,6 +395,8 @@ def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
 def num_forward(config: RunConfig) -> float:
     """Return the passes over a round that only look: for a reference, and for the trainer's own
     log-probabilities, which a round's first step computes itself."""
+    # One pass for the reference, and one for old log-probabilities, less the first step, where old and new
+    # are the same.
     return (config.policy.parts.kl != "none") + 1 - 1 / config.rollout.steps_per_round
 
 

@@ -99,6 +99,7 @@ class RunFolder:
     def forget_failure(self) -> None:
         """Take back an earlier failure, or what was not judged, before the run goes on."""
         if is_first():
+            # One process is enough; others might delete what rank 0 has written since.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
 
@@ -124,6 +125,8 @@ class RunFolder:
             UserError: the folder holds something else, a run that was not asked for, one with other settings,
                 or a complete one that is shorter.
         """
+        # Nothing is created yet: a refused command leaves no folder behind. So the nearest folder that
+        # exists is the one tried.
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
@@ -131,6 +134,8 @@ class RunFolder:
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
+            # What may be there before a run's config.json: other commands, or a first start that was
+            # killed, put it there.
             expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
@@ -139,7 +144,9 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
                             "pass --resume to continue it, or choose another --run")
+        # Before settings: a changed file of code explains changed settings, not the other way round.
         refuse_changed_code(self.path, earlier, config)
+        # Only what changes the mathematics is fixed; layout, lengths and intervals may differ on a resume.
         changed = _changed(_told(earlier), _told(config))
         if changed:
             told = [f"{name} = {before}, now it is {now}" for name, before, now in changed]
@@ -150,6 +157,7 @@ class RunFolder:
             raise UserError(f"{self.path}: was started with {'; '.join(told)}; resume with {way}, or start a "
                             "new --run --from its checkpoint")
         completion = self.completion()
+        # A stage whose gate passed is done however many steps were planned.
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
@@ -161,6 +169,7 @@ class RunFolder:
 
     def declare(self, config: RunConfig) -> None:
         """Write the resolved config: from now on the folder holds a run."""
+        # config.json comes before checkpoints/: a kill in between leaves a run that a resume can enter.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
@@ -169,12 +178,14 @@ class RunFolder:
         """Take back a run that was refused before its first step, so that the mended command finds the folder
         as it was."""
         events = self.path / EVENTS
+        # Any of these means that somebody works here, or that something of worth exists.
         if living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):
             for file in (events, self.path / CONFIG, self.path / PLAN):
                 file.unlink(missing_ok=True)
+            # rmdir, not rmtree: it fails on a folder that holds anything, and then all stays.
             self.checkpoints.rmdir()
             self.path.rmdir()
 
@@ -227,8 +238,10 @@ def _declared(file: Path) -> dict[str, Any]:
 def _told(config: RunConfig) -> dict[str, Any]:
     """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled,
     and a default that a newer version has changed counts only where the run uses it."""
+    # `all-linear` and the list that it stands for are one setting.
     told = config.to_dict() | {"lora": config.lora.identity(config.model)}
     told["preference"] |= {"beta": config.preference.strength if config.preference.method in BETAS else None}
+    # The default of the correction changed between versions; without rounds nothing reads it.
     if not config.rollout.rounds:
         told["policy"] |= {"correction": None}
     return told
@@ -262,6 +275,7 @@ class RunEvents:
 
     def add(self, event: str, **fields: Any) -> None:
         """Append one event, and send an alert of it where the run's settings ask for that."""
+        # Opened for one line: commands that measure a run hours later hold no file of it open.
         log = EventLog(self._path, self._alert)
         log.write(event, **fields)
         log.close()

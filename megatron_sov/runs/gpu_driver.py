@@ -73,6 +73,7 @@ def _query(fields: str) -> list[list[str]]:
     if shutil.which("nvidia-smi") is None:
         return []
     try:
+        # A driver that has lost a GPU may hang, so there is a limit.
         done = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
                               capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -136,6 +137,7 @@ class GpuMeter:
     def _watch(self) -> None:
         try:
             self._nvml.nvmlInit()
+            # By UUID: an index means another GPU under CUDA_VISIBLE_DEVICES.
             handle = self._nvml.nvmlDeviceGetHandleByUUID(self.uuid)
         except self._nvml.NVMLError as e:
             if self._tells:
@@ -173,6 +175,7 @@ class GpuMeter:
         elif math.isfinite(power_w) and self._counter_j is None:
             if self._power is not None:
                 then_s, then_w = self._power
+                # Trapezoids between two readings of power.
                 self._total_j += (now_s - then_s) * (power_w + then_w) / 2
             self._power, self._has_energy = (now_s, power_w), True
 

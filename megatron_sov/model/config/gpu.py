@@ -75,6 +75,7 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
          "fp8_pad_routed_tokens", "does not go with parallel.expert_dispatcher = allgather",
          "use alltoall or leave it out"))
     multiple = RECIPES[train.fp8].row_multiple
+    # Kernels want multiples on each process, so the row is divided before it is checked.
     parts = parallel.cp * (parallel.tp if parallel.sp else 1)
     shared = (f" / parallel.cp {parallel.cp}" if parallel.cp > 1 else "") + (
         f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")

@@ -49,6 +49,7 @@ class LoraConfig:
         """Return what is adapted in a model, with `all-linear` spelled out."""
         if not self.on:
             return frozenset()
+        # Heads and embeddings are never among `all-linear`, as in PEFT.
         every = {*ATTENTION, *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())

@@ -373,6 +373,7 @@ class ModelConfig:
         encoders = [encoder for encoder in (self.vision, self.audio) if encoder is not None]
         for encoder in encoders:
             p += encoder.problems(self.vocab_size)
+        # A set per encoder first: an encoder may repeat its ids, two encoders may not share one.
         ids = [i for encoder in encoders for i in {*encoder.placeholder_ids}]
         if len(ids) > len({*ids}):
             p.append(SettingsProblem(ProblemCode.RULE, "model.vision.placeholder_ids",

@@ -328,13 +328,17 @@ class PolicyConfig:
             seed: `rollout.seed`.
             step: from 1.
         """
+        # A hash, not a generator: every rank and every resume draws the same without any state.
         drawn = hashlib.blake2b(f"knowledge {seed} {step}".encode(), digest_size=8).digest()
         return self.has_text and int.from_bytes(drawn) < self.parts.knowledge_share * 2 ** 64
 
     def _told(self) -> dict[str, Any]:
         """Return part -> what the run says of it, or else the method; None: a number that neither gives."""
         given = {name: value for name in _PARTS if (value := getattr(self, name)) is not None}
+        # Later ones win: defaults, then numbers without a default, then what the method says.
         brought = _PARTS | dict.fromkeys(NUMBERS) | METHODS[self.method]
+        # A number belongs to a part: 0.2 of a token ratio says nothing about a sequence ratio, so it is
+        # asked for again.
         others = {number: None for number, parts in SCALES
                   if any(given.get(part, brought[part]) != brought[part] for part in parts)}
         return brought | others | given
@@ -345,6 +349,7 @@ class PolicyConfig:
         Args:
             rollout: the run's rounds.
         """
+        # Rules are about what holds, whoever said it: the run or its method.
         told = self._told() | {"method": self.method}
         p = [SettingsProblem(ProblemCode.RULE, f"policy.{number}",
                              f"is missing: policy.{part} = {told[part]} needs it, and "

@@ -116,6 +116,7 @@ class RunConfig:
             (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
              "cannot be with lora.rank, which freezes all weights but those of its own adapters",
              "set one of them off"))
+        # Last and alone: sizes of batches mean nothing while layout or phases are broken.
         return p or self._batch_problems(num_ranks)
 
     def _objective_problems(self) -> list[SettingsProblem]:
@@ -203,9 +204,11 @@ class RunConfig:
         t = self.train
         dp = num_ranks // self.parallel.ranks_per_replica
         unit = t.micro_batch_size * dp
+        # Reversed, so that of phases with one size the first is named. All sizes of a ramp have to divide.
         sizes = {batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
                  for step in [t.ramp_steps, 0, *ramp_changes(t, phase)]}
         interleaved = self.parallel.vpp > 1
+        # Megatron's interleaved schedule takes micro-batches in groups of `pp`.
         unit *= self.parallel.pp if interleaved else 1
         pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
         p = [SettingsProblem(Kind.RULE, "train.global_batch_size",
@@ -232,10 +235,12 @@ class RunConfig:
     def phase_starts(self) -> list[int]:
         """Return the first step (0-based) of each phase."""
         steps = phase_steps(self.data, self.train)
+        # Derived, not stored: phases may change on a resume, and nothing may disagree with them.
         return [sum(steps[:i]) for i in range(len(steps))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` gives back an equal config."""
+        # Through JSON: tuples become lists, so a config equals the one that is read back from disk.
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
@@ -403,6 +408,7 @@ def with_rounds(config: RunConfig) -> RunConfig:
                    for number in range(1, rollout.rounds + 1))
     # those inside of a round, and the one at its end
     of_a_round = 1 + (rollout.steps_per_round - 1) // train.checkpoint_every_steps
+    # The generator may need a policy `max_staleness` rounds old while the next one is being written.
     needed = (rollout.max_staleness + 2) * of_a_round
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, phases=phases),

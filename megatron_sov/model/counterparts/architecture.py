@@ -99,6 +99,7 @@ def of_arguments(args: Stated) -> dict[str, Any]:
     moved("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
     if "swiglu" in stated:
         is_swiglu = bool(stated.pop("swiglu"))
+        # Without --swiglu Megatron-LM computes GELU.
         stated |= {"gated_linear_unit": is_swiglu, "activation_func": "silu" if is_swiglu else "gelu"}
     if stated.pop("use_rotary_position_embeddings", False):
         stated["position_embedding_type"] = "rope"
@@ -248,6 +249,7 @@ def _list(text: str) -> list[int]:
     (`[0]*3+[1]*58`), which are read and not evaluated."""
     found: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
+        # Parsed by hand: the text comes from a checkpoint of others, and eval would run it.
         inner, _, times = term.strip("()").partition("]")
         if not inner.startswith("[") or not re.fullmatch(r"(\*\d{1,5})?", times):
             raise ValueError(f"{text[:80]!r} is no list of numbers such as [0]*3+[1]*58")

@@ -67,6 +67,7 @@ def read_arguments(text: str) -> Arguments:
 def _words(line: str) -> list[str]:
     """Return the words of a line; an option quoted with its value ("--split '99,1,0'") is several."""
     try:
+        # As a shell splits it; a line with an open quote falls back to blanks.
         words = shlex.split(line, comments=True)
     except ValueError:
         words = line.split("#")[0].split()
@@ -87,6 +88,7 @@ def _words(line: str) -> list[str]:
 
 
 def _put_in(value: str, variables: dict[str, str]) -> str:
+    # Variables may hold variables; four rounds, so that two that name each other end.
     for _ in range(4):
         value = _VARIABLE.sub(lambda m: variables.get(m[1], m[2] if m[2] is not None else m[0]), value)
     return value
@@ -455,6 +457,7 @@ def _ramp(said: Stated, made: TranslatedSettings) -> None:
         raise ValueError(f"rampup_batch_size = {str(ramp)[:80]} does not lead to {full} in at most "
                          f"{MAX_RAMP:,} steps")
     stretches = max(1, (full - first) // increment)
+    # Theirs ramps by samples: a stretch of larger batches has fewer steps.
     steps = sum(round(samples / stretches / (first + i * increment)) for i in range(stretches))
     made.ours |= {"train.ramp_from_batch_size": first, "train.ramp_increment": increment,
                   "train.ramp_steps": steps}

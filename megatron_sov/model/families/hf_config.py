@@ -57,6 +57,7 @@ class Renamed:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the model's field; `UserError` where a required one is absent, or its names disagree."""
+        # Older and newer spellings may both be there; equal ones agree.
         found = {name: config[name] for name in self.names if name in config}
         if len(set(found.values())) > 1:
             raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; "
@@ -86,6 +87,7 @@ class Fixed:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return nothing; `UserError` where the value is another one."""
+        # Absence means the value: such fields are often left out.
         found = config.get(self.hf, self.value)
         if found != self.value:
             raise UserError(f"config.json: {self.hf} = {found!r}, but only {self.value!r} is supported "
@@ -159,10 +161,12 @@ class Rope:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return theta and scaling; `UserError` for other kinds of scaling and parameters without effect."""
+        # transformers 5 writes `rope_parameters`; older files have `rope_scaling` and the theta next to it.
         spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
         if len(spellings) == 2 and spellings[0] != spellings[1]:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
                             f"{spellings[1]} disagree; remove one of them")
+        # A copy: what is understood is taken out, and what is left at the end is refused.
         rope = dict(spellings[0]) if spellings else {}
         thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
         if thetas[1:] and thetas[0] != thetas[1]:
@@ -250,6 +254,7 @@ class AttentionScale:
             model.attention_multiplier)
         if not self.scalar:
             return {self.hf: factor}
+        # Gemma states n of 1 / sqrt(n) as an integer; other factors cannot be written.
         scalar = round(factor ** -2) if factor > SMALLEST_SCALE else 0
         if scalar < 1 or not math.isclose(scalar ** -0.5, factor, rel_tol=1e-9):
             raise UserError(f"model.attention_multiplier = {factor}: family '{model.family}' knows 1 / "
@@ -341,6 +346,7 @@ class LatentRope(Rope):
                 if rope.get("rope_type", rope.get("type")) != "yarn":
                     continue
                 yarns += 1
+                # A set: equal factors of both spellings leave one element, a missing one leaves None.
                 factors |= {rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")}
                 if rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
@@ -501,6 +507,7 @@ class TwoThetas:
             if None not in (theta, old[kind]) and theta != old[kind]:
                 raise UserError(f"config.json: {kind} rotates by {theta} in rope_parameters and by "
                                 f"{old[kind]} beside it; remove one of them")
+            # The newer spelling first, then the older, then transformers' default.
             found = [value for value in (theta, old[kind], THETAS[kind]) if value is not None]
             thetas[kind] = float(found[0])
         if factors["sliding_attention"] is not None:

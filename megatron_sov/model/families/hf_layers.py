@@ -82,6 +82,8 @@ class ExpertStack:
         halves = [2] if self.in_turns else []
         view = (model.num_experts, *halves, outputs, *inputs)
         at_outputs = 1 + len(halves)
+        # Halves last: gate and up alternate along the outputs on disk, and lie one behind the other in
+        # Megatron.
         order = (0, *(at_outputs + 1 for _ in inputs), at_outputs, *(1 for _ in halves))
         hf_shape = (model.num_experts, *inputs, outputs * (1 + len(halves)))
         return StackLayout(view, 0, (model.num_experts,), 1, order, hf_shape)
@@ -294,6 +296,7 @@ class LeadingDenseLayers:
             "first_last_k_dense_replace": leading,
         }
         said = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        # Lists of layers first: they say more than a count.
         dense = next(iter(said.values()), leading(self.default))
         if any(other != dense for other in said.values()):
             raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; "

@@ -64,6 +64,7 @@ def passes_of(config: RunConfig, num_ranks: int, threads: int, seq_len: int, bat
     """Return what a process computes in a step."""
     replicas = num_ranks // config.parallel.ranks_per_replica
     micro_batches = batch_size / replicas / config.train.micro_batch_size
+    # A pipeline fills and drains in pp - 1 further turns, in which this process waits.
     num_passes = micro_batches + config.parallel.pp - 1
     flops = train_flops_per_token(config.model, seq_len) * batch_size * seq_len / num_ranks
     flops *= RECOMPUTED if config.train.recompute is True else 1
@@ -87,6 +88,7 @@ def learn(measured: Sequence[tuple[Passes, float]]) -> LocalMachine:
         determinant = xx * yy - xy * xy
         layer_s = (sum(x) * yy - sum(y) * xy) / determinant
         per_flop = (sum(y) * xx - sum(x) * xy) / determinant
+    # A negative time explains noise, not a machine: fall back to arithmetic alone.
     if layer_s <= 0 or per_flop <= 0:
         y = [passes.flops_per_thread / seconds for passes, seconds in measured]
         layer_s, per_flop = 0.0, sum(y) / sum(v * v for v in y)
@@ -125,6 +127,7 @@ def read_learned(path: Path, option: str = "--parameters ") -> LearnedCorrection
     way_out = "pass a file that `megatron-sov plan --calibrate RUN --out FILE` wrote"
     try:
         with path.open(encoding="utf-8") as file:
+            # Bounded: the file may be anybody's, and of any size.
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} characters")
@@ -224,6 +227,7 @@ def expected(config: RunConfig, num_ranks: int, machine: Machine) -> KeptPlan:
     longest = max(phase.seq_len for phase in config.data.phases)
     stages = [account(config, num_ranks, stage, longest) for stage in range(config.parallel.pp)]
     learned, told, trouble = _learned()
+    # Memory is predicted anyway: it needs no speed.
     no_speed = _why_no_speed(config, machine, learned)
     plan = KeptPlan(
         time_s=time.time(), recipe=config.recipe, num_ranks=num_ranks, layout=config.to_dict()["parallel"],
@@ -248,6 +252,7 @@ def _operated(plan: KeptPlan, config: RunConfig, around: Surroundings) -> KeptPl
     fail, on storage that takes what it says, or the processes can write."""
     storage = around.profile.storage_write_gbytes_per_s * 1e9
     times = write_times(config, plan.num_ranks, storage or math.inf)
+    # The longest: it loses most to a failure between two checkpoints.
     longest_s = max(stretch.step_s for stretch in plan.stretches)
     c = conditions(around.profile, plan.num_ranks, config.train.checkpoint_every_steps * longest_s,
                    times.stall_s, times.background_s)

@@ -51,6 +51,8 @@ def local_tokens(w: Workload) -> float:
 def products(w: Workload, block: Block) -> list[Product]:
     """Return the products of a block of a layer on one GPU; of routed experts the grouped ones of the fullest
     GPU."""
+    # Experts have a grid of their own: cut by etp, spread over ep, and fed with the tokens of the fullest
+    # GPU.
     tokens, cut, groups = local_tokens(w), w.tp, 1.0
     if block == "expert":
         tokens, cut, groups = expert_rows(w), w.etp, w.shape.num_experts / w.ep
@@ -72,6 +74,7 @@ def attention_flops(w: Workload, window: int) -> float:
         window: keys that a query sees at most; 0: all.
     """
     s = w.shape
+    # Packed rows attend inside their documents, so a document's length counts, not the row's.
     keys = mean_keys(min(w.document_tokens or w.seq_len, w.seq_len), window)
     return 2 * local_tokens(w) * keys * s.num_heads / w.tp * (s.query_dim + s.value_dim)
 
@@ -97,6 +100,7 @@ SCAN_CHUNK = 128
 
 
 def _residual(w: Workload) -> float:
+    # Sequence parallelism cuts norms and residuals by tokens; without it every rank does all of them.
     tokens = local_tokens(w) / (w.tp if w.sp else 1)
     return (NORM * w.shape.norms_per_block + RESIDUAL) * tokens * w.shape.hidden_size * NUMBER_BYTES
 
@@ -245,6 +249,7 @@ def expert_exchange(w: Workload) -> TrafficMessage:
         return TrafficMessage("ep", 0, 1, 1, 0, 0)
     times = moe / w.pp * 2 * passes(w, "moe") * w.num_micro_batches
     token_bytes = local_tokens(w) / w.tp * s.expert_width * ACTIVATION_BYTES * w.imbalance
+    # Fractions are meant: a group a bit larger than a domain has few partners outside.
     domains = max(1.0, size / w.links.domain)
     copies = _visited(w.ep, choices) * w.etp * (1 - 1 / size)
     outside = _visited(domains, choices) * (1 - 1 / domains)
@@ -252,8 +257,10 @@ def expert_exchange(w: Workload) -> TrafficMessage:
         copies, outside = choices * (w.etp - 1 / w.ep), choices * (1 - 1 / domains)
     if w.dispatcher == "allgather":
         copies, outside = float(size - 1), (size - 1) * (1 - 1 / domains)
+    # Inside one domain nothing leaves it; the formulas above would give a little.
     outside = outside if domains > 1 else 0.0
     inside_s = copies / w.links.inside_bytes_per_s
+    # Both kinds of links work at the same time: the slower one counts.
     seconds = max(inside_s, outside / w.links.between_bytes_per_s) if outside else inside_s
     latency = w.links.between_latency_s if outside else w.links.inside_latency_s
     return TrafficMessage("ep", times * token_bytes * copies, 1 - outside / max(copies, 1e-9),
@@ -266,7 +273,9 @@ def context(w: Workload) -> TrafficMessage:
     s, cp = w.shape, w.cp
     keys = (s.num_heads * (s.query_dim + s.value_dim) if s.kv_lora_rank
             else 2 * s.num_kv_heads * s.head_dim) / w.tp
+    # The backward pass sends keys and values round once more, and their gradients with them.
     rounds = passes(w, "core_attn") + (w.objective != "forward")
+    # A process has two pieces of each row (balanced causal work), so it has two ends.
     ends = min(local_tokens(w), w.micro_batch_size * 2 * max(0, s.window - 1))
     tokens = ((s.num_attention_layers - s.num_window_layers + s.num_mtp_layers) * local_tokens(w)
               + s.num_window_layers * ends) / w.pp
@@ -281,6 +290,7 @@ def pipeline(w: Workload) -> TrafficMessage:
         return TrafficMessage("pp", 0, 1, 1, 0, 0)
     times = w.num_micro_batches * w.vpp * (1 + (w.objective != "forward"))
     volume = times * local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
+    # Stages are the outermost groups of ranks: neighbours are in one domain only if the whole run is.
     inside = w.num_gpus <= w.links.domain
     rate = w.links.inside_bytes_per_s if inside else w.links.between_bytes_per_s
     latency = w.links.inside_latency_s if inside else w.links.between_latency_s
@@ -291,6 +301,7 @@ def data(w: Workload) -> list[TrafficMessage]:
     """Return gradients and weights over data-parallel processes: those of all, and of routed experts."""
     if w.objective != "train":
         return []
+    # Experts have fewer copies than the rest, so their gradients go round another, smaller group.
     dense, experts = held_params(w)
     group, cut = w.dp * w.cp, w.sharding_group or w.dp * w.cp
     # experts, which ep and etp have cut before, are shared by as many processes less
@@ -299,7 +310,9 @@ def data(w: Workload) -> list[TrafficMessage]:
         ("edp", experts, w.expert_dp, w.etp * w.ep, cut * w.tp // (w.etp * w.ep))]
     found = []
     for name, params, size, stride, shared_by in per_group:
+        # Processes that share one copy; under HSDP there are several copies, see below.
         shard = max(1, min(size, shared_by))
+        # An all-reduce is a reduce-scatter and an all-gather: twice the bytes of one of them.
         grads = params * w.grad_bytes * (2 if w.sharding == "none" else 1)
         weights = 0.0 if w.sharding == "none" else params * WEIGHT_BYTES
         times = 1.0
@@ -307,6 +320,7 @@ def data(w: Workload) -> list[TrafficMessage]:
             times = w.num_micro_batches
             weights *= 2
         volume = times * (grads + weights) * (shard - 1) / shard
+        # HSDP: the shards of different copies are summed up, too.
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
         found.append(_ring(name, w, volume, 0 if size == 1 else times * 3 * layers_per_gpu(w), size, stride))
@@ -325,6 +339,7 @@ def held_params(w: Workload) -> tuple[float, float]:
 
 def _visited(places: float, choices: int) -> float:
     """Return how many of so many places a token's choices fall on, all being as likely."""
+    # Expected number of distinct places in `choices` draws: each place is missed with (1 - 1/n)^k.
     return places * (1 - (1 - 1 / places) ** choices) if places > 1 else 1.0
 
 
@@ -333,6 +348,7 @@ def _ring(group: Group, w: Workload, volume: float, count: float, size: int, str
     adapters together where it leaves the domain (NCCL's rings)."""
     if size == 1 or not volume:
         return TrafficMessage(group, 0, 1, 1, 0, 0)
+    # Ranks of a group are `stride` apart, so that many of them share a domain.
     members = max(1, w.links.domain // stride)
     if size <= members:
         return TrafficMessage(group, volume, 1, w.links.inside_bytes_per_s, count, w.links.inside_latency_s)

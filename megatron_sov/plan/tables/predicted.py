@@ -217,6 +217,7 @@ def workload_of(row: Mapping[str, str], parameters: Parameters | None = None) ->
         UserError: the chip has no products in the row's precision.
     """
     p = parameters or default()
+    # The shape first: rules on the layout need heads, layers and experts.
     shape, known = shape_of(row)
     row = _as_in_its_paper(row, known)
     notes = words(row, "other", "note", "model")

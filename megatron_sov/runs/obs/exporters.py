@@ -90,6 +90,7 @@ class Webhook:
     def send(self, body: dict[str, Any]) -> None:
         """Send a body as soon as possible; returns at once."""
         try:
+            # Never blocks: a step does not wait for a chat server.
             self._waiting.put_nowait(body)
         except queue.Full:
             self._warn(f"more than {MAX_WAITING} alerts wait; further ones are left out")
@@ -285,6 +286,7 @@ class Board:
         assert len(labels) == len(metric.labels), f"{name} has labels {metric.labels}, not {labels}"
         row = self._values.setdefault(name, {})
         key = tuple(label[:MAX_LABEL_CHARACTERS] for label in labels)
+        # Names of sources are the user's: without a limit each would be a time series for ever.
         full = key not in row and len(row) >= MAX_LABEL_SETS
         return row, (OTHER,) * len(key) if full else key
 
@@ -437,6 +439,7 @@ class _Wandb:
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
+        # online this waits until everything is sent
         self._run.finish()
 
 

@@ -45,13 +45,16 @@ class Attempts:
     def add(self, event: dict[str, Any]) -> None:
         """Take one event in; one that comes after an attempt's end (a conversion,
         days later) belongs to none."""
+        # `resume` may come before the `run_start` that it explains, or after it; both are taken.
         kind, last = event["event"], self.all[-1] if self.all else None
         if kind == "run_start":
             self.all.append(last := Attempt(event, resume_reason=self._resume_reason))
             self._resume_reason = ""
+        # The attempt before has made steps, so this reason belongs to the next start.
         elif kind == "resume" and (last is None or last.last_step is not None):
             self._resume_reason = str(event.get("reason") or "")
             return
+        # Ended attempts take nothing more in: a conversion days later must not lengthen them.
         if last is None or last.outcome != UNFINISHED:
             return
         last.last_time_s = number(event.get("time_s"))
@@ -118,6 +121,7 @@ class Stretches:
 
     def add(self, event: dict[str, Any]) -> None:
         """Take one event in; others than starts, phases and steps are passed over."""
+        # Phases of an earlier start are forgotten: its layout, and so its speed, may have been another one.
         if event["event"] == "run_start":
             self._start, self._entries, self._last = event, [], None
         elif event["event"] == "phase" and self._start is not None:
@@ -126,10 +130,12 @@ class Stretches:
             self._add_step(self._start, _count(event["step"]), number(event.get("step_time_s")))
 
     def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
+        # Steps are 1-based and a phase names the 0-based step from which it holds.
         i = bisect.bisect_right(self._entries, step - 1, key=lambda entry: entry[0]) - 1
         if i < 0:
             return  # the ledger's events are from its first step on: this is no event of ours
         entry = self._entries[i][1]
+        # By identity: two phases may have equal fields and are still two stretches.
         if entry is not self._last:
             follows, self._last = self._last is not None, entry
             self.all.append(MeasuredStretch(

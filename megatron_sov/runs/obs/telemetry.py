@@ -67,6 +67,7 @@ class _BoardCollector:
         """Yield one family for each metric that has a value."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+        # One copy under the lock, so that all families of a scrape are of the same moment.
         samples = self._board.samples()
         for metric in METRICS.values():
             found = [s for s in samples if s.metric is metric]
