@@ -175,7 +175,8 @@ def _algorithm(optim: OptimConfig, tensor: _Tensor) -> str:
     # No break: where several groups match, the last one holds.
     for group in optim.groups:
         if fnmatch.fnmatchcase(tensor.key, group.pattern):
-            found = "frozen" if group.frozen else (group.optimizer or optim.name) if may else "adamw"
+            chosen = group.optimizer or optim.name
+            found = "frozen" if group.frozen else (chosen if may else "adamw")
     return found
 
 

@@ -182,7 +182,8 @@ def _messages_s(engines: Engines, running: float) -> float:
 def touched_params(shape: ModelShape, running: float) -> float:
     """Return the weights that a step reads: of each layer's experts those that at least one of `running`
     tokens is sent to, experts being drawn alike."""
-    everywhere = shape.active_params() - shape.vocab_size * shape.hidden_size * (not shape.tied)
+    # Untied embeddings are looked up, not read as a whole.
+    everywhere = shape.active_params() - (0 if shape.tied else shape.vocab_size * shape.hidden_size)
     if not shape.num_experts:
         return everywhere
     share = shape.num_experts_per_token / shape.num_experts
@@ -397,7 +398,8 @@ def num_forward(config: RunConfig) -> float:
     log-probabilities, which a round's first step computes itself."""
     # One pass for the reference, and one for old log-probabilities, less the first step, where old and new
     # are the same.
-    return (config.policy.parts.kl != "none") + 1 - 1 / config.rollout.steps_per_round
+    reference = 0 if config.policy.parts.kl == "none" else 1
+    return reference + 1 - 1 / config.rollout.steps_per_round
 
 
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,

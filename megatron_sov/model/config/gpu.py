@@ -85,7 +85,8 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
             tokens % (parts * multiple) == 0, "seq_len", f"x train.micro_batch_size {train.micro_batch_size}"
             f"{shared} = {tokens / parts:g} tokens on each process, which train.fp8 = {train.fp8} wants to "
             f"be a multiple of {multiple}"))
-    multiple, smaller = RECIPES[train.fp8].width_multiple, " or a smaller parallel.tp" * (parallel.tp > 1)
+    multiple = RECIPES[train.fp8].width_multiple
+    smaller = " or a smaller parallel.tp" if parallel.tp > 1 else ""
     return p + find_broken(train, "train", *(
         (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
          f"choose another recipe{smaller}") for name, width in _widths(train, model, parallel)))

@@ -368,7 +368,9 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
         if not path:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
         if not Path(path).is_dir():
-            named = " as DIR or DIR:WEIGHT; its sources have the names that pack gave them" * ("=" in path)
+            named = ""
+            if "=" in path:
+                named = " as DIR or DIR:WEIGHT; its sources have the names that pack gave them"
             raise UserError(f"--data {path}: "
                             f"{'is not a folder' if Path(path).exists() else 'does not exist'}; "
                             f"pass a folder made by `sov-data pack`{named}")

@@ -290,8 +290,9 @@ def _pattern(stated: Stated) -> dict[str, Any]:
                              "ones alone")
         return {}
     left = (window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
-    slides = [True] * num_layers if frequency is None else [
-        not said if is_every else said for said, is_every in _per_layer(frequency, num_layers)]
+    slides = [True] * num_layers
+    if frequency is not None:  # every n-th is global; a list marks those that slide
+        slides = [said != is_every for said, is_every in _per_layer(frequency, num_layers)]
     found = {"attention_pattern": shortest_pattern("".join("GL"[bool(one)] for one in slides)),
              "sliding_window_tokens": left + 1}
     if no_rope:

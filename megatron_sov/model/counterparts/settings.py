@@ -439,9 +439,11 @@ def _experts(said: Stated, made: TranslatedSettings) -> None:
     kind = said.get("moe_token_dispatcher_type")
     if not said.get("num_moe_experts") or not kind:
         return
-    backend = said.get("moe_flex_dispatcher_backend", "deepep")
-    made.ours["parallel.expert_dispatcher"] = (
-        "deepep" if said.get("moe_enable_deepep") else backend if kind == "flex" else kind)
+    if said.get("moe_enable_deepep"):
+        kind = "deepep"
+    elif kind == "flex":
+        kind = said.get("moe_flex_dispatcher_backend", "deepep")
+    made.ours["parallel.expert_dispatcher"] = kind
     balancing = said.get("moe_router_load_balancing_type", "aux_loss")
     if balancing not in ("seq_aux_loss", "none") and said.get("moe_aux_loss_coeff"):
         made.lost["moe_router_load_balancing_type"] = (

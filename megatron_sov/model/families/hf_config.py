@@ -187,7 +187,8 @@ class Rope:
         said = [found["partial_rotary_factor"] for found in (rope, config)
                 if "partial_rotary_factor" in found]
         rope.pop("partial_rotary_factor", None)
-        share = said[0] if said else 1.0 if self.default_share is None else self.default_share
+        assumed = 1.0 if self.default_share is None else self.default_share
+        share = said[0] if said else assumed
         if self.default_share is None and share != 1.0:
             raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
                             "heads rotate as a whole")

@@ -144,7 +144,7 @@ class SlidingLayers:
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
         window = config.get("sliding_window", self.default_window) if "L" in letters else 0
-        expected = [window * (letter == "L") for letter in letters]
+        expected = [window if letter == "L" else 0 for letter in letters]
         if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
             raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
                             f"that follow from layer_types and one sliding_window = {window} are supported")

@@ -183,8 +183,9 @@ def scaled(parameters: Parameters, factors: dict[str, float], chips: Sequence[Ch
     stay as they are."""
     products, links, host = (factors[f.name] for f in FACTORS)
     seen = {one.generation for one in chips}
-    fractions = {family: {unit: min(1.0, share * products) for unit, share in units.items()}
-                 if family in seen else units for family, units in parameters.product_fraction.items()}
+    fractions = dict(parameters.product_fraction)
+    for family in seen & set(fractions):
+        fractions[family] = {unit: min(1.0, share * products) for unit, share in fractions[family].items()}
     attention = {family: min(1.0, share * products) if family in seen else share
                  for family, share in parameters.attention_fraction.items()}
     return replace(
@@ -245,8 +246,10 @@ def _gauss_newton(at: Sequence[float], now: Sequence[float],
     # Huber as weights of least squares: one odd run must not bend the factors for all others.
     weights = [min(1.0, HUBER / abs(r)) if r else 1.0 for r in now]
     # The prior's 1 / spread^2 on the diagonal makes it solvable where runs say nothing of a factor.
-    matrix = [[sum(w * a * b for w, a, b in zip(weights, slopes[i], slopes[j], strict=True))
-               + (i == j) / FACTORS[i].spread ** 2 for j in range(n)] for i in range(n)]
+    matrix = [[sum(w * a * b for w, a, b in zip(weights, first, second, strict=True)) for second in slopes]
+              for first in slopes]
+    for i, factor in enumerate(FACTORS):
+        matrix[i][i] += 1 / factor.spread ** 2
     right = [-sum(w * a * r for w, a, r in zip(weights, slopes[i], now, strict=True))
              - at[i] / FACTORS[i].spread ** 2 for i in range(n)]
     return [float(x) for x in np.linalg.solve(matrix, right)]

@@ -152,7 +152,7 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     # A window as long as the row is none, and needs no masks.
     slides = kind.slides and m.sliding_window_tokens < tokens.row
     # the norm of each head's queries is of a copy, where these do not lie side by side
-    copied = queries * (m.num_kv_heads > tp) if m.qk_norm else 0
+    copied = queries if m.qk_norm and m.num_kv_heads > tp else 0
     found = {"gathered": 0}
     if cp > 1:
         window = m.sliding_window_tokens
@@ -306,8 +306,9 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     wholes = {kind: saved(config, row, kind) for kind in here}
     keeps = {kind: kept(config, row, kind, whole) for kind, whole in wholes.items()}
     waiting = sum(keeps[kind] * count for kind, count in here.items())
-    waiting += (stage == 0) * counts[0] * row // p.cp * INDEX_BYTES
-    norms = last * _behind_layers(config, row)
+    if stage == 0:
+        waiting += counts[0] * row // p.cp * INDEX_BYTES
+    norms = _behind_layers(config, row) if last else 0
     waiting += counts[-1] * norms
     again = {kind: wholes[kind].total - keeps[kind] for kind in here} if config.train.recompute else {}
     largest = max(here, key=lambda kind: wholes[kind].total)

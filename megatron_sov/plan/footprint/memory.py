@@ -265,7 +265,8 @@ def _stages(w: Workload) -> tuple[int, ...]:
     runs, layers = w.pp * w.vpp, _num_layers(w.shape)
     if runs == 1 or layers % runs == 0:
         return ()
-    return tuple(layers // runs + (run < layers % runs) for run in range(runs))
+    each, longer = divmod(layers, runs)
+    return (each + 1,) * longer + (each,) * (runs - longer)
 
 
 def _num_layers(shape: ModelShape) -> int:
@@ -283,8 +284,11 @@ def model_of(shape: ModelShape) -> ModelConfig:
     latent = shape.kv_lora_rank > 0
     # latent attention computes keys and values of every head
     head_dim = (shape.query_dim + shape.value_dim) // 2 if latent else shape.head_dim
-    pattern = "L" * (shape.global_every - 1) + "G" if shape.window and shape.global_every > 1 else (
-        "L" if shape.window and shape.global_every == 1 and shape.num_window_layers else "G")
+    pattern = "G"
+    if shape.window and shape.global_every > 1:
+        pattern = "L" * (shape.global_every - 1) + "G"
+    elif shape.window and shape.global_every == 1 and shape.num_window_layers:
+        pattern = "L"
     return ModelConfig(
         family="", vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, num_layers=layers,
         num_heads=shape.num_heads, num_kv_heads=shape.num_heads if latent else shape.num_kv_heads,

@@ -344,8 +344,9 @@ class StageBuffers:
             for _, parts in runs) * m.mtp_experts
         cp = self._config.parallel.cp
         # latent attention without YaRN has its angles, too, of as few positions as can be
-        positions = (m.yarn.original_max_position_tokens if m.yarn is not None
-                     else 2 * cp if m.latent_attention is not None else 0)
+        positions = 2 * cp if m.latent_attention is not None else 0
+        if m.yarn is not None:
+            positions = m.yarn.original_max_position_tokens
         angles = len(self._chunks) * 2 * m.rotated_channels() * positions // cp
         return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
                 + (encoder_buffer_bytes(m) if self._is_first else 0))

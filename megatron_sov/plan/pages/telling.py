@@ -283,7 +283,9 @@ def _value(axis: str, value: object) -> str:
         return str(value)
     assert isinstance(value, tuple)
     recompute, modules = value
-    return "+".join(modules) if modules else ("everything" if recompute else "nothing")
+    if modules:
+        return "+".join(modules)
+    return "everything" if recompute else "nothing"
 
 
 def _beside(chosen: Common, other: Common | None, sweeps: Sequence[Sweep], key: tuple[str, object]) -> str:

@@ -218,8 +218,10 @@ def gathers_each_micro_batch(w: Workload) -> bool:
 def passes(w: Workload, module: str = "") -> float:
     """Return how many forward passes' worth of messages a micro-batch has: forward, backward, and what is
     recomputed."""
+    if w.objective == "forward":
+        return 1
     again = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
-    return 1 + (w.objective != "forward") + (again and w.objective != "forward")
+    return 3 if again else 2
 
 
 def tensor(w: Workload) -> TrafficMessage:
@@ -274,7 +276,7 @@ def context(w: Workload) -> TrafficMessage:
     keys = (s.num_heads * (s.query_dim + s.value_dim) if s.kv_lora_rank
             else 2 * s.num_kv_heads * s.head_dim) / w.tp
     # The backward pass sends keys and values round once more, and their gradients with them.
-    rounds = passes(w, "core_attn") + (w.objective != "forward")
+    rounds = passes(w, "core_attn") + (0 if w.objective == "forward" else 1)
     # A process has two pieces of each row (balanced causal work), so it has two ends.
     ends = min(local_tokens(w), w.micro_batch_size * 2 * max(0, s.window - 1))
     tokens = ((s.num_attention_layers - s.num_window_layers + s.num_mtp_layers) * local_tokens(w)
@@ -288,7 +290,7 @@ def pipeline(w: Workload) -> TrafficMessage:
     """Return hidden states to the next stage and gradients to the one before."""
     if w.pp == 1:
         return TrafficMessage("pp", 0, 1, 1, 0, 0)
-    times = w.num_micro_batches * w.vpp * (1 + (w.objective != "forward"))
+    times = w.num_micro_batches * w.vpp * (1 if w.objective == "forward" else 2)
     volume = times * local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
     # Stages are the outermost groups of ranks: neighbours are in one domain only if the whole run is.
     inside = w.num_gpus <= w.links.domain

@@ -246,7 +246,8 @@ def of_model(model: ModelConfig) -> ModelShape:
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
     # A shape knows one period only ("every n-th layer is global"); with no global layer the period is
     # beyond the last one.
-    every = model.num_layers // max(1, model.num_layers - windowed) + (windowed == model.num_layers)
+    num_global = model.num_layers - windowed
+    every = model.num_layers // num_global if num_global else model.num_layers + 1
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,

@@ -241,7 +241,9 @@ def dispatcher_of(notes: str, beyond_domain: bool, wide_domain: bool, dropless: 
             return name
     if not dropless:
         return "alltoall"
-    return "hybridep" if wide_domain else "deepep" if beyond_domain else "alltoall"
+    if wide_domain:
+        return "hybridep"
+    return "deepep" if beyond_domain else "alltoall"
 
 
 def cuda_graphs_of(notes: str) -> Literal["none", "partial", "full"]:
