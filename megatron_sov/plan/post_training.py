@@ -327,7 +327,7 @@ BUDGETS = (
 """Budgets of runs that there are recipes for."""
 
 
-def told_of(recipe: str) -> tuple[str, ...]:
+def published_prices(recipe: str) -> tuple[str, ...]:
     """Return what was published of a recipe's price, as sentences."""
     return tuple(f"published of {' + '.join(b.recipes)}: {b.told}" for b in BUDGETS if recipe in b.recipes)
 
@@ -380,7 +380,7 @@ def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp)
 
 
-def asked_of(config: RunConfig, assumed: Assumed) -> DecodingRequest:
+def decoding_request(config: RunConfig, assumed: Assumed) -> DecodingRequest:
     r = config.rollout
     return DecodingRequest(r.prompts_per_round * r.samples_per_prompt,
                            assumed.prompt_share * r.max_prompt_tokens,
@@ -405,7 +405,7 @@ def num_forward(config: RunConfig) -> float:
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,
                                                                               DecodingRequest]:
     """Return what a round takes, with its optimizer step and what it asks for."""
-    asked = asked_of(config, assumed)
+    asked = decoding_request(config, assumed)
     rows = max(1, round(rows_of(config, asked) / config.rollout.steps_per_round))
     phase = replace(config.data.phases[0], global_batch_size=rows)
     imbalance = pricing.parameters.real_imbalance if config.model.num_moe_layers() else 1.0
@@ -476,7 +476,7 @@ def quotes(config: RunConfig, pricing: Pricing, assumed: Assumed | None = None) 
         stages = run_stages(config, pricing.num_ranks)
         before = [q for stage in stages for q in _before(stage, pricing, assumed)]
         found = [*before, *(_train(stage, pricing, assumed) for stage in stages)]
-    return [replace(found[0], notes=(*found[0].notes, *told_of(config.recipe))), *found[1:]]
+    return [replace(found[0], notes=(*found[0].notes, *published_prices(config.recipe))), *found[1:]]
 
 
 def _train(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:

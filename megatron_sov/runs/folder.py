@@ -147,7 +147,7 @@ class RunFolder:
         # Before settings: a changed file of code explains changed settings, not the other way round.
         refuse_changed_code(self.path, earlier, config)
         # Only what changes the mathematics is fixed; layout, lengths and intervals may differ on a resume.
-        changed = _changed(_told(earlier), _told(config))
+        changed = _changed(_comparable(earlier), _comparable(config))
         if changed:
             told = [f"{name} = {before}, now it is {now}" for name, before, now in changed]
             words = [shlex.quote(f"{name}={before if isinstance(before, str) else json.dumps(before)}")
@@ -235,7 +235,7 @@ def _declared(file: Path) -> dict[str, Any]:
     return found
 
 
-def _told(config: RunConfig) -> dict[str, Any]:
+def _comparable(config: RunConfig) -> dict[str, Any]:
     """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled,
     and a default that a newer version has changed counts only where the run uses it."""
     # `all-linear` and the list that it stands for are one setting.

@@ -309,7 +309,7 @@ class PolicyConfig:
     @property
     def parts(self) -> PolicyParts:
         """The method's parts with those that are set in their places; settings must have no problems."""
-        return PolicyParts(**{name: value for name, value in self._told().items() if value is not None})
+        return PolicyParts(**{name: value for name, value in self._resolve().items() if value is not None})
 
     @property
     def has_text(self) -> bool:
@@ -332,7 +332,7 @@ class PolicyConfig:
         drawn = hashlib.blake2b(f"knowledge {seed} {step}".encode(), digest_size=8).digest()
         return self.has_text and int.from_bytes(drawn) < self.parts.knowledge_share * 2 ** 64
 
-    def _told(self) -> dict[str, Any]:
+    def _resolve(self) -> dict[str, Any]:
         """Return part -> what the run says of it, or else the method; None: a number that neither gives."""
         given = {name: value for name in _PARTS if (value := getattr(self, name)) is not None}
         # Later ones win: defaults, then numbers without a default, then what the method says.
@@ -350,7 +350,7 @@ class PolicyConfig:
             rollout: the run's rounds.
         """
         # Rules are about what holds, whoever said it: the run or its method.
-        told = self._told() | {"method": self.method}
+        told = self._resolve() | {"method": self.method}
         p = [SettingsProblem(ProblemCode.RULE, f"policy.{number}",
                              f"is missing: policy.{part} = {told[part]} needs it, and "
                              f"policy.method = {self.method} brings none for it", way_out="set it")

@@ -161,7 +161,7 @@ the system.  Our choice; not measured yet."""
 def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
     """Return what some processes of a run of `count` pin together."""
     # One account per stage: processes of a stage pin about as much.
-    of_stage = [StageBuffers(config, count, stage).held(StatePlace()).on_host
+    of_stage = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
                 for stage in range(config.parallel.pp)]
     return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
 

@@ -291,7 +291,7 @@ class StageBuffers:
                     found |= {begins, min(begins + 1, (run.end - 1 - first) // share)}
         return StatePlace(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
 
-    def held(self, place: StatePlace) -> States:
+    def count_states(self, place: StatePlace) -> States:
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
@@ -372,7 +372,7 @@ def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
         if len(_known) >= MAX_KNOWN:
             _known.clear()
         buffers = StageBuffers(config, num_ranks, stage)
-        _known[key] = buffers.held(buffers.fullest())
+        _known[key] = buffers.count_states(buffers.fullest())
     return _known[key]
 
 

@@ -46,7 +46,7 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
                         "evaluate again") from None
 
 
-def is_told(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
+def is_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
     """Return whether events of a run tell a score already, wherever its file lies now."""
     # A results file that was moved is the same measurement.
     said = {name: value for name, value in event.items() if name != "output"}
