@@ -152,7 +152,7 @@ def is_fused(layout: Drawn) -> bool:
 
 def said(layout: Drawn, stage: int, place: StatePlace) -> States:
     """Return what the plan says of the rank."""
-    return StageBuffers(layout.config, layout.num_ranks, stage).held(place)
+    return StageBuffers(layout.config, layout.num_ranks, stage).count_states(place)
 
 
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:

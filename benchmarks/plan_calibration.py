@@ -25,8 +25,7 @@ from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.tables.cells import MissingInput, read_table
-from megatron_sov.plan.tables.predicted import tokens_per_s_per_gpu
-from megatron_sov.plan.tables.workloads import workload_of
+from megatron_sov.plan.tables.predicted import tokens_per_s_per_gpu, workload_of
 
 ROOT = Path(__file__).parent
 ROWS = ROOT / "data" / "throughput.csv"

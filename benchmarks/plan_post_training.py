@@ -5,7 +5,7 @@
 First the rounds of reinforcement learning that NeMo RL's pages publish (`benchmarks/data/rl_throughput.csv`):
 seconds of a round, predicted and measured, and the same for each model with the engine's costs fitted on the
 others alone.  Then the budgets that papers name.  With --fit the engine's costs are searched anew, in so many
-random steps, and printed; `plan/decoding.py` has them.
+random steps, and printed; `plan/post_training.py` has them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.plan.decoding import DecodingRequest, DecodingRound, EngineCosts, Engines, round_of
 from megatron_sov.plan.pages.quote import Quote, totals
-from megatron_sov.plan.post_training import BUDGETS, Assumed, quotes
+from megatron_sov.plan.post_training import (
+    BUDGETS, Assumed, DecodingRequest, DecodingRound, EngineCosts, Engines, quotes, round_of)
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import Workload
-from megatron_sov.plan.tables.workloads import find
+from megatron_sov.plan.tables.predicted import find
 from megatron_sov.work.clusters.chips import chip, default_links
 
 ROWS = Path(__file__).parent / "data" / "rl_throughput.csv"

@@ -29,7 +29,7 @@ from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prom
 from megatron_sov.judge.rollouts.rows import STOP, Key, RewardRow, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig, apply_settings
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 
 VERSION, VOCAB = "a" * 64, 368
 ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=8, samples_per_prompt=4, piece_prompts=8,

@@ -45,12 +45,12 @@ from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts, str
 from megatron_sov.judge.rollouts.rows import Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.generate import Missing, PieceQueue, SampleAttempt, never, write_rounds
 from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.post.rl.responses import NO_TOKENS, ResponseSource, key_digest
 from megatron_sov.post.rl.reward import JudgingJob
-from megatron_sov.runs.policies import Policy
+from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.progress.locks import Claims, Patience
 
 END, VOCAB, VERSION = 0, 1000, "v" * 64

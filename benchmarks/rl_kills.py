@@ -45,7 +45,7 @@ from megatron_sov.judge.rollouts.inspection import check
 from megatron_sov.judge.rollouts.prompts import RolloutPrompt, pieces, read_prompts, round_prompts
 from megatron_sov.judge.rollouts.rows import Rollout, later, part_name
 from megatron_sov.judge.rollouts.store import RolloutStore
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.work.progress.locks import holders
 
 JOBS = ("generate", "reward", "train")

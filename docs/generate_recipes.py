@@ -8,9 +8,9 @@ from pathlib import Path
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.commands.models.recipes import summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
-from megatron_sov.model.recipes.layouts import RECOMMENDED
 from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, in_effect
 from megatron_sov.plan.search import recommended
+from megatron_sov.plan.search.recommended import RECOMMENDED
 from megatron_sov.work.clusters.chips import CHIPS
 
 PAGE = Path(__file__).parent / "recipes.md"

@@ -19,7 +19,7 @@ from megatron_sov.base.command_line import (
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS
-from megatron_sov.runs.obs.process_start import process_started_s
+from megatron_sov.runs.launch_environment import process_started_s
 
 PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 

@@ -10,7 +10,7 @@ from megatron_sov.base.settings import Flag
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.runs.append import RunEvents
+    from megatron_sov.runs.folder import RunEvents
 
 PARITY_LENGTHS = (1, 7, 64, 200)
 """Tokens of the documents on which two forms of a model are compared."""

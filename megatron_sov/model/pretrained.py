@@ -70,6 +70,7 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder}: holds {ADAPTER_CONFIG} beside a model's weights, and transformers adds "
                         "such an adapter to them; merge it with PEFT, or move it to a folder of its own")
+    # Two readers must never take different weights: all below refuses a folder where they could.
     read = INDEX if (folder / INDEX).is_file() else SINGLE_FILE
     named = read_json(folder / CONFIG).get(OTHER_WEIGHTS, read) if (folder / CONFIG).is_file() else read
     if named not in (read, None):
@@ -85,6 +86,7 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX}: lacks a weight_map from tensor names to files; "
                         "restore it from its source")
+    # The index is hostile input: "../x" would read files outside of the folder.
     outside = [f"{name} to {file}"
                for name, file in weight_map.items() if not isinstance(file, str) or Path(file).name != file]
     if outside:
@@ -117,6 +119,7 @@ def tensor_files(folder: Path, names_in: Callable[[Path, str], Iterable[str]]) -
                 raise UserError(f"{folder / file}: holds {name}, which {file_of[name]} holds as well; "
                                 "remove one of them")
             file_of[name] = file
+    # Without an index `told` is empty, and the files alone say what there is.
     told = {name: file for file, held in files.items() for name in held}
     if told and told != file_of:
         differing = sorted(name for name in {*file_of, *told} if told.get(name) != file_of.get(name))
@@ -168,6 +171,7 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
     is_transformers = model_class.__module__.startswith("transformers.")
     if is_transformers:
         tensor_files(folder, _names_in)
+        # Mismatched sizes are reported below, together with all else, not one at a time by an exception.
         options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}
     try:
         model, info = model_class.from_pretrained(

@@ -57,7 +57,6 @@ class Conditions:
 
 def conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_s: float,
                write_s: float) -> Conditions:
-    """Return the conditions of a run on a cluster, with nodes enough."""
     return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_OF_A_YEAR,
                       (FailureKind("any", 1.0, profile.restart_s),), interval_s, stall_s, write_s)
 
@@ -74,7 +73,9 @@ def goodput(c: Conditions) -> float:
     rate = c.failures_per_s
     if not rate:
         return c.interval_s / c.period_s
+    # The share of restarts that are not themselves hit by a failure.
     survives = sum(kind.share * math.exp(-rate * kind.restart_s) for kind in c.kinds)
+    # The first checkpoint counts only when it is written, so work before that is lost with a failure.
     first = c.interval_s + c.stall_s + c.write_s
     # expm1: 1 - exp(-x) of a small x
     kept = math.exp(-rate * first) / -math.expm1(-rate * c.period_s)
@@ -86,6 +87,7 @@ def best_interval_s(c: Conditions) -> float:
     and never longer than some mean times between failures; infinite without failures."""
     if not c.failures_per_s:
         return math.inf
+    # In logarithms: candidates go from seconds to months, and goodput is flat around its best.
     low, high = math.log(max(c.write_s, 1e-3)), math.log(10 * c.mtbf_s + c.write_s)
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(60):  # golden section: the bracket shrinks by 0.618 each time
@@ -136,6 +138,7 @@ def _bytes(model: ModelConfig, lora: LoraConfig, optim: OptimConfig, precision: 
            moment: str) -> CheckpointBytes:
     item, states = ITEM_BYTES[precision], _state_bytes(precision, moment)
     weights = optimizer = 0
+    # A run with adapters writes these alone; the frozen base is a checkpoint of its own.
     for tensor in _adapter(model, lora) if lora.on else _tensors(model):
         weights += tensor.num_elements * (FLOAT32_BYTES if tensor.is_bias else item)
         optimizer += tensor.num_elements * (0 if tensor.is_bias else states[_algorithm(optim, tensor)])
@@ -153,7 +156,6 @@ class _Tensor:
 
 
 def _tensors(model: ModelConfig) -> list[_Tensor]:
-    """Return the tensors of a model, by the weight map of its family."""
     found = [_Tensor(weight.key.replace("{l}", str(layer)), weight.numel, len(weight.shape) == 2,
                      weight.is_buffer) for weight in layer_weights(model) for layer in weight.layers]
     return found + [_Tensor(key, math.prod(shape), len(shape) == 2)
@@ -167,11 +169,14 @@ def _adapter(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
 
 def _algorithm(optim: OptimConfig, tensor: _Tensor) -> str:
     """Return what updates a tensor, or "frozen", as `engine/mcore/optimizer/parameter_groups.py` has it."""
+    # Muon orthogonalises matrices; embeddings and head are looked up by rows, so they stay AdamW's.
     may = tensor.is_matrix and tensor.key not in TABLES
     found: str = optim.name if may else "adamw"
+    # No break: where several groups match, the last one holds.
     for group in optim.groups:
         if fnmatch.fnmatchcase(tensor.key, group.pattern):
-            found = "frozen" if group.frozen else (group.optimizer or optim.name) if may else "adamw"
+            chosen = group.optimizer or optim.name
+            found = "frozen" if group.frozen else (chosen if may else "adamw")
     return found
 
 
@@ -192,6 +197,8 @@ def rank_bytes(config: RunConfig, num_ranks: int) -> int:
         return checkpoint_bytes(config).total
     p, item = config.parallel, ITEM_BYTES[config.train.precision]
     state = _state_bytes(config.train.precision, config.gpu.moment_dtype)[config.optim.name]
+    # Under ZeRO-1 the state is shared by the data- and context-parallel processes; experts have fewer
+    # copies.
     shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
                              else (1, 1))
     return max(int((held.dense + held.experts) * item
@@ -200,8 +207,8 @@ def rank_bytes(config: RunConfig, num_ranks: int) -> int:
 
 
 def write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s: float) -> WriteTimes:
-    """Return how long a checkpoint takes."""
     size_bytes, of_one = checkpoint_bytes(config).total, rank_bytes(config, num_ranks)
+    # Either the shared storage is the bottleneck, or the fullest process's own hashing and writing.
     background_s = max(size_bytes / storage_bytes_per_s, of_one / PROCESS_WRITE_BYTES_PER_S)
     if not config.train.async_save:
         return WriteTimes(background_s, 0.0)
@@ -246,6 +253,7 @@ def operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, step_s:
     storage = profile.storage_write_gbytes_per_s * 1e9
     times = write_times(config, num_gpus, storage or math.inf)
     c = conditions(profile, num_gpus, step_s, times.stall_s, times.background_s)
+    # Never shorter than a write: the next checkpoint would wait for the one before.
     steps = max(1, math.ceil(times.background_s / step_s), round(min(best_interval_s(c) / step_s, num_steps)))
     c = replace(c, interval_s=steps * step_s)
     if goodput(c) < LEAST_SHARE:

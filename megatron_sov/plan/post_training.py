@@ -1,22 +1,266 @@
-"""What the price of post-training needs beside a recipe's settings: nobody knows it before the run."""
+"""The price of post-training by its jobs, and what it needs beside a recipe's settings.
+
+Writing is priced by the roofline of prefill and decode on engines of some GPUs each.  A step of decoding
+gives every running response one token.  It reads the weights that these tokens meet, once, and each one's
+keys and values; it multiplies, and it has its host, its messages and its sampling.  Responses end at each
+token with the same probability, up to the largest length: how many still run thins out, and the last steps
+are done for few.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, PhaseConfig, RunConfig
-from megatron_sov.model.config.preference import WITH_REFERENCE
+from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.plan.decoding import (
-    PACKED_SHARE, DecodingRequest, DecodingRound, Engines, round_of, writing)
+from megatron_sov.plan.footprint.held import BF16_BYTES
 from megatron_sov.plan.operation import cost
 from megatron_sov.plan.pages.quote import Quote, QuotedMemory
 from megatron_sov.plan.pricing import Pricing, RunStage, quote, run_stages
+from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.plan.speed.step import step_time
-from megatron_sov.plan.speed.workload import ModelShape, Workload, of_model, of_run
+from megatron_sov.plan.speed.workload import ModelShape, Workload, kv_bytes, kv_cuts, of_model, of_run
+from megatron_sov.work.clusters.chips import Chip, Links
 from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
+
+SLICES = 64
+"""Stretches of a response over which the number of running ones is taken for constant."""
+
+
+@dataclass(frozen=True)
+class EngineCosts:
+    """What no roofline tells of an engine; fitted to published rounds of reinforcement learning
+    (`benchmarks/plan_post_training.py --fit`)."""
+
+    step_s: float = 4e-3
+    """Seconds of a step for scheduling, whatever runs."""
+    layer_s: float = 58e-6
+    """Seconds of a layer in a step, beside what it reads: kernels of few microseconds each."""
+    response_s: float = 11e-6
+    """Seconds of a step for each running response: sampling, copying, stopping."""
+    message_s: float = 40e-6
+    """Seconds of one of the two messages of a layer under tensor parallelism, beside its bytes."""
+    memory_share: float = 0.85
+    """Share of a GPU's memory that weights and cache may fill."""
+    max_running: int = 1024
+    """Responses that an engine runs at a time, as far as its cache holds them."""
+    refit_bytes_per_s: float = 19e9
+    """Bytes of new weights a second, over all engines, where trainer and engines take turns on the same GPUs:
+    what is in the way leaves and comes back within it."""
+    refit_apart_bytes_per_s: float = 48e9
+    """The same where engines have GPUs of their own."""
+    round_s: float = 19.0
+    """Seconds of a round for what is none of that: prompts, rewards that are rules, advantages."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines that write beside one another."""
+
+    shape: ModelShape
+    chip: Chip
+    links: Links
+    num_gpus: int
+    tp: int = 1
+    weight_bytes: float = 2.0
+    """Of a weight as engines hold it: 1 in FP8."""
+    costs: EngineCosts = EngineCosts()
+
+    @property
+    def num_engines(self) -> int:
+        return max(1, self.num_gpus // self.tp)
+
+
+@dataclass(frozen=True)
+class DecodingRequest:
+    num_responses: int
+    prompt_tokens: float
+    response_tokens: float
+    max_tokens: int
+    per_prompt: int = 1
+    """Responses to one prompt, which is read once for all of them."""
+    rounds_ahead: int = 0
+    """Rounds that may be under way before the last response of the first of them; 0: engines stand still when
+    few responses are left, until the next policy."""
+
+    @property
+    def ends_after_tokens(self) -> float:
+        """Mean length that responses would have without a longest one; infinite where nearly all are cut."""
+        mean = min(self.response_tokens, 0.98 * self.max_tokens)
+        # Bisection for m in E[min(X, max)] = m (1 - exp(-max / m)), X exponential: no closed form. In
+        # logarithms, since m may be huge.
+        low, high = mean, 1e3 * self.max_tokens
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            reached = middle * -math.expm1(-self.max_tokens / middle)
+            low, high = (middle, high) if reached < mean else (low, middle)
+        return low
+
+
+@dataclass(frozen=True)
+class DecodingWriting:
+    prefill_s: float
+    decode_s: float
+    """Steps with as many responses as an engine runs at a time."""
+    tail_s: float
+    """Steps of the last ones, which thin out."""
+    running: int
+    """Responses that an engine runs at a time."""
+    memory_bytes: int
+    """Weights and cache of one GPU."""
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s + self.tail_s
+
+
+def writing(engines: Engines, asked: DecodingRequest, parameters: Parameters) -> DecodingWriting:
+    e = engines
+    # The fullest engine sets the time, so round up.
+    mine = max(1, -(-asked.num_responses // e.num_engines))
+    context = asked.prompt_tokens + asked.response_tokens / 2
+    longest = asked.prompt_tokens + asked.response_tokens
+    weights = e.shape.params() * e.weight_bytes / e.tp
+    room = e.costs.memory_share * e.chip.memory_bytes - weights
+    # Room is reserved for the length at the end, else responses would be thrown out of the cache midway.
+    held = int(max(1, room / (kv_bytes(e.shape, longest) / kv_cuts(e.shape, e.tp))))
+    running = min(mine * max(1, asked.rounds_ahead), held, e.costs.max_running)
+    full_s = step_s(e, running, context, parameters)
+    if asked.rounds_ahead:
+        decode_s, tail_s = mine * asked.response_tokens / running * full_s, 0.0
+    else:
+        decode_s = (mine - running) * asked.response_tokens / running * full_s
+        tail_s = sum(
+            steps * step_s(e, max(1.0, alive * running), asked.prompt_tokens + token, parameters)
+            for token, steps, alive in _thinning(asked, running * e.num_engines))
+    prompts = mine * asked.prompt_tokens / asked.per_prompt
+    prefill_s = prompts * e.shape.forward_flops_per_token(max(1, round(asked.prompt_tokens))) / (
+        e.tp * e.chip.bf16_flops_per_s * product_share(e.chip, parameters))
+    cache = running * kv_bytes(e.shape, context) / kv_cuts(e.shape, e.tp)
+    return DecodingWriting(prefill_s, decode_s, tail_s, running, round(weights + cache))
+
+
+def _thinning(asked: DecodingRequest, together: int) -> Iterator[tuple[float, float, float]]:
+    """Yield (tokens written, steps that are expected, share of the responses that still run) over the longest
+    response; a step is done while any of `together` responses runs, for a round waits for the last one."""
+    steps, mean = asked.max_tokens / SLICES, asked.ends_after_tokens
+    for i in range(SLICES):
+        token = (i + 0.5) * steps
+        alive = math.exp(-token / mean)
+        # 1 - (1 - p)^n: the probability that at least one of n responses still runs.
+        yield token, steps * (1 - (1 - alive) ** together), alive
+
+
+def step_s(engines: Engines, running: float, context: float, parameters: Parameters) -> float:
+    """Return the seconds of a step of decoding."""
+    s, chip, costs, tp = engines.shape, engines.chip, engines.costs, engines.tp
+    passed = (touched_params(s, running) * engines.weight_bytes / tp
+              + running * kv_bytes(s, context) / kv_cuts(s, tp))
+    flops = running * s.decode_flops_per_token(context) / tp
+    roofline = max(passed / (chip.hbm_bytes_per_s * parameters.hbm_fraction),
+                   flops / (chip.bf16_flops_per_s * product_share(chip, parameters)))
+    host = costs.step_s + s.num_layers * costs.layer_s + running * costs.response_s
+    return roofline + host + _messages_s(engines, running)
+
+
+def _messages_s(engines: Engines, running: float) -> float:
+    """Return the seconds of a step's messages of tensor parallelism: two all-reduces a layer."""
+    tp, links = engines.tp, engines.links
+    if tp == 1:
+        return 0.0
+    inside = tp <= links.domain
+    rate = links.inside_bytes_per_s if inside else links.between_bytes_per_s
+    num_bytes = 2 * (tp - 1) / tp * running * engines.shape.hidden_size * BF16_BYTES
+    hops = math.log2(tp) * (links.inside_latency_s if inside else links.between_latency_s)
+    return 2 * engines.shape.num_layers * (num_bytes / rate + hops + engines.costs.message_s)
+
+
+def touched_params(shape: ModelShape, running: float) -> float:
+    """Return the weights that a step reads: of each layer's experts those that at least one of `running`
+    tokens is sent to, experts being drawn alike."""
+    # Untied embeddings are looked up, not read as a whole.
+    everywhere = shape.active_params() - (0 if shape.tied else shape.vocab_size * shape.hidden_size)
+    if not shape.num_experts:
+        return everywhere
+    share = shape.num_experts_per_token / shape.num_experts
+    # E (1 - (1 - k/E)^n) by expm1 and log1p, which keep their digits where k/E is small.
+    met = shape.num_experts * -math.expm1(running * math.log1p(-share)) if share < 1 else shape.num_experts
+    beyond = max(0.0, met - shape.num_experts_per_token)
+    return everywhere + shape.num_moe_layers * beyond * shape.block_params("expert")
+
+
+def product_share(chip: Chip, parameters: Parameters) -> float:
+    """Return the share of the peak that large products reach."""
+    return parameters.product_fraction[chip.generation]["bf16"]
+
+
+# A round of reinforcement learning as three jobs: what each takes on its GPUs, in turns or apart.
+
+
+PACKED_SHARE = 0.95
+"""Share of a row's tokens that are some document's, when whole documents are packed into rows best-fit."""
+
+
+@dataclass(frozen=True)
+class DecodingRound(DecodingWriting):
+    """Seconds of one round, by job: generate's are those of `DecodingWriting`."""
+
+    forward_s: float
+    """Train: passes that only look, for a reference and for the trainer's own log-probabilities."""
+    train_s: float
+    refit_s: float
+    """New weights on their way into the engines."""
+    other_s: float
+    apart: bool
+    """Whether engines and trainer have GPUs of their own, and work at the same time."""
+
+    @property
+    def generate_s(self) -> float:
+        return super().total_s
+
+    @property
+    def learn_s(self) -> float:
+        return self.forward_s + self.train_s
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the round: of jobs that work at the same time the longer one."""
+        # Apart, the shorter job waits for the longer one: staleness is bounded.
+        together = max(self.generate_s, self.learn_s) if self.apart else self.generate_s + self.learn_s
+        return together + self.refit_s + self.other_s
+
+
+def round_of(engines: Engines, asked: DecodingRequest, step: Workload, num_forward: float,
+             parameters: Parameters, *, apart: bool = False) -> DecodingRound:
+    """Return what a round takes.
+
+    Args:
+        engines: what writes.
+        asked: what is written.
+        step: an optimizer step of the trainer; its rows are filled with the round's documents, and its batch
+            size says how many of them make a step.
+        num_forward: passes over the round that only look.
+        parameters: those of the model of speed.
+        apart: whether engines and trainer have GPUs of their own.
+    """
+    costs: EngineCosts = engines.costs
+    tokens = asked.num_responses * (asked.prompt_tokens + asked.response_tokens)
+    rows = max(1, round(tokens / step.seq_len / PACKED_SHARE))
+    whole = replace(step, global_batch_size=rows,
+                    document_tokens=round(asked.prompt_tokens + asked.response_tokens))
+    one = replace(whole, global_batch_size=min(rows, step.global_batch_size))
+    steps = max(1, round(rows / one.global_batch_size))
+    forward_s = num_forward * step_time(replace(whole, objective="forward"), parameters).total_s
+    written = writing(engines, asked, parameters)
+    weight_bytes = engines.shape.params() * engines.weight_bytes
+    rate = costs.refit_apart_bytes_per_s if apart else costs.refit_bytes_per_s
+    return DecodingRound(**vars(written), forward_s=forward_s,
+                         train_s=steps * step_time(one, parameters).total_s,
+                         refit_s=weight_bytes / rate, other_s=costs.round_s, apart=apart)
 
 
 @dataclass(frozen=True)
@@ -83,7 +327,7 @@ BUDGETS = (
 """Budgets of runs that there are recipes for."""
 
 
-def told_of(recipe: str) -> tuple[str, ...]:
+def published_prices(recipe: str) -> tuple[str, ...]:
     """Return what was published of a recipe's price, as sentences."""
     return tuple(f"published of {' + '.join(b.recipes)}: {b.told}" for b in BUDGETS if recipe in b.recipes)
 
@@ -128,6 +372,7 @@ FORWARD_TOKENS = 16384
 
 def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     """Return the engines that fit a model: of as few GPUs each as hold it."""
+    # Doubling: an engine has a power of two of GPUs, which divides heads. bf16: 2 bytes a weight.
     tp, weight_bytes = 1, shape.params() * 2
     while tp < min(MAX_TP, pricing.num_ranks) and (
             weight_bytes / tp > MAX_WEIGHTS_SHARE * pricing.chip.memory_bytes):
@@ -135,7 +380,7 @@ def engines_of(shape: ModelShape, pricing: Pricing) -> Engines:
     return Engines(shape, pricing.chip, pricing.links, pricing.num_ranks, tp)
 
 
-def asked_of(config: RunConfig, assumed: Assumed) -> DecodingRequest:
+def decoding_request(config: RunConfig, assumed: Assumed) -> DecodingRequest:
     r = config.rollout
     return DecodingRequest(r.prompts_per_round * r.samples_per_prompt,
                            assumed.prompt_share * r.max_prompt_tokens,
@@ -151,13 +396,16 @@ def rows_of(config: RunConfig, asked: DecodingRequest) -> int:
 def num_forward(config: RunConfig) -> float:
     """Return the passes over a round that only look: for a reference, and for the trainer's own
     log-probabilities, which a round's first step computes itself."""
-    return (config.policy.parts.kl != "none") + 1 - 1 / config.rollout.steps_per_round
+    # One pass for the reference, and one for old log-probabilities, less the first step, where old and new
+    # are the same.
+    reference = 0 if config.policy.parts.kl == "none" else 1
+    return reference + 1 - 1 / config.rollout.steps_per_round
 
 
 def one_round(config: RunConfig, pricing: Pricing, assumed: Assumed) -> tuple[DecodingRound, Workload,
                                                                               DecodingRequest]:
     """Return what a round takes, with its optimizer step and what it asks for."""
-    asked = asked_of(config, assumed)
+    asked = decoding_request(config, assumed)
     rows = max(1, round(rows_of(config, asked) / config.rollout.steps_per_round))
     phase = replace(config.data.phases[0], global_batch_size=rows)
     imbalance = pricing.parameters.real_imbalance if config.model.num_moe_layers() else 1.0
@@ -228,7 +476,7 @@ def quotes(config: RunConfig, pricing: Pricing, assumed: Assumed | None = None) 
         stages = run_stages(config, pricing.num_ranks)
         before = [q for stage in stages for q in _before(stage, pricing, assumed)]
         found = [*before, *(_train(stage, pricing, assumed) for stage in stages)]
-    return [replace(found[0], notes=(*found[0].notes, *told_of(config.recipe))), *found[1:]]
+    return [replace(found[0], notes=(*found[0].notes, *published_prices(config.recipe))), *found[1:]]
 
 
 def _train(stage: RunStage, pricing: Pricing, assumed: Assumed) -> Quote:

@@ -41,7 +41,6 @@ class Machines:
 
     @property
     def chip(self) -> Chip | None:
-        """The GPU; None: the profile names none."""
         return self.profile.chip if self.profile.gpus_per_node and self.profile.gpu else None
 
     def links(self) -> Links:
@@ -134,6 +133,7 @@ def group_stages(stages: Sequence[RunStage]) -> list[tuple[RunStage, list[RunSta
     kinds: dict[tuple[int, int, int], list[RunStage]] = {}
     for stage in stages:
         size = stage.config.train.micro_batch_size
+        # The seconds and bytes of a step depend on these three alone, so a search weighs each kind once.
         kinds.setdefault((stage.phase.seq_len, stage.global_batch_size, size), []).append(stage)
     return [(same[0], same) for same in kinds.values()]
 
@@ -147,12 +147,14 @@ def _alone(config: RunConfig, phase: PhaseConfig, *, ramps: bool) -> RunConfig:
 def _of_extension(config: RunConfig, stage: ExtendStageConfig, num_ranks: int,
                   micro_batch_set: bool) -> RunStage:
     """Return a stage as `extend` trains it if its gate takes all its steps."""
+    # The dearest case is priced: a gate that takes all of its steps.
     size = stage.global_batch_size or config.train.global_batch_size
     steps = max(stage.max_steps, stage.steps or math.ceil(stage.tokens / (size * stage.seq_len))
                 or config.train.steps or config.num_steps())
     train = replace(config.train, global_batch_size=size, ramp_from_batch_size=0)
     if not micro_batch_set:
         per_rank = max(1, size // max(1, num_ranks // max(1, config.parallel.ranks_per_replica)))
+        # Rows of short samples are filled up to the tokens of the longest row, so memory stays the same.
         limit_tokens = config.train.micro_batch_size * config.data.max_seq_len()
         train = replace(train, micro_batch_size=micro_batch_size(limit_tokens, stage.seq_len, per_rank))
     tokens = steps * size * stage.seq_len
@@ -228,6 +230,7 @@ def refuse_precision(config: RunConfig, chip: Chip) -> None:
         return
     try:
         chip.flops_per_s(unit)
+        # Hopper multiplies in FP8 too, but without scales of blocks; chips with FP4 have both.
         if asked == "mxfp8" and not chip.fp4_flops_per_s:
             can = ", ".join(c.key for c in CHIPS.values() if c.fp4_flops_per_s)
             raise UserError(f"MXFP8 on {chip.name}: its tensor cores scale no blocks of 32 values, those of "

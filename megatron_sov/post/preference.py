@@ -22,7 +22,7 @@ from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.named_values import sum_dict
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.preference import WITH_REFERENCE
+from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.post import reference
 from megatron_sov.post.parts import preferences
 from megatron_sov.post.parts.responses import Responses, learned, responses_of

@@ -76,6 +76,8 @@ def temporary(path: Path, token: str) -> Path:
 def clear_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written or half-deleted; only for the one who
     holds the run's lock."""
+    # No manifest vouches for any of these: they are what a kill left, and only the lock's holder may know
+    # that no living process still writes them.
     begins = (WRITING, DELETING, TRYING)
     for leftover in sorted(found for begin in begins for found in folder.glob(f"{begin}*")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -83,12 +85,14 @@ def clear_leftovers(folder: Path) -> None:
 
 def latest(folder: Path) -> Path | None:
     """Return the newest checkpoint of a run's `checkpoints` folder, sound or not, or None."""
+    # By number, not by date: a copy or a restored backup has other times on disk.
     steps = _steps(folder)
     return steps[-1][1] if steps else None
 
 
 def latest_not_after(folder: Path, step: int) -> Path | None:
     """Return the newest checkpoint of step `step` or before, sound or not, or None."""
+    # `_steps` sorts ascending, so the last match is the newest that is not too new.
     found = [path for taken, path in _steps(folder) if taken <= step]
     return found[-1] if found else None
 
@@ -97,6 +101,8 @@ def drop_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of later steps, whose weights were taken back; the newest first:
     a kill leaves a sound run.  One that an adapter stands on is renamed, so that the run does not go on from
     it, and `found_base` finds it."""
+    # Newest first: if a kill comes in the middle, the newest one left is still a checkpoint that the run
+    # could go on from.
     for taken, path in reversed(_steps(folder)):
         if taken > step and (path / KEPT).exists():
             aside = _set_apart(path, TAKEN_BACK)
@@ -108,6 +114,8 @@ def drop_after(folder: Path, step: int) -> None:
 def _delete(path: Path) -> None:
     """Delete a checkpoint; it loses its name before its files, so that a kill leaves no torn one
     under a valid name."""
+    # The rename is atomic, the deletion of thousands of files is not. The token keeps apart the remains of
+    # a delete that was killed before.
     delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
 
 
@@ -143,6 +151,8 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kinds: keys of `TAKEN_BY` that will do.
         wanted: how messages call them.
     """
+    # In this order: a run has settings that a look for models could take for its own, and a converted
+    # folder may have a manifest beside its config.json.
     if (path / EVENTS).is_file():
         kind = RUN
     elif is_hf_folder(path):
@@ -163,6 +173,7 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
 def _nothing_known(path: Path) -> tuple[str, str] | None:
     """Return what a folder is that is no artifact and no model, and what takes it ("": nothing); None: it
     holds other folders, in which there may be one."""
+    # Hidden files (.DS_Store, .gitattributes) tell nothing of what a folder is.
     names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     if not names:
         return None if any(path.iterdir()) else ("is empty", "")
@@ -192,6 +203,8 @@ def find_checkpoint(path: Path) -> Path:
         refuse_other_kind(path, (KIND, RUN), "a checkpoint or a run")
         read_manifest(path, KIND)
         return path
+    # A damaged newest checkpoint is an error, not a reason to take an older one in silence: the caller
+    # would measure or export other weights than it asked for.
     newest = latest(path / CHECKPOINTS_OF_A_RUN)
     if newest is None:
         raise UserError(f"{path}: this run has no complete checkpoint yet")
@@ -207,6 +220,7 @@ def settings_of(path: Path) -> RunConfig:
     Raises:
         UserError: its manifest is damaged, or holds no settings of a run.
     """
+    # The manifest is read, not RUN/config.json: a run's settings may have changed since this checkpoint.
     raw = read_manifest(path, KIND).settings
     try:
         settings = from_dict(raw)
@@ -229,12 +243,11 @@ class AdapterBase:
     """Of its manifest."""
 
     def to_dict(self) -> dict[str, str]:
-        """Return what a manifest holds of it."""
         return {"path": str(self.path), "sha256": self.sha256}
 
     @staticmethod
     def of(path: Path) -> AdapterBase:
-        """Return what stands for a checkpoint in those of its adapters."""
+        # The manifest holds the hash of every file, so its own hash stands for all weights.
         return AdapterBase(path.resolve(), manifest_sha256(path))
 
 
@@ -258,6 +271,8 @@ def found_base(path: Path, base: AdapterBase) -> Path:
     Raises:
         UserError: it is not there, or is another one than the adapter was trained beside.
     """
+    # A rollback renames a base that adapters need (`drop_after`), so its place may have changed; the hash
+    # says whether it is the same.
     taken_back = base.path.parent.glob(f"{TAKEN_BACK}{base.path.name}*")
     there = [place for place in (base.path, *sorted(taken_back)) if (place / MANIFEST).is_file()]
     for place in there:
@@ -334,11 +349,14 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
     if problem is not None:
         return problem
     files = read_manifest(path, KIND).files
+    # Sorted, so that all ranks split the same list: every file is hashed by exactly one of them.
     names = sorted(name for name in files if not (weights_only and name.startswith(NOT_WEIGHTS)))
     for name in names[rank::size]:
         try:
             problem = file_damage(path / name, files[name])
         except OSError as e:
+            # EIO is the disk's word that these bytes are gone; all else (permissions, a mount that is away)
+            # says nothing of the file.
             if e.errno != errno.EIO:
                 raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, "
                                 "and start again") from e
@@ -366,10 +384,14 @@ def set_aside(path: Path) -> Path:
 def _set_apart(path: Path, begins: str) -> Path:
     """Rename a checkpoint to a name that nothing has yet; returns its new place."""
     aside = path.with_name(begins + path.name)
+    # The same step may have been damaged before; os.rename would fail on that folder, or replace an empty
+    # one.
     if aside.exists():
         aside = path.with_name(f"{begins}{path.name}-{secrets.token_hex(4)}")
     with disk_errors(path):
         os.rename(path, aside)
+        # Without this a power failure may bring the old name back, and the next start would load the
+        # damaged one.
         fsync_path(path.parent)
     return aside
 
@@ -377,6 +399,8 @@ def _set_apart(path: Path, begins: str) -> Path:
 def refuse_lost(folder: Path) -> None:
     """Raise `UserError` where a run has only damaged checkpoints: it must not begin anew as
     if nothing had been."""
+    # To start at step 0 here would look like a fresh run in the same folder, with the old run's events
+    # before it.
     damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
     if damaged and not _steps(folder):
         raise UserError(f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); "
@@ -386,6 +410,7 @@ def refuse_lost(folder: Path) -> None:
 def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
     """Delete all complete checkpoints but the newest `keep` (0 keeps all), those whose step
     `keep_every_steps` divides, and those that adapters stand on."""
+    # Incomplete ones are not counted: they would push a sound checkpoint out of the newest `keep`.
     for path in complete(folder)[:-keep] if keep else []:
         if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and not (path / KEPT).exists():
             _delete(path)

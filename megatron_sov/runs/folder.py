@@ -13,11 +13,12 @@ from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
-from megatron_sov.model.config.preference import BETAS
+from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.lock import LOCK, living_holder
-from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.runs.obs.telemetry import alert
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
@@ -59,7 +60,6 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
         return self.path / CHECKPOINTS_OF_A_RUN
 
     def checkpoint(self, step: int) -> Path:
@@ -74,7 +74,6 @@ class RunFolder:
         return _declared(file)
 
     def complete(self, content: dict[str, Any]) -> None:
-        """Declare the stage complete."""
         atomic_write(self.path / COMPLETION, to_json(content))
 
     def hold(self, content: dict[str, Any]) -> None:
@@ -82,12 +81,10 @@ class RunFolder:
         atomic_write(self.path / HELD, to_json(content))
 
     def held(self) -> dict[str, Any] | None:
-        """Return what was noted by `hold`, or None."""
         file = self.path / HELD
         return _declared(file) if file.is_file() else None
 
     def release(self) -> None:
-        """Forget what was noted by `hold`."""
         (self.path / HELD).unlink(missing_ok=True)
 
     def fail(self, failure: str) -> None:
@@ -102,6 +99,7 @@ class RunFolder:
     def forget_failure(self) -> None:
         """Take back an earlier failure, or what was not judged, before the run goes on."""
         if is_first():
+            # One process is enough; others might delete what rank 0 has written since.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
 
@@ -127,6 +125,8 @@ class RunFolder:
             UserError: the folder holds something else, a run that was not asked for, one with other settings,
                 or a complete one that is shorter.
         """
+        # Nothing is created yet: a refused command leaves no folder behind. So the nearest folder that
+        # exists is the one tried.
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
@@ -134,6 +134,8 @@ class RunFolder:
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
+            # What may be there before a run's config.json: other commands, or a first start that was
+            # killed, put it there.
             expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE, GATE)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
@@ -142,8 +144,10 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
                             "pass --resume to continue it, or choose another --run")
+        # Before settings: a changed file of code explains changed settings, not the other way round.
         refuse_changed_code(self.path, earlier, config)
-        changed = _changed(_told(earlier), _told(config))
+        # Only what changes the mathematics is fixed; layout, lengths and intervals may differ on a resume.
+        changed = _changed(_comparable(earlier), _comparable(config))
         if changed:
             told = [f"{name} = {before}, now it is {now}" for name, before, now in changed]
             words = [shlex.quote(f"{name}={before if isinstance(before, str) else json.dumps(before)}")
@@ -153,18 +157,19 @@ class RunFolder:
             raise UserError(f"{self.path}: was started with {'; '.join(told)}; resume with {way}, or start a "
                             "new --run --from its checkpoint")
         completion = self.completion()
+        # A stage whose gate passed is done however many steps were planned.
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
 
     def create(self) -> None:
-        """Make the folder, empty."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig) -> None:
         """Write the resolved config: from now on the folder holds a run."""
+        # config.json comes before checkpoints/: a kill in between leaves a run that a resume can enter.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
@@ -173,12 +178,14 @@ class RunFolder:
         """Take back a run that was refused before its first step, so that the mended command finds the folder
         as it was."""
         events = self.path / EVENTS
+        # Any of these means that somebody works here, or that something of worth exists.
         if living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):
             for file in (events, self.path / CONFIG, self.path / PLAN):
                 file.unlink(missing_ok=True)
+            # rmdir, not rmtree: it fails on a folder that holds anything, and then all stays.
             self.checkpoints.rmdir()
             self.path.rmdir()
 
@@ -228,11 +235,13 @@ def _declared(file: Path) -> dict[str, Any]:
     return found
 
 
-def _told(config: RunConfig) -> dict[str, Any]:
+def _comparable(config: RunConfig) -> dict[str, Any]:
     """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled,
     and a default that a newer version has changed counts only where the run uses it."""
+    # `all-linear` and the list that it stands for are one setting.
     told = config.to_dict() | {"lora": config.lora.identity(config.model)}
     told["preference"] |= {"beta": config.preference.strength if config.preference.method in BETAS else None}
+    # The default of the correction changed between versions; without rounds nothing reads it.
     if not config.rollout.rounds:
         told["policy"] |= {"correction": None}
     return told
@@ -243,3 +252,39 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any
     return [(f"{part}.{name}", before[part][name], now[part][name])
             for part, names in FIXED.items() for name in (names or before[part])
             if now[part].get(name, before[part][name]) != before[part][name]]
+
+
+class RunEvents:
+    """The events of a run that exists; with None for the folder nothing is recorded."""
+
+    def __init__(self, run: Path | None) -> None:
+        """Look at the folder; changes nothing.
+
+        Raises:
+            UserError: it holds no run.
+        """
+        if run is not None and not (run / EVENTS).is_file():
+            raise UserError(f"--run {run}: holds no {EVENTS}, so it is not a run; "
+                            "pass the folder of a training command's --run")
+        self._path = None if run is None else run / EVENTS
+
+    def last_step(self) -> int | None:
+        steps = ([e["step"] for e in read_events(self._path) if e["event"] == "step" and "step" in e]
+                 if self._path else [])
+        return max(steps, default=None)
+
+    def add(self, event: str, **fields: Any) -> None:
+        """Append one event, and send an alert of it where the run's settings ask for that."""
+        # Opened for one line: commands that measure a run hours later hold no file of it open.
+        log = EventLog(self._path, self._alert)
+        log.write(event, **fields)
+        log.close()
+
+    def _alert(self, record: dict[str, Any]) -> None:
+        assert self._path is not None, "a log without a file tells nobody"
+        try:
+            config = json.loads((self._path.parent / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # the folder of a run that was refused at its start
+            return
+        if isinstance(config, dict):
+            alert(config, self._path.parent, record)

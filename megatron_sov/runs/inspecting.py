@@ -78,6 +78,7 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) ->
                                        "does not exist, and no work on it is unfinished") +
                         "; name an artifact, a run, a store, a file of rows, or a command's --output")
     kind = kinds.get(found.get("kind", ""))
+    # Everything is read before anything is printed: a damaged part gives one error, not half a page.
     held = [] if kind is None else list(kind.lines(path))
     shown = kind.rows if kind is not None and kind.rows is not None else _rows
     rows = list(shown(path, options.rows)) if options.rows else []
@@ -213,6 +214,7 @@ def _clear(path: Path) -> str:
     work = work_folder(path)
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
+    # Under the work's lock: it must not be deleted under a command that uses it.
     with holding(work, path), disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"

@@ -44,6 +44,8 @@ class RunLock:
         Raises:
             UserError: a living run holds it, or the folder cannot be written.
         """
+        # Reading, judging and writing are one turn: two starters that both find a dead holder must not both
+        # write.
         with disk_errors(self._file), in_turn(self._file.parent):
             record = recorded_holder(self._file.parent)
             if record is not None and self._is_held(record):
@@ -53,25 +55,28 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the lock back."""
         if self._thread.is_alive():
             self._stop.set()
             self._thread.join()
+            # If another run took the folder over, the file is its lock, and stays.
             if not self._is_lost():
                 self._file.unlink(missing_ok=True)
 
     def _record(self) -> str:
+        # Each record differs from the one before, so a watcher sees life without comparing clocks.
         self._beat += 1
         return json.dumps({**identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
 
     def _is_held(self, record: dict[str, Any]) -> bool:
         """Return whether the process that wrote a record works still; asks for its signs of life where it
         cannot be looked up."""
+        # The process table of this machine is certain and costs nothing; watching takes up to a minute.
         if (lives := _lives(record)) is not None:
             return lives
         print(f"{self._file.parent}: process {record['pid']} on {record['host']} held it last, and cannot be "
               f"looked up from here; watching for a sign of life, {self._lease_s:g} s at most",
               file=sys.stderr, flush=True)
+        # Monotonic: a clock that NTP sets must not end the lease early.
         end_s = time.monotonic() + self._lease_s
         while time.monotonic() < end_s:
             time.sleep(self._lease_s / 100)
@@ -80,6 +85,7 @@ class RunLock:
         return False
 
     def _renew(self) -> None:
+        # Some beats fit into a lease, so one slow write on a shared disk does not lose the lock.
         while not self._stop.wait(self._lease_s / RENEWALS):
             try:
                 if self._is_lost():
@@ -143,6 +149,7 @@ def _lives(record: dict[str, Any]) -> bool | None:
     Slurm starts a job anew when it has given up the nodes of the start before, so that one's processes need
     not be waited for.
     """
+    # Same job, later restart: Slurm has killed the start before, whatever its record says.
     now = _slurm_job()
     if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
         return False

@@ -1,17 +1,22 @@
-"""What the rounds of a folder were begun with: those that go on are asked for the same.  No torch here."""
+"""Rounds of a run: what a folder's were begun with, and which checkpoint writes one's responses.  No torch
+here."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest, to_json, write_output
+from megatron_sov.base.artifacts import (
+    MANIFEST, damaged_files, manifest_sha256, read_manifest, to_json, write_output)
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.runs import checkpoints
 
 ASKED = "rounds.json"
 RESULTS = "results.json"
@@ -42,6 +47,7 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; choose another one")
+    # Nothing is done yet, so there is nothing that other settings could contradict.
     if not _holds_more(folder, {file, *made_anew}):
         write_output(file, to_json(asked))
         return
@@ -52,6 +58,7 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
     now = json.loads(to_json(asked))  # as the note has it: a tuple is a list there
+    # Names that an earlier version noted and this one does not know are passed over.
     changed = {name: value for name, value in now.items() if begun.get(name) != value}
     if changed:
         told = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in changed.items()]
@@ -70,6 +77,7 @@ def is_done(result: Path) -> bool:
     """
     if not result.is_file():
         return False
+    # Hashing all files costs a read of the data, but training on torn shards costs a round.
     if result.name == MANIFEST and read_manifest(result.parent).kind in ("tokens", "corpus") and (
             damage := damaged_files(result.parent)):
         raise UserError(f"{damage[0]}; delete {result.parent}, and it is made anew")
@@ -88,12 +96,14 @@ def keep_result(file: Path, *, is_new: bool) -> None:
         UserError: it is not what the command wrote, or the note is damaged.
     """
     note = file.with_name(RESULTS)
+    # The note itself is sealed with a hash: a torn one must not let a changed result pass.
     noted = read_json(note, "delete it, and results count as they are", str(file.parent.name)
                       ) if note.is_file() else {}
     digest = file_digest(file)
     if not is_new and noted.get(file.name, digest) != digest:
         raise UserError(f"{file}: is not what its command wrote (its hash differs from that in {note.name}); "
                         "restore it from a copy, or delete it, and it is made anew")
+    # Written only on change, so that reading commands leave the folder's dates alone.
     if noted.get(file.name) != digest:
         write_json(note, noted | {file.name: digest}, str(file.parent.name))
 
@@ -103,3 +113,39 @@ def _holds_more(folder: Path, known: Collection[Path]) -> bool:
     return any(p.is_file() and p not in known
                and not any(part.startswith(".") for part in p.relative_to(folder).parts)
                for p in folder.rglob("*"))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Weights that responses are written by."""
+
+    path: Path
+    """The checkpoint."""
+    step: int
+    """Optimizer steps behind it, of the run; 0: the one that it starts from."""
+    sha256: str
+    """Hash of its manifest, by which responses are known to be its."""
+
+
+def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
+    """Return the newest policy, where it may write a round; None: it is not trained yet.
+
+    A policy is the checkpoint behind the last step of a round.  Newer ones than a round needs are used as
+    well: what is left of an old round is written by whatever policy there is.
+
+    Args:
+        run: the folder of `rl train`, which may not be there yet.
+        start: the checkpoint that it starts from.
+        number: of the round, from 1.
+        rollout: its rounds.
+    """
+    folder = run / checkpoints.CHECKPOINTS_OF_A_RUN
+    newest = checkpoints.latest(folder)
+    # A checkpoint inside of a round is no policy: policies are counted by whole rounds.
+    while newest is not None and checkpoints.step_of(newest) % rollout.steps_per_round:
+        newest = checkpoints.latest_not_after(folder, checkpoints.step_of(newest) - 1)
+    path, step = (start, 0) if newest is None else (newest, checkpoints.step_of(newest))
+    # Round n is written by the policy after round n - 1, or by one up to `max_staleness` rounds older.
+    if step // rollout.steps_per_round < number - 1 - rollout.max_staleness:
+        return None
+    return Policy(path, step, manifest_sha256(path))

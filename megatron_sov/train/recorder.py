@@ -30,13 +30,13 @@ from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.gpu_driver import open_meter
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.runs.obs.incidents import BY_SETTING
+from megatron_sov.runs.obs.exporters import Trackers
+from megatron_sov.runs.obs.history import BY_SETTING
 from megatron_sov.runs.obs.routing import max_violation
-from megatron_sov.runs.obs.telemetry.nvml import open_meter
-from megatron_sov.runs.obs.telemetry.telemetry import Telemetry
-from megatron_sov.runs.obs.trackers import Trackers
+from megatron_sov.runs.obs.telemetry import Telemetry
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.restoring import StepResult, TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss

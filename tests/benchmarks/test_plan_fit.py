@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import Workload
-from megatron_sov.plan.tables.workloads import published
+from megatron_sov.plan.tables.predicted import published
 from megatron_sov.work.clusters.chips import chip, default_links
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

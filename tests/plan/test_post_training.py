@@ -10,9 +10,9 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.plan.decoding import DecodingRequest, EngineCosts, Engines, step_s, touched_params, writing
 from megatron_sov.plan.pages.quote import Quote, totals
-from megatron_sov.plan.post_training import BUDGETS, Assumed, covers, quotes
+from megatron_sov.plan.post_training import (
+    BUDGETS, Assumed, DecodingRequest, EngineCosts, Engines, covers, quotes, step_s, touched_params, writing)
 from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.workload import ModelShape, kv_bytes, kv_cuts, of_model

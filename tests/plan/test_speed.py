@@ -9,12 +9,12 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, apply_settings
-from megatron_sov.plan.speed import work
+from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import beside_layers, step_time
 from megatron_sov.plan.speed.traffic import held_params, messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
-from megatron_sov.plan.tables.workloads import find, published
+from megatron_sov.plan.tables.predicted import find, published
 from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
 
 LLAMA = next(model.shape for model in published() if "llama3-8b" in model.names)
@@ -186,7 +186,7 @@ def flops_of_all_gpus(w: Workload) -> float:
     s = w.shape
 
     def of(block: Block) -> float:
-        return sum(product.flops for product in work.products(w, block))
+        return sum(product.flops for product in traffic.products(w, block))
 
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     dense = s.num_feed_forward_layers - s.num_moe_layers + (0 if s.mtp_moe else s.num_mtp_layers)
@@ -194,7 +194,8 @@ def flops_of_all_gpus(w: Workload) -> float:
     windowed = s.num_window_layers
     one = (layers * of("attention") + s.num_mamba_layers * of("mamba") + dense * of("dense")
            + (1 + s.num_mtp_layers) * of("head") + s.num_mtp_layers * of("prediction")
-           + (layers - windowed) * work.attention_flops(w, 0) + windowed * work.attention_flops(w, s.window))
+           + (layers - windowed) * traffic.attention_flops(w, 0)
+           + windowed * traffic.attention_flops(w, s.window))
     if s.num_experts:
         one += moe * (of("beside experts") + of("expert"))
     return one * w.num_gpus
@@ -215,14 +216,14 @@ def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
 
 
 def test_latent_projections_are_whole_on_every_rank() -> None:
-    one, eight = (work.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
+    one, eight = (traffic.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
                   for tp in (1, 8))
     cut = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
     assert sorted(cut) == [1, 1, 8, 8, 8]
 
 
 def test_the_fullest_rank_has_more_rows() -> None:
-    even, uneven = (work.products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
+    even, uneven = (traffic.products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
                     for i in (1.0, 1.5))
     assert [b.tokens / a.tokens for a, b in zip(even, uneven, strict=True)] == [1.5, 1.5]
     assert even[0].groups == 16 and even[0].tokens == 4096 * 8

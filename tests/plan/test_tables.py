@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.plan.footprint.memory import account_of, peak_bytes
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.tables import cells
 from megatron_sov.plan.tables.cells import PREDICTED, MissingInput, count, number, read_table
-from megatron_sov.plan.tables.memory import account_of, peak_bytes
-from megatron_sov.plan.tables.predicted import predict, predict_file, tokens_per_s_per_gpu
-from megatron_sov.plan.tables.workloads import find, folded, published, shape_of, workload_of
+from megatron_sov.plan.tables.predicted import (
+    find, folded, predict, predict_file, published, shape_of, tokens_per_s_per_gpu, workload_of)
 
 
 def table(tmp_path: Path, text: str) -> Path:

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sov import recipes
 from megatron_sov.model.families.count import TABLES, layer_weights, mean_keys, train_flops_per_token
-from megatron_sov.plan.calibration.learned import read_learned
-from megatron_sov.plan.speed import work
+from megatron_sov.plan.calibration.expected import read_learned
+from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default, of_json
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model
-from megatron_sov.plan.tables.workloads import published
+from megatron_sov.plan.tables.predicted import published
 from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
 
 ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not name.startswith("tiny-")}
@@ -122,27 +122,27 @@ RESIDUAL = 5 * 10 * 64 * 2
 
 
 def test_blocks() -> None:
-    assert work.attention_bytes(W) == RESIDUAL + 2 * 10 * (4 + 2) * 16 * 2
-    assert work.dense_bytes(W) == RESIDUAL + 3 * 10 * 128 * 2
-    assert work.activation_bytes(W) == 3 * 20 * 32 * 2
+    assert traffic.attention_bytes(W) == RESIDUAL + 2 * 10 * (4 + 2) * 16 * 2
+    assert traffic.dense_bytes(W) == RESIDUAL + 3 * 10 * 128 * 2
+    assert traffic.activation_bytes(W) == 3 * 20 * 32 * 2
     sort, router, shared = 8 * 20 * 64 * 2, 10 * 8 * 24, 3 * 10 * 32 * 2
-    assert work.moe_bytes(W) == RESIDUAL + sort + router + shared
-    assert work.head_bytes(W) == 10 * 100 * 14
+    assert traffic.moe_bytes(W) == RESIDUAL + sort + router + shared
+    assert traffic.head_bytes(W) == 10 * 100 * 14
 
 
 def test_cut_over_tensor_parallel_ranks() -> None:
     cut = replace(W, tp=2, sp=True)
-    for count in (work.attention_bytes, work.dense_bytes, work.moe_bytes,
-                  work.head_bytes):
+    for count in (traffic.attention_bytes, traffic.dense_bytes, traffic.moe_bytes,
+                  traffic.head_bytes):
         assert count(cut) == count(W) / 2
-    assert work.dense_bytes(replace(W, tp=2)) > work.dense_bytes(cut)
+    assert traffic.dense_bytes(replace(W, tp=2)) > traffic.dense_bytes(cut)
 
 
 def test_quantised_operands_and_adapters() -> None:
-    products = [work.Product(10, 30, 20), work.Product(10, 5, 7, quantized=False)]
-    assert work.quantized_bytes(products, frozen=False) == 4 * (10 * 20 + 10 * 30)
-    assert work.quantized_bytes(products, frozen=True) == 3 * (10 * 20 + 10 * 30)
-    assert work.adapter_bytes(products[:1]) == 2 * (10 * 20 + 2 * 10 * 30)
+    products = [traffic.Product(10, 30, 20), traffic.Product(10, 5, 7, quantized=False)]
+    assert traffic.quantized_bytes(products, frozen=False) == 4 * (10 * 20 + 10 * 30)
+    assert traffic.quantized_bytes(products, frozen=True) == 3 * (10 * 20 + 10 * 30)
+    assert traffic.adapter_bytes(products[:1]) == 2 * (10 * 20 + 2 * 10 * 30)
 
 
 # Parameters in files: the package's, and those that a team has learnt from its own runs.

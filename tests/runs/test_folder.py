@@ -12,8 +12,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.folder import COMPLETION, CONFIG, RunFolder
+from megatron_sov.runs.folder import COMPLETION, CONFIG, RunEvents, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG_OF_RUN = recipes.get("tiny-solar-open")

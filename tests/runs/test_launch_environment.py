@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.runs.gpu_driver import illness, visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
-from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 
 
 def test_the_environment_decides_where_a_launcher_set_it(monkeypatch: pytest.MonkeyPatch) -> None:

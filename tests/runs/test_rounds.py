@@ -9,8 +9,7 @@ import pytest
 from megatron_sov.base.artifacts import manifest_sha256, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
-from megatron_sov.runs.policies import Policy, policy_of_round
-from megatron_sov.runs.rounds import enter_rounds
+from megatron_sov.runs.rounds import Policy, enter_rounds, policy_of_round
 
 
 def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) -> None:

@@ -26,10 +26,9 @@ from megatron_sov.bench.lm.results import (
     DEFAULT, ResultItem, Results, TaskSampling, TaskScores, write_results)
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.bench.lm.tasks import LoadedTasks, hash_of, load_tasks, offline, quiet, require_harness
-from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.score_events import EVENT, is_told, score_events
+from megatron_sov.runs.obs.events import EVENT, EVENTS, is_recorded, read_events, score_events
 from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.progress.locks import holding, taking
 
@@ -345,7 +344,7 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
     step = results.model.step if results.model.step is not None else events.last_step()
     known = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVENT]
     for event in score_events(asdict(results), step, settings.output):
-        if not is_told(event, known):
+        if not is_recorded(event, known):
             events.add(EVENT, **event)
 
 

@@ -23,8 +23,8 @@ from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.progress.progress_bar import work_bar
 

@@ -15,7 +15,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
 from megatron_sov.commands.shared_options import RecordOptions
-from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
     from megatron_sov.bench.contamination import ContaminationCheck

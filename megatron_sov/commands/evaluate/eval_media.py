@@ -17,8 +17,8 @@ from megatron_sov.commands.shared_options import step_of
 from megatron_sov.eval.media import (
     AUDIO, IMAGE, PAIRS, RETRIEVAL, TEXT, Judge, MediaRow, figures, judge_of, read_rows)
 from megatron_sov.infer.request import Batching
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target

@@ -30,8 +30,8 @@ from megatron_sov.infer.request import (
     Batching, BatchSize, RankOptions, ResponseSampling, StopRule, Temperature)
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
 from megatron_sov.judge.rewards.scoring import score_file
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.progress.jobs import Job, here, run_job
 from megatron_sov.work.progress.journal import done_items, work_folder

@@ -22,8 +22,8 @@ from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import EpisodeLines, lines_in
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play
 from megatron_sov.judge.tools.registry import digest_of
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.endpoints.transport import is_address
 from megatron_sov.work.progress.journal import open_journal

@@ -35,8 +35,8 @@ from megatron_sov.model.counterparts.settings import (
     MAX_CHARS, TranslatedSettings, nested, of_sections, read_arguments, read_sections, translate)
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first
 
 # What the actions of `megatron-sov convert` take.

@@ -30,8 +30,8 @@ from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for
 from megatron_sov.infer.prompts import ModelPrompt, read_prompts, response_lines
 from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, StopRule
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target

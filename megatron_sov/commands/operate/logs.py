@@ -24,7 +24,7 @@ from typing import Annotated
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegativeInt, add_options, read_options
 from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.runs.obs.incidents import KINDS, describe, is_incident
+from megatron_sov.runs.obs.history import KINDS, describe, is_incident
 
 JOB_LOGS = "slurm"
 OF_A_RANK = re.compile(r"rank-0*(\d+)\.(?:log|txt)$")

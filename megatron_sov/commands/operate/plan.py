@@ -87,12 +87,12 @@ def run(typed: argparse.Namespace) -> int:
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     """Print a run's schedule alone."""
     from megatron_sov.base.artifacts import to_json
-    from megatron_sov.plan.pages import timetable
+    from megatron_sov.plan.pages import telling
 
     config = request.config()
     config.check(math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
                  if args.nproc is None else args.nproc)
-    print(to_json(timetable.as_json(config)) if args.json else timetable.as_text(config))
+    print(to_json(telling.timetable_json(config)) if args.json else telling.timetable_text(config))
     if args.html is not None:
         from megatron_sov.plan.pages.page import plan_page
 
@@ -104,7 +104,7 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
     from megatron_sov.base.artifacts import to_json
     from megatron_sov.plan.on_cluster import placed, searched
-    from megatron_sov.plan.pages import timetable
+    from megatron_sov.plan.pages import telling
     from megatron_sov.plan.pricing import machines
 
     if args.nproc is not None:
@@ -115,11 +115,11 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     found = (searched(request, where, _recipe_words(args), parameters) if args.sweep
              else placed(request, where, parameters))
     if args.json:
-        print(to_json(timetable.as_json(found.config) | found.as_json()))
+        print(to_json(telling.timetable_json(found.config) | found.as_json()))
     else:
         print(found.as_text())
         if not args.sweep:
-            print(f"\n{timetable.as_text(found.config)}")
+            print(f"\n{telling.timetable_text(found.config)}")
     if args.html is not None:
         from megatron_sov.plan.pages.page import plan_page
 
@@ -167,7 +167,7 @@ def _parameters(file: Path | None) -> Parameters | None:
     """Return the parameters of a file; None: those of the package."""
     if file is None:
         return None
-    from megatron_sov.plan.calibration.learned import read_learned
+    from megatron_sov.plan.calibration.expected import read_learned
 
     return read_learned(file).parameters
 

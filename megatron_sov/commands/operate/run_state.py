@@ -19,10 +19,9 @@ from megatron_sov.operate.slurm.submission import JOBS as SUBMISSIONS, last_word
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
 from megatron_sov.runs.folder import COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
-from megatron_sov.runs.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.incidents import is_incident
+from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.work.clusters import client
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.runs.obs.figures import duration, figure, large
-from megatron_sov.runs.obs.incidents import KINDS
+from megatron_sov.runs.obs.history import KINDS
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
 
 if TYPE_CHECKING:

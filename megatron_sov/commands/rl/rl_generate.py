@@ -25,16 +25,17 @@ from megatron_sov.judge.rollouts.prompts import (
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.recipes.requested import RecipeOptions, requested
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import ROLLOUT, RunFolder
-from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.runs.rounds import Policy, policy_of_round
 from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.generate import Writer
+
 
 OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
 """Limit of an episode -> the setting of `rollout` that it is."""

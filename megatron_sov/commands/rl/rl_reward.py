@@ -17,7 +17,7 @@ from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, visibl
 from megatron_sov.base.settings import Flag, NotNegative, add_options, read_options
 from megatron_sov.commands.reward_options import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.judge.rollouts.prompts import rounds_between
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
 from megatron_sov.work.progress.locks import Claims

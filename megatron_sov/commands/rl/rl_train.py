@@ -15,7 +15,7 @@ from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
 from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate, TunedOptions, gate_of
 from megatron_sov.judge.rollouts.prompts import RolloutPrompt, read_prompts, round_prompts
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, tokenizer_of

@@ -23,8 +23,8 @@ from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, 
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import under_launcher
 from megatron_sov.runs.rounds import enter_rounds
 from megatron_sov.work.processes.children import run_command

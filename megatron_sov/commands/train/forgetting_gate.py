@@ -21,8 +21,7 @@ from megatron_sov.bench.score_differences import (
 from megatron_sov.commands.evaluate.eval_difference import named_tasks
 from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.model.config import RunConfig, layout_settings
-from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.folder import GATE
+from megatron_sov.runs.folder import GATE, RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
 from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
 from megatron_sov.work.processes.children import run_command

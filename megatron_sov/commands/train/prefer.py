@@ -15,7 +15,7 @@ from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benc
 from megatron_sov.commands.train.forgetting_gate import gate_of, refuse_gate
 from megatron_sov.commands.train.prefer_rounds import PreferOptions, run_rounds
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.preference import WITH_REFERENCE
+from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage
 

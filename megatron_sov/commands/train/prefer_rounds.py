@@ -29,7 +29,7 @@ from megatron_sov.infer.prompts import read_prompts
 from megatron_sov.infer.request import Sampling
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import RunConfig, layout_settings
-from megatron_sov.model.config.preference import PreferenceMethod
+from megatron_sov.model.config.post_training import PreferenceMethod
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
 from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done, keep_result

@@ -19,7 +19,7 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.judge.rollouts.rows import part_name
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 
 if TYPE_CHECKING:
     import numpy as np

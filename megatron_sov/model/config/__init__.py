@@ -6,7 +6,6 @@ here changes a value or imports torch.
 """
 
 from megatron_sov.model.config.data import DataConfig, PhaseConfig
-from megatron_sov.model.config.distillation import DistillationConfig
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.evaluate import (
     BackgroundEvalConfig, EvaluateConfig, ExtendConfig, ExtendStageConfig, GateConfig, Language, LmEvalConfig,
@@ -15,14 +14,11 @@ from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import IdBlock, LatentAttentionConfig, ModelConfig, YarnConfig
-from megatron_sov.model.config.optim import GroupConfig, OptimConfig
-from megatron_sov.model.config.policy import PolicyConfig
-from megatron_sov.model.config.preference import PreferenceConfig
-from megatron_sov.model.config.reading import (
-    apply_settings, data_paths, from_dict, layout_settings, weighted_path)
-from megatron_sov.model.config.rollout import RolloutConfig
-from megatron_sov.model.config.run import ObjectiveConfig, RunConfig
-from megatron_sov.model.config.train import GuardConfig, ObsConfig, TrainConfig
+from megatron_sov.model.config.post_training import (
+    DistillationConfig, PolicyConfig, PreferenceConfig, RolloutConfig)
+from megatron_sov.model.config.run import (
+    ObjectiveConfig, RunConfig, apply_settings, data_paths, from_dict, layout_settings, weighted_path)
+from megatron_sov.model.config.train import GroupConfig, GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "AudioEncoderConfig", "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig",

@@ -11,8 +11,7 @@ from annotated_types import Ge, Le, MinLen
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
-from megatron_sov.model.config.optim import Schedule
-from megatron_sov.model.config.train import TrainConfig
+from megatron_sov.model.config.train import Schedule, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,7 @@ def batch_size_at(train: TrainConfig, phase: PhaseConfig, step: int) -> int:
     full = phase.global_batch_size or train.global_batch_size
     if step >= train.ramp_steps or not train.ramp_from_batch_size:
         return full
+    # The ramp counts towards the run's batch size, not the phase's, so phases agree about where it is.
     stretches = -(-(train.global_batch_size - train.ramp_from_batch_size) // train.ramp_increment)
     return min(full, train.ramp_from_batch_size + step * stretches // train.ramp_steps * train.ramp_increment)
 
@@ -125,12 +125,14 @@ def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
     """
     if train.steps:
         weights = [_full_steps(train, p, p.tokens) if p.tokens else p.share for p in data.phases]
+        # Ends are rounded, not lengths: the steps add up to `train.steps` exactly.
         ends = [round(train.steps * passed / sum(weights)) for passed in accumulate(weights)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
     total = sum(p.share for p in data.phases)
     budgets = [p.tokens or train.tokens * p.share / total for p in data.phases]
     steps: list[int] = []
     for phase, budget in zip(data.phases, budgets, strict=True):
+        # In order: where a phase begins decides how much of the ramp it sees.
         steps.append(_steps_for(train, phase, budget, sum(steps)))
     return steps
 

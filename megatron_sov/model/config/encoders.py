@@ -149,7 +149,6 @@ class AudioEncoderConfig:
 
     @property
     def compressor_heads(self) -> int:
-        """Heads of the compressor's layer."""
         return 2 * self.compressor_size // self.compressor_head_dim
 
     @property
@@ -190,6 +189,5 @@ class MediaConfig:
 
 
 def _placeholders(ids: tuple[int, ...], vocab_size: int) -> tuple[bool, str, str]:
-    """Return the rule of an encoder's placeholders."""
     return (bool(ids) and max(ids) < vocab_size, "placeholder_ids",
             f"must name at least one id, all below model.vocab_size = {vocab_size}")

@@ -11,8 +11,7 @@ from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
-from megatron_sov.model.config.optim import OptimConfig
-from megatron_sov.model.config.train import TrainConfig
+from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 # What matrix products in 8 or 4 bits ask of precision, model, layout and rows: the rules of Transformer
 # Engine 2.20 and megatron-core 0.16.1, told before anything starts.
@@ -76,6 +75,7 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
          "fp8_pad_routed_tokens", "does not go with parallel.expert_dispatcher = allgather",
          "use alltoall or leave it out"))
     multiple = RECIPES[train.fp8].row_multiple
+    # Kernels want multiples on each process, so the row is divided before it is checked.
     parts = parallel.cp * (parallel.tp if parallel.sp else 1)
     shared = (f" / parallel.cp {parallel.cp}" if parallel.cp > 1 else "") + (
         f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")
@@ -85,7 +85,8 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
             tokens % (parts * multiple) == 0, "seq_len", f"x train.micro_batch_size {train.micro_batch_size}"
             f"{shared} = {tokens / parts:g} tokens on each process, which train.fp8 = {train.fp8} wants to "
             f"be a multiple of {multiple}"))
-    multiple, smaller = RECIPES[train.fp8].width_multiple, " or a smaller parallel.tp" * (parallel.tp > 1)
+    multiple = RECIPES[train.fp8].width_multiple
+    smaller = " or a smaller parallel.tp" if parallel.tp > 1 else ""
     return p + find_broken(train, "train", *(
         (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
          f"choose another recipe{smaller}") for name, width in _widths(train, model, parallel)))
@@ -275,7 +276,6 @@ AUTO = GpuConfig()
 
 def _missing_modules(setting: str, chosen: tuple[str, ...], model: ModelConfig
                      ) -> list[tuple[bool, str, str, str]]:
-    """Return the rules that the model has what is chosen."""
     if not model.num_moe_layers():
         return [(name not in OF_EXPERTS, setting, f"names {name}, and the model has no experts "
                  f"(model.num_experts = {model.num_experts})", "leave it out") for name in chosen]

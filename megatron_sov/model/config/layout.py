@@ -118,6 +118,8 @@ class ParallelConfig:
         elif not given and layers % self.vpp:
             refuse("vpp", f"must divide the {layers} layers of each pipeline stage", _divisors(layers))
         p += self._expert_problems(model)
+        # Dense layers and experts have grids of their own over the same processes; data parallel sizes
+        # follow from each.
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
             size = math.prod(getattr(self, name) for name in names)
             if num_ranks % size:

@@ -12,8 +12,7 @@ from megatron_sov.base.settings import AboveZero, NotNegativeInt, SettingsProble
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
-from megatron_sov.model.config.optim import OptimConfig
-from megatron_sov.model.config.train import TrainConfig
+from megatron_sov.model.config.train import OptimConfig, TrainConfig
 
 ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -50,6 +49,7 @@ class LoraConfig:
         """Return what is adapted in a model, with `all-linear` spelled out."""
         if not self.on:
             return frozenset()
+        # Heads and embeddings are never among `all-linear`, as in PEFT.
         every = {*ATTENTION, *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())

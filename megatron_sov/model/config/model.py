@@ -232,13 +232,11 @@ class ModelConfig:
     sqrt(2 * num_layers)."""
 
     def layer_types(self) -> list[Literal["sliding_attention", "full_attention"]]:
-        """Return the attention type of each trunk layer."""
         pattern = self.attention_pattern or "G"
         return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention"
                 for i in range(self.num_layers)]
 
     def mtp_layer_type(self) -> Literal["sliding_attention", "full_attention"]:
-        """Return the attention type of the multi-token prediction layer."""
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
     def window_tokens(self, kind: str) -> int:
@@ -246,7 +244,6 @@ class ModelConfig:
         return self.sliding_window_tokens if kind == "sliding_attention" else 0
 
     def rotated_channels(self) -> int:
-        """Return how many channels of a head rotate."""
         latent = self.latent_attention
         return latent.qk_rope_head_dim if latent is not None else round(self.head_dim * self.rope_share)
 
@@ -376,6 +373,7 @@ class ModelConfig:
         encoders = [encoder for encoder in (self.vision, self.audio) if encoder is not None]
         for encoder in encoders:
             p += encoder.problems(self.vocab_size)
+        # A set per encoder first: an encoder may repeat its ids, two encoders may not share one.
         ids = [i for encoder in encoders for i in {*encoder.placeholder_ids}]
         if len(ids) > len({*ids}):
             p.append(SettingsProblem(ProblemCode.RULE, "model.vision.placeholder_ids",

@@ -1,29 +1,32 @@
-"""A stage of training: every group of settings gathered in `RunConfig`, and the rules between them."""
+"""A stage of training: every group of settings gathered in `RunConfig`, the rules between them, and reading
+them from JSON and from `--set key=value`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
-    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, check, find_broken)
+    NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, find_broken,
+    parse_changes, read)
 from megatron_sov.model.config.bounds import MAX_STEPS
-from megatron_sov.model.config.data import DataConfig, batch_size_at, phase_steps, ramp_changes
-from megatron_sov.model.config.distillation import DistillationConfig
+from megatron_sov.model.config.data import DataConfig, PhaseConfig, batch_size_at, phase_steps, ramp_changes
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
 from megatron_sov.model.config.gpu import GpuConfig, quantization_problems
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
-from megatron_sov.model.config.optim import OptimConfig
-from megatron_sov.model.config.policy import PolicyConfig
-from megatron_sov.model.config.preference import SMOOTHED, PreferenceConfig
-from megatron_sov.model.config.rollout import RolloutConfig
-from megatron_sov.model.config.train import GuardConfig, ObsConfig, TrainConfig
+from megatron_sov.model.config.post_training import (
+    SMOOTHED, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
+from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class RunConfig:
             (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
              "cannot be with lora.rank, which freezes all weights but those of its own adapters",
              "set one of them off"))
+        # Last and alone: sizes of batches mean nothing while layout or phases are broken.
         return p or self._batch_problems(num_ranks)
 
     def _objective_problems(self) -> list[SettingsProblem]:
@@ -200,9 +204,11 @@ class RunConfig:
         t = self.train
         dp = num_ranks // self.parallel.ranks_per_replica
         unit = t.micro_batch_size * dp
+        # Reversed, so that of phases with one size the first is named. All sizes of a ramp have to divide.
         sizes = {batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
                  for step in [t.ramp_steps, 0, *ramp_changes(t, phase)]}
         interleaved = self.parallel.vpp > 1
+        # Megatron's interleaved schedule takes micro-batches in groups of `pp`.
         unit *= self.parallel.pp if interleaved else 1
         pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
         p = [SettingsProblem(Kind.RULE, "train.global_batch_size",
@@ -224,14 +230,190 @@ class RunConfig:
             raise SettingsError(f"recipe {self.recipe}", problems)
 
     def num_steps(self) -> int:
-        """Return the run's optimizer steps."""
         return sum(phase_steps(self.data, self.train))
 
     def phase_starts(self) -> list[int]:
         """Return the first step (0-based) of each phase."""
         steps = phase_steps(self.data, self.train)
+        # Derived, not stored: phases may change on a resume, and nothing may disagree with them.
         return [sum(steps[:i]) for i in range(len(steps))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` gives back an equal config."""
+        # Through JSON: tuples become lists, so a config equals the one that is read back from disk.
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+# The library's ways to be faster or smaller that no setting offers, and why: what is told to who asks.
+
+_OVERLAP = ("the library's schedule for it calls routers without the mask of padding, which they would send "
+            "to experts and count as load, and computes losses of its own; leave it out: "
+            "gpu.shared_expert_overlap = on hides a part of the same messages")
+_GRAPHS = ("the library's CUDA graphs refuse packed rows, which all rows are here, and experts take as many "
+           "tokens as come; leave it out, and give the GPU more work for each launch by a larger "
+           "train.micro_batch_size")
+_WEIGHTS = ("checkpoints, exports and the replica checks read weights in bf16; leave it out: with train.fp8 "
+            "products take 8 bits all the same")
+
+NOT_OFFERED = {
+    "cuda_graphs": _GRAPHS, "cuda_graph_impl": _GRAPHS, "cuda_graph_scope": _GRAPHS,
+    "enable_cuda_graph": _GRAPHS, "external_cuda_graph": _GRAPHS,
+    "expert_parallel_overlap": _OVERLAP, "overlap_moe_expert_parallel_comm": _OVERLAP,
+    "delay_wgrad_compute": _OVERLAP,
+    "fp8_weights": _WEIGHTS, "fp8_param": _WEIGHTS, "fp8_param_gather": _WEIGHTS,
+    "reuse_grad_buf_for_mxfp8_param_ag": _WEIGHTS,
+}
+"""Last part of a setting's name -> why it does not exist, and what to do."""
+
+
+RENAMED = {"evaluate.beside": "evaluate.background",
+           "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
+"""Setting of an earlier version -> what it is called now."""
+SWITCHES = (("policy.method", "", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
+            ("preference.method", "", ("preference.beta", "preference.simpo_gamma")),
+            ("optim.schedule", "constant", ("optim.min_lr",)))
+"""A setting that says which method is used, the value that it has to change from ("": any), and the numbers
+that belong to the method: a recipe's are those of the recipe's method alone."""
+
+
+def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """Build a `RunConfig` from plain values; the rules between them are asked by `RunConfig.problems`.
+
+    Args:
+        raw: as JSON has them.
+        where: the file that messages begin with.
+
+    Raises:
+        SettingsError: unknown settings (with the nearest known one), values of a wrong type or out of bounds.
+    """
+    return read(RunConfig, raw, where, instead=_instead, rules=False)
+
+
+def _instead(key: str) -> str:
+    if key in RENAMED:
+        return f"it is called {RENAMED[key]} now"
+    return NOT_OFFERED.get(key.rpartition(".")[2], "")
+
+
+def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--set") -> RunConfig:
+    """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or
+    ``data.phases.0.seq_len=512``.
+
+    Where a setting changes the method, the numbers of the recipe's method do not stay: those that are not set
+    too are the new method's own (`SWITCHES`).
+
+    Args:
+        config: what is changed.
+        settings: the changes.
+        option: that they are given by, for sentences.
+
+    Raises:
+        SettingsError: see `megatron_sov.base.settings.change`.
+    """
+    given = parse_changes(settings, option)
+    before = config.to_dict()
+    raw = assign_all(config, given, option, _instead)
+    for switch, changed_from, numbers in SWITCHES:
+        if switch in given and _value(raw, switch) != _value(before, switch) and \
+                changed_from in ("", _value(before, switch)):
+            room = switch.partition(".")[0]
+            own = dataclasses.asdict(type(getattr(config, room))())
+            names = [number.partition(".")[2] for number in numbers if number not in given]
+            raw[room].update({name: own[name] for name in names})
+    return from_dict(raw, option)
+
+
+def _value(raw: dict[str, Any], key: str) -> Any:
+    room, _, name = key.partition(".")
+    return raw[room].get(name) if isinstance(raw[room], dict) else None
+
+
+def layout_settings(config: RunConfig) -> list[str]:
+    """Return the `key=value` settings with which a model is run at a config's layout and precision."""
+    layout = config.to_dict()["parallel"].items()
+    return [*(f"parallel.{name}={json.dumps(value)}" for name, value in layout),
+            f"train.precision={config.train.precision}"]
+
+
+def weighted_path(argument: str, said: str) -> tuple[str, float]:
+    """Return folder and weight of an argument FOLDER[:weight]; the weight defaults to 1.
+
+    Args:
+        argument: what a user wrote; a folder may have a colon in its name.
+        said: what a message begins with.
+
+    Raises:
+        UserError: there is no such folder, and what follows the last colon is no number.
+    """
+    if Path(argument).exists() or ":" not in argument:
+        return argument, 1.0
+    path, _, text = argument.rpartition(":")
+    try:
+        return path, float(text)
+    except ValueError:
+        raise UserError(f"{said}: does not exist, and {text!r} after the colon is not a weight") from None
+
+
+def data_paths(data: Sequence[str]) -> dict[str, float]:
+    """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
+
+    Raises:
+        UserError: a folder that does not exist or is given twice, or a weight that is not a number.
+    """
+    paths: dict[str, float] = {}
+    for argument in data:
+        path, weight = weighted_path(argument, f"--data {argument}")
+        if not 0 <= weight < math.inf:
+            raise UserError(f"--data {argument}: the weight must be a number that is not negative")
+        if not path:
+            raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
+        if not Path(path).is_dir():
+            named = ""
+            if "=" in path:
+                named = " as DIR or DIR:WEIGHT; its sources have the names that pack gave them"
+            raise UserError(f"--data {path}: "
+                            f"{'is not a folder' if Path(path).exists() else 'does not exist'}; "
+                            f"pass a folder made by `sov-data pack`{named}")
+        if path in paths:
+            raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
+        paths[path] = weight
+    return paths
+
+
+# Rounds of reinforcement learning as phases of a curriculum.
+
+def with_rounds(config: RunConfig) -> RunConfig:
+    """Return the settings of a run whose phases are its rounds; of settings that have them already, the same.
+
+    Steps follow from the rounds, a row's length from the (first) phase that was asked for, and so many
+    checkpoints stay that a generator finds the policy of each round that it may still write.
+
+    Raises:
+        UserError: no rounds are asked for, or no row, or a row does not hold the longest response; or the
+            phase has a learning rate of its own.
+    """
+    rollout, train = config.rollout, config.train
+    if rollout.rounds < 1:
+        raise UserError(f"rollout.rounds = {rollout.rounds}: there is nothing to train; set it to at least 1")
+    phase = config.data.phases[0]
+    if phase.lr or phase.rewarm_steps:
+        raise UserError(f"data.phases.0 has lr = {phase.lr:g} and rewarm_steps = {phase.rewarm_steps}: "
+                        "rounds follow optim.lr and optim.schedule; set these, and leave the phase alone")
+    seq_len = phase.seq_len
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if longest > seq_len:
+        raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole responses, the longest has "
+                        f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
+                        f"rollout.max_new_tokens {rollout.max_new_tokens} = {longest}; make rows longer, or "
+                        "responses shorter")
+    phases = tuple(PhaseConfig(f"round-{number:04d}", seq_len=seq_len)
+                   for number in range(1, rollout.rounds + 1))
+    # those inside of a round, and the one at its end
+    of_a_round = 1 + (rollout.steps_per_round - 1) // train.checkpoint_every_steps
+    # The generator may need a policy `max_staleness` rounds old while the next one is being written.
+    needed = (rollout.max_staleness + 2) * of_a_round
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, phases=phases),
+        train=dataclasses.replace(
+            train, steps=rollout.rounds * rollout.steps_per_round, tokens=0,
+            keep_checkpoints=max(train.keep_checkpoints, needed) if train.keep_checkpoints else 0))

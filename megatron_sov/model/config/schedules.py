@@ -16,8 +16,8 @@ from megatron_sov.model.config import data
 
 if TYPE_CHECKING:
     from megatron_sov.model.config.data import PhaseConfig
-    from megatron_sov.model.config.optim import OptimConfig
     from megatron_sov.model.config.run import RunConfig
+    from megatron_sov.model.config.train import OptimConfig
 
 
 def decayed(form: str, done: float) -> float:
@@ -48,6 +48,7 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
         warmup: steps or tokens of the warm-up.
     """
     warmup = min(warmup, end // 2)
+    # `at` counts the step itself, so the first step has lr / warmup, not 0.
     if at <= warmup:
         return optim.lr * at / warmup
     if optim.schedule == "constant":
@@ -55,6 +56,7 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
     if optim.schedule == "inverse_sqrt":
         return max(optim.min_lr, optim.lr * math.sqrt(max(1, warmup) / at))
     if optim.schedule == "wsd":
+        # At most what follows the warm-up, so the rate never jumps at their border.
         decay = max(1, min(round(end * optim.decay_share), end - warmup))
         form, done = optim.decay_form, max(0.0, (at - (end - decay)) / decay)
     else:
@@ -102,6 +104,7 @@ class Schedule:
         """In order, the ramp's as well."""
         for first in self._changes():
             phase = bisect.bisect_right(self._starts, first) - 1
+            # Uses the stretches so far: they are made in order, and each knows the tokens before it.
             before = self.tokens(first - 1) if first else 0
             self.stretches.append(Stretch(first, phase,
                                           data.batch_size_at(config.train, self.phases[phase], first),
@@ -110,6 +113,7 @@ class Schedule:
     def _changes(self) -> list[int]:
         """Return the steps at which a phase begins or the batch size changes."""
         ends = [*self._starts[1:], self.num_steps]
+        # A phase of no steps has no stretch: a step belongs to one phase.
         found = {start for start, end in zip(self._starts, ends, strict=True) if start < end}
         for phase, start, end in zip(self.phases, self._starts, ends, strict=True):
             found |= {s for s in data.ramp_changes(self._train, phase) if start < s < end}
@@ -117,6 +121,7 @@ class Schedule:
 
     def stretch(self, step: int) -> Stretch:
         """Return the stretch that step `step` (0-based) belongs to."""
+        # The last stretch that begins at or before the step.
         return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda s: s.first_step) - 1]
 
     def tokens(self, step: int) -> int:
@@ -139,7 +144,10 @@ class Schedule:
                          self._optim.warmup_tokens)
         else:
             value = rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
+        # A phase with a rate of its own has used `rewarm_steps` as its warm-up above.
         rewarmed = [(start, phase.rewarm_steps)] if not phase.lr else []
+        # A factor on the schedule, so that the schedule itself does not depend on when a run was
+        # interrupted.
         for first, steps in (*rewarmed, *self._optim.rewarm):
             if first <= step < first + steps:
                 value *= (step + 1 - first) / steps
@@ -149,6 +157,7 @@ class Schedule:
         """Return the steps (0-based) at which a warm-up is over or a decay begins."""
         optim = self._optim
         if optim.schedule_by == "tokens":
+            # Tokens grow with the step, so a binary search finds the step of a token count.
             places = _turns(optim, self.tokens(self.num_steps - 1), optim.warmup_tokens)
             found = [bisect.bisect_right(range(self.num_steps), place, key=self.tokens) for place in places]
         else:
@@ -189,6 +198,7 @@ def changed_schedule(before: RunConfig, now: RunConfig, done: int) -> str | None
                         f"{done}; ask for at least {done}, or start a new --run --from an earlier checkpoint")
     if done in (new.num_steps, 0):
         return None
+    # Compared at the next step: what lies behind cannot change any more.
     was, is_ = old.learning_rate(min(done, old.num_steps - 1)), new.learning_rate(done)
     if math.isclose(was, is_, rel_tol=1e-6):
         return None

@@ -99,6 +99,7 @@ def of_arguments(args: Stated) -> dict[str, Any]:
     moved("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
     if "swiglu" in stated:
         is_swiglu = bool(stated.pop("swiglu"))
+        # Without --swiglu Megatron-LM computes GELU.
         stated |= {"gated_linear_unit": is_swiglu, "activation_func": "silu" if is_swiglu else "gelu"}
     if stated.pop("use_rotary_position_embeddings", False):
         stated["position_embedding_type"] = "rope"
@@ -248,6 +249,7 @@ def _list(text: str) -> list[int]:
     (`[0]*3+[1]*58`), which are read and not evaluated."""
     found: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
+        # Parsed by hand: the text comes from a checkpoint of others, and eval would run it.
         inner, _, times = term.strip("()").partition("]")
         if not inner.startswith("[") or not re.fullmatch(r"(\*\d{1,5})?", times):
             raise ValueError(f"{text[:80]!r} is no list of numbers such as [0]*3+[1]*58")
@@ -288,8 +290,9 @@ def _pattern(stated: Stated) -> dict[str, Any]:
                              "ones alone")
         return {}
     left = (window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
-    slides = [True] * num_layers if frequency is None else [
-        not said if is_every else said for said, is_every in _per_layer(frequency, num_layers)]
+    slides = [True] * num_layers
+    if frequency is not None:  # every n-th is global; a list marks those that slide
+        slides = [said != is_every for said, is_every in _per_layer(frequency, num_layers)]
     found = {"attention_pattern": shortest_pattern("".join("GL"[bool(one)] for one in slides)),
              "sliding_window_tokens": left + 1}
     if no_rope:

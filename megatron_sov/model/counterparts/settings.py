@@ -67,6 +67,7 @@ def read_arguments(text: str) -> Arguments:
 def _words(line: str) -> list[str]:
     """Return the words of a line; an option quoted with its value ("--split '99,1,0'") is several."""
     try:
+        # As a shell splits it; a line with an open quote falls back to blanks.
         words = shlex.split(line, comments=True)
     except ValueError:
         words = line.split("#")[0].split()
@@ -87,6 +88,7 @@ def _words(line: str) -> list[str]:
 
 
 def _put_in(value: str, variables: dict[str, str]) -> str:
+    # Variables may hold variables; four rounds, so that two that name each other end.
     for _ in range(4):
         value = _VARIABLE.sub(lambda m: variables.get(m[1], m[2] if m[2] is not None else m[0]), value)
     return value
@@ -437,9 +439,11 @@ def _experts(said: Stated, made: TranslatedSettings) -> None:
     kind = said.get("moe_token_dispatcher_type")
     if not said.get("num_moe_experts") or not kind:
         return
-    backend = said.get("moe_flex_dispatcher_backend", "deepep")
-    made.ours["parallel.expert_dispatcher"] = (
-        "deepep" if said.get("moe_enable_deepep") else backend if kind == "flex" else kind)
+    if said.get("moe_enable_deepep"):
+        kind = "deepep"
+    elif kind == "flex":
+        kind = said.get("moe_flex_dispatcher_backend", "deepep")
+    made.ours["parallel.expert_dispatcher"] = kind
     balancing = said.get("moe_router_load_balancing_type", "aux_loss")
     if balancing not in ("seq_aux_loss", "none") and said.get("moe_aux_loss_coeff"):
         made.lost["moe_router_load_balancing_type"] = (
@@ -455,6 +459,7 @@ def _ramp(said: Stated, made: TranslatedSettings) -> None:
         raise ValueError(f"rampup_batch_size = {str(ramp)[:80]} does not lead to {full} in at most "
                          f"{MAX_RAMP:,} steps")
     stretches = max(1, (full - first) // increment)
+    # Theirs ramps by samples: a stretch of larger batches has fewer steps.
     steps = sum(round(samples / stretches / (first + i * increment)) for i in range(stretches))
     made.ours |= {"train.ramp_from_batch_size": first, "train.ramp_increment": increment,
                   "train.ramp_steps": steps}

@@ -9,11 +9,10 @@ from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.families.dense_families import (
-    EXAONE4, GEMMA2, GEMMA3, HYPERCLOVAX, LLAMA, QWEN2, QWEN3, QWEN3_MOE)
 from megatron_sov.model.families.family import Family
-from megatron_sov.model.families.moe_families import (
-    DEEPSEEK_V3, EXAONE_MOE, GLM4_MOE, GPT_OSS, MIXTRAL, SOLAR_OPEN)
+from megatron_sov.model.families.supported import (
+    DEEPSEEK_V3, EXAONE4, EXAONE_MOE, GEMMA2, GEMMA3, GLM4_MOE, GPT_OSS, HYPERCLOVAX, LLAMA, MIXTRAL, QWEN2,
+    QWEN3, QWEN3_MOE, SOLAR_OPEN)
 
 FAMILIES = {family.name: family for family in (
     SOLAR_OPEN, EXAONE_MOE, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MIXTRAL, EXAONE4, HYPERCLOVAX, GLM4_MOE,

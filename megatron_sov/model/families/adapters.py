@@ -60,6 +60,7 @@ class Adapted:
         found: dict[str, tuple[int, ...]] = {
             self.key(A): (lora.rank, self.in_features), self.key(B): (self.out_features, lora.rank)}
         if self.num_experts:
+            # Gate and up share one A: they have the same input. B holds a half for each.
             halves = () if self.halves == 1 else (self.halves,)
             found = {self.key(A): (self.num_experts, lora.rank, self.in_features),
                      self.key(B): (self.num_experts, *halves, self.out_features // self.halves, lora.rank)}
@@ -78,12 +79,16 @@ def adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[Adapted]:
 def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
     targets = lora.adapted(model)
     for link in models.get(model.family).links(model) if lora.on else ():
+        # Three axes: [experts, rows, columns], so a stack of routed experts. One entry per stack, taken at
+        # its first expert.
         if len(link.shape) == 3:
             if EXPERTS in targets and not link.offset[0] and link.key.startswith(_TRUNK):
                 yield _stack(link)
+        # Trunk, head and embedding alone: this leaves prediction layers and encoders out.
         elif link.key.startswith(_TRUNK) or any(name in link.hf_names[0] for name in (HEAD, EMBEDDING)):
             for part, (name, shape) in enumerate(link.hf_shapes().items()):
                 module = name.removesuffix(".weight")
+                # Two axes: norms and biases cannot be factored.
                 if len(shape) == 2 and module.rpartition(".")[2] in targets:
                     yield Adapted(module, link, part, 0, *shape)
 
@@ -121,6 +126,8 @@ class AdapterPlace:
 def places(model: ModelConfig, lora: LoraConfig) -> dict[str, AdapterPlace]:
     """Return what changes each Hugging Face weight that an adapter changes, by the weight's name."""
     found: dict[str, AdapterPlace] = {}
+    # The map names each expert's tensors; an adapter names the stack, so the way back goes over the
+    # Megatron key.
     stacks = {of.link.key: of for of in adapted_modules(model, lora) if of.num_experts}
     found |= {f"{of.name}.weight": AdapterPlace(of, 0, 0)
               for of in adapted_modules(model, lora) if not of.num_experts}

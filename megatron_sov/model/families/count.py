@@ -61,6 +61,8 @@ def layer_weights(model: ModelConfig) -> tuple[LayerWeight, ...]:
         layers = section.layers(model)
         for entry in section.entries if layers else ():
             shape, key = entry.layout(model).block, section.megatron + entry.megatron
+            # By name, since a family may declare a stack as one tensor (`Same`) or expert by expert
+            # (`Experts`).
             routed = ".experts.experts." in key
             if routed and not isinstance(entry, Experts):  # a stack, whose first axis is the expert
                 shape = shape[1:]
@@ -87,8 +89,8 @@ class ParamCount:
 
 
 def num_params(model: ModelConfig) -> ParamCount:
-    """Return the parameter counts of `model`."""
     weights = [w for w in layer_weights(model) if not w.is_buffer]
+    # Prediction layers count on their own: published figures leave them out.
     trunk = [w for w in weights if not w.predicts]
     return ParamCount(sum(w.numel * len(w.layers) for w in trunk),
                       sum(_met(w, model) * len(w.layers) for w in trunk),
@@ -100,12 +102,14 @@ def _met(weight: LayerWeight, model: ModelConfig) -> int:
     """Return the elements of a tensor that a token meets in one layer."""
     if not weight.num_experts:
         return weight.numel
+    # `numel` is of all experts; a token meets as many as it is routed to.
     return weight.numel // weight.num_experts * model.num_experts_per_token
 
 
 def multiplied_weights(model: ModelConfig) -> int:
     """Return the weights that a token is multiplied with: of projections, feed-forward networks, routers
     and heads."""
+    # Each prediction layer applies the head once more. The embedding is a look-up and has no product.
     heads = (1 + model.num_mtp_layers) * model.vocab_size * model.hidden_size
     return heads + sum(
         _met(w, model) * (model.num_mtp_layers if w.predicts else len(w.layers))
@@ -114,6 +118,7 @@ def multiplied_weights(model: ModelConfig) -> int:
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the FLOPs of forward and backward pass of a token, the mean over a row of `seq_len`."""
+    # Causal: query i sees i + 1 keys, at most the window; the mean over a row is what a token costs.
     keys = [mean_keys(seq_len, model.window_tokens(kind)) for kind in model.layer_types()]
     keys += [mean_keys(seq_len, model.window_tokens(model.mtp_layer_type()))] * model.num_mtp_layers
     latent = model.latent_attention
@@ -130,4 +135,5 @@ def mean_keys(seq_len: int, window: int) -> float:
         window: keys that a query sees at most; 0: all before it.
     """
     window = min(window or seq_len, seq_len)
+    # The first `window` queries see 1, 2, ... keys, all later ones the whole window.
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len

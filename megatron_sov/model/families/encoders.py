@@ -41,7 +41,6 @@ def encoder_tensors(model: ModelConfig) -> Shapes:
 
 
 def is_encoder(key: str) -> bool:
-    """Return whether a tensor belongs to an encoder, its adapter or compressor."""
     return key.startswith(PREFIXES)
 
 
@@ -55,6 +54,8 @@ def is_frozen(key: str, media: MediaConfig) -> bool:
     places, which are sines."""
     if not is_encoder(key):
         return False
+    # Before the settings: Whisper computes these sines, and training them would change what the frozen
+    # encoder means.
     if key.endswith(_PLACES):
         return True
     encodes = key.startswith((VISION + ENCODER, AUDIO + ENCODER))
@@ -70,6 +71,7 @@ def encoder_links(model: ModelConfig) -> list[Link]:
 
 def hf_name(key: str, model: ModelConfig) -> str:
     """Return the name of a tensor in a Hugging Face folder; a linear adapter has none of its own."""
+    # No prefix begins another one, so the first match is the only one.
     prefix = next(prefix for prefix in HF_PREFIXES if key.startswith(prefix))
     name = key.removeprefix(prefix)
     of = model.vision if prefix.startswith(VISION) else model.audio
@@ -111,6 +113,7 @@ def _siglip(c: VisionEncoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _qwen2_5_vl(c: VisionEncoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    # The merger joins merge_size x merge_size neighbouring patches into one vector.
     w, merged = c.hidden_size, c.hidden_size * c.merge_size ** 2
     yield "encoder.patch_embed.proj.weight", (w, 3, c.temporal_patch_size, c.patch_size, c.patch_size)
     for i in range(c.num_layers):
@@ -133,9 +136,12 @@ def _audio(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int,
     yield "encoder.conv1.bias", (w,)
     yield "encoder.conv2.weight", (w, w, 3)
     yield "encoder.conv2.bias", (w,)
+    # The second convolution has stride 2, so there are half as many places as frames.
     yield _PLACES, (c.num_frames // 2, w)
     for i in range(c.num_layers):
         layer = f"encoder.layers.{i}."
+        # Whisper's keys have no bias: it would add the same to all scores of a query, which softmax
+        # ignores.
         yield from _linear(layer + "self_attn.k_proj", w, w, bias=False)
         for name in ("v_proj", "q_proj", "out_proj"):
             yield from _linear(f"{layer}self_attn.{name}", w, w)
@@ -145,6 +151,7 @@ def _audio(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int,
         yield from _norm(layer + "final_layer_norm", w)
     yield from _norm("encoder.layer_norm", w)
     yield from _adapter(c.adapter, w, hidden)
+    # Without compression there is no module, so there may be no tensors of it either.
     if c.compression > 1:
         for name, shape in _compressor(c, hidden):
             yield COMPRESSOR + name, shape
@@ -159,6 +166,7 @@ def _adapter(kind: str, width: int, hidden: int) -> Iterator[tuple[str, tuple[in
 def _compressor(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     w, heads = c.compressor_size, c.compressor_heads
     inner = 2 * w
+    # Mamba-2's convolution runs over x, B and C together (one group).
     channels = inner + 2 * c.compressor_state_size
     block = "model.layers.0."
     yield "query_token", (w,)
@@ -168,6 +176,7 @@ def _compressor(c: AudioEncoderConfig, hidden: int) -> Iterator[tuple[str, tuple
         yield f"{block}mixer.{name}", (heads,)
     yield block + "mixer.conv1d.weight", (channels, 1, 4)
     yield block + "mixer.conv1d.bias", (channels,)
+    # One projection makes gate z, then x, B, C, then dt for each head.
     yield from _linear(block + "mixer.in_proj", inner + channels + heads, w, bias=False)
     yield block + "mixer.norm.weight", (inner,)
     yield from _linear(block + "mixer.out_proj", w, inner, bias=False)
@@ -188,5 +197,4 @@ def encoder_buffer_bytes(model: ModelConfig) -> int:
 
 
 def encoder_params(model: ModelConfig) -> int:
-    """Return the parameters of all encoders, adapters and compressors of a model."""
     return sum(math.prod(shape) for shape in encoder_tensors(model).values())

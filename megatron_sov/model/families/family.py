@@ -60,6 +60,7 @@ class TextInside:
         if len(tied) > 1 and tied[0] != tied[1]:
             raise UserError(f"config.json: tie_word_embeddings = {tied[0]}, and {tied[1]} in text_config; "
                             "make them agree")
+        # The folder's own ids win over those of the text part; its class does not.
         outer = {name: config[name] for name in OUTER if config.get(name) is not None}
         inner = {name: value for name, value in said.items() if name != "architectures"}
         return {**self.defaults, **inner, **outer, "model_type": self.family}
@@ -77,6 +78,7 @@ class TextInside:
             if name.startswith(self.others):
                 left_out.append(name)
                 continue
+            # The first beginning that matches counts.
             own = next((new + name.removeprefix(old) for old, new in self.renamed if name.startswith(old)),
                        name)
             if own in ours:
@@ -208,6 +210,8 @@ class Family:
     def problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Return every property of `model`, whose values lie within their bounds, that the family cannot
         express."""
+        # A rare field that the config map cannot write must have its common value, else it would be lost in
+        # silence.
         fixed = {name: value for name, value in PLAIN.items() if name not in self.varies} | self.structure
         p = find_broken(model, "model", *(
             (getattr(model, name) == value, name, f"cannot be: family '{self.name}' only knows {show(value)}")
@@ -216,6 +220,7 @@ class Family:
                 f"must be at least 1 in family '{self.name}'"))
         for item in self.config:
             try:
+                # Writing is the check: an item refuses what it cannot express.
                 item.write(model)
             except UserError as e:
                 p.append(SettingsProblem(ProblemCode.RULE, "", str(e)))
@@ -246,6 +251,7 @@ class Family:
         config = self._written(model, dtype, tokens)
         behind = range(model.num_mtp_layers if self.predicts_behind() else 0)
         try:
+            # What is written is read back and compared: a lossy map is found before weights are exported.
             found = self._read(config, [f"model.layers.{model.num_layers + i}." for i in behind])
         except UserError as e:
             raise UserError(f"model family {self.name!r}: cannot read back the config.json that it writes "
@@ -266,6 +272,7 @@ class Family:
             "architectures": [self.hf_classes[0]], "model_type": self.name, "dtype": dtype, "use_cache": True,
             "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
         for item in self.config:
+            # Later items win over earlier ones and over the fields above.
             config |= item.write(model)
         return config
 
@@ -362,6 +369,7 @@ def _layers_behind(num_layers: Any, tensor_names: list[str]) -> int:
     transformers' config says that there is one also where its model, which drops them, was saved.
     """
     found = 0
+    # Counted from tensor names, since config.json says nothing of layers that transformers drops.
     while isinstance(num_layers, int) and any(
             name.startswith(f"model.layers.{num_layers + found}.") for name in tensor_names):
         found += 1

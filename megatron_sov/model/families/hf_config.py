@@ -50,15 +50,14 @@ class Renamed:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the field's names."""
         return (self.hf, *self.aliases)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the field with the model's value."""
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the model's field; `UserError` where a required one is absent, or its names disagree."""
+        # Older and newer spellings may both be there; equal ones agree.
         found = {name: config[name] for name in self.names if name in config}
         if len(set(found.values())) > 1:
             raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; "
@@ -81,15 +80,14 @@ class Fixed:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the field with its only value."""
         return {self.hf: self.value} if self.written else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return nothing; `UserError` where the value is another one."""
+        # Absence means the value: such fields are often left out.
         found = config.get(self.hf, self.value)
         if found != self.value:
             raise UserError(f"config.json: {self.hf} = {found!r}, but only {self.value!r} is supported "
@@ -104,7 +102,6 @@ class Unused:
     names: tuple[str, ...]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing: such fields are not written."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +117,6 @@ class Encoders:
     names: tuple[str, ...] = ("vision_config", "audio_config", "audio_tokens", "image_tokens")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return those that the model has."""
         found = {"vision_config": model.vision, "audio_config": model.audio,
                  "audio_tokens": model.audio_tokens, "image_tokens": model.image_tokens}
         return {name: asdict(config) for name, config in found.items() if config is not None}
@@ -142,7 +138,6 @@ class Rope:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the fields of both spellings."""
         share = () if self.default_share is None else ("partial_rotary_factor",)
         return ("rope_parameters", "rope_scaling", "rope_theta", *share)
 
@@ -166,10 +161,12 @@ class Rope:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return theta and scaling; `UserError` for other kinds of scaling and parameters without effect."""
+        # transformers 5 writes `rope_parameters`; older files have `rope_scaling` and the theta next to it.
         spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
         if len(spellings) == 2 and spellings[0] != spellings[1]:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
                             f"{spellings[1]} disagree; remove one of them")
+        # A copy: what is understood is taken out, and what is left at the end is refused.
         rope = dict(spellings[0]) if spellings else {}
         thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
         if thetas[1:] and thetas[0] != thetas[1]:
@@ -190,7 +187,8 @@ class Rope:
         said = [found["partial_rotary_factor"] for found in (rope, config)
                 if "partial_rotary_factor" in found]
         rope.pop("partial_rotary_factor", None)
-        share = said[0] if said else 1.0 if self.default_share is None else self.default_share
+        assumed = 1.0 if self.default_share is None else self.default_share
+        share = said[0] if said else assumed
         if self.default_share is None and share != 1.0:
             raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
                             "heads rotate as a whole")
@@ -249,7 +247,6 @@ class AttentionScale:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
@@ -258,6 +255,7 @@ class AttentionScale:
             model.attention_multiplier)
         if not self.scalar:
             return {self.hf: factor}
+        # Gemma states n of 1 / sqrt(n) as an integer; other factors cannot be written.
         scalar = round(factor ** -2) if factor > SMALLEST_SCALE else 0
         if scalar < 1 or not math.isclose(scalar ** -0.5, factor, rel_tol=1e-9):
             raise UserError(f"model.attention_multiplier = {factor}: family '{model.family}' knows 1 / "
@@ -333,7 +331,6 @@ class LatentRope(Rope):
     and sine have none, and the scale of the softmax has all of it."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return `rope_parameters` with both."""
         written = super().write(model)
         if model.yarn is not None:
             written["rope_parameters"] |= {"mscale": model.yarn.mscale, "mscale_all_dim": model.yarn.mscale}
@@ -350,6 +347,7 @@ class LatentRope(Rope):
                 if rope.get("rope_type", rope.get("type")) != "yarn":
                     continue
                 yarns += 1
+                # A set: equal factors of both spellings leave one element, a missing one leaves None.
                 factors |= {rope.pop(factor, None) for factor in ("mscale", "mscale_all_dim")}
                 if rope.pop("attention_factor", None) not in (None, 1.0):
                     raise UserError("config.json: attention_factor: beside mscale and mscale_all_dim only "
@@ -387,7 +385,6 @@ class AlternatingLayers:
     names: tuple[str, ...] = ("layer_types", "sliding_window")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list and the window."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -404,7 +401,6 @@ class Quantization:
     names: tuple[str, ...] = ("quantization_config",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -440,7 +436,6 @@ class EmbeddingsByWidth:
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the root of the width."""
         return {"embedding_multiplier": math.sqrt(config["hidden_size"])}
 
 
@@ -455,7 +450,6 @@ class SoftCap:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     @property
@@ -464,7 +458,6 @@ class SoftCap:
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the cap."""
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -515,6 +508,7 @@ class TwoThetas:
             if None not in (theta, old[kind]) and theta != old[kind]:
                 raise UserError(f"config.json: {kind} rotates by {theta} in rope_parameters and by "
                                 f"{old[kind]} beside it; remove one of them")
+            # The newer spelling first, then the older, then transformers' default.
             found = [value for value in (theta, old[kind], THETAS[kind]) if value is not None]
             thetas[kind] = float(found[0])
         if factors["sliding_attention"] is not None:
@@ -552,7 +546,6 @@ class PeriodicLayers:
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list and the window."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:

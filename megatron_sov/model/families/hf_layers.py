@@ -37,15 +37,12 @@ class StackLayout(Layout):
         return (experts, *reversed(rest))
 
     def stored(self, length: int) -> tuple[int, ...]:
-        """Return the stored shape: there is one part."""
         return self.hf_shape
 
     def to_stored(self, part: Any, length: int) -> Any:
-        """Return the block as Hugging Face stores it."""
         return part.permute(self.order).reshape(self.hf_shape).contiguous()
 
     def to_view(self, tensor: Any, length: int) -> Any:
-        """Return the stored tensor as the view."""
         turned = tensor.reshape([self.view[axis] for axis in self.order])
         return turned.permute([self.order.index(axis) for axis in range(len(self.order))])
 
@@ -77,7 +74,6 @@ class ExpertStack:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return the one name."""
         return (self.hf,)
 
     def layout(self, model: ModelConfig) -> Layout:
@@ -86,6 +82,8 @@ class ExpertStack:
         halves = [2] if self.in_turns else []
         view = (model.num_experts, *halves, outputs, *inputs)
         at_outputs = 1 + len(halves)
+        # Halves last: gate and up alternate along the outputs on disk, and lie one behind the other in
+        # Megatron.
         order = (0, *(at_outputs + 1 for _ in inputs), at_outputs, *(1 for _ in halves))
         hf_shape = (model.num_experts, *inputs, outputs * (1 + len(halves)))
         return StackLayout(view, 0, (model.num_experts,), 1, order, hf_shape)
@@ -146,7 +144,7 @@ class SlidingLayers:
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
         window = config.get("sliding_window", self.default_window) if "L" in letters else 0
-        expected = [window * (letter == "L") for letter in letters]
+        expected = [window if letter == "L" else 0 for letter in letters]
         if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
             raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
                             f"that follow from layer_types and one sliding_window = {window} are supported")
@@ -221,7 +219,6 @@ class OneWindow:
         return {"sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the pattern and the window."""
         window = config.get("sliding_window", 0)
         return {"attention_pattern": "L" if window else "G", "sliding_window_tokens": window}
 
@@ -285,7 +282,6 @@ class LeadingDenseLayers:
                               "first_last_k_dense_replace")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the count and the explicit list."""
         return {"first_k_dense_replace": model.num_dense_layers, "mlp_layer_types": [
             "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
 
@@ -300,6 +296,7 @@ class LeadingDenseLayers:
             "first_last_k_dense_replace": leading,
         }
         said = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        # Lists of layers first: they say more than a count.
         dense = next(iter(said.values()), leading(self.default))
         if any(other != dense for other in said.values()):
             raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; "
@@ -314,7 +311,6 @@ class SparseSteps:
     names: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the leading dense layers as a list."""
         return {"mlp_only_layers": list(range(model.num_dense_layers)), "decoder_sparse_step": 1}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -399,11 +395,9 @@ class Unclamped:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing: absence means no limit."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -423,7 +417,6 @@ class NormsBehind:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def latent_of(model: ModelConfig) -> LatentAttentionConfig:
 
 def shape_of(letters: str, model: ModelConfig) -> tuple[int, ...]:
     """Return the shape that letters such as "V H" or "H 2H" stand for in `model`."""
+    # `_check_letters` has refused unknown letters where the map was declared, so every token matches.
     matches = [_TOKEN.fullmatch(token) for token in letters.split()]
     return tuple(int(m[1] or 1) * SIZES[m[2]](model) for m in matches if m)
 
@@ -77,6 +78,7 @@ class Layout:
     def stored(self, length: int) -> tuple[int, ...]:
         """Return the stored shape of a part that has `length` along the cut axis."""
         part = self.part(length)
+        # Leading axes (groups, heads, head size) are one axis of rows on disk.
         return (math.prod(part[:self.merged]), *part[self.merged:])
 
     @property
@@ -86,7 +88,6 @@ class Layout:
 
     @property
     def block(self) -> tuple[int, ...]:
-        """Return the shape of the Megatron block."""
         return self.stored(self.view[self.axis])
 
     def to_stored(self, part: Any, length: int) -> Any:
@@ -137,12 +138,11 @@ class Same:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return the one name."""
         return (self.hf,)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the tensor itself as its only part."""
         shape = shape_of(self.shape, model)
+        # One part as long as the axis: joining and splitting are then a plain copy.
         return Layout(shape, 0, (shape[0],), 1)
 
 
@@ -162,11 +162,11 @@ class GateUp:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return gate, then up."""
         return (self.gate, self.up)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return two stacked parts."""
+        # Megatron computes gate and up in one product and halves the output, so the gate's rows come first
+        # as a block.
         return Layout((2, *shape_of(self.shape, model)), 0, (1, 1), 2)
 
 
@@ -189,13 +189,15 @@ class QKV:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return query, key, value."""
         return (self.query, self.key, self.value)
 
     def layout(self, model: ModelConfig) -> Layout:
         """Return the parts of [groups, query heads + key + value, head_dim, columns],
         cut along the heads of a group."""
+        # Query heads that share one key/value head. They lie together, so tensor parallelism can cut
+        # between groups.
         heads = model.num_heads // model.num_kv_heads
+        # Biases have no columns: `shape_of("")` is (), and the view ends with the head size.
         view = (model.num_kv_heads, heads + 2, model.head_dim, *shape_of(self.columns, model))
         return Layout(view, 1, (heads, 1, 1), 3)
 
@@ -217,21 +219,17 @@ class Experts:
 
     @property
     def megatron(self) -> str:
-        """Return the name of the stacked tensor."""
         return self.each.megatron
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return one expert's names, with the placeholder."""
         return self.each.hf_names
 
     @property
     def fp32(self) -> bool:
-        """Return what the entry of each expert says."""
         return self.each.fp32
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the layout of one expert's block."""
         return self.each.layout(model)
 
 
@@ -253,6 +251,7 @@ class WeightSection:
     """Field or property of `ModelConfig` without which the section holds nowhere; empty: none."""
 
     def __post_init__(self) -> None:
+        # Mistakes of a declaration show here, at import, not in a converted model that computes nonsense.
         per_layer = "layer" in self.where
         if self.where == "mtp layer behind":
             if "{l}" in self.megatron or "{l}" not in self.hf:
@@ -279,6 +278,7 @@ class WeightSection:
         one that belongs to no layer."""
         if self.when and not getattr(model, self.when):
             return []
+        # Layers with experts are the last ones: leading layers are dense (DeepSeek-V3).
         first_moe = model.num_layers - model.num_moe_layers()
         places: dict[str, Sequence[int | None]] = {
             "once": [None], "untied": [] if model.tied_embeddings else [None],
@@ -312,16 +312,18 @@ class Link:
     @property
     def extent(self) -> tuple[int, ...]:
         """Return the block's shape with as many axes as the global tensor."""
+        # An expert's block is one index thick along the leading axis of the stacked tensor.
         return (1,) * (len(self.shape) - len(self.block_shape)) + self.block_shape
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each Hugging Face tensor."""
         return {name: self.layout.stored(n)
                 for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
 
     def rows(self) -> dict[str, tuple[int, int]]:
         """Return the first row in the block and the number of rows of each Hugging Face tensor; nothing where
         their rows are interleaved."""
+        # Cut along another axis than the first, rows of several tensors alternate, and no one range holds
+        # one of them.
         if not self.layout.rows_stay:
             return {}
         each = math.prod(self.layout.view[1:self.layout.merged])
@@ -339,9 +341,12 @@ class Link:
 
     def join(self, tensors: dict[str, Any]) -> Any:
         """Return the block that these Hugging Face tensors (of one dtype and device) make up."""
+        # No copy where one tensor is the block: at hundreds of billions of weights that would double the
+        # memory.
         if len(self.hf_names) == 1:
             tensor = tensors[self.hf_names[0]]
             return self.layout.to_view(tensor, self.layout.lengths[0]).reshape(self.block_shape)
+        # `new_empty` gives dtype and device of the parts, without torch imported here.
         viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
         for name, length, part in self._parts(viewed):
             part.copy_(self.layout.to_view(tensors[name], length))
@@ -357,9 +362,11 @@ def links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     """
     trunk = [s for s in sections if not s.where.startswith("mtp")]
     prediction = [s for s in sections if s.where.startswith("mtp")]
+    # Layer by layer, so a converter that streams holds one layer's tensors at a time.
     order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
              + [(s, layer) for layer in (None, model.num_layers) for s in prediction])
     found = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
+    # A name twice would silently overwrite one tensor by another on export.
     hf_names = [name for link in found for name in link.hf_names]
     blocks = [(link.key, link.offset) for link in found]
     if len(set(hf_names)) != len(hf_names) or len(set(blocks)) != len(blocks):
@@ -375,6 +382,7 @@ def _expand(section: WeightSection, model: ModelConfig, layer: int | None = None
         layout = entry.layout(model)
         key = named(section.megatron, entry.megatron)
         block = layout.block
+        # Only stacked experts have a block per expert; every other tensor is one block at offset zero.
         stacked = isinstance(entry, Experts)
         for expert in range(model.num_experts if stacked else 1):
             shape = (model.num_experts, *block) if stacked else block

@@ -74,7 +74,6 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
 
 
 def phase_setting(seq_len: int, name: str = PHASE, blend: dict[str, float] | None = None) -> str:
-    """Return the setting for a curriculum of one phase."""
     return "data.phases=" + json.dumps(
         [dataclasses.asdict(PhaseConfig(name, seq_len=seq_len, blend=blend or {}))])
 

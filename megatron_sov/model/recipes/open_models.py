@@ -4,16 +4,147 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD
 from megatron_sov.model.config import (
-    DataConfig, LatentAttentionConfig, ModelConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig,
-    TrainConfig, YarnConfig)
-from megatron_sov.model.config.model import Llama3RopeConfig
+    DataConfig, DistillationConfig, ExtendConfig, ExtendStageConfig, GateConfig, LatentAttentionConfig,
+    ModelConfig, NeedleConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig,
+    RunConfig, TrainConfig, YarnConfig)
+from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
+from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
+from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
 from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 
-# Published Qwen models that training goes on from: their architectures; data,
-# rate and batch are for fine-tuning.
-#
-# Start them `--from` converted weights; sizes are those of the models' own config.json.
+# HyperCLOVA X 8B Omni: text, pictures and speech in and out of one decoder; sizes, vocabulary, encoders and
+# the order of its stages as published.  No source at hand has learning rates, batches, token budgets, shares
+# of data, or the scale of the prediction layer's loss: those are ours, and labelled so.
+
+HYPERCLOVA_REPORT = "HyperCLOVA X 8B Omni report"
+SERVING = "NAVER-Cloud-HyperCLOVA-X/OmniServe"
+AUDIO, IMAGE = IdBlock(128_606, 6_561), IdBlock(135_168, 65_536)
+"""Behind the ids of text; one id between them is free, and the second one ends the vocabulary."""
+
+
+def _placeholders(first_block_id: int, *names: str) -> tuple[int, ...]:
+    """Return the ids of _placeholders where `sov-tokenizer media` writes all marks right before the first
+    block."""
+    return tuple(first_block_id - len(MARKS) + MARKS.index(name) for name in names)
+
+
+def _hyperclova() -> ModelConfig:
+    """Return the architecture: 36 layers of Llama's shape, one MTP layer, a ViT and a Whisper encoder."""
+    return ModelConfig(
+        family="llama", vocab_size=200_704, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
+        head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=5e6, norm_eps=1e-5, num_mtp_layers=1,
+        mtp_loss_coeff=0.1, max_position_tokens=32768, audio_tokens=AUDIO, image_tokens=IMAGE,
+        vision=VisionEncoderConfig(placeholder_ids=_placeholders(AUDIO.first, IMAGE_PAD, VIDEO_PAD)),
+        audio=AudioEncoderConfig(placeholder_ids=_placeholders(AUDIO.first, AUDIO_PAD)))
+
+
+_HYPERCLOVA_DISCRETE = (
+    PhaseConfig("text", tokens=2_000_000_000_000, seq_len=4096, blend={"text": 1.0}),
+    PhaseConfig("discrete", tokens=500_000_000_000, seq_len=8192,
+                blend={"text": 50.0, "image-tokens": 30.0, "audio-tokens": 20.0}),
+)
+_HYPERCLOVA_CONTINUOUS = (
+    PhaseConfig("continuous", tokens=200_000_000_000, seq_len=8192,
+                blend={"text": 30.0, "discrete": 20.0, "pictures": 30.0, "sounds": 20.0}),
+    PhaseConfig("long", tokens=40_000_000_000, seq_len=32768,
+                blend={"text": 40.0, "pictures": 20.0, "sounds": 20.0, "videos": 20.0}),
+)
+_HYPERCLOVA_SFT = (
+    PhaseConfig("conversation", tokens=5_000_000_000, seq_len=8192, lr=2e-5, min_lr=2e-6, rewarm_steps=50,
+                blend={"conversations": 90.0, "text": 10.0}),
+    PhaseConfig("multimodal", tokens=20_000_000_000, seq_len=8192, lr=2e-5, min_lr=2e-6, rewarm_steps=50,
+                blend={"conversations": 20.0, "pictures": 35.0, "speech": 35.0, "text": 10.0}),
+    PhaseConfig("video-long", tokens=5_000_000_000, seq_len=32768, lr=1e-5, min_lr=1e-6, rewarm_steps=50,
+                blend={"conversations": 20.0, "pictures": 20.0, "speech": 20.0, "videos": 30.0,
+                       "text": 10.0}),
+    PhaseConfig("intent-think", tokens=5_000_000_000, seq_len=32768, lr=1e-5, min_lr=1e-6, rewarm_steps=50,
+                blend={"intent": 45.0, "reasoning": 45.0, "text": 10.0}),
+)
+
+
+def hyperclova_omni_8b() -> RunConfig:
+    """Return pretraining stage 1: text, then discrete tokens of pictures and speech among it."""
+    return RunConfig(
+        recipe="hyperclova-omni-8b", model=_hyperclova(),
+        parallel=ParallelConfig(zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+        data=DataConfig(phases=_HYPERCLOVA_DISCRETE),
+        optim=OptimConfig(lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000, decay_share=0.1,
+                          weight_decay=0.1),
+        train=TrainConfig(global_batch_size=1024, micro_batch_size=1, recompute=True),
+        media=MediaConfig(train_encoders=False, train_adapters=False))
+
+
+def hyperclova_omni_8b_continuous() -> RunConfig:
+    """Return pretraining stage 2, to be run --from the first: features of encoders, and 32K."""
+    run = hyperclova_omni_8b()
+    return replace(
+        run, recipe="hyperclova-omni-8b-continuous", data=DataConfig(phases=_HYPERCLOVA_CONTINUOUS),
+        optim=replace(run.optim, lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=500),
+        train=replace(run.train, global_batch_size=512),
+        media=MediaConfig(train_encoders=True, train_adapters=True))
+
+
+def hyperclova_omni_8b_sft() -> RunConfig:
+    """Return fine-tuning in four stages, for `sft`: conversation, multimodal instructions at scale, video and
+    long context, intent and thinking; plain text goes along, or the model forgets how to write it."""
+    run = hyperclova_omni_8b_continuous()
+    return replace(
+        run, recipe="hyperclova-omni-8b-sft", data=DataConfig(phases=_HYPERCLOVA_SFT),
+        optim=replace(run.optim, lr=2e-5, min_lr=2e-6, warmup_steps=50, weight_decay=0.0),
+        train=replace(run.train, global_batch_size=128),
+        objective=ObjectiveConfig(name="sft", text_coeff=0.1),
+        media=MediaConfig(train_encoders=False, train_adapters=True))
+
+
+_SIZES = published(f"{HYPERCLOVA_REPORT}, model")
+_VIT = published(f"{SERVING}, encoder/vision/track_b: omni_cont_config.yaml")
+_WHISPER = published(f"{SERVING}, encoder/audio/track_b: audio_config.json")
+_UNPUBLISHED = ours("not published")
+_STAGES = published(f"{HYPERCLOVA_REPORT}, pretraining: two stages")
+HYPERCLOVA_SOURCES: Sources = {
+    "model.family": ours("Llama's shape has exactly the published sizes; the released text config is not "
+                         "at hand"),
+    **dict.fromkeys((f"model.{setting}" for setting in (
+        "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "dense_ffn_dim",
+        "num_experts", "rope_theta", "num_mtp_layers", "max_position_tokens")), _SIZES),
+    "model.mtp_loss_coeff": ours("a scale is published, its value is not"),
+    "model.norm_eps": _UNPUBLISHED,
+    "model.audio_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: FSQ of 6,561 behind the text"),
+    "model.image_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 65,536 from 135,168"),
+    "model.vision.*": _VIT,
+    "model.vision.placeholder_ids": ours("as `sov-tokenizer media --audio-first 128606` numbers the marks"),
+    "model.vision.image_size": ours("the published encoder takes any size; banks have one"),
+    "model.audio.*": _WHISPER,
+    "model.audio.placeholder_ids": ours("as `sov-tokenizer media --audio-first 128606` numbers the marks"),
+    "model.audio.compression": ours("25 is published for long sound; set it where there is much"),
+    "model.audio.compressor_*": published(f"{SERVING}, mambamia_videoaudio_compressor.py"),
+    "parallel.*": _UNPUBLISHED,
+    "data.phases.*.name": _STAGES,
+    "data.phases.*.tokens": _UNPUBLISHED,
+    "data.phases.*.seq_len": ours("32K at the end is published, not the lengths before"),
+    "data.phases.*.blend.*": ours("the kinds are published, their shares are not"),
+    **dict.fromkeys((f"optim.{setting}" for setting in (
+        "lr", "min_lr", "schedule", "warmup_steps", "decay_share", "weight_decay")), _UNPUBLISHED),
+    "train.global_batch_size": _UNPUBLISHED,
+    "train.micro_batch_size": ours("memory"),
+    "train.recompute": ours("memory"),
+    "media.*": published(f"{HYPERCLOVA_REPORT}, pretraining: discrete tokens first, encoders second"),
+}
+HYPERCLOVA_CONTINUOUS_SOURCES = derive(HYPERCLOVA_SOURCES, {
+    "media.train_encoders": ours("frozen or trained is not published"),
+})
+HYPERCLOVA_SFT_SOURCES = derive(HYPERCLOVA_CONTINUOUS_SOURCES, {
+    "data.phases.*.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning: four stages"),
+    **dict.fromkeys((f"data.phases.*.{setting}" for setting in ("lr", "min_lr", "rewarm_steps")),
+                    _UNPUBLISHED),
+    "objective.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning"),
+    "objective.text_coeff": ours("without plain text, bits per byte of it grow while media are learned"),
+})
+
+
+# Qwen: start these `--from` converted weights; sizes are those of the models' own config.json.
 
 PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
 
@@ -107,8 +238,7 @@ def dense_sources(released: str) -> Sources:
     return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
-# DeepSeek-V3 and Kimi K2, which training goes on from: their architecture; data, rate and batch are for
-# fine-tuning, as those of `qwen.py`.
+# DeepSeek-V3 and Kimi K2.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
@@ -148,9 +278,7 @@ def kimi_k2() -> RunConfig:
         ParallelConfig(tp=4, sp=True, pp=8, ep=32, pipeline_layout=(7, 8, 8, 8, 8, 8, 8, 6)))
 
 
-# Published Gemmas that training goes on from: their architectures; data, rate and batch are for fine-
-# tuning,
-# as those of `qwen.py`.
+# Gemma.
 
 def gemma_3_1b() -> RunConfig:
     """Return Gemma-3-1B: windows of 512 in five layers of six, norms before and behind blocks, 32K."""
@@ -185,8 +313,7 @@ def gemma2_9b() -> RunConfig:
         norm_eps=1e-6, max_position_tokens=8192), ParallelConfig(tp=2, sp=True, zero1=True))
 
 
-# GLM-4.5-Air, which training goes on from: its architecture; data, rate and batch are for fine-tuning, as
-# those of `qwen.py`.
+# GLM-4.5-Air.
 
 GLM_RELEASED = "zai-org/GLM-4.5-Air, compared with Megatron-Bridge's glm_45v_provider.py"
 GLM_SOURCES = derive(moe_sources(GLM_RELEASED), {
@@ -206,8 +333,7 @@ def glm_4_5_air() -> RunConfig:
         max_position_tokens=131072), ParallelConfig(tp=2, sp=True, ep=8))
 
 
-# gpt-oss 20B and 120B, which training goes on from: their architecture; data, rate and batch are for
-# fine-tuning, as those of `qwen.py`.
+# gpt-oss 20B and 120B.
 
 OTHERS = {"model.dense_ffn_dim": DEFAULT, "model.seq_aux_loss_coeff": ours(
     "what transformers' class assumes for router_aux_loss_coef")}
@@ -236,8 +362,7 @@ def gpt_oss_120b() -> RunConfig:
                      ParallelConfig(pp=4, ep=8, zero1=True))
 
 
-# Published models of Llama's shape that training goes on from: their architectures; data, rate and batch
-# are for fine-tuning, as those of `qwen.py`.
+# Llama's shape.
 
 def llama_3_1_8b() -> RunConfig:
     """Return Llama-3.1-8B: rotations scaled for 128K."""
@@ -259,8 +384,7 @@ def mixtral_8x7b() -> RunConfig:
 MIXTRAL_SOURCES = derive(moe_sources("mistralai/Mixtral-8x7B-v0.1"), {"model.dense_ffn_dim": DEFAULT})
 
 
-# Published Korean models that training goes on from: their architectures; data, rate and batch are for
-# fine-tuning, as those of `qwen.py`.
+# Dense Korean models.
 
 def exaone_4_32b() -> RunConfig:
     """Return EXAONE-4.0-32B: three sliding layers of four, global ones without positions, 128K."""
@@ -289,3 +413,129 @@ def hyperclovax_14b() -> RunConfig:
         num_kv_heads=8, head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=1e8, block_norms="both",
         embedding_multiplier=10.0, attention_multiplier=0.0078125, logits_multiplier=0.125, norm_eps=1e-5,
         init_std=0.012727922061357855, max_position_tokens=131072), ParallelConfig(tp=4, sp=True))
+
+
+# Typhoon-S 8B (arXiv 2601.18129): ThaiLLM-8B or Qwen3-8B-Base is fine-tuned, then learns from a teacher what
+# it writes itself, as the authors' scripts do.
+
+TYPHOON_SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
+TYPHOON_TOKENS = 680_000_000
+"""Two epochs of about 340,000 conversations of a thousand tokens."""
+
+
+OPD_STEPS = 2500
+"""One epoch of about 160,000 prompts, 64 a step."""
+OPD_TOKENS = OPD_STEPS * 64 * 4096
+
+
+def typhoon_s_8b() -> RunConfig:
+    """Return the run, for `sft`: two epochs packed to 16K, 32 samples a step, cosine from 2e-5 to 0."""
+    return RunConfig(
+        recipe="typhoon-s-8b",
+        model=replace(qwen3_8b().model, max_position_tokens=32768),
+        parallel=ParallelConfig(zero1=True),
+        data=DataConfig(phases=(PhaseConfig("sft", tokens=TYPHOON_TOKENS, seq_len=16384),)),
+        optim=OptimConfig(lr=2e-5, min_lr=0.0, schedule="cosine", warmup_steps=65, weight_decay=0.0,
+                          beta2=0.999),
+        train=TrainConfig(global_batch_size=32, micro_batch_size=1, seed=42, recompute=True),
+        objective=ObjectiveConfig(name="sft"),
+    )
+
+
+def typhoon_s_8b_opd() -> RunConfig:
+    """Return on-policy distillation, for `distill`: the teacher's whole distribution, forward KL."""
+    run = typhoon_s_8b()
+    return replace(
+        run, recipe="typhoon-s-8b-opd",
+        data=DataConfig(phases=(PhaseConfig("opd", tokens=OPD_TOKENS, seq_len=4096),)),
+        optim=replace(run.optim, lr=1e-6, warmup_steps=OPD_STEPS // 20),
+        train=replace(run.train, global_batch_size=64, steps=OPD_STEPS),
+        objective=ObjectiveConfig(name="distill"),
+        distillation=DistillationConfig(beta=0.0, temperature=1.0, top_k=0))
+
+
+_TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
+TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
+    "data.phases.*.name": ours("the stage"),
+    "data.phases.*.tokens": ours("2 epochs of about 340,000 samples are published, their tokens are not"),
+    "data.phases.*.seq_len": published(TYPHOON_SCRIPT),
+    **dict.fromkeys(("optim.name", "optim.lr", "optim.schedule"), published(TYPHOON_SCRIPT)),
+    "optim.warmup_steps": published(f"{TYPHOON_SCRIPT}: 5 % of the steps"),
+    **dict.fromkeys(("optim.min_lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
+                     "optim.clip_grad"), _TYPHOON_TRAINER),
+    "train.global_batch_size": published(f"{TYPHOON_SCRIPT}: 8 processes x 1 sample x 4"),
+    "train.micro_batch_size": published(TYPHOON_SCRIPT),
+    "train.seed": published(TYPHOON_SCRIPT),
+    "train.recompute": ours("memory; it changes no result"),
+    "objective.name": published("arXiv 2601.18129, SFT"),
+})
+_OPD = "scb-10x/typhoon-s, on-policy distillation"
+OPD_SOURCES: Sources = derive(TYPHOON_SOURCES, {
+    "data.phases.*.tokens": ours("an upper bound: what all steps read if every row is full"),
+    "data.phases.*.seq_len": published(f"{_OPD}: 2,048 of a response, 4,096 in all"),
+    **dict.fromkeys(("optim.lr", "optim.schedule"), published(f"{_OPD}: 1e-6, cosine")),
+    "optim.warmup_steps": published(f"{_OPD}: 5 % of the steps"),
+    "train.steps": published(f"{_OPD}: 1 epoch of about 160,000 prompts"),
+    "train.global_batch_size": published(f"{_OPD}: 64 samples; a row that holds several counts once here"),
+    "objective.name": published("arXiv 2601.18129, on-policy distillation"),
+    **dict.fromkeys(("distillation.beta", "distillation.temperature", "distillation.top_k"),
+                    published(f"{_OPD}: forward KL over the whole vocabulary")),
+})
+
+
+# VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B made ready for 40,960 tokens in three stages, then
+# fine-tuned.  `extend` lengthens the base, `sft` trains on from there.  The report has no rates and no
+# batches.
+
+VIBETHINKER_REPORT = "arXiv 2511.06221"
+LENGTHS, THETA = {"16k": 16384, "32k": 32768, "40k": 40960}, 500_000.0
+VIBETHINKER_LENGTH = LENGTHS["40k"]
+VIBETHINKER_STAGES = tuple(
+    ExtendStageConfig(name, seq_len=seq_len, steps=500, max_steps=2000, global_batch_size=128,
+                      rope_theta=THETA, parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25)))
+    for name, seq_len in LENGTHS.items())
+"""The lengths at which the report trains by reinforcement, and the one that it generates: a response is
+learned at no position that the model has not met in text."""
+
+
+def vibethinker_1_5b() -> RunConfig:
+    """Return the extension 4K -> 16K -> 32K -> 40,960 by slower rotations, gated, and fine-tuning at 16K."""
+    return RunConfig(
+        recipe="vibethinker-1.5b",
+        model=replace(qwen2_1_5b().model, rope_theta=THETA, max_position_tokens=VIBETHINKER_LENGTH),
+        parallel=ParallelConfig(zero1=True),
+        data=DataConfig(phases=(PhaseConfig("sft", tokens=5_000_000_000, seq_len=16384),)),
+        optim=OptimConfig(lr=5e-5, min_lr=8e-8, schedule="cosine", warmup_steps=120, weight_decay=0.1),
+        train=TrainConfig(global_batch_size=128, micro_batch_size=1, recompute=True,
+                          checkpoint_every_steps=100, keep_every_steps=100),
+        objective=ObjectiveConfig(name="sft"),
+        needle=NeedleConfig(lengths_tokens=(4096, *LENGTHS.values())),
+        extend=ExtendConfig(stages=VIBETHINKER_STAGES, gate=GateConfig(every_steps=100, min_accuracy=0.98)),
+    )
+
+
+_VIBETHINKER_SUCCESSOR = ours("not published for the 1.5B; published for the 3B")
+VIBETHINKER_SOURCES: Sources = derive(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
+    "model.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
+    "model.max_position_tokens": published(f"{VIBETHINKER_REPORT}, evaluation: 40,960 tokens are generated"),
+    "data.phases.*.name": ours("the stage"),
+    "data.phases.*.tokens": ours("not published"),
+    "data.phases.*.seq_len": published(f"{VIBETHINKER_REPORT}, training: 16K before 32K"),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule"), _VIBETHINKER_SUCCESSOR),
+    "optim.warmup_steps": ours("5 % of the steps, as published for the 3B"),
+    "optim.weight_decay": ours("not published"),
+    "train.global_batch_size": _VIBETHINKER_SUCCESSOR,
+    "train.micro_batch_size": ours("memory"),
+    "train.checkpoint_every_steps": ours("checkpoints to choose from are published, their distance is not"),
+    "train.keep_every_steps": ours("checkpoints to choose from are published, their distance is not"),
+    "objective.name": published(f"{VIBETHINKER_REPORT}, spectrum phase"),
+    "needle.lengths_tokens": ours("the base's and the stages'"),
+    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    "extend.stages.*.seq_len": published(
+        f"{VIBETHINKER_REPORT}: 16K and 32K in training, 40,960 in evaluation; that text of these lengths "
+        "comes first is ours"),
+    "extend.stages.*.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
+    "extend.stages.*.parts.*": ours("not published"),
+    "extend.gate.every_steps": ours("not published"),
+    "extend.gate.min_accuracy": ours("near-perfect, as K-EXAONE asks"),
+})

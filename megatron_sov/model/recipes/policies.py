@@ -12,10 +12,10 @@ from typing import Any
 from megatron_sov.model.config import (
     ExtendConfig, GroupConfig, NeedleConfig, ParallelConfig, PhaseConfig, PreferenceConfig, RunConfig)
 from megatron_sov.model.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES, k_exaone_236b
-from megatron_sov.model.recipes.open_models import dense_sources, qwen3_4b_2507
+from megatron_sov.model.recipes.open_models import (
+    VIBETHINKER_SOURCES, dense_sources, qwen3_4b_2507, vibethinker_1_5b)
 from megatron_sov.model.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
 from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive, ours, published
-from megatron_sov.model.recipes.vibethinker import SOURCES as VIBETHINKER_SOURCES, vibethinker_1_5b
 
 TYPHOON, VIBETHINKER = "arXiv 2601.18129", "arXiv 2511.06221"
 SOLAR, K_EXAONE = "arXiv 2601.07022", "arXiv 2601.01739"

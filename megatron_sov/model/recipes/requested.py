@@ -94,6 +94,7 @@ class RecipeRequest:
             UserError: a setting does not exist, a family or objective that nobody has named,
                 or one of another command.
         """
+        # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
         models.get(config.model.family, config.code)
         objectives.check(config)
@@ -110,6 +111,7 @@ def requested(args: RecipeOptions) -> RecipeRequest:
     Raises:
         UserError: neither or both of RECIPE and --config, or one of them, --plugin or --set cannot be used.
     """
+    # First: the recipe and the settings may name what these files declare.
     load_plugins(args.plugins)
     if (args.recipe is None) == (args.config is None):
         given = (f"{args.recipe} and --config {args.config}: both are given" if args.recipe

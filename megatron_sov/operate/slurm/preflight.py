@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import told_in_a_line
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
+from megatron_sov.runs.gpu_driver import illness, visible_gpus
 from megatron_sov.runs.launch_environment import own_gpu_index
-from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 
 if TYPE_CHECKING:
     import torch

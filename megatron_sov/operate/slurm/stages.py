@@ -20,7 +20,7 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, options_of
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, training_request
 from megatron_sov.plan.calibration.fitting import refuse_too_large
 from megatron_sov.plan.search.recommended import leaves_layout_open, says_layout, settings_for

@@ -17,14 +17,13 @@ from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
-from megatron_sov.plan.calibration.expected import Machine, step_seconds
-from megatron_sov.plan.calibration.learned import (
-    LearnedCorrection, LocalMachine, as_json, learn, passes_of, shipped)
+from megatron_sov.plan.calibration.expected import (
+    LearnedCorrection, LocalMachine, Machine, as_json, learn, passes_of, shipped, step_seconds)
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.runs.folder import CONFIG, PLAN, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.stretches import MeasuredStretch, Stretches
+from megatron_sov.runs.obs.history import MeasuredStretch, Stretches
 from megatron_sov.work.clusters.chips import CHIPS, Chip, of_device
 
 MOST = 10**9
@@ -107,6 +106,7 @@ def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Cali
     if not device or not isinstance(machine, dict):
         raise UserError(f"--calibrate {run}: does not say on what it ran, as runs of earlier versions do "
                         "not; leave it out, or go on with it for some steps")
+    # A processor's name is never looked up among GPUs.
     known = of_device(device) if stretch.start.get("on_gpu") else None
     if known is None and stretch.start.get("on_gpu"):
         raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
@@ -145,6 +145,7 @@ def _merged(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
     """Return one observation for steps of several starts that were alike: the mean by steps."""
     groups: dict[Any, list[CalibrationPoint]] = {}
     for one in found:
+        # Whatever the seconds of a step depend on; the name of the phase is not among it.
         key = (one.num_ranks, one.device, one.threads, repr(one.config.parallel), one.phase.seq_len,
                one.phase.global_batch_size)
         groups.setdefault(key, []).append(one)
@@ -182,8 +183,9 @@ def scaled(parameters: Parameters, factors: dict[str, float], chips: Sequence[Ch
     stay as they are."""
     products, links, host = (factors[f.name] for f in FACTORS)
     seen = {one.generation for one in chips}
-    fractions = {family: {unit: min(1.0, share * products) for unit, share in units.items()}
-                 if family in seen else units for family, units in parameters.product_fraction.items()}
+    fractions = dict(parameters.product_fraction)
+    for family in seen & set(fractions):
+        fractions[family] = {unit: min(1.0, share * products) for unit, share in fractions[family].items()}
     attention = {family: min(1.0, share * products) if family in seen else share
                  for family, share in parameters.attention_fraction.items()}
     return replace(
@@ -212,6 +214,7 @@ def fit(measured_s: Sequence[float],
     for _ in range(MAX_ROUNDS):
         moved = _gauss_newton(at, now, residuals)
         share = 1.0
+        # Damped: a full step may overshoot, since shares stop at 1 and the cost is no parabola.
         while share > 1e-3 and _cost([a + share * m for a, m in zip(at, moved, strict=True)],
                                      residuals) > _cost(at, residuals):
             share /= 2
@@ -240,9 +243,13 @@ def _gauss_newton(at: Sequence[float], now: Sequence[float],
     for i in range(n):
         beside = residuals([*at[:i], at[i] + STEP, *at[i + 1:]])
         slopes.append([(b - a) / STEP for a, b in zip(now, beside, strict=True)])
+    # Huber as weights of least squares: one odd run must not bend the factors for all others.
     weights = [min(1.0, HUBER / abs(r)) if r else 1.0 for r in now]
-    matrix = [[sum(w * a * b for w, a, b in zip(weights, slopes[i], slopes[j], strict=True))
-               + (i == j) / FACTORS[i].spread ** 2 for j in range(n)] for i in range(n)]
+    # The prior's 1 / spread^2 on the diagonal makes it solvable where runs say nothing of a factor.
+    matrix = [[sum(w * a * b for w, a, b in zip(weights, first, second, strict=True)) for second in slopes]
+              for first in slopes]
+    for i, factor in enumerate(FACTORS):
+        matrix[i][i] += 1 / factor.spread ** 2
     right = [-sum(w * a * r for w, a, r in zip(weights, slopes[i], now, strict=True))
              - at[i] / FACTORS[i].spread ** 2 for i in range(n)]
     return [float(x) for x in np.linalg.solve(matrix, right)]
@@ -277,6 +284,7 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: LearnedCorrec
 
 def calibration(observed: Sequence[CalibrationPoint], base: LearnedCorrection) -> Calibration:
     on_gpus = [(one, one.chip) for one in observed if one.chip is not None]
+    # Factors go on the parameters of the base: a second calibration starts from what the first one learned.
     parameters, factors = base.parameters, {}
     if on_gpus:
         chips = [on for _, on in on_gpus]

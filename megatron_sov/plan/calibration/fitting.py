@@ -64,7 +64,6 @@ def usable_bytes(gpu: Gpu) -> int:
 
 
 def fits(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
-    """Return whether every process of a run fits a GPU."""
     return fullest(config, num_ranks)[1].total <= usable_bytes(gpu)
 
 
@@ -109,9 +108,11 @@ def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | Non
     for candidate in _candidates(config.model, p):
         steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
         steps += candidate.pipeline_layout != p.pipeline_layout
+        # Before the dear account: a candidate that differs more cannot win.
         if found is not None and steps > found[0]:
             continue
         changed = dataclasses.replace(config, parallel=candidate)
+        # The layout's own rules first: they are cheap, and break most candidates.
         if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
             continue
         needs = fullest(changed, num_ranks)[1].total
@@ -159,7 +160,8 @@ the system.  Our choice; not measured yet."""
 
 def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
     """Return what some processes of a run of `count` pin together."""
-    of_stage = [StageBuffers(config, count, stage).held(StatePlace()).on_host
+    # One account per stage: processes of a stage pin about as much.
+    of_stage = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
                 for stage in range(config.parallel.pp)]
     return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
 

@@ -102,6 +102,7 @@ class Tokens(NamedTuple):
 def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
     """Return the tokens of a process, for a micro-batch of so many."""
     p = config.parallel
+    # Context parallelism cuts the row first; sequence parallelism then cuts what tp ranks share.
     local = row_tokens // p.cp
     return Tokens(row_tokens, local, local // (p.tp if p.sp else 1))
 
@@ -148,12 +149,14 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     queries, keys = m.num_heads * m.head_dim // tp, m.num_kv_heads * m.head_dim // tp
     sums = tokens.local * (m.num_heads // tp) * max(item, FLOAT32_BYTES)
     per_token = tokens.local * item
+    # A window as long as the row is none, and needs no masks.
     slides = kind.slides and m.sliding_window_tokens < tokens.row
     # the norm of each head's queries is of a copy, where these do not lie side by side
-    copied = queries * (m.num_kv_heads > tp) if m.qk_norm else 0
+    copied = queries if m.qk_norm and m.num_kv_heads > tp else 0
     found = {"gathered": 0}
     if cp > 1:
         window = m.sliding_window_tokens
+        # A process has two pieces of a row, and each reaches one window back.
         reached = min(tokens.row, tokens.local + 2 * window) if slides else tokens.row
         found["gathered"] = 2 * reached * keys * item
     if fused:
@@ -201,6 +204,7 @@ def kept(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActiva
         kind: of the layer.
         whole: what it saves (`saved`).
     """
+    # Full recomputation keeps the layer's input and nothing else.
     if config.train.recompute is True:
         return tokens_of(config, row_tokens).share * config.model.hidden_size * (
             ITEM_BYTES[config.train.precision])
@@ -215,6 +219,7 @@ def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> 
         found += whole.core
     if "mlp" in modules:
         found += whole.dense
+    # The whole block is computed again, so its parts must not be counted once more below.
     if "moe" in modules:
         return found + whole.router + whole.routed + whole.shared
     if "layernorm" in modules and kind.with_experts and config.model.block_norms != "post":
@@ -253,7 +258,9 @@ def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int
     """
     if vpp == 1:
         return [min(pp - stage, num_micro_batches)]
+    # Forward passes before the first backward pass of this stage, over all of its chunks.
     ahead = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, num_micro_batches * vpp)
+    # A round gives each chunk `pp` micro-batches in turn; the rest fills chunks from the first one on.
     rounds, rest = divmod(ahead, pp * vpp)
     return [rounds * pp + min(pp, max(0, rest - chunk * pp)) for chunk in range(vpp)]
 
@@ -277,6 +284,7 @@ class Stored:
 
     @property
     def saved(self) -> int:
+        # The head's gradients and a recomputed layer are never there together, so the larger one counts.
         return self.waiting + max(self.head, self.recomputed - self.norms)
 
 
@@ -290,6 +298,7 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     here: dict[LayerKind, int] = {}
     for layers, count in zip(chunk_layers(p, stage, m.num_layers), counts, strict=True):
         for layer in layers:
+            # Layers of a kind save the same, so they are counted, not listed: a model has few kinds.
             here[of_layers[layer]] = here.get(of_layers[layer], 0) + count
     if last and m.num_mtp_layers:
         kind = prediction_kind(m)
@@ -297,8 +306,9 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     wholes = {kind: saved(config, row, kind) for kind in here}
     keeps = {kind: kept(config, row, kind, whole) for kind, whole in wholes.items()}
     waiting = sum(keeps[kind] * count for kind, count in here.items())
-    waiting += (stage == 0) * counts[0] * row // p.cp * INDEX_BYTES
-    norms = last * _behind_layers(config, row)
+    if stage == 0:
+        waiting += counts[0] * row // p.cp * INDEX_BYTES
+    norms = _behind_layers(config, row) if last else 0
     waiting += counts[-1] * norms
     again = {kind: wholes[kind].total - keeps[kind] for kind in here} if config.train.recompute else {}
     largest = max(here, key=lambda kind: wholes[kind].total)

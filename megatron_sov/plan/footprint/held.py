@@ -67,9 +67,11 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
     first_moe = m.num_layers - m.num_moe_layers()
     chunks = []
     for turn, layers in enumerate(chunk_layers(p, stage, m.num_layers)):
+        # Chunks of one stage are not neighbours in the model: only the first chunk of stage 0 embeds.
         first = stage == 0 and turn == 0
         last = stage == p.pp - 1 and turn == p.vpp - 1
         runs: list[Run] = []
+        # Prediction layers embed the next token on the last stage, so the table is there as well.
         if first or (last and m.num_mtp_layers):
             runs.append((None, (_table(m, p, EMBEDDING),)))
         # layers with experts are the last ones, and the same by themselves
@@ -79,6 +81,7 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
         if last:
             runs.append((None, (Held("decoder.final_layernorm.weight", (m.hidden_size,)),)))
             runs += [(i, _layer(*sizes, None)) for i in range(m.num_mtp_layers)]
+            # One stage with tied embeddings already has the table above.
             if not (first and m.tied_embeddings):
                 runs.append((None, (_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
         if first:
@@ -105,6 +108,7 @@ def _encoders(m: ModelConfig) -> tuple[Run, ...]:
 def _table(m: ModelConfig, p: ParallelConfig, key: str) -> Held:
     """Return an embedding or head, whose rows are filled up to a multiple of `tp`; a tied head has the
     embedding's name."""
+    # Both copies have to get the sum of both gradients, so they have a bucket of their own.
     copied = key == EMBEDDING and p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers > 0)
     return Held(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=copied)
 
@@ -123,6 +127,7 @@ _ORDER = (
 
 def _place(key: str, fused: bool) -> tuple[int, int]:
     """Return where in its layer a parameter is registered."""
+    # The first match counts, so a longer name is in the table before a shorter one that it contains.
     at = next((i for i, name in enumerate(_ORDER) if name in key), len(_ORDER))
     if fused or ".linear_" not in key or not key.endswith(".layer_norm_weight"):
         return at, 0
@@ -156,6 +161,7 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int |
 
 def _experts(parts: list[Held], count: int, fused: bool) -> list[Held]:
     """Return the parameters of so many routed experts, of which one has these."""
+    # Without grouped products each expert is a module, which registers its own matrices in turn.
     if not fused:
         return parts * count
     half = len(parts) // 2
@@ -167,6 +173,7 @@ def _experts(parts: list[Held], count: int, fused: bool) -> list[Held]:
 def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     """Return the part of a parameter that one of so many tensor-parallel processes holds."""
     linear, _, name = key.rpartition(".")
+    # Fused norms have the name of a linear layer that is cut, and are whole themselves.
     if name == "layer_norm_weight":
         return shape
     if linear.endswith(SPLIT_BY_ROWS) or name == "softmax_offset":
@@ -203,6 +210,7 @@ def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
 def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
     (`mcore.model.lora.Factors`)."""
+    # Of A and B only one is cut: B where the layer is cut by rows, A where it is cut by columns.
     size = p.etp if of.num_experts else p.tp
     by_rows = of.linear.endswith(SPLIT_BY_ROWS)
     height = rows or of.out_features // (size if by_rows else 1)

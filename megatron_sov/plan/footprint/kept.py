@@ -91,7 +91,6 @@ class KeptPlan:
     """Where its links, storage and failures come from; empty: no speed is predicted on a GPU."""
 
     def stage_bytes(self, stage: int) -> int:
-        """Return what a process of a pipeline stage needs in all."""
         return self.memory_before_bytes + sum(self.memory_bytes[stage].values())
 
     def stretch(self, step: int) -> StretchPlan | None:

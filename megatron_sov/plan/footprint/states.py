@@ -82,9 +82,11 @@ class Buffer:
     def updated(self, rank: int, num_ranks: int) -> Iterator[StatePiece]:
         """Yield what one of the processes updates that share the buffer under ZeRO-1."""
         for first, end, placed in self.buckets:
+            # Divides without a rest: a bucket's end is padded to a multiple of the number of processes.
             share = (end - first) // num_ranks
             start = first + rank * share
             for run in placed:
+                # Runs are in order of their place: all later ones lie behind this process's stretch, too.
                 if run.start >= start + share:
                     break
                 if run.end > start:
@@ -108,6 +110,7 @@ def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_num
             placed.append(PlacedParameter(offset, size.numel, size))
             offset += size.numel * size.number
         return Buffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+    # lcm: the end has to divide by both, as the library pads it.
     return _Sharded(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
 
 
@@ -123,6 +126,8 @@ class _Sharded:
     def of(self, sizes: Iterable[Size]) -> Buffer:
         for size in sizes:
             self._offset = rounded_up(self._offset, START_MULTIPLE)
+            # Tables that two stages hold are reduced apart from all else, so the open bucket ends before
+            # them.
             if size.is_alone and self._placed:
                 self._close()
             self._place(size)
@@ -139,6 +144,7 @@ class _Sharded:
                 taken = 1
             elif self._full is not None:
                 missing = self._full - (self._offset - self._first) - size.numel
+                # Parameters that still go in: the bucket closes with the first one that reaches the limit.
                 until_full = max(1, -(-missing // stride) + 1)
                 taken, closes = min(left, until_full), until_full <= left
             placed = size if taken == size.number else size._replace(number=taken)
@@ -252,6 +258,7 @@ class StageBuffers:
 
     def _lay_out(self, marked: list[tuple[Held, int]], routed: bool, stage: int, number: int) -> None:
         p = self._config.parallel
+        # Reversed: the backward pass finishes the last layers first, and buckets fill in that order.
         mine = [(part, mark) for part, mark in reversed(marked) if part.routed == routed]
         self._frozen += sum(part.numel * part.count for part, mark in mine if self._rules[mark].frozen)
         sizes = [Size(part.numel, part.count, mark, part.is_copied) for part, mark in mine
@@ -259,6 +266,7 @@ class StageBuffers:
         if not sizes:
             return
         self._trained += sum(size.numel * size.number for size in sizes)
+        # Only the first chunk of the first stage overlaps bucket by bucket; the others have one bucket.
         full = bucket_numel(self._config, self._num_ranks) if stage == 0 and number == 0 else None
         self._buffers[routed].append(laid_out(
             sizes, sharded=p.zero1, num_ranks=self._sizes[routed], bucket_numel=full,
@@ -268,6 +276,7 @@ class StageBuffers:
         """Return the process that holds most: the first, or, where Muon keeps one moment and AdamW two, one
         of those that update tables."""
         rules = self._rules
+        # With one algorithm all shares are equal, so the first process is as full as any.
         if not self._config.parallel.zero1 or len({rule.by_muon for rule in rules if not rule.frozen}) < 2:
             return StatePlace()
         ranks, found = self._sizes[False], {0}
@@ -277,16 +286,20 @@ class StageBuffers:
                 rule = rules[run.size.mark]
                 if not (rule.by_muon or rule.is_vector):
                     begins = (run.start - first) // share
+                    # The first process that meets a table, and the next, which may hold a whole share of
+                    # it.
                     found |= {begins, min(begins + 1, (run.end - 1 - first) // share)}
         return StatePlace(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
 
-    def held(self, place: StatePlace) -> States:
+    def count_states(self, place: StatePlace) -> States:
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
         dense, experts = self._optimizer(False, place.dense), self._optimizer(True, place.experts)
         return States(
             weights=(numel + self._frozen) * item,
+            # Gradients are summed up in float32 unless bf16 is asked for: thousands of small terms would
+            # vanish in bf16.
             gradients=numel * (BF16_BYTES if bf16 and config.gpu.grad_dtype == "bf16"
                                else max(item, FLOAT32_BYTES)),
             optimizer=dense.optimizer + experts.optimizer, on_host=dense.on_host + experts.on_host,
@@ -302,6 +315,7 @@ class StageBuffers:
             moment = BF16_BYTES if config.gpu.moment_dtype == "bf16" else FLOAT32_BYTES
         master = FLOAT32_BYTES if bf16 else 0
         pieces = self._updated(routed, rank)
+        # What AdamW on the host updates has no master weights or moments here.
         moved = _moved(pieces, self._rules, config.gpu.optimizer_offload)
         here = sum([piece.numel * piece.number for piece in pieces]) - moved
         by_muon = sum([piece.numel * piece.number for piece in pieces if self._rules[piece.mark].by_muon])
@@ -330,8 +344,9 @@ class StageBuffers:
             for _, parts in runs) * m.mtp_experts
         cp = self._config.parallel.cp
         # latent attention without YaRN has its angles, too, of as few positions as can be
-        positions = (m.yarn.original_max_position_tokens if m.yarn is not None
-                     else 2 * cp if m.latent_attention is not None else 0)
+        positions = 2 * cp if m.latent_attention is not None else 0
+        if m.yarn is not None:
+            positions = m.yarn.original_max_position_tokens
         angles = len(self._chunks) * 2 * m.rotated_channels() * positions // cp
         return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
                 + (encoder_buffer_bytes(m) if self._is_first else 0))
@@ -357,7 +372,7 @@ def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
         if len(_known) >= MAX_KNOWN:
             _known.clear()
         buffers = StageBuffers(config, num_ranks, stage)
-        _known[key] = buffers.held(buffers.fullest())
+        _known[key] = buffers.count_states(buffers.fullest())
     return _known[key]
 
 

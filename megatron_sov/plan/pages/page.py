@@ -12,8 +12,7 @@ from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.plan.pages import quote as quote_tables
 from megatron_sov.plan.pages.quote import (
     Quote, QuoteTable, alike, dollars, energy, gib, percent, seconds, totals)
-from megatron_sov.plan.pages.telling import PlanText, name, sizes
-from megatron_sov.plan.pages.timetable import rows, steps_to_show
+from megatron_sov.plan.pages.telling import PlanText, name, sizes, steps_to_show, timetable_rows
 from megatron_sov.plan.search.sweep import SweepResult
 from megatron_sov.runs.obs.figures import large
 from megatron_sov.work.clusters.units import GIB
@@ -27,7 +26,6 @@ ROW_PX, AROUND_PX = 26, 130
 
 
 def plan_page(config: RunConfig, quotes: Sequence[Quote], told: PlanText | None) -> str:
-    """Return the page's HTML."""
     sections = [PageSection("Schedule", charts=schedule_charts(config),
                             tables=[schedule_table(config)], side_by_side=True)]
     if quotes:
@@ -162,7 +160,7 @@ CURVE_POINTS = 400
 
 def schedule_table(config: RunConfig) -> PageTable:
     body = [[f"{r.step:,}", f"{r.tokens:,}", r.phase, f"{r.samples:,}", f"{r.seq_len:,}", f"{r.lr:.4g}"]
-            for r in rows(config, 1)]
+            for r in timetable_rows(config, 1)]
     return PageTable(["step", "tokens", "phase", "samples", "length", "learning rate"], body)
 
 

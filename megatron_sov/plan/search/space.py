@@ -50,6 +50,7 @@ def uneven(num_layers: int, pp: int, vpp: int, beside: float) -> tuple[int, ...]
         vpp: runs of each.
         beside: what the last stage computes beside its layers, in units of a layer.
     """
+    # Every run has a layer at least, so this is what is left for the last stage.
     most_on_last = num_layers - (pp - 1) * vpp
     if most_on_last < vpp:
         return ()
@@ -57,6 +58,7 @@ def uneven(num_layers: int, pp: int, vpp: int, beside: float) -> tuple[int, ...]
     def slowest(last: int) -> float:
         return max(-(-(num_layers - last) // (pp - 1)), last + beside)
 
+    # Of equally fast splits the one with most layers on the last stage: fewest micro-batches wait there.
     last = min(range(vpp, most_on_last + 1), key=lambda layers: (slowest(layers), -layers))
     if num_layers % (pp * vpp) == 0 and slowest(last) > (1 - LEAST_GAIN) * slowest(num_layers // pp):
         return ()
@@ -65,6 +67,7 @@ def uneven(num_layers: int, pp: int, vpp: int, beside: float) -> tuple[int, ...]
     longest = max(max(map(max, stages)), stages[-1][-1] + beside)
     if vpp > 1 and longest * pp * vpp > MOST_OF_A_RUN * (num_layers + beside):
         return ()
+    # In the order of the model: run 0 of every stage, then run 1, as `parallel.pipeline_layout` has it.
     return tuple(stage[run] for run in range(vpp) for stage in stages)
 
 
@@ -149,6 +152,7 @@ def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[s
     model, own = config.model, config.parallel
     longest = config.data.max_seq_len()
     experts = model.num_moe_layers() > 0
+    # Tensor parallelism sends messages in every layer, so it stays inside of NVLink.
     tp = _powers(min(MAX_TP, domain, num_ranks))
     found = LayoutSpace(
         tp=_with(tp, own.tp), pp=_with([d for d in _divisors(model.num_layers) if d <= num_ranks], own.pp),
@@ -208,6 +212,7 @@ def layouts(config: RunConfig, space: LayoutSpace) -> Iterator[ParallelConfig]:
     own = config.parallel
     for (pp, vpp, stages), tp, cp, ep, etp, zero1 in itertools.product(
             (*_equal(config, space), *space.uneven), space.tp, space.cp, space.ep, space.etp, space.zero1):
+        # Experts are whole, or cut as all else is; other sizes would multiply the space.
         if etp in (1, tp, own.etp):
             yield replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, zero1=zero1,
                           overlap_param_gather=own.overlap_param_gather and zero1, pipeline_layout=stages)

@@ -78,11 +78,14 @@ def sweep(stage: RunStage, space: LayoutSpace, scales: Pricing,
     for parallel in layouts(stage.config, space):
         problems = parallel.problems(stage.config.model, scales.num_ranks)
         if problems:
+            # A rule on the layout breaks all of its variants at once, so they are counted without being
+            # built.
             found.breaks(problems[0], space.variants)
         else:
             _look(found, parallel, space, scales)
         found.num_looked_at += space.variants
         advance(space.variants)
+    # Ties go to the one that leaves more memory.
     found.ranked.sort(key=lambda f: (f.step_s, f.needs_bytes))
     return found
 
@@ -93,6 +96,7 @@ def _look(found: Sweep, parallel: ParallelConfig, space: LayoutSpace, scales: Pr
     lacks: dict[Recompute, int] = {}
     for size in sorted(space.micro_batch_size):
         tried = [LayoutChoice(parallel, size, recompute) for recompute in space.recompute]
+        # A larger micro-batch needs more memory, never less.
         if len(lacks) == len(tried) and all(lacks.values()):
             for choice in tried:
                 found.too_large(choice, lacks[choice.recompute])
@@ -237,12 +241,12 @@ def fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (
 
 def _least_bytes(config: RunConfig, num_ranks: int) -> float:
     """Return what a process needs at least if everything is shared evenly."""
+    # The least any setting allows: bf16 weight and gradient, float32 master, two bf16 moments.
     of_a_weight = 2 if config.lora.on or config.gpu.optimizer_offload else 2 + 2 + 4 + 2 * 2
     return of_a_weight * num_params(config.model).total / num_ranks
 
 
 def told_nodes(nodes: int | None) -> str:
-    """Return what `fewest_nodes` found, for the end of a sentence."""
     if nodes is None:
         return (f"no number of nodes up to {NODES_TRIED[-1]:,} is enough: set less of the layout, take "
                 "larger GPUs, or shorter samples")

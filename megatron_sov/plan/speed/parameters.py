@@ -140,7 +140,6 @@ def _checked(name: str, value: Any, shipped: Any, beside: Collection[str]) -> An
 
 @cache
 def _shipped() -> dict[str, Any]:
-    """Return the parameters of the package as they stand in its file."""
     text = importlib.resources.files("megatron_sov.plan.speed").joinpath("parameters.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)["parameters"]
     return found

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
-from megatron_sov.plan.speed import traffic, work
+from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
-from megatron_sov.plan.speed.work import Product
+from megatron_sov.plan.speed.traffic import Product
 from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
@@ -33,6 +33,7 @@ class Clock:
         self.w, self.p = w, p
         self.family = w.chip.generation
         self.forward_only, self.frozen = w.objective == "forward", w.objective == "lora"
+        # A chip sold with less power runs its tensor cores slower than the reference of its generation.
         self.throttle = min(1.0, (w.chip.power_w / p.reference_power_w[self.family]) ** p.power_exponent)
         self.age = p.dense_ageing ** w.software_age_years
         self.moe_age = p.moe_ageing ** w.software_age_years
@@ -54,10 +55,11 @@ class Clock:
             return 0.0
         if w.recompute == "full" or (part and part in w.recompute_modules):
             return 1.0
+        # Sharded programs choose every second layer or product ("layer", "op"); all else is not computed
+        # again.
         return HALF if {"layer", "op"} & set(w.recompute_modules) else 0.0
 
     def passes(self, part: str, backward: float = 2.0) -> float:
-        """Return forward passes' worth of a part in a micro-batch."""
         return 1.0 if self.forward_only else 1 + backward + self.again(part)
 
     def products(self, products: list[Product]) -> float:
@@ -66,31 +68,37 @@ class Clock:
     def product(self, one: Product) -> float:
         """Return the seconds of a product, all passes; frozen weights need no gradient."""
         w, p = self.w, self.p
+        # A saturating curve: a product of depth `product_half_depth` reaches half of the peak.
         peak, launches = self.peak(one.quantized) * one.k / (one.k + p.product_half_depth), 1.0
         if one.part == "moe":
+            # Rows of one expert: many small products are slower than a large one of the same FLOPs.
             rows = one.tokens / max(1e-9, one.groups)
             peak *= p.fused_expert_fraction if w.fused_experts else p.expert_fraction
             peak *= rows / (rows + p.expert_half_tokens)
             if not w.fused_experts:  # a product, and where it is quantised a kernel more, for each expert
                 launches = max(1.0, one.groups * (1 if w.precision == "bf16" else 2) / EXPERT_STREAMS)
+        # Bytes of an operand; what comes out is bf16 in any case.
         size = 1 if one.quantized and w.precision != "bf16" else 2
         passed = (one.tokens * one.k + one.groups * one.n * one.k) * size + 2 * one.tokens * one.n
+        # Roofline: the slower of arithmetic and memory, plus the time to fill the chip for each launch.
         once = max(one.flops / peak, passed / self.hbm) + launches * p.product_fill_s
+        # The backward pass has two products, one for each operand's gradient; a frozen weight needs one.
         return self.passes(one.part, 1.0 if self.frozen else 2.0) * once
 
     def attention(self, window: int) -> float:
         w, p = self.w, self.p
+        # Attention ends at the window, the document and the row, whichever comes first.
         keys = min(window or w.seq_len, w.document_tokens or w.seq_len, w.seq_len)
         width = w.shape.query_dim
         peak = (w.chip.bf16_flops_per_s * p.attention_fraction[self.family] * self.throttle / self.age
                 * width / (width + p.attention_half_width) * keys / (keys + p.attention_half_tokens))
         if w.attention_kernel == "portable":
             peak *= p.attention_portable[self.family]
-        once = work.attention_flops(w, window) / peak + p.product_fill_s
-        return self.passes("core_attn", work.ATTENTION_BACKWARD) * once
+        once = traffic.attention_flops(w, window) / peak + p.product_fill_s
+        return self.passes("core_attn", traffic.ATTENTION_BACKWARD) * once
 
     def scan(self) -> float:
-        return (self.passes("mamba") * work.mamba_scan_flops(self.w)
+        return (self.passes("mamba") * traffic.mamba_scan_flops(self.w)
                 / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction))
 
     def passed(self, num_bytes: float, part: str) -> float:
@@ -102,9 +110,9 @@ class Clock:
         seconds = 0.0
         if self.w.precision != "bf16":
             passes = self.p.quantize_passes[self.w.precision]
-            seconds += passes * work.quantized_bytes(products, self.frozen) / self.hbm
+            seconds += passes * traffic.quantized_bytes(products, self.frozen) / self.hbm
         if self.frozen:
-            seconds += self.passed(work.adapter_bytes(products), "")
+            seconds += self.passed(traffic.adapter_bytes(products), "")
         return seconds
 
 
@@ -218,15 +226,20 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
     """
     p = parameters or default()
     clock, m = Clock(w, p), w.num_micro_batches
+    # Messages of a step by group; those of layers and stages are spread evenly over its micro-batches.
     sent = {message.group: message for message in traffic.messages(w)}
     average = {group: _exposed(w, p, sent.get(group)) / m for group in ("tp", "ep", "cp", "pp")}
+    # The slowest stage sets the pace of the pipeline, and so its own messages count, not the mean's.
     stage, mean, crowded = _stage(w, _parts(clock, known), sum(average[group] for group in OF_LAYERS))
     exposed = {group: spent * (crowded if group in OF_LAYERS else 1) for group, spent in average.items()}
     device = stage.total + sum(exposed.values())
     host, stall = _launch(clock)
+    # The host runs ahead: it costs only what the device does not cover, or stalls that nothing covers.
     launch = max(stall, host - device)
     one = device + launch
+    # 1F1B idles pp - 1 micro-batches, interleaving divides that by vpp (arXiv 2104.04473, section 2.3).
     bubble = (w.pp - 1) / w.vpp * (mean + sum(average.values()) + launch)
+    # Gradients are summed once a step, so the last micro-batch is what can hide them.
     data = sum(_data(w, p, sent[group], one) for group in ("dp", "edp") if group in sent)
     update = _update(clock)
     parts = {"dense_s": m * stage.dense, "experts_s": m * stage.experts, "attention_s": m * stage.attention,
@@ -234,6 +247,7 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
              **{f"{group}_s": m * seconds for group, seconds in exposed.items()},
              "dp_s": data, "bubble_s": bubble, "optimizer_s": update}
     other = p.step_overhead_s + (0 if w.tuned else (p.untuned_slowdown - 1) * sum(parts.values()))
+    # Model FLOPs without the gradients of weights (lora), and of the forward pass alone.
     share = {"train": 1.0, "lora": 2 / 3, "forward": 1 / 3}[w.objective]
     return StepTime(**parts, other_s=other, tokens=w.step_tokens, num_gpus=w.num_gpus,
                     flops_per_token=share * w.shape.train_flops_per_token(w.seq_len),
@@ -245,6 +259,7 @@ def beside_layers(w: Workload, parameters: Parameters | None = None) -> float:
     units of a layer with its messages; as the fastest layouts have it, where nothing is recomputed and
     experts are exchanged inside an NVLink domain."""
     p = parameters or default()
+    # A search compares layouts that differ in these: the answer must be the same for all of them.
     clock = Clock(replace(w, recompute="none", recompute_modules=(), ep=min(w.ep, w.links.domain)), p)
     sent = {message.group: message for message in traffic.messages(clock.w)}
     messages_s = sum(_exposed(clock.w, p, sent.get(group)) for group in OF_LAYERS) / w.num_micro_batches
@@ -257,6 +272,7 @@ def _parts(clock: Clock, known: Known | None) -> StepParts:
     """Return the seconds of a micro-batch, reckoned anew where nobody has before."""
     if known is None:
         return StepParts(_trunk(clock), _prediction_layers(clock), _head(clock))
+    # These do not change the seconds of a micro-batch before a pipeline cuts it, so a sweep reuses them.
     key = replace(clock.w, pp=1, vpp=1, stage_layers=(), num_gpus=1, global_batch_size=1)
     if key not in known:
         known[key] = _parts(clock, None)
@@ -267,16 +283,18 @@ def _head(clock: Clock) -> _MicroBatch:
     """Return the seconds of the output head and of those of prediction layers, with their losses."""
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_mtp_layers) * (
-        clock.products(work.products(w, "head"))
-        + work.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
+        clock.products(traffic.products(w, "head"))
+        + traffic.head_bytes(w) / clock.hbm / (3 if clock.forward_only else 1)))
 
 
 def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
     """Return the seconds of a micro-batch on the slowest stage, their mean over stages, and how many layers
     that stage has, in units of their mean."""
     s, (trunk, behind, head) = w.shape, parts
+    # What each stage would have if work could be split at will.
     mean = (trunk.total + behind.total + head.total) / w.pp
     stage = _MicroBatch()
+    # Uneven stages: either the one with most layers is slowest, or the last one with the head.
     if w.pp > 1 and w.stage_layers:
         last = _MicroBatch()
         for part, share in ((trunk, w.stage_layers[-1] / s.num_layers), (behind, 1), (head, 1)):
@@ -306,8 +324,8 @@ def _trunk(clock: Clock) -> _MicroBatch:
     s, trunk = clock.w.shape, _MicroBatch()
     for block, layers in ((lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
                           (lambda: _attention(clock, s.window), s.num_window_layers),
-                          (lambda: _block(clock, "mamba", work.mamba_bytes, "mamba"), s.num_mamba_layers),
-                          (lambda: _block(clock, "dense", work.dense_bytes, "mlp"),
+                          (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
+                          (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
                            s.num_feed_forward_layers - s.num_moe_layers),
                           (lambda: _moe(clock), s.num_moe_layers)):
         if layers:
@@ -319,33 +337,33 @@ def _prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of multi-token prediction without its heads."""
     s, found = clock.w.shape, _MicroBatch()
     if s.num_mtp_layers:
-        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", work.dense_bytes, "mlp")
+        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", traffic.dense_bytes, "mlp")
         for part in (_attention(clock, 0), ffn):
             found.add(part, s.num_mtp_layers)
-        found.dense += s.num_mtp_layers * clock.products(work.products(clock.w, "prediction"))
+        found.dense += s.num_mtp_layers * clock.products(traffic.products(clock.w, "prediction"))
     return found
 
 
 def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float], part: str) -> _MicroBatch:
     """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
     `part`."""
-    products = work.products(clock.w, block)
+    products = traffic.products(clock.w, block)
     return _MicroBatch(dense=clock.products(products), attention=clock.scan() if block == "mamba" else 0.0,
                        memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
 
 
 def _attention(clock: Clock, window: int) -> _MicroBatch:
-    found = _block(clock, "attention", work.attention_bytes, "")
+    found = _block(clock, "attention", traffic.attention_bytes, "")
     found.attention = clock.attention(window)
     return found
 
 
 def _moe(clock: Clock) -> _MicroBatch:
-    beside, experts = work.products(clock.w, "beside experts"), work.products(clock.w, "expert")
+    beside, experts = traffic.products(clock.w, "beside experts"), traffic.products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(work.moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(traffic.moe_bytes(clock.w), "moe") + clock.around(beside)
     if not clock.w.fused_experts:
-        memory += (clock.passed(work.activation_bytes(clock.w), activation) + clock.around(experts))
+        memory += (clock.passed(traffic.activation_bytes(clock.w), activation) + clock.around(experts))
     return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
@@ -374,6 +392,7 @@ def _launch(clock: Clock) -> tuple[float, float]:
     layers = s.num_attention_layers + s.num_mamba_layers + s.num_mtp_layers
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     share = {"none": 1.0, "partial": p.graph_launch_share}[w.cuda_graphs]
+    # Fitted on forward and backward pass, so two passes count as one.
     share *= p.quantized_launch[w.precision] * clock.passes("", 1.0) / 2
     experts = moe * p.moe_launch_s * clock.moe_age * (1.0 if w.dropless else p.dropping_launch_share)
     seconds = (layers * p.layer_launch_s * clock.age + experts) / w.pp
@@ -386,6 +405,7 @@ def _data(w: Workload, p: Parameters, message: traffic.TrafficMessage, micro_bat
     seconds = message.num_bytes / message.bytes_per_s / fraction + message.count * message.latency_s
     sharded = w.sharding == "fsdp"
     hidden = micro_batch_s * (w.num_micro_batches if traffic.gathers_each_micro_batch(w) else 1)
+    # Without it gathering weights hides behind nothing; the backward pass is two thirds of a micro-batch.
     hidden *= 1.0 if w.overlap_param_gather else 2 / 3
     hidden = hidden if w.overlap_grad_reduce or sharded else 0.0
     return max(0.0, seconds - hidden) + (p.fsdp_exposed if sharded else p.dp_exposed) * min(seconds, hidden)
@@ -396,11 +416,13 @@ def _update(clock: Clock) -> float:
     if w.objective != "train":
         return 0.0
     dense, experts = traffic.held_params(w)
+    # Each process updates its share; experts have fewer copies to share with.
     if w.sharding != "none":
         dense, experts = dense / (w.dp * w.cp), experts / w.expert_dp
     held = dense + experts
     passed = held * UPDATE_BYTES[w.optimizer]
     seconds = passed * ((1 - w.offload) / clock.hbm + w.offload / clock.p.host_bytes_per_s)
     if w.optimizer == "muon":
+        # The smaller side of a matrix is taken to be the model's width.
         seconds += held * NEWTON_SCHULZ * w.shape.hidden_size / clock.peak(False)
     return seconds

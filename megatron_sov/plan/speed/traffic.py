@@ -1,4 +1,8 @@
-"""What one GPU sends in a step, for each group of processes, and over which links.
+"""What one GPU multiplies and sends in a step: products of each kind of layer, cut as megatron-core cuts
+them, and messages of each group of processes with the links that they take.
+
+A product is [tokens, n] = [tokens, k] x [k, n]; the backward pass has two of the same size, one for the
+gradient of the input and one for that of the weight.
 
 Volumes are those of ring algorithms: a process sends (n - 1) / n of the whole in an all-gather or a
 reduce-scatter over n.  Tensor and sequence parallelism: arXiv 2205.05198, section 4.2.2; sharding: ZeRO,
@@ -7,11 +11,166 @@ arXiv 1910.02054, section 7; experts: a copy of a token for each rank, or each N
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sov.plan.speed.work import local_tokens
-from megatron_sov.plan.speed.workload import Workload
+from megatron_sov.model.families.count import mean_keys
+from megatron_sov.plan.speed.workload import Block, Workload
+
+ATTENTION_BACKWARD = 2.5
+"""FLOPs of flash attention's backward pass in units of its forward pass: five products for two
+(arXiv 2205.14135, appendix B)."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product on one GPU, or one for each of several groups of rows (experts)."""
+
+    tokens: float
+    n: float
+    k: float
+    """Rows of the weight, over which the sum runs."""
+    groups: float = 1
+    """Weights: experts that the GPU holds."""
+    quantized: bool = True
+    """Whether the workload's precision holds; routers and heads stay in bf16."""
+    part: str = ""
+    """What recomputation calls it: mla_up_proj, mlp, moe, shared_experts; `HEAD`; or nothing."""
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.tokens * self.n * self.k
+
+
+def local_tokens(w: Workload) -> float:
+    """Return the tokens of a micro-batch that meet the products of one GPU."""
+    return w.micro_batch_size * w.seq_len / w.cp
+
+
+def products(w: Workload, block: Block) -> list[Product]:
+    """Return the products of a block of a layer on one GPU; of routed experts the grouped ones of the fullest
+    GPU."""
+    # Experts have a grid of their own: cut by etp, spread over ep, and fed with the tokens of the fullest
+    # GPU.
+    tokens, cut, groups = local_tokens(w), w.tp, 1.0
+    if block == "expert":
+        tokens, cut, groups = expert_rows(w), w.etp, w.shape.num_experts / w.ep
+    return [Product(tokens / w.tp if one.cut == "tokens" else tokens,
+                    one.rows / cut if one.cut == "rows" else one.rows,
+                    one.columns / cut if one.cut == "columns" else one.columns,
+                    groups, one.quantized, one.part) for one in w.shape.matrices(block)]
+
+
+def expert_rows(w: Workload) -> float:
+    return local_tokens(w) / w.tp * w.etp * w.shape.num_experts_per_token * w.imbalance
+
+
+def attention_flops(w: Workload, window: int) -> float:
+    """Return the FLOPs of queries with keys and of weights with values of one layer, forward, causal half.
+
+    Args:
+        w: the workload; where attention stays inside documents, keys are those of a document.
+        window: keys that a query sees at most; 0: all.
+    """
+    s = w.shape
+    # Packed rows attend inside their documents, so a document's length counts, not the row's.
+    keys = mean_keys(min(w.document_tokens or w.seq_len, w.seq_len), window)
+    return 2 * local_tokens(w) * keys * s.num_heads / w.tp * (s.query_dim + s.value_dim)
+
+
+# Bytes that kernels without matrix products pass through a GPU's memory in a forward pass of a micro-
+# batch.
+
+
+NUMBER_BYTES = 2
+NORM, RESIDUAL = 2, 3
+"""A norm reads and writes, a residual sum reads two and writes one."""
+LOGIT_BYTES = 14
+"""Of each logit, both passes: written in bf16, read for the largest, read and written for the sum's
+exponentials, read and written for the gradient in 4 or 2 bytes."""
+SCORE_BYTES = 24
+"""Of each router score: logits, scores, chosen ones and map, in 4 bytes."""
+PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
+"""Dispatcher -> how often a routed token's numbers are read or written around its expert's products."""
+MAMBA_PASSES = 20
+"""Of the inner width: convolution (in, out), scan (in, out, states of chunks in 4 bytes), gate and norm."""
+SCAN_CHUNK = 128
+"""Tokens of a chunk of the scan (arXiv 2405.21060, section 6)."""
+
+
+def _residual(w: Workload) -> float:
+    # Sequence parallelism cuts norms and residuals by tokens; without it every rank does all of them.
+    tokens = local_tokens(w) / (w.tp if w.sp else 1)
+    return (NORM * w.shape.norms_per_block + RESIDUAL) * tokens * w.shape.hidden_size * NUMBER_BYTES
+
+
+def attention_bytes(w: Workload) -> float:
+    """Return the bytes of an attention block: norm, rotation of queries and keys, residual."""
+    s = w.shape
+    kv_heads = s.num_heads if s.kv_lora_rank else s.num_kv_heads
+    rotated = (s.num_heads + kv_heads) * s.query_dim / w.tp
+    # under latent attention the parts of queries and keys are put together in one more copy
+    copies = 4 if s.kv_lora_rank else 2
+    return _residual(w) + copies * local_tokens(w) * rotated * NUMBER_BYTES
+
+
+def mamba_bytes(w: Workload) -> float:
+    inner = w.shape.mamba_num_heads * w.shape.mamba_head_dim / w.tp
+    return _residual(w) + MAMBA_PASSES * local_tokens(w) * inner * NUMBER_BYTES
+
+
+def mamba_scan_flops(w: Workload) -> float:
+    """Return the FLOPs of a Mamba-2 block's chunked scan, forward (arXiv 2405.21060, section 6)."""
+    s = w.shape
+    inner = s.mamba_num_heads * s.mamba_head_dim
+    per_token = 2 * SCAN_CHUNK * (s.mamba_num_groups * s.mamba_state_dim + inner)
+    return local_tokens(w) / w.tp * (per_token + 4 * inner * s.mamba_state_dim)
+
+
+def dense_bytes(w: Workload) -> float:
+    """Return the bytes of a dense feed-forward network: norm, activation, residual."""
+    return _residual(w) + _activation(w, local_tokens(w), w.shape.dense_ffn_dim / w.tp)
+
+
+def activation_bytes(w: Workload) -> float:
+    s = w.shape
+    return _activation(w, expert_rows(w), s.expert_ffn_dim / w.etp)
+
+
+def moe_bytes(w: Workload) -> float:
+    """Return the bytes of a layer with experts, their activation left out: norm, router, sorting tokens by
+    expert and back, shared experts' activation, residual."""
+    s, own = w.shape, local_tokens(w) / w.tp
+    sorted_bytes = (PERMUTED[w.dispatcher] * own * w.etp * s.num_experts_per_token * w.imbalance
+                    * s.expert_width * NUMBER_BYTES)
+    shared = _activation(w, local_tokens(w), s.num_shared_experts * s.expert_ffn_dim / w.tp)
+    return _residual(w) + own * s.num_experts * SCORE_BYTES + sorted_bytes + shared
+
+
+def head_bytes(w: Workload) -> float:
+    """Return the bytes of the logits, both passes together."""
+    return local_tokens(w) * w.shape.vocab_size / w.tp * LOGIT_BYTES
+
+
+def quantized_bytes(products: Iterable[Product], frozen: bool) -> float:
+    """Return the bytes of quantising the operands of products in 8 or 4 bits, both passes: inputs and
+    gradients of outputs are read in bf16 and written along their rows and their columns; along rows alone
+    where the weights are frozen."""
+    each = 3 if frozen else 4
+    return sum(each * (p.tokens * p.k + p.tokens * p.n) for p in products if p.quantized)
+
+
+def adapter_bytes(products: Iterable[Product]) -> float:
+    """Return the bytes of adapters beside frozen products, forward: their input is read once more, what they
+    add is written into the product's output."""
+    return sum((p.tokens * p.k + 2 * p.tokens * p.n) * NUMBER_BYTES for p in products)
+
+
+def _activation(w: Workload, rows: float, width: float) -> float:
+    """Return the bytes of a gate or another activation: all inputs read, one product written."""
+    return w.shape.ffn_matrices * rows * width * NUMBER_BYTES
+
 
 Group = Literal["tp", "ep", "cp", "pp", "dp", "edp"]
 ACTIVATION_BYTES = 2
@@ -59,8 +218,10 @@ def gathers_each_micro_batch(w: Workload) -> bool:
 def passes(w: Workload, module: str = "") -> float:
     """Return how many forward passes' worth of messages a micro-batch has: forward, backward, and what is
     recomputed."""
+    if w.objective == "forward":
+        return 1
     again = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
-    return 1 + (w.objective != "forward") + (again and w.objective != "forward")
+    return 3 if again else 2
 
 
 def tensor(w: Workload) -> TrafficMessage:
@@ -90,6 +251,7 @@ def expert_exchange(w: Workload) -> TrafficMessage:
         return TrafficMessage("ep", 0, 1, 1, 0, 0)
     times = moe / w.pp * 2 * passes(w, "moe") * w.num_micro_batches
     token_bytes = local_tokens(w) / w.tp * s.expert_width * ACTIVATION_BYTES * w.imbalance
+    # Fractions are meant: a group a bit larger than a domain has few partners outside.
     domains = max(1.0, size / w.links.domain)
     copies = _visited(w.ep, choices) * w.etp * (1 - 1 / size)
     outside = _visited(domains, choices) * (1 - 1 / domains)
@@ -97,8 +259,10 @@ def expert_exchange(w: Workload) -> TrafficMessage:
         copies, outside = choices * (w.etp - 1 / w.ep), choices * (1 - 1 / domains)
     if w.dispatcher == "allgather":
         copies, outside = float(size - 1), (size - 1) * (1 - 1 / domains)
+    # Inside one domain nothing leaves it; the formulas above would give a little.
     outside = outside if domains > 1 else 0.0
     inside_s = copies / w.links.inside_bytes_per_s
+    # Both kinds of links work at the same time: the slower one counts.
     seconds = max(inside_s, outside / w.links.between_bytes_per_s) if outside else inside_s
     latency = w.links.between_latency_s if outside else w.links.inside_latency_s
     return TrafficMessage("ep", times * token_bytes * copies, 1 - outside / max(copies, 1e-9),
@@ -111,7 +275,9 @@ def context(w: Workload) -> TrafficMessage:
     s, cp = w.shape, w.cp
     keys = (s.num_heads * (s.query_dim + s.value_dim) if s.kv_lora_rank
             else 2 * s.num_kv_heads * s.head_dim) / w.tp
-    rounds = passes(w, "core_attn") + (w.objective != "forward")
+    # The backward pass sends keys and values round once more, and their gradients with them.
+    rounds = passes(w, "core_attn") + (0 if w.objective == "forward" else 1)
+    # A process has two pieces of each row (balanced causal work), so it has two ends.
     ends = min(local_tokens(w), w.micro_batch_size * 2 * max(0, s.window - 1))
     tokens = ((s.num_attention_layers - s.num_window_layers + s.num_mtp_layers) * local_tokens(w)
               + s.num_window_layers * ends) / w.pp
@@ -124,8 +290,9 @@ def pipeline(w: Workload) -> TrafficMessage:
     """Return hidden states to the next stage and gradients to the one before."""
     if w.pp == 1:
         return TrafficMessage("pp", 0, 1, 1, 0, 0)
-    times = w.num_micro_batches * w.vpp * (1 + (w.objective != "forward"))
+    times = w.num_micro_batches * w.vpp * (1 if w.objective == "forward" else 2)
     volume = times * local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
+    # Stages are the outermost groups of ranks: neighbours are in one domain only if the whole run is.
     inside = w.num_gpus <= w.links.domain
     rate = w.links.inside_bytes_per_s if inside else w.links.between_bytes_per_s
     latency = w.links.inside_latency_s if inside else w.links.between_latency_s
@@ -136,6 +303,7 @@ def data(w: Workload) -> list[TrafficMessage]:
     """Return gradients and weights over data-parallel processes: those of all, and of routed experts."""
     if w.objective != "train":
         return []
+    # Experts have fewer copies than the rest, so their gradients go round another, smaller group.
     dense, experts = held_params(w)
     group, cut = w.dp * w.cp, w.sharding_group or w.dp * w.cp
     # experts, which ep and etp have cut before, are shared by as many processes less
@@ -144,7 +312,9 @@ def data(w: Workload) -> list[TrafficMessage]:
         ("edp", experts, w.expert_dp, w.etp * w.ep, cut * w.tp // (w.etp * w.ep))]
     found = []
     for name, params, size, stride, shared_by in per_group:
+        # Processes that share one copy; under HSDP there are several copies, see below.
         shard = max(1, min(size, shared_by))
+        # An all-reduce is a reduce-scatter and an all-gather: twice the bytes of one of them.
         grads = params * w.grad_bytes * (2 if w.sharding == "none" else 1)
         weights = 0.0 if w.sharding == "none" else params * WEIGHT_BYTES
         times = 1.0
@@ -152,6 +322,7 @@ def data(w: Workload) -> list[TrafficMessage]:
             times = w.num_micro_batches
             weights *= 2
         volume = times * (grads + weights) * (shard - 1) / shard
+        # HSDP: the shards of different copies are summed up, too.
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
         found.append(_ring(name, w, volume, 0 if size == 1 else times * 3 * layers_per_gpu(w), size, stride))
@@ -170,6 +341,7 @@ def held_params(w: Workload) -> tuple[float, float]:
 
 def _visited(places: float, choices: int) -> float:
     """Return how many of so many places a token's choices fall on, all being as likely."""
+    # Expected number of distinct places in `choices` draws: each place is missed with (1 - 1/n)^k.
     return places * (1 - (1 - 1 / places) ** choices) if places > 1 else 1.0
 
 
@@ -178,6 +350,7 @@ def _ring(group: Group, w: Workload, volume: float, count: float, size: int, str
     adapters together where it leaves the domain (NCCL's rings)."""
     if size == 1 or not volume:
         return TrafficMessage(group, 0, 1, 1, 0, 0)
+    # Ranks of a group are `stride` apart, so that many of them share a domain.
     members = max(1, w.links.domain // stride)
     if size <= members:
         return TrafficMessage(group, volume, 1, w.links.inside_bytes_per_s, count, w.links.inside_latency_s)

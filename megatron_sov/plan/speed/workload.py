@@ -139,6 +139,7 @@ class ModelShape:
         if block == "prediction":
             return [MatrixWork(h, 2 * h, "rows")]
         if block == "head":
+            # The head stays in bf16 under every recipe of 8 or 4 bits, and so does the router below.
             return [MatrixWork(self.vocab_size, h, "rows", HEAD, quantized=False)]
         found = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
@@ -151,8 +152,10 @@ class ModelShape:
     def _attention(self) -> list[MatrixWork]:
         h, heads = self.hidden_size, self.num_heads
         out = MatrixWork(h, heads * self.value_dim, "columns")
+        # Megatron computes queries, keys and values in one product.
         if not self.kv_lora_rank:
             return [MatrixWork((heads + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
+        # Latent attention: one narrow vector down, then keys and values of all heads up from it.
         both = heads * (self.head_dim + self.value_dim)
         found = [MatrixWork(self.kv_lora_rank + self.rope_head_dim, h, ""),
                  MatrixWork(both, self.kv_lora_rank, "rows", "mla_up_proj"), out]
@@ -241,7 +244,10 @@ def of_model(model: ModelConfig) -> ModelShape:
     """Return the shape of a recipe's model."""
     latent = model.latent_attention
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
-    every = model.num_layers // max(1, model.num_layers - windowed) + (windowed == model.num_layers)
+    # A shape knows one period only ("every n-th layer is global"); with no global layer the period is
+    # beyond the last one.
+    num_global = model.num_layers - windowed
+    every = model.num_layers // num_global if num_global else model.num_layers + 1
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
@@ -348,7 +354,6 @@ class Workload:
 
     @property
     def expert_dp(self) -> int:
-        """Copies of each routed expert."""
         return max(1, self.num_gpus // (self.etp * self.ep * self.pp))
 
     @property

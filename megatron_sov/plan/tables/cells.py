@@ -106,7 +106,6 @@ def count(row: Mapping[str, str], column: str) -> int:
 
 
 def words(row: Mapping[str, str], *columns: str) -> str:
-    """Return what cells of words say, in lower case."""
     return " ; ".join(row.get(column, "").strip().lower() for column in columns)
 
 
@@ -242,7 +241,9 @@ def dispatcher_of(notes: str, beyond_domain: bool, wide_domain: bool, dropless: 
             return name
     if not dropless:
         return "alltoall"
-    return "hybridep" if wide_domain else "deepep" if beyond_domain else "alltoall"
+    if wide_domain:
+        return "hybridep"
+    return "deepep" if beyond_domain else "alltoall"
 
 
 def cuda_graphs_of(notes: str) -> Literal["none", "partial", "full"]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.model.config.policy import PolicyConfig
+from megatron_sov.model.config.post_training import PolicyConfig
 
 EPSILON = 1e-4
 """Beside standard deviations that are divided by, as in TRL."""

@@ -16,7 +16,7 @@ from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives, context
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
-from megatron_sov.model.config.distillation import DistillationConfig
+from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.train.objectives.microbatch import MicroBatch
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_sov.model.config.policy import Aggregation, PolicyConfig, PolicyParts, Ratio
+from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
 from megatron_sov.post.parts import kl
 from megatron_sov.post.parts.responses import Responses
 

@@ -49,7 +49,7 @@ from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rou
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.runs.rounds import Policy, policy_of_round
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
 

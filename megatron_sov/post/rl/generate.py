@@ -33,10 +33,10 @@ from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
 from megatron_sov.judge.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.runs.checkpoints import adapter_base
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.runs.policies import Policy
+from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.progress.locks import POLL_S, Claims, Patience
 from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.tables.table import AlreadyPublished

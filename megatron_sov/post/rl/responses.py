@@ -27,7 +27,7 @@ from megatron_sov.judge.rollouts.rows import LENGTH, NOT_WRITTEN, STOP, UNFINISH
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import Episode, EpisodeLines, GeneratedTurn, lines_of
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt, never
 
 CHUNK_PROMPTS = 1024

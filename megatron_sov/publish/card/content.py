@@ -16,10 +16,9 @@ from megatron_sov.publish.card.run_record import (
     figures_in, total_compute, unknown)
 from megatron_sov.runs.checkpoints import KIND
 from megatron_sov.runs.folder import COMPLETION, CONFIG
-from megatron_sov.runs.obs.attempts import COMPLETE
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.runs.obs.figures import duration, figure, large, number, size
-from megatron_sov.runs.obs.incidents import KINDS
+from megatron_sov.runs.obs.history import COMPLETE, KINDS
 from megatron_sov.version import __version__
 
 # Figures of a card as people read them.

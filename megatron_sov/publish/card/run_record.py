@@ -21,10 +21,9 @@ from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.plan.operation import DRAWN_SHARE
 from megatron_sov.runs.checkpoints import refuse_no_run
 from megatron_sov.runs.folder import COMPLETION, CONFIG, FAILURE, RunFolder
-from megatron_sov.runs.obs.attempts import COMPLETE, Attempt, Attempts
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.incidents import KINDS, is_incident
+from megatron_sov.runs.obs.history import COMPLETE, KINDS, Attempt, Attempts, is_incident
 from megatron_sov.work.clusters.chips import of_device
 from megatron_sov.work.clusters.units import JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
 

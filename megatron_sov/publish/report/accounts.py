@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from megatron_sov.base.pages.page import PageSection, PageTable
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.runs.obs.attempts import COMPLETE, UNFINISHED
 from megatron_sov.runs.obs.figures import duration, figure, number, size
-from megatron_sov.runs.obs.stretches import MeasuredStretch
+from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, MeasuredStretch
 from megatron_sov.work.clusters.units import GIB, JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
 
 TITLE = "Plan against what happened"

@@ -16,8 +16,8 @@ from megatron_sov.base.pages.page import (
     Chart, Exhibit, PageSection, PageTable, chart, colour, line_with_intervals, plain, tables)
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
-from megatron_sov.runs.obs.attempts import COMPLETE
 from megatron_sov.runs.obs.figures import figure, number, of_field
+from megatron_sov.runs.obs.history import COMPLETE
 from megatron_sov.runs.rounds import LEARNS
 
 MAX_CELLS = 40

@@ -23,11 +23,10 @@ from megatron_sov.publish.report.steps import (
 from megatron_sov.runs.checkpoints import refuse_no_run, short_name
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.lock import living_holder
-from megatron_sov.runs.obs.attempts import Attempt, Attempts
 from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.incidents import BY_SETTING, KINDS, is_incident
-from megatron_sov.runs.obs.stretches import MeasuredStretch, Stretches
+from megatron_sov.runs.obs.history import (
+    BY_SETTING, KINDS, Attempt, Attempts, MeasuredStretch, Stretches, is_incident)
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
 
 CONFIG = "config.json"

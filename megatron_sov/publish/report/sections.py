@@ -28,9 +28,8 @@ from megatron_sov.publish.report.run_data import (
 from megatron_sov.publish.report.scores import score_section
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs import routing
-from megatron_sov.runs.obs.attempts import Attempt
 from megatron_sov.runs.obs.figures import duration, figure, large, number, of_field
-from megatron_sov.runs.obs.incidents import KINDS, describe
+from megatron_sov.runs.obs.history import KINDS, Attempt, describe
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.work.clusters.units import GIB
 

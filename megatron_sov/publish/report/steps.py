@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.folder import EVALUATIONS
+from megatron_sov.runs.obs.events import is_recorded, score_events
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.score_events import is_told, score_events
 
 SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation",
            "padding_share", "tflops_per_process", "mfu", "peak_memory_bytes", "reserved_memory_bytes",
@@ -196,7 +196,7 @@ def untold_scores(evaluations: list[ExportEvaluation], told: list[dict[str, Any]
         evaluations: of a run.
         told: its `eval_lm` events.
     """
-    return [score for one in evaluations for score in one.scores if not is_told(score, told)]
+    return [score for one in evaluations for score in one.scores if not is_recorded(score, told)]
 
 
 def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:

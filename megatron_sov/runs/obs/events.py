@@ -11,11 +11,47 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.errors import UserError
+
+EVENT = "eval_lm"
+
+
+def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
+    """Return the fields of one event for each metric of each task.
+
+    Args:
+        results: what the file holds.
+        step: optimizer steps of the model that was measured; None where nobody knows.
+        output: the file.
+
+    Raises:
+        UserError: it is of another kind or damaged.
+    """
+    try:
+        return [{"step": step, "model_hash": results["model"]["hash"], "task": name,
+                 "task_hash": task["task_hash"], "metric": metric["name"], "filter": metric["filter"],
+                 "k": metric["k"], "value": metric["value"],
+                 "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
+                 "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
+                 "mode": task["mode"], "contamination": None, "published_as": task["published_as"],
+                 "output": str(output.absolute())}
+                for name, task in results["tasks"].items() for metric in task["metrics"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "
+                        "evaluate again") from None
+
+
+def is_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
+    """Return whether events of a run tell a score already, wherever its file lies now."""
+    # A results file that was moved is the same measurement.
+    said = {name: value for name, value in event.items() if name != "output"}
+    return any(all(name in one and one[name] == value for name, value in said.items()) for one in known)
+
 
 EVENTS = "events.jsonl"
 
@@ -33,6 +69,8 @@ class EventLog:
         self._listener = listener
         if path is not None:
             with disk_errors(path):
+                # A torn line stays in the file as it is: readers pass over it, and bytes are never taken
+                # back.
                 _end_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
 
@@ -50,7 +88,10 @@ class EventLog:
         if self._file is not None:
             record = {"event": event, "time_s": time.time(), **_finite(fields)}
             with disk_errors(Path(self._file.name)):
+                # json writes a float by repr, the shortest text that reads back to the same bits.
                 self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                # Flush, not fsync: a killed process loses nothing, and a step does not wait for the disk.
+                # `close` syncs.
                 self._file.flush()
             if self._listener is not None:
                 self._listener(record)
@@ -79,6 +120,7 @@ def _end_last_line(path: Path) -> None:
     """Close a line that a killed process left unfinished, so that the next event starts on its own line."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
+            # One byte is read, however long the file has become.
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
                 f.write(b"\n")
@@ -93,6 +135,7 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
         for line in f:
             try:
                 record = json.loads(line)
+            # RecursionError: a hostile line of many brackets, which json cannot parse.
             except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict) and "event" in record and _is_step(record.get("step")):
@@ -107,5 +150,6 @@ def _is_step(step: Any) -> bool:
 def final_steps(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
     """Return the events of one kind by step, ascending; of a step done again after a restart,
     the last one counts."""
+    # Later entries of a dict replace earlier ones: the attempt that counts is the last one.
     by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
     return [by_step[s] for s in sorted(by_step)]

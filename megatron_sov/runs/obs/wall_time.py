@@ -163,8 +163,8 @@ class _Account:
 
     def go_on(self, now_s: float, waits: bool) -> None:
         """Book the time since the last mark of a run that lives or waits."""
-        self._book("waiting" if waits or self._ended else "productive" if self._stepped else "startup",
-                   now_s - self._at_s)
+        kind = "productive" if self._stepped else "startup"
+        self._book("waiting" if waits or self._ended else kind, now_s - self._at_s)
 
     def _stalls(self, start: int) -> list[tuple[int, float]]:
         # Its event tells what a checkpoint held up, and comes when it is on disk, steps later:

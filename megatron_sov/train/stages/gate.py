@@ -10,8 +10,7 @@ from typing import Any, Protocol
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
-from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.folder import RunEvents, RunFolder
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EventLog
 

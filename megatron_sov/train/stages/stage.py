@@ -34,11 +34,10 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.schedules import changed_schedule
 from megatron_sov.plan.calibration.fitting import fullest, refuse_on_this_node, refuse_too_large
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.folder import RunEvents, RunFolder
+from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
-from megatron_sov.runs.nvidia_smi import visible_gpus
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train

@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.run_state import RunState, Start, find_runs, read_state
 from megatron_sov.commands.operate.status import SIGNS, as_table, bar, in_full
 from megatron_sov.model.config import apply_settings
-from megatron_sov.runs.obs.attempts import UNFINISHED
+from megatron_sov.runs.obs.history import UNFINISHED
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
 
 NOW_S = 10_000.0

@@ -19,7 +19,7 @@ from megatron_sov.judge.rollouts.prompts import read_prompts
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.runs.policies import policy_of_round
+from megatron_sov.runs.rounds import policy_of_round
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6, temperature=0.8)

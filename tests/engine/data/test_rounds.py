@@ -20,7 +20,7 @@ from megatron_sov.engine.data.order import OrderState, SampleOrder
 from megatron_sov.engine.data.rounds import Round, RoundDocuments, first_document, rounds_source
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 
 LENGTHS = {1: [9, 3, 16, 4, 4, 4], 2: [5, 16, 16, 2]}
 STEPS = {1: (range(4), range(4, 6)), 2: (range(1), range(1, 4))}

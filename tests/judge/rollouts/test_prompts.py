@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rollouts.prompts import (
     RolloutPrompt, budget_of, pieces, read_prompts, refuse_unaskable, round_prompts)
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 
 
 def made(count: int) -> list[RolloutPrompt]:

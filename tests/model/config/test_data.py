@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     DataConfig, PhaseConfig, RolloutConfig, RunConfig, TrainConfig, apply_settings)
 from megatron_sov.model.config.data import batch_size_at, phase_steps, ramp_changes
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 
 RAMP = TrainConfig(tokens=1, global_batch_size=12, ramp_from_batch_size=4, ramp_increment=4, ramp_steps=10)
 

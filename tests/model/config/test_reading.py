@@ -16,8 +16,8 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
     RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
-from megatron_sov.model.config.policy import METHODS
-from megatron_sov.model.config.reading import NOT_OFFERED, RENAMED
+from megatron_sov.model.config.post_training import METHODS
+from megatron_sov.model.config.run import NOT_OFFERED, RENAMED
 
 Small = Callable[..., RunConfig]
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import pytest
 
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes import TINY, get, names, sources
 from megatron_sov.model.recipes.sources import settings

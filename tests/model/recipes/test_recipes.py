@@ -16,11 +16,10 @@ from megatron_sov.model import families as models
 from megatron_sov.model.config import (
     OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
 from megatron_sov.model.families.family import PLAIN, text_config
-from megatron_sov.model.recipes import RECIPES, TINY, get, names, sources
+from megatron_sov.model.recipes import RECIPES, SHRUNK, TINY, get, names, sources
 from megatron_sov.model.recipes.extension import extended
 from megatron_sov.model.recipes.sources import (
     DEFAULT, YOURS, Sources, derive, in_effect, ours, published, relabelled, settings)
-from megatron_sov.model.recipes.tiny import SHRUNK
 
 STRUCTURE = (
     "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate",

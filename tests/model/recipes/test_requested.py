@@ -21,7 +21,7 @@ FAMILY = """
 from pathlib import Path
 Path(__file__).with_name("ran").touch()
 from dataclasses import replace
-from megatron_sov.model.families.dense_families import QWEN3
+from megatron_sov.model.families.supported import QWEN3
 MINE = replace(QWEN3, name="mine")
 WRONG = replace(QWEN3, name="wrong", structure={"qk_nrom": True})
 SPACED = replace(QWEN3, name="my family")

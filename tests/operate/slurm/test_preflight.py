@@ -17,7 +17,7 @@ import torch
 
 from megatron_sov.operate.slurm import preflight
 from megatron_sov.operate.slurm.preflight import Report, sick_nodes, timed_product
-from megatron_sov.runs.nvidia_smi import SeenGpu
+from megatron_sov.runs.gpu_driver import SeenGpu
 from megatron_sov.work.clusters.cluster import PreflightConfig
 
 LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}

@@ -18,7 +18,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.plan.calibration.calibrate import (
     FACTORS, NOISE, calibrate, calibration, fit, observations, scaled)
-from megatron_sov.plan.calibration.learned import (
+from megatron_sov.plan.calibration.expected import (
     LearnedCorrection, LocalMachine, Passes, as_json, learn, passes_of, read_learned, shipped)
 from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import step_time

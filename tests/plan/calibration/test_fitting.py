@@ -13,12 +13,11 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, num_params
-from megatron_sov.model.recipes.layouts import RECOMMENDED
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.footprint.held import held as held_by, stage_params
 from megatron_sov.plan.search.recommended import (
-    leaves_layout_open, recommended, says_layout, settings_for, table)
+    RECOMMENDED, leaves_layout_open, recommended, says_layout, settings_for, table)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 

@@ -12,8 +12,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.schedules import Schedule
-from megatron_sov.plan.calibration.expected import CLUSTER, PARAMETERS, SHIPPED, Machine, expected
-from megatron_sov.plan.calibration.learned import LearnedCorrection, LocalMachine, as_json
+from megatron_sov.plan.calibration.expected import (
+    CLUSTER, PARAMETERS, SHIPPED, LearnedCorrection, LocalMachine, Machine, as_json, expected)
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.plan.speed.parameters import default

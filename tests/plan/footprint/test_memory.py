@@ -23,9 +23,8 @@ from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import fullest, node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.footprint.activations import kinds, saved
 from megatron_sov.plan.footprint.held import stage_params
-from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.footprint.memory import account, account_of
 from megatron_sov.plan.speed.workload import ModelShape, Workload, of_run
-from megatron_sov.plan.tables.memory import account_of
 from megatron_sov.work.clusters.chips import CHIPS, Gpu, default_links
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import GIB

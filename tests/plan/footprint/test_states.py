@@ -75,7 +75,7 @@ def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) 
     (["train.precision=fp64"], 8, 8, 16), (["train.precision=bf16", "gpu.grad_dtype=bf16"], 2, 2, 12)])
 def test_a_parameter_has_bytes_by_its_precision(settings: list[str], weights: int, gradients: int,
                                                 optimizer: int) -> None:
-    found = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1, 0).held(StatePlace())
+    found = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1, 0).count_states(StatePlace())
     count = found.elements
     assert (found.weights, found.gradients, found.optimizer) == (
         weights * count, gradients * count, optimizer * count)
@@ -87,18 +87,18 @@ def test_processes_of_a_group_update_every_parameter_once() -> None:
         "parallel.bucket_params=30000"])
     buffers = StageBuffers(config, 6, 0)
     # of 6 processes the dense parameters, of 3 each the two halves of the experts
-    dense = sum(buffers.held(StatePlace(rank, -1)).updated for rank in range(6))
-    experts = sum(buffers.held(StatePlace(-1, rank)).updated for rank in range(3))
-    assert dense + experts == buffers.held(StatePlace()).elements
+    dense = sum(buffers.count_states(StatePlace(rank, -1)).updated for rank in range(6))
+    experts = sum(buffers.count_states(StatePlace(-1, rank)).updated for rank in range(3))
+    assert dense + experts == buffers.count_states(StatePlace()).elements
 
 
 def test_where_muon_keeps_one_moment_the_fullest_process_updates_tables() -> None:
     config = apply_settings(recipes.get("k-exaone-236b"), ["parallel.zero1=true", "parallel.ep=64"])
     assert config.optim.name == "muon"
     buffers = StageBuffers(config, 512, 0)
-    sizes = [buffers.held(StatePlace(rank)).optimizer for rank in range(512)]
+    sizes = [buffers.count_states(StatePlace(rank)).optimizer for rank in range(512)]
     # a few more bytes for one that has norms as well
-    assert buffers.held(buffers.fullest()).optimizer == pytest.approx(max(sizes), rel=1e-4)
+    assert buffers.count_states(buffers.fullest()).optimizer == pytest.approx(max(sizes), rel=1e-4)
     assert max(sizes) > sizes[0]
 
 
@@ -114,4 +114,4 @@ def test_what_is_remembered_of_one_layout_holds_for_those_that_share_it(settings
     for one in every:
         for stage in range(one.parallel.pp):
             buffers = StageBuffers(one, 16, stage)
-            assert states_of(one, 16, stage) == buffers.held(buffers.fullest()), (one.parallel, stage)
+            assert states_of(one, 16, stage) == buffers.count_states(buffers.fullest()), (one.parallel, stage)

@@ -19,7 +19,7 @@ from megatron_sov.model.config.schedules import Schedule
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.on_cluster import placed, searched
-from megatron_sov.plan.pages import quote as quote_tables, timetable
+from megatron_sov.plan.pages import quote as quote_tables, telling
 from megatron_sov.plan.pages.quote import (
     Quote, QuotedMemory, Traffic, alike, as_json, dollars, energy, gib, labels, percent, seconds, tables,
     text, totals)
@@ -223,7 +223,7 @@ RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_st
 def test_the_table_shows_every_place_at_which_something_changes() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"),
                             ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
-    found = {row.step: row for row in timetable.rows(config)}
+    found = {row.step: row for row in telling.timetable_rows(config)}
     # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
     assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(found)
     assert {start + 1 for start in config.phase_starts()} <= set(found)
@@ -237,7 +237,7 @@ def test_the_table_shows_every_place_at_which_something_changes() -> None:
 def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [
         "train.ramp_from_batch_size=480", "train.ramp_increment=480", "train.ramp_steps=20000"])
-    assert 30 < len(timetable.rows(config)) < 100
+    assert 30 < len(telling.timetable_rows(config)) < 100
     assert len(Schedule(config).stretches) == 27 + 4
 
 
@@ -247,7 +247,7 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     others = "spanish 2.5 %, german 2.5 %, japanese 2.5 %, vietnamese 2.5 %"
     assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed
-    assert "#" * timetable.BAR_CHARACTERS in printed
+    assert "#" * telling.BAR_CHARACTERS in printed
     html = page.read_text()
     assert ("Planned learning rate." in html and "Planned blend of each phase." in html
             and "reasoning-trajectories" in html)

@@ -18,10 +18,10 @@ from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.judge.tools.episode import ENDS, GeneratedTurn
 from megatron_sov.judge.tools.playing import EpisodeTable
 from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import SampleAttempt
 from megatron_sov.post.rl.responses import Episodes
-from megatron_sov.runs.policies import Policy
+from megatron_sov.runs.rounds import Policy
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from tool_episodes import LIMITS, FuzzedPolicy, chat_encoder

@@ -21,7 +21,7 @@ from megatron_sov.judge.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.judge.rollouts.rows import RewardRow, part_name
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
 
 VERSION = "a" * 64

@@ -16,7 +16,7 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.judge.rollouts.prompts import read_prompts
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.model.config.rounds import with_rounds
+from megatron_sov.model.config.run import with_rounds
 from megatron_sov.post.rl.publish import Publisher
 
 RUN = str(Path(__file__).with_name("round_run.py"))

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.model.config import ObsConfig
-from megatron_sov.runs.obs.trackers import Trackers
+from megatron_sov.runs.obs.exporters import Trackers
 
 
 def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.runs.obs import process_start
-from megatron_sov.runs.obs.stretches import MAX_WARM_UP_STEPS, MeasuredStretch, Stretches
+from megatron_sov.runs import launch_environment
+from megatron_sov.runs.obs.history import MAX_WARM_UP_STEPS, MeasuredStretch, Stretches
 from megatron_sov.runs.obs.wall_time import CATEGORIES, Timekeeper, WallTime
 
 
@@ -137,7 +137,7 @@ def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[An
 PROGRAM = """
 import json, sys, time
 first_line_s = time.time()
-from megatron_sov.runs.obs.process_start import process_started_s
+from megatron_sov.runs.launch_environment import process_started_s
 time.sleep(0.3)
 print(json.dumps([first_line_s, sorted(process_started_s() for _ in range(9))[4]]))
 """
@@ -159,12 +159,12 @@ def test_neither_the_fraction_of_the_boot_second_nor_setting_the_clock_counts(
         booted_s: float, set_by_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """It started 12.34 s after the machine, and asks 20 s after it; somebody set the clock in between."""
     fields = ["4711", "(a ) name (R) 7)", "S", *["0"] * 18, "1234", "555"]
-    monkeypatch.setattr(process_start, "open", lambda *a, **options: io.StringIO(" ".join(fields)),
+    monkeypatch.setattr(launch_environment, "open", lambda *a, **options: io.StringIO(" ".join(fields)),
                         raising=False)
-    monkeypatch.setattr(process_start.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
-    monkeypatch.setattr(process_start.time, "clock_gettime", {time.CLOCK_BOOTTIME: 20.0}.__getitem__)
-    monkeypatch.setattr(process_start.time, "time", lambda: booted_s + 20 + set_by_s)
-    assert process_start.process_started_s() == pytest.approx(booted_s + 12.34 + set_by_s, abs=1e-6)
+    monkeypatch.setattr(launch_environment.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    monkeypatch.setattr(launch_environment.time, "clock_gettime", {time.CLOCK_BOOTTIME: 20.0}.__getitem__)
+    monkeypatch.setattr(launch_environment.time, "time", lambda: booted_s + 20 + set_by_s)
+    assert launch_environment.process_started_s() == pytest.approx(booted_s + 12.34 + set_by_s, abs=1e-6)
 
 
 # How long steps took, by start and stretch of the curriculum.

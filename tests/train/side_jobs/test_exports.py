@@ -101,7 +101,7 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
     monkeypatch.setattr(models.OWN, "_known", {})
     run.exports().offer(20, run.checkpoint(20), False)
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import replace\nfrom megatron_sov.model.families.dense_families import QWEN3\n"
+        "from dataclasses import replace\nfrom megatron_sov.model.families.supported import QWEN3\n"
         "MINE = replace(QWEN3, name='mine')\n")
     models.OWN.load(f"{tmp_path}/mine.py:MINE")
     run.exports().offer(40, run.checkpoint(40), False)

@@ -24,7 +24,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
 from megatron_sov.runs.folder import PLAN, RunFolder
-from megatron_sov.runs.nvidia_smi import SeenGpu
+from megatron_sov.runs.gpu_driver import SeenGpu
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.work.clusters.chips import Gpu
 

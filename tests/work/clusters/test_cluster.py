@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.model.recipes.layouts import RECOMMENDED
+from megatron_sov.plan.search.recommended import RECOMMENDED
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, chip, default_links, of_device
 from megatron_sov.work.clusters.units import GIB

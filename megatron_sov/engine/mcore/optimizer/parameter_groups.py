@@ -21,7 +21,7 @@ from megatron_sov.engine.mcore.optimizer.state_shards import Inner, StateShard, 
 from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
 from megatron_sov.model.config.gpu import AUTO
-from megatron_sov.model.config.optim import Algorithm
+from megatron_sov.model.config.train import Algorithm
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import is_frozen, is_table
 

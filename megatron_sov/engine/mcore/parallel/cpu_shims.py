@@ -241,7 +241,7 @@ def _eager_jit() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_trackers() -> Iterator[None]:
     """megatron imports trackers of its own loops where they are installed, which cost a fifth of a command's
-    start; runs write to them by `obs.trackers`."""
+    start; runs write to them by `runs.obs.exporters`."""
     absent = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:

@@ -11,8 +11,8 @@ from typing import Any
 import pynvml
 import pytest
 
-from megatron_sov.runs.obs.telemetry import nvml
-from megatron_sov.runs.obs.telemetry.nvml import GpuMeter, open_meter
+from megatron_sov.runs import gpu_driver
+from megatron_sov.runs.gpu_driver import GpuMeter, open_meter
 
 UUID = "GPU-0a1b"
 
@@ -104,7 +104,7 @@ def test_old_figures_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     double = Double()
     found = meter(double)
     wait(double)
-    monkeypatch.setattr(nvml, "FRESH_S", -1.0)
+    monkeypatch.setattr(gpu_driver, "FRESH_S", -1.0)
     assert set(found.figures()) == {"energy_j", "energy_gpus"}
     found.close()
 
@@ -153,7 +153,7 @@ def test_a_driver_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -
         return 1
 
     monkeypatch.setattr(double, "nvmlDeviceGetPowerUsage", hang)
-    monkeypatch.setattr(nvml, "CLOSE_S", 0.05)
+    monkeypatch.setattr(gpu_driver, "CLOSE_S", 0.05)
     found = meter(double)
     assert found.figures() == {}
     found.close()

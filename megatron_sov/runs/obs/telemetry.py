@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError, how_to_install, warn
 from megatron_sov.model.config import ObsConfig
+from megatron_sov.runs.obs.exporters import METRICS, Board, Otlp, Webhook, body_of, webhook_of
 from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.incidents import is_incident
-from megatron_sov.runs.obs.telemetry.metrics import METRICS, Board, Otlp, Webhook, body_of, webhook_of
+from megatron_sov.runs.obs.history import is_incident
 from megatron_sov.version import __version__
 
 OF_A_STEP = {
@@ -66,6 +66,7 @@ class _BoardCollector:
         """Yield one family for each metric that has a value."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+        # One copy under the lock, so that all families of a scrape are of the same moment.
         samples = self._board.samples()
         for metric in METRICS.values():
             found = [s for s in samples if s.metric is metric]
@@ -96,11 +97,9 @@ class Port:
 
     @property
     def port(self) -> int:
-        """The port that is open."""
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Close it."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -236,7 +235,6 @@ class Telemetry:
             self._tell("telemetry", e)
 
     def close(self) -> None:
-        """Send the last values, and what is left of alerts."""
         self._board.set("sov.train.running", 0.0)
         self._closed.set()
         if self._thread is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.runs.obs.telemetry import metrics
-from megatron_sov.runs.obs.telemetry.metrics import (
+from megatron_sov.runs.obs import exporters
+from megatron_sov.runs.obs.exporters import (
     MAX_LABEL_SETS, MAX_WAITING, METRICS, OTHER, PAUSES_S, Board, Webhook, body_of, webhook_of)
 
 # Alerts arrive, are tried again, and hold nothing up, whatever the other side does.
@@ -21,7 +21,7 @@ RUN = Path("runs/pretrain")
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may answer late."""
-    monkeypatch.setattr(metrics, "TIMEOUT_S", 600.0)
+    monkeypatch.setattr(exporters, "TIMEOUT_S", 600.0)
     monkeypatch.setattr(Webhook.close, "__defaults__", (600.0,))
 
 
@@ -124,7 +124,7 @@ def test_a_variable_without_an_address_is_named_and_not_shown(
     assert "secret" not in said
 
 
-DASHBOARD = Path(metrics.__file__).with_name("grafana.json")
+DASHBOARD = Path(exporters.__file__).with_name("grafana.json")
 
 
 @pytest.mark.parametrize(("name", "expected"), [

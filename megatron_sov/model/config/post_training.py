@@ -1,5 +1,4 @@
-"""Learning from one's own responses: which parts a policy's loss is made of, by a method's name or one by
-one."""
+"""Settings of learning after pre-training: from a teacher, from preferences, from a model's own responses."""
 
 from __future__ import annotations
 
@@ -9,12 +8,133 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.settings import (
-    AboveZero, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, Share,
+    AboveZero, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, Share,
     find_broken)
-from megatron_sov.model.config.rollout import RolloutConfig
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What objective `distill` makes of what a teacher says of the data."""
+
+    beta: Share = 0.0
+    """Which generalised Jensen-Shannon divergence (arXiv 2306.13649, equation 1): 0 forward KL, 1 reverse
+    KL, between them a mixture of both models stands in the middle."""
+    temperature: AboveZero = 1.0
+    """What the logits of student and teacher are divided by."""
+    top_k: NotNegativeInt = 0
+    """Most probable tokens of the teacher that are kept and learned from at each position; 0: its final
+    hidden states, and with them the whole vocabulary."""
+    keep_remainder: bool = True
+    """top_k: what each model gives to all other tokens together is one event more; false: both are
+    normalised over the teacher's tokens (arXiv 2601.18129)."""
+    other_tokenizer: bool = False
+    """top_k: the teacher's tokens are other ones than the student's; it is heard byte by byte, and its
+    probabilities become those of the student's tokens."""
+    ce_coeff: NotNegative = 0.0
+    """Weight of an auxiliary cross-entropy on the tokens of the data, over the same positions."""
+
+
+PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
+WITH_REFERENCE = ("dpo", "ipo", "dpo-norm", "kto")
+"""Methods that compare the model with the one that it started from."""
+BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+"""Method -> its `beta` where the run says none: DPO's says nothing about a loss over means."""
+SMOOTHED = ("dpo", "dpo-norm", "simpo")
+"""Methods that may take some of the pairs to be the wrong way round."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """What objective `preference` makes of responses that were judged."""
+
+    method: PreferenceMethod = "dpo"
+    """dpo: direct preference optimisation (arXiv 2305.18290); ipo: its squared form (arXiv 2310.12036);
+    dpo-norm: dpo over means instead of sums of a response's log-probabilities (arXiv 2411.15124); simpo: the
+    same without a reference, with a margin (arXiv 2405.14734); orpo: the ratio of odds beside the
+    cross-entropy on chosen responses, without a reference (arXiv 2403.07691); kto: single responses that were
+    judged good or bad (arXiv 2402.01306); simper: inverse perplexities, without a reference and without beta
+    (arXiv 2502.00883); grouper: the same over groups of responses with rewards (K-EXAONE)."""
+    beta: AboveZero | None = None
+    """dpo, ipo, dpo-norm, kto: how strongly the model is held to its reference; the larger, the closer.
+    simpo: how steeply the loss falls with the difference.  orpo: weight of the odds ratio, its paper's
+    lambda.  null: the method's own: 0.1, of dpo-norm 5 and of simpo 2, as their authors take."""
+    simpo_gamma: NotNegative = 0.5
+    """simpo: margin by which the chosen response has to lead, in units of beta times log-probability per
+    token (its authors take 0.3 to 5)."""
+    desirable_weight: NotNegative = 1.0
+    """kto: weight of responses that were judged good; its paper has good and bad ones weigh between 1 : 1 and
+    4 : 3 in all, number times weight."""
+    undesirable_weight: NotNegative = 1.0
+    """kto: weight of responses that were judged bad."""
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """dpo, dpo-norm, simpo: share of pairs that are taken to be the wrong way round (arXiv 2305.18290,
+    appendix)."""
+    chosen_coeff: NotNegative = 0.0
+    """Weight of an auxiliary cross-entropy on chosen responses, normalised over its own tokens
+    (arXiv 2404.19733)."""
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or else the method's; 0 of a method that has none."""
+        return BETAS.get(self.method, 0.0) if self.beta is None else self.beta
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What `rl` generates and trains in rounds; the settings of responses stand here as well, since a
+    trainer computes at the temperature that they were drawn at."""
+
+    rounds: NotNegativeInt = 0
+    """Rounds of generation, reward and training; 0: no reinforcement learning."""
+    prompts_per_round: AtLeastOne = 64
+    """Prompts (groups) that a round trains on."""
+    samples_per_prompt: AtLeastOne = 8
+    """Responses to each prompt: the size of a group."""
+    steps_per_round: AtLeastOne = 1
+    """Optimizer steps of a round, each with its own part of the round's groups.  1: on-policy; more:
+    off-policy, by ratios against the policy that begins the round."""
+    max_staleness: NotNegativeInt = 0
+    """Rounds of training that a policy may be behind the round that it writes for; 0: a round is written by
+    the policy that the round before has trained."""
+    temperature: AboveZero = 1.0
+    """Of samples; the trainer divides its logits by the same."""
+    max_new_tokens: AtLeastOne = 1024
+    """Longest response; with tools, of all turns and results together."""
+    max_prompt_tokens: AtLeastOne = 1024
+    """Longest prompt; longer ones are refused by name."""
+    piece_prompts: AtLeastOne = 8
+    """Prompts of a piece of work, which one job claims and publishes as one part of the store."""
+    deadline_s: NotNegative = 0.0
+    """Seconds after which a piece's unfinished responses are kept as far as they are, to be continued by the
+    next policy; 0: none."""
+    lease_s: Annotated[float, Ge(1), Lt(math.inf)] = 600.0
+    """Seconds without a sign of life after which a job's claim may be taken over."""
+    budgets_tokens: tuple[AtLeastOne, ...] = ()
+    """Lengths that the responses of a group are asked to have, each by an equal part of them, in order;
+    empty: what a prompt's own field `target_tokens` says, if it has one."""
+    budget_text: str = ""
+    """Words with which a response begins that is asked to have a length, {tokens} in the place of the number;
+    they count as part of its prompt. Empty: it is not told."""
+    seed: NotNegativeInt = 0
+    """Of the prompts' order, and of samples."""
+
+    def problems(self) -> list[SettingsProblem]:
+        """Return every rule that these settings break."""
+        budgets = self.budgets_tokens
+        return find_broken(
+            self, "rollout",
+            (self.prompts_per_round % self.steps_per_round == 0, "prompts_per_round",
+             f"must be a multiple of rollout.steps_per_round = {self.steps_per_round}"),
+            (max(budgets, default=0) <= self.max_new_tokens, "budgets_tokens",
+             f"must be at most rollout.max_new_tokens = {self.max_new_tokens}"),
+            (self.samples_per_prompt % max(1, len(budgets)) == 0, "samples_per_prompt",
+             f"must be a multiple of the {len(budgets)} rollout.budgets_tokens"),
+            (not self.budget_text or "{tokens}" in self.budget_text, "budget_text",
+             "must have {tokens} in the number's place"))
+
 
 PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
                        "ink_grpo", "pkpo", "lapo_d", "lapo_i", "hbpo"]
@@ -189,11 +309,10 @@ class PolicyConfig:
     @property
     def parts(self) -> PolicyParts:
         """The method's parts with those that are set in their places; settings must have no problems."""
-        return PolicyParts(**{name: value for name, value in self._told().items() if value is not None})
+        return PolicyParts(**{name: value for name, value in self._resolve().items() if value is not None})
 
     @property
     def has_text(self) -> bool:
-        """Whether text is learned beside responses."""
         return self.parts.knowledge_coeff > 0
 
     @property
@@ -209,13 +328,17 @@ class PolicyConfig:
             seed: `rollout.seed`.
             step: from 1.
         """
+        # A hash, not a generator: every rank and every resume draws the same without any state.
         drawn = hashlib.blake2b(f"knowledge {seed} {step}".encode(), digest_size=8).digest()
         return self.has_text and int.from_bytes(drawn) < self.parts.knowledge_share * 2 ** 64
 
-    def _told(self) -> dict[str, Any]:
+    def _resolve(self) -> dict[str, Any]:
         """Return part -> what the run says of it, or else the method; None: a number that neither gives."""
         given = {name: value for name in _PARTS if (value := getattr(self, name)) is not None}
+        # Later ones win: defaults, then numbers without a default, then what the method says.
         brought = _PARTS | dict.fromkeys(NUMBERS) | METHODS[self.method]
+        # A number belongs to a part: 0.2 of a token ratio says nothing about a sequence ratio, so it is
+        # asked for again.
         others = {number: None for number, parts in SCALES
                   if any(given.get(part, brought[part]) != brought[part] for part in parts)}
         return brought | others | given
@@ -226,7 +349,8 @@ class PolicyConfig:
         Args:
             rollout: the run's rounds.
         """
-        told = self._told() | {"method": self.method}
+        # Rules are about what holds, whoever said it: the run or its method.
+        told = self._resolve() | {"method": self.method}
         p = [SettingsProblem(ProblemCode.RULE, f"policy.{number}",
                              f"is missing: policy.{part} = {told[part]} needs it, and "
                              f"policy.method = {self.method} brings none for it", way_out="set it")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.model.config import PolicyConfig, RolloutConfig
-from megatron_sov.model.config.policy import METHODS
+from megatron_sov.model.config.post_training import METHODS
 
 ROUNDS = RolloutConfig(rounds=2, samples_per_prompt=8, max_new_tokens=1024, budgets_tokens=(256, 1024))
 UNPUBLISHED: dict[str, dict[str, Any]] = {

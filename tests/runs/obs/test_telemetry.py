@@ -16,10 +16,10 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
 from megatron_sov.model.config import ObsConfig
-from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.obs.telemetry import metrics, telemetry
-from megatron_sov.runs.obs.telemetry.metrics import METRICS, Board, Otlp, Webhook
-from megatron_sov.runs.obs.telemetry.telemetry import Port, Telemetry
+from megatron_sov.runs.folder import RunEvents
+from megatron_sov.runs.obs import exporters, telemetry
+from megatron_sov.runs.obs.exporters import METRICS, Board, Otlp, Webhook
+from megatron_sov.runs.obs.telemetry import Port, Telemetry
 from tests.tiny import tiny_trainer
 
 RESOURCE = {"service.name": "megatron-sov", "service.instance.id": "run", "sov.recipe": "tiny"}
@@ -160,7 +160,7 @@ def test_a_collector_that_refuses_is_told_of_once(receiver: Any, tmp_path: Path,
 def test_a_collector_that_hangs_is_waited_for_a_little(receiver: Any, tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "CLOSE_S", 0.1)
-    monkeypatch.setattr(metrics, "TIMEOUT_S", 600.0)
+    monkeypatch.setattr(exporters, "TIMEOUT_S", 600.0)
     receiver.hangs.set()
     told(ObsConfig(otlp_endpoint=receiver.url), tmp_path)
     assert len(receiver.requests) <= 1, "nobody has waited for its answer"
@@ -227,7 +227,7 @@ def test_an_event_of_an_odd_form_ends_nothing(tmp_path: Path, monkeypatch: pytes
 def test_off_imports_and_starts_nothing() -> None:
     code = ("import sys, threading, pathlib\n"
             "from megatron_sov.model.config import ObsConfig\n"
-            "from megatron_sov.runs.obs.telemetry.telemetry import Telemetry\n"
+            "from megatron_sov.runs.obs.telemetry import Telemetry\n"
             "t = Telemetry(ObsConfig(), pathlib.Path('run'), 'tiny')\n"
             "t.observe({'event': 'stop', 'step': 1}); t.close()\n"
             "found = [m for m in sys.modules if m.split('.')[0] in "
