@@ -66,9 +66,9 @@ class Database(World):
     def first_state(self, task: Task) -> dict[str, Any]:
         """Return the task's tables; those that it leaves out are empty."""
         tables = task.get("tables", {})
-        found = list(tables.values()) if isinstance(tables, dict) else [None]
-        if not all(isinstance(rows, dict) for rows in found) or not all(
-                isinstance(row, dict) for rows in found for row in rows.values()):
+        found = list(tables.values()) if isinstance(tables, dict) else []
+        if not isinstance(tables, dict) or not all(isinstance(rows, dict) for rows in found) \
+                or not all(isinstance(row, dict) for rows in found for row in rows.values()):
             raise UserError("the task's tables must be an object of tables, each an object of rows by key")
         if unknown := sorted(set(tables) - set(self.TABLES)):
             raise UserError(f"the task has a table {unknown[0]!r}; tables are {', '.join(self.TABLES)}")
