@@ -11,18 +11,19 @@ import numpy as np
 import torch
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.decode import forward_only
 from megatron_sov.engine.mcore.decode.forward_only import split_depths
-from megatron_sov.engine.mcore.model import pipeline, replica_checks
+from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.logprobs import head_of
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.compute_timer import ComputeClock
-from megatron_sov.engine.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.engine.mcore.parallel.rng import reseed
+from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.guards.fault_injection import Faults
+from megatron_sov.train.guards.guards import ComputeClock
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
 
@@ -166,7 +167,8 @@ class Computation:
 
         self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
-        return pipeline.run(self._optimizer.wrapped, micro_batches, loss, row_tokens, forward_only=False)
+        return forward_only.run_pipeline(self._optimizer.wrapped, micro_batches, loss, row_tokens,
+                                         forward_only=False)
 
     def _own_part_done(self) -> None:
         """Note that this process has its gradients, and now waits for those of others."""

@@ -13,13 +13,14 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.token_shards import Source, provenance
@@ -29,7 +30,10 @@ from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.plan.calibration.expected import Machine, expected
+from megatron_sov.plan.footprint import kept
 from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.incidents import BY_SETTING
@@ -37,12 +41,72 @@ from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.telemetry.nvml import open_meter
 from megatron_sov.runs.obs.telemetry.telemetry import Telemetry
 from megatron_sov.runs.obs.trackers import Trackers
+from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.restoring import StepResult, TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss
-from megatron_sov.train.stages.planning import device_name
 from megatron_sov.work.clusters.chips import of_device
 from megatron_sov.work.progress.progress_bar import ProgressBar
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave."""
+
+    loss: float
+    """Total loss: coefficients times normalised terms."""
+    losses: dict[str, float]
+    """Term -> normalised loss."""
+    losses_by_source: dict[str, float]
+    """Source -> mean loss of its targets in this batch."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Learning rate of the step."""
+    num_tokens: int
+    """Tokens of the batch."""
+    phase: str
+    """Phase of the curriculum."""
+    padding_share: float
+    """Part of the batch that was padding."""
+    seq_len: int
+    """Tokens of a sample."""
+    seconds: float = field(default=0.0)
+    """Wall time of the step."""
+    meters: dict[str, float] = field(default_factory=dict)
+    """Meter of the objective -> its mean over the batch."""
+
+
+# The plan that a run keeps: what its settings predict on the machine that it finds itself on.
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def keep_plan(config: RunConfig, num_ranks: int, run: Path, memory_before_bytes: int) -> int | None:
+    """Keep a run's plan beside its events; returns its number, or None where it cannot be made: no run fails
+    for its plan.
+
+    Args:
+        config: the run's settings.
+        num_ranks: processes.
+        run: its folder.
+        memory_before_bytes: what this process had of the host's memory before its model was built.
+    """
+    try:
+        machine = Machine(device_name(), on_gpu(), torch.get_num_threads(), memory_before_bytes)
+        return kept.keep(run, expected(config, num_ranks, machine))
+    except (UserError, ArithmeticError, AssertionError, LookupError, ValueError, TypeError) as e:
+        warn(f"{run / PLAN}: no plan is kept ({e})")
+        return None
+
+
+def device_name() -> str:
+    """Return what this machine's GPUs, or its processor, call themselves."""
+    if on_gpu():
+        return str(torch.cuda.get_device_name())
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
+
 
 # How well a step used its machine: model FLOPs, their share of the GPU's peak, memory.
 

@@ -18,8 +18,7 @@ import torch
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.runs.obs.figures import size
 
-# What conversion asks of values: finite numbers that fit the dtype they are written in,
-# and room on the disk.
+# What conversion asks of values: finite numbers that fit the dtype they are written in, and room on the disk.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}

@@ -14,8 +14,7 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import KEEP, Changed, check_dtype_name, exported_dtype
 from megatron_sov.engine.convert.peft import merged
-from megatron_sov.engine.convert.sources import check_exact
-from megatron_sov.engine.convert.whole_model import checked
+from megatron_sov.engine.convert.sources import check_exact, checked
 from megatron_sov.engine.mcore.checkpoint.gather import Gatherer, in_order
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard, local_shards

@@ -31,14 +31,12 @@ from megatron_sov.runs.checkpoints import (
 
 # PEFT's names and shapes for the tensors of an adapter, and the settings that it wants beside them.
 #
-# What decides them (peft 0.21.2): a linear layer's A and B stand under its name.  A stack of experts is a
+# What decides them (peft 0.21.2): a linear layer's A and B stand under its name. A stack of experts is a
 # parameter and not a layer: PEFT wraps the folder of both stacks twice, the gate and up projections inside
-# (`base_layer`), and lays all experts' A upon one another and their B beside one another.  In families with
-# experts PEFT takes `gate_proj` in `target_modules` for these stacks, so that feed-forward layers beside
-# them
-# (shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names.  An
-# embedding's factors are transposed, and have each other's names.  Beside an adapter of embedding or head
-# PEFT
+# (`base_layer`), and lays all experts' A upon one another and their B beside one another. In families with
+# experts PEFT takes `gate_proj` in `target_modules` for these stacks, so that feed-forward layers beside them
+# (shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names. An
+# embedding's factors are transposed, and have each other's names. Beside an adapter of embedding or head PEFT
 # saves their frozen weights.
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

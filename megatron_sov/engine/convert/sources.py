@@ -7,12 +7,13 @@ time, by any thread.
 from __future__ import annotations
 
 import math
+import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,10 +33,9 @@ from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint,
 # Reads weights that stand in a folder as MXFP4: blocks of 32 numbers of 4 bits that share a scale (OCP
 # Microscaling Formats v1.0, sections 5.2 and 5.3).
 #
-# A weight NAME [experts, inputs, outputs] is stored as NAME_blocks [experts, outputs, inputs / 32, 16]
-# uint8,
+# A weight NAME [experts, inputs, outputs] is stored as NAME_blocks [experts, outputs, inputs / 32, 16] uint8,
 # two numbers (E2M1) in a byte, the lower half first, and NAME_scales [experts, outputs, inputs / 32] uint8,
-# powers of two with an offset of 127 (E8M0).  Numbers come out in bfloat16, which has all of them but those
+# powers of two with an offset of 127 (E8M0). Numbers come out in bfloat16, which has all of them but those
 # below its range; transformers makes the same.
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -462,8 +462,8 @@ class CheckpointWeights:
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
-        # query, key and value (gate and up) follow one another and come from one block,
-        # which is therefore kept
+        # query, key and value (gate and up) follow one another and come from one block, which is therefore
+        # kept
         last: tuple[Link, torch.Tensor] | None = getattr(self._of_thread, "last", None)
         if last is None or last[0] is not link:
             self._of_thread.last = None
@@ -539,3 +539,47 @@ def refuse_damaged_export(folder: Path) -> None:
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
     if problems := damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
+
+
+# A stream of tensors that must be a whole model: each once, of its shape, none missing.
+
+WHERE = "the weights to take in"
+
+
+class Shaped(Protocol):
+    """A tensor, or what is sent of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
+
+
+_Tensor = TypeVar("_Tensor", bound=Shaped)
+
+
+def checked(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
+            ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
+    """Yield the tensors that a model has, in the order in which they come.
+
+    Args:
+        weights: names and tensors, or what is sent of them.
+        shapes: the model's.
+        ignored: regular expressions for names that it may be given and does without.
+
+    Raises:
+        UserError: at a tensor that is unknown, of another shape or comes twice; after the last one where
+            some are missing.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in weights:
+        if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if name in found:
+            raise UserError(f"{WHERE}: {name} comes twice; give each tensor once")
+        found[name] = tuple(tensor.shape)
+        if shapes.get(name) != found[name]:
+            check_exact(WHERE, {name: found[name]}, {n: s for n, s in shapes.items() if n == name},
+                        "take a model of the same family and sizes")
+        yield name, tensor
+    check_exact(WHERE, found, dict(shapes), "give every tensor of the model")

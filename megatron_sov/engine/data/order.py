@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.engine.data.ledger import Ledger, LedgerEntry, plan
-from megatron_sov.engine.data.packing import Row, best_fit
 from megatron_sov.engine.data.rounds import SOURCE, RoundDocuments, rounds_of
-from megatron_sov.engine.data.streams import Cursor, DocumentStream, Packing
+from megatron_sov.engine.data.streams import Cursor, DocumentStream, Packing, Row, best_fit
 from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.model.config import RunConfig
 

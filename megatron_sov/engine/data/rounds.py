@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.packing import PackedSegment
+from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import Documents, Source, open_sources
 
 SOURCE = "rollouts"

@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +19,82 @@ from megatron_sov.base.chat.kinds import KIND
 from megatron_sov.base.documents.routes import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
-from megatron_sov.engine.data.lengths import ChainedLengths, Lengths
-from megatron_sov.engine.data.mapped_files import allow_open_files, numbers, read_index
-from megatron_sov.engine.data.media_shards import MediaShard
+from megatron_sov.engine.data.media_shards import MediaShard, allow_open_files, numbers, read_index
 from megatron_sov.omni.media.banks import MEDIA, BankShape, read_shapes
 from megatron_sov.omni.media.placed import Media
 from megatron_sov.runs.launch_environment import is_first
+
+# The tokens of each document of a source, without reading those of all.
+
+class Lengths(Protocol):
+    """Tokens of each document: an array, or what stands for one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, documents: Any, /) -> Any:
+        """Return the tokens of one document, or of an array of documents."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class ChainedLengths:
+    """The lengths of several shards as one sequence, without reading them."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self.parts = parts
+        self._ends = np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
+
+    def find(self, document: int) -> tuple[int, int]:
+        """Return the part that holds a document, and its index there."""
+        if not 0 <= document < self._ends[-1]:
+            raise IndexError(f"document {document} of {self._ends[-1]}")
+        part = bisect_right(self._ends, document)
+        return part, document - (self._ends[part] - len(self.parts[part]))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, documents: Any) -> Any:
+        if isinstance(documents, int):
+            part, index = self.find(documents)
+            return int(self.parts[part][index])
+        order = np.argsort(documents)
+        ascending = np.asarray(documents)[order]
+        found = np.empty(len(order), np.int64)
+        stops = np.searchsorted(ascending, self._ends)
+        for part in np.flatnonzero(np.diff(stops, prepend=0)).tolist():
+            here = slice(stops[part - 1] if part else 0, stops[part])
+            found[order[here]] = self.parts[part][
+                ascending[here] - (self._ends[part] - len(self.parts[part]))]
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        for part in self.parts:
+            yield from part.tolist()
+
+
+# What a manifest says of a source that models have written: answers to a teacher's prompts, or a
+# round's responses.
+
+COUNTS = ("num_documents", "num_tokens", "num_bytes")
+"""Of a shard, and of a split over its shards."""
+
+
+def source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
+                  ) -> dict[str, Any]:
+    """Return the record of a source all of which is trained.
+
+    Args:
+        name: of the source.
+        format: of its documents ("chat", `documents.ROLLOUTS`), each of which stands alone.
+        sidecars: endings of the files beside the tokens.
+        shards: `prefix` and `COUNTS` of each.
+    """
+    counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
+    return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
+            "splits": {"train": {"shards": list(shards), **counts},
+                       "heldout": {"shards": [], **dict.fromkeys(COUNTS, 0)}}}
+
 
 OF_ARTIFACT = ("tokenizer_sha256", "vocab_size", "sources")
 OF_SOURCE = ("name", "format", "splits")

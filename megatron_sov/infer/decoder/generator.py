@@ -24,13 +24,13 @@ import torch.distributed as dist
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.engine.convert.changed_values import Changed
 from megatron_sov.engine.convert.live_import import LiveImport
-from megatron_sov.engine.data.routes import shape_of
+from megatron_sov.engine.data.requirements import shape_of
 from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.mcore.model.kv_cache import CacheSize
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.named_values import pack, unpack
+from megatron_sov.engine.mcore.parallel.values import pack, unpack
 from megatron_sov.infer.continuation import Continuation
 from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors

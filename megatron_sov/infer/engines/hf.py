@@ -19,8 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import Changed
-from megatron_sov.engine.convert.sources import refuse_damaged_export, tensors_left_out
-from megatron_sov.engine.convert.whole_model import checked
+from megatron_sov.engine.convert.sources import checked, refuse_damaged_export, tensors_left_out
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
 from megatron_sov.infer.request import (

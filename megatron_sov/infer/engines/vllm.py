@@ -15,9 +15,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from megatron_sov.base.documents.routes import RouteShape
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.engine.convert.growing import open_weights
-from megatron_sov.engine.convert.sources import HfWeights
-from megatron_sov.engine.convert.whole_model import checked
-from megatron_sov.engine.data.routes import shape_of
+from megatron_sov.engine.convert.sources import HfWeights, checked
+from megatron_sov.engine.data.requirements import shape_of
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import seed_of
 from megatron_sov.infer.request import (

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_sov.engine.data.ledger import Ledger
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.engine.mcore.parallel.values import sum_dict
 from megatron_sov.model.config import GuardConfig
 
 MIN_STEPS = 20

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_sov.engine.data.batches import BatchStream, RankBatch
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.order import OrderState, SampleOrder
+from megatron_sov.engine.data.rows import BatchStream, RankBatch
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
@@ -104,3 +107,23 @@ class DataBatches:
         batch = self._stream.next()
         self._step, self._state, self.epochs = self._step + 1, batch.order_state, batch.epochs
         return batch
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """The run around an objective, on one process."""
+
+    config: RunConfig
+    """Resolved settings."""
+    batches: DataBatches
+    """Those of the data order."""
+    world: ParallelWorld
+    """This process's place."""
+    folder: Path
+    """The run's folder."""
+    write_event: Callable[..., None]
+    """`write_event(name, **fields)` adds an event to the run's; dropped on all processes but rank 0, and
+    before the run has begun."""
+    waiting: Callable[[], AbstractContextManager[None]]
+    """`with waiting(): ...` around what may take longer than `guards.hang_timeout_s`, such as rollouts: the
+    watch over the step begins anew behind it."""

@@ -6,6 +6,7 @@ ones can be compared.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -16,20 +17,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.chat.kinds import KIND, KINDS
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import PackedRow, heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import Documents, Source, tokenizer_folder
-from megatron_sov.engine.data.turns import TURN, with_turns
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.named_values import Shapes, pack, unpack
+from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row, shifted
+
+TURN = "turn"
+"""Column of a row: 1 for labels of a conversation's first learned turn, 2 for the second, ...; 0 for labels
+that no learned turn holds."""
+
+
+def with_turns(row: PackedRow, documents: Documents) -> PackedRow:
+    """Return a row of conversations with the column `TURN`; a conversation that was begun in another row
+    goes on counting."""
+    numbers = np.zeros(len(row.tokens), np.float32)
+    for first, _, (document, start, count) in row.origins:
+        end = min(start + count + 1, int(documents.lengths[document]))  # behind its last label
+        learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
+                   & (documents.loss_weights(document, 0, end) > 0))
+        begins = learned.copy()
+        begins[1:] &= ~learned[:-1]
+        numbers[first:first + end - start - 1] = (begins.cumsum() * learned)[start + 1:]
+    return dataclasses.replace(row, columns={**row.columns, TURN: numbers})
+
 
 TURNS: dict[str, Callable[[Any], Any]] = {"first": lambda turn: turn == 1, "later": lambda turn: turn > 1}
 """Learned turns of a conversation that are told apart -> which numbers of the column `TURN` they have."""

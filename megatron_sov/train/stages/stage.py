@@ -18,10 +18,9 @@ import torch.distributed as dist
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.base.warning import warn
-from megatron_sov.engine.data import over_long
-from megatron_sov.engine.data.columns import refuse_without_columns
+from megatron_sov.engine.data import ledger
 from megatron_sov.engine.data.ledger import LedgerEntry, plan
-from megatron_sov.engine.data.model_fit import refuse_unreadable
+from megatron_sov.engine.data.requirements import refuse_unreadable, refuse_without_columns
 from megatron_sov.engine.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.engine.data.views import with_views
 from megatron_sov.engine.data.vocabulary import read_vocabulary, refuse_other_tokens
@@ -41,10 +40,10 @@ from megatron_sov.runs.launch_environment import is_first, num_ranks, under_laun
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.nvidia_smi import visible_gpus
 from megatron_sov.runs.obs.events import EVENTS
+from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.objectives.objective import columns_of, formats_of
-from megatron_sov.train.restoring import newest_sound, refuse_other_base
 from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of, summary
@@ -223,9 +222,9 @@ def _open_data(stage: Stage) -> _Data:
     refuse_unreadable(sources, stage.config.model)
     planned = plan(stage.config, sources)
     if stage.config.data.over_long == "refuse":
-        over_long.refuse(over_long.over_long(sources, planned))
+        ledger.refuse_over_long(ledger.over_long(sources, planned))
     elif stage.config.data.over_long == "cut":
-        over_long.refuse_halves(over_long.over_long([s for s in sources if s.group > 1], planned))
+        ledger.refuse_over_long_pairs(ledger.over_long([s for s in sources if s.group > 1], planned))
     return _Data(sources, planned)
 
 

@@ -78,7 +78,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
         UserError: a mistake in the arguments, settings or layout, missing data, another family or objective
             than the command's, or nothing to start from.
     """
-    from megatron_sov.engine.data.mixed_phases import with_mixed_phases  # numpy, which --help does without
+    from megatron_sov.engine.data.views import with_mixed_phases  # numpy, which --help does without
 
     asked = stage_request(args, objective, needs_data=needs_data)
     config = completed(with_mixed_phases(asked.config(), asked.base))

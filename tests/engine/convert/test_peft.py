@@ -35,7 +35,6 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     from megatron_sov.engine.convert import export_weights
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import ModelInputs, build
     from megatron_sov.engine.mcore.model.local_shards import local_shards
     from megatron_sov.engine.mcore.parallel import world
@@ -47,7 +46,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
     world.join(config.parallel)
     model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     load.save(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
     model = build(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)

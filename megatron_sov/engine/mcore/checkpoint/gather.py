@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sov.engine.mcore.model.local_shards import LocalShard
 from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.values import gather_objects
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.named_values import sum_dict
-from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object, gather_objects
+from megatron_sov.engine.mcore.parallel.values import broadcast_object, gather_objects, sum_dict
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.runs.checkpoints import ADAPTER, BASE, KIND, MODEL, STATE, AdapterBase, temporary
 

@@ -24,8 +24,8 @@ from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 
-# Reads safetensors files block by block with plain reads: memory holds what was asked for,
-# and nothing stays mapped.
+# Reads safetensors files block by block with plain reads: memory holds what was asked for, and nothing stays
+# mapped.
 #
 # The library maps whole files, so that every page that was ever read counts as memory of the process.  The
 # format is short (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes

@@ -19,8 +19,7 @@ from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
-# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings
-# for
+# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings for
 # `train.fp8`, what the machine must have, and a defect of the library in checkpoints.
 
 AVAILABLE = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",

@@ -65,8 +65,8 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
     if model.yarn is not None or model.latent_attention is not None:
-        # it mixes these two by float32 shares that add up to exactly 1, so both being the
-        # mixture gives the mixture
+        # it mixes these two by float32 shares that add up to exactly 1, so both being the mixture gives the
+        # mixture
         embedding.inv_freq_extra = embedding.inv_freq_inter = exact
     embedding.forward.cache_clear()
 

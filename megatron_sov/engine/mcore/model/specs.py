@@ -237,7 +237,7 @@ def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     """Return the library's configuration of these settings, of the kind that the model's attention has."""
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    from megatron_sov.engine.mcore.model.latent_attention import latent_settings
+    from megatron_sov.engine.mcore.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
     return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
@@ -252,8 +252,8 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
-        # the choice of experts is the same before and after a softmax;
-        # without this the library refuses a single one
+        # the choice of experts is the same before and after a softmax; without this the library refuses a
+        # single one
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_grouped_gemm": te,
@@ -342,9 +342,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_sov.engine.mcore.model.attention import DocumentAttention
-    from megatron_sov.engine.mcore.model.latent_attention import LatentDocumentAttention, latent_specs
-    from megatron_sov.engine.mcore.model.sinks import SinkAttention
+    from megatron_sov.engine.mcore.model.attention import DocumentAttention, SinkAttention
+    from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if own_attention(config):

@@ -11,8 +11,7 @@ from megatron_sov.engine.mcore.parallel.device import Arena, num_bytes
 
 # Torch's fused AdamW on CPUs, with an element's result the same wherever the element lies.
 #
-# Its kernel computes whole vectors, and what is left of a tensor element by element, which rounds
-# otherwise.
+# Its kernel computes whole vectors, and what is left of a tensor element by element, which rounds otherwise.
 # Which elements are left depends on where ZeRO-1 cuts; here none is.
 
 VECTOR_BYTES = 64
@@ -73,11 +72,9 @@ def _update(group: dict[str, Any], values: Sequence[list[torch.Tensor]], steps: 
 
 # AdamW in host memory: master weights, moments and the update of a share of what a process updates.
 #
-# The library's own (`HybridDeviceOptimizer`) keeps every master weight on the GPU as well unless
-# Transformer
-# Engine's optimizer holds them, makes its optimizers anew when a state is loaded, and can only be tried
-# with a
-# GPU.  This one moves the master weights themselves, so that the library's copies to and from the model's
+# The library's own (`HybridDeviceOptimizer`) keeps every master weight on the GPU as well unless Transformer
+# Engine's optimizer holds them, makes its optimizers anew when a state is loaded, and can only be tried with
+# a GPU. This one moves the master weights themselves, so that the library's copies to and from the model's
 # weights, its gradient norm and our checkpoints find them where they are.
 
 class HostAdamW(CpuAdamW):

@@ -18,15 +18,15 @@ from megatron_sov.engine.mcore.model.local_shards import ParameterLookup, local_
 from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW, split
 from megatron_sov.engine.mcore.optimizer.muon import Muon, holders
 from megatron_sov.engine.mcore.optimizer.state_shards import Inner, StateShard, shards
-from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.values import gather_objects
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
 from megatron_sov.model.config.gpu import AUTO
 from megatron_sov.model.config.optim import Algorithm
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import is_frozen, is_table
 
-# Data parallelism: gradients are summed over processes and updated weights gathered,
-# beside the computation if so set.
+# Data parallelism: gradients are summed over processes and updated weights gathered, beside the computation
+# if so set.
 
 def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
     """Wrap every chunk, and tell the pipeline schedules when to send.
