@@ -270,7 +270,6 @@ class Checkpointer:
         self._saver.finish_alone()
 
     def load_weights(self, path: Path) -> None:
-        """Start from the weights of another run's checkpoint."""
         load.check(path)
         self._load_model(path, new_encoders=True)
 

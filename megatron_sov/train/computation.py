@@ -146,7 +146,6 @@ class Computation:
         return int(replica_checks.checksum(replica_checks.gradients(self._model)))
 
     def _shapes(self, objective: Objective) -> Shapes:
-        """Return how the sums of a micro-batch lie in one flat tensor."""
         return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
                 METERS: (len(meters_of(objective)), 2)}
 

@@ -161,13 +161,11 @@ class Efficiency:
         return math.nan if self._meter is None else self._meter.total_j()
 
     def close(self) -> None:
-        """Ask the driver no more."""
         if self._meter is not None:
             self._meter.close()
 
 
 def _own_uuid() -> str:
-    """Return CUDA's name for this process's GPU."""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
@@ -243,7 +241,6 @@ class Recorder:
             self._progress = ProgressBar(self._num_steps, step, config.recipe)
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step (1-based) is recorded."""
         return step % self._config.train.log_every_steps == 0 or step == self._num_steps
 
     def step(self, done: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
@@ -323,7 +320,6 @@ class Recorder:
                              if over_long else {}))
 
     def saved(self, saved: Saved) -> None:
-        """Tell of a checkpoint that is complete."""
         self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
                           save_s=saved.save_s, stall_s=saved.stall_s)
 
@@ -371,7 +367,6 @@ class Recorder:
         self.events.write("stop", step=step, reason=reason or "another process was asked to stop")
 
     def ended(self, step: int, wall_s: float, final_loss: float | None) -> None:
-        """Tell that there is no more to train."""
         self.events.write("run_end", step=step, wall_s=wall_s, final_loss=final_loss)
         if self._progress is not None:
             self._progress.close()

@@ -121,7 +121,6 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return self.state.step
 
     @property
@@ -138,7 +137,6 @@ class Trainer:
 
     @property
     def events(self) -> EventLog:
-        """The run's events."""
         return self.recorder.events
 
     def _write_event(self, event: str, **fields: Any) -> None:
@@ -160,7 +158,6 @@ class Trainer:
         self._continued_from = path.name
 
     def start_from(self, path: Path) -> None:
-        """Start from the weights of another run's checkpoint."""
         self.checkpointer.load_weights(path)
         start_encoders(self.model, self.config)
         self.optimizer.sync_master_weights()
@@ -252,7 +249,6 @@ class Trainer:
             seq_len=batch.seq_len, seconds=time.monotonic() - start, meters=sums.meters)
 
     def loss_of(self, sums: StepSums, batch: GlobalBatch) -> tuple[float, dict[str, float]]:
-        """Return the loss of a batch, and that of each of its terms."""
         losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}
         return sum(self.objective.coefficients[t] * value for t, value in losses.items()), losses
 

@@ -98,7 +98,6 @@ class Changed:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes that are sent of it."""
         return int(self.places.nbytes + self.values.nbytes)
 
     def coordinates(self) -> tuple[torch.Tensor, ...]:

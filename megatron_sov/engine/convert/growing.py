@@ -139,7 +139,6 @@ def opened_source(checkpoint: Path, out: Path, overwrite: bool) -> Opened:
 
 
 def block_of(source: Opened, link: Link) -> torch.Tensor:
-    """Return a block of the smaller model."""
     block: torch.Tensor = link.join({name: source.read(name) for name in link.hf_names})
     return block
 
@@ -408,7 +407,6 @@ class _Repeated:
         return self._shallow[key, link.offset]
 
     def block(self, link: Link) -> torch.Tensor:
-        """Return a copy, or zeros of what a repeated layer writes to the residual."""
         made = block_of(self._source, self.origin(link))
         is_silent = self._identity and self._is_repeated(link) and link.key.endswith(WRITES)
         return torch.zeros_like(made) if is_silent else made

@@ -100,7 +100,6 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks passed."""
         return all(check.passed for check in self.checks)
 
 

@@ -141,7 +141,6 @@ class _Machine:
             raise ValueError(f"it holds the opcode {opcode}, which no pickle of plain values has")
 
     def result(self) -> Any:
-        """Return the one value that is left."""
         if len(self._stack) != 1 or isinstance(self._stack[0], _Mark):
             raise ValueError(f"it ends with {len(self._stack)} values in the place of one")
         return self._stack[0]
@@ -229,7 +228,6 @@ def text_keys(value: Any) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """Return what a value is, for a message."""
     return str(value.name) if isinstance(value, InertCall) else f"a {type(value).__name__}"
 
 
@@ -413,7 +411,6 @@ def _number(value: Any) -> int:
 
 
 def _file(value: Any) -> str:
-    """Return a path below the checkpoint's folder."""
     parts = PurePosixPath(value).parts if isinstance(value, str) else ()
     if not parts or parts[0] == "/" or ".." in parts or "\0" in value:
         raise ValueError(f"a tensor would stand in {str(value)[:200]!r}, which is not a file below the "

@@ -245,7 +245,6 @@ def _regions(shards: list[LocalShard], offset: tuple[int, ...], extent: tuple[in
 
 
 def _copy(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:
-    """Copy what a process holds of a block."""
     if regions:
         block = block.reshape(extent)
     for region in regions:

@@ -66,7 +66,6 @@ def find_iteration(folder: Path) -> Path:
 
 
 def iteration_of(folder: Path) -> int | None:
-    """Return the iteration that a folder's name says."""
     number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
     return int(number[1]) if number else None
 
@@ -225,15 +224,12 @@ class _TensorWindow(io.RawIOBase):
         self._file, self._start, self._length, self._at = file, start, length_bytes, 0
 
     def readable(self) -> bool:
-        """Return that it is."""
         return True
 
     def seekable(self) -> bool:
-        """Return that it is."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a place in the part."""
         self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
         return self._at
 
@@ -244,7 +240,6 @@ class _TensorWindow(io.RawIOBase):
         return super().read(min(size, MAX_READ_BYTES)) or b""
 
     def readinto(self, buffer: Any) -> int:
-        """Read what fits, up to the part's end."""
         count = max(0, min(len(buffer), self._length - self._at))
         self._file.seek(self._start + self._at)
         raw = self._file.read(count)
@@ -381,11 +376,9 @@ class TorchDistWeights:
         self._of_thread = threading.local()
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return list(self._link_of)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor is stored."""
         return self.tensors.dtype(self._of(self._link_of[name])[0].key)
 
     def held_in(self, file: str) -> list[str]:
@@ -398,7 +391,6 @@ class TorchDistWeights:
                 for file in self.tensors.files_of(source.key)}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
         # parts of one block follow one another
         last: tuple[Link, torch.Tensor] | None = getattr(self._of_thread, "last", None)

@@ -67,7 +67,6 @@ def peft_name(of: Adapted, tensor: str) -> str:
 
 
 def is_embedding(of: Adapted) -> bool:
-    """Return whether the token embedding is adapted."""
     return of.name.endswith(f".{EMBEDDING}")
 
 
@@ -237,11 +236,9 @@ class AdaptedWeights:
         self.reader.check_complete()
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return self.base.names()
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the frozen tensor stands in its file."""
         return self.base.dtype(name)
 
     def held_in(self, file: str) -> list[str]:
@@ -249,7 +246,6 @@ class AdaptedWeights:
         return self.reader.held_in(file)
 
     def files_of(self, name: str) -> set[str]:
-        """Return the adapter's files that hold what changes a tensor."""
         return {file for key in self._changing(name) for file in self.reader.files_of(key)}
 
     def _changing(self, name: str) -> list[str]:

@@ -66,17 +66,14 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return that of what is read."""
         return torch.bfloat16
 
     @property
     def files(self) -> set[str]:
-        """Return the names of the files that hold a part of it."""
         return {self.blocks.path.name, self.scales.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the names of blocks and scales."""
         return self.name + BLOCKS, self.name + SCALES
 
     def read(self) -> torch.Tensor:
@@ -187,7 +184,6 @@ class ScaledWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return its shape."""
         return self.weight.entries[self.name].shape
 
     @property
@@ -197,12 +193,10 @@ class ScaledWeight:
 
     @property
     def files(self) -> set[str]:
-        """Return the names of the files that hold a part of it."""
         return {self.weight.path.name, self.scales.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the names of the weight and of its scales."""
         return self.name, self.name + SUFFIX
 
     def read(self) -> torch.Tensor:
@@ -306,26 +300,21 @@ class FileTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return its shape."""
         return self.file.entries[self.name].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return its dtype."""
         return self.file.dtype(self.name)
 
     @property
     def files(self) -> set[str]:
-        """Return the file's name."""
         return {self.file.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return its name."""
         return (self.name,)
 
     def read(self) -> torch.Tensor:
-        """Return the tensor; `UserError` where the file is damaged."""
         return self.file.read(self.name)
 
 
@@ -398,7 +387,6 @@ class HfWeights:
         check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return list(self._shapes)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -407,15 +395,12 @@ class HfWeights:
         return self._stored[name].dtype
 
     def held_in(self, file: str) -> list[str]:
-        """Return the tensors that a file holds."""
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def files_of(self, name: str) -> set[str]:
-        """Return the files that hold the tensor."""
         return self._stored[name].files
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor; `UserError` where its file is damaged."""
         return self._stored[name].read()
 
 
@@ -444,11 +429,9 @@ class CheckpointWeights:
         self._of_thread = threading.local()
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return list(self._link_of)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor stands in its file."""
         return self._reader.dtype(self._link_of[name].key)
 
     def held_in(self, file: str) -> list[str]:
@@ -460,7 +443,6 @@ class CheckpointWeights:
         return self._reader.files_of(self._link_of[name].key)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
         # query, key and value (gate and up) follow one another and come from one block, which is therefore
         # kept

@@ -111,7 +111,6 @@ class Ledger:
         self.entries = past + future
 
     def at(self, step: int) -> LedgerEntry:
-        """Return the entry that holds at a step."""
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def pass_over(self, first: int, end: int) -> None:
@@ -130,7 +129,6 @@ class Ledger:
         return [e for e in self.entries if e.first_step < step]
 
     def max_seq_len(self) -> int:
-        """Return the longest sample of the run."""
         return max(e.seq_len for e in self.entries)
 
 

@@ -39,7 +39,6 @@ class Index:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
         if not len(self.lengths):
             return 0
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])

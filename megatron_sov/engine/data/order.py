@@ -56,12 +56,10 @@ class OrderState:
     """Source name -> samples given since the weights last changed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> OrderState:
-        """Return the state that `to_dict` gave."""
         return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()},
                           [LedgerEntry(**e) for e in raw["history"]], raw["step"], dict(raw["taken"]))
 
@@ -125,7 +123,6 @@ class SampleOrder:
         return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
 
     def _text_beside(self, entry: LedgerEntry) -> list[OrderedSample]:
-        """Return the text of a round's step, which most methods have none of."""
         if not self._policy.has_text_at(self._text_seed, self.state.step + 1):
             return []
         text = {name: weight for name, weight in entry.weights.items() if name != SOURCE}
@@ -139,7 +136,6 @@ class SampleOrder:
         return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
-        """Return a source's training documents, opened when they are first needed."""
         if source not in self._documents:
             self._documents[source] = self.sources[source].shard("train")
         return self._documents[source]

@@ -40,7 +40,6 @@ def folder_of_round(rounds: Path, number: int) -> Path:
 
 
 def first_document(number: int) -> int:
-    """Return the number of a round's first document."""
     return number << _ROUND_BITS
 
 
@@ -83,7 +82,6 @@ class RoundDocuments:
         self.lengths = _Lengths(self)
 
     def is_open(self, number: int) -> bool:
-        """Return whether a round's documents are there."""
         return number in self._rounds
 
     def verify(self, number: int) -> None:
@@ -153,17 +151,14 @@ class RoundDocuments:
                 for i in self._rounds[number].steps[step]]
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.tokens`."""
         documents, index = self._find(document)
         return documents.tokens(index, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.loss_weights`."""
         documents, index = self._find(document)
         return documents.loss_weights(index, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.types`."""
         documents, index = self._find(document)
         return documents.types(index, start, count)
 
@@ -178,7 +173,6 @@ class RoundDocuments:
         return found
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.routes`."""
         documents, index = self._find(document)
         return documents.routes(index, start, count)
 

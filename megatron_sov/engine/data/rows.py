@@ -118,7 +118,6 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
 
 @lru_cache(maxsize=4)
 def _places(seq_len: int) -> np.ndarray:
-    """Return [seq_len] int64: 0, 1, 2, ..."""
     return np.arange(seq_len, dtype=np.int64)
 
 
@@ -240,7 +239,6 @@ class BatchStream:
         return self._ahead.popleft().result()
 
     def close(self) -> None:
-        """Forget the batches that were prepared ahead."""
         self._worker.shutdown(cancel_futures=True)
 
     def _prepare(self) -> RankBatch:

@@ -343,32 +343,26 @@ class ShardChain:
         return ShardChain, self._opened_by
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.tokens`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].tokens(index, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.loss_weights`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].loss_weights(index, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.types`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].types(index, start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.column`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].column(name, index, start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.routes`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].routes(index, start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """As `TokenShard.media`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].media(index, start, count)
 
@@ -411,7 +405,6 @@ class Source:
         return self.format != "text"
 
     def shard(self, split: str) -> Documents:
-        """Open one split."""
         if self.made is not None and split == "train":
             return self.made
         if self.artifact is None:

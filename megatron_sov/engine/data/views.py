@@ -43,27 +43,21 @@ class LongDocuments:
         return np.asarray(self._documents.lengths[self.index], np.int64)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids, int64."""
         return self._documents.tokens(int(self.index[document]), start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's weight as a target, float32."""
         return self._documents.loss_weights(int(self.index[document]), start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8."""
         return self._documents.types(int(self.index[document]), start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's number in a column, as a target, float32."""
         return self._documents.column(name, int(self.index[document]), start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each token went."""
         return self._documents.routes(int(self.index[document]), start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """Return the pictures and sounds of some tokens."""
         return media_of(self._documents, int(self.index[document]), start, count)
 
 
@@ -86,27 +80,21 @@ class AsText:
         return AsText, (self._documents,)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids, int64."""
         return self._documents.tokens(document, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's weight as a target, float32."""
         return self._documents.loss_weights(document, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8."""
         return np.full(count, TYPE_TEXT, np.uint8)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's number in a column, as a target, float32."""
         return self._documents.column(name, document, start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each token went."""
         return self._documents.routes(document, start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """Return the pictures and sounds of some tokens."""
         return media_of(self._documents, document, start, count)
 
 
@@ -166,7 +154,6 @@ class Pieces:
 
     @cached_property
     def lengths(self) -> PieceLengths:
-        """Tokens of each piece; made on first use."""
         lengths = self._documents.lengths
         return PieceLengths(np.asarray(lengths[np.arange(len(lengths))], np.int64), self._max_tokens)
 
@@ -176,27 +163,22 @@ class Pieces:
         return self._documents.tokens(whole, first + start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's weight as a target, float32."""
         whole, first = self.lengths.find(document)
         return self._documents.loss_weights(whole, first + start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8."""
         whole, first = self.lengths.find(document)
         return self._documents.types(whole, first + start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's number in a column, as a target, float32."""
         whole, first = self.lengths.find(document)
         return self._documents.column(name, whole, first + start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each token went."""
         whole, first = self.lengths.find(document)
         return self._documents.routes(whole, first + start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """Return the pictures and sounds of some tokens."""
         whole, first = self.lengths.find(document)
         return media_of(self._documents, whole, first + start, count)
 

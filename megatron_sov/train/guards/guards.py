@@ -74,12 +74,10 @@ class ComputeClock:
             _count_waiting()
 
     def start(self) -> None:
-        """Begin a step's computation."""
         self._stop = None
         self._start = self._now()
 
     def stop(self) -> None:
-        """End it."""
         self._stop = self._now()
 
     def seconds(self) -> float:
@@ -198,7 +196,6 @@ class RoutingMonitor:
         self._active: set[tuple[str, int]] = set()
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step's routing (1-based) is recorded."""
         return self._settings.routing_every_steps > 0 and step % self._settings.routing_every_steps == 0
 
     def follow(self, step: int, load: torch.Tensor, biases: torch.Tensor, events: EventLog) -> None:

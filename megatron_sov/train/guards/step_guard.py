@@ -138,12 +138,10 @@ class StepGuard:
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
         return {"losses": list(self._losses), "grad_norms": list(self._grad_norms), "in_a_row": self.in_a_row,
                 "suspect_in_a_row": self._suspect_in_a_row, "rollbacks": list(self.rollbacks)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self._losses, self._grad_norms = list(state["losses"]), list(state["grad_norms"])
         self.in_a_row, self._suspect_in_a_row = state["in_a_row"], state["suspect_in_a_row"]
         self.rollbacks = list(state["rollbacks"])

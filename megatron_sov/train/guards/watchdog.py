@@ -68,7 +68,6 @@ class Watchdog:
                 self.begin(watched[0])
 
     def close(self) -> None:
-        """End the watch."""
         self.end()
         self._closed.set()
 

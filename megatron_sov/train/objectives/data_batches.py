@@ -51,17 +51,14 @@ class DataBatches:
         """How often each source was gone through, up to the last batch that was given."""
 
     def next(self) -> GlobalBatch:
-        """Return this rank's part of the next step's batch."""
         batch = self._advance()
         return GlobalBatch(tuple(from_row(row) for row in batch.rows), batch.entry.seq_len,
                            batch.num_samples, batch.entry.phase)
 
     def skip(self) -> None:
-        """Pass over the next step's batch."""
         self._advance()
 
     def next_entry(self) -> LedgerEntry:
-        """Return the ledger's entry of the next step."""
         return self.ledger.at(self._step)
 
     def state(self) -> dict[str, Any]:
@@ -72,12 +69,10 @@ class DataBatches:
         return {**self._state, "history": [dataclasses.asdict(e) for e in self.ledger.history(self._step)]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self.close()
         self._begin(OrderState.from_dict(state))
 
     def consumed_tokens(self) -> dict[str, int]:
-        """Return the tokens given of each source so far."""
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
     def over_long(self) -> dict[str, int]:
@@ -100,7 +95,6 @@ class DataBatches:
         return {name: round(tokens) for name, tokens in planned.items()}
 
     def close(self) -> None:
-        """Forget what was prepared ahead."""
         self._stream.close()
 
     def _advance(self) -> RankBatch:

@@ -80,7 +80,6 @@ class DataObjective:
         self._typed = TypedLosses(config)
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch of the data order."""
         return self._batches.next()
 
     def _with_types(self, batch: GlobalBatch) -> GlobalBatch:

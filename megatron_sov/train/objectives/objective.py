@@ -154,7 +154,6 @@ class Memory:
                          "dicts with strings as keys, lists, strings and numbers")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self._objective.restore(state)
 
 

@@ -48,7 +48,6 @@ class Garbage:
             gc.collect()
 
     def close(self) -> None:
-        """Leave it to Python again."""
         if self._every_steps:
             gc.enable()
             gc.unfreeze()
@@ -67,7 +66,6 @@ class Profiling:
         self._began_at = 0
 
     def before_step(self, step: int) -> None:
-        """Begin to watch, if `step` (1-based) is one to be watched."""
         if step in self._steps and step > 0 and self._profile is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
             self._profile, self._began_at = profile(activities=activities, record_shapes=True), step

@@ -395,7 +395,6 @@ def _tell_changes(stage: Stage, trainer: Trainer) -> None:
 
 
 def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
-    """Write the first files."""
     stage.folder.declare(stage.config)
     begin.declared[0] = 1
     if trainer is not None:

@@ -52,7 +52,6 @@ class Gatherer:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the global shape of every tensor."""
         return {key: next(iter(owners.values()))[0].global_shape for key, owners in self._places.items()}
 
     @torch.no_grad()

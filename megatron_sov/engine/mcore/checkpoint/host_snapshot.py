@@ -48,12 +48,10 @@ class WrittenSnapshot:
 
     @staticmethod
     def file(folder: Path, rank: int) -> Path:
-        """Return where a rank says what it has written."""
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
     def read(folder: Path, rank: int) -> WrittenSnapshot:
-        """Return what a rank has written."""
         raw = json.loads(WrittenSnapshot.file(folder, rank).read_text(encoding="utf-8"))
         return WrittenSnapshot(raw["indices"],
                                {name: FileRecord.read(record) for name, record in raw["files"].items()})
@@ -140,7 +138,6 @@ def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
 
 
 def num_writers() -> int:
-    """Return how many threads of this process write."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(MAX_WRITERS, WRITERS_PER_CORE * share)

@@ -366,5 +366,4 @@ def _refuse_difference(path: Path, wanted: set[str], found: set[str]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the loop's values as they were saved."""
     return dict(json.loads((path / checkpoints.STATE).read_text(encoding="utf-8")))

@@ -229,7 +229,6 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        """Return how many bytes the tensor takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

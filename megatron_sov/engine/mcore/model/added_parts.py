@@ -370,7 +370,6 @@ class Adapters(torch.nn.Module):
             experts.get_submodule(linear).register_forward_hook(_behind_grouped(adapters))
 
     def factors(self) -> Iterator[Factors]:
-        """Yield the factors of all adapted modules."""
         yield from (module for module in self.modules() if isinstance(module, Factors))
 
     def set_magnitudes(self, chunk: Any) -> None:
@@ -483,14 +482,12 @@ class MediaEncoders(torch.nn.Module):
         return embedded
 
     def _over(self, embedded: torch.Tensor, encoder: MediaEncoder, here: PlacedMedia) -> torch.Tensor:
-        """Return embeddings with features over some of them."""
         records, numbers, places = (to_device(torch.from_numpy(values), embedded.device)
                                     for values in (np.stack(here.records), here.features, here.places))
         over = self._features(encoder, records)[numbers] * self._factor
         return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
 
     def _features(self, encoder: MediaEncoder, records: torch.Tensor | None) -> torch.Tensor:
-        """Return [records * slots, hidden]."""
         if self._recomputed and torch.is_grad_enabled():
             features: torch.Tensor = checkpoint(encoder, records, use_reentrant=False)
         else:

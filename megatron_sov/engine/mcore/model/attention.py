@@ -170,7 +170,6 @@ class _Reordered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Put them back."""
         order, back = ctx.saved_tensors
         return _Reordered.apply(gradient, back, order), None, None
 
@@ -198,7 +197,6 @@ class PackedDocuments(PackedSeqParams):
     asks."""
 
     def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
-        """Return the bounds of each local piece for the fused kernel."""
         if window_tokens not in self.piece_bounds:
             self.piece_bounds[window_tokens] = piece_bounds(self.spans, window_tokens, self.bounds.device)
         return self.piece_bounds[window_tokens]

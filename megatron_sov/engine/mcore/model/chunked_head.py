@@ -134,7 +134,6 @@ class Gradients:
 
     @property
     def are_needed(self) -> bool:
-        """Whether there is any to compute."""
         return self.of_states is not None or bool(self.of_weight)
 
     def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,

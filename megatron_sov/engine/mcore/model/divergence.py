@@ -77,7 +77,6 @@ class TeacherStates:
 
     def compare(self, part: slice, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Teacher`."""
         states = self.states[part].to(self.weight.device, self.weight.dtype)
         teacher = log_softmax(states, self.weight, token_rows, divergence.temperature, self.softcap)
         return _compare(student, teacher.to(student.dtype), divergence.beta, over_group=True)

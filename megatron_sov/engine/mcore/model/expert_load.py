@@ -54,7 +54,6 @@ class ExpertLoad:
             bias.copy_(before)
 
     def forget(self) -> None:
-        """Set all counters to zero."""
         for router in self._routers():
             router.local_tokens_per_expert.zero_()
 

@@ -313,7 +313,6 @@ def refuse(config: RunConfig, te: bool) -> None:
 
 
 def _has_backend(dispatcher: str) -> bool:
-    """Return whether the kernels that send tokens are there."""
     from megatron.core.transformer.moe import fused_a2a
 
     return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))

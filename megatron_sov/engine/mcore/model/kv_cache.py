@@ -247,7 +247,6 @@ class CachedAttention(torch.nn.Module):
         return out
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Copy what one slot holds to others."""
         for kept in self.stored or ():
             kept[list(targets)] = kept[source].clone()  # they share memory
 

@@ -39,7 +39,6 @@ class LocalShard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Extent of the block in the global tensor."""
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
 

@@ -156,7 +156,6 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Rotate back."""
         cosine, sine = ctx.saved_tensors
         of_first, of_second = sine.chunk(2, dim=-1)
         return _Rotation.apply(gradient, cosine, torch.cat([-of_second, -of_first], dim=-1)), None, None

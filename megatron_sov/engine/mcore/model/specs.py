@@ -112,7 +112,6 @@ class OwnLayer(TransformerLayer):
         return self._kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, with its own angles."""
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)

@@ -22,7 +22,6 @@ class CpuAdamW(torch.optim.AdamW):
     """AdamW over contiguous tensors in host memory."""
 
     def __init__(self, params: Any, **settings: Any) -> None:
-        """Args: as of torch's."""
         super().__init__(params, **settings, fused=True)
 
     @torch.no_grad()
@@ -49,7 +48,6 @@ class CpuAdamW(torch.optim.AdamW):
 
 
 def _num_whole(tensor: torch.Tensor) -> int:
-    """Return how many elements fill whole vectors."""
     return tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
 
 
@@ -100,7 +98,6 @@ class HostAdamW(CpuAdamW):
 
 
 def wait() -> None:
-    """Wait until all gradients have been received."""
     torch.cuda.current_stream().synchronize()
 
 

@@ -121,7 +121,6 @@ class MatrixPlace:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
         return self.shape[0] * self.shape[1]
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
@@ -310,7 +309,6 @@ class Muon:
         return result
 
     def _move(self, number: int, update: torch.Tensor) -> None:
-        """Move a piece's weights."""
         piece, place = self._pieces[number], self._places[number]
         main = piece.shard.main
         scale = self._scale(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)

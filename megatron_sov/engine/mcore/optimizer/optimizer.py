@@ -72,7 +72,6 @@ class Optimizer:
         """Updates so far; AdamW's bias correction counts them."""
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.library.zero_grad()

@@ -104,7 +104,6 @@ class Combined:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all."""
         return [group for inner in self._inners for group in inner.param_groups]
 
     def step(self) -> None:

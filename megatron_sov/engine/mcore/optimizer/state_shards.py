@@ -89,7 +89,6 @@ class StateShard:
 
     @property
     def stop(self) -> int:
-        """First element behind the shard."""
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -94,7 +94,6 @@ def _group() -> Any:
 
 
 def _held() -> tuple[int, int]:
-    """Return which pieces this process holds."""
     rank = int(parallel_state.get_context_parallel_rank())
     return rank, 2 * size() - 1 - rank
 

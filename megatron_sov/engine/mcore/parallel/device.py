@@ -66,7 +66,6 @@ def compute_on_cpu() -> None:
 
 
 def computes_on_cpu() -> bool:
-    """Return whether the CPU shims are in place."""
     return _on_cpu
 
 
@@ -120,7 +119,6 @@ class Arena:
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 
