@@ -93,10 +93,12 @@ class Computation:
         if self._config.guards.attribute:
             self.own = self._own(parts, objective, self._own_gradients)
         names = meters_of(objective)
+        # a stage without losses sends zeros of the same length, or the sum over ranks would not fit
         size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
+        # behind the finite check: these are counts, and the same on every stage
         local = torch.cat([local, _replayed(batch.micro_batches)])
         total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
                        {**self._shapes(objective), ROUTES: (2,)})
@@ -112,6 +114,7 @@ class Computation:
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         reseed(self._config.train.seed, step - 1)
         self._unsynced(batch, batch.micro_batches[:count], objective)
+        # the first turn is sound; a fault on purpose comes in a later one, so that the turns differ
         if turn:
             self._miscompute(step)
         self._expert_load.forget()
@@ -160,6 +163,7 @@ class Computation:
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             head = head_of(self._model, self._config.train.head_chunk_tokens)
             sums = objective.loss(split_depths(hidden, self._config.model.num_mtp_layers), head, micro_batch)
+            # in float64 for the log; the graph keeps the dtype of the losses
             values = {term: sums.terms[term].detach().double() * factor for term in terms}
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)
             return total * factor, pack({**values, BY_SOURCE: sums.by_source, METERS: _meters(sums, meters)})

@@ -79,6 +79,7 @@ def _find(trainer: Trainer, batch: GlobalBatch, learned: GlobalBatch | None) -> 
     computation, step = trainer.computation, trainer.step
     first = computation.own
     again = computation.own_part(batch, trainer.objective, step)
+    # cheapest and surest first: other bits from the same input can only be the machine
     if ranks := replica_checks.ranks_where(first != again):
         return _named("process", ranks, "gave other numbers when it computed the step again: its machine is "
                                         "at fault, and neither the data nor the optimisation")
@@ -111,6 +112,7 @@ def _named(verdict: Verdict, ranks: list[int], what: str) -> Attribution:
 def _figures(trainer: Trainer, batch: GlobalBatch) -> tuple[float, float]:
     """Return loss and gradient norm of a batch with the weights of now, which stay as they are."""
     sums = trainer.computation.sums(batch, trainer.objective, trainer.step)
+    # computed and refused: nothing is updated, and only the norm is wanted
     norm = trainer.optimizer.step(0.0, lambda _: False)
     trainer.expert_load.undo()
     return trainer.loss_of(sums, batch)[0], norm
@@ -134,6 +136,7 @@ def _worst_documents(trainer: Trainer, batch: GlobalBatch, own: OwnPart) -> tupl
     """Return the documents of the micro-batch whose loss is the largest of all processes' ones."""
     mine: tuple[float, tuple[str, ...]] = (-math.inf, ())
     for loss, micro_batch in zip(own.losses, batch.micro_batches, strict=False):
+        # NaN compares with nothing: as infinity it is the worst
         rank = math.inf if math.isnan(loss) else loss
         if rank > mine[0]:
             named = dict.fromkeys(f"{trainer.sources[o.source].name} document {o.segment.document}"
@@ -173,6 +176,7 @@ def rollback(trainer: Trainer) -> None:
     guard.forget_refusals()
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
+    # checkpoints behind the target have weights of the refused stretch: a resume must not find one
     on_main(trainer.world, lambda: checkpoints.drop_after(trainer.folder.checkpoints, back_to))
     text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): "
             f"weights and optimizer are those of step {back_to} again, and the samples of steps "
@@ -185,6 +189,8 @@ def _target(trainer: Trainer, last_good: int) -> Path | None:
     """Return the newest sound checkpoint whose weights have not been returned to already, up to a step."""
     while (found := newest_sound(trainer.folder, trainer.world, last_good)) is not None:
         step = checkpoints.step_of(found)
+        # a step is known from both ends: the checkpoint that was returned to, and the one that was taken
+        # right after, which has the same weights
         tried = [r for r in trainer.guards.step_guard.rollbacks if step in (r["at"], r["to"])]
         if not tried:
             return found
@@ -211,6 +217,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
+        # at once: the batch, the weights and what was drawn are still those of the refused step
         attribute(trainer)
         load = trainer.observe() if result is not None else None
         if trainer.side_jobs is not None:
@@ -221,6 +228,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         trainer.garbage.after_step(trainer.step)
         guards.watchdog.end()
 
+        # the same on every process: the guard judges by rank 0's figures
         rolled_back = guards.step_guard.wants_rollback
         if rolled_back:
             rollback(trainer)
@@ -232,6 +240,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
                 recorder.expert_load(step, trainer.expert_load.gather())
             trainer.evaluate()
 
+        # one collective a step decides for all: a signal may reach one process alone
         asked_to_stop = checkpointer.sync(stop)  # also, a checkpoint that all processes have written appears
         if asked_to_stop and not last:
             trainer.save()
@@ -239,6 +248,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             checkpointer.finish()
             recorder.stopped(step, stop.reason)
             return False
+        # after weights were taken back a checkpoint holds the ledger that passes the bad samples over; a kill
+        # before the next one would learn them again
         if last or rolled_back or trainer.is_saved_at(step):
             trainer.save()
     trainer.profiling.close(trainer.step)

@@ -204,6 +204,8 @@ def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterat
     try:
         yield check
         check.require_all()
+    # a damaged file may be the reason for whatever went wrong inside: its message says what to do, the other
+    # one does not
     except Exception:
         check.require_all()
         raise

@@ -56,6 +56,8 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
             tokens, or leaves none.
     """
     starts = [*config.phase_starts(), config.num_steps()]
+    # steps of `skip_steps` count from 1 and are inclusive, entries count from 0: an entry begins at first -
+    # 1, and the next one behind last
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
     rounds = rounds_of(sources) is not None
     entries: list[LedgerEntry] = []
@@ -66,6 +68,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = data.batch_size_at(config.train, phase, step)
             entries.append(LedgerEntry(step, phase.name, phase.seq_len, size, weights, skip))
+    # a skip or a ramp may change nothing at its step; equal neighbours would make two ledgers of one order
     return [e for e, before in zip(entries, [None, *entries], strict=False)
             if before is None or not e.continues(before)]
 

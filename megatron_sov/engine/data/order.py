@@ -38,6 +38,8 @@ def next_source(weights: dict[str, float], taken: dict[str, int]) -> str:
     some fall further back.
     """
     due = sum(taken.values()) + 1
+    # a source that is at its share already would be ahead after one more; there is always one below, since
+    # shares sum to 1
     behind = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
     return min(behind, key=lambda name: ((taken.get(name, 0) + 1) / weights[name], name))
 
@@ -95,6 +97,7 @@ class SampleOrder:
         and move all cursors behind them."""
         s = self.state
         entry = self.ledger.at(s.step)
+        # counts belong to one set of weights: under new ones a source would catch up for its old share
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
             s.taken = {}
         if self._rounds is not None and entry.is_round:  # any source may have the name
@@ -103,6 +106,8 @@ class SampleOrder:
             samples = [self._next_sample(entry.weights, entry.seq_len)
                        for _ in range(entry.global_batch_size)]
         s.step += 1
+        # after the step: a checkpoint holds what the steps so far followed, and not what was planned behind
+        # them
         s.history = self.ledger.history(s.step)
         return entry, samples
 

@@ -120,6 +120,7 @@ class RoundDocuments:
         if steps[-1].stop != len(lengths):
             raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
                             "the folder, and the round is published anew")
+        # when the round is read: later a thread would meet it, in the middle of a step
         if lengths.max() > seq_len:
             raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
                             f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
@@ -137,6 +138,8 @@ class RoundDocuments:
         missing = [name for name in self.made_columns if name not in opened.beside]
         if missing and opened.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
+        # one assignment: the thread that prepares batches sees the old table or the new one; the round before
+        # stays, since its last batches may be under way
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
     def of_step(self, number: int, step: int) -> list[PackedSegment]:

@@ -225,6 +225,7 @@ class BatchStream:
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._num_steps, self._left = num_steps, num_steps - order.state.step
+        # interleaved pipeline schedules want a number of micro-batches that the pipeline's size divides
         self._together = dp_size * (config.parallel.pp if config.parallel.vpp > 1 else 1)
         self._prefetch = config.data.prefetch_steps
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -232,6 +233,8 @@ class BatchStream:
 
     def next(self) -> RankBatch:
         """Return the next batch; starts the ones after it."""
+        # one batch more than the prefetch: the next one itself; a round's batch waits until its part is
+        # published
         while (self._left > 0 and len(self._ahead) <= self._prefetch
                and self.order.is_ready(self._num_steps - self._left)):
             self._ahead.append(self._worker.submit(self._prepare))
@@ -246,6 +249,8 @@ class BatchStream:
         rows: tuple[PackedRow, ...] = ()
         if not entry.skip:
             size = rows_per_micro_batch(len(samples), self._micro_batch_size, self._together)
+            # empty samples at the end: every rank runs the same number of micro-batches, or a collective
+            # would hang
             filled = samples + [OrderedSample(samples[0].source,
                                               ())] * (-len(samples) % (size * self._together))
             rows = tuple(join_rows([self._row(s, entry.seq_len) for s in part])

@@ -102,6 +102,7 @@ def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """
     rows: list[list[PackedSegment]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    # sorting is stable: segments of one length keep the shuffled order that they came in
     for segment in sorted(segments, key=lambda s: -s.count):
         count = segment.count
         i = bisect.bisect_left(room, (count, -1))
@@ -170,6 +171,8 @@ class Permutation:
         """
         if not 0 <= first <= last <= self.size:
             raise IndexError(f"indices {first} to {last - 1} are not all inside a permutation of {self.size}")
+        # the network permutes a power of four that is at most four times as large; an index that leaves the
+        # range walks on along its own cycle, so two of them never meet and the walk ends
         values = self._encrypt(np.arange(first, last, dtype=np.uint64))
         while len(outside := np.flatnonzero(values >= _U(self.size))):
             values[outside] = self._encrypt(values[outside])
@@ -264,6 +267,8 @@ class DocumentStream:
 
     def _replay(self) -> None:
         """Bring a window to where its cursor says."""
+        # rows are not stored: the same calls in the same order give them again. Packing counts over-long
+        # units again meanwhile, so their number is put back
         taken, self.cursor.taken, counted = self.cursor.taken, [], self.cursor.over_long
         for seq_len, rows in taken:
             for _ in range(rows):
@@ -279,6 +284,8 @@ class DocumentStream:
     def _take(self, seq_len: int) -> Row | None:
         """Return the next row of the window at this length, or None when the window is used up."""
         taken = self.cursor.taken
+        # a new length repacks what is left of the window; nothing that was given comes again, and nothing is
+        # lost
         if not taken or taken[-1][0] != seq_len:
             rows = self._pack(self._left() if taken else self._window(), seq_len)
             if not rows:
@@ -295,11 +302,14 @@ class DocumentStream:
 
         Windows are of equal size to a unit, so that none is too small to be packed well.
         """
+        # shuffled are units, not documents: the two of a pair never part; a last unit that is not whole is
+        # never given
         count, group = len(self.documents.lengths) // self._group, self._group
         shuffle = Permutation(count, *self._key, self.cursor.epoch)
         first, last = (count * w // self._num_windows for w in (self.cursor.window, self.cursor.window + 1))
         documents = (shuffle.span(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
+        # a document without tokens takes its whole unit with it: half a pair teaches nothing
         filled = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
         return [PackedSegment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
                                                        strict=True)]
@@ -307,6 +317,7 @@ class DocumentStream:
     def _left(self) -> list[PackedSegment]:
         """Return what is left of the window, shuffled, parts of one document joined."""
         left = sorted(s for row in self._rows for s in row)
+        # a tail that was cut off comes back: the unit may fit whole at the new length
         if self._packing in ("truncate", "drop"):
             whole = [PackedSegment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
             units = [whole[i:i + self._group] for i in range(0, len(whole), self._group)]

@@ -58,6 +58,7 @@ class ChainedLengths:
         if isinstance(documents, int):
             part, index = self.find(documents)
             return int(self.parts[part][index])
+        # by shard and ascending, so that each map is read once and forwards
         order = np.argsort(documents)
         ascending = np.asarray(documents)[order]
         found = np.empty(len(order), np.int64)

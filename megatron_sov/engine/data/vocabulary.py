@@ -113,6 +113,7 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
     ours, theirs = read_tokenizer(data), read_tokenizer(weights)
+    # an id that one side lacks is no contradiction: it may have a longer vocabulary
     differing = [i for i, name in ours.ordinary.items() if theirs.ordinary.get(i, name) != name]
     if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_cuts(
             data, weights, ours, theirs):

@@ -95,12 +95,16 @@ class StepGuard:
             self._remember(main_loss, main_grad_norm)
             self.forget_refusals()
             return True
+        # what was usual is kept as it was: `loop.attribute` asks later whether other figures would have been
+        # refused then
         self._usual_then = list(self._losses), list(self._grad_norms)
+        # rank 0's figures may be sound where another process has NaN: then the reason is that one
         self.refusal = self._objection(main_loss, main_grad_norm) or Refusal(
             "another process has a number that is not finite", main_loss, main_grad_norm, finite=False,
             weights_suspect=True)
         self.in_a_row += 1
         self._suspect_in_a_row += self.refusal.weights_suspect
+        # NaN would make every mean NaN; finite outliers enter, so that what lasts becomes usual
         if self.refusal.finite:
             self._remember(main_loss, main_grad_norm)
         return False
@@ -128,6 +132,7 @@ class StepGuard:
                                weights_suspect=True)
         if not (self._settings.skip and self._settings.sigma):
             return None
+        # with few steps a standard deviation says nothing; then every finite number is accepted
         for name, value, usual in figures[0 if self._losses_compare else 1:]:
             if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))

@@ -197,6 +197,8 @@ class Exports:
                 return
             self._waiting = [*(s for s in self._waiting if s != step), step]
         self.poll()
+        # exports that are slower than checkpoints would pile up, each holding a whole checkpoint on the disk
+        # by its links
         while len(self._waiting) > 1:
             self._fail(self._waiting.pop(0), "a newer checkpoint was ready before it was begun")
 

@@ -45,6 +45,8 @@ def with_turns(row: PackedRow, documents: Documents) -> PackedRow:
         end = min(start + count + 1, int(documents.lengths[document]))  # behind its last label
         learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
                    & (documents.loss_weights(document, 0, end) > 0))
+        # a turn begins where a learned token follows one that is not; the running count of beginnings numbers
+        # the turns, and tokens between them get 0
         begins = learned.copy()
         begins[1:] &= ~learned[:-1]
         numbers[first:first + end - start - 1] = (begins.cumsum() * learned)[start + 1:]
@@ -120,6 +122,7 @@ class HeldoutEvaluator:
         shard = source.shard("heldout")
         samples = heldout_samples(shard, index, seq_len, max_tokens, whole=source.is_chat)
         per_round = self._rows_per_batch * world.dp_size
+        # every rank runs as many micro-batches, or the collectives of the forward pass would not meet
         samples += [OrderedSample(index, ())] * (-len(samples) % per_round)
         rows = [heldout_row(s, shard, source, seq_len) for s in samples]
         first = world.dp_rank * self._rows_per_batch
@@ -158,6 +161,7 @@ class HeldoutEvaluator:
         losses = -head.logprobs(hidden[0], batch.labels).double()
         counted = (batch.weights > 0).double()
         if self._bytes is None:
+            # no tokenizer, no bytes: NaN goes through the sums, so that bits per byte are NaN too
             size_bytes = torch.full_like(losses, math.nan)
         else:
             size_bytes = self._bytes[batch.labels].double()
@@ -197,4 +201,5 @@ def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.
     """
     chosen, drafted = head.top_of_row(hidden[0]), head.top_of_row(hidden[1])
     counted = shifted(batch, 1).weights > 0
+    # position t of depth 1 drafts token t + 2, which the trunk chooses at t + 1
     return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

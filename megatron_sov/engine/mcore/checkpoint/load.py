@@ -88,7 +88,7 @@ def rule_for(key: str) -> str:
         return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
     if len(matches) != 1:
-        raise ValueError(f"{key}: {len(matches)} rules of mcore/init.py match this tensor's name, "
+        raise ValueError(f"{key}: {len(matches)} rules of mcore/checkpoint/load.py match this tensor's name, "
                          "needs exactly one")
     return matches[0]
 
@@ -102,9 +102,11 @@ def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
     first = start // _PER_COUNTER
+    # a counter, not a state: the values before `start` are never made
     generator.advance(first)
     steps = -(-(start + count) // _PER_COUNTER) - first
     words = generator.random_raw(steps * 4).view(np.uint32)
+    # never 0, whose logarithm is infinite, and never 1
     u = (words.astype(np.float64) + 0.5) / 2.0**32
     radius, angle = np.sqrt(-2.0 * np.log(u[0::2])), 2.0 * np.pi * u[1::2]
     values = np.empty(len(u), dtype=np.float32)
@@ -145,6 +147,8 @@ def _parts(block: LocalShard, std: float) -> Iterator[_InitPart]:
     target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
     step = max(1, _CHUNK // columns)
     for row in range(0, target.shape[0], step):
+        # a row's first value has the same number in the stream whatever block holds the row; of a cut row all
+        # columns are made, and the block's taken
         yield _InitPart(block.key, (matrix * rows + row0 + row) * columns, columns,
                         slice(column0, column0 + target.shape[1]), target[row:row + step], std)
 
@@ -176,6 +180,7 @@ def _made_ahead(parts: Iterator[_InitPart], seed: int,
         ahead: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
         for part in parts:
             ahead.append((part, pool.submit(part.values, seed)))
+            # few enough in flight: memory holds some parts, and not the model a second time
             if len(ahead) > 2 * num_threads:
                 done, values = ahead.popleft()
                 yield done, values.result()

@@ -127,6 +127,8 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     first, end = 8 + length, 0
     entries = {}
+    # in the order of their bytes: each tensor must begin where the one before ends, so none overlap and no
+    # byte is hidden
     for name, raw in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         entry = _entry(name, raw, first)
         if entry.start != first + end:
@@ -252,6 +254,7 @@ def write_file(path: Path, specs: list[TensorSpec], read: Reader,
         file.append(memoryview(_header(ordered)))
         for number, spec in enumerate(ordered, 1):
             tensor = read(spec) if ahead is None else ahead.result()
+            # the next tensor is read while this one is hashed and written: two are in memory, and no more
             if reader is not None and number < len(ordered):
                 ahead = reader.submit(read, ordered[number])
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:

@@ -225,6 +225,7 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
+    # documents of one length next to one another, so that each group is one slice
     places = [place for starts in by_length.values() for place, _ in starts]
     if places == sorted(places):  # as where one document fills a row
         return Alike(None, None, groups, keys)
@@ -276,6 +277,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     """
     m, total = len(query), len(key)
     slides = 0 < window_tokens < total
+    # a whole document needs no mask: the fused kernel's own causal flag serves, and no block is cut
     if m == total and not slides:
         return attend_whole(query[None], key[None], value[None], scale, kernel)[0]
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
@@ -283,6 +285,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     blocks = []
     for start in range(0, m, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, m)
+        # keys behind a block's last query are masked for all of it, so they are left out
         first_key, end_key = 0, total - m + stop
         if slides:
             first_key = max(0, total - m + start - window_tokens + 1)
@@ -405,6 +408,7 @@ class DocumentAttention(MegatronModule):
         if varlen:
             for (queries, (keys, values, first), documents), bounds in zip(
                     pieces, packed_seq_params.bounds_within(window), strict=True):
+                # what was gathered may begin before the first key that any document of the piece reaches
                 near = first_keys(documents, window)[0] - first
                 outputs.append(attend_documents(queries, keys[near:], values[near:], bounds,
                                                 self.softmax_scale, self.window_tokens))
@@ -448,14 +452,18 @@ class DocumentAttention(MegatronModule):
         pieces = context.pieces(len(local) * context.size())
         length, tail = len(local) // 2, self.window_tokens - 1
         if not 0 <= tail <= length:
+            # keys and values in one message; a gradient flows back to the process that holds the token
             row = context.gather_keys(local)
             return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
         own = local.split(length)
+        # a window reaches back one token less than its size, so of every other piece only its end is needed
         tails = (context.gather_keys(torch.cat([piece[length - tail:] for piece in own])) if tail
                  else local[:0])
         found = []
         for piece, (first, _) in zip(own, pieces, strict=True):
             number = first // length
+            # tails come in row order, one for each piece: the one before this piece is number - 1, and the
+            # first has none
             before = tails[max(0, number - 1) * tail:number * tail]
             near = torch.cat([before, piece])
             found.append((near[:, 0], near[:, 1], first - len(before)))

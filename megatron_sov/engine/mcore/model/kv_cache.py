@@ -156,6 +156,7 @@ class CachedAttention(torch.nn.Module):
         self.kernel, self.sinks = kernel if sinks is None else attend_with_sinks, sinks
         self.size, self.softmax_scale, self.window_tokens = size, softmax_scale, window_tokens
         whole = size.max_tokens + size.step_tokens
+        # a step of drafts may be taken back: what they overwrote must not have been in any window
         self.capacity = min(whole, window_tokens - 1 + size.step_tokens) if window_tokens else whole
         self.stored: tuple[torch.Tensor, ...] | None = None
         """Keys and values [slots, kv_heads, capacity, head_dim], once where they are the same; None before
@@ -204,11 +205,15 @@ class CachedAttention(torch.nn.Module):
         rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
         for kept, new in zip(self.stored, (key, value), strict=False):
             kept[rows, :, positions % self.capacity] = new
+        # new tokens are written before the query reads: they see one another, and places behind the longest
+        # sequence are never touched
         filled = min(self.capacity, max(group.past) + group.length)
         keys, values = (kept[group.slot:group.slot + count, :, :filled]
                         for kept in (self.stored[0], self.stored[-1]))
         last = past + group.length - 1
         # position at each place; negative: none yet
+        # `last` is the newest position; place p of the ring holds the newest position that is p modulo its
+        # size
         held = last - (last - torch.arange(filled, device=device)) % self.capacity
         distance = positions[:, :, None] - held[:, None]
         visible = (held[:, None] >= 0) & (distance >= 0)
@@ -235,11 +240,14 @@ class CachedAttention(torch.nn.Module):
         """Attend from a span of one sequence, longer than a step: [new, heads, head_dim]."""
         assert self.stored is not None
         kept = [stored[slot] for stored in self.stored]
+        # read before the span is written: in a ring the new tokens take the places of those that the first
+        # query still sees
         before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past,
                               device=query.device)
         keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
                         for k, new in zip((kept[0], kept[-1]), (key, value), strict=True))
         out = attend(query, keys, values, self.softmax_scale, self.window_tokens, self.kernel)
+        # of a span longer than the ring only its end stays, or two tokens would be written to one place
         stays = min(len(key), self.capacity)
         places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
         for k, new in zip(kept, (key, value), strict=False):
@@ -393,10 +401,13 @@ class LatentAttention(MLASelfAttention):
         latent, key = kept.squeeze(1).split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         latent = rms_norm(latent, latent.shape[-1:], self._norm_weight(), NORM_EPS)
         plain, turned = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+        # q (W c) = (W^T q) c: the query meets the narrow vector, so the cache holds kv_lora_rank + rotated
+        # channels for each token and not a key and a value for each head
         to_keys, to_values = self.linear_kv_up_proj.weight.unflatten(
             0, (heads, -1)).split([config.qk_head_dim, config.v_head_dim], dim=1)
         query = torch.cat([torch.einsum("thd,hdk->thk", plain, to_keys),
                            self._turned(turned, angles, spans)], dim=-1)
+        # one key/value head for all query heads; values are its first kv_lora_rank channels
         one = torch.cat([latent[:, None], self._turned(key[:, None], angles, spans)], dim=-1)
         attended = self.core_attention(query, one, one, None, packed_seq_params=spans)
         values = attended.unflatten(-1, (heads, -1))[..., :config.kv_lora_rank]
@@ -432,6 +443,7 @@ class LatentDocumentAttention(DocumentAttention):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,
                 **kwargs: Any) -> torch.Tensor:
         """Attend; as `DocumentAttention.forward`, to [local tokens, heads * value channels]."""
+        # zeros add nothing to products, and what they make of values is cut off again
         query, key, value = (pad(t, (0, self.width - t.shape[-1])) for t in (query, key, value))
         attended = super().forward(query, key, value, *args, **kwargs)
         return attended.unflatten(-1, (-1, self.width))[..., :self.value_width].flatten(1)

@@ -80,6 +80,7 @@ class RouteTable:
     def find(self, mask: torch.Tensor, layer: int) -> Recorded:
         """Return what is recorded of tokens by their part of a mask, [tokens, 1 + bits] bool."""
         bits = torch.arange(self._num_bits, device=mask.device)
+        # the bits of the place again; padding's are any, and it is masked out below
         places = (mask[:, 1:].long() << bits).sum(dim=1)
         experts = self._experts[places, layer - self._first_layer]
         return Recorded(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
@@ -250,6 +251,8 @@ class BalancedRouter(TopKRouter):
         valid = None if mask is None else ~mask[:, 0]
         recorded = self._recorded(mask)
         probs, routing_map = self._choose(logits, recorded)
+        # a recomputed layer runs forward twice, first without gradients: only the second counts, so nothing
+        # is counted double
         learns = self.training and torch.is_grad_enabled()
         if learns or self.config.routing_step.counts_evaluation:
             shared = self.config.routing_step.shared
@@ -287,10 +290,12 @@ class BalancedRouter(TopKRouter):
         _, chosen = torch.topk(biased if groups is None else _within_groups(biased, groups, kept),
                                self.topk, dim=1)
         if recorded is not None:
+            # where nothing was recorded the router's own choice stays
             chosen = torch.where(recorded.there[:, None], recorded.experts, chosen)
         if record is not None:
             layer: Any = self.layer_number
             record.setdefault(layer, []).append(chosen.detach())
+        # weights come from the scores without the bias: it moves the choice, and no output
         weights = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
@@ -319,9 +324,11 @@ class BalancedRouter(TopKRouter):
         scores = scores * valid[:, None]
         tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
         if self.tp_cp_group.size() > 1:
+            # counts have no gradient and may be summed over the group; scores have one and are not
             both = torch.cat([counts, tokens[:, None]], dim=1)
             torch.distributed.all_reduce(both, group=self.tp_cp_group)
             counts, tokens = both[:, :-1], both[:, -1]
+        # a sequence of padding alone has no tokens, and then no loss either
         tokens = tokens.clamp(min=1)[:, None]
         frequency = counts * (logits.shape[1] / self.topk) / tokens
         # linear in the local scores, so each process contributes its own tokens' part and gradients simply
@@ -355,6 +362,7 @@ class BalancedRouter(TopKRouter):
         if replayed is not None:
             top = torch.where(replayed.there[:, None], replayed.experts, top)
         scores, top = (_of_documents(found, self.config.routing_step.shared) for found in (scores, top))
+        # one scatter for all sequences: bin = sequence x experts + expert
         bins = row[:, None] * experts + top
         counted = valid[:, None].expand(bins.shape).to(scores.dtype)
         counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())

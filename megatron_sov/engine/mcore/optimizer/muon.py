@@ -151,6 +151,7 @@ class MatrixExchange:
         self._places, self._group = places, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         everyones: list[list[MatrixPlace]] = gather_objects(places, group)
+        # by cost, then by name: equal on every process without a word, and matrices of one round take as long
         matrices = sorted({p.matrix for held in everyones for p in held}, key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
         in_round = size * max(1, ROUND_ELEMENTS // largest)
@@ -183,6 +184,7 @@ class MatrixExchange:
             received = self._send(sent, [sum(p.size for p in held if p.owned) for held in one.held])
             wholes: dict[Matrix, torch.Tensor] = {}
             for held, flat in zip(one.held, received, strict=True):
+                # of equal pieces one is sent; all get the result, so replicas stay bit for bit the same
                 owned = [p for p in held if p.owned]
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
                     m = place.matrix
@@ -286,6 +288,8 @@ class Muon:
                 state = self.state[main]
                 if MOMENTUM not in state:
                     state[MOMENTUM] = torch.zeros_like(main)
+                # as in torch.optim.Muon: m = mu m + (1 - mu) g, and the decay before the update, at the rate
+                # of the step
                 state[MOMENTUM].lerp_(main.grad, 1 - self._config.muon_momentum)
                 main.mul_(1 - group["lr"] * group["weight_decay"])
         self._exchange.run(self._direction, self._orthogonal, self._move, self._dtype)
@@ -343,6 +347,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     mine = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    # through its module: `optimizer.meta` replaces the name in this file, and not this call
     everyones = values.gather_objects(mine)
     ranks = [[rank for rank, place in enumerate(everyones) if place == wanted]
              for wanted in sorted(set(everyones))]

@@ -128,6 +128,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
                 rule = replace(rule, frozen=True)
             found[id(parameter)] = rule
             matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}
+    # together: a pattern may match on another pipeline stage alone, and all processes must raise alike
     everyones = gather_objects((matched, any(not rule.frozen for rule in found.values())))
     for i, group in enumerate(config.groups):
         if not any(group.pattern in known for known, _ in everyones):
