@@ -68,8 +68,9 @@ def chosen(run: Path, last: int | None, steps: Sequence[int | None] = (None, Non
     first, end = steps
     found = [path for path in complete(run / CHECKPOINTS_OF_A_RUN)
              if (first is None or step_of(path) >= first) and (end is None or step_of(path) <= end)]
-    bounds = "" if first is None and end is None else (
-        f" between steps {'0' if first is None else first} and {'the last' if end is None else end}")
+    bounds = ""
+    if first is not None or end is not None:
+        bounds = f" between steps {first or 0} and {'the last' if end is None else end}"
     if last is not None and not 2 <= last <= len(found):
         raise UserError(f"--last {last}: must be at least 2, and at most the {len(found)} complete "
                         f"checkpoints of {run}{bounds}")

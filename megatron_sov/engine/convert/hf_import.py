@@ -247,10 +247,16 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     except UserError as e:
         warn(f"{e}; generation stops at eos alone")
         chat = None
-    eos = tokens.eos
-    found = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    found += [id_ for id_ in (chat.end_ids() if chat else ()) if id_ not in found]
-    return replace(tokens, eos=found if len(found) > 1 else found[0] if found else None)
+    found: list[int] = []
+    if isinstance(tokens.eos, int):
+        found = [tokens.eos]
+    elif tokens.eos is not None:
+        found = list(tokens.eos)
+    if chat is not None:
+        found += [id_ for id_ in chat.end_ids() if id_ not in found]
+    if len(found) > 1:
+        return replace(tokens, eos=found)
+    return replace(tokens, eos=found[0] if found else None)
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:

@@ -6,7 +6,7 @@ whatever the layouts of the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,8 +216,9 @@ def _shelf(key: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> tuple[s
 
 def _shelves(link: Link) -> list[tuple[str, int]]:
     """Return where the shards of a block are found: of stacked experts one place for each."""
-    experts = link.extent[0] if len(link.shape) == 3 else 1
-    return [(link.key, link.offset[0] * (len(link.shape) == 3) + expert) for expert in range(experts)]
+    if len(link.shape) != 3:
+        return [(link.key, 0)]
+    return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
 
 
 def _place(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -238,10 +239,13 @@ def _regions(shards: list[LocalShard], offset: tuple[int, ...], extent: tuple[in
                 for a, n, b, m in zip(shard.offset, shard.shape, offset, extent, strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
-        target, source = (tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
-                          for origin in (shard.offset, offset))
-        found.append(_Region(shard.data.view(shard.shape)[target], source))
+        target = _slices(starts, ends, shard.offset)
+        found.append(_Region(shard.data.view(shard.shape)[target], _slices(starts, ends, offset)))
     return found
+
+
+def _slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
 
 
 def _copy(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:

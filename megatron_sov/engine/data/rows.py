@@ -89,7 +89,9 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
     for document, start, count in sample.segments:
         first, end = bounds[-1], bounds[-1] + count
         length = documents.lengths[document]
-        ids = documents.tokens(document, start, count + (start + count < length))
+        # one token more, where there is one: the label of the segment's last token
+        has_next = start + count < length
+        ids = documents.tokens(document, start, count + 1 if has_next else count)
         labelled = slice(first, first + len(ids) - 1)
         tokens[first:end], labels[labelled], positions[first:end] = ids[:count], ids[1:], places[:count]
         if documents.is_plain:

@@ -90,7 +90,11 @@ def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     """Return rows of whole units, each of at most `seq_len` tokens in all, as `best_fit` does of segments."""
     rows = best_fit((PackedSegment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)),
                     seq_len)
-    return [tuple(part for stands_for in row for part in units[stands_for.document]) for row in rows]
+    found: list[Row] = []
+    for row in rows:
+        whole = [units[stands_for.document] for stands_for in row]
+        found.append(tuple(part for unit in whole for part in unit))
+    return found
 
 
 def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:

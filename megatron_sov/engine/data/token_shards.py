@@ -473,21 +473,21 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
-    return [
-        Source(
-            name=s["name"], artifact=path, format=s["format"], prefixes={
-                split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
+    found = []
+    for s in described:
+        where, sidecars, prefixes = f"{path}: source {s['name']!r}", s.get("sidecars", ()), {}
+        for split, d in s["splits"].items():
+            prefixes[split] = tuple(shard["prefix"] for shard in d["shards"])
+        found.append(Source(
+            name=s["name"], artifact=path, format=s["format"], prefixes=prefixes,
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],
-            columns=tuple(name for name in s.get("sidecars", ()) if name not in NO_COLUMNS),
+            columns=tuple(name for name in sidecars if name not in NO_COLUMNS),
             group=s.get("group_documents", 1),
-            routes=(RouteShape.from_record(s.get(ROUTES), f"{path}: source {s['name']!r}")
-                    if ROUTES in s.get("sidecars", ()) else None),
-            banks=read_shapes(s.get(MEDIA), f"{path}: source {s['name']!r}"),
-        )
-        for s in described
-    ]
+            routes=RouteShape.from_record(s.get(ROUTES), where) if ROUTES in sidecars else None,
+            banks=read_shapes(s.get(MEDIA), where)))
+    return found
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:

@@ -274,5 +274,8 @@ def _mixed_phases_of(path: str, content: dict[str, Any]) -> dict[str, dict[str, 
 
 def _source_names(phase: PhaseConfig) -> set[str]:
     """Return the sources that a blend names, without the lengths of their documents."""
-    return {next((name.rpartition(mark)[0] for mark in (LONG, SHORT) if mark in name), name)
-            for name in phase.blend}
+    names = set()
+    for name in phase.blend:
+        mark = next((mark for mark in (LONG, SHORT) if mark in name), None)
+        names.add(name if mark is None else name.rpartition(mark)[0])
+    return names

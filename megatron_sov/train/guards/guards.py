@@ -210,8 +210,8 @@ class RoutingMonitor:
         events.write("routing", step=step, layers=names, max_violation=routing.max_violation(counts).tolist(),
                      entropy=entropy.tolist(), dead=routing.num_dead(counts).tolist(),
                      bias_spread=spread.tolist())
-        idle = np.where(counts == 0, 1, 0) if self._idle is None else (self._idle + 1) * (counts == 0)
-        self._idle = idle
+        before = np.zeros_like(counts, np.int64) if self._idle is None else self._idle
+        idle = self._idle = np.where(counts == 0, before + 1, 0)
         alarms = dict(self._alarms(names, entropy, spread, idle))
         for kind, layer in sorted(alarms.keys() - self._active):
             events.write("alarm", step=step, kind=kind, layer=layer, text=alarms[kind, layer])

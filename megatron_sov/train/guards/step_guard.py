@@ -103,7 +103,8 @@ class StepGuard:
             "another process has a number that is not finite", main_loss, main_grad_norm, finite=False,
             weights_suspect=True)
         self.in_a_row += 1
-        self._suspect_in_a_row += self.refusal.weights_suspect
+        if self.refusal.weights_suspect:
+            self._suspect_in_a_row += 1
         # NaN would make every mean NaN; finite outliers enter, so that what lasts becomes usual
         if self.refusal.finite:
             self._remember(main_loss, main_grad_norm)

@@ -120,8 +120,11 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
     from megatron_sov.engine import convert
 
     model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
-    family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
-                   if key == "model.family"), asked.base.model.family)
+    family = asked.base.model.family
+    for setting in asked.settings:  # the last one counts
+        key, _, value = setting.partition("=")
+        if key == "model.family":
+            family = value.strip('"')
     if model.family != family:
         known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "

@@ -327,9 +327,11 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
     blocks = [b for b in local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
     if new_encoders:
         known = set(reader.keys())
-        new = tuple(prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in known))
-        blocks = [b for b in blocks if not b.key.startswith(new)]
-    names: set[str] = {key for keys in gather_objects({b.key for b in blocks}) for key in keys}
+        # an encoder that the checkpoint has nothing of is new, and keeps its initial weights
+        new = [prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in known)]
+        blocks = [b for b in blocks if not b.key.startswith(tuple(new))]
+    mine = {b.key for b in blocks}
+    names: set[str] = set().union(*gather_objects(mine))
     _refuse_difference(path, names, set(reader.keys()))
     with agreement():
         _fill(path, reader, blocks)

@@ -293,8 +293,9 @@ def _header(specs: list[TensorSpec]) -> bytes:
         header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape,
                              "data_offsets": [start, end]}
     if len(header) != len(specs) + 1:
-        raise ValueError(f"{next(n for n in header if [s.name for s in specs].count(n) > 1)}: "
-                         "would stand in one file twice")
+        names = [spec.name for spec in specs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice}: would stand in one file twice")
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % _ALIGNMENT_BYTES)
     return len(head).to_bytes(8, "little") + head

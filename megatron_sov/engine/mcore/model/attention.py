@@ -70,14 +70,16 @@ def first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
 def piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
                  device: torch.device) -> list[PieceBounds]:
     """Return the bounds of each local piece of a row, sent to the device together."""
-    lengths = [([end - start for _, start, end in documents],
-                [end - first for first, (_, _, end) in zip(first_keys(documents, window_tokens), documents,
-                                                           strict=True)]) for documents in spans]
-    flat = [list(accumulate(part, initial=0)) for both in lengths for part in both]
+    lengths: list[list[int]] = []  # of each piece those of queries, then those of keys
+    for documents in spans:
+        firsts = first_keys(documents, window_tokens)
+        lengths.append([end - start for _, start, end in documents])
+        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
+    flat = [list(accumulate(part, initial=0)) for part in lengths]
     sent = to_device(torch.tensor([bound for part in flat for bound in part], dtype=torch.int32), device)
     parts = sent.split([len(part) for part in flat])
-    return [PieceBounds(parts[2 * i], parts[2 * i + 1], max(queries), max(keys))
-            for i, (queries, keys) in enumerate(lengths)]
+    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
+            for i in range(0, len(lengths), 2)]
 
 
 def serves(query: torch.Tensor) -> bool:
@@ -425,10 +427,12 @@ class DocumentAttention(MegatronModule):
         """Return [tokens, heads, head_dim], a call for each length."""
         queries = _reordered(query, alike.order, alike.back).split(
             [count * length for count, length, _ in alike.groups])
-        keys, values = ((_reordered(whole, alike.order, alike.back) if alike.keys is None
-                         else whole.index_select(0, alike.keys)).split(
-                             [count * length for count, _, length in alike.groups])
-                        for whole in (key, value))
+        if alike.keys is None:
+            key, value = (_reordered(whole, alike.order, alike.back) for whole in (key, value))
+        else:
+            key, value = (whole.index_select(0, alike.keys) for whole in (key, value))
+        num_keys = [count * length for count, _, length in alike.groups]
+        keys, values = key.split(num_keys), value.split(num_keys)
         outputs = [attend_whole(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
                                 v.unflatten(0, (count, -1)), self.softmax_scale,
                                 self.kernel).flatten(0, 1)

@@ -346,8 +346,11 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if own_attention(config):
-        module = (LatentDocumentAttention if latent else
-                  SinkAttention if model.attention_sinks else DocumentAttention)
+        module: Any = DocumentAttention
+        if latent:
+            module = LatentDocumentAttention
+        elif model.attention_sinks:
+            module = SinkAttention
         attention.core_attention = ModuleSpec(module=module, params={
             "window_tokens": model.window_tokens(kind), "softcap": model.attention_softcap})
     if latent:

@@ -117,7 +117,14 @@ def split(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
         if wanted > 0:
             moved.add(main)
             wanted -= size
-    sides = ([{**group, "params": [p for p in group["params"] if (id(p) in moved) == there]}
-              for group in groups] for there in (False, True))
-    stays, moves = ([group for group in side if group["params"]] for side in sides)
+    stays: list[dict[str, Any]] = []
+    moves: list[dict[str, Any]] = []
+    for group in groups:
+        on_gpu = [p for p in group["params"] if id(p) not in moved]
+        on_host = [p for p in group["params"] if id(p) in moved]
+        # a group may be on one side alone, and torch takes none without parameters
+        if on_gpu:
+            stays.append({**group, "params": on_gpu})
+        if on_host:
+            moves.append({**group, "params": on_host})
     return stays, moves

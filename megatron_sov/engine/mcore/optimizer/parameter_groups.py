@@ -144,13 +144,14 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
 def rule_for(config: OptimConfig, key: str, dim: int) -> GroupRule:
     """Return the rule of the parameter `key` with `dim` axes."""
     is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_table(key)
-    rule = GroupRule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0,
-                     frozen=False)
+    # norms and biases are not decayed unless a group says so
+    usual_decay = config.weight_decay if dim > 1 else 0.0
+    rule = GroupRule(config.name if is_matrix else "adamw", 1.0, usual_decay, frozen=False)
     for group in config.groups:
-        if fnmatch.fnmatchcase(key, group.pattern):
+        if fnmatch.fnmatchcase(key, group.pattern):  # the last one that matches counts
+            decay = usual_decay if group.weight_decay is None else group.weight_decay
             rule = GroupRule((group.optimizer or config.name) if is_matrix else "adamw", group.lr_scale,
-                             group.weight_decay if group.weight_decay is not None else config.weight_decay
-                             if dim > 1 else 0.0, group.frozen)
+                             decay, group.frozen)
     return rule
 
 
