@@ -228,7 +228,7 @@ class Recorder:
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
-              gpu=gpu_settings.resolved(config, te),
+              gpu=gpu_settings.resolve_auto(config, te),
               inputs=[*provenance(sources), *([] if start is None else [_input(start)])],
               **({} if plan is None else {"plan": plan}),
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),

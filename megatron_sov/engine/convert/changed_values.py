@@ -44,7 +44,7 @@ def exported_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
     return planned_dtype(dtype, fp32, torch.float32 if own == torch.float64 else own)
 
 
-def converted(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
+def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
     """Return the tensor in `dtype`.
 
     Raises:

@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.engine.convert.changed_values import (
-    KEEP, check_dtype_name, check_space, converted, exported_dtype)
+    KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype)
 from megatron_sov.engine.convert.growing import open_weights
 from megatron_sov.engine.convert.hf_import import (
     carry, checked_source, copies_of, differing_copies, digest_of, ids_beside, plan_shards, split_conflict,
@@ -350,7 +350,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         bar.update(len(specs) - sum(map(len, missing.values())))
 
         def read(spec: TensorSpec) -> torch.Tensor:
-            tensor = converted(source.read(of[spec.name]), spec.dtype, checkpoint, spec.name)
+            tensor = convert_tensor(source.read(of[spec.name]), spec.dtype, checkpoint, spec.name)
             bar.update()
             return tensor
 

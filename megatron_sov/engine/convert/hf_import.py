@@ -27,7 +27,7 @@ from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.base.warning import warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS
 from megatron_sov.engine.convert.changed_values import (
-    KEEP, check_dtype_name, check_space, converted, planned_dtype)
+    KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype)
 from megatron_sov.engine.convert.peft import AdaptedWeights
 from megatron_sov.engine.convert.sources import PART, HfWeights, Weights, check_dtypes
 from megatron_sov.engine.mcore.checkpoint.assembling import StoredBlock
@@ -180,15 +180,15 @@ def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
             came up inside, which may be its consequence.
     """
     if isinstance(weights, AdaptedWeights):
-        with checked_source(weights.base, workers) as base, _checked(weights, workers, base) as check:
+        with checked_source(weights.base, workers) as base, _check_folder(weights, workers, base) as check:
             yield check
     else:
-        with _checked(weights, workers, None) as check:
+        with _check_folder(weights, workers, None) as check:
             yield check
 
 
 @contextlib.contextmanager
-def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
+def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
     """Check one folder's files; `base` is the check of what an adapter belongs to."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     found: dict[str, Future[str | None]] = {}
@@ -396,7 +396,8 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
 
         def read(spec: TensorSpec) -> torch.Tensor:
             link = links[spec.name]
-            parts = {name: converted(weights.read(name), spec.dtype, folder, name) for name in link.hf_names}
+            parts = {name: convert_tensor(weights.read(name), spec.dtype, folder, name) for name
+                     in link.hf_names}
             block: torch.Tensor = link.join(parts)
             bar.update()
             return block

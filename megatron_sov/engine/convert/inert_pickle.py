@@ -317,7 +317,7 @@ def read_index(raw: bytes) -> Index:
     try:
         metadata = fields(read(raw, in_index), METADATA, MCORE_METADATA)
         entries = text_keys(metadata["state_dict_metadata"])
-        stored = _stored(metadata["storage_data"])
+        stored = _read_stored(metadata["storage_data"])
         tensors: dict[str, Any] = {}
         num_objects = num_skipped = 0
         for key, value in entries.items():
@@ -332,7 +332,7 @@ def read_index(raw: bytes) -> Index:
     return {"tensors": tensors, "num_objects": num_objects, "num_skipped": num_skipped}
 
 
-def _stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
+def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
     """Return where each part of each tensor stands: [file, first byte, bytes]."""
     if not isinstance(value, list):
         raise ValueError("it does not say where tensors are stored")

@@ -13,8 +13,8 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import KEEP, Changed, check_dtype_name, exported_dtype
-from megatron_sov.engine.convert.peft import merged
-from megatron_sov.engine.convert.sources import check_exact, checked
+from megatron_sov.engine.convert.peft import merge_adapter
+from megatron_sov.engine.convert.sources import check_exact, check_whole_model
 from megatron_sov.engine.mcore.checkpoint.gather import Gatherer, in_order
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard, local_shards
@@ -80,7 +80,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             for link in by_key[key]:
                 target = exported_dtype(dtype, link.fp32, whole.dtype)
                 for name, tensor in _split(link, whole):
-                    yield name, (merged(tensor, changing[name], held, model.lora)
+                    yield name, (merge_adapter(tensor, changing[name], held, model.lora)
                                  if name in changing else tensor).to(target)
             held.clear()
     finally:
@@ -173,7 +173,7 @@ class LiveImport:
         """
         self._model.finish_param_gather()
         waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        for name, tensor in checked(weights, self._shapes):
+        for name, tensor in check_whole_model(weights, self._shapes):
             if name in self._extents:
                 _copy(self._regions[name], tensor.detach(), self._extents[name])
                 continue
@@ -189,7 +189,7 @@ class LiveImport:
     def changed(self, changed: Iterable[Changed]) -> None:
         """Write what has changed in every tensor of the model; arguments and errors as of `whole`."""
         self._model.finish_param_gather()
-        for name, found in checked(((one.name, one) for one in changed), self._shapes):
+        for name, found in check_whole_model(((one.name, one) for one in changed), self._shapes):
             if not len(found.values):
                 continue
             places = found.places.long()

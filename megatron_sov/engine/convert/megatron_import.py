@@ -163,12 +163,13 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
             if start + length_bytes > os.fstat(file.fileno()).st_size:
                 raise ValueError("the file ends before it does")
             with zipfile.ZipFile(_TensorWindow(file, start, length_bytes)) as archive:
-                return _found(path, file, start, archive, length_bytes)
+                return _locate_tensor(path, file, start, archive, length_bytes)
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
         raise ValueError(f"it is no archive of torch.save ({e})") from None
 
 
-def _found(path: Path, file: Any, start: int, archive: zipfile.ZipFile, length_bytes: int) -> DistTensor:
+def _locate_tensor(path: Path, file: Any, start: int, archive: zipfile.ZipFile,
+                   length_bytes: int) -> DistTensor:
     members = archive.infolist()
     if len(members) > MAX_MEMBERS or any(
             m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 or not 0 <= m.file_size <= length_bytes
@@ -502,7 +503,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     check_dtype_name(dtype)
     refuse_existing(out, KIND, overwrite)
     found = find_iteration(Path(folder))
-    stated, iteration = _stated(found)
+    stated, iteration = _read_statement(found)
     try:
         model = architecture(stated, family, overrides)
     except UserError as e:
@@ -516,7 +517,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     return ImportReport(iteration, num_padded_rows(weights), weights.tensors.num_skipped, model)
 
 
-def _stated(folder: Path) -> tuple[dict[str, Any], int | None]:
+def _read_statement(folder: Path) -> tuple[dict[str, Any], int | None]:
     """Return what a checkpoint says of its model, and its iteration."""
     iteration = iteration_of(folder)
     if (folder / RUN_CONFIG).is_file():

@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.warning import warn
-from megatron_sov.engine.convert.changed_values import converted
+from megatron_sov.engine.convert.changed_values import convert_tensor
 from megatron_sov.engine.convert.sources import FLOATS, CheckpointWeights, check_exact, newest_of_run
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.engine.mcore.checkpoint.writer import TensorFile, TensorSpec, write_file
@@ -196,7 +196,7 @@ def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> 
 
 # An adapter's checkpoint read as the model that it makes of its base: W + alpha / rank B A.
 
-def merged(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
+def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
            lora: LoraConfig) -> torch.Tensor:
     """Return a weight with its adapter inside, computed in float32 or the weight's own wider dtype.
 
@@ -262,7 +262,7 @@ class AdaptedWeights:
         if last is None or last[0] is not of:
             self._of_thread.last = None
             last = self._of_thread.last = (of, {key: self.reader.read(key) for key in of.shapes(self.lora)})
-        return merged(weight, self._places[name], last[1], self.lora)
+        return merge_adapter(weight, self._places[name], last[1], self.lora)
 
 
 def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
@@ -337,7 +337,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(of.key(tensor)))
                  for name, (of, tensor) in sorted(found.items())]
         write_file(artifact.path / WEIGHTS, specs,
-                   lambda spec: converted(read(spec.name), spec.dtype, checkpoint, spec.name))
+                   lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
         atomic_write(artifact.path / CONFIG, to_json(config))
         artifact.add_input(checkpoint, leaves=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
@@ -428,4 +428,4 @@ def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...])
     if theirs.dtype not in FLOATS or tuple(theirs.shape) != expected:
         raise UserError(f"{weights.path}: {name} is {theirs.dtype} {list(theirs.shape)}, and the base needs "
                         f"floating-point numbers {list(expected)}; was it trained on another model?")
-    return converted(theirs, theirs.dtype, weights.path, name)
+    return convert_tensor(theirs, theirs.dtype, weights.path, name)

@@ -369,7 +369,7 @@ class HfWeights:
             self.config = text_config(config)
             family = models.get(str(self.config.get("model_type")))
             reads_field = any(FIELD in item.names for item in family.config)
-            self._stored = _stored(self._shards, {} if reads_field else config)
+            self._stored = _stored_tensors(self._shards, {} if reads_field else config)
             """Name of each tensor -> how it stands in the folder."""
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
@@ -404,7 +404,7 @@ class HfWeights:
         return self._stored[name].read()
 
 
-def _stored(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
+def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return how each tensor of a folder's files stands there; `UserError` where one cannot be read."""
     made: dict[str, StoredTensor] = {**packed_weights(shards), **scaled_weights(config, shards)}
     parts = {part for tensor in made.values() for part in tensor.parts}
@@ -540,7 +540,7 @@ class Shaped(Protocol):
 _Tensor = TypeVar("_Tensor", bound=Shaped)
 
 
-def checked(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
+def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
             ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
     """Yield the tensors that a model has, in the order in which they come.
 

@@ -81,7 +81,7 @@ class MegatronEngine:
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = Decoding(decoder, cache, self._batching.prefill_tokens, mine, sampling.num_drafts)
-            while run.iterate() and not (bounds and collectives.said_by_first(bounds.should_stop())):
+            while run.iterate() and not (bounds and collectives.broadcast_from_first(bounds.should_stop())):
                 continue
         own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:

@@ -153,7 +153,7 @@ def _parts(block: LocalShard, std: float) -> Iterator[_InitPart]:
                         slice(column0, column0 + target.shape[1]), target[row:row + step], std)
 
 
-def given(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
+def make_fixed(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return a tensor that no random number enters, float64.
 
     Args:
@@ -211,7 +211,7 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
         elif rule == FAN_IN:
             normal.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
         elif rule in (SINUSOIDS, STEPS, DECAYS):
-            block.data.copy_(given(rule, block.global_shape))
+            block.data.copy_(make_fixed(rule, block.global_shape))
         elif rule in stds:
             normal.append((block, stds[rule]))
         else:

@@ -138,7 +138,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _stored(raw: Any, axes: int) -> StoredBlock:
+def _read_piece(raw: Any, axes: int) -> StoredBlock:
     """Return a piece of an index; ValueError where it is none of a tensor with so many axes."""
     block = StoredBlock(raw["file"], raw["name"], _sizes(raw["offset"]), _sizes(raw["shape"]))
     if not (isinstance(block.file, str) and isinstance(block.name, str)
@@ -158,7 +158,7 @@ class TensorReader(Assembled):
             raw = json.loads(file.read_text(encoding="utf-8"))
             shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
             dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            pieces = {k: [_stored(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
+            pieces = {k: [_read_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
             _refuse_foreign_paths(file, pieces)
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, "

@@ -16,7 +16,7 @@ from megatron.core.utils import get_model_config
 from megatron_sov.engine.mcore.model.gpu_settings import in_bf16
 from megatron_sov.engine.mcore.model.language_model import LanguageModel, ModelInputs, states_for_head
 from megatron_sov.engine.mcore.model.logprobs import Head, head_of
-from megatron_sov.engine.mcore.model.router import replayed
+from megatron_sov.engine.mcore.model.router import replay_routes
 from megatron_sov.engine.mcore.parallel import collectives, context
 
 
@@ -62,7 +62,7 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
     surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
                     if interleaved and forward_only else 0)
     fed = [*micro_batches, *[micro_batches[-1]] * surplus]
-    with replayed(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
+    with replay_routes(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
         routed = list(zip(fed, firsts, strict=True))
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,

@@ -243,7 +243,7 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
             "fp8_recipe": "tensorwise"}
 
 
-def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
+def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
     here = Here(te, config.model, config.parallel)
     own = own_attention_serves(te, config.parallel.cp, config.gpu.attention,

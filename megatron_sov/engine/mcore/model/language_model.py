@@ -295,7 +295,7 @@ class Chunk(GPTModel):
 
         Args:
             inputs: the row.
-            first_route: place of its first token in the table of routes (`replay.replayed`); None: routers
+            first_route: place of its first token in the table of routes (`router.replay_routes`); None: routers
                 choose.
         """
         if self.config.fine_grained_activation_offloading:

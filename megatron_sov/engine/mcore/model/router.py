@@ -87,7 +87,7 @@ class RouteTable:
 
 
 @contextlib.contextmanager
-def replayed(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[list[int | None]]:
+def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[list[int | None]]:
     """Have a model's routers choose as was recorded, within.
 
     Args:

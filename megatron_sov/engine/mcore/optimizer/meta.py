@@ -61,10 +61,10 @@ def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
 
     p = config.parallel
     with fake_world(p, num_ranks, stage * (num_ranks // p.pp)), torch.device("meta"):
-        return _held(build(config.model, p, config.train), p)
+        return _count_parameters(build(config.model, p, config.train), p)
 
 
-def _held(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
+def _count_parameters(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
     dense = experts = whole = 0
     for weight in model.parameters():
         if getattr(weight, "allreduce", True):
@@ -91,7 +91,7 @@ class MetaOptimizer:
     """Of the parameters of each chunk, in the order in which the library registers them."""
 
 
-def built(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
+def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
     """Return what a process holds, from the very modules and optimizers that training builds.
 
     Must run in a process that is in no process group and that computes on no GPU, as `meta.built_stage`.

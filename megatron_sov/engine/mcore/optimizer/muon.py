@@ -179,7 +179,7 @@ class MatrixExchange:
             dtype: what is sent.
         """
         for one in self._rounds:
-            sent = [_joined((read(n) for n in numbers if self._places[n].owned), dtype)
+            sent = [_join((read(n) for n in numbers if self._places[n].owned), dtype)
                     for numbers in one.sent]
             received = self._send(sent, [sum(p.size for p in held if p.owned) for held in one.held])
             wholes: dict[Matrix, torch.Tensor] = {}
@@ -192,7 +192,7 @@ class MatrixExchange:
                         wholes[m] = torch.empty(m.rows, m.columns, dtype=dtype, device=local_device())
                     place.of(wholes[m]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, whole) for matrix, whole in wholes.items()}
-            returned = [_joined((p.of(results[p.matrix]) for p in held), dtype) for held in one.held]
+            returned = [_join((p.of(results[p.matrix]) for p in held), dtype) for held in one.held]
             for numbers, flat in zip(one.sent,
                                      self._send(returned, [self._size(numbers) for numbers in one.sent]),
                                      strict=True):
@@ -216,7 +216,7 @@ class MatrixExchange:
         return list(received.split(counts))
 
 
-def _joined(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _join(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return all elements in a row, which may be none."""
     return torch.cat([torch.empty(0, dtype=dtype, device=local_device()), *(t.flatten() for t in tensors)])
 

@@ -38,7 +38,7 @@ def pieces(row_tokens: int) -> list[tuple[int, int]]:
         return [(0, row_tokens)]
     length = row_tokens // (2 * size())
     # the early piece attends to little and the late one to much: together every process does the same
-    return [(i * length, (i + 1) * length) for i in _held()]
+    return [(i * length, (i + 1) * length) for i in _own_pieces()]
 
 
 def local(row: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return values[positions]
     length = len(values) // 2
     piece, place = positions // length, positions % length
-    early, late = _held()
+    early, late = _own_pieces()
     found = values[torch.where(piece == late, place + length, place)]
     mine = (piece == early) | (piece == late)
     # zeros elsewhere make the sum over the group the one value that exists
@@ -95,7 +95,7 @@ def _group() -> Any:
     return parallel_state.get_context_parallel_group()
 
 
-def _held() -> tuple[int, int]:
+def _own_pieces() -> tuple[int, int]:
     rank = int(parallel_state.get_context_parallel_rank())
     return rank, 2 * size() - 1 - rank
 

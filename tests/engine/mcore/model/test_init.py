@@ -143,5 +143,5 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
         for result in per_rank:
             assert result["differing"] == [] and result["unset"] == [], layout
 
-    assert said == ("decoder.layers.0.mystery.weight: 0 rules of mcore/checkpoint/load.py match this tensor's "
-                    "name, needs exactly one")
+    assert said == ("decoder.layers.0.mystery.weight: 0 rules of mcore/checkpoint/load.py match this "
+                    "tensor's name, needs exactly one")

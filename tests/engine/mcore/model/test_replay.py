@@ -63,7 +63,7 @@ def routed() -> dict[str, Any]:
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_sov.engine.mcore.model.router import BalancedRouter, replayed
+    from megatron_sov.engine.mcore.model.router import BalancedRouter, replay_routes
 
     _, model = tiny_model("tiny-qwen3-moe", *SETTINGS, "model.num_layers=1", layout={})
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
@@ -73,7 +73,7 @@ def routed() -> dict[str, Any]:
     routes, padding = drawn_routes(SEQ_LEN, 1, 1), torch.arange(SEQ_LEN) == 7
     routes[2] = 255
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    with replayed(model.config, [None, routes]) as firsts:
+    with replay_routes(model.config, [None, routes]) as firsts:
         assert firsts == [None, 0]
         mask = step.table.mask(padding, torch.arange(SEQ_LEN)).T
         weights, chosen = router.routing(logits[:, None], mask)
