@@ -139,6 +139,8 @@ class SentWeights:
         if not self._is_whole:
             raise ValueError("the last weights were not sent to the end, so nobody knows what the engine "
                              "has; send all with `whole`")
+        # until the last tensor is out: an engine that got a part holds neither the old weights nor the new
+        # ones
         self._is_whole = False
         names = set(self._kept)
         for name, tensor in weights:

@@ -94,6 +94,8 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
 
         def finish(name: str, record: FileRecord) -> None:
             for check in checks:
+                # before the file counts as finished: a killed command would go on behind a file that was made
+                # from damaged ones
                 check.require(hf_name for spec in files[name] for hf_name in derived.needs(spec))
             artifact.finish(name, record)
 

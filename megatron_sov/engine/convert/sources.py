@@ -382,7 +382,7 @@ class HfWeights:
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
         self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
-        """Tensors of the folder that are others once more -> those that they equal (`convert.copies`)."""
+        """Tensors of the folder that are others once more -> the equal ones (`hf_import.check_copies`)."""
         copied = {name: self._shapes[other] for name, other in self.copies.items()}
         check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 

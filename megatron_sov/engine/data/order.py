@@ -101,6 +101,8 @@ class SampleOrder:
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
             s.taken = {}
         if self._rounds is not None and entry.is_round:  # any source may have the name
+            # a round's rows do not follow the ledger's weights: all of its documents are learned, whatever
+            # their number
             samples = self._of_round(entry, self._rounds)
         else:
             samples = [self._next_sample(entry.weights, entry.seq_len)

@@ -411,6 +411,7 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
+    # with a gate at the end the completion manifest waits for its verdict: chains look at that file alone
     end = stage.folder.complete if stage.end_gate is None else stage.folder.hold
     on_main(trainer.world, lambda: end({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),

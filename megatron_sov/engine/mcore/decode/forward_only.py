@@ -112,6 +112,7 @@ class ForwardModel:
         was_training = self.model.training
         self.model.eval()
         try:
+            # all rows are of one length: stages agree on the shape of what they send before the first arrives
             row_tokens = len(micro_batches[0].inputs.tokens)
             with in_bf16(self.config):
                 return run_pipeline(self.model.chunks, micro_batches, last_stage, row_tokens,

@@ -227,12 +227,12 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
     process count its own part of a split weight in the gradient norm.
 
     Defect of 0.16.1: the library marks experts only for expert parallel sizes above 1, so with ep = 1 and
-    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  It takes biases of experts'
-    second matrices for those of attention, whose gradients sequence parallelism sums over the tensor-parallel
-    group.  What is split it marks only while it initialises weights, which `init.py` does in its place, and
-    sinks, which are split by heads, never.  Transformer Engine marks its layers' weights, but since 2.13 not
-    those of grouped ones, the experts: the processes of a tensor-parallel group would compute different
-    norms, and clip differently.
+    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  It takes biases of
+    experts' second matrices for those of attention, whose gradients sequence parallelism sums over the
+    tensor-parallel group.  What is split it marks only while it initialises weights, which
+    `checkpoint.load` does in its place, and sinks, which are split by heads, never.  Transformer Engine
+    marks its layers' weights, but since 2.13 not those of grouped ones, the experts: the processes of a
+    tensor-parallel group would compute different norms, and clip differently.
     """
     for module in chunk.modules():
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
@@ -295,8 +295,8 @@ class Chunk(GPTModel):
 
         Args:
             inputs: the row.
-            first_route: place of its first token in the table of routes (`router.replay_routes`); None: routers
-                choose.
+            first_route: place of its first token in the table of routes (`router.replay_routes`); None:
+                routers choose.
         """
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()

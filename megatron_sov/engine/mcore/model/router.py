@@ -241,7 +241,7 @@ class BalancedRouter(TopKRouter):
         Args:
             logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
             padding_mask: [tokens, 1] bool, True = padding; None = none.  With a table of routes, more columns
-                may hold each token's place in it (`replay.RouteTable`).
+                may hold each token's place in it (`RouteTable`).
 
         Returns:
             weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.

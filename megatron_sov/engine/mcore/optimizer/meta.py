@@ -94,7 +94,7 @@ class MetaOptimizer:
 def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
     """Return what a process holds, from the very modules and optimizers that training builds.
 
-    Must run in a process that is in no process group and that computes on no GPU, as `meta.built_stage`.
+    Must run in a process that is in no process group and that computes on no GPU, as `built_stage`.
     """
     cpu_shims.prepare_without_gpu()
     import torch

@@ -183,6 +183,7 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
                               "node or its own")
     if problem:
         store.set("gpu/problem", f"rank {rank}: its GPU {problem}")
+    # the last rank to come says so: whoever is awake then has seen every problem that was set before
     if store.add("gpu/ranks", 1) == size:
         store.set("gpu/all", "seen")
     store.wait(["gpu/all"], timeout)
