@@ -52,7 +52,7 @@ def trained(seed: int, place: world.ParallelWorld, source: Source, folder: Path)
                                                                                                     Any]]]:
     """Return a trainer behind its usual steps, and the list that its attributions go to."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, f"train.seed={seed}"])
@@ -71,7 +71,7 @@ def trained(seed: int, place: world.ParallelWorld, source: Source, folder: Path)
 
 def update(trainer: Any) -> Any:
     """Do a step as the loop does."""
-    from megatron_sov.train.attribution import attribute
+    from megatron_sov.train.loop import attribute
 
     result = trainer.update()
     attribute(trainer)
@@ -98,7 +98,7 @@ def plant_data(trainer: Any, case: int) -> Callable[[dict[str, Any]], bool]:
 
 def world_value(mine: int, place: world.ParallelWorld, of_rank: int) -> int:
     """Return what one rank has, on all of them."""
-    from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+    from megatron_sov.engine.mcore.parallel.values import gather_objects
 
     return int(gather_objects(mine)[of_rank])
 

@@ -80,13 +80,12 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch.distributed as dist
 
     from megatron_sov.engine.mcore.checkpoint.save import Companions, Saved, Saver
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
     place = world.join(ParallelConfig())
     model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     for block in optimizer.state_shards():
         with torch.no_grad():

@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.batches import BatchStream
-from megatron_sov.engine.data.long_documents import LongDocuments
 from megatron_sov.engine.data.order import OrderState, SampleOrder
-from megatron_sov.engine.data.packing import PackedSegment, Row, best_fit, concatenate, cut
-from megatron_sov.engine.data.streams import WINDOW_DOCUMENTS
+from megatron_sov.engine.data.rows import BatchStream
+from megatron_sov.engine.data.streams import WINDOW_DOCUMENTS, PackedSegment, Row, best_fit, concatenate, cut
 from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.data.views import LongDocuments
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 
 NUM_SHARDS, DOCUMENTS_OF_A_SHARD = 4000, 250_000

@@ -55,7 +55,7 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     from megatron_sov.engine.mcore.parallel import device as determinism, world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe),

@@ -45,7 +45,6 @@ def models(folder: Path) -> tuple[Any, Any]:
     """Return a model of ours, and transformers' model of another draw."""
     from megatron_sov import convert, recipes
     from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.engines.hf import load_hf
@@ -54,10 +53,10 @@ def models(folder: Path) -> tuple[Any, Any]:
     config = apply_settings(recipes.get(RECIPE), SIZES)
     world.join(ParallelConfig())
     model = build(config.model, ParallelConfig(), config.train)
-    init.initialise(model, config.model, 2)
+    load.initialise(model, config.model, 2)
     load.save(folder / "checkpoint", model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     convert.to_hf(folder / "checkpoint", folder / "hf")
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     return model, load_hf(folder / "hf")
 
 

@@ -64,7 +64,7 @@ def main() -> None:
     from megatron_sov.infer.request import Sampling
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     torch.set_num_threads(1)

@@ -37,7 +37,7 @@ def make_step(config: RunConfig, place: world.ParallelWorld, source: Source, fol
               guarded: bool) -> Callable[[], None]:
     """Return one step of the training loop, as `train.loop` does it."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 
@@ -65,12 +65,12 @@ def make_step(config: RunConfig, place: world.ParallelWorld, source: Source, fol
 
 def time_comparison(config: RunConfig, place: world.ParallelWorld) -> float:
     """Return the seconds in which all processes compare their replicas once."""
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.model.replica_checks import differing_replicas
 
     model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     times = []
     for _ in range(5):
         start_s = time.perf_counter()

@@ -79,7 +79,7 @@ def config_of(tokens: int) -> RunConfig:
 def step(config: RunConfig, folder: Path) -> None:
     """Train one step and write what this process needed; runs on every rank."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     place = world.join(config.parallel)

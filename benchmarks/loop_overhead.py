@@ -64,7 +64,7 @@ def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, fold
                                                                                                       None]:
     """Return one step of the training loop, with its records."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 
@@ -95,14 +95,15 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
 
-    from megatron_sov.engine.mcore.model import init, pipeline
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.decode import forward_only
     from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.model.logprobs import head_of
     from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
     model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, config.train.seed)
+    load.initialise(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize
     ready = itertools.cycle(ready_batches(config, place, source))
@@ -120,7 +121,8 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
         optimizer.zero_grad()
         routing.aux_loss = {}
         row_tokens = config.train.micro_batch_size * SEQ_LEN
-        parts = pipeline.run(optimizer.wrapped, next(ready), loss, row_tokens, forward_only=False)
+        parts = forward_only.run_pipeline(optimizer.wrapped, next(ready), loss, row_tokens,
+                                          forward_only=False)
         optimizer.step(config.optim.lr)
         collectives.all_reduce_dp(torch.stack(parts).sum().double())
 

@@ -78,8 +78,8 @@ class Way:
 def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     """Return our way, its model and its optimizer."""
     from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.decode import forward_only
     from megatron_sov.engine.mcore.decode.forward_only import Inputs
-    from megatron_sov.engine.mcore.model import init, pipeline
     from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.model.logprobs import head_of
@@ -87,7 +87,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     from megatron_sov.engine.mcore.parallel.device import local_device
 
     model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize
@@ -101,7 +101,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
 
     def step() -> float:
         optimizer.zero_grad()
-        (found,) = pipeline.run(optimizer.wrapped, [batch], loss, TOKENS, forward_only=False)
+        (found,) = forward_only.run_pipeline(optimizer.wrapped, [batch], loss, TOKENS, forward_only=False)
         optimizer.step(config.optim.lr)
         return float(found)
 
@@ -153,7 +153,6 @@ def measure(turns: int) -> None:
     from megatron_sov import convert
     from megatron_sov.engine.convert.peft import to_peft
     from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
 
     full = apply_settings(recipes.get("tiny-qwen3"), SIZES)
@@ -162,7 +161,7 @@ def measure(turns: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build(full.model, full.parallel, full.train)
-        init.initialise(model, full.model, 1)
+        load.initialise(model, full.model, 1)
         load.save(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
         convert.to_hf(folder / "base", folder / "hf")
         generator = torch.Generator().manual_seed(0)

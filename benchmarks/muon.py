@@ -61,7 +61,7 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     torch.set_num_threads(1)

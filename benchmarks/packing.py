@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.data.packing import PackedSegment, best_fit
+from megatron_sov.engine.data.streams import PackedSegment, best_fit
 from megatron_sov.engine.mcore.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import apply_settings
 
@@ -67,12 +67,12 @@ def rows_of(held: Documents) -> list[list[int]]:
 
 def built(precision: str, cp: int = 1) -> Any:
     """Return a model with numbers in it."""
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
 
     config = apply_settings(recipes.get(RECIPE), [f"train.precision={precision}", f"parallel.cp={cp}"])
     model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     return model
 
 
@@ -116,7 +116,7 @@ def tell_speed(read: dict[str, int], seconds: dict[str, list[float]], tokens: in
 
 def measure_speed(held: Documents, turns: int) -> None:
     """Print a line for each way."""
-    from megatron_sov.engine.mcore.model import pipeline
+    from megatron_sov.engine.mcore.decode import forward_only
     from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
     from megatron_sov.engine.mcore.model.logprobs import head_of
     from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
@@ -134,7 +134,8 @@ def measure_speed(held: Documents, turns: int) -> None:
         return sums["lm"], sums["lm"].detach()
 
     def passed(way: str, batch: Any) -> None:
-        pipeline.run(optimizer.wrapped, [batch], loss, len(batch.inputs.tokens), forward_only=False)
+        forward_only.run_pipeline(optimizer.wrapped, [batch], loss, len(batch.inputs.tokens),
+                                  forward_only=False)
 
     seconds = timed(ways, turns, passed, lambda way: optimizer.zero_grad())
     tokens = sum(map(len, held))

@@ -147,7 +147,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     from megatron.core import parallel_state
 
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     place = world.join(config.parallel)

@@ -158,12 +158,12 @@ def said(layout: Drawn, stage: int, place: StatePlace) -> States:
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
     """Return what is built and what is said, for each layout; needs a process that has not imported
     megatron's groups yet."""
-    from megatron_sov.engine.mcore.optimizer.meta import built
+    from megatron_sov.engine.mcore.optimizer.meta import build_on_meta
 
     rows = []
     for number in numbers:
         layout = draw(number, seed)
-        made = built(layout.config, layout.num_ranks, layout.rank)
+        made = build_on_meta(layout.config, layout.num_ranks, layout.rank)
         rows.append({"number": number, "built": dataclasses.asdict(made.states), "said": dataclasses.asdict(
             said(layout, made.stage, made.place)), "stage": made.stage})
     return rows

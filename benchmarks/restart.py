@@ -66,11 +66,11 @@ def restarts(times: Times, work: Path) -> int:
     """Build, initialise and load in turns; returns the parameters."""
     from megatron_sov import recipes
     from megatron_sov.engine.data.token_shards import ShardChain, Source
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     write_shard(work)
@@ -84,7 +84,7 @@ def restarts(times: Times, work: Path) -> int:
         return Trainer(config, place, folder, [source], LanguageModelling, initial_weights=False)
 
     def make_weights(trainer: Any) -> None:
-        init.initialise(trainer.model, config.model, config.train.seed)
+        load.initialise(trainer.model, config.model, config.train.seed)
 
     first = built()
     make_weights(first)

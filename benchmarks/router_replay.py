@@ -40,7 +40,7 @@ def trained(tokens: Path, recipe: str, steps: int) -> tuple[Any, Any, list[list[
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [
@@ -81,7 +81,7 @@ def read(policy: Any, document: list[int], routes: np.ndarray | None) -> tuple[A
     last visits, in ascending order."""
     import torch
 
-    from megatron_sov.engine.data.routes import shape_of
+    from megatron_sov.engine.data.requirements import shape_of
     from megatron_sov.engine.mcore.decode.forward_only import Inputs
 
     batch = Inputs([document], torch.device("cpu"))

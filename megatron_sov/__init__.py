@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from megatron_sov.base.documents import Document, LeftOut
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine import convert
-    from megatron_sov.engine.data.columns import NeededColumn
+    from megatron_sov.engine.data.requirements import NeededColumn
     from megatron_sov.model import recipes
     from megatron_sov.model.config import RunConfig, apply_settings, from_dict
     from megatron_sov.model.families.family import Family
     from megatron_sov.runs.obs.events import read_events
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import (
         GlobalBatch, LossSums, Objective, per_source, with_denominators)
     from megatron_sov.version import __version__

@@ -41,7 +41,6 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
 
     prepare_megatron()
     from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
 
@@ -61,7 +60,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     world.join(config.parallel)
     try:
         model = build(config.model, config.parallel, config.train, config.gpu, config.lora, config.media)
-        init.initialise(model, config.model, 1)
+        load.initialise(model, config.model, 1)
         if likes:
             with torch.no_grad():  # states all point one way, and so do the rows of what it likes
                 model.chunks[0].embedding.word_embeddings.weight.add_(1.0)

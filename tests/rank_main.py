@@ -165,7 +165,7 @@ def warm(doubles: list[str]) -> None:
     sys.path[:0] = doubles  # megatron looks for the library while it is imported
     cpu_shims.prepare_megatron()
     from megatron_sov.engine.mcore.model import specs
-    from megatron_sov.train.objectives import lm  # noqa: F401  (ranks need it)
+    from megatron_sov.train.objectives import data_objective  # noqa: F401  (ranks need it)
     from megatron_sov.train.stages import stage  # noqa: F401  (ranks need it)
 
     if doubles:

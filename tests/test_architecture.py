@@ -83,7 +83,7 @@ CUT_ANYWHERE = {
     "megatron_sov/work/clusters/client.py": _PROGRAM, "megatron_sov/work/processes/background.py": _PROGRAM,
     "data_prep/mixture/search.py": _PROGRAM, "data_prep/synth/models.py": _PROGRAM,
     "data_prep/synth/generators/code.py": _PROGRAM, "data_prep/synth/generators/tools/worlds.py": _PROGRAM,
-    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/stages/planning.py": _SYSTEM,
+    "megatron_sov/work/sandbox/enclosures.py": _SYSTEM, "megatron_sov/train/recorder.py": _SYSTEM,
     "megatron_sov/work/sandbox/system_calls.py": _SYSTEM,
     "data_prep/curate/journey/telling.py": "text that is shown; ends of lines that differ are told",
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}

@@ -19,7 +19,7 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
                seed: int = 1) -> tuple[RunConfig, Any]:
     """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
     model with the initial weights of a seed."""
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
 
@@ -28,7 +28,7 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
         config = replace(config, parallel=ParallelConfig(**layout))
     world.join(config.parallel)
     model = build(config.model, config.parallel, config.train, config.gpu)
-    init.initialise(model, config.model, seed)
+    load.initialise(model, config.model, seed)
     return config, model
 
 
@@ -40,7 +40,7 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [*RUN, *settings])

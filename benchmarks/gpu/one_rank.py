@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_sov.engine.data.rows import PackedRow
-from megatron_sov.engine.mcore.model import init
+from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import build
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
@@ -21,7 +21,7 @@ from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.guards.fault_injection import Faults
-from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.objectives.microbatch import from_row
 from megatron_sov.train.objectives.objective import GlobalBatch
 
@@ -38,7 +38,7 @@ class OneRank:
         self.config = config
         self.world = world.join(config.parallel)
         self.model = build(config.model, config.parallel, config.train, config.gpu)
-        init.initialise(self.model, config.model, config.train.seed)
+        load.initialise(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize

@@ -59,14 +59,14 @@ def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
              window: int) -> torch.Tensor:
     """Return what our own attention gives, by torch's kernel for rows of several documents."""
-    from megatron_sov.engine.mcore.model import varlen
+    from megatron_sov.engine.mcore.model import attention
 
     spans = [(a, a, b) for a, b in itertools.pairwise(bounds)]
-    [piece] = varlen.piece_bounds([spans], window, q.device)
-    first = varlen.first_keys(spans, window)
+    [piece] = attention.piece_bounds([spans], window, q.device)
+    first = attention.first_keys(spans, window)
     keys, values = (torch.cat([t[start:end] for start, (_, _, end) in zip(first, spans, strict=True)])
                     for t in (k, v))
-    return varlen.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
+    return attention.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
 
 
 def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int],

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
+from megatron_sov.engine.mcore.parallel.values import broadcast_object
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Sampling, StopRule, Tokens
 from megatron_sov.judge.tools.episode import GeneratedTurn

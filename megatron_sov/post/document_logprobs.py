@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from megatron_sov.base.documents.shard_files import RouteShape
-from megatron_sov.engine.data.batches import rows_per_micro_batch
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.packing import PackedSegment, Row, best_fit
-from megatron_sov.engine.data.rows import join_rows, sample_row
+from megatron_sov.engine.data.rows import join_rows, rows_per_micro_batch, sample_row
+from megatron_sov.engine.data.streams import PackedSegment, Row, best_fit
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
@@ -23,6 +22,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 
 if TYPE_CHECKING:
     from megatron_sov.engine.data.token_shards import Documents
+
 
 MICRO_BATCHES = 8
 """Those of a process that are passed through the model at a time."""

@@ -19,23 +19,22 @@ import torch
 from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.as_text import TEXT, as_text
-from megatron_sov.engine.data.columns import NeededColumn
+from megatron_sov.engine.data.requirements import NeededColumn
 from megatron_sov.engine.data.rounds import SOURCE
 from megatron_sov.engine.data.token_shards import TEXTS, Source, open_sources
-from megatron_sov.engine.mcore.model.attention import SharedPrompts
+from megatron_sov.engine.data.views import TEXT, as_text
+from megatron_sov.engine.mcore.model.attention import SharedPrompts, Span
 from megatron_sov.engine.mcore.model.gpu_settings import own_attention_serves
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.model.specs import PRECISION, uses_transformer_engine
-from megatron_sov.engine.mcore.model.varlen import Span
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.parts.policy_loss import PolicyLoss
 from megatron_sov.post.parts.responses import learned, responses_of
+from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
 
 KNOWLEDGE = "knowledge"
 MOST_CLIPPED, MOST_ENGINE_KL = 0.05, 0.05

@@ -17,19 +17,19 @@ from collections.abc import Mapping
 import torch
 
 from megatron_sov.base.documents.records import DESIRABLE
-from megatron_sov.engine.data.columns import NeededColumn
+from megatron_sov.engine.data.requirements import NeededColumn
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.engine.mcore.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.post import reference
 from megatron_sov.post.parts import preferences
 from megatron_sov.post.parts.responses import Responses, learned, responses_of
+from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
 
 ADVANTAGE, SHARE = "advantage", "group_share"
 """Columns of groups: where a response stands in its group, and 1 / responses of the group."""

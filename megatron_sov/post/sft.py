@@ -20,10 +20,10 @@ from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.parts.responses import learned
+from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, segments
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}

@@ -11,18 +11,19 @@ import numpy as np
 import torch
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.mcore.decode import forward_only
 from megatron_sov.engine.mcore.decode.forward_only import split_depths
-from megatron_sov.engine.mcore.model import pipeline, replica_checks
+from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.logprobs import head_of
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.compute_timer import ComputeClock
-from megatron_sov.engine.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.engine.mcore.parallel.rng import reseed
+from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.guards.fault_injection import Faults
+from megatron_sov.train.guards.guards import ComputeClock
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
 
@@ -92,10 +93,12 @@ class Computation:
         if self._config.guards.attribute:
             self.own = self._own(parts, objective, self._own_gradients)
         names = meters_of(objective)
+        # a stage without losses sends zeros of the same length, or the sum over ranks would not fit
         size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
+        # behind the finite check: these are counts, and the same on every stage
         local = torch.cat([local, _replayed(batch.micro_batches)])
         total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
                        {**self._shapes(objective), ROUTES: (2,)})
@@ -111,6 +114,7 @@ class Computation:
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         reseed(self._config.train.seed, step - 1)
         self._unsynced(batch, batch.micro_batches[:count], objective)
+        # the first turn is sound; a fault on purpose comes in a later one, so that the turns differ
         if turn:
             self._miscompute(step)
         self._expert_load.forget()
@@ -145,7 +149,6 @@ class Computation:
         return int(replica_checks.checksum(replica_checks.gradients(self._model)))
 
     def _shapes(self, objective: Objective) -> Shapes:
-        """Return how the sums of a micro-batch lie in one flat tensor."""
         return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
                 METERS: (len(meters_of(objective)), 2)}
 
@@ -160,13 +163,15 @@ class Computation:
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             head = head_of(self._model, self._config.train.head_chunk_tokens)
             sums = objective.loss(split_depths(hidden, self._config.model.num_mtp_layers), head, micro_batch)
+            # in float64 for the log; the graph keeps the dtype of the losses
             values = {term: sums.terms[term].detach().double() * factor for term in terms}
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)
             return total * factor, pack({**values, BY_SOURCE: sums.by_source, METERS: _meters(sums, meters)})
 
         self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
-        return pipeline.run(self._optimizer.wrapped, micro_batches, loss, row_tokens, forward_only=False)
+        return forward_only.run_pipeline(self._optimizer.wrapped, micro_batches, loss, row_tokens,
+                                         forward_only=False)
 
     def _own_part_done(self) -> None:
         """Note that this process has its gradients, and now waits for those of others."""

@@ -13,14 +13,14 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
-from megatron_sov.base.errors import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.token_shards import Source, provenance
 from megatron_sov.engine.mcore.checkpoint.save import Saved
@@ -29,7 +29,10 @@ from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.plan.calibration.expected import Machine, expected
+from megatron_sov.plan.footprint import kept
 from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.gpu_driver import open_meter
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.obs.events import EVENTS, EventLog
@@ -37,12 +40,72 @@ from megatron_sov.runs.obs.exporters import Trackers
 from megatron_sov.runs.obs.history import BY_SETTING
 from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.telemetry import Telemetry
+from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.restoring import StepResult, TrainState
 from megatron_sov.train.stages.evaluate import HeldoutLoss
-from megatron_sov.train.stages.planning import device_name
 from megatron_sov.work.clusters.chips import of_device
 from megatron_sov.work.progress.progress_bar import ProgressBar
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave."""
+
+    loss: float
+    """Total loss: coefficients times normalised terms."""
+    losses: dict[str, float]
+    """Term -> normalised loss."""
+    losses_by_source: dict[str, float]
+    """Source -> mean loss of its targets in this batch."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Learning rate of the step."""
+    num_tokens: int
+    """Tokens of the batch."""
+    phase: str
+    """Phase of the curriculum."""
+    padding_share: float
+    """Part of the batch that was padding."""
+    seq_len: int
+    """Tokens of a sample."""
+    seconds: float = field(default=0.0)
+    """Wall time of the step."""
+    meters: dict[str, float] = field(default_factory=dict)
+    """Meter of the objective -> its mean over the batch."""
+
+
+# The plan that a run keeps: what its settings predict on the machine that it finds itself on.
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def keep_plan(config: RunConfig, num_ranks: int, run: Path, memory_before_bytes: int) -> int | None:
+    """Keep a run's plan beside its events; returns its number, or None where it cannot be made: no run fails
+    for its plan.
+
+    Args:
+        config: the run's settings.
+        num_ranks: processes.
+        run: its folder.
+        memory_before_bytes: what this process had of the host's memory before its model was built.
+    """
+    try:
+        machine = Machine(device_name(), on_gpu(), torch.get_num_threads(), memory_before_bytes)
+        return kept.keep(run, expected(config, num_ranks, machine))
+    except (UserError, ArithmeticError, AssertionError, LookupError, ValueError, TypeError) as e:
+        warn(f"{run / PLAN}: no plan is kept ({e})")
+        return None
+
+
+def device_name() -> str:
+    """Return what this machine's GPUs, or its processor, call themselves."""
+    if on_gpu():
+        return str(torch.cuda.get_device_name())
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
+
 
 # How well a step used its machine: model FLOPs, their share of the GPU's peak, memory.
 
@@ -97,13 +160,11 @@ class Efficiency:
         return math.nan if self._meter is None else self._meter.total_j()
 
     def close(self) -> None:
-        """Ask the driver no more."""
         if self._meter is not None:
             self._meter.close()
 
 
 def _own_uuid() -> str:
-    """Return CUDA's name for this process's GPU."""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
@@ -166,7 +227,7 @@ class Recorder:
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
-              gpu=gpu_settings.resolved(config, te),
+              gpu=gpu_settings.resolve_auto(config, te),
               inputs=[*provenance(sources), *([] if start is None else [_input(start)])],
               **({} if plan is None else {"plan": plan}),
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
@@ -179,7 +240,6 @@ class Recorder:
             self._progress = ProgressBar(self._num_steps, step, config.recipe)
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step (1-based) is recorded."""
         return step % self._config.train.log_every_steps == 0 or step == self._num_steps
 
     def step(self, done: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
@@ -259,7 +319,6 @@ class Recorder:
                              if over_long else {}))
 
     def saved(self, saved: Saved) -> None:
-        """Tell of a checkpoint that is complete."""
         self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
                           save_s=saved.save_s, stall_s=saved.stall_s)
 
@@ -307,7 +366,6 @@ class Recorder:
         self.events.write("stop", step=step, reason=reason or "another process was asked to stop")
 
     def ended(self, step: int, wall_s: float, final_loss: float | None) -> None:
-        """Tell that there is no more to train."""
         self.events.write("run_end", step=step, wall_s=wall_s, final_loss=final_loss)
         if self._progress is not None:
             self._progress.close()

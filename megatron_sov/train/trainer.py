@@ -18,9 +18,10 @@ import torch._dynamo  # torch would import it with the first optimizer: here, fo
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model import init, replica_checks
+from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import LanguageModel, build
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
@@ -35,26 +36,20 @@ from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
-from megatron_sov.train.checkpointer import Checkpointer
+from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_encoders
 from megatron_sov.train.computation import Computation, StepSums
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.objectives.data_batches import DataBatches
-from megatron_sov.train.objectives.encoder_weights import start_encoders
+from megatron_sov.train.objectives.data_batches import DataBatches, ObjectiveContext
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, Objective, columns_of, doubt_of, is_comparable, parts_of, refuse_nothing_learned)
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
-from megatron_sov.train.recorder import Recorder, peak_memory
-from megatron_sov.train.restoring import StepResult, TrainState
-from megatron_sov.train.side_jobs.garbage import Garbage
-from megatron_sov.train.side_jobs.profiling import Profiling
-from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.recorder import Recorder, StepResult, keep_plan, peak_memory
+from megatron_sov.train.side_jobs.side_jobs import Garbage, Profiling, SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of
 from megatron_sov.train.stages.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.stages.feed import Feed
 from megatron_sov.train.stages.gate import Gate
-from megatron_sov.train.stages.planning import keep_plan
 from megatron_sov.train.stopping import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
@@ -126,7 +121,6 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
         return self.state.step
 
     @property
@@ -143,7 +137,6 @@ class Trainer:
 
     @property
     def events(self) -> EventLog:
-        """The run's events."""
         return self.recorder.events
 
     def _write_event(self, event: str, **fields: Any) -> None:
@@ -165,7 +158,6 @@ class Trainer:
         self._continued_from = path.name
 
     def start_from(self, path: Path) -> None:
-        """Start from the weights of another run's checkpoint."""
         self.checkpointer.load_weights(path)
         start_encoders(self.model, self.config)
         self.optimizer.sync_master_weights()
@@ -215,8 +207,8 @@ class Trainer:
         """
         start = time.monotonic()
         step, guard = self.state.step, self.guards.step_guard
-        # random numbers are a function of (seed, step): a resumed run draws what the run that
-        # was left alone draws
+        # random numbers are a function of (seed, step): a resumed run draws what the run that was left alone
+        # draws
         reseed(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
@@ -257,7 +249,6 @@ class Trainer:
             seq_len=batch.seq_len, seconds=time.monotonic() - start, meters=sums.meters)
 
     def loss_of(self, sums: StepSums, batch: GlobalBatch) -> tuple[float, dict[str, float]]:
-        """Return the loss of a batch, and that of each of its terms."""
         losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}
         return sum(self.objective.coefficients[t] * value for t, value in losses.items()), losses
 
@@ -359,7 +350,7 @@ class Trainer:
 
 def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
     """Give a model its initial weights; without them those of new adapters and encoders alone."""
-    init.initialise(model, config.model, config.train.seed,
+    load.initialise(model, config.model, config.train.seed,
                     only="" if initial_weights else (PREFIX, *ENCODERS))
     if initial_weights:
         start_encoders(model, config)

@@ -41,7 +41,7 @@ def runs(data: str, folder: str) -> dict[str, int]:
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.guards.fault_injection import parse
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     def run(name: str, settings: tuple[str, ...], faults: tuple[str, ...] = ()) -> int:

@@ -33,7 +33,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     from megatron_sov.runs.checkpoints import damage
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.runs.obs.events import read_events
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = apply_settings(recipes.get("tiny-solar-open"),

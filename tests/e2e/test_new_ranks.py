@@ -15,7 +15,7 @@ from megatron_sov.base.artifacts import read_manifest
 SETTINGS = ("train.steps=2", "train.async_save=false", "train.eval_every_steps=0", "optim.eps=1e-3",
             "train.deterministic=true")
 OWN = '''
-from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.data_objective import LanguageModelling
 
 class Own(LanguageModelling):
     """Of a file that a person names."""

@@ -33,8 +33,8 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     import torch
 
     from megatron_sov import recipes
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -46,7 +46,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
         model = build(config.model, parallel, config.train)
-        init.initialise(model, config.model, 1)
+        load.initialise(model, config.model, 1)
         policy = ForwardModel(model, 50)
         engine = MegatronEngine(policy, Batching(2, 5))
         written = engine.generate(PROMPTS, Sampling(NEW)).continuations

@@ -20,7 +20,7 @@ from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",

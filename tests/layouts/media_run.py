@@ -22,7 +22,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.omni.media.placed import Media, PlacedMedia, place_media
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
 IMAGE_PAD, AUDIO_PAD = 5, 6

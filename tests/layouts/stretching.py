@@ -20,10 +20,10 @@ from megatron_sov.engine.mcore.model.language_model import ModelInputs
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives, world
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.objectives.lm import LanguageModelling
+from megatron_sov.train.objectives.data_batches import ObjectiveContext
+from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
 

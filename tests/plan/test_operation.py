@@ -260,7 +260,6 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.engine.mcore.parallel import world
@@ -271,7 +270,7 @@ def written(folder: str, case: str) -> dict[str, Any]:
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
     world.join(parallel)
     model = build(config.model, parallel, config.train, config.gpu, lora=config.lora)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
     path = Path(folder) / "step-1"

@@ -239,7 +239,8 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     """Return the bytes that a model's attention keeps once it has read a sequence."""
     import torch
 
-    from megatron_sov.engine.mcore.model import init, kv_cache
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model import kv_cache
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import TrainConfig
@@ -247,7 +248,7 @@ def kept_by_a_decoder(recipe: str, tokens: int) -> int:
     world.join(ParallelConfig())
     config = recipes.get(recipe)
     model = build(config.model, ParallelConfig(), TrainConfig(precision="fp32"))
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     model.eval()
     with kv_cache.keep(model, kv_cache.CacheSize(1, tokens - 1)) as layers, torch.no_grad():
         row = kv_cache.read_row([kv_cache.CacheSpan(0, 0, list(range(tokens - 1)))], tokens - 1,

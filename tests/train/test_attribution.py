@@ -22,7 +22,7 @@ SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
 
 def update(trainer: Any) -> Any:
     """Do a step as the loop does."""
-    from megatron_sov.train.attribution import attribute
+    from megatron_sov.train.loop import attribute
 
     result = trainer.update()
     attribute(trainer)

@@ -109,7 +109,7 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
     """Write token shards once more, with drawn routes of so many of their tokens."""
-    from megatron_sov.engine.data.routes import shape_of
+    from megatron_sov.engine.data.requirements import shape_of
 
     shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")

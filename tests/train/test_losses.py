@@ -21,8 +21,8 @@ from megatron_sov.model.config import IdBlock, apply_settings
 prepare_megatron()
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
+from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.objectives.data_objective import MTP, DataObjective  # noqa: E402
-from megatron_sov.train.objectives.lm import LanguageModelling  # noqa: E402
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row  # noqa: E402
 from megatron_sov.train.objectives.objective import (  # noqa: E402
     GlobalBatch, LossSums, parts_of, per_source, refuse_nothing_learned, total_loss)

@@ -20,9 +20,9 @@ from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.recorder import Efficiency, Recorder, peak_tflops
-from megatron_sov.train.restoring import StepResult, TrainState
+from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, peak_tflops
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 # Figures of a step's efficiency.

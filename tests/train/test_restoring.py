@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 def found(run: RunFolder, place: Any, **options: int) -> str | None:
     """Return the name of the checkpoint to go on from."""
-    from megatron_sov.train.restoring import newest_sound
+    from megatron_sov.train.checkpointer import newest_sound
 
     checkpoint = newest_sound(run, place, **options)
     return checkpoint.name if checkpoint is not None else None
@@ -101,8 +101,7 @@ def synced(run: str) -> dict[str, Any]:
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.checkpointer import Checkpointer
-    from megatron_sov.train.restoring import TrainState
+    from megatron_sov.train.checkpointer import Checkpointer, TrainState
 
     config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
     folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)

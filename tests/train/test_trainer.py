@@ -19,7 +19,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.runs.obs.events import EVENTS, read_events
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get("tiny-solar-open"), [

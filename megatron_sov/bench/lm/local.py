@@ -81,7 +81,7 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
     answers are kept.
     """
     if running.engine == MEGATRON:
-        from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
+        from megatron_sov.engine.mcore.parallel.values import broadcast_object
         from megatron_sov.infer.decoder.generator import MegatronEngine
 
         def on_ranks(loaded: Loaded) -> bool:

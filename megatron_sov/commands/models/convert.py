@@ -369,9 +369,9 @@ def _from_peft(args: FromPeftOptions) -> int:
 def _average(args: AverageOptions) -> int:
     _begin(args)
     from megatron_sov.engine import convert
-    from megatron_sov.engine.convert.averaging import chosen
+    from megatron_sov.engine.convert.averaging import choose_checkpoints
 
-    found = chosen(args.run, args.last, (args.from_step, args.to_step), args.weights,
+    found = choose_checkpoints(args.run, args.last, (args.from_step, args.to_step), args.weights,
                    args.decay)
     convert.average(found, args.out, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
     print(f"wrote checkpoint {args.out}, the mean of {len(found)}")

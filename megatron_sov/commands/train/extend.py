@@ -33,7 +33,7 @@ def run(typed: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.post.extend.stages import planned_stages
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import formats_of
 
     stages = planned_stages(request, args.start_from, args.run, args.nproc,

@@ -25,7 +25,7 @@ def run(typed: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     objective = factory(parsed.config, LanguageModelling)

@@ -17,7 +17,7 @@ import torch
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest, refuse_existing
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert.changed_values import KEEP, converted
+from megatron_sov.engine.convert.changed_values import KEEP, convert_tensor
 from megatron_sov.engine.convert.growing import Derived, Opened, write_derived
 from megatron_sov.engine.convert.hf_import import planned_files
 from megatron_sov.engine.convert.peft import AdaptedWeights, checkpoint_weights
@@ -50,8 +50,8 @@ def weights_of(count: int, kind: str, decay: float) -> list[float]:
     return [decay ** (count - 1 - i) for i in range(count)]
 
 
-def chosen(run: Path, last: int | None, steps: Sequence[int | None] = (None, None), kind: str = "uniform",
-           decay: float = 0.5) -> list[tuple[Path, float]]:
+def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] = (None, None),
+                       kind: str = "uniform", decay: float = 0.5) -> list[tuple[Path, float]]:
     """Return a run's complete checkpoints that are averaged, and their weights.
 
     Args:
@@ -68,8 +68,9 @@ def chosen(run: Path, last: int | None, steps: Sequence[int | None] = (None, Non
     first, end = steps
     found = [path for path in complete(run / CHECKPOINTS_OF_A_RUN)
              if (first is None or step_of(path) >= first) and (end is None or step_of(path) <= end)]
-    bounds = "" if first is None and end is None else (
-        f" between steps {'0' if first is None else first} and {'the last' if end is None else end}")
+    bounds = ""
+    if first is not None or end is not None:
+        bounds = f" between steps {first or 0} and {'the last' if end is None else end}"
     if last is not None and not 2 <= last <= len(found):
         raise UserError(f"--last {last}: must be at least 2, and at most the {len(found)} complete "
                         f"checkpoints of {run}{bounds}")
@@ -106,7 +107,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     """
     out = Path(out)
     refuse_existing(out, KIND, overwrite)
-    paths = [_found(path) for path, _ in checkpoints]
+    paths = [_find_start(path) for path, _ in checkpoints]
     weights = _checked_weights(paths, [weight for _, weight in checkpoints])
     sources = [checkpoint_weights(path) for path in paths]
     links = {block_name(link.key, link.offset): link for link in sources[0].links}
@@ -133,7 +134,7 @@ def mean_block(sources: Sequence[Opened], weights: Sequence[float], link: Link,
     out = torch.empty(link.block_shape, dtype=dtype)
     flat, done = out.view(-1), 0
     for offset, extent in _slabs(link):
-        mean = _mean((converted(source.read_stored(link.key, offset, extent), torch.float64, source.path,
+        mean = _mean((convert_tensor(source.read_stored(link.key, offset, extent), torch.float64, source.path,
                                 link.key)
                       for source in sources if isinstance(source, CheckpointWeights)), weights)
         flat[done:done + mean.numel()] = mean.view(-1)
@@ -144,7 +145,7 @@ def mean_block(sources: Sequence[Opened], weights: Sequence[float], link: Link,
 def _mean_of_adapted(sources: Sequence[Opened], weights: Sequence[float], name: str) -> torch.Tensor:
     if not any(source.files_of(name) for source in sources):  # no adapter changes it
         return sources[0].read(name)
-    return _mean((converted(source.read(name), torch.float64, source.path, name) for source in sources),
+    return _mean((convert_tensor(source.read(name), torch.float64, source.path, name) for source in sources),
                  weights).to(sources[0].dtype(name))
 
 
@@ -167,7 +168,7 @@ def _slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
                (*link.extent[:axis], rows, *link.extent[axis + 1:]))
 
 
-def _found(path: Path) -> Path:
+def _find_start(path: Path) -> Path:
     refuse_missing(path)
     return find_checkpoint(path)
 

@@ -18,8 +18,7 @@ import torch
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.runs.obs.figures import size
 
-# What conversion asks of values: finite numbers that fit the dtype they are written in,
-# and room on the disk.
+# What conversion asks of values: finite numbers that fit the dtype they are written in, and room on the disk.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
@@ -45,7 +44,7 @@ def exported_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
     return planned_dtype(dtype, fp32, torch.float32 if own == torch.float64 else own)
 
 
-def converted(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
+def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -> torch.Tensor:
     """Return the tensor in `dtype`.
 
     Raises:
@@ -99,7 +98,6 @@ class Changed:
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes that are sent of it."""
         return int(self.places.nbytes + self.values.nbytes)
 
     def coordinates(self) -> tuple[torch.Tensor, ...]:
@@ -141,6 +139,8 @@ class SentWeights:
         if not self._is_whole:
             raise ValueError("the last weights were not sent to the end, so nobody knows what the engine "
                              "has; send all with `whole`")
+        # until the last tensor is out: an engine that got a part holds neither the old weights nor the new
+        # ones
         self._is_whole = False
         names = set(self._kept)
         for name, tensor in weights:

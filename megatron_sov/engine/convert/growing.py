@@ -20,9 +20,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegative, ProblemCode, SettingsError, SettingsProblem, check, find_broken, name_options)
 from megatron_sov.engine.convert.changed_values import KEEP, check_space
-from megatron_sov.engine.convert.hf_import import checked_source, index_of, planned_files
+from megatron_sov.engine.convert.hf_import import (
+    checked_source, digest_of, index_of, planned_files, write_files)
 from megatron_sov.engine.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
-from megatron_sov.engine.convert.shard_writer import digest_of, write_files
 from megatron_sov.engine.convert.sources import PART, CheckpointWeights, HfWeights, Weights, newest_of_run
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import block_name, write_index
 from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
@@ -94,6 +94,8 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
 
         def finish(name: str, record: FileRecord) -> None:
             for check in checks:
+                # before the file counts as finished: a killed command would go on behind a file that was made
+                # from damaged ones
                 check.require(hf_name for spec in files[name] for hf_name in derived.needs(spec))
             artifact.finish(name, record)
 
@@ -139,7 +141,6 @@ def opened_source(checkpoint: Path, out: Path, overwrite: bool) -> Opened:
 
 
 def block_of(source: Opened, link: Link) -> torch.Tensor:
-    """Return a block of the smaller model."""
     block: torch.Tensor = link.join({name: source.read(name) for name in link.hf_names})
     return block
 
@@ -177,12 +178,9 @@ def write_grown(source: Opened, out: Path, model: ModelConfig, growth: Growth,
 # A dense model becomes one with experts that computes the same, to go on from.
 #
 # Experts are copies of the dense feed-forward network (sparse upcycling, arXiv 2212.05055); with a
-# granularity
-# of G each is a G-th of it, and rows of the router are equal in groups of G, so that a token that chooses
-# one
-# shard of a copy chooses them all (virtual groups, arXiv 2410.07524).  Before any noise the model's output
-# is
-# the dense one's.
+# granularity of G each is a G-th of it, and rows of the router are equal in groups of G, so that a token that
+# chooses one shard of a copy chooses them all (virtual groups, arXiv 2410.07524). Before any noise the
+# model's output is the dense one's.
 
 UPCYCLED = "upcycled"
 """What a manifest's content says of it."""
@@ -344,9 +342,8 @@ class _Shards:
 # A model with more layers than the one that it is made from: whole layers are repeated.
 #
 # `stack` repeats the whole trunk (stacking, arXiv 2405.15319), `interleave` each layer behind itself (block
-# expansion, arXiv 2401.02415).  With `identity` what repeated layers write to the residual is zero, so that
-# the
-# model computes what it did, and these layers learn from there.
+# expansion, arXiv 2401.02415). With `identity` what repeated layers write to the residual is zero, so that
+# the model computes what it did, and these layers learn from there.
 
 How = Literal["stack", "interleave"]
 DEEPENED = "deepened"
@@ -412,7 +409,6 @@ class _Repeated:
         return self._shallow[key, link.offset]
 
     def block(self, link: Link) -> torch.Tensor:
-        """Return a copy, or zeros of what a repeated layer writes to the residual."""
         made = block_of(self._source, self.origin(link))
         is_silent = self._identity and self._is_repeated(link) and link.key.endswith(WRITES)
         return torch.zeros_like(made) if is_silent else made

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,13 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
 from megatron_sov.engine.convert import DEFAULT_WORKERS
 from megatron_sov.engine.convert.changed_values import (
-    KEEP, check_dtype_name, check_space, converted, planned_dtype)
-from megatron_sov.engine.convert.copies import check_copies
+    KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype)
 from megatron_sov.engine.convert.peft import AdaptedWeights
-from megatron_sov.engine.convert.shard_writer import digest_of, plan_shards, write_files
 from megatron_sov.engine.convert.sources import PART, HfWeights, Weights, check_dtypes
 from megatron_sov.engine.mcore.checkpoint.assembling import StoredBlock
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
-from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.engine.mcore.checkpoint.writer import Reader, TensorSpec, write_file
 from megatron_sov.model import families as models
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.family import TokenIds
@@ -42,6 +41,90 @@ from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed
 from megatron_sov.runs.checkpoints import (
     ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
 from megatron_sov.work.progress.resumable import resumable_artifact
+
+# Tensors that stand twice in a Hugging Face folder: a prediction layer behind the trunk has embedding
+# and head once more, under names of its own. A checkpoint holds each once.
+
+def copies_of(weights: Weights) -> dict[str, str]:
+    """Return name -> the tensor that it equals, of all that are written a second time."""
+    return models.get(weights.model.family).copies_in(weights.model)
+
+
+def differing_copies(folder: HfWeights) -> list[str]:
+    """Return those that a folder has and that differ, in one bit or in the dtype, from what they are a copy
+    of; two tensors are in memory at a time."""
+    return [name for name, other in folder.copies.items() if not _same_bits(folder.read(name),
+                                                                           folder.read(other))]
+
+
+def check_copies(folder: HfWeights) -> None:
+    """Raise `UserError` where a copy differs: a model that has one embedding and one head cannot hold it."""
+    if differing := differing_copies(folder):
+        name = differing[0]
+        raise UserError(f"{folder.path}: {name} differs from {folder.copies[name]}, and a prediction layer "
+                        "has no embedding or head of its own here; save the model with one of each")
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8),
+                                                    other.contiguous().view(torch.uint8))
+
+
+# Writes safetensors files, several at a time, so that memory holds two tensors of each and not the
+# files.
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Divide tensors, in order, into files of at most `max_shard_bytes` (a larger tensor gets
+    a file of its own)."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled_bytes = 0
+    for spec in specs:
+        if shards[-1] and filled_bytes + spec.size_bytes > max_shard_bytes:
+            shards.append([])
+            filled_bytes = 0
+        shards[-1].append(spec)
+        filled_bytes += spec.size_bytes
+    return shards
+
+
+def digest_of(files: Mapping[str, list[TensorSpec]]) -> str:
+    """Return a hash of which file holds which tensors: what an unfinished conversion is known again by."""
+    names = json.dumps([[file, [spec.name for spec in specs]] for file, specs in files.items()])
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, workers: int,
+                finish: Callable[[str, FileRecord], None]) -> None:
+    """Write the planned files, `workers` at a time; which of them is written when changes no byte.
+
+    Args:
+        folder: where to write.
+        files: name -> tensors, e.g. of `plan_shards`.
+        read: gives each tensor.
+        workers: files at a time, each with a thread that reads, and one that hashes and writes; all leave the
+            interpreter free.
+        finish: called for each file when it is on disk, with hash and size.
+
+    Raises:
+        UserError: the first that `read` raised; files that have not begun are not written then.
+    """
+    def write(name: str) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(1) as reader:
+            record = write_file(path, files[name], read, reader)
+        finish(name, record)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a file's thread is busy by itself
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for done in as_completed([pool.submit(write, name) for name in files]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
 
 # Hashes the files of a source while it is converted, so that neither waits for the other.
 #
@@ -96,15 +179,15 @@ def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
             came up inside, which may be its consequence.
     """
     if isinstance(weights, AdaptedWeights):
-        with checked_source(weights.base, workers) as base, _checked(weights, workers, base) as check:
+        with checked_source(weights.base, workers) as base, _check_folder(weights, workers, base) as check:
             yield check
     else:
-        with _checked(weights, workers, None) as check:
+        with _check_folder(weights, workers, None) as check:
             yield check
 
 
 @contextlib.contextmanager
-def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
+def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
     """Check one folder's files; `base` is the check of what an adapter belongs to."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     found: dict[str, Future[str | None]] = {}
@@ -120,6 +203,8 @@ def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterat
     try:
         yield check
         check.require_all()
+    # a damaged file may be the reason for whatever went wrong inside: its message says what to do, the other
+    # one does not
     except Exception:
         check.require_all()
         raise
@@ -127,8 +212,8 @@ def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-# What travels with the weights: tokenizer files, chat template, generation defaults and the
-# token ids in them.
+# What travels with the weights: tokenizer files, chat template, generation defaults and the token ids in
+# them.
 #
 # In a checkpoint these files stand in `tokenizer/`, in a Hugging Face folder beside the weights.
 
@@ -161,10 +246,16 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     except UserError as e:
         warn(f"{e}; generation stops at eos alone")
         chat = None
-    eos = tokens.eos
-    found = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    found += [id_ for id_ in (chat.end_ids() if chat else ()) if id_ not in found]
-    return replace(tokens, eos=found if len(found) > 1 else found[0] if found else None)
+    found: list[int] = []
+    if isinstance(tokens.eos, int):
+        found = [tokens.eos]
+    elif tokens.eos is not None:
+        found = list(tokens.eos)
+    if chat is not None:
+        found += [id_ for id_ in chat.end_ids() if id_ not in found]
+    if len(found) > 1:
+        return replace(tokens, eos=found)
+    return replace(tokens, eos=found[0] if found else None)
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:
@@ -304,7 +395,8 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
 
         def read(spec: TensorSpec) -> torch.Tensor:
             link = links[spec.name]
-            parts = {name: converted(weights.read(name), spec.dtype, folder, name) for name in link.hf_names}
+            parts = {name: convert_tensor(weights.read(name), spec.dtype, folder, name) for name
+                     in link.hf_names}
             block: torch.Tensor = link.join(parts)
             bar.update()
             return block

@@ -6,16 +6,15 @@ whatever the layouts of the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import KEEP, Changed, check_dtype_name, exported_dtype
-from megatron_sov.engine.convert.peft import merged
-from megatron_sov.engine.convert.sources import check_exact
-from megatron_sov.engine.convert.whole_model import checked
+from megatron_sov.engine.convert.peft import merge_adapter
+from megatron_sov.engine.convert.sources import check_exact, check_whole_model
 from megatron_sov.engine.mcore.checkpoint.gather import Gatherer, in_order
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard, local_shards
@@ -81,7 +80,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             for link in by_key[key]:
                 target = exported_dtype(dtype, link.fp32, whole.dtype)
                 for name, tensor in _split(link, whole):
-                    yield name, (merged(tensor, changing[name], held, model.lora)
+                    yield name, (merge_adapter(tensor, changing[name], held, model.lora)
                                  if name in changing else tensor).to(target)
             held.clear()
     finally:
@@ -174,7 +173,7 @@ class LiveImport:
         """
         self._model.finish_param_gather()
         waiting: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        for name, tensor in checked(weights, self._shapes):
+        for name, tensor in check_whole_model(weights, self._shapes):
             if name in self._extents:
                 _copy(self._regions[name], tensor.detach(), self._extents[name])
                 continue
@@ -190,7 +189,7 @@ class LiveImport:
     def changed(self, changed: Iterable[Changed]) -> None:
         """Write what has changed in every tensor of the model; arguments and errors as of `whole`."""
         self._model.finish_param_gather()
-        for name, found in checked(((one.name, one) for one in changed), self._shapes):
+        for name, found in check_whole_model(((one.name, one) for one in changed), self._shapes):
             if not len(found.values):
                 continue
             places = found.places.long()
@@ -217,8 +216,9 @@ def _shelf(key: str, shape: tuple[int, ...], offset: tuple[int, ...]) -> tuple[s
 
 def _shelves(link: Link) -> list[tuple[str, int]]:
     """Return where the shards of a block are found: of stacked experts one place for each."""
-    experts = link.extent[0] if len(link.shape) == 3 else 1
-    return [(link.key, link.offset[0] * (len(link.shape) == 3) + expert) for expert in range(experts)]
+    if len(link.shape) != 3:
+        return [(link.key, 0)]
+    return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
 
 
 def _place(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -239,14 +239,16 @@ def _regions(shards: list[LocalShard], offset: tuple[int, ...], extent: tuple[in
                 for a, n, b, m in zip(shard.offset, shard.shape, offset, extent, strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
-        target, source = (tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
-                          for origin in (shard.offset, offset))
-        found.append(_Region(shard.data.view(shard.shape)[target], source))
+        target = _slices(starts, ends, shard.offset)
+        found.append(_Region(shard.data.view(shard.shape)[target], _slices(starts, ends, offset)))
     return found
 
 
+def _slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
+
+
 def _copy(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:
-    """Copy what a process holds of a block."""
     if regions:
         block = block.reshape(extent)
     for region in regions:

@@ -15,7 +15,7 @@ import torch
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.convert.changed_values import converted
+from megatron_sov.engine.convert.changed_values import convert_tensor
 from megatron_sov.engine.convert.sources import FLOATS, CheckpointWeights, check_exact, newest_of_run
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.engine.mcore.checkpoint.writer import TensorFile, TensorSpec, write_file
@@ -30,14 +30,12 @@ from megatron_sov.runs.checkpoints import (
 
 # PEFT's names and shapes for the tensors of an adapter, and the settings that it wants beside them.
 #
-# What decides them (peft 0.21.2): a linear layer's A and B stand under its name.  A stack of experts is a
+# What decides them (peft 0.21.2): a linear layer's A and B stand under its name. A stack of experts is a
 # parameter and not a layer: PEFT wraps the folder of both stacks twice, the gate and up projections inside
-# (`base_layer`), and lays all experts' A upon one another and their B beside one another.  In families with
-# experts PEFT takes `gate_proj` in `target_modules` for these stacks, so that feed-forward layers beside
-# them
-# (shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names.  An
-# embedding's factors are transposed, and have each other's names.  Beside an adapter of embedding or head
-# PEFT
+# (`base_layer`), and lays all experts' A upon one another and their B beside one another. In families with
+# experts PEFT takes `gate_proj` in `target_modules` for these stacks, so that feed-forward layers beside them
+# (shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names. An
+# embedding's factors are transposed, and have each other's names. Beside an adapter of embedding or head PEFT
 # saves their frozen weights.
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -68,7 +66,6 @@ def peft_name(of: Adapted, tensor: str) -> str:
 
 
 def is_embedding(of: Adapted) -> bool:
-    """Return whether the token embedding is adapted."""
     return of.name.endswith(f".{EMBEDDING}")
 
 
@@ -198,7 +195,7 @@ def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> 
 
 # An adapter's checkpoint read as the model that it makes of its base: W + alpha / rank B A.
 
-def merged(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
+def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
            lora: LoraConfig) -> torch.Tensor:
     """Return a weight with its adapter inside, computed in float32 or the weight's own wider dtype.
 
@@ -238,11 +235,9 @@ class AdaptedWeights:
         self.reader.check_complete()
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return self.base.names()
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the frozen tensor stands in its file."""
         return self.base.dtype(name)
 
     def held_in(self, file: str) -> list[str]:
@@ -250,7 +245,6 @@ class AdaptedWeights:
         return self.reader.held_in(file)
 
     def files_of(self, name: str) -> set[str]:
-        """Return the adapter's files that hold what changes a tensor."""
         return {file for key in self._changing(name) for file in self.reader.files_of(key)}
 
     def _changing(self, name: str) -> list[str]:
@@ -267,7 +261,7 @@ class AdaptedWeights:
         if last is None or last[0] is not of:
             self._of_thread.last = None
             last = self._of_thread.last = (of, {key: self.reader.read(key) for key in of.shapes(self.lora)})
-        return merged(weight, self._places[name], last[1], self.lora)
+        return merge_adapter(weight, self._places[name], last[1], self.lora)
 
 
 def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
@@ -342,7 +336,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(of.key(tensor)))
                  for name, (of, tensor) in sorted(found.items())]
         write_file(artifact.path / WEIGHTS, specs,
-                   lambda spec: converted(read(spec.name), spec.dtype, checkpoint, spec.name))
+                   lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
         atomic_write(artifact.path / CONFIG, to_json(config))
         artifact.add_input(checkpoint, leaves=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
@@ -433,4 +427,4 @@ def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...])
     if theirs.dtype not in FLOATS or tuple(theirs.shape) != expected:
         raise UserError(f"{weights.path}: {name} is {theirs.dtype} {list(theirs.shape)}, and the base needs "
                         f"floating-point numbers {list(expected)}; was it trained on another model?")
-    return converted(theirs, theirs.dtype, weights.path, name)
+    return convert_tensor(theirs, theirs.dtype, weights.path, name)

@@ -7,12 +7,13 @@ time, by any thread.
 from __future__ import annotations
 
 import math
+import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -32,10 +33,9 @@ from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint,
 # Reads weights that stand in a folder as MXFP4: blocks of 32 numbers of 4 bits that share a scale (OCP
 # Microscaling Formats v1.0, sections 5.2 and 5.3).
 #
-# A weight NAME [experts, inputs, outputs] is stored as NAME_blocks [experts, outputs, inputs / 32, 16]
-# uint8,
+# A weight NAME [experts, inputs, outputs] is stored as NAME_blocks [experts, outputs, inputs / 32, 16] uint8,
 # two numbers (E2M1) in a byte, the lower half first, and NAME_scales [experts, outputs, inputs / 32] uint8,
-# powers of two with an offset of 127 (E8M0).  Numbers come out in bfloat16, which has all of them but those
+# powers of two with an offset of 127 (E8M0). Numbers come out in bfloat16, which has all of them but those
 # below its range; transformers makes the same.
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -66,17 +66,14 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return that of what is read."""
         return torch.bfloat16
 
     @property
     def files(self) -> set[str]:
-        """Return the names of the files that hold a part of it."""
         return {self.blocks.path.name, self.scales.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the names of blocks and scales."""
         return self.name + BLOCKS, self.name + SCALES
 
     def read(self) -> torch.Tensor:
@@ -187,7 +184,6 @@ class ScaledWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return its shape."""
         return self.weight.entries[self.name].shape
 
     @property
@@ -197,12 +193,10 @@ class ScaledWeight:
 
     @property
     def files(self) -> set[str]:
-        """Return the names of the files that hold a part of it."""
         return {self.weight.path.name, self.scales.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the names of the weight and of its scales."""
         return self.name, self.name + SUFFIX
 
     def read(self) -> torch.Tensor:
@@ -306,26 +300,21 @@ class FileTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return its shape."""
         return self.file.entries[self.name].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return its dtype."""
         return self.file.dtype(self.name)
 
     @property
     def files(self) -> set[str]:
-        """Return the file's name."""
         return {self.file.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return its name."""
         return (self.name,)
 
     def read(self) -> torch.Tensor:
-        """Return the tensor; `UserError` where the file is damaged."""
         return self.file.read(self.name)
 
 
@@ -380,7 +369,7 @@ class HfWeights:
             self.config = text_config(config)
             family = models.get(str(self.config.get("model_type")))
             reads_field = any(FIELD in item.names for item in family.config)
-            self._stored = _stored(self._shards, {} if reads_field else config)
+            self._stored = _stored_tensors(self._shards, {} if reads_field else config)
             """Name of each tensor -> how it stands in the folder."""
             if inside is not None:
                 names, self.left_out = inside.names(self._stored)
@@ -393,12 +382,11 @@ class HfWeights:
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
         self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
-        """Tensors of the folder that are others once more -> those that they equal (`convert.copies`)."""
+        """Tensors of the folder that are others once more -> the equal ones (`hf_import.check_copies`)."""
         copied = {name: self._shapes[other] for name, other in self.copies.items()}
         check_exact(path, shapes, self._shapes | copied, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return list(self._shapes)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -407,19 +395,16 @@ class HfWeights:
         return self._stored[name].dtype
 
     def held_in(self, file: str) -> list[str]:
-        """Return the tensors that a file holds."""
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def files_of(self, name: str) -> set[str]:
-        """Return the files that hold the tensor."""
         return self._stored[name].files
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor; `UserError` where its file is damaged."""
         return self._stored[name].read()
 
 
-def _stored(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
+def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return how each tensor of a folder's files stands there; `UserError` where one cannot be read."""
     made: dict[str, StoredTensor] = {**packed_weights(shards), **scaled_weights(config, shards)}
     parts = {part for tensor in made.values() for part in tensor.parts}
@@ -444,11 +429,9 @@ class CheckpointWeights:
         self._of_thread = threading.local()
 
     def names(self) -> list[str]:
-        """Return the names in the order of the weight map."""
         return list(self._link_of)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which the tensor stands in its file."""
         return self._reader.dtype(self._link_of[name].key)
 
     def held_in(self, file: str) -> list[str]:
@@ -460,10 +443,9 @@ class CheckpointWeights:
         return self._reader.files_of(self._link_of[name].key)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
-        # query, key and value (gate and up) follow one another and come from one block,
-        # which is therefore kept
+        # query, key and value (gate and up) follow one another and come from one block, which is therefore
+        # kept
         last: tuple[Link, torch.Tensor] | None = getattr(self._of_thread, "last", None)
         if last is None or last[0] is not link:
             self._of_thread.last = None
@@ -539,3 +521,47 @@ def refuse_damaged_export(folder: Path) -> None:
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
     if problems := damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
+
+
+# A stream of tensors that must be a whole model: each once, of its shape, none missing.
+
+WHERE = "the weights to take in"
+
+
+class Shaped(Protocol):
+    """A tensor, or what is sent of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
+
+
+_Tensor = TypeVar("_Tensor", bound=Shaped)
+
+
+def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
+            ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
+    """Yield the tensors that a model has, in the order in which they come.
+
+    Args:
+        weights: names and tensors, or what is sent of them.
+        shapes: the model's.
+        ignored: regular expressions for names that it may be given and does without.
+
+    Raises:
+        UserError: at a tensor that is unknown, of another shape or comes twice; after the last one where
+            some are missing.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in weights:
+        if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if name in found:
+            raise UserError(f"{WHERE}: {name} comes twice; give each tensor once")
+        found[name] = tuple(tensor.shape)
+        if shapes.get(name) != found[name]:
+            check_exact(WHERE, {name: found[name]}, {n: s for n, s in shapes.items() if n == name},
+                        "take a model of the same family and sizes")
+        yield name, tensor
+    check_exact(WHERE, found, dict(shapes), "give every tensor of the model")

@@ -11,9 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.engine.data.rounds import SOURCE, rounds_of
-from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.data.rounds import SOURCE, RoundDocuments, rounds_of
+from megatron_sov.engine.data.token_shards import ChainedLengths, Lengths, Source
 from megatron_sov.model.config import PhaseConfig, RunConfig, data
 
 
@@ -54,6 +56,8 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
             tokens, or leaves none.
     """
     starts = [*config.phase_starts(), config.num_steps()]
+    # steps of `skip_steps` count from 1 and are inclusive, entries count from 0: an entry begins at first -
+    # 1, and the next one behind last
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
     rounds = rounds_of(sources) is not None
     entries: list[LedgerEntry] = []
@@ -64,6 +68,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = data.batch_size_at(config.train, phase, step)
             entries.append(LedgerEntry(step, phase.name, phase.seq_len, size, weights, skip))
+    # a skip or a ramp may change nothing at its step; equal neighbours would make two ledgers of one order
     return [e for e, before in zip(entries, [None, *entries], strict=False)
             if before is None or not e.continues(before)]
 
@@ -109,7 +114,6 @@ class Ledger:
         self.entries = past + future
 
     def at(self, step: int) -> LedgerEntry:
-        """Return the entry that holds at a step."""
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def pass_over(self, first: int, end: int) -> None:
@@ -128,5 +132,80 @@ class Ledger:
         return [e for e in self.entries if e.first_step < step]
 
     def max_seq_len(self) -> int:
-        """Return the longest sample of the run."""
         return max(e.seq_len for e in self.entries)
+
+
+# Conversations (and pairs of them) that are longer than a sample, counted before a run begins.
+
+@dataclass(frozen=True)
+class OverLong:
+    """What is too long of one source, at the shortest sample that it is read at."""
+
+    source: str
+    """Name."""
+    seq_len: int
+    """Tokens of that sample."""
+    count: int
+    """Units (a conversation, or a pair) that do not fit, of one pass over the source."""
+    total: int
+    """Units in all."""
+    longest_tokens: int
+    """Of the longest unit."""
+
+
+def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list[OverLong]:
+    """Return what does not fit of each source whose documents stay whole; sources that fit are left out.
+
+    Args:
+        sources: what is read.
+        entries: the ledger.
+    """
+    found = []
+    for source in sources:
+        # what a round holds is seen when it is opened
+        stays_whole = source.is_chat and not isinstance(source.made, RoundDocuments)
+        lengths = [e.seq_len for e in entries if stays_whole and e.weights.get(source.name)]
+        if lengths:
+            tokens = _unit_tokens(source.shard("train").lengths, source.group)
+            too_long = int((tokens > min(lengths)).sum())
+            if too_long:
+                found.append(OverLong(source.name, min(lengths), too_long, len(tokens), int(tokens.max())))
+    return found
+
+
+def refuse_over_long(found: Sequence[OverLong]) -> None:
+    """Refuse data of which something does not fit, for `data.over_long=refuse`.
+
+    Raises:
+        UserError: there is such data.
+    """
+    if found:
+        told = "; ".join(f"source {f.source!r}: {f.count:,} of {f.total:,} are longer than a sample of "
+                         f"{f.seq_len} tokens, the longest has {f.longest_tokens}" for f in found)
+        raise UserError(f"data.over_long = refuse, and {told}; make samples longer "
+                        f"(seq_len={max(f.longest_tokens for f in found)}), or set data.over_long to drop or "
+                        "cut")
+
+
+def refuse_over_long_pairs(found: Sequence[OverLong]) -> None:
+    """Refuse pairs of which not one fits: cut to half a sample each, most would be the same text twice, and
+    a run would learn nothing without a word.
+
+    Args:
+        found: what is too long of sources of pairs.
+
+    Raises:
+        UserError: there are such pairs.
+    """
+    for f in found:
+        if f.count == f.total:
+            raise UserError(f"source {f.source!r}: each of its {f.total:,} pairs is longer than a sample of "
+                            f"{f.seq_len} tokens, and cut they may not differ any more; make samples longer "
+                            f"(seq_len={f.longest_tokens} fits all)")
+
+
+def _unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
+    """Return [units] int64: the tokens of each; a unit never lies in two shards."""
+    parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
+    return np.concatenate([np.zeros(0, np.int64), *(
+        part[:len(part) // group * group].reshape(-1, group).sum(axis=1, dtype=np.int64) for part in parts)])

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.engine.data.ledger import Ledger, LedgerEntry, plan
-from megatron_sov.engine.data.packing import Row, best_fit
 from megatron_sov.engine.data.rounds import SOURCE, RoundDocuments, rounds_of
-from megatron_sov.engine.data.streams import Cursor, DocumentStream, Packing
+from megatron_sov.engine.data.streams import Cursor, DocumentStream, Packing, Row, best_fit
 from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.model.config import RunConfig
 
@@ -39,6 +38,8 @@ def next_source(weights: dict[str, float], taken: dict[str, int]) -> str:
     some fall further back.
     """
     due = sum(taken.values()) + 1
+    # a source that is at its share already would be ahead after one more; there is always one below, since
+    # shares sum to 1
     behind = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
     return min(behind, key=lambda name: ((taken.get(name, 0) + 1) / weights[name], name))
 
@@ -57,12 +58,10 @@ class OrderState:
     """Source name -> samples given since the weights last changed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> OrderState:
-        """Return the state that `to_dict` gave."""
         return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()},
                           [LedgerEntry(**e) for e in raw["history"]], raw["step"], dict(raw["taken"]))
 
@@ -98,14 +97,19 @@ class SampleOrder:
         and move all cursors behind them."""
         s = self.state
         entry = self.ledger.at(s.step)
+        # counts belong to one set of weights: under new ones a source would catch up for its old share
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
             s.taken = {}
         if self._rounds is not None and entry.is_round:  # any source may have the name
+            # a round's rows do not follow the ledger's weights: all of its documents are learned, whatever
+            # their number
             samples = self._of_round(entry, self._rounds)
         else:
             samples = [self._next_sample(entry.weights, entry.seq_len)
                        for _ in range(entry.global_batch_size)]
         s.step += 1
+        # after the step: a checkpoint holds what the steps so far followed, and not what was planned behind
+        # them
         s.history = self.ledger.history(s.step)
         return entry, samples
 
@@ -126,7 +130,6 @@ class SampleOrder:
         return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
 
     def _text_beside(self, entry: LedgerEntry) -> list[OrderedSample]:
-        """Return the text of a round's step, which most methods have none of."""
         if not self._policy.has_text_at(self._text_seed, self.state.step + 1):
             return []
         text = {name: weight for name, weight in entry.weights.items() if name != SOURCE}
@@ -140,7 +143,6 @@ class SampleOrder:
         return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
-        """Return a source's training documents, opened when they are first needed."""
         if source not in self._documents:
             self._documents[source] = self.sources[source].shard("train")
         return self._documents[source]

@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.packing import PackedSegment
+from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import Documents, Source, open_sources
 
 SOURCE = "rollouts"
@@ -40,7 +40,6 @@ def folder_of_round(rounds: Path, number: int) -> Path:
 
 
 def first_document(number: int) -> int:
-    """Return the number of a round's first document."""
     return number << _ROUND_BITS
 
 
@@ -83,7 +82,6 @@ class RoundDocuments:
         self.lengths = _Lengths(self)
 
     def is_open(self, number: int) -> bool:
-        """Return whether a round's documents are there."""
         return number in self._rounds
 
     def verify(self, number: int) -> None:
@@ -122,6 +120,7 @@ class RoundDocuments:
         if steps[-1].stop != len(lengths):
             raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
                             "the folder, and the round is published anew")
+        # when the round is read: later a thread would meet it, in the middle of a step
         if lengths.max() > seq_len:
             raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
                             f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
@@ -139,6 +138,8 @@ class RoundDocuments:
         missing = [name for name in self.made_columns if name not in opened.beside]
         if missing and opened.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
+        # one assignment: the thread that prepares batches sees the old table or the new one; the round before
+        # stays, since its last batches may be under way
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
     def of_step(self, number: int, step: int) -> list[PackedSegment]:
@@ -153,17 +154,14 @@ class RoundDocuments:
                 for i in self._rounds[number].steps[step]]
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.tokens`."""
         documents, index = self._find(document)
         return documents.tokens(index, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.loss_weights`."""
         documents, index = self._find(document)
         return documents.loss_weights(index, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.types`."""
         documents, index = self._find(document)
         return documents.types(index, start, count)
 
@@ -178,7 +176,6 @@ class RoundDocuments:
         return found
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.routes`."""
         documents, index = self._find(document)
         return documents.routes(index, start, count)
 

@@ -8,16 +8,136 @@ no document is repeated or lost.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.packing import (
-    PackedSegment, Row, best_fit, best_fit_units, concatenate, cut, fitting)
 from megatron_sov.engine.data.token_shards import Documents
+
+# Packing documents into rows: best fit with as few cuts as possible, or one after another.
+#
+# By best fit only a document longer than a row is cut (Ding et al., "Fewer Truncations Improve
+# Language Modeling", arXiv 2404.10830); all others stay whole, and the rows' rest is padding.
+
+class PackedSegment(NamedTuple):
+    """A contiguous part of one document inside a sample."""
+
+    document: int
+    """Index of the document in its source."""
+    start: int
+    """First token."""
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks here
+    """Tokens."""
+
+
+Row = tuple[PackedSegment, ...]
+
+
+def cut(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
+    """Return the same tokens in segments of at most `seq_len` tokens."""
+    pieces: list[PackedSegment] = []
+    for part in parts:
+        document, first, count = part
+        if count <= seq_len:
+            pieces.append(part)
+        else:
+            end = first + count
+            pieces += [PackedSegment(document, start, min(seq_len, end - start))
+                       for start in range(first, end, seq_len)]
+    return pieces
+
+
+def fitting(parts: Sequence[PackedSegment], group: int, seq_len: int, *, drop: bool) -> tuple[list[Row], int]:
+    """Return units of at most `seq_len` tokens, and how many were longer: for conversations, whose later
+    turns mean nothing alone.
+
+    Args:
+        parts: whole documents.
+        group: how many in a row are one unit, such as the two of a preference.
+        seq_len: tokens of a row.
+        drop: longer units are left out; else their longest documents lose their tails.
+    """
+    units: list[Row] = []
+    over_long = 0
+    for i in range(0, len(parts), group):
+        unit = tuple(parts[i:i + group])
+        if sum(p.count for p in unit) > seq_len:
+            over_long += 1
+            if drop:
+                continue
+            unit = _shortened(unit, seq_len)
+        units.append(unit)
+    return units, over_long
+
+
+def _shortened(unit: Row, seq_len: int) -> Row:
+    """Return a unit without the tails of its longest documents, which are then of one length."""
+    most, room = 0, seq_len
+    for left, count in zip(range(len(unit), 0, -1), sorted(p.count for p in unit), strict=True):
+        most = room // left
+        if count > most:
+            break
+        room -= count
+    return tuple(PackedSegment(p.document, p.start, min(p.count, most)) for p in unit)
+
+
+def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
+    """Return rows of whole units, each of at most `seq_len` tokens in all, as `best_fit` does of segments."""
+    rows = best_fit((PackedSegment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)),
+                    seq_len)
+    found: list[Row] = []
+    for row in rows:
+        whole = [units[stands_for.document] for stands_for in row]
+        found.append(tuple(part for unit in whole for part in unit))
+    return found
+
+
+def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
+    """Return rows of segments, each of at most `seq_len` tokens in all.
+
+    Best-fit decreasing: the longest segment first, into the row with the least room that still holds it.  At
+    most 11/9 of the fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974).  Rows come in
+    the order in which they were opened.
+    """
+    rows: list[list[PackedSegment]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    # sorting is stable: segments of one length keep the shuffled order that they came in
+    for segment in sorted(segments, key=lambda s: -s.count):
+        count = segment.count
+        i = bisect.bisect_left(room, (count, -1))
+        if i < len(room):
+            free, row = room.pop(i)
+            rows[row].append(segment)
+        else:
+            free, row = seq_len, len(rows)
+            rows.append([segment])
+        if free > count:
+            bisect.insort(room, (free - count, row))
+    return [tuple(row) for row in rows]
+
+
+def concatenate(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
+    """Return rows of documents one after another, cut wherever a row is full; only the last row
+    may have room left."""
+    rows: list[Row] = []
+    row: list[PackedSegment] = []
+    room = seq_len
+    for part in parts:
+        start, end = part.start, part.start + part.count
+        while start < end:
+            count = min(room, end - start)
+            row.append(PackedSegment(part.document, start, count))
+            start, room = start + count, room - count
+            if room == 0:
+                rows.append(tuple(row))
+                row, room = [], seq_len
+    return [*rows, tuple(row)] if row else rows
+
 
 _ROUNDS = 6
 _U = np.uint64
@@ -55,6 +175,8 @@ class Permutation:
         """
         if not 0 <= first <= last <= self.size:
             raise IndexError(f"indices {first} to {last - 1} are not all inside a permutation of {self.size}")
+        # the network permutes a power of four that is at most four times as large; an index that leaves the
+        # range walks on along its own cycle, so two of them never meet and the walk ends
         values = self._encrypt(np.arange(first, last, dtype=np.uint64))
         while len(outside := np.flatnonzero(values >= _U(self.size))):
             values[outside] = self._encrypt(values[outside])
@@ -149,6 +271,8 @@ class DocumentStream:
 
     def _replay(self) -> None:
         """Bring a window to where its cursor says."""
+        # rows are not stored: the same calls in the same order give them again. Packing counts over-long
+        # units again meanwhile, so their number is put back
         taken, self.cursor.taken, counted = self.cursor.taken, [], self.cursor.over_long
         for seq_len, rows in taken:
             for _ in range(rows):
@@ -164,6 +288,8 @@ class DocumentStream:
     def _take(self, seq_len: int) -> Row | None:
         """Return the next row of the window at this length, or None when the window is used up."""
         taken = self.cursor.taken
+        # a new length repacks what is left of the window; nothing that was given comes again, and nothing is
+        # lost
         if not taken or taken[-1][0] != seq_len:
             rows = self._pack(self._left() if taken else self._window(), seq_len)
             if not rows:
@@ -180,11 +306,14 @@ class DocumentStream:
 
         Windows are of equal size to a unit, so that none is too small to be packed well.
         """
+        # shuffled are units, not documents: the two of a pair never part; a last unit that is not whole is
+        # never given
         count, group = len(self.documents.lengths) // self._group, self._group
         shuffle = Permutation(count, *self._key, self.cursor.epoch)
         first, last = (count * w // self._num_windows for w in (self.cursor.window, self.cursor.window + 1))
         documents = (shuffle.span(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
+        # a document without tokens takes its whole unit with it: half a pair teaches nothing
         filled = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
         return [PackedSegment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
                                                        strict=True)]
@@ -192,6 +321,7 @@ class DocumentStream:
     def _left(self) -> list[PackedSegment]:
         """Return what is left of the window, shuffled, parts of one document joined."""
         left = sorted(s for row in self._rows for s in row)
+        # a tail that was cut off comes back: the unit may fit whole at the new length
         if self._packing in ("truncate", "drop"):
             whole = [PackedSegment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
             units = [whole[i:i + self._group] for i in range(0, len(whole), self._group)]

@@ -59,6 +59,7 @@ def _spelling(parts: list[dict[str, Any]]) -> Callable[[str], bytes]:
     marks = [mark for mark in spaces if isinstance(mark, str) and mark]
 
     def spelled(name: str) -> bytes:
+        # before the marks: the name of a byte holds none, and must not be read as text
         if "ByteFallback" in kinds and (byte := _BYTE.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         for mark in marks:

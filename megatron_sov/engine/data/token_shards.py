@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +18,83 @@ from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.chat.marks import KIND
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.data.lengths import ChainedLengths, Lengths
-from megatron_sov.engine.data.mapped_files import allow_open_files, numbers, read_index
-from megatron_sov.engine.data.media_shards import MediaShard
+from megatron_sov.engine.data.media_shards import MediaShard, allow_open_files, numbers, read_index
 from megatron_sov.omni.media.banks import MEDIA, BankShape, read_shapes
 from megatron_sov.omni.media.placed import Media
 from megatron_sov.runs.launch_environment import is_first
+
+# The tokens of each document of a source, without reading those of all.
+
+class Lengths(Protocol):
+    """Tokens of each document: an array, or what stands for one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, documents: Any, /) -> Any:
+        """Return the tokens of one document, or of an array of documents."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class ChainedLengths:
+    """The lengths of several shards as one sequence, without reading them."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self.parts = parts
+        self._ends = np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
+
+    def find(self, document: int) -> tuple[int, int]:
+        """Return the part that holds a document, and its index there."""
+        if not 0 <= document < self._ends[-1]:
+            raise IndexError(f"document {document} of {self._ends[-1]}")
+        part = bisect_right(self._ends, document)
+        return part, document - (self._ends[part] - len(self.parts[part]))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, documents: Any) -> Any:
+        if isinstance(documents, int):
+            part, index = self.find(documents)
+            return int(self.parts[part][index])
+        # by shard and ascending, so that each map is read once and forwards
+        order = np.argsort(documents)
+        ascending = np.asarray(documents)[order]
+        found = np.empty(len(order), np.int64)
+        stops = np.searchsorted(ascending, self._ends)
+        for part in np.flatnonzero(np.diff(stops, prepend=0)).tolist():
+            here = slice(stops[part - 1] if part else 0, stops[part])
+            found[order[here]] = self.parts[part][
+                ascending[here] - (self._ends[part] - len(self.parts[part]))]
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        for part in self.parts:
+            yield from part.tolist()
+
+
+# What a manifest says of a source that models have written: answers to a teacher's prompts, or a
+# round's responses.
+
+COUNTS = ("num_documents", "num_tokens", "num_bytes")
+"""Of a shard, and of a split over its shards."""
+
+
+def source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
+                  ) -> dict[str, Any]:
+    """Return the record of a source all of which is trained.
+
+    Args:
+        name: of the source.
+        format: of its documents ("chat", `documents.ROLLOUTS`), each of which stands alone.
+        sidecars: endings of the files beside the tokens.
+        shards: `prefix` and `COUNTS` of each.
+    """
+    counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
+    return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
+            "splits": {"train": {"shards": list(shards), **counts},
+                       "heldout": {"shards": [], **dict.fromkeys(COUNTS, 0)}}}
+
 
 OF_ARTIFACT = ("tokenizer_sha256", "vocab_size", "sources")
 OF_SOURCE = ("name", "format", "splits")
@@ -271,32 +343,26 @@ class ShardChain:
         return ShardChain, self._opened_by
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.tokens`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].tokens(index, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.loss_weights`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].loss_weights(index, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.types`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].types(index, start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.column`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].column(name, index, start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `TokenShard.routes`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].routes(index, start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """As `TokenShard.media`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].media(index, start, count)
 
@@ -339,7 +405,6 @@ class Source:
         return self.format != "text"
 
     def shard(self, split: str) -> Documents:
-        """Open one split."""
         if self.made is not None and split == "train":
             return self.made
         if self.artifact is None:
@@ -407,21 +472,21 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
-    return [
-        Source(
-            name=s["name"], artifact=path, format=s["format"], prefixes={
-                split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
+    found = []
+    for s in described:
+        where, sidecars, prefixes = f"{path}: source {s['name']!r}", s.get("sidecars", ()), {}
+        for split, d in s["splits"].items():
+            prefixes[split] = tuple(shard["prefix"] for shard in d["shards"])
+        found.append(Source(
+            name=s["name"], artifact=path, format=s["format"], prefixes=prefixes,
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],
-            columns=tuple(name for name in s.get("sidecars", ()) if name not in NO_COLUMNS),
+            columns=tuple(name for name in sidecars if name not in NO_COLUMNS),
             group=s.get("group_documents", 1),
-            routes=(RouteShape.from_record(s.get(ROUTES), f"{path}: source {s['name']!r}")
-                    if ROUTES in s.get("sidecars", ()) else None),
-            banks=read_shapes(s.get(MEDIA), f"{path}: source {s['name']!r}"),
-        )
-        for s in described
-    ]
+            routes=RouteShape.from_record(s.get(ROUTES), where) if ROUTES in sidecars else None,
+            banks=read_shapes(s.get(MEDIA), where)))
+    return found
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:

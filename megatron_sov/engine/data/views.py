@@ -1,5 +1,5 @@
-"""Parts of sources by the length of their documents, as sources of their own:
-NAME@N and NAME/N in a blend."""
+"""Sources seen in another way: parts by the length of their documents (NAME@N and NAME/N in a blend), chats
+as text, and the blends that the data bring along."""
 
 from __future__ import annotations
 
@@ -10,12 +10,102 @@ from typing import Any
 
 import numpy as np
 
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.long_documents import LongDocuments
 from megatron_sov.engine.data.media_shards import banks_of, media_of
-from megatron_sov.engine.data.token_shards import Documents, Source
-from megatron_sov.model.config import RunConfig
+from megatron_sov.engine.data.token_shards import ChainedLengths, Documents, Source
+from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.omni.media.placed import Media
+
+
+class LongDocuments:
+    """The documents of `documents` with at least `min_tokens` tokens; the index is made on first use."""
+
+    def __init__(self, documents: Documents, min_tokens: int) -> None:
+        self._documents, self._min_tokens = documents, min_tokens
+        self.is_plain = documents.is_plain
+        self.columns = documents.columns
+        self.banks = banks_of(documents)
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """[long documents] int64: their numbers in the source, ascending."""
+        lengths = self._documents.lengths
+        parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
+        starts = np.cumsum([0, *(len(p) for p in parts)])
+        return np.concatenate([np.flatnonzero(p >= self._min_tokens) + s
+                               for p, s in zip(parts, starts[:-1], strict=True)])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[long documents] int64: their tokens."""
+        return np.asarray(self._documents.lengths[self.index], np.int64)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.tokens(int(self.index[document]), start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.loss_weights(int(self.index[document]), start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.types(int(self.index[document]), start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.column(name, int(self.index[document]), start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.routes(int(self.index[document]), start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        return media_of(self._documents, int(self.index[document]), start, count)
+
+
+# Chats as text: of their tokens the weights say what is learned, and not who wrote them.
+
+TEXT = "text"
+
+
+class AsText:
+    """Documents whose tokens are all of the type of text."""
+
+    is_plain = False
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+        self.lengths, self.columns = documents.lengths, documents.columns
+        self.banks = banks_of(documents)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # its lengths are maps of files
+        return AsText, (self._documents,)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.tokens(document, start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.loss_weights(document, start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.full(count, TYPE_TEXT, np.uint8)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.column(name, document, start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._documents.routes(document, start, count)
+
+    def media(self, document: int, start: int, count: int) -> Media:
+        return media_of(self._documents, document, start, count)
+
+
+def as_text(source: Source) -> Source:
+    """Return a source as one of text: it is cut where a row ends, and its held-out documents, which would be
+    judged as responses, are left aside."""
+    if source.format == TEXT:
+        return source
+    return dataclasses.replace(source, format=TEXT, made=AsText(source.shard("train")),
+                               num_tokens={"train": source.num_tokens["train"], "heldout": 0})
+
 
 LONG, SHORT = "@", "/"
 
@@ -64,7 +154,6 @@ class Pieces:
 
     @cached_property
     def lengths(self) -> PieceLengths:
-        """Tokens of each piece; made on first use."""
         lengths = self._documents.lengths
         return PieceLengths(np.asarray(lengths[np.arange(len(lengths))], np.int64), self._max_tokens)
 
@@ -74,27 +163,22 @@ class Pieces:
         return self._documents.tokens(whole, first + start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's weight as a target, float32."""
         whole, first = self.lengths.find(document)
         return self._documents.loss_weights(whole, first + start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8."""
         whole, first = self.lengths.find(document)
         return self._documents.types(whole, first + start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's number in a column, as a target, float32."""
         whole, first = self.lengths.find(document)
         return self._documents.column(name, whole, first + start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each token went."""
         whole, first = self.lengths.find(document)
         return self._documents.routes(whole, first + start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """Return the pictures and sounds of some tokens."""
         whole, first = self.lengths.find(document)
         return media_of(self._documents, whole, first + start, count)
 
@@ -139,3 +223,59 @@ def _view(name: str, known: dict[str, Source]) -> Source | None:
                         "tokens or more")
     return dataclasses.replace(source, name=name, share=0.0, made=documents,
                                num_tokens={"train": int(documents.lengths.sum()), "heldout": 0})
+
+
+# Phases that the data brings along: what `sov-data mix --blend` has shared out by the tags of its
+# sources.
+
+def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
+    """Return the settings with the blends of the data's own phases.
+
+    A phase takes the blend of the data's phase of its name where its own is empty, or is the recipe's and
+    names a source that the data does not have: those names are the recipe's author's.  Tokens, lengths and
+    batches stay its own.  Data of several folders has no phases.
+
+    Args:
+        config: settings as they are asked for.
+        recipe: the same without --set, which nothing here goes before.
+
+    Raises:
+        UserError: the data's phases cannot be read.
+    """
+    if len(config.data.paths) != 1:
+        return config
+    [path] = config.data.paths
+    try:
+        content = read_manifest(path, "tokens").content
+    except UserError:
+        return config  # told where the data is opened, with everything else that is wrong with it
+    mixed = _mixed_phases_of(path, content)
+    known = {source.get("name") for source in content.get("sources", [])}
+    of_recipe = {phase.name: phase.blend for phase in recipe.data.phases}
+
+    def is_open(phase: PhaseConfig) -> bool:
+        if not phase.blend:
+            return True
+        return phase.blend == of_recipe.get(phase.name) and not _source_names(phase) <= known
+
+    phases = tuple(dataclasses.replace(phase, blend=mixed[phase.name])
+                   if phase.name in mixed and is_open(phase) else phase for phase in config.data.phases)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
+
+
+def _mixed_phases_of(path: str, content: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return phase -> source -> share."""
+    try:
+        return {str(phase["name"]): {str(name): float(share) for name, share in phase["blend"].items()}
+                for phase in content.get("phases", [])}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: its phases cannot be read ({e!r}); mix the data again") from None
+
+
+def _source_names(phase: PhaseConfig) -> set[str]:
+    """Return the sources that a blend names, without the lengths of their documents."""
+    names = set()
+    for name in phase.blend:
+        mark = next((mark for mark in (LONG, SHORT) if mark in name), None)
+        names.add(name if mark is None else name.rpartition(mark)[0])
+    return names

@@ -52,7 +52,7 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
                              {token: text for token, (text, special) in added.items() if not special},
                              [*_steps(raw.get("pre_tokenizer")), *_steps(raw.get("decoder"))],
                              _cutting(raw),
-                             {name: _said(raw.get(name)) for name in ("added_tokens", "decoder",
+                             {name: _without_defaults(raw.get(name)) for name in ("added_tokens", "decoder",
                                                                       "post_processor")})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
@@ -67,23 +67,23 @@ def _steps(part: Any) -> list[dict[str, Any]]:
 
 def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
     """Return what decides into which tokens a text is cut, besides what the ids mean."""
-    model = _said({"type": "BPE", **raw["model"]})
+    model = _without_defaults({"type": "BPE", **raw["model"]})
     vocabulary = model.pop("vocab", None)
     if isinstance(vocabulary, list):  # unigram
         model["scores"] = [score for _, score in raw["model"]["vocab"]]
     if "merges" in model:  # older files have them as texts
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    steps = {name: _said(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    steps = {name: _without_defaults(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
     return model | {name: step for name, step in steps.items() if step}
 
 
-def _said(value: Any) -> Any:
+def _without_defaults(value: Any) -> Any:
     """Return a part of a tokenizer.json without fields that are empty or off, which older files leave out,
     and without what moves offsets alone."""
     if isinstance(value, dict):
-        found = {name: _said(part) for name, part in value.items() if name != "trim_offsets"}
+        found = {name: _without_defaults(part) for name, part in value.items() if name != "trim_offsets"}
         return {name: part for name, part in found.items() if part not in (None, False, "", [], {})}
-    return [_said(part) for part in value] if isinstance(value, list) else value
+    return [_without_defaults(part) for part in value] if isinstance(value, list) else value
 
 
 def tokenizer_digest(tokenizer: Path) -> str:
@@ -113,6 +113,7 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
     ours, theirs = read_tokenizer(data), read_tokenizer(weights)
+    # an id that one side lacks is no contradiction: it may have a longer vocabulary
     differing = [i for i, name in ours.ordinary.items() if theirs.ordinary.get(i, name) != name]
     if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_cuts(
             data, weights, ours, theirs):

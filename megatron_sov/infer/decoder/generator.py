@@ -24,13 +24,13 @@ import torch.distributed as dist
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.convert.changed_values import Changed
 from megatron_sov.engine.convert.live_import import LiveImport
-from megatron_sov.engine.data.routes import shape_of
+from megatron_sov.engine.data.requirements import shape_of
 from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.mcore.model.kv_cache import CacheSize
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.named_values import pack, unpack
+from megatron_sov.engine.mcore.parallel.values import pack, unpack
 from megatron_sov.infer.continuation import Continuation
 from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
@@ -81,7 +81,7 @@ class MegatronEngine:
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = Decoding(decoder, cache, self._batching.prefill_tokens, mine, sampling.num_drafts)
-            while run.iterate() and not (bounds and collectives.said_by_first(bounds.should_stop())):
+            while run.iterate() and not (bounds and collectives.broadcast_from_first(bounds.should_stop())):
                 continue
         own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:

@@ -19,8 +19,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import Changed
-from megatron_sov.engine.convert.sources import refuse_damaged_export, tensors_left_out
-from megatron_sov.engine.convert.whole_model import checked
+from megatron_sov.engine.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
 from megatron_sov.infer.request import (
@@ -201,7 +200,7 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
             old, part new.
     """
     views = live_views(model)
-    for name, tensor in checked(weights, *_known(model, views)):
+    for name, tensor in check_whole_model(weights, *_known(model, views)):
         views[name].copy_(tensor)
 
 
@@ -210,7 +209,7 @@ def copy_changed(model: Any, changed: Iterable[Changed]) -> None:
     """Write what has changed in every tensor into a loaded model; arguments and errors as of
     `copy_weights`."""
     views = live_views(model)
-    for name, found in checked(((one.name, one) for one in changed), *_known(model, views)):
+    for name, found in check_whole_model(((one.name, one) for one in changed), *_known(model, views)):
         view = views[name]
         view.index_put_(tuple(axis.to(view.device) for axis in found.coordinates()), found.values.to(view))
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.kv_cache import CacheSize
-from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
+from megatron_sov.engine.mcore.parallel.values import broadcast_object
 from megatron_sov.infer.continuation import Continuation
 from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule, Tells, Written

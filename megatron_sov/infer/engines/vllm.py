@@ -15,9 +15,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.engine.convert.growing import open_weights
-from megatron_sov.engine.convert.sources import HfWeights
-from megatron_sov.engine.convert.whole_model import checked
-from megatron_sov.engine.data.routes import shape_of
+from megatron_sov.engine.convert.sources import HfWeights, check_whole_model
+from megatron_sov.engine.data.requirements import shape_of
 from megatron_sov.infer.decoder.held_weights import HeldWeights, NamedTensors
 from megatron_sov.infer.decoder.sampling import seed_of
 from megatron_sov.infer.request import (
@@ -111,7 +110,7 @@ class VllmEngine:
                   for name, shape in link.hf_shapes().items()}
         with self._held.replaced(version, weights):
             self._llm.start_weight_update()
-            for message in _messages(checked(weights, shapes)):
+            for message in _messages(check_whole_model(weights, shapes)):
                 self._llm.update_weights({"update_info": message})
             self._llm.finish_weight_update(str(version))
             # keys and values of the old weights would answer for prompts that begin alike

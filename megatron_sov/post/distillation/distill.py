@@ -18,10 +18,10 @@ from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.post.parts.kept_teacher import KeptTeacher
+from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
 from megatron_sov.train.stages.gate import GateView
 
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"

@@ -23,9 +23,8 @@ from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import (
-    Source, TokenShard, open_sources, provenance, tokenizer_folder)
+    Source, TokenShard, open_sources, provenance, source_record, tokenizer_folder)
 from megatron_sov.engine.data.vocabulary import refuse_other_tokens
-from megatron_sov.engine.data.written_sources import source_record
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target

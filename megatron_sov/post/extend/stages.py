@@ -15,9 +15,8 @@ import numpy as np
 
 from megatron_sov.base.documents.overlap import window_hashes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.long_documents import LongDocuments
 from megatron_sov.engine.data.token_shards import TEXTS, Documents, Source, open_sources
-from megatron_sov.engine.data.views import LONG, SHORT
+from megatron_sov.engine.data.views import LONG, SHORT, LongDocuments
 from megatron_sov.eval.needle.documents import SOURCE_NAME
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PartConfig, RunConfig

@@ -23,12 +23,11 @@ from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import ROUTES, IndexedWriter, RouteShape
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.engine.data.requirements import replayed_routes
 from megatron_sov.engine.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
-from megatron_sov.engine.data.routes import replayed_routes
 from megatron_sov.engine.data.token_bytes import token_bytes
-from megatron_sov.engine.data.token_shards import CONTENT_VERSION
+from megatron_sov.engine.data.token_shards import CONTENT_VERSION, COUNTS, source_record
 from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.engine.data.written_sources import COUNTS, source_record
 from megatron_sov.judge.rollouts.prompts import RolloutPrompt, budget_of, round_prompts
 from megatron_sov.judge.rollouts.rows import (
     LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)

@@ -48,7 +48,6 @@ class Fault:
 
     @property
     def name(self) -> str:
-        """How it is written, in one way."""
         options = "".join(f",{name}={value:g}" for name, value in sorted(self.options.items()))
         return f"{self.kind}@{self.state}={self.at},rank={self.rank}{options}"
 

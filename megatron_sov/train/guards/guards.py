@@ -1,11 +1,14 @@
-"""All that watches a run, in one place: each guard has a file of its own, and its settings in `guards.*`."""
+"""All that watches a run: routing, slow processes and hardware that lies here; the watch over a step and the
+refusal of steps in files of their own.  Settings are in `guards.*`."""
 
 from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +19,8 @@ from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.compute_timer import ComputeClock
-from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.mcore.parallel.values import gather_objects
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs import routing
@@ -26,8 +29,73 @@ from megatron_sov.train.guards.fault_injection import Fault, Faults
 from megatron_sov.train.guards.step_guard import StepGuard
 from megatron_sov.train.guards.watchdog import Watchdog
 
-# Checks for hardware that lies: bits that should be equal are compared,
-# and the process that differs is named.
+# How long this process computes in a step, without what it waits for others.
+
+_waited_s = 0.0
+_counting = False
+
+
+def _count_waiting() -> None:
+    """Have every wait for a collective add to `_waited_s`: all of torch's collectives on CPU tensors
+    end in `Work.wait`."""
+    global _counting
+    if _counting:
+        return
+    _counting = True
+    work_class: Any = dist.Work
+    wait = work_class.wait
+
+    def timed(work: Any, *args: Any, **kwargs: Any) -> Any:
+        global _waited_s
+        start_s = time.perf_counter()
+        try:
+            return wait(work, *args, **kwargs)
+        finally:
+            _waited_s += time.perf_counter() - start_s
+
+    work_class.wait = timed
+
+
+class ComputeClock:
+    """Measures forward and backward passes up to the moment when gradients are summed over
+    data-parallel processes.
+
+    On a CPU the time in collectives (of tensor, expert, context and pipeline parallelism) is taken away, so
+    the figure is the process's own.  On a GPU the host does not wait; there it is the time of the device up
+    to that moment, which the processes of one model replica share.
+    """
+
+    def __init__(self) -> None:
+        self._on_gpu = on_gpu()
+        self._start: Any = None
+        self._stop: Any = None
+        if not self._on_gpu:
+            _count_waiting()
+
+    def start(self) -> None:
+        self._stop = None
+        self._start = self._now()
+
+    def stop(self) -> None:
+        self._stop = self._now()
+
+    def seconds(self) -> float:
+        """Return the seconds between `start` and `stop`; on a GPU this waits for `stop`."""
+        if self._on_gpu:
+            self._stop.synchronize()
+            return float(self._start.elapsed_time(self._stop)) / 1e3
+        return float(self._stop - self._start)
+
+    def _now(self) -> Any:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter() - _waited_s
+
+
+# Checks for hardware that lies: bits that should be equal are compared, and the process that differs is
+# named.
 
 class SdcChecks:
     """Compares replicas of weights, and repetitions of a computation."""
@@ -127,7 +195,6 @@ class RoutingMonitor:
         self._active: set[tuple[str, int]] = set()
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step's routing (1-based) is recorded."""
         return self._settings.routing_every_steps > 0 and step % self._settings.routing_every_steps == 0
 
     def follow(self, step: int, load: torch.Tensor, biases: torch.Tensor, events: EventLog) -> None:
@@ -142,8 +209,8 @@ class RoutingMonitor:
         events.write("routing", step=step, layers=names, max_violation=routing.max_violation(counts).tolist(),
                      entropy=entropy.tolist(), dead=routing.num_dead(counts).tolist(),
                      bias_spread=spread.tolist())
-        idle = np.where(counts == 0, 1, 0) if self._idle is None else (self._idle + 1) * (counts == 0)
-        self._idle = idle
+        before = np.zeros_like(counts, np.int64) if self._idle is None else self._idle
+        idle = self._idle = np.where(counts == 0, before + 1, 0)
         alarms = dict(self._alarms(names, entropy, spread, idle))
         for kind, layer in sorted(alarms.keys() - self._active):
             events.write("alarm", step=step, kind=kind, layer=layer, text=alarms[kind, layer])

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_sov.engine.data.ledger import Ledger
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.engine.mcore.parallel.values import sum_dict
 from megatron_sov.model.config import GuardConfig
 
 MIN_STEPS = 20
@@ -95,12 +95,17 @@ class StepGuard:
             self._remember(main_loss, main_grad_norm)
             self.forget_refusals()
             return True
+        # what was usual is kept as it was: `loop.attribute` asks later whether other figures would have been
+        # refused then
         self._usual_then = list(self._losses), list(self._grad_norms)
+        # rank 0's figures may be sound where another process has NaN: then the reason is that one
         self.refusal = self._objection(main_loss, main_grad_norm) or Refusal(
             "another process has a number that is not finite", main_loss, main_grad_norm, finite=False,
             weights_suspect=True)
         self.in_a_row += 1
-        self._suspect_in_a_row += self.refusal.weights_suspect
+        if self.refusal.weights_suspect:
+            self._suspect_in_a_row += 1
+        # NaN would make every mean NaN; finite outliers enter, so that what lasts becomes usual
         if self.refusal.finite:
             self._remember(main_loss, main_grad_norm)
         return False
@@ -128,6 +133,7 @@ class StepGuard:
                                weights_suspect=True)
         if not (self._settings.skip and self._settings.sigma):
             return None
+        # with few steps a standard deviation says nothing; then every finite number is accepted
         for name, value, usual in figures[0 if self._losses_compare else 1:]:
             if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))
@@ -138,12 +144,10 @@ class StepGuard:
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
         return {"losses": list(self._losses), "grad_norms": list(self._grad_norms), "in_a_row": self.in_a_row,
                 "suspect_in_a_row": self._suspect_in_a_row, "rollbacks": list(self.rollbacks)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self._losses, self._grad_norms = list(state["losses"]), list(state["grad_norms"])
         self.in_a_row, self._suspect_in_a_row = state["in_a_row"], state["suspect_in_a_row"]
         self.rollbacks = list(state["rollbacks"])

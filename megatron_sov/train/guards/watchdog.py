@@ -68,7 +68,6 @@ class Watchdog:
                 self.begin(watched[0])
 
     def close(self) -> None:
-        """End the watch."""
         self.end()
         self._closed.set()
 
@@ -88,6 +87,8 @@ class Watchdog:
                         f"{self._timeout_s:g} s\n\n")
                 f.flush()
                 faulthandler.dump_traceback(f)
+            # the others notice soon, since all wait for one another; each needs time to write its stacks
+            # before a connection breaks
             grace_s = min(MAX_GRACE_S, max(1.0, self._timeout_s / 4))
             time.sleep(grace_s)
             if self._rank == 0:
@@ -96,6 +97,7 @@ class Watchdog:
                 # the end of a process breaks the connections of rank 0, which has to tell first
                 time.sleep(grace_s)
         finally:
+            # not sys.exit: it would only end this thread, and the main one never returns
             os._exit(ExitCode.HANG)
 
     def _tell(self, step: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_sov.engine.data.batches import BatchStream, RankBatch
 from megatron_sov.engine.data.ledger import LedgerEntry
 from megatron_sov.engine.data.order import OrderState, SampleOrder
+from megatron_sov.engine.data.rows import BatchStream, RankBatch
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
@@ -48,17 +51,14 @@ class DataBatches:
         """How often each source was gone through, up to the last batch that was given."""
 
     def next(self) -> GlobalBatch:
-        """Return this rank's part of the next step's batch."""
         batch = self._advance()
         return GlobalBatch(tuple(from_row(row) for row in batch.rows), batch.entry.seq_len,
                            batch.num_samples, batch.entry.phase)
 
     def skip(self) -> None:
-        """Pass over the next step's batch."""
         self._advance()
 
     def next_entry(self) -> LedgerEntry:
-        """Return the ledger's entry of the next step."""
         return self.ledger.at(self._step)
 
     def state(self) -> dict[str, Any]:
@@ -69,12 +69,10 @@ class DataBatches:
         return {**self._state, "history": [dataclasses.asdict(e) for e in self.ledger.history(self._step)]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self.close()
         self._begin(OrderState.from_dict(state))
 
     def consumed_tokens(self) -> dict[str, int]:
-        """Return the tokens given of each source so far."""
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
     def over_long(self) -> dict[str, int]:
@@ -97,10 +95,29 @@ class DataBatches:
         return {name: round(tokens) for name, tokens in planned.items()}
 
     def close(self) -> None:
-        """Forget what was prepared ahead."""
         self._stream.close()
 
     def _advance(self) -> RankBatch:
         batch = self._stream.next()
         self._step, self._state, self.epochs = self._step + 1, batch.order_state, batch.epochs
         return batch
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """The run around an objective, on one process."""
+
+    config: RunConfig
+    """Resolved settings."""
+    batches: DataBatches
+    """Those of the data order."""
+    world: ParallelWorld
+    """This process's place."""
+    folder: Path
+    """The run's folder."""
+    write_event: Callable[..., None]
+    """`write_event(name, **fields)` adds an event to the run's; dropped on all processes but rank 0, and
+    before the run has begun."""
+    waiting: Callable[[], AbstractContextManager[None]]
+    """`with waiting(): ...` around what may take longer than `guards.hang_timeout_s`, such as rollouts: the
+    watch over the step begins anew behind it."""

@@ -15,9 +15,9 @@ import torch
 
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.model.config import RunConfig
+from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.microbatch import MicroBatch, shifted
-from megatron_sov.train.objectives.objective import GlobalBatch
-from megatron_sov.train.objectives.objective_context import ObjectiveContext
+from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 TEXT, AUDIO, IMAGE = "text_loss", "audio_loss", "image_loss"
 """Meters: mean loss of the labels of a type that are learned."""
@@ -80,7 +80,6 @@ class DataObjective:
         self._typed = TypedLosses(config)
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch of the data order."""
         return self._batches.next()
 
     def _with_types(self, batch: GlobalBatch) -> GlobalBatch:
@@ -105,3 +104,30 @@ class DataObjective:
             there = shifted(batch, depth)
             total = total + head.cross_entropy(hidden[depth], there.labels, {MTP: there.weights})[0][MTP]
         return {MTP: total} if self._depths else {}
+
+
+LM = "lm"
+
+
+class LanguageModelling(DataObjective):
+    """Cross-entropy on every token, plus multi-token prediction."""
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self.coefficients = {LM: 1.0} | self._mtp_coefficient
+        self.meters = self._typed.meters
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count targets: every weighted label for the trunk, and those of all depths for
+        multi-token prediction."""
+        batch = self._with_types(batch)
+        hosts = [m.host for m in batch.micro_batches]
+        targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
+        return with_denominators(batch, targets | self._mtp_targets(hosts))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the summed cross-entropy of the trunk and of the prediction depths."""
+        terms, losses = head.cross_entropy(hidden[0], batch.labels, {LM: batch.weights})
+        terms |= self._mtp_sum(hidden, head, batch)
+        return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
+                        self._typed.measured(losses, batch))

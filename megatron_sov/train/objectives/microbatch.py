@@ -60,8 +60,9 @@ def from_row(row: PackedRow) -> MicroBatch:
 
 def _record(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> MicroBatch:
     """Return the micro-batch of a row whose values lie end to end in `flat`, uint8."""
+    stretches = flat.split([value.nbytes for value in values])
     parts = [part.view(torch.from_numpy(value[:0]).dtype)
-             for part, value in zip(flat.split([value.nbytes for value in values]), values, strict=True)]
+             for part, value in zip(stretches, values, strict=True)]
     columns = dict(zip(row.columns, parts[len(WIDE):], strict=False))
     found = dict(zip((*WIDE, *NARROW), parts[:len(WIDE)] + parts[len(WIDE) + len(columns):], strict=True))
     bounds = row.bounds

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.columns import NeededColumn
+from megatron_sov.engine.data.requirements import NeededColumn
 from megatron_sov.engine.data.token_shards import TEXTS
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+from megatron_sov.engine.mcore.parallel.values import sum_dict
 from megatron_sov.train.objectives.microbatch import MicroBatch
 
 TOKENS = "all tokens"
@@ -154,7 +154,6 @@ class Memory:
                          "dicts with strings as keys, lists, strings and numbers")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
         self._objective.restore(state)
 
 

@@ -40,7 +40,6 @@ class EvalJob:
 
     @property
     def name(self) -> str:
-        """Beginning of its files' names."""
         return f"step-{self.step}.{self.task}"
 
 

@@ -1,10 +1,10 @@
-"""What goes on beside training on rank 0: exports, and the evaluation of each of them; and behind it, the
-mean of its checkpoints.
-"""
+"""What goes on beside the steps: exports on rank 0, the evaluation of each, and the mean of its checkpoints
+behind the last step; on every process its garbage collections, and traces."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -14,14 +14,84 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.base.errors import warn
+from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.model import families as models
-from megatron_sov.model.config import RunConfig, TrainConfig
+from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINTS_OF_A_RUN, MODEL, latest, step_of
 from megatron_sov.runs.folder import AVERAGE, EXPORTS
 from megatron_sov.train.side_jobs.evaluations import Evaluations
 from megatron_sov.work.processes.background import BackgroundProcess
+
+# Python's garbage collection at the same steps on all processes.
+#
+# Left to itself, each process collects when its own counters say so, and among hundreds there is one
+# that does so in nearly every step; all others wait for it in the next collective.
+
+class Garbage:
+    """Collects every so many steps; 0: leaves it to Python."""
+
+    def __init__(self, every_steps: int) -> None:
+        """Keep what lives by now out of every later collection."""
+        self._every_steps = every_steps
+        if every_steps:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+
+    def after_step(self, step: int) -> None:
+        """Collect, if `step` (1-based) is one to collect after."""
+        if self._every_steps and step % self._every_steps == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        if self._every_steps:
+            gc.enable()
+            gc.unfreeze()
+
+
+FOLDER = "profile"
+
+
+class Profiling:
+    """Watches the steps that the settings name; of a run that goes on behind the first, what is left."""
+
+    def __init__(self, config: GpuConfig, run: Path, is_main: bool) -> None:
+        self._steps = range(config.profile_first_step, config.profile_last_step + 1 if is_main else 0)
+        self._folder = run / FOLDER
+        self._profile: profile | None = None
+        self._began_at = 0
+
+    def before_step(self, step: int) -> None:
+        if step in self._steps and step > 0 and self._profile is None:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
+            self._profile, self._began_at = profile(activities=activities, record_shapes=True), step
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """Write the trace, if `step` was the last one to be watched."""
+        if self._profile is not None and step >= self._steps[-1]:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        assert self._profile is not None
+        self._profile.stop()
+        trace = self._folder / f"steps-{self._began_at}-{step}.json.gz"
+        with disk_errors(trace):
+            self._folder.mkdir(exist_ok=True)
+            unfinished = trace.with_name(f".{trace.name}")  # its end says that it is to be compressed
+            self._profile.export_chrome_trace(str(unfinished))
+            unfinished.replace(trace)
+        self._profile = None
+
+    def close(self, step: int) -> None:
+        """Write what there is of a run that ends earlier."""
+        if self._profile is not None:
+            self._write(step)
+
 
 # The mean of a run's newest checkpoints, made when the run is complete.
 #
@@ -67,14 +137,12 @@ def _fail(record: Callable[..., None], step: int, why: str) -> None:
     warn(f"the mean of the run's checkpoints was not made: {why}", record, step=step)
 
 
-# Exports beside training: every k-th checkpoint becomes a Hugging Face folder,
-# in a process that never holds the run up.
+# Exports beside training: every k-th checkpoint becomes a Hugging Face folder, in a process that never holds
+# the run up.
 #
 # `RUN/exports/step-N` is made from `RUN/exports/.step-N.source`, hard links to the checkpoint's files: the
-# run
-# may delete the checkpoint meanwhile.  One export is made at a time and one waits; what a stopped or killed
-# run
-# left goes on when it is resumed.  A failure is an event of the run, and a warning.
+# run may delete the checkpoint meanwhile. One export is made at a time and one waits; what a stopped or
+# killed run left goes on when it is resumed. A failure is an event of the run, and a warning.
 
 _EXPORT_WAIT_S = 0.05
 
@@ -129,6 +197,8 @@ class Exports:
                 return
             self._waiting = [*(s for s in self._waiting if s != step), step]
         self.poll()
+        # exports that are slower than checkpoints would pile up, each holding a whole checkpoint on the disk
+        # by its links
         while len(self._waiting) > 1:
             self._fail(self._waiting.pop(0), "a newer checkpoint was ready before it was begun")
 

@@ -6,6 +6,7 @@ ones can be compared.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -16,20 +17,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.chat.marks import KIND, KINDS
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import PackedRow, heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_bytes import token_bytes
 from megatron_sov.engine.data.token_shards import Documents, Source, tokenizer_folder
-from megatron_sov.engine.data.turns import TURN, with_turns
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.named_values import Shapes, pack, unpack
+from megatron_sov.engine.mcore.parallel.values import Shapes, pack, unpack
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row, shifted
+
+TURN = "turn"
+"""Column of a row: 1 for labels of a conversation's first learned turn, 2 for the second, ...; 0 for labels
+that no learned turn holds."""
+
+
+def with_turns(row: PackedRow, documents: Documents) -> PackedRow:
+    """Return a row of conversations with the column `TURN`; a conversation that was begun in another row
+    goes on counting."""
+    numbers = np.zeros(len(row.tokens), np.float32)
+    for first, _, (document, start, count) in row.origins:
+        end = min(start + count + 1, int(documents.lengths[document]))  # behind its last label
+        learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
+                   & (documents.loss_weights(document, 0, end) > 0))
+        # a turn begins where a learned token follows one that is not; the running count of beginnings numbers
+        # the turns, and tokens between them get 0
+        begins = learned.copy()
+        begins[1:] &= ~learned[:-1]
+        numbers[first:first + end - start - 1] = (begins.cumsum() * learned)[start + 1:]
+    return dataclasses.replace(row, columns={**row.columns, TURN: numbers})
+
 
 TURNS: dict[str, Callable[[Any], Any]] = {"first": lambda turn: turn == 1, "later": lambda turn: turn > 1}
 """Learned turns of a conversation that are told apart -> which numbers of the column `TURN` they have."""
@@ -100,6 +122,7 @@ class HeldoutEvaluator:
         shard = source.shard("heldout")
         samples = heldout_samples(shard, index, seq_len, max_tokens, whole=source.is_chat)
         per_round = self._rows_per_batch * world.dp_size
+        # every rank runs as many micro-batches, or the collectives of the forward pass would not meet
         samples += [OrderedSample(index, ())] * (-len(samples) % per_round)
         rows = [heldout_row(s, shard, source, seq_len) for s in samples]
         first = world.dp_rank * self._rows_per_batch
@@ -138,6 +161,7 @@ class HeldoutEvaluator:
         losses = -head.logprobs(hidden[0], batch.labels).double()
         counted = (batch.weights > 0).double()
         if self._bytes is None:
+            # no tokenizer, no bytes: NaN goes through the sums, so that bits per byte are NaN too
             size_bytes = torch.full_like(losses, math.nan)
         else:
             size_bytes = self._bytes[batch.labels].double()
@@ -177,4 +201,5 @@ def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.
     """
     chosen, drafted = head.top_of_row(hidden[0]), head.top_of_row(hidden[1])
     counted = shifted(batch, 1).weights > 0
+    # position t of depth 1 drafts token t + 2, which the trunk chooses at t + 1
     return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

@@ -17,10 +17,9 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.engine.data import over_long
-from megatron_sov.engine.data.columns import refuse_without_columns
+from megatron_sov.engine.data import ledger
 from megatron_sov.engine.data.ledger import LedgerEntry, plan
-from megatron_sov.engine.data.model_fit import refuse_unreadable
+from megatron_sov.engine.data.requirements import refuse_unreadable, refuse_without_columns
 from megatron_sov.engine.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.engine.data.views import with_views
 from megatron_sov.engine.data.vocabulary import read_vocabulary, refuse_other_tokens
@@ -39,10 +38,10 @@ from megatron_sov.runs.gpu_driver import visible_gpus
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
+from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.objectives.objective import columns_of, formats_of
-from megatron_sov.train.restoring import newest_sound, refuse_other_base
 from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import banner, memory_of, summary
@@ -221,9 +220,9 @@ def _open_data(stage: Stage) -> _Data:
     refuse_unreadable(sources, stage.config.model)
     planned = plan(stage.config, sources)
     if stage.config.data.over_long == "refuse":
-        over_long.refuse(over_long.over_long(sources, planned))
+        ledger.refuse_over_long(ledger.over_long(sources, planned))
     elif stage.config.data.over_long == "cut":
-        over_long.refuse_halves(over_long.over_long([s for s in sources if s.group > 1], planned))
+        ledger.refuse_over_long_pairs(ledger.over_long([s for s in sources if s.group > 1], planned))
     return _Data(sources, planned)
 
 
@@ -394,7 +393,6 @@ def _tell_changes(stage: Stage, trainer: Trainer) -> None:
 
 
 def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
-    """Write the first files."""
     stage.folder.declare(stage.config)
     begin.declared[0] = 1
     if trainer is not None:
@@ -411,6 +409,7 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
+    # with a gate at the end the completion manifest waits for its verdict: chains look at that file alone
     end = stage.folder.complete if stage.end_gate is None else stage.folder.hold
     on_main(trainer.world, lambda: end({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),

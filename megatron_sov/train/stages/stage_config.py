@@ -78,7 +78,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
         UserError: a mistake in the arguments, settings or layout, missing data, another family or objective
             than the command's, or nothing to start from.
     """
-    from megatron_sov.engine.data.mixed_phases import with_mixed_phases  # numpy, which --help does without
+    from megatron_sov.engine.data.views import with_mixed_phases  # numpy, which --help does without
 
     asked = stage_request(args, objective, needs_data=needs_data)
     config = completed(with_mixed_phases(asked.config(), asked.base))
@@ -120,8 +120,11 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
     from megatron_sov.engine import convert
 
     model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
-    family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
-                   if key == "model.family"), asked.base.model.family)
+    family = asked.base.model.family
+    for setting in asked.settings:  # the last one counts
+        key, _, value = setting.partition("=")
+        if key == "model.family":
+            family = value.strip('"')
     if model.family != family:
         known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "

@@ -24,8 +24,8 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.media_shards import check_encoders
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.rows import sample_row
+from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import VisionEncoderConfig
 from megatron_sov.omni.media.banks import MEDIA, NONE, open_bank, read_shapes

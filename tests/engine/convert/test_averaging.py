@@ -15,7 +15,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import damaged_files, manifest_sha256, new_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert import averaging
-from megatron_sov.engine.convert.averaging import chosen, weights_of
+from megatron_sov.engine.convert.averaging import choose_checkpoints, weights_of
 from megatron_sov.engine.convert.peft import from_peft
 
 
@@ -168,12 +168,13 @@ def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
 def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [tmp_path / f"step-{n}" for n in (10, 20, 30, 40)]
     monkeypatch.setattr(averaging, "complete", lambda folder: steps)
-    assert chosen(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]
-    assert chosen(tmp_path, 2, (None, 30), "linear") == [(steps[1], 1.0), (steps[2], 2.0)]
-    assert chosen(tmp_path, 3, kind="ema", decay=0.5) == [(steps[1], 0.25), (steps[2], 0.5), (steps[3], 1.0)]
+    assert choose_checkpoints(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]
+    assert choose_checkpoints(tmp_path, 2, (None, 30), "linear") == [(steps[1], 1.0), (steps[2], 2.0)]
+    assert choose_checkpoints(tmp_path, 3, kind="ema", decay=0.5) == [
+        (steps[1], 0.25), (steps[2], 0.5), (steps[3], 1.0)]
     for arguments, sentence in (
             ((5,), r"--last 5: must be at least 2, and at most the 4 complete checkpoints of \S+$"),
             ((None, (35, None)), "has 1 complete checkpoints between steps 35 and the last, and a mean"),
             ((None, (None, None), "ema", 0.0), "--decay 0.0: must lie above 0")):
         with pytest.raises(UserError, match=sentence):
-            chosen(tmp_path, *arguments)  # type: ignore[arg-type]
+            choose_checkpoints(tmp_path, *arguments)  # type: ignore[arg-type]

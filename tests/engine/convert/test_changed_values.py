@@ -10,7 +10,7 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import (
-    DTYPES, Changed, SentWeights, check_space, converted, exported_dtype, planned_dtype)
+    DTYPES, Changed, SentWeights, check_space, convert_tensor, exported_dtype, planned_dtype)
 
 Weights = dict[str, torch.Tensor]
 
@@ -95,18 +95,18 @@ def test_one_bad_value_anywhere_is_found(dtype: torch.dtype, bad: float) -> None
         tensor[place] = bad
         with pytest.raises(UserError,
                            match=f"source: w holds {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
-            converted(tensor, dtype, Path("source"), "w")
+            convert_tensor(tensor, dtype, Path("source"), "w")
 
 
 def test_finite_values_keep_their_bits_or_are_rounded_once() -> None:
     for dtype in DTYPES.values():
         limits = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0, -0.0], dtype=dtype)
-        assert converted(limits, dtype, Path("source"), "w") is limits
-    assert converted(torch.empty(0, 3), torch.bfloat16, Path("source"), "w").shape == (0, 3)
+        assert convert_tensor(limits, dtype, Path("source"), "w") is limits
+    assert convert_tensor(torch.empty(0, 3), torch.bfloat16, Path("source"), "w").shape == (0, 3)
     wide = torch.randn(100)
-    assert converted(wide, torch.bfloat16, Path("source"), "w").equal(wide.bfloat16())
+    assert convert_tensor(wide, torch.bfloat16, Path("source"), "w").equal(wide.bfloat16())
     with pytest.raises(UserError, match=r"w: its largest value 3.40282e\+38 does not fit bfloat16"):
-        converted(torch.tensor([torch.finfo(torch.float32).max]), torch.bfloat16, Path("source"), "w")
+        convert_tensor(torch.tensor([torch.finfo(torch.float32).max]), torch.bfloat16, Path("source"), "w")
 
 
 def test_planned_dtypes() -> None:

@@ -16,7 +16,7 @@ import pytest
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert import shard_writer
+from megatron_sov.engine.convert import hf_import
 from megatron_sov.work.progress.journal import items_on_record, work_folder
 from megatron_sov.work.progress.resumable import CONTENT
 
@@ -24,16 +24,16 @@ FILE_BYTES = 6_000
 KILLED = f"""
     import json, os, signal, sys, threading
     from megatron_sov import convert
-    from megatron_sov.engine.convert import hf_import, shard_writer
+    from megatron_sov.engine.convert import hf_import
 
     def convert_and_die(action, source, out, kill_after):
-        def counted(*args, real=shard_writer.write_file, count=[0], lock=threading.Lock()):
+        def counted(*args, real=hf_import.write_file, count=[0], lock=threading.Lock()):
             with lock:
                 count[0] += 1
                 if count[0] > kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
-        shard_writer.write_file, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
+        hf_import.write_file, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
         limits = {{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}
         getattr(convert, action)(source, out, workers=2, **limits)
 
@@ -78,14 +78,14 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path
             finished[action].append(set(map(str, items_on_record(work_folder(Path(out))))))
             killer.stdin.write("go on\n")
             killer.stdin.flush()
-    real = shard_writer.write_file
+    real = hf_import.write_file
     for action, source in sources.items():
         first, second = finished[action]
         assert first and first < second, "the second attempt went on from the first"
         out, written = tmp_path / action, []
         work = work_folder(out) / CONTENT
         (work / "half-written").write_text("stray")
-        monkeypatch.setattr(shard_writer, "write_file",
+        monkeypatch.setattr(hf_import, "write_file",
                             lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
         with pytest.raises(UserError, match=r"of another command(.|\n)*dtype was .keep., and is .float64."):

@@ -115,7 +115,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.convert import SentWeights, export_weights, import_weights
     from megatron_sov.engine.convert.live_import import LiveImport
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.model.local_shards import local_shards
     from megatron_sov.engine.mcore.parallel import world
@@ -129,7 +129,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     models = []
     for seed in (1, 2):
         models.append(build(config.model, ParallelConfig(**layout), config.train))
-        init.initialise(models[-1], config.model, seed)
+        load.initialise(models[-1], config.model, seed)
     source, target = models
     for block in local_shards(source):
         if block.key.endswith("expert_bias"):

@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.growing import open_weights
 from megatron_sov.engine.convert.peft import (
-    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merged, to_peft)
+    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, to_peft)
 from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import LoraConfig, apply_settings
 from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
@@ -35,7 +35,6 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     from megatron_sov.engine.convert import export_weights
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import ModelInputs, build
     from megatron_sov.engine.mcore.model.local_shards import local_shards
     from megatron_sov.engine.mcore.parallel import world
@@ -47,7 +46,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
     world.join(config.parallel)
     model = build(config.model, config.parallel, config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     load.save(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
     model = build(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
@@ -205,6 +204,6 @@ def test_lengths_that_were_not_trained_leave_a_weight_as_it_is() -> None:
     tensors = {place.of.key(A): torch.randn(2, place.of.in_features, generator=generator).bfloat16(),
                place.of.key(B): torch.zeros(place.of.out_features, 2).bfloat16(),
                place.of.key(MAGNITUDE): torch.linalg.vector_norm(weight.float(), dim=1).bfloat16()}
-    assert merged(weight, place, tensors, config.lora).equal(weight)
+    assert merge_adapter(weight, place, tensors, config.lora).equal(weight)
     tensors[place.of.key(MAGNITUDE)] *= 2
-    assert merged(weight, place, tensors, config.lora).equal(2 * weight)
+    assert merge_adapter(weight, place, tensors, config.lora).equal(2 * weight)

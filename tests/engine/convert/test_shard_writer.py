@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.base.artifacts import FileRecord
-from megatron_sov.engine.convert.shard_writer import plan_shards, write_files
+from megatron_sov.engine.convert.hf_import import plan_shards, write_files
 from megatron_sov.engine.mcore.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec
 
 SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),

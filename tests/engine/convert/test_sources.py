@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert import hf_import, shard_writer
+from megatron_sov.engine.convert import hf_import
 from megatron_sov.engine.convert.hf_import import checked_source
 from megatron_sov.work.progress.resumable import ResumableArtifact
 
@@ -181,7 +181,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
             too_early.append(counted.wait(0.1))
         return file_damage(file, record)
 
-    def write(*arguments: Any, now: Any = shard_writer.write_file) -> FileRecord:
+    def write(*arguments: Any, now: Any = hf_import.write_file) -> FileRecord:
         record: FileRecord = now(*arguments)
         written.set()
         return record
@@ -192,7 +192,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
 
     convert.from_hf(solar_dir, tmp_path / "ckpt")
     monkeypatch.setattr(hf_import, "file_damage", after_the_writing)
-    monkeypatch.setattr(shard_writer, "write_file", write)
+    monkeypatch.setattr(hf_import, "write_file", write)
     monkeypatch.setattr(ResumableArtifact, "finish", finish)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     assert counted.is_set() and too_early == [False]

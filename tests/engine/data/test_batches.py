@@ -13,9 +13,8 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.engine.data import streams
-from megatron_sov.engine.data.batches import BatchStream, RankBatch
 from megatron_sov.engine.data.order import OrderState, SampleOrder
-from megatron_sov.engine.data.rows import sample_row
+from megatron_sov.engine.data.rows import BatchStream, RankBatch, sample_row
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 

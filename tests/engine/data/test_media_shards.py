@@ -12,14 +12,12 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.long_documents import LongDocuments
-from megatron_sov.engine.data.mapped_files import IDX_MAGIC
-from megatron_sov.engine.data.media_shards import check_encoders
+from megatron_sov.engine.data.media_shards import IDX_MAGIC, check_encoders
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.rows import join_rows, sample_row
+from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import ShardChain, Source
-from megatron_sov.engine.data.views import Pieces
+from megatron_sov.engine.data.views import LongDocuments, Pieces
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
 from megatron_sov.omni.media.placed import Media, cut, joined

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from megatron_sov.engine.data.packing import (
+from megatron_sov.engine.data.streams import (
     PackedSegment, Row, best_fit, best_fit_units, concatenate, cut, fitting)
 
 SEQ_LEN = 24

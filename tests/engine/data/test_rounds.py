@@ -14,11 +14,11 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data import rounds as rounds_module
-from megatron_sov.engine.data.batches import BatchStream, rows_per_micro_batch
-from megatron_sov.engine.data.mixed_phases import with_mixed_phases
 from megatron_sov.engine.data.order import OrderState, SampleOrder
 from megatron_sov.engine.data.rounds import Round, RoundDocuments, first_document, rounds_source
+from megatron_sov.engine.data.rows import BatchStream, rows_per_micro_batch
 from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.data.views import with_mixed_phases
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import with_rounds
 

@@ -14,9 +14,9 @@ from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.packing import PackedSegment
-from megatron_sov.engine.data.routes import refuse_other_routes, shape_of
+from megatron_sov.engine.data.requirements import refuse_other_routes, shape_of
 from megatron_sov.engine.data.rows import join_rows, sample_row
+from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import open_sources
 
 MODEL = recipes.get("tiny-k-exaone").model

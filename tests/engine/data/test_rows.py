@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
+from megatron_sov.engine.data.streams import PackedSegment
 
 
 def test_a_row_by_hand(numbered: Any) -> None:

@@ -169,8 +169,8 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     (fp32), and what an engine of another model writes before and after an update."""
     from megatron_sov import recipes
     from megatron_sov.engine.convert import export_weights
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import collectives, world
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -181,7 +181,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
     world.join(parallel)
     model = build(config.model, parallel, config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
@@ -214,7 +214,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(ways[name]) for name in chosen}
     other = build(config.model, parallel, config.train)
-    init.initialise(other, config.model, 2)
+    load.initialise(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):

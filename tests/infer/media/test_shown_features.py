@@ -20,8 +20,8 @@ from megatron_sov import cli
 from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.packing import PackedSegment
 from megatron_sov.engine.data.rows import PackedRow, sample_row
+from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import open_sources
 from tests.omni_model import save_codecs, save_omni_model
 

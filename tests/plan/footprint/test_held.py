@@ -35,11 +35,11 @@ def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
 
 def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
-    from megatron_sov.engine.mcore.optimizer.meta import built
+    from megatron_sov.engine.mcore.optimizer.meta import build_on_meta
 
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
-        made = built(config_of(recipe, settings, precision), num_ranks, rank)
+        made = build_on_meta(config_of(recipe, settings, precision), num_ranks, rank)
         found.append([made.stage, made.shapes])
     return found
 

@@ -9,8 +9,8 @@ def test_documents_are_counted_and_padding_is_not() -> None:
     import torch
 
     from megatron_sov.engine.data.order import OrderedSample
-    from megatron_sov.engine.data.packing import PackedSegment
     from megatron_sov.engine.data.rows import join_rows, sample_row
+    from megatron_sov.engine.data.streams import PackedSegment
     from megatron_sov.post.parts.responses import responses_of
     from megatron_sov.train.objectives.microbatch import from_row
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.optimizer.newton_schulz import update_scale
+from megatron_sov.engine.mcore.optimizer.muon import update_scale
 from megatron_sov.publish.ladder.family import mup_model, mup_optim, step_law_batch, step_law_optim, warmup
 
 WIDTHS = (32, 128)
@@ -72,7 +72,7 @@ def learned(data: str, root: str) -> dict[str, list[float]]:
     from megatron_sov.model.config import apply_settings
     from megatron_sov.publish.ladder.family import scaled
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     base = apply_settings(recipes.get("tiny-solar-open"), [

@@ -27,7 +27,7 @@ from megatron_sov.engine.mcore.parallel.world import ParallelWorld  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
 from megatron_sov.train.objectives import microbatch  # noqa: E402
 from megatron_sov.train.objectives.data_batches import DataBatches  # noqa: E402
-from megatron_sov.train.objectives.lm import LanguageModelling  # noqa: E402
+from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.objectives.microbatch import from_row, shifted  # noqa: E402
 from megatron_sov.train.objectives.objective import GlobalBatch  # noqa: E402
 

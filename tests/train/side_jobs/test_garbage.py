@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from megatron_sov.train.side_jobs.garbage import Garbage
+from megatron_sov.train.side_jobs.side_jobs import Garbage
 
 
 def test_garbage_is_collected_every_so_many_steps_and_never_between(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sov.model.config import GpuConfig
-from megatron_sov.train.side_jobs.profiling import FOLDER, Profiling
+from megatron_sov.train.side_jobs.side_jobs import FOLDER, Profiling
 
 STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
 

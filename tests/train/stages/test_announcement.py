@@ -15,11 +15,11 @@ from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.runs.folder import PLAN
-from megatron_sov.train.stages import planning
-from megatron_sov.train.stages.planning import device_name, keep_plan
+from megatron_sov.train import recorder
+from megatron_sov.train.recorder import device_name, keep_plan
 
 prepare_megatron()
-from megatron_sov.train.restoring import TrainState  # noqa: E402
+from megatron_sov.train.checkpointer import TrainState  # noqa: E402
 from megatron_sov.train.stages.announcement import (  # noqa: E402
     banner, memory_of, planned_tokens, short, summary)
 from megatron_sov.train.stages.evaluate import HeldoutLoss  # noqa: E402
@@ -101,8 +101,8 @@ def test_no_run_fails_for_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_processor_has_a_name_where_the_system_tells_none(monkeypatch: pytest.MonkeyPatch,
                                                             tmp_path: Path) -> None:
-    monkeypatch.setattr(planning, "CPU_INFO", tmp_path / "nowhere")
+    monkeypatch.setattr(recorder, "CPU_INFO", tmp_path / "nowhere")
     assert device_name()
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: AMD EPYC 9654\nmodel name\t: other\n")
-    monkeypatch.setattr(planning, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(recorder, "CPU_INFO", tmp_path / "cpuinfo")
     assert device_name() == "AMD EPYC 9654"

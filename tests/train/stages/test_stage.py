@@ -31,7 +31,7 @@ from megatron_sov.work.clusters.chips import Gpu
 prepare_megatron()
 from megatron_sov.engine.mcore.parallel.launcher import Restarts  # noqa: E402
 from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
-from megatron_sov.train.objectives.lm import LanguageModelling  # noqa: E402
+from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.stages import stage as stage_module  # noqa: E402
 from megatron_sov.train.stages.gate import EndVerdict  # noqa: E402
 from megatron_sov.train.stages.stage import Stage, run_stage  # noqa: E402
@@ -401,15 +401,15 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
 
 def values_made(run: str, data: str, settings: list[str], start_from: str | None) -> dict[str, Any]:
     """Run a stage in this rank, and return how many initial values were made and the steps of the run."""
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
 
-    made, normals = [], init.normals
+    made, normals = [], load.normals
 
     def counted(seed: int, key: str, start: int, count: int) -> Any:
         made.append(count)
         return normals(seed, key, start, count)
 
-    init.normals = counted
+    load.normals = counted
     paths = f"data.paths={json.dumps({data: 1.0})}"
     config = apply_settings(recipes.get("tiny-solar-open"), [*SMALL, paths, "model.num_layers=1", *settings])
     run_stage(Stage(config, RunFolder(Path(run)), LanguageModelling, resume=True,

@@ -45,6 +45,7 @@ def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndar
     spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
     if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
         raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
+    # along each axis the cuts of all pieces: inside one cell of this grid every element has the same owners
     cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
     if math.prod(len(c) - 1 for c in cuts) > MAX_CELLS_PER_PIECE * (len(pieces) + MAX_CELLS_PER_PIECE):
         raise ValueError(f"its {len(pieces)} blocks are cut in a way that no layout cuts")
@@ -53,6 +54,7 @@ def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndar
     num_counted = 0
     for span in spans:
         places = [slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True)]
+        # an index is foreign: pieces that all cover everything would make this loop quadratic in their number
         num_counted += math.prod(place.stop - place.start for place in places)
         if num_counted > MAX_OWNERS * found.size:
             raise ValueError(f"its {len(pieces)} blocks stand one upon another")
@@ -154,6 +156,7 @@ class Assembled(ABC):
                 here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
                 there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
                 out[here] = self.slice_of(key, piece, there)
+                # pieces do not overlap (`check_complete`), so counting elements is enough to see a hole
                 found += math.prod(b - a for a, b in zip(low, high, strict=True))
         if found != out.numel():
             raise UserError(f"{self._where}: {key} is damaged (its index holds {found} of the {out.numel()} "
@@ -166,5 +169,7 @@ class Assembled(ABC):
         if not start:
             return self._pieces[key]
         first = self._first[key]
+        # a piece that begins before the block can reach into it only if it is long enough; `_longest` bounds
+        # that
         low = bisect.bisect_right(first, start[0] - self._longest[key])
         return self._pieces[key][low:bisect.bisect_left(first, start[0] + extent[0])]

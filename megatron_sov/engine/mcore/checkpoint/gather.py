@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sov.engine.mcore.model.local_shards import LocalShard
 from megatron_sov.engine.mcore.parallel.device import local_device
-from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.values import gather_objects
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Gatherer:
         self._rank, self._everywhere = dist.get_rank(), everywhere
         self._mine: dict[str, list[LocalShard]] = {}
         for block in blocks:
+            # of blocks that several processes hold alike one speaks, or an element would come twice
             if block.owned:
                 self._mine.setdefault(block.key, []).append(block)
         places = [_GatherPlace(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
@@ -52,7 +53,6 @@ class Gatherer:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the global shape of every tensor."""
         return {key: next(iter(owners.values()))[0].global_shape for key, owners in self._places.items()}
 
     @torch.no_grad()
@@ -68,6 +68,7 @@ class Gatherer:
         first = next(iter(owners.values()))[0]
         whole = (torch.empty(first.global_shape, dtype=first.dtype, device=local_device())
                  if receives else None)
+        # all processes go through owners in the same order: sends and receives pair up without tags
         for owner, places in owners.items():
             share = self._pass_on(key, owner, places)
             if whole is None or share is None:
@@ -105,6 +106,7 @@ def in_order(gatherer: Gatherer, keys: Sequence[str]) -> Generator[tuple[str, to
         for key in left:
             yield key, gatherer.gather(key)
     except GeneratorExit:
+        # the others are inside the same loop and wait for this process's share of every tensor that is left
         for key in left:
             gatherer.gather(key)
         raise

@@ -48,12 +48,10 @@ class WrittenSnapshot:
 
     @staticmethod
     def file(folder: Path, rank: int) -> Path:
-        """Return where a rank says what it has written."""
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
     def read(folder: Path, rank: int) -> WrittenSnapshot:
-        """Return what a rank has written."""
         raw = json.loads(WrittenSnapshot.file(folder, rank).read_text(encoding="utf-8"))
         return WrittenSnapshot(raw["indices"],
                                {name: FileRecord.read(record) for name, record in raw["files"].items()})
@@ -79,14 +77,18 @@ class Snapshot:
             self._memory, self._parts = {}, owned
             return
         wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
+        # memory of the checkpoint before serves again; only blocks that are new, or whose kind has changed,
+        # take fresh memory
         missing = {key: b for key, b in wanted.items() if key not in self._memory}
         arena = Arena(sum(num_bytes(b.data) for b in missing.values()))
         self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
                         for key, b in wanted.items()}
         for key, block in wanted.items():
+            # on a GPU all copies are on their way before the first is waited for
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
         self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
                        for part, blocks in owned.items()}
+        # the next step may overwrite the weights as soon as this returns
         if on_gpu():
             torch.cuda.synchronize()
 
@@ -116,6 +118,7 @@ class Snapshot:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".part")  # its name says that it is whole: nobody has to be asked
         # vars and not asdict, which copies every entry of the indices before it is written
+        # the index comes last: where it is, all of this rank's files are whole
         unfinished.write_text(json.dumps(vars(result), default=vars))
         os.replace(unfinished, file)
 
@@ -129,6 +132,7 @@ def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     total_bytes = sum(num_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
     files: list[list[LocalShard]] = []
+    # as if a file were full, so that the first block opens one
     size_bytes = limit_bytes
     for block in blocks:
         if size_bytes + num_bytes(block.data) > limit_bytes:
@@ -140,7 +144,6 @@ def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
 
 
 def num_writers() -> int:
-    """Return how many threads of this process write."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(MAX_WRITERS, WRITERS_PER_CORE * share)
@@ -155,6 +158,7 @@ def run_in_threads(actions: list[Callable[[], None]], num_threads: int) -> None:
 
     def work() -> None:
         try:
+            # after a failure no new file is begun: the checkpoint is lost anyway
             while not problems:
                 waiting.get_nowait()()
         except queue.Empty:

@@ -34,8 +34,7 @@ from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.engine.mcore.parallel.named_values import sum_dict
-from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object, gather_objects
+from megatron_sov.engine.mcore.parallel.values import broadcast_object, gather_objects, sum_dict
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.runs.checkpoints import ADAPTER, BASE, KIND, MODEL, STATE, AdapterBase, temporary
 
@@ -113,6 +112,8 @@ class Saver:
         self._on_saved, self._timeout_s = on_saved, timeout_s
         self._snapshot = Snapshot()
         self._writing: _Writing | None = None
+        # one name for the temporary folder on all ranks, and another one than that of a run that was killed
+        # here before
         self._token = broadcast_object(secrets.token_hex(4))
 
     def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None, companions: Companions,
@@ -130,9 +131,11 @@ class Saver:
         Raises:
             UserError: the checkpoint before failed.
         """
+        # one checkpoint at a time: the snapshot's memory is that of the one before
         self.finish()
         writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
         sources = _weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
+        # as text now: the loop goes on to change these values while the thread writes
         parts, state, base = list(sources), to_json(companions.state), model.adapter_base
         self._snapshot.take(sources, changes=not waits)
         rank = dist.get_rank()
@@ -160,6 +163,8 @@ class Saver:
         w = self._writing
         if w is None:
             return dict.fromkeys(PROGRESS, 0.0)
+        # a failure on one rank is told by its sum; no rank raises on its own, or the others would wait for it
+        # in the next collective
         ended = w.problem is not None or w.completed or (w.written and not w.completing)
         w.late = w.late or (not ended and time.monotonic() - w.began_s > self._timeout_s)
         found = (w.written and w.problem is None, w.completed, w.problem is not None, w.late)
@@ -178,12 +183,15 @@ class Saver:
         written, completed, failed, late = (round(sums[name]) for name in PROGRESS)
         if late:
             self._give_up(w)
+        # not before every rank has ended writing: the folder is deleted next, and a late file would come back
+        # into it
         elif failed and written + failed == dist.get_world_size():
             self._fail(w)
         elif completed:
             self._writing = None
             if self._on_saved is not None:
                 self._on_saved(Saved(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
+        # all files of all ranks are on disk: only then rank 0 may merge indices and give the folder its name
         elif written == dist.get_world_size() and dist.get_rank() == 0 and not w.completing:
             w.completing = True
             w.start(w.complete, lambda: setattr(w, "completed", True))
@@ -196,6 +204,7 @@ class Saver:
         """
         while self._writing is not None:
             waits_since_s = time.monotonic()
+            # every rank goes round as often as the others, since each round is a collective
             self._writing.thread.join(_LOOK_EVERY_S)
             sums = sum_dict(self.progress(), collectives.all_reduce_world)
             self._writing.stall_s += time.monotonic() - waits_since_s
@@ -298,9 +307,11 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
         shutil.copytree(companions.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
     atomic_write(folder / STATE, state)
     artifact = ArtifactWriter(folder, KIND)
+    # their digests were taken while they were written; nothing is read again
     artifact.known_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
                         "parts": parts, **({BASE: base.to_dict()} if base is not None else {})}
     artifact.settings = companions.settings
     artifact.complete()
+    # the rename is the commit: before it there is no checkpoint under this name, after it a whole one
     publish(folder, writing.path)

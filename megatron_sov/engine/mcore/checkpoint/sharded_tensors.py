@@ -71,6 +71,7 @@ class TensorWriter:
         """
         shape = tuple(global_shape) if global_shape is not None else tuple(block.shape)
         start = tuple(offset) if offset is not None else (0,) * len(shape)
+        # a layer or an expert of a stack has fewer axes than the stack: it is a block of extent 1 along these
         extent = (1,) * (len(shape) - block.dim()) + tuple(block.shape)
         size_bytes = block.numel() * block.element_size()
         if self._pending and self._pending_bytes + size_bytes > MAX_FILE_BYTES:
@@ -122,6 +123,7 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
                                  f"{entry['dtype']} {entry['shape']}")
             known["pieces"] += entry["pieces"]
     for key, entry in merged.items():
+        # before the index is written: a checkpoint with a hole must not get its name
         found = owners(entry["shape"], entry["pieces"])
         if (found != 1).any():
             raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {found.min()} "
@@ -136,7 +138,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _stored(raw: Any, axes: int) -> StoredBlock:
+def _read_piece(raw: Any, axes: int) -> StoredBlock:
     """Return a piece of an index; ValueError where it is none of a tensor with so many axes."""
     block = StoredBlock(raw["file"], raw["name"], _sizes(raw["offset"]), _sizes(raw["shape"]))
     if not (isinstance(block.file, str) and isinstance(block.name, str)
@@ -156,7 +158,7 @@ class TensorReader(Assembled):
             raw = json.loads(file.read_text(encoding="utf-8"))
             shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
             dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            pieces = {k: [_stored(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
+            pieces = {k: [_read_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
             _refuse_foreign_paths(file, pieces)
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, "
@@ -176,6 +178,7 @@ class TensorReader(Assembled):
             holds = f"holds it as {found.dtype} {list(found.shape)}" if found else "lacks it"
             raise UserError(f"{file.path}: {key} at {piece.offset} is {self.dtype(key)} "
                             f"{list(piece.shape)} in the index, but the file {holds}; {REMEDY}")
+        # the file has the block without its axes of extent 1
         missing_axes = len(piece.shape) - len(found.shape)
         return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
 

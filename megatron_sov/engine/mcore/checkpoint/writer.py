@@ -24,8 +24,8 @@ from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 
-# Reads safetensors files block by block with plain reads: memory holds what was asked for,
-# and nothing stays mapped.
+# Reads safetensors files block by block with plain reads: memory holds what was asked for, and nothing stays
+# mapped.
 #
 # The library maps whole files, so that every page that was ever read counts as memory of the process.  The
 # format is short (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes
@@ -127,6 +127,8 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     first, end = 8 + length, 0
     entries = {}
+    # in the order of their bytes: each tensor must begin where the one before ends, so none overlap and no
+    # byte is hidden
     for name, raw in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         entry = _entry(name, raw, first)
         if entry.start != first + end:
@@ -229,7 +231,6 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        """Return how many bytes the tensor takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -253,6 +254,7 @@ def write_file(path: Path, specs: list[TensorSpec], read: Reader,
         file.append(memoryview(_header(ordered)))
         for number, spec in enumerate(ordered, 1):
             tensor = read(spec) if ahead is None else ahead.result()
+            # the next tensor is read while this one is hashed and written: two are in memory, and no more
             if reader is not None and number < len(ordered):
                 ahead = reader.submit(read, ordered[number])
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
@@ -291,8 +293,9 @@ def _header(specs: list[TensorSpec]) -> bytes:
         header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape,
                              "data_offsets": [start, end]}
     if len(header) != len(specs) + 1:
-        raise ValueError(f"{next(n for n in header if [s.name for s in specs].count(n) > 1)}: "
-                         "would stand in one file twice")
+        names = [spec.name for spec in specs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice}: would stand in one file twice")
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % _ALIGNMENT_BYTES)
     return len(head).to_bytes(8, "little") + head

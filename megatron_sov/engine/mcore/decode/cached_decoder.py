@@ -93,7 +93,6 @@ class CachedDecoder:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Put the model back as it was."""
         self._layers = []
         self._model.config.routing_step.record = None
         self._exit.close()
@@ -178,7 +177,6 @@ class CachedDecoder:
         return self._head().logits(self._states(read, places))
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Copy a sequence to other slots."""
         for layer in self._layers:
             layer.copy(source, targets)
 

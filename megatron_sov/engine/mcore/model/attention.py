@@ -6,31 +6,119 @@ mask by the window mask on sliding layers, so documents would see each other.  T
 parallelism wants every document padded to a multiple of twice the group's size and does not slide over cut
 documents, so with `parallel.cp` > 1 this attention serves there, too.
 
-Each document is attended on its own: on GPUs in 16 bits by one kernel for all of a piece (`varlen`), else
-those of one length after those of another.  Queries stay where they are; keys and values come to them by an
-all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section 3.3.2): those of the whole row
-for global attention, and only the last window - 1 of each piece for sliding windows.
+Each document is attended on its own: on GPUs in 16 bits by one kernel for all of a piece
+(`attend_documents`), else those of one length after those of another.  Queries stay where they are; keys and
+values come to them by an all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section
+3.3.2): those of the whole row for global attention, and only the last window - 1 of each piece for sliding
+windows.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
+from functools import cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sov.engine.mcore.model.softcap import FUSED, Kernel, kernel_of
-from megatron_sov.engine.mcore.model.varlen import (
-    PieceBounds, Span, attend_documents, first_keys, piece_bounds, serves)
 from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import to_device
+
+# Attention inside all documents of a piece of a row by one fused kernel: torch's flash attention for
+# sequences of several lengths (`torch.nn.attention.varlen`).
+#
+# Never run on a GPU here: the bounds and the call are tested against a double of the kernel in plain
+# torch.
+
+MAX_HEAD_DIM = 256
+"""Of torch's flash attention, which also wants multiples of 8."""
+
+Span = tuple[int, int, int]
+"""Row indices: start of a document, first query, end of the queries; the keys are those from
+the start to the end."""
+
+
+@dataclass(frozen=True)
+class PieceBounds:
+    """Where the documents of a piece lie in its queries, and in the keys that they reach."""
+
+    queries: torch.Tensor
+    """[documents + 1] int32: cumulative lengths, on the device."""
+    keys: torch.Tensor
+    """[documents + 1] int32."""
+    max_queries: int
+    """Most queries of a document."""
+    max_keys: int
+    """Most keys of a document."""
+
+
+def first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
+    """Return the row index of each document's first key that a window reaches (0: no window)."""
+    return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
+
+
+def piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
+                 device: torch.device) -> list[PieceBounds]:
+    """Return the bounds of each local piece of a row, sent to the device together."""
+    lengths: list[list[int]] = []  # of each piece those of queries, then those of keys
+    for documents in spans:
+        firsts = first_keys(documents, window_tokens)
+        lengths.append([end - start for _, start, end in documents])
+        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
+    flat = [list(accumulate(part, initial=0)) for part in lengths]
+    sent = to_device(torch.tensor([bound for part in flat for bound in part], dtype=torch.int32), device)
+    parts = sent.split([len(part) for part in flat])
+    return [PieceBounds(parts[i], parts[i + 1], max(lengths[i]), max(lengths[i + 1]))
+            for i in range(0, len(lengths), 2)]
+
+
+def serves(query: torch.Tensor) -> bool:
+    """Return whether the kernel takes such heads: 16 bits, on a GPU."""
+    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+            and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
+
+
+def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PieceBounds,
+                     scale: float, window_tokens: int) -> torch.Tensor:
+    """Attend inside each document, its last query standing at its last key: [queries, heads, head_dim],
+    [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
+
+    Args:
+        bounds: where the documents lie.
+        scale: factor on the products of queries and keys.
+        window_tokens: sliding window, the current token included; 0: every token before.
+    """
+    grouped: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    # here: its import takes a second, for torch's compiler
+    from torch.nn.attention import varlen
+
+    if groups > 1 and _takes_grouped_heads(varlen.varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    # with its log-sums only where they are asked for
+    attended: Any = varlen.varlen_attn(
+        query, key, value, bounds.queries, bounds.keys, bounds.max_queries, bounds.max_keys, scale=scale,
+        window_size=(window_tokens - 1, 0) if window_tokens else (-1, 0), **grouped)
+    return attended
+
+
+@cache
+def _takes_grouped_heads(function: Any) -> bool:
+    """Return whether keys may have fewer heads than queries, which torch 2.11 did not say."""
+    return "enable_gqa" in inspect.signature(function).parameters
+
 
 QUERY_BLOCK = 1024
 """Queries attended at a time where a mask is needed: it holds at most QUERY_BLOCK x (keys of the document up
@@ -84,7 +172,6 @@ class _Reordered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Put them back."""
         order, back = ctx.saved_tensors
         return _Reordered.apply(gradient, back, order), None, None
 
@@ -112,7 +199,6 @@ class PackedDocuments(PackedSeqParams):
     asks."""
 
     def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
-        """Return the bounds of each local piece for the fused kernel."""
         if window_tokens not in self.piece_bounds:
             self.piece_bounds[window_tokens] = piece_bounds(self.spans, window_tokens, self.bounds.device)
         return self.piece_bounds[window_tokens]
@@ -141,6 +227,7 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
+    # documents of one length next to one another, so that each group is one slice
     places = [place for starts in by_length.values() for place, _ in starts]
     if places == sorted(places):  # as where one document fills a row
         return Alike(None, None, groups, keys)
@@ -192,6 +279,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     """
     m, total = len(query), len(key)
     slides = 0 < window_tokens < total
+    # a whole document needs no mask: the fused kernel's own causal flag serves, and no block is cut
     if m == total and not slides:
         return attend_whole(query[None], key[None], value[None], scale, kernel)[0]
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
@@ -199,6 +287,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     blocks = []
     for start in range(0, m, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, m)
+        # keys behind a block's last query are masked for all of it, so they are left out
         first_key, end_key = 0, total - m + stop
         if slides:
             first_key = max(0, total - m + start - window_tokens + 1)
@@ -271,8 +360,8 @@ def _by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
         begins: row index of each document's first key.
         first: row index of the first of `keys`.
     """
-    # split, not indexed: the backward pass then writes each gradient once,
-    # and not zeros of a whole row per document
+    # split, not indexed: the backward pass then writes each gradient once, and not zeros of a whole row per
+    # document
     lengths = [begins[0] - first,
                *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
     return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
@@ -321,6 +410,7 @@ class DocumentAttention(MegatronModule):
         if varlen:
             for (queries, (keys, values, first), documents), bounds in zip(
                     pieces, packed_seq_params.bounds_within(window), strict=True):
+                # what was gathered may begin before the first key that any document of the piece reaches
                 near = first_keys(documents, window)[0] - first
                 outputs.append(attend_documents(queries, keys[near:], values[near:], bounds,
                                                 self.softmax_scale, self.window_tokens))
@@ -337,10 +427,12 @@ class DocumentAttention(MegatronModule):
         """Return [tokens, heads, head_dim], a call for each length."""
         queries = _reordered(query, alike.order, alike.back).split(
             [count * length for count, length, _ in alike.groups])
-        keys, values = ((_reordered(whole, alike.order, alike.back) if alike.keys is None
-                         else whole.index_select(0, alike.keys)).split(
-                             [count * length for count, _, length in alike.groups])
-                        for whole in (key, value))
+        if alike.keys is None:
+            key, value = (_reordered(whole, alike.order, alike.back) for whole in (key, value))
+        else:
+            key, value = (whole.index_select(0, alike.keys) for whole in (key, value))
+        num_keys = [count * length for count, _, length in alike.groups]
+        keys, values = key.split(num_keys), value.split(num_keys)
         outputs = [attend_whole(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
                                 v.unflatten(0, (count, -1)), self.softmax_scale,
                                 self.kernel).flatten(0, 1)
@@ -364,14 +456,18 @@ class DocumentAttention(MegatronModule):
         pieces = context.pieces(len(local) * context.size())
         length, tail = len(local) // 2, self.window_tokens - 1
         if not 0 <= tail <= length:
+            # keys and values in one message; a gradient flows back to the process that holds the token
             row = context.gather_keys(local)
             return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
         own = local.split(length)
+        # a window reaches back one token less than its size, so of every other piece only its end is needed
         tails = (context.gather_keys(torch.cat([piece[length - tail:] for piece in own])) if tail
                  else local[:0])
         found = []
         for piece, (first, _) in zip(own, pieces, strict=True):
             number = first // length
+            # tails come in row order, one for each piece: the one before this piece is number - 1, and the
+            # first has none
             before = tails[max(0, number - 1) * tail:number * tail]
             near = torch.cat([before, piece])
             found.append((near[:, 0], near[:, 1], first - len(before)))
@@ -381,3 +477,84 @@ class DocumentAttention(MegatronModule):
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return nothing: attention itself has no state."""
         return {}
+
+
+# Attention sinks: a learned logit of each head in the denominator of its softmax, as gpt-oss has it
+# (arXiv 2309.17453, section 3.3, "SoftMax-off-by-one" with a logit that is learned).
+#
+# A sink is a key that every query sees, whatever mask and window say, and whose value is zero. Its
+# logit differs from head to head, so it stands in the queries: they get one channel more, in which
+# all keys but the sink's are zero. So the fused kernels serve as they are, in memory that grows with
+# a row's length alone, and gradients of sinks are those of the queries' channel.
+
+CHANNELS = 8
+"""By how much heads become wider: fused kernels on GPUs want a multiple of 8."""
+
+
+def with_logits(query: torch.Tensor, sinks: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return queries that hold their heads' sinks: [tokens, heads, head_dim], [heads] -> [tokens, heads,
+    head_dim + CHANNELS].
+
+    Args:
+        query: queries.
+        sinks: logits of this process's heads.
+        scale: factor on the products of queries and keys, by which a sink is not multiplied.
+    """
+    logits = (sinks / scale).to(query.dtype)[None, :, None].expand(len(query), -1, -1)
+    return torch.cat([query, pad(logits, (0, CHANNELS - 1))], dim=-1)
+
+
+def attend_with_sinks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+                      attn_mask: torch.Tensor | None = None, is_causal: bool = False, scale: float,
+                      enable_gqa: bool = False) -> torch.Tensor:
+    """Do what `scaled_dot_product_attention` does, for queries of `with_logits`: [batch, heads, m, head_dim +
+    CHANNELS], [batch, kv_heads, L, head_dim] twice -> [batch, heads, m, head_dim].
+
+    Args:
+        query, key, value: see above.
+        attn_mask: bool, True where a query sees a key, of any shape that spreads to [batch, heads, m, L].
+        is_causal: whether m = L, and a query sees the keys up to its own.
+        scale: factor on the products of queries and keys.
+        enable_gqa: whether keys have fewer heads than queries.
+    """
+    width = value.shape[-1]
+    # the sink's key stands first; values are as wide as keys, which flash attention asks for
+    key, value = (pad(part, (0, CHANNELS, 1, 0)) for part in (key, value))
+    one = torch.zeros_like(key[0, 0])
+    one[0, width] = 1
+    kernel: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    if is_causal:  # a query before all others, so that each sees one key more; what it finds is left out
+        out = scaled_dot_product_attention(pad(query, (0, 0, 1, 0)), key + one, value, is_causal=True,
+                                           **kernel)[:, :, 1:]
+    else:
+        mask = None if attn_mask is None else pad(attn_mask, (1, 0), value=True)
+        out = scaled_dot_product_attention(query, key + one, value, attn_mask=mask, **kernel)
+    return out[..., :width]
+
+
+class SinkAttention(DocumentAttention):
+    """Attention inside documents with sinks, under the names that the library's own attention gives them."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._group = kwargs["pg_collection"].tp
+        self.softmax_offset = torch.nn.Parameter(
+            torch.zeros(config.num_attention_heads // self._group.size(), dtype=config.params_dtype))
+        """[heads of this process]."""
+        self.kernel = attend_with_sinks
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+                attn_mask_type: Any = None, attention_bias: None = None,
+                packed_seq_params: PackedDocuments | None = None) -> torch.Tensor:
+        """Attend, see `DocumentAttention`."""
+        query = with_logits(query, self.softmax_offset, self.softmax_scale)
+        return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias,
+                               packed_seq_params)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
+                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the sinks, split by heads."""
+        declared: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset}, prefix, {"softmax_offset": 0}, sharded_offsets,
+            tp_group=self._group, dp_cp_group=(metadata or {}).get("dp_cp_group"))
+        return declared

@@ -57,6 +57,8 @@ class CrossEntropySums(torch.autograd.Function):
         gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
                                     differentiable and ctx.needs_input_grad[0],
                                     differentiable and ctx.needs_input_grad[1])
+        # gradients are filled in the same sweep: weights are known before, so no chunk's logits are made
+        # twice
         losses = context.gather(-_sweep(states, weight, context.local(labels), chunking, gradients))
         gradients.keep(ctx)
         ctx.mark_non_differentiable(losses)
@@ -134,7 +136,6 @@ class Gradients:
 
     @property
     def are_needed(self) -> bool:
-        """Whether there is any to compute."""
         return self.of_states is not None or bool(self.of_weight)
 
     def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
@@ -165,6 +166,8 @@ class Gradients:
         to its dtype before.
         """
         if self.of_states is not None:
+            # a token's states belong to all sums at once: their factors times the token's weights add up
+            # before the product
             of_tokens = torch.stack([f.reshape(1) * w
                                      for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
             self.of_states.mul_(of_tokens[:, None])
@@ -203,22 +206,29 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     logits = project(states, weight, chunking.token_rows, temperature, chunking.softcap)
     steep = (slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
              else None)
+    # the largest of the whole vocabulary: exp must not overflow, and all processes must subtract the same
+    # number
     largest = logits.max(dim=-1).values
     if group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
     logits -= largest[:, None]
     place = labels - group.rank() * logits.shape[1]
+    # a label belongs to one process of the group; the others add 0 to the sum below
     here = (place >= 0) & (place < logits.shape[1])
     place = place.where(here, 0)
     chosen = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
     exponentials = logits.exp_()
+    # one message for both sums
     both = torch.stack([chosen, exponentials.sum(dim=-1)])
     if group.size() > 1:
         torch.distributed.all_reduce(both, group=group)
     chosen, sums = both
     if gradients.are_needed:
+        # times `sums`, the derivative of -log p by the logits is exp(x) - sums at the label and exp(x)
+        # elsewhere; the division comes later, on the small factors
         exponentials[torch.arange(len(place), device=place.device), place] -= sums.where(here, 0.0)
         if steep is not None:
             exponentials *= steep
+        # a logit's derivative by its states has the temperature in the divisor too
         gradients.add(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()

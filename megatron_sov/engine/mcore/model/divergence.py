@@ -77,7 +77,6 @@ class TeacherStates:
 
     def compare(self, part: slice, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Teacher`."""
         states = self.states[part].to(self.weight.device, self.weight.dtype)
         teacher = log_softmax(states, self.weight, token_rows, divergence.temperature, self.softcap)
         return _compare(student, teacher.to(student.dtype), divergence.beta, over_group=True)
@@ -100,6 +99,8 @@ class TeacherTopK:
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Teacher`."""
         ids, teacher = self.ids[part].to(student.device), self.logprobs[part].to(student)
+        # ids are of the whole vocabulary, columns this process's part: tokens of other processes read column
+        # 0 and are then zeroed, so that the sum over the group has each once
         place = ids - parallel_state.get_tensor_model_parallel_rank() * student.shape[1]
         here = (place >= 0) & (place < student.shape[1])
         place = place.where(here, 0)
@@ -222,10 +223,14 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_gro
     p, q = student.exp(), teacher.exp()
     of_teacher = None
     if 0 < beta < 1:
+        # log m = logaddexp(log q + log beta, log p + log(1 - beta)), with log(1 - beta) taken out: memory for
+        # one more tensor is all that it needs
         mixture = teacher + math.log(beta / (1 - beta))
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         of_teacher = (teacher - mixture).mul_(q).sum(-1)
         surplus = mixture.neg_().add_(student)
+    # from here on `teacher` holds log q - log p, and `student` is scratch: a chunk's logits are the largest
+    # tensors of the step, so nothing is copied
     difference = teacher.sub_(student)
     entropy = -student.mul_(p).sum(-1)
     scratch = student

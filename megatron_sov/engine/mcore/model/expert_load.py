@@ -40,6 +40,7 @@ class ExpertLoad:
         self.before_sync()
         self._gathered = None
         routers = self._routers()
+        # before the library's own finalize, which updates biases by these counts and sets them to zero
         self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
         self._biases_before = [(r.expert_bias, r.expert_bias.clone())
                                for r in routers if r.expert_bias is not None]
@@ -54,7 +55,6 @@ class ExpertLoad:
             bias.copy_(before)
 
     def forget(self) -> None:
-        """Set all counters to zero."""
         for router in self._routers():
             router.local_tokens_per_expert.zero_()
 
@@ -84,6 +84,8 @@ class ExpertLoad:
         with_bias = {r.layer_number: r.expert_bias for r in self._routers() if r.expert_bias is not None}
         ones = {layer: torch.ones_like(bias) for layer, bias in with_bias.items()}
         both = torch.stack([self._rows(with_bias), self._rows(ones)])
+        # a bias is on every replica, and counts on each process are its own: biases are a mean over holders,
+        # counts a sum
         total, holders = all_reduce_world(both)[:, 1:]
         return total / holders.clamp(min=1)
 

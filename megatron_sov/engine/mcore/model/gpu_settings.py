@@ -19,8 +19,7 @@ from megatron_sov.engine.mcore.parallel.device import on_gpu
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
-# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings
-# for
+# Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings for
 # `train.fp8`, what the machine must have, and a defect of the library in checkpoints.
 
 AVAILABLE = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
@@ -244,7 +243,7 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
             "fp8_recipe": "tensorwise"}
 
 
-def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
+def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
     here = Here(te, config.model, config.parallel)
     own = own_attention_serves(te, config.parallel.cp, config.gpu.attention,
@@ -314,7 +313,6 @@ def refuse(config: RunConfig, te: bool) -> None:
 
 
 def _has_backend(dispatcher: str) -> bool:
-    """Return whether the kernels that send tokens are there."""
     from megatron.core.transformer.moe import fused_a2a
 
     return bool(getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False))

@@ -24,11 +24,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_viewless_tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sov.engine.mcore.model.adapters import Adapters
+from megatron_sov.engine.mcore.model.added_parts import Adapters, MediaEncoders
 from megatron_sov.engine.mcore.model.attention import PackedDocuments, SharedPrompts, pack
 from megatron_sov.engine.mcore.model.gpu_settings import mend_extra_state
 from megatron_sov.engine.mcore.model.kv_cache import PackedSpans, ReadRow
-from megatron_sov.engine.mcore.model.media_encoders import MediaEncoders
 from megatron_sov.engine.mcore.model.rotary import rotate_by, rotate_by_token
 from megatron_sov.engine.mcore.model.specs import (
     block_norm, layer_specs, mtp_layer_spec, own_attention, transformer_config, uses_transformer_engine)
@@ -43,9 +42,9 @@ from megatron_sov.runs.checkpoints import AdapterBase
 # Where a model's weights lie: on the device of its process, every one of them.
 #
 # The library makes some of them on the CPU whatever it is told (0.16.1: the router's weight, the norms of
-# torch) and moves what it finds there with the whole model, or in the first forward pass.  By then the
-# gradient
-# hooks of its data-parallel wrapper watch a weight that is no longer used, and the weight is never learned.
+# torch) and moves what it finds there with the whole model, or in the first forward pass. By then the
+# gradient hooks of its data-parallel wrapper watch a weight that is no longer used, and the weight is never
+# learned.
 
 def made_here() -> contextlib.AbstractContextManager[object]:
     """Return a context in which tensors are made on this process's GPU unless they name a device; without a
@@ -75,10 +74,8 @@ def refuse_elsewhere(module: torch.nn.Module, device: torch.device) -> None:
 
 # The output head beside fused accumulation of weight gradients.
 #
-# With it, the library's own `ColumnParallelLinear` demands APEX, whatever Transformer Engine can: the
-# output
-# head is one, also in a model of Transformer Engine's modules.  Losses take the head's weight and never
-# call
+# With it, the library's own `ColumnParallelLinear` demands APEX, whatever Transformer Engine can: the output
+# head is one, also in a model of Transformer Engine's modules. Losses take the head's weight and never call
 # its module, so its own configuration may say no.
 
 class OutputHead(ColumnParallelLinear):
@@ -230,12 +227,12 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
     process count its own part of a split weight in the gradient norm.
 
     Defect of 0.16.1: the library marks experts only for expert parallel sizes above 1, so with ep = 1 and
-    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  It takes biases of experts'
-    second matrices for those of attention, whose gradients sequence parallelism sums over the tensor-parallel
-    group.  What is split it marks only while it initialises weights, which `init.py` does in its place, and
-    sinks, which are split by heads, never.  Transformer Engine marks its layers' weights, but since 2.13 not
-    those of grouped ones, the experts: the processes of a tensor-parallel group would compute different
-    norms, and clip differently.
+    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  It takes biases of
+    experts' second matrices for those of attention, whose gradients sequence parallelism sums over the
+    tensor-parallel group.  What is split it marks only while it initialises weights, which
+    `checkpoint.load` does in its place, and sinks, which are split by heads, never.  Transformer Engine
+    marks its layers' weights, but since 2.13 not those of grouped ones, the experts: the processes of a
+    tensor-parallel group would compute different norms, and clip differently.
     """
     for module in chunk.modules():
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
@@ -298,8 +295,8 @@ class Chunk(GPTModel):
 
         Args:
             inputs: the row.
-            first_route: place of its first token in the table of routes (`replay.replayed`); None: routers
-                choose.
+            first_route: place of its first token in the table of routes (`router.replay_routes`); None:
+                routers choose.
         """
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
@@ -476,8 +473,8 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
         chunk.media = MediaEncoders(model, config) if encodes else None
     place(chunk, device)
     for parameter in chunk.parameters():
-        # not the buffers: a router's bias moves in steps that vanish in bf16,
-        # and its counts stop at 256 there
+        # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256
+        # there
         parameter.data = parameter.data.to(config.params_dtype)
     rotate_by(chunk.rotary_pos_emb, model, config.params_dtype)
     if model.embedding_multiplier != 1 and (chunk.pre_process or chunk.mtp_process):

@@ -39,7 +39,6 @@ class LocalShard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Extent of the block in the global tensor."""
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
 
@@ -59,7 +58,9 @@ def local_shards(model: LanguageModel) -> list[LocalShard]:
         if chunk.adapters is not None:
             blocks += [LocalShard(*block) for factors in chunk.adapters.factors()
                        for block in factors.blocks()]
+    # last: a vocabulary's padding depends on tensor parallelism, and a checkpoint on no layout
     blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
+    # by name and place: the order in which the library declares them differs between layouts
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 
 

@@ -171,7 +171,6 @@ class Head:
 
 
 def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
-    """Return the head of a model's last pipeline stage."""
     return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size,
                 model.architecture.logits_softcap)
 

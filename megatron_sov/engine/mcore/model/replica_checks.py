@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_sov.engine.mcore.model.language_model import LanguageModel
 from megatron_sov.engine.mcore.parallel.collectives import all_reduce_world, to_comm_device
-from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.values import gather_objects
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,6 +27,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the sum of all elements read as integers, int64 [], wrapping around;
     a single flipped bit changes it."""
+    # integers: equal bits give equal sums in any order, which floats do not, and NaN hides nothing
     sums = [t.detach().contiguous().view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.int64)
 
@@ -63,6 +64,7 @@ def _differs(mine: torch.Tensor, group: Any) -> bool:
     dist.all_gather(found, sent, group=group)
     values = Counter(int(t) for t in found)
     value, count = values.most_common(1)[0]
+    # with two replicas nobody can say which one is wrong: both are named
     return len(values) > 1 and (count * 2 <= group.size() or int(mine) != value)
 
 

@@ -43,6 +43,7 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
+    # 1: wavelengths beyond the original context, which are divided by the factor; 0: short ones, which stay
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
 
@@ -50,6 +51,7 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
 def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
     """Return the frequencies with long wavelengths divided, short ones kept, and a line between the two."""
     rotations = plain * scaling.original_max_position_tokens / (2 * math.pi)  # over the original context
+    # 1 keeps a frequency (it turns often inside the original context), 0 divides it
     kept = ((rotations - scaling.low_freq_factor)
             / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return plain * kept + plain / scaling.factor * (1 - kept)
@@ -65,8 +67,8 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
     if model.yarn is not None or model.latent_attention is not None:
-        # it mixes these two by float32 shares that add up to exactly 1, so both being the
-        # mixture gives the mixture
+        # it mixes these two by float32 shares that add up to exactly 1, so both being the mixture gives the
+        # mixture
         embedding.inv_freq_extra = embedding.inv_freq_inter = exact
     embedding.forward.cache_clear()
 
@@ -126,6 +128,7 @@ def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.
 
     They stay with the angles: queries and keys of all layers rotate by the same ones.
     """
+    # on the tensor itself: it lives as long as the row's angles, and a new row has new ones
     made = getattr(angles, "cosine_sine", {})
     if (dtype, factor) not in made:
         made[dtype, factor] = tuple((of(angles[:, 0]) * factor).to(dtype) for of in (torch.cos, torch.sin))
@@ -156,7 +159,6 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Rotate back."""
         cosine, sine = ctx.saved_tensors
         of_first, of_second = sine.chunk(2, dim=-1)
         return _Rotation.apply(gradient, cosine, torch.cat([-of_second, -of_first], dim=-1)), None, None

@@ -9,31 +9,113 @@ not normalise the weight of a single chosen expert.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sov.engine.mcore.model.attention import SharedPrompts
-from megatron_sov.engine.mcore.model.replay import Recorded, RouteTable
 from megatron_sov.engine.mcore.parallel import context
-from megatron_sov.engine.mcore.parallel.device import local_device
+from megatron_sov.engine.mcore.parallel.device import local_device, to_device
 from megatron_sov.model.config import ModelConfig
+
+# Replaying routes: the choice of experts of a step's tokens is looked up in one table of the step.
+#
+# What reaches a router of a micro-batch's tokens, at any layout, under pipelines and when a layer is
+# computed again, is the library's padding mask, and nothing else. So each token's place in the table
+# travels in it: one row of the mask says what is padding, as ever, and the rows behind it hold the
+# bits of the place, since the library turns its mask into bool. No router keeps count of where it is,
+# as the library's own `RouterReplay` does, which an interleaved pipeline or a recomputation out of
+# order would lead astray.
+
+WIDE_MARK = -1
+"""65535 as int16, which torch can index and uint16 it cannot."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the table says of a process's tokens in one layer."""
+
+    experts: torch.Tensor
+    """[tokens, top_k] int64; any number where there is none."""
+    there: torch.Tensor
+    """[tokens] bool: whether the choice was recorded."""
+
+
+class RouteTable:
+    """The routes of all tokens of this process's micro-batches of a step, one after the other."""
+
+    def __init__(self, routes: np.ndarray, first_layer: int) -> None:
+        """Send routes to the device.
+
+        Args:
+            routes: [tokens, layers, top_k] uint8 or uint16, see `documents.routes`.
+            first_layer: the library's number, from 1, of the first layer that has experts.
+        """
+        self._first_layer = first_layer
+        self._mark = np.iinfo(np.uint8).max if routes.dtype == np.uint8 else WIDE_MARK
+        held = routes if routes.dtype == np.uint8 else routes.view(np.int16)
+        self._experts = to_device(torch.from_numpy(np.ascontiguousarray(held)), local_device())
+        self._num_bits = max(1, (len(routes) - 1).bit_length())
+
+    def mask(self, padding: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Return a padding mask that holds places.
+
+        Args:
+            padding: [tokens] bool, True where a token is padding.
+            places: [tokens] int64, each token's place in the table; padding's is never looked up.
+
+        Returns:
+            [1 + bits, tokens] bool.
+        """
+        bits = torch.arange(self._num_bits, device=places.device)[:, None]
+        return torch.cat([padding[None], (places >> bits) & 1 == 1])
+
+    def find(self, mask: torch.Tensor, layer: int) -> Recorded:
+        """Return what is recorded of tokens by their part of a mask, [tokens, 1 + bits] bool."""
+        bits = torch.arange(self._num_bits, device=mask.device)
+        # the bits of the place again; padding's are any, and it is masked out below
+        places = (mask[:, 1:].long() << bits).sum(dim=1)
+        experts = self._experts[places, layer - self._first_layer]
+        return Recorded(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
+
+
+@contextlib.contextmanager
+def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[list[int | None]]:
+    """Have a model's routers choose as was recorded, within.
+
+    Args:
+        config: the library's, which holds the `RoutingStep`.
+        rows: routes of each row that the model will read; None: routers choose for it.
+
+    Yields:
+        The place of each row's first token in the table; None where it has no routes.
+    """
+    known = [row for row in rows if row is not None]
+    firsts = iter(accumulate((len(row) for row in known), initial=0))
+    step = config.routing_step
+    if known:
+        step.table = RouteTable(np.concatenate(known), 1 + config.moe_layer_freq.index(1))
+    try:
+        yield [None if row is None else next(firsts) for row in rows]
+    finally:
+        step.table = None
+
 
 # Choosing experts by Transformer Engine's fused kernels (2.7 or newer), where their formula is the
 # router's.
 #
-# Never run on a GPU here.  Read for it: the Python side of Transformer Engine 2.20.2, and the simple
-# forward
-# kernels (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0.  They compute in float32,
-# add
-# the bias to sigmoid scores for the choice alone, and divide sigmoid weights by their sum (plus 1e-20)
-# where
-# more than one expert is chosen.  The weight of a chosen expert is its biased score less the bias, so it
-# may
-# differ from the score in the last bits.  A group's score is the sum of its best K / (kept groups) experts,
+# Never run on a GPU here. Read for it: the Python side of Transformer Engine 2.20.2, and the simple forward
+# kernels (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0. They compute in float32, add
+# the bias to sigmoid scores for the choice alone, and divide sigmoid weights by their sum (plus 1e-20) where
+# more than one expert is chosen. The weight of a chosen expert is its biased score less the bias, so it may
+# differ from the score in the last bits. A group's score is the sum of its best K / (kept groups) experts,
 # which is the router's sum of two where twice as many experts as groups are chosen.
 
 def problem(model: ModelConfig) -> str:
@@ -159,7 +241,7 @@ class BalancedRouter(TopKRouter):
         Args:
             logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
             padding_mask: [tokens, 1] bool, True = padding; None = none.  With a table of routes, more columns
-                may hold each token's place in it (`replay.RouteTable`).
+                may hold each token's place in it (`RouteTable`).
 
         Returns:
             weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.
@@ -169,6 +251,8 @@ class BalancedRouter(TopKRouter):
         valid = None if mask is None else ~mask[:, 0]
         recorded = self._recorded(mask)
         probs, routing_map = self._choose(logits, recorded)
+        # a recomputed layer runs forward twice, first without gradients: only the second counts, so nothing
+        # is counted double
         learns = self.training and torch.is_grad_enabled()
         if learns or self.config.routing_step.counts_evaluation:
             shared = self.config.routing_step.shared
@@ -206,10 +290,12 @@ class BalancedRouter(TopKRouter):
         _, chosen = torch.topk(biased if groups is None else _within_groups(biased, groups, kept),
                                self.topk, dim=1)
         if recorded is not None:
+            # where nothing was recorded the router's own choice stays
             chosen = torch.where(recorded.there[:, None], recorded.experts, chosen)
         if record is not None:
             layer: Any = self.layer_number
             record.setdefault(layer, []).append(chosen.detach())
+        # weights come from the scores without the bias: it moves the choice, and no output
         weights = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
@@ -238,13 +324,15 @@ class BalancedRouter(TopKRouter):
         scores = scores * valid[:, None]
         tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
         if self.tp_cp_group.size() > 1:
+            # counts have no gradient and may be summed over the group; scores have one and are not
             both = torch.cat([counts, tokens[:, None]], dim=1)
             torch.distributed.all_reduce(both, group=self.tp_cp_group)
             counts, tokens = both[:, :-1], both[:, -1]
+        # a sequence of padding alone has no tokens, and then no loss either
         tokens = tokens.clamp(min=1)[:, None]
         frequency = counts * (logits.shape[1] / self.topk) / tokens
-        # linear in the local scores, so each process contributes its own tokens' part and
-        # gradients simply add up
+        # linear in the local scores, so each process contributes its own tokens' part and gradients simply
+        # add up
         mean_score = scores.new_zeros(num_rows, logits.shape[1]).index_add(0, row, scores) / tokens
         loss = coeff * (frequency * mean_score).sum() / step.num_sequences
         layer: Any = self.layer_number
@@ -274,6 +362,7 @@ class BalancedRouter(TopKRouter):
         if replayed is not None:
             top = torch.where(replayed.there[:, None], replayed.experts, top)
         scores, top = (_of_documents(found, self.config.routing_step.shared) for found in (scores, top))
+        # one scatter for all sequences: bin = sequence x experts + expert
         bins = row[:, None] * experts + top
         counted = valid[:, None].expand(bins.shape).to(scores.dtype)
         counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())

@@ -112,7 +112,6 @@ class OwnLayer(TransformerLayer):
         return self._kept
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, with its own angles."""
         if self._turns is not None:
             angles = kwargs["rotary_pos_emb"]
             kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
@@ -237,7 +236,7 @@ def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     """Return the library's configuration of these settings, of the kind that the model's attention has."""
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    from megatron_sov.engine.mcore.model.latent_attention import latent_settings
+    from megatron_sov.engine.mcore.model.kv_cache import latent_settings
 
     latent = latent_settings(model)
     return MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
@@ -252,8 +251,8 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
-        # the choice of experts is the same before and after a softmax;
-        # without this the library refuses a single one
+        # the choice of experts is the same before and after a softmax; without this the library refuses a
+        # single one
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_grouped_gemm": te,
@@ -342,14 +341,16 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_sov.engine.mcore.model.attention import DocumentAttention
-    from megatron_sov.engine.mcore.model.latent_attention import LatentDocumentAttention, latent_specs
-    from megatron_sov.engine.mcore.model.sinks import SinkAttention
+    from megatron_sov.engine.mcore.model.attention import DocumentAttention, SinkAttention
+    from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention, latent_specs
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if own_attention(config):
-        module = (LatentDocumentAttention if latent else
-                  SinkAttention if model.attention_sinks else DocumentAttention)
+        module: Any = DocumentAttention
+        if latent:
+            module = LatentDocumentAttention
+        elif model.attention_sinks:
+            module = SinkAttention
         attention.core_attention = ModuleSpec(module=module, params={
             "window_tokens": model.window_tokens(kind), "softcap": model.attention_softcap})
     if latent:

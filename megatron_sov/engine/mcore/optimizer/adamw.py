@@ -11,8 +11,7 @@ from megatron_sov.engine.mcore.parallel.device import Arena, num_bytes
 
 # Torch's fused AdamW on CPUs, with an element's result the same wherever the element lies.
 #
-# Its kernel computes whole vectors, and what is left of a tensor element by element, which rounds
-# otherwise.
+# Its kernel computes whole vectors, and what is left of a tensor element by element, which rounds otherwise.
 # Which elements are left depends on where ZeRO-1 cuts; here none is.
 
 VECTOR_BYTES = 64
@@ -23,7 +22,6 @@ class CpuAdamW(torch.optim.AdamW):
     """AdamW over contiguous tensors in host memory."""
 
     def __init__(self, params: Any, **settings: Any) -> None:
-        """Args: as of torch's."""
         super().__init__(params, **settings, fused=True)
 
     @torch.no_grad()
@@ -50,7 +48,6 @@ class CpuAdamW(torch.optim.AdamW):
 
 
 def _num_whole(tensor: torch.Tensor) -> int:
-    """Return how many elements fill whole vectors."""
     return tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
 
 
@@ -73,11 +70,9 @@ def _update(group: dict[str, Any], values: Sequence[list[torch.Tensor]], steps: 
 
 # AdamW in host memory: master weights, moments and the update of a share of what a process updates.
 #
-# The library's own (`HybridDeviceOptimizer`) keeps every master weight on the GPU as well unless
-# Transformer
-# Engine's optimizer holds them, makes its optimizers anew when a state is loaded, and can only be tried
-# with a
-# GPU.  This one moves the master weights themselves, so that the library's copies to and from the model's
+# The library's own (`HybridDeviceOptimizer`) keeps every master weight on the GPU as well unless Transformer
+# Engine's optimizer holds them, makes its optimizers anew when a state is loaded, and can only be tried with
+# a GPU. This one moves the master weights themselves, so that the library's copies to and from the model's
 # weights, its gradient norm and our checkpoints find them where they are.
 
 class HostAdamW(CpuAdamW):
@@ -103,7 +98,6 @@ class HostAdamW(CpuAdamW):
 
 
 def wait() -> None:
-    """Wait until all gradients have been received."""
     torch.cuda.current_stream().synchronize()
 
 
@@ -123,7 +117,14 @@ def split(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
         if wanted > 0:
             moved.add(main)
             wanted -= size
-    sides = ([{**group, "params": [p for p in group["params"] if (id(p) in moved) == there]}
-              for group in groups] for there in (False, True))
-    stays, moves = ([group for group in side if group["params"]] for side in sides)
+    stays: list[dict[str, Any]] = []
+    moves: list[dict[str, Any]] = []
+    for group in groups:
+        on_gpu = [p for p in group["params"] if id(p) not in moved]
+        on_host = [p for p in group["params"] if id(p) in moved]
+        # a group may be on one side alone, and torch takes none without parameters
+        if on_gpu:
+            stays.append({**group, "params": on_gpu})
+        if on_host:
+            moves.append({**group, "params": on_host})
     return stays, moves

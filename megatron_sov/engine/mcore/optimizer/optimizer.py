@@ -54,6 +54,7 @@ class Optimizer:
         self.model = model
         rules = parameter_groups.rules(model, config)
         parameter_groups.freeze(model, rules)
+        # frozen parameters are marked before: the wrapper makes gradient buffers of what is left
         self.wrapped = parameter_groups.wrap(model, parallel, gpu)
         self._gather = model.pending_gather = parameter_groups.deferred_gather(self.wrapped)
         settings = OptimizerConfig(
@@ -72,7 +73,6 @@ class Optimizer:
         """Updates so far; AdamW's bias correction counts them."""
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.library.zero_grad()
@@ -90,8 +90,10 @@ class Optimizer:
         grad_norm = self._grad_norm()
         if not accept(grad_norm):
             return grad_norm
+        # after `accept`: a refused step leaves gradients and weights as they are, for those who ask why
         self._clip(grad_norm)
         self.library.step_with_ready_grads()
+        # where the gather is deferred, other processes' parts are fetched when someone next reads the model
         self.model.pending_gather = self._gather
         self.num_updates += 1
         return grad_norm

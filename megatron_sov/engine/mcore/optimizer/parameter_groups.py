@@ -18,15 +18,15 @@ from megatron_sov.engine.mcore.model.local_shards import ParameterLookup, local_
 from megatron_sov.engine.mcore.optimizer.adamw import HostAdamW, split
 from megatron_sov.engine.mcore.optimizer.muon import Muon, holders
 from megatron_sov.engine.mcore.optimizer.state_shards import Inner, StateShard, shards
-from megatron_sov.engine.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.engine.mcore.parallel.values import gather_objects
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
 from megatron_sov.model.config.gpu import AUTO
 from megatron_sov.model.config.train import Algorithm
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import is_frozen, is_table
 
-# Data parallelism: gradients are summed over processes and updated weights gathered,
-# beside the computation if so set.
+# Data parallelism: gradients are summed over processes and updated weights gathered, beside the computation
+# if so set.
 
 def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
     """Wrap every chunk, and tell the pipeline schedules when to send.
@@ -104,7 +104,6 @@ class Combined:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all."""
         return [group for inner in self._inners for group in inner.param_groups]
 
     def step(self) -> None:
@@ -129,6 +128,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
                 rule = replace(rule, frozen=True)
             found[id(parameter)] = rule
             matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}
+    # together: a pattern may match on another pipeline stage alone, and all processes must raise alike
     everyones = gather_objects((matched, any(not rule.frozen for rule in found.values())))
     for i, group in enumerate(config.groups):
         if not any(group.pattern in known for known, _ in everyones):
@@ -144,13 +144,14 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
 def rule_for(config: OptimConfig, key: str, dim: int) -> GroupRule:
     """Return the rule of the parameter `key` with `dim` axes."""
     is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_table(key)
-    rule = GroupRule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0,
-                     frozen=False)
+    # norms and biases are not decayed unless a group says so
+    usual_decay = config.weight_decay if dim > 1 else 0.0
+    rule = GroupRule(config.name if is_matrix else "adamw", 1.0, usual_decay, frozen=False)
     for group in config.groups:
-        if fnmatch.fnmatchcase(key, group.pattern):
+        if fnmatch.fnmatchcase(key, group.pattern):  # the last one that matches counts
+            decay = usual_decay if group.weight_decay is None else group.weight_decay
             rule = GroupRule((group.optimizer or config.name) if is_matrix else "adamw", group.lr_scale,
-                             group.weight_decay if group.weight_decay is not None else config.weight_decay
-                             if dim > 1 else 0.0, group.frozen)
+                             decay, group.frozen)
     return rule
 
 

@@ -41,7 +41,9 @@ def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectang
     if stop <= start:
         return
     row = math.prod(shape[1:])
+    # `head` elements of row `first` lie before the range, `tail` elements of row `last` inside of it
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    # the range begins and ends inside one row: that row is cut on its own, one axis less
     if head and first == last:
         yield from _in_row(shape, first, head, tail)
         return
@@ -89,7 +91,6 @@ class StateShard:
 
     @property
     def stop(self) -> int:
-        """First element behind the shard."""
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -204,9 +205,11 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
     if not block.data.is_contiguous():
         raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
                          "so its state cannot be cut alike")
+    # several blocks may share a parameter's memory (experts, query and key): places are counted in it
     first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
     start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
     leading = len(block.global_shape) - block.data.dim()
+    # under ZeRO-1 nobody else updates these elements, so whoever has them writes them; else replica 0 does
     replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
     for place, extent in flat_ranges(block.data.shape, start - first, stop - first):
         count = math.prod(extent)

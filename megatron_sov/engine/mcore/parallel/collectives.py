@@ -41,7 +41,7 @@ def of_all_ranks(value: float) -> list[float]:
     return [float(v) for v in all_reduce_world(mine)]
 
 
-def said_by_first(said: bool) -> bool:
+def broadcast_from_first(said: bool) -> bool:
     """Return what rank 0 says, on every process; called by all together."""
     if dist.get_world_size() == 1:
         return said

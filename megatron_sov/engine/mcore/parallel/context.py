@@ -37,7 +37,8 @@ def pieces(row_tokens: int) -> list[tuple[int, int]]:
     if size() == 1:
         return [(0, row_tokens)]
     length = row_tokens // (2 * size())
-    return [(i * length, (i + 1) * length) for i in _held()]
+    # the early piece attends to little and the late one to much: together every process does the same
+    return [(i * length, (i + 1) * length) for i in _own_pieces()]
 
 
 def local(row: torch.Tensor) -> torch.Tensor:
@@ -81,9 +82,10 @@ def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return values[positions]
     length = len(values) // 2
     piece, place = positions // length, positions % length
-    early, late = _held()
+    early, late = _own_pieces()
     found = values[torch.where(piece == late, place + length, place)]
     mine = (piece == early) | (piece == late)
+    # zeros elsewhere make the sum over the group the one value that exists
     found = torch.where(mine.reshape(-1, *[1] * (values.dim() - 1)), found, 0)
     dist.all_reduce(found, group=_group())  # one process has the value, the others zero
     return found
@@ -93,8 +95,7 @@ def _group() -> Any:
     return parallel_state.get_context_parallel_group()
 
 
-def _held() -> tuple[int, int]:
-    """Return which pieces this process holds."""
+def _own_pieces() -> tuple[int, int]:
     rank = int(parallel_state.get_context_parallel_rank())
     return rank, 2 * size() - 1 - rank
 
@@ -105,6 +106,7 @@ def _all_gather(values: torch.Tensor) -> torch.Tensor:
     by_rank = values.new_empty(c, 2, half, *values.shape[1:])
     dist.all_gather_into_tensor(by_rank.view(2 * c * half, *values.shape[1:]), values.contiguous(),
                                 group=_group())
+    # early pieces come in the order of ranks, late ones against it: rank r holds piece 2c - 1 - r
     return torch.cat([by_rank[:, 0], by_rank[:, 1].flip(0)]).flatten(0, 1)
 
 
@@ -112,6 +114,7 @@ def _reduce_scatter(row: torch.Tensor) -> torch.Tensor:
     """[n, ...] -> [n / c, ...]: sums over the group, each process gets its own tokens."""
     c = size()
     by_piece = row.reshape(2 * c, -1, *row.shape[1:])
+    # the inverse of `_all_gather`: piece i of the first half and piece 2c - 1 - i go to process i
     by_rank = torch.stack([by_piece[:c], by_piece[c:].flip(0)], dim=1).flatten(0, 2)
     summed = row.new_empty(len(row) // c, *row.shape[1:])
     dist.reduce_scatter_tensor(summed, by_rank, group=_group())
@@ -125,6 +128,7 @@ class _GatherAlike(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        # every process has the whole gradient of the same loss: a sum over the group would count it c times
         return local(grads[0])
 
 
@@ -135,4 +139,5 @@ class _GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        # each process found another part of the gradient of these keys: its own queries' one
         return _reduce_scatter(grads[0])

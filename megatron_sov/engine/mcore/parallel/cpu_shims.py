@@ -172,6 +172,7 @@ def _cuda_requests_land_on_cpu() -> None:
         def create(*args: Any, **kwargs: Any) -> Any:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
+            # pinned memory is asked of the CUDA driver, which is not there
             kwargs.pop("pin_memory", None)
             return function(*args, **kwargs)
 
@@ -242,6 +243,7 @@ def _eager_jit() -> Iterator[None]:
 def _without_trackers() -> Iterator[None]:
     """megatron imports trackers of its own loops where they are installed, which cost a fifth of a command's
     start; runs write to them by `runs.obs.exporters`."""
+    # None in sys.modules makes an import fail as if the package were not installed
     absent = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
@@ -289,6 +291,8 @@ def _uneven_gathers() -> None:
         if output_split_sizes is None or group.size() == 1:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
+        # every part is filled up to the longest, sent, and cut again: bytes that nobody reads, and the same
+        # numbers
         longest = max(output_split_sizes)
         parts = (gather(_lengthened(input_, longest), group).unflatten(0, (-1, longest)) if longest
                  else [input_] * group.size())

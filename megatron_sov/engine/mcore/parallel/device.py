@@ -66,7 +66,6 @@ def compute_on_cpu() -> None:
 
 
 def computes_on_cpu() -> bool:
-    """Return whether the CPU shims are in place."""
     return _on_cpu
 
 
@@ -120,7 +119,6 @@ class Arena:
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -185,6 +183,7 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
                               "node or its own")
     if problem:
         store.set("gpu/problem", f"rank {rank}: its GPU {problem}")
+    # the last rank to come says so: whoever is awake then has seen every problem that was set before
     if store.add("gpu/ranks", 1) == size:
         store.set("gpu/all", "seen")
     store.wait(["gpu/all"], timeout)

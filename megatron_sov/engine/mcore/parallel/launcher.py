@@ -147,6 +147,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
         if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
             return outcome.code
         now = restarts.progress()
+        # a run that got further has earned its attempts again; one that dies at the same place gives up
         failures, reached = 1 if now != reached else failures + 1, now
         if failures > restarts.limit:
             restarts.give_up(outcome.code, outcome.cause)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.parallel import cpu_shims
 from megatron_sov.engine.mcore.parallel.device import on_gpu, take_gpu
-from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
+from megatron_sov.engine.mcore.parallel.values import broadcast_object
 from megatron_sov.model.config import ParallelConfig
 
 _joins = itertools.count()

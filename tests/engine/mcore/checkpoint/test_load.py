@@ -32,7 +32,7 @@ def fill(model: Any, optimizer: Any) -> None:
     """Give every number of weights and state a value that its name and place in the whole tensor decide."""
     import torch
 
-    from megatron_sov.engine.mcore.model.init import normals
+    from megatron_sov.engine.mcore.checkpoint.load import normals
     from megatron_sov.engine.mcore.model.local_shards import local_shards
 
     for block in [*local_shards(model), *optimizer.state_shards()]:

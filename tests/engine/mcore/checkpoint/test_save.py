@@ -29,7 +29,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     from megatron_sov.engine.mcore.checkpoint import host_snapshot, load, sharded_tensors
     from megatron_sov.engine.mcore.checkpoint.save import Companions, Saved, Saver
     from megatron_sov.engine.mcore.parallel.collectives import all_reduce_world
-    from megatron_sov.engine.mcore.parallel.named_values import sum_dict
+    from megatron_sov.engine.mcore.parallel.values import sum_dict
 
     model, optimizer = parts({"tp": 2, "sp": True})
     at, saved, released = Path(folder), list[Saved](), threading.Event()

@@ -154,7 +154,7 @@ def attend_with_sinks(cp: int) -> list[list[float]]:
     from megatron.core.transformer import TransformerConfig
 
     from megatron_sov.engine.mcore.model import attention
-    from megatron_sov.engine.mcore.model.sinks import SinkAttention
+    from megatron_sov.engine.mcore.model.attention import SinkAttention
     from megatron_sov.engine.mcore.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
 

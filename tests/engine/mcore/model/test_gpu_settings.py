@@ -221,12 +221,12 @@ def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None
 
 def test_a_run_tells_what_auto_came_to() -> None:
     fused = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
-    assert gpu_settings.resolved(config_with([]), te=True) == fused | {"attention": "auto"}
-    assert gpu_settings.resolved(config_with(["parallel.cp=2"]), te=True) == fused | {
+    assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
+    assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
-    assert gpu_settings.resolved(config_with(["model.attention_softcap=50"]), te=True) == fused | {
+    assert gpu_settings.resolve_auto(config_with(["model.attention_softcap=50"]), te=True) == fused | {
         "attention": "local"}
-    assert set(gpu_settings.resolved(config_with([]), te=False).values()) == {False, "local"}
+    assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}
 
 
 @pytest.mark.parametrize(("changes", "te", "environment", "keys"), [

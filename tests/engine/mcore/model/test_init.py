@@ -14,7 +14,7 @@ def numbers() -> dict[str, Any]:
     """Return statistics of the normals, and whether any range is the slice of the whole."""
     import numpy as np
 
-    from megatron_sov.engine.mcore.model.init import normals
+    from megatron_sov.engine.mcore.checkpoint.load import normals
 
     whole = normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
@@ -35,7 +35,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     from safetensors.torch import load_file, save_file
 
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.model.local_shards import local_shards
     from megatron_sov.engine.mcore.parallel import world
@@ -47,7 +47,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    init.initialise(model, config.model, 11)
+    load.initialise(model, config.model, 11)
     local = local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
@@ -72,7 +72,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.model import init
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -80,7 +80,7 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
     world.join(ParallelConfig())
     torch.set_num_threads(num_threads)
-    threads, normals = set(), init.normals
+    threads, normals = set(), load.normals
     calls, meeting = itertools.count(), threading.Barrier(num_threads)
 
     def noted(*args: Any) -> Any:
@@ -89,9 +89,9 @@ def with_threads(num_threads: int) -> dict[str, Any]:
             meeting.wait(600)  # else one fast thread might do it all
         return normals(*args)
 
-    init.normals, init._CHUNK = noted, 1000
+    load.normals, load._CHUNK = noted, 1000
     model = build(config.model, ParallelConfig(), config.train)
-    init.initialise(model, config.model, 11)
+    load.initialise(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 
@@ -108,7 +108,7 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 def unknown() -> str:
     """Return what is said about a tensor that no rule knows."""
-    from megatron_sov.engine.mcore.model.init import rule_for
+    from megatron_sov.engine.mcore.checkpoint.load import rule_for
 
     try:
         return rule_for("decoder.layers.0.mystery.weight")
@@ -143,5 +143,5 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
         for result in per_rank:
             assert result["differing"] == [] and result["unset"] == [], layout
 
-    assert said == ("decoder.layers.0.mystery.weight: 0 rules of mcore/init.py match this tensor's name, "
-                    "needs exactly one")
+    assert said == ("decoder.layers.0.mystery.weight: 0 rules of mcore/checkpoint/load.py match this "
+                    "tensor's name, needs exactly one")

@@ -74,7 +74,7 @@ def starts() -> None:
 torch.cuda.is_available = lambda: True
 torch.cuda._lazy_init = starts
 from megatron_sov import recipes
-from megatron_sov.engine.mcore.model.meta import built_stage
+from megatron_sov.engine.mcore.optimizer.meta import built_stage
 from megatron_sov.plan.footprint.held import stage_params
 
 config = recipes.get("tiny-k-exaone")
@@ -179,8 +179,8 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
     import torch
 
     from megatron_sov import recipes
+    from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.mcore.model import init
     from megatron_sov.engine.mcore.model.language_model import build, gather_sequence
     from megatron_sov.engine.mcore.parallel import context, world
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -188,7 +188,7 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
     config = apply_settings(recipes.get(recipe), SMALL)
     place = world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     row = Inputs(documents, torch.device("cpu"))
     first, last = (int(row.inputs.cu_seqlens[len(documents) - 1]), int(row.inputs.cu_seqlens[len(documents)]))
     found = ForwardModel(model, 64).map([row], lambda depths, *_: [

@@ -12,7 +12,7 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 
 from megatron_sov.engine.mcore.model.attention import pack  # noqa: E402
-from megatron_sov.engine.mcore.model.latent_attention import LatentDocumentAttention  # noqa: E402
+from megatron_sov.engine.mcore.model.kv_cache import LatentDocumentAttention  # noqa: E402
 
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 

@@ -35,7 +35,7 @@ def tables() -> list[list[Any]]:
     import torch
 
     from megatron_sov.base.documents.shard_files import RouteShape
-    from megatron_sov.engine.mcore.model.replay import RouteTable
+    from megatron_sov.engine.mcore.model.router import RouteTable
 
     found = []
     for shape in (RouteShape(2, 2, 40), RouteShape(2, 2, 400)):
@@ -63,8 +63,7 @@ def routed() -> dict[str, Any]:
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_sov.engine.mcore.model.replay import replayed
-    from megatron_sov.engine.mcore.model.router import BalancedRouter
+    from megatron_sov.engine.mcore.model.router import BalancedRouter, replay_routes
 
     _, model = tiny_model("tiny-qwen3-moe", *SETTINGS, "model.num_layers=1", layout={})
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
@@ -74,7 +73,7 @@ def routed() -> dict[str, Any]:
     routes, padding = drawn_routes(SEQ_LEN, 1, 1), torch.arange(SEQ_LEN) == 7
     routes[2] = 255
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    with replayed(model.config, [None, routes]) as firsts:
+    with replay_routes(model.config, [None, routes]) as firsts:
         assert firsts == [None, 0]
         mask = step.table.mask(padding, torch.arange(SEQ_LEN)).T
         weights, chosen = router.routing(logits[:, None], mask)
@@ -117,7 +116,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
 
     import torch
 
-    from megatron_sov.engine.mcore.model import pipeline
+    from megatron_sov.engine.mcore.decode import forward_only
     from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
     from megatron_sov.engine.mcore.model.language_model import ModelInputs
     from megatron_sov.engine.mcore.model.logprobs import head_of
@@ -161,7 +160,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
                 for r, found in zip(rows, routes, strict=True)][dp_rank::dp_size]
         optimizer.zero_grad()
         step.aux_loss = {}
-        parts = pipeline.run(optimizer.wrapped, mine, loss, ROW_TOKENS, forward_only=False)
+        parts = forward_only.run_pipeline(optimizer.wrapped, mine, loss, ROW_TOKENS, forward_only=False)
         load.undo()
         local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
         return (float(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))),

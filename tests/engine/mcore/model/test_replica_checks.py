@@ -39,7 +39,8 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
     """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
     in a shared weight or a routed expert."""
     from megatron_sov import recipes
-    from megatron_sov.engine.mcore.model import init, replica_checks
+    from megatron_sov.engine.mcore.checkpoint import load
+    from megatron_sov.engine.mcore.model import replica_checks
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -47,7 +48,7 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
     config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
     place = world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
-    init.initialise(model, config.model, 1)
+    load.initialise(model, config.model, 1)
     found = [replica_checks.differing_replicas(model)]
     if place.rank in flipped_on:
         replica_checks.flip_bit(next(p for p in model.parameters()

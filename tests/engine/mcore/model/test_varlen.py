@@ -17,7 +17,7 @@ prepare_megatron()
 
 from torch.nn.attention import varlen as kernel  # noqa: E402
 
-from megatron_sov.engine.mcore.model import varlen  # noqa: E402
+from megatron_sov.engine.mcore.model import attention  # noqa: E402
 
 REAL = kernel.varlen_attn
 
@@ -102,7 +102,7 @@ def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPat
     from megatron_sov.engine.mcore.model import attention
 
     sent = []
-    monkeypatch.setattr(varlen, "to_device", lambda values, device: sent.append(values) or values)
+    monkeypatch.setattr(attention, "to_device", lambda values, device: sent.append(values) or values)
     # as the third of four processes has it: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44
     packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
                                        spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
@@ -119,7 +119,7 @@ def test_it_serves_16_bits_on_a_gpu_alone() -> None:
         from types import SimpleNamespace
         return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(7, 2, size))
 
-    assert varlen.serves(heads("cuda", torch.bfloat16, 128))
+    assert attention.serves(heads("cuda", torch.bfloat16, 128))
     for other in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.bfloat16, 12),
                   ("cuda", torch.bfloat16, 264)):
-        assert not varlen.serves(heads(*other)), other
+        assert not attention.serves(heads(*other)), other

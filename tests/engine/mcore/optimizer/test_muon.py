@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_sov.engine.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
+from megatron_sov.engine.mcore.optimizer.muon import Matrix, orthogonalise, parts, update_scale
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -134,7 +134,7 @@ class Reference:
 
 def on_shards_alone(exchange: Any, read: Any, compute: Any, write: Any, dtype: Any) -> None:
     """What a Muon does that takes every process's piece for a matrix."""
-    from megatron_sov.engine.mcore.optimizer.newton_schulz import orthogonalise
+    from megatron_sov.engine.mcore.optimizer.muon import orthogonalise
 
     for number in range(len(exchange._places)):
         write(number, orthogonalise(read(number), 5, (3.4445, -4.7750, 2.0315)))
@@ -145,7 +145,7 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
     torch's after each."""
     import torch
 
-    from megatron_sov.engine.mcore.optimizer import matrix_exchange
+    from megatron_sov.engine.mcore.optimizer import muon
     from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.engine.mcore.parallel import world
 
@@ -153,7 +153,7 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()
     if shards_alone:
-        mock.patch.object(matrix_exchange.MatrixExchange, "run", on_shards_alone).start()
+        mock.patch.object(muon.MatrixExchange, "run", on_shards_alone).start()
     start = gathered(model, optimizer)
     full = torch.float64 if config.train.precision == "fp64" else torch.float32
     reference = Reference(start, config.optim, full)
@@ -295,8 +295,8 @@ def exchanged(round_elements: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov.engine.mcore.optimizer import matrix_exchange
-    from megatron_sov.engine.mcore.optimizer.newton_schulz import Matrix
+    from megatron_sov.engine.mcore.optimizer import muon
+    from megatron_sov.engine.mcore.optimizer.muon import Matrix
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
@@ -308,10 +308,10 @@ def exchanged(round_elements: int) -> dict[str, Any]:
         cut = matrix.rows // 2
         half = {0: (0, cut), 1: (cut, matrix.rows - cut)}.get(rank)
         if half is not None and matrix.key != "one":
-            places.append(matrix_exchange.MatrixPlace(matrix, half[0], 0, (half[1], matrix.columns),
+            places.append(muon.MatrixPlace(matrix, half[0], 0, (half[1], matrix.columns),
                                                       owned=True))
         elif half is not None:  # the same piece twice: only one is sent, both get the result
-            places.append(matrix_exchange.MatrixPlace(matrix, 0, 0, (3, 3), owned=rank == 0))
+            places.append(muon.MatrixPlace(matrix, 0, 0, (3, 3), owned=rank == 0))
     values = [place.of(wholes[place.matrix]) for place in places]
     computed: list[str] = []
     written: dict[int, Any] = {}
@@ -321,8 +321,8 @@ def exchanged(round_elements: int) -> dict[str, Any]:
         assert whole.equal(wholes[matrix])
         return whole.flip(0) * 2
 
-    with mock.patch.object(matrix_exchange, "ROUND_ELEMENTS", round_elements):
-        exchange = matrix_exchange.MatrixExchange(places, dist.group.WORLD)
+    with mock.patch.object(muon, "ROUND_ELEMENTS", round_elements):
+        exchange = muon.MatrixExchange(places, dist.group.WORLD)
     exchange.run(values.__getitem__, compute, written.__setitem__, torch.float64)
     right = [written[n].equal(place.of(wholes[place.matrix].flip(0) * 2)) for n, place in enumerate(places)]
     world.leave()

@@ -76,7 +76,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get("tiny-solar-open"), [

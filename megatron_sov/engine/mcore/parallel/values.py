@@ -1,14 +1,21 @@
-"""Several numbers in one message, each by its name: what a flat tensor says by position only.
+"""Small values between processes: numbers by their names, and plain Python values.
 
-A message costs the same for one number as for ten, so what is summed at the same moment travels together.
+Nothing here imports megatron: processes talk before it may be loaded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
+
+# Several numbers in one message, each by its name: what a flat tensor says by position only.
+#
+# A message costs the same for one number as for ten, so what is summed at the same moment travels
+# together.
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape, in the order in which values lie in a flat tensor."""
@@ -41,3 +48,21 @@ def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.T
     """
     total = over(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, total.tolist(), strict=True))
+
+
+# Plain Python values between processes: for what is small and rare, where a tensor would only hide
+# what is meant.
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every process's value, by rank, on every process; called by all processes of the group
+    (None: all) together."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value on every process; called by all processes together."""
+    sent = [value]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]

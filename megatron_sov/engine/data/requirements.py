@@ -1,14 +1,49 @@
-"""Routes of sources: the model's own shape of them, and the refusal of those of another model."""
+"""What a run asks of its sources before it reads them: columns of the objective, routes and encoders of the
+model.  Sources without it are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.data.media_shards import check_encoders
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import ModelConfig, RunConfig
 
+
+@dataclass(frozen=True)
+class NeededColumn:
+    """A column that an objective reads."""
+
+    made_by: str
+    """What to type to get data with it, for the refusal of data without."""
+    formats: tuple[str, ...] = ()
+    """Formats whose documents must have it (those of others that have none count as 0); (): of all."""
+
+
+def refuse_without_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn]) -> None:
+    """Refuse data without what its objective reads.
+
+    Args:
+        sources: what is read.
+        needed: column -> what is asked of it.
+
+    Raises:
+        UserError: a source does not have a column.
+    """
+    for name, column in needed.items():
+        for source in sources:
+            held = source.columns if source.made is None else source.made.columns
+            if name not in held and (not column.formats or source.format in column.formats):
+                raise UserError(
+                    f"{source.artifact or 'a source made on the fly'}: source {source.name!r} has no column "
+                    f"{name!r} ({', '.join(held) or 'it has none'}), and the objective reads it; "
+                    f"{column.made_by} makes it")
+
+
+# Routes of sources: the model's own shape of them, and the refusal of those of another model.
 
 def shape_of(model: ModelConfig) -> RouteShape:
     """Return the shape of a model's routes.
@@ -49,3 +84,13 @@ def refuse_other_routes(sources: Sequence[Source], model: ModelConfig) -> None:
                 raise UserError(f"{where}: source {source.name!r} has routes with {name} = {theirs}, and the "
                                 f"model's {setting} are {ours}; replay routes of the same model, or write "
                                 "the data without them")
+
+
+def refuse_unreadable(sources: Sequence[Source], model: ModelConfig) -> None:
+    """Refuse sources whose routes, pictures or sounds are not the model's.
+
+    Raises:
+        UserError: they are those of another one.
+    """
+    refuse_other_routes(sources, model)
+    check_encoders(model, sources)

@@ -13,13 +13,11 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.ledger import LedgerEntry, plan
-from megatron_sov.engine.data.lengths import ChainedLengths
-from megatron_sov.engine.data.long_documents import LongDocuments
+from megatron_sov.engine.data.ledger import (
+    LedgerEntry, OverLong, over_long, plan, refuse_over_long, refuse_over_long_pairs)
 from megatron_sov.engine.data.order import SampleOrder
-from megatron_sov.engine.data.over_long import OverLong, over_long, refuse, refuse_halves
-from megatron_sov.engine.data.token_shards import Source, open_sources
-from megatron_sov.engine.data.views import Pieces, with_views
+from megatron_sov.engine.data.token_shards import ChainedLengths, Source, open_sources
+from megatron_sov.engine.data.views import LongDocuments, Pieces, with_views
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]
@@ -121,9 +119,9 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
     with pytest.raises(UserError, match=(
             r"data.over_long = refuse, and source 'chat': 2 of 4 are longer than a sample of 16 tokens, the "
             r"longest has 90; source 'pairs': 2 of 3 .*make samples longer \(seq_len=90\), or set ")):
-        refuse(found)
-    refuse(over_long(sources[:1], ENTRIES))
-    refuse_halves(found)
+        refuse_over_long(found)
+    refuse_over_long(over_long(sources[:1], ENTRIES))
+    refuse_over_long_pairs(found)
 
 
 def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
@@ -131,7 +129,7 @@ def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
     with pytest.raises(UserError, match=(
             r"source 'pairs': each of its 2 pairs is longer than a sample of 16 tokens, and cut they may not "
             r"differ any more; make samples longer \(seq_len=19 fits all\)")):
-        refuse_halves(over_long([pairs], ENTRIES))
+        refuse_over_long_pairs(over_long([pairs], ENTRIES))
 
 
 # NAME/N: a source's documents in short pieces.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.cli import main
-from megatron_sov.engine.convert.proof import Proof, TensorRecord
+from megatron_sov.engine.convert.hf_export import Proof, TensorRecord
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.mcore.parallel.named_values import pack, sum_dict, unpack
+from megatron_sov.engine.mcore.parallel.values import pack, sum_dict, unpack
 
 
 def test_what_is_packed_comes_back_by_name() -> None:
@@ -69,7 +69,7 @@ def exchanged() -> list[Any]:
     import torch.distributed as dist
 
     from megatron_sov.engine.mcore.parallel import world
-    from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object, gather_objects
+    from megatron_sov.engine.mcore.parallel.values import broadcast_object, gather_objects
     from megatron_sov.model.config import ParallelConfig
 
     place = world.join(ParallelConfig())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.columns import NeededColumn, refuse_without_columns
+from megatron_sov.engine.data.requirements import NeededColumn, refuse_without_columns
 
 
 def test_data_without_a_column_are_refused_with_what_makes_it(make_source: Any) -> None:

@@ -23,7 +23,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     """Do one step on four micro-batches of two sequences each and return what it gave."""
     import torch
 
-    from megatron_sov.engine.mcore.model import pipeline
+    from megatron_sov.engine.mcore.decode import forward_only
     from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
     from megatron_sov.engine.mcore.model.language_model import ModelInputs
     from megatron_sov.engine.mcore.model.logprobs import head_of
@@ -60,7 +60,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
 
     optimizer.zero_grad()
     dp_rank, dp_size = collectives.data_place()
-    parts = pipeline.run(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
+    parts = forward_only.run_pipeline(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
     local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
     total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
     norm = optimizer.step(1e-3)

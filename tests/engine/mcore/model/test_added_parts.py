@@ -55,14 +55,14 @@ class Learning:
     """A model, its optimizer and what it learns, without a run around it."""
 
     def __init__(self, config: Any, seed: int = 1) -> None:
-        from megatron_sov.engine.mcore.model import init
+        from megatron_sov.engine.mcore.checkpoint import load
         from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
         from megatron_sov.engine.mcore.model.language_model import build
         from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
         self.config = config
         self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-        init.initialise(self.model, config.model, seed)
+        load.initialise(self.model, config.model, seed)
         if config.lora.dora:
             for chunk in self.model.chunks:
                 chunk.adapters.set_magnitudes(chunk)
@@ -73,7 +73,7 @@ class Learning:
         """Leave the gradients of all rows in the model; returns the loss where the last stage is."""
         import torch
 
-        from megatron_sov.engine.mcore.model import pipeline
+        from megatron_sov.engine.mcore.decode import forward_only
         from megatron_sov.engine.mcore.model.logprobs import head_of
 
         routing = self.model.config.routing_step
@@ -86,8 +86,9 @@ class Learning:
             return total, total.detach()
 
         self.optimizer.zero_grad()
-        found = pipeline.run(self.optimizer.wrapped, micro_batches(self.config.model.vocab_size), loss,
-                             ROW_TOKENS, forward_only=False)
+        found = forward_only.run_pipeline(self.optimizer.wrapped,
+                                          micro_batches(self.config.model.vocab_size), loss, ROW_TOKENS,
+                                          forward_only=False)
         return float(sum(found))
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
@@ -189,7 +190,7 @@ def wrong_lengths() -> dict[str, int]:
     many."""
     import torch
 
-    from megatron_sov.engine.mcore.model.adapters import LinearAdapter
+    from megatron_sov.engine.mcore.model.added_parts import LinearAdapter
     from megatron_sov.engine.mcore.parallel import world
 
     config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
