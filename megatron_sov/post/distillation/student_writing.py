@@ -35,7 +35,7 @@ from megatron_sov.post.distillation.teacher import artifact_on_ranks, weights_di
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.progress.resumable_artifact import ResumableArtifact, resumable_artifact
 
-KIND = "tokens"
+WRITTEN_KIND = "tokens"
 PART_PROMPTS = 1024
 SIDECARS = {"loss": "float32", "type": "uint8"}
 FILES = ("bin", "idx", *SIDECARS)
@@ -82,7 +82,7 @@ def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], npr
     """
     asked.sampling.check()
     if is_first():
-        refuse_existing(out, KIND, overwrite)
+        refuse_existing(out, WRITTEN_KIND, overwrite)
     sources = open_sources(asked.prompts, asked.student.vocab_size, ("prompt",))
     tokenizer = tokenizer_folder(sources)
     if tokenizer is None:
@@ -95,7 +95,7 @@ def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], npr
 
     def work(loaded: Loaded) -> int:
         engine = MegatronEngine(loaded.policy)
-        opened = partial(_artifact, asked, sources, tokenizer, settings, out, overwrite, redo)
+        opened = partial(_written_artifact, asked, sources, tokenizer, settings, out, overwrite, redo)
         with artifact_on_ranks(loaded.world, opened) as artifact:
             missing = [p for p in parts if f"{_prefix(sources, p)}.{FILES[-1]}" not in artifact.finished]
             for part in missing:
@@ -136,7 +136,7 @@ def _prompts(sources: list[Source], part: _WritingPart) -> list[list[int]]:
 
 def _end_ids(tokenizer: Path, prompts: str) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of the chat template, and eos."""
-    encoder, eos_id = read_chat_encoder(tokenizer), read_manifest(prompts, KIND).content.get("eos_id")
+    encoder, eos_id = read_chat_encoder(tokenizer), read_manifest(prompts, WRITTEN_KIND).content.get("eos_id")
     return tuple(sorted({*(encoder.end_ids() if encoder else ()), *([] if eos_id is None else [eos_id])}))
 
 
@@ -151,18 +151,18 @@ def _refuse_too_long(asked: StudentWriting, sources: list[Source]) -> None:
 
 
 @contextlib.contextmanager
-def _artifact(asked: StudentWriting, sources: list[Source], tokenizer: Path, settings: Sequence[str],
+def _written_artifact(asked: StudentWriting, sources: list[Source], tokenizer: Path, settings: Sequence[str],
               out: Path, overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no answer in it."""
     plan = {"student": weights_digest(asked.student), "sampling": asdict(asked.sampling),
             "part_prompts": asked.part_prompts,
             "prompts": [i["manifest_sha256"] for i in provenance(sources)],
             "settings": [s for s in settings if not s.startswith("parallel.")]}
-    with resumable_artifact(out, KIND, "megatron-sov distill write", plan, overwrite=overwrite,
+    with resumable_artifact(out, WRITTEN_KIND, "megatron-sov distill write", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         shutil.copytree(tokenizer, artifact.path / "tokenizer", dirs_exist_ok=True)
         artifact.writer.settings = plan | {"student_path": str(asked.student.path)}
-        artifact.writer.content = dict(read_manifest(next(iter(asked.prompts)), KIND).content)
+        artifact.writer.content = dict(read_manifest(next(iter(asked.prompts)), WRITTEN_KIND).content)
         artifact.writer.inputs += provenance(sources)
         yield artifact
 
