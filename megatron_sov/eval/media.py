@@ -30,7 +30,7 @@ from megatron_sov.work.progress.work_bar import work_bar
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.load import Loaded
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.infer.media.shown_media import ShownMedia
+    from megatron_sov.infer.media.media_prompts import ShownMedia
 
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
@@ -284,7 +284,7 @@ def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[Media
     check_length(target, longest, "the longest prompt and the longest answer", "shorten one of them")
 
     def work(loaded: Loaded) -> list[list[float]]:
-        from megatron_sov.infer.answers import Question, answer_logprobs
+        from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
 
         answers = [[ids[answer] for answer in group.answers] for group in groups for _ in group.rows]
         questions = [Question(prompt, of, media) for prompt, of, media

@@ -26,7 +26,7 @@ from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.mcore.parallel import launcher
 from megatron_sov.engine.mcore.parallel.device import local_device
 from megatron_sov.eval.heldout import rows_of
-from megatron_sov.infer.engines.hf import load_hf
+from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target, as_checkpoint
 from megatron_sov.model.families.count import num_params

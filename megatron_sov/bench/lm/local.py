@@ -104,7 +104,7 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
         return bool(run_engine(VLLM, running.target, lambda engine: _answer(
             _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,
             batching=running.batching))
-    from megatron_sov.infer.engines.hf import HfEngine, load_hf
+    from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 
     hf = load_hf(running.target.path)
     model = _Model(HfEngine(hf, running.batching).generate, partial(of_hf_model, hf))

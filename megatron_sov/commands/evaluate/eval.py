@@ -176,7 +176,7 @@ def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
     if given:
         raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
                         "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
-    from megatron_sov.infer.engines.hf import load_hf
+    from megatron_sov.infer.engines.libraries import load_hf
 
     return on_hf(load_hf(target.path))
 
@@ -185,7 +185,7 @@ def _needle(args: NeedleOptions) -> int:
     events = _begin(args, args.target, out=args.out)
     from megatron_sov.eval.needle.suite import result_of, run_suite, table
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.hf import HfEngine
+    from megatron_sov.infer.engines.libraries import HfEngine
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(args.target)

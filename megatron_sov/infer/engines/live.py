@@ -19,8 +19,8 @@ from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.kv_cache import CacheSize
 from megatron_sov.engine.mcore.parallel.object_collectives import broadcast_object
-from megatron_sov.infer.continuation import Continuation
-from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
+from megatron_sov.infer.decoder.continuation import Continuation
+from megatron_sov.infer.decoder.generator import Decoding, pieces_of, table_of
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule, Tells, Written
 
 

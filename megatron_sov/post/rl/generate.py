@@ -26,8 +26,7 @@ from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.decoder.held_weights import NamedTensors
-from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
+from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, NamedTensors, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching

@@ -7,7 +7,7 @@ import torch
 
 from megatron_sov.base.chat import media_marks as spelling
 from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
-from megatron_sov.infer.media.spoken import (
+from megatron_sov.infer.media.media_replies import (
     Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
 from megatron_sov.omni.codecs.sounds.bigvgan import UnitBigVGAN
