@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.bench.lm import endpoint as lm_endpoint
+from megatron_sov.bench.lm import answers as lm_endpoint
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.eval.needle.text import Haystack, NeedleForm, open_haystacks
 from megatron_sov.work.endpoints.recognition import TEXTS

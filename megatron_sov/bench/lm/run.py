@@ -35,7 +35,7 @@ from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.progress.locks import holding, taking
 
 if TYPE_CHECKING:
-    from megatron_sov.bench.lm.endpoint import AsksEndpoint
+    from megatron_sov.bench.lm.answers import AsksEndpoint
     from megatron_sov.bench.lm.scoring import Dialogues
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
@@ -131,7 +131,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     _refuse_unused(tasks, settings)
     asker: AsksEndpoint | None = None
     if subject.running is None:
-        from megatron_sov.bench.lm.endpoint import AsksEndpoint
+        from megatron_sov.bench.lm.answers import AsksEndpoint
 
         asker = AsksEndpoint(target, settings.endpoint, kept, answers)
     _ask(subject, asker, distinct(request for task in tasks for request in task.requests), answers, flag)

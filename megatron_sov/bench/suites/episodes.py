@@ -21,16 +21,15 @@ from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.base.documents.messages import REASONING
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.orders import PluginOrder
-from megatron_sov.bench.lm.endpoint import endpoint_at
+from megatron_sov.bench.lm.answers import endpoint_at
 from megatron_sov.bench.lm.results import (
     EvaluatedModel, ResultItem, Results, ResultSample, TaskSampling, TaskScores, judged_by, metric_of_items,
     write_results)
 from megatron_sov.bench.lm.settings import EndpointSettings
 from megatron_sov.bench.lm.tasks import DATA
-from megatron_sov.bench.suites.catalogue import TaskFile
+from megatron_sov.bench.suites.catalogue import TaskData, TaskFile
 from megatron_sov.bench.suites.folding import fold, folded_results
 from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, TaskItem
-from megatron_sov.bench.suites.task_data import TaskData
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools import registry
 from megatron_sov.judge.tools.environment import Task

@@ -210,8 +210,8 @@ def _pairs(args: PairsOptions) -> int:
     from megatron_sov.engine.data.vocabulary import refuse_other_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.document_logprobs import document_logprobs, document_logprobs_hf
-    from megatron_sov.post.ranking import ranked
+    from megatron_sov.post.preference import ranked
+    from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
 
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens

@@ -57,7 +57,7 @@ def run(typed: argparse.Namespace) -> int:
     prepare_megatron()
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.distillation.student_writing import WRITTEN_KIND, StudentWriting, write_answers
+    from megatron_sov.post.distillation.teacher import WRITTEN_KIND, StudentWriting, write_answers
 
     asked = StudentWriting(find_target(args.student), data_paths(args.prompts), args.sampling)
     write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite,

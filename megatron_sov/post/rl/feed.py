@@ -43,9 +43,8 @@ from megatron_sov.judge.rollouts.rows import Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.post.document_logprobs import document_logprobs
-from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
-from megatron_sov.post.reference import files_sha256
+from megatron_sov.post.policy import OLD, REFERENCE
+from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob

@@ -36,7 +36,7 @@ from megatron_sov.judge.rollouts.rows import (
     LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
-from megatron_sov.post.parts.advantages import Group, advantages
+from megatron_sov.post.rl.advantages import Group, advantages
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
 
