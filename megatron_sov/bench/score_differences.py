@@ -273,7 +273,6 @@ class Forgetting:
         return [task.line() for task in self.tasks if not words or task.word in words]
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event and the completion manifest."""
         return {"passed": self.passed, "tolerance": self.tolerance, "confidence": GATE_CONFIDENCE,
                 "tasks": [task.fields() for task in self.tasks]}
 

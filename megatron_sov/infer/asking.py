@@ -210,7 +210,6 @@ class Asker:
         return None if found is None or found == self._tokenizer.unk_token_id else int(found)
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of ids (`chat.marks.text_decoder`)."""
         return self._decode(tokens)
 
 

@@ -165,7 +165,6 @@ class PolicyLoss:
 
 
 def _sums(counted: torch.Tensor, watched: Columns) -> Measured:
-    """Return each meter's sum over the labels that are counted, and their count."""
     return {name: (torch.where(counted, value.double(), 0.0).sum(), counted.sum())
             for name, value in watched.items()}
 

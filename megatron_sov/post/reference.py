@@ -59,12 +59,10 @@ class RunningLogprobs(Protocol):
 
     @property
     def policy(self) -> ForwardModel:
-        """Forward only."""
         ...
 
     @property
     def world(self) -> ParallelWorld:
-        """This process's place."""
         ...
 
 
@@ -179,11 +177,9 @@ class ReferenceParts:
         return -(-len(self.documents.lengths) // PART_DOCUMENTS)
 
     def file(self, part: int) -> Path:
-        """Return the file of a part."""
         return self._folder / f"{self._name}.{part:06d}.f32"
 
     def range_of(self, part: int) -> range:
-        """Return the documents of a part."""
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, len(self.documents.lengths)))
 
     def starts(self, part: int) -> np.ndarray:
@@ -235,29 +231,23 @@ class WithReference:
         return WithReference, (self._parts,)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.tokens`."""
         return self._documents.tokens(document, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.loss_weights`."""
         return self._documents.loss_weights(document, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.types`."""
         return self._documents.types(document, start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.column`."""
         if name == COLUMN:
             return self._parts.column(document, start, count)
         return self._documents.column(name, document, start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.routes`."""
         return self._documents.routes(document, start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """As `Documents.media`."""
         return media_of(self._documents, document, start, count)
 
 
@@ -381,7 +371,6 @@ class Reference:
         atomic_write(file, to_json(self._identity))
 
     def _held(self) -> dict[str, Any]:
-        """Return what the numbers that are there belong to."""
         file = self._folder / IDENTITY
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

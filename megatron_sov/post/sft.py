@@ -144,7 +144,6 @@ def _weights(batch: MicroBatch, term: str) -> torch.Tensor:
 
 
 def _responses(batch: MicroBatch) -> MicroBatch:
-    """Return the micro-batch with no other targets than responses."""
     return dataclasses.replace(batch, weights=_weights(batch, RESPONSE))
 
 

@@ -43,7 +43,6 @@ class MeasuredCheckpoint:
 
     @staticmethod
     def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
-        """Return what the judged responses of a checkpoint say."""
         return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), {
             k: {problem: pass_at_k(counts.num_scored, counts.num_right, k)
                 for problem, counts in judged.prompts.items() if counts.num_scored >= k} for k in ks})
@@ -53,7 +52,6 @@ class MeasuredCheckpoint:
         return fmean(self.solved[k].values())
 
     def row(self, ks: Sequence[int]) -> dict[str, Any]:
-        """Return the figures of a table's cell."""
         return {"checkpoint": self.checkpoint, "domain": self.domain,
                 **{name: self.figures.get(name)
                    for name in ("num_prompts", "num_unscored", "mean_reward", "share_at_limit")},
@@ -118,13 +116,11 @@ class ProbedCheckpoint:
 
     @property
     def name(self) -> str:
-        """Return what tables call it."""
         path = self.path
         is_of_run = path.parent.name == CHECKPOINTS_OF_A_RUN
         return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
 
     def folder(self, probe: Path) -> Path:
-        """Return the place of its responses in a probe's folder."""
         digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 

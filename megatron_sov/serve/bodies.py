@@ -44,7 +44,6 @@ class RefusedRequest(Exception):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> str:
-        """Return the JSON of it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         return json.dumps({"error": {"message": str(self), "type": kind, "param": self.param,
@@ -107,7 +106,6 @@ class ServedQuestion:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a conversation."""
         return isinstance(self.prompts[0], Conversation)
 
     @property
@@ -117,7 +115,6 @@ class ServedQuestion:
 
     @property
     def has_tools(self) -> bool:
-        """Whether calls of tools are looked for in the answer."""
         first = self.prompts[0]
         return isinstance(first, Conversation) and bool(first.tools)
 
@@ -368,7 +365,6 @@ class BodyReader:
         return lambda ids: as_written(self._plain.decode(ids))
 
     def piece(self, token: int) -> str:
-        """Return the text of one token, whatever it is."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:

@@ -171,7 +171,6 @@ class ReplyWriting:
 
 
 def top_of(ranked: Written) -> list[tuple[int, float]]:
-    """Return the most probable tokens of a place, with their log-probabilities."""
     tokens, logprobs = ranked
     return list(zip(tokens[1:], logprobs[1:], strict=True))
 
@@ -182,7 +181,6 @@ def _begun(text: str, stop: str) -> int:
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """Return an event of a stream."""
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
@@ -214,7 +212,6 @@ class ServedReply:
         return all(writing.reason is not None for writing in self.writings)
 
     def whole(self) -> dict[str, Any]:
-        """Return the object of all answers, which have ended."""
         return self._head | {"choices": [self._choice(i) for i in range(len(self.writings))],
                              "usage": self.usage()}
 
@@ -247,7 +244,6 @@ class ServedReply:
     # streams
 
     def opening(self) -> list[dict[str, Any]]:
-        """Return the chunks that a stream begins with."""
         if not self._question.is_chat:
             return []
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.writings))]
@@ -283,7 +279,6 @@ class ServedReply:
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
-        """Return the chunks that a stream ends with."""
         if not self._question.tells_usage:
             return []
         return [self._chunk_head() | {"choices": [], "usage": self.usage()}]

@@ -75,12 +75,10 @@ class HttpServer:
 
     @property
     def url(self) -> str:
-        """The address, up to `/v1`."""
         host, port = self._socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     def start(self) -> None:
-        """Begin to serve."""
         self._desk.open(self._loop)
         self._thread.start()
 

@@ -82,7 +82,6 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The name with its k, as `pass@8`."""
         return self.name if self.k is None else self.name.replace("@k", f"@{self.k}")
 
 

@@ -48,7 +48,6 @@ class _Document:
 
 
 def documents_of(task: Any) -> dict[int, list[Any]]:
-    """Return a task's instances by the number of their item, in order."""
     found: dict[int, list[Any]] = {}
     for instance in task.instances:
         found.setdefault(instance.doc_id, []).append(instance)
@@ -260,7 +259,6 @@ def group_metrics(group: Any, metrics: Mapping[str, Sequence[Metric]], sizes: Ma
 
 
 def generation_of(protocol: Any, task: Any, bridge: Bridge) -> dict[str, Any]:
-    """Return how a task's answers are written, in lm-eval's words."""
     until = (task.get_config("generation_kwargs") or {}).get("until") or []
     most = bridge.max_gen_tokens or protocol.max_tokens
     return {"until": until, "do_sample": protocol.temperature > 0, "temperature": protocol.temperature,

@@ -164,7 +164,6 @@ def _read(file: Path, root: Path, depth: int) -> dict[str, Any]:
 
 
 def _texts(value: Any, said: str) -> list[str]:
-    """Return a setting that is a text or a list of texts."""
     found = [] if value is None else value if isinstance(value, list) else [value]
     if wrong := [part for part in found if not isinstance(part, str)]:
         raise UserError(f"{said} is {wrong[0]!r:.80}; write a text, or a list of texts")

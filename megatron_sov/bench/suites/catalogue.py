@@ -50,7 +50,6 @@ class TaskData:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> TaskData:
-        """Return what a task's `metadata.sov` says."""
         return cls(metadata.get("fields", {}), metadata.get("aliases", {}), metadata.get("group_field", ""),
                    metadata.get("shots_file", ""), metadata.get("shots_per_group", 0))
 
@@ -148,12 +147,10 @@ def load(data_files: Mapping[str, Any] | None = None, sov: Mapping[str, Any] | N
 
 
 def questions(dataset: Dataset) -> Dataset:
-    """Return the rows that are asked (`process_docs`)."""
     return dataset.select([i for i, is_shot in enumerate(dataset["is_shot"]) if not is_shot])
 
 
 def shots(dataset: Dataset) -> Dataset:
-    """Return the rows that are shown (`process_docs` of the shots)."""
     return dataset.select([i for i, is_shot in enumerate(dataset["is_shot"]) if is_shot])
 
 
@@ -215,7 +212,6 @@ class TaskRule:
 
     @property
     def told(self) -> str:
-        """Return the rule in words."""
         said = _TOLD[self.kind]
         if self._low is None:
             return said
@@ -266,7 +262,6 @@ class TaskFile:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Return the names of the lists of tasks that it is in."""
         tag = self.config.get("tag") or ()
         return (tag,) if isinstance(tag, str) else tuple(tag)
 
@@ -278,7 +273,6 @@ class TaskFile:
         return {split: [name.removeprefix(f"{DATA}/") for name in names] for split, names in listed.items()}
 
     def files(self, data_dir: Path) -> dict[str, list[Path]]:
-        """Return split -> files in a folder of data."""
         return {split: [data_dir / name for name in names] for split, names in self.told_files.items()}
 
 

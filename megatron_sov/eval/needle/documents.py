@@ -79,7 +79,6 @@ class NeedleDocuments:
         return self._make(document)[1][start:start + count]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8: all text."""
         return np.zeros(count, np.uint8)
 
     @property

@@ -183,7 +183,6 @@ class NeedlePhrases:
 
 
 def phrases(language: Language, *, test: bool) -> tuple[NeedlePhrases, ...]:
-    """Return a language's phrases for tests, or those for training."""
     return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
 
 

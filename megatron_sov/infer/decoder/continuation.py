@@ -54,7 +54,6 @@ class Continuation:
 
     @cached_property
     def random(self) -> np.random.Generator:
-        """The sequence's own numbers."""
         return np.random.Generator(np.random.Philox(key=[self.sampling.seed, self.stream]))
 
     @cached_property

@@ -265,7 +265,6 @@ class Prompts:
 
 
 def blocks_of(target: Target) -> dict[str, VocabularyBlock]:
-    """Return kind -> ids of a model's codebooks; {} where it has none."""
     model = target.model
     found = {AUDIO: model.audio_tokens, IMAGE: model.image_tokens}
     return {kind: VocabularyBlock(kind, block.first, block.size) for kind,

@@ -216,7 +216,6 @@ class Distillation(DataObjective):
             meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
 
     def state(self) -> dict[str, str]:
-        """Return whom is learned from, for the checkpoint."""
         return {"teacher": self._teacher.teacher}
 
     def restore(self, state: dict[str, str]) -> None:

@@ -45,7 +45,6 @@ class StatesPart:
 
     @property
     def file(self) -> str:
-        """Its name in the artifact."""
         return f"states/{self.source:04d}-{self.split}-{self.first_document:010d}.bin"
 
 
@@ -91,7 +90,6 @@ class Kept:
 
 def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: Kept,
                logits_softcap: float | None = None) -> dict[str, Any]:
-    """Return what the manifest says."""
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
             **asdict(kept),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}

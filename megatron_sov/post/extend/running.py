@@ -263,7 +263,6 @@ class GateVerdict:
         return not self.failing_cells and not self.failing_rows and self.loss <= self.loss_limit
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event and the report."""
         return {**asdict(self), "judged": self.passed}
 
     def lines(self) -> list[str]:

@@ -69,7 +69,6 @@ class Decontamination:
         return self.windows_found / self.windows if self.windows else 0.0
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event and the report."""
         return {**asdict(self), "overlap": self.overlap}
 
 
