@@ -135,7 +135,9 @@ class Asker:
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        # Before the chat template's ends join: a plain text ends with eos alone.
         self._eos = tuple(ends)
+        # A folder may name more ends than the tokenizer's eos; without them an answer runs on.
         ends |= generation_ends(target)
         self.meant = None if media is None else _meant(target.tokenizer_folder, media)
         """Tokens of media that prompts mean; None: none."""
@@ -223,6 +225,7 @@ def generation_ends(target: Target) -> set[int]:
             continue
         ends = {token for token in (found if isinstance(found, list) else [found])
                 if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
+        # The first file that names one counts, as in transformers.
         if ends:
             return ends
     return set()

@@ -61,9 +61,11 @@ class HeldWeights:
             raise UserError(f"the engine {self._engine} holds version {self.version}, and what has changed "
                             f"since version {since} would make nobody's weights of it; update it with all "
                             "weights")
+        # Set before the first tensor is written: until the block ends the memory holds two versions.
         self._failure = f"{version} did not end"
         try:
             yield
+        # An interrupt leaves half of the weights behind as well.
         except BaseException as e:
             self._failure = f"{version} failed ({e})"
             _close(weights)
@@ -187,6 +189,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         UserError: the engine is not installed, or cannot load the model.
         SystemExit: a process failed, after it has said why.
     """
+    # Imported where they are run: commands read options without torch.
     if name == MEGATRON:
         from megatron_sov.infer.decoder.generator import MegatronEngine
         from megatron_sov.infer.engines.load import run_forward_model

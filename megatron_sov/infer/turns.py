@@ -54,6 +54,7 @@ class _Shared:
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
+        # The pair is (what to sample, a problem); a problem comes with None and ends the others' loop.
         return self._policy.sample(*broadcast_object(((prompts, max_new_tokens, streams), ""))[0])
 
 
@@ -75,6 +76,7 @@ def with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
             problem = str(e)
             raise
         finally:
+            # However the work ends: the others wait for this message.
             broadcast_object((None, problem))
     return _sample_along(policy)
 
@@ -84,6 +86,7 @@ def _sample_along(policy: EnginePolicy) -> None:
     own: UserError | None = None
     while True:
         asked, problem = broadcast_object(None)
+        # The first process has finished, or failed.
         if asked is None:
             break
         try:
@@ -92,6 +95,7 @@ def _sample_along(policy: EnginePolicy) -> None:
             own = e
     if problem:
         raise UserError(problem)
+    # An error that the first process did not meet is this one's own.
     if own is not None:
         raise own
 

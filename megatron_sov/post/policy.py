@@ -132,17 +132,20 @@ class PolicyLoss:
         # what the first step learns, it learns at the very weights that the round begins with
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
+        # The engine's error is corrected by a factor of its own, and never mixed with the step of the policy.
         factors = importance(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         learned = responses.index < len(responses)
         # not products: what is not learned may be impossible, and -inf times 0 is no number
         logprobs = torch.where(learned, logprobs.double(), 0.0)
         numbers = {name: torch.where(learned, columns[name].double(), 0.0) for name in self.columns}
         ratio = ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
+        # Maximised, so the term below has the other sign.
         gained = surrogate(ratio, logprobs, numbers[ADVANTAGE], self._parts) * factors
         weights = label_weights(responses, self._parts.aggregation)
         terms = {POLICY: -(gained * weights).sum()}
         if KL in self.coefficients:
             reference = numbers[REFERENCE]
+            # The divergence of whole responses is not weighed by label: its denominator counts responses.
             terms[KL] = (of_sequences(logprobs, reference, responses).sum()
                          if self._parts.kl == "sequence"
                          else ((k1 if self._parts.kl == "k1" else k3)(logprobs, reference)
@@ -183,6 +186,7 @@ def ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind
     # not a product: what is not learned may be impossible
     apart = torch.where(learned, logprobs.double() - old.double(), 0.0)
     if kind == "sequence":
+        # GSPO: the mean of logarithms, so long responses do not leave the clip by length alone.
         apart = responses.spread(responses.means(apart))
     return apart.exp()
 
@@ -226,9 +230,12 @@ def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Te
     """
     advantages = advantages.double()
     if parts.clip == "cispo":
+        # The bounded ratio is a weight without a gradient, so a clipped label still teaches.
         return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
     if parts.clip == "none":
         return ratios * advantages
+    # The smaller one is the pessimist's: what has gained enough gains no more, what has lost too much is
+    # corrected in full.
     return torch.min(ratios * advantages,
                      ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
 
@@ -241,6 +248,7 @@ def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyPart
         return above
     if parts.clip == "none":
         return torch.zeros_like(above)
+    # The bound acts on the side that the advantage pushes to.
     return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
 
 
@@ -257,10 +265,12 @@ def importance(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
             the ratio of whole responses is the product of their tokens'.
     """
     learned = responses.index < len(responses)
+    # A ratio of 1 where nothing is learned, whatever its columns hold.
     apart = torch.where(learned, old.double() - behaviour.double(), 0.0)
     if policy.correction == "none":
         return torch.ones_like(apart)
     level, _, kind = policy.correction.partition("_")
+    # A whole response's ratio is a product over its tokens, a sum of logarithms.
     ratio = (responses.spread(responses.sums(apart)) if level == "sequence" else apart).exp()
     low, high = policy.correction_low, policy.correction_bound
     if kind == "truncate":
@@ -297,9 +307,12 @@ class PolicyLearning(DataObjective):
         once."""
         hosts = [m.host for m in batch.micro_batches]
         counts = [self._loss.denominators(responses_of(m)) for m in hosts]
+        # Over all micro-batches before the first forward: a mean over the step does not depend on how it is
+        # split.
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
+        # Counted before prompts are shared, which removes labels of prompts alone.
         counted = with_denominators(batch, targets | self._mtp_targets(hosts))
         if not self._shares_prompts:
             return counted
@@ -308,6 +321,7 @@ class PolicyLearning(DataObjective):
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """As `train.objective.doubt_of`: a clip that acts where nothing was learned yet, and an engine that
         speaks for another model."""
+        # Later steps of a round have moved the policy, and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MOST_CLIPPED:
             return (f"{share:.0%} of the tokens are clipped in a round's first step, whose ratios are 1 but "
@@ -325,6 +339,7 @@ class PolicyLearning(DataObjective):
         # most labels are a prompt's
         wanted = learned(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, wanted)
+        # Text has no responses, so its labels are in none of these sums.
         terms, meters = self._loss.terms(logprobs, batch.columns, responses_of(batch))
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
@@ -378,6 +393,7 @@ def sharing_prompts(batch: MicroBatch) -> MicroBatch:
     if kept.all() or host.inputs.routes is not None:
         return batch
     index = torch.from_numpy(kept.nonzero()[0])
+    # From places in the whole row to places among the kept tokens.
     source = (kept.cumsum() - 1)[source]
     found = _only(host, index, torch.from_numpy(source), spans)
     if batch.on_host is None:
@@ -404,10 +420,12 @@ def _spans(host: MicroBatch, source: np.ndarray, kept: np.ndarray) -> list[Span]
         if start == stop:
             continue
         prompt = int(is_learned[start:stop].argmax())  # 0 where nothing is learned, as of padding
+        # By position too: the same tokens at other positions are other numbers.
         first = begun.setdefault((int(positions[start]), tokens[start:start + prompt].tobytes()), start)
         if prompt and first != start:
             source[start:start + prompt] = np.arange(first, first + prompt)
             kept[start:start + prompt] = False
+            # The first document with this prompt keeps it; this one keeps what comes after.
             spans.append((start, start + prompt, stop))
         else:
             spans.append((start, start, stop))

@@ -53,6 +53,7 @@ def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tor
         beta: strength of the reference.
         label_smoothing: share of pairs that are the wrong way round.
     """
+    # logsigmoid, not log of sigmoid: margins of long responses are large, and would round to log 0.
     return (-(1 - label_smoothing) * logsigmoid(beta * margins)
             - label_smoothing * logsigmoid(-beta * margins))
 
@@ -80,6 +81,7 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: fl
         desirable_weight: of good ones.
         undesirable_weight: of bad ones.
     """
+    # Only the ratios have a gradient: the distance is a number of the whole step.
     ahead = beta * (ratios - distance)
     return torch.where(desirable, desirable_weight * (1 - ahead.sigmoid()),
                        undesirable_weight * (1 - (-ahead).sigmoid()))
@@ -124,6 +126,7 @@ def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 def _log_odds(means: torch.Tensor) -> torch.Tensor:
     """Return log(p / (1 - p)) of p = exp(means), finite where p rounds to 1."""
+    # p = 1 has infinite odds.  Above one half expm1 keeps the digits of 1 - p, below it log1p does.
     certain = means.clamp(max=-2.0**-40)
     return certain - torch.where(certain > -math.log(2), (-certain.expm1()).log(), (-certain.exp()).log1p())
 
@@ -173,8 +176,10 @@ def ranked(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int) -> 
         if source.num_tokens.get("heldout"):
             documents = source.shard("heldout")
             chosen = range(min(len(documents.lengths), 2 * MAX_PAIRS))
+            # A pair's documents follow each other, the chosen one first.
             means = _means(documents, chosen, logprobs_of(documents, chosen), seq_len)
             margins = means[0::2] - means[1::2]
+            # A pair with a response beyond the longest sample compares nothing.
             margins = margins[~np.isnan(margins)]
             if len(margins):
                 right = float(((margins > 0) + (margins == 0) / 2).mean())
@@ -234,11 +239,13 @@ class PairLearning(DataObjective):
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         responses = responses_of(batch)
+        # One pass of the head serves the preference, cross-entropy and what the log shows.
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sums(logprobs)
         losses, scores = self._losses(sums, batch, responses)
         whole = responses.whole_pairs()
         terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
+        # A pair that was cut off still has numbers; `whole` takes them out of every sum.
         margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
         values = ((margins > 0).double(), margins, means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
@@ -287,6 +294,7 @@ class PairLearningWithReference(PairLearning):
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         asked = self._asked
         ratios = sums - responses.sums(batch.columns[reference.COLUMN])
+        # DPO compares whole responses, IPO and dpo-norm the means over their labels.
         if asked.method != "dpo":
             ratios = ratios / responses.lengths.clamp(min=1)
         margins = ratios[0::2] - ratios[1::2]
@@ -312,6 +320,7 @@ class GroupLearning(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the groups of the global batch: parts of a group that lie in other batches count there."""
         hosts = [m.host for m in batch.micro_batches]
+        # The shares of a group add up to 1, in whichever batches its responses are.
         groups = sum(float(responses_of(m).means(m.columns[SHARE]).sum()) for m in hosts)
         learning = [_only(m, learned(m)) for m in hosts]
         return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
@@ -365,6 +374,7 @@ class UnpairedLearning(PairLearning):
 
     def collect(self, policy: object, step: int) -> GlobalBatch:
         """Return the next batch of the data order, with its distance from the reference found."""
+        # Before the losses: every response of the step is compared with one distance.
         batch = super().collect(policy, step)
         self._distance = _distance(policy, batch)
         return batch
@@ -372,6 +382,7 @@ class UnpairedLearning(PairLearning):
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         asked, responses = self._asked, responses_of(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
+        # Even documents are the judged responses; the odd ones are mismatched, and `_distance` reads them.
         ratios = _ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
         losses = kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
@@ -387,6 +398,8 @@ class UnpairedLearning(PairLearning):
 
     def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
         desirable = _desirable(responses, batch)
+        # Back to one number for each document: the judged one, and its mismatched neighbour, which teaches
+        # nothing.
         good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
         return _only(batch, responses.of_side(0) & (responses.spread(good.flatten().double()) > 0))
 
@@ -400,9 +413,11 @@ def _distance(policy: object, batch: GlobalBatch) -> float:
         whole = responses.whole_pairs()
         return torch.stack([(ratios * whole).sum(), whole.sum()])
 
+    # Forward only, on the last stage; other stages and ranks add nothing and share the sum.
     found = policy.map(batch.micro_batches, outputs)  # type: ignore[attr-defined]
     total, count = torch.stack(found).sum(0).tolist() if found else (0.0, 0.0)
     sums = sum_dict({"total": total, "count": count}, collectives.all_reduce_dp)
+    # A negative estimate of a divergence is noise.
     return max(sums["total"] / sums["count"], 0.0) if sums["count"] else 0.0
 
 

@@ -45,6 +45,7 @@ class Responses:
         In float64, since answers of 32,768 tokens would lose digits in float32, and one could see in which
         order a GPU adds.
         """
+        # The last bin takes what is not learned, and is cut off.
         total = torch.zeros(len(self) + 1, dtype=torch.float64, device=values.device)
         return total.index_add(0, self.index, values.double())[:-1]
 
@@ -64,6 +65,7 @@ class Responses:
 
     def of_side(self, side: int) -> torch.Tensor:
         """Return [T] bool: learned labels of documents 2 i + side of whole pairs."""
+        # The zero at the end is what index R finds: labels that are not learned are on no side.
         whole = torch.cat([self.whole_pairs().repeat_interleave(2, output_size=len(self)),
                            self.lengths.new_zeros(1)])
         return (self.index % 2 == side) & (whole[self.index] > 0)
@@ -81,6 +83,7 @@ def responses_of(batch: MicroBatch) -> Responses:
     # samples that were joined to one row have padding of their own each
     documents = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(documents.sum())
+    # Documents are numbered without the padding between them.
     place = documents.cumsum(0) - 1
     index = torch.where(counted, place[segments(host)], num_documents)
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
@@ -114,6 +117,7 @@ class SupervisedFineTuning(DataObjective):
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch: tokens, or what `objective.loss_per` says."""
+        # First the weights, then the counts: denominators are sums of the weights that `loss` sees.
         batch = self._with_types(batch)
         batch = dataclasses.replace(batch, micro_batches=tuple(map(self._weighted, batch.micro_batches)))
         hosts = [m.host for m in batch.micro_batches]
@@ -178,10 +182,12 @@ def counted_per(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch
     """
     counted, number = learned(batch), segments(batch)
     if unit == "turn":
+        # A turn begins at a learned label whose predecessor is not learned, or belongs to another sample.
         goes_on = torch.zeros_like(counted)
         goes_on[1:] = counted[:-1] & (number[1:] == number[:-1])
         number = ((counted & ~goes_on).cumsum(0) - 1).clamp(min=0)
     weights = batch.weights.double()
+    # float64, since the weights of a long turn are many small numbers.
     totals = weights.new_zeros(len(counted) + 1).index_add_(0, number, weights * counted)
     shared = torch.where(counted, weights / totals[number], weights)
     return dataclasses.replace(batch, weights=shared.to(dtype))

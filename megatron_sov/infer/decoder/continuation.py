@@ -63,6 +63,7 @@ class Continuation:
         if self.sampling.num_drafts or self.prompt_tokens == 1 or self.tells.prompt:
             return b""
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
+        # Placeholders of two pictures are the same tokens: what is shown is a part of the prompt.
         return tokens + fingerprint(self.media) if self.media else tokens
 
     def span(self, slot: int, count: int) -> CacheSpan:
@@ -85,6 +86,8 @@ class Continuation:
         """Return the routes of every token but the last, which is not read."""
         rows = shape.absent(len(self.tokens) - 1)
         for first, found in self.routes:
+            # Later spans write over earlier ones: of a draft that was refused, the routes of what took its
+            # place stay.
             rows[first:first + len(found)] = found[:len(rows) - first]
         return rows
 
@@ -102,6 +105,7 @@ class RowItem:
     def places(self) -> list[int]:
         """Row indices behind which tokens are chosen: all of a step, the last of a prompt's last span."""
         end = self.start + len(self.span.tokens)
+        # A step: every place predicts, the newest token's and each draft's.
         if not self.sequence.in_prompt:
             return list(range(self.start, end))
         return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []

@@ -87,19 +87,26 @@ class Decoding:
         """Read one row together with all processes; returns whether there was anything to
         read on any of them."""
         items = self._next_row()
+        # A process without anything to read takes part in the row all the same: the others may share experts
+        # with it.
         row_tokens = self._decoder.common_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
             return False
         read = self._decoder.read([i.span for i in items], row_tokens)
         if read.routes is not None:
             keep_routes(items, read.routes)
+        # Before `_move_on` counts a prompt as read: that it is not counted yet tells which prompts end in
+        # this row.
         self._copy_prompts(items)
+        # A span that ends inside of a prompt chooses nothing.
         chosen = [i for i in items if i.places]
         written = self._written(read, chosen)
         self._rank(read, items, written)
         self._move_on(items, written)
         if self._num_drafts and (items or self._decoder.predicts_together):
             self._draft(read, items)
+        # From the last slot down: to vacate a slot may move the last sequence into it, and that one must not
+        # have ended.
         for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
             self._vacate(slot)
         return True
@@ -119,6 +126,7 @@ class Decoding:
                 span = sequence.span(slot, room)
                 items.append(RowItem(sequence, span, filled))
                 filled += len(span.tokens)
+        # Steps wait until no prompt is left to read.
         if items:
             return items
         for slot, sequence in enumerate(self._slots):
@@ -139,6 +147,8 @@ class Decoding:
             source = item.sequence
             if not (source.in_prompt and item.places and source.prompt):
                 continue
+            # All copies share one read of the prompt; each reads the last token itself, behind which it
+            # chooses.
             if slots := waiting.pop(source.prompt, []):
                 self._decoder.copy(item.span.slot, slots)
             for slot in slots:
@@ -153,13 +163,16 @@ class Decoding:
         found: list[Written] = [([], []) for _ in items]
         if self._decoder.last_stage:
             ruled = [n for n, item in enumerate(items) if item.sequence.sampling.rules]
-            free = [n for n in range(len(items)) if n not in set(ruled)]
+            # Rules mask whole rows of logits, so they need more than the best token of each shard.
+            free = [n for n, item in enumerate(items) if not item.sequence.sampling.rules]
             greedy = [n for n in free if items[n].sequence.sampling.temperature == 0]
             drawn = [n for n in free if items[n].sequence.sampling.temperature]
             for places, choose in ((greedy, self._best), (drawn, self._drawn), (ruled, self._ruled)):
                 chosen = choose(read, [items[n] for n in places]) if places else []
                 for place, piece in zip(places, chosen, strict=True):
                     found[place] = piece
+        # Only the last stage has logits. One int64 table brings tokens and log-probabilities to all stages,
+        # to the bit.
         return pieces_of(self._decoder.agree(table_of(found, 1 + self._num_drafts)))
 
     def _best(self, read: DecodeOutput, items: list[RowItem]) -> list[Written]:
@@ -179,6 +192,7 @@ class Decoding:
             sequence, sampling = item.sequence, item.sequence.sampling
             assert sampling.rules is not None, "only sequences with rules"
             allowed = torch.from_numpy(sampling.rules.allowed(sequence.tokens[sequence.prompt_tokens:]))
+            # Forbidden tokens go before the truncation: top_k and top_p choose among the allowed ones.
             masked = row[None].masked_fill(~allowed.to(row.device)[:row.shape[0]], -torch.inf)
             if sampling.temperature:
                 shares = probabilities(masked, sampling)
@@ -200,10 +214,13 @@ class Decoding:
                 taken.append(0)
                 finals.append(target[0])
                 continue
+            # A sequence's stream gives first the numbers that judge its drafts, then the one that draws its
+            # token.
             count, final = accepted_by_chance(sequence.drafts, sequence.guesses, target,
                                               sequence.random.random(len(sequence.drafts)).tolist())
             taken.append(count)
             finals.append(final)
+        # One draw for each sequence, in the place of its first refused draft or behind its last draft.
         drawn = draw(torch.stack(finals), [i.sequence.random.random() for i in items])
         tokens = [[*i.sequence.drafts[:count], token]
                   for i, count, token in zip(items, taken, drawn, strict=True)]
@@ -220,6 +237,7 @@ class Decoding:
             return
         if not (asked := list(places_of(items, written))):
             return
+        # Every stage knows which places are asked for, so all of them take part in `agree`.
         places = [place for _, place in asked]
         found: list[Written] = [([], []) for _ in asked]
         if self._decoder.last_stage:
@@ -237,11 +255,15 @@ class Decoding:
                 sequence.read += len(item.span.tokens)
                 continue
             tokens, logprobs = next(new)
+            # The cache is valid up to the newest token, which the next row reads; refused drafts are written
+            # over there.
             sequence.read = len(sequence.tokens) + len(tokens) - 1
+            # The last of `tokens` is the model's own, all others are drafts that it took.
             self.drafted += len(sequence.drafts)
             self.accepted += len(tokens) - 1
             sequence.drafts, sequence.guesses = [], None
             for token, logprob in zip(tokens, logprobs, strict=True):
+                # An accepted draft may end the continuation, and what follows it is dropped.
                 if not sequence.has_ended:
                     sequence.tokens.append(token)
                     sequence.logprobs.append(logprob)
@@ -254,6 +276,7 @@ class Decoding:
         So behind a sequence of n tokens (0 to n - 1), the first draft comes from place n - 2, whose follower
         n - 1 was just chosen.
         """
+        # Only these draft; the layer reads the whole row for its cache.
         going = [i for i in items if not i.sequence.in_prompt and not i.sequence.has_ended]
         drafts = torch.zeros(len(going), self._num_drafts, dtype=torch.int64)
         if self._decoder.last_stage:
@@ -305,6 +328,7 @@ class Decoding:
             return
         last = self._slots.pop()
         if slot < len(self._slots):
+            # The cache follows the sequence: slots in use are always the first ones.
             self._decoder.copy(len(self._slots), [slot])
             self._slots[slot] = last
 
@@ -316,6 +340,7 @@ def distributions(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.
         rows.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
     if len(rows) == 1:
         return probabilities(logits, samplings[0])
+    # Rows with one sampling go together: the truncation sorts whole rows of the vocabulary.
     shares = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
     for alike in rows.values():
         shares[alike] = probabilities(logits[alike], samplings[alike[0]])
@@ -375,18 +400,22 @@ class MegatronEngine:
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         stop = stop or StopRule()
         rank, size = share_place()
+        # Dealt out in turn, so that processes differ by at most one sequence.
         mine = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
                              sampling, stop, numbers[i], media[i] if media else None)
                 for i in range(rank, len(prompts), size)]
+        # The cache fits this process's own sequences; the others size theirs.
         longest = max((s.prompt_tokens + s.limit for s in mine), default=sampling.max_new_tokens)
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = Decoding(decoder, cache, self._batching.prefill_tokens, mine, sampling.num_drafts)
+            # One process's clock decides: if each asked its own, some would leave a row that others wait in.
             while run.iterate() and not (bounds and collectives.said_by_first(bounds.should_stop())):
                 continue
         own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:
             own[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
+        # Tables of one width can be summed.
         most = over_shares(torch.tensor([max(len(tokens) for tokens, _ in own) if own else 0]),
                            dist.ReduceOp.MAX)
         # a sequence is on one process, and zeros on the others: the sums are its tokens
@@ -417,11 +446,14 @@ class MegatronEngine:
         """Return the most probable words, see `ChoosingEngine`."""
         self._held.check()
         rank, size = collectives.data_place()
+        # Documents have one length, so rows differ in their number of documents only.
         rows = rows_of(documents)
         rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often
         found = torch.zeros(len(documents), count, dtype=torch.float64)
         for row in rows[rank::size]:
             batch = Inputs([documents[i][:-1] for i in row] or [[0]], local_device())
+            # The last token is not read: the logits at the last place predict it, those before it the tokens
+            # before.
             positions = ((batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row
                          else batch.ends)
             logits = self._model.logits(batch, positions)

@@ -50,11 +50,14 @@ def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[
     new = iter(written)
     for item in items:
         sequence, tells = item.sequence, item.sequence.tells
+        # Items without places wrote nothing, so the iterator moves on for the others only.
         chosen = next(new)[0][0] if item.places else -1
         if not tells.something:
             continue
         for row in range(len(item.span.tokens)):
             behind = item.span.past + row + 1
+            # What was drawn is judged by the distribution that it was drawn from, the prompt by the plain
+            # one.
             if behind >= sequence.prompt_tokens:
                 drawn = sequence.sampling if sequence.sampling.temperature else None
                 yield sequence, RankingPlace(item.start + row, chosen, tells.num_top, drawn)
@@ -76,11 +79,13 @@ def ranked(logits_of: Callable[[Sequence[int]], torch.Tensor],
         chunk = places[start:start + CHUNK_PLACES]
         logits = logits_of([place.row for place in chunk])
         for place, of_place in zip(chunk, logits, strict=True):
+            # float64: log-probabilities are compared with a trainer's.
             if place.sampling is None:
                 logprobs = torch.log_softmax(of_place.double(), dim=-1)
             else:
                 logprobs = probabilities(of_place[None], place.sampling)[0].log()
             best, tokens = logprobs.topk(min(place.num_top, len(logprobs)))
+            # topk fills up with tokens of probability 0 where the truncation leaves fewer.
             top = [(token, logprob) for token, logprob in zip(tokens.tolist(), best.tolist(), strict=True)
                    if logprob > float("-inf")]
             found.append(([place.token, *(token for token, _ in top)],
@@ -126,12 +131,14 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
     # one slot holds the prompt, which answers are copied from
     slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest)
+    # Zeros where another process answers: the sum over the shares is the whole table.
     found = torch.zeros(len(questions), max(len(q.answers) for q in questions),
                         max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)
     with CachedDecoder(model, CacheSize(slots, longest)) as decoder:
         steps = _steps(decoder, questions, range(rank, len(questions), size), slots, bounds.prefill_tokens)
         done = -1
         while True:
+            # A process that is done reads empty rows until all are.
             step = next(steps, _Step([]))
             row_tokens = decoder.common_row_tokens(sum(len(span.tokens) for span in step.spans))
             if not row_tokens:
@@ -162,6 +169,7 @@ def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, s
         for first in range(0, len(question.answers), slots - 1):
             here = range(first, min(len(question.answers), first + slots - 1))
             if past:
+                # Slot 0 holds the prompt; each answer goes on in a slot of its own.
                 decoder.copy(0, [1 + answer - first for answer in here])
             yield _Step([CacheSpan(1 + answer - first, past,
                                    [question.prompt[-1], *question.answers[answer][:-1]], last)
@@ -229,6 +237,7 @@ def logprob_gap(engine: torch.Tensor, trainer: torch.Tensor, sampled: torch.Tens
     if engine.shape != trainer.shape:
         raise ValueError(f"the engine's log-probabilities {list(engine.shape)} are not of the trainer's "
                          f"tokens {list(trainer.shape)}")
+    # Differences of nearly equal numbers: float32 would leave few digits of them.
     log_ratio = trainer.double() - engine.double()
     if sampled is not None:
         log_ratio = log_ratio[sampled.bool()]

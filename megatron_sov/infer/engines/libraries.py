@@ -90,6 +90,7 @@ class HfEngine:
         stop, version = stop or StopRule(), self._held.version
         if not prompts:
             return Generated.of([], sampling, stop, version)
+        # Pages are made for the longest sequence, which bounds how many there can be at a time.
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         slots, pages, pass_tokens = cache_sizes(len(prompts), longest, self._batching)
         chosen: dict[str, Any] = {"do_sample": False}
@@ -107,6 +108,7 @@ class HfEngine:
         found = self._model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
                                            continuous_batching_config=sizes, warmup=False)
         outputs = list(found.values())
+        # A prompt that transformers gave up is an output with an error, or is missing.
         failed = [o.error for o in outputs if o.error is not None]
         if failed or len(outputs) != len(prompts):
             why = failed[0] if failed else "it says more above"
@@ -123,6 +125,7 @@ class HfEngine:
         if weights is None:
             raise ValueError("the engine transformers has a model of its own: an update needs its weights")
         with self._held.replaced(version, weights):
+            # Half-way through the model is part old, part new; `replaced` refuses it until an update ends.
             copy_weights(self._model, weights)
 
     def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:
@@ -166,6 +169,7 @@ def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int
     slots = max(1,
                 min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
     cache_tokens = slots * pages * PAGE_TOKENS
+    # Whichever bound is the narrowest; but at least one token of every sequence.
     most = min(batching.prefill_tokens, slots * longest, MASK_PLACES // cache_tokens)
     return slots, slots * pages, max(slots, most)
 
@@ -186,6 +190,7 @@ def live_views(model: Any) -> dict[str, torch.Tensor]:
     live = model.state_dict()
     # of an output head that is the embedding, files have one; what comes back may be copies, so names only
     own = {name: live[name] for name in remove_tied_weights_from_state_dict(dict(live), model)}
+    # A result in other memory is a copy, and writing to it would not reach the model.
     memory = {t.untyped_storage().data_ptr() for t in own.values()}
     found = revert_weight_conversion(model, {name: t.as_subclass(_View) for name, t in own.items()})
     for name, view in found.items():
@@ -254,6 +259,7 @@ class VllmEngine:
             UserError: vLLM is not installed, or is not allowed what updates need, or the model has no
                 routes.
         """
+        # Before the import, which takes long.
         if importlib.util.find_spec("vllm") is None:
             raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this "
                             f"Python; on a machine with a GPU run `{how_to_install('rollout')}` "
@@ -316,6 +322,8 @@ class VllmEngine:
         shapes = {name: shape for link in open_weights(self._folder).links
                   for name, shape in link.hf_shapes().items()}
         with self._held.replaced(version, weights):
+            # `checked` raises at the end if a tensor is missing: the update is not finished then, and the
+            # weights are of no version.
             self._llm.start_weight_update()
             for message in _messages(checked(weights, shapes)):
                 self._llm.update_weights({"update_info": message})
@@ -333,6 +341,7 @@ def _messages(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str,
         kept[name] = tensor.detach().contiguous()
         kept_bytes += kept[name].nbytes
         if kept_bytes >= MESSAGE_BYTES:
+            # The tensors must outlive the message: vLLM reads them where they are.
             yield _message(kept)
             kept, kept_bytes = {}, 0
     if kept:
@@ -373,6 +382,7 @@ def _routes(output: Any, num_tokens: int, shape: RouteShape) -> np.ndarray:
     if told is not None:
         told = np.asarray(told)
         why = f"shape {list(told.shape)}"
+        # The leading dense layers have no experts: the last `layers` rows are those that route.
         if told.ndim == 3 and len(told) >= num_tokens and told.shape[1] >= shape.layers:
             told = told[:num_tokens, told.shape[1] - shape.layers:]
             # before they are narrowed: a number that does not fit would become another one

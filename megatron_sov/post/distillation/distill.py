@@ -74,6 +74,8 @@ class KeptTeacher:
         folders = sorted({files.folder for files in self._by_source.values()})
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
+        # A checksum reads the whole file, so each process takes its share; all then name the same damaged
+        # one.
         own = range(world.rank, len(files), world.size)
         damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
         for number in collectives.of_all_ranks(float(damaged)):
@@ -95,7 +97,10 @@ class KeptTeacher:
         rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
         if self._files.kept.top_k:
             ids, logprobs = unpacked(rows)
+            # A number above 0 marks a label of which the teacher says nothing: `heard` gives it no weight, 0
+            # keeps it finite.
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._keep_remainder)
+        # Read once, and only on the last stage, which alone asks.
         if self._head is None:
             self._head = self._read_head(head)
         return TeacherStates(rows, self._head, self._files.logits_softcap)
@@ -120,6 +125,7 @@ class KeptTeacher:
         at = 0
         for first, end in pieces:
             for begins, source, (document, start, count) in origins:
+                # What a piece of the row, cut for context parallelism, has in common with a document.
                 begin, stop = max(first, begins), min(end, begins + count)
                 if begin < stop:
                     rows[at + begin - first:at + stop - first] = self._by_source[source].states(
@@ -134,6 +140,8 @@ class KeptTeacher:
         weight = head.weight.new_zeros(len(head.weight), self._files.hidden_size)
         if held:
             with safe_open(self._files.head, "pt") as file:
+                # The slice alone is read; rows beyond the vocabulary are padding of the student's head and
+                # stay 0.
                 weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
         return weight
 
@@ -197,6 +205,7 @@ class Distillation(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned tokens of the global batch."""
         hosts = [m.host for m in batch.micro_batches]
+        # Two denominators: the teacher may be silent at labels that cross-entropy learns.
         targets = {DIVERGENCE: sum(float(self._teacher.heard(m).double().sum()) for m in hosts)}
         if CROSS_ENTROPY in self.coefficients:
             targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
@@ -224,6 +233,7 @@ class Distillation(DataObjective):
         Raises:
             UserError: it is another.
         """
+        # A resumed run with another teacher would have one loss curve and two targets.
         if state["teacher"] != self._teacher.teacher:
             raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
                             f"{state['teacher']} so far; resume with that one, or start a new --run --from "
@@ -260,6 +270,7 @@ def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> t
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
     samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens, whole=source.is_chat)
+    # Every process passes as many batches, since they may share experts; empty rows weigh nothing.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
     own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]

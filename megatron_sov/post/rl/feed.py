@@ -113,15 +113,19 @@ class TrainerColumns:
         passed = len(opened.steps[0]) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
+        # Before a round's first step the live weights are those that begin it; later only the file has their
+        # numbers.
         is_anew = is_first and name == OLD
         of = on_main(view.world, partial(self._of, opened, name))
         damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
         if is_anew or damage:
+            # The weights that could compute it again are gone.
             if damage and name == OLD:
                 raise UserError(f"{damage}; the run stands inside of the round: {_way_back(opened)}")
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
             compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
+            # The policy is the live model; the reference needs its weights for a while.
             found = compute() if name == OLD else self.with_reference(view, compute)
             on_main(view.world, partial(write_sealed, file, found.tobytes(), of))
         return np.memmap(file, np.float32, "r", shape=(count,))
@@ -175,6 +179,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -
         compute: calls the model, forward only.
     """
     model = view.policy.model
+    # What is put aside must be the newest weights, and no gather may write over those that are loaded.
     model.finish_param_gather()
     blocks = list(local_shards(model))
     aside, base = [block.data.clone() for block in blocks], model.adapter_base
@@ -186,6 +191,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -
         return compute()
     finally:
         for block, data in zip(blocks, aside, strict=True):
+            # After a failure too: the optimizer's state belongs to these weights.
             block.data.copy_(data)
         model.adapter_base = base
 
@@ -220,6 +226,7 @@ class RoundFeed:
         """As `Feed.bring`: open the round of the next step."""
         before, step = divmod(view.step, self.rollout.steps_per_round)
         number = before + 1
+        # Later steps of a round find it open.
         if self.rounds.is_open(number):
             return None
         begin_s = time.monotonic()
@@ -272,6 +279,7 @@ class RoundFeed:
         opened = read()
         made = self.columns.of_round(view, number, opened, is_first=is_first)
         self._pass_over_empty(view, number, opened)
+        # Opened last: a failure before leaves the data order as it was.
         self.rounds.open(number, replace(opened, beside=made))
         if view.world.is_main:
             content = read_manifest(opened.path).content
@@ -286,6 +294,7 @@ class RoundFeed:
         for step, documents in enumerate(opened.steps, first):
             if len(documents) or step < view.step:
                 continue
+            # In the ledger, so that a resumed run passes over the same steps.
             view.batches.ledger.pass_over(step, step + 1)
             if view.world.is_main:
                 groups = read_manifest(opened.path).content.get("groups")
@@ -341,6 +350,7 @@ class Producer:
         policy: Policy = on_main(view.world, lambda: policy_of(number))
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
         engine = MegatronEngine(view.policy, self.batching)
+        # The model is the policy itself: no weights are copied, only their version is noted.
         engine.update(None, policy.step)
         on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))

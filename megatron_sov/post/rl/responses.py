@@ -80,12 +80,15 @@ class ResponseSource:
         asked = [(attempt, row) for attempt in attempts
                  for row in attempt.begun or self._begun(attempt, began_s)]
         rows = [row for _, row in asked]
+        # The longest response is counted over all attempts at it.
         limits = [self.rollout.max_new_tokens - len(row.tokens) for row in rows]
         more: dict[str, Any] = {}
         if self.rollout.deadline_s:
+            # Only with a deadline: engines without `Bounds` are asked without it.
             more["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s or gives_way())
         sampling = Sampling(max(limits), self.rollout.temperature, seed=self.rollout.seed, for_training=True,
                             with_routes=self.with_routes)
+        # By the attempt too: what goes on must not repeat the random numbers of its beginning.
         streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in asked]
         found = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
@@ -153,6 +156,7 @@ class ResponseSource:
         reason = STOP if found.finish_reasons[number] == STOP else LENGTH
         if len(found.continuations[number]) > limit:
             reason = LENGTH
+        # Shorter than its limit and not stopped by a token: the deadline cut it off.
         elif reason == LENGTH and self.rollout.deadline_s and len(written) < limit:
             reason = UNFINISHED
         tokens = np.concatenate([row.tokens, np.array(written, np.int32)])
@@ -172,6 +176,7 @@ def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarra
     read = found.routes[number][:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
     if row.routes is None:
         return read
+    # The largest number marks a token that no forward pass has read.
     was_read = (row.routes != np.iinfo(row.routes.dtype).max).all(axis=2, keepdims=True)
     before = np.where(was_read, row.routes, read[:len(row.routes)])
     return np.concatenate([before, read[len(row.routes):]])
@@ -243,6 +248,7 @@ class Episodes:
         ends_s = self.clock_s() + deadline_s
         asked = [one for attempt in attempts for one in self._asked(attempt)]
         known = chain.from_iterable(_lines(number, row) for number, (_, _, _, row) in enumerate(asked))
+        # Streams are of a response, not of its place: pieces that are joined must not change what is sampled.
         numbered = _OwnStreams(policy, [(attempt.piece.round, key) for attempt, _, key, _ in asked])
         episodes = play([task for _, task, _, _ in asked], numbered, self.table, EpisodeLines(known),
                         should_stop=lambda: bool(deadline_s) and (
@@ -268,6 +274,7 @@ class Episodes:
             versions[start:end] = attempt.policy.step
             logprobs[start:end] = np.minimum(np.array(turn.written.logprobs, np.float32), 0)
         if before is not None:
+            # Tokens of earlier attempts keep the policy that wrote them.
             versions[first:first + len(before.versions)] = before.versions
         result = episode.result
         outcome = {GOES_ON: json.dumps(lines_of(episode))} if result is None else {
