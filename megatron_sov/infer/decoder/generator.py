@@ -40,8 +40,8 @@ from megatron_sov.infer.decoder.continuation import Continuation, RowItem, keep_
 from megatron_sov.infer.decoder.logprobs import places_of, ranked
 from megatron_sov.infer.decoder.sampling import (
     accepted_by_chance, accepted_greedily, best_words, draw, probabilities, rows_of)
-from megatron_sov.infer.engine import HeldWeights, NamedTensors
-from megatron_sov.infer.request import Batching, Bounds, Generated, Sampling, StopRule, Tokens, Written
+from megatron_sov.infer.request import (
+    Batching, Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written)
 from megatron_sov.omni.media.placed import Media
 
 

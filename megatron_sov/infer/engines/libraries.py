@@ -29,10 +29,9 @@ from megatron_sov.engine.convert.sources import HfWeights, refuse_damaged_export
 from megatron_sov.engine.convert.whole_model import checked
 from megatron_sov.engine.data.routes import shape_of
 from megatron_sov.infer.decoder.sampling import best_words, rows_of, seed_of
-from megatron_sov.infer.engine import HeldWeights, NamedTensors
 from megatron_sov.infer.request import (
-    LENGTH, STOP, Batching, Generated, Sampling, StopRule, Tokens, Written, refuse_drafts, refuse_routes,
-    refuse_rules)
+    LENGTH, STOP, Batching, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written,
+    refuse_drafts, refuse_routes, refuse_rules)
 from megatron_sov.model.pretrained import load_pretrained
 
 PAGE_TOKENS = 16

@@ -26,10 +26,10 @@ from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, NamedTensors, run_engine
+from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import Batching
+from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
 from megatron_sov.judge.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
