@@ -127,6 +127,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
         for index, source in data.judged():
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
+                # A weight says here only whether a label counts: losses of held-out text are not weighed.
                 counted, losses = row.weights > 0, losses_of(row)
                 sums["nats"] += float(losses[counted].sum(dtype=np.float64))
                 sums["tokens"] += int(counted.sum())
@@ -179,6 +180,7 @@ def row_losses(model: Any, row: PackedRow) -> np.ndarray:
     """
     lengths = np.diff(row.bounds)
     inside = np.arange(lengths.max()) < lengths[:, None]
+    # transformers has no packed rows: a document of its own line sees no other.
     lines = np.zeros(inside.shape, np.int64)
     lines[inside] = row.tokens
     logits = model(input_ids=torch.from_numpy(lines).to(model.device),
@@ -222,6 +224,7 @@ class KneserNeyBigram:
         both = np.concatenate([self._pairs, keys])
         order = np.argsort(both, kind="stable")
         both, numbers = both[order], np.concatenate([self._counts, counts])[order]
+        # The first place of each key, up to the next one: equal keys stand together.
         first = np.flatnonzero(np.diff(both, prepend=-1))
         self._pairs = both[first]
         self._counts = np.add.reduceat(numbers, first) if len(first) else numbers
@@ -236,6 +239,7 @@ class KneserNeyBigram:
         self._discount = _discount(self._counts)
         lower = _discount(predecessors[predecessors > 0])
         num_pairs = max(len(self._pairs), 1)
+        # What the discount takes away goes to all tokens alike, so that q sums to 1.
         left = lower * np.count_nonzero(predecessors) if len(self._pairs) else 1.0
         self._continuation = np.maximum(predecessors - lower, 0) / num_pairs + left / num_pairs / size
 
@@ -244,10 +248,12 @@ class KneserNeyBigram:
         keys = contexts.astype(np.int64) * self.vocab_size + targets
         seen = np.zeros(len(keys))
         if len(self._pairs):
+            # A key beyond the last one finds the last one, and is not equal to it.
             place = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
             seen = np.where(self._pairs[place] == keys, self._counts[place] - self._discount, 0.0)
         total = self._context_count[contexts]
         known = total > 0
+        # A context that never occurred leaves everything to the lower order.
         weight = np.where(known, self._discount * self._followers[contexts] / np.maximum(total, 1), 1.0)
         return np.log(np.where(known, seen / np.maximum(total, 1), 0.0)
                       + weight * self._continuation[targets])
@@ -284,6 +290,7 @@ def _pairs_inside(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     flat = np.concatenate(documents)
     starts = np.cumsum([len(d) for d in documents])[:-1]
     inside = np.ones(max(len(flat) - 1, 0), bool)
+    # The last token of a document and the first of the next are no pair.
     inside[starts - 1] = False
     return flat[:-1][inside], flat[1:][inside]
 

@@ -86,6 +86,7 @@ def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: rang
 
     def of_rows(rows: list[Row]) -> np.ndarray:
         size = rows_per_micro_batch(len(rows), rows_per_batch, model.world.dp_size)
+        # Empty rows fill up the last batch: every process passes as many, since they may share experts.
         filled = [*rows, *[()] * (-len(rows) % (size * model.world.dp_size))]
         return _of_rows(model, documents, filled, seq_len, size, temperature, routes)
 
@@ -111,6 +112,7 @@ def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
     """
     lengths = np.asarray(documents.lengths[np.asarray(chosen)])
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    # A document of one token has no label.
     rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     numbers = np.zeros(starts[-1], np.float32)
@@ -122,6 +124,7 @@ def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
                 place = document - chosen.start
                 # a document that goes on behind the row has one label more: the token outside of it
                 labels = min(count, int(lengths[place]) - start - 1)
+                # A label's number is stored at the token that it is: one place on.
                 to = starts[place] + start + 1
                 numbers[to:to + labels] = found[at:at + labels]
                 at += count
@@ -136,6 +139,7 @@ def _of_rows(model: RunningLogprobs, documents: Documents, rows: list[Row], seq_
     own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
                                for row in group]))
            for group in groups[world.dp_rank::world.dp_size]]
+    # Each process fills its own groups and leaves zeros for the others, so the sum is everybody's.
     values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
     if found := model.policy.map(own, partial(_logprobs, temperature)):
         values[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
@@ -210,6 +214,7 @@ class ReferenceParts:
 
     def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.starts(part)
+        # Once in each process: the checksum reads the whole file.
         if part not in self._verified and (damage := self.damage(part)):
             raise UserError(f"{damage}; start the run anew in another folder")
         self._verified.add(part)
@@ -296,6 +301,7 @@ class Reference:
         Raises:
             UserError: the folder holds another reference, a document is too long for it, or the disk is full.
         """
+        # Before any process starts and loads a model.
         if self._held() == self._identity and not self._missing():
             return
         target = Target(checkpoint, False)
@@ -323,7 +329,9 @@ class Reference:
 
     def _fill(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
         """Compute the missing parts; returns how many they were, and of how many tokens."""
+        # The identity is written before the first part, whose checksum includes it.
         on_main(model.world, self._open)
+        # One list for all: whoever saw another one would leave the others in a collective.
         todo, num_tokens = on_main(model.world, self._missing), 0
         with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
@@ -345,6 +353,7 @@ class Reference:
         """
         file, held = self._folder / IDENTITY, self._held()
         data, max_tokens = held.get("data_sha256", {}), held.get("max_tokens", 0)
+        # The weights of the reference are the run's no more, so nothing can be computed again.
         other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
         if other:
             raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "

@@ -149,6 +149,7 @@ class _Body(BaseModel):
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
                  echoes: bool = False) -> ServedQuestion:
         """Return what is asked."""
+        # 0 is greedy and fine; just above it logits over the temperature are infinite.
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise RefusedRequest(400,
                                  f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} numbers "
@@ -156,6 +157,7 @@ class _Body(BaseModel):
         if len(prompts) * self.n > MAX_SEQUENCES:
             raise RefusedRequest(400, f"{len(prompts)} prompts with n = {self.n} are {len(prompts) * self.n} "
                                       f"answers, at most {MAX_SEQUENCES}; send several requests", "n")
+        # Without a seed two equal requests must differ.
         seed = secrets.randbits(63) if self.seed is None else self.seed
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
@@ -196,6 +198,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
         raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
                                   f"{body.max_completion_tokens}; send one of them", "max_tokens")
     for number, message in enumerate(body.messages):
+        # Clients send null for fields that they do not use.
         message = {key: value for key, value in message.items() if value is not None}
         if unknown := sorted(set(message) - MESSAGE_FIELDS):
             raise RefusedRequest(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
@@ -239,6 +242,7 @@ def _fields(raw: bytes) -> dict[str, Any]:
         raise RefusedRequest(400, f"the body is a JSON {type(fields).__name__}; send an object")
     try:
         refuse_deep(fields)
+        # Finds lone surrogates, which strict UTF-8 cannot write and a tokenizer cannot read.
         json.dumps(fields, ensure_ascii=False).encode()
     except BadRecord as e:
         raise RefusedRequest(400, f"the body {e}") from None
@@ -250,6 +254,7 @@ def _fields(raw: bytes) -> dict[str, Any]:
 
 
 def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
+    # Fields that this server does not follow are taken where their value changes nothing.
     neutral = {name: allowed for name, allowed in NEUTRAL.items() if name not in kind.model_fields}
     known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(neutral)}
     for name, allowed in neutral.items():
@@ -267,6 +272,7 @@ def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
     try:
         body = kind.model_validate(known)
     except ValidationError as e:
+        # One sentence about the first mistake.
         error = e.errors(include_url=False)[0]
         name = str(error["loc"][0])
         if error["type"] == "missing":
@@ -349,6 +355,7 @@ class BodyReader:
                                      f"{self._vocab_size}",
                                      field)
         _refuse_too_much(question, prompts)
+        # A special token does not show in the text, so it stops by its id.
         ends = [self._special[text] for text in question.stops if text in self._special]
         return ReadBody(prompts, tuple(sorted({*asker.end_ids, *ends})),
                         [self._limit(question, len(ids), field) for ids in prompts],
@@ -368,6 +375,7 @@ class BodyReader:
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
+        # Without a limit of the client's, the answer may fill what the prompt leaves.
         left = self._longest - prompt_tokens
         wanted = question.max_tokens or left
         if left < 1 or wanted > left:

@@ -51,6 +51,7 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     """
     text = plain_form(text, in_thoughts=in_thoughts)
     thoughts, said = _split(text, in_thoughts)
+    # Text before the first call stays text.
     place = said.find(BEGIN_CALL) if has_tools else -1
     if place < 0:
         return _turn(thoughts, said)
@@ -65,11 +66,13 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
 def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
     it, without calls."""
+    # What may be the beginning of a mark is held back until the next token decides.
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
     sure = _UNFINISHED.sub("", text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)])
     text = plain_form(sure, in_thoughts=in_thoughts)
     has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
     text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]
+    # It may still turn out to be thoughts, so nothing is sure.
     if BEGIN_THOUGHTS.startswith(text.lstrip()):
         return ServedTurn("", "")
     thoughts, said = _split(text, in_thoughts)
@@ -141,6 +144,7 @@ class ReplyWriting:
             reason: why the model goes on no further; None: it does.
             ranked: see `News`.
         """
+        # A string ended it here, which the model does not know of; its next tokens may be under way.
         if self.reason is not None:
             return
         self.tokens.append(token)
@@ -149,6 +153,7 @@ class ReplyWriting:
             self.tops.append(top_of(ranked[-1]))
             logprob = ranked[-1][1][0]  # to the last bit what stands among the most probable ones
         self.logprobs.append(logprob)
+        # Strings are found here, since the model sees tokens alone.
         self.reason = STOP if self._stop.ends(self.tokens) else reason
 
     def text(self) -> str:
@@ -161,6 +166,7 @@ class ReplyWriting:
         Tokens are decoded together with those before them that have been shown, from the last place where
         that was whole, so that each is read a few times and not with all that went before.
         """
+        # A token may decode differently alone: both texts begin at the same token.
         before = self._decode(self.tokens[self._first:self._shown])
         behind = self._decode(self.tokens[self._first:])
         if len(behind) > len(before) and not behind.endswith(CUT_CHARACTER):
@@ -254,6 +260,7 @@ class ServedReply:
         if self._question.is_chat:
             return self._chat_news(index, writing)
         text = writing.sure_text() if writing.reason is None else writing.text()
+        # Sure text only grows, so what is new is its end.
         new = text[len(self._told[index].content):]
         if not new and writing.reason is None:
             return []
@@ -272,6 +279,7 @@ class ServedReply:
         self._told[index] = turn
         chunks = []
         if delta:
+            # The reason goes alone in the last chunk, as OpenAI sends it.
             chunks.append(self._chunk(index, delta, None, self._new_logprobs(index, writing)))
         if writing.reason is not None:
             reason = "tool_calls" if turn.calls else writing.reason

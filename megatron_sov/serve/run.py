@@ -84,6 +84,7 @@ class HttpServer:
 
     def stop(self) -> None:
         """Send what is being sent to its end, and serve no more."""
+        # The event belongs to the server's loop.
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(2 * CLOSING_S)
 
@@ -110,15 +111,18 @@ class HttpServer:
         assert serves is not None
 
         def connected() -> asyncio.Protocol:
+            # Counted before a protocol is made, which would hold memory for its client.
             if len(serves.connections) >= MAX_CONNECTIONS:
                 return _TurnedAway()
             protocol = serves()
+            # Until its first request is read: who sends nothing is dropped after HEADERS_S.
             self._silent.add(protocol)
             self._loop.call_later(HEADERS_S, self._drop_if_silent, protocol)
             return protocol
 
         listening = await self._loop.create_server(connected, sock=self._socket, backlog=MAX_CONNECTIONS)
         await self._stop.wait()
+        # First nobody new, then the end of those that are being answered.
         listening.close()
         await runner.cleanup()
 
@@ -163,6 +167,7 @@ class HttpServer:
                                           "only this machine's own names are answered")
         elif request.path != "/health":
             sent = request.headers.get("Authorization", "")
+            # In constant time: how long a comparison takes would tell how much of a key is right.
             if not hmac.compare_digest(sent.encode(errors="replace"), f"Bearer {key}".encode()):
                 raise RefusedRequest(401,
                                      "the key is missing or wrong; send it as `Authorization: Bearer KEY`",
@@ -195,11 +200,13 @@ class HttpServer:
             try:
                 return await self._answer(request, ticket)
             finally:
+                # Also where the client is gone: the model must not write on for nobody.
                 self._desk.leave(ticket)
 
         return answer
 
     async def _answer(self, request: web.Request, ticket: Ticket) -> web.StreamResponse:
+        # The status must be known before a stream begins, so the first event is waited for.
         begun = await ticket.events.get()
         if isinstance(begun, RefusedRequest):
             raise begun
@@ -310,6 +317,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         if not loaded.world.is_main:
             continue_live(loaded.policy, settings.batching, longest, None)
             return
+        # One process takes requests; the others follow its orders.
         desk = RequestQueue(settings.max_waiting)
         clerk = Clerk(desk, reader, lambda: flag.reason, parent.has_ended)
         with _door(HttpServer(settings, desk, reader, time.time(), longest), settings):
@@ -333,6 +341,7 @@ def _door(server: HttpServer, settings: ServeSettings) -> Iterator[None]:
             yield
         finally:
             if file is not None:
+                # Whoever reads the address must not find one that nobody answers at.
                 file.unlink(missing_ok=True)
     finally:
         server.stop()
@@ -362,6 +371,7 @@ class Parent:
         if pid is None:
             return
         try:
+            # With the time of its start: another process may get the number later.
             self._record = identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
         except psutil.Error:
             raise UserError(f"--parent-pid {pid}: there is no such process; start the server from one that "
@@ -369,6 +379,7 @@ class Parent:
 
     def has_ended(self) -> bool:
         """Return whether it has ended, as was seen at most `LOOKS_S` ago."""
+        # Asked before each row of the model, so the look itself is rare.
         if self._record is None or time.monotonic() < self._next_s:
             return False
         self._next_s = time.monotonic() + LOOKS_S

@@ -66,6 +66,8 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
         for split in splits:
             lengths = lengths_of(source, split)
             starts = lengths.cumsum() - lengths
+            # The first document that begins in each stretch of `part_tokens`; stretches inside of a long
+            # document have none.
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))
             found += [StatesPart(index, split, int(first), int(count),
@@ -142,6 +144,7 @@ class StateFiles:
             part = StatesPart(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
+        # Of this object, and not of the class: an entry would keep its files open.
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
         self._lengths = lru_cache(maxsize=None)(self._lengths_of)
 
@@ -164,6 +167,7 @@ class StateFiles:
         own = self.sources[source]
         parts = self._parts.get((own, split), [])
         place = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
+        # Parts are in the order of documents, and may have gaps.
         if place < 0 or document >= parts[place].first_document + parts[place].num_documents:
             raise UserError(f"{self.folder}: has no states of document {document} of source "
                             f"{self._sources[own].name!r} ({split}); make them again from this data")

@@ -78,6 +78,7 @@ def artifact_on_ranks(world: ParallelWorld, opened: Callable[[],
         own: list[ResumableArtifact] = []
 
         def begin() -> tuple[str, list[str]]:
+            # Only the first rank has the artifact; the others write files into its folder.
             own.append(held.enter_context(opened()))
             return str(own[0].path), list(own[0].finished)
 
@@ -126,6 +127,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     if is_first():  # else it would be found behind the loading of a large model
         refuse_existing(out, KIND, overwrite)
     translated = reading.kept.translated
+    # A translated teacher knows other ids, so its vocabulary bounds nothing here.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
     if not translated:
         refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
@@ -144,6 +146,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             for first in range(0, len(missing), loaded.world.dp_size):
                 together = missing[first:first + loaded.world.dp_size]
                 _read_parts(loaded, _Documents(sources, reading, translation), together, artifact.folder)
+                # A part is noted as finished only after every rank has written its own.
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
                 artifact.on_main(partial(_note, together))
             return len(missing)
@@ -176,12 +179,14 @@ def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, An
     teacher = reading.digest or weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
+    # Work that was begun with another plan is not gone on with.
     plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}
     with resumable_artifact(out, KIND, "megatron-sov distill states", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
         if not reading.kept.top_k:
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
+            # States without the head say nothing; log-probabilities need none.
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
         vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
         artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept,
@@ -287,12 +292,14 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
     read = [documents.of(part) for part in parts]
     lengths = [[len(ids) for ids in of_part] for of_part, _ in read]
     rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
+    # One length for all: rows of experts that are shared must have one shape.
     longest = max(sum(of_part[i] for i in row) for of_part, cut in zip(lengths, rows, strict=True)
                   for row in cut)
     part = parts[mine] if mine < len(parts) else None
     own_rows = rows[mine] if part else []
     micro_batches = [] if part is None else [
         Inputs([read[mine][0][i] for i in row], device, longest) for row in own_rows]
+    # Padding up to the rank with the most rows, and for ranks without a part.
     micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
     # of a row in other tokens more is kept, since several of them may be one of the student's
     asked = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
@@ -304,12 +311,17 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
         found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
         if not kept.translated:
             return found
+        # The teacher's own next token, which may not be among the most probable; at a document's end it is
+        # not read.
         of_next = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), kept.temperature)
+        # As bits in one more column, so that rows have one type.
         return torch.cat([found, of_next.float().cpu()[:, None].view(torch.int32)], 1)
 
     found = loaded.policy.map(micro_batches, kept_rows)
+    # One process of a row has all of its tokens, and writes them.
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
         filled = [[lengths[mine][i] for i in row] for row in own_rows]
+        # Without the padding of each row, and of rows that are padding alone.
         said = [s[:sum(n)] for s, n in zip(found, filled, strict=False)]
         if kept.translated:
             split = [document for s, n in zip(said, filled, strict=True) for document in s.split(n)]
@@ -387,6 +399,7 @@ def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], npr
         engine = MegatronEngine(loaded.policy)
         opened = partial(_written_artifact, asked, sources, tokenizer, settings, out, overwrite, redo)
         with artifact_on_ranks(loaded.world, opened) as artifact:
+            # A part's files are written in order, so the last one stands for all.
             missing = [p for p in parts if f"{_prefix(sources, p)}.{FILES[-1]}" not in artifact.finished]
             for part in missing:
                 prompts = _prompts(sources, part)
@@ -400,6 +413,7 @@ def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], npr
 
 
 def _parts(sources: list[Source], part_prompts: int) -> Iterator[_WritingPart]:
+    # Streams go on over all sources, so an answer's random numbers do not depend on which parts are missing.
     stream = 0
     for index, source in enumerate(sources):
         num_documents = len(source.shard("train").lengths)
@@ -461,6 +475,7 @@ def _write_shards(prefix: str, prompts: list[list[int]], answers: list[list[int]
            ) -> None:
     """Write the shard of a part; its last file makes it a finished one."""
     dtype = artifact.writer.content["dtype"]
+    # Prompt and answer in turn: the flat counts alternate, as the tokens do.
     counts = np.array([(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)])
     is_answer = np.repeat(np.tile([False, True], len(prompts)), counts.ravel())
     with IndexedWriter(artifact.path / prefix, dtype, SIDECARS) as writer:
@@ -469,6 +484,7 @@ def _write_shards(prefix: str, prompts: list[list[int]], answers: list[list[int]
             "loss": is_answer.astype(np.float32), "type": np.where(is_answer, TYPE_RESPONSE, TYPE_PROMPT)})
     for ending in FILES:
         file = artifact.path / f"{prefix}.{ending}"
+        # Synced before it is noted: a finished file must survive a power cut.
         fsync_path(file)
         artifact.finish(f"{prefix}.{ending}", FileRecord.of(file))
 
