@@ -87,6 +87,7 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
         for hits, count in in_processes(searching, (texts, reading), units, workers):
             num_documents += count
             for hit in hits:
+                # Parts come in order, so the first place is the same with any number of workers.
                 found.setdefault((hit.task, hit.item, hit.field), hit)
             bar.update()
     short: dict[str, set[str]] = {}
@@ -94,13 +95,15 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
         short.setdefault(texts[number].benchmark, set()).add(texts[number].id)
     is_short = set(search.too_short)
     for text in (text for number, text in enumerate(texts) if number not in is_short):
+        # An item is too short only if neither its question nor its answer can be searched for.
         short.get(text.benchmark, set()).discard(text.id)
-    hit_items = {name: {item for task, item, _ in found if task == name} for name in scored.results.tasks}
     said = ", ".join(str(path) for path in data)
-    tasks = {name: dataclasses.replace(task, contamination=Contamination(
-        said, len(hit_items[name]), _value_without(scored, name, hit_items[name])))
-        if scored.items[name] else task  # a group has no items of its own
-        for name, task in scored.results.tasks.items()}
+    tasks = dict(scored.results.tasks)
+    for name, task in tasks.items():
+        if scored.items[name]:  # a group has no items of its own
+            hit = {item for of, item, _ in found if of == name}
+            tasks[name] = dataclasses.replace(task, contamination=Contamination(
+                said, len(hit), _value_without(scored, name, hit)))
     return ContaminationCheck(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
                               {name: len(ids) for name, ids in short.items() if ids}, num_documents)
 
@@ -155,6 +158,7 @@ def units_of(data: Sequence[Path]) -> list[Any]:
 def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any], tuple[list[ItemHit], int]]:
     """Return what searches a part of the training data: it returns what it found, and how many documents it
     has seen."""
+    # Built once in each worker, and not sent to it.
     search = ItemSearch(texts, WORDS, MIN_WORDS)
 
     def work(unit: Any) -> tuple[list[ItemHit], int]:
@@ -196,6 +200,7 @@ def _packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
     documents = next(s for s in sources if s.name == part.source).shard("train")
     for number in range(part.begin, part.end):
         length, begin = int(documents.lengths[number]), 0
+        # The last piece must have more than what the one before had already.
         while begin == 0 or begin + OVERLAP_TOKENS < length:
             ids = documents.tokens(number, begin, min(PIECE_TOKENS, length - begin)).tolist()
             yield (f"{part.folder}: {part.source}, document {number}",

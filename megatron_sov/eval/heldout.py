@@ -189,8 +189,6 @@ def row_losses(model: Any, row: PackedRow) -> np.ndarray:
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
 
 
-
-
 def rows_of(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
     """Return the documents (by index, in order) of each row; a row ends where the next
     document would not fit."""

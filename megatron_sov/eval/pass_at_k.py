@@ -98,7 +98,8 @@ def _ways(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> 
         grown: dict[int, list[int]] = {}
         for ties, ways in found.items():
             for taken in range(min(votes, draws) + 1):
-                row = grown.setdefault(ties + (taken == votes), [0] * (draws + 1))
+                now_tied = ties + 1 if taken == votes else ties
+                row = grown.setdefault(now_tied, [0] * (draws + 1))
                 choices = math.comb(size, taken)
                 for drawn in range(ties * votes, draws + 1 - taken):
                     row[drawn + taken] += choices * ways[drawn]
@@ -244,8 +245,8 @@ def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from
 
 def table(figures: Mapping[str, Any]) -> str:
     majority = {e["k"]: e for e in figures.get("maj_at_k", [])}
-    head = (f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}" + f"  {'maj@k':>8}" * bool(majority)
-            + "  prompts")
+    head = f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}"
+    head += f"  {'maj@k':>8}  prompts" if majority else "  prompts"
     rows = [f"{e['k']:>6}  {e['value']:>8.2%}  {e['interval'][0]:>7.2%} - {e['interval'][1]:>7.2%}"
             + (f"  {majority[e['k']]['value']:>8.2%}" if majority else "") + f"  {e['num_prompts']:>7,}"
             for e in figures["pass_at_k"]]

@@ -145,11 +145,12 @@ class PolicyLoss:
         terms = {POLICY: -(gained * weights).sum()}
         if KL in self.coefficients:
             reference = numbers[REFERENCE]
-            # The divergence of whole responses is not weighed by label: its denominator counts responses.
-            terms[KL] = (of_sequences(logprobs, reference, responses).sum()
-                         if self._parts.kl == "sequence"
-                         else ((k1 if self._parts.kl == "k1" else k3)(logprobs, reference)
-                               * weights).sum())
+            if self._parts.kl == "sequence":
+                # Not weighed by label: its denominator counts responses.
+                terms[KL] = of_sequences(logprobs, reference, responses).sum()
+            else:
+                estimate = k1 if self._parts.kl == "k1" else k3
+                terms[KL] = (estimate(logprobs, reference) * weights).sum()
         with torch.no_grad():
             return terms, _sums(learned, self._watched(ratio, logprobs, numbers, factors))
 

@@ -253,7 +253,6 @@ class PairLearning(DataObjective):
                                 for name, value in zip(self.meters, values, strict=True)})
 
     def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
-        """Return the micro-batch with no other targets than those that cross-entropy learns."""
         return _only(batch, responses.of_side(0))
 
     def _terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor], head: Head,
@@ -343,8 +342,9 @@ def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | Unpai
     method = config.preference.method
     if method == "kto":
         return UnpairedLearning
-    return (GroupLearning if method == "grouper" else PairLearningWithReference if method in WITH_REFERENCE
-            else PairLearning)
+    if method == "grouper":
+        return GroupLearning
+    return PairLearningWithReference if method in WITH_REFERENCE else PairLearning
 
 
 def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:

@@ -328,7 +328,6 @@ class Reference:
         return list(damages)
 
     def _fill(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
-        """Compute the missing parts; returns how many they were, and of how many tokens."""
         # The identity is written before the first part, whose checksum includes it.
         on_main(model.world, self._open)
         # One list for all: whoever saw another one would leave the others in a collective.

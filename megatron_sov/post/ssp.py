@@ -242,7 +242,6 @@ def experts_of(probe: Path) -> list[tuple[Path, float]]:
 
 
 def _written(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
-    """Return the checkpoints of the table that is there, and the best one of each domain."""
     content = read_manifest(probe / TABLE, TABLE_KIND).content
     try:
         found = {c["name"]: ProbedCheckpoint(Path(c["path"]),

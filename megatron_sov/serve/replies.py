@@ -86,7 +86,6 @@ def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str 
 
 
 def _split(text: str, in_thoughts: bool) -> tuple[str, str]:
-    """Return thoughts and what is said behind them."""
     begun = text.lstrip()
     if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
         return "", text
@@ -339,7 +338,6 @@ class ServedReply:
                 "text_offset": None}
 
     def _echo(self, index: int) -> str:
-        """Return what stands before an answer."""
         if not self._question.echoes:
             return ""
         number = index // self._question.num_choices

@@ -236,7 +236,6 @@ class HttpServer:
         return response
 
     def _take(self, ticket: Ticket, reply: ServedReply, told: object) -> int:
-        """Give an answer its token; returns which one."""
         if isinstance(told, RefusedRequest):
             raise told
         assert isinstance(told, Wrote)
@@ -348,7 +347,6 @@ def _door(server: HttpServer, settings: ServeSettings) -> Iterator[None]:
 
 
 def _longest(target: Target, settings: ServeSettings) -> int:
-    """Return the tokens of the longest prompt with its answer."""
     if settings.max_length_tokens is None:
         return int(min(target.max_tokens, DEFAULT_LENGTH_TOKENS))
     if settings.max_length_tokens > target.max_tokens:

@@ -285,7 +285,6 @@ class Clerk:
         return sorted(numbers - waiting)
 
     def _give_up(self) -> None:
-        """Tell those who still wait that nothing more comes."""
         self._desk.close(CLOSING)
         # Clients wait for a last event each, whether their answers have begun or not.
         tickets = {ticket for ticket, _ in self._under_way.values()}

@@ -98,6 +98,7 @@ class Write:
     @property
     def stream(self) -> int:
         """Number of its stream of random numbers: the same wherever the same is asked."""
+        # 48 bits fit every engine's seed, and do not depend on the order of requests.
         return int(self.key[:12], 16)
 
 
@@ -114,6 +115,7 @@ def readings(scores: Sequence[AnswerScore]) -> list[list[AnswerScore]]:
     groups: dict[tuple[int, ...], list[AnswerScore]] = {}
     for score in scores:
         groups.setdefault(score.read, []).append(score)
+    # The longest first: if memory is too small for them, that shows at once.
     return sorted(groups.values(), key=lambda group: -len(group[0].read))
 
 
@@ -181,6 +183,7 @@ class Answers(dict[str, Answer]):
         Each job of a Slurm array begins at another chunk and goes once around.
         """
         index, count = _place_in_array()
+        # Jobs begin apart, so that they seldom meet at one chunk.
         begin = index * len(chunks) // count
         left = deque([*range(begin, len(chunks)), *range(begin)])
         num_busy = 0
@@ -189,12 +192,15 @@ class Answers(dict[str, Answer]):
             if not self._places(chunk):
                 continue
             name = hashlib.sha256("".join(request.key for request in chunk).encode()).hexdigest()[:24]
+            # The lock's name comes from the requests: other evaluations that ask for the same chunk take
+            # turns.
             with taking(self.folder / "asking" / name) as is_ours:
                 self.reread()  # whoever held it before may have answered
                 if is_ours and (places := self._places(chunk)):
                     yield number, places
             if self._places(chunk):  # cut off by a wish to stop, or held by another
                 left.append(number)
+            # A whole round without a free chunk: wait before the next one.
             num_busy = 0 if is_ours else num_busy + 1
             if left and num_busy >= len(left):
                 time.sleep(WAIT_S)
@@ -282,6 +288,7 @@ class AsksEndpoint:
                     if flag.reason is not None:
                         return True
             finally:
+                # Those under way are waited for: their answers are paid for, and kept.
                 pool.shutdown(wait=True, cancel_futures=True)
         return False
 

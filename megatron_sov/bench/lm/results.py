@@ -238,7 +238,6 @@ def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
 
 
 def _read(kind: type[T], raw: Any) -> T:
-    """Return what a file of somebody else's holds, with a value of the right type in every field."""
     found: T = _adapter(kind).validate_python(raw, extra="forbid")  # type: ignore[arg-type]
     return found
 

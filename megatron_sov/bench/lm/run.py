@@ -107,7 +107,6 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
 
 
 def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
-    """Run the model where another process talks to lm-eval."""
     from megatron_sov.bench.lm.local import answer_locally
     from megatron_sov.bench.lm.subject import subject_of
 
@@ -136,6 +135,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
         asker = AsksEndpoint(target, settings.endpoint, kept, answers)
     _ask(subject, asker, distinct(request for task in tasks for request in task.requests), answers, flag)
     dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
+    # A turn at a time over all conversations, so that the engine has a full batch.
     while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
         _ask(subject, asker, more, answers, flag)
     notes: list[str] = []
@@ -165,6 +165,7 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
         num_fewshot = settings.num_fewshot
     task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
+    # Before each task, so that its shots do not depend on the tasks before it.
     random.seed(PYTHON_SEED)
     np.random.seed(FEWSHOT_SEED)  # what lm-eval's samplers and metrics draw from
     mode = settings.mode or (protocol.mode if protocol else DEFAULT)
@@ -217,7 +218,6 @@ def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
 
 
 def _sov(task: Any) -> dict[str, Any]:
-    """Return what a task's definition says under `metadata.sov`."""
     metadata = task.get_config("metadata")
     given = metadata.get("sov") if isinstance(metadata, dict) else None
     return given if isinstance(given, dict) else {}

@@ -61,6 +61,7 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> ScoredTa
     for document in documents.values():
         _fill(document, bridge)
     answered = [d for d in documents.values() if d.failed is None]
+    # Filters run over all instances of a task, so those without an answer must be gone.
     task._instances = [instance for d in answered for instance in d.instances]
     raw: dict[tuple[str, str], list[tuple[_Document, Any]]] = {}
     if answered:
@@ -72,10 +73,12 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> ScoredTa
     metrics = []
     clusters = {id(d): cluster_of(d.doc, cluster_field) for d in documents.values()}
     if not raw:
+        # Nothing was answered: every figure is there, and not known.
         raw = {(str(metric), "none"): [] for metric in aggregations}
     for (metric, name), values in raw.items():
         aggregate = aggregations.get(metric) or _mean
         for document, value in values:
+            # An item alone gets the same aggregation, so its score has the figure's unit.
             document.scores[score_name(metric, name)] = _figure(aggregate, [value])[0]
         groups = [clusters[id(document)] for document, _ in values]
         told = _metric(metric, name, [value for _, value in values], groups, aggregate,
@@ -124,6 +127,7 @@ def _metric(name: str, filter_name: str, values: Sequence[Any], clusters: Sequen
     stderr: float | None = None
     interval: tuple[float, float] | None = None
     try:
+        # Only a mean has the errors of a mean; corpus figures get a jackknife.
         if value is not None and _are_numbers(values) and math.isclose(value, _mean(values), abs_tol=1e-12):
             found = mean_of([float(v) for v in values], groups)
             stderr, interval = found.standard_error, found.interval
@@ -170,6 +174,7 @@ def _jackknife(aggregate: Callable[[Any], Any], values: Sequence[Any], clusters:
         return None, None
     without = []
     for group in range(size):
+        # Whole clusters are left out, since their items depend on one another.
         kept = [v for v, cluster in zip(values, clusters, strict=True) if numbers[cluster] % size != group]
         found, _ = _figure(aggregate, kept)
         if found is None:
@@ -246,6 +251,7 @@ def group_metrics(group: Any, metrics: Mapping[str, Sequence[Metric]], sizes: Ma
             better[name] = metric.higher_is_better
             if metric.value is None:
                 unknown.add(name)
+            # lm-eval's aggregation needs a number; `unknown` takes the result back.
             values[name] = 0.0 if metric.value is None else metric.value
             values[f"{metric.name}_stderr,{metric.filter}"] = metric.stderr or 0.0
         flat[task] = values
@@ -395,6 +401,7 @@ class Dialogues:
             try:
                 found = self._bridge.answer(self._request(dialogue))
             except NotAnswered as e:
+                # A conversation ends at a turn without an answer: later questions build on it.
                 dialogue.failed = str(e)
                 continue
             text = str(found["text"])

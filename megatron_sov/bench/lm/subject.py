@@ -100,6 +100,7 @@ def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str,
     folder = target.tokenizer_folder
     tokenizer = load_tokenizer(folder)
     ends = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    # As for generation: a folder may name more ends than the tokenizer's eos.
     ends |= generation_ends(target)
     if chat:
         encoder = read_chat_encoder(folder)
@@ -262,6 +263,7 @@ class Bridge(TemplateLM):
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt, **self.template_kwargs))
         except Exception as e:  # whatever a foreign template does
+            # One more try without them; what fails then is refused.
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) < len(chat_history):  # many templates know no system message, as lm-eval has it
                 return self.apply_chat_template(without, add_generation_prompt)
@@ -322,6 +324,7 @@ class Bridge(TemplateLM):
         if len(continuation) > self.max_length:
             raise UserError(f"a continuation whose likelihood is asked for has {len(continuation)} tokens, "
                             f"and the model ends at {self.max_length}; leave the task out")
+        # The last token is judged and never read, hence the + 1.
         kept = max(1, self.max_length + 1 - len(continuation))
         return AnswerScore(tuple(context[-kept:]), tuple(continuation))
 

@@ -164,7 +164,9 @@ def _read(file: Path, root: Path, depth: int) -> dict[str, Any]:
 
 
 def _texts(value: Any, said: str) -> list[str]:
-    found = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    found = value if isinstance(value, list) else [value]
     if wrong := [part for part in found if not isinstance(part, str)]:
         raise UserError(f"{said} is {wrong[0]!r:.80}; write a text, or a list of texts")
     return found

@@ -93,7 +93,9 @@ class TaskData:
         num_rows = num_bad = 0
         try:
             for line, row, wrong in self._read(path):
-                num_rows, num_bad = num_rows + 1, num_bad + bool(wrong)
+                num_rows += 1
+                if wrong:
+                    num_bad += 1
                 if wrong and num_bad <= MAX_TOLD:
                     told.append(f"{path}: line {line}: {wrong}")
                 groups[self.group(row, path)] += 1
@@ -334,7 +336,9 @@ class DataCheck:
     @property
     def state(self) -> str:
         """Return `ready`, `missing` or `wrong`."""
-        return "wrong" if self.problems else "missing" if self.missing else "ready"
+        if self.problems:
+            return "wrong"
+        return "missing" if self.missing else "ready"
 
     @property
     def note(self) -> str:

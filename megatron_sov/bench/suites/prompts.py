@@ -150,7 +150,6 @@ Prompt = Callable[[Mapping[str, Any]], str]
 
 
 def _asked(doc: Mapping[str, Any], language: str) -> str:
-    """Return a question with its options, up to the begin of the reasoning."""
     question, options, begin = _words(language)[:3]
     return f"{_with_options(doc, question, options)}{begin}"
 
@@ -175,7 +174,6 @@ def _words(language: str) -> list[str]:
 
 
 def _docs(dataset: Dataset, language: str) -> Dataset:
-    """Return the questions with the words that stand before them, `about`."""
     from lm_eval.tasks.mmlu_prox.lang_libs import LANG_SUBJECTS
 
     words, subjects = _words(language), LANG_SUBJECTS[language]

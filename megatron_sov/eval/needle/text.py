@@ -308,11 +308,19 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
                  for name in LANGUAGES if name in found and (not languages or name in languages))
 
 
+def _kind_of(character: str) -> str:
+    if "\uac00" <= character <= "\ud7a3":
+        return "korean"
+    if "\u0e00" <= character <= "\u0e7f":
+        return "thai"
+    if character.isalpha():
+        return "letter"
+    return "sign" if character in CODE_SIGNS else "other"
+
+
 def detect_language(text: str) -> Language:
     """Return the language of a text, by its letters and signs."""
-    signs = Counter("korean" if "\uac00" <= c <= "\ud7a3" else "thai" if "\u0e00" <= c <= "\u0e7f"
-                    else "letter" if c.isalpha() else "sign" if c in CODE_SIGNS else "other"
-                    for c in text if not c.isspace())
+    signs = Counter(_kind_of(character) for character in text if not character.isspace())
     letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
     if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:
         return "korean" if signs["korean"] >= signs["thai"] else "thai"

@@ -178,7 +178,6 @@ def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, s
 
 def _tell(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[Question], step: _Step,
           found: torch.Tensor) -> None:
-    """Write down how probable the tokens of a row's answers are."""
     places = [RankingPlace(end - len(span.tokens) + at, token, 0, None)
               for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
               for at, token in enumerate(questions[question].answers[answer])]

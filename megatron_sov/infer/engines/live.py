@@ -196,7 +196,6 @@ class _Live:
                 for number, (token, logprob) in written.items()]
 
     def _ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
-        """Return what is told of sequences that have a new token, on all processes."""
         asked = [(number, place) for number in numbers if (place := self._places[number]).tells.something]
         if not asked:
             return {}

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.chat import media_marks as marks, media_marks as spelling
+from megatron_sov.base.chat import media_marks as spelling
 from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import check_length
@@ -119,6 +119,7 @@ class SpokenReply:
 
     def feed(self, token_id: int) -> list[Part]:
         """Return the parts that an id completes: text and speech at once, a picture with its end mark."""
+        # An entry without a start mark opens a picture as well: a vocabulary may have no marks.
         entry = self._entry(IMAGE, token_id)
         if entry is not None:
             self._picture = [*(self._picture or []), entry]
@@ -131,6 +132,7 @@ class SpokenReply:
         if self._picture is not None and (token_id in marks.in_image or token_id in marks.ratios):
             self._ratio = marks.ratios.get(token_id, self._ratio)
             return []
+        # Anything else ends an open picture, whole only by its own end mark.
         done = self._close(complete=token_id in marks.image[1:])
         if token_id in (*marks.image, *marks.audio):
             return done
@@ -203,6 +205,7 @@ def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
             held.clear()
             yield from (sound for sound in (next(sounds),) if len(sound))
 
+    # Speech is held back up to `piece_tokens`; before text it is spoken first, in the order of the reply.
     for part in parts:
         if isinstance(part, Audio):
             for token in part.tokens:
@@ -317,6 +320,7 @@ class MediaDecoders:
         said = [token for part in parts if isinstance(part, Audio) for token in part.tokens]
         tokens = self.grid ** 2
         pictures = list[Path]()
+        # A decoder needs all entries of the grid.
         whole = [part for part in drawn if part.complete and len(part.tokens) == tokens]
         if IMAGE in out:
             for number, part in enumerate(whole):
@@ -470,12 +474,12 @@ class BlockRules:
             UserError: the vocabulary lacks what is needed for what it is to draw or say.
         """
         needed = {IMAGE: grid > 0, AUDIO: says}
-        for kind, names in ((IMAGE, marks.DISCRETE_IMAGE), (AUDIO, marks.DISCRETE_AUDIO)):
+        for kind, names in ((IMAGE, spelling.DISCRETE_IMAGE), (AUDIO, spelling.DISCRETE_AUDIO)):
             if needed[kind] and (kind not in blocks or None in map(id_of, names)):
                 raise UserError(f"the model has no discrete tokens of kind {kind}, or its tokenizer no marks "
                                 "for them; train one whose tokenizer `sov-tokenizer media` wrote, with "
                                 f"model.{kind}_tokens set")
-        known = {name: found for name in marks.MARKS if (found := id_of(name)) is not None}
+        known = {name: found for name in spelling.MARKS if (found := id_of(name)) is not None}
         return BlockRules(vocab_size, blocks, known, grid, says, max_audio_tokens)
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
@@ -488,6 +492,7 @@ class BlockRules:
         found = np.ones(self.vocab_size, bool)
         for block in self.blocks.values():
             found[block.first:block.end] = False
+        # Marks stand around blocks only; a start is allowed again below.
         found[list(self.ids.values())] = False
         starts = [self._start(kind) for kind, may in ((IMAGE, self.grid), (AUDIO, self.says)) if may]
         found[starts] = True
@@ -495,9 +500,10 @@ class BlockRules:
 
     def _open(self, written: Sequence[int]) -> tuple[str, Sequence[int]]:
         """Return the kind of the block that has not ended, and what stands in it; "": none."""
-        ends = {self.ids.get(name) for name in (marks.DISCRETE_IMAGE[1], marks.DISCRETE_AUDIO[1])} - {None}
-        starts = {self.ids.get(names[0]): kind for kind, names in (
-            (IMAGE, marks.DISCRETE_IMAGE), (AUDIO, marks.DISCRETE_AUDIO))}
+        blocks = {IMAGE: spelling.DISCRETE_IMAGE, AUDIO: spelling.DISCRETE_AUDIO}
+        starts = {self.ids.get(names[0]): kind for kind, names in blocks.items()}
+        ends = {self.ids.get(names[1]) for names in blocks.values()} - {None}
+        # Backwards to the nearest mark, so that long replies with many pictures cost no more.
         for place in range(len(written) - 1, -1, -1):
             if written[place] in ends:
                 break
@@ -506,30 +512,36 @@ class BlockRules:
         return "", ()
 
     def _in_picture(self, inside: Sequence[int]) -> list[int]:
-        """Return the ids that may stand next in a picture."""
-        ratios = [self.ids[name] for name in (marks.ratio(w, h) for w, h in marks.RATIOS) if name in self.ids]
+        names = [spelling.ratio(width, height) for width, height in spelling.RATIOS]
+        ratios = [self.ids[name] for name in names if name in self.ids]
         if ratios and not inside:
             return ratios
-        place, row = len(inside) - bool(ratios), self.grid + (marks.END_OF_LINE in self.ids)
+        # The ratio comes before the first row; each row ends with its own mark, where the vocabulary has one.
+        place, row = len(inside), self.grid
+        if ratios:
+            place -= 1
+        if spelling.END_OF_LINE in self.ids:
+            row += 1
         if place < row * self.grid:
             if place % row == self.grid:
-                return [self.ids[marks.END_OF_LINE]]
+                return [self.ids[spelling.END_OF_LINE]]
             block = self.blocks[IMAGE]
             return list(range(block.first, block.end))
-        if place == row * self.grid and marks.END_OF_FRAME in self.ids:
-            return [self.ids[marks.END_OF_FRAME]]
-        return [self.ids[marks.DISCRETE_IMAGE[1]]]
+        if place == row * self.grid and spelling.END_OF_FRAME in self.ids:
+            return [self.ids[spelling.END_OF_FRAME]]
+        return [self.ids[spelling.DISCRETE_IMAGE[1]]]
 
     def _in_speech(self, inside: Sequence[int]) -> np.ndarray:
         found, block = np.zeros(self.vocab_size, bool), self.blocks[AUDIO]
         if not self.max_audio_tokens or len(inside) < self.max_audio_tokens:
             found[block.first:block.end] = True
+        # Speech has one entry at least.
         if inside:
-            found[self.ids[marks.DISCRETE_AUDIO[1]]] = True
+            found[self.ids[spelling.DISCRETE_AUDIO[1]]] = True
         return found
 
     def _start(self, kind: str) -> int:
-        return self.ids[{IMAGE: marks.DISCRETE_IMAGE, AUDIO: marks.DISCRETE_AUDIO}[kind][0]]
+        return self.ids[{IMAGE: spelling.DISCRETE_IMAGE, AUDIO: spelling.DISCRETE_AUDIO}[kind][0]]
 
     def _only(self, ids: Sequence[int]) -> np.ndarray:
         found = np.zeros(self.vocab_size, bool)

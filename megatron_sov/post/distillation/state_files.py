@@ -182,7 +182,6 @@ class StateFiles:
         return states[first:first + count]
 
     def _mapped(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
-        """Return where each document of a part begins, and the end, and its rows."""
         file, stored = self.folder / part.file, self._lengths(part.source, part.split)
         lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
         wanted = part.num_tokens * self.width * self.dtype.itemsize
@@ -198,7 +197,6 @@ class StateFiles:
         return self._sources[source].shard(split).lengths
 
     def _find_sources(self, sources: list[Source], made_from: list[dict[str, str]]) -> list[int]:
-        """Return the indices of the sources that it was made from, in its own order."""
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}
         for made in made_from:
             if made["manifest_sha256"] not in artifacts:

@@ -175,7 +175,6 @@ def weights_digest(target: Target) -> str:
 @contextlib.contextmanager
 def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, Any], out: Path,
               overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
-    """Give the artifact under construction, with all that is no part in it."""
     teacher = reading.digest or weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
@@ -424,7 +423,6 @@ def _parts(sources: list[Source], part_prompts: int) -> Iterator[_WritingPart]:
 
 
 def _prefix(sources: list[Source], part: _WritingPart) -> str:
-    """Return the path of a part's files in the artifact, without their endings."""
     return f"{_name(sources[part.source])}/train-{part.number:05d}"
 
 
@@ -439,7 +437,6 @@ def _prompts(sources: list[Source], part: _WritingPart) -> list[list[int]]:
 
 
 def _end_ids(tokenizer: Path, prompts: str) -> tuple[int, ...]:
-    """Return the tokens that end an answer: those of the chat template, and eos."""
     encoder, eos_id = read_chat_encoder(tokenizer), read_manifest(prompts, WRITTEN_KIND).content.get("eos_id")
     return tuple(sorted({*(encoder.end_ids() if encoder else ()), *([] if eos_id is None else [eos_id])}))
 
@@ -457,7 +454,6 @@ def _refuse_long_prompts(asked: StudentWriting, sources: list[Source]) -> None:
 @contextlib.contextmanager
 def _written_artifact(asked: StudentWriting, sources: list[Source], tokenizer: Path, settings: Sequence[str],
                       out: Path, overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
-    """Give the artifact under construction, with all that is no answer in it."""
     plan = {"student": weights_digest(asked.student), "sampling": asdict(asked.sampling),
             "part_prompts": asked.part_prompts,
             "prompts": [i["manifest_sha256"] for i in provenance(sources)],
@@ -490,7 +486,6 @@ def _write_shards(prefix: str, prompts: list[list[int]], answers: list[list[int]
 
 
 def _describe(sources: list[Source], parts: list[_WritingPart], artifact: ResumableArtifact) -> None:
-    """Say in the manifest what the shards hold."""
     content = artifact.writer.content
     sizes_bytes = token_bytes(artifact.path / "tokenizer", content["vocab_size"])
     records = []

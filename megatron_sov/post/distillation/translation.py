@@ -193,7 +193,6 @@ class TokenTranslation:
         return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
 
     def _encoded(self, text: bytes) -> list[tuple[int, int]]:
-        """Return the teacher's tokens of a text, and the bytes of each."""
         decoded = _decoded(text)
         if decoded is None:
             raise UserError("a document's bytes are no UTF-8: the teacher's tokenizer cannot read them; pack "
@@ -319,7 +318,6 @@ def _same_specials(student: Path, teacher: Path, ours: Tokenizer, theirs: Tokeni
 
 
 def _end_of_text(folder: Path, special: dict[str, int]) -> int | None:
-    """Return the id of the token that tokenizer_config.json says ends a text."""
     try:
         named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):
@@ -328,7 +326,6 @@ def _end_of_text(folder: Path, special: dict[str, int]) -> int | None:
 
 
 def _runs(ids: Sequence[int], specials: dict[int, int]) -> list[tuple[bool, list[int]]]:
-    """Return runs of ordinary tokens, and each special one by itself."""
     runs: list[tuple[bool, list[int]]] = []
     for token in ids:
         if token in specials:

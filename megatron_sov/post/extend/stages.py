@@ -236,7 +236,6 @@ def _resolved(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConf
 
 
 def _per_rank(config: RunConfig, nproc: int | None) -> int:
-    """Return the samples of a global batch that each data-parallel rank takes."""
     replicas = num_ranks(nproc) // max(1, config.parallel.ranks_per_replica)
     return max(1, config.train.global_batch_size // max(1, replicas))
 

@@ -311,7 +311,6 @@ class Publisher:
 
     @property
     def _sidecars(self) -> dict[str, str]:
-        """Return ending -> type of the files beside a round's tokens."""
         return SIDECARS | ({ROUTES: self._routes.dtype} if self._routes is not None else {})
 
     @cached_property
@@ -388,7 +387,6 @@ class Publisher:
         return counts
 
     def _routes_of(self, row: Rollout, num_tokens: int) -> dict[str, np.ndarray]:
-        """Return the sidecar of where a response's tokens went, where that is replayed."""
         if self._routes is None:
             return {}
         where = f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt}"

@@ -258,7 +258,6 @@ class Episodes:
         return [[row for its, row in rows if its is attempt] for attempt in attempts]
 
     def _asked(self, attempt: SampleAttempt) -> list[tuple[SampleAttempt, Task, Key, Rollout | None]]:
-        """Return the tasks of an attempt, with key and row of those that go on."""
         if attempt.begun:
             return [(attempt, row.record, row.key, row) for row in attempt.begun]
         return [(attempt, prompt.record, key, None)
@@ -305,7 +304,6 @@ class _OwnStreams:
 
 
 def _lines(number: int, row: Rollout | None) -> list[dict[str, Any]]:
-    """Return the journal of an episode that goes on, under its place in this attempt."""
     if row is None or not row.outcome or GOES_ON not in row.outcome:
         return []
     return [{**line, "episode": number} for line in json.loads(row.outcome[GOES_ON])]

@@ -195,7 +195,6 @@ class JudgingJob:
         return [part for part in self._parts if not self.store.has(part.name, self.version)]
 
     def _taken(self, part: RolloutPart) -> bool:
-        """Judge a part, unless another job is at it; returns whether this one was."""
         claim = self.claims.take(self.store.claim_of(part.name, self.version))
         if claim is None:
             return False
