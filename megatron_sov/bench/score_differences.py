@@ -158,7 +158,6 @@ def _other_items(task: str, before: ScoredItem, after: ScoredItem) -> list[str]:
 
 
 def said(metric: Metric) -> str:
-    """Return a metric's name with k and filter, by which items call it too."""
     return score_name(metric.label, metric.filter)
 
 

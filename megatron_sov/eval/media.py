@@ -103,6 +103,7 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
         "num_rows": len(rows), "accuracy": sum(right) / len(right),
         "accuracy_interval": list(wilson_interval(sum(right), len(right)))}
     if all(wanted):
+        # An answer that is much too long has an error above 1, and an interval of shares ends there.
         shares = [min(1.0, float(jiwer.cer(a, b))) for a, b in zip(wanted, got, strict=True)]
         told |= {"wer": float(jiwer.wer(wanted, got)), "cer": float(jiwer.cer(wanted, got)),
                  "cer_interval": list(mean_interval(shares))}
@@ -188,6 +189,7 @@ def grouped(rows: Sequence[MediaRow], candidates: int, seed: int) -> list[MediaG
     """Return rows in groups of at most `candidates`, as even as can be, in an order of the seed."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    # Even sizes, so that chance is nearly the same in all groups.
     number = -(-len(rows) // candidates)
     ends = [len(rows) * i // number for i in range(number + 1)]
     parts = [order[start:end] for start, end in pairwise(ends)]
@@ -276,6 +278,7 @@ def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[Media
     from megatron_sov.infer.engines.load import run_forward_model
     from megatron_sov.infer.media.media_prompts import prompts_of
 
+    # Prompts in the order of groups, which is how the results are cut apart again.
     order = [number for group in groups for number in group.rows]
     prompts = prompts_of(target, [rows[number].content for number in order], shown, chat=chat,
                          with_features=with_features)

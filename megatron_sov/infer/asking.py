@@ -199,6 +199,7 @@ class Asker:
             return [*self.encode(text), *self._eos]
         _refuse_half_characters([text])
         try:
+            # A whole turn, of which the learned tokens are the answer with what ends it.
             told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
         except BadRecord as e:
             raise UserError(f"the answer {text[:40]!r} {e}") from None

@@ -469,7 +469,6 @@ class PolicyObjective:
 
 
 def objective_of(config: RunConfig) -> PolicyObjective:
-    """Return what makes the objective of a run's `policy`."""
     needed = NeededColumn("`megatron-sov rl train`", (ROLLOUTS,))
     columns = PolicyLoss(config.policy, config.rollout.max_new_tokens).columns
     return PolicyObjective((ROLLOUTS, *([TEXT] if config.policy.has_text else [])),

@@ -338,7 +338,6 @@ class GroupLearning(DataObjective):
 
 
 def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
-    """Return what makes the objective of `preference.method`."""
     method = config.preference.method
     if method == "kto":
         return UnpairedLearning

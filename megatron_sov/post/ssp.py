@@ -48,7 +48,6 @@ class MeasuredCheckpoint:
                 for problem, counts in judged.prompts.items() if counts.num_scored >= k} for k in ks})
 
     def value(self, k: int) -> float:
-        """Return pass@k, the mean over problems."""
         return fmean(self.solved[k].values())
 
     def row(self, ks: Sequence[int]) -> dict[str, Any]:
@@ -83,7 +82,6 @@ def choose(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
 
 
 def gain(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
-    """Return how much more of a domain a merged checkpoint solves than the domain's expert."""
     value, interval = _gain(merged, expert, k)
     return {"checkpoint": merged.checkpoint, "domain": merged.domain, "expert": expert.checkpoint, "k": k,
             "gain": value, "interval": list(interval)}
@@ -121,6 +119,7 @@ class ProbedCheckpoint:
         return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
 
     def folder(self, probe: Path) -> Path:
+        # Two paths may have one name.
         digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 
@@ -199,6 +198,7 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     ks = sorted({1, k})
     found = {(m.checkpoint, m.domain): m for c in candidates for m in _measured(probe, c, ks, right_from)}
     domains = list(dict.fromkeys(domain for _, domain in found))
+    # A merge is compared with its experts, and is never an expert itself.
     single = [c for c in candidates if not c.is_merged]
     chosen = [choose([found[c.name, domain] for c in single], k) for domain in domains] if single else []
     content = {

@@ -120,7 +120,6 @@ class ServedQuestion:
 
     @property
     def num_sequences(self) -> int:
-        """Answers in all."""
         return len(self.prompts) * self.num_choices
 
 
@@ -148,7 +147,6 @@ class _Body(BaseModel):
 
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
                  echoes: bool = False) -> ServedQuestion:
-        """Return what is asked."""
         # 0 is greedy and fine; just above it logits over the temperature are infinite.
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise RefusedRequest(400,

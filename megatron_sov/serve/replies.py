@@ -156,7 +156,6 @@ class ReplyWriting:
         self.reason = STOP if self._stop.ends(self.tokens) else reason
 
     def text(self) -> str:
-        """Return the text of all tokens, up to the string that ends it."""
         return self._stop.cut_text(self._decode(self.tokens))
 
     def sure_text(self) -> str:
@@ -213,7 +212,6 @@ class ServedReply:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all answers have ended."""
         return all(writing.reason is not None for writing in self.writings)
 
     def whole(self) -> dict[str, Any]:
@@ -221,7 +219,6 @@ class ServedReply:
                              "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        """Return how many tokens were read and written."""
         read = sum(self._begun.prompt_tokens)
         written = sum(len(writing.tokens) for writing in self.writings)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
@@ -254,7 +251,6 @@ class ServedReply:
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.writings))]
 
     def news(self, index: int) -> list[dict[str, Any]]:
-        """Return the chunks of what is new in an answer."""
         writing = self.writings[index]
         if self._question.is_chat:
             return self._chat_news(index, writing)

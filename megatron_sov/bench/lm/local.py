@@ -145,7 +145,6 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
 
 
 def num_tokens(request: Request) -> int:
-    """Return the tokens that a model is given with a request."""
     return len(request.read) + 1 if isinstance(request, AnswerScore) else len(request.prompt)
 
 
@@ -281,7 +280,6 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _ItemRow) -> torch.
 
 
 def _lines(groups: Sequence[Group], limit_tokens: int) -> list[Sequence[Group]]:
-    """Return the documents that go through a model together, as lines of one length."""
     found: list[Sequence[Group]] = []
     begin = 0
     for end in range(1, len(groups) + 1):

@@ -230,7 +230,6 @@ def question_and_answer(task: Any, doc: Any) -> tuple[str, str]:
 
 
 def hash_of_prompts(instances: Sequence[Any]) -> str:
-    """Return the hash of requests as the model is given them."""
     digest = hashlib.sha256()
     for instance in instances:
         digest.update(json.dumps([instance.request_type, *instance.args], default=str).encode() + b"\n")

@@ -103,6 +103,7 @@ def find(folders: list[TaskFolder]) -> FoundTasks:
         here: dict[str, Definition] = {}
         for file in sorted(folder.path.rglob("*.yaml")):
             try:
+                # A link could show any file of this machine as a task.
                 if not folder.trusted and not file.resolve().is_relative_to(folder.path.resolve()):
                     raise UserError(f"{file}: is a link to outside of {folder.path}; put the file inside")
                 definition = Definition(file, folder, _read(file, folder.path, 0))
@@ -116,6 +117,7 @@ def find(folders: list[TaskFolder]) -> FoundTasks:
                 raise UserError(f"{file}: defines {name!r}, and so does {here[name].file}; "
                                 "rename one of them")
             here[name] = definition
+        # Earlier folders win over later ones.
         found.definitions = here | found.definitions
     for name, definition in found.definitions.items():
         for tag in _texts(definition.config.get("tag"), f"{definition.file}: tag"):
@@ -141,6 +143,7 @@ def _read(file: Path, root: Path, depth: int) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: holds no settings of a task; write `task: NAME` and what belongs to it")
     try:
+        # Aliases make a small file huge, so values are counted as they unfold.
         for number, (_, value) in enumerate(_walk(config, "")):
             if number == MAX_VALUES:
                 raise UserError(f"{file}: holds more than {MAX_VALUES:,} values, aliases counted, so it is "
@@ -158,6 +161,7 @@ def _read(file: Path, root: Path, depth: int) -> dict[str, Any]:
         if not included.is_file():
             raise UserError(f"{file}: include {name!r} does not exist, so the task folder is incomplete; put "
                             f"{included.name} there")
+        # Later includes win over earlier ones, the file itself over all.
         merged |= {key: value for key, value in _read(included, root, depth + 1).items()
                    if key != "task_list"}
     return merged | config
@@ -173,9 +177,9 @@ def _texts(value: Any, said: str) -> list[str]:
 
 
 def _place(path: Path, said: str) -> Path:
-    """Return where a path leads, links followed."""
     try:
         place = path.resolve()
+        # Looked at once here: a path with a NUL or too long a name raises in many other places.
         place.is_file()
         os.fsencode(place)
     except (OSError, ValueError, RuntimeError):
@@ -330,6 +334,7 @@ def offline(allow_download: bool, cache: Path) -> Path:
             os.environ[name] = "1"
     private = cache / "datasets"
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Private, since `datasets` reads back what lies in its cache.
     os.environ["HF_DATASETS_CACHE"] = str(private)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -370,6 +375,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
     groups: dict[str, Any] = {}
     for name in names:
         loaded = _load(manager, name)
+        # A task and its group would be asked and counted twice.
         if twice := sorted(set(loaded["tasks"]) & set(tasks)):
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]

@@ -88,7 +88,6 @@ class TaskData:
         return asked.total(), problems
 
     def _problems(self, path: Path, groups: Counter[str]) -> list[str]:
-        """Return what is wrong with a file, and count its rows by group."""
         told: list[str] = []
         num_rows = num_bad = 0
         try:
@@ -98,6 +97,7 @@ class TaskData:
                     num_bad += 1
                 if wrong and num_bad <= MAX_TOLD:
                     told.append(f"{path}: line {line}: {wrong}")
+                # Also rows with a mistake, so that one mistake is not told twice.
                 groups[self.group(row, path)] += 1
         except UserError as e:
             return [*told, str(e).removeprefix(f"{OPTION} ")]
@@ -142,6 +142,7 @@ def load(data_files: Mapping[str, Any] | None = None, sov: Mapping[str, Any] | N
             made += [{**{rule.name: _plain(rule, row.get(rule.name)) for rule in rules},
                       "group": data.group(row, path), "row": line, "is_shot": split == data.shots_file}
                      for line, row in data.rows(path)]
+    # Shots alone ask nothing.
     if not any(not row["is_shot"] for row in made):
         raise UserError(f"--data-dir: {', '.join(map(str, (data_files or {}).values()))}: no questions are "
                         "there")
@@ -233,6 +234,7 @@ def renamed(row: Mapping[str, Any], aliases: Mapping[str, list[str]]) -> dict[st
     found = dict(row)
     for name, others in aliases.items():
         if name not in found:
+            # The first alias that is there; a field under its own name wins.
             other = next((other for other in others if other in found), None)
             if other is not None:
                 found[name] = found.pop(other)
@@ -269,7 +271,6 @@ class TaskFile:
 
     @property
     def told_files(self) -> dict[str, list[str]]:
-        """Return split -> files below the folder of data."""
         given = (self.config.get("dataset_kwargs") or {}).get("data_files") or {}
         listed = {split: [files] if isinstance(files, str) else files for split, files in given.items()}
         return {split: [name.removeprefix(f"{DATA}/") for name in names] for split, names in listed.items()}

@@ -99,6 +99,7 @@ def _without_failed(folded: Folded, episodes: Sequence[Sequence[Episode]]) -> Fo
     """Return scores without those of items of which an episode failed by what it ran on."""
     items = []
     for item, played in zip(folded.items, episodes, strict=True):
+        # What a broken tool cost is no score of the model.
         failed = [episode for episode in played if episode.end == INFRASTRUCTURE]
         if failed:
             item = dataclasses.replace(
@@ -191,12 +192,16 @@ def said_in(answer: Any) -> Said:
         raise UserError("the endpoint does not tell the tokens of its answers (`usage`), by which an "
                         "episode's limits are counted; serve the model with one that does, such as vLLM or "
                         "`megatron-sov serve`")
+    # Servers name thoughts differently; they are given back under the name that they came by.
     told = next((name for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
     given: Message = {"role": "assistant", "content": content or ""}
     text = content or ""
     if calls:
+        # Written as text and read again, so that an endpoint's calls are judged as strictly as a local
+        # model's.
         pieces = [_written(call) for call in calls]
         given["tool_calls"] = [_given_back(parse_turn(piece).calls[0]) for piece in pieces]
+        # Marks in the text itself are no calls: the server has taken those out.
         text = text.replace(BEGIN_CALL, _broken(BEGIN_CALL)) + "".join(pieces)
     elif found := parse_turn(text).calls:  # a server without a parser of calls leaves them in the text
         thoughts, end, _ = text.rpartition(END_THOUGHTS)

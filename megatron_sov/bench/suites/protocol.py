@@ -176,7 +176,6 @@ class Protocol:
 
 
 def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
-    """Return what an item has in common with those that belong to it."""
     value = doc.get(cluster_field) if cluster_field else None
     return None if value is None else str(value)
 
@@ -228,7 +227,6 @@ def _untrusted(protocol: Protocol) -> list[str]:
 
 
 def _of_operation(reward: str) -> set[str]:
-    """Return the settings of a reward that say how it runs, and the address of a judge."""
     if reward not in REWARDS:
         return set()
     module, name = REWARDS[reward]
@@ -251,7 +249,6 @@ def changed(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
 
 
 def changed_as_asked(protocol: Protocol, asked: JudgedSettings) -> Protocol:
-    """Return a protocol with what a command's options change."""
     changes: dict[str, Any] = {} if asked.mode is None else {"mode": asked.mode}
     if asked.samples is not None:
         changes["samples"] = asked.samples

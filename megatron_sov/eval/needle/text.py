@@ -135,6 +135,7 @@ def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[
     vocabulary = tokenizer.get_vocab_size(with_added_tokens=False)
     wanted = min(MAX_WORDS, max(NUM_WORDS, vocabulary // TOKENS_PER_WORD))
     words: list[int] = []
+    # From the last merge on: the rarest words first.
     for token in range(vocabulary - 1, -1, -1):
         if len(words) == wanted:
             break
@@ -146,6 +147,7 @@ def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[
 def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], bool]) -> bool:
     text = tokenizer.decode([token], skip_special_tokens=False)
     word = text[1:]
+    # A leading space and one token for the whole text: the word is the same token in any sentence.
     return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES
             and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
             and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
@@ -293,6 +295,7 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     for source in usable:
         documents = source.shard(split)
         named = next((name for name in LANGUAGES if name == source.name), None)
+        # What the user says, then the source's name, then its text.
         language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
         special = np.array(special_tokens(tokenizer), np.int64)
         found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
@@ -346,11 +349,13 @@ class DocumentsText:
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         lengths = self.documents.lengths
         document = int(generator.integers(len(lengths)))
+        # Anywhere inside, since documents begin alike.
         start = int(generator.integers(int(lengths[document]) or 1))
         parts: list[np.ndarray] = []
         found = 0
         while found < count:
             ids = self.documents.tokens(document, start, min(int(lengths[document]) - start, count - found))
+            # An end of document inside of a context would cut it in two.
             ids = ids[~np.isin(ids, self.special)]
             parts.append(ids)
             found += len(ids)
@@ -390,6 +395,7 @@ class FileText:
             while found < count:
                 text = f.read(READ_BYTES) + f.readline()
                 if not text:
+                    # At the end it goes on from the beginning, as a split does.
                     f.seek(0)
                     continue
                 parts.append(self._ids(text.decode("utf-8", "replace"))[:count - found])

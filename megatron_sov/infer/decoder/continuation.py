@@ -112,7 +112,6 @@ class RowItem:
 
 
 def keep_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:
-    """Give each item's sequence its part of a row's routes."""
     rows = routes.numpy()
     for item in items:
         count = len(item.span.tokens)

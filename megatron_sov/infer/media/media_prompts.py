@@ -90,6 +90,7 @@ def placed_media(ids: Sequence[int], records: Records, meant: MeantTokens, encod
     tokens, found = np.asarray(ids, np.int64), {}
     for kind, of_kind in records.items():
         encoder = encoders[kind]
+        # `numbers` tells which feature each of these placeholders stands for.
         places = np.flatnonzero(np.isin(tokens, meant.placeholder_ids(kind)))
         if unknown := sorted({*tokens[places].tolist()} - {*encoder.placeholder_ids}):
             name = "vision" if kind == PICTURES else "audio"
@@ -192,11 +193,13 @@ class ShownMedia:
         codec, encoder = self._codecs.get(AUDIO), self._audio
         rates = [*([codec.sample_rate_hz] if codec is not None else []),
                  *([SAMPLE_RATE_HZ] if encoder is not None else [])]
+        # Codec and encoder may want other rates of the same sound.
         reads = {rate: reader.sound(path, rate) for rate in rates}
         block, records = "", list[tuple[np.ndarray, int]]()
         if codec is not None:
             import torch
 
+            # A codec's memory grows with the length, so long sounds go through it in pieces.
             piece = int(codec.max_piece_s * codec.sample_rate_hz)
             samples = torch.from_numpy(reads[codec.sample_rate_hz].arrays[0].copy())
             block = discrete_audio([i for part in samples.split(piece) for i in codec.encode(part).tolist()])
@@ -298,6 +301,7 @@ def prompts_of(target: Target, prompts: Sequence[Parts], shown: ShownMedia, *, c
     refuse_unknown_kinds(target, shown.tokenizers)
     known = codecs_of(target.config.data.paths) if target.config is not None else {}
     refuse_other_codecs(shown.tokenizers, known, "--{kind}-tokenizer")
+    # Only what prompts show is opened.
     kinds = {kind for parts in prompts for part in parts if (kind := str(part.get("type"))) in BANK_OF}
     for kind, option in OPTIONS.items():
         if kind in kinds and known.get(kind) and kind not in shown.tokenizers:
@@ -309,6 +313,7 @@ def prompts_of(target: Target, prompts: Sequence[Parts], shown: ShownMedia, *, c
     shown = replace(shown, encoders=encoders)
     with MediaReader(shown.root) as reader:
         told = [shown.shown(parts, reader, f"prompt {n}") for n, parts in enumerate(prompts, 1)]
+    # First the ids, then the places: placeholders are found in what the template made of the text.
     ids = asker.ask([one.text for one in told])
     media = [placed_media(of, one.records, asker.meant, encoders, f"prompt {n}")
              for n, (of, one) in enumerate(zip(ids, told, strict=True), 1)]

@@ -64,7 +64,6 @@ class Needles:
         return run_suite(self.suite, MegatronEngine(run.policy))
 
     def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
-        """Write a result into the run's events and show it; returns it as plain values."""
         run.events.write("needle", when=when, step=run.step, **result.to_dict())
         if run.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)

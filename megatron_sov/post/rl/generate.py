@@ -330,7 +330,6 @@ class PieceQueue:
         return self.missing.gives_way(self._policy)
 
     def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
-        """Publish what was written, and give up the claims."""
         for attempt, of_attempt in zip(attempts, rows, strict=True):
             self._publish(attempt, of_attempt)
         self.missing.leave()

@@ -265,7 +265,6 @@ class Episodes:
 
     def _row(self, episode: Episode, key: Key, before: Rollout | None, attempt: SampleAttempt,
              began_s: float) -> Rollout:
-        """Return an episode as a row; `before`: as the attempt before left it."""
         first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
         versions = np.full(len(ids), NOT_WRITTEN, np.int32)
         logprobs = np.zeros(len(ids), np.float32)
