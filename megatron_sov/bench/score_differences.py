@@ -149,7 +149,6 @@ def not_alike(name: str, before: TaskScores, after: TaskScores) -> list[str]:
 
 
 def _other_items(task: str, before: ScoredItem, after: ScoredItem) -> list[str]:
-    """Return a sentence where two items of one name are not the same."""
     now = after.items[task]
     found = [name for name, item in before.items[task].items()
              if name in now and now[name].doc_sha256 != item.doc_sha256]

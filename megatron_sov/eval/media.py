@@ -246,7 +246,6 @@ def rank_figures(found: Sequence[Rank]) -> dict[str, Any]:
 
 
 def _chance(one: Rank, k: int) -> float:
-    """Return how often k candidates by chance have a right one among them."""
     k = min(k, one.num_candidates)
     return 1 - math.comb(one.num_candidates - one.num_right, k) / math.comb(one.num_candidates, k)
 

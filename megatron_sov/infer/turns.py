@@ -82,7 +82,6 @@ def with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
 
 
 def _sample_along(policy: EnginePolicy) -> None:
-    """Sample what the first process asks for, until it ends."""
     own: UserError | None = None
     while True:
         asked, problem = broadcast_object(None)

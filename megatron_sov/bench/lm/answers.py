@@ -297,7 +297,6 @@ class AsksEndpoint:
         return endpoint.ask(payload, read)
 
     def _asking(self, request: Request) -> tuple[Endpoint, dict[str, Any], Callable[[Any], Answer]]:
-        """Return who is asked what, and what reads the answer."""
         if isinstance(request, AnswerScore):
             tokens = [*request.context, *request.continuation]
             return (self._texts, {"model": self._settings.model, "prompt": tokens, "max_tokens": 1,

@@ -151,7 +151,6 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
 
 
 def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
-    """Return a task with all that it asks."""
     if shown := next((f for f in ("doc_to_image", "doc_to_audio") if task.get_config(f)), None):
         raise UserError(f"task {name}: shows images or sound ({shown}), which is not evaluated; leave it out")
     protocol = _protocol(name, task, settings)
@@ -209,7 +208,6 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
 
 
 def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
-    """Refuse how a task of conversations cannot be asked."""
     if not settings.chat_template:
         raise UserError(f"task {name}: asks whole conversations; pass --apply-chat-template")
     if protocol.turns_field and under_launcher():
@@ -234,7 +232,6 @@ def _protocol(name: str, task: Any, settings: Settings) -> Any:
 
 
 def _refuse_unused(tasks: Sequence[_EvaluatedTask], settings: Settings) -> None:
-    """Refuse what would change none of the tasks, and not be missed."""
     given = [*([] if settings.samples is None else [f"--samples {settings.samples}"]),
              *(f"--judge {setting}" for setting in settings.judge)]
     if given and all(task.protocol is None for task in tasks):
@@ -307,7 +304,6 @@ def _scored(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[s
 
 
 def _sampling(requests: Sequence[Request]) -> TaskSampling:
-    """Return how the answers of one of lm-eval's tasks are written."""
     from megatron_sov.bench.lm.answers import Write
 
     first = next((request for request in requests if isinstance(request, Write)), None)
@@ -318,7 +314,6 @@ def _sampling(requests: Sequence[Request]) -> TaskSampling:
 
 
 def _groups(loaded: LoadedTasks, scores: dict[str, TaskScores]) -> dict[str, TaskScores]:
-    """Return the figures of groups that have some of their own."""
     from megatron_sov.bench.lm.scoring import group_metrics
 
     found: dict[str, TaskScores] = {}
@@ -340,7 +335,6 @@ def _groups(loaded: LoadedTasks, scores: dict[str, TaskScores]) -> dict[str, Tas
 
 
 def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
-    """Add the figures to the events of a run, but for those that it has."""
     if settings.run is None:
         return
     step = results.model.step if results.model.step is not None else events.last_step()

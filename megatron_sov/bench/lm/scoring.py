@@ -190,7 +190,6 @@ def _jackknife(aggregate: Callable[[Any], Any], values: Sequence[Any], clusters:
 
 
 def _spread(without: Sequence[float]) -> float:
-    """Return the jackknife's error from figures of which each lacks one group."""
     size = len(without)
     middle = math.fsum(found / size for found in without)
     # a sum of squares would be beyond the largest number from 1e154 on

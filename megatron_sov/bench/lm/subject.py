@@ -93,7 +93,6 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:
-    """Return a model's tokenizer, the tokens that end its answers, and its special tokens by their text."""
     from megatron_sov.base.chat.folder import read_chat_encoder
     from megatron_sov.infer.engines.load import load_tokenizer
 
@@ -308,7 +307,6 @@ class Bridge(TemplateLM):
                             "--tokenizer DIR, the folder of its model's tokenizer")
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of both, as `TemplateLM.loglikelihood` does."""
         self._needs_tokens()
         if context:
             return self._encode_pair(context, continuation)

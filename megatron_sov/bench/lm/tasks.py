@@ -392,7 +392,6 @@ def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
 
 
 def _named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks, list[str]]:
-    """Return what the folders define, and the names, with a tag's tasks in its place."""
     folders = [TaskFolder(path, sources.allow_code) for path in sources.folders]
     if SUITES.is_dir():
         folders.append(TaskFolder(SUITES, True))
@@ -419,7 +418,6 @@ def _load(manager: Any, name: str) -> Any:
 
 
 def _closure(names: Sequence[str], found: FoundTasks, built_in: Mapping[str, Any]) -> list[str]:
-    """Return the names that are needed, those of groups' members too."""
     needed: dict[str, None] = {}
     left = list(names)
     while left:
@@ -455,7 +453,6 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
 
 
 def _entry(definition: Definition, sources: TaskSources, cache: Path) -> tuple[Any, list[Path]]:
-    """Return a definition as lm-eval keeps it, and its data files."""
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks._index import Entry, Kind
 

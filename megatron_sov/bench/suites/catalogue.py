@@ -65,7 +65,6 @@ class TaskData:
             yield line, row
 
     def _read(self, path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
-        """Yield (line, row, what is wrong with it)."""
         rules = rules_of(self.fields)
         for line, found in read_objects(path, OPTION):
             row = renamed(found, self.aliases)
@@ -336,7 +335,6 @@ class DataCheck:
 
     @property
     def state(self) -> str:
-        """Return `ready`, `missing` or `wrong`."""
         if self.problems:
             return "wrong"
         return "missing" if self.missing else "ready"

@@ -96,7 +96,6 @@ def _result(protocol: Protocol, episode: Episode) -> Result:
 
 
 def _without_failed(folded: Folded, episodes: Sequence[Sequence[Episode]]) -> Folded:
-    """Return scores without those of items of which an episode failed by what it ran on."""
     items = []
     for item, played in zip(folded.items, episodes, strict=True):
         # What a broken tool cost is no score of the model.

@@ -69,7 +69,6 @@ def folded_results(protocol: Protocol, items: Sequence[TaskItem],
 
 
 def _refuse_other_prompts(protocol: Protocol, items: Sequence[TaskItem]) -> None:
-    """Refuse answers to something else than what the task asks."""
     if protocol.environment and not protocol.reward:
         raise UserError(f"task {protocol.task}: is played with tools (environment {protocol.environment}); "
                         "one answer to its question has no score")
@@ -272,7 +271,6 @@ def _instructions(doc: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turn(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """The known answer to this question of a conversation, where there is one."""
     known = doc.get("reference") or []
     return {"answer": known[doc[TURN]]} if doc[TURN] < len(known) else {}
 

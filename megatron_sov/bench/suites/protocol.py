@@ -46,7 +46,6 @@ DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "promp
 
 
 def _known(*tables: Mapping[str, Any]) -> Bound:
-    """Return the bound of a name that a table has, or of code of a user's own."""
     among = one_of(lambda: {name for table in tables for name in table})
     return Bound(lambda name: None if not name or is_reference(name) else among.broken(name))
 
@@ -357,7 +356,6 @@ class ShortAnswer:
 
 
 def _plain(answer: str) -> str:
-    """Return an answer's words without case, punctuation and articles."""
     text = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -63,7 +63,6 @@ class NeedleDocuments:
         return min(num_needles // needles_asked(kind), self.settings.train_questions, room)
 
     def least_tokens(self, kind: NeedleKind, form: NeedleForm) -> int:
-        """Return the tokens of a question and of the needles that it asks for."""
         return needles_asked(kind) * _told_tokens(kind, form) + _question_tokens(kind, form)
 
     @property

@@ -355,7 +355,6 @@ def _message(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _place_in_memory(tensor: torch.Tensor) -> dict[str, Any]:
-    """Return what another process finds a tensor in GPU memory by, under the GPU's name."""
     return {str(torch.cuda.get_device_properties(tensor.device).uuid): reduce_tensor(tensor)[1]}
 
 

@@ -64,7 +64,6 @@ def encoders_of(target: Target, shown: set[str]) -> dict[str, VisionEncoderConfi
 
 
 def encoding_of(encoders: Encoders) -> MediaEncoding:
-    """Return how ids of prompts become numbers of features."""
     return MediaEncoding(tuple((kind, encoder.slots) for kind, encoder in encoders.items()))
 
 
@@ -158,7 +157,6 @@ class ShownMedia:
 
     def _item(self, kind: str, path: str, number: int, reader: MediaReader, where: str,
               found: PromptMedia) -> str:
-        """Return the item of a medium; its records join those that were found."""
         encoder = self.encoders.get(BANK_OF[kind])
         if kind == VIDEO and encoder is None:
             raise UserError(f"{where}: {path} is a video, whose frames an encoder of pictures sees; ask a "

@@ -469,7 +469,6 @@ def _written_artifact(asked: StudentWriting, sources: list[Source], tokenizer: P
 
 def _write_shards(prefix: str, prompts: list[list[int]], answers: list[list[int]], artifact: ResumableArtifact
            ) -> None:
-    """Write the shard of a part; its last file makes it a finished one."""
     dtype = artifact.writer.content["dtype"]
     # Prompt and answer in turn: the flat counts alternate, as the tokens do.
     counts = np.array([(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)])

@@ -158,7 +158,6 @@ def file_of(path: Path, name: str) -> Path:
 
 
 def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> TrainerColumns:
-    """Return the columns that a run's objective reads, and that are not published."""
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
