@@ -111,7 +111,6 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
     Raises:
         UserError: they have no task in common, lack one that is asked for, or measured one in another way.
     """
-    # In the first one's order.
     common = [name for name in before.results.tasks if name in after.results.tasks]
     for name in tasks:
         for side in (before, after):

@@ -192,8 +192,7 @@ class Answers(dict[str, Answer]):
             if not self._places(chunk):
                 continue
             name = hashlib.sha256("".join(request.key for request in chunk).encode()).hexdigest()[:24]
-            # The lock's name comes from the requests: other evaluations that ask for the same chunk take
-            # turns.
+            # Named by the requests: other evaluations that ask for the same chunk take turns.
             with taking(self.folder / "asking" / name) as is_ours:
                 self.reread()  # whoever held it before may have answered
                 if is_ours and (places := self._places(chunk)):

@@ -196,8 +196,7 @@ def said_in(answer: Any) -> Said:
     given: Message = {"role": "assistant", "content": content or ""}
     text = content or ""
     if calls:
-        # Written as text and read again, so that an endpoint's calls are judged as strictly as a local
-        # model's.
+        # Written as text and read again: judged as strictly as a local model's calls.
         pieces = [_written(call) for call in calls]
         given["tool_calls"] = [_given_back(parse_turn(piece).calls[0]) for piece in pieces]
         # Marks in the text itself are no calls: the server has taken those out.

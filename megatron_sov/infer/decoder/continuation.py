@@ -86,8 +86,7 @@ class Continuation:
         """Return the routes of every token but the last, which is not read."""
         rows = shape.absent(len(self.tokens) - 1)
         for first, found in self.routes:
-            # Later spans write over earlier ones: of a draft that was refused, the routes of what took its
-            # place stay.
+            # Later spans win: of a refused draft, the routes of what took its place stay.
             rows[first:first + len(found)] = found[:len(rows) - first]
         return rows
 

@@ -87,16 +87,14 @@ class Decoding:
         """Read one row together with all processes; returns whether there was anything to
         read on any of them."""
         items = self._next_row()
-        # A process without anything to read takes part in the row all the same: the others may share experts
-        # with it.
+        # A process without work takes part in the row: the others may share experts with it.
         row_tokens = self._decoder.common_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
             return False
         read = self._decoder.read([i.span for i in items], row_tokens)
         if read.routes is not None:
             keep_routes(items, read.routes)
-        # Before `_move_on` counts a prompt as read: that it is not counted yet tells which prompts end in
-        # this row.
+        # Before `_move_on` counts prompts as read: `in_prompt` still tells which prompts end in this row.
         self._copy_prompts(items)
         # A span that ends inside of a prompt chooses nothing.
         chosen = [i for i in items if i.places]
@@ -105,8 +103,7 @@ class Decoding:
         self._move_on(items, written)
         if self._num_drafts and (items or self._decoder.predicts_together):
             self._draft(read, items)
-        # From the last slot down: to vacate a slot may move the last sequence into it, and that one must not
-        # have ended.
+        # From the last slot down: vacating moves the last sequence, which must not have ended.
         for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
             self._vacate(slot)
         return True
@@ -147,8 +144,7 @@ class Decoding:
             source = item.sequence
             if not (source.in_prompt and item.places and source.prompt):
                 continue
-            # All copies share one read of the prompt; each reads the last token itself, behind which it
-            # chooses.
+            # One read serves all copies; each reads the last token itself, behind which it chooses.
             if slots := waiting.pop(source.prompt, []):
                 self._decoder.copy(item.span.slot, slots)
             for slot in slots:
@@ -171,8 +167,7 @@ class Decoding:
                 chosen = choose(read, [items[n] for n in places]) if places else []
                 for place, piece in zip(places, chosen, strict=True):
                     found[place] = piece
-        # Only the last stage has logits. One int64 table brings tokens and log-probabilities to all stages,
-        # to the bit.
+        # Only the last stage has logits; one int64 table brings tokens and log-probabilities to all.
         return pieces_of(self._decoder.agree(table_of(found, 1 + self._num_drafts)))
 
     def _best(self, read: DecodeOutput, items: list[RowItem]) -> list[Written]:
@@ -214,8 +209,7 @@ class Decoding:
                 taken.append(0)
                 finals.append(target[0])
                 continue
-            # A sequence's stream gives first the numbers that judge its drafts, then the one that draws its
-            # token.
+            # A sequence's stream judges its drafts first, and then draws its token.
             count, final = accepted_by_chance(sequence.drafts, sequence.guesses, target,
                                               sequence.random.random(len(sequence.drafts)).tolist())
             taken.append(count)
@@ -255,8 +249,7 @@ class Decoding:
                 sequence.read += len(item.span.tokens)
                 continue
             tokens, logprobs = next(new)
-            # The cache is valid up to the newest token, which the next row reads; refused drafts are written
-            # over there.
+            # The cache is valid up to the newest token; the next row reads that over refused drafts.
             sequence.read = len(sequence.tokens) + len(tokens) - 1
             # The last of `tokens` is the model's own, all others are drafts that it took.
             self.drafted += len(sequence.drafts)
@@ -446,14 +439,12 @@ class MegatronEngine:
         """Return the most probable words, see `ChoosingEngine`."""
         self._held.check()
         rank, size = collectives.data_place()
-        # Documents have one length, so rows differ in their number of documents only.
         rows = rows_of(documents)
         rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often
         found = torch.zeros(len(documents), count, dtype=torch.float64)
         for row in rows[rank::size]:
             batch = Inputs([documents[i][:-1] for i in row] or [[0]], local_device())
-            # The last token is not read: the logits at the last place predict it, those before it the tokens
-            # before.
+            # Token i + 1 is predicted at place i, so the last `count` places read predict the last tokens.
             positions = ((batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row
                          else batch.ends)
             logits = self._model.logits(batch, positions)

@@ -56,8 +56,7 @@ def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[
             continue
         for row in range(len(item.span.tokens)):
             behind = item.span.past + row + 1
-            # What was drawn is judged by the distribution that it was drawn from, the prompt by the plain
-            # one.
+            # A drawn token is judged by what it was drawn from, the prompt by the plain distribution.
             if behind >= sequence.prompt_tokens:
                 drawn = sequence.sampling if sequence.sampling.temperature else None
                 yield sequence, RankingPlace(item.start + row, chosen, tells.num_top, drawn)

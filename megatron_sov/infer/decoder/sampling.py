@@ -89,8 +89,7 @@ def accepted_by_chance(drafts: Sequence[int], guesses: torch.Tensor, targets: to
     """
     for place, (token, uniform) in enumerate(zip(drafts, uniforms, strict=True)):
         p, q = targets[place], guesses[place]
-        # u >= p / q, without the division.  What is drawn from the rest makes up for the tokens that drafts
-        # give too often.
+        # u >= p / q, without the division.
         if uniform * float(q[token]) >= float(p[token]):
             return place, (p - q).clamp(min=0)
     return len(drafts), targets[len(drafts)]
@@ -98,7 +97,6 @@ def accepted_by_chance(drafts: Sequence[int], guesses: torch.Tensor, targets: to
 
 def rows_of(documents: Sequence[Tokens]) -> list[list[int]]:
     """Return documents of equal length, by index, in groups that go through the model together."""
-    # One document at least, however long.
     each = max(1, min(ROW_DOCUMENTS, ROW_TOKENS // len(documents[0])))
     return [list(range(start, min(start + each, len(documents)))) for start in range(0, len(documents), each)]
 

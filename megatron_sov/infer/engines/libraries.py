@@ -321,8 +321,7 @@ class VllmEngine:
         shapes = {name: shape for link in open_weights(self._folder).links
                   for name, shape in link.hf_shapes().items()}
         with self._held.replaced(version, weights):
-            # `checked` raises at the end if a tensor is missing: the update is not finished then, and the
-            # weights are of no version.
+            # `checked` raises last where a tensor is missing: the update then never finishes.
             self._llm.start_weight_update()
             for message in _messages(checked(weights, shapes)):
                 self._llm.update_weights({"update_info": message})

@@ -144,8 +144,7 @@ class _Live:
         if office is not None:
             orders = office.orders(self._num_slots * self._size - len(self._places), not self._places)
         if dist.get_world_size() > 1:
-            # All processes do the same in the same order: joining and leaving decide the rows that they read
-            # together.
+            # All processes do the same in the same order: it decides the rows that they read together.
             orders = broadcast_object(orders)
         for number in orders.leaving:
             place = self._forget(number)
@@ -199,8 +198,7 @@ class _Live:
         asked = [(number, place) for number in numbers if (place := self._places[number]).tells.something]
         if not asked:
             return {}
-        # With the first token come those of the prompt but for its first, which makes as many as the prompt
-        # has.
+        # With the first token come those of the prompt but its first: as many as the prompt has.
         sizes = [place.prompt_tokens if place.tells.prompt and not self._written[number] else 1
                  for number, place in asked]
         pieces: list[Written] = []

@@ -299,7 +299,6 @@ def prompts_of(target: Target, prompts: Sequence[Parts], shown: ShownMedia, *, c
     refuse_unknown_kinds(target, shown.tokenizers)
     known = codecs_of(target.config.data.paths) if target.config is not None else {}
     refuse_other_codecs(shown.tokenizers, known, "--{kind}-tokenizer")
-    # Only what prompts show is opened.
     kinds = {kind for parts in prompts for part in parts if (kind := str(part.get("type"))) in BANK_OF}
     for kind, option in OPTIONS.items():
         if kind in kinds and known.get(kind) and kind not in shown.tokenizers:

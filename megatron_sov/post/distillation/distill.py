@@ -74,8 +74,7 @@ class KeptTeacher:
         folders = sorted({files.folder for files in self._by_source.values()})
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
-        # A checksum reads the whole file, so each process takes its share; all then name the same damaged
-        # one.
+        # A checksum reads the whole file, so each process takes its share; then all name the same one.
         own = range(world.rank, len(files), world.size)
         damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
         for number in collectives.of_all_ranks(float(damaged)):
@@ -97,8 +96,7 @@ class KeptTeacher:
         rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
         if self._files.kept.top_k:
             ids, logprobs = unpacked(rows)
-            # A number above 0 marks a label of which the teacher says nothing: `heard` gives it no weight, 0
-            # keeps it finite.
+            # Above 0 the teacher says nothing: `heard` gives no weight, and 0 keeps it finite.
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._keep_remainder)
         # Read once, and only on the last stage, which alone asks.
         if self._head is None:
@@ -140,8 +138,7 @@ class KeptTeacher:
         weight = head.weight.new_zeros(len(head.weight), self._files.hidden_size)
         if held:
             with safe_open(self._files.head, "pt") as file:
-                # The slice alone is read; rows beyond the vocabulary are padding of the student's head and
-                # stay 0.
+                # The slice alone is read; padding rows of the student's head stay 0.
                 weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
         return weight
 

@@ -66,8 +66,7 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
         for split in splits:
             lengths = lengths_of(source, split)
             starts = lengths.cumsum() - lengths
-            # The first document that begins in each stretch of `part_tokens`; stretches inside of a long
-            # document have none.
+            # The first document that begins in each stretch; a stretch inside of a long document has none.
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))
             found += [StatesPart(index, split, int(first), int(count),

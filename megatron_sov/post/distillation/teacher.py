@@ -310,8 +310,7 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
         found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
         if not kept.translated:
             return found
-        # The teacher's own next token, which may not be among the most probable; at a document's end it is
-        # not read.
+        # The teacher's own next token, which may not be among the most probable.
         of_next = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), kept.temperature)
         # As bits in one more column, so that rows have one type.
         return torch.cat([found, of_next.float().cpu()[:, None].view(torch.int32)], 1)
