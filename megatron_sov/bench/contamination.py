@@ -101,9 +101,9 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
     tasks = dict(scored.results.tasks)
     for name, task in tasks.items():
         if scored.items[name]:  # a group has no items of its own
-            hit = {item for of, item, _ in found if of == name}
+            found_items = {item for of, item, _ in found if of == name}
             tasks[name] = dataclasses.replace(task, contamination=Contamination(
-                said, len(hit), _value_without(scored, name, hit)))
+                said, len(found_items), _value_without(scored, name, found_items)))
     return ContaminationCheck(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
                               {name: len(ids) for name, ids in short.items() if ids}, num_documents)
 
@@ -164,7 +164,8 @@ def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any]
     def work(unit: Any) -> tuple[list[ItemHit], int]:
         hits: list[ItemHit] = []
         count = 0
-        for where, text, is_first in (_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)):
+        documents = _read_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)
+        for where, text, is_first in documents:
             count += is_first
             for units in map(find_units, forms(text)):
                 for one in search.find(units):
@@ -188,7 +189,7 @@ def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple
                 yield document.where, text, i == 0
 
 
-def _packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
+def _read_packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
     from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources({part.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)

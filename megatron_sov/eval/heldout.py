@@ -62,7 +62,7 @@ class HeldoutData:
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
     @cached_property
-    def _cut(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
+    def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
         """The opened documents of each judged source, and what its rows are made of, by its index."""
         opened = {index: source.shard("heldout") for index, source in self.judged()}
         return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens,
@@ -71,10 +71,10 @@ class HeldoutData:
 
     @property
     def num_rows(self) -> int:
-        return sum(len(samples) for _, samples in self._cut.values())
+        return sum(len(samples) for _, samples in self._cut_sources.values())
 
     def rows(self, index: int) -> Iterator[PackedRow]:
-        shard, samples = self._cut[index]
+        shard, samples = self._cut_sources[index]
         for sample in samples:
             yield heldout_row(sample, shard, self.sources[index], self.seq_len)
 

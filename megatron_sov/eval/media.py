@@ -129,7 +129,7 @@ def judge_of(said: str) -> Judge:
         loaded = load(said)
         if not callable(loaded.value):
             raise UserError(f"--judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
-        return lambda files, labels: _checked(
+        return lambda files, labels: _check_texts(
             said, calling(said, lambda: loaded.value(files, labels)), len(files))
     try:
         words = shlex.split(said)
@@ -137,10 +137,10 @@ def judge_of(said: str) -> Judge:
         raise UserError(f"--judge {said!r}: is no command ({e})") from None
     if not words:
         raise UserError("--judge '': name code of your own, FILE.py:NAME, or a command")
-    return lambda files, labels: _checked(said, _asked(words, files, labels), len(files))
+    return lambda files, labels: _check_texts(said, _run_judge(words, files, labels), len(files))
 
 
-def _asked(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
+def _run_judge(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
     lines = "".join(json.dumps({"file": str(file), "labels": list(of)}, ensure_ascii=False) + "\n"
                     for file, of in zip(files, labels, strict=True))
     try:
@@ -155,7 +155,7 @@ def _asked(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[st
                         "each") from None
 
 
-def _checked(said: str, found: object, count: int) -> list[str]:
+def _check_texts(said: str, found: object, count: int) -> list[str]:
     if not isinstance(found, (list, tuple)) or len(found) != count \
             or not all(isinstance(text, str) for text in found):
         raise UserError(f"--judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "

@@ -139,7 +139,7 @@ class Asker:
         self._eos = tuple(ends)
         # A folder may name more ends than the tokenizer's eos; without them an answer runs on.
         ends |= generation_ends(target)
-        self.meant = None if media is None else _meant(target.tokenizer_folder, media)
+        self.meant = None if media is None else _read_meant_tokens(target.tokenizer_folder, media)
         """Tokens of media that prompts mean; None: none."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.meant) if chat else None
         if encoder is not None:
@@ -232,7 +232,7 @@ def generation_ends(target: Target) -> set[int]:
     return set()
 
 
-def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:
+def _read_meant_tokens(folder: Path, media: MediaEncoding) -> MeantTokens:
     from tokenizers import Tokenizer
 
     from megatron_sov.omni.media.meant import MeantTokens

@@ -232,7 +232,7 @@ class PairLearning(DataObjective):
         hosts = [m.host for m in batch.micro_batches]
         found = [responses_of(m) for m in hosts]
         targets = {PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
-        chosen = [self._chosen(m, r) for m, r in zip(hosts, found, strict=True)]
+        chosen = [self._cross_entropy_batch(m, r) for m, r in zip(hosts, found, strict=True)]
         if CHOSEN in self.coefficients:
             targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
         return with_denominators(batch, targets | self._mtp_targets(chosen))
@@ -244,7 +244,8 @@ class PairLearning(DataObjective):
         sums = responses.sums(logprobs)
         losses, scores = self._losses(sums, batch, responses)
         whole = responses.whole_pairs()
-        terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
+        terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
+                            self._cross_entropy_batch(batch, responses))
         # A pair that was cut off still has numbers; `whole` takes them out of every sum.
         margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
         values = ((margins > 0).double(), margins, means[0::2], means[1::2])
@@ -252,7 +253,7 @@ class PairLearning(DataObjective):
                         meters={name: ((value * whole).sum(), whole.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
 
-    def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
+    def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
         return _only(batch, responses.of_side(0))
 
     def _terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor], head: Head,
@@ -386,7 +387,8 @@ class UnpairedLearning(PairLearning):
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
         losses = kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
                                  asked.undesirable_weight)
-        terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
+        terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
+                            self._cross_entropy_batch(batch, responses))
         rewards, sides = asked.strength * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)
         return LossSums(
@@ -395,7 +397,7 @@ class UnpairedLearning(PairLearning):
                     for name, side in zip(self.meters, sides, strict=False)}
             | {"distance": (self._distance * whole.sum(), whole.sum())})
 
-    def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
+    def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
         desirable = _desirable(responses, batch)
         # Back to one number for each document: the judged one, and its mismatched neighbour, which teaches
         # nothing.

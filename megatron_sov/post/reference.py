@@ -90,17 +90,17 @@ def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: rang
         filled = [*rows, *[()] * (-len(rows) % (size * model.world.dp_size))]
         return _of_rows(model, documents, filled, seq_len, size, temperature, routes)
 
-    return _placed(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
+    return _place_numbers(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
 
 
 def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
     """Return what `document_logprobs` gives, of transformers' model."""
-    return _placed(documents, chosen, seq_len, 1, lambda rows: np.stack([
-        -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows]))
+    return _place_numbers(documents, chosen, seq_len, 1, lambda rows: np.stack([
+               -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows]))
 
 
-def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
-            of_rows: Callable[[list[Row]], np.ndarray]) -> np.ndarray:
+def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
+                   of_rows: Callable[[list[Row]], np.ndarray]) -> np.ndarray:
     """Return the numbers of documents from those of the rows that they are put into.
 
     Args:
@@ -302,7 +302,7 @@ class Reference:
             UserError: the folder holds another reference, a document is too long for it, or the disk is full.
         """
         # Before any process starts and loads a model.
-        if self._held() == self._identity and not self._missing():
+        if self._read_identity() == self._identity and not self._missing():
             return
         target = Target(checkpoint, False)
         self._refuse_too_long(target)
@@ -350,7 +350,7 @@ class Reference:
         Raises:
             UserError: other data, longer samples, or no numbers.
         """
-        file, held = self._folder / IDENTITY, self._held()
+        file, held = self._folder / IDENTITY, self._read_identity()
         data, max_tokens = held.get("data_sha256", {}), held.get("max_tokens", 0)
         # The weights of the reference are the run's no more, so nothing can be computed again.
         other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
@@ -370,7 +370,7 @@ class Reference:
     def _open(self) -> None:
         file = self._folder / IDENTITY
         if file.is_file():
-            if self._held() != self._identity:
+            if self._read_identity() != self._identity:
                 raise UserError(f"{file}: log-probabilities of another reference, of other data or for other "
                                 "lengths of samples lie there; delete the folder, and they are computed anew")
             return
@@ -378,7 +378,7 @@ class Reference:
             self._folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, to_json(self._identity))
 
-    def _held(self) -> dict[str, Any]:
+    def _read_identity(self) -> dict[str, Any]:
         file = self._folder / IDENTITY
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

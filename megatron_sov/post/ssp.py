@@ -172,7 +172,7 @@ def known_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[Pro
     Raises:
         UserError: two of them would have one name.
     """
-    before = _written(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
+    before = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
     found = {c.path: c for c in [*before, *asked]}
     names: dict[str, Path] = {}
     for candidate in found.values():
@@ -196,7 +196,7 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
         UserError: a checkpoint's responses in a domain have no reward, or too few.
     """
     ks = sorted({1, k})
-    found = {(m.checkpoint, m.domain): m for c in candidates for m in _measured(probe, c, ks, right_from)}
+    found = {(m.checkpoint, m.domain): m for c in candidates for m in _measure(probe, c, ks, right_from)}
     domains = list(dict.fromkeys(domain for _, domain in found))
     # A merge is compared with its experts, and is never an expert itself.
     single = [c for c in candidates if not c.is_merged]
@@ -217,8 +217,8 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     return content
 
 
-def _measured(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
-              right_from: float) -> Iterator[MeasuredCheckpoint]:
+def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
+             right_from: float) -> Iterator[MeasuredCheckpoint]:
     if problems := damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
@@ -236,12 +236,12 @@ def experts_of(probe: Path) -> list[tuple[Path, float]]:
         UserError: the folder holds no complete probe.
     """
     weights: dict[Path, float] = {}
-    for path in _written(probe)[1]:
+    for path in _read_table(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0
     return list(weights.items())
 
 
-def _written(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
+def _read_table(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
     content = read_manifest(probe / TABLE, TABLE_KIND).content
     try:
         found = {c["name"]: ProbedCheckpoint(Path(c["path"]),

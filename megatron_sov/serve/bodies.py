@@ -191,7 +191,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
     """
     fields = _fields(raw)
     shows_tools = fields.get("tool_choice") != "none"
-    body: _ChatBody = _checked(_ChatBody, fields, model)
+    body: _ChatBody = _check_body(_ChatBody, fields, model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
                                   f"{body.max_completion_tokens}; send one of them", "max_tokens")
@@ -217,7 +217,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
 
 def completion_question(raw: bytes, model: str) -> ServedQuestion:
     """Return what the body of a request for `/v1/completions` asks, as `chat_question`."""
-    body: _CompletionBody = _checked(_CompletionBody, _fields(raw), model)
+    body: _CompletionBody = _check_body(_CompletionBody, _fields(raw), model)
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
@@ -251,14 +251,14 @@ def _fields(raw: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
+def _check_body(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
     # Fields that this server does not follow are taken where their value changes nothing.
     neutral = {name: allowed for name, allowed in NEUTRAL.items() if name not in kind.model_fields}
     known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(neutral)}
     for name, allowed in neutral.items():
         if name in fields and fields[name] not in allowed:
             raise RefusedRequest(400,
-                                 f"{name} is {_shown(fields[name])}: this server does nothing with it but "
+                                 f"{name} is {_show(fields[name])}: this server does nothing with it but "
                                  f"for {' or '.join(json.dumps(value) for value in allowed)}; leave it out",
                                  name)
     # the first alone: of each that pydantic meets it keeps a report
@@ -275,14 +275,14 @@ def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
         name = str(error["loc"][0])
         if error["type"] == "missing":
             raise RefusedRequest(400, f"{name} is missing; send it", name) from None
-        raise RefusedRequest(400, f"{name} is {_shown(fields[name])}: {error['msg'][:200]}", name) from None
+        raise RefusedRequest(400, f"{name} is {_show(fields[name])}: {error['msg'][:200]}", name) from None
     if body.model not in (None, model):
         raise RefusedRequest(404, f"model {body.model[:200]!r} does not exist; this server has {model!r}",
                              "model", "model_not_found")
     return body
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

@@ -99,8 +99,8 @@ class HttpServer:
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._asked(chat_question))
-        app.router.add_post("/v1/completions", self._asked(completion_question))
+        app.router.add_post("/v1/chat/completions", self._handler_of(chat_question))
+        app.router.add_post("/v1/completions", self._handler_of(completion_question))
         logging.getLogger("aiohttp.server").addFilter(_is_ours)
         # a client that goes away ends the handler, and so its answer; bodies are taken as they are sent
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S,
@@ -181,7 +181,7 @@ class HttpServer:
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._card]})
 
-    def _asked(self, read: Callable[[bytes, str], ServedQuestion]) -> Handler:
+    def _handler_of(self, read: Callable[[bytes, str], ServedQuestion]) -> Handler:
         async def answer(request: web.Request) -> web.StreamResponse:
             # what is sent as another type a page of any site may send without asking
             if request.content_type != "application/json":

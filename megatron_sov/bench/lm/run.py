@@ -90,7 +90,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
             return None
         with holding(settings.asking_folder, f"--output {settings.output}"):
             try:
-                results, items, notes = _measured(target, tasks, settings, flag)
+                results, items, notes = _measure(target, tasks, settings, flag)
             except UserError:
                 with contextlib.suppress(OSError):  # what is refused leaves no folder in which nothing is
                     private.rmdir()
@@ -115,8 +115,8 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
         answer_locally(running, [], None, flag)
 
 
-def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
-              ) -> tuple[Results, list[ResultItem], list[str]]:
+def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
+             ) -> tuple[Results, list[ResultItem], list[str]]:
     with quiet():
         from megatron_sov.bench.lm.subject import Bridge
     from megatron_sov.bench.lm.subject import subject_of
@@ -126,7 +126,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     kept = folder_of(settings.cache_folder, subject.identity)
     answers: dict[str, Answer] = {} if subject.running is None else Answers(kept)
     bridge = Bridge(subject.reading, answers)
-    tasks = [_built(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
+    tasks = [_build(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
     _refuse_unused(tasks, settings)
     asker: AsksEndpoint | None = None
     if subject.running is None:
@@ -142,7 +142,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     scores: dict[str, TaskScores] = {}
     items: list[ResultItem] = []
     for task in tasks:
-        scores[task.name], of_task = _scored(task, bridge, settings, notes)
+        scores[task.name], of_task = _score_task(task, bridge, settings, notes)
         items += of_task
     scores |= _groups(loaded, scores)
     import lm_eval
@@ -150,7 +150,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     return Results(subject.model, scores, {"lm_eval": lm_eval.__version__}), items, notes
 
 
-def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
+def _build(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
     if shown := next((f for f in ("doc_to_image", "doc_to_audio") if task.get_config(f)), None):
         raise UserError(f"task {name}: shows images or sound ({shown}), which is not evaluated; leave it out")
     protocol = _protocol(name, task, settings)
@@ -269,8 +269,8 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
                             "kept; run the same command again to go on")
 
 
-def _scored(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores,
-                                                                                              list[ResultItem]]:
+def _score_task(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores,
+                                                                                                  list[ResultItem]]:
     """Return a task's figures and items; what could not be computed joins `notes`."""
     from megatron_sov.bench.lm import scoring
 

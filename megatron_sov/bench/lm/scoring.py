@@ -306,10 +306,10 @@ def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int
                                 made.doc[protocol.turns_field][turn],
                                 known[turn] if turn < len(known) else "",
                                 values, samples, lacking or scores.failed))
-    return _scored(items, folded)
+    return _sum_up(items, folded)
 
 
-def _scored(items: list[ResultItem], folded: Folded) -> tuple[ScoredTask, str]:
+def _sum_up(items: list[ResultItem], folded: Folded) -> tuple[ScoredTask, str]:
     notes: list[str] = []
     metrics = tuple(metric_of_items(name, items, notes) for name in folded.metric_names)
     at_limit = sum(scores.num_at_limit for scores in folded.items)
@@ -339,7 +339,7 @@ def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tup
         values = {name: scores.scores.get(name) for name in folded.metric_names}
         items.append(ResultItem(task.task_name, str(number), doc_hash(made.doc), protocol.cluster(made.doc),
                                 question, answer, values, samples, lacking.get(number, scores.failed)))
-    return _scored(items, folded)
+    return _sum_up(items, folded)
 
 
 Messages = list[dict[str, str]]

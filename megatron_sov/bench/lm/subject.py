@@ -328,7 +328,7 @@ class Bridge(TemplateLM):
 
     def _write(self, prompt: str, given: dict[str, Any], sample: int, instance: Instance) -> Write:
         try:
-            asked = self._asked(given, sample)
+            asked = self._read_generation(given, sample)
         except (TypeError, ValueError, OverflowError) as e:
             told = visible(str(given))
             raise UserError(f"task {instance.task_name}: generation_kwargs {told:.200}: cannot be used "
@@ -343,7 +343,7 @@ class Bridge(TemplateLM):
         tokens = self._prompt_tokens(prompt)
         return replace(asked, prompt=tuple((tokens or [self.prefix_token_id])[-room:]))
 
-    def _asked(self, given: dict[str, Any], sample: int) -> Write:
+    def _read_generation(self, given: dict[str, Any], sample: int) -> Write:
         """Return a continuation as lm-eval's `generation_kwargs` ask for it, without its prompt.
 
         Raises:

@@ -213,7 +213,7 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
         files: list[Path] = []
         given = dict(config.get("dataset_kwargs") or {})
         if "data_files" in given:
-            given["data_files"] = _located(given["data_files"], definition, data_dir, said, files)
+            given["data_files"] = _locate(given["data_files"], definition, data_dir, said, files)
         return config | {"dataset_kwargs": given}, files
     if path is None or path not in LOADERS:
         if path is not None and not may_download:
@@ -229,7 +229,7 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
                         f"{', '.join(sorted(DATASET_KWARGS))}; leave it out")
     given.pop("trust_remote_code", None)
     files = []
-    given["data_files"] = _located(given.get("data_files"), definition, data_dir, said, files)
+    given["data_files"] = _locate(given.get("data_files"), definition, data_dir, said, files)
     if wrong := [f for f in files if f.suffix not in LOADERS[path]]:
         raise UserError(f"{said}: {wrong[0]} is no file of {path}, which end in "
                         f"{' or '.join(LOADERS[path])}; name them so")
@@ -237,12 +237,12 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
     return config, files
 
 
-def _located(value: Any, definition: Definition, data_dir: Path | None, said: str, files: list[Path]) -> Any:
+def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str, files: list[Path]) -> Any:
     """Return data files in the form they were given in, as absolute paths, which join `files`."""
     if isinstance(value, dict):
-        return {split: _located(names, definition, data_dir, said, files) for split, names in value.items()}
+        return {split: _locate(names, definition, data_dir, said, files) for split, names in value.items()}
     if isinstance(value, list):
-        return [_located(name, definition, data_dir, said, files) for name in value]
+        return [_locate(name, definition, data_dir, said, files) for name in value]
     if not isinstance(value, str):
         raise UserError(f"{said}: dataset_kwargs.data_files is {value!r}; write a path for each split")
     if value.startswith(DATA) and data_dir is None:
@@ -357,7 +357,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
     Raises:
         UserError: one does not exist, is incomplete, or would do what it may not.
     """
-    found, names = _named(names, sources)
+    found, names = _find_named(names, sources)
     with quiet():
         from lm_eval.tasks import TaskManager
 
@@ -386,12 +386,12 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
 def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
     """Raise `UserError` where a task is in no folder; imports no lm-eval, whose own tasks, with
     `allow_download`, it does not know."""
-    found, names = _named(names, sources)
+    found, names = _find_named(names, sources)
     if not sources.allow_download:
         _closure(names, found, {})
 
 
-def _named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks, list[str]]:
+def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks, list[str]]:
     folders = [TaskFolder(path, sources.allow_code) for path in sources.folders]
     if SUITES.is_dir():
         folders.append(TaskFolder(SUITES, True))
@@ -472,12 +472,12 @@ def _entry(definition: Definition, sources: TaskSources, cache: Path) -> tuple[A
         content = hashlib.sha256(json.dumps(_hashes(files)).encode()).hexdigest()[:16]
         config["dataset_kwargs"]["cache_dir"] = str(cache / "datasets" / content)
     if definition.folder.trusted:
-        config = _resolved(config)
+        config = _resolve(config)
     return Entry(name=config["task"], kind=Kind.PY_TASK if "class" in config else Kind.TASK, yaml_path=None,
                  cfg=config), files
 
 
-def _resolved(value: Any) -> Any:
+def _resolve(value: Any) -> Any:
     """Return settings with the functions that their words name; of trusted folders only."""
     from lm_eval.tasks._yaml_loader import _import_func_in_yml
 
@@ -488,8 +488,8 @@ def _resolved(value: Any) -> Any:
             raise UserError(f"{value.folder}: !function {value} cannot be imported "
                             f"({told_in_a_line(e):.200}); mend it") from e
     if isinstance(value, dict):
-        return {key: _resolved(child) for key, child in value.items()}
-    return [_resolved(child) for child in value] if isinstance(value, list) else value
+        return {key: _resolve(child) for key, child in value.items()}
+    return [_resolve(child) for child in value] if isinstance(value, list) else value
 
 
 def _cage_templates() -> None:
@@ -519,7 +519,7 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
                                     if name not in ("data_files", "cache_dir")}  # paths of this machine
     if isinstance(config.get("metadata"), dict):
         config["metadata"] = {k: v for k, v in config["metadata"].items() if k != "config_source"}
-    told = json.dumps([config, lm_eval.__version__, dict(files)], sort_keys=True, default=_described)
+    told = json.dumps([config, lm_eval.__version__, dict(files)], sort_keys=True, default=_describe)
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", told).encode())  # of partial functions, each time
     if not files:  # of the hub: by its items
         for doc in task.eval_docs:
@@ -527,7 +527,7 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     """Return what stands for a value that JSON knows nothing of, without addresses in memory."""
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 

@@ -141,18 +141,20 @@ def load(data_files: Mapping[str, Any] | None = None, sov: Mapping[str, Any] | N
             made += [{**{rule.name: _plain(rule, row.get(rule.name)) for rule in rules},
                       "group": data.group(row, path), "row": line, "is_shot": split == data.shots_file}
                      for line, row in data.rows(path)]
-    # Shots alone ask nothing.
     if not any(not row["is_shot"] for row in made):
         raise UserError(f"--data-dir: {', '.join(map(str, (data_files or {}).values()))}: no questions are "
                         "there")
     return DatasetDict({TEST: Dataset.from_list(made)})
 
 
+# The source of functions that task files name is part of a task's hash: a change parts new scores from old.
 def questions(dataset: Dataset) -> Dataset:
+    """Return the rows that are asked (`process_docs`)."""
     return dataset.select([i for i, is_shot in enumerate(dataset["is_shot"]) if not is_shot])
 
 
 def shots(dataset: Dataset) -> Dataset:
+    """Return the rows that are shown (`process_docs` of the shots)."""
     return dataset.select([i for i, is_shot in enumerate(dataset["is_shot"]) if is_shot])
 
 

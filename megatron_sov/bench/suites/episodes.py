@@ -197,27 +197,27 @@ def said_in(answer: Any) -> Said:
     text = content or ""
     if calls:
         # Written as text and read again: judged as strictly as a local model's calls.
-        pieces = [_written(call) for call in calls]
+        pieces = [_write_call(call) for call in calls]
         given["tool_calls"] = [_given_back(parse_turn(piece).calls[0]) for piece in pieces]
         # Marks in the text itself are no calls: the server has taken those out.
-        text = text.replace(BEGIN_CALL, _broken(BEGIN_CALL)) + "".join(pieces)
+        text = text.replace(BEGIN_CALL, _break_mark(BEGIN_CALL)) + "".join(pieces)
     elif found := parse_turn(text).calls:  # a server without a parser of calls leaves them in the text
         thoughts, end, _ = text.rpartition(END_THOUGHTS)
         given |= {"content": f"{thoughts}{end}{parse_turn(text).content}",
                   "tool_calls": [_given_back(call) for call in found]}
     if told is not None:
         given[told] = message[told]
-        thoughts = message[told].replace(END_THOUGHTS, _broken(END_THOUGHTS))
+        thoughts = message[told].replace(END_THOUGHTS, _break_mark(END_THOUGHTS))
         text = f"{BEGIN_THOUGHTS}{thoughts}{END_THOUGHTS}{text}"
     return Said(text, given, choice.get("finish_reason") == "length", *tokens)
 
 
-def _broken(mark: str) -> str:
+def _break_mark(mark: str) -> str:
     """Return a mark as text: what an endpoint has told apart already is not told apart once more."""
     return f"{mark[0]} {mark[1:]}"
 
 
-def _written(call: Any) -> str:
+def _write_call(call: Any) -> str:
     """Return a call as a model writes it, so that it is read as strictly as where no endpoint stands
     between."""
     function = call.get("function") if isinstance(call, Mapping) else None

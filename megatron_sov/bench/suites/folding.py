@@ -56,7 +56,7 @@ def fold(protocol: Protocol, items: Sequence[TaskItem], workers: int = 0) -> Fol
         judging, judge[name or "reward"] = _judge_of(protocol, {**protocol.reward_settings, **settings},
                                                      workers or num_cores())
         with judging:
-            by_variant[name] = _judged(judging, protocol, items)
+            by_variant[name] = _judge_items(judging, protocol, items)
     return folded_results(protocol, items, by_variant, judge)
 
 
@@ -118,7 +118,7 @@ def _judge_of(protocol: Protocol, settings: Mapping[str, Any], workers: int) -> 
         "settings": {name: value for name, value in settings.items() if name not in hidden}}
 
 
-def _judged(judging: Any, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
+def _judge_items(judging: Any, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
     flat = ((item, response) for item in items for response in item.responses)
     results: list[Result] = []
     while batch := list(islice(flat, BATCH_ROWS)):

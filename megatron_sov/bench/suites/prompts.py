@@ -34,6 +34,7 @@ def mmlu_pro_reasoning(doc: Mapping[str, Any]) -> str:
 
 
 def lettered(doc: Mapping[str, Any]) -> str:
+    """Return a question with all its options, for simple-evals' form of multiple choice."""
     letters = LETTERS[:len(doc["options"])]
     options = "\n".join(f"{letter}) {option}" for letter, option in zip(letters, doc["options"], strict=True))
     return ("Answer the following multiple choice question. The last line of your response should be of the "
@@ -42,6 +43,7 @@ def lettered(doc: Mapping[str, Any]) -> str:
 
 
 def mmmlu_docs(dataset: Dataset) -> Dataset:
+    """Return MMMLU's rows in the form of `lettered`."""
     return questions(dataset).map(lambda row: {
         "question": row["Question"], "options": [row[letter] for letter in "ABCD"]}, **_QUIETLY)
 
@@ -62,6 +64,7 @@ def _gpqa(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cleaned(option: str) -> str:
+    """Return an option as lm-eval's gpqa tasks clean it."""
     return option.strip().replace(" [title]", ". ").replace("  ", " ")
 
 
@@ -82,6 +85,7 @@ def click_letters(doc: Mapping[str, Any]) -> list[str]:
 
 
 def click_answer(doc: Mapping[str, Any]) -> str:
+    """Return the letter of the right choice."""
     return click_letters(doc)[doc["choices"].index(doc["answer"])]
 
 
@@ -96,6 +100,7 @@ def hrm8k(doc: Mapping[str, Any]) -> str:
 
 
 def numbered(doc: Mapping[str, Any]) -> str:
+    """Return a question of KMMLU-Pro with its options by number."""
     options = "\n".join(f"{i}. {option}" for i, option in enumerate(doc["options"], 1))
     return ("다음 문제에 대해 충분히 생각한 뒤 정답을 고르세요. "
             f"마지막 줄은 반드시 '정답: 번호' 형식이어야 합니다.\n\n{doc['question']}\n\n{options}")
@@ -115,6 +120,7 @@ def livecodebench(doc: Mapping[str, Any]) -> str:
 
 
 def long_documents(doc: Mapping[str, Any]) -> str:
+    """Return the documents of AA-LCR and the question about them."""
     documents = "\n\n".join(f"BEGIN DOCUMENT {i}:\n{text}\nEND DOCUMENT {i}"
                             for i, text in enumerate(doc["documents"], 1))
     return (f"BEGIN INPUT DOCUMENTS\n\n{documents}\n\nEND INPUT DOCUMENTS\n\n"
@@ -136,6 +142,7 @@ def hotpotqa(doc: Mapping[str, Any]) -> str:
 
 
 def thai_exam(doc: Mapping[str, Any]) -> str:
+    """Return a question of a Thai examination with its options."""
     letters = LETTERS[:len(doc["options"])]
     options = "\n".join(f"{letter}) {option}" for letter, option in zip(letters, doc["options"], strict=True))
     return ("ตอบคำถามปรนัยต่อไปนี้ คิดทีละขั้นตอนก่อนตอบ บรรทัดสุดท้ายของคำตอบต้องอยู่ในรูปแบบ "
@@ -150,11 +157,13 @@ Prompt = Callable[[Mapping[str, Any]], str]
 
 
 def _asked(doc: Mapping[str, Any], language: str) -> str:
+    """Return a question with its options, up to the begin of the reasoning."""
     question, options, begin = _words(language)[:3]
     return f"{_with_options(doc, question, options)}{begin}"
 
 
 def _shown(doc: Mapping[str, Any], language: str) -> str:
+    """Return a shot with its reasoning."""
     question, options, begin, _, begin_of_data = _words(language)[:5]
     reasoning = str(doc["cot_content"]).replace(begin_of_data, begin)
     return f"{_with_options(doc, question, options)}{reasoning}\n\n"
@@ -174,6 +183,7 @@ def _words(language: str) -> list[str]:
 
 
 def _docs(dataset: Dataset, language: str) -> Dataset:
+    """Return the questions with the words that stand before them, `about`."""
     from lm_eval.tasks.mmlu_prox.lang_libs import LANG_SUBJECTS
 
     words, subjects = _words(language), LANG_SUBJECTS[language]

@@ -98,7 +98,7 @@ class Decoding:
         self._copy_prompts(items)
         # A span that ends inside of a prompt chooses nothing.
         chosen = [i for i in items if i.places]
-        written = self._written(read, chosen)
+        written = self._choose_tokens(read, chosen)
         self._rank(read, items, written)
         self._move_on(items, written)
         if self._num_drafts and (items or self._decoder.predicts_together):
@@ -151,7 +151,7 @@ class Decoding:
                 self._slots[slot].read = source.prompt_tokens - 1
                 self._slots[slot].routes = list(source.routes)
 
-    def _written(self, read: DecodeOutput, items: list[RowItem]) -> list[Written]:
+    def _choose_tokens(self, read: DecodeOutput, items: list[RowItem]) -> list[Written]:
         """Return each item's new tokens, the same on all processes that read them:
         accepted drafts and one more."""
         if not items:

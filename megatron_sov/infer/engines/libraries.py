@@ -213,7 +213,7 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
             old, part new.
     """
     views = live_views(model)
-    for name, tensor in checked(weights, *_known(model, views)):
+    for name, tensor in checked(weights, *_shapes_of(model, views)):
         views[name].copy_(tensor)
 
 
@@ -222,12 +222,13 @@ def copy_changed(model: Any, changed: Iterable[Changed]) -> None:
     """Write what has changed in every tensor into a loaded model; arguments and errors as of
     `copy_weights`."""
     views = live_views(model)
-    for name, found in checked(((one.name, one) for one in changed), *_known(model, views)):
+    for name, found in checked(((one.name, one) for one in changed), *_shapes_of(model, views)):
         view = views[name]
         view.index_put_(tuple(axis.to(view.device) for axis in found.coordinates()), found.values.to(view))
 
 
-def _known(model: Any, views: Mapping[str, torch.Tensor]) -> tuple[dict[str, tuple[int, ...]], Sequence[str]]:
+def _shapes_of(model: Any, views: Mapping[str, torch.Tensor]
+               ) -> tuple[dict[str, tuple[int, ...]], Sequence[str]]:
     """Return the shapes of a model's tensors, and what it may be given and does without."""
     return ({name: tuple(view.shape) for name, view in views.items()},
             model._keys_to_ignore_on_load_unexpected or ())
@@ -302,7 +303,7 @@ class VllmEngine:
                                 # 0: of the chosen token, and of no others
                                 logprobs=0, ignore_eos=True, detokenize=False) for number in numbers]
         found = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
-        written = [_written(answer.outputs[0], stop) for answer in found]
+        written = [_read_completion(answer.outputs[0], stop) for answer in found]
         routes = None
         if sampling.with_routes:
             assert self._shape is not None
@@ -357,7 +358,7 @@ def _place_in_memory(tensor: torch.Tensor) -> dict[str, Any]:
     return {str(torch.cuda.get_device_properties(tensor.device).uuid): reduce_tensor(tensor)[1]}
 
 
-def _written(output: Any, stop: StopRule) -> Written:
+def _read_completion(output: Any, stop: StopRule) -> Written:
     """Return a `CompletionOutput` up to what ends it, which vLLM may have read past: it knows tokens only."""
     if output.finish_reason not in (STOP, LENGTH):
         raise UserError(f"vLLM ended a continuation of {len(output.token_ids)} tokens with "

@@ -190,11 +190,11 @@ class _Live:
         # A count of 0: the sequence waits, or its prompt is still being read.
         written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
             self._places, table.tolist(), logprobs, strict=True) if count}
-        told = self._ranked(list(written))
+        told = self._gather_ranked(list(written))
         return [self._news(number, token, logprob, told.get(number, ()))
                 for number, (token, logprob) in written.items()]
 
-    def _ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
+    def _gather_ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
         asked = [(number, place) for number in numbers if (place := self._places[number]).tells.something]
         if not asked:
             return {}

@@ -147,9 +147,9 @@ def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: 
     """Raise `UserError` where something else of the teacher was kept, or it knows other token ids."""
     kept = files.kept
     if kept.top_k != asked.top_k:
-        raise UserError(f"{files.folder}: holds {_told(kept.top_k)} of the teacher, and distillation.top_k = "
-                        f"{asked.top_k} asks for {_told(asked.top_k)}; set it to {kept.top_k}, or name "
-                        "another folder")
+        raise UserError(f"{files.folder}: holds {_words_of(kept.top_k)} of the teacher, and "
+                        f"distillation.top_k = {asked.top_k} asks for {_words_of(asked.top_k)}; set it to "
+                        f"{kept.top_k}, or name another folder")
     if kept.translated != asked.other_tokenizer:
         raise UserError(f"{files.folder}: holds {'the student' if kept.translated else 'the teacher'}'s own "
                         f"tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
@@ -167,7 +167,7 @@ def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: 
                         f"model.vocab_size = {vocab_size}; choose a teacher with as many")
 
 
-def _told(top_k: int) -> str:
+def _words_of(top_k: int) -> str:
     return f"the {top_k} most probable tokens" if top_k else "the final hidden states"
 
 

@@ -144,7 +144,7 @@ class StateFiles:
             self._parts.setdefault((part.source, part.split), []).append(part)
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
         # Of this object, and not of the class: an entry would keep its files open.
-        self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
+        self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
         self._lengths = lru_cache(maxsize=None)(self._lengths_of)
 
     def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
@@ -180,7 +180,7 @@ class StateFiles:
                             "make them again from this data")
         return states[first:first + count]
 
-    def _mapped(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
+    def _map_part(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
         file, stored = self.folder / part.file, self._lengths(part.source, part.split)
         lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
         wanted = part.num_tokens * self.width * self.dtype.itemsize

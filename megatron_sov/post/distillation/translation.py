@@ -86,7 +86,7 @@ class TokenTranslation:
         Raises:
             UserError: a tokenizer.json cannot be read.
         """
-        self._student, self._teacher = _opened(student), _opened(teacher)
+        self._student, self._teacher = _open_checked(student), _open_checked(teacher)
         self._teacher_folder = teacher
         self._ours, self._theirs = spellings(student, vocab_size), spellings(teacher, teacher_vocab_size)
         # Reversed, so that of tokens with equal bytes the lowest id stays.
@@ -105,7 +105,7 @@ class TokenTranslation:
     def _first_tokens(self) -> np.ndarray:
         first = np.full(len(self._theirs), -1, np.int64)
         texts = {token: text for token, text in enumerate(self._theirs) if text}
-        spelled = {token: _decoded(text) for token, text in texts.items()}
+        spelled = {token: _decode(text) for token, text in texts.items()}
         whole = [token for token, text in spelled.items() if text is not None]
         encoded = self._student.encode_batch([spelled[token] for token in whole], add_special_tokens=False)
         for token, encoding in zip(whole, encoded, strict=True):
@@ -121,7 +121,7 @@ class TokenTranslation:
     def _same_tokens(self) -> np.ndarray:
         """Return tokens of equal bytes, and specials, that no longer token of either side begins with."""
         same = np.full(len(self._theirs), -1, np.int64)
-        spelled = {token: text for token, text in enumerate(map(_decoded, self._ours)) if text}
+        spelled = {token: text for token, text in enumerate(map(_decode, self._ours)) if text}
         encoded = self._teacher.encode_batch(list(spelled.values()), add_special_tokens=False)
         # How many of our tokens begin with each of theirs, and how many of theirs with each of ours: one is
         # the token itself.
@@ -193,7 +193,7 @@ class TokenTranslation:
         return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
 
     def _encoded(self, text: bytes) -> list[tuple[int, int]]:
-        decoded = _decoded(text)
+        decoded = _decode(text)
         if decoded is None:
             raise UserError("a document's bytes are no UTF-8: the teacher's tokenizer cannot read them; pack "
                             "text")
@@ -292,12 +292,12 @@ def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_o
     return torch.from_numpy(ids), torch.from_numpy(logprobs)
 
 
-def _opened(folder: Path) -> Tokenizer:
+def _open_checked(folder: Path) -> Tokenizer:
     read_tokenizer(folder)  # says what is wrong with it
     return open_tokenizer(folder)
 
 
-def _decoded(text: bytes) -> str | None:
+def _decode(text: bytes) -> str | None:
     try:
         return text.decode()
     except UnicodeDecodeError:

@@ -194,7 +194,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
         last = number == len(wanted.extend.stages)
         folder = RunFolder(run if last else run / STAGES / f"{number}-{stage.name}")
         blend = stage_blend(stage, sources, before_tokens, wanted.needle.train_share)
-        config, min_steps = _resolved(request, stage, model, trained_tokens, blend, nproc)
+        config, min_steps = _resolve_stage(request, stage, model, trained_tokens, blend, nproc)
         planned.append(PlannedStage(config, folder, min_steps))
         before_tokens = stage.seq_len
     return planned
@@ -221,8 +221,8 @@ def _as_set(request: RecipeRequest, trained_tokens: int, wanted: RunConfig, npro
     return request.config([phase_setting(2 * trained_tokens), *longer])
 
 
-def _resolved(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
-              blend: dict[str, float], nproc: int | None) -> tuple[RunConfig, int]:
+def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
+                   blend: dict[str, float], nproc: int | None) -> tuple[RunConfig, int]:
     """Return a stage's settings, and its steps before the gate may end it;
     what the stage itself says wins over --set."""
     own = [phase_setting(stage.seq_len, stage.name or PHASE, blend)]

@@ -52,7 +52,7 @@ def advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], pol
                        max_new_tokens) if reason == LEARNS else np.zeros(len(group))
              for group, n, asked, reason in zip(rewards, lengths, budgets, reasons, strict=True)]
     if policy.parts.normalise_over_batch:
-        found = _normalised(found, [reason == LEARNS for reason in reasons])
+        found = _normalise(found, [reason == LEARNS for reason in reasons])
     return [Group(*pair) for pair in zip(found, reasons, strict=True)]
 
 
@@ -154,7 +154,7 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
     return found * mgpo_weight(share_right, parts.mgpo_lambda)
 
 
-def _normalised(found: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
+def _normalise(found: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
     """Return the advantages of groups that learn with mean 0 and standard deviation 1 over all of them."""
     # Groups that are left out stay at 0: shifted by the mean they would learn.
     together = np.concatenate([a for a, kept in zip(found, learns, strict=True) if kept] or [np.zeros(0)])

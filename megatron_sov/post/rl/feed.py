@@ -378,15 +378,15 @@ class Producer:
         if self._opinions is None:
             self._opinions = self.opinions(store)
         alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
-        self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
-                               rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s,
-                               opinions=self._opinions, alarmed=alarmed)
+        self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version,
+                               self._judge_rows, rounds, dict(self.provenance), alarmed=alarmed,
+                               claimed_wait_s=2 * self.rollout.lease_s, opinions=self._opinions)
 
     def _judge_part(self) -> bool:
         assert self._job is not None, "nothing is begun"
         return self._job.step()
 
-    def _judged(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+    def _judge_rows(self, rows: Sequence[Rollout]) -> Sequence[Result]:
         if self._judge is None:
             self._judge = self._open.enter_context(self.judging())
         return self._judge(rows)

@@ -326,7 +326,7 @@ class Publisher:
         steps: list[list[int]] = []
         for first in range(0, rollout.prompts_per_round, size):
             groups = gathered.groups[first:first + size]
-            for group, said in zip(groups, self._judged(groups), strict=True):
+            for group, said in zip(groups, self._judge_groups(groups), strict=True):
                 reasons[said.reason or LEARNS] = reasons.get(said.reason or LEARNS, 0) + 1
                 if not said.reason:
                     found |= {r.rollout.key: float(value)
@@ -336,7 +336,7 @@ class Publisher:
             steps.append([before, len(found) - before])
         return _Chosen(found, steps, reasons, late_from)
 
-    def _judged(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
+    def _judge_groups(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
         return advantages([np.array([r.reward for r in group]) for group in groups],
                           [np.array([r.rollout.num_written for r in group]) for group in groups],
                           self.config.policy, self.config.rollout.max_new_tokens,
@@ -359,7 +359,7 @@ class Publisher:
         found: dict[Key, float] = {}
         late_from: list[list[Any]] = []
         # Judged with the groups of the step that they join: advantages may be normalised over the step.
-        judged = self._judged([*beside, *(group.group for group in late)])[len(beside):]
+        judged = self._judge_groups([*beside, *(group.group for group in late)])[len(beside):]
         for group, said in zip(late, judged, strict=True):
             values = {r.rollout.key: float(value)
                       for r, value in zip(group.group, said.advantages, strict=True)}

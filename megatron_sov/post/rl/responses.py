@@ -78,7 +78,7 @@ class ResponseSource:
         """
         began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
         asked = [(attempt, row) for attempt in attempts
-                 for row in attempt.begun or self._begun(attempt, began_s)]
+                 for row in attempt.begun or self._begin_rows(attempt, began_s)]
         rows = [row for _, row in asked]
         # The longest response is counted over all attempts at it.
         limits = [self.rollout.max_new_tokens - len(row.tokens) for row in rows]
@@ -97,7 +97,7 @@ class ResponseSource:
                   for number, (attempt, row) in enumerate(asked)]
         return [[row for its, row in longer if its is attempt] for attempt in attempts]
 
-    def _begun(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
+    def _begin_rows(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
         piece = attempt.piece
         ids = dict(zip((prompt.id for prompt in piece.prompts), self._asked(piece.prompts), strict=True))
         return [Rollout(key, piece.round, 0, prompt.record,
@@ -165,10 +165,10 @@ class ResponseSource:
             # rounding may leave a certain token's a little above 0
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
-            response=self.asker.decode(tokens.tolist()), routes=_joined(row, found, number, len(written)))
+            response=self.asker.decode(tokens.tolist()), routes=_add_routes(row, found, number, len(written)))
 
 
-def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
+def _add_routes(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
     """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it;
     what a deadline had it not read went where this one sent it."""
     if found.routes is None:

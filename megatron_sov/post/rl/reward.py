@@ -173,7 +173,7 @@ class JudgingJob:
             self._looked_at, self._refused, self._has_judged = deque(self.missing()), [], False
         while self._looked_at:
             part = self._looked_at.popleft()
-            if self._taken(part):
+            if self._take(part):
                 self._has_judged, self.patience.waited_s = True, 0.0
                 return True
             self._refused.append(self.store.claim_of(part.name, self.version))
@@ -196,7 +196,7 @@ class JudgingJob:
         self._parts = [part for number in rounds for part in self.store.parts(number)]
         return [part for part in self._parts if not self.store.has(part.name, self.version)]
 
-    def _taken(self, part: RolloutPart) -> bool:
+    def _take(self, part: RolloutPart) -> bool:
         claim = self.claims.take(self.store.claim_of(part.name, self.version))
         if claim is None:
             return False
