@@ -235,8 +235,7 @@ def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Te
         return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
     if parts.clip == "none":
         return ratios * advantages
-    # The smaller one is the pessimist's: what has gained enough gains no more, what has lost too much is
-    # corrected in full.
+    # The smaller one is the pessimist: gains are bounded, losses are corrected in full.
     return torch.min(ratios * advantages,
                      ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
 
@@ -308,8 +307,7 @@ class PolicyLearning(DataObjective):
         once."""
         hosts = [m.host for m in batch.micro_batches]
         counts = [self._loss.denominators(responses_of(m)) for m in hosts]
-        # Over all micro-batches before the first forward: a mean over the step does not depend on how it is
-        # split.
+        # Before the first forward: a mean over the step does not depend on how it is split.
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)

@@ -399,8 +399,7 @@ class UnpairedLearning(PairLearning):
 
     def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
         desirable = _desirable(responses, batch)
-        # Back to one number for each document: the judged one, and its mismatched neighbour, which teaches
-        # nothing.
+        # One number for each document again: the mismatched neighbour teaches nothing.
         good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
         return _only(batch, responses.of_side(0) & (responses.spread(good.flatten().double()) > 0))
 

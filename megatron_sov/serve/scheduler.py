@@ -215,7 +215,6 @@ class Clerk:
             if self._ready:
                 joining.append(self._ready.popleft())
                 self._desk.began(1)
-        # After closing, the last answer is the end.
         idle = is_idle and not joining
         ends = self._must_stop() or (self._desk.closed is not None
                                      and (idle or time.monotonic() > self._deadline_s))

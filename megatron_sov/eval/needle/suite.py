@@ -133,7 +133,6 @@ class NeedleSuite:
         tokens than a batch."""
         for kind, haystack, length in self._rows():
             places = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
-            # Examples of equal length go together; one at least, however long.
             at_once = max(1, BATCH_TOKENS // length)
             for start in range(0, len(places), at_once):
                 part = places[start:start + at_once]

@@ -107,7 +107,6 @@ class HfEngine:
         found = self._model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
                                            continuous_batching_config=sizes, warmup=False)
         outputs = list(found.values())
-        # A prompt that transformers gave up is an output with an error, or is missing.
         failed = [o.error for o in outputs if o.error is not None]
         if failed or len(outputs) != len(prompts):
             why = failed[0] if failed else "it says more above"
@@ -124,7 +123,6 @@ class HfEngine:
         if weights is None:
             raise ValueError("the engine transformers has a model of its own: an update needs its weights")
         with self._held.replaced(version, weights):
-            # Half-way through the model is part old, part new; `replaced` refuses it until an update ends.
             copy_weights(self._model, weights)
 
     def update_changed(self, changed: Iterator[Changed], version: int, since: int) -> None:

@@ -123,8 +123,7 @@ class TokenTranslation:
         same = np.full(len(self._theirs), -1, np.int64)
         spelled = {token: text for token, text in enumerate(map(_decode, self._ours)) if text}
         encoded = self._teacher.encode_batch(list(spelled.values()), add_special_tokens=False)
-        # How many of our tokens begin with each of theirs, and how many of theirs with each of ours: one is
-        # the token itself.
+        # How many tokens of the other side begin with each one; one of them is the token itself.
         beginning = np.bincount([e.ids[0] for e in encoded if e.ids], minlength=len(same))
         begun = np.bincount(self.first[self.first >= 0], minlength=len(self._ours))
         for theirs, text in enumerate(self._theirs):

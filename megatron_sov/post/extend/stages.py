@@ -88,8 +88,7 @@ def search(questions: list[list[int]], sources: list[Source], scan_tokens: int) 
     held = [np.zeros(0, np.uint64)]
     for source in sources:
         if source.made is None and not source.is_chat and source.num_tokens.get("heldout", 0):
-            # Windows of held-out text side by side, those of training text at every place: any shift is
-            # found.
+            # Held-out windows side by side, training windows at every place: any shift is found.
             held += [window_hashes(text, WINDOW_TOKENS)[::WINDOW_TOKENS]
                      for text in _texts(source.shard("heldout"), scan_tokens)]
     windows = np.unique(np.concatenate(held))

@@ -113,8 +113,7 @@ class TrainerColumns:
         passed = len(opened.steps[0]) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
-        # Before a round's first step the live weights are those that begin it; later only the file has their
-        # numbers.
+        # At the first step the live weights begin the round; later only the file has their numbers.
         is_anew = is_first and name == OLD
         of = on_main(view.world, partial(self._of, opened, name))
         damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))

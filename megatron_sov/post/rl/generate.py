@@ -205,8 +205,7 @@ class Missing:
     def _is_missing(self, piece: PromptPiece) -> bool:
         """Return whether an attempt at a piece is missing, and note which."""
         known = self._known.setdefault(piece.part(), _ClaimedPiece())
-        # From attempt to attempt, up to the first that is not there: the rows of the last one say what is
-        # unfinished.
+        # Up to the first attempt that is not there: the one before says what is unfinished.
         while self._store.has(name := piece.part(known.number)):
             rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
             self._refuse_others(piece, known.number, rows)
