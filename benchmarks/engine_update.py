@@ -47,7 +47,7 @@ def models(folder: Path) -> tuple[Any, Any]:
     from megatron_sov.engine.mcore.checkpoint import load
     from megatron_sov.engine.mcore.model.language_model import build
     from megatron_sov.engine.mcore.parallel import world
-    from megatron_sov.infer.engines.hf import load_hf
+    from megatron_sov.infer.engines.libraries import load_hf
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(RECIPE), SIZES)
@@ -68,7 +68,7 @@ def measure() -> None:
     from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.hf import HfEngine, load_hf
+    from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 
     written: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def measure_changed(masters: dict[str, Any], loaded: Any) -> None:
     import torch
 
     from megatron_sov.engine.convert import SentWeights
-    from megatron_sov.infer.engines.hf import HfEngine, live_views
+    from megatron_sov.infer.engines.libraries import HfEngine, live_views
 
     engine, drawn = HfEngine(loaded), torch.Generator().manual_seed(0)
     before = {name: tensor.bfloat16() for name, tensor in masters.items()}

@@ -49,7 +49,7 @@ import megatron_sov.infer.decoder.generator  # noqa: E402, F401  (forks share wh
 from megatron_sov import convert  # noqa: E402
 from megatron_sov.base.errors import ExitCode  # noqa: E402
 from megatron_sov.cli import main as megatron_sov_main  # noqa: E402
-from megatron_sov.infer.engines.hf import load_hf  # noqa: E402
+from megatron_sov.infer.engines.libraries import load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
 from megatron_sov.work.progress.journal import later_records  # noqa: E402
 

@@ -71,8 +71,8 @@ def ours(asked: dict[str, Any], at: dict[str, Any], logprobs: Any) -> Any:
     """Return the loss of one row that holds all responses."""
     import torch
 
-    from megatron_sov.post.parts.policy_loss import ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, PolicyLoss
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post.policy import ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, PolicyLoss
+    from megatron_sov.post.sft import Responses
 
     made, mask = PolicyLoss(PolicyConfig(**asked), LONGEST), at["mask"]
     index = torch.where(mask == 1, torch.arange(RESPONSES)[:, None], RESPONSES).flatten()
@@ -122,7 +122,7 @@ def compare_advantages() -> float:
     import torch
     from trl.trainer.utils import nanstd
 
-    from megatron_sov.post.parts.advantages import advantages
+    from megatron_sov.post.rl.advantages import advantages
 
     rewards = torch.rand(6, 8)
     expected = (rewards - rewards.nanmean(1, keepdim=True)) / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov.eval.pass_at_k import JudgedItem, PromptCounts
-from megatron_sov.post.ssp.choice import DomainChoice, MeasuredCheckpoint, choose
+from megatron_sov.post.ssp import DomainChoice, MeasuredCheckpoint, choose
 
 CHECKPOINTS, DOMAINS, REPEATS = 6, 4, 20
 SAMPLES, K = 8, 4

@@ -20,7 +20,7 @@ from distillation_learning import ASKED, LEARNED, NAMES, THINGS
 from other_tokenizer import VOCABULARY
 from tokenizers import Tokenizer
 
-from megatron_sov.post.parts.translation import NOTHING, UNHEARD, TokenTranslation
+from megatron_sov.post.distillation.translation import NOTHING, UNHEARD, TokenTranslation
 
 TOP_K, END = 64, -7
 Counts = dict[tuple[int, ...], dict[int, float]]

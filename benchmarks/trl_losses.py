@@ -93,8 +93,8 @@ def preferences(method: str, name: str) -> tuple[Any, Any, tuple[Any, ...]]:
     import torch
     from trl import DPOTrainer
 
-    from megatron_sov.post.parts import preferences as losses
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post import preference as losses
+    from megatron_sov.post.sft import Responses
 
     beta = 0.3
     lengths = torch.randint(2, TOKENS, (2 * PAIRS,))
@@ -131,7 +131,7 @@ def simpo() -> tuple[Any, Any, tuple[Any, ...]]:
     import torch
     from trl.experimental.cpo import CPOTrainer
 
-    from megatron_sov.post.parts import preferences as losses
+    from megatron_sov.post import preference as losses
 
     chosen, rejected = ((-3 * torch.rand(PAIRS)).requires_grad_() for _ in range(2))
     trainer = MagicMock(loss_type="simpo", beta=2.5, simpo_gamma=1.5, label_smoothing=0.1, alpha=0.0)
@@ -145,7 +145,7 @@ def orpo() -> tuple[Any, Any, tuple[Any, ...]]:
     import torch
     from trl.experimental.orpo import ORPOTrainer
 
-    from megatron_sov.post.parts import preferences as losses
+    from megatron_sov.post import preference as losses
 
     chosen, rejected = ((-3 * torch.rand(PAIRS)).requires_grad_() for _ in range(2))
     trainer = MagicMock(beta=0.3)
@@ -161,7 +161,7 @@ def kto() -> tuple[Any, Any, tuple[Any, ...]]:
     import torch
     from trl.trainer.kto_trainer import KTOTrainer
 
-    from megatron_sov.post.parts import preferences as losses
+    from megatron_sov.post import preference as losses
 
     beta, weights, count = 0.3, (1.2, 0.9), 2 * PAIRS
     lengths = torch.randint(2, TOKENS, (count,))

@@ -86,6 +86,7 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
         for hits, count in in_processes(searching, (texts, reading), units, workers):
             num_documents += count
             for hit in hits:
+                # Parts come in order, so the first place is the same with any number of workers.
                 found.setdefault((hit.task, hit.item, hit.field), hit)
             bar.update()
     short: dict[str, set[str]] = {}
@@ -93,13 +94,15 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
         short.setdefault(texts[number].benchmark, set()).add(texts[number].id)
     is_short = set(search.too_short)
     for text in (text for number, text in enumerate(texts) if number not in is_short):
+        # An item is too short only if neither its question nor its answer can be searched for.
         short.get(text.benchmark, set()).discard(text.id)
-    hit_items = {name: {item for task, item, _ in found if task == name} for name in scored.results.tasks}
     said = ", ".join(str(path) for path in data)
-    tasks = {name: dataclasses.replace(task, contamination=Contamination(
-        said, len(hit_items[name]), _value_without(scored, name, hit_items[name])))
-        if scored.items[name] else task  # a group has no items of its own
-        for name, task in scored.results.tasks.items()}
+    tasks = dict(scored.results.tasks)
+    for name, task in tasks.items():
+        if scored.items[name]:  # a group has no items of its own
+            found_items = {item for of, item, _ in found if of == name}
+            tasks[name] = dataclasses.replace(task, contamination=Contamination(
+                said, len(found_items), _value_without(scored, name, found_items)))
     return ContaminationCheck(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
                               {name: len(ids) for name, ids in short.items() if ids}, num_documents)
 
@@ -154,12 +157,14 @@ def units_of(data: Sequence[Path]) -> list[Any]:
 def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any], tuple[list[ItemHit], int]]:
     """Return what searches a part of the training data: it returns what it found, and how many documents it
     has seen."""
+    # Built once in each worker, and not sent to it.
     search = ItemSearch(texts, WORDS, MIN_WORDS)
 
     def work(unit: Any) -> tuple[list[ItemHit], int]:
         hits: list[ItemHit] = []
         count = 0
-        for where, text, is_first in (_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)):
+        documents = _read_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)
+        for where, text, is_first in documents:
             count += is_first
             for units in map(find_units, forms(text)):
                 for one in search.find(units):
@@ -183,7 +188,7 @@ def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple
                 yield document.where, text, i == 0
 
 
-def _packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
+def _read_packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
     from megatron_sov.engine.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources({part.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
@@ -195,6 +200,7 @@ def _packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
     documents = next(s for s in sources if s.name == part.source).shard("train")
     for number in range(part.begin, part.end):
         length, begin = int(documents.lengths[number]), 0
+        # The last piece must have more than what the one before had already.
         while begin == 0 or begin + OVERLAP_TOKENS < length:
             ids = documents.tokens(number, begin, min(PIECE_TOKENS, length - begin)).tolist()
             yield (f"{part.folder}: {part.source}, document {number}",

@@ -72,7 +72,9 @@ class Difference:
         if self.interval is None:
             return UNKNOWN
         low, high = self.interval if self.higher_is_better else (-self.interval[1], -self.interval[0])
-        return BETTER if low > 0 else WORSE if high < 0 else TIED
+        if low > 0:
+            return BETTER
+        return WORSE if high < 0 else TIED
 
     def fields(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}
@@ -146,7 +148,6 @@ def not_alike(name: str, before: TaskScores, after: TaskScores) -> list[str]:
 
 
 def _other_items(task: str, before: ScoredItem, after: ScoredItem) -> list[str]:
-    """Return a sentence where two items of one name are not the same."""
     now = after.items[task]
     found = [name for name, item in before.items[task].items()
              if name in now and now[name].doc_sha256 != item.doc_sha256]
@@ -155,7 +156,6 @@ def _other_items(task: str, before: ScoredItem, after: ScoredItem) -> list[str]:
 
 
 def said(metric: Metric) -> str:
-    """Return a metric's name with k and filter, by which items call it too."""
     return score_name(metric.label, metric.filter)
 
 
@@ -164,20 +164,27 @@ def _difference(task: str, metric: Metric, before: ScoredItem, after: ScoredItem
     key = said(metric)
     other = next((m for m in after.results.tasks[task].metrics if said(m) == key), None)
     was, now = values_of(before, task, metric), values_of(after, task, metric)
+    # Paired: an item that one model has no score for says nothing about the difference.
     both = [item for item in was if item in now]
     left_out = len({*before.items[task], *after.items[task]}) - len(both)
     # a corpus' figure, e.g. a perplexity, is no mean of its items, and theirs would tell another story
     are_means = is_mean(metric, was) and (other is None or is_mean(other, now))
     if other is None or metric.value is None or other.value is None or not both or not are_means:
         values = (metric.value, None if other is None else other.value)
-        note = ("the second has no such figure" if other is None else "a figure is missing" if None in values
-                else "no item has both" if not both else "is no mean of its items")
+        note = "is no mean of its items"
+        if other is None:
+            note = "the second has no such figure"
+        elif None in values:
+            note = "a figure is missing"
+        elif not both:
+            note = "no item has both"
         known = values[0] is not None and values[1] is not None
         return Difference(task, key, metric.higher_is_better, *values,
                           values[1] - values[0] if known else None,  # type: ignore[operator]
                           None, None, len(both), 0, left_out, note)
     clusters = [before.items[task][item].cluster for item in both]
     found = paired_difference([was[item] for item in both], [now[item] for item in both],
+                              # A tuple, so that a cluster's name never equals an item's.
                               [item if cluster is None else ("cluster", cluster)
                                for item, cluster in zip(both, clusters, strict=True)], confidence)
     return Difference(task, key, metric.higher_is_better, math.fsum(was[i] for i in both) / len(both),
@@ -239,8 +246,11 @@ class TaskVerdict:
         interval = self.difference.interval
         if interval is None:
             return NOT_KNOWN
+        # From here on more is better.
         low, high = interval if self.difference.higher_is_better else (-interval[1], -interval[0])
-        return FORGOTTEN if high < -self.tolerance else KEPT if low >= -self.tolerance else NOT_PROVEN
+        if high < -self.tolerance:
+            return FORGOTTEN
+        return KEPT if low >= -self.tolerance else NOT_PROVEN
 
     def line(self) -> str:
         d = self.difference
@@ -273,7 +283,6 @@ class Forgetting:
         return [task.line() for task in self.tasks if not words or task.word in words]
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event and the completion manifest."""
         return {"passed": self.passed, "tolerance": self.tolerance, "confidence": GATE_CONFIDENCE,
                 "tasks": [task.fields() for task in self.tasks]}
 
@@ -293,6 +302,7 @@ def judge(start: ScoredItem, last: ScoredItem, tolerance: float) -> Forgetting:
     judged = [name for name, task in start.results.tasks.items()
               if not task.items or start.items[name] or last.items.get(name)]
     found = differences(start, last, judged, GATE_CONFIDENCE)
+    # Reversed, so that a task's first figure is the one that stays.
     firsts = {d.task: d for d in reversed(found)}
     names = dict.fromkeys(d.task for d in found)
     return Forgetting(tuple(TaskVerdict(firsts[name], tolerance) for name in names), tolerance)

@@ -62,7 +62,7 @@ class HeldoutData:
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
     @cached_property
-    def _cut(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
+    def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
         """The opened documents of each judged source, and what its rows are made of, by its index."""
         opened = {index: source.shard("heldout") for index, source in self.judged()}
         return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens,
@@ -71,10 +71,10 @@ class HeldoutData:
 
     @property
     def num_rows(self) -> int:
-        return sum(len(samples) for _, samples in self._cut.values())
+        return sum(len(samples) for _, samples in self._cut_sources.values())
 
     def rows(self, index: int) -> Iterator[PackedRow]:
-        shard, samples = self._cut[index]
+        shard, samples = self._cut_sources[index]
         for sample in samples:
             yield heldout_row(sample, shard, self.sources[index], self.seq_len)
 
@@ -127,6 +127,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
         for index, source in data.judged():
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
+                # A weight says here only whether a label counts: losses of held-out text are not weighed.
                 counted, losses = row.weights > 0, losses_of(row)
                 sums["nats"] += float(losses[counted].sum(dtype=np.float64))
                 sums["tokens"] += int(counted.sum())
@@ -179,14 +180,13 @@ def row_losses(model: Any, row: PackedRow) -> np.ndarray:
     """
     lengths = np.diff(row.bounds)
     inside = np.arange(lengths.max()) < lengths[:, None]
+    # transformers has no packed rows: a document of its own line sees no other.
     lines = np.zeros(inside.shape, np.int64)
     lines[inside] = row.tokens
     logits = model(input_ids=torch.from_numpy(lines).to(model.device),
                    use_cache=False).logits[torch.from_numpy(inside)]
     labels = torch.from_numpy(row.labels).to(model.device)
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
-
-
 
 
 def rows_of(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
@@ -222,6 +222,7 @@ class KneserNeyBigram:
         both = np.concatenate([self._pairs, keys])
         order = np.argsort(both, kind="stable")
         both, numbers = both[order], np.concatenate([self._counts, counts])[order]
+        # The first place of each key, up to the next one: equal keys stand together.
         first = np.flatnonzero(np.diff(both, prepend=-1))
         self._pairs = both[first]
         self._counts = np.add.reduceat(numbers, first) if len(first) else numbers
@@ -236,6 +237,7 @@ class KneserNeyBigram:
         self._discount = _discount(self._counts)
         lower = _discount(predecessors[predecessors > 0])
         num_pairs = max(len(self._pairs), 1)
+        # What the discount takes away goes to all tokens alike, so that q sums to 1.
         left = lower * np.count_nonzero(predecessors) if len(self._pairs) else 1.0
         self._continuation = np.maximum(predecessors - lower, 0) / num_pairs + left / num_pairs / size
 
@@ -244,10 +246,12 @@ class KneserNeyBigram:
         keys = contexts.astype(np.int64) * self.vocab_size + targets
         seen = np.zeros(len(keys))
         if len(self._pairs):
+            # A key beyond the last one finds the last one, and is not equal to it.
             place = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
             seen = np.where(self._pairs[place] == keys, self._counts[place] - self._discount, 0.0)
         total = self._context_count[contexts]
         known = total > 0
+        # A context that never occurred leaves everything to the lower order.
         weight = np.where(known, self._discount * self._followers[contexts] / np.maximum(total, 1), 1.0)
         return np.log(np.where(known, seen / np.maximum(total, 1), 0.0)
                       + weight * self._continuation[targets])
@@ -284,6 +288,7 @@ def _pairs_inside(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     flat = np.concatenate(documents)
     starts = np.cumsum([len(d) for d in documents])[:-1]
     inside = np.ones(max(len(flat) - 1, 0), bool)
+    # The last token of a document and the first of the next are no pair.
     inside[starts - 1] = False
     return flat[:-1][inside], flat[1:][inside]
 

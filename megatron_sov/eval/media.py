@@ -30,7 +30,7 @@ from megatron_sov.work.progress.progress_bar import work_bar
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.load import Loaded
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.infer.media.shown_media import ShownMedia
+    from megatron_sov.infer.media.media_prompts import ShownMedia
 
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
@@ -103,6 +103,7 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
         "num_rows": len(rows), "accuracy": sum(right) / len(right),
         "accuracy_interval": list(wilson_interval(sum(right), len(right)))}
     if all(wanted):
+        # An answer that is much too long has an error above 1, and an interval of shares ends there.
         shares = [min(1.0, float(jiwer.cer(a, b))) for a, b in zip(wanted, got, strict=True)]
         told |= {"wer": float(jiwer.wer(wanted, got)), "cer": float(jiwer.cer(wanted, got)),
                  "cer_interval": list(mean_interval(shares))}
@@ -128,7 +129,7 @@ def judge_of(said: str) -> Judge:
         loaded = load(said)
         if not callable(loaded.value):
             raise UserError(f"--judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
-        return lambda files, labels: _checked(
+        return lambda files, labels: _check_texts(
             said, calling(said, lambda: loaded.value(files, labels)), len(files))
     try:
         words = shlex.split(said)
@@ -136,10 +137,10 @@ def judge_of(said: str) -> Judge:
         raise UserError(f"--judge {said!r}: is no command ({e})") from None
     if not words:
         raise UserError("--judge '': name code of your own, FILE.py:NAME, or a command")
-    return lambda files, labels: _checked(said, _asked(words, files, labels), len(files))
+    return lambda files, labels: _check_texts(said, _run_judge(words, files, labels), len(files))
 
 
-def _asked(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
+def _run_judge(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[str]]) -> list[object]:
     lines = "".join(json.dumps({"file": str(file), "labels": list(of)}, ensure_ascii=False) + "\n"
                     for file, of in zip(files, labels, strict=True))
     try:
@@ -154,7 +155,7 @@ def _asked(words: list[str], files: Sequence[Path], labels: Sequence[Sequence[st
                         "each") from None
 
 
-def _checked(said: str, found: object, count: int) -> list[str]:
+def _check_texts(said: str, found: object, count: int) -> list[str]:
     if not isinstance(found, (list, tuple)) or len(found) != count \
             or not all(isinstance(text, str) for text in found):
         raise UserError(f"--judge {said}: gave {str(found)[:200]} for {count} files; one text is needed for "
@@ -188,6 +189,7 @@ def grouped(rows: Sequence[MediaRow], candidates: int, seed: int) -> list[MediaG
     """Return rows in groups of at most `candidates`, as even as can be, in an order of the seed."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    # Even sizes, so that chance is nearly the same in all groups.
     number = -(-len(rows) // candidates)
     ends = [len(rows) * i // number for i in range(number + 1)]
     parts = [order[start:end] for start, end in pairwise(ends)]
@@ -244,7 +246,6 @@ def rank_figures(found: Sequence[Rank]) -> dict[str, Any]:
 
 
 def _chance(one: Rank, k: int) -> float:
-    """Return how often k candidates by chance have a right one among them."""
     k = min(k, one.num_candidates)
     return 1 - math.comb(one.num_candidates - one.num_right, k) / math.comb(one.num_candidates, k)
 
@@ -276,6 +277,7 @@ def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[Media
     from megatron_sov.infer.engines.load import run_forward_model
     from megatron_sov.infer.media.media_prompts import prompts_of
 
+    # Prompts in the order of groups, which is how the results are cut apart again.
     order = [number for group in groups for number in group.rows]
     prompts = prompts_of(target, [rows[number].content for number in order], shown, chat=chat,
                          with_features=with_features)
@@ -284,7 +286,7 @@ def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[Media
     check_length(target, longest, "the longest prompt and the longest answer", "shorten one of them")
 
     def work(loaded: Loaded) -> list[list[float]]:
-        from megatron_sov.infer.answers import Question, answer_logprobs
+        from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
 
         answers = [[ids[answer] for answer in group.answers] for group in groups for _ in group.rows]
         questions = [Question(prompt, of, media) for prompt, of, media

@@ -26,7 +26,7 @@ from megatron_sov.engine.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.mcore.parallel import launcher
 from megatron_sov.engine.mcore.parallel.device import local_device
 from megatron_sov.eval.heldout import rows_of
-from megatron_sov.infer.engines.hf import load_hf
+from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target, as_checkpoint
 from megatron_sov.model.families.count import num_params
@@ -57,6 +57,7 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
         UserError: either side cannot be loaded.
     """
     def work(loaded: Loaded) -> list[dict[str, Any]]:
+        # One process has both sides; the others take part in our forward pass alone.
         hf = load_hf(hf_dir, torch.float32) if loaded.world.is_main else None
         return [asdict(c) for c in _checks(loaded.policy, hf, prompts)]
 
@@ -102,6 +103,7 @@ class _Difference:
         if ours.shape != reference.shape:
             raise UserError(f"the models have {ours.shape[-1]} and {reference.shape[-1]} token ids, so their "
                             "logits cannot be compared; pass two forms of one model")
+        # NaN counts as infinite: max would pass over it.
         difference = float((ours - reference).abs().nan_to_num(nan=math.inf).max())
         self._scale = max(self._scale, float(reference.abs().max()))
         if difference > self._largest:
@@ -110,7 +112,7 @@ class _Difference:
         self._compared += len(reference)
 
     def checks(self) -> list[ParityCheck]:
-        """Return the largest difference and the number of other most probable tokens, with their limits."""
+        # Rounding grows with the logits, so the limit does.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
                             self._worst), ParityCheck("greedy tokens that differ", self._other, 0,
@@ -142,6 +144,7 @@ def _clearly_different(ours: torch.Tensor, reference: torch.Tensor) -> int:
     """Count positions with another most probable token, unless transformers' best two are as
     close as rounding."""
     best = reference.topk(2, dim=-1).values
+    # Each of the two logits may be off by the limit, hence twice.
     clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
     return int(((ours.argmax(-1) != reference.argmax(-1)) & clear).sum())
 
@@ -182,6 +185,7 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
     sides = [convert.open_weights(a), convert.open_weights(b)]
     checkpoints = [side for side in sides if not convert.is_hf_folder(side.path)]
     folders = [side for side in sides if convert.is_hf_folder(side.path)]
+    # One program on both sides proves nothing about the conversion.
     if len(checkpoints) == 2:
         return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: "
                                                 "equal weights, equal logits"})

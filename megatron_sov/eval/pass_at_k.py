@@ -62,6 +62,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(f"pass@{k} of {num_right} right among {num_samples} samples has no meaning")
+    # Whole numbers: quotients of factorials as floats would overflow at a few hundred samples.
     drawn = math.comb(num_samples, k)
     return (drawn - math.comb(num_samples - num_right, k)) / drawn
 
@@ -81,6 +82,7 @@ def majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: 
     if not 1 <= k <= num_samples:
         raise ValueError(f"maj@{k} of {num_samples} samples has no meaning")
     won = Fraction(0)
+    # By how many of the k are right: the right answer wins where no wrong one has more votes.
     for votes in range(1, min(num_right, k) + 1):
         ways = _ways(sizes, num_silent, votes, k - votes)
         won += math.comb(num_right, votes) * sum(Fraction(count, 1 + ties) for ties, count in ways.items())
@@ -98,8 +100,10 @@ def _ways(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> 
         grown: dict[int, list[int]] = {}
         for ties, ways in found.items():
             for taken in range(min(votes, draws) + 1):
-                row = grown.setdefault(ties + (taken == votes), [0] * (draws + 1))
+                now_tied = ties + 1 if taken == votes else ties
+                row = grown.setdefault(now_tied, [0] * (draws + 1))
                 choices = math.comb(size, taken)
+                # Answers that tie have taken `votes` each, so fewer cannot have been drawn.
                 for drawn in range(ties * votes, draws + 1 - taken):
                     row[drawn + taken] += choices * ways[drawn]
         found = grown
@@ -107,13 +111,11 @@ def _ways(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> 
 
 
 def pass_estimates(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    """Return pass@k for each k that a prompt has enough samples for."""
     return _estimates(ks, [{k: pass_at_k(p.num_scored, p.num_right, k) for k in ks if k <= p.num_scored}
                            for p in prompts])
 
 
 def majority_estimates(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    """Return maj@k for each k that a prompt has enough samples for."""
     return _estimates(ks, [{k: majority_at_k(p.num_right, p.wrong, p.num_silent, k)
                             for k in ks if k <= p.num_scored} for p in prompts])
 
@@ -157,6 +159,7 @@ class JudgedItem:
             counts.num_unscored += 1
             return
         counts.reward_sum += row["reward"]
+        # Only rows with a reward vote: pass@k and maj@k are over the same samples.
         told, answer = final_answer(row["components"])
         self.tells_answers |= told
         if row["reward"] >= right_from:
@@ -184,6 +187,7 @@ class JudgedItem:
         if any(k > most for k in ks):
             raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; ask for fewer, "
                             "or sample more")
+        # Up to the prompt with the fewest samples, so every figure is over all prompts.
         ks = sorted(set(ks)) or default_ks(fewest)
         prompts = list(self.prompts.values())
         found: dict[str, Any] = {
@@ -244,8 +248,8 @@ def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from
 
 def table(figures: Mapping[str, Any]) -> str:
     majority = {e["k"]: e for e in figures.get("maj_at_k", [])}
-    head = (f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}" + f"  {'maj@k':>8}" * bool(majority)
-            + "  prompts")
+    head = f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}"
+    head += f"  {'maj@k':>8}  prompts" if majority else "  prompts"
     rows = [f"{e['k']:>6}  {e['value']:>8.2%}  {e['interval'][0]:>7.2%} - {e['interval'][1]:>7.2%}"
             + (f"  {majority[e['k']]['value']:>8.2%}" if majority else "") + f"  {e['num_prompts']:>7,}"
             for e in figures["pass_at_k"]]

@@ -79,11 +79,13 @@ def paired_difference(before: Sequence[float], after: Sequence[float],
     if not all(0 <= score <= 1 for scores in (before, after) for score in scores):
         interval = _t_interval(value, error, count - 1, confidence)
         return Mean(value, error, interval, len(differences), count)
+    # The mean size of a cluster, which the two made-up clusters have.
     size = len(differences) / count
     middle = value * count / (count + 2)
     sums = [*cluster_sums(differences, clusters)]
     sizes = [1] * count if clusters is None else _sizes(clusters)
     # from the new middle, and with the two clusters
+    # Sums of clusters were taken from the old middle, so each moves by its size times the shift.
     squares = math.fsum((found + held * (value - middle))**2 for found, held in zip(sums, sizes, strict=True))
     squares += (size * (1 - middle))**2 + (size * (-1 - middle))**2
     low, high = _around(middle, math.sqrt(squares) / (len(differences) + 2 * size), count + 1, confidence)
@@ -159,14 +161,17 @@ def mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] | None =
         raise ValueError("a mean needs shares from 0 to 1")
     share, sums = fmean(shares), cluster_sums(shares, clusters)
     most = share * (1 - share)  # the variance of a yes or no; that of shares is no larger
+    # All right or all wrong, or one cluster: as many samples as there are clusters, and no more.
     if most <= 0 or len(sums) == 1:
         return _score_interval(share, len(sums))
     spread = math.fsum(residual**2 for residual in sums) / len(shares)
+    # Plain yes or no, each alone: Wilson's own interval, without the correction below.
     if len(sums) == len(shares) and math.isclose(spread, most):
         return _score_interval(share, len(shares))
     # equal shares between 0 and 1 tell nothing about others: they count as no more than a thousand each
     effective = len(shares) * most / max(spread, most / 1000)
     middle = (1 + CONFIDENCE) / 2
+    # Few clusters know their own variance badly: t instead of the normal quantile.
     doubt = NormalDist().inv_cdf(middle) / student_quantile(middle, len(sums) - 1)
     return _score_interval(share, effective * doubt**2)
 
@@ -210,6 +215,7 @@ def student_quantile(probability: float, freedom: int) -> float:
     if freedom > MANY:
         return NormalDist().inv_cdf(probability)
     low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    # 60 halvings leave less than a float's last bit.
     for _ in range(60):
         angle = (low + high) / 2
         if _between(angle, freedom) < 2 * probability - 1:
@@ -235,4 +241,5 @@ def _score_interval(share: float, samples: float) -> tuple[float, float]:
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     middle = (share + z2 / (2 * samples)) / (1 + z2 / samples)
     half = math.sqrt(z2 * (share * (1 - share) / samples + z2 / (4 * samples**2))) / (1 + z2 / samples)
+    # Exact ends: rounding must not put 0 or 1 outside.
     return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)

@@ -1,25 +1,93 @@
-"""What a command asks of a model: prompts as its token ids, what ends an answer, whether an engine can do it.
-No torch here."""
+"""What a command asks of a model: prompts from options and files as its token ids, what ends an answer,
+whether an engine can do it, and the file of responses.  No torch here."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.base.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.base.chat.marks import text_decoder
 from megatron_sov.base.documents import BadRecord, Conversation
+from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, ChosenEngine
+from megatron_sov.infer.request import Generated
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
+
+@dataclass(frozen=True)
+class ModelPrompt:
+    """What a model is asked."""
+
+    text: str
+    """What it continues, or with a chat template answers."""
+    target: str | None = None
+    """The answer that a reader will compare with, if there is one."""
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The fields of its line, which go with the responses: what a reward needs."""
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[ModelPrompt]:
+    """Return the prompts given as texts, then those of a JSONL file with fields "prompt" and,
+    if wanted, "target".
+
+    Raises:
+        UserError: there is none, one is empty, or a line of the file is malformed (named by number).
+    """
+    prompts = [ModelPrompt(text) for text in given] + (_read_file(file) if file is not None else [])
+    if not prompts and file is not None:
+        raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
+    if not prompts:
+        raise UserError("there is nothing to continue: pass --prompt TEXT or --prompts FILE.jsonl")
+    texts = [p.text for p in prompts]
+    if "" in texts:
+        raise UserError(f"prompt {texts.index('') + 1} is empty: pass at least one character of text")
+    return prompts
+
+
+def response_lines(prompts: Sequence[ModelPrompt], texts: Sequence[str], found: Generated) -> str:
+    """Return JSON lines as `megatron-sov score` reads them: a prompt's own fields, `response`, `num_tokens`
+    and `finish_reason`."""
+    return "".join(json.dumps({
+        **prompt.record, "prompt": prompt.text, "response": text, "num_tokens": len(tokens),
+        "finish_reason": reason}, ensure_ascii=False) + "\n"
+        for prompt, text, tokens, reason in zip(prompts, texts, found.continuations, found.finish_reasons,
+                                                strict=True))
+
+
+def _read_file(file: Path) -> list[ModelPrompt]:
+    refuse_tables(file, "--prompts")
+    try:
+        # at "\n" alone: `splitlines` also cuts at characters that may stand inside a JSON string
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else f"no UTF-8 at byte {e.start}"
+        raise UserError(f"--prompts {file}: cannot be read ({reason}); pass a JSONL file in UTF-8") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            # NaN or half of a surrogate pair could not be written with its answer
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{file}:{number}: is not valid JSON ({e}); "
+                            "every line must be one JSON object") from None
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) \
+                or not isinstance(record.get("target", ""), str):
+            raise UserError(f'{file}:{number}: must be an object with "prompt" and, if wanted, '
+                            '"target", both strings')
+        prompts.append(ModelPrompt(record["prompt"], record.get("target"), record))
+    return prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +135,11 @@ class Asker:
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        # Before the chat template's ends join: a plain text ends with eos alone.
         self._eos = tuple(ends)
+        # A folder may name more ends than the tokenizer's eos; without them an answer runs on.
         ends |= generation_ends(target)
-        self.meant = None if media is None else _meant(target.tokenizer_folder, media)
+        self.meant = None if media is None else _read_meant_tokens(target.tokenizer_folder, media)
         """Tokens of media that prompts mean; None: none."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.meant) if chat else None
         if encoder is not None:
@@ -129,6 +199,7 @@ class Asker:
             return [*self.encode(text), *self._eos]
         _refuse_half_characters([text])
         try:
+            # A whole turn, of which the learned tokens are the answer with what ends it.
             told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
         except BadRecord as e:
             raise UserError(f"the answer {text[:40]!r} {e}") from None
@@ -142,7 +213,6 @@ class Asker:
         return None if found is None or found == self._tokenizer.unk_token_id else int(found)
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of ids (`chat.marks.text_decoder`)."""
         return self._decode(tokens)
 
 
@@ -156,12 +226,13 @@ def generation_ends(target: Target) -> set[int]:
             continue
         ends = {token for token in (found if isinstance(found, list) else [found])
                 if isinstance(token, int) and not isinstance(token, bool) and token >= 0}
+        # The first file that names one counts, as in transformers.
         if ends:
             return ends
     return set()
 
 
-def _meant(folder: Path, media: MediaEncoding) -> MeantTokens:
+def _read_meant_tokens(folder: Path, media: MediaEncoding) -> MeantTokens:
     from tokenizers import Tokenizer
 
     from megatron_sov.omni.media.meant import MeantTokens

@@ -1,5 +1,5 @@
-"""One interface to whatever runs a model: our own generator on Megatron-Core, transformers,
-vLLM.  No torch here."""
+"""One interface to each program that runs a model: our own generator on Megatron-Core, transformers, vLLM.
+No torch here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
-from megatron_sov.infer.decoder.held_weights import NamedTensors
-from megatron_sov.infer.request import Batching, Generated, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import Batching, Generated, NamedTensors, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
     from megatron_sov.engine.convert.changed_values import Changed
@@ -125,6 +124,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         UserError: the engine is not installed, or cannot load the model.
         SystemExit: a process failed, after it has said why.
     """
+    # Imported where they are run: commands read options without torch.
     if name == MEGATRON:
         from megatron_sov.infer.decoder.generator import MegatronEngine
         from megatron_sov.infer.engines.load import run_forward_model
@@ -132,10 +132,10 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         return run_forward_model(target, settings, nproc,
                                  lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
     if name == VLLM:
-        from megatron_sov.infer.engines.vllm import VllmEngine
+        from megatron_sov.infer.engines.libraries import VllmEngine
 
         return work(VllmEngine(target.path, longest, batching, with_routes=with_routes,
                                for_updates=for_updates))
-    from megatron_sov.infer.engines.hf import HfEngine, load_hf
+    from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 
     return work(HfEngine(load_hf(target.path), batching))

@@ -1,9 +1,10 @@
 """What is asked of an engine, whichever it is, and what it gives back: how tokens are chosen, where a
-continuation ends, and how probable each token was."""
+continuation ends, how probable each token was, and which version of weights wrote it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from megatron_sov.base.settings import (
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"
@@ -216,6 +218,67 @@ class RankOptions:
     """Local processes (checkpoints)."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)."""
+
+
+NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
+"""Hugging Face names and tensors of a whole model, as `convert.export_weights` gives them."""
+
+
+class HeldWeights:
+    """The version of an engine's weights; what writes with them asks `version`, and is refused where they
+    are parts of two."""
+
+    def __init__(self, engine: str) -> None:
+        """Begin with the weights that were loaded, version 0, of an engine by its name."""
+        self._engine, self._version = engine, 0
+        self._failure: str | None = None
+
+    @property
+    def version(self) -> int:
+        """The weights' version; raises as `check` does."""
+        self.check()
+        return self._version
+
+    def check(self) -> None:
+        """Raise `UserError` where the last update failed, so that the weights are of no version."""
+        if self._failure is not None:
+            raise UserError(f"the engine {self._engine} holds parts of two models: its update to version "
+                            f"{self._failure}; update it with all weights, or load it anew")
+
+    @contextlib.contextmanager
+    def replaced(self, version: int, weights: Iterator[Any] | None, since: int | None = None
+                 ) -> Iterator[None]:
+        """Put the block's work in the place of the weights; until it has ended well there are none.
+
+        Args:
+            version: what they are then.
+            weights: what is read from; closed if the block fails, so that processes which gather it together
+                with this one can finish.
+            since: the version that the block's work goes on from; None: from none.
+
+        Raises:
+            UserError: the weights are of another version than that; they stay.
+        """
+        if since is not None and self.version != since:
+            _close(weights)
+            raise UserError(f"the engine {self._engine} holds version {self.version}, and what has changed "
+                            f"since version {since} would make nobody's weights of it; update it with all "
+                            "weights")
+        # Set before the first tensor is written: until the block ends the memory holds two versions.
+        self._failure = f"{version} did not end"
+        try:
+            yield
+        # An interrupt leaves half of the weights behind as well.
+        except BaseException as e:
+            self._failure = f"{version} failed ({e})"
+            _close(weights)
+            raise
+        self._version, self._failure = version, None
+
+
+def _close(weights: Iterator[Any] | None) -> None:
+    with contextlib.suppress(AttributeError):
+        weights.close()  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,26 @@
-"""An engine as what writes the turns of tool episodes: on one process, or on all of a layout together."""
+"""A model that plays episodes with tools: its engine writes the turns, on one process or on all of a layout
+together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sov.base.chat.encode import TurnEncoder
+from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.parallel.values import broadcast_object
-from megatron_sov.infer.engine import Engine
-from megatron_sov.infer.request import Sampling, StopRule, Tokens
+from megatron_sov.infer.asking import check_engine, check_length
+from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
+from megatron_sov.infer.engines.load import load_tokenizer
+from megatron_sov.infer.engines.target import Target, find_target
+from megatron_sov.infer.request import Batching, Sampling, StopRule, Tokens
+from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.episode import GeneratedTurn
 from megatron_sov.judge.tools.playing import ToolPolicy
 
@@ -45,6 +54,7 @@ class _Shared:
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
+        # The pair is (what to sample, a problem); a problem comes with None and ends the others' loop.
         return self._policy.sample(*broadcast_object(((prompts, max_new_tokens, streams), ""))[0])
 
 
@@ -66,15 +76,16 @@ def with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
             problem = str(e)
             raise
         finally:
+            # However the work ends: the others wait for this message.
             broadcast_object((None, problem))
     return _sample_along(policy)
 
 
 def _sample_along(policy: EnginePolicy) -> None:
-    """Sample what the first process asks for, until it ends."""
     own: UserError | None = None
     while True:
         asked, problem = broadcast_object(None)
+        # The first process has finished, or failed.
         if asked is None:
             break
         try:
@@ -83,5 +94,65 @@ def _sample_along(policy: EnginePolicy) -> None:
             own = e
     if problem:
         raise UserError(problem)
+    # An error that the first process did not meet is this one's own.
     if own is not None:
         raise own
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How an engine runs the model."""
+
+    engine: EngineName | None
+    """None: the one that fits."""
+    settings: Sequence[str]
+    """`key=value` changes of layout and precision."""
+    nproc: int | None
+    """Local processes."""
+    option: str = "--set"
+    """That the settings are given by."""
+
+
+class Player:
+    """A model with its chat template, and an engine."""
+
+    def __init__(self, path: Path, runs: Runs, limits: EpisodeLimits, way_out: str,
+                 template: dict[str, Any] | None = None) -> None:
+        """Check what can be checked before the model is loaded.
+
+        Args:
+            path: the model.
+            runs: how.
+            limits: of an episode.
+            way_out: what a user does whose model ends before an episode may.
+            template: variables of the chat template.
+
+        Raises:
+            UserError: the engine cannot run the model, it is too short, or has no chat template.
+        """
+        self.target: Target = find_target(path)
+        self.engine = runs.engine or engine_for(self.target)
+        self._runs = runs
+        self._longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
+        check_engine(self.engine, self.target, runs.settings, runs.nproc, runs.option)
+        check_length(self.target, self._longest, "max_prompt_tokens, max_response_tokens and max_turn_tokens "
+                     "of an episode", way_out)
+        folder = self.target.tokenizer_folder
+        chat = read_chat_encoder(folder)
+        if chat is None:
+            raise UserError(f"{folder}: has no chat template; fine-tune on chats first")
+        self.encoder = TurnEncoder(chat, str(folder), template or {})
+        eos = load_tokenizer(folder).eos_token_id
+        # a turn that eos ends is no whole one
+        self._ends = tuple(sorted({*self.encoder.end_ids, *([] if eos is None else [int(eos)])}))
+        self.chat = {file.name: file_digest(file) for file in chat_files(folder)}
+        """File of the chat template -> its hash."""
+
+    def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:
+        """Return what is played by the model as a policy; None on other processes than the first."""
+        def work(engine: Engine) -> Any:
+            return with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
+
+        return run_engine(self.engine, self.target, work, longest=self._longest,
+                          batching=Batching(num_parallel), settings=self._runs.settings,
+                          nproc=self._runs.nproc, option=self._runs.option)

@@ -1,9 +1,17 @@
-"""Learning from one's own responses by their rewards, as `PolicyConfig` puts it together.
+"""Learning from one's own responses by their rewards, as `PolicyConfig` puts it together: the parts of the
+loss (GRPO and its kin), and the objective.
+
+The parts need no model: ratios of the policy to the one that wrote a response; surrogates, which bound how
+far one step goes on responses of an older policy; what each token counts in the mean over a step; divergence
+from a reference; and the correction for an engine that computes other log-probabilities than the trainer: the
+ratio of the trainer's policy to the engine's, both as they were when a response was written.
 
 A group's responses begin with the same prompt, of which a micro-batch needs one (arXiv 2506.05433): what a
 token becomes depends on it and those before it alone, so the tokens of a document before its first learned
 label are the same numbers in every response to the prompt.  Labels, weights and columns of what is left out
 are those of nothing that is learned.
+
+Shapes: T labels of a row, R responses.  Columns are numbers [T] of each label.
 """
 
 from __future__ import annotations
@@ -29,12 +37,245 @@ from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.model.specs import PRECISION, uses_transformer_engine
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
-from megatron_sov.post.parts.policy_loss import PolicyLoss
-from megatron_sov.post.parts.responses import learned, responses_of
+from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
+from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
+
+
+# Each of these is KL(policy || reference) in expectation over the policy's responses; their derivatives
+# differ (arXiv 2506.09477).  The plain derivative of k1 is 0 in expectation and would teach nothing.  So it,
+# and that of whole responses, is the value times the derivative of log p: in expectation the derivative of
+# the divergence.  k3 is differentiated as it is, as GRPO's authors do: in expectation the derivative of
+# KL(reference || policy).
+def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return [T] float64 the difference of log-probabilities.
+
+    Args:
+        logprobs: [T] of the policy, differentiable, and finite.
+        reference: [T].
+    """
+    return _by_score(logprobs.double() - reference.double())
+
+
+def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return [T] float64 ``q / p - log(q / p) - 1``, never negative (arXiv 2402.03300, equation 4)."""
+    apart = reference.double() - logprobs.double()
+    return apart.exp() - apart - 1
+
+
+def of_sequences(logprobs: torch.Tensor, reference: torch.Tensor, responses: Responses) -> torch.Tensor:
+    """Return [R] float64 the differences of log-probabilities of whole responses."""
+    return _by_score(responses.sums(logprobs) - responses.sums(reference))
+
+
+def _by_score(apart: torch.Tensor) -> torch.Tensor:
+    """Return the difference, with its own size times its derivative as derivative."""
+    value = apart.detach()
+    return value + value * (apart - value)
+
+
+POLICY, KL = "policy", "kl"
+"""Terms."""
+ADVANTAGE, BEHAVIOUR, OLD, REFERENCE = (
+    "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+"""Columns: the response's advantage; log p by the engine that wrote it; by the trainer before the round's
+first step, NaN of a label that the first step learns; by the model that the run starts from."""
+Columns = Mapping[str, torch.Tensor]
+Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class PolicyLoss:
+    """``-sum over labels of weight * importance * surrogate``, and the divergence from a reference."""
+
+    def __init__(self, policy: PolicyConfig, max_new_tokens: int) -> None:
+        """Begin.
+
+        Args:
+            policy: the settings.
+            max_new_tokens: of the longest response.
+        """
+        self._policy, self._parts, self._longest = policy, policy.parts, max_new_tokens
+        self.coefficients = {POLICY: 1.0}
+        if self._parts.kl != "none" and self._parts.kl_coeff > 0:
+            self.coefficients[KL] = self._parts.kl_coeff
+        # ratios are never against an engine's numbers: a clip as narrow as GSPO's would take the engine's
+        # rounding for a step of the policy, and leave out the responses that are worse than their group
+        self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []))
+        """Those that are read."""
+        self._masks = policy.correction.endswith("mask")
+        self.meters = ("ratio", "clip_share", "entropy_estimate", "engine_gap", "engine_kl",
+                       *(["masked_share"] if self._masks else []),
+                       *(["reference_kl"] if KL in self.coefficients else []))
+
+    def denominators(self, responses: Responses) -> dict[str, float]:
+        """Return what each term's sum is divided by, as far as it is of these responses, on the host.
+
+        What a mask leaves out counts, as in IcePop and in TRL: else the labels beside it would weigh more.
+        """
+        kinds = {POLICY: self._parts.aggregation,
+                 KL: "sequence" if self._parts.kl == "sequence" else self._parts.aggregation}
+        return {term: denominator(responses, kinds[term], self._longest) for term in self.coefficients}
+
+    def terms(self, logprobs: torch.Tensor, columns: Columns,
+              responses: Responses) -> tuple[dict[str, torch.Tensor], Measured]:
+        """Return each term's sum over the row, and each meter's sum and count.
+
+        Args:
+            logprobs: [T] of the policy, differentiable; of what is not learned they may be anything.
+            columns: the numbers.
+            responses: which labels are learned.
+        """
+        # what the first step learns, it learns at the very weights that the round begins with
+        old = columns[OLD].double()
+        columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
+        # The engine's error is corrected by a factor of its own, and never mixed with the step of the policy.
+        factors = importance(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
+        learned = responses.index < len(responses)
+        # not products: what is not learned may be impossible, and -inf times 0 is no number
+        logprobs = torch.where(learned, logprobs.double(), 0.0)
+        numbers = {name: torch.where(learned, columns[name].double(), 0.0) for name in self.columns}
+        ratio = ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
+        # Maximised, so the term below has the other sign.
+        gained = surrogate(ratio, logprobs, numbers[ADVANTAGE], self._parts) * factors
+        weights = label_weights(responses, self._parts.aggregation)
+        terms = {POLICY: -(gained * weights).sum()}
+        if KL in self.coefficients:
+            reference = numbers[REFERENCE]
+            if self._parts.kl == "sequence":
+                # Not weighed by label: its denominator counts responses.
+                terms[KL] = of_sequences(logprobs, reference, responses).sum()
+            else:
+                estimate = k1 if self._parts.kl == "k1" else k3
+                terms[KL] = (estimate(logprobs, reference) * weights).sum()
+        with torch.no_grad():
+            return terms, _sums(learned, self._watched(ratio, logprobs, numbers, factors))
+
+    def _watched(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns,
+                 factors: torch.Tensor) -> Columns:
+        """Return what is watched at each label that a policy wrote: a mask must not hide what it is for."""
+        old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
+        watched = {"ratio": ratio, "clip_share": is_clipped(ratio, numbers[ADVANTAGE], self._parts),
+                   "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
+                   "engine_kl": k3(behaviour, old)}
+        if self._masks:
+            watched["masked_share"] = factors == 0
+        if KL in self.coefficients:
+            watched["reference_kl"] = k3(logprobs, numbers[REFERENCE])
+        return watched
+
+
+def _sums(counted: torch.Tensor, watched: Columns) -> Measured:
+    return {name: (torch.where(counted, value.double(), 0.0).sum(), counted.sum())
+            for name, value in watched.items()}
+
+
+def ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind: Ratio) -> torch.Tensor:
+    """Return [T] float64 the ratio that weighs each label; 1 of labels that are not learned.
+
+    Args:
+        logprobs: [T] of the policy, differentiable.
+        old: [T] of the policy that wrote them.
+        responses: which labels are learned.
+        kind: token: of each label (arXiv 2402.03300, equation 3); sequence: the geometric mean over its
+            response (arXiv 2507.18071, equation 7).
+    """
+    learned = responses.index < len(responses)
+    # not a product: what is not learned may be impossible
+    apart = torch.where(learned, logprobs.double() - old.double(), 0.0)
+    if kind == "sequence":
+        # GSPO: the mean of logarithms, so long responses do not leave the clip by length alone.
+        apart = responses.spread(responses.means(apart))
+    return apart.exp()
+
+
+def label_weights(responses: Responses, kind: Aggregation) -> torch.Tensor:
+    """Return [T] float64 what each label's loss is multiplied by; 0 where it is not learned."""
+    if kind == "sequence":
+        return responses.spread(1 / responses.lengths.clamp(min=1))
+    return responses.spread(torch.ones_like(responses.lengths))
+
+
+def denominator(responses: Responses, kind: Aggregation, max_new_tokens: int) -> float:
+    """Return what the sum over these responses' labels is divided by, as far as it is theirs.
+
+    Args:
+        responses: on the host.
+        kind: token: all tokens of the step (arXiv 2503.14476, equation 8); sequence: its responses, of which
+            each counts the mean over its tokens (arXiv 2402.03300, equation 3); constant: its responses, each
+            as if it were the longest (arXiv 2503.20783, section 3.2).
+        max_new_tokens: of the longest response.
+    """
+    if kind == "token":
+        return float(responses.lengths.sum())
+    count = float((responses.lengths > 0).sum())
+    return count * max_new_tokens if kind == "constant" else count
+
+
+def surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
+              parts: PolicyParts) -> torch.Tensor:
+    """Return [T] float64 what each label adds to the objective, to be maximised.
+
+    Where every ratio is 1 each kind's derivative is REINFORCE's: advantage times that of log p.
+
+    Args:
+        ratios: [T] of policy to writer, differentiable.
+        logprobs: [T] of the policy, differentiable, and finite.
+        advantages: [T].
+        parts: two_sided: PPO's (arXiv 1707.06347, equation 7) with bounds of their own (arXiv 2503.14476,
+            equation 8); cispo: the ratio is a weight, bounded above (arXiv 2506.13585, equations 4 and 5,
+            without the lower bound, which its authors do not use); none: importance sampling as it is.
+    """
+    advantages = advantages.double()
+    if parts.clip == "cispo":
+        # The bounded ratio is a weight without a gradient, so a clipped label still teaches.
+        return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
+    if parts.clip == "none":
+        return ratios * advantages
+    # The smaller one is the pessimist: gains are bounded, losses are corrected in full.
+    return torch.min(ratios * advantages,
+                     ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
+
+
+def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
+    """Return [T] bool: labels of which the bound has a say, so that they teach nothing (two_sided), or less
+    (cispo)."""
+    above = ratios > 1 + parts.clip_high
+    if parts.clip == "cispo":
+        return above
+    if parts.clip == "none":
+        return torch.zeros_like(above)
+    # The bound acts on the side that the advantage pushes to.
+    return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
+
+
+def importance(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
+               policy: PolicyConfig) -> torch.Tensor:
+    """Return [T] float64 what each label's loss is multiplied by; 0 of labels that are masked out.
+
+    Args:
+        old: [T] log-probabilities by the trainer.
+        behaviour: [T] by the engine, whose tokens they are.
+        responses: which labels are learned.
+        policy: `correction` and its bounds: truncated at the larger bound ("Your efficient RL framework
+            secretly brings you off-policy RL training", Yao et al. 2025), or masked outside of both (IcePop);
+            the ratio of whole responses is the product of their tokens'.
+    """
+    learned = responses.index < len(responses)
+    # A ratio of 1 where nothing is learned, whatever its columns hold.
+    apart = torch.where(learned, old.double() - behaviour.double(), 0.0)
+    if policy.correction == "none":
+        return torch.ones_like(apart)
+    level, _, kind = policy.correction.partition("_")
+    # A whole response's ratio is a product over its tokens, a sum of logarithms.
+    ratio = (responses.spread(responses.sums(apart)) if level == "sequence" else apart).exp()
+    low, high = policy.correction_low, policy.correction_bound
+    if kind == "truncate":
+        return ratio.clamp(low, high)
+    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+
 
 KNOWLEDGE = "knowledge"
 MOST_CLIPPED, MOST_ENGINE_KL = 0.05, 0.05
@@ -65,9 +306,11 @@ class PolicyLearning(DataObjective):
         once."""
         hosts = [m.host for m in batch.micro_batches]
         counts = [self._loss.denominators(responses_of(m)) for m in hosts]
+        # Before the first forward: a mean over the step does not depend on how it is split.
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
+        # Counted before prompts are shared, which removes labels of prompts alone.
         counted = with_denominators(batch, targets | self._mtp_targets(hosts))
         if not self._shares_prompts:
             return counted
@@ -76,6 +319,7 @@ class PolicyLearning(DataObjective):
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """As `train.objective.doubt_of`: a clip that acts where nothing was learned yet, and an engine that
         speaks for another model."""
+        # Later steps of a round have moved the policy, and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MOST_CLIPPED:
             return (f"{share:.0%} of the tokens are clipped in a round's first step, whose ratios are 1 but "
@@ -93,6 +337,7 @@ class PolicyLearning(DataObjective):
         # most labels are a prompt's
         wanted = learned(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, wanted)
+        # Text has no responses, so its labels are in none of these sums.
         terms, meters = self._loss.terms(logprobs, batch.columns, responses_of(batch))
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
@@ -146,6 +391,7 @@ def sharing_prompts(batch: MicroBatch) -> MicroBatch:
     if kept.all() or host.inputs.routes is not None:
         return batch
     index = torch.from_numpy(kept.nonzero()[0])
+    # From places in the whole row to places among the kept tokens.
     source = (kept.cumsum() - 1)[source]
     found = _only(host, index, torch.from_numpy(source), spans)
     if batch.on_host is None:
@@ -172,10 +418,12 @@ def _spans(host: MicroBatch, source: np.ndarray, kept: np.ndarray) -> list[Span]
         if start == stop:
             continue
         prompt = int(is_learned[start:stop].argmax())  # 0 where nothing is learned, as of padding
+        # By position too: the same tokens at other positions are other numbers.
         first = begun.setdefault((int(positions[start]), tokens[start:start + prompt].tobytes()), start)
         if prompt and first != start:
             source[start:start + prompt] = np.arange(first, first + prompt)
             kept[start:start + prompt] = False
+            # The first document with this prompt keeps it; this one keeps what comes after.
             spans.append((start, start + prompt, stop))
         else:
             spans.append((start, start, stop))
@@ -218,7 +466,6 @@ class PolicyObjective:
 
 
 def objective_of(config: RunConfig) -> PolicyObjective:
-    """Return what makes the objective of a run's `policy`."""
     needed = NeededColumn("`megatron-sov rl train`", (ROLLOUTS,))
     columns = PolicyLoss(config.policy, config.rollout.max_new_tokens).columns
     return PolicyObjective((ROLLOUTS, *([TEXT] if config.policy.has_text else [])),

@@ -1,10 +1,12 @@
 """Learning from responses that were judged: pairs (DPO, IPO, SimPO, ORPO, SimPER), groups with rewards
-(GrouPER), and single ones, good or bad (KTO).
+(GrouPER), and single ones, good or bad (KTO); the share of held-out pairs that a model ranks right.
 
-Each pair, or group, counts the same, whatever its length: denominators are numbers of pairs, or of groups, of
-the whole global batch.
+Losses are functions of the responses' log-probabilities, in float64.  P: pairs, chosen and rejected; a margin
+is what the chosen response has before the rejected one, of the logarithm of policy over reference.  Each
+pair, or group, counts the same, whatever its length: denominators are numbers of pairs, or of groups, of the
+whole global batch.
 
-Of KTO (arXiv 2402.01306) each response stands beside a response to another prompt, behind its own prompt: how
+Of KTO (arXiv 2402.01306) each response has a response to another prompt next to it, after its own prompt: how
 much likelier than to the reference these are to the model estimates how far it has gone in all (the paper's
 z_0).  That is one number for the whole global batch, and is found before its losses, by a forward pass more.
 """
@@ -12,24 +14,194 @@ z_0).  That is one number for the whole global batch, and is found before its lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
 
+from megatron_sov.base.chat.encode import TYPE_RESPONSE
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.engine.data.requirements import NeededColumn
+from megatron_sov.engine.data.token_shards import Documents, Source
 from megatron_sov.engine.mcore.model.logprobs import Head
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE
 from megatron_sov.post import reference
-from megatron_sov.post.parts import preferences
-from megatron_sov.post.parts.responses import Responses, learned, responses_of
+from megatron_sov.post.reference import document_logprobs
+from megatron_sov.post.sft import Responses, learned, responses_of
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.stages.gate import GateView
+
+PREFERENCE, CHOSEN = "preference", "chosen"
+"""Parts of a loss: of preferences, and cross-entropy of responses that were chosen."""
+
+
+def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return [P] losses of direct preference optimisation (arXiv 2305.18290, eq. 7; smoothing: eq. 3 of
+    "A note on DPO with noisy preferences", Mitchell 2023).
+
+    Args:
+        margins: [P], of sums over responses, or of means (Tülu 3, arXiv 2411.15124, eq. 6).
+        beta: strength of the reference.
+        label_smoothing: share of pairs that are the wrong way round.
+    """
+    # logsigmoid, not log of sigmoid: margins of long responses are large, and would round to log 0.
+    return (-(1 - label_smoothing) * logsigmoid(beta * margins)
+            - label_smoothing * logsigmoid(-beta * margins))
+
+
+def ipo(margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """Return [P] losses of identity preference optimisation (arXiv 2310.12036, eq. 17).
+
+    Args:
+        margins: [P] of means over responses, as the paper's authors have it in their code.
+        beta: the paper's tau.
+    """
+    return (margins - 1 / (2 * beta)) ** 2
+
+
+def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: float,
+        desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> torch.Tensor:
+    """Return [N] losses of Kahneman-Tversky optimisation (arXiv 2402.01306, eq. 8), without the constant
+    weight of each response.
+
+    Args:
+        ratios: [N] logarithm of policy over reference of each response.
+        desirable: [N] bool: which of them were judged good.
+        distance: z_0, how far the policy has gone from the reference in all.
+        beta: strength of the reference.
+        desirable_weight: of good ones.
+        undesirable_weight: of bad ones.
+    """
+    # Only the ratios have a gradient: the distance is a number of the whole step.
+    ahead = beta * (ratios - distance)
+    return torch.where(desirable, desirable_weight * (1 - ahead.sigmoid()),
+                       undesirable_weight * (1 - (-ahead).sigmoid()))
+
+
+def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return [P] losses of SimPER (arXiv 2502.00883, eq. 6): inverse perplexities, those of the chosen
+    responses up, those of the rejected ones down.
+
+    Args:
+        chosen: [P] means of log-probabilities over the chosen responses.
+        rejected: the same of the rejected ones.
+    """
+    return rejected.exp() - chosen.exp()
+
+
+def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float,
+          label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return [P] losses of SimPO (arXiv 2405.14734, eq. 6): `dpo` without a reference, over means, with a
+    margin that the chosen response has to have.
+
+    Args:
+        chosen: [P] means of log-probabilities over the chosen responses.
+        rejected: the same of the rejected ones.
+        beta: how steeply the loss falls with the difference of the means.
+        gamma: the margin, in units of beta times log-probability, as in the paper.
+        label_smoothing: as of `dpo`.
+    """
+    return dpo(chosen - rejected - gamma / beta, beta, label_smoothing)
+
+
+def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return [P] odds ratio losses of ORPO (arXiv 2403.07691, eq. 7), without the weight and the
+    cross-entropy that stand beside them in its eq. 6.
+
+    Args:
+        chosen: [P] means of log-probabilities over the chosen responses.
+        rejected: the same of the rejected ones.
+    """
+    return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(means: torch.Tensor) -> torch.Tensor:
+    """Return log(p / (1 - p)) of p = exp(means), finite where p rounds to 1."""
+    # p = 1 has infinite odds.  Above one half expm1 keeps the digits of 1 - p, below it log1p does.
+    certain = means.clamp(max=-2.0**-40)
+    return certain - torch.where(certain > -math.log(2), (-certain.expm1()).log(), (-certain.exp()).log1p())
+
+
+def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Return [R] losses of GrouPER (K-EXAONE's technical report): SimPER over groups.
+
+    Args:
+        means: [R] means of log-probabilities over the responses.
+        advantages: [R] from -1, the worst of a group, to 1, the best.
+    """
+    return -advantages * means.exp()
+
+
+MAX_PAIRS = 2048
+"""Most held-out pairs of a source that are looked at."""
+
+
+LogprobsOf = Callable[[Documents, range], np.ndarray]
+"""(documents, which of them) -> what `document_logprobs` gives."""
+
+
+def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """Rank the held-out pairs of a run, and record it; called by all processes together."""
+    seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
+    found = ranked(sources, lambda documents, chosen: document_logprobs(
+        view, documents, chosen, seq_len, size), seq_len)
+    for name, figures in found.items():
+        view.events.write("heldout_pairs", step=view.step, source=name, **figures)
+    return found
+
+
+def ranked(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int) -> dict[str, dict[str, Any]]:
+    """Rank the held-out pairs of each source that has some.
+
+    Args:
+        sources: preferences.
+        logprobs_of: asks the model.
+        seq_len: tokens of a document that it is asked for.
+
+    Returns:
+        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs
+        of which a response begins behind the longest sample are left out.
+    """
+    found = {}
+    for source in sources:
+        if source.num_tokens.get("heldout"):
+            documents = source.shard("heldout")
+            chosen = range(min(len(documents.lengths), 2 * MAX_PAIRS))
+            # A pair's documents follow each other, the chosen one first.
+            means = _means(documents, chosen, logprobs_of(documents, chosen), seq_len)
+            margins = means[0::2] - means[1::2]
+            # A pair with a response beyond the longest sample compares nothing.
+            margins = margins[~np.isnan(margins)]
+            if len(margins):
+                right = float(((margins > 0) + (margins == 0) / 2).mean())
+                found[source.name] = {"pairs": len(margins), "right": right}
+    return found
+
+
+def _means(documents: Documents, chosen: range, logprobs: np.ndarray, seq_len: int) -> np.ndarray:
+    """Return [documents] float64: mean log-probability of each one's learned tokens as far as `seq_len`
+    reaches, NaN where none does."""
+    means, at = np.full(len(chosen), np.nan), 0
+    for place, document in enumerate(chosen):
+        length = int(documents.lengths[document])
+        learned = ((documents.types(document, 0, length) == TYPE_RESPONSE)
+                   & (documents.loss_weights(document, 0, length) > 0))
+        # the first token is no label; those behind the last label of a sample have no number
+        learned[:1] = learned[seq_len + 1:] = False
+        if learned.any():
+            means[place] = logprobs[at:at + length][learned].astype(np.float64).mean()
+        at += length
+    return means
+
 
 ADVANTAGE, SHARE = "advantage", "group_share"
 """Columns of groups: where a response stands in its group, and 1 / responses of the group."""
@@ -48,47 +220,49 @@ class PairLearning(DataObjective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self._asked = context.config.preference
-        self.coefficients = {preferences.PREFERENCE: 1.0}
+        self.coefficients = {PREFERENCE: 1.0}
         if self._asked.method == "orpo":  # its eq. 6
-            self.coefficients = {preferences.PREFERENCE: self._asked.strength, preferences.CHOSEN: 1.0}
+            self.coefficients = {PREFERENCE: self._asked.strength, CHOSEN: 1.0}
         if self._asked.chosen_coeff > 0:
-            self.coefficients[preferences.CHOSEN] = self._asked.chosen_coeff
+            self.coefficients[CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the pairs of the global batch, and the chosen responses' tokens."""
         hosts = [m.host for m in batch.micro_batches]
         found = [responses_of(m) for m in hosts]
-        targets = {preferences.PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
-        chosen = [self._chosen(m, r) for m, r in zip(hosts, found, strict=True)]
-        if preferences.CHOSEN in self.coefficients:
-            targets[preferences.CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
+        targets = {PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
+        chosen = [self._cross_entropy_batch(m, r) for m, r in zip(hosts, found, strict=True)]
+        if CHOSEN in self.coefficients:
+            targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
         return with_denominators(batch, targets | self._mtp_targets(chosen))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         responses = responses_of(batch)
+        # One pass of the head serves the preference, cross-entropy and what the log shows.
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sums(logprobs)
         losses, scores = self._losses(sums, batch, responses)
         whole = responses.whole_pairs()
-        terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
+        terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
+                            self._cross_entropy_batch(batch, responses))
+        # A pair that was cut off still has numbers; `whole` takes them out of every sum.
         margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
         values = ((margins > 0).double(), margins, means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
                         meters={name: ((value * whole).sum(), whole.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
 
-    def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
-        """Return the micro-batch with no other targets than those that cross-entropy learns."""
+    def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
         return _only(batch, responses.of_side(0))
 
     def _terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor], head: Head,
                chosen: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the terms of a micro-batch: its preference `loss`, and what is learned of `chosen`."""
-        terms = {preferences.PREFERENCE: loss}
-        if preferences.CHOSEN in self.coefficients:
+        terms = {PREFERENCE: loss}
+        if CHOSEN in self.coefficients:
             # not a product: what is not learned may be impossible
-            terms[preferences.CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
+            terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
         return terms | self._mtp_sum(hidden, head, chosen)
 
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
@@ -103,10 +277,10 @@ class PairLearning(DataObjective):
         asked, means = self._asked, sums / responses.lengths.clamp(min=1)
         chosen, rejected = means[0::2], means[1::2]
         if asked.method == "simper":
-            return preferences.simper(chosen, rejected), means
+            return simper(chosen, rejected), means
         if asked.method == "orpo":
-            return preferences.orpo(chosen, rejected), means
-        return (preferences.simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing),
+            return orpo(chosen, rejected), means
+        return (simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing),
                 asked.strength * means)
 
 
@@ -120,11 +294,12 @@ class PairLearningWithReference(PairLearning):
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
         asked = self._asked
         ratios = sums - responses.sums(batch.columns[reference.COLUMN])
+        # DPO compares whole responses, IPO and dpo-norm the means over their labels.
         if asked.method != "dpo":
             ratios = ratios / responses.lengths.clamp(min=1)
         margins = ratios[0::2] - ratios[1::2]
-        losses = (preferences.ipo(margins, asked.strength) if asked.method == "ipo"
-                  else preferences.dpo(margins, asked.strength, asked.label_smoothing))
+        losses = (ipo(margins, asked.strength) if asked.method == "ipo"
+                  else dpo(margins, asked.strength, asked.label_smoothing))
         return losses, asked.strength * ratios
 
 
@@ -140,21 +315,22 @@ class GroupLearning(DataObjective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.coefficients = {preferences.PREFERENCE: 1.0} | self._mtp_coefficient
+        self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the groups of the global batch: parts of a group that lie in other batches count there."""
         hosts = [m.host for m in batch.micro_batches]
+        # The shares of a group add up to 1, in whichever batches its responses are.
         groups = sum(float(responses_of(m).means(m.columns[SHARE]).sum()) for m in hosts)
         learning = [_only(m, learned(m)) for m in hosts]
-        return with_denominators(batch, {preferences.PREFERENCE: groups} | self._mtp_targets(learning))
+        return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         responses = responses_of(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         means = responses.means(logprobs)
         advantages, shares = (responses.means(batch.columns[name]) for name in (ADVANTAGE, SHARE))
-        terms = {preferences.PREFERENCE: (preferences.grouper(means, advantages) * shares).sum()}
+        terms = {PREFERENCE: (grouper(means, advantages) * shares).sum()}
         terms |= self._mtp_sum(hidden, head, _only(batch, learned(batch)))
         better, worse = ((advantages > 0).double(), (advantages < 0).double())
         return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
@@ -163,12 +339,12 @@ class GroupLearning(DataObjective):
 
 
 def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
-    """Return what makes the objective of `preference.method`."""
     method = config.preference.method
     if method == "kto":
         return UnpairedLearning
-    return (GroupLearning if method == "grouper" else PairLearningWithReference if method in WITH_REFERENCE
-            else PairLearning)
+    if method == "grouper":
+        return GroupLearning
+    return PairLearningWithReference if method in WITH_REFERENCE else PairLearning
 
 
 def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
@@ -198,6 +374,7 @@ class UnpairedLearning(PairLearning):
 
     def collect(self, policy: object, step: int) -> GlobalBatch:
         """Return the next batch of the data order, with its distance from the reference found."""
+        # Before the losses: every response of the step is compared with one distance.
         batch = super().collect(policy, step)
         self._distance = _distance(policy, batch)
         return batch
@@ -205,11 +382,13 @@ class UnpairedLearning(PairLearning):
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         asked, responses = self._asked, responses_of(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
+        # Even documents are the judged responses; the odd ones are mismatched, and `_distance` reads them.
         ratios = _ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _desirable(responses, batch), responses.whole_pairs()
-        losses = preferences.kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
+        losses = kto(ratios, desirable, self._distance, asked.strength, asked.desirable_weight,
                                  asked.undesirable_weight)
-        terms = self._terms((losses * whole).sum(), logprobs, hidden, head, self._chosen(batch, responses))
+        terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
+                            self._cross_entropy_batch(batch, responses))
         rewards, sides = asked.strength * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)
         return LossSums(
@@ -218,8 +397,9 @@ class UnpairedLearning(PairLearning):
                     for name, side in zip(self.meters, sides, strict=False)}
             | {"distance": (self._distance * whole.sum(), whole.sum())})
 
-    def _chosen(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
+    def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
         desirable = _desirable(responses, batch)
+        # One number for each document again: the mismatched neighbour teaches nothing.
         good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
         return _only(batch, responses.of_side(0) & (responses.spread(good.flatten().double()) > 0))
 
@@ -233,9 +413,11 @@ def _distance(policy: object, batch: GlobalBatch) -> float:
         whole = responses.whole_pairs()
         return torch.stack([(ratios * whole).sum(), whole.sum()])
 
+    # Forward only, on the last stage; other stages and ranks add nothing and share the sum.
     found = policy.map(batch.micro_batches, outputs)  # type: ignore[attr-defined]
     total, count = torch.stack(found).sum(0).tolist() if found else (0.0, 0.0)
     sums = sum_dict({"total": total, "count": count}, collectives.all_reduce_dp)
+    # A negative estimate of a divergence is noise.
     return max(sums["total"] / sums["count"], 0.0) if sums["count"] else 0.0
 
 

@@ -1,4 +1,5 @@
-"""Log-probabilities of a reference, computed once by the forward pass of training, before its first step.
+"""Log-probabilities of the tokens of whole documents at any layout; and those of a reference, computed once
+by the forward pass of training, before its first step.
 
 The reference is the model as it starts, or another one that is asked before: it is never a second model in
 memory.  What it says of each document stays in RUN/reference in parts of `PART_DOCUMENTS` documents: a job
@@ -11,29 +12,143 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
+from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
 from megatron_sov.engine import convert
 from megatron_sov.engine.data.media_shards import banks_of, media_of
+from megatron_sov.engine.data.order import OrderedSample
+from megatron_sov.engine.data.rows import join_rows, rows_per_micro_batch, sample_row
+from megatron_sov.engine.data.streams import PackedSegment, Row, best_fit
 from megatron_sov.engine.data.token_shards import Documents, Source
-from megatron_sov.engine.mcore.parallel.world import on_main
+from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+from megatron_sov.engine.mcore.model.logprobs import Head
+from megatron_sov.engine.mcore.parallel import collectives
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
+from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.omni.media.placed import Media
-from megatron_sov.post.document_logprobs import RunningLogprobs, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
+from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.stages.gate import GateView
 from megatron_sov.work.progress.progress_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.engine.data.token_shards import Documents
+
+
+MICRO_BATCHES = 8
+"""Those of a process that are passed through the model at a time."""
+
+
+class RunningLogprobs(Protocol):
+    """A model that runs on all processes together."""
+
+    @property
+    def policy(self) -> ForwardModel:
+        ...
+
+    @property
+    def world(self) -> ParallelWorld:
+        ...
+
+
+def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
+                      rows_per_batch: int, temperature: float = 1.0,
+                      routes: RouteShape | None = None) -> np.ndarray:
+    """Return [tokens of the documents] float32, document after document, on every process.
+
+    Each is log p(token | those before it); 0 for first tokens and for what lies beyond the longest sample.
+
+    Args:
+        model: what is asked; called by all of its processes together.
+        documents: those of a split.
+        chosen: which of them.
+        seq_len: tokens of a row, the longest sample.
+        rows_per_batch: rows of a micro-batch at most.
+        temperature: what logits are divided by before the softmax.
+        routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
+    """
+    whole = rows_per_batch * model.world.dp_size
+
+    def of_rows(rows: list[Row]) -> np.ndarray:
+        size = rows_per_micro_batch(len(rows), rows_per_batch, model.world.dp_size)
+        # Empty rows fill up the last batch: every process passes as many, since they may share experts.
+        filled = [*rows, *[()] * (-len(rows) % (size * model.world.dp_size))]
+        return _of_rows(model, documents, filled, seq_len, size, temperature, routes)
+
+    return _place_numbers(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
+
+
+def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
+    """Return what `document_logprobs` gives, of transformers' model."""
+    return _place_numbers(documents, chosen, seq_len, 1, lambda rows: np.stack([
+               -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows]))
+
+
+def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
+                   of_rows: Callable[[list[Row]], np.ndarray]) -> np.ndarray:
+    """Return the numbers of documents from those of the rows that they are put into.
+
+    Args:
+        documents: those of a split.
+        chosen: which of them.
+        seq_len: tokens of a row.
+        at_a_time: rows that `of_rows` is asked for at most.
+        of_rows: rows -> [at least as many, seq_len] log p(label) of each place.
+    """
+    lengths = np.asarray(documents.lengths[np.asarray(chosen)])
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    # A document of one token has no label.
+    rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
+                     for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
+    numbers = np.zeros(starts[-1], np.float32)
+    for begin in range(0, len(rows), at_a_time):
+        there = rows[begin:begin + at_a_time]
+        for row, found in zip(there, of_rows(there), strict=False):
+            at = 0
+            for document, start, count in row:
+                place = document - chosen.start
+                # a document that goes on behind the row has one label more: the token outside of it
+                labels = min(count, int(lengths[place]) - start - 1)
+                # A label's number is stored at the token that it is: one place on.
+                to = starts[place] + start + 1
+                numbers[to:to + labels] = found[at:at + labels]
+                at += count
+    return numbers
+
+
+def _of_rows(model: RunningLogprobs, documents: Documents, rows: list[Row], seq_len: int, size: int,
+             temperature: float, routes: RouteShape | None) -> np.ndarray:
+    """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
+    world = model.world
+    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
+    own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+                               for row in group]))
+           for group in groups[world.dp_rank::world.dp_size]]
+    # Each process fills its own groups and leaves zeros for the others, so the sum is everybody's.
+    values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
+    if found := model.policy.map(own, partial(_logprobs, temperature)):
+        values[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
+    summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
+    return summed.float().numpy().reshape(len(rows), seq_len)
+
+
+def _logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+    return head.logprobs(hidden[0], batch.labels, temperature)
+
 
 IDENTITY = "reference.json"
 COLUMN = "reference_logprobs"
@@ -65,11 +180,9 @@ class ReferenceParts:
         return -(-len(self.documents.lengths) // PART_DOCUMENTS)
 
     def file(self, part: int) -> Path:
-        """Return the file of a part."""
         return self._folder / f"{self._name}.{part:06d}.f32"
 
     def range_of(self, part: int) -> range:
-        """Return the documents of a part."""
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, len(self.documents.lengths)))
 
     def starts(self, part: int) -> np.ndarray:
@@ -100,6 +213,7 @@ class ReferenceParts:
 
     def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.starts(part)
+        # Once in each process: the checksum reads the whole file.
         if part not in self._verified and (damage := self.damage(part)):
             raise UserError(f"{damage}; start the run anew in another folder")
         self._verified.add(part)
@@ -121,29 +235,23 @@ class WithReference:
         return WithReference, (self._parts,)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.tokens`."""
         return self._documents.tokens(document, start, count)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.loss_weights`."""
         return self._documents.loss_weights(document, start, count)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.types`."""
         return self._documents.types(document, start, count)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.column`."""
         if name == COLUMN:
             return self._parts.column(document, start, count)
         return self._documents.column(name, document, start, count)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.routes`."""
         return self._documents.routes(document, start, count)
 
     def media(self, document: int, start: int, count: int) -> Media:
-        """As `Documents.media`."""
         return media_of(self._documents, document, start, count)
 
 
@@ -192,7 +300,8 @@ class Reference:
         Raises:
             UserError: the folder holds another reference, a document is too long for it, or the disk is full.
         """
-        if self._held() == self._identity and not self._missing():
+        # Before any process starts and loads a model.
+        if self._read_identity() == self._identity and not self._missing():
             return
         target = Target(checkpoint, False)
         self._refuse_too_long(target)
@@ -218,8 +327,9 @@ class Reference:
         return list(damages)
 
     def _fill(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
-        """Compute the missing parts; returns how many they were, and of how many tokens."""
+        # The identity is written before the first part, whose checksum includes it.
         on_main(model.world, self._open)
+        # One list for all: whoever saw another one would leave the others in a collective.
         todo, num_tokens = on_main(model.world, self._missing), 0
         with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
@@ -239,8 +349,9 @@ class Reference:
         Raises:
             UserError: other data, longer samples, or no numbers.
         """
-        file, held = self._folder / IDENTITY, self._held()
+        file, held = self._folder / IDENTITY, self._read_identity()
         data, max_tokens = held.get("data_sha256", {}), held.get("max_tokens", 0)
+        # The weights of the reference are the run's no more, so nothing can be computed again.
         other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
         if other:
             raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "
@@ -258,7 +369,7 @@ class Reference:
     def _open(self) -> None:
         file = self._folder / IDENTITY
         if file.is_file():
-            if self._held() != self._identity:
+            if self._read_identity() != self._identity:
                 raise UserError(f"{file}: log-probabilities of another reference, of other data or for other "
                                 "lengths of samples lie there; delete the folder, and they are computed anew")
             return
@@ -266,8 +377,7 @@ class Reference:
             self._folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, to_json(self._identity))
 
-    def _held(self) -> dict[str, Any]:
-        """Return what the numbers that are there belong to."""
+    def _read_identity(self) -> dict[str, Any]:
         file = self._folder / IDENTITY
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

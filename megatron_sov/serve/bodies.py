@@ -44,7 +44,6 @@ class RefusedRequest(Exception):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> str:
-        """Return the JSON of it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         return json.dumps({"error": {"message": str(self), "type": kind, "param": self.param,
@@ -107,7 +106,6 @@ class ServedQuestion:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a conversation."""
         return isinstance(self.prompts[0], Conversation)
 
     @property
@@ -117,13 +115,11 @@ class ServedQuestion:
 
     @property
     def has_tools(self) -> bool:
-        """Whether calls of tools are looked for in the answer."""
         first = self.prompts[0]
         return isinstance(first, Conversation) and bool(first.tools)
 
     @property
     def num_sequences(self) -> int:
-        """Answers in all."""
         return len(self.prompts) * self.num_choices
 
 
@@ -151,7 +147,7 @@ class _Body(BaseModel):
 
     def question(self, prompts: tuple[Any, ...], max_tokens: int | None, with_logprobs: bool, num_top: int,
                  echoes: bool = False) -> ServedQuestion:
-        """Return what is asked."""
+        # 0 is greedy and fine; just above it logits over the temperature are infinite.
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise RefusedRequest(400,
                                  f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} numbers "
@@ -159,6 +155,7 @@ class _Body(BaseModel):
         if len(prompts) * self.n > MAX_SEQUENCES:
             raise RefusedRequest(400, f"{len(prompts)} prompts with n = {self.n} are {len(prompts) * self.n} "
                                       f"answers, at most {MAX_SEQUENCES}; send several requests", "n")
+        # Without a seed two equal requests must differ.
         seed = secrets.randbits(63) if self.seed is None else self.seed
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
@@ -194,11 +191,12 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
     """
     fields = _fields(raw)
     shows_tools = fields.get("tool_choice") != "none"
-    body: _ChatBody = _checked(_ChatBody, fields, model)
+    body: _ChatBody = _check_body(_ChatBody, fields, model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
                                   f"{body.max_completion_tokens}; send one of them", "max_tokens")
     for number, message in enumerate(body.messages):
+        # Clients send null for fields that they do not use.
         message = {key: value for key, value in message.items() if value is not None}
         if unknown := sorted(set(message) - MESSAGE_FIELDS):
             raise RefusedRequest(400, f"messages[{number}] has {unknown[0][:200]!r}, which is not known"
@@ -219,7 +217,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
 
 def completion_question(raw: bytes, model: str) -> ServedQuestion:
     """Return what the body of a request for `/v1/completions` asks, as `chat_question`."""
-    body: _CompletionBody = _checked(_CompletionBody, _fields(raw), model)
+    body: _CompletionBody = _check_body(_CompletionBody, _fields(raw), model)
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
@@ -242,6 +240,7 @@ def _fields(raw: bytes) -> dict[str, Any]:
         raise RefusedRequest(400, f"the body is a JSON {type(fields).__name__}; send an object")
     try:
         refuse_deep(fields)
+        # Finds lone surrogates, which strict UTF-8 cannot write and a tokenizer cannot read.
         json.dumps(fields, ensure_ascii=False).encode()
     except BadRecord as e:
         raise RefusedRequest(400, f"the body {e}") from None
@@ -252,13 +251,14 @@ def _fields(raw: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
+def _check_body(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
+    # Fields that this server does not follow are taken where their value changes nothing.
     neutral = {name: allowed for name, allowed in NEUTRAL.items() if name not in kind.model_fields}
     known = {name: value for name, value in fields.items() if name not in CHANGE_NOTHING | set(neutral)}
     for name, allowed in neutral.items():
         if name in fields and fields[name] not in allowed:
             raise RefusedRequest(400,
-                                 f"{name} is {_shown(fields[name])}: this server does nothing with it but "
+                                 f"{name} is {_show(fields[name])}: this server does nothing with it but "
                                  f"for {' or '.join(json.dumps(value) for value in allowed)}; leave it out",
                                  name)
     # the first alone: of each that pydantic meets it keeps a report
@@ -270,18 +270,19 @@ def _checked(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
     try:
         body = kind.model_validate(known)
     except ValidationError as e:
+        # One sentence about the first mistake.
         error = e.errors(include_url=False)[0]
         name = str(error["loc"][0])
         if error["type"] == "missing":
             raise RefusedRequest(400, f"{name} is missing; send it", name) from None
-        raise RefusedRequest(400, f"{name} is {_shown(fields[name])}: {error['msg'][:200]}", name) from None
+        raise RefusedRequest(400, f"{name} is {_show(fields[name])}: {error['msg'][:200]}", name) from None
     if body.model not in (None, model):
         raise RefusedRequest(404, f"model {body.model[:200]!r} does not exist; this server has {model!r}",
                              "model", "model_not_found")
     return body
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -352,6 +353,7 @@ class BodyReader:
                                      f"{self._vocab_size}",
                                      field)
         _refuse_too_much(question, prompts)
+        # A special token does not show in the text, so it stops by its id.
         ends = [self._special[text] for text in question.stops if text in self._special]
         return ReadBody(prompts, tuple(sorted({*asker.end_ids, *ends})),
                         [self._limit(question, len(ids), field) for ids in prompts],
@@ -368,10 +370,10 @@ class BodyReader:
         return lambda ids: as_written(self._plain.decode(ids))
 
     def piece(self, token: int) -> str:
-        """Return the text of one token, whatever it is."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
+        # Without a limit of the client's, the answer may fill what the prompt leaves.
         left = self._longest - prompt_tokens
         wanted = question.max_tokens or left
         if left < 1 or wanted > left:

@@ -51,6 +51,7 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     """
     text = plain_form(text, in_thoughts=in_thoughts)
     thoughts, said = _split(text, in_thoughts)
+    # Text before the first call stays text.
     place = said.find(BEGIN_CALL) if has_tools else -1
     if place < 0:
         return _turn(thoughts, said)
@@ -65,11 +66,13 @@ def whole_turn(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
 def turn_so_far(text: str, in_thoughts: bool, has_tools: bool) -> ServedTurn:
     """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
     it, without calls."""
+    # What may be the beginning of a mark is held back until the next token decides.
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
     sure = _UNFINISHED.sub("", text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)])
     text = plain_form(sure, in_thoughts=in_thoughts)
     has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
     text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]
+    # It may still turn out to be thoughts, so nothing is sure.
     if BEGIN_THOUGHTS.startswith(text.lstrip()):
         return ServedTurn("", "")
     thoughts, said = _split(text, in_thoughts)
@@ -83,7 +86,6 @@ def _turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str 
 
 
 def _split(text: str, in_thoughts: bool) -> tuple[str, str]:
-    """Return thoughts and what is said behind them."""
     begun = text.lstrip()
     if not in_thoughts and not begun.startswith(BEGIN_THOUGHTS):
         return "", text
@@ -141,6 +143,7 @@ class ReplyWriting:
             reason: why the model goes on no further; None: it does.
             ranked: see `News`.
         """
+        # A string ended it here, which the model does not know of; its next tokens may be under way.
         if self.reason is not None:
             return
         self.tokens.append(token)
@@ -149,10 +152,10 @@ class ReplyWriting:
             self.tops.append(top_of(ranked[-1]))
             logprob = ranked[-1][1][0]  # to the last bit what stands among the most probable ones
         self.logprobs.append(logprob)
+        # Strings are found here, since the model sees tokens alone.
         self.reason = STOP if self._stop.ends(self.tokens) else reason
 
     def text(self) -> str:
-        """Return the text of all tokens, up to the string that ends it."""
         return self._stop.cut_text(self._decode(self.tokens))
 
     def sure_text(self) -> str:
@@ -161,6 +164,7 @@ class ReplyWriting:
         Tokens are decoded together with those before them that have been shown, from the last place where
         that was whole, so that each is read a few times and not with all that went before.
         """
+        # A token may decode differently alone: both texts begin at the same token.
         before = self._decode(self.tokens[self._first:self._shown])
         behind = self._decode(self.tokens[self._first:])
         if len(behind) > len(before) and not behind.endswith(CUT_CHARACTER):
@@ -171,7 +175,6 @@ class ReplyWriting:
 
 
 def top_of(ranked: Written) -> list[tuple[int, float]]:
-    """Return the most probable tokens of a place, with their log-probabilities."""
     tokens, logprobs = ranked
     return list(zip(tokens[1:], logprobs[1:], strict=True))
 
@@ -182,7 +185,6 @@ def _begun(text: str, stop: str) -> int:
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """Return an event of a stream."""
     return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
 
@@ -210,16 +212,13 @@ class ServedReply:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all answers have ended."""
         return all(writing.reason is not None for writing in self.writings)
 
     def whole(self) -> dict[str, Any]:
-        """Return the object of all answers, which have ended."""
         return self._head | {"choices": [self._choice(i) for i in range(len(self.writings))],
                              "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
-        """Return how many tokens were read and written."""
         read = sum(self._begun.prompt_tokens)
         written = sum(len(writing.tokens) for writing in self.writings)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
@@ -247,17 +246,16 @@ class ServedReply:
     # streams
 
     def opening(self) -> list[dict[str, Any]]:
-        """Return the chunks that a stream begins with."""
         if not self._question.is_chat:
             return []
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.writings))]
 
     def news(self, index: int) -> list[dict[str, Any]]:
-        """Return the chunks of what is new in an answer."""
         writing = self.writings[index]
         if self._question.is_chat:
             return self._chat_news(index, writing)
         text = writing.sure_text() if writing.reason is None else writing.text()
+        # Sure text only grows, so what is new is its end.
         new = text[len(self._told[index].content):]
         if not new and writing.reason is None:
             return []
@@ -276,6 +274,7 @@ class ServedReply:
         self._told[index] = turn
         chunks = []
         if delta:
+            # The reason goes alone in the last chunk, as OpenAI sends it.
             chunks.append(self._chunk(index, delta, None, self._new_logprobs(index, writing)))
         if writing.reason is not None:
             reason = "tool_calls" if turn.calls else writing.reason
@@ -283,7 +282,6 @@ class ServedReply:
         return chunks
 
     def closing(self) -> list[dict[str, Any]]:
-        """Return the chunks that a stream ends with."""
         if not self._question.tells_usage:
             return []
         return [self._chunk_head() | {"choices": [], "usage": self.usage()}]
@@ -336,7 +334,6 @@ class ServedReply:
                 "text_offset": None}
 
     def _echo(self, index: int) -> str:
-        """Return what stands before an answer."""
         if not self._question.echoes:
             return ""
         number = index // self._question.num_choices

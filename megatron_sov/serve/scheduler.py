@@ -108,6 +108,7 @@ class RequestQueue:
             if self.num_waiting + question.num_sequences > self._max_waiting:
                 raise RefusedRequest(429, f"{self.num_waiting} answers wait already, of at most "
                                           f"{self._max_waiting}; try again in {RETRY_S} s")
+            # Under the same lock as the check, so that two requests cannot take one place.
             ticket = Ticket(question)
             self._tickets.append(ticket)
             self.num_waiting += question.num_sequences
@@ -130,6 +131,7 @@ class RequestQueue:
         with self._changed:
             if not self._tickets and wait_s:
                 self._changed.wait(wait_s)
+            # Those whose client has left are passed over, and no longer count as waiting.
             while self._tickets:
                 ticket = self._tickets.popleft()
                 if not ticket.has_left:
@@ -145,6 +147,7 @@ class RequestQueue:
     def taken_back(self) -> list[tuple[Ticket, int]]:
         """Return the answers for which nobody waits any more, each once."""
         with self._changed:
+            # Taken as a whole: what leaves from now on is for the next look.
             left, self._left = self._left, []
         return left
 
@@ -157,6 +160,7 @@ class RequestQueue:
         """Hand over what has come of requests."""
         if self._loop is None:
             raise RuntimeError("a desk that is not open has no requests")
+        # asyncio queues belong to the server's loop, and are not safe from this thread.
         self._loop.call_soon_threadsafe(_deliver, told)
 
 
@@ -196,11 +200,14 @@ class Clerk:
 
     def orders(self, num_free: int, is_idle: bool) -> Orders:
         """Return who joins and who leaves, see `Office`."""
+        # First who leaves, so that no slot is given to an answer that nobody wants.
         leaving = self._leaving()
         if self._desk.closed is None and self._wants_stop() is not None:
+            # Nothing new comes in; what waits and what is written has until the deadline.
             self._desk.close(CLOSING)
             self._deadline_s = time.monotonic() + DRAIN_S
         joining: list[Joining] = []
+        # Only while nothing runs: else the wait would hold up every answer under way.
         wait_s = WAIT_S if is_idle and self._desk.closed is None else 0.0
         while len(joining) < num_free:
             if not self._ready and not self._read_next(wait_s if not joining else 0.0):
@@ -240,6 +247,7 @@ class Clerk:
             return True
         self._desk.tell([(ticket, Begun(tuple(map(len, read.prompts)), read.in_thoughts, read.end_ids,
                                          tuple(map(tuple, read.prompts)) if question.echoes else ()))])
+        # Answers of one request are sequences of their own, prompt by prompt.
         for place in range(question.num_sequences):
             prompt, choice = divmod(place, question.num_choices)
             sampling = replace(question.sampling, max_new_tokens=read.limits[prompt])
@@ -262,10 +270,12 @@ class Clerk:
 
     def _leaving(self) -> list[int]:
         """Return the sequences under way for which nobody waits; those that have not begun are forgotten."""
+        # Tickets are compared by identity (`eq=False`), so a pair names one answer.
         left = set(self._desk.taken_back())
         if not left:
             return []
         numbers = {number for number, asked in self._under_way.items() if asked in left}
+        # Those that never joined are forgotten here; the others must leave on every process.
         waiting = {joining.number for joining in self._ready} & numbers
         self._ready = deque(joining for joining in self._ready if joining.number not in waiting)
         self._desk.began(len(waiting))
@@ -274,8 +284,8 @@ class Clerk:
         return sorted(numbers - waiting)
 
     def _give_up(self) -> None:
-        """Tell those who still wait that nothing more comes."""
         self._desk.close(CLOSING)
+        # Clients wait for a last event each, whether their answers have begun or not.
         tickets = {ticket for ticket, _ in self._under_way.values()}
         while (ticket := self._desk.next()) is not None:
             tickets.add(ticket)

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sov.base.artifacts import manifest_sha256
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.warning import warn
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.convert.sources import open_shards
 from megatron_sov.engine.data.token_shards import Source, tokenizer_folder
 from megatron_sov.engine.mcore.checkpoint import load

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.bench.lm import endpoint as lm_endpoint
+from megatron_sov.bench.lm import answers
 from megatron_sov.work.endpoints.answers import TEXTS
 
 
@@ -54,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedEndpoint]:
-    monkeypatch.setattr(lm_endpoint, "LIMITS", replace(lm_endpoint.LIMITS, backoff_s=0.001))
+    monkeypatch.setattr(answers, "LIMITS", replace(answers.LIMITS, backoff_s=0.001))
     with ScriptedEndpoint() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

@@ -22,7 +22,7 @@ from tool_episodes import BEGIN, END, TEMPLATE, chat_encoder
 
 TASK = """
 task: sums
-custom_dataset: !function megatron_sov.bench.suites.task_data.load
+custom_dataset: !function megatron_sov.bench.suites.catalogue.load
 dataset_path: json
 dataset_kwargs: {data_files: {test: "${DATA}/sums.jsonl"}}
 output_type: generate_until

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_sov.infer.logprob_gap import logprob_gap
+from megatron_sov.infer.decoder.logprobs import logprob_gap
 
 ENGINE = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
 TRAINER = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)

@@ -22,7 +22,7 @@ from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder
 from data_prep.synth.generators.autoif.constraints import Entailment
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.hf import load_hf
+from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.judge.rewards.classifier import Classifier
 from megatron_sov.model.pretrained import load_pretrained, weight_files
 

@@ -30,7 +30,7 @@ class Pairs:
 
 
 def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post import ranking
+    from megatron_sov.post import preference
 
     def logprobs(view: Any, documents: Pairs, chosen: range, seq_len: int, rows: int) -> np.ndarray:
         """Of each response -1 (better) or -2 a token, 0 where `document_logprobs` has no number."""
@@ -41,7 +41,7 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
             numbers.append(of)
         return np.concatenate(numbers)
 
-    monkeypatch.setattr(ranking, "document_logprobs", logprobs)
+    monkeypatch.setattr(preference, "document_logprobs", logprobs)
     events: list[dict[str, Any]] = []
     view: Any = SimpleNamespace(
         step=3, config=SimpleNamespace(data=DataConfig(phases=(PhaseConfig("main", seq_len=SEQ_LEN),)),
@@ -51,8 +51,8 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
     documents = Pairs()
     monkeypatch.setattr(Source, "shard", lambda self, split: documents)
     # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
-    assert ranking.rank_heldout_pairs(view, [source]) == {"pairs": {"pairs": 4, "right": 2.5 / 4}}
+    assert preference.rank_heldout_pairs(view, [source]) == {"pairs": {"pairs": 4, "right": 2.5 / 4}}
     assert events == [{"name": "heldout_pairs", "step": 3, "source": "pairs", "pairs": 4, "right": 2.5 / 4}]
     none = dataclasses.replace(source, name="none")
     monkeypatch.setattr(Pairs, "first", (9,) * 10)
-    assert ranking.rank_heldout_pairs(view, [none]) == {}
+    assert preference.rank_heldout_pairs(view, [none]) == {}

@@ -104,7 +104,7 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
         return bool(run_engine(VLLM, running.target, lambda engine: _answer(
             _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,
             batching=running.batching))
-    from megatron_sov.infer.engines.hf import HfEngine, load_hf
+    from megatron_sov.infer.engines.libraries import HfEngine, load_hf
 
     hf = load_hf(running.target.path)
     model = _Model(HfEngine(hf, running.batching).generate, partial(of_hf_model, hf))
@@ -120,6 +120,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
     """
     from megatron_sov.engine.mcore.parallel.world import on_first
 
+    # All processes cut the same chunks from the same requests; the first one says which is next.
     chunks = list(chunks_of(requests, model.num_shares, running.batching))
     begin_s, num_read, num_answered = time.monotonic(), 0, 0
     deal: Iterator[tuple[int, list[int]]] = iter(())
@@ -134,6 +135,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
             found = _chunk_answers(model, running, asked, flag) if asked else {}
             num_read, num_answered = num_read + sum(map(num_tokens, asked)), num_answered + len(found)
             if kept is not None:
+                # On disk before the next chunk is asked for: a kill loses one chunk at most.
                 answers.keep(found)
             bar.update(len(found))
     if kept is not None:
@@ -143,7 +145,6 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
 
 
 def num_tokens(request: Request) -> int:
-    """Return the tokens that a model is given with a request."""
     return len(request.read) + 1 if isinstance(request, AnswerScore) else len(request.prompt)
 
 
@@ -154,6 +155,7 @@ def chunks_of(requests: Sequence[Request], num_shares: int, batching: Batching) 
     tokens = count = 0
     chunk: list[Request] = []
     for group in readings([r for r in requests if isinstance(r, AnswerScore)]):
+        # A group is never cut: its answers come of one reading.
         if chunk and (tokens + len(group[0].read) > limit or count == size):
             yield chunk
             tokens, count, chunk = 0, 0, []
@@ -196,6 +198,7 @@ def of_forward_model(loaded: Loaded, groups: Sequence[Group]) -> dict[str, Answe
     dp_rank, dp_size = collectives.data_place()
     rows: list[list[Group]] = [[groups[i] for i in row] for row in rows_of([len(g[0].read) for g in groups])]
     rows += [[]] * (-len(rows) % dp_size)  # processes that share experts must run forward equally often
+    # Where the scores of each row begin in `found`, which all processes fill together.
     starts = [0, *accumulate(sum(map(len, row)) for row in rows)]
     found = torch.zeros(sum(map(len, groups)), 2, dtype=torch.float64)
     # a pipeline works on several rows at a time, which then are of one length
@@ -215,6 +218,7 @@ def of_forward_model(loaded: Loaded, groups: Sequence[Group]) -> dict[str, Answe
 @torch.no_grad()
 def of_hf_model(model: Any, groups: Sequence[Group]) -> dict[str, Answer]:
     """Return the answers of transformers' model to groups of scores."""
+    # Four bytes a logit, in float32.
     limit_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
     parts = []
     for lines in _lines(groups, limit_tokens):
@@ -254,9 +258,11 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _ItemRow) -> torch.
                         for group, end in zip(row.groups, ends, strict=True)])
     states = states_for_head(hidden[0], head.config)
     best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
+    # Once for all variants: the most probable token does not depend on what is judged.
     best[places] = head.top_tokens(context.pick(states, places)).cpu()
     number = [0, *accumulate(map(len, row.groups))]
     # documents that are judged twice and more, such as choices of one token, take the head as often
+    # The first score of every document, then the second one of those that have two, and so on.
     for variant in range(max(map(len, row.groups))):
         labels = torch.zeros_like(best)
         wanted = torch.zeros(len(best), dtype=torch.bool)
@@ -274,7 +280,6 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _ItemRow) -> torch.
 
 
 def _lines(groups: Sequence[Group], limit_tokens: int) -> list[Sequence[Group]]:
-    """Return the documents that go through a model together, as lines of one length."""
     found: list[Sequence[Group]] = []
     begin = 0
     for end in range(1, len(groups) + 1):

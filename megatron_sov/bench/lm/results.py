@@ -82,7 +82,6 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The name with its k, as `pass@8`."""
         return self.name if self.k is None else self.name.replace("@k", f"@{self.k}")
 
 
@@ -239,7 +238,6 @@ def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
 
 
 def _read(kind: type[T], raw: Any) -> T:
-    """Return what a file of somebody else's holds, with a value of the right type in every field."""
     found: T = _adapter(kind).validate_python(raw, extra="forbid")  # type: ignore[arg-type]
     return found
 
@@ -259,7 +257,6 @@ def _damaged(place: str, error: Exception) -> UserError:
 
 
 def score_name(metric: str, filter_name: str) -> str:
-    """Return the name of an item's score: that of its metric, with the filter where there is one."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
@@ -277,7 +274,6 @@ def table(results: Results) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
-    """Return cells in columns, of which some begin at their left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if column in left else cell.rjust(width)
                                for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
@@ -288,6 +284,7 @@ def metric_of_items(name: str, items: Sequence[ResultItem], notes: list[str]) ->
     """Return a figure over the items that have it; one that none has is not known."""
     there = [(number, item, value) for number, item in enumerate(items)
              if (value := item.scores.get(name)) is not None]
+    # `pass@8` is the metric pass@k with k = 8.
     k = int(name.rpartition("@")[2]) if name.rpartition("@")[2].isdigit() else None
     base = f"{name.rpartition('@')[0]}@k" if k is not None else name
     if not there:

@@ -33,7 +33,7 @@ from megatron_sov.train.stopping import StopFlag, stoppable
 from megatron_sov.work.progress.locks import holding, taking
 
 if TYPE_CHECKING:
-    from megatron_sov.bench.lm.endpoint import AsksEndpoint
+    from megatron_sov.bench.lm.answers import AsksEndpoint
     from megatron_sov.bench.lm.scoring import Dialogues
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
@@ -88,7 +88,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
             return None
         with holding(settings.asking_folder, f"--output {settings.output}"):
             try:
-                results, items, notes = _measured(target, tasks, settings, flag)
+                results, items, notes = _measure(target, tasks, settings, flag)
             except UserError:
                 with contextlib.suppress(OSError):  # what is refused leaves no folder in which nothing is
                     private.rmdir()
@@ -105,7 +105,6 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
 
 
 def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
-    """Run the model where another process talks to lm-eval."""
     from megatron_sov.bench.lm.local import answer_locally
     from megatron_sov.bench.lm.subject import subject_of
 
@@ -114,8 +113,8 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
         answer_locally(running, [], None, flag)
 
 
-def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
-              ) -> tuple[Results, list[ResultItem], list[str]]:
+def _measure(target: str, names: Sequence[str], settings: Settings, flag: StopFlag
+             ) -> tuple[Results, list[ResultItem], list[str]]:
     with quiet():
         from megatron_sov.bench.lm.subject import Bridge
     from megatron_sov.bench.lm.subject import subject_of
@@ -125,22 +124,23 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     kept = folder_of(settings.cache_folder, subject.identity)
     answers: dict[str, Answer] = {} if subject.running is None else Answers(kept)
     bridge = Bridge(subject.reading, answers)
-    tasks = [_built(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
+    tasks = [_build(name, task, loaded.files[name], bridge, settings) for name, task in loaded.tasks.items()]
     _refuse_unused(tasks, settings)
     asker: AsksEndpoint | None = None
     if subject.running is None:
-        from megatron_sov.bench.lm.endpoint import AsksEndpoint
+        from megatron_sov.bench.lm.answers import AsksEndpoint
 
         asker = AsksEndpoint(target, settings.endpoint, kept, answers)
     _ask(subject, asker, distinct(request for task in tasks for request in task.requests), answers, flag)
     dialogues = [task.dialogues for task in tasks if task.dialogues is not None]
+    # A turn at a time over all conversations, so that the engine has a full batch.
     while more := distinct(request for dialogue in dialogues for request in dialogue.go_on()):
         _ask(subject, asker, more, answers, flag)
     notes: list[str] = []
     scores: dict[str, TaskScores] = {}
     items: list[ResultItem] = []
     for task in tasks:
-        scores[task.name], of_task = _scored(task, bridge, settings, notes)
+        scores[task.name], of_task = _score_task(task, bridge, settings, notes)
         items += of_task
     scores |= _groups(loaded, scores)
     import lm_eval
@@ -148,8 +148,7 @@ def _measured(target: str, names: Sequence[str], settings: Settings, flag: StopF
     return Results(subject.model, scores, {"lm_eval": lm_eval.__version__}), items, notes
 
 
-def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
-    """Return a task with all that it asks."""
+def _build(name: str, task: Any, files: dict[str, str], bridge: Any, settings: Settings) -> _EvaluatedTask:
     if shown := next((f for f in ("doc_to_image", "doc_to_audio") if task.get_config(f)), None):
         raise UserError(f"task {name}: shows images or sound ({shown}), which is not evaluated; leave it out")
     protocol = _protocol(name, task, settings)
@@ -163,6 +162,7 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
         num_fewshot = settings.num_fewshot
     task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
+    # Before each task, so that its shots do not depend on the tasks before it.
     random.seed(PYTHON_SEED)
     np.random.seed(FEWSHOT_SEED)  # what lm-eval's samplers and metrics draw from
     mode = settings.mode or (protocol.mode if protocol else DEFAULT)
@@ -206,7 +206,6 @@ def _built(name: str, task: Any, files: dict[str, str], bridge: Any, settings: S
 
 
 def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
-    """Refuse how a task of conversations cannot be asked."""
     if not settings.chat_template:
         raise UserError(f"task {name}: asks whole conversations; pass --apply-chat-template")
     if protocol.turns_field and under_launcher():
@@ -215,7 +214,6 @@ def _refuse_conversation(name: str, protocol: Any, settings: Settings) -> None:
 
 
 def _sov(task: Any) -> dict[str, Any]:
-    """Return what a task's definition says under `metadata.sov`."""
     metadata = task.get_config("metadata")
     given = metadata.get("sov") if isinstance(metadata, dict) else None
     return given if isinstance(given, dict) else {}
@@ -232,7 +230,6 @@ def _protocol(name: str, task: Any, settings: Settings) -> Any:
 
 
 def _refuse_unused(tasks: Sequence[_EvaluatedTask], settings: Settings) -> None:
-    """Refuse what would change none of the tasks, and not be missed."""
     given = [*([] if settings.samples is None else [f"--samples {settings.samples}"]),
              *(f"--judge {setting}" for setting in settings.judge)]
     if given and all(task.protocol is None for task in tasks):
@@ -270,8 +267,8 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
                             "kept; run the same command again to go on")
 
 
-def _scored(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores,
-                                                                                              list[ResultItem]]:
+def _score_task(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[str]) -> tuple[TaskScores,
+                                                                                                  list[ResultItem]]:
     """Return a task's figures and items; what could not be computed joins `notes`."""
     from megatron_sov.bench.lm import scoring
 
@@ -305,7 +302,6 @@ def _scored(task: _EvaluatedTask, bridge: Any, settings: Settings, notes: list[s
 
 
 def _sampling(requests: Sequence[Request]) -> TaskSampling:
-    """Return how the answers of one of lm-eval's tasks are written."""
     from megatron_sov.bench.lm.answers import Write
 
     first = next((request for request in requests if isinstance(request, Write)), None)
@@ -316,7 +312,6 @@ def _sampling(requests: Sequence[Request]) -> TaskSampling:
 
 
 def _groups(loaded: LoadedTasks, scores: dict[str, TaskScores]) -> dict[str, TaskScores]:
-    """Return the figures of groups that have some of their own."""
     from megatron_sov.bench.lm.scoring import group_metrics
 
     found: dict[str, TaskScores] = {}
@@ -338,7 +333,6 @@ def _groups(loaded: LoadedTasks, scores: dict[str, TaskScores]) -> dict[str, Tas
 
 
 def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
-    """Add the figures to the events of a run, but for those that it has."""
     if settings.run is None:
         return
     step = results.model.step if results.model.step is not None else events.last_step()

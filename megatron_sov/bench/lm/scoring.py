@@ -48,7 +48,6 @@ class _Document:
 
 
 def documents_of(task: Any) -> dict[int, list[Any]]:
-    """Return a task's instances by the number of their item, in order."""
     found: dict[int, list[Any]] = {}
     for instance in task.instances:
         found.setdefault(instance.doc_id, []).append(instance)
@@ -62,6 +61,7 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> ScoredTa
     for document in documents.values():
         _fill(document, bridge)
     answered = [d for d in documents.values() if d.failed is None]
+    # Filters run over all instances of a task, so those without an answer must be gone.
     task._instances = [instance for d in answered for instance in d.instances]
     raw: dict[tuple[str, str], list[tuple[_Document, Any]]] = {}
     if answered:
@@ -73,10 +73,12 @@ def score_task(task: Any, bridge: Bridge, cluster_field: str | None) -> ScoredTa
     metrics = []
     clusters = {id(d): cluster_of(d.doc, cluster_field) for d in documents.values()}
     if not raw:
+        # Nothing was answered: every figure is there, and not known.
         raw = {(str(metric), "none"): [] for metric in aggregations}
     for (metric, name), values in raw.items():
         aggregate = aggregations.get(metric) or _mean
         for document, value in values:
+            # An item alone gets the same aggregation, so its score has the figure's unit.
             document.scores[score_name(metric, name)] = _figure(aggregate, [value])[0]
         groups = [clusters[id(document)] for document, _ in values]
         told = _metric(metric, name, [value for _, value in values], groups, aggregate,
@@ -125,6 +127,7 @@ def _metric(name: str, filter_name: str, values: Sequence[Any], clusters: Sequen
     stderr: float | None = None
     interval: tuple[float, float] | None = None
     try:
+        # Only a mean has the errors of a mean; corpus figures get a jackknife.
         if value is not None and _are_numbers(values) and math.isclose(value, _mean(values), abs_tol=1e-12):
             found = mean_of([float(v) for v in values], groups)
             stderr, interval = found.standard_error, found.interval
@@ -171,6 +174,7 @@ def _jackknife(aggregate: Callable[[Any], Any], values: Sequence[Any], clusters:
         return None, None
     without = []
     for group in range(size):
+        # Whole clusters are left out, since their items depend on one another.
         kept = [v for v, cluster in zip(values, clusters, strict=True) if numbers[cluster] % size != group]
         found, _ = _figure(aggregate, kept)
         if found is None:
@@ -186,7 +190,6 @@ def _jackknife(aggregate: Callable[[Any], Any], values: Sequence[Any], clusters:
 
 
 def _spread(without: Sequence[float]) -> float:
-    """Return the jackknife's error from figures of which each lacks one group."""
     size = len(without)
     middle = math.fsum(found / size for found in without)
     # a sum of squares would be beyond the largest number from 1e154 on
@@ -226,7 +229,6 @@ def question_and_answer(task: Any, doc: Any) -> tuple[str, str]:
 
 
 def hash_of_prompts(instances: Sequence[Any]) -> str:
-    """Return the hash of requests as the model is given them."""
     digest = hashlib.sha256()
     for instance in instances:
         digest.update(json.dumps([instance.request_type, *instance.args], default=str).encode() + b"\n")
@@ -247,6 +249,7 @@ def group_metrics(group: Any, metrics: Mapping[str, Sequence[Metric]], sizes: Ma
             better[name] = metric.higher_is_better
             if metric.value is None:
                 unknown.add(name)
+            # lm-eval's aggregation needs a number; `unknown` takes the result back.
             values[name] = 0.0 if metric.value is None else metric.value
             values[f"{metric.name}_stderr,{metric.filter}"] = metric.stderr or 0.0
         flat[task] = values
@@ -260,7 +263,6 @@ def group_metrics(group: Any, metrics: Mapping[str, Sequence[Metric]], sizes: Ma
 
 
 def generation_of(protocol: Any, task: Any, bridge: Bridge) -> dict[str, Any]:
-    """Return how a task's answers are written, in lm-eval's words."""
     until = (task.get_config("generation_kwargs") or {}).get("until") or []
     most = bridge.max_gen_tokens or protocol.max_tokens
     return {"until": until, "do_sample": protocol.temperature > 0, "temperature": protocol.temperature,
@@ -304,10 +306,10 @@ def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int
                                 made.doc[protocol.turns_field][turn],
                                 known[turn] if turn < len(known) else "",
                                 values, samples, lacking or scores.failed))
-    return _scored(items, folded)
+    return _sum_up(items, folded)
 
 
-def _scored(items: list[ResultItem], folded: Folded) -> tuple[ScoredTask, str]:
+def _sum_up(items: list[ResultItem], folded: Folded) -> tuple[ScoredTask, str]:
     notes: list[str] = []
     metrics = tuple(metric_of_items(name, items, notes) for name in folded.metric_names)
     at_limit = sum(scores.num_at_limit for scores in folded.items)
@@ -337,7 +339,7 @@ def score_sampled(protocol: Any, task: Any, bridge: Bridge, workers: int) -> tup
         values = {name: scores.scores.get(name) for name in folded.metric_names}
         items.append(ResultItem(task.task_name, str(number), doc_hash(made.doc), protocol.cluster(made.doc),
                                 question, answer, values, samples, lacking.get(number, scores.failed)))
-    return _scored(items, folded)
+    return _sum_up(items, folded)
 
 
 Messages = list[dict[str, str]]
@@ -397,6 +399,7 @@ class Dialogues:
             try:
                 found = self._bridge.answer(self._request(dialogue))
             except NotAnswered as e:
+                # A conversation ends at a turn without an answer: later questions build on it.
                 dialogue.failed = str(e)
                 continue
             text = str(found["text"])

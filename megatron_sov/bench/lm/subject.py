@@ -92,13 +92,13 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:
-    """Return a model's tokenizer, the tokens that end its answers, and its special tokens by their text."""
     from megatron_sov.base.chat.folder import read_chat_encoder
     from megatron_sov.infer.engines.load import load_tokenizer
 
     folder = target.tokenizer_folder
     tokenizer = load_tokenizer(folder)
     ends = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()
+    # As for generation: a folder may name more ends than the tokenizer's eos.
     ends |= generation_ends(target)
     if chat:
         encoder = read_chat_encoder(folder)
@@ -261,6 +261,7 @@ class Bridge(TemplateLM):
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt, **self.template_kwargs))
         except Exception as e:  # whatever a foreign template does
+            # One more try without them; what fails then is refused.
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) < len(chat_history):  # many templates know no system message, as lm-eval has it
                 return self.apply_chat_template(without, add_generation_prompt)
@@ -305,7 +306,6 @@ class Bridge(TemplateLM):
                             "--tokenizer DIR, the folder of its model's tokenizer")
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of both, as `TemplateLM.loglikelihood` does."""
         self._needs_tokens()
         if context:
             return self._encode_pair(context, continuation)
@@ -321,12 +321,13 @@ class Bridge(TemplateLM):
         if len(continuation) > self.max_length:
             raise UserError(f"a continuation whose likelihood is asked for has {len(continuation)} tokens, "
                             f"and the model ends at {self.max_length}; leave the task out")
+        # The last token is judged and never read, hence the + 1.
         kept = max(1, self.max_length + 1 - len(continuation))
         return AnswerScore(tuple(context[-kept:]), tuple(continuation))
 
     def _write(self, prompt: str, given: dict[str, Any], sample: int, instance: Instance) -> Write:
         try:
-            asked = self._asked(given, sample)
+            asked = self._read_generation(given, sample)
         except (TypeError, ValueError, OverflowError) as e:
             told = visible(str(given))
             raise UserError(f"task {instance.task_name}: generation_kwargs {told:.200}: cannot be used "
@@ -341,7 +342,7 @@ class Bridge(TemplateLM):
         tokens = self._prompt_tokens(prompt)
         return replace(asked, prompt=tuple((tokens or [self.prefix_token_id])[-room:]))
 
-    def _asked(self, given: dict[str, Any], sample: int) -> Write:
+    def _read_generation(self, given: dict[str, Any], sample: int) -> Write:
         """Return a continuation as lm-eval's `generation_kwargs` ask for it, without its prompt.
 
         Raises:

@@ -103,6 +103,7 @@ def find(folders: list[TaskFolder]) -> FoundTasks:
         here: dict[str, Definition] = {}
         for file in sorted(folder.path.rglob("*.yaml")):
             try:
+                # A link could show any file of this machine as a task.
                 if not folder.trusted and not file.resolve().is_relative_to(folder.path.resolve()):
                     raise UserError(f"{file}: is a link to outside of {folder.path}; put the file inside")
                 definition = Definition(file, folder, _read(file, folder.path, 0))
@@ -116,6 +117,7 @@ def find(folders: list[TaskFolder]) -> FoundTasks:
                 raise UserError(f"{file}: defines {name!r}, and so does {here[name].file}; "
                                 "rename one of them")
             here[name] = definition
+        # Earlier folders win over later ones.
         found.definitions = here | found.definitions
     for name, definition in found.definitions.items():
         for tag in _texts(definition.config.get("tag"), f"{definition.file}: tag"):
@@ -141,6 +143,7 @@ def _read(file: Path, root: Path, depth: int) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: holds no settings of a task; write `task: NAME` and what belongs to it")
     try:
+        # Aliases make a small file huge, so values are counted as they unfold.
         for number, (_, value) in enumerate(_walk(config, "")):
             if number == MAX_VALUES:
                 raise UserError(f"{file}: holds more than {MAX_VALUES:,} values, aliases counted, so it is "
@@ -158,23 +161,25 @@ def _read(file: Path, root: Path, depth: int) -> dict[str, Any]:
         if not included.is_file():
             raise UserError(f"{file}: include {name!r} does not exist, so the task folder is incomplete; put "
                             f"{included.name} there")
+        # Later includes win over earlier ones, the file itself over all.
         merged |= {key: value for key, value in _read(included, root, depth + 1).items()
                    if key != "task_list"}
     return merged | config
 
 
 def _texts(value: Any, said: str) -> list[str]:
-    """Return a setting that is a text or a list of texts."""
-    found = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    found = value if isinstance(value, list) else [value]
     if wrong := [part for part in found if not isinstance(part, str)]:
         raise UserError(f"{said} is {wrong[0]!r:.80}; write a text, or a list of texts")
     return found
 
 
 def _place(path: Path, said: str) -> Path:
-    """Return where a path leads, links followed."""
     try:
         place = path.resolve()
+        # Looked at once here: a path with a NUL or too long a name raises in many other places.
         place.is_file()
         os.fsencode(place)
     except (OSError, ValueError, RuntimeError):
@@ -208,7 +213,7 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
         files: list[Path] = []
         given = dict(config.get("dataset_kwargs") or {})
         if "data_files" in given:
-            given["data_files"] = _located(given["data_files"], definition, data_dir, said, files)
+            given["data_files"] = _locate(given["data_files"], definition, data_dir, said, files)
         return config | {"dataset_kwargs": given}, files
     if path is None or path not in LOADERS:
         if path is not None and not may_download:
@@ -224,7 +229,7 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
                         f"{', '.join(sorted(DATASET_KWARGS))}; leave it out")
     given.pop("trust_remote_code", None)
     files = []
-    given["data_files"] = _located(given.get("data_files"), definition, data_dir, said, files)
+    given["data_files"] = _locate(given.get("data_files"), definition, data_dir, said, files)
     if wrong := [f for f in files if f.suffix not in LOADERS[path]]:
         raise UserError(f"{said}: {wrong[0]} is no file of {path}, which end in "
                         f"{' or '.join(LOADERS[path])}; name them so")
@@ -232,12 +237,12 @@ def prepared(definition: Definition, data_dir: Path | None, *, may_download: boo
     return config, files
 
 
-def _located(value: Any, definition: Definition, data_dir: Path | None, said: str, files: list[Path]) -> Any:
+def _locate(value: Any, definition: Definition, data_dir: Path | None, said: str, files: list[Path]) -> Any:
     """Return data files in the form they were given in, as absolute paths, which join `files`."""
     if isinstance(value, dict):
-        return {split: _located(names, definition, data_dir, said, files) for split, names in value.items()}
+        return {split: _locate(names, definition, data_dir, said, files) for split, names in value.items()}
     if isinstance(value, list):
-        return [_located(name, definition, data_dir, said, files) for name in value]
+        return [_locate(name, definition, data_dir, said, files) for name in value]
     if not isinstance(value, str):
         raise UserError(f"{said}: dataset_kwargs.data_files is {value!r}; write a path for each split")
     if value.startswith(DATA) and data_dir is None:
@@ -329,6 +334,7 @@ def offline(allow_download: bool, cache: Path) -> Path:
             os.environ[name] = "1"
     private = cache / "datasets"
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Private, since `datasets` reads back what lies in its cache.
     os.environ["HF_DATASETS_CACHE"] = str(private)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -351,7 +357,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
     Raises:
         UserError: one does not exist, is incomplete, or would do what it may not.
     """
-    found, names = _named(names, sources)
+    found, names = _find_named(names, sources)
     with quiet():
         from lm_eval.tasks import TaskManager
 
@@ -369,6 +375,7 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
     groups: dict[str, Any] = {}
     for name in names:
         loaded = _load(manager, name)
+        # A task and its group would be asked and counted twice.
         if twice := sorted(set(loaded["tasks"]) & set(tasks)):
             raise UserError(f"--tasks {','.join(names)}: {twice[0]} is asked for twice; name it once")
         tasks |= loaded["tasks"]
@@ -379,13 +386,12 @@ def load_tasks(names: Sequence[str], sources: TaskSources, cache: Path) -> Loade
 def refuse_unknown(names: Sequence[str], sources: TaskSources) -> None:
     """Raise `UserError` where a task is in no folder; imports no lm-eval, whose own tasks, with
     `allow_download`, it does not know."""
-    found, names = _named(names, sources)
+    found, names = _find_named(names, sources)
     if not sources.allow_download:
         _closure(names, found, {})
 
 
-def _named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks, list[str]]:
-    """Return what the folders define, and the names, with a tag's tasks in its place."""
+def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks, list[str]]:
     folders = [TaskFolder(path, sources.allow_code) for path in sources.folders]
     if SUITES.is_dir():
         folders.append(TaskFolder(SUITES, True))
@@ -412,7 +418,6 @@ def _load(manager: Any, name: str) -> Any:
 
 
 def _closure(names: Sequence[str], found: FoundTasks, built_in: Mapping[str, Any]) -> list[str]:
-    """Return the names that are needed, those of groups' members too."""
     needed: dict[str, None] = {}
     left = list(names)
     while left:
@@ -448,7 +453,6 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
 
 
 def _entry(definition: Definition, sources: TaskSources, cache: Path) -> tuple[Any, list[Path]]:
-    """Return a definition as lm-eval keeps it, and its data files."""
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks._index import Entry, Kind
 
@@ -468,12 +472,12 @@ def _entry(definition: Definition, sources: TaskSources, cache: Path) -> tuple[A
         content = hashlib.sha256(json.dumps(_hashes(files)).encode()).hexdigest()[:16]
         config["dataset_kwargs"]["cache_dir"] = str(cache / "datasets" / content)
     if definition.folder.trusted:
-        config = _resolved(config)
+        config = _resolve(config)
     return Entry(name=config["task"], kind=Kind.PY_TASK if "class" in config else Kind.TASK, yaml_path=None,
                  cfg=config), files
 
 
-def _resolved(value: Any) -> Any:
+def _resolve(value: Any) -> Any:
     """Return settings with the functions that their words name; of trusted folders only."""
     from lm_eval.tasks._yaml_loader import _import_func_in_yml
 
@@ -484,8 +488,8 @@ def _resolved(value: Any) -> Any:
             raise UserError(f"{value.folder}: !function {value} cannot be imported "
                             f"({told_in_a_line(e):.200}); mend it") from e
     if isinstance(value, dict):
-        return {key: _resolved(child) for key, child in value.items()}
-    return [_resolved(child) for child in value] if isinstance(value, list) else value
+        return {key: _resolve(child) for key, child in value.items()}
+    return [_resolve(child) for child in value] if isinstance(value, list) else value
 
 
 def _cage_templates() -> None:
@@ -515,7 +519,7 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
                                     if name not in ("data_files", "cache_dir")}  # paths of this machine
     if isinstance(config.get("metadata"), dict):
         config["metadata"] = {k: v for k, v in config["metadata"].items() if k != "config_source"}
-    told = json.dumps([config, lm_eval.__version__, dict(files)], sort_keys=True, default=_described)
+    told = json.dumps([config, lm_eval.__version__, dict(files)], sort_keys=True, default=_describe)
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", told).encode())  # of partial functions, each time
     if not files:  # of the hub: by its items
         for doc in task.eval_docs:
@@ -523,7 +527,7 @@ def hash_of(task: Any, files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     """Return what stands for a value that JSON knows nothing of, without addresses in memory."""
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 

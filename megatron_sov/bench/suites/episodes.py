@@ -21,16 +21,15 @@ from megatron_sov.base.chat.tool_calls import BadCall, ToolCall, parse_turn
 from megatron_sov.base.documents.messages import REASONING
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.registry import PluginOrder
-from megatron_sov.bench.lm.endpoint import endpoint_at
+from megatron_sov.bench.lm.answers import endpoint_at
 from megatron_sov.bench.lm.results import (
     EvaluatedModel, ResultItem, Results, ResultSample, TaskSampling, TaskScores, judged_by, metric_of_items,
     write_results)
 from megatron_sov.bench.lm.settings import EndpointSettings
 from megatron_sov.bench.lm.tasks import DATA
-from megatron_sov.bench.suites.catalogue import TaskFile
+from megatron_sov.bench.suites.catalogue import TaskData, TaskFile
 from megatron_sov.bench.suites.folding import fold, folded_results
 from megatron_sov.bench.suites.protocol import Folded, Protocol, SuiteResponse, TaskItem
-from megatron_sov.bench.suites.task_data import TaskData
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools import registry
 from megatron_sov.judge.tools.environment import INFRASTRUCTURE, Task
@@ -95,9 +94,9 @@ def _result(protocol: Protocol, episode: Episode) -> Result:
 
 
 def _without_failed(folded: Folded, episodes: Sequence[Sequence[Episode]]) -> Folded:
-    """Return scores without those of items of which an episode failed by what it ran on."""
     items = []
     for item, played in zip(folded.items, episodes, strict=True):
+        # What a broken tool cost is no score of the model.
         failed = [episode for episode in played if episode.end == INFRASTRUCTURE]
         if failed:
             item = dataclasses.replace(
@@ -190,30 +189,33 @@ def said_in(answer: Any) -> Said:
         raise UserError("the endpoint does not tell the tokens of its answers (`usage`), by which an "
                         "episode's limits are counted; serve the model with one that does, such as vLLM or "
                         "`megatron-sov serve`")
+    # Servers name thoughts differently; they are given back under the name that they came by.
     told = next((name for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
     given: Message = {"role": "assistant", "content": content or ""}
     text = content or ""
     if calls:
-        pieces = [_written(call) for call in calls]
+        # Written as text and read again: judged as strictly as a local model's calls.
+        pieces = [_write_call(call) for call in calls]
         given["tool_calls"] = [_given_back(parse_turn(piece).calls[0]) for piece in pieces]
-        text = text.replace(BEGIN_CALL, _broken(BEGIN_CALL)) + "".join(pieces)
+        # Marks in the text itself are no calls: the server has taken those out.
+        text = text.replace(BEGIN_CALL, _break_mark(BEGIN_CALL)) + "".join(pieces)
     elif found := parse_turn(text).calls:  # a server without a parser of calls leaves them in the text
         thoughts, end, _ = text.rpartition(END_THOUGHTS)
         given |= {"content": f"{thoughts}{end}{parse_turn(text).content}",
                   "tool_calls": [_given_back(call) for call in found]}
     if told is not None:
         given[told] = message[told]
-        thoughts = message[told].replace(END_THOUGHTS, _broken(END_THOUGHTS))
+        thoughts = message[told].replace(END_THOUGHTS, _break_mark(END_THOUGHTS))
         text = f"{BEGIN_THOUGHTS}{thoughts}{END_THOUGHTS}{text}"
     return Said(text, given, choice.get("finish_reason") == "length", *tokens)
 
 
-def _broken(mark: str) -> str:
+def _break_mark(mark: str) -> str:
     """Return a mark as text: what an endpoint has told apart already is not told apart once more."""
     return f"{mark[0]} {mark[1:]}"
 
 
-def _written(call: Any) -> str:
+def _write_call(call: Any) -> str:
     """Return a call as a model writes it, so that it is read as strictly as where no endpoint stands
     between."""
     function = call.get("function") if isinstance(call, Mapping) else None

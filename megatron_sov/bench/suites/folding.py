@@ -56,7 +56,7 @@ def fold(protocol: Protocol, items: Sequence[TaskItem], workers: int = 0) -> Fol
         judging, judge[name or "reward"] = _judge_of(protocol, {**protocol.reward_settings, **settings},
                                                      workers or num_cores())
         with judging:
-            by_variant[name] = _judged(judging, protocol, items)
+            by_variant[name] = _judge_items(judging, protocol, items)
     return folded_results(protocol, items, by_variant, judge)
 
 
@@ -69,7 +69,6 @@ def folded_results(protocol: Protocol, items: Sequence[TaskItem],
 
 
 def _refuse_other_prompts(protocol: Protocol, items: Sequence[TaskItem]) -> None:
-    """Refuse answers to something else than what the task asks."""
     if protocol.environment and not protocol.reward:
         raise UserError(f"task {protocol.task}: is played with tools (environment {protocol.environment}); "
                         "one answer to its question has no score")
@@ -98,7 +97,6 @@ class _OwnScorer(AbstractContextManager["_OwnScorer"]):
 
 
 def _judge_of(protocol: Protocol, settings: Mapping[str, Any], workers: int) -> tuple[Any, dict[str, Any]]:
-    """Return what judges, to be entered, and what it is, for the record."""
     if protocol.reward in OWN_SCORERS:
         try:
             own = OWN_SCORERS[protocol.reward](**settings)
@@ -120,13 +118,15 @@ def _judge_of(protocol: Protocol, settings: Mapping[str, Any], workers: int) -> 
         "settings": {name: value for name, value in settings.items() if name not in hidden}}
 
 
-def _judged(judging: Any, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
+def _judge_items(judging: Any, protocol: Protocol, items: Sequence[TaskItem]) -> list[list[Result]]:
     flat = ((item, response) for item in items for response in item.responses)
     results: list[Result] = []
     while batch := list(islice(flat, BATCH_ROWS)):
         made = [_row(protocol, item, response) for item, response in batch]
+        # Rows that cannot be judged have a result already, and keep their place.
         given = iter(judging.score([row for row in made if not isinstance(row, Result)]))
         results += [row if isinstance(row, Result) else next(given) for row in made]
+    # Results come in the order of responses, so each item takes as many as it has.
     in_order = iter(results)
     return [list(islice(in_order, len(item.responses))) for item in items]
 
@@ -162,6 +162,7 @@ def metrics_of(protocol: Protocol, results: Sequence[Result]) -> dict[str, float
     rewards = [result.reward for result in results if result.reward is not None]
     right = [reward >= protocol.right_from for reward in rewards]
     found: dict[str, float] = {}
+    # A mean over fewer samples than the protocol asks would have another name.
     if "avg" in protocol.metrics and len(rewards) >= protocol.samples:
         found[f"avg@{protocol.samples}"] = fmean(right if protocol.counts == "right" else rewards)
     counts = _counts(protocol, [result for result in results if result.reward is not None])
@@ -180,8 +181,10 @@ def consensus(counts: PromptCounts, k: int) -> float:
     if k < counts.num_scored:
         return majority_at_k(counts.num_right, counts.wrong, counts.num_silent, k)
     most = max(counts.wrong.values(), default=0)
+    # Right answers vote together; another answer with more votes wins.
     if not counts.num_right or counts.num_right < most:
         return 0.0
+    # A tie is broken by lot.
     return 1 / (1 + sum(count == counts.num_right for count in counts.wrong.values()))
 
 
@@ -268,7 +271,6 @@ def _instructions(doc: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turn(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """The known answer to this question of a conversation, where there is one."""
     known = doc.get("reference") or []
     return {"answer": known[doc[TURN]]} if doc[TURN] < len(known) else {}
 
@@ -312,6 +314,7 @@ def unpacked(value: str, field: str) -> str:
     """
     try:
         stream = zlib.decompressobj()
+        # Bounded: a small text may unpack to more than there is memory.
         raw = stream.decompress(base64.b64decode(value, validate=True), MAX_BYTES)
     except (binascii.Error, ValueError, zlib.error) as e:
         raise Refused(f"{field} is neither JSON nor packed as the publisher packs it ({e})") from None
@@ -320,6 +323,7 @@ def unpacked(value: str, field: str) -> str:
     texts = []
     try:
         for opcode, argument, _ in pickletools.genops(raw):
+            # Read opcode by opcode, and never executed: a pickle is a program.
             if opcode.name in _TEXTS:
                 texts.append(argument)
             elif opcode.name not in _AROUND:

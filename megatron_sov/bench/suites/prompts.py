@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.samplers import ContextSampler
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.suites.task_data import questions
+from megatron_sov.bench.suites.catalogue import questions
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -45,8 +45,7 @@ DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "promp
 """Keys beside the protocol: what the catalogue and the reading of the data need."""
 
 
-def _known(*tables: Mapping[str, Any]) -> Bound:
-    """Return the bound of a name that a table has, or of code of a user's own."""
+def _bound_of_names(*tables: Mapping[str, Any]) -> Bound:
     among = one_of(lambda: {name for table in tables for name in table})
     return Bound(lambda name: None if not name or is_reference(name) else among.broken(name))
 
@@ -84,7 +83,7 @@ class Protocol:
     mode: Mode = "default"
     """Of a reasoning model: `enable_thinking` of its chat template, true or false; default: as the template
     has it."""
-    reward: Annotated[str, _known(REWARDS, OWN_SCORERS)] = ""
+    reward: Annotated[str, _bound_of_names(REWARDS, OWN_SCORERS)] = ""
     """What judges a response: a reward of room `rewards`, FILE.py:NAME, or one of `own_scorers`; empty with
     an environment: its own score counts."""
     reward_settings: Mapping[str, Any] = field(default_factory=dict)
@@ -109,7 +108,7 @@ class Protocol:
     turns_field: str = ""
     """Field with a list of questions that are asked in one conversation, each behind the answers to those
     before it; every turn is judged as an item, with the conversation up to it."""
-    environment: Annotated[str, _known(ENVIRONMENTS)] = ""
+    environment: Annotated[str, _bound_of_names(ENVIRONMENTS)] = ""
     """Tool environment of room `tools` that is played in place of one answer."""
     environment_settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the environment; `${DATA}` stands for the folder of the data."""
@@ -176,7 +175,6 @@ class Protocol:
 
 
 def cluster_of(doc: Any, cluster_field: str | None) -> str | None:
-    """Return what an item has in common with those that belong to it."""
     value = doc.get(cluster_field) if cluster_field else None
     return None if value is None else str(value)
 
@@ -202,7 +200,7 @@ def protocol_of(metadata: Any, task: str, allow_code: bool = False) -> Protocol 
     if not {"samples", "reward", "environment"} & set(settings):
         return None
     where = f"task {task}: metadata.{KEY}"
-    protocol = _made(task, settings, where)
+    protocol = _make(task, settings, where)
     if not allow_code and (problems := _untrusted(protocol)):
         raise UserError(list_problems(where, problems, "pass --allow-task-code if you trust the file"))
     return protocol
@@ -228,7 +226,6 @@ def _untrusted(protocol: Protocol) -> list[str]:
 
 
 def _of_operation(reward: str) -> set[str]:
-    """Return the settings of a reward that say how it runs, and the address of a judge."""
     if reward not in REWARDS:
         return set()
     module, name = REWARDS[reward]
@@ -247,11 +244,10 @@ def changed(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
                           else value)
     if "samples" in changes and "k" not in changes:  # draws are no larger than what there is
         settings["k"] = tuple(k for k in protocol.k if k <= changes["samples"])
-    return _made(protocol.task, settings, f"task {protocol.task}")
+    return _make(protocol.task, settings, f"task {protocol.task}")
 
 
 def changed_as_asked(protocol: Protocol, asked: JudgedSettings) -> Protocol:
-    """Return a protocol with what a command's options change."""
     changes: dict[str, Any] = {} if asked.mode is None else {"mode": asked.mode}
     if asked.samples is not None:
         changes["samples"] = asked.samples
@@ -260,7 +256,7 @@ def changed_as_asked(protocol: Protocol, asked: JudgedSettings) -> Protocol:
     return changed(protocol, changes) if changes else protocol
 
 
-def _made(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
+def _make(task: str, settings: Mapping[str, Any], where: str) -> Protocol:
     if "task" in settings:
         raise SettingsError(where, [SettingsProblem(ProblemCode.UNKNOWN, "task", "is told by the task itself",
                                                     way_out="drop it")])
@@ -360,7 +356,6 @@ class ShortAnswer:
 
 
 def _plain(answer: str) -> str:
-    """Return an answer's words without case, punctuation and articles."""
     text = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -176,7 +176,7 @@ def _measure(args: RankOptions, target: Target, on_policy: Callable[[Any], Any],
     if given:
         raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
                         "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
-    from megatron_sov.infer.engines.hf import load_hf
+    from megatron_sov.infer.engines.libraries import load_hf
 
     return on_hf(load_hf(target.path))
 
@@ -185,7 +185,7 @@ def _needle(args: NeedleOptions) -> int:
     events = _begin(args, args.target, out=args.out)
     from megatron_sov.eval.needle.suite import result_of, run_suite, table
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.hf import HfEngine
+    from megatron_sov.infer.engines.libraries import HfEngine
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(args.target)
@@ -210,8 +210,8 @@ def _pairs(args: PairsOptions) -> int:
     from megatron_sov.engine.data.vocabulary import refuse_other_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.document_logprobs import document_logprobs, document_logprobs_hf
-    from megatron_sov.post.ranking import ranked
+    from megatron_sov.post.preference import ranked
+    from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
 
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens

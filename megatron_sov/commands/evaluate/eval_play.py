@@ -132,7 +132,7 @@ def _by_engine(game: _Game, events: RunEvents) -> str:
     from megatron_sov.bench.lm.results import EvaluatedModel
     from megatron_sov.bench.lm.subject import content_hash
     from megatron_sov.bench.suites.episodes import order_of
-    from megatron_sov.infer.media.player import Player, Runs
+    from megatron_sov.infer.turns import Player, Runs
 
     args, protocol = game.args, game.protocol
     player = Player(Path(args.target), Runs(args.engine, args.settings, args.nproc), protocol.episode_limits,

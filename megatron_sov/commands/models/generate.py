@@ -25,9 +25,9 @@ from megatron_sov.base.settings import (
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.commands.models.media_options import CodecsOptions, check_media, media_decoders, shown_media
 from megatron_sov.commands.shared_options import ModelPath, step_of
-from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
+from megatron_sov.infer.asking import (
+    ModelPrompt, SamplingRequest, asked_of, check_engine, check_length, read_prompts, response_lines)
 from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
-from megatron_sov.infer.prompts import ModelPrompt, read_prompts, response_lines
 from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, StopRule
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing

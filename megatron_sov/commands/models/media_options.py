@@ -15,8 +15,8 @@ from megatron_sov.commands.shared_options import ModelPath, RecordOptions
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions, WholeSampling
 
 if TYPE_CHECKING:
+    from megatron_sov.infer.media.media_prompts import ShownMedia
     from megatron_sov.infer.media.media_replies import MediaDecoders
-    from megatron_sov.infer.media.shown_media import ShownMedia
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CodecsOptions:
 
 def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
     """Return what sees and hears media below a folder."""
-    from megatron_sov.infer.media.shown_media import ShownMedia
+    from megatron_sov.infer.media.media_prompts import ShownMedia
 
     given = {IMAGE: args.image_tokenizer, AUDIO: args.audio_tokenizer}
     return ShownMedia(root, {kind: folder for kind, folder in given.items() if folder is not None})

@@ -40,7 +40,7 @@ def run(typed: argparse.Namespace) -> int:
     """
     args = read_options(SspFuseOptions, typed)
     load_plugins(args.plugins)
-    from megatron_sov.post.ssp.probing import TABLE, experts_of
+    from megatron_sov.post.ssp import TABLE, experts_of
 
     first = Path(args.checkpoints[0])
     if (first / TABLE / MANIFEST).is_file():

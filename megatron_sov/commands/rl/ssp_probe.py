@@ -31,7 +31,7 @@ from megatron_sov.work.processes.children import run_command
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
-    from megatron_sov.post.ssp.probing import ProbedCheckpoint
+    from megatron_sov.post.ssp import ProbedCheckpoint
 
 PROBING_SETS = "probing_sets"
 """Kind of the artifact that `sov-data probing-sets` writes."""
@@ -68,14 +68,14 @@ def run(typed: argparse.Namespace) -> int:
     """
     args = read_options(SspProbeOptions, typed)
     events, domains = RunEvents(args.run), _checked(args)
-    from megatron_sov.post.ssp import probing
+    from megatron_sov.post import ssp
 
-    candidates = probing.candidates_of(args.checkpoints)
-    enter_rounds(args.output, args.output / probing.ASKED, _asked(args, domains), "--output", "answers",
-                 {args.output / probing.PROBLEMS})
-    known = probing.known_candidates(args.output, candidates)
+    candidates = ssp.candidates_of(args.checkpoints)
+    enter_rounds(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output", "answers",
+                 {args.output / ssp.PROBLEMS})
+    known = ssp.known_candidates(args.output, candidates)
     with disk_errors(args.output):
-        problems = probing.write_problems(args.output, domains)
+        problems = ssp.write_problems(args.output, domains)
     missing = [c for c in known if not c.is_done(args.output)]
     commands = [_words(args, candidate, problems) for candidate in missing]
     if args.dry_run:
@@ -90,11 +90,11 @@ def run(typed: argparse.Namespace) -> int:
         if (code := run_command(["megatron_sov", *words], "the same command goes on")) != ExitCode.OK:
             return code
     with work_bar("estimate", len(known), "checkpoint") as bar:
-        content = probing.write_table(args.output, known, args.k, args.right_from)
+        content = ssp.write_table(args.output, known, args.k, args.right_from)
         bar.update(len(known))
     events.add("ssp_probe", step=events.last_step(), output=str(args.output), reward=args.reward,
                samples=args.samples, **content)
-    print(probing.table(content))
+    print(ssp.table(content))
     return ExitCode.OK
 
 

@@ -149,7 +149,7 @@ def _run(args: ToolsRunOptions) -> int:
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.infer.media.player import Player, Runs
+    from megatron_sov.infer.turns import Player, Runs
     from megatron_sov.post.distillation.teacher import weights_digest
 
     player = Player(args.target, Runs(args.engine, args.engine_set, args.nproc, ENGINE_SET), limits,

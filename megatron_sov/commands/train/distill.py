@@ -74,9 +74,8 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.distillation.distill import Distillation, measure_heldout
+    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, measure_heldout
     from megatron_sov.post.distillation.state_files import StateFiles
-    from megatron_sov.post.parts.kept_teacher import KeptTeacher
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stages.stage import Stage, run_stage
 
@@ -154,7 +153,7 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
 def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateFiles, vocab_size: int
                    ) -> None:
     """Raise `UserError` where a folder cannot be learned from together with one that is still to be made."""
-    from megatron_sov.post.parts.kept_teacher import refuse_other_kept
+    from megatron_sov.post.distillation.distill import refuse_other_kept
 
     refuse_other_kept(made, asked, vocab_size)
     if not asked.top_k and made.kept.dtype != args.states_dtype:

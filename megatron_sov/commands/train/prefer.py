@@ -52,8 +52,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.preference import objective_of
-    from megatron_sov.post.ranking import rank_heldout_pairs
+    from megatron_sov.post.preference import objective_of, rank_heldout_pairs
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stages.stage import Stage, run_stage
 

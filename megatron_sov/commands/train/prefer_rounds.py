@@ -24,8 +24,8 @@ from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.option_words import words_of
 from megatron_sov.commands.score import ScoreOptions
 from megatron_sov.commands.train.forgetting_gate import TunedOptions
+from megatron_sov.infer.asking import read_prompts
 from megatron_sov.infer.engine import MEGATRON
-from megatron_sov.infer.prompts import read_prompts
 from megatron_sov.infer.request import Sampling
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import RunConfig, layout_settings

@@ -49,6 +49,7 @@ class NeedleDocuments:
         beside at least one question."""
         statement, question = _told_tokens(kind, form), _question_tokens(kind, form)
         room, questions = self.length_tokens // statement, self.settings.train_questions
+        # Without a number of their own, needles fill the share that the test's distractors have.
         wanted = self.settings.train_needles or max(MIN_DENSEST, int(self.settings.distractor_share * room))
         if needles_asked(kind) == 1:  # every needle is asked for while questions last
             return min(wanted, room // 2 if room // 2 <= questions else room - questions,
@@ -62,7 +63,6 @@ class NeedleDocuments:
         return min(num_needles // needles_asked(kind), self.settings.train_questions, room)
 
     def least_tokens(self, kind: NeedleKind, form: NeedleForm) -> int:
-        """Return the tokens of a question and of the needles that it asks for."""
         return needles_asked(kind) * _told_tokens(kind, form) + _question_tokens(kind, form)
 
     @property
@@ -79,7 +79,6 @@ class NeedleDocuments:
         return self._make(document)[1][start:start + count]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8: all text."""
         return np.zeros(count, np.uint8)
 
     @property
@@ -135,8 +134,10 @@ def _one_needle_each(made: NeedleDocuments, kind: NeedleKind, haystack: Haystack
     num_asked = min(num_needles, settings.train_questions)
     text = haystack.text(generator, made.length_tokens - (num_needles + num_asked) * len(statements[0]))
     places = np.sort(generator.integers(0, len(text) + 1, num_needles))
+    # Asked in another order than told: copying the context in order must not be enough.
     asked = generator.permutation(num_needles)
     if generator.random() < LAST_NEEDLE_SHARE:
+        # Places are sorted, so this is the last needle; it is asked for first.
         places[-1] = len(text)
         asked = np.concatenate([[num_needles - 1], asked[asked != num_needles - 1]])
     answered = _weights(settings, slots, (0.0, settings.answer_weight))
@@ -156,6 +157,7 @@ def _several_needles_each(made: NeedleDocuments, kind: NeedleKind, haystack: Hay
     text = haystack.text(generator, made.length_tokens - plan.tokens)
     starts = generator.integers(0, len(text) + 1, num_questions)
     if generator.random() < LAST_NEEDLE_SHARE:
+        # Places are drawn from all of the text, so the last one would almost never come up.
         starts[0] = len(text)
     told, places = place_told(plan, generator, starts.tolist(), len(text))
     asked = [[*question, *answer.ravel().tolist()]

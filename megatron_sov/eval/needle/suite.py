@@ -107,6 +107,7 @@ class NeedleSuite:
     def example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
                 sample: int) -> Example:
         """Return one example; nothing but the suite's fields and these decides what it is."""
+        # The 0 parts kind and language, so that no two cells share a seed.
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
         return make_example(kind, haystack, generator, length, depth,
@@ -291,6 +292,7 @@ def weave(text: np.ndarray, told: Sequence[Sequence[int] | np.ndarray], places: 
     in the order given."""
     parts: list[Sequence[int] | np.ndarray] = []
     last = 0
+    # Stable: sentences of one place keep their order, which a chain needs.
     for i in np.argsort(np.array(places), kind="stable").tolist():
         parts += [text[last:places[i]], told[i]]
         last = places[i]
@@ -310,8 +312,10 @@ def make_example(kind: NeedleKind, haystack: Haystack, generator: np.random.Gene
         num_distractors: as `distractors_of` gives.
     """
     sentences = haystack.form.draw_sentences(generator, test=True)
+    # The plan first: the text fills exactly what the sentences leave.
     plan = make_plan(kind, haystack.form, sentences, generator, 1, num_distractors, test=True)
     text = haystack.text(generator, length - plan.tokens)
+    # `depth` places the first asked needle alone; all others are anywhere.
     told, places = place_told(plan, generator, [round(depth * len(text))], len(text))
     prompt = [*weave(text, told, places).tolist(), *plan.questions[0]]
     return Example(prompt, [(int(a), int(b)) for a, b in plan.answers[0]], kind in IN_ANY_ORDER)
@@ -356,6 +360,7 @@ def _multi_value(form: NeedleForm, sentences: Sentences, generator: np.random.Ge
                  num_distractors: int, test: bool) -> NeedlePlan:
     num_asked = num_questions * NUM_ASKED
     keys, values = (form.draw(generator, num_asked + num_distractors, test=test) for _ in range(2))
+    # One key with several values, each told in a sentence of its own.
     keys[:num_asked] = np.repeat(keys[:num_asked:NUM_ASKED], NUM_ASKED, axis=0)
     told = _statements(sentences, keys, values)
     return NeedlePlan(_groups(told, num_questions), told[num_asked:],
@@ -395,7 +400,6 @@ def _statements(sentences: Sentences, keys: np.ndarray, values: np.ndarray) -> l
 
 
 def _groups(items: _Items, num_questions: int) -> list[_Items]:
-    """Return what each question asks for, of items that begin with what is asked."""
     return [items[i * NUM_ASKED:(i + 1) * NUM_ASKED] for i in range(num_questions)]
 
 

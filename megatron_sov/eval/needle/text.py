@@ -135,6 +135,7 @@ def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[
     vocabulary = tokenizer.get_vocab_size(with_added_tokens=False)
     wanted = min(MAX_WORDS, max(NUM_WORDS, vocabulary // TOKENS_PER_WORD))
     words: list[int] = []
+    # From the last merge on: the rarest words first.
     for token in range(vocabulary - 1, -1, -1):
         if len(words) == wanted:
             break
@@ -146,6 +147,7 @@ def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[
 def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], bool]) -> bool:
     text = tokenizer.decode([token], skip_special_tokens=False)
     word = text[1:]
+    # A leading space and one token for the whole text: the word is the same token in any sentence.
     return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES
             and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
             and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
@@ -183,7 +185,6 @@ class NeedlePhrases:
 
 
 def phrases(language: Language, *, test: bool) -> tuple[NeedlePhrases, ...]:
-    """Return a language's phrases for tests, or those for training."""
     return tuple(p for p in PHRASES[language] if is_for_tests(p.statement) == test)
 
 
@@ -294,6 +295,7 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     for source in usable:
         documents = source.shard(split)
         named = next((name for name in LANGUAGES if name == source.name), None)
+        # What the user says, then the source's name, then its text.
         language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
         special = np.array(special_tokens(tokenizer), np.int64)
         found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
@@ -309,11 +311,19 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
                  for name in LANGUAGES if name in found and (not languages or name in languages))
 
 
+def _kind_of(character: str) -> str:
+    if "\uac00" <= character <= "\ud7a3":
+        return "korean"
+    if "\u0e00" <= character <= "\u0e7f":
+        return "thai"
+    if character.isalpha():
+        return "letter"
+    return "sign" if character in CODE_SIGNS else "other"
+
+
 def detect_language(text: str) -> Language:
     """Return the language of a text, by its letters and signs."""
-    signs = Counter("korean" if "\uac00" <= c <= "\ud7a3" else "thai" if "\u0e00" <= c <= "\u0e7f"
-                    else "letter" if c.isalpha() else "sign" if c in CODE_SIGNS else "other"
-                    for c in text if not c.isspace())
+    signs = Counter(_kind_of(character) for character in text if not character.isspace())
     letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
     if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:
         return "korean" if signs["korean"] >= signs["thai"] else "thai"
@@ -339,11 +349,13 @@ class DocumentsText:
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         lengths = self.documents.lengths
         document = int(generator.integers(len(lengths)))
+        # Anywhere inside, since documents begin alike.
         start = int(generator.integers(int(lengths[document]) or 1))
         parts: list[np.ndarray] = []
         found = 0
         while found < count:
             ids = self.documents.tokens(document, start, min(int(lengths[document]) - start, count - found))
+            # An end of document inside of a context would cut it in two.
             ids = ids[~np.isin(ids, self.special)]
             parts.append(ids)
             found += len(ids)
@@ -383,6 +395,7 @@ class FileText:
             while found < count:
                 text = f.read(READ_BYTES) + f.readline()
                 if not text:
+                    # At the end it goes on from the beginning, as a split does.
                     f.seek(0)
                     continue
                 parts.append(self._ids(text.decode("utf-8", "replace"))[:count - found])

@@ -25,13 +25,16 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     probable tokens the lower ids come first.
     """
     shares = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+    # No sort where nothing is cut off.
     if not sampling.top_k and sampling.top_p == 1:
         return shares
     ordered, tokens = shares.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered[:, sampling.top_k:] = 0
+        # top_p is a share of what top_k has left.
         ordered /= ordered.sum(dim=-1, keepdim=True)
     before = ordered.cumsum(dim=-1) - ordered
+    # By the sum before a token, not with it: the most probable one always stays.
     ordered[before >= sampling.top_p] = 0
     kept = torch.zeros_like(shares).scatter(1, tokens, ordered)
     return kept / kept.sum(dim=-1, keepdim=True)
@@ -86,6 +89,7 @@ def accepted_by_chance(drafts: Sequence[int], guesses: torch.Tensor, targets: to
     """
     for place, (token, uniform) in enumerate(zip(drafts, uniforms, strict=True)):
         p, q = targets[place], guesses[place]
+        # u >= p / q, without the division.
         if uniform * float(q[token]) >= float(p[token]):
             return place, (p - q).clamp(min=0)
     return len(drafts), targets[len(drafts)]

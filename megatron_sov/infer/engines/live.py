@@ -19,8 +19,8 @@ from megatron_sov.engine.mcore.decode.cached_decoder import CachedDecoder, over_
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model.kv_cache import CacheSize
 from megatron_sov.engine.mcore.parallel.values import broadcast_object
-from megatron_sov.infer.continuation import Continuation
-from megatron_sov.infer.decoder.decoding import Decoding, pieces_of, table_of
+from megatron_sov.infer.decoder.continuation import Continuation
+from megatron_sov.infer.decoder.generator import Decoding, pieces_of, table_of
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule, Tells, Written
 
 
@@ -144,6 +144,7 @@ class _Live:
         if office is not None:
             orders = office.orders(self._num_slots * self._size - len(self._places), not self._places)
         if dist.get_world_size() > 1:
+            # All processes do the same in the same order: it decides the rows that they read together.
             orders = broadcast_object(orders)
         for number in orders.leaving:
             place = self._forget(number)
@@ -155,6 +156,7 @@ class _Live:
 
     def _join(self, joining: Joining) -> None:
         held = [place.share for place in self._places.values()]
+        # The process with the fewest sequences; all of them count alike, so that nobody has to say which.
         share = min(range(self._size), key=held.count)
         own = None
         if share == self._rank:
@@ -179,22 +181,24 @@ class _Live:
         # process, and zeros on the others: the sums are its token
         table = torch.zeros(len(self._places), 3, dtype=torch.int64)
         for row, (number, place) in zip(table, self._places.items(), strict=True):
+            # There are no drafts, so a row brings at most one token of a sequence.
             if place.own is not None and len(place.own.logprobs) > self._written[number]:
                 bits = torch.tensor([place.own.logprobs[-1]], dtype=torch.float64).view(torch.int64)
                 row[:] = torch.tensor([1, place.own.tokens[-1], int(bits[0])])
         table = over_shares(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
+        # A count of 0: the sequence waits, or its prompt is still being read.
         written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
             self._places, table.tolist(), logprobs, strict=True) if count}
-        told = self._ranked(list(written))
+        told = self._gather_ranked(list(written))
         return [self._news(number, token, logprob, told.get(number, ()))
                 for number, (token, logprob) in written.items()]
 
-    def _ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
-        """Return what is told of sequences that have a new token, on all processes."""
+    def _gather_ranked(self, numbers: Sequence[int]) -> dict[int, tuple[Written, ...]]:
         asked = [(number, place) for number in numbers if (place := self._places[number]).tells.something]
         if not asked:
             return {}
+        # With the first token come those of the prompt but its first: as many as the prompt has.
         sizes = [place.prompt_tokens if place.tells.prompt and not self._written[number] else 1
                  for number, place in asked]
         pieces: list[Written] = []
@@ -209,6 +213,7 @@ class _Live:
     def _news(self, number: int, token: int, logprob: float, ranked: tuple[Written, ...]) -> News:
         place, reason = self._places[number], None
         self._written[number] += 1
+        # Every process finds the end from the token, and forgets the sequence at the same row.
         if token in place.end_ids:
             reason = STOP
         elif self._written[number] >= place.limit:

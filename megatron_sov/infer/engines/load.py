@@ -75,8 +75,10 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
             place = world.join(config.parallel)
             try:
                 value = work(Loaded(load_forward_model(path, config), config, place))
+                # Ranks are processes of their own, so the result comes back as a file.
                 if place.is_main:
                     result.write_text(json.dumps(value), encoding="utf-8")
+                # Nobody leaves the group while the first one still works or writes.
                 dist.barrier()
             finally:
                 world.leave()

@@ -120,6 +120,7 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
+        # In a process of its own, whose memory is free again before the model is loaded.
         code = launcher.apart(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
@@ -136,6 +137,7 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
             and the number of processes.
     """
     made_with = settings_of(checkpoint)
+    # One process and its own precision: the layout of the training run does not matter here.
     train = dataclasses.replace(made_with.train, precision="bf16" if on_gpu() else "fp32", num_threads=0,
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings,

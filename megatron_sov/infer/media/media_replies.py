@@ -1,15 +1,22 @@
-"""A model that is shown pictures and sounds, and that draws and speaks: from parts to files.
+"""A model that is shown pictures and sounds, and that draws and speaks: from its ids to parts, and from parts
+to files.
+
+Codebook entries stand between marks (`base/chat/media_tokens.py`) among the ids of a text.  Speech and text
+may alternate; all audio tokens of a reply are one sound, as in the authors' serving code (OmniServe,
+`extract_audio_info`), and `speak` plays it while the text goes on.
 
 Blocks of media that it writes are whole.  A picture is its start, its ratio, `grid` rows of `grid` entries
-with an end of line behind each, an end of frame, and its end; speech is entries between a start and an
-end.  Outside of blocks there are no entries.
+with an end of line behind each, an end of frame, and its end; speech is entries between a start and an end.
+Outside of blocks there are no entries.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +24,215 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.chat import media_tokens as marks
+from megatron_sov.base.chat import media_tokens as spelling
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import check_length
-from megatron_sov.infer.media.media_prompts import Parts, blocks_of, prompts_of, refuse_unknown_kinds
-from megatron_sov.infer.media.shown_media import ShownMedia
-from megatron_sov.infer.media.spoken import Audio, Image, MarkIds, Text, parts_of
+from megatron_sov.infer.media.media_prompts import (
+    Parts, ShownMedia, blocks_of, prompts_of, refuse_unknown_kinds)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_sov.infer.engines.load import Loaded
     from megatron_sov.infer.engines.target import Target
+    from megatron_sov.omni.codecs.folder import Vocoder
+
+
+_BOTH = re.compile(r"<user_transcript>.*?</user_transcript>\s*(?=.*<assistant_transcript>)", re.DOTALL)
+_TAGS = re.compile(r"</?(?:user|assistant)_transcript>|\s*<audio_decoder_call>\s*")
+_SPEAKER = re.compile(r"<speaker_info>(\{[^{}]*\})</speaker_info>")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Ids of text, marks of media taken out."""
+
+    ids: tuple[int, ...]
+    """In order."""
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Speech."""
+
+    tokens: tuple[int, ...]
+    """Entries of the audio codebook, from 0."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture."""
+
+    tokens: tuple[int, ...]
+    """Entries of the image codebook, from 0, row by row."""
+    ratio: tuple[int, int] = (1, 1)
+    """Width : height."""
+    complete: bool = True
+    """Whether its end mark came; False: the reply broke off, or went on with something else."""
+
+
+Part = Text | Audio | Image
+
+
+@dataclass(frozen=True)
+class MarkIds:
+    """Ids of the marks in one vocabulary; without any, codebook entries alone say where a medium is."""
+
+    image: tuple[int, ...] = ()
+    """Start and end of a discrete picture."""
+    audio: tuple[int, ...] = ()
+    """Start and end of discrete speech."""
+    in_image: frozenset[int] = frozenset()
+    """Ends of rows and of the picture."""
+    ratios: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Id -> width : height."""
+
+    @staticmethod
+    def of(id_of: Callable[[str], int | None]) -> MarkIds:
+        """Return the ids of the published marks.
+
+        Args:
+            id_of: a token's id; None where the vocabulary has no such token.
+        """
+        def known(names: Iterable[str]) -> tuple[int, ...]:
+            return tuple(found for found in map(id_of, names) if found is not None)
+
+        ratios = {found: ratio for ratio in spelling.RATIOS
+                  if (found := id_of(spelling.ratio(*ratio))) is not None}
+        return MarkIds(known(spelling.DISCRETE_IMAGE), known(spelling.DISCRETE_AUDIO),
+                       frozenset(known((spelling.END_OF_LINE, spelling.END_OF_FRAME))), ratios)
+
+
+class SpokenReply:
+    """Splits a reply while it comes."""
+
+    def __init__(self, blocks: Sequence[VocabularyBlock], marks: MarkIds) -> None:
+        """Args:
+            blocks: of the vocabulary's codebooks.
+            marks: of the vocabulary.
+        """
+        self._blocks = {block.kind: block for block in blocks}
+        self._marks = marks
+        self._picture: list[int] | None = None
+        self._ratio = (1, 1)
+
+    def feed(self, token_id: int) -> list[Part]:
+        """Return the parts that an id completes: text and speech at once, a picture with its end mark."""
+        # An entry without a start mark opens a picture as well: a vocabulary may have no marks.
+        entry = self._entry(IMAGE, token_id)
+        if entry is not None:
+            self._picture = [*(self._picture or []), entry]
+            return []
+        marks = self._marks
+        if token_id in marks.image[:1]:
+            done = self.finish()
+            self._picture = []
+            return done
+        if self._picture is not None and (token_id in marks.in_image or token_id in marks.ratios):
+            self._ratio = marks.ratios.get(token_id, self._ratio)
+            return []
+        # Anything else ends an open picture, whole only by its own end mark.
+        done = self._close(complete=token_id in marks.image[1:])
+        if token_id in (*marks.image, *marks.audio):
+            return done
+        entry = self._entry(AUDIO, token_id)
+        return [*done, Text((token_id,)) if entry is None else Audio((entry,))]
+
+    def finish(self) -> list[Part]:
+        """Return what is left when no more ids come: a picture that broke off."""
+        return self._close(complete=False)
+
+    def _entry(self, kind: str, token_id: int) -> int | None:
+        block = self._blocks.get(kind)
+        return token_id - block.first if block is not None and block.first <= token_id < block.end else None
+
+    def _close(self, complete: bool) -> list[Part]:
+        if self._picture is None:
+            return []
+        picture = Image(tuple(self._picture), self._ratio, complete)
+        self._picture, self._ratio = None, (1, 1)
+        return [picture]
+
+
+def parts_of(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: MarkIds) -> list[Part]:
+    """Return a whole reply's parts in order; neighbours of text, and of speech, are one part.
+
+    Args:
+        ids: of the reply, without the prompt.
+        blocks: of the vocabulary's codebooks.
+        marks: of the vocabulary.
+    """
+    reply, parts = SpokenReply(blocks, marks), list[Part]()
+    for part in (part for token_id in [*ids, None]
+                 for part in (reply.finish() if token_id is None else reply.feed(token_id))):
+        last = parts[-1] if parts else None
+        if isinstance(part, Text) and isinstance(last, Text):
+            parts[-1] = Text(last.ids + part.ids)
+        elif isinstance(part, Audio) and isinstance(last, Audio):
+            parts[-1] = Audio(last.tokens + part.tokens)
+        else:
+            parts.append(part)
+    return parts
+
+
+def speak(parts: Iterable[Part], vocoder: Vocoder, speaker: str,
+          piece_tokens: int = 5) -> Iterator[Text | Image | torch.Tensor]:
+    """Yield text and pictures as they come, and the sound of a reply's speech as soon as it can be heard.
+
+    Args:
+        parts: of a reply, e.g. what `SpokenReply.feed` returns, one after another.
+        vocoder: of the audio tokenizer.
+        speaker: one of its voices.
+        piece_tokens: audio tokens that become sound together; fewer are heard sooner, more cost less.
+            What is left before a text or at the end is not held back.
+    """
+    import torch
+
+    held, waiting = list[int](), list[torch.Tensor]()
+
+    def pieces() -> Iterator[torch.Tensor]:
+        while waiting:
+            yield waiting.pop()
+
+    # one sound comes out for one piece that goes in, so asking for the next sound takes the next piece; when
+    # none is left, what is late comes
+    sounds = vocoder.stream(pieces(), speaker)
+
+    def say() -> Iterator[torch.Tensor]:
+        if held:
+            waiting.append(torch.tensor(held))
+            held.clear()
+            yield from (sound for sound in (next(sounds),) if len(sound))
+
+    # Speech is held back up to `piece_tokens`; before text it is spoken first, in the order of the reply.
+    for part in parts:
+        if isinstance(part, Audio):
+            for token in part.tokens:
+                held.append(token)
+                if len(held) >= piece_tokens:
+                    yield from say()
+        else:
+            yield from say()
+            yield part
+    yield from say()
+    yield from sounds
+
+
+def transcript(text: str) -> tuple[str, dict[str, Any]]:
+    """Return what to show of a spoken reply's text, and what it says about the speaker.
+
+    The rules are those of the authors' serving code (omni_chainer/core/openai/v1/track_b.py): what the user
+    said goes where what the model says stands beside it, and the tags go always.
+    """
+    found, speaker = _SPEAKER.search(text), dict[str, Any]()
+    if found:
+        try:
+            speaker = json.loads(found.group(1))
+        except ValueError:
+            speaker = {}
+    return _TAGS.sub("", _BOTH.sub("", _SPEAKER.sub("", text))).strip(), speaker
 
 
 # What a model draws and says, as files: its tokens by a decoder, or by a tokenizer's own plain one.
@@ -117,6 +321,7 @@ class MediaDecoders:
         said = [token for part in parts if isinstance(part, Audio) for token in part.tokens]
         tokens = self.grid ** 2
         pictures = list[Path]()
+        # A decoder needs all entries of the grid.
         whole = [part for part in drawn if part.complete and len(part.tokens) == tokens]
         if IMAGE in out:
             for number, part in enumerate(whole):
@@ -270,12 +475,12 @@ class BlockRules:
             UserError: the vocabulary lacks what is needed for what it is to draw or say.
         """
         needed = {IMAGE: grid > 0, AUDIO: says}
-        for kind, names in ((IMAGE, marks.DISCRETE_IMAGE), (AUDIO, marks.DISCRETE_AUDIO)):
+        for kind, names in ((IMAGE, spelling.DISCRETE_IMAGE), (AUDIO, spelling.DISCRETE_AUDIO)):
             if needed[kind] and (kind not in blocks or None in map(id_of, names)):
                 raise UserError(f"the model has no discrete tokens of kind {kind}, or its tokenizer no marks "
                                 "for them; train one whose tokenizer `sov-tokenizer media` wrote, with "
                                 f"model.{kind}_tokens set")
-        known = {name: found for name in marks.MARKS if (found := id_of(name)) is not None}
+        known = {name: found for name in spelling.MARKS if (found := id_of(name)) is not None}
         return BlockRules(vocab_size, blocks, known, grid, says, max_audio_tokens)
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
@@ -288,6 +493,7 @@ class BlockRules:
         found = np.ones(self.vocab_size, bool)
         for block in self.blocks.values():
             found[block.first:block.end] = False
+        # Marks stand around blocks only; a start is allowed again below.
         found[list(self.ids.values())] = False
         starts = [self._start(kind) for kind, may in ((IMAGE, self.grid), (AUDIO, self.says)) if may]
         found[starts] = True
@@ -295,9 +501,10 @@ class BlockRules:
 
     def _open(self, written: Sequence[int]) -> tuple[str, Sequence[int]]:
         """Return the kind of the block that has not ended, and what stands in it; "": none."""
-        ends = {self.ids.get(name) for name in (marks.DISCRETE_IMAGE[1], marks.DISCRETE_AUDIO[1])} - {None}
-        starts = {self.ids.get(names[0]): kind for kind, names in (
-            (IMAGE, marks.DISCRETE_IMAGE), (AUDIO, marks.DISCRETE_AUDIO))}
+        blocks = {IMAGE: spelling.DISCRETE_IMAGE, AUDIO: spelling.DISCRETE_AUDIO}
+        starts = {self.ids.get(names[0]): kind for kind, names in blocks.items()}
+        ends = {self.ids.get(names[1]) for names in blocks.values()} - {None}
+        # Backwards to the nearest mark, so that long replies with many pictures cost no more.
         for place in range(len(written) - 1, -1, -1):
             if written[place] in ends:
                 break
@@ -306,30 +513,36 @@ class BlockRules:
         return "", ()
 
     def _in_picture(self, inside: Sequence[int]) -> list[int]:
-        """Return the ids that may stand next in a picture."""
-        ratios = [self.ids[name] for name in (marks.ratio(w, h) for w, h in marks.RATIOS) if name in self.ids]
+        names = [spelling.ratio(width, height) for width, height in spelling.RATIOS]
+        ratios = [self.ids[name] for name in names if name in self.ids]
         if ratios and not inside:
             return ratios
-        place, row = len(inside) - bool(ratios), self.grid + (marks.END_OF_LINE in self.ids)
+        # The ratio comes before the first row; each row ends with its own mark, where the vocabulary has one.
+        place, row = len(inside), self.grid
+        if ratios:
+            place -= 1
+        if spelling.END_OF_LINE in self.ids:
+            row += 1
         if place < row * self.grid:
             if place % row == self.grid:
-                return [self.ids[marks.END_OF_LINE]]
+                return [self.ids[spelling.END_OF_LINE]]
             block = self.blocks[IMAGE]
             return list(range(block.first, block.end))
-        if place == row * self.grid and marks.END_OF_FRAME in self.ids:
-            return [self.ids[marks.END_OF_FRAME]]
-        return [self.ids[marks.DISCRETE_IMAGE[1]]]
+        if place == row * self.grid and spelling.END_OF_FRAME in self.ids:
+            return [self.ids[spelling.END_OF_FRAME]]
+        return [self.ids[spelling.DISCRETE_IMAGE[1]]]
 
     def _in_speech(self, inside: Sequence[int]) -> np.ndarray:
         found, block = np.zeros(self.vocab_size, bool), self.blocks[AUDIO]
         if not self.max_audio_tokens or len(inside) < self.max_audio_tokens:
             found[block.first:block.end] = True
+        # Speech has one entry at least.
         if inside:
-            found[self.ids[marks.DISCRETE_AUDIO[1]]] = True
+            found[self.ids[spelling.DISCRETE_AUDIO[1]]] = True
         return found
 
     def _start(self, kind: str) -> int:
-        return self.ids[{IMAGE: marks.DISCRETE_IMAGE, AUDIO: marks.DISCRETE_AUDIO}[kind][0]]
+        return self.ids[{IMAGE: spelling.DISCRETE_IMAGE, AUDIO: spelling.DISCRETE_AUDIO}[kind][0]]
 
     def _only(self, ids: Sequence[int]) -> np.ndarray:
         found = np.zeros(self.vocab_size, bool)

@@ -1,8 +1,8 @@
 """Learning a teacher's distribution of the next token, over the labels that the data have learned; and how
 far the student is from it on held-out documents, before the first step and after the last.
 
-What the teacher says was computed before (`post.teacher`), so that nothing of it is in memory but its output
-head, on the last pipeline stage.
+The teacher's numbers were computed before (`teacher`), so that nothing of it is in memory but its output
+head, on the last pipeline stage.  They are read at the tokens of a micro-batch that this process holds.
 """
 
 from __future__ import annotations
@@ -10,19 +10,166 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from safetensors import safe_open
 
+from megatron_sov.base.artifacts import file_damage, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.data.order import OrderedSample
-from megatron_sov.engine.data.rows import heldout_samples, join_rows, sample_row
+from megatron_sov.engine.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
 from megatron_sov.engine.data.token_shards import Source
+from megatron_sov.engine.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.engine.mcore.model.logprobs import Head
-from megatron_sov.engine.mcore.parallel import collectives
-from megatron_sov.post.parts.kept_teacher import KeptTeacher
+from megatron_sov.engine.mcore.parallel import collectives, context
+from megatron_sov.engine.mcore.parallel.device import to_device
+from megatron_sov.engine.mcore.parallel.world import ParallelWorld
+from megatron_sov.model.config.post_training import DistillationConfig
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 from megatron_sov.train.stages.gate import GateView
+
+
+class KeptTeacher:
+    """A teacher that has read the data before."""
+
+    def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
+                 vocab_size: int) -> None:
+        """Check that it can be learned from as the settings ask.
+
+        Args:
+            folders: what is kept of it.
+            asked: the settings.
+            sources: those that the run reads.
+            vocab_size: the student's.
+
+        Raises:
+            UserError: something else of it was kept, it has not read a source, it knows other token ids, or
+                the folders are of several teachers.
+        """
+        for files in folders:
+            refuse_other_kept(files, asked, vocab_size)
+        first = folders[0]
+        for files in folders[1:]:
+            if (files.teacher, files.dtype) != (first.teacher, first.dtype):
+                raise UserError(f"{files.folder}: is of teacher {files.teacher} in {files.dtype}, and "
+                                f"{first.folder} of {first.teacher} in {first.dtype}; name folders of one")
+        self.teacher, self.divergence = first.teacher, Divergence(asked.beta, asked.temperature)
+        self._by_source = {index: files for files in folders for index in files.sources}
+        for index, source in enumerate(sources):
+            if index not in self._by_source:
+                raise UserError(f"{', '.join(str(files.folder) for files in folders)}: the teacher has not "
+                                f"read source {source.name!r} of {source.artifact}; let `megatron-sov "
+                                "distill states` read it, and name its folder by --states too")
+        self._files, self._keep_remainder = first, asked.keep_remainder
+        self._head: torch.Tensor | None = None
+
+    def verify(self, world: ParallelWorld) -> None:
+        """Look at every file that is kept, each on one process; called by all together.
+
+        Raises:
+            UserError: one is missing or is not what was written; on every process.
+        """
+        folders = sorted({files.folder for files in self._by_source.values()})
+        files = [(folder / name, record) for folder in folders
+                 for name, record in read_manifest(folder).files.items()]
+        # A checksum reads the whole file, so each process takes its share; then all name the same one.
+        own = range(world.rank, len(files), world.size)
+        damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
+        for number in collectives.of_all_ranks(float(damaged)):
+            if number:
+                raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
+                                "`megatron-sov distill states`")
+
+    def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
+        """Return what it says at the local tokens of a micro-batch.
+
+        Args:
+            batch: rows of documents of a split.
+            head: the student's, by which the teacher's is split.
+            split: which.
+
+        Raises:
+            UserError: it has not read one of them.
+        """
+        rows = self._rows(batch.origins, context.pieces(len(batch.labels)), split)
+        if self._files.kept.top_k:
+            ids, logprobs = unpacked(rows)
+            # Above 0 the teacher says nothing: `heard` gives no weight, and 0 keeps it finite.
+            return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._keep_remainder)
+        # Read once, and only on the last stage, which alone asks.
+        if self._head is None:
+            self._head = self._read_head(head)
+        return TeacherStates(rows, self._head, self._files.logits_softcap)
+
+    def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
+        """Return [n] what each label of a whole row weighs: as in the data where the teacher says something,
+        and 0 where its tokens do not begin with the student's."""
+        if not self._files.kept.translated:
+            return batch.weights
+        rows = self._rows(batch.origins, [(0, len(batch.labels))], split)
+        says = unpacked(rows)[1][:, 0] <= 0
+        return batch.weights * to_device(says, batch.weights.device)
+
+    def _rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str
+              ) -> torch.Tensor:
+        """Return [n, width] what is kept of the n tokens of some pieces of a row; of padding something that
+        can be computed with, and has no weight."""
+        files = self._files
+        rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
+        if top_k := files.kept.top_k:
+            rows[:, :top_k] = torch.arange(top_k)  # distinct ids, each of log-probability 0
+        at = 0
+        for first, end in pieces:
+            for begins, source, (document, start, count) in origins:
+                # What a piece of the row, cut for context parallelism, has in common with a document.
+                begin, stop = max(first, begins), min(end, begins + count)
+                if begin < stop:
+                    rows[at + begin - first:at + stop - first] = self._by_source[source].states(
+                        source, split, document, start + begin - begins, stop - begin)
+            at += end - first
+        return rows
+
+    def _read_head(self, head: Head) -> torch.Tensor:
+        """Return [V / tp, H'] the teacher's rows of the token ids that the student's head has here, in its
+        dtype."""
+        held = head.token_ids
+        weight = head.weight.new_zeros(len(head.weight), self._files.hidden_size)
+        if held:
+            with safe_open(self._files.head, "pt") as file:
+                # The slice alone is read; padding rows of the student's head stay 0.
+                weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
+        return weight
+
+
+def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
+    """Raise `UserError` where something else of the teacher was kept, or it knows other token ids."""
+    kept = files.kept
+    if kept.top_k != asked.top_k:
+        raise UserError(f"{files.folder}: holds {_words_of(kept.top_k)} of the teacher, and "
+                        f"distillation.top_k = {asked.top_k} asks for {_words_of(asked.top_k)}; set it to "
+                        f"{kept.top_k}, or name another folder")
+    if kept.translated != asked.other_tokenizer:
+        raise UserError(f"{files.folder}: holds {'the student' if kept.translated else 'the teacher'}'s own "
+                        f"tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
+                        f"{kept.translated}, or name another folder")
+    if kept.top_k and kept.temperature != asked.temperature:
+        raise UserError(f"{files.folder}: its log-probabilities are those at temperature {kept.temperature}, "
+                        f"and distillation.temperature = {asked.temperature}; set it to that, or name "
+                        "another folder")
+    if kept.translated:
+        if files.vocab_size > vocab_size:
+            raise UserError(f"{files.folder}: its tokens are those of a tokenizer of {files.vocab_size} ids, "
+                            f"the student has model.vocab_size = {vocab_size}; set it, or read other data")
+    elif files.vocab_size != vocab_size:
+        raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
+                        f"model.vocab_size = {vocab_size}; choose a teacher with as many")
+
+
+def _words_of(top_k: int) -> str:
+    return f"the {top_k} most probable tokens" if top_k else "the final hidden states"
+
 
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"
@@ -55,6 +202,7 @@ class Distillation(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the learned tokens of the global batch."""
         hosts = [m.host for m in batch.micro_batches]
+        # Two denominators: the teacher may be silent at labels that cross-entropy learns.
         targets = {DIVERGENCE: sum(float(self._teacher.heard(m).double().sum()) for m in hosts)}
         if CROSS_ENTROPY in self.coefficients:
             targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
@@ -74,7 +222,6 @@ class Distillation(DataObjective):
             meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
 
     def state(self) -> dict[str, str]:
-        """Return whom is learned from, for the checkpoint."""
         return {"teacher": self._teacher.teacher}
 
     def restore(self, state: dict[str, str]) -> None:
@@ -83,6 +230,7 @@ class Distillation(DataObjective):
         Raises:
             UserError: it is another.
         """
+        # A resumed run with another teacher would have one loss curve and two targets.
         if state["teacher"] != self._teacher.teacher:
             raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
                             f"{state['teacher']} so far; resume with that one, or start a new --run --from "
@@ -119,6 +267,7 @@ def _sums(view: GateView, index: int, source: Source, teacher: KeptTeacher) -> t
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
     samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens, whole=source.is_chat)
+    # Every process passes as many batches, since they may share experts; empty rows weigh nothing.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
     own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]

@@ -45,7 +45,6 @@ class StatesPart:
 
     @property
     def file(self) -> str:
-        """Its name in the artifact."""
         return f"states/{self.source:04d}-{self.split}-{self.first_document:010d}.bin"
 
 
@@ -67,6 +66,7 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
         for split in splits:
             lengths = lengths_of(source, split)
             starts = lengths.cumsum() - lengths
+            # The first document that begins in each stretch; a stretch inside of a long document has none.
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))
             found += [StatesPart(index, split, int(first), int(count),
@@ -91,7 +91,6 @@ class Kept:
 
 def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: Kept,
                logits_softcap: float | None = None) -> dict[str, Any]:
-    """Return what the manifest says."""
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
             **asdict(kept),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
@@ -144,7 +143,8 @@ class StateFiles:
             part = StatesPart(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
-        self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
+        # Of this object, and not of the class: an entry would keep its files open.
+        self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
         self._lengths = lru_cache(maxsize=None)(self._lengths_of)
 
     def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
@@ -166,6 +166,7 @@ class StateFiles:
         own = self.sources[source]
         parts = self._parts.get((own, split), [])
         place = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
+        # Parts are in the order of documents, and may have gaps.
         if place < 0 or document >= parts[place].first_document + parts[place].num_documents:
             raise UserError(f"{self.folder}: has no states of document {document} of source "
                             f"{self._sources[own].name!r} ({split}); make them again from this data")
@@ -179,8 +180,7 @@ class StateFiles:
                             "make them again from this data")
         return states[first:first + count]
 
-    def _mapped(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
-        """Return where each document of a part begins, and the end, and its rows."""
+    def _map_part(self, part: StatesPart) -> tuple[np.ndarray, torch.Tensor]:
         file, stored = self.folder / part.file, self._lengths(part.source, part.split)
         lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
         wanted = part.num_tokens * self.width * self.dtype.itemsize
@@ -196,7 +196,6 @@ class StateFiles:
         return self._sources[source].shard(split).lengths
 
     def _find_sources(self, sources: list[Source], made_from: list[dict[str, str]]) -> list[int]:
-        """Return the indices of the sources that it was made from, in its own order."""
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}
         for made in made_from:
             if made["manifest_sha256"] not in artifacts:

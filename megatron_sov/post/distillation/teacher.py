@@ -1,14 +1,19 @@
 """The teacher of a distillation as a job of its own: any model at any layout reads packed documents and
-leaves its final hidden states, or its most probable tokens (`state_files`).
+leaves its final hidden states, or its most probable tokens (`state_files`); and the job before it, where the
+student writes the responses that its teacher reads.
 
-Two layouts cannot live in one process, since the library's process groups are one per process; files are what
-lies between the teacher and its student.  A killed job goes on behind its last finished part.
+Two layouts cannot run in one process, since the library's process groups are one per process; files connect
+the teacher and its student.  A killed job goes on after its last finished part.
+
+What the student writes are token shards: nothing is decoded and encoded again.  Each part of the prompts is a
+shard, and a job that goes on writes the responses that it would have written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +21,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_sov.base.artifacts import FileRecord, new_file, read_manifest, refuse_existing, to_json
+from megatron_sov.base.artifacts import (
+    FileRecord, fsync_path, new_file, read_manifest, refuse_existing, to_json)
+from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.base.chat.folder import read_chat_encoder
 from megatron_sov.base.digests import BLAKE3, Digest, file_digest
+from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine import convert
-from megatron_sov.engine.data.token_shards import Source, open_sources, provenance, tokenizer_folder
+from megatron_sov.engine.data.token_bytes import token_bytes
+from megatron_sov.engine.data.token_shards import (
+    Source, TokenShard, open_sources, provenance, source_record, tokenizer_folder)
 from megatron_sov.engine.data.vocabulary import refuse_other_tokens
 from megatron_sov.engine.mcore.decode.forward_only import Inputs
 from megatron_sov.engine.mcore.model.language_model import states_for_head
@@ -32,11 +44,13 @@ from megatron_sov.engine.mcore.parallel import collectives, context
 from megatron_sov.engine.mcore.parallel.device import local_device, release_unused
 from megatron_sov.engine.mcore.parallel.world import ParallelWorld, on_main
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
+from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.request import Sampling, StopRule
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
-from megatron_sov.post.parts.translation import TokenTranslation, TranslatedStates
+from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
@@ -63,6 +77,7 @@ def artifact_on_ranks(world: ParallelWorld, opened: Callable[[],
         own: list[ResumableArtifact] = []
 
         def begin() -> tuple[str, list[str]]:
+            # Only the first rank has the artifact; the others write files into its folder.
             own.append(held.enter_context(opened()))
             return str(own[0].path), list(own[0].finished)
 
@@ -111,6 +126,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     if is_first():  # else it would be found behind the loading of a large model
         refuse_existing(out, KIND, overwrite)
     translated = reading.kept.translated
+    # A translated teacher knows other ids, so its vocabulary bounds nothing here.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
     if not translated:
         refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
@@ -129,6 +145,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             for first in range(0, len(missing), loaded.world.dp_size):
                 together = missing[first:first + loaded.world.dp_size]
                 _read_parts(loaded, _Documents(sources, reading, translation), together, artifact.folder)
+                # A part is noted as finished only after every rank has written its own.
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
                 artifact.on_main(partial(_note, together))
             return len(missing)
@@ -157,16 +174,17 @@ def weights_digest(target: Target) -> str:
 @contextlib.contextmanager
 def _artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, Any], out: Path,
               overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
-    """Give the artifact under construction, with all that is no part in it."""
     teacher = reading.digest or weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
+    # Work that was begun with another plan is not gone on with.
     plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}
     with resumable_artifact(out, KIND, "megatron-sov distill states", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
         if not reading.kept.top_k:
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
+            # States without the head say nothing; log-probabilities need none.
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
         vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
         artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept,
@@ -272,12 +290,14 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
     read = [documents.of(part) for part in parts]
     lengths = [[len(ids) for ids in of_part] for of_part, _ in read]
     rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
+    # One length for all: rows of experts that are shared must have one shape.
     longest = max(sum(of_part[i] for i in row) for of_part, cut in zip(lengths, rows, strict=True)
                   for row in cut)
     part = parts[mine] if mine < len(parts) else None
     own_rows = rows[mine] if part else []
     micro_batches = [] if part is None else [
         Inputs([read[mine][0][i] for i in row], device, longest) for row in own_rows]
+    # Padding up to the rank with the most rows, and for ranks without a part.
     micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
     # of a row in other tokens more is kept, since several of them may be one of the student's
     asked = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
@@ -289,12 +309,16 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
         found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
         if not kept.translated:
             return found
+        # The teacher's own next token, which may not be among the most probable.
         of_next = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), kept.temperature)
+        # As bits in one more column, so that rows have one type.
         return torch.cat([found, of_next.float().cpu()[:, None].view(torch.int32)], 1)
 
     found = loaded.policy.map(micro_batches, kept_rows)
+    # One process of a row has all of its tokens, and writes them.
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
         filled = [[lengths[mine][i] for i in row] for row in own_rows]
+        # Without the padding of each row, and of rows that are padding alone.
         said = [s[:sum(n)] for s, n in zip(found, filled, strict=False)]
         if kept.translated:
             split = [document for s, n in zip(said, filled, strict=True) for document in s.split(n)]
@@ -308,3 +332,169 @@ def _write(file: Path, states: list[torch.Tensor]) -> None:
     with new_file(file) as temporary, open(temporary, "wb") as f:
         for row in states:
             f.write(row.contiguous().view(torch.uint8).numpy().data)
+
+
+WRITTEN_KIND = "tokens"
+PART_PROMPTS = 1024
+SIDECARS = {"loss": "float32", "type": "uint8"}
+FILES = ("bin", "idx", *SIDECARS)
+
+
+@dataclass(frozen=True)
+class StudentWriting:
+    """What a student writes."""
+
+    student: Target
+    prompts: dict[str, float]
+    """Artifact of packed prompts -> weight, which does not matter here."""
+    sampling: Sampling
+    part_prompts: int = PART_PROMPTS
+
+
+@dataclass(frozen=True)
+class _WritingPart:
+    """A run of prompts whose answers are one shard."""
+
+    source: int
+    number: int
+    """Among those of its source."""
+    first_document: int
+    num_documents: int
+    first_stream: int
+    """Number of the first one's random numbers, among all prompts."""
+
+
+def write_answers(asked: StudentWriting, out: Path, settings: Sequence[str], nproc: int | None, *,
+                  overwrite: bool = False, redo: bool = False) -> None:
+    """Have a student answer the training prompts once each, and keep its answers as conversations.
+
+    Args:
+        asked: who writes behind what.
+        out: the artifact; it appears only when complete.
+        settings: the student's layout and precision, ``key=value``.
+        nproc: local processes; under torchrun or Slurm the environment decides.
+        overwrite: replace an artifact that is already there.
+        redo: begin anew where work on it was asked for otherwise and is unfinished.
+
+    Raises:
+        UserError: the prompts' tokens mean something else to the student, or are too long for it.
+    """
+    asked.sampling.check()
+    if is_first():
+        refuse_existing(out, WRITTEN_KIND, overwrite)
+    sources = open_sources(asked.prompts, asked.student.vocab_size, ("prompt",))
+    tokenizer = tokenizer_folder(sources)
+    if tokenizer is None:
+        raise UserError(f"{', '.join(asked.prompts)}: no tokenizer.json travels with the prompts; pack them "
+                        "again")
+    refuse_other_tokens(tokenizer, asked.student.tokenizer_folder)
+    _refuse_long_prompts(asked, sources)
+    parts = list(_parts(sources, asked.part_prompts))
+    stop = StopRule(_end_ids(tokenizer, next(iter(asked.prompts))))
+
+    def work(loaded: Loaded) -> int:
+        engine = MegatronEngine(loaded.policy)
+        opened = partial(_written_artifact, asked, sources, tokenizer, settings, out, overwrite, redo)
+        with artifact_on_ranks(loaded.world, opened) as artifact:
+            # A part's files are written in order, so the last one stands for all.
+            missing = [p for p in parts if f"{_prefix(sources, p)}.{FILES[-1]}" not in artifact.finished]
+            for part in missing:
+                prompts = _prompts(sources, part)
+                found = engine.generate(prompts, asked.sampling, stop=stop, streams=range(
+                    part.first_stream, part.first_stream + part.num_documents))
+                artifact.on_main(partial(_write_shards, _prefix(sources, part), prompts, found.continuations))
+            artifact.on_main(partial(_describe, sources, parts))
+            return len(missing)
+
+    run_forward_model(asked.student, settings, nproc, work)
+
+
+def _parts(sources: list[Source], part_prompts: int) -> Iterator[_WritingPart]:
+    # Streams go on over all sources, so an answer's random numbers do not depend on which parts are missing.
+    stream = 0
+    for index, source in enumerate(sources):
+        num_documents = len(source.shard("train").lengths)
+        for number, first in enumerate(range(0, num_documents, part_prompts)):
+            count = min(part_prompts, num_documents - first)
+            yield _WritingPart(index, number, first, count, stream)
+            stream += count
+
+
+def _prefix(sources: list[Source], part: _WritingPart) -> str:
+    return f"{_name(sources[part.source])}/train-{part.number:05d}"
+
+
+def _name(source: Source) -> str:
+    return f"{source.name}-answers"
+
+
+def _prompts(sources: list[Source], part: _WritingPart) -> list[list[int]]:
+    shard = sources[part.source].shard("train")
+    documents = range(part.first_document, part.first_document + part.num_documents)
+    return [shard.tokens(d, 0, int(shard.lengths[d])).tolist() for d in documents]
+
+
+def _end_ids(tokenizer: Path, prompts: str) -> tuple[int, ...]:
+    encoder, eos_id = read_chat_encoder(tokenizer), read_manifest(prompts, WRITTEN_KIND).content.get("eos_id")
+    return tuple(sorted({*(encoder.end_ids() if encoder else ()), *([] if eos_id is None else [eos_id])}))
+
+
+def _refuse_long_prompts(asked: StudentWriting, sources: list[Source]) -> None:
+    room = asked.student.max_tokens - asked.sampling.max_new_tokens
+    for source in sources:
+        longest = int(lengths_of(source, "train").max(initial=0))
+        if longest > room:
+            raise UserError(f"source {source.name!r}: has a prompt of {longest} tokens, and --max-new-tokens "
+                            f"{asked.sampling.max_new_tokens} behind it are more than the "
+                            f"{asked.student.max_tokens} that {asked.student.path} reads; ask for fewer")
+
+
+@contextlib.contextmanager
+def _written_artifact(asked: StudentWriting, sources: list[Source], tokenizer: Path, settings: Sequence[str],
+                      out: Path, overwrite: bool, redo: bool) -> Iterator[ResumableArtifact]:
+    plan = {"student": weights_digest(asked.student), "sampling": asdict(asked.sampling),
+            "part_prompts": asked.part_prompts,
+            "prompts": [i["manifest_sha256"] for i in provenance(sources)],
+            "settings": [s for s in settings if not s.startswith("parallel.")]}
+    with resumable_artifact(out, WRITTEN_KIND, "megatron-sov distill write", plan, overwrite=overwrite,
+                            redo=redo) as artifact:
+        shutil.copytree(tokenizer, artifact.path / "tokenizer", dirs_exist_ok=True)
+        artifact.writer.settings = plan | {"student_path": str(asked.student.path)}
+        artifact.writer.content = dict(read_manifest(next(iter(asked.prompts)), WRITTEN_KIND).content)
+        artifact.writer.inputs += provenance(sources)
+        yield artifact
+
+
+def _write_shards(prefix: str, prompts: list[list[int]], answers: list[list[int]], artifact: ResumableArtifact
+           ) -> None:
+    dtype = artifact.writer.content["dtype"]
+    # Prompt and answer in turn: the flat counts alternate, as the tokens do.
+    counts = np.array([(len(p), len(a)) for p, a in zip(prompts, answers, strict=True)])
+    is_answer = np.repeat(np.tile([False, True], len(prompts)), counts.ravel())
+    with IndexedWriter(artifact.path / prefix, dtype, SIDECARS) as writer:
+        writer.write(counts.sum(1).astype(np.int32), {
+            "bin": np.array([t for p, a in zip(prompts, answers, strict=True) for t in (*p, *a)], np.int64),
+            "loss": is_answer.astype(np.float32), "type": np.where(is_answer, TYPE_RESPONSE, TYPE_PROMPT)})
+    for ending in FILES:
+        file = artifact.path / f"{prefix}.{ending}"
+        # Synced before it is noted: a finished file must survive a power cut.
+        fsync_path(file)
+        artifact.finish(f"{prefix}.{ending}", FileRecord.of(file))
+
+
+def _describe(sources: list[Source], parts: list[_WritingPart], artifact: ResumableArtifact) -> None:
+    content = artifact.writer.content
+    sizes_bytes = token_bytes(artifact.path / "tokenizer", content["vocab_size"])
+    records = []
+    for index, source in enumerate(sources):
+        shards: list[dict[str, Any]] = []
+        for part in (p for p in parts if p.source == index):
+            prefix = _prefix(sources, part)
+            shard = TokenShard(artifact.path / prefix, content["vocab_size"])
+            num_tokens = int(shard.lengths.sum(dtype=np.int64))
+            ids = np.fromfile(artifact.path / f"{prefix}.bin", shard.dtype)
+            shards.append({"prefix": prefix, "num_documents": len(shard.lengths), "num_tokens": num_tokens,
+                           "num_bytes": int(sizes_bytes[ids].sum())})
+        records.append(source_record(_name(source), "chat", SIDECARS, shards))
+    # an answer ends where the student ended it
+    artifact.writer.content = content | {"sources": records, "eod": "none"}

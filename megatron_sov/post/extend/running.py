@@ -63,7 +63,6 @@ class Needles:
         return run_suite(self.suite, MegatronEngine(run.policy))
 
     def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
-        """Write a result into the run's events and show it; returns it as plain values."""
         run.events.write("needle", when=when, step=run.step, **result.to_dict())
         if run.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
@@ -127,6 +126,7 @@ def with_needles_in_blends(config: RunConfig) -> RunConfig:
     if share == 0:
         return config
     phases = tuple(
+        # share / (1 - share) of the rest makes `share` of the whole.
         dataclasses.replace(p, blend={**p.blend, SOURCE_NAME: sum(p.blend.values()) * share / (1 - share)})
         if p.blend and SOURCE_NAME not in p.blend else p for p in config.data.phases)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
@@ -200,9 +200,11 @@ class StageGate:
         result = self._needles.measure(run)
         losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
         known = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
+        # Known to the first process alone; 0 from all others makes the sum its value everywhere.
         start_loss = self._start_loss = float(collectives.all_reduce_world(
             torch.tensor([known], dtype=torch.float64)))
         verdict = decide(result.cells, mean_loss(losses), start_loss, self._settings)
+        # A stage that passes at once must still train for the length that it was planned for.
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
         run.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
@@ -262,7 +264,6 @@ class GateVerdict:
         return not self.failing_cells and not self.failing_rows and self.loss <= self.loss_limit
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event and the report."""
         return {**asdict(self), "judged": self.passed}
 
     def lines(self) -> list[str]:
@@ -272,6 +273,7 @@ class GateVerdict:
         said += [f"{_place(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
                  f"interval {c.interval[0]:.1%} to {c.interval[1]:.1%}, below {self.threshold:.0%}"
                  for c in self.failing_cells]
+        # Written so that NaN fails.
         if not self.loss <= self.loss_limit:  # a loss that is no number is no pass
             said.append(f"short context: held-out loss {self.loss:.4f} nats per token, "
                         f"above {self.loss_limit:.4f}")
@@ -304,6 +306,7 @@ def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConf
         {"kind": kind, "language": language, "length_tokens": length, "correct": correct, "samples": samples,
          "accuracy": correct / samples} for (kind, language, length), (correct, samples) in rows.items()]
     return GateVerdict(
+        # A cell fails only if its whole interval is too low; see above.
         failing_cells=[c for c in cells if c.interval[1] < gate.min_accuracy],
         failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
         loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,
@@ -334,6 +337,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     first, formats = start, formats_of(objective)
     prepared = [make_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
+    # With one stage the gate begins right away in it.
     begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
     if end_gate is not None and begins:
         end_gate.begin()  # what is wrong with it is told before all stages, not before the last one
@@ -345,6 +349,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
+                # Only for a stage without a checkpoint: a resumed one has the number in its gate's state.
                 start_loss = loss_of_checkpoint(
                     first, short_context(planned.config, Target(first, False).trained_tokens, formats),
                     planned.config, nproc)
@@ -362,7 +367,6 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
 
 
 def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None) -> StageGate:
-    """Return a stage's gate, after the search that proves it clean."""
     config: RunConfig = planned.config
     settings = config.extend.gate
     if (text := asks_too_little(config)) and is_first():

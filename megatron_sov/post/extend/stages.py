@@ -64,11 +64,9 @@ class Decontamination:
 
     @property
     def overlap(self) -> float:
-        """Part of the held-out text that occurs in the training text."""
         return self.windows_found / self.windows if self.windows else 0.0
 
     def fields(self) -> dict[str, Any]:
-        """Return plain values for the event and the report."""
         return {**asdict(self), "overlap": self.overlap}
 
 
@@ -82,12 +80,14 @@ def search(questions: list[list[int]], sources: list[Source], scan_tokens: int) 
         scan_tokens: bound for each source and split.
     """
     asked: dict[int, np.ndarray] = {}
+    # By length: a window of text can only equal a question of its own length.
     for length in {len(q) for q in questions}:
         asked[length] = np.unique(np.concatenate([window_hashes(np.array(q), length)
                                                   for q in questions if len(q) == length]))
     held = [np.zeros(0, np.uint64)]
     for source in sources:
         if source.made is None and not source.is_chat and source.num_tokens.get("heldout", 0):
+            # Held-out windows side by side, training windows at every place: any shift is found.
             held += [window_hashes(text, WINDOW_TOKENS)[::WINDOW_TOKENS]
                      for text in _texts(source.shard("heldout"), scan_tokens)]
     windows = np.unique(np.concatenate(held))
@@ -112,6 +112,7 @@ def _texts(documents: Documents, limit_tokens: int) -> Iterator[np.ndarray]:
     """Yield documents in pieces, joined by a token that no text has, so that many short ones cost no
     more than a long one."""
     left, parts, size = limit_tokens, [], 0
+    # So no window runs from one document into the next.
     between = np.array([-2])
     for document, length in enumerate(documents.lengths):
         if left <= 0:
@@ -183,6 +184,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
             _refuse_shorter(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start,
                             trained_tokens)
         try:
+            # Each stage's rotations follow from those of the one before.
             model = extended(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor,
                              stage.yarn_original_tokens)
         except UserError as e:
@@ -190,7 +192,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
         last = number == len(wanted.extend.stages)
         folder = RunFolder(run if last else run / STAGES / f"{number}-{stage.name}")
         blend = stage_blend(stage, sources, before_tokens, wanted.needle.train_share)
-        config, min_steps = _resolved(request, stage, model, trained_tokens, blend, nproc)
+        config, min_steps = _resolve_stage(request, stage, model, trained_tokens, blend, nproc)
         planned.append(PlannedStage(config, folder, min_steps))
         before_tokens = stage.seq_len
     return planned
@@ -217,8 +219,8 @@ def _as_set(request: RecipeRequest, trained_tokens: int, wanted: RunConfig, npro
     return request.config([phase_setting(2 * trained_tokens), *longer])
 
 
-def _resolved(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
-              blend: dict[str, float], nproc: int | None) -> tuple[RunConfig, int]:
+def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
+                   blend: dict[str, float], nproc: int | None) -> tuple[RunConfig, int]:
     """Return a stage's settings, and its steps before the gate may end it;
     what the stage itself says wins over --set."""
     own = [phase_setting(stage.seq_len, stage.name or PHASE, blend)]
@@ -230,13 +232,13 @@ def _resolved(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConf
     longer = length_settings(request.base, model, trained_tokens, stage.seq_len, _per_rank(first, nproc))
     config = request.config(longer, own)
     size = config.train.global_batch_size
+    # Steps, else tokens, else what the run's own settings say.
     min_steps = stage.steps or math.ceil(stage.tokens / (size * stage.seq_len)) or config.num_steps()
     steps = max(stage.max_steps, min_steps)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), min_steps
 
 
 def _per_rank(config: RunConfig, nproc: int | None) -> int:
-    """Return the samples of a global batch that each data-parallel rank takes."""
     replicas = num_ranks(nproc) // max(1, config.parallel.ranks_per_replica)
     return max(1, config.train.global_batch_size // max(1, replicas))
 
@@ -261,6 +263,7 @@ def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens:
     blends = [(part.share, part.blend or _default(part, stage, sources, trained_tokens, needle_share))
               for part in stage.parts]
     rest = 1 - sum(part.share for part in stage.parts)
+    # Shares are decimal fractions, whose float sum may miss 1 by rounding.
     if rest > 1e-9:
         blends.append((rest, stage.blend or {s.name: s.share for s in sources if s.num_tokens["train"]}))
     found: dict[str, float] = {}
@@ -270,6 +273,7 @@ def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens:
             raise UserError(f"extend stage {stage.name}: blend {blend} has no weight above 0; "
                             "give at least one source a weight")
         for name, weight in blend.items():
+            # A source may be in several parts.
             found[name] = found.get(name, 0.0) + share * weight / total
     return found
 

@@ -42,9 +42,8 @@ from megatron_sov.judge.rollouts.rows import Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.post.document_logprobs import document_logprobs
-from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
-from megatron_sov.post.reference import files_sha256
+from megatron_sov.post.policy import OLD, REFERENCE
+from megatron_sov.post.reference import document_logprobs, files_sha256
 from megatron_sov.post.rl.generate import Missing, PieceQueue, Writer, write_rounds
 from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
@@ -113,15 +112,18 @@ class TrainerColumns:
         passed = len(opened.steps[0]) if name == OLD else 0
         if passed == len(opened.starts) - 1:
             return np.full(count, np.nan, np.float32)
+        # At the first step the live weights begin the round; later only the file has their numbers.
         is_anew = is_first and name == OLD
         of = on_main(view.world, partial(self._of, opened, name))
         damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
         if is_anew or damage:
+            # The weights that could compute it again are gone.
             if damage and name == OLD:
                 raise UserError(f"{damage}; the run stands inside of the round: {_way_back(opened)}")
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed anew", view.events.write, step=view.step)
             compute = partial(self._compute, view, opened, passed, self.routes if name == OLD else None)
+            # The policy is the live model; the reference needs its weights for a while.
             found = compute() if name == OLD else self.with_reference(view, compute)
             on_main(view.world, partial(write_sealed, file, found.tobytes(), of))
         return np.memmap(file, np.float32, "r", shape=(count,))
@@ -154,7 +156,6 @@ def file_of(path: Path, name: str) -> Path:
 
 
 def columns_of_run(config: RunConfig, needed: Collection[str], start: Path) -> TrainerColumns:
-    """Return the columns that a run's objective reads, and that are not published."""
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
                           config.rollout.temperature, replayed_routes(config),
                           partial(with_weights_of, start),
@@ -175,6 +176,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -
         compute: calls the model, forward only.
     """
     model = view.policy.model
+    # What is put aside must be the newest weights, and no gather may write over those that are loaded.
     model.finish_param_gather()
     blocks = list(local_shards(model))
     aside, base = [block.data.clone() for block in blocks], model.adapter_base
@@ -186,6 +188,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], Value]) -
         return compute()
     finally:
         for block, data in zip(blocks, aside, strict=True):
+            # After a failure too: the optimizer's state belongs to these weights.
             block.data.copy_(data)
         model.adapter_base = base
 
@@ -220,6 +223,7 @@ class RoundFeed:
         """As `Feed.bring`: open the round of the next step."""
         before, step = divmod(view.step, self.rollout.steps_per_round)
         number = before + 1
+        # Later steps of a round find it open.
         if self.rounds.is_open(number):
             return None
         begin_s = time.monotonic()
@@ -272,6 +276,7 @@ class RoundFeed:
         opened = read()
         made = self.columns.of_round(view, number, opened, is_first=is_first)
         self._pass_over_empty(view, number, opened)
+        # Opened last: a failure before leaves the data order as it was.
         self.rounds.open(number, replace(opened, beside=made))
         if view.world.is_main:
             content = read_manifest(opened.path).content
@@ -286,6 +291,7 @@ class RoundFeed:
         for step, documents in enumerate(opened.steps, first):
             if len(documents) or step < view.step:
                 continue
+            # In the ledger, so that a resumed run passes over the same steps.
             view.batches.ledger.pass_over(step, step + 1)
             if view.world.is_main:
                 groups = read_manifest(opened.path).content.get("groups")
@@ -341,6 +347,7 @@ class Producer:
         policy: Policy = on_main(view.world, lambda: policy_of(number))
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
         engine = MegatronEngine(view.policy, self.batching)
+        # The model is the policy itself: no weights are copied, only their version is noted.
         engine.update(None, policy.step)
         on_main(view.world, lambda: self.store() and None)  # made by one, before all open it
         write_rounds(engine, _take_none, policy, self.writer, self._desk(rounds, policy_of, asked_to_stop))
@@ -369,15 +376,15 @@ class Producer:
         if self._opinions is None:
             self._opinions = self.opinions(store)
         alarmed = partial(warn, record=view.events.write, event="alarm", step=view.step, kind="verifiers")
-        self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version, self._judged,
-                               rounds, dict(self.provenance), claimed_wait_s=2 * self.rollout.lease_s,
-                               opinions=self._opinions, alarmed=alarmed)
+        self._job = JudgingJob(store, Claims(store.claims, self.rollout.lease_s), self.version,
+                               self._judge_rows, rounds, dict(self.provenance), alarmed=alarmed,
+                               claimed_wait_s=2 * self.rollout.lease_s, opinions=self._opinions)
 
     def _judge_part(self) -> bool:
         assert self._job is not None, "nothing is begun"
         return self._job.step()
 
-    def _judged(self, rows: Sequence[Rollout]) -> Sequence[Result]:
+    def _judge_rows(self, rows: Sequence[Rollout]) -> Sequence[Result]:
         if self._judge is None:
             self._judge = self._open.enter_context(self.judging())
         return self._judge(rows)

@@ -25,11 +25,10 @@ from megatron_sov.engine import convert
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.parallel.world import on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.decoder.held_weights import NamedTensors
 from megatron_sov.infer.engine import MEGATRON, VLLM, Engine, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import Batching
+from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.judge.rollouts.prompts import PromptPiece, RolloutPrompt, pieces, round_prompts
 from megatron_sov.judge.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
@@ -141,6 +140,7 @@ class Missing:
         """Return attempts to write together by one policy: a fresh piece, or what goes on of one or several.
         They are claimed until `leave`; none: there is nothing to do at this moment."""
         self._refused = []
+        # Looked at anew each time: other jobs write and publish meanwhile.
         offers = [(rank, piece, policy) for round_, policy in self._ready()
                   for piece in self._pieces_of(round_) if (rank := self._rank(piece, policy)) is not None]
         taken: list[SampleAttempt] = []
@@ -148,6 +148,7 @@ class Missing:
         self._is_idle, num_rows = False, self._rollout.piece_prompts * self._rollout.samples_per_prompt
         # the sort is stable: by round and piece inside
         for rank, piece, policy in sorted(offers, key=lambda offer: offer[0]):
+            # What is written together has one policy, and one reason to make way for a newer one.
             if taken and (rank, policy) != joined:
                 break
             attempt = self._claimed(piece, policy)
@@ -155,6 +156,7 @@ class Missing:
                 taken.append(attempt)
                 joined = rank, policy
                 self._is_idle = rank in (SAME, STUCK)
+            # A fresh piece fills the engine alone; what goes on is joined up to the responses of one piece.
             if taken and (rank == FRESH or sum(len(attempt.begun) for attempt in taken) >= num_rows):
                 break
         return tuple(taken)
@@ -182,6 +184,7 @@ class Missing:
 
     def _ready(self) -> Iterator[tuple[int, Policy]]:
         for number in list(self._open):
+            # A later round needs a later policy.
             if (policy := self._policy_of(number)) is None:
                 return
             yield number, policy
@@ -201,15 +204,18 @@ class Missing:
     def _is_missing(self, piece: PromptPiece) -> bool:
         """Return whether an attempt at a piece is missing, and note which."""
         known = self._known.setdefault(piece.part(), _ClaimedPiece())
+        # Up to the first attempt that is not there: the one before says what is unfinished.
         while self._store.has(name := piece.part(known.number)):
             rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
             self._refuse_others(piece, known.number, rows)
             if all(row.finish_reason != UNFINISHED for row in rows):
                 del self._known[piece.part()]
                 return False
+            # Rows hold the tokens of all attempts so far: as many as before means that this one added none.
             num_tokens = sum(len(row.versions) for row in rows)
             known.is_stuck = known.number > 0 and num_tokens == known.open_tokens
             known.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
+            # `taken_by` is None where another job made it; `_rank` then takes the first policy that it sees.
             known.number, known.cut_by, known.taken_by = known.number + 1, known.taken_by, None
         return True
 
@@ -243,6 +249,7 @@ class Missing:
         if self._store.has(name):  # by another job, since we looked
             claim.release()
             return None
+        # Renewed until `leave`: a piece may take longer than a lease.
         self._held.enter_context(claim.renewing())
         known.taken_by = policy.step
         begun = self._unfinished(piece.part(known.number - 1)) if known.number else ()
@@ -301,6 +308,7 @@ class PieceQueue:
         if self.asked_to_stop():
             return None
         if attempts := self.missing.take():
+            # Work was found, so the next wait begins at zero.
             self.patience.waited_s = 0.0
             self._policy, self._looked_s = attempts[0].policy, self.clock_s()
             return attempts
@@ -320,7 +328,6 @@ class PieceQueue:
         return self.missing.gives_way(self._policy)
 
     def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
-        """Publish what was written, and give up the claims."""
         for attempt, of_attempt in zip(attempts, rows, strict=True):
             self._publish(attempt, of_attempt)
         self.missing.leave()
@@ -338,6 +345,7 @@ class PieceQueue:
             self.summary["parts"] += 1
             self.summary["responses"] += len(rows)
             self.summary["unfinished"] += num_unfinished
+            # Tokens of earlier attempts were counted by the jobs that wrote them.
             before = sum(len(row.tokens) for row in attempt.begun)
             self.summary["tokens"] += sum(len(row.tokens) for row in rows) - before
 
@@ -351,12 +359,14 @@ def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk:
             if isinstance(attempts, str):
                 continue
             try:
+                # Weights change between attempts only, so each new token of a row has one version.
                 if attempts[0].policy != held:
                     take(attempts[0].policy)
                     held = attempts[0].policy
                 rows = writer.write(engine, attempts, desk.gives_way)
                 on_first(partial(desk.publish, attempts, rows or []))
             finally:
+                # After a failure too: a claim that stays would hold other jobs up until its lease ends.
                 desk.missing.leave()
     summary: dict[str, Any] = on_first(lambda: desk.summary)
     return summary

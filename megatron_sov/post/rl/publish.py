@@ -33,7 +33,7 @@ from megatron_sov.judge.rollouts.rows import (
     LENGTH, UNFINISHED, Key, RewardRow, Rollout, RolloutPart, domain_of, later)
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.model.config import RolloutConfig, RunConfig
-from megatron_sov.post.parts.advantages import Group, advantages
+from megatron_sov.post.rl.advantages import Group, advantages
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import LEARNS
 
@@ -101,12 +101,14 @@ class RoundOfStore:
             return lacking
         rows, num_kept_out = self._last_rows(parts)
         late = tuple(row.key for row in rows if row.finish_reason == UNFINISHED)
+        # Only late responses are waited for: what the reward failed on does not come by waiting.
         waiting = len({key.prompt for key in late})
         if waiting > self.missing_share * len(self.prompts):
             return (f"{waiting} of {len(self.prompts)} groups wait for responses that are not finished "
                     f"(policy.missing_share = {self.missing_share:g})")
         judged = self.store.judgements(self.reward_version, parts)
         unjudged = Counter({KEPT_OUT: num_kept_out} if num_kept_out else {})
+        # A place for every prompt: one without responses still counts as a group of its step.
         groups: dict[str, list[PublishedResponse]] = {prompt: [] for prompt in self.prompts}
         for row in sorted(rows, key=lambda row: row.key.sample):
             said = judged.get((row.key, row.attempt))
@@ -120,6 +122,7 @@ class RoundOfStore:
 
     def _lacking(self, parts: Sequence[RolloutPart]) -> str:
         count = -(-len(self.prompts) // self.piece_prompts)
+        # Attempt 0 has a row for every response of a piece, finished or not.
         written = {part.piece for part in parts if part.attempt == 0}
         unwritten = [piece for piece in range(count) if piece not in written]
         if unwritten:
@@ -198,6 +201,7 @@ class Publisher:
                 temperature, or the disk is full.
         """
         out = folder_of_round(self.rounds, number)
+        # The manifest is written last and a round never changes: with it there is nothing to do.
         if (out / MANIFEST).is_file():
             return ""
         if not self._is_begun():
@@ -270,6 +274,7 @@ class Publisher:
         parts = [*gathered.parts, *{part.name: part for group in late
                                     for part in group.joining.values()}.values()]
         with new_artifact(out, "tokens") as artifact:
+            # Late responses go first, since they belong to the first step, and steps are runs of documents.
             rows = chain(late_rows(source.store, late), _rows(source, gathered))
             counts = self._write(artifact.path / PREFIX, rows, chosen.advantages)
             record = source_record(SOURCE, ROLLOUTS, self._sidecars, [{"prefix": PREFIX, **counts}])
@@ -303,7 +308,6 @@ class Publisher:
 
     @property
     def _sidecars(self) -> dict[str, str]:
-        """Return ending -> type of the files beside a round's tokens."""
         return SIDECARS | ({ROUTES: self._routes.dtype} if self._routes is not None else {})
 
     @cached_property
@@ -319,16 +323,17 @@ class Publisher:
         steps: list[list[int]] = []
         for first in range(0, rollout.prompts_per_round, size):
             groups = gathered.groups[first:first + size]
-            for group, said in zip(groups, self._judged(groups), strict=True):
+            for group, said in zip(groups, self._judge_groups(groups), strict=True):
                 reasons[said.reason or LEARNS] = reasons.get(said.reason or LEARNS, 0) + 1
                 if not said.reason:
                     found |= {r.rollout.key: float(value)
                               for r, value in zip(group, said.advantages, strict=True)}
             before = sum(steps[-1]) if steps else 0
+            # `found` grows in the order of documents, so its length is where the next step begins.
             steps.append([before, len(found) - before])
         return _Chosen(found, steps, reasons, late_from)
 
-    def _judged(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
+    def _judge_groups(self, groups: Sequence[Sequence[PublishedResponse]]) -> list[Group]:
         return advantages([np.array([r.reward for r in group]) for group in groups],
                           [np.array([r.rollout.num_written for r in group]) for group in groups],
                           self.config.policy, self.config.rollout.max_new_tokens,
@@ -350,7 +355,8 @@ class Publisher:
         """
         found: dict[Key, float] = {}
         late_from: list[list[Any]] = []
-        judged = self._judged([*beside, *(group.group for group in late)])[len(beside):]
+        # Judged with the groups of the step that they join: advantages may be normalised over the step.
+        judged = self._judge_groups([*beside, *(group.group for group in late)])[len(beside):]
         for group, said in zip(late, judged, strict=True):
             values = {r.rollout.key: float(value)
                       for r, value in zip(group.group, said.advantages, strict=True)}
@@ -365,6 +371,7 @@ class Publisher:
         counts = dict.fromkeys(COUNTS, 0)
         prefix.parent.mkdir()
         with IndexedWriter(prefix, DTYPE, self._sidecars) as writer:
+            # Rows come a piece at a time, and only those that learn are written.
             for row in (row for row in rows if row.key in chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
                 self._refuse_other_temperature(row)
@@ -377,7 +384,6 @@ class Publisher:
         return counts
 
     def _routes_of(self, row: Rollout, num_tokens: int) -> dict[str, np.ndarray]:
-        """Return the sidecar of where a response's tokens went, where that is replayed."""
         if self._routes is None:
             return {}
         where = f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt}"
@@ -432,6 +438,7 @@ def _rows(source: RoundOfStore, gathered: Gathered) -> Iterator[Rollout]:
 
 def _labels(row: Rollout, advantage: float) -> dict[str, np.ndarray]:
     """Return the sidecars of a response's document: a number for each token as a label."""
+    # Tokens of tools and prompts are in the document, and are no labels.
     written = np.concatenate([np.zeros(len(row.prompt_tokens), bool), row.is_written])
     logprobs = np.concatenate([np.zeros(len(row.prompt_tokens), np.float32), row.logprobs])
     return {"loss": written.astype(np.float32), "type": np.where(written, TYPE_RESPONSE, TYPE_PROMPT),
@@ -456,6 +463,7 @@ def means_of(gathered: Gathered, domains: Mapping[str, str], rollout: RolloutCon
                 components[name].append(value)
     written = [r.rollout.written_versions for r in responses]
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
+    # Steps between the policy that wrote a token and the one that begins to train on it.
     behind = trained_steps - np.concatenate(written)
     rewards: dict[str, list[float]] = defaultdict(list)
     for r in responses:
@@ -520,6 +528,7 @@ def _waiting(rounds: Path, before: int) -> dict[int, list[tuple[str, int]]]:
         if (folder / MANIFEST).is_file():
             content = read_manifest(folder, "tokens").content
             found[number] = [(prompt, sample) for prompt, sample in content.get(LATE, ())]
+            # A late response joins once, even where no advantage came of it.
             joined |= {(first, prompt, sample) for first, prompt, sample, _ in content.get(LATE_FROM, ())}
     return {number: [late for late in left_out if (number, *late) not in joined]
             for number, left_out in found.items()}
@@ -530,6 +539,7 @@ def _judged_since(source: RoundOfStore, waiting: Sequence[tuple[str, int]]) -> I
     store, parts = source.store, source.store.parts(source.number)
     last: dict[Key, tuple[Rollout, RolloutPart]] = {}
     for part in sorted(parts, key=lambda part: part.attempt):
+        # By attempt, so the last one at each response stays.
         last |= {row.key: (row, part) for row in store.read_rollouts(part.name, LIGHT)}
     judged = store.judgements(source.reward_version, parts)
     said = {row.key: judged[row.key, row.attempt] for row, _ in last.values()

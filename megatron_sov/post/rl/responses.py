@@ -78,14 +78,17 @@ class ResponseSource:
         """
         began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
         asked = [(attempt, row) for attempt in attempts
-                 for row in attempt.begun or self._begun(attempt, began_s)]
+                 for row in attempt.begun or self._begin_rows(attempt, began_s)]
         rows = [row for _, row in asked]
+        # The longest response is counted over all attempts at it.
         limits = [self.rollout.max_new_tokens - len(row.tokens) for row in rows]
         more: dict[str, Any] = {}
         if self.rollout.deadline_s:
+            # Only with a deadline: engines without `Bounds` are asked without it.
             more["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s or gives_way())
         sampling = Sampling(max(limits), self.rollout.temperature, seed=self.rollout.seed, for_training=True,
                             with_routes=self.with_routes)
+        # By the attempt too: what goes on must not repeat the random numbers of its beginning.
         streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in asked]
         found = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
@@ -94,7 +97,7 @@ class ResponseSource:
                   for number, (attempt, row) in enumerate(asked)]
         return [[row for its, row in longer if its is attempt] for attempt in attempts]
 
-    def _begun(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
+    def _begin_rows(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
         piece = attempt.piece
         ids = dict(zip((prompt.id for prompt in piece.prompts), self._asked(piece.prompts), strict=True))
         return [Rollout(key, piece.round, 0, prompt.record,
@@ -153,6 +156,7 @@ class ResponseSource:
         reason = STOP if found.finish_reasons[number] == STOP else LENGTH
         if len(found.continuations[number]) > limit:
             reason = LENGTH
+        # Shorter than its limit and not stopped by a token: the deadline cut it off.
         elif reason == LENGTH and self.rollout.deadline_s and len(written) < limit:
             reason = UNFINISHED
         tokens = np.concatenate([row.tokens, np.array(written, np.int32)])
@@ -161,10 +165,10 @@ class ResponseSource:
             # rounding may leave a certain token's a little above 0
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
-            response=self.asker.decode(tokens.tolist()), routes=_joined(row, found, number, len(written)))
+            response=self.asker.decode(tokens.tolist()), routes=_add_routes(row, found, number, len(written)))
 
 
-def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
+def _add_routes(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
     """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it;
     what a deadline had it not read went where this one sent it."""
     if found.routes is None:
@@ -172,6 +176,7 @@ def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarra
     read = found.routes[number][:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
     if row.routes is None:
         return read
+    # The largest number marks a token that no forward pass has read.
     was_read = (row.routes != np.iinfo(row.routes.dtype).max).all(axis=2, keepdims=True)
     before = np.where(was_read, row.routes, read[:len(row.routes)])
     return np.concatenate([before, read[len(row.routes):]])
@@ -243,6 +248,7 @@ class Episodes:
         ends_s = self.clock_s() + deadline_s
         asked = [one for attempt in attempts for one in self._asked(attempt)]
         known = chain.from_iterable(_lines(number, row) for number, (_, _, _, row) in enumerate(asked))
+        # Streams are of a response, not of its place: pieces that are joined must not change what is sampled.
         numbered = _OwnStreams(policy, [(attempt.piece.round, key) for attempt, _, key, _ in asked])
         episodes = play([task for _, task, _, _ in asked], numbered, self.table, EpisodeLines(known),
                         should_stop=lambda: bool(deadline_s) and (
@@ -252,7 +258,6 @@ class Episodes:
         return [[row for its, row in rows if its is attempt] for attempt in attempts]
 
     def _asked(self, attempt: SampleAttempt) -> list[tuple[SampleAttempt, Task, Key, Rollout | None]]:
-        """Return the tasks of an attempt, with key and row of those that go on."""
         if attempt.begun:
             return [(attempt, row.record, row.key, row) for row in attempt.begun]
         return [(attempt, prompt.record, key, None)
@@ -260,7 +265,6 @@ class Episodes:
 
     def _row(self, episode: Episode, key: Key, before: Rollout | None, attempt: SampleAttempt,
              began_s: float) -> Rollout:
-        """Return an episode as a row; `before`: as the attempt before left it."""
         first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
         versions = np.full(len(ids), NOT_WRITTEN, np.int32)
         logprobs = np.zeros(len(ids), np.float32)
@@ -268,6 +272,7 @@ class Episodes:
             versions[start:end] = attempt.policy.step
             logprobs[start:end] = np.minimum(np.array(turn.written.logprobs, np.float32), 0)
         if before is not None:
+            # Tokens of earlier attempts keep the policy that wrote them.
             versions[first:first + len(before.versions)] = before.versions
         result = episode.result
         outcome = {GOES_ON: json.dumps(lines_of(episode))} if result is None else {
@@ -298,7 +303,6 @@ class _OwnStreams:
 
 
 def _lines(number: int, row: Rollout | None) -> list[dict[str, Any]]:
-    """Return the journal of an episode that goes on, under its place in this attempt."""
     if row is None or not row.outcome or GOES_ON not in row.outcome:
         return []
     return [{**line, "episode": number} for line in json.loads(row.outcome[GOES_ON])]

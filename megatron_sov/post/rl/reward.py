@@ -167,14 +167,16 @@ class JudgingJob:
             UserError: as `run`.
         """
         if self._looked_at is None:
+            # One look at the store for all its parts; then again, since others write and judge meanwhile.
             self._looked_at, self._refused, self._has_judged = deque(self.missing()), [], False
         while self._looked_at:
             part = self._looked_at.popleft()
-            if self._taken(part):
+            if self._take(part):
                 self._has_judged, self.patience.waited_s = True, 0.0
                 return True
             self._refused.append(self.store.claim_of(part.name, self.version))
         self._looked_at = None
+        # What was judged took time, in which more may have come: look at once.
         return self._has_judged or self._waits()
 
     def _waits(self) -> bool:
@@ -192,18 +194,19 @@ class JudgingJob:
         self._parts = [part for number in rounds for part in self.store.parts(number)]
         return [part for part in self._parts if not self.store.has(part.name, self.version)]
 
-    def _taken(self, part: RolloutPart) -> bool:
-        """Judge a part, unless another job is at it; returns whether this one was."""
+    def _take(self, part: RolloutPart) -> bool:
         claim = self.claims.take(self.store.claim_of(part.name, self.version))
         if claim is None:
             return False
         with claim.renewing():
+            # Another job may have judged it between the look and the claim.
             if not self.store.has(part.name, self.version):
                 self._judge(part)
         return True
 
     def _judge(self, part: RolloutPart) -> None:
         rows = self.store.read_rollouts(part.name, COLUMNS)
+        # Unfinished responses are judged in the attempt that ends them.
         whole = [row for row in rows if row.finish_reason != UNFINISHED]
         judged = []
         for first in range(0, len(whole), BATCH_ROWS):
@@ -237,6 +240,7 @@ class JudgingJob:
     def _tell_differences(self, part: RolloutPart, judged: Sequence[RewardRow]) -> None:
         """Say where another job, taken for dead, has judged the same rows otherwise."""
         published = self.store.read_rewards(self.version, part.name)
+        # What was published first stays; a difference means that the reward is no function of the row.
         there = {(row.key, row.attempt): row.reward for row in published}
         others = sum(there.get((row.key, row.attempt)) != row.reward for row in judged)
         if others:

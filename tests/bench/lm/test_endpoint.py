@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.bench.lm import endpoint
+from megatron_sov.bench.lm import answers
 from megatron_sov.bench.lm.results import read_items, read_results
 from megatron_sov.cli import main
 from megatron_sov.work.endpoints.cache import EndpointCache
@@ -122,14 +122,14 @@ def test_a_wrong_key_ends_the_command(command: list[str], script: Any, monkeypat
 @pytest.mark.parametrize("values", [[None, float("nan")], [None, True], [None, "-1"]])
 def test_a_likelihood_that_is_no_number_is_none(values: list[Any]) -> None:
     raw = {"choices": [{"logprobs": {"token_logprobs": values}}]}
-    with pytest.raises(endpoint.BadAnswer, match="told no likelihood"):
-        endpoint._likelihood(raw, 1, 2)
+    with pytest.raises(answers.BadAnswer, match="told no likelihood"):
+        answers._likelihood(raw, 1, 2)
 
 
 @pytest.mark.parametrize("top", [{"a": "x"}, {"a": None}, [], None])
 def test_top_likelihoods_of_a_stranger_are_not_believed(top: Any) -> None:
     raw = {"choices": [{"logprobs": {"token_logprobs": [None, -1.0], "top_logprobs": [None, top]}}]}
-    assert endpoint._likelihood(raw, 1, 2) == {"logprob": -1.0, "greedy": False}
+    assert answers._likelihood(raw, 1, 2) == {"logprob": -1.0, "greedy": False}
 
 
 class Chat:

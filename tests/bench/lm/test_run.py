@@ -19,7 +19,7 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.bench.lm import local, results  # noqa: E402
-from megatron_sov.infer.engines.hf import load_hf  # noqa: E402
+from megatron_sov.infer.engines.libraries import load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
 
 TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")

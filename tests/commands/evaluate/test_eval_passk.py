@@ -12,7 +12,7 @@ from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_passk
 from megatron_sov.eval.pass_at_k import table
-from megatron_sov.infer.engines.hf import HfEngine
+from megatron_sov.infer.engines.libraries import HfEngine
 from megatron_sov.publish.report.judgements import passk_section
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.work.progress.journal import Journal

@@ -28,7 +28,7 @@ from megatron_sov.eval.needle.suite import (  # noqa: E402
 from megatron_sov.eval.needle.text import MIN_WORDS, Haystack, NeedleForm, fill  # noqa: E402
 from megatron_sov.eval.statistics import wilson_interval  # noqa: E402
 from megatron_sov.infer.decoder.generator import MegatronEngine  # noqa: E402
-from megatron_sov.infer.engines.hf import HfEngine, load_hf  # noqa: E402
+from megatron_sov.infer.engines.libraries import HfEngine, load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import run_forward_model  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
 from megatron_sov.infer.request import Generated, Sampling, StopRule  # noqa: E402

@@ -291,7 +291,7 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
     prepare_megatron()
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.hf import load_hf
+    from megatron_sov.infer.engines.libraries import load_hf
     from megatron_sov.infer.engines.load import load_forward_model
     from megatron_sov.infer.engines.target import inference_config
     from megatron_sov.infer.request import Batching, Sampling

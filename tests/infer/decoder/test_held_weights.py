@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.decoder.held_weights import HeldWeights
+from megatron_sov.infer.request import HeldWeights
 
 
 def test_an_update_counts_when_it_has_ended() -> None:

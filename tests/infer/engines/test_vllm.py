@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engine import VLLM, Engine, run_engine
-from megatron_sov.infer.engines import vllm
+from megatron_sov.infer.engines import libraries
+from megatron_sov.infer.engines.libraries import VllmEngine
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.engines.vllm import VllmEngine
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 
@@ -99,12 +99,12 @@ def test_an_update_is_the_four_calls_of_its_weight_transfer(monkeypatch: pytest.
     """A GPU's memory is not there: a tensor's own number stands for its place in it."""
     folder = hf_models["solar_open"]
     monkeypatch.setitem(sys.modules, "vllm", StandIn())
-    monkeypatch.setattr(vllm, "_place_in_memory", lambda tensor: {"GPU-1": (float(tensor.sum()),)})
-    monkeypatch.setattr(vllm, "MESSAGE_BYTES", 100_000)
-    monkeypatch.delenv(vllm.PICKLES, raising=False)
+    monkeypatch.setattr(libraries, "_place_in_memory", lambda tensor: {"GPU-1": (float(tensor.sum()),)})
+    monkeypatch.setattr(libraries, "MESSAGE_BYTES", 100_000)
+    monkeypatch.delenv(libraries.PICKLES, raising=False)
     with pytest.raises(UserError, match="VLLM_ALLOW_INSECURE_SERIALIZATION is None"):
         VllmEngine(folder, 30, for_updates=True)
-    monkeypatch.setenv(vllm.PICKLES, "1")
+    monkeypatch.setenv(libraries.PICKLES, "1")
     engine = VllmEngine(folder, 30, for_updates=True)
     assert engine._llm.settings["weight_transfer_config"] == {"backend": "ipc"}
     weights = load_file(folder / "model.safetensors")

@@ -7,7 +7,7 @@ import torch
 
 from megatron_sov.base.chat import media_tokens as spelling
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
-from megatron_sov.infer.media.spoken import (
+from megatron_sov.infer.media.media_replies import (
     Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
 from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings

@@ -41,9 +41,8 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
 
     from megatron_sov.engine.data.token_shards import open_sources
     from megatron_sov.engine.mcore.parallel import world
-    from megatron_sov.post.distillation.distill import Distillation
+    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher
     from megatron_sov.post.distillation.state_files import StateFiles
-    from megatron_sov.post.parts.kept_teacher import KeptTeacher
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 

@@ -37,19 +37,19 @@ def test_few_parts_are_mapped_at_a_time(kept_by_a_teacher: Any, packed_data: Any
 
 def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
         kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.parts import kept_teacher
+    from megatron_sov.post.distillation import distill
 
     kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], Kept("float32"), part_tokens=1000)
     sources = open_sources({str(packed_data.chats): 1.0}, 368)
     files = StateFiles(tmp_path / "kept", sources)
-    teacher = kept_teacher.KeptTeacher([files], DistillationConfig(), sources, 368)
+    teacher = distill.KeptTeacher([files], DistillationConfig(), sources, 368)
     said: list[float] = []
 
     def of_all_ranks(mine: float) -> list[float]:
         said.append(mine)
         return said
 
-    monkeypatch.setattr(kept_teacher.collectives, "of_all_ranks", of_all_ranks)
+    monkeypatch.setattr(distill.collectives, "of_all_ranks", of_all_ranks)
 
     def verify() -> None:
         """Be two processes, one after the other."""

@@ -95,7 +95,7 @@ def test_a_teacher_whose_logits_are_capped_is_heard_so(one_rank: None, hf_models
     from megatron_sov.engine.mcore.model.logprobs import Head
     from megatron_sov.engine.mcore.parallel import world
     from megatron_sov.model.config import DistillationConfig, ParallelConfig
-    from megatron_sov.post.parts.kept_teacher import KeptTeacher
+    from megatron_sov.post.distillation.distill import KeptTeacher
 
     folder = tmp_path / "teacher"
     model = Gemma2ForCausalLM(Gemma2Config(
@@ -125,7 +125,7 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     """Its probabilities are transformers', over its own reading of the text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_sov.post.parts.translation import TokenTranslation
+    from megatron_sov.post.distillation.translation import TokenTranslation
 
     teacher = tmp_path / "teacher"
     shutil.copytree(hf_models[FAMILY], teacher)

@@ -20,7 +20,7 @@ from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
-from megatron_sov.omni.codecs.encoders.networks import MediaEncoder
+from megatron_sov.omni.codecs.encoders import MediaEncoder
 from megatron_sov.omni.media.banks import PICTURES, SOUNDS
 from megatron_sov.omni.media.placed import Media, PlacedMedia, chosen
 

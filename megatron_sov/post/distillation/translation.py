@@ -86,9 +86,10 @@ class TokenTranslation:
         Raises:
             UserError: a tokenizer.json cannot be read.
         """
-        self._student, self._teacher = _opened(student), _opened(teacher)
+        self._student, self._teacher = _open_checked(student), _open_checked(teacher)
         self._teacher_folder = teacher
         self._ours, self._theirs = spellings(student, vocab_size), spellings(teacher, teacher_vocab_size)
+        # Reversed, so that of tokens with equal bytes the lowest id stays.
         self._of_bytes = {text: token for token, text in reversed(list(enumerate(self._ours))) if text}
         self._longest = max(map(len, self._of_bytes), default=0)
         self._specials = _same_specials(student, teacher, self._student, self._teacher)
@@ -96,6 +97,7 @@ class TokenTranslation:
         """[teacher's ids] int64: the student's token by which each one's text begins; -1: none."""
         self.same = self._same_tokens()
         """[teacher's ids] int64: the student's token that means the same; -1: none."""
+        # Symbols are bytes, and beyond them one for each special token that both have.
         self._symbol = {ours: 256 + i for i, ours in enumerate(sorted(self._specials))}
         self._table = self._spelling_table()
         self._hidden = self._hiding_symbols()
@@ -103,7 +105,7 @@ class TokenTranslation:
     def _first_tokens(self) -> np.ndarray:
         first = np.full(len(self._theirs), -1, np.int64)
         texts = {token: text for token, text in enumerate(self._theirs) if text}
-        spelled = {token: _decoded(text) for token, text in texts.items()}
+        spelled = {token: _decode(text) for token, text in texts.items()}
         whole = [token for token, text in spelled.items() if text is not None]
         encoded = self._student.encode_batch([spelled[token] for token in whole], add_special_tokens=False)
         for token, encoding in zip(whole, encoded, strict=True):
@@ -119,8 +121,9 @@ class TokenTranslation:
     def _same_tokens(self) -> np.ndarray:
         """Return tokens of equal bytes, and specials, that no longer token of either side begins with."""
         same = np.full(len(self._theirs), -1, np.int64)
-        spelled = {token: text for token, text in enumerate(map(_decoded, self._ours)) if text}
+        spelled = {token: text for token, text in enumerate(map(_decode, self._ours)) if text}
         encoded = self._teacher.encode_batch(list(spelled.values()), add_special_tokens=False)
+        # How many tokens of the other side begin with each one; one of them is the token itself.
         beginning = np.bincount([e.ids[0] for e in encoded if e.ids], minlength=len(same))
         begun = np.bincount(self.first[self.first >= 0], minlength=len(self._ours))
         for theirs, text in enumerate(self._theirs):
@@ -145,6 +148,7 @@ class TokenTranslation:
         special tokens, the last column, none is."""
         hidden = np.zeros((len(self._ours), 257), bool)
         for text in self._of_bytes:
+            # Every shorter token may go on to this one by its next byte.
             for n in range(1, len(text)):
                 if (token := self._of_bytes.get(text[:n], -1)) >= 0:
                     hidden[token, text[n]] = True
@@ -173,6 +177,7 @@ class TokenTranslation:
                 own.append(1)
                 text.append(self._symbol[run[0]])
                 continue
+            # A special token that the teacher has not is read as its text.
             spelled = [self._ours[token] or (self._student.id_to_token(token) or "").encode()
                        for token in run]
             own += map(len, spelled)
@@ -181,13 +186,13 @@ class TokenTranslation:
             theirs += [token for token, _ in made]
             lengths += [length for _, length in made]
         ends, own_ends = np.cumsum(lengths, dtype=np.int64), np.cumsum(own, dtype=np.int64)
+        # The teacher's last token that ends no later than each of the student's.
         place = np.searchsorted(ends, own_ends, side="right") - 1
         same = (place >= 0) & (ends[np.maximum(place, 0)] == own_ends) if len(ends) else place >= 0
         return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
 
     def _encoded(self, text: bytes) -> list[tuple[int, int]]:
-        """Return the teacher's tokens of a text, and the bytes of each."""
-        decoded = _decoded(text)
+        decoded = _decode(text)
         if decoded is None:
             raise UserError("a document's bytes are no UTF-8: the teacher's tokenizer cannot read them; pack "
                             "text")
@@ -218,12 +223,15 @@ class TokenTranslation:
             log-probabilities, `UNHEARD` the first of rows where the teacher is not heard.
         """
         n, vocab_size = len(ids), len(self._ours)
+        # float64: sums of small probabilities are divided by one another.
         chain = self._chain(document, token.numpy(), np.exp(logprobs.double().numpy()),
                             of_next.double().numpy())
         found = chain.beginnings(document.own_ends, self._hidden[np.asarray(ids)])
         whole = found.whole
         clear = (found.goes_on <= MAX_HIDDEN) & (found.unknown <= MAX_HIDDEN)  # NaN is neither
+        # p(next token) is the text with it over the text without it.
         own = np.append(np.exp(whole[1:] - whole[:-1]), np.nan)
+        # Both ends of the next token must be clear, since its probability is a ratio of both.
         heard = np.flatnonzero(clear & np.append(clear[1:], False) & np.isfinite(own))
         ends = heard[document.at[heard] >= 0]
         rows, place = np.repeat(ends, token.shape[1]), document.at[ends]
@@ -231,9 +239,11 @@ class TokenTranslation:
         ending = np.exp(chain.cumulative[place] - whole[ends])
         masses = (ending[:, None] * chain.masses[place][:, :token.shape[1]]).ravel()
         tokens, behind = token.numpy()[place].ravel(), np.append(np.asarray(ids)[1:], -1)
+        # The text's own next token is left to the ratio, which counts every way to write it.
         others = (self.same[tokens] >= 0) & (self.same[tokens] != behind[rows])
         keys = np.concatenate([heard * vocab_size + behind[heard],
                                rows[others] * vocab_size + self.same[tokens[others]]])
+        # Together they are at most 1: what the others have, the own one cannot have.
         left = 1 - np.bincount(rows[others], masses[others], n)[heard]
         return _table((n, vocab_size, k), keys, np.concatenate([own[heard].clip(max=left.clip(min=0.0)),
                                                                 masses[others]]),
@@ -245,6 +255,7 @@ class TokenTranslation:
         longest = int(np.diff(document.ends, prepend=0).max()) + 1
         following = np.append(np.asarray(document.ids[1:], np.int64), 0)
         held = (token == following[:, None]).any(1)
+        # Nothing follows the last token, so nothing is missing there.
         held[-1:] = True
         missing = np.where(held, 0.0, np.exp(of_next))
         return Chain.of(document.text, document.ends, np.column_stack([token, following]),
@@ -258,6 +269,7 @@ def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_o
     n, vocab_size, k = sizes
     ids, logprobs = np.tile(np.arange(k), (n, 1)), np.full((n, k), NOTHING, np.float32)
     rows = keys // vocab_size
+    # By row, the own next token first, then by probability.
     order = np.lexsort((-mass, ~is_own, rows))
     starts = np.searchsorted(rows[order], np.arange(n))
     rank = np.arange(len(order)) - starts[rows[order]]
@@ -270,6 +282,7 @@ def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_o
     ids[rows[kept], place] = chosen
     for row in np.flatnonzero((counts > 0) & (counts < k)).tolist():
         taken = set(ids[row, :counts[row]].tolist())
+        # Ids of a row must be distinct: a student's logit counts once.
         fill = (token for token in range(vocab_size) if token not in taken)
         ids[row, counts[row]:] = [next(fill) for _ in range(k - counts[row])]
     unheard = np.ones(n, bool)
@@ -278,12 +291,12 @@ def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_o
     return torch.from_numpy(ids), torch.from_numpy(logprobs)
 
 
-def _opened(folder: Path) -> Tokenizer:
+def _open_checked(folder: Path) -> Tokenizer:
     read_tokenizer(folder)  # says what is wrong with it
     return open_tokenizer(folder)
 
 
-def _decoded(text: bytes) -> str | None:
+def _decode(text: bytes) -> str | None:
     try:
         return text.decode()
     except UnicodeDecodeError:
@@ -304,7 +317,6 @@ def _same_specials(student: Path, teacher: Path, ours: Tokenizer, theirs: Tokeni
 
 
 def _end_of_text(folder: Path, special: dict[str, int]) -> int | None:
-    """Return the id of the token that tokenizer_config.json says ends a text."""
     try:
         named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):
@@ -313,7 +325,6 @@ def _end_of_text(folder: Path, special: dict[str, int]) -> int | None:
 
 
 def _runs(ids: Sequence[int], specials: dict[int, int]) -> list[tuple[bool, list[int]]]:
-    """Return runs of ordinary tokens, and each special one by itself."""
     runs: list[tuple[bool, list[int]]] = []
     for token in ids:
         if token in specials:
@@ -367,6 +378,7 @@ class Chain:
             of_next: [m] the log-probability of the text's own next token; anything for the last.
         """
         length = table.shape[1]
+        # Beyond the text stands a number that is no symbol and no filling either, so nothing agrees there.
         behind = np.concatenate([text, np.full(length, NO_SYMBOL - 1)])
         agrees = np.empty(tokens.shape, np.int64)
         for first in range(0, len(ends), CHUNK_ROWS):
@@ -394,9 +406,11 @@ class Chain:
         stop, token = self._pairs(stops)
         length = (stops[stop] - self.ends[token])[:, None]
         last = np.searchsorted(self.ends, stops, side="right") - 1
+        # Relative to the text up to the stop, since absolute probabilities of long texts underflow.
         weight = np.exp(self.cumulative[token] - self.cumulative[last[stop]])[:, None]
         agrees, symbols = self.agrees[token], self.table.shape[1]
         mass = weight * self.masses[token]
+        # A token reaches a stop if it agrees with the text up to there, and may go on differently after.
         reaches = mass * (agrees >= length)
         symbol = self.table[self.tokens[token], np.minimum(length, symbols - 1)]
         goes_on = (length < symbols) & (symbol != NO_SYMBOL) & asked[
@@ -420,6 +434,7 @@ class Chain:
 
     def _pairs(self, stops: Array) -> tuple[Array, Array]:
         """Return each stop with all tokens of the text behind which one token may reach it."""
+        # No token is longer than the table, so earlier ones cannot reach.
         first = np.searchsorted(self.ends, stops - self.table.shape[1], side="left")
         last = np.searchsorted(self.ends, stops, side="right")
         counts = last - first

@@ -83,8 +83,7 @@ def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
 def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
     """Return both prompts as the model reads them."""
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.infer.media.media_prompts import prompts_of
-    from megatron_sov.infer.media.shown_media import ShownMedia
+    from megatron_sov.infer.media.media_prompts import ShownMedia, prompts_of
 
     shown = ShownMedia(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
     return prompts_of(find_target(Path("model")), [RECORD, OTHER], shown, **options)
@@ -111,8 +110,8 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
 def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     """By one forward pass over the training row, by the decoder that writes, and by the one that compares;
     prompts of the same ids and other pictures are told apart."""
-    from megatron_sov.infer.answers import Question, answer_logprobs
     from megatron_sov.infer.decoder.generator import MegatronEngine
+    from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
     from megatron_sov.infer.engines.load import Loaded, run_forward_model
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.infer.request import Batching, Sampling

@@ -1,4 +1,5 @@
-"""The folder of a probe: what was asked, a folder of judged responses for each checkpoint, and the table.
+"""The spectrum phase of VibeThinker (arXiv 2511.06221): which checkpoint is best in which domain, how sure
+that is, and what a merged one gains over it.  The folder of a probe:
 
     asked.json       problems, reward, samples: the same for every checkpoint
     problems.jsonl   all domains' problems, as `eval passk` takes them
@@ -11,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.artifacts import (
@@ -21,10 +23,77 @@ from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.sources import is_hf_folder
-from megatron_sov.eval.pass_at_k import read_judged_parts
-from megatron_sov.post.ssp.choice import MeasuredCheckpoint, choose, gain
+from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k, read_judged_parts
+from megatron_sov.eval.statistics import difference_interval
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN, KIND, MERGED, complete, find_checkpoint, refuse_missing)
+
+
+@dataclass(frozen=True)
+class MeasuredCheckpoint:
+    """What one checkpoint does in one domain."""
+
+    checkpoint: str
+    """Its name."""
+    domain: str
+    figures: Mapping[str, Any]
+    """Of `JudgedItem.figures`."""
+    solved: Mapping[int, Mapping[str, float]]
+    """k -> problem -> its pass@k; problems with fewer than k scored samples are left out."""
+
+    @staticmethod
+    def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
+        return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), {
+            k: {problem: pass_at_k(counts.num_scored, counts.num_right, k)
+                for problem, counts in judged.prompts.items() if counts.num_scored >= k} for k in ks})
+
+    def value(self, k: int) -> float:
+        return fmean(self.solved[k].values())
+
+    def row(self, ks: Sequence[int]) -> dict[str, Any]:
+        return {"checkpoint": self.checkpoint, "domain": self.domain,
+                **{name: self.figures.get(name)
+                   for name in ("num_prompts", "num_unscored", "mean_reward", "share_at_limit")},
+                "pass_at_k": [e for e in self.figures["pass_at_k"] if e["k"] in ks]}
+
+
+@dataclass(frozen=True)
+class DomainChoice:
+    """The best checkpoint of a domain: the argmax of pass@k, of equals the first one."""
+
+    domain: str
+    checkpoint: str
+    value: float
+    """Its pass@k; the greatest of several estimates is likely to flatter."""
+    as_good: tuple[str, ...]
+    """The others that these problems do not tell from it: the 95 % interval of the mean difference over
+    problems reaches 0."""
+
+    def row(self) -> dict[str, Any]:
+        return {**asdict(self), "as_good": list(self.as_good), "is_clear": not self.as_good}
+
+
+def choose(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
+    """Return the best of the candidates in one domain, the earlier ones first."""
+    best = max(candidates, key=lambda measured: measured.value(k))  # the first of equals
+    as_good = tuple(other.checkpoint for other in candidates
+                    if other is not best and not _gain(best, other, k)[1][0] > 0)
+    return DomainChoice(best.domain, best.checkpoint, best.value(k), as_good)
+
+
+def gain(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
+    value, interval = _gain(merged, expert, k)
+    return {"checkpoint": merged.checkpoint, "domain": merged.domain, "expert": expert.checkpoint, "k": k,
+            "gain": value, "interval": list(interval)}
+
+
+def _gain(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tuple[float, tuple[float, float]]:
+    """Return the mean difference of pass@k over common problems, and its 95 % interval; without a common
+    problem it may be anything."""
+    differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()
+                   if problem in other.solved[k]]
+    return (fmean(differences), difference_interval(differences)) if differences else (0.0, (-1.0, 1.0))
+
 
 TABLE_KIND = "ssp_probe"
 ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
@@ -45,13 +114,12 @@ class ProbedCheckpoint:
 
     @property
     def name(self) -> str:
-        """Return what tables call it."""
         path = self.path
         is_of_run = path.parent.name == CHECKPOINTS_OF_A_RUN
         return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
 
     def folder(self, probe: Path) -> Path:
-        """Return the place of its responses in a probe's folder."""
+        # Two paths may have one name.
         digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 
@@ -104,7 +172,7 @@ def known_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[Pro
     Raises:
         UserError: two of them would have one name.
     """
-    before = _written(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
+    before = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
     found = {c.path: c for c in [*before, *asked]}
     names: dict[str, Path] = {}
     for candidate in found.values():
@@ -128,8 +196,9 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
         UserError: a checkpoint's responses in a domain have no reward, or too few.
     """
     ks = sorted({1, k})
-    found = {(m.checkpoint, m.domain): m for c in candidates for m in _measured(probe, c, ks, right_from)}
+    found = {(m.checkpoint, m.domain): m for c in candidates for m in _measure(probe, c, ks, right_from)}
     domains = list(dict.fromkeys(domain for _, domain in found))
+    # A merge is compared with its experts, and is never an expert itself.
     single = [c for c in candidates if not c.is_merged]
     chosen = [choose([found[c.name, domain] for c in single], k) for domain in domains] if single else []
     content = {
@@ -148,8 +217,8 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     return content
 
 
-def _measured(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
-              right_from: float) -> Iterator[MeasuredCheckpoint]:
+def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
+             right_from: float) -> Iterator[MeasuredCheckpoint]:
     if problems := damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
@@ -167,13 +236,12 @@ def experts_of(probe: Path) -> list[tuple[Path, float]]:
         UserError: the folder holds no complete probe.
     """
     weights: dict[Path, float] = {}
-    for path in _written(probe)[1]:
+    for path in _read_table(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0
     return list(weights.items())
 
 
-def _written(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
-    """Return the checkpoints of the table that is there, and the best one of each domain."""
+def _read_table(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
     content = read_manifest(probe / TABLE, TABLE_KIND).content
     try:
         found = {c["name"]: ProbedCheckpoint(Path(c["path"]),

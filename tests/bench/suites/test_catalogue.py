@@ -14,8 +14,8 @@ import pytest
 from suite_items import CASES, write
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.suites.catalogue import check_data, chosen, read_task, require_data, suite_tasks
-from megatron_sov.bench.suites.task_data import TaskRule, load, renamed
+from megatron_sov.bench.suites.catalogue import (
+    TaskRule, check_data, chosen, load, read_task, renamed, require_data, suite_tasks)
 from megatron_sov.cli import run_command
 
 TASKS = suite_tasks()

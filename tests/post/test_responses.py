@@ -11,7 +11,7 @@ def test_documents_are_counted_and_padding_is_not() -> None:
     from megatron_sov.engine.data.order import OrderedSample
     from megatron_sov.engine.data.rows import join_rows, sample_row
     from megatron_sov.engine.data.streams import PackedSegment
-    from megatron_sov.post.parts.responses import responses_of
+    from megatron_sov.post.sft import responses_of
     from megatron_sov.train.objectives.microbatch import from_row
 
     class Documents:
@@ -46,7 +46,7 @@ def test_documents_are_counted_and_padding_is_not() -> None:
 def test_a_pair_that_lost_a_response_is_left_out() -> None:
     import torch
 
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post.sft import Responses
 
     responses = Responses(torch.tensor([0, 1, 4, 3, 3]), torch.tensor([1.0, 1.0, 0.0, 2.0]).double())
     assert responses.whole_pairs().tolist() == [1, 0]

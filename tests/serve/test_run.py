@@ -24,9 +24,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.live import Joining, News
 from megatron_sov.infer.request import STOP
-from megatron_sov.serve import http_server
+from megatron_sov.serve import run
 from megatron_sov.serve.bodies import BodyReader
-from megatron_sov.serve.http_server import HttpServer
+from megatron_sov.serve.run import HttpServer
 from megatron_sov.serve.scheduler import Clerk, RequestQueue
 from megatron_sov.serve.settings import ServeSettings
 
@@ -313,7 +313,7 @@ def talk(server: Open, said: bytes) -> bytes:
 
 def test_clients_that_dawdle_are_left(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEADERS_S", "BODY_S", "LINGERS_S"):
-        monkeypatch.setattr(http_server, name, 0.2)
+        monkeypatch.setattr(run, name, 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with opened() as server:
         with contextlib.suppress(ConnectionResetError):
@@ -322,13 +322,13 @@ def test_clients_that_dawdle_are_left(opened: Any, monkeypatch: pytest.MonkeyPat
         assert b" 400 " in talk(server, b"NO HTTP AT ALL\r\n\r\n")
         assert b" 413 " in talk(server, f"{head}Content-Length: 999999999\r\nConnection: close\r\n\r\n"
                                 f"{'x' * 100}".encode())
-        monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 1)
+        monkeypatch.setattr(run, "MAX_CONNECTIONS", 1)
         assert server.message("one is open")["finish_reason"] == "stop"
         assert talk(server, b"").startswith(b"HTTP/1.1 503")
 
 
 def test_a_stream_that_nobody_takes_is_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "TAKES_S", 0.2)
+    monkeypatch.setattr(run, "TAKES_S", 0.2)
 
     async def never(*args: Any) -> None:
         await asyncio.sleep(600)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.prompts import ModelPrompt, read_prompts
+from megatron_sov.infer.asking import ModelPrompt, read_prompts
 
 
 def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Groups:
 def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters, gradient norm, loads of experts, and the share of tokens that
     were computed."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
     from layout_run import small_config
 
     from megatron_sov.engine.data.token_shards import Source

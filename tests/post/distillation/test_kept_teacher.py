@@ -14,8 +14,8 @@ from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.model.config import DistillationConfig  # noqa: E402
+from megatron_sov.post.distillation.distill import KeptTeacher  # noqa: E402
 from megatron_sov.post.distillation.state_files import Kept  # noqa: E402
-from megatron_sov.post.parts.kept_teacher import KeptTeacher  # noqa: E402
 
 
 def files_of(kept: Kept, **more: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.post.parts.translation import (
+from megatron_sov.post.distillation.translation import (
     NO_SYMBOL, NOTHING, UNHEARD, Chain, TokenTranslation, spelling_table)
 
 END = "<|end|>"

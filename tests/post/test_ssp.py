@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from megatron_sov.eval.pass_at_k import JudgedItem
-from megatron_sov.post.ssp.choice import MeasuredCheckpoint, choose, gain
+from megatron_sov.post.ssp import MeasuredCheckpoint, choose, gain
 
 SAMPLES, K = 6, 3
 

@@ -14,7 +14,7 @@ MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)
 def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
     import torch
 
-    from megatron_sov.post.parts.preferences import dpo
+    from megatron_sov.post.preference import dpo
 
     margins = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
     losses = dpo(margins, beta, smoothing)
@@ -29,7 +29,7 @@ def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
 def test_ipo_is_the_papers() -> None:
     import torch
 
-    from megatron_sov.post.parts.preferences import ipo
+    from megatron_sov.post.preference import ipo
 
     losses = ipo(torch.tensor(MARGINS, dtype=torch.float64), 0.25)
     assert losses.tolist() == pytest.approx([(x - 2.0) ** 2 for x in MARGINS], abs=1e-12)
@@ -39,7 +39,7 @@ def test_ipo_is_the_papers() -> None:
 def test_simpo_asks_for_a_lead(smoothing: float) -> None:
     import torch
 
-    from megatron_sov.post.parts.preferences import simpo
+    from megatron_sov.post.preference import simpo
 
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     # r = beta * mean log p; the chosen one has to lead by gamma
@@ -51,7 +51,7 @@ def test_simpo_asks_for_a_lead(smoothing: float) -> None:
 def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
     import torch
 
-    from megatron_sov.post.parts.preferences import orpo
+    from megatron_sov.post.preference import orpo
 
     chosen, rejected = torch.tensor([-0.1, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     odds = [(math.exp(c) / (1 - math.exp(c)), math.exp(r) / (1 - math.exp(r)))
@@ -67,7 +67,7 @@ def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None
 def test_kto_is_the_papers() -> None:
     import torch
 
-    from megatron_sov.post.parts.preferences import kto
+    from megatron_sov.post.preference import kto
 
     ratios, good = torch.tensor([3.0, -1.0, 0.5, -6.0]).double(), torch.tensor([True, True, False, False])
     expected = [weight / (1 + math.exp(sign * 0.2 * (ratio - 1.5)))  # 1 - sigma(x) = sigma(-x)
@@ -78,7 +78,7 @@ def test_kto_is_the_papers() -> None:
 def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
     import torch
 
-    from megatron_sov.post.parts.preferences import grouper, simper
+    from megatron_sov.post.preference import grouper, simper
 
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_sov.engine.mcore.model.kv_cache import CacheSpan
-from megatron_sov.infer.continuation import Continuation, RowItem
-from megatron_sov.infer.decoder.decoding import pieces_of, table_of
-from megatron_sov.infer.decoder.ranking import CHUNK_PLACES, RankingPlace, places_of, ranked
+from megatron_sov.infer.decoder.continuation import Continuation, RowItem
+from megatron_sov.infer.decoder.generator import pieces_of, table_of
+from megatron_sov.infer.decoder.logprobs import CHUNK_PLACES, RankingPlace, places_of, ranked
 from megatron_sov.infer.request import Sampling, StopRule, Tells
 
 PROMPT = [11, 12, 13, 14, 15]

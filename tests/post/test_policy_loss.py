@@ -32,7 +32,7 @@ def row() -> tuple[dict[str, Any], Any, Any]:
     learned, some of them impossible."""
     import torch
 
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post.sft import Responses
 
     drawn = random.Random(SEED)
     index: list[int] = []
@@ -57,7 +57,7 @@ def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> t
     """Return the whole loss, its derivatives and the meters."""
     import torch
 
-    from megatron_sov.post.parts.policy_loss import PolicyLoss
+    from megatron_sov.post.policy import PolicyLoss
 
     made = PolicyLoss(policy, LONGEST)
     logprobs = logprobs.clone().requires_grad_()
@@ -150,8 +150,8 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
     import torch
 
-    from megatron_sov.post.parts.policy_loss import PolicyLoss
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post.policy import PolicyLoss
+    from megatron_sov.post.sft import Responses
 
     torch.manual_seed(0)
     num, length, kl = 32, 4096, 6.4e-4
@@ -220,8 +220,8 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
     """A linear model learns a round of two batches; in the first `old` is the step's own."""
     import torch
 
-    from megatron_sov.post.parts.policy_loss import PolicyLoss
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post.policy import PolicyLoss
+    from megatron_sov.post.sft import Responses
 
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                              "correction_low": 0.8, "correction_high": 1.25}
@@ -278,8 +278,8 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
     """By enumeration of all responses of two tokens, so that expectations are exact."""
     import torch
 
-    from megatron_sov.post.parts import kl
-    from megatron_sov.post.parts.responses import Responses
+    from megatron_sov.post import policy
+    from megatron_sov.post.sft import Responses
 
     torch.manual_seed(0)
     first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
@@ -295,12 +295,12 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
         return bool(torch.allclose(slopes(a), slopes(b), atol=1e-12, rtol=0))
 
     odds = p.detach().exp()
-    assert close((odds * kl.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
-    assert close((odds * kl.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
+    assert close((odds * policy.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
+    assert close((odds * policy.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
     exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()
     estimated: Any = 0.0
     for a, b in itertools.product(range(3), repeat=2):
         both, reference = torch.stack([p[a], p2[a, b]]), torch.stack([q[a], q2[a, b]])
         whole = Responses(torch.tensor([0, 0]), torch.tensor([2.0]).double())
-        estimated = estimated + both.detach().sum().exp() * kl.of_sequences(both, reference, whole).sum()
+        estimated = estimated + both.detach().sum().exp() * policy.of_sequences(both, reference, whole).sum()
     assert close(estimated, exact) and estimated.item() == pytest.approx(exact.item(), abs=1e-12)

@@ -20,8 +20,8 @@ from transformers import DeepseekV3Config
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.convert.changed_values import SentWeights
 from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.infer.engines import hf
-from megatron_sov.infer.engines.hf import (
+from megatron_sov.infer.engines import libraries
+from megatron_sov.infer.engines.libraries import (
     PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 
@@ -95,8 +95,8 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
 def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
     model = load_hf(hf_models["exaone_moe"])
     plain = HfEngine(model).generate(PROMPTS, Sampling(10)).continuations
-    monkeypatch.setattr(hf, "MASK_PLACES", 400)
-    monkeypatch.setattr(hf, "PASS_TOKENS", 4)
+    monkeypatch.setattr(libraries, "MASK_PLACES", 400)
+    monkeypatch.setattr(libraries, "PASS_TOKENS", 4)
     assert cache_sizes(len(PROMPTS), 50, Batching())[::2] == (1, 5)
     assert HfEngine(model).generate(PROMPTS, Sampling(10)).continuations == plain
 

@@ -54,7 +54,6 @@ class Continuation:
 
     @cached_property
     def random(self) -> np.random.Generator:
-        """The sequence's own numbers."""
         return np.random.Generator(np.random.Philox(key=[self.sampling.seed, self.stream]))
 
     @cached_property
@@ -64,6 +63,7 @@ class Continuation:
         if self.sampling.num_drafts or self.prompt_tokens == 1 or self.tells.prompt:
             return b""
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
+        # Placeholders of two pictures are the same tokens: what is shown is a part of the prompt.
         return tokens + fingerprint(self.media) if self.media else tokens
 
     def span(self, slot: int, count: int) -> CacheSpan:
@@ -86,6 +86,7 @@ class Continuation:
         """Return the routes of every token but the last, which is not read."""
         rows = shape.absent(len(self.tokens) - 1)
         for first, found in self.routes:
+            # Later spans win: of a refused draft, the routes of what took its place stay.
             rows[first:first + len(found)] = found[:len(rows) - first]
         return rows
 
@@ -103,13 +104,13 @@ class RowItem:
     def places(self) -> list[int]:
         """Row indices behind which tokens are chosen: all of a step, the last of a prompt's last span."""
         end = self.start + len(self.span.tokens)
+        # A step: every place predicts, the newest token's and each draft's.
         if not self.sequence.in_prompt:
             return list(range(self.start, end))
         return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []
 
 
 def keep_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:
-    """Give each item's sequence its part of a row's routes."""
     rows = routes.numpy()
     for item in items:
         count = len(item.span.tokens)

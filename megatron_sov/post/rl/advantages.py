@@ -52,17 +52,19 @@ def advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], pol
                        max_new_tokens) if reason == LEARNS else np.zeros(len(group))
              for group, n, asked, reason in zip(rewards, lengths, budgets, reasons, strict=True)]
     if policy.parts.normalise_over_batch:
-        found = _normalised(found, [reason == LEARNS for reason in reasons])
+        found = _normalise(found, [reason == LEARNS for reason in reasons])
     return [Group(*pair) for pair in zip(found, reasons, strict=True)]
 
 
 def left_out(rewards: np.ndarray, policy: PolicyConfig) -> str:
     """Return why a group of rewards [n] is left out; `LEARNS`."""
     parts = policy.parts
+    # One response has nothing to be compared with.
     if len(rewards) < max(2, parts.pkpo_k if parts.advantage == "pass_at_k" else 0):
         return TOO_FEW
     if np.ptp(rewards) > EQUAL:
         return LEARNS
+    # All rewards are the same, so the first one speaks for all.
     kind, kept = ((ALL_RIGHT, parts.all_right) if rewards[0] >= policy.right_from
                   else (ALL_WRONG, parts.all_wrong))
     return LEARNS if kept == "keep" else kind
@@ -105,6 +107,7 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
         return leave_one_out(rewards)
     # how likely the best of k - 1 of the n - 1 others is the one of each rank, from the worst
     odds = np.array([math.comb(rank, k - 2) / math.comb(n - 1, k - 1) for rank in range(n - 1)])
+    # The best of a random set of k - 1 others is the one of a rank with `odds`: no set is drawn.
     order = np.argsort(rewards, kind="stable")
     ranked, found = rewards[order], np.empty(n)
     for place, index in enumerate(order):
@@ -138,19 +141,22 @@ def _of_group(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, pol
     """Return a group's advantages before those of the batch are seen."""
     parts = policy.parts
     counted = _with_length(rewards, lengths, budgets, policy, max_new_tokens)
+    # The penalty of length joins before the baseline, so it is compared inside of the group too.
     shaped = counted - overlong_penalty(lengths, policy, max_new_tokens)
     found = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
              "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k)}[parts.advantage](shaped)
     if parts.length_reward == "budget":
         found = found + against_budget(counted, budgets, max_new_tokens, parts.length_reward_coeff)
     if np.ptp(rewards) <= EQUAL and rewards[0] < policy.right_from:
+        # Rewards as judged, not as shaped: a length must not make a wrong group look mixed.
         found = found + parts.all_wrong_reward
     share_right = float((rewards >= policy.right_from).mean())
     return found * mgpo_weight(share_right, parts.mgpo_lambda)
 
 
-def _normalised(found: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
+def _normalise(found: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
     """Return the advantages of groups that learn with mean 0 and standard deviation 1 over all of them."""
+    # Groups that are left out stay at 0: shifted by the mean they would learn.
     together = np.concatenate([a for a, kept in zip(found, learns, strict=True) if kept] or [np.zeros(0)])
     if len(together) < 2:
         return found
@@ -170,6 +176,7 @@ def around_right(lengths: np.ndarray, right: np.ndarray, width_tokens: float) ->
     if not right.any():
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
+    # Tokens outside of the window, 0 inside.
     away = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
     return np.where(right, np.maximum(0.0, 1.0 - away / width_tokens), 0.0)
 
@@ -211,6 +218,7 @@ def within_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, l
         longest: response (L_max; its inverse is alpha, as in the authors' code).
         scale: beta; 4 in their code.
     """
+    # Just beyond its budget a response gets what a budget of its own length would give, less the excess.
     beyond = of_budget(lengths, longest, scale) - np.abs(lengths - budgets) / longest
     kept = np.where(lengths > budgets, beyond, of_budget(budgets, longest, scale))
     return np.where(right & (lengths <= longest), kept, 0.0)

@@ -1,0 +1,244 @@
+"""Log-probabilities of given tokens: of places in a sequence with the most probable tokens there, of whole
+answers at any layout, and how far an engine's are from the trainer's.
+
+The last matters because two programs compute one distribution with other kernels and roundings.  Their gap is
+bias in every importance ratio that is built on the engine's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_sov.engine.mcore.decode.cached_decoder import (
+    CachedDecoder, DecodeOutput, over_shares, share_place)
+from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
+from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
+from megatron_sov.infer.decoder.continuation import Continuation, RowItem
+from megatron_sov.infer.decoder.sampling import probabilities
+from megatron_sov.infer.request import Batching, Sampling, Written
+from megatron_sov.omni.media.placed import Media, cut
+
+CHUNK_PLACES = 64
+"""Whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class RankingPlace:
+    """A row index, and what stands behind it."""
+
+    row: int
+    """Index."""
+    token: int
+    """The one behind it."""
+    num_top: int
+    """Most probable ones that are told."""
+    sampling: Sampling | None
+    """What the token was drawn with; None: it is the prompt's, or nothing was drawn."""
+
+
+def places_of(items: Sequence[RowItem], written: Sequence[Written]) -> Iterator[tuple[Continuation,
+                                                                                      RankingPlace]]:
+    """Yield the places of a row that something is told of, with their sequences.
+
+    Args:
+        items: of the row, before what was written behind it is counted.
+        written: tokens behind those that have places, without drafts.
+    """
+    new = iter(written)
+    for item in items:
+        sequence, tells = item.sequence, item.sequence.tells
+        # Items without places wrote nothing, so the iterator moves on for the others only.
+        chosen = next(new)[0][0] if item.places else -1
+        if not tells.something:
+            continue
+        for row in range(len(item.span.tokens)):
+            behind = item.span.past + row + 1
+            # A drawn token is judged by what it was drawn from, the prompt by the plain distribution.
+            if behind >= sequence.prompt_tokens:
+                drawn = sequence.sampling if sequence.sampling.temperature else None
+                yield sequence, RankingPlace(item.start + row, chosen, tells.num_top, drawn)
+            elif tells.prompt:
+                yield sequence, RankingPlace(item.start + row, sequence.tokens[behind], tells.num_top, None)
+
+
+def ranked(logits_of: Callable[[Sequence[int]], torch.Tensor],
+           places: Sequence[RankingPlace]) -> list[Written]:
+    """Return of each place its token and then the most probable ones, with their log-probabilities; tokens
+    that cannot be drawn are no such.
+
+    Args:
+        logits_of: returns the logits [n, V] behind row indices.
+        places: of the row.
+    """
+    found: list[Written] = []
+    for start in range(0, len(places), CHUNK_PLACES):
+        chunk = places[start:start + CHUNK_PLACES]
+        logits = logits_of([place.row for place in chunk])
+        for place, of_place in zip(chunk, logits, strict=True):
+            # float64: log-probabilities are compared with a trainer's.
+            if place.sampling is None:
+                logprobs = torch.log_softmax(of_place.double(), dim=-1)
+            else:
+                logprobs = probabilities(of_place[None], place.sampling)[0].log()
+            best, tokens = logprobs.topk(min(place.num_top, len(logprobs)))
+            # topk fills up with tokens of probability 0 where the truncation leaves fewer.
+            top = [(token, logprob) for token, logprob in zip(tokens.tolist(), best.tolist(), strict=True)
+                   if logprob > float("-inf")]
+            found.append(([place.token, *(token for token, _ in top)],
+                          [float(logprobs[place.token]), *(logprob for _, logprob in top)]))
+    return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with answers to choose from."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    answers: Sequence[Sequence[int]]
+    """Token ids of each, at least one."""
+    media: Media = field(default_factory=dict)
+    """What stands over the prompt's placeholders."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a row reads: a piece of a prompt, or the answers behind it."""
+
+    spans: list[CacheSpan]
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    """Question and answer that each span belongs to; []: it is a piece of a prompt."""
+
+
+def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching: Batching | None = None,
+                    advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
+    """Return log p(token | those before it) of each token of each answer of each question.
+
+    Called by all processes together, which all get the same; the prompts are shared out.
+
+    Args:
+        model: what is asked.
+        questions: prompts with their answers.
+        batching: what bounds memory.
+        advance: is told how many questions were done.
+    """
+    bounds, (rank, size) = batching or Batching(), share_place()
+    # of what is read the last token of an answer is no part
+    longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
+    # one slot holds the prompt, which answers are copied from
+    slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest)
+    # Zeros where another process answers: the sum over the shares is the whole table.
+    found = torch.zeros(len(questions), max(len(q.answers) for q in questions),
+                        max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)
+    with CachedDecoder(model, CacheSize(slots, longest)) as decoder:
+        steps = _steps(decoder, questions, range(rank, len(questions), size), slots, bounds.prefill_tokens)
+        done = -1
+        while True:
+            # A process that is done reads empty rows until all are.
+            step = next(steps, _Step([]))
+            row_tokens = decoder.common_row_tokens(sum(len(span.tokens) for span in step.spans))
+            if not row_tokens:
+                break
+            read = decoder.read(step.spans, row_tokens)
+            if decoder.last_stage and step.answers:
+                _tell(decoder, read, questions, step, found)
+            if advance is not None and step.answers and step.answers[-1][0] != done:
+                done = step.answers[-1][0]
+                advance(size)
+        found = decoder.agree(found)
+    table = over_shares(found).tolist()
+    return [[row[:len(answer)] for row, answer in zip(of, q.answers, strict=False)]
+            for of, q in zip(table, questions, strict=True)]
+
+
+def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, slots: int,
+           prefill_tokens: int) -> Iterator[_Step]:
+    """Yield the rows of this process's questions; each is read before the next one is asked for."""
+    for number in mine:
+        question = questions[number]
+        # the last token of a prompt is read with each answer, whose first token stands behind it
+        past, media = len(question.prompt) - 1, question.media
+        for start in range(0, past, prefill_tokens):
+            piece = question.prompt[start:min(past, start + prefill_tokens)]
+            yield _Step([CacheSpan(0, start, piece, cut(media, start, len(piece)) or None)])
+        last = cut(media, past, 1) or None
+        for first in range(0, len(question.answers), slots - 1):
+            here = range(first, min(len(question.answers), first + slots - 1))
+            if past:
+                # Slot 0 holds the prompt; each answer goes on in a slot of its own.
+                decoder.copy(0, [1 + answer - first for answer in here])
+            yield _Step([CacheSpan(1 + answer - first, past,
+                                   [question.prompt[-1], *question.answers[answer][:-1]], last)
+                         for answer in here], [(number, answer) for answer in here])
+
+
+def _tell(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[Question], step: _Step,
+          found: torch.Tensor) -> None:
+    places = [RankingPlace(end - len(span.tokens) + at, token, 0, None)
+              for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
+              for at, token in enumerate(questions[question].answers[answer])]
+    told = iter(ranked(lambda rows: decoder.logits(read, rows), places))
+    for question, answer in step.answers:
+        for at in range(len(questions[question].answers[answer])):
+            found[question, answer, at] = next(told)[1][0]
+
+
+LARGE_NATS = 0.1
+"""A difference by which a token's probability changes by a tenth: rounding alone is far below."""
+
+
+@dataclass(frozen=True)
+class LogprobGap:
+    """Sums over tokens; gaps of several batches add up."""
+
+    tokens: int
+    """How many are compared."""
+    sum_nats: float
+    """Of the differences without their sign."""
+    largest_nats: float
+    """The largest of these."""
+    large: int
+    """Tokens whose difference is above the threshold."""
+    sum_kl_nats: float
+    """Of each token's estimate of the divergence of the trainer's distribution from the engine's."""
+
+    def __add__(self, other: LogprobGap) -> LogprobGap:
+        return LogprobGap(self.tokens + other.tokens, self.sum_nats + other.sum_nats,
+                          max(self.largest_nats, other.largest_nats), self.large + other.large,
+                          self.sum_kl_nats + other.sum_kl_nats)
+
+    def meters(self) -> dict[str, tuple[float, float]]:
+        """Return sum and count of each mean, by its name: what an objective's meters are."""
+        return {"engine_gap_nats": (self.sum_nats, self.tokens),
+                "engine_gap_large": (self.large, self.tokens),
+                "engine_gap_kl_nats": (self.sum_kl_nats, self.tokens)}
+
+
+@torch.no_grad()
+def logprob_gap(engine: torch.Tensor, trainer: torch.Tensor, sampled: torch.Tensor | None = None,
+                large_nats: float = LARGE_NATS) -> LogprobGap:
+    """Compare log-probabilities of tokens that an engine drew.
+
+    The divergence is estimated as by John Schulman, "Approximating KL Divergence" (2020), k3: for a token
+    from q, ``r - 1 - log r`` with r = p / q has the expectation KL(q || p), and is never negative.  Here q is
+    the engine's distribution and p the trainer's.
+
+    Args:
+        engine: log-probabilities as `Generated.logprobs` has them.
+        trainer: of the same tokens, at the same temperature.
+        sampled: which of them the engine drew; all unless given.
+        large_nats: the threshold of `LogprobGap.large`.
+    """
+    if engine.shape != trainer.shape:
+        raise ValueError(f"the engine's log-probabilities {list(engine.shape)} are not of the trainer's "
+                         f"tokens {list(trainer.shape)}")
+    # Differences of nearly equal numbers: float32 would leave few digits of them.
+    log_ratio = trainer.double() - engine.double()
+    if sampled is not None:
+        log_ratio = log_ratio[sampled.bool()]
+    apart = log_ratio.abs()
+    return LogprobGap(apart.numel(), float(apart.sum()), float(apart.max()) if apart.numel() else 0.0,
+                      int((apart > large_nats).sum()), float((torch.expm1(log_ratio) - log_ratio).sum()))
