@@ -20,10 +20,10 @@ CPUs takes each parameter's whole vectors and its tail apart."""
 PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "token_dispatcher.py:dispatch_postprocess": 4,
                     "moe_layer.py:routed_experts_compute": 1, "token_dispatcher.py:combine_preprocess": 2}
 """What the library fetches in each layer with experts and micro-batch: how many tokens go where."""
-PER_MICRO_BATCH = {"lm.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
+PER_MICRO_BATCH = {"data_objective.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
                    "objective.py:with_denominators": 2}
 """What is counted in each row, on the host: see test_data_batches.py."""
-PER_STEP = {"named_values.py:sum_dict": 2, "trainer.py:update": 3, "computation.py:sums": 4,
+PER_STEP = {"values.py:sum_dict": 2, "trainer.py:update": 3, "computation.py:sums": 4,
             "optimizer.py:step": 1, "step_guard.py:accepts": 1}
 """Sums over processes, losses and the gradient norm."""
 ELSEWHERE = {"optimizer.py:step_with_ready_grads", "launcher.py:_rank_code", "launcher.py:begin"}
