@@ -285,8 +285,7 @@ def hidden_over_heads(config: dict[str, Any]) -> int:
     return int(config["hidden_size"] // config["num_attention_heads"])
 
 
-# Config items of multi-head latent attention: its sizes, and YaRN as DeepSeek states it (see
-# `hf_config.py`).
+# Config items of multi-head latent attention: its sizes, and YaRN as DeepSeek states it.
 
 _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -362,7 +361,7 @@ class LatentRope(Rope):
         return found | {"yarn": replace(found["yarn"], mscale=float(mscale))}
 
 
-# Config items of gpt-oss (see `hf_config.py`).
+# Config items of gpt-oss.
 
 @dataclass(frozen=True)
 class SaidRope(Rope):
@@ -413,7 +412,7 @@ class Quantization:
         return {}
 
 
-# Config items of Gemma (see `hf_config.py`).
+# Config items of Gemma.
 
 KINDS = ("full_attention", "sliding_attention")
 THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}

@@ -1,5 +1,5 @@
 """The parameters that a process of a pipeline stage holds, one by one, in the order in which the library
-registers them: of it ZeRO-1's buffers are made (`buffers`).
+registers them: of it ZeRO-1's buffers are made (`states`).
 
 Names and global shapes are those of the family's weight map.  Shapes are cut as megatron-core cuts them:
 matrices of attention, dense layers, shared experts and vocabulary over `tp`, experts over `ep` and their

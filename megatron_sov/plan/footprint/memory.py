@@ -1,6 +1,6 @@
 """Memory of one process while it trains, as an account of single items: weights, gradients and optimizer to
-the byte (`states`), activations by what modules save (`activations`, `in_flight`), Transformer Engine's
-quantised weights (`quantized_weights`), and estimates of what the libraries take beside (`overheads`).
+the byte (`states`), activations by what modules save (`activations`), Transformer Engine's quantised weights
+(`held`), and estimates of what the libraries take besides.
 """
 
 from __future__ import annotations

@@ -79,9 +79,7 @@ def attention_flops(w: Workload, window: int) -> float:
     return 2 * local_tokens(w) * keys * s.num_heads / w.tp * (s.query_dim + s.value_dim)
 
 
-# Bytes that kernels without matrix products pass through a GPU's memory in a forward pass of a micro-
-# batch.
-
+# Bytes that kernels without matrix products pass through a GPU's memory in a micro-batch's forward pass.
 
 NUMBER_BYTES = 2
 NORM, RESIDUAL = 2, 3
