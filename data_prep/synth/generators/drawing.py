@@ -16,7 +16,7 @@ def share_of(*names: object) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
-def one_of(choices: Sequence[T], *names: object) -> T:
+def choose(choices: Sequence[T], *names: object) -> T:
     """Return one of some choices, each as often as the others over many names."""
     return choices[int(share_of(*names) * len(choices))]
 

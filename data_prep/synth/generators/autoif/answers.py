@@ -23,7 +23,7 @@ from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constr
 from data_prep.synth.generators.autoif.settings import AutoIfSettings
 from data_prep.synth.generators.autoif.texts import Texts, texts_of
 from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
-from data_prep.synth.generators.drawing import one_of, share_of
+from data_prep.synth.generators.drawing import choose, share_of
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, list_files, open_parquet
 from megatron_sov.base.documents.scripts import script_of
@@ -196,10 +196,10 @@ class AutoIf(Generator):
         settings = self.settings
         constraints = read_constraints(Path(settings.constraints), settings.modules)
         for query in queries_of(inputs, settings.min_query_chars, settings.max_query_chars, settings.toxic):
-            drawn = [one_of(constraints, query.digest, number)
+            drawn = [choose(constraints, query.digest, number)
                      for number in range(settings.constraints_per_query)]
             for number, constraint in enumerate(dict.fromkeys(drawn)):
-                wording = one_of(constraint.wordings, query.digest, number, "wording")
+                wording = choose(constraint.wordings, query.digest, number, "wording")
                 yield GeneratorItem(f"{query.digest}.{number}", {
                     "query": query.text, "constraint": wording, "functions": list(constraint.functions)},
                     query.source, query.licence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_prep.synth.generators.autoif.texts import Texts
-from data_prep.synth.generators.drawing import one_of, share_of
+from data_prep.synth.generators.drawing import choose, share_of
 
 PLAIN_SHARE = 0.5
 """Of the phrasings, that add no word of their own, as in Typhoon-S."""
@@ -15,7 +15,7 @@ def in_user_turn(query: str, constraint: str, texts: Texts, *names: object) -> l
         first, second = (query, constraint) if share_of("order", *names) < 0.5 else (constraint, query)
         content = _ended(first) + second
     else:
-        content = _filled(one_of(texts.user, "phrasing", *names), query, constraint)
+        content = _filled(choose(texts.user, "phrasing", *names), query, constraint)
     return [{"role": "user", "content": content}]
 
 
@@ -23,7 +23,7 @@ def in_system_turn(query: str, constraint: str, texts: Texts, *names: object) ->
     """Return the constraint as system turn, and the query; names decide the phrasing."""
     content = constraint
     if share_of("plain", *names) >= PLAIN_SHARE:
-        content = _filled(one_of(texts.system, "phrasing", *names), query, constraint)
+        content = _filled(choose(texts.system, "phrasing", *names), query, constraint)
     return [{"role": "system", "content": content}, {"role": "user", "content": query}]
 
 

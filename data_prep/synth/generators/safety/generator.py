@@ -15,8 +15,8 @@ from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoUsableReply, Reply, SampleVerdict,
     Temperature)
 from data_prep.synth.generators.autoif.texts import languages as named
-from data_prep.synth.generators.safety.refusals import languages as refusing, refuses
-from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
+from data_prep.synth.generators.safety.refusals import languages_with_refusals, refuses
+from data_prep.synth.generators.safety.taxonomy import TAXONOMY, Category, read_taxonomy
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import ONCE, AtLeastOne, one_of
 from megatron_sov.judge.rewards.patterns import json_of
@@ -48,7 +48,7 @@ MAX_CHARS = 4000
 """Of a request."""
 
 
-Known = Annotated[str, one_of(lambda: refusing() & named().keys())]
+Known = Annotated[str, one_of(lambda: languages_with_refusals() & named().keys())]
 """A language that prompts can name, and whose refusals are known."""
 
 
@@ -93,7 +93,7 @@ class SafetyGenerator(Generator):
 
     def files(self) -> Sequence[Path]:
         """Return the taxonomy that comes with the program."""
-        return [FILE]
+        return [TAXONOMY]
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield each category in each language, so many times; inputs are taxonomies instead of ours.
@@ -102,7 +102,7 @@ class SafetyGenerator(Generator):
             UserError: a taxonomy breaks a rule, or two have a category of one id.
         """
         read: dict[str, Path] = {}
-        for file in inputs or [FILE]:
+        for file in inputs or [TAXONOMY]:
             for category in read_taxonomy(file):
                 if read.setdefault(category.id, file) != file:
                     raise UserError(f"{file}: category {category.id} stands in {read[category.id]} as well; "

@@ -8,7 +8,7 @@ from pathlib import Path
 import regex
 import yaml
 
-FILE = Path(__file__).with_suffix(".yaml")
+PATTERNS = Path(__file__).with_suffix(".yaml")
 BEGINNING_CHARS = 240
 """A refusal comes first; what stands further behind may quote one."""
 TIMEOUT_S = 2.0
@@ -16,12 +16,12 @@ TIMEOUT_S = 2.0
 
 @lru_cache(maxsize=1)
 def _patterns() -> dict[str, list[regex.Pattern[str]]]:
-    listed = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    listed = yaml.safe_load(PATTERNS.read_text(encoding="utf-8"))
     return {language: [regex.compile(pattern, regex.IGNORECASE) for pattern in patterns]
             for language, patterns in listed.items()}
 
 
-def languages() -> frozenset[str]:
+def languages_with_refusals() -> frozenset[str]:
     """Return the languages whose refusals are known."""
     return frozenset(_patterns())
 

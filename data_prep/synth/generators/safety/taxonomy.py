@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from megatron_sov.base.errors import UserError, list_problems, nearest
 from megatron_sov.base.settings import Located, read_located, read_text
 
-FILE = Path(__file__).parents[2] / "taxonomies/safety.yaml"
+TAXONOMY = Path(__file__).parents[2] / "taxonomies/safety.yaml"
 """The 38 categories that come with the program."""
 Strategy = Literal["redirect", "safe-complete"]
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
@@ -34,7 +34,7 @@ class Category:
     """A harmless request that sounds alike."""
 
 
-def read_taxonomy(file: Path = FILE) -> list[Category]:
+def read_taxonomy(file: Path = TAXONOMY) -> list[Category]:
     """Return the categories of a file.
 
     Raises:

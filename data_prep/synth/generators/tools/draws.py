@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
-from data_prep.synth.generators.drawing import share_of
-
-T = TypeVar("T")
+from data_prep.synth.generators.drawing import T, share_of
 
 
 class Draws:
