@@ -21,8 +21,7 @@ from data_prep.synth.candidates import (
     ANSWERS, Candidate, SynthRunRecord, read_made, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
 from data_prep.synth.checks.labels import LabelComparison, described, gate_of, read_labels
-from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
+from data_prep.synth.checks.settings import SAMPLES, CheckSettings, NoSample, texts_of
 from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of

@@ -26,8 +26,8 @@ from data_prep.curate.pipeline.running import judge_documents
 from data_prep.json_lines import read_objects
 from data_prep.shards.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, MadeSample, SynthRunRecord, read_made
-from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
+from data_prep.synth.checks.settings import (
+    CONTEXT, INPUT, SOURCES, CheckSettings, NoSample, asked_in, texts_of)
 from data_prep.synth.generator import SampleVerdict
 from megatron_sov.base.artifacts import disk_errors, publish
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span

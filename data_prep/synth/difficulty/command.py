@@ -117,8 +117,7 @@ def _label(args: DifficultyLabelOptions) -> int:
 
 
 def _fit(args: DifficultyFitOptions) -> int:
-    from data_prep.synth.difficulty.fitting import FitSettings, fit
-    from data_prep.synth.difficulty.judgement import told
+    from data_prep.synth.difficulty.fitting import FitSettings, fit, told
 
     settings = FitSettings(NgramSettings(num_buckets=args.buckets), args.pair_weight)
     content = fit(args.labels, args.output, settings, overwrite=args.overwrite)
@@ -127,8 +126,7 @@ def _fit(args: DifficultyFitOptions) -> int:
 
 
 def _check(args: DifficultyCheckOptions) -> int:
-    from data_prep.synth.difficulty.fitting import check
-    from data_prep.synth.difficulty.judgement import told
+    from data_prep.synth.difficulty.fitting import check, told
 
     content = check(args.model, args.labels)
     print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *told(content)]))

@@ -20,9 +20,8 @@ from data_prep.json_lines import read_objects
 from data_prep.responses.trajectories import Solution, diverse
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, NoReply, Reply, SampleVerdict, Temperature)
-from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import (
-    MAX_CHARS, CodeTask, assertions, defines, reaches_out, read_task)
+    MAX_CHARS, CodeTask, assertions, defines, mutants, reaches_out, read_task, stubs)
 from data_prep.synth.problems import line_files, problem_text, stated_id
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Share, at_most

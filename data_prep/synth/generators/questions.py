@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
-from data_prep.synth.generators.documents.answers import answer_in, stands_in
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
-from data_prep.synth.generators.documents.judging import agreed, graded
-from data_prep.synth.generators.documents.languages import in_language
-from data_prep.synth.generators.documents.likeness import letters_likeness
-from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_list
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
+from data_prep.synth.generators.documents.languages import in_language, name_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, OfDocuments, fenced
+from data_prep.synth.generators.documents.verdicts import (
+    agreed, answer_in, are_passed, complete, graded, letters_likeness, malformed, read_list, stands_in,
+    until_failed)
 from megatron_sov.base.settings import AtLeastOne, Share, at_most, only_with
 
 Form = Literal["text", "chat", "prompt"]

@@ -15,15 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from annotated_types import MinLen
 
 from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
-from data_prep.synth.generators.documents.judging import FAITHFUL, graded
-from data_prep.synth.generators.documents.languages import in_language
-from data_prep.synth.generators.documents.likeness import copied_share, size_ratio
-from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_tagged
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
+from data_prep.synth.generators.documents.languages import in_language, name_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, OfDocuments, fenced
+from data_prep.synth.generators.documents.verdicts import (
+    FAITHFUL, are_passed, complete, copied_share, graded, malformed, read_tagged, size_ratio, within)
 from megatron_sov.base.settings import ONCE, NotNegative, Share, below
 
 Style = Literal["clearer", "encyclopedic", "dialogue"]

@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
-from data_prep.synth.generators.documents.answers import answer_in
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
-from data_prep.synth.generators.documents.judging import FAITHFUL, agreed, graded
-from data_prep.synth.generators.documents.languages import in_language
-from data_prep.synth.generators.documents.likeness import copied_share
-from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_list, read_tagged
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
+from data_prep.synth.generators.documents.languages import in_language, name_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, OfDocuments, fenced
+from data_prep.synth.generators.documents.verdicts import (
+    FAITHFUL, agreed, answer_in, are_passed, complete, copied_share, graded, malformed, read_list,
+    read_tagged, within)
 from megatron_sov.base.settings import AtLeastOne, Share
 
 Level = Literal["children", "school", "university"]

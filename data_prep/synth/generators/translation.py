@@ -21,17 +21,13 @@ from annotated_types import Ge, Le
 from data_prep.libraries import require
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, Reply, SampleVerdict)
-from data_prep.synth.generators.documents.answers import stands_in
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import quotes_of
-from data_prep.synth.generators.documents.judging import graded
-from data_prep.synth.generators.documents.languages import ToldApart, in_language, language_of
-from data_prep.synth.generators.documents.likeness import copied_share
+from data_prep.synth.generators.documents.languages import ToldApart, in_language, language_of, name_of
 from data_prep.synth.generators.documents.numbers import numbers_of
 from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
-from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
 from data_prep.synth.generators.documents.verdicts import (
-    complete, refused, unknown_language, until_failed, within)
+    MAX_KEPT_CHARS, complete, copied_share, graded, read_tagged, refused, stands_in, unknown_language,
+    until_failed, within)
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.errors import UserError

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict
-from data_prep.synth.generators.documents.answers import answer_in, stands_in
-from data_prep.synth.generators.documents.customs import customs_of, name_of
-from data_prep.synth.generators.documents.languages import language_of
+from data_prep.synth.generators.documents.languages import customs_of, language_of, name_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_list
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
+from data_prep.synth.generators.documents.verdicts import (
+    answer_in, are_passed, complete, malformed, read_list, stands_in, unknown_language, until_failed)
 from megatron_sov.base.settings import AtLeastOne
 from megatron_sov.judge.rewards.answers import normalized
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from data_prep.synth.generator import SampleVerdict
-from data_prep.synth.generators.documents.customs import customs_of
+from data_prep.synth.generators.documents.languages import customs_of
 from data_prep.synth.generators.documents.numbers import Numbers, numbers_of
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.documents.scripts import LANGUAGES

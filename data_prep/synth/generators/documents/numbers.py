@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from data_prep.synth.generators.documents.customs import Customs, customs_of
+from data_prep.synth.generators.documents.languages import Customs, customs_of
 from megatron_sov.base.documents.unspaced import OF_RUNS, in_brackets
 
 SMALL = 10

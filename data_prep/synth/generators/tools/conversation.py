@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.synth.generator import Ask, NoReply, NoUsableReply, Reply
-from data_prep.synth.generators.tools.draws import Draws
+from data_prep.synth.generators.drawing import Draws
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Result

@@ -19,9 +19,9 @@ from annotated_types import Ge, Le
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict,
     Temperature)
+from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.conversation import (
     ConversationTable, Manner, Message, Played, play, scored)
-from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of
 from megatron_sov.base.chat.marks import BEGIN_CALL
 from megatron_sov.base.errors import UserError

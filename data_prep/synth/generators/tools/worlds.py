@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict, Temperature)
-from data_prep.synth.generators.tools.draws import Draws
+from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt
 from megatron_sov.judge.tools.faults import ToolFault
