@@ -153,7 +153,7 @@ class Probes(Generator):
                              f"{num_right} of {num_asked} solutions give the stated answer")
 
     def _computed(self, programs: Sequence[Reply], answer: str, notes: dict[str, Any]) -> SampleVerdict:
-        printed = [found for reply in programs if not reply.is_cut and (found := run(program_in(reply.text)))]
+        printed = [found for reply in programs if not reply.is_cut and (found := run_program(program_in(reply.text)))]
         right = [checked.right for checked in check(printed, answer)]
         notes |= {"num_programs": len(printed), "num_computed": sum(right)}
         if not all(right):
@@ -179,7 +179,7 @@ def read_problem(reply: Reply) -> tuple[str, str, str]:
     return problem, answer, ""
 
 
-def run(source: str) -> str:
+def run_program(source: str) -> str:
     """Return what a program prints as its only line; empty: it prints something else, or does not end well.
 
     Raises:
