@@ -16,7 +16,6 @@ from megatron_sov.base.settings import add_options, read_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.epilog = "Generators: --list. What stands in the output folder: docs/synth.md."
     add_options(parser, SynthOptions)
 
@@ -38,7 +37,6 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _generators() -> str:
-    """Return a line for each generator."""
     lines = []
     for name in sorted(GENERATORS):
         try:

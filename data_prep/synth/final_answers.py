@@ -80,7 +80,6 @@ class Verifier:
 
     def check(self, answers: Sequence[str], wanted: str,
               choices: Sequence[str] = ()) -> list[FinalAnswerCheck]:
-        """Return whether each of some final answers is the wanted one."""
         known = {answer: FinalAnswerCheck(True) for answer in answers
                  if normalized(answer) == normalized(wanted) != ""}
         asked = [answer for answer in dict.fromkeys(answers) if answer not in known]

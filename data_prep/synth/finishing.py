@@ -233,7 +233,6 @@ class FinishingTally:
         self.sources[sample.source] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
         return {"num_items": self.num_items,
                 "num_unusable_items": self.unusable.total(),
                 "num_samples": self.num_samples,

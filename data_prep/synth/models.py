@@ -71,7 +71,6 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What it is called."""
         return self.model or Path(self.engine).resolve().name
 
     @property

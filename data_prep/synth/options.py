@@ -151,7 +151,6 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, Ch
 
     @property
     def patience_s(self) -> float:
-        """Return how long an endpoint is waited for."""
         return duration_s("--patience", self.patience)
 
 

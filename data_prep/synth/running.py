@@ -75,7 +75,6 @@ class GeneratorOrder:
 
     @property
     def output(self) -> Path:
-        """Return the run's folder."""
         assert self.options.output is not None
         return self.options.output
 
@@ -323,7 +322,6 @@ class RunningTally:
     """Items that ended in an error of the program, with it."""
 
     def add(self, num_passed: int, num_failed: int, is_unusable: bool) -> None:
-        """Count an item that is done."""
         self.num_items += 1
         self.num_passed += num_passed
         self.num_failed += num_failed

@@ -71,7 +71,6 @@ class FinishSource:
     order: GeneratorOrder
 
     def __call__(self, task: int) -> None:
-        """Finish the source."""
         made = ready(self.order)
         with begun_run(made) as tally:
             if code := finished(made, tally, len(os.sched_getaffinity(0))):

@@ -156,7 +156,6 @@ class _Lot:
         self._files: dict[tuple[str, str], IO[str]] = {}
 
     def write(self, kind: str, source: str, id_: str, text: str) -> None:
-        """Write a text of a kind's source."""
         if (kind, source) not in self._files:
             (self._folder / kind / source).mkdir(parents=True, exist_ok=True)
             self._files[kind, source] = self._stack.enter_context(

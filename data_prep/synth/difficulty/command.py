@@ -77,13 +77,11 @@ class DifficultyGradeOptions(DifficultyOutputOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = "Learn how hard problems are from models that answered some, and grade others."
     add_actions(parser, ACTIONS)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data difficulty`; returns 0."""
     return run_action(ACTIONS, typed)
 
 

@@ -119,7 +119,6 @@ class DifficultyGradeSettings:
     """Rows whose pass rate is from the first to the second are written, both included."""
 
     def bucket(self, pass_rate: float) -> str:
-        """Return the bucket of a pass rate."""
         return BUCKETS[sum(pass_rate >= cut for cut in self.cuts)]
 
 

@@ -42,11 +42,9 @@ class LabelledProblem:
 
     @property
     def num_answers(self) -> int:
-        """Return the answers of all configurations."""
         return sum(count for _, count in self.answers.values())
 
     def row(self) -> dict[str, Any]:
-        """Return it as a line."""
         return {"id": self.id, "problem": self.text, "pass_rate": self.pass_rate,
                 "answers": {name: list(counts) for name, counts in self.answers.items()}}
 

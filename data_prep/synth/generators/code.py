@@ -176,7 +176,6 @@ class CodeProgram:
 
     @staticmethod
     def of(reply: Reply, task: CodeTask) -> CodeProgram:
-        """Return the program of an answer."""
         source = program_in(reply.text)
         why = reaches_out(source) if len(source) <= MAX_CHARS else f"has {len(source):,} characters"
         fault = (("finished", "ended at the limit of tokens") if reply.is_cut else

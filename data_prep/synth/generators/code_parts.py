@@ -32,12 +32,10 @@ class Change:
         self._node, self._field, self._value = node, field, value
 
     def __call__(self) -> None:
-        """Make the change."""
         setattr(self._node, self._field, self._value)
 
 
 def stubs(entry_point: str) -> list[str]:
-    """Return programs that know nothing of their task."""
     return [f"def {entry_point}(*args, **kwargs):\n    return {value}\n" for value in STUBS]
 
 
@@ -62,7 +60,6 @@ def mutants(source: str, most: int) -> list[str]:
 
 
 def _changed(tree: ast.Module, number: int, choice: int) -> str:
-    """Return the text of a program with one change at one place."""
     other = copy.deepcopy(tree)
     place = next(node for i, node in enumerate(_places(other)) if i == number)
     _changes(place)[choice]()

@@ -44,5 +44,4 @@ class Draws:
         return int(self.share() * number)
 
     def one(self, of: Sequence[T]) -> T:
-        """Return one of several."""
         return of[self.below(len(of))]

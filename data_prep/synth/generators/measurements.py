@@ -51,7 +51,6 @@ class AnswerGenerator(Generator):
     settings: AnswersSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
-        """Yield the problems of files of JSON lines."""
         return read_problems(inputs, needs_answer="add it: a model's answers are compared with it")
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
@@ -128,7 +127,6 @@ class Comparisons(Generator):
                 yield GeneratorItem(joined, fields, one.source, one.licence)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield one pair."""
         one, other = item.fields["first"], item.fields["second"]
         ahead = ask.judge(RUBRIC, {"first problem": one, "second problem": other}, high=HIGH) - HIGH / 2
         back = HIGH / 2 - ask.judge(RUBRIC, {"first problem": other, "second problem": one}, high=HIGH)

@@ -229,7 +229,6 @@ class Multihop(Generator):
         return self.chains_of(read_facts(inputs))
 
     def chains_of(self, facts: FactGraph) -> Iterator[GeneratorItem]:
-        """Yield the chains of facts as items."""
         settings = self.settings
         for number, chain in enumerate(chains(facts, settings.min_hops, settings.max_hops,
                                               settings.max_per_start), 1):
@@ -244,7 +243,6 @@ class Multihop(Generator):
                 return
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the question of a chain."""
         settings = self.settings
         facts: list[dict[str, str]] = item.fields["facts"]
         language: str = item.fields["language"]

@@ -76,11 +76,9 @@ class ProbesSettings:
     """Whether a reasoning model thinks first."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return rules_of(self.search_settings()) if self.benchmarks else []
 
     def search_settings(self) -> DecontaminateSettings:
-        """Return what problems are searched for."""
         return DecontaminateSettings(benchmarks=tuple(map(Path, self.benchmarks)))
 
 
@@ -121,7 +119,6 @@ class Probes(Generator):
                                     where.rpartition(":")[0])
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield one problem."""
         s = self.settings
         drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens,
                                  "thinking": s.thinking}
@@ -219,9 +216,9 @@ def _topics(inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from read_objects(file)
 
 
-# `sov-data probing-sets`: problems of `probes` frozen into sets that `megatron-sov ssp probe` takes. Checkpoints
-# are chosen by these problems, so none may be in what they were trained on: the training input is read once,
-# and each problem that shares ten words in a row with it is left out.
+# `sov-data probing-sets`: problems of `probes` frozen into sets that `megatron-sov ssp probe` takes.
+# Checkpoints are chosen by these problems, so none may be in what they were trained on: the training input is
+# read once, and each problem that shares ten words in a row with it is left out.
 
 KIND = "probing_sets"
 MIN_WORDS = 5
@@ -261,14 +258,12 @@ class ProbingProblem:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Write one file of problems for each domain, without those that stand in the "
                           "training input, as an artifact whose hashes say that they stay the same.")
     add_options(parser, ProbingSetsOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data probing-sets`; returns 0."""
     args = read_options(ProbingSetsOptions, typed)
     content = freeze(args.input, args.against, args.output, args.per_domain, overwrite=args.overwrite)
     for domain, count in content["domains"].items():

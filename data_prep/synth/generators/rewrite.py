@@ -60,7 +60,6 @@ class Rewrite(OfDocuments):
     settings: RewriteSettings
 
     def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield a rewrite in each style."""
         for style in self.settings.styles:
             yield self._sample(source, source_language, style, group, ask)
 

@@ -41,7 +41,6 @@ def _patterns() -> dict[str, list[regex.Pattern[str]]]:
 
 
 def languages_with_refusals() -> frozenset[str]:
-    """Return the languages whose refusals are known."""
     return frozenset(_patterns())
 
 
@@ -204,7 +203,6 @@ class SafetyGenerator(Generator):
     settings: SafetyGeneratorSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the taxonomy that comes with the program."""
         return [TAXONOMY]
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:

@@ -81,7 +81,6 @@ class Draft:
         return Draft(reply, found[0] if marked and not reply.is_cut else "", verdicts)
 
     def with_verdict(self, check_: str, passed: bool, detail: str = "") -> Draft:
-        """Return it with one more verdict."""
         return replace(self, verdicts=(*self.verdicts,
                                        SampleVerdict(check_, passed, "" if passed else detail)))
 
@@ -125,7 +124,6 @@ class Solutions(Generator):
     settings: SolutionsSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
-        """Yield the problems of files of JSON lines."""
         return read_problems(inputs, needs_answer="" if self.settings.vote else
                              "add it, or let solutions vote with --set vote=true")
 

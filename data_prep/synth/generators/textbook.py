@@ -60,7 +60,6 @@ class Textbook(OfDocuments):
     settings: TextbookSettings
 
     def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield a lesson."""
         settings = self.settings
         language = settings.language or source_language
         record = {"level": settings.level, "language": language}

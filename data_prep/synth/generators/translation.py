@@ -183,7 +183,6 @@ class TranslationGenerator(Generator):
         self._glossary = read_glossary(Path(settings.glossary)) if settings.glossary else []
 
     def files(self) -> Sequence[Path]:
-        """Return the glossary, where there is one."""
         return [Path(self.settings.glossary)] if self.settings.glossary else []
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
@@ -205,7 +204,6 @@ class TranslationGenerator(Generator):
                     yield GeneratorItem(key, fields, path.name, self.settings.licence)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the translation."""
         is_text = self.settings.form == "text"
         texts: list[str] = ([item.fields["text"]] if is_text
                             else [message["content"] for message in item.fields["messages"]])

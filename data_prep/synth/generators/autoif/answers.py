@@ -79,7 +79,6 @@ class AutoIfSettings:
     """That functions may import beside those that compute on texts, where this machine has them."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together, and what is missing."""
         folder, made = Path(self.constraints), "name the folder that `sov-data synth constraints` has written"
         if self.constraints and folder.is_dir():
             made = "let `sov-data synth constraints` come to its end there"
@@ -255,7 +254,6 @@ class AutoIf(Generator):
     settings: AutoIfSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the file of constraints."""
         path = Path(self.settings.constraints)
         return [path / FILE if path.is_dir() else path]
 

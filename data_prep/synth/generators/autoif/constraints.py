@@ -274,7 +274,6 @@ class ConstraintsSettings:
     """That functions may import beside those that compute on texts, where this machine has them."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         most_cases = self.num_functions * self.num_cases
         return find_broken(
             self, "", (self.min_cases <= most_cases, "min_cases",

@@ -43,7 +43,6 @@ class DocumentFacts:
 
 
 def facts_of(text: str, language: str) -> DocumentFacts:
-    """Return the facts of a text in a language."""
     return DocumentFacts(numbers_of(text, language), frozenset(names_of(text, language)),
                          frozenset(quotes_of(text)))
 

@@ -47,7 +47,6 @@ class Numbers:
 
     @property
     def known(self) -> frozenset[str]:
-        """Return all of them."""
         return self.stated | self.told
 
 

@@ -158,7 +158,6 @@ def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
 
 
 def are_passed(verdicts: Iterable[SampleVerdict]) -> bool:
-    """Return whether all checks are passed."""
     return all(verdict.passed for verdict in verdicts)
 
 
@@ -169,7 +168,6 @@ def complete(reply: Reply) -> SampleVerdict:
 
 
 def within(check: str, value: float, least: float, most: float) -> SampleVerdict:
-    """Return whether a figure lies within bounds."""
     return SampleVerdict(check, least <= value <= most, f"{value:.2f}, must lie from {least:g} to {most:g}")
 
 

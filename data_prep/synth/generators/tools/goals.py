@@ -208,7 +208,6 @@ class GoalSettings:
     """Of an answer."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return find_broken(
             self, "", (not self.num_solvers or self.min_solved <= self.num_solvers, "min_solved",
              f"must be at most num_solvers = {self.num_solvers}"))
@@ -233,7 +232,6 @@ class Goals(Generator):
             yield item
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the world's tasks."""
         s, world = self.settings, item.fields["world"]
         earlier: list[str] = []
         known: list[ReferenceWorld] = []

@@ -75,7 +75,6 @@ class SimulatedUser:
         """Turns in which the model fell out of its role."""
 
     def opening(self) -> str:
-        """Return what the user says first."""
         return self._said([]) or self._need
 
     def answer(self, messages: Sequence[Message]) -> str | None:
@@ -185,7 +184,6 @@ class ToolTrajectories(Generator):
             yield item
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the task's conversations."""
         s, task = self.settings, item.fields
         limits = replace(LIMITS["test"], max_turns=s.max_turns)
         manner = Manner(limits, s.temperature, s.max_tokens, s.thinking, s.max_malformed, s.max_repeats,

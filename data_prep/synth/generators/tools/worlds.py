@@ -247,7 +247,6 @@ class Worlds(Generator):
                                     item.licence)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the item's world."""
         s, domain = self.settings, str(item.fields["domain"])
         asked = {"temperature": s.temperature, "max_tokens": s.max_tokens}
         language = str(item.fields.get("language") or s.language)
