@@ -31,6 +31,7 @@ def run(typed: argparse.Namespace) -> int:
 
         submit_order(options)
         return 0
+    # imported late: --help and --list need none of it
     from data_prep.synth.running import order_of, run_order
 
     return int(run_order(order_of(options)))

@@ -62,7 +62,9 @@ class ShownSample:
         reason = failed.check if failed else ""
         if reason not in self._of and len(self._of) >= MOST_REASONS:
             return
+        # by hash: the page shows the same samples in every run, and memory is bounded
         drawn = int.from_bytes(blake2b(sample.id.encode(), digest_size=8).digest(), "big")
+        # numbers are negated, since `heapq` has the smallest in front and the largest has to go first
         heap, most = self._of.setdefault(reason, []), MOST_REJECTED if failed else MOST_KEPT
         if len(heap) < most:
             heapq.heappush(heap, (-drawn, sample.id, sample, failed))
@@ -70,7 +72,6 @@ class ShownSample:
             heapq.heapreplace(heap, (-drawn, sample.id, sample, failed))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return them as plain values, kept ones first."""
         found = []
         for reason in sorted(self._of):
             for _, id_, sample, failed in sorted(self._of[reason], key=lambda one: -one[0]):
@@ -121,6 +122,7 @@ def _cut(text: str) -> str:
 
 
 def _small(notes: Mapping[str, Any]) -> dict[str, Any]:
+    # notes that are cut are no JSON any more, and are left out
     text = _cut(_json(notes))
     return json.loads(text) if text.endswith("}") else {}
 
@@ -140,6 +142,7 @@ def costs_of(output: Path) -> dict[str, Any]:
     sums = [0, 0, 0.0, 0.0]
     for file in sorted(output.glob(f"{Path(ANSWERS).stem}*.sqlite")):
         try:
+            # read-only: workers may still write answers
             with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
                                                     timeout=60)) as connection:
                 for outcome, num, *more in connection.execute(_SUMS):
@@ -174,6 +177,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
     if problems := problems_of(settings):
         raise SettingsError("checks", problems)
     with disk_errors(output):
+        # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, settings, workers)
         comparison = None if settings.labels is None else LabelComparison(read_labels(settings.labels))
@@ -196,6 +200,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
             "shown": shown.to_list()}
         atomic_write(output / SUMMARY, to_json(summary))
         write_page(output)
+        # last of all, since it hashes the files and says that they are whole
         if is_complete:
             _write_manifest(output, run, settings, tally)
     print(_told(output, tally, settings, passed))
@@ -251,6 +256,7 @@ def kept_file(run: SynthRunRecord, kind: str) -> str:
 def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally,
                 shown: ShownSample, comparison: LabelComparison | None) -> None:
     """Write kept and rejected samples; the files get their names together, when all are on the disk."""
+    # temporary files of a run that was killed
     for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
         leftover.unlink(missing_ok=True)
     files: dict[str, IO[bytes]] = {}
@@ -267,6 +273,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
             if made.unusable:
                 tally.unusable[made.unusable] += 1
             for sample in made.samples:
+                # the steps have seen only samples that pass their own checks
                 later = None if sample.failed else judged.verdict(sample)
                 verdicts = [*sample.verdicts, *([later] if later else [])]
                 failed = sample.failed or later
@@ -277,6 +284,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                     comparison.add(sample.id, _text(sample), verdicts)
                 row = _rejected(run, sample, verdicts) if failed else _kept(run, sample, judged)
                 rows_of(REJECTED if failed else file).write(json_line(row))
+        # bytes first, then names: a power cut must not leave a named file without its end
         for rows in files.values():
             rows.flush()
             os.fsync(rows.fileno())
@@ -286,6 +294,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
 
 
 def _kept(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
+    # only texts get here: other kinds whose text a step changed are rejected
     changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
     return {"id": sample.id, **sample.record, **changed, PROVENANCE: _origin(run, sample)}
 
@@ -313,6 +322,7 @@ def _text(sample: Candidate) -> str:
 def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
                     tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
+    # answers stay out of the hashes: a later command adds to them
     ours = {KEPT, REJECTED, SUMMARY, "report.html", *tally.kept}
     writer.leave_out = frozenset(path.name for path in output.iterdir() if path.name not in ours)
     writer.content = {

@@ -41,6 +41,7 @@ def generator_class(name: str) -> type[Generator]:
     if name not in GENERATORS:
         raise UserError(f"{name}: is no generator{nearest(name, GENERATORS)}; known are "
                         f"{', '.join(sorted(GENERATORS))}")
+    # by name, so that a generator whose library is missing takes no other one along
     module, _, attribute = GENERATORS[name].partition(":")
     try:
         found: type[Generator] = getattr(import_module(module), attribute)

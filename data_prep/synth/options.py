@@ -15,6 +15,7 @@ from megatron_sov.work.submit.cluster_options import ClusterOptions
 
 
 def _identified() -> frozenset[str]:
+    # only where a value is checked: --help loads nothing of the pipeline
     from data_prep.curate.quality.identify import KNOWN
 
     return KNOWN

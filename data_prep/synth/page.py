@@ -69,6 +69,7 @@ def render(summary: Mapping[str, Any], now_s: float | None = None) -> str:
     if shown:
         chapters.append(Chapter("Kept", f"{summary['num_kept']:,} samples", [], [
             PageSection(f"Sample {i}", _about(one), turns=_turns(one)) for i, one in enumerate(shown, 1)]))
+    # `shown` is sorted by reason, as groupby needs it
     for reason, group in groupby((one for one in summary["shown"] if one["reason"]),
                                  lambda one: str(one["reason"])):
         chapters.append(Chapter(f"Rejected: {visible(reason)}",

@@ -58,6 +58,7 @@ def _texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if kind == "task":
         yield SAMPLES, asked_in(record)
         return
+    # pairs are prompts with two answers: read as preferences, so that the chosen one is judged
     is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
     document = parse_record(dict(record), "", 0, RecordReading("preference" if is_pair else kind))
     if kind == "text":
@@ -121,6 +122,7 @@ class CheckSettings(CheckOptions):
         """Return the file of steps for records of a kind; `generator`: empty where it is not its own kind."""
         if self.steps is not None and generator:
             return self.steps
+        # a generator may need other steps than its kind of record
         own = DEFAULTS / f"{generator}.yaml"
         return own if generator and own.is_file() else DEFAULTS / f"{kind}.yaml"
 
@@ -141,6 +143,7 @@ class CheckSettings(CheckOptions):
             raise UserError(list_problems(f"--checks {file}", more) if more else
                             f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
                             "sources and output are the run's")
+        # a file is written for all kinds of runs: steps for sources that this one lacks go
         located = _of_sources(located, tuple(folders))
         languages = self._with_languages(file, located, ANSWERS if ANSWERS in folders else SAMPLES)
         held = [SAMPLES, *([CONTEXT] if CONTEXT in folders else [])]
@@ -149,6 +152,7 @@ class CheckSettings(CheckOptions):
         located.value = {
             "name": "checks", "shard_bytes": SHARD_BYTES, "on_bad": "refuse",
             "sources": [{"name": name, "path": [str((folder or file).absolute())],
+                         # the input has the higher priority: of equal texts the sample goes
                          "format": "jsonl" if folder else "auto", "priority": int(name == INPUT)}
                         for name, folder in folders.items()],
             "steps": [*located.value["steps"], *languages, *leaks]}
@@ -187,6 +191,7 @@ def _of_sources(located: Located, names: Sequence[str]) -> Located:
             if asked and not here:
                 continue
             entry = {**entry, "only": {**only, "sources": here}} if isinstance(only, dict) else entry
+        # places move up where a step is left out; messages still name the line in the file
         lines |= {("steps", len(steps), *place[2:]): line for place, line in located.lines.items()
                   if place[:2] == ("steps", i)}
         steps.append(entry)

@@ -42,6 +42,7 @@ NAMES = ("chars", "units", "different_units", "sentences", "numbers", "different
 
 def form(text: str, ngrams: Ngrams) -> np.ndarray:
     """Return the figures of a problem's form, float64, in the order of `NAMES`; counts as ln(1 + count)."""
+    # cut as n-grams are, so that both see the same text
     text = text[: ngrams.settings.max_chars]
     units = ngrams.units(text)
     numbers = [number.replace(",", "") for number in _NUMBER.findall(text)]
@@ -55,6 +56,7 @@ def form(text: str, ngrams: Ngrams) -> np.ndarray:
     more = [sum("." in number for number in numbers), len(operators), len(set(operators)),
             len(_POWER.findall(text)), len(_COMMAND.findall(text)), sum(map(text.count, "([{")),
             text.count("\n"), sum(map(text.count, "?？"))]
+    # the order is that of NAMES: weights on disk belong to places
     return np.array([*map(math.log1p, counts), *[*sizes, 0.0, 0.0][:2], *map(math.log1p, more),
                      math.log1p(len(numbers) * max(lengths, default=0)),
                      *(letters[script] / num_letters for script in SCRIPTS)], np.float64)
@@ -111,6 +113,7 @@ class Estimator:
         s = self.settings
         z = s.ngram_scale * self._ngrams.dot(text, self._ngram_weights) + s.bias
         z += float(scaled(form(text, self._ngrams), s.means, s.spreads) @ self._form_weights)
+        # the last bits of sums in double precision differ from machine to machine
         return float(np.float32(logistic(s.slope * z + s.offset)))
 
 
@@ -122,6 +125,7 @@ def scaled(figures: np.ndarray, means: tuple[float, ...], spreads: tuple[float, 
 
 def logistic(z: float) -> float:
     """Return 1 / (1 + exp(-z)), for any z."""
+    # the exponent is never positive, so it cannot overflow
     small = math.exp(-min(abs(z), 700.0))
     return 1.0 / (1.0 + small) if z > 0 else small / (1.0 + small)
 
@@ -163,6 +167,7 @@ def _settings(file: Path) -> EstimatorSettings:
         means, spreads = (tuple(map(float, raw.pop(name))) for name in ("means", "spreads"))
         settings = EstimatorSettings(ngrams, means=means, spreads=spreads,
                                      **{name: float(value) for name, value in raw.items()})
+        # one value that is not finite would make every expected rate NaN
         numbers = [*means, *spreads, settings.ngram_scale, settings.bias, settings.slope, settings.offset]
         if not (len(means) == len(spreads) == len(NAMES) and all(map(math.isfinite, numbers))
                 and all(spread > 0 for spread in spreads)):

@@ -72,6 +72,7 @@ def compared(expected: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
 def reliability(expected: np.ndarray, measured: np.ndarray) -> list[dict[str, Any]]:
     """Return for each tenth of expected pass rates how many problems there are, the mean expected rate and
     the mean measured one (Guo et al., arXiv 1706.04599, section 2)."""
+    # an expected rate of 1 belongs to the last bin
     bins = np.minimum((expected * NUM_BINS).astype(int), NUM_BINS - 1)
     return [{"from": i / NUM_BINS, "to": (i + 1) / NUM_BINS, "num_problems": int((bins == i).sum()),
              "expected": float(expected[bins == i].mean()), "measured": float(measured[bins == i].mean())}
@@ -160,6 +161,7 @@ def grade(files: Sequence[Path], output: Path, settings: DifficultyGradeSettings
             if path is not None:
                 artifact.add_input(path)
         num_kept = sum(count["kept"] for count in counts.values())
+        # inside of the artifact, so that an empty one is never published
         if not num_kept:
             raise UserError(f"--keep {settings.keep[0]:g}:{settings.keep[1]:g}: no row is in this band; "
                             "widen it, or look at the pass rates without it")
@@ -181,6 +183,7 @@ def _graded(row: Mapping[str, Any], where: str, settings: DifficultyGradeSetting
     if text is None:
         raise UserError(f"{where}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
                         f"{', '.join(row) or 'none'}); add one")
+    # what was measured goes before what is expected
     source = "measured" if text in measured else "expected"
     if source == "expected" and estimator is None:
         raise UserError(f"{where}: its problem was not measured; give an estimator with --model")
@@ -267,6 +270,7 @@ def split(problems: Sequence[LabelledProblem]) -> FittingSplits:
     stands beside it; those of one text lie together."""
     parts = FittingSplits([], [], [])
     for problem in problems:
+        # blanks do not count: a copy must not lie in another part
         digest = hashlib.sha256(" ".join(problem.text.split()).encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2 ** 64
         part = (parts.heldout if place < HELD_OUT else
@@ -283,6 +287,7 @@ class _Rows:
         seen = np.stack([form(problem.text, ngrams) for problem in fitted])
         spreads = seen.std(axis=0)
         self.means = tuple(seen.mean(axis=0).tolist())
+        # a figure that is the same everywhere would divide by 0
         self.spreads = tuple(np.where(spreads > 1e-9, spreads, 1.0).tolist())
 
     def of(self, problems: Sequence[LabelledProblem]) -> tuple[Any, Any]:
@@ -315,7 +320,9 @@ def _best(labels: DifficultyLabels, parts: FittingSplits, settings: FitSettings
             found = EstimatorSettings(settings.ngrams, scale, rows.means, rows.spreads, float(weights[-1]),
                                       slope, offset)
             tried.append((loss, len(tried), found, weights, {"ngram_scale": scale, "penalty": penalty}))
+    # of equal losses the earlier, so that each fit chooses the same
     _, _, best, weights, chosen = min(tried, key=lambda entry: entry[:2])
+    # columns: n-grams, figures of the form, and the one of the bias
     width = settings.ngrams.num_buckets
     return (best, weights[:width].astype(np.float32), weights[width:-1].astype(np.float32),
             {**chosen, "num_pairs_fitted": len(pairs)})
@@ -323,6 +330,7 @@ def _best(labels: DifficultyLabels, parts: FittingSplits, settings: FitSettings
 
 def _pairs(labels: DifficultyLabels, fitted: Sequence[LabelledProblem]) -> list[tuple[int, int]]:
     """Return the places of the easier and the harder problem of those pairs that are fitted wholly."""
+    # a pair with one side held out would carry it into the fit
     places = {problem.id: i for i, problem in enumerate(fitted)}
     return [(places[easier], places[harder]) for easier, harder in labels.pairs
             if easier in places and harder in places]
@@ -341,13 +349,16 @@ def _weights(rows: tuple[Any, Any], rates: Sequence[float], pairs: Sequence[tupl
     from sklearn.linear_model import LogisticRegression
 
     own, shares = _joined(rows, scale), np.array(rates)
+    # a share p as two rows, target 1 with weight p and 0 with 1 - p: their loss is the cross-entropy of p
     blocks, targets, counts = [own, own], [np.ones(len(shares)), np.zeros(len(shares))], [shares, 1 - shares]
     if pairs and pair_weight:
         easier, harder = (own[[pair[side] for pair in pairs]] for side in (0, 1))
+        # in both directions, each with half of the weight, so that the two classes are balanced
         half = np.full(len(pairs), pair_weight / 2)
         blocks += [easier - harder, harder - easier]
         targets += [np.ones(len(pairs)), np.zeros(len(pairs))]
         counts += [half, half]
+    # the bias is a column of its own, which is 0 in the difference of a pair
     model = LogisticRegression(C=penalty, fit_intercept=False, max_iter=MAX_ITERATIONS)
     model.fit(vstack(blocks).tocsr(), np.concatenate(targets), sample_weight=np.concatenate(counts))
     weights: np.ndarray = np.ravel(model.coef_)
@@ -361,17 +372,18 @@ def calibrated(z: np.ndarray, rates: np.ndarray) -> tuple[float, float]:
 
     model = LogisticRegression(C=1e6, max_iter=MAX_ITERATIONS)
     least = 0.5 / max(1, len(rates))  # never quite 0 or 1, so that the slope stays finite
+    # Platt: calibration by a logistic function of z, here to shares in the place of labels
     shares = np.clip(rates, least, 1 - least)
     model.fit(np.concatenate([z, z])[:, None], np.repeat([1, 0], len(z)),
               sample_weight=np.concatenate([shares, 1 - shares]))
     slope = float(model.coef_[0, 0])
     if slope > 0:
         return slope, float(model.intercept_[0])
+    # z says nothing here: everyone gets the mean
     mean = float(np.clip(rates.mean(), least, 1 - least))
     return 0.0, math.log(mean / (1 - mean))
 
 
 def _loss(logits: np.ndarray, rates: np.ndarray) -> float:
-    """Return the mean cross-entropy of shares."""
     sure = np.clip(logits, -_SURE, _SURE)
     return float(np.mean(np.logaddexp(0.0, sure) - rates * sure))

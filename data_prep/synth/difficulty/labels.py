@@ -116,7 +116,7 @@ def _file(path: Path) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return what configurations are called: the folders' names."""
+    # of a file kept.jsonl the name of its folder: that file is called so everywhere
     names = [path.name if path.is_dir() or path.name != KEPT else path.absolute().parent.name
              for path in paths]
     for name in names:
@@ -130,6 +130,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -
     for where, row in read_objects(file):
         id_, text, right, count = (row.get(key) for key in ("problem_id", "prompt", "num_right",
                                                             "num_answers"))
+        # `type`, since a bool is an int
         if not (isinstance(id_, str) and isinstance(text, str) and type(right) is int and type(count) is int
                 and 0 <= right <= count > 0):
             raise UserError(f"{where}: is no measurement of `sov-data synth answers` (problem_id, prompt, "
@@ -152,6 +153,7 @@ def _read_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> list[tup
         if not isinstance(easier, str) or not isinstance(harder, str) or easier == harder:
             raise UserError(f"{where}: is no pair of `sov-data synth comparisons` (easier, harder); name its "
                             "folder, or its kept.jsonl")
+        # a pair says nothing of problems without a pass rate
         if easier in problems and harder in problems:
             found.append((easier, harder))
     if not found:
@@ -162,6 +164,7 @@ def _read_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> list[tup
 def _content(names: Sequence[str], problems: Mapping[str, LabelledProblem], pairs: Sequence[tuple[str, str]]
              ) -> dict[str, Any]:
     told = [(problems[easier].pass_rate, problems[harder].pass_rate) for easier, harder in pairs]
+    # pairs of equal rates can neither confirm the judge nor contradict it
     differ = [(easier, harder) for easier, harder in told if easier != harder]
     return {
         "num_problems": len(problems), "num_pairs": len(pairs),
@@ -188,6 +191,7 @@ def _spearman(problems: Mapping[str, LabelledProblem], one: str, other: str) -> 
             if one in p.answers and other in p.answers]
     first = [right / count for (right, count), _ in both]
     second = [right / count for _, (right, count) in both]
+    # a rank correlation needs two ranks on both sides
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)

@@ -47,6 +47,7 @@ def mutants(source: str, most: int) -> list[str]:
         most: programs; of more those whose places have the smallest hashes, so that they come from all of it.
     """
     tree = ast.parse(source)
+    # texts are compared, since a change of a node may leave the text as it is
     plain = ast.unparse(tree)
     found: dict[str, None] = {}
     changes = [(number, choice) for number, node in enumerate(_places(tree))
@@ -61,6 +62,7 @@ def mutants(source: str, most: int) -> list[str]:
 
 def _changed(tree: ast.Module, number: int, choice: int) -> str:
     other = copy.deepcopy(tree)
+    # the copy has its nodes in the same order, so a number finds the same place
     place = next(node for i, node in enumerate(_places(other)) if i == number)
     _changes(place)[choice]()
     return ast.unparse(ast.fix_missing_locations(other))
@@ -68,6 +70,7 @@ def _changed(tree: ast.Module, number: int, choice: int) -> str:
 
 def _places(tree: ast.Module) -> Iterator[ast.AST]:
     """Yield the nodes inside of functions and classes, but for annotations and docstrings."""
+    # no test of results can notice a change in annotations, decorators or docstrings
     hidden: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -155,6 +158,7 @@ def read_task(text: str, entry_point: str = "") -> CodeTask | str:
         return f"has {len(text):,} characters"
     blocks = _FENCED.findall(text)
     for block in reversed(blocks):
+        # a head without a body is no program until `pass` stands below it
         tree = parsed(block) or parsed(f"{block.rstrip()}\n    pass\n")
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)] if tree else []
         if entry_point:
@@ -178,6 +182,7 @@ def parsed(source: str) -> ast.Module | None:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+    # unparsing and copying recurse: a deep tree would end them, far from here
     level: list[ast.AST] = [tree]
     for _ in range(MAX_LEVELS):
         level = [child for node in level for child in ast.iter_child_nodes(node)]
@@ -196,6 +201,7 @@ def assertions(text: str, entry_point: str) -> Iterator[str]:
         for node in _statements(block):
             if not isinstance(node, ast.Assert) or not _calls(node.test, entry_point) or _is_loose(node):
                 continue
+            # without its message: equal tests with other messages are one
             said = ast.unparse(ast.Assert(node.test, None))
             if said not in seen and len(said) <= MAX_TEST_CHARS:
                 seen.add(said)

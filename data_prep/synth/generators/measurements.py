@@ -59,6 +59,7 @@ class AnswerGenerator(Generator):
         s = self.settings
         problem, choices, wanted = (item.fields[name] for name in ("problem", "choices", "answer"))
         finals = []
+        # one call a draw: with `count` draws of no use would be left out of the share without a trace
         for draw in range(s.num_draws):
             try:
                 (reply,) = ask("solutions/solve", first=draw, temperature=s.temperature,
@@ -110,14 +111,17 @@ class Comparisons(Generator):
         Raises:
             UserError: a line is no problem, or there is one alone.
         """
+        # in order of hashes, so that neighbours do not come from one source
         ring = sorted(read_problems(inputs), key=lambda item: hashlib.sha256(item.id.encode()).digest())
         if len(ring) < 2:
             raise UserError(f"{', '.join(map(str, inputs))}: holds {len(ring)} problems; pairs need two")
+        # half of them: each pair counts for both of its problems
         steps = min((self.settings.per_problem + 1) // 2, len(ring) - 1)
         pairs: dict[tuple[str, str], None] = {}
         for step in range(1, steps + 1):
             for place, one in enumerate(ring):
                 other = ring[(place + step) % len(ring)]
+                # in a small ring a pair comes again from its other side
                 if (other.id, one.id) in pairs:
                     continue
                 pairs[one.id, other.id] = None
@@ -128,6 +132,7 @@ class Comparisons(Generator):
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
         one, other = item.fields["first"], item.fields["second"]
+        # in both orders above 0 where the second of the pair is the harder one
         ahead = ask.judge(RUBRIC, {"first problem": one, "second problem": other}, high=HIGH) - HIGH / 2
         back = HIGH / 2 - ask.judge(RUBRIC, {"first problem": other, "second problem": one}, high=HIGH)
         lead = (ahead + back) / 2

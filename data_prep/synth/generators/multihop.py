@@ -90,6 +90,7 @@ class FactGraph:
 
     def is_unambiguous(self, fact: Fact) -> bool:
         """Return whether no other object stands behind the same subject and relation."""
+        # a relation with two objects would give a question two right answers
         relation = normalized(fact.relation)
         return {other for _, other, data in self.graph.out_edges(name_key(fact.subject), data=True)
                 if normalized(data["fact"].relation) == relation} == {name_key(fact.object)}
@@ -142,6 +143,7 @@ def chains(facts: FactGraph, min_hops: int, max_hops: int, max_per_start: int) -
     for start in sorted(facts.graph):
         if not _leads_on(start):
             continue
+        # by hash: those that are taken are a fair draw, and the same in each run
         found = sorted(_chains_from(facts, start, min_hops, max_hops), key=chain_id)
         yield from found[:max_per_start]
 
@@ -153,12 +155,14 @@ def _chains_from(facts: FactGraph, start: str, min_hops: int, max_hops: int) -> 
         if not stack:
             return
         names, chain = stack.pop()
+        # a document with both ends may answer the question alone
         if len(chain) >= min_hops and not facts.documents_with(start) & facts.documents_with(names[-1]):
             yield chain
         if len(chain) == max_hops or not _leads_on(names[-1]):
             continue
         for _, other, data in graph.out_edges(names[-1], data=True):
             fact: Fact = data["fact"]
+            # an edge between names that do not follow each other leads past a hop
             is_short = any(graph.has_edge(name, other) or graph.has_edge(other, name) for name in names[:-1])
             if (other not in names and not is_short and not graph.has_edge(other, names[-1])
                     and (not chain or chain[-1].document != fact.document) and facts.is_unambiguous(fact)):
@@ -233,6 +237,7 @@ class Multihop(Generator):
         for number, chain in enumerate(chains(facts, settings.min_hops, settings.max_hops,
                                               settings.max_per_start), 1):
             used = [fact.document for fact in chain]
+            # one of each document, in the order of the chain
             origins = [facts.origins[i] for i in dict.fromkeys(used)]
             source, licence = (", ".join(dict.fromkeys(filter(None, names)))
                                for names in zip(*origins, strict=True))
@@ -258,8 +263,10 @@ class Multihop(Generator):
             yield malformed(reply, {})
             return
         question = found["question"]
+        # the order of the chain would give the steps away
         documents = in_some_order([fact["document"] for fact in facts], item.id)
         notes: dict[str, Any] = {"num_hops": len(facts)}
+        # checks that cost nothing come first there, and what fails is not asked on
         verdicts = [complete(reply), *until_failed(self._checks(question, start, between, answer, documents,
                                                                 language, ask, notes))]
         yield GeneratedSample(self._record(question, answer, documents, facts, language,
@@ -278,6 +285,7 @@ class Multihop(Generator):
         notes["solution"] = self._solve(question, documents, language, ask)
         given = answer_in(notes["solution"])
         yield agreed(ask, "answered with all documents", question, given, answer, language, least)
+        # a document that is enough alone makes a question of one hop
         for document in documents:
             given = answer_in(self._solve(question, [document], language, ask))
             alone = agreed(ask, "alone", question, given, answer, language, least)

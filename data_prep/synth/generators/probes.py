@@ -101,6 +101,7 @@ class Probes(Generator):
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield topic after topic; without input those of `taxonomies/mathematics.yaml`."""
+        # id -> where it stood first: a topic that is repeated is passed over
         seen: dict[str, str] = {}
         for where, record in _topics(inputs):
             domain, topic = record.get("domain"), record.get("topic")
@@ -162,6 +163,7 @@ class Probes(Generator):
                    if not reply.is_cut and (found := run_program(program_in(reply.text)))]
         right = [checked.right for checked in check(printed, answer)]
         notes |= {"num_programs": len(printed), "num_computed": sum(right)}
+        # one program that prints something else is reason enough to doubt the stated answer
         if not all(right):
             return SampleVerdict("program", False, f"a program prints {printed[right.index(False)][:100]}")
         enough = len(right) >= self.settings.min_programs
@@ -208,7 +210,6 @@ def _sandbox() -> Sandbox:
 
 
 def _topics(inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield where each topic stands, and its record."""
     if not inputs:
         for domain, topics in yaml.safe_load(TOPICS.read_text(encoding="utf-8")).items():
             yield from ((f"{TOPICS.stem}:{domain}", {"domain": domain, "topic": topic}) for topic in topics)
@@ -295,6 +296,7 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     refuse_existing(output, KIND, overwrite)
     problems, left_out = _read(files)
     search = ItemSearch([SearchItem(p.domain, p.id, "prompt", p.prompt) for p in problems], WORDS, MIN_WORDS)
+    # what cannot be looked for cannot be cleared either
     gone = dict.fromkeys(search.too_short, "too short to be looked for")
     num_lines = 0
     for file in line_files(against):
@@ -305,6 +307,7 @@ def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_dom
     left_out.update(gone.values())
     sets: dict[str, list[ProbingProblem]] = defaultdict(list)
     for number, problem in enumerate(problems):
+        # this makes the set also where the problem goes, so that a domain that loses all is seen below
         of_domain = sets[problem.domain]
         if number not in gone and not 0 < per_domain <= len(of_domain):
             of_domain.append(problem)
@@ -341,6 +344,7 @@ def _read(files: Sequence[Path]) -> tuple[list[ProbingProblem], Counter[str]]:
             made = row.get("synthetic")
             problem = ProbingProblem(str(domain), str(prompt), str(answer), str(row.get("id") or where),
                                      str(made.get("model") or "") if isinstance(made, dict) else "")
+            # by the hashes of its words: case and punctuation make no other problem
             if found.setdefault(find_units(problem.prompt).hashes.tobytes(), problem) is not problem:
                 left_out["repeated"] += 1
     if not found:

@@ -89,6 +89,7 @@ class Questions(OfDocuments):
             if is_kept:
                 kept.append(pair)
                 notes.append(seen)
+            # of form text kept pairs go into the one sample below
             if settings.form != "text" or not is_kept:
                 yield GeneratedSample(self._record(source, pair, language), tuple(verdicts), group, seen)
         if settings.form == "text":
@@ -116,15 +117,18 @@ class Questions(OfDocuments):
         yield SampleVerdict("question stands alone", not (pointed := _POINTS_AT_TEXT.search(question)),
                             f"speaks of {pointed[0]!r}" if pointed else "")
         yield SampleVerdict("answer not in question", not stands_in(answer, question))
+        # with those that are kept: a pair that failed keeps no other one out
         alike = max((letters_likeness(question, other["question"]) for other in before), default=0.0)
         yield SampleVerdict("another question", alike <= settings.max_likeness,
                             f"{alike:.2f} like one before")
         yield from fact_verdicts(f"{question}\n{answer}", source, language, source_language)
         if not stands_in(answer, source):
             if not settings.min_support:
+                # `until_failed` stops at it, so the judge behind is not paid
                 yield SampleVerdict("answer in document", False, "does not stand there word for word")
             yield graded(ask, "supported", SUPPORTED, {"source": source, "question": question,
                                                        "answer": answer}, settings.min_support)
+        # the dearest checks come last: each solves the question again
         given = self._solve(question, fenced(source), language, ask)
         yield agreed(ask, "answered with document", question, given, answer, language, settings.min_agreement)
         if settings.ask_without:
@@ -152,6 +156,5 @@ class Questions(OfDocuments):
 
 
 def with_pairs(document: str, pairs: Sequence[Mapping[str, str]]) -> str:
-    """Return a document with pairs behind it."""
     return "\n\n".join([*([document] if document else []),
                         *(f"Q: {pair['question']}\nA: {pair['answer']}" for pair in pairs)])

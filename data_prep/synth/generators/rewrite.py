@@ -73,6 +73,7 @@ class Rewrite(OfDocuments):
         if found is None:
             return malformed(reply, record, group)
         text = found["rewrite"]
+        # marks of speakers are neither words nor names of the text
         said = re.sub(r"^[AB]: ", "", text, flags=re.MULTILINE) if style == "dialogue" else text
         copied = copied_share(said, source, COPIED_WORDS)
         ratio, kept = size_ratio(said, source), kept_share(said, source, language, source_language)
@@ -80,10 +81,12 @@ class Rewrite(OfDocuments):
                     *([dialogue(text)] if style == "dialogue" else []),
                     *fact_verdicts(said, source, language, source_language),
                     within("copied", copied, 0, settings.max_copied_share)]
+        # words of two languages are not counted alike
         if language == source_language:
             verdicts.append(within("length", ratio, settings.min_ratio, settings.max_ratio))
         if kept is not None:
             verdicts.append(within("kept facts", kept, settings.min_kept_share, 1))
+        # the judge is paid, so it sees what passed all else
         if settings.min_faithfulness and are_passed(verdicts):
             verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": text},
                                    settings.min_faithfulness))

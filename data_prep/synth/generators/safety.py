@@ -47,6 +47,7 @@ def languages_with_refusals() -> frozenset[str]:
 def refuses(answer: str, language: str) -> bool:
     """Return whether an answer begins with a refusal in a language, or in English, which models fall back
     to."""
+    # cut twice: a long answer costs no time, and blanks do not use up the beginning
     beginning = " ".join(answer[:2 * BEGINNING_CHARS].replace("’", "'").split())[:BEGINNING_CHARS]
     known = _patterns()
     return any(pattern.search(beginning, timeout=TIMEOUT_S)
@@ -124,6 +125,7 @@ def _category(given: Any, located: Located, place: int, problems: list[tuple[int
         if not is_right:
             problems.append((located.line(("categories", place, name)),
                              f"{name} = {value!r} must be {wanted}"))
+    # values are looked at once all fields have their types
     if len(problems) == before and given["strategy"] not in get_args(Strategy):
         problems.append((line, f"strategy = {given['strategy']!r} must be {' or '.join(get_args(Strategy))}"))
     if len(problems) == before and not _ID.fullmatch(given["id"]):
@@ -214,6 +216,7 @@ class SafetyGenerator(Generator):
         read: dict[str, Path] = {}
         for file in inputs or [TAXONOMY]:
             for category in read_taxonomy(file):
+                # ids of items are made of those of categories
                 if read.setdefault(category.id, file) != file:
                     raise UserError(f"{file}: category {category.id} stands in {read[category.id]} as well; "
                                     "rename one")
@@ -234,6 +237,7 @@ class SafetyGenerator(Generator):
             yield GeneratedSample({"messages": [{"role": "user", "content": category.name}]},
                                   (SampleVerdict("requests", False, "no JSON list of requests and twins"),))
         for number, (request, twin) in enumerate(pairs):
+            # both go the same way: a model has to tell them apart by what they say
             for is_twin, text in ((False, request), (True, twin)):
                 one = _One(category, language, text, is_twin, f"{item.id}.{number}")
                 try:
@@ -260,6 +264,7 @@ class SafetyGenerator(Generator):
             bare, = ask("safety/refusal", temperature=self.settings.temperature,
                         max_tokens=self.settings.max_tokens, language=named()[one.language],
                         request=one.request)
+            # one that answers after all would teach the wrong side
             worse = bare.text.strip()
             yield GeneratedSample({"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse,
                                    **one.beside()},
@@ -318,14 +323,12 @@ class _One:
         return "safety/redirect" if self.category.strategy == "redirect" else "safety/complete"
 
     def fields(self) -> dict[str, str]:
-        """Return what that template is given."""
         fields = {"language": named()[self.language], "request": self.request}
         if not self.is_twin:
             fields |= {"name": self.category.name, "withhold": self.category.withhold}
         return fields
 
     def beside(self) -> dict[str, Any]:
-        """Return what a record has beside its turns."""
         return {"language": self.language, "category": self.category.id,
                 "strategy": "answer" if self.is_twin else self.category.strategy}
 
@@ -349,5 +352,6 @@ def pairs_in(reply: Reply, most: int) -> list[tuple[str, str]]:
         request, twin = (one.get("request"), one.get("twin")) if isinstance(one, dict) else (None, None)
         if isinstance(request, str) and isinstance(twin, str) and request.strip() and twin.strip() and max(
                 len(request), len(twin)) <= MAX_CHARS:
+            # each once: a repeated request would get the same answer again
             pairs.setdefault(request.strip(), twin.strip())
     return list(pairs.items())[:most]

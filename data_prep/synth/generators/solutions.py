@@ -97,8 +97,10 @@ class Draft:
 
 def judged(drafts: Sequence[Draft], wanted: str, choices: Sequence[str], way: Way) -> list[Draft]:
     """Return solutions with whether their answer is the wanted one, and no other box of theirs says else."""
+    # all boxes, since one that says two answers is not consistent
     inside = [boxes(draft.reply.text) if draft.answer else [] for draft in drafts]
     asked = [answer for found in inside for answer in found]
+    # one call for all: each is a round trip to the process that compares
     right = dict(zip(asked, check(asked, wanted, choices, way), strict=True)) if asked else {}
     result = []
     for draft, found in zip(drafts, inside, strict=True):
@@ -140,6 +142,7 @@ class Solutions(Generator):
             wanted, voted, drafts = self._vote(drafts, choices)
         if wanted:
             drafts = judged(drafts, wanted, choices, s.way)
+        # counted here: the pass rate knows nothing of the judge, or of how alike solutions are
         num_right = sum(draft.is_good for draft in drafts)
         drafts = self._apart([self._judge(draft, item, ask) for draft in drafts])
         notes = {"answer": wanted, "num_draws": s.num_draws, "num_right": num_right,
@@ -160,6 +163,7 @@ class Solutions(Generator):
         places = [i for i, draft in enumerate(drafts) if draft.answer]
         found = groups([drafts[i].answer for i in places], choices, s.way)
         votes, second = (len(found[0]) if found else 0), (len(found[1]) if len(found) > 1 else 0)
+        # of all draws, since one of no use does not agree; a tie is no majority
         enough = votes >= max(s.min_votes, s.min_agreement * s.num_draws) and votes > second
         detail = f"{votes} of {s.num_draws} solutions agree, {second} on another answer"
         return (drafts[places[found[0][0]]].answer if enough else "", {"num_votes": votes},
@@ -177,6 +181,7 @@ class Solutions(Generator):
         good = [draft for draft in drafts if draft.is_good]
         solutions = [draft.solution for draft in good]
         chosen = {id(solution) for solution in diverse(solutions, s.most, s.max_similarity)}
+        # by identity: equal solutions are different drafts
         kept = {id(draft) for draft, solution in zip(good, solutions, strict=True) if id(solution) in chosen}
         found = []
         for draft in drafts:

@@ -79,6 +79,7 @@ class Textbook(OfDocuments):
                     in_language(told, language),
                     *fact_verdicts(told, source, language, source_language),
                     within("copied", copied, 0, settings.max_copied_share)]
+        # from here on checks are paid
         if settings.min_faithfulness and are_passed(verdicts):
             verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": parts["lesson"]},
                                    settings.min_faithfulness))
@@ -99,6 +100,7 @@ class Textbook(OfDocuments):
                 ) -> Iterator[SampleVerdict]:
         """Yield whether each exercise is solved with the lesson alone as its answer says."""
         for exercise in exercises:
+            # without the document: the lesson has to teach what it asks
             reply, = ask("textbook/solve", temperature=0.0, lesson=fenced(lesson), language=name_of(language),
                          question=exercise["question"])
             verdict = agreed(ask, "exercise", exercise["question"], answer_in(reply.text), exercise["answer"],
@@ -109,7 +111,6 @@ class Textbook(OfDocuments):
 
 
 def page(title: str, lesson: str, exercises: Sequence[Mapping[str, str]]) -> str:
-    """Return a lesson with its exercises as one text."""
     asked = "\n\n".join(f"{number}. {exercise['question']}\n\n→ {exercise['answer']}"
                         for number, exercise in enumerate(exercises, 1))
     return f"# {title}\n\n{lesson}\n\n---\n\n{asked}"

@@ -93,11 +93,13 @@ def read_glossary(file: Path) -> list[tuple[str, str]]:
 def kept_verdicts(made: str, source: str, language: str, source_language: str, keep_quotes: bool
                   ) -> Iterator[SampleVerdict]:
     """Yield whether code, addresses, placeholders, numbers and quotations came through."""
+    # counted: a formula that stands twice has to come twice
     before, after = Counter(KEPT.findall(source)), Counter(KEPT.findall(made))
     yield SampleVerdict("code and placeholders", before == after, _told(before - after, after - before))
     if keep_quotes:
         lost = [quote for quote in quotes_of(KEPT.sub(" ", source)) if quote not in made]
         yield SampleVerdict("quotes", not lost, ", ".join(quote[:60] for quote in lost[:_MAX_TOLD]))
+    # digits of one side may be words of the other, so they are looked up among all that it has
     numbers = numbers_of(KEPT.sub(" ", source), source_language)
     others = numbers_of(KEPT.sub(" ", made), language)
     yield SampleVerdict("numbers", numbers.stated <= others.known and others.stated <= numbers.known,
@@ -109,9 +111,11 @@ def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool
     """Yield whether a translation is in its language, and nothing was left as it was."""
     text, original = (KEPT.sub(" ", part) for part in (made, source))
     if keep_quotes:
+        # the longest first, since a quote may be a part of another
         for quote in sorted(quotes_of(original), key=len, reverse=True):
             text, original = text.replace(quote, " "), original.replace(quote, " ")
     yield in_language(text, language)
+    # a short text has no runs of words, and would count as translated
     is_same = " ".join(text.split()) == " ".join(original.split()) and any(c.isalpha() for c in original)
     untranslated = 1.0 if is_same else copied_share(text, original, COPIED_WORDS)
     yield within("untranslated", untranslated, 0, max_untranslated)
@@ -217,6 +221,7 @@ class TranslationGenerator(Generator):
                 set(message) > {"role", "content"} for message in item.fields["messages"])):
             yield refused(whole, "plain messages", "has tools or thoughts, which are not translated")
             return
+        # a document was cut into pieces; a message cannot be
         if (longest := max(len(text.encode()) for text in texts)) > self.settings.max_piece_bytes:
             yield refused(whole, "length", f"a message has {longest:,} bytes; see max_piece_bytes")
             return
@@ -233,6 +238,7 @@ class TranslationGenerator(Generator):
             checks = self._checks(made[-1], text, source_language, reply, found is not None, ask, notes)
             verdicts += until_failed(checks)
             if not verdicts[-1].passed:
+                # the others stay as they are: the record has a text for each message
                 made += texts[len(made):]
                 break
         yield GeneratedSample(self._record(item, made), tuple(verdicts), "", notes)
@@ -262,6 +268,7 @@ class TranslationGenerator(Generator):
                         source_language=name_of(source_language))
             found = read_tagged(back.text, "translation")
             agreement = chrf(found["translation"], source) if found else 0.0
+            # of a chat the worst message counts
             notes["chrf"] = round(min(agreement, notes.get("chrf", 100.0)), 2)
             yield SampleVerdict("back translation", agreement >= settings.min_chrf,
                                 f"chrF {agreement:.1f}, at least {settings.min_chrf:g}")

@@ -77,6 +77,7 @@ class Triples(Generator):
     def _checks(self, triple: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
                 language: str, ask: Ask) -> Iterator[SampleVerdict]:
         subject, thing, sentence = triple["subject"], triple["object"], triple["sentence"]
+        # chains are made of names: pronouns and clauses join facts that have nothing in common
         names = (subject, triple["relation"], thing)
         yield SampleVerdict("names", all(len(name) <= MAX_NAME_CHARS and "\n" not in name for name in names)
                             and len({normalized(subject), normalized(thing), normalized(sentence)}) == 3

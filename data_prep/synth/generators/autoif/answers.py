@@ -91,14 +91,13 @@ class AutoIfSettings:
 
     @property
     def views(self) -> Segmenter:
-        """Return how functions see answers."""
+        # counts of words and sentences mean nothing where no sign sets them apart
         if self.segmenter == "auto":
             return "rules" if self.language in SPACELESS else "none"
         return self.segmenter
 
     @property
     def foreign(self) -> frozenset[str]:
-        """Return the scripts of which no letter may stand in an answer."""
         return frozenset(self.foreign_scripts) - set(LANGUAGES.get(self.language, ()))
 
 
@@ -226,8 +225,10 @@ def with_quotes_of(text: str, translation: str) -> str | None:
     language puts around them and in whatever order.
     """
     wanted = quoted(text)
+    # the words count, not their marks: languages have marks of their own
     if all(translation.count(words) >= wanted.count(words) for words in wanted):
         return translation
+    # with another number of quotations nobody knows which is which
     if len(quoted(translation)) != len(wanted):
         return None
     left = iter(wanted)
@@ -266,6 +267,7 @@ class AutoIf(Generator):
         settings = self.settings
         constraints = read_constraints(Path(settings.constraints), settings.modules)
         for query in queries_of(inputs, settings.min_query_chars, settings.max_query_chars, settings.toxic):
+            # by the hash of the query: it has the same constraint in every run and in any order of the input
             drawn = [choose(constraints, query.digest, number)
                      for number in range(settings.constraints_per_query)]
             for number, constraint in enumerate(dict.fromkeys(drawn)):
@@ -288,7 +290,9 @@ class AutoIf(Generator):
         replies = ask("autoif/response", count=self.settings.num_responses,
                       temperature=self.settings.temperature, max_tokens=self.settings.max_tokens,
                       constraint=item.fields["constraint"], language=self._texts.name, query=query)
+        # equal answers are one sample
         different = {reply.text.strip(): reply for reply in replies}
+# all at once, since prompts and pairs below look at all answers
         samples = []
         for text, reply in different.items():
             checks, accepting = self._verdicts(item, query, reply, ask)
@@ -312,6 +316,7 @@ class AutoIf(Generator):
             if turned is None or identify(turned)[0] != settings.language:
                 return query, constraint, self._no_translation("the query")
             query = turned
+        # the same name as in `make`, so the same draw
         in_system = share_of("system", item.id) < settings.system_share
         is_turned = not in_system or share_of("translated", item.id) < SYSTEM_TRANSLATED_SHARE
         if is_turned and identify(_without(constraint))[0] != settings.language:
@@ -344,12 +349,14 @@ class AutoIf(Generator):
         accepting, why = self._accepting(functions, text)
         checks.append(SampleVerdict("constraint", accepting > 0, why if not accepting else
                                     f"{accepting} of {len(functions)} functions accept it"))
+        # what the user or the constraint has written may be repeated
         foreign = sorted({char for char in text if script_of(char) in self.settings.foreign} - set(query)
                          - set(item.fields["constraint"]))
         checks.append(SampleVerdict("foreign script", not foreign, "".join(foreign[:20])))
         language, score = identify(text)
         is_right = language == self.settings.language and score >= MIN_LANGUAGE_SCORE
         checks.append(SampleVerdict("language", is_right, f"{language}, {score:.2f}"))
+        # the judge is paid: it is asked about what passed all else
         failed = next((place for place, one in enumerate(checks) if not one.passed), None)
         if failed is not None:
             return checks[:failed + 1], accepting
@@ -368,6 +375,7 @@ class AutoIf(Generator):
         views = views_of(text, self.settings.views)
         sandbox = shared_sandbox(workers=SANDBOX_WORKERS)
         try:
+            # one view that it accepts is enough: which one a language needs, functions do not know
             told = [verdicts(sandbox, function, views, call_s=self.settings.call_time_s)
                     for function in functions]
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the answer

@@ -96,6 +96,7 @@ def read_draft(answer: str, modules: Sequence[str] = ()) -> CrossingDraft | str:
         return problem
     blocks = _JSON.findall(answer)
     try:
+        # the last block: a draft before it is not meant
         listed = json.loads(blocks[-1][:MAX_JSON_CHARS]) if blocks else None
     except (ValueError, RecursionError):
         listed = None
@@ -134,7 +135,9 @@ def crossed(drafts: Sequence[CrossingDraft], others: Sequence[str], judging: Jud
         return Crossed(check="functions", detail=f"{len(sources)} different ones; {min_functions} are needed")
     if len(cases) < min_cases:
         return Crossed(check="cases", detail=f"{len(cases)} different ones; {min_cases} are needed")
+    # every function sees every text once: its own cases, those of others, and ordinary ones
     texts = list(dict.fromkeys([*(case.text for case in cases), *others]))
+    # source -> text -> what it says; functions that did not end are not there
     said: dict[str, dict[str, bool | None]] = {}
     unended = 0
     for source in sources:
@@ -143,11 +146,14 @@ def crossed(drafts: Sequence[CrossingDraft], others: Sequence[str], judging: Jud
             said[source] = {text: one.accepts for text, one in zip(texts, told, strict=True)}
         else:
             unended += 1
+        # the others of this constraint would most likely take all their time as well
         if unended == MAX_UNENDED:
             return Crossed(check="ends", detail=f"{unended} functions did not end in time")
+    # AutoIF: a case stays that one function agrees with, and a function by its share of these
     kept = [case for case in cases if any(verdicts[case.text] == case.keeps for verdicts in said.values())]
     scored = [(sum(verdicts[case.text] == case.keeps for case in kept) / max(1, len(kept)), source)
               for source, verdicts in said.items()]
+    # not of AutoIF: where all functions make one mistake, the cases that show it are those that went
     if len(kept) < min_kept_share * len(cases):
         return Crossed(cases=tuple(kept), check="agreement", detail=f"{len(kept)} of {len(cases)} cases "
                        f"have a function that agrees; {unended} functions did not end")
@@ -156,6 +162,7 @@ def crossed(drafts: Sequence[CrossingDraft], others: Sequence[str], judging: Jud
         best = max((accuracy for accuracy, _ in scored), default=0.0)
         return Crossed(cases=tuple(kept), check="accuracy", detail=f"the best function agrees with "
                        f"{best:.0%} of {len(kept)} cases")
+    # a function that accepts everything agrees with every true case
     telling = [(accuracy, source) for accuracy, source in exact if _tells(said[source], kept, others)]
     if not telling:
         return Crossed(cases=tuple(kept), check="tells apart", detail=f"{len(exact)} functions accept, or "
@@ -224,6 +231,7 @@ class Entailment:
             raise UserError(f"nli = {e}") from None
         except Exception as e:  # anything, over files that are broken
             raise UserError(f"nli = {folder}: no classifier can be loaded ({told_in_a_line(e)})") from None
+        # models name labels in any case, and in any order
         labels = {int(place): str(name).lower() for place, name in self._model.config.id2label.items()}
         if CONTRADICTION not in labels.values():
             raise UserError(f"nli = {folder}: its labels are {', '.join(labels.values())}, and none is "
@@ -314,8 +322,8 @@ class Constraints(Generator):
             yield GeneratorItem(f"round.{number}", {"seeds": seeds}, source)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield one sample for each instruction of an item."""
         wanted = [item.fields["constraint"]] if "constraint" in item.fields else self._ideas(item, ask)
+        # all drafts first: cases of one constraint are texts for the functions of the others
         drafts = {constraint: self._drafts(constraint, ask) for constraint in wanted
                   if not wording_problem(constraint)}
         for constraint in wanted:
@@ -364,6 +372,7 @@ class Constraints(Generator):
                   "cases": [{"input": case.text, "output": case.keeps} for case in left.cases]}
         notes = {"accuracies": [round(accuracy, 4) for accuracy in left.accuracies],
                  "faults": faults, "num_cases": len(left.cases)}
+        # `crossed` stops at the first that fails: those before it in this order were passed
         for check in ("functions", "cases", "ends", "agreement", "accuracy", "tells apart"):
             if check == left.check:
                 detail = f"{left.detail}; one {faults[0]}" if faults and check == "functions" else left.detail
@@ -431,6 +440,7 @@ def seeds_of(inputs: Sequence[Path], language: str) -> list[str]:
     if not inputs:
         return list(texts_of(language).seeds)
     seeds = [seed for file in inputs for seed in _seeds(file)]
+    # placeholders are for the packaged seeds, which fill them in
     sound = list(dict.fromkeys(seed for seed in seeds if not wording_problem(seed)))
     if not sound:
         raise UserError(f"{inputs[0]}: has no seed; write one instruction a line, each complete in itself, "
@@ -518,6 +528,7 @@ def read_constraints(path: Path, modules: tuple[str, ...] = ()) -> list[KeptCons
         if not isinstance(constraint, str) or wording_problem(constraint):
             problems.append(f"{where}: prompt must be the constraint, a line of text")
             continue
+        # what functions ask for in words is another wording of the constraint
         told = [one for one in back if isinstance(one, str)] if isinstance(back, list) else []
         wordings = [constraint, *(one.strip() for one in told if not wording_problem(one.strip()))]
         found.append(KeptConstraint(tuple(dict.fromkeys(wordings)), tuple(functions)))

@@ -47,6 +47,7 @@ def texts_of(language: str) -> Texts:
     """Return a language's texts; English phrasings where it has none of its own."""
     content = _read()
     every = content["languages"]
+    # what a language lacks comes from English
     own = {**every[OTHERS], **every[language]}
     plain = [text for texts in every.values() for text in texts.get("plain", ())]
     seeds = [seed.format_map(own["words"]) if "{" in seed else seed for seed in content["seeds"]]
@@ -82,5 +83,6 @@ def _ended(text: str) -> str:
 
 def _filled(phrasing: str, query: str, constraint: str) -> str:
     """Put both into a phrasing; braces of their own are nothing to fill in."""
+    # not `format`: query and constraint may have braces, and each may have the other's mark in it
     before, _, after = phrasing.partition("{constraint}")
     return (before.replace("{query}", query) + constraint + after.replace("{query}", query)).strip()

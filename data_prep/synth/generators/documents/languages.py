@@ -69,6 +69,7 @@ MIN_LETTERS = 80
 """The model of languages that share a script is asked about texts of so many letters."""
 MAX_FOREIGN_SHARE = 0.1
 """Of letters that are neither the language's nor Latin."""
+# up to 40 % of the letters may be Latin: terms and names, which every language borrows
 _SCRIPTS = LanguageReward(also=("en",), max_also_share=0.4, min_share=0.4)
 ToldApart = Annotated[str, one_of(lambda: {"", *set(LANGUAGES) & KNOWN})]
 """A language that texts are told to be in, as an ISO 639-1 code, or none."""
@@ -93,6 +94,7 @@ def in_language(text: str, language: str) -> SampleVerdict:
         return SampleVerdict("language", False, f"{seen['own_share']:.0%} of the letters are in a script of "
                                                 f"{language}, {seen['foreign_share']:.0%} in foreign ones")
     found, score = identify(text)
+    # the model of languages guesses at short texts
     is_long = sum(letters_by_script(text).values()) >= MIN_LETTERS
     if is_long and found not in (language, UNKNOWN) and score >= MIN_SCORE:
         return SampleVerdict("language", False, f"reads as {found} ({score:.2f}), must be {language}")

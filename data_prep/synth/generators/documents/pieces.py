@@ -55,6 +55,7 @@ def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterat
                 if len(text.encode()) < settings.min_piece_bytes:
                     continue
                 digest = hashlib.sha256(text.encode()).hexdigest()
+                # 64 bits of the hash: the set stays small over millions of pieces
                 if (number := int(digest[:16], 16)) not in seen:
                     seen.add(number)
                     yield GeneratorItem(digest[:ID_CHARS], {"text": text}, path.name, settings.licence)
@@ -65,6 +66,7 @@ def document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterat
 
 def fenced(text: str) -> str:
     """Return a text between two equal lines that its writer could not know, as prompts say."""
+    # made of the text itself, so that no text can hold its own closing line
     fence = f"=== {hashlib.sha256(text.encode()).hexdigest()[:ID_CHARS]} ==="
     return f"{fence}\n{text}\n{fence}"
 

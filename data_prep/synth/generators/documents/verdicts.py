@@ -44,6 +44,7 @@ def same_answer(given: str, expected: str, language: str) -> bool:
 def _bare(text: str) -> str:
     """Return an answer without what does not tell it from another one."""
     found = normalized(_BRACKETS.sub(" ", text) if _BRACKETS.sub("", text).strip() else text)
+    # particles stand one behind the other, as in 에서는
     shorter = _PARTICLE.sub("", found)
     while shorter and shorter != found:
         found, shorter = shorter, _PARTICLE.sub("", shorter)
@@ -60,7 +61,9 @@ def stands_in(answer: str, document: str) -> bool:
         return False
     place = text.find(wanted)
     while place >= 0:
+        # at place 0 the first slice is empty, as it should be
         before, behind = text[place - 1:place], text[place + len(wanted):][:2]
+        # 3 does not stand in 3.5
         ends = not _continues(behind[:1], wanted[-1], True) and not (
             wanted[-1].isdigit() and re.match(r"[.,]\d", behind))
         if ends and not _continues(before, wanted[0], False):
@@ -73,6 +76,7 @@ def _continues(neighbour: str, edge: str, is_behind: bool) -> bool:
     """Return whether a character beside an edge of a word belongs to the same word."""
     if not neighbour or not neighbour.isalnum() or not edge.isalnum():
         return False
+    # a unit may touch its number: 5kg has a 5
     if edge.isdigit() or neighbour.isdigit():
         return edge.isdigit() and neighbour.isdigit()
     if _UNSPACED.match(edge) or _UNSPACED.match(neighbour):
@@ -108,6 +112,7 @@ def agreed(ask: Ask, check: str, question: str, given: str, expected: str, langu
            ) -> SampleVerdict:
     """Return whether a solver's answer is the expected one: word for word, else, where `least` is not 0, by
     the judge."""
+    # a judge is paid, and is asked where words differ
     if same_answer(given, expected, language):
         return SampleVerdict(check, True, "the same")
     if not least or normalized(given) in ("", UNKNOWN):
@@ -151,6 +156,7 @@ def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
     """Return verdicts up to the first that a sample does not pass: what comes behind is not asked."""
     found: list[SampleVerdict] = []
     for verdict in verdicts:
+        # the generator behind is not asked for more, so what it would pay for is not paid
         found.append(verdict)
         if not verdict.passed:
             break
@@ -194,6 +200,7 @@ def read_tagged(text: str, *names: str) -> dict[str, str] | None:
     place = 0
     for name in names:
         opening, closing = f"<{name}>", f"</{name}>"
+        # a document that writes such a tag itself makes two: which one is meant, nobody knows
         if text.count(opening) != 1 or text.count(closing) != 1:
             return None
         start, stop = text.index(opening) + len(opening), text.index(closing)
@@ -209,6 +216,7 @@ def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
     if not count or any(text.count(mark) != count for name in names for mark in (f"<{name}>", f"</{name}>")):
         return None
     found = []
+    # cut in front of each first tag, so that every piece has one group
     for piece in re.split(rf"(?=<{re.escape(names[0])}>)", text)[1:]:
         if (parts := read_tagged(piece, *names)) is None:
             return None

@@ -99,6 +99,7 @@ class ReferenceWorld:
             found += [f"{call['name']}.{name} = {json.dumps(value, ensure_ascii=False)[:60]} is told neither "
                       "by the question nor by a result before it"
                       for name, value in bound.items() if not _is_told(value, tool.schemas[name], told)]
+            # behind the check: a result can only tell the calls that follow
             told += " " + plain(result)
         return found
 
@@ -127,6 +128,7 @@ def _is_told(value: Any, schema: Mapping[str, Any], told: str) -> bool:
     if isinstance(value, str):
         return not value.strip() or plain(value) in told
     whole = int(value) if float(value).is_integer() else value
+    # small numbers may be told in words, or be meant by "a" and "both"
     return abs(value) <= SMALL or says(told, str(whole))
 
 
@@ -141,6 +143,7 @@ def reference_of(task: Mapping[str, Any]) -> ReferenceWorld:
         task: of `virtual`, whose world is sound.
     """
     virtual = Virtual()
+    # without the goal: what the calls lead to is the goal
     virtual.reset({**task, "goal": {}})
     calls, first = task["goal"]["calls"], virtual.snapshot()
     results, changing = [], []
@@ -155,12 +158,14 @@ def reference_of(task: Mapping[str, Any]) -> ReferenceWorld:
             changing.append(place)
     end = _compared(virtual)
     done_by = ""
+    # a call without which the end is the same is idle
     for left_out in changing:
         virtual.restore(first)
         if _end_without(virtual, calls, left_out) == end:
             done_by = f"the goal is reached without call {left_out + 1} ({calls[left_out]['name']})"
             break
     virtual.restore(first)
+    # the end is that of the beginning
     if changing and _compared(virtual) == end:
         done_by = "the calls undo each other: the tables are as they were at first"
     return ReferenceWorld(task, "", tuple(results), end, len(changing), done_by)
@@ -253,6 +258,7 @@ class Goals(Generator):
             notes: dict[str, Any] = {"calls": len(draft["calls"]), "changes": reference.num_changing}
             if all(verdict.passed for verdict in verdicts):
                 earlier.append(draft["question"])
+                # sound ones alone: a task that failed keeps no other one out
                 known.append(reference)
                 if s.num_solvers:
                     notes |= self._solved(task, ask, f"{item.id}/{number}", number)
@@ -268,6 +274,7 @@ class Goals(Generator):
         solved = 0
         with EnvironmentHost(order("virtual", {}), limits) as host:
             for solver in range(s.num_solvers):
+                # one number for each solver of the world: equal ones would share their answers
                 draw = number * s.num_solvers + solver
                 played = play(task, ConversationTable(ask, host, manner, draw, Draws(name, solver)))
                 solved += played.end == "answered" and scored(played, host, played.answers[-1]).reward == 1

@@ -88,6 +88,7 @@ class SimulatedUser:
             if message["role"] in ("user", "assistant") and message["content"].strip()]
         reply, = self._ask("tool-trajectories/user", first=self._draw, need=self._need, style=self._style,
                            language=self._language, heard=heard, done=DONE, temperature=0.9, max_tokens=512)
+        # faults of the user are noted and the conversation goes on; a check refuses it at the end
         text = reply.text.strip()
         if reply.is_cut or len(text) > MAX_CHARS:
             self.problems.append("a user's turn is too long")
@@ -115,6 +116,7 @@ def unfounded(said: Iterable[str], told: Iterable[str]) -> list[str]:
     known = _numbers(heard)
     open_ = [number for number in _numbers(_CODE.sub(" ", spoken))
              if number not in known and not (number <= SMALL and number.is_integer())]
+    # pairs of all numbers, so only where one is not told as it is
     made = _made_of(known) if open_ else set()
     return [*found, *(f"{number:g}" for number in open_ if round(number, 4) not in made)]
 
@@ -190,6 +192,7 @@ class ToolTrajectories(Generator):
                         s.fault_share)
         with EnvironmentHost(order(s.environment, {}), limits) as host:
             for number in range(s.conversations_per_task):
+                # a stream for each conversation: one that draws more faults does not change the others
                 draws = Draws(item.id, number)
                 user: SimulatedUser | None = None
                 if draws.share() < s.user_share:

@@ -109,6 +109,7 @@ def _found(spec: Spec, place: tuple[str, str], tables: Tables) -> list[Any]:
 def _unique(values: Iterator[Any]) -> list[Any]:
     found: list[Any] = []
     for value in values:
+        # types too: in Python 1 equals True
         if value is not None and not any(value == one and type(value) is type(one) for one in found):
             found.append(value)
     return found
@@ -148,6 +149,7 @@ def tried(world: Mapping[str, Any], name: str, calls_per_tool: int) -> Trial:
             state = draws.one(states)
             arguments = _arguments(tool, values_of(spec, places[tool.name], state), draws)
             after = _call(virtual, tool, state, arguments, trial)
+            # later calls begin there too: some tools need what another one has changed
             if after is not None and after != state and len(states) < MAX_STATES:
                 states.append(after)
     return trial
@@ -167,6 +169,7 @@ def _call(virtual: Virtual, tool: ToolSpec, state: Any, arguments: dict[str, Any
             trial.lies.append(f"tool {tool.name}: refuses arguments of its schema: {e.reason}")
         return None
     virtual.restore(state)
+    # twice from the same state: nothing may depend on time or chance
     if (virtual.call(tool.name, arguments), virtual.snapshot()) != (result, after):
         trial.lies.append(f"tool {tool.name}: the same call {shown} gives something else")
     trial.successes[tool.name] = trial.successes.get(tool.name, 0) + 1
@@ -187,13 +190,13 @@ def _arguments(tool: ToolSpec, fitting: Mapping[str, list[Any]], draws: Draws) -
         if not tool.is_required(name) and draws.share() < LEFT_OUT:
             continue
         values = [value for value in fitting[name] if not tool.held[name].problem(value)]
+        # a tool may change a list that it is given, and the next call would get it
         found[name] = (copy.deepcopy(draws.one(values)) if values and draws.share() < FITTING
                        else _anything(schema, draws))
     return found
 
 
 def _anything(schema: Mapping[str, Any], draws: Draws) -> Any:
-    """Return some value that a schema allows."""
     if "enum" in schema:
         return draws.one(schema["enum"])
     named = schema["type"]
@@ -266,6 +269,7 @@ class Worlds(Generator):
                 return
             verdicts = self._checked(world, item.id)
             wrong = [verdict for verdict in verdicts if not verdict.passed]
+            # the last repair is checked and not mended again
             if not wrong or repair == s.num_repairs:
                 break
             told = [line for verdict in wrong for line in verdict.detail.splitlines()][:MAX_TOLD]
@@ -313,6 +317,7 @@ def _alike(spec: Spec, tools: Sequence[Mapping[str, Any]]) -> list[str]:
     for tool in tools:
         says = " ".join(str(tool["description"]).casefold().split())
         does = json.dumps([tool["does"], tool.get("parameters"), tool.get("returns")], sort_keys=True)
+        # two that say or do the same leave the choice between them to chance
         for known, value, what in ((said, says, "says"), (done, does, "does")):
             if value in known:
                 found.append(f"tool {tool['name']}: {what} the same as {known[value]}")
