@@ -58,7 +58,6 @@ class ShownSample:
         self._of: dict[str, list[tuple[int, str, Candidate, SampleVerdict | None]]] = {}
 
     def take(self, sample: Candidate, failed: SampleVerdict | None) -> None:
-        """Take a sample, and why it does not stay."""
         reason = failed.check if failed else ""
         if reason not in self._of and len(self._of) >= MOST_REASONS:
             return
@@ -85,7 +84,6 @@ class ShownSample:
 
 
 def turns_of(sample: Candidate) -> list[tuple[str, str]]:
-    """Return who says what in a sample."""
     if sample.kind == "task":
         return [("task", _json(sample.record))]
     try:
@@ -154,7 +152,6 @@ def costs_of(output: Path) -> dict[str, Any]:
     return {"num_requests": outcomes.total(), "num_answered": outcomes[ANSWERED],
             "outcomes": dict(sorted(outcomes.items())),
             **dict(zip(("input_tokens", "output_tokens", "cost", "seconds"), sums, strict=True))}
-
 
 
 def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> ExitCode:
@@ -238,10 +235,9 @@ class FinishingTally:
         self.sources[sample.source] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {"num_items": self.num_items,
-                "num_unusable_items": self.unusable.total(),
-                "num_samples": self.num_samples,
-                "num_kept": self.num_kept, "num_rejected": self.rejected.total(),
+        return {"num_items": self.num_items, "num_unusable_items": self.unusable.total(),
+                "num_samples": self.num_samples, "num_kept": self.num_kept,
+                "num_rejected": self.rejected.total(),
                 "kept": dict(sorted(self.kept.items())),
                 "rejected": dict(sorted(self.rejected.items(), key=lambda one: (-one[1], one[0]))),
                 "licences": dict(sorted(self.licences.items())),

@@ -336,14 +336,15 @@ class Ask:
             request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0,
                                self._judge_max_tokens, None)
             reply = self._one("judge", request, "", 0, attempt)
-            num_cut += reply.is_cut
-            if not reply.is_cut:
-                try:
-                    score, _ = grade_in(reply.text, low, high)
-                except BadAnswer:
-                    continue
-                self.asked[reply.key] = None
-                return score
+            if reply.is_cut:
+                num_cut += 1
+                continue
+            try:
+                score, _ = grade_in(reply.text, low, high)
+            except BadAnswer:
+                continue
+            self.asked[reply.key] = None
+            return score
         cut = (f", {num_cut} of them cut off at {self._judge_max_tokens:,} tokens; raise --judge-max-tokens, "
                "or take a judge that does not think first" if num_cut else "")
         raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")

@@ -66,7 +66,6 @@ class Model:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder, which the run serves itself."""
         return not is_address(self.engine)
 
     @property

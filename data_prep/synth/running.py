@@ -86,9 +86,8 @@ class GeneratorOrder:
               for path in options.input if not path.exists()]
         if self.most.cost and not any((writer.input_price, writer.output_price, judge.input_price,
                                        judge.output_price)):
-            p.append(SettingsProblem(ProblemCode.RULE, "--max-cost",
-                                     "no cost is known without --input-price and "
-                                     "--output-price", self.most.cost))
+            p.append(SettingsProblem(ProblemCode.RULE, "--max-cost", "no cost is known without --input-price "
+                                     "and --output-price", self.most.cost))
         if options.prompts is not None and not options.prompts.is_dir():
             p.append(SettingsProblem(ProblemCode.FILE, "--prompts", "is no folder", options.prompts))
         return p

@@ -148,9 +148,12 @@ def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, d
             publish(temporary, folder / TEXTS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {kind: {name: place for name in SOURCES
-                   if (place := folder / TEXTS / ("" if name == INPUT else kind) / name).is_dir()}
-            for kind in kinds}
+    found: dict[str, dict[str, Path]] = {}
+    for kind in kinds:
+        places = {name: folder / TEXTS / kind / name for name in SOURCES}
+        places[INPUT] = folder / TEXTS / INPUT  # one for all kinds
+        found[kind] = {name: place for name, place in places.items() if place.is_dir()}
+    return found
 
 
 class _Lot:

@@ -132,7 +132,6 @@ def logistic(z: float) -> float:
 
 def write_estimator(folder: Path, settings: EstimatorSettings, ngram_weights: np.ndarray,
                     form_weights: np.ndarray) -> None:
-    """Write settings and weights into the folder of an artifact."""
     from safetensors.numpy import save_file
 
     (folder / SETTINGS_FILE).write_text(to_json({"content_version": CONTENT_VERSION, "form": NAMES,

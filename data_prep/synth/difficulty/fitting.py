@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ def figures(problems: Sequence[LabelledProblem], estimator: Estimator) -> dict[s
     problems are of."""
     expected = np.array([estimator.pass_rate(problem.text) for problem in problems])
     measured = np.array([problem.pass_rate for problem in problems])
-    scripts = [_script(problem.text) for problem in problems]
-    return {**compared(expected, measured), "reliability": reliability(expected, measured), "scripts": {
-        name: compared(expected[places], measured[places]) for name in sorted(set(scripts))
-        for places in [[i for i, script in enumerate(scripts) if script == name]]}}
+    scripts = np.array([_script(problem.text) for problem in problems])
+    by_script = {name: compared(expected[scripts == name], measured[scripts == name])
+                 for name in sorted(set(scripts.tolist()))}
+    return {**compared(expected, measured), "reliability": reliability(expected, measured),
+            "scripts": by_script}
 
 
 def compared(expected: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
@@ -80,7 +82,6 @@ def reliability(expected: np.ndarray, measured: np.ndarray) -> list[dict[str, An
 
 
 def told(content: dict[str, Any]) -> list[str]:
-    """Return figures as lines for a terminal."""
     lines = [f"  {_line(content)}", *(f"  {name.lower()}: {_line(of)}"
                                       for name, of in content["scripts"].items())]
     lines += ["  expected    problems  mean expected  mean measured"]
@@ -120,7 +121,7 @@ class DifficultyGradeSettings:
     """Rows whose pass rate is from the first to the second are written, both included."""
 
     def bucket(self, pass_rate: float) -> str:
-        return BUCKETS[sum(pass_rate >= cut for cut in self.cuts)]
+        return BUCKETS[bisect_right(self.cuts, pass_rate)]
 
 
 def grade(files: Sequence[Path], output: Path, settings: DifficultyGradeSettings, model: Path | None,
@@ -184,10 +185,12 @@ def _graded(row: Mapping[str, Any], where: str, settings: DifficultyGradeSetting
         raise UserError(f"{where}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
                         f"{', '.join(row) or 'none'}); add one")
     # what was measured goes before what is expected
-    source = "measured" if text in measured else "expected"
-    if source == "expected" and estimator is None:
+    if text in measured:
+        source, rate = "measured", measured[text]
+    elif estimator is not None:
+        source, rate = "expected", estimator.pass_rate(text)
+    else:
         raise UserError(f"{where}: its problem was not measured; give an estimator with --model")
-    rate = measured[text] if source == "measured" else estimator.pass_rate(text) if estimator else math.nan
     return {**row, "pass_rate": rate, "difficulty": 1.0 - rate, "difficulty_from": source,
             "bucket": settings.bucket(rate)}
 
@@ -259,7 +262,6 @@ def fit(folder: Path, output: Path, settings: FitSettings, *, overwrite: bool = 
 
 
 def check(model: Path, folder: Path) -> dict[str, Any]:
-    """Return an estimator's figures on other labels."""
     if problems := library_problems():
         raise UserError(problems[0])
     return figures(list(read_labels(folder).problems.values()), load_estimator(model))
@@ -273,9 +275,12 @@ def split(problems: Sequence[LabelledProblem]) -> FittingSplits:
         # blanks do not count: a copy must not lie in another part
         digest = hashlib.sha256(" ".join(problem.text.split()).encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2 ** 64
-        part = (parts.heldout if place < HELD_OUT else
-                parts.calibration if place < HELD_OUT + CALIBRATION else parts.fit)
-        part.append(problem)
+        if place < HELD_OUT:
+            parts.heldout.append(problem)
+        elif place < HELD_OUT + CALIBRATION:
+            parts.calibration.append(problem)
+        else:
+            parts.fit.append(problem)
     return parts
 
 
@@ -291,7 +296,6 @@ class _Rows:
         self.spreads = tuple(np.where(spreads > 1e-9, spreads, 1.0).tolist())
 
     def of(self, problems: Sequence[LabelledProblem]) -> tuple[Any, Any]:
-        """Return n-grams and the other columns as sparse matrices."""
         from scipy.sparse import csr_matrix
 
         words = sparse_rows([self._ngrams.row(problem.text) for problem in problems], self._ngrams.width)

@@ -166,12 +166,13 @@ def _content(names: Sequence[str], problems: Mapping[str, LabelledProblem], pair
     told = [(problems[easier].pass_rate, problems[harder].pass_rate) for easier, harder in pairs]
     # pairs of equal rates can neither confirm the judge nor contradict it
     differ = [(easier, harder) for easier, harder in told if easier != harder]
+    configurations: dict[str, dict[str, float]] = {}
+    for name in names:
+        rates = _rates(problems, name)
+        configurations[name] = {"num_problems": len(rates), "pass_rate": fmean(rates),
+                                "solves_none": rates.count(0.0), "solves_all": rates.count(1.0)}
     return {
-        "num_problems": len(problems), "num_pairs": len(pairs),
-        "configurations": {name: {
-            "num_problems": len(rates), "pass_rate": fmean(rates),
-            "solves_none": rates.count(0.0), "solves_all": rates.count(1.0)}
-            for name in names for rates in [_rates(problems, name)]},
+        "num_problems": len(problems), "num_pairs": len(pairs), "configurations": configurations,
         "agreement": [{"between": [one, other], "spearman": _spearman(problems, one, other)}
                       for one, other in combinations(names, 2)],
         "judge": {"num_pairs": len(differ),

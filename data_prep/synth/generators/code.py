@@ -67,7 +67,9 @@ def passed(code: CodeReward, program: str, tests: Sequence[str]) -> list[bool]:
         if endless == MOST_ENDLESS:
             break
         alone = _timed(code, program, tests[i])
-        found[i], endless = alone is True, endless + (alone is None)
+        found[i] = alone is True
+        if alone is None:
+            endless += 1
     return found
 
 
@@ -104,7 +106,6 @@ def telling(code: CodeReward, entry_point: str, tests: Sequence[str]) -> tuple[l
 
 
 def killed(code: CodeReward, program: str, tests: Sequence[str], most: int) -> tuple[int, int]:
-    """Return how many of a program's mutants fail the tests, and how many there are."""
     found = mutants(program, most)
     return sum(fails(code, mutant, tests) for mutant in found), len(found)
 
@@ -182,11 +183,13 @@ class CodeProgram:
     def of(reply: Reply, task: CodeTask) -> CodeProgram:
         source = program_in(reply.text)
         why = reaches_out(source) if len(source) <= MAX_CHARS else f"has {len(source):,} characters"
-        fault = (("finished", "ended at the limit of tokens") if reply.is_cut else
-                 ("alone", why) if why else
-                 ("function", f"has no {task.entry_point}") if not defines(source, task.entry_point) else
-                 ("", ""))
-        return CodeProgram(reply, source, fault)
+        if reply.is_cut:
+            return CodeProgram(reply, source, ("finished", "ended at the limit of tokens"))
+        if why:
+            return CodeProgram(reply, source, ("alone", why))
+        if not defines(source, task.entry_point):
+            return CodeProgram(reply, source, ("function", f"has no {task.entry_point}"))
+        return CodeProgram(reply, source, ("", ""))
 
 
 class CodeTasks(Generator):
@@ -259,8 +262,7 @@ class CodeTasks(Generator):
                 group=item.id, kind="chat")
 
     def _of_program(self, program: CodeProgram, verdicts: tuple[SampleVerdict, ...], is_right: bool,
-                    is_apart: bool
-                    ) -> tuple[SampleVerdict, ...]:
+                    is_apart: bool) -> tuple[SampleVerdict, ...]:
         if program.fault[0]:
             return (SampleVerdict(program.fault[0], False, program.fault[1]),)
         own = SampleVerdict("passes", is_right, "" if is_right else "fails tests that others pass")
@@ -275,9 +277,8 @@ class CodeTasks(Generator):
         least = max(s.min_tests, s.min_agreement * len(tests))
         agree = len(right) >= s.min_solutions and len(agreed) >= least
         # in order of their price: mutants run only where all before them passed
-        verdicts = [SampleVerdict("agreement", agree,
-                                  f"{len(right)} programs pass {len(agreed)} of {len(tests)} "
-                                                      "tests")]
+        said = f"{len(right)} programs pass {len(agreed)} of {len(tests)} tests"
+        verdicts = [SampleVerdict("agreement", agree, said)]
         notes: dict[str, Any] = {"num_tests": len(tests), "num_agreed": len(agreed)}
         if not agree:
             return tuple(verdicts), agreed, notes

@@ -242,8 +242,11 @@ def reaches_out(source: str) -> str:
     if tree is None:
         return "is no Python"
     for node in ast.walk(tree):
-        names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
-                 [node.module or "."] if isinstance(node, ast.ImportFrom) else [])
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "."]
         if other := [name for name in names if name.partition(".")[0] not in MODULES]:
             return f"imports {other[0]}"
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -262,7 +265,6 @@ def defines(source: str, entry_point: str) -> bool:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """Return the names that a statement gives to functions and values."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else []

@@ -93,21 +93,18 @@ class Questions(OfDocuments):
             if settings.form != "text" or not is_kept:
                 yield GeneratedSample(self._record(source, pair, language), tuple(verdicts), group, seen)
         if settings.form == "text":
+            count = SampleVerdict("number of pairs", len(kept) >= settings.min_pairs,
+                                  f"{len(kept)} of {len(pairs)} are kept")
             yield GeneratedSample({"text": with_pairs(source, kept), "language": language},
-                                  (complete(reply),
-                                   SampleVerdict("number of pairs", len(kept) >= settings.min_pairs,
-                                                                  f"{len(kept)} of {len(pairs)} are kept")),
-                                  group, {"num_pairs": len(kept), "pairs": notes})
+                                  (complete(reply), count), group, {"num_pairs": len(kept), "pairs": notes})
 
     def _verdicts(self, pair: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
-                  language: str, source_language: str, ask: Ask) -> tuple[list[SampleVerdict],
-                                                                          dict[str, Any]]:
+                  language: str, source_language: str, ask: Ask
+                  ) -> tuple[list[SampleVerdict], dict[str, Any]]:
         """Return the verdicts of a pair, up to the first that it does not pass, and what was seen."""
-        question, answer = pair["question"], pair["answer"]
         notes: dict[str, Any] = {}
-        verdicts = until_failed(self._checks(question, answer, before, source, language, source_language, ask,
-                                             notes))
-        return verdicts, notes
+        return until_failed(self._checks(pair["question"], pair["answer"], before, source, language,
+                                         source_language, ask, notes)), notes
 
     def _checks(self, question: str, answer: str, before: Sequence[Mapping[str, str]], source: str,
                 language: str, source_language: str, ask: Ask,

@@ -266,11 +266,10 @@ class SafetyGenerator(Generator):
                         request=one.request)
             # one that answers after all would teach the wrong side
             worse = bare.text.strip()
-            yield GeneratedSample({"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse,
-                                   **one.beside()},
-                                  (*sample.verdicts, SampleVerdict("rejected refuses", refuses(
-                                       worse, one.language) and not bare.is_cut)), group=one.group,
-                                  kind="prompt")
+            is_refusal = refuses(worse, one.language) and not bare.is_cut
+            record = {"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse, **one.beside()}
+            yield GeneratedSample(record, (*sample.verdicts, SampleVerdict("rejected refuses", is_refusal)),
+                                  group=one.group, kind="prompt")
 
     def _verdicts(self, one: _One, reply: Reply, ask: Ask) -> Iterator[SampleVerdict]:
         """Yield the verdicts on an answer up to the first that fails; the judge, who costs, is asked last."""
@@ -281,7 +280,8 @@ class SafetyGenerator(Generator):
         checks = [SampleVerdict("ended", not reply.is_cut),
                   SampleVerdict("language", is_right, f"{language}, {score:.2f}")]
         if one.is_twin:
-            checks.append(SampleVerdict("answered", not refused, "it refuses a harmless request" * refused))
+            checks.append(SampleVerdict("answered", not refused,
+                                        "it refuses a harmless request" if refused else ""))
         elif category.strategy == "redirect":
             checks.append(SampleVerdict("refuses", refused, "" if refused else "it does not decline"))
         for check in checks:
@@ -317,7 +317,6 @@ class _One:
 
     @property
     def template(self) -> str:
-        """Return the name of the template that answers it."""
         if self.is_twin:
             return "safety/answer"
         return "safety/redirect" if self.category.strategy == "redirect" else "safety/complete"

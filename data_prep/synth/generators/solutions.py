@@ -74,11 +74,10 @@ class Draft:
         """Return a solution after the checks that need no other one."""
         found = boxes(reply.text)
         marked = ends_in_box(reply.text)
-        verdicts = (SampleVerdict("finished", not reply.is_cut, "ended at the limit of tokens" if reply.is_cut
-                                  else ""),
-                    SampleVerdict("ending", marked,
-                                  "" if marked else "does not end with its answer in a box"))
-        return Draft(reply, found[0] if marked and not reply.is_cut else "", verdicts)
+        answer = found[0] if marked and not reply.is_cut else ""
+        return Draft(reply, answer, ()).with_verdict(
+            "finished", not reply.is_cut, "ended at the limit of tokens").with_verdict(
+            "ending", marked, "does not end with its answer in a box")
 
     def with_verdict(self, check_: str, passed: bool, detail: str = "") -> Draft:
         return replace(self, verdicts=(*self.verdicts,
@@ -86,12 +85,10 @@ class Draft:
 
     @property
     def is_good(self) -> bool:
-        """Return whether all checks so far are passed."""
         return all(verdict.passed for verdict in self.verdicts)
 
     @property
     def solution(self) -> Solution:
-        """Return it as `sov-data trajectories` knows one."""
         return Solution(self.reply.text, self.reply.thinking)
 
 
@@ -162,7 +159,7 @@ class Solutions(Generator):
         s = self.settings
         places = [i for i, draft in enumerate(drafts) if draft.answer]
         found = groups([drafts[i].answer for i in places], choices, s.way)
-        votes, second = (len(found[0]) if found else 0), (len(found[1]) if len(found) > 1 else 0)
+        votes, second, *_ = [*map(len, found), 0, 0]
         # of all draws, since one of no use does not agree; a tie is no majority
         enough = votes >= max(s.min_votes, s.min_agreement * s.num_draws) and votes > second
         detail = f"{votes} of {s.num_draws} solutions agree, {second} on another answer"
@@ -195,5 +192,7 @@ class Solutions(Generator):
 
 def _shown(problem: str, choices: Sequence[str]) -> str:
     """Return a problem with its choices, as it is asked."""
-    return "\n".join([problem, *(["", *(f"{letter}. {choice}" for letter, choice in
-                                        zip("ABCDEFGHIJ", choices, strict=False))] if choices else [])])
+    if not choices:
+        return problem
+    listed = [f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices, strict=False)]
+    return "\n".join([problem, "", *listed])

@@ -90,7 +90,6 @@ class Textbook(OfDocuments):
                               tuple(verdicts), group, notes)
 
     def _sections(self, lesson: str) -> SampleVerdict:
-        """Return whether a lesson has its sections, each with a text of its own."""
         _, *texts = _HEADING.split(lesson)
         count = sum(len(text.strip()) >= MIN_SECTION_CHARS for text in texts)
         return SampleVerdict("sections", count >= self.settings.num_sections and count == len(texts),

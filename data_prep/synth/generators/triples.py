@@ -67,12 +67,10 @@ class Triples(Generator):
                 kept.append(triple)
             else:
                 yield GeneratedSample({"text": told(triple)}, tuple(verdicts), item.id)
-        yield GeneratedSample({"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
-                               "language": language},
-                              (complete(reply),
-                               SampleVerdict("number of facts", bool(kept),
-                                             f"{len(kept)} of {len(triples)} are kept")),
-                              item.id, {"num_facts": len(kept)})
+        record = {"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
+                  "language": language}
+        count = SampleVerdict("number of facts", bool(kept), f"{len(kept)} of {len(triples)} are kept")
+        yield GeneratedSample(record, (complete(reply), count), item.id, {"num_facts": len(kept)})
 
     def _checks(self, triple: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
                 language: str, ask: Ask) -> Iterator[SampleVerdict]:
@@ -93,5 +91,4 @@ class Triples(Generator):
 
 
 def told(triple: Mapping[str, str]) -> str:
-    """Return a fact as a line."""
     return " | ".join(" ".join(triple[part].split()) for part in PARTS[:3])

@@ -336,8 +336,8 @@ class AutoIf(Generator):
                      max_tokens=MAX_TRANSLATION_TOKENS, language=self._texts.name, text=text)
         return None if reply.is_cut else with_quotes_of(text, reply.text.strip())
 
-    def _verdicts(self, item: GeneratorItem, query: str, reply: Reply, ask: Ask) -> tuple[list[SampleVerdict],
-                                                                                          int]:
+    def _verdicts(self, item: GeneratorItem, query: str, reply: Reply, ask: Ask
+                  ) -> tuple[list[SampleVerdict], int]:
         """Return the verdicts on an answer up to the first that fails, and how many functions accept it; the
         judge, who costs, is asked last."""
         text = reply.text.strip()

@@ -384,9 +384,9 @@ class Constraints(Generator):
     def _others(self, constraint: str, drafts: Mapping[str, Sequence[CrossingDraft | str]],
                 item_id: str) -> list[str]:
         """Return ordinary answers, and answers that keep other constraints of the item."""
-        written = [case.text for other, found in drafts.items() if other != constraint
-                   for draft in found if isinstance(draft,
-                                                    CrossingDraft) for case in draft.cases if case.keeps]
+        sound = [draft for other, found in drafts.items() if other != constraint
+                 for draft in found if isinstance(draft, CrossingDraft)]
+        written = [case.text for draft in sound for case in draft.cases if case.keeps]
         plain = texts_of(self.settings.language).plain
         return [*plain, *shuffled(list(dict.fromkeys(written)), item_id, constraint)[:MAX_OTHERS]]
 

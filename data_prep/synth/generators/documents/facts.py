@@ -49,8 +49,8 @@ def facts_of(text: str, language: str) -> DocumentFacts:
 
 def quotes_of(text: str) -> list[str]:
     """Return what stands between marks of quotation, in order."""
-    return [quote.strip() for match in _QUOTES.finditer(text) if (quote := next(filter(None, match.groups())))
-            and quote.strip()]
+    inside = [next(filter(None, match.groups())).strip() for match in _QUOTES.finditer(text)]
+    return [quote for quote in inside if quote]
 
 
 def names_of(text: str, language: str) -> list[str]:

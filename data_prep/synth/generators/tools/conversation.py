@@ -75,7 +75,6 @@ class Played:
 
     @property
     def answers(self) -> list[str]:
-        """Return what the model has said, in order."""
         return [message["content"] for message in self.messages
                 if message["role"] == "assistant" and message["content"].strip()]
 
@@ -156,9 +155,13 @@ def scored(played: Played, host: EnvironmentHost, said: str) -> Result:
 
 def wire(messages: Sequence[Message]) -> list[Message]:
     """Return messages as chat-completions endpoints take them: arguments as JSON, nothing of ours."""
-    return [{key: [_wired(call) for call in value] if key == "tool_calls" else value
-             for key, value in message.items() if key not in ("train", "reasoning_content")}
-            for message in messages]
+    found = []
+    for message in messages:
+        plain = {key: value for key, value in message.items() if key not in ("train", "reasoning_content")}
+        if "tool_calls" in plain:
+            plain["tool_calls"] = [_wired(call) for call in plain["tool_calls"]]
+        found.append(plain)
+    return found
 
 
 def _wired(call: Mapping[str, Any]) -> dict[str, Any]:

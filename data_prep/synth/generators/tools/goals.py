@@ -277,7 +277,8 @@ class Goals(Generator):
                 # one number for each solver of the world: equal ones would share their answers
                 draw = number * s.num_solvers + solver
                 played = play(task, ConversationTable(ask, host, manner, draw, Draws(name, solver)))
-                solved += played.end == "answered" and scored(played, host, played.answers[-1]).reward == 1
+                if played.end == "answered" and scored(played, host, played.answers[-1]).reward == 1:
+                    solved += 1
         return {"solved": solved, "solvers": s.num_solvers}
 
 

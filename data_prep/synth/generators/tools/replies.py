@@ -75,7 +75,6 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[Ge
 
 
 def _id_of(own: Any, record: Any) -> str:
-    """Return a record's own id, as items may have it, or a hash of the record."""
     if isinstance(own, str) and re.fullmatch(r"[A-Za-z0-9:._/-]{1,150}", own):
         return own
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:ID_CHARS]

@@ -265,7 +265,10 @@ def _sample(item: GeneratorItem, played: Played, verdicts: Sequence[SampleVerdic
 def _transcript(played: Played) -> str:
     """Return a conversation as a judge reads it: a line of JSON for each message, so that no text can pass
     for another's message."""
-    return "\n".join(json.dumps(
-        {"role": message["role"], "content": message["content"],
-         **({"calls": [call["function"] for call in message["tool_calls"]]} if "tool_calls" in message
-            else {})}, ensure_ascii=False) for message in played.messages)
+    lines = []
+    for message in played.messages:
+        said = {"role": message["role"], "content": message["content"]}
+        if "tool_calls" in message:
+            said["calls"] = [call["function"] for call in message["tool_calls"]]
+        lines.append(json.dumps(said, ensure_ascii=False))
+    return "\n".join(lines)

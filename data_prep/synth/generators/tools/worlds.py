@@ -56,8 +56,6 @@ RUBRIC = ("The material describes tools of a virtual world: what each says of it
 # A described world tried out: its tools are called with drawn arguments of the declared types, from many
 # states, and held to what they declare. Most arguments fit the tables, so that tools come through; the
 # others are anything that the schema allows, so that what it allows and the tool cannot do comes to light.
-
-
 # Which values an argument of a tool is likely to take, read from the tool's steps.
 
 
