@@ -200,7 +200,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
         # last of all, since it hashes the files and says that they are whole
         if is_complete:
             _write_manifest(output, run, settings, tally)
-    print(_told(output, tally, settings, passed))
+    print(_summary_lines(output, tally, settings, passed))
     return ExitCode.OK if passed else ExitCode.GATE_FAILED
 
 
@@ -278,7 +278,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 shown.take(sample, failed)
                 if comparison is not None:
                     comparison.add(sample.id, _text(sample), verdicts)
-                row = _rejected(run, sample, verdicts) if failed else _kept(run, sample, judged)
+                row = _rejected_row(run, sample, verdicts) if failed else _kept_row(run, sample, judged)
                 rows_of(REJECTED if failed else file).write(json_line(row))
         # bytes first, then names: a power cut must not leave a named file without its end
         for rows in files.values():
@@ -289,13 +289,14 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
             stale.unlink()
 
 
-def _kept(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
+def _kept_row(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
     # only texts get here: other kinds whose text a step changed are rejected
     changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
     return {"id": sample.id, **sample.record, **changed, PROVENANCE: _origin(run, sample)}
 
 
-def _rejected(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[SampleVerdict]) -> dict[str, Any]:
+def _rejected_row(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[SampleVerdict]
+                  ) -> dict[str, Any]:
     failed = next(verdict for verdict in verdicts if not verdict.passed)
     return {"reason": failed.check, "detail": failed.detail, "kind": sample.kind, "record": sample.record,
             "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: _origin(run, sample)}
@@ -336,7 +337,7 @@ def _artifacts(inputs: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(filter(None, map(artifact_of, inputs))))
 
 
-def _told(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
+def _summary_lines(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
     worst = ", ".join(f"{num:,} {reason}" for reason, num in tally.rejected.most_common(3))
     lines = [f"{output}: {tally.num_kept:,} of {tally.num_samples:,} samples kept"
              + (f"; mostly rejected for: {worst}" if worst else ""),

@@ -73,7 +73,7 @@ class Model:
         return self.model or Path(self.engine).resolve().name
 
     @property
-    def told(self) -> str:
+    def location(self) -> str:
         """What stands in files for where it is."""
         return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
 

@@ -154,7 +154,7 @@ def models_of(args: SynthOptions) -> tuple[Model, Model]:
     return writer, judge
 
 
-def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
+def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     """Return a generator with its settings.
 
     Raises:
@@ -218,7 +218,7 @@ def ready(order: GeneratorOrder) -> ReadyRun:
     if problems := problems_of(order):
         raise SettingsError("sov-data synth", problems)
     options, writer, judge = order.options, order.writer, order.judge
-    generator = made_generator(options.generator, parse_nested(options.changes))
+    generator = make_generator(options.generator, parse_nested(options.changes))
     if generator.needs_input and not options.input:
         raise UserError(f"--input: generator {options.generator} needs one")
     prompts = load_prompts(generator.templates, [*([options.prompts] if options.prompts else []), PROMPTS])
@@ -226,8 +226,8 @@ def ready(order: GeneratorOrder) -> ReadyRun:
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
         settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
-        model=writer.name, engine=writer.told, identity=writer.identity(),
-        judge=judge.name, judge_engine=judge.told, judge_identity=judge.identity(),
+        model=writer.name, engine=writer.location, identity=writer.identity(),
+        judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
         judge_max_tokens=options.judge_max_tokens,
         templates={name: prompt.version for name, prompt in prompts.items()},
         template_digests={name: prompt.digest for name, prompt in prompts.items()},
@@ -467,7 +467,7 @@ class ItemMaker:
         self.stop.check()
         number, item = numbered
         try:
-            return number, item, self._made(item)
+            return number, item, self._make_item(item)
         # these end the run, since the next item would meet the same
         except (UserError, StopRequested):
             raise
@@ -476,7 +476,7 @@ class ItemMaker:
         except Exception as e:
             return number, item, e
 
-    def _made(self, item: GeneratorItem) -> DoneItem:
+    def _make_item(self, item: GeneratorItem) -> DoneItem:
         made = self.made
         ask = Ask(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
         samples: tuple[GeneratedSample, ...] = ()

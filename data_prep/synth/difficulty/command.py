@@ -115,19 +115,19 @@ def _label(args: DifficultyLabelOptions) -> int:
 
 
 def _fit(args: DifficultyFitOptions) -> int:
-    from data_prep.synth.difficulty.fitting import FitSettings, fit, told
+    from data_prep.synth.difficulty.fitting import FitSettings, figure_lines, fit
 
     settings = FitSettings(NgramSettings(num_buckets=args.buckets), args.pair_weight)
     content = fit(args.labels, args.output, settings, overwrite=args.overwrite)
-    print("\n".join(["held out:", *told(content["heldout"]), f"wrote {args.output}"]))
+    print("\n".join(["held out:", *figure_lines(content["heldout"]), f"wrote {args.output}"]))
     return 0
 
 
 def _check(args: DifficultyCheckOptions) -> int:
-    from data_prep.synth.difficulty.fitting import check, told
+    from data_prep.synth.difficulty.fitting import check, figure_lines
 
     content = check(args.model, args.labels)
-    print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *told(content)]))
+    print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *figure_lines(content)]))
     return 0
 
 

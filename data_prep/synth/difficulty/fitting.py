@@ -81,7 +81,7 @@ def reliability(expected: np.ndarray, measured: np.ndarray) -> list[dict[str, An
             for i in sorted(set(bins.tolist()))]
 
 
-def told(content: dict[str, Any]) -> list[str]:
+def figure_lines(content: dict[str, Any]) -> list[str]:
     lines = [f"  {_line(content)}", *(f"  {name.lower()}: {_line(of)}"
                                       for name, of in content["scripts"].items())]
     lines += ["  expected    problems  mean expected  mean measured"]

@@ -71,7 +71,7 @@ class Questions(OfDocuments):
         super().__init__(settings)
         self.kind = settings.form
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield each pair; of form text those that are not kept, and the document with those that are."""
         settings = self.settings
         language = settings.language or source_language

@@ -59,7 +59,7 @@ class Rewrite(OfDocuments):
     Settings: ClassVar[type[Any]] = RewriteSettings
     settings: RewriteSettings
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         for style in self.settings.styles:
             yield self._sample(source, source_language, style, group, ask)
 

@@ -144,7 +144,7 @@ class Solutions(Generator):
         drafts = self._apart([self._judge(draft, item, ask) for draft in drafts])
         notes = {"answer": wanted, "num_draws": s.num_draws, "num_right": num_right,
                  "pass_rate": num_right / s.num_draws, **voted}
-        asked = _shown(item.fields["problem"], choices)
+        asked = _with_choices(item.fields["problem"], choices)
         for draft in drafts:
             thought = {"reasoning_content": draft.reply.thinking} if draft.reply.thinking else {}
             record = {"messages": [{"role": "user", "content": asked},
@@ -190,7 +190,7 @@ class Solutions(Generator):
         return found
 
 
-def _shown(problem: str, choices: Sequence[str]) -> str:
+def _with_choices(problem: str, choices: Sequence[str]) -> str:
     """Return a problem with its choices, as it is asked."""
     if not choices:
         return problem

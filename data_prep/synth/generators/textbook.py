@@ -59,7 +59,7 @@ class Textbook(OfDocuments):
     Settings: ClassVar[type[Any]] = TextbookSettings
     settings: TextbookSettings
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         settings = self.settings
         language = settings.language or source_language
         record = {"level": settings.level, "language": language}

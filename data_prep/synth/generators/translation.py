@@ -95,7 +95,7 @@ def kept_verdicts(made: str, source: str, language: str, source_language: str, k
     """Yield whether code, addresses, placeholders, numbers and quotations came through."""
     # counted: a formula that stands twice has to come twice
     before, after = Counter(KEPT.findall(source)), Counter(KEPT.findall(made))
-    yield SampleVerdict("code and placeholders", before == after, _told(before - after, after - before))
+    yield SampleVerdict("code and placeholders", before == after, _changes(before - after, after - before))
     if keep_quotes:
         lost = [quote for quote in quotes_of(KEPT.sub(" ", source)) if quote not in made]
         yield SampleVerdict("quotes", not lost, ", ".join(quote[:60] for quote in lost[:_MAX_TOLD]))
@@ -103,7 +103,7 @@ def kept_verdicts(made: str, source: str, language: str, source_language: str, k
     numbers = numbers_of(KEPT.sub(" ", source), source_language)
     others = numbers_of(KEPT.sub(" ", made), language)
     yield SampleVerdict("numbers", numbers.stated <= others.known and others.stated <= numbers.known,
-                        _told(numbers.stated - others.known, others.stated - numbers.known))
+                        _changes(numbers.stated - others.known, others.stated - numbers.known))
 
 
 def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool, max_untranslated: float
@@ -135,7 +135,7 @@ def terms_in(source: str, glossary: Sequence[tuple[str, str]]) -> list[tuple[str
     return [entry for entry in glossary if stands_in(entry[0], source)]
 
 
-def _told(lost: Counter[str] | frozenset[str], new: Counter[str] | frozenset[str]) -> str:
+def _changes(lost: Counter[str] | frozenset[str], new: Counter[str] | frozenset[str]) -> str:
     return "; ".join(f"{what}: {', '.join(part[:60] for part in sorted(parts)[:_MAX_TOLD])}"
                      for what, parts in (("lost", lost), ("new", new)) if parts)
 

@@ -66,8 +66,8 @@ class Triples(Generator):
             if are_passed(verdicts):
                 kept.append(triple)
             else:
-                yield GeneratedSample({"text": told(triple)}, tuple(verdicts), item.id)
-        record = {"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
+                yield GeneratedSample({"text": fact_line(triple)}, tuple(verdicts), item.id)
+        record = {"text": "\n".join(map(fact_line, kept)), "document": source, "triples": kept,
                   "language": language}
         count = SampleVerdict("number of facts", bool(kept), f"{len(kept)} of {len(triples)} are kept")
         yield GeneratedSample(record, (complete(reply), count), item.id, {"num_facts": len(kept)})
@@ -83,12 +83,12 @@ class Triples(Generator):
                             "one is a pronoun or a clause, or both are the same")
         yield SampleVerdict("sentence in document", stands_in(sentence, source))
         yield SampleVerdict("names in sentence", stands_in(subject, sentence) and stands_in(thing, sentence))
-        yield SampleVerdict("another fact", told(triple) not in map(told, before))
+        yield SampleVerdict("another fact", fact_line(triple) not in map(fact_line, before))
         if self.settings.verify:
-            material = fenced(f"Sentence: {sentence}\nFact: {told(triple)}")
+            material = fenced(f"Sentence: {sentence}\nFact: {fact_line(triple)}")
             reply, = ask("triples/verify", role="judge", temperature=0.0, material=material)
             yield SampleVerdict("judge: stated", normalized(answer_in(reply.text)) == "yes", reply.text[:80])
 
 
-def told(triple: Mapping[str, str]) -> str:
+def fact_line(triple: Mapping[str, str]) -> str:
     return " | ".join(" ".join(triple[part].split()) for part in PARTS[:3])

@@ -148,7 +148,7 @@ def fact_verdicts(made: str, source: str, language: str, source_language: str) -
     """
     facts = unsupported(facts_of(made, language), source, facts_of(source, source_language),
                         compare_names=language == source_language)
-    return [SampleVerdict(check, not found, _told(found)) for check, found in (
+    return [SampleVerdict(check, not found, _list_missing(found)) for check, found in (
         ("numbers", facts.numbers.stated), ("names", facts.names), ("quotes", facts.quotes))]
 
 
@@ -164,6 +164,6 @@ def kept_share(made: str, source: str, language: str, source_language: str) -> f
     return sum(kept) / len(kept) if len(kept) >= MIN_FACTS else None
 
 
-def _told(found: frozenset[str]) -> str:
+def _list_missing(found: frozenset[str]) -> str:
     told = ", ".join(name[:60] for name in sorted(found)[:MAX_TOLD])
     return f"not in the source: {told}" if found else ""

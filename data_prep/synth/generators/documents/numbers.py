@@ -67,7 +67,7 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
     stated: set[str] = set()
     counted = {value for part in _SIGN.split(text.casefold())
                for value in _counted(re.findall(r"[^\W_]+", part), customs)}
-    told = _told(text, customs) | set(map(str, counted))
+    told = _values_in_words(text, customs) | set(map(str, counted))
     # Parts such as 3만 and 5천 add up to one number; each is known as well. None closes the last run.
     run: list[_NumberPart] = []
     for part in [*_parts(plain, customs, stated), None]:
@@ -175,7 +175,7 @@ def _counted(words: Iterable[str], customs: Customs) -> Iterator[int]:
             whole, part = 0, value
 
 
-def _told(text: str, customs: Customs) -> set[str]:
+def _values_in_words(text: str, customs: Customs) -> set[str]:
     """Return the values of words for numbers and of months."""
     folded = text.casefold()
     words = re.findall(r"[^\W\d_]+", folded)

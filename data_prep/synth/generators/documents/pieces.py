@@ -95,12 +95,12 @@ class OfDocuments(Generator):
         source: str = item.fields["text"]
         language = language_of(source)
         if language:
-            yield from self.made(source, language, item.id, ask)
+            yield from self.make_from(source, language, item.id, ask)
         else:
             yield unknown_language(source)
 
     @abstractmethod
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield what is made of a document.
 
         Args:

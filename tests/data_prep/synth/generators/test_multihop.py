@@ -17,7 +17,7 @@ from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, first_reason, made, one_of_each
+from planted_cases import actor, build, first_reason, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.multihop import MultihopSettings
@@ -37,13 +37,13 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    assert first_reason(made("multihop"), CASES[what]) in {REASONS[what], *(
+    assert first_reason(build("multihop"), CASES[what]) in {REASONS[what], *(
         ["answer not in question"] if what == "a step in the question" else [])}
 
 
 @pytest.mark.parametrize("form", ["prompt", "chat"])
 def test_questions_as_prompts_and_chats(form: Any) -> None:
-    generator = made("multihop", form=form, with_documents=True)
+    generator = build("multihop", form=form, with_documents=True)
     item = CASES["a sound question"].item
     sample, = samples_of(generator, item, actor("multihop").reply)
     document = parse_record(dict(sample.record), "x", 1, RecordReading(kind=form))
@@ -60,7 +60,7 @@ def test_questions_as_prompts_and_chats(form: Any) -> None:
 def test_each_document_is_shown_alone_and_all_of_them_once() -> None:
     ask = ScriptedAsk(actor("multihop").reply)
     item = CASES["a sound question"].item
-    sample, = made("multihop").make(item, ask)
+    sample, = build("multihop").make(item, ask)
     shown = [sum(fact["sentence"] in json.dumps(request, ensure_ascii=False) for fact in item.fields["facts"])
              for request in ask.requests]
     count = len(item.fields["facts"])
@@ -70,11 +70,11 @@ def test_each_document_is_shown_alone_and_all_of_them_once() -> None:
 
 def test_items_come_from_what_triples_kept(tmp_path: Path) -> None:
     actor("multihop").arguments(tmp_path)
-    items = list(made("multihop").items([tmp_path]))
-    assert items == list(made("multihop").items([tmp_path / "kept.jsonl"]))
+    items = list(build("multihop").items([tmp_path]))
+    assert items == list(build("multihop").items([tmp_path / "kept.jsonl"]))
     assert {item.licence for item in items} == {"CC0-1.0"}
     assert items[0].source in ("songs-0, songs-1", "songs-1, songs-2", "songs-0, songs-1, songs-2")
-    assert len(list(made("multihop", max_questions=2).items([tmp_path]))) == 2
+    assert len(list(build("multihop", max_questions=2).items([tmp_path]))) == 2
 
 
 def test_problems_of_settings() -> None:

@@ -183,7 +183,7 @@ def test_functions_that_do_not_end_are_few() -> None:
 SOURCE = "def evaluate(response):\n    return True"
 
 
-def told(cases: object, source: str = SOURCE) -> str:
+def write(cases: object, source: str = SOURCE) -> str:
     return f"Here:\n```python\n{source}\n```\nand\n```json\n{json.dumps(cases)}\n```"
 
 
@@ -191,15 +191,15 @@ def test_an_answer_is_a_block_of_python_and_one_of_json() -> None:
     cases = [{"input": "a", "output": True}, {"input": "b", "output": " False"},
              {"input": "c", "output": "maybe"}, {"input": 3, "output": True}, {"output": True}, "x",
              {"input": "d", "output": 1}]
-    assert read_draft(told(cases)) == CrossingDraft(SOURCE, (Case("a", True), Case("b", False)))
-    assert read_draft(told([])) == CrossingDraft(SOURCE, ())
+    assert read_draft(write(cases)) == CrossingDraft(SOURCE, (Case("a", True), Case("b", False)))
+    assert read_draft(write([])) == CrossingDraft(SOURCE, ())
 
 
 @pytest.mark.parametrize(("answer", "fault"), [
-    (told({"input": "a"}), "has no block of JSON"), (f"```python\n{SOURCE}\n```", "has no block of JSON"),
-    (told([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"),
+    (write({"input": "a"}), "has no block of JSON"), (f"```python\n{SOURCE}\n```", "has no block of JSON"),
+    (write([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"),
     ("", "has no function"),
-    (told([]).replace("[]", "[" * 100_000), "has no block of JSON"),
+    (write([]).replace("[]", "[" * 100_000), "has no block of JSON"),
 ])
 def test_what_is_no_such_answer_is_told(answer: str, fault: str) -> None:
     assert fault in str(read_draft(answer))
