@@ -168,7 +168,7 @@ class Budget:
                 self._held_cost = 0.0
             self._tokens += billed.input_tokens + billed.output_tokens
             self._cost += billed.cost
-            # the longest request so far tells whether one more fits into the time that is left
+            # the longest request so far decides whether one more fits into the time that is left
             took_s = time.monotonic() - self._began_s.pop(threading.get_ident())
             self._longest_s = max(self._longest_s, took_s)
             self._changed.notify_all()

@@ -382,7 +382,7 @@ def make(made: ReadyRun, tally: RunningTally, worker: str = "") -> None:
         worker: name of one of several that work beside each other; empty: this process is the only one.
     """
     order, options, stop = made.order, made.order.options, StopSignal()
-    # a worker reads what all have been told, and writes a file of its own (see `merge_answers`)
+    # a worker reads the common answers, and writes a file of its own (see `merge_answers`)
     cache = EndpointCache(order.output / (f"answers-{worker}.sqlite" if worker else ANSWERS),
                           [order.output / ANSWERS] if worker else [])
     journal = Journal(work_folder(order.output), worker)
@@ -411,7 +411,7 @@ def make(made: ReadyRun, tally: RunningTally, worker: str = "") -> None:
                     if isinstance(outcome, Exception):
                         _note_failure(item, outcome, tally)
                         continue
-                    # written before it is counted: what a line has told survives a kill
+                    # written before it is counted: what a line has shown survives a kill
                     journal.add([(number, outcome.record)])
                     tally.add(*outcome.counts)
                     now_s = time.monotonic()

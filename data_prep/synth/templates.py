@@ -91,7 +91,7 @@ def load_prompt(name: str, fields: Sequence[str] | None,
         raise UserError(f"{file}: cannot be read as UTF-8 ({e})") from None
     version = _VERSION.fullmatch(text.partition("\n")[0].rstrip())
     try:
-        # the tree tells which fields it names: a wrong one is found before anything is paid
+        # the tree shows which fields it names: a wrong one is found before anything is paid
         tree = _ENVIRONMENT.parse(text)
         compiled = _ENVIRONMENT.from_string(text)
     except TemplateError as e:

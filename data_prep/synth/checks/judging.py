@@ -105,7 +105,7 @@ def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, wo
     folder = work_folder(output) / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # lots are files of the same items each time, so what is judged is not judged again
+        # in lots: a file that stays as it is need not be judged again when the run goes on
         found = _write_texts(output, run, folder)
     dropped: dict[str, SampleVerdict] = {}
     changed: dict[str, str] = {}

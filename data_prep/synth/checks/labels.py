@@ -73,7 +73,7 @@ def read_labels(file: Path) -> Labels:
     if not len(found):
         raise UserError(f"--labels {file}: has no lines; each is a JSON object with `id` or `text`, and "
                         "`good`")
-    # told before anything is paid, and not when kappa is due
+    # reported before anything is paid, and not when kappa is computed
     if problems := require("--labels", "sklearn"):
         raise UserError(problems[0])
     return found

@@ -113,7 +113,7 @@ class Estimator:
         s = self.settings
         z = s.ngram_scale * self._ngrams.dot(text, self._ngram_weights) + s.bias
         z += float(scaled(form(text, self._ngrams), s.means, s.spreads) @ self._form_weights)
-        # the last bits of sums in double precision differ from machine to machine
+        # the last bits of sums in double precision may differ from machine to machine
         return float(np.float32(logistic(s.slope * z + s.offset)))
 
 

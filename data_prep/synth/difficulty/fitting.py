@@ -272,7 +272,7 @@ def split(problems: Sequence[LabelledProblem]) -> FittingSplits:
     stands beside it; those of one text lie together."""
     parts = FittingSplits([], [], [])
     for problem in problems:
-        # blanks do not count: a copy must not lie in another part
+        # blanks do not count: a copy must not get into another part
         digest = hashlib.sha256(" ".join(problem.text.split()).encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2 ** 64
         if place < HELD_OUT:

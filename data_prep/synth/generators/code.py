@@ -54,7 +54,7 @@ def passed(code: CodeReward, program: str, tests: Sequence[str]) -> list[bool]:
     Raises:
         NoReply: the machine could not say: the item is made again.
     """
-    # all tests run in one process: the first that does not end takes those behind it along
+    # all tests run in one process: the first that does not end hides the results of those after it
     found = _run(code, program, tests)
     if all(found) or len(tests) == 1:
         return found

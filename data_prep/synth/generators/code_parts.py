@@ -158,7 +158,7 @@ def read_task(text: str, entry_point: str = "") -> CodeTask | str:
         return f"has {len(text):,} characters"
     blocks = _FENCED.findall(text)
     for block in reversed(blocks):
-        # a head without a body is no program until `pass` stands below it
+        # a head without a body is no program until it gets a `pass`
         tree = parsed(block) or parsed(f"{block.rstrip()}\n    pass\n")
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)] if tree else []
         if entry_point:

@@ -75,7 +75,7 @@ class AnswerGenerator(Generator):
                               (SampleVerdict("measured", True),), notes={"num_in_form": len(finals)})
 
 
-# A judge prefers what stands first, or last: each pair is shown in both orders, and counts where both say the
+# A judge prefers what comes first, or last: each pair is shown in both orders, and counts where both say the
 # same.
 
 MIN_LEAD = 0.5

@@ -121,7 +121,7 @@ class Questions(OfDocuments):
         yield from fact_verdicts(f"{question}\n{answer}", source, language, source_language)
         if not stands_in(answer, source):
             if not settings.min_support:
-                # `until_failed` stops at it, so the judge behind is not paid
+                # `until_failed` stops here, so the judge below is not paid
                 yield SampleVerdict("answer in document", False, "does not stand there word for word")
             yield graded(ask, "supported", SUPPORTED, {"source": source, "question": question,
                                                        "answer": answer}, settings.min_support)

@@ -237,7 +237,7 @@ class SafetyGenerator(Generator):
             yield GeneratedSample({"messages": [{"role": "user", "content": category.name}]},
                                   (SampleVerdict("requests", False, "no JSON list of requests and twins"),))
         for number, (request, twin) in enumerate(pairs):
-            # both go the same way: a model has to tell them apart by what they say
+            # both go the same way: a model has to distinguish them by what they say
             for is_twin, text in ((False, request), (True, twin)):
                 one = _One(category, language, text, is_twin, f"{item.id}.{number}")
                 try:

@@ -93,7 +93,7 @@ def read_glossary(file: Path) -> list[tuple[str, str]]:
 def kept_verdicts(made: str, source: str, language: str, source_language: str, keep_quotes: bool
                   ) -> Iterator[SampleVerdict]:
     """Yield whether code, addresses, placeholders, numbers and quotations came through."""
-    # counted: a formula that stands twice has to come twice
+    # counted: a formula that occurs twice has to occur twice
     before, after = Counter(KEPT.findall(source)), Counter(KEPT.findall(made))
     yield SampleVerdict("code and placeholders", before == after, _changes(before - after, after - before))
     if keep_quotes:

@@ -228,7 +228,7 @@ def with_quotes_of(text: str, translation: str) -> str | None:
     # the words count, not their marks: languages have marks of their own
     if all(translation.count(words) >= wanted.count(words) for words in wanted):
         return translation
-    # with another number of quotations nobody knows which is which
+    # with another number of quotations it is unknown which is which
     if len(quoted(translation)) != len(wanted):
         return None
     left = iter(wanted)

@@ -57,7 +57,7 @@ def names_of(text: str, language: str) -> list[str]:
     """Return the words that are seen to be names, in order."""
     customs = customs_of(language)
     if not customs.has_case:
-        # in a text of another script each Latin word stands out
+        # in a text of another script each Latin word may be a name
         is_latin = "LATIN" in LANGUAGES.get(language, ())  # where every noun has a capital, none tells a name
         return [] if is_latin else [_POSSESSIVE.sub("", word) for word in _LATIN_WORD.findall(text)]
     found: list[str] = []
@@ -133,7 +133,7 @@ def _same_stem(one: str, other: str) -> bool:
         if a != b:
             break
         shared += 1
-    # any cut behind the fourth shared letter will do: Kore-a and Kore-an
+    # any cut after the fourth shared letter is enough: Kore-a and Kore-an
     return any(one[at:] in _ENDINGS and other[at:] in _ENDINGS for at in range(_MIN_STEM, shared + 1))
 
 

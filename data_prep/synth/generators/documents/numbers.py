@@ -162,7 +162,7 @@ def _counted(words: Iterable[str], customs: Customs) -> Iterator[int]:
     for word in [*words, ""]:
         value = customs.words.get(word, 0) if word.isascii() else 0
         factor = customs.multipliers.get(word, 0) if whole or part else 0
-        # a word goes on only behind full hundreds, or a unit behind tens: "two three" are two numbers
+        # a word goes on only after full hundreds, or a unit after tens: "two three" are two numbers
         if value and (part % 100 == 0 or (20 <= part % 100 <= 90 and part % 10 == 0 and value < 10)):
             part += value
         elif factor == 100:
@@ -183,7 +183,7 @@ def _values_in_words(text: str, customs: Customs) -> set[str]:
     months = [*zip(customs.months, range(1, 13), strict=False)]
     # Mar. for March
     months += [(name[:_SHORT_MONTH_CHARS], month) for name, month in months if name.isascii()]
-    # scripts without blanks have no words to look up, so the name may stand anywhere
+    # scripts without blanks have no words to look up, so the name may be anywhere
     told = {str(value) for name, value in [*customs.words.items(), *months]
             if (name in folded if _UNSPACED.search(name) else name in present)}
     for one, other in pairwise(words):  # twenty-five

@@ -44,7 +44,7 @@ def same_answer(given: str, expected: str, language: str) -> bool:
 def _bare(text: str) -> str:
     """Return an answer without what does not tell it from another one."""
     found = normalized(_BRACKETS.sub(" ", text) if _BRACKETS.sub("", text).strip() else text)
-    # particles stand one behind the other, as in 에서는
+    # particles follow each other, as in 에서는
     shorter = _PARTICLE.sub("", found)
     while shorter and shorter != found:
         found, shorter = shorter, _PARTICLE.sub("", shorter)
@@ -63,7 +63,7 @@ def stands_in(answer: str, document: str) -> bool:
     while place >= 0:
         # at place 0 the first slice is empty, as it should be
         before, behind = text[place - 1:place], text[place + len(wanted):][:2]
-        # 3 does not stand in 3.5
+        # 3 is not in 3.5
         ends = not _continues(behind[:1], wanted[-1], True) and not (
             wanted[-1].isdigit() and re.match(r"[.,]\d", behind))
         if ends and not _continues(before, wanted[0], False):
@@ -156,7 +156,7 @@ def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
     """Return verdicts up to the first that a sample does not pass: what comes behind is not asked."""
     found: list[SampleVerdict] = []
     for verdict in verdicts:
-        # the generator behind is not asked for more, so what it would pay for is not paid
+        # the iterator is not asked for more, so what its next check would cost is not paid
         found.append(verdict)
         if not verdict.passed:
             break
@@ -187,7 +187,7 @@ def unknown_language(source: str) -> GeneratedSample:
     return refused(source, "source language", "not sure, or none")
 
 
-# Replies in which each part stands between tags: <title>...</title>.
+# Replies in which each part is between tags: <title>...</title>.
 
 MAX_KEPT_CHARS = 2000
 """What is kept of an answer that has not the form that was asked for."""
@@ -200,7 +200,7 @@ def read_tagged(text: str, *names: str) -> dict[str, str] | None:
     place = 0
     for name in names:
         opening, closing = f"<{name}>", f"</{name}>"
-        # a document that writes such a tag itself makes two: which one is meant, nobody knows
+        # a document that has such a tag itself makes two, and it is unknown which one is meant
         if text.count(opening) != 1 or text.count(closing) != 1:
             return None
         start, stop = text.index(opening) + len(opening), text.index(closing)

@@ -99,7 +99,7 @@ class ReferenceWorld:
             found += [f"{call['name']}.{name} = {json.dumps(value, ensure_ascii=False)[:60]} is told neither "
                       "by the question nor by a result before it"
                       for name, value in bound.items() if not _is_told(value, tool.schemas[name], told)]
-            # behind the check: a result can only tell the calls that follow
+            # after the check: a result is known only to the calls that follow
             told += " " + plain(result)
         return found
 
@@ -128,7 +128,7 @@ def _is_told(value: Any, schema: Mapping[str, Any], told: str) -> bool:
     if isinstance(value, str):
         return not value.strip() or plain(value) in told
     whole = int(value) if float(value).is_integer() else value
-    # small numbers may be told in words, or be meant by "a" and "both"
+    # small numbers may be words, or be meant by "a" and "both"
     return abs(value) <= SMALL or says(told, str(whole))
 
 

@@ -116,7 +116,7 @@ def unfounded(said: Iterable[str], told: Iterable[str]) -> list[str]:
     known = _numbers(heard)
     open_ = [number for number in _numbers(_CODE.sub(" ", spoken))
              if number not in known and not (number <= SMALL and number.is_integer())]
-    # pairs of all numbers, so only where one is not told as it is
+    # pairs of all numbers are costly: only where one is not found as it is
     made = _made_of(known) if open_ else set()
     return [*found, *(f"{number:g}" for number in open_ if round(number, 4) not in made)]
 

@@ -24,7 +24,8 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    reasons = [sample.reason for sample in samples_of(build("triples"), CASES[what].item, CASES[what].replies)]
+    samples = samples_of(build("triples"), CASES[what].item, CASES[what].replies)
+    reasons = [sample.reason for sample in samples]
     assert [reason for reason in reasons if reason != "number of facts"] == REASONS[what]
 
 
