@@ -115,7 +115,8 @@ def _label(args: DifficultyLabelOptions) -> int:
 
 
 def _fit(args: DifficultyFitOptions) -> int:
-    from data_prep.synth.difficulty.fitting import FitSettings, figure_lines, fit
+    from data_prep.synth.difficulty.estimator import figure_lines
+    from data_prep.synth.difficulty.fitting import FitSettings, fit
 
     settings = FitSettings(NgramSettings(num_buckets=args.buckets), args.pair_weight)
     content = fit(args.labels, args.output, settings, overwrite=args.overwrite)
@@ -124,7 +125,8 @@ def _fit(args: DifficultyFitOptions) -> int:
 
 
 def _check(args: DifficultyCheckOptions) -> int:
-    from data_prep.synth.difficulty.fitting import check, figure_lines
+    from data_prep.synth.difficulty.estimator import figure_lines
+    from data_prep.synth.difficulty.fitting import check
 
     content = check(args.model, args.labels)
     print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *figure_lines(content)]))
