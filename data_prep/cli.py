@@ -42,7 +42,7 @@ COMMANDS = {
     "difficulty": Command("data_prep.synth.difficulty.command",
                           "put measured pass rates together, fit an estimator of "
                           "difficulty, write difficulty into rows"),
-    "probing-sets": Command("data_prep.synth.probing_sets",
+    "probing-sets": Command("data_prep.synth.generators.probes",
                             "freeze problems of `synth probes` into sets that are not in the training input"),
     "decontaminate": Command("data_prep.curate.decontaminate",
                              "leave out records that hold text of benchmarks"),

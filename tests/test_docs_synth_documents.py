@@ -15,7 +15,7 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.synth.known import generator_class
-from data_prep.synth.running import made_generator
+from data_prep.synth.running import make_generator
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.judge.rewards.answers import Stem
 
@@ -80,7 +80,7 @@ def test_settings_of_the_page_are_those_of_its_generators(tmp_path: Path,
     (tmp_path / "terms.tsv").write_text("tide gauge\t검조소\n", encoding="utf-8")
     for line in (line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()):
         words = shlex.split(line)
-        assert made_generator(words[2], parse_nested([word for before, word in pairwise(words)
+        assert make_generator(words[2], parse_nested([word for before, word in pairwise(words)
                                                         if before == "--set"]))
     named = set(re.findall(r"`((?:min|max)_\w+)`", PAGE))
     generators = ("rewrite", "textbook", "questions", "triples", "multihop", "translation")

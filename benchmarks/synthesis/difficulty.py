@@ -39,8 +39,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from seeds import over_seeds
 
 from data_prep.cli import main as sov_data
-from data_prep.synth.difficulty.estimator import load_estimator
-from data_prep.synth.difficulty.judgement import compared, reliability
+from data_prep.synth.difficulty.estimator import compared, load_estimator, reliability
 
 WORDS = {"+": ("plus", "더하기"), "-": ("minus", "빼기"), "*": ("times", "곱하기")}
 FORMS = (("What is {}?", "Compute {}.", "Find {}."), ("{}는 얼마인가?", "{} 값은?", "{}을 구하라."))

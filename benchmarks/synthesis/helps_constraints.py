@@ -33,8 +33,7 @@ from synthesis.endpoint import MODEL as WRITER, ScriptedEndpoint, serving
 from synthesis.graded import grade, graded_in
 from synthesis.helps import ARMS, Taught, records, report_shares, run_of
 
-from data_prep.synth.generators.autoif.texts import texts_of
-from data_prep.synth.generators.autoif.turns import in_user_turn
+from data_prep.synth.generators.autoif.texts import in_user_turn, texts_of
 
 NUM_BASE, NUM_QUERIES, NUM_ASKED = 800, 500, 120
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grape", "hazel", "iris", "jade", "koala",

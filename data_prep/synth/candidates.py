@@ -19,6 +19,7 @@ from megatron_sov.work.progress.journal import JOB, records_by_item, work_folder
 RUN, ANSWERS = "run.json", "answers.sqlite"
 CANDIDATES = "candidates"
 """Where versions before the journal kept items."""
+# A model may move, prices may change, and so may names of files: identities and digests decide instead.
 _NOT_DECIDING = ("kind", "engine", "judge_engine", "templates", "inputs", "input_price", "output_price")
 
 
@@ -61,6 +62,7 @@ class SynthRunRecord:
 
     def deciding(self) -> dict[str, Any]:
         """Return what samples depend on, besides items and answers."""
+        # through JSON, as run.json has it: a tuple and the list that is read back must be equal
         told: dict[str, Any] = json.loads(to_json(asdict(self)))
         return {name: value for name, value in told.items() if name not in _NOT_DECIDING}
 
@@ -92,7 +94,6 @@ class Candidate:
 
     @property
     def failed(self) -> SampleVerdict | None:
-        """Return the first verdict that it does not pass."""
         return next((verdict for verdict in self.verdicts if not verdict.passed), None)
 
 
@@ -141,6 +142,7 @@ def read_run(output: Path) -> SynthRunRecord:
     file = output / RUN
     try:
         told = json.loads(file.read_bytes().decode(), parse_constant=no_constant, parse_float=finite)
+        # fields of later versions are passed over, and those of earlier ones have their defaults
         return SynthRunRecord(**{name: told[name] for name in SynthRunRecord.__dataclass_fields__
                                  if name in told})
     except (FileNotFoundError, NotADirectoryError):
@@ -173,6 +175,7 @@ def read_made(output: Path, run: SynthRunRecord) -> Iterator[MadeSample]:
     for _, record in records_by_item(work_folder(output)):
         told = json.loads(record)
         item = told["item"]
+        # an item may be on record twice, when two writers have made it; the first record counts
         if item["id"] in seen:
             continue
         seen.add(item["id"])

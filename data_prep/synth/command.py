@@ -16,7 +16,6 @@ from megatron_sov.base.settings import add_options, read_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.epilog = "Generators: --list. What stands in the output folder: docs/synth.md."
     add_options(parser, SynthOptions)
 
@@ -32,13 +31,13 @@ def run(typed: argparse.Namespace) -> int:
 
         submit_order(options)
         return 0
+    # imported late: --help and --list need none of it
     from data_prep.synth.running import order_of, run_order
 
     return int(run_order(order_of(options)))
 
 
 def _generators() -> str:
-    """Return a line for each generator."""
     lines = []
     for name in sorted(GENERATORS):
         try:

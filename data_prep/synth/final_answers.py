@@ -47,6 +47,7 @@ def boxes(text: str) -> list[str]:
     found: list[str] = []
     while len(found) < MAX_BOXES and (inner := last_boxed(text)) is not None:
         found.append(inner.strip())
+        # the search goes on in front of this box
         text = text[:text.rindex("\\boxed{" + inner)]
     return found
 
@@ -66,6 +67,7 @@ def way_of(answer: str, choices: Sequence[str] = ()) -> Literal["math", "stem"]:
     quantity = read_quantity(answer)
     if quantity is not None and quantity.dimension:
         return "stem"
+    # commands of LaTeX, such as \frac, are no words
     plain = re.sub(r"\\[A-Za-z]+", " ", answer)
     return "stem" if any(word.lower() not in _FUNCTIONS for word in _WORD.findall(plain)) else "math"
 
@@ -80,7 +82,7 @@ class Verifier:
 
     def check(self, answers: Sequence[str], wanted: str,
               choices: Sequence[str] = ()) -> list[FinalAnswerCheck]:
-        """Return whether each of some final answers is the wanted one."""
+        # equal texts need no process
         known = {answer: FinalAnswerCheck(True) for answer in answers
                  if normalized(answer) == normalized(wanted) != ""}
         asked = [answer for answer in dict.fromkeys(answers) if answer not in known]
@@ -113,6 +115,8 @@ def groups(answers: Sequence[str], choices: Sequence[str] = (), way: Way = "auto
     left = list(range(len(answers)))
     while left:
         first = left[0]
+        # With rounding a = b and b = c do not make a = c, so each is compared with the first alone. The first
+        # is of its group even where nothing can read it.
         same = check([answers[i] for i in left], answers[first], choices, way)
         group = [i for i, checked in zip(left, same, strict=True) if checked.right or i == first]
         found.append(group)

@@ -21,8 +21,7 @@ from data_prep.synth.candidates import (
     ANSWERS, Candidate, SynthRunRecord, read_made, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
 from data_prep.synth.checks.labels import LabelComparison, described, gate_of, read_labels
-from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import SAMPLES, NoSample, texts_of
+from data_prep.synth.checks.settings import SAMPLES, CheckSettings, NoSample, texts_of
 from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.page import write_page
 from data_prep.tags import SYNTHESIS, artifact_of
@@ -59,11 +58,12 @@ class ShownSample:
         self._of: dict[str, list[tuple[int, str, Candidate, SampleVerdict | None]]] = {}
 
     def take(self, sample: Candidate, failed: SampleVerdict | None) -> None:
-        """Take a sample, and why it does not stay."""
         reason = failed.check if failed else ""
         if reason not in self._of and len(self._of) >= MOST_REASONS:
             return
+        # by hash: the page shows the same samples in every run, and memory is bounded
         drawn = int.from_bytes(blake2b(sample.id.encode(), digest_size=8).digest(), "big")
+        # numbers are negated, since `heapq` has the smallest in front and the largest has to go first
         heap, most = self._of.setdefault(reason, []), MOST_REJECTED if failed else MOST_KEPT
         if len(heap) < most:
             heapq.heappush(heap, (-drawn, sample.id, sample, failed))
@@ -71,7 +71,6 @@ class ShownSample:
             heapq.heapreplace(heap, (-drawn, sample.id, sample, failed))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return them as plain values, kept ones first."""
         found = []
         for reason in sorted(self._of):
             for _, id_, sample, failed in sorted(self._of[reason], key=lambda one: -one[0]):
@@ -85,7 +84,6 @@ class ShownSample:
 
 
 def turns_of(sample: Candidate) -> list[tuple[str, str]]:
-    """Return who says what in a sample."""
     if sample.kind == "task":
         return [("task", _json(sample.record))]
     try:
@@ -122,6 +120,7 @@ def _cut(text: str) -> str:
 
 
 def _small(notes: Mapping[str, Any]) -> dict[str, Any]:
+    # notes that are cut are no JSON any more, and are left out
     text = _cut(_json(notes))
     return json.loads(text) if text.endswith("}") else {}
 
@@ -141,6 +140,7 @@ def costs_of(output: Path) -> dict[str, Any]:
     sums = [0, 0, 0.0, 0.0]
     for file in sorted(output.glob(f"{Path(ANSWERS).stem}*.sqlite")):
         try:
+            # read-only: workers may still write answers
             with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
                                                     timeout=60)) as connection:
                 for outcome, num, *more in connection.execute(_SUMS):
@@ -152,7 +152,6 @@ def costs_of(output: Path) -> dict[str, Any]:
     return {"num_requests": outcomes.total(), "num_answered": outcomes[ANSWERED],
             "outcomes": dict(sorted(outcomes.items())),
             **dict(zip(("input_tokens", "output_tokens", "cost", "seconds"), sums, strict=True))}
-
 
 
 def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_complete: bool = True) -> ExitCode:
@@ -175,6 +174,7 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
     if problems := problems_of(settings):
         raise SettingsError("checks", problems)
     with disk_errors(output):
+        # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, settings, workers)
         comparison = None if settings.labels is None else LabelComparison(read_labels(settings.labels))
@@ -197,9 +197,10 @@ def finish(output: Path, settings: CheckSettings, workers: int = 1, *, is_comple
             "shown": shown.to_list()}
         atomic_write(output / SUMMARY, to_json(summary))
         write_page(output)
+        # last of all, since it hashes the files and says that they are whole
         if is_complete:
             _write_manifest(output, run, settings, tally)
-    print(_told(output, tally, settings, passed))
+    print(_summary_lines(output, tally, settings, passed))
     return ExitCode.OK if passed else ExitCode.GATE_FAILED
 
 
@@ -234,11 +235,9 @@ class FinishingTally:
         self.sources[sample.source] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return {"num_items": self.num_items,
-                "num_unusable_items": self.unusable.total(),
-                "num_samples": self.num_samples,
-                "num_kept": self.num_kept, "num_rejected": self.rejected.total(),
+        return {"num_items": self.num_items, "num_unusable_items": self.unusable.total(),
+                "num_samples": self.num_samples, "num_kept": self.num_kept,
+                "num_rejected": self.rejected.total(),
                 "kept": dict(sorted(self.kept.items())),
                 "rejected": dict(sorted(self.rejected.items(), key=lambda one: (-one[1], one[0]))),
                 "licences": dict(sorted(self.licences.items())),
@@ -253,6 +252,7 @@ def kept_file(run: SynthRunRecord, kind: str) -> str:
 def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally,
                 shown: ShownSample, comparison: LabelComparison | None) -> None:
     """Write kept and rejected samples; the files get their names together, when all are on the disk."""
+    # temporary files of a run that was killed
     for leftover in [*output.glob(f".{Path(KEPT).stem}*.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")]:
         leftover.unlink(missing_ok=True)
     files: dict[str, IO[bytes]] = {}
@@ -269,6 +269,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
             if made.unusable:
                 tally.unusable[made.unusable] += 1
             for sample in made.samples:
+                # the steps have seen only samples that pass their own checks
                 later = None if sample.failed else judged.verdict(sample)
                 verdicts = [*sample.verdicts, *([later] if later else [])]
                 failed = sample.failed or later
@@ -277,8 +278,9 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 shown.take(sample, failed)
                 if comparison is not None:
                     comparison.add(sample.id, _text(sample), verdicts)
-                row = _rejected(run, sample, verdicts) if failed else _kept(run, sample, judged)
+                row = _rejected_row(run, sample, verdicts) if failed else _kept_row(run, sample, judged)
                 rows_of(REJECTED if failed else file).write(json_line(row))
+        # bytes first, then names: a power cut must not leave a named file without its end
         for rows in files.values():
             rows.flush()
             os.fsync(rows.fileno())
@@ -287,12 +289,14 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
             stale.unlink()
 
 
-def _kept(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
+def _kept_row(run: SynthRunRecord, sample: Candidate, judged: JudgedSample) -> dict[str, Any]:
+    # only texts get here: other kinds whose text a step changed are rejected
     changed = {"text": judged.changed[sample.id]} if sample.id in judged.changed else {}
     return {"id": sample.id, **sample.record, **changed, PROVENANCE: _origin(run, sample)}
 
 
-def _rejected(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[SampleVerdict]) -> dict[str, Any]:
+def _rejected_row(run: SynthRunRecord, sample: Candidate, verdicts: Sequence[SampleVerdict]
+                  ) -> dict[str, Any]:
     failed = next(verdict for verdict in verdicts if not verdict.passed)
     return {"reason": failed.check, "detail": failed.detail, "kind": sample.kind, "record": sample.record,
             "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: _origin(run, sample)}
@@ -315,6 +319,7 @@ def _text(sample: Candidate) -> str:
 def _write_manifest(output: Path, run: SynthRunRecord, settings: CheckSettings,
                     tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
+    # answers stay out of the hashes: a later command adds to them
     ours = {KEPT, REJECTED, SUMMARY, "report.html", *tally.kept}
     writer.leave_out = frozenset(path.name for path in output.iterdir() if path.name not in ours)
     writer.content = {
@@ -332,7 +337,7 @@ def _artifacts(inputs: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(filter(None, map(artifact_of, inputs))))
 
 
-def _told(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
+def _summary_lines(output: Path, tally: FinishingTally, settings: CheckSettings, passed: bool) -> str:
     worst = ", ".join(f"{num:,} {reason}" for reason, num in tally.rejected.most_common(3))
     lines = [f"{output}: {tally.num_kept:,} of {tally.num_samples:,} samples kept"
              + (f"; mostly rejected for: {worst}" if worst else ""),

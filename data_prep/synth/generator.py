@@ -77,6 +77,7 @@ def writable(sample: GeneratedSample) -> GeneratedSample:
     """Return a sample as it is where a line of JSON in UTF-8 can hold it; otherwise one without a record
     that says why not: a model may write half of a character as an escape, or a number without end."""
     try:
+        # What a line of the journal cannot hold becomes a verdict here; later it would end the whole run.
         json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         why = "holds half of a surrogate pair, which is no character"
@@ -173,6 +174,7 @@ def read_reply(answer: Any, key: str = "", has_tools: bool = False) -> Reply:
     if not isinstance(said, list):
         raise BadAnswer("the endpoint's tool_calls are no list")
     text, thinking = _split(content or "")
+    # servers name the field in two ways; thoughts that were found in the text are the fallback
     told = message.get("reasoning_content") or message.get("reasoning")
     thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
     calls = [_call(one) for one in said]
@@ -204,6 +206,8 @@ def _split(content: str) -> tuple[str, str]:
     text = plain_form(content).strip()
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
+# The opening tag may be missing: some chat templates write it into the prompt. One that comes later in the
+# text is a quotation, and the text has no thoughts.
     if end and (begins or BEGIN_THOUGHTS not in before):
         return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
     if begins:
@@ -290,6 +294,7 @@ class Ask:
                 no use is an answer too, as in a measurement.
             fields: what the template names; exactly these.
         """
+    # the request without model and seed: `_one` adds both
         messages = self._prompts[template].messages(fields)
         request = _request(messages, temperature, top_p, max_tokens, thinking)
 
@@ -299,6 +304,7 @@ class Ask:
             except NoUsableReply as e:  # one draw, not the others of its question
                 return e
 
+        # replies come back in the order of draws, so that `asked` does not depend on which thread was first
         found = list(self._over(drawn, range(first, first + count)))
         replies = [one for one in found if isinstance(one, Reply)]
         if not replies and found and isinstance(found[-1], NoUsableReply):
@@ -326,26 +332,28 @@ class Ask:
                                    {name: sound(text) for name, text in material.items()}, low, high)
         num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
+            # the first grade is the likeliest answer; sampling is for the retry alone
             request = _request(messages, JUDGE_RETRY_TEMPERATURE if attempt else 0.0, 1.0,
                                self._judge_max_tokens, None)
             reply = self._one("judge", request, "", 0, attempt)
-            num_cut += reply.is_cut
-            if not reply.is_cut:
-                try:
-                    score, _ = grade_in(reply.text, low, high)
-                except BadAnswer:
-                    continue
-                self.asked[reply.key] = None
-                return score
+            if reply.is_cut:
+                num_cut += 1
+                continue
+            try:
+                score, _ = grade_in(reply.text, low, high)
+            except BadAnswer:
+                continue
+            self.asked[reply.key] = None
+            return score
         cut = (f", {num_cut} of them cut off at {self._judge_max_tokens:,} tokens; raise --judge-max-tokens, "
                "or take a judge that does not think first" if num_cut else "")
         raise NoUsableReply(f"the judge gave no score in {MAX_ATTEMPTS} answers{cut}")
 
     def _reply(self, role: Role, request: Mapping[str, Any], template: str, draw: int,
                attempts: int) -> Reply:
-        """Return the first answer that is of use."""
         fault = ""
         for attempt in range(attempts):
+            # the attempt is part of the seed: the same request would get the same answer from what is kept
             reply = self._one(role, request, template, draw, attempt)
             if not (fault := fault_of(reply)):
                 return reply
@@ -353,6 +361,8 @@ class Ask:
 
     def _one(self, role: Role, request: Mapping[str, Any], template: str, draw: int, attempt: int) -> Reply:
         door = self._doors[role]
+        # The seed is in the payload, and so in the key: a draw is the same request in every run, and is paid
+        # once.
         payload = {"model": door.model, **request,
                    "seed": _seed(self._item_id, template, draw, attempt)}
         key = door.key(payload)
@@ -361,6 +371,8 @@ class Ask:
         except NeverAnswered as e:
             raise NoUsableReply(str(e)) from None
         except Exception as e:
+            # A bad answer or a timeout concerns this item, an endpoint that is gone the whole run. It is kept
+            # as well as raised, since a generator may catch it and go on.
             is_wanting = isinstance(e, (BadAnswer, TimeoutError)) and not isinstance(e, EndpointUnavailable)
             self.failure = NoReply(str(e)) if is_wanting else e
             raise self.failure from None
@@ -389,6 +401,7 @@ def _sound(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _seed(*parts: object) -> int:
     """Return a seed from 0 to 2**31 - 1 that follows from what is asked."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    # without the sign bit, so that it fits a signed number of 32 bits
     return int.from_bytes(digest[:4], "big") >> 1
 
 

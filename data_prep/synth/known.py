@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
 
 GENERATORS: dict[str, str] = {
-    "answers": "data_prep.synth.generators.answers:AnswerGenerator",
+    "answers": "data_prep.synth.generators.measurements:AnswerGenerator",
     "autoif": "data_prep.synth.generators.autoif.answers:AutoIf",
     "code": "data_prep.synth.generators.code:CodeTasks",
-    "comparisons": "data_prep.synth.generators.comparisons:Comparisons",
+    "comparisons": "data_prep.synth.generators.measurements:Comparisons",
     "constraints": "data_prep.synth.generators.autoif.constraints:Constraints",
     "goals": "data_prep.synth.generators.tools.goals:Goals",
     "multihop": "data_prep.synth.generators.multihop:Multihop",
     "probes": "data_prep.synth.generators.probes:Probes",
     "questions": "data_prep.synth.generators.questions:Questions",
     "rewrite": "data_prep.synth.generators.rewrite:Rewrite",
-    "safety": "data_prep.synth.generators.safety.generator:SafetyGenerator",
+    "safety": "data_prep.synth.generators.safety:SafetyGenerator",
     "solutions": "data_prep.synth.generators.solutions:Solutions",
     "textbook": "data_prep.synth.generators.textbook:Textbook",
     "tool-trajectories": "data_prep.synth.generators.tools.trajectories:ToolTrajectories",
@@ -41,6 +41,7 @@ def generator_class(name: str) -> type[Generator]:
     if name not in GENERATORS:
         raise UserError(f"{name}: is no generator{nearest(name, GENERATORS)}; known are "
                         f"{', '.join(sorted(GENERATORS))}")
+    # by name, so that a generator whose library is missing takes no other one along
     module, _, attribute = GENERATORS[name].partition(":")
     try:
         found: type[Generator] = getattr(import_module(module), attribute)

@@ -66,16 +66,14 @@ class Model:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder, which the run serves itself."""
         return not is_address(self.engine)
 
     @property
     def name(self) -> str:
-        """What it is called."""
         return self.model or Path(self.engine).resolve().name
 
     @property
-    def told(self) -> str:
+    def location(self) -> str:
         """What stands in files for where it is."""
         return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
 
@@ -94,6 +92,7 @@ class Model:
 
     def sent(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a request as the endpoint takes it; what it is kept by stays the same."""
+        # keys are made of the request before this: another field name keeps all answers valid
         others = {name: value for name, value in request.items() if name != "max_tokens"}
         if self.max_tokens_field == "none" or "max_tokens" not in request:
             return others
@@ -143,14 +142,17 @@ class Budget:
         tokens = most.input_tokens + most.output_tokens
         with self._changed:
             while True:
+                # each time round: a limit may be reached while this thread waits
                 self._stop.check()
                 self._check_time()
                 broken = self._broken(tokens, most.cost)
                 if not broken:
                     break
+                # no request is under way that could leave something, so waiting would never end
                 if not self._num_held:
                     raise StopRequested(broken)
                 self._changed.wait(_BUDGET_LOOK_S)
+            # the most that it may take is set aside now: threads together never pass the limit
             self._held_tokens += tokens
             self._held_cost += most.cost
             self._num_held += 1
@@ -166,6 +168,7 @@ class Budget:
                 self._held_cost = 0.0
             self._tokens += billed.input_tokens + billed.output_tokens
             self._cost += billed.cost
+            # the longest request so far decides whether one more fits into the time that is left
             took_s = time.monotonic() - self._began_s.pop(threading.get_ident())
             self._longest_s = max(self._longest_s, took_s)
             self._changed.notify_all()
@@ -177,7 +180,6 @@ class Budget:
                                 f"request has taken {self._longest_s:.0f} s; the same command goes on")
 
     def _broken(self, tokens: int, cost: float) -> str:
-        """Return which limit a request would break."""
         most = self._most
         if most.tokens and self._tokens + self._held_tokens + tokens > most.tokens:
             return (f"--max-tokens-total {most.tokens}: {self._tokens:,} tokens are used, and the next "
@@ -209,6 +211,7 @@ class EndpointDoor:
             except NeverAnswered:
                 raise
             except (BadAnswer, TimeoutError) as e:
+                # one request that fails is one item's; an endpoint that answers no thread for so long is away
                 silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
                 if silent_s >= self._patience_s and not isinstance(e, EndpointUnavailable):
                     raise EndpointUnavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
@@ -223,6 +226,7 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
     limits = (options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0)
     with contextlib.ExitStack() as stack:
         doors: dict[Model, Door] = {}
+        # often both are one model, which is then served once
         for model in dict.fromkeys((writer, judge)):
             url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
@@ -265,6 +269,8 @@ def serving(folder: Path, stop: StopSignal, program: Sequence[str] = ()) -> Iter
         UserError: it does not start; its own sentence says why.
         StopRequested: the run was asked to stop before it answered.
     """
+    # No other user of this machine may use the server. The key goes by the environment: a command line can be
+    # read by all.
     key = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="sov-synth-") as work:
         address, log = Path(work) / "address.json", Path(work) / "serve.log"
@@ -288,6 +294,7 @@ def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, folder:
     told = False
     while not address.exists():
         if child.poll() is not None:
+            # the last line of its log is its own sentence on what is wrong
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             words = said[-1].removeprefix("error: ") if said else f"it ended with {child.returncode}"
             raise UserError(f"--engine {folder}: `megatron-sov serve` did not start: {words}")
@@ -318,6 +325,7 @@ def identity_of(folder: Path, option: str = "--engine") -> str:
         raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
     for file in files:
         size_bytes = file.stat().st_size
+        # name and size too: files that change places make another model
         digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())
         with open(file, "rb") as f:
             if size_bytes <= _WHOLE_BYTES:

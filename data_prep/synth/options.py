@@ -1,4 +1,4 @@
-"""What `sov-data synth` is asked for, as it is typed."""
+"""The options of `sov-data synth`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,41 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from data_prep.synth.checks.arguments import CheckOptions
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, only_with
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative, NotNegativeInt, one_of, only_with
 from megatron_sov.work.submit.cluster_options import ClusterOptions
+
+
+def _identified() -> frozenset[str]:
+    # only where a value is checked: --help loads nothing of the pipeline
+    from data_prep.curate.quality.identify import KNOWN
+
+    return KNOWN
+
+
+Identified = Annotated[str, one_of(_identified)]
+"""Language that texts are told to be in, as an ISO 639-1 code."""
+Kappa = Annotated[float, Ge(-1), Le(1)]
+"""Agreement beyond chance."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How samples are checked when all are made."""
+
+    steps: Annotated[Path | None, Flag("--checks", "FILE.yaml")] = None
+    """Steps that samples go through when all are made, as pipeline files have them (default: the
+    generator's, or those of its kind of record)."""
+    benchmarks: Annotated[tuple[Path, ...], Flag(many=True)] = ()
+    """Benchmarks that no sample may hold: .jsonl files, or folders of them."""
+    languages: Annotated[tuple[Identified, ...], Flag(value="CODE", many=True)] = ()
+    """Languages that answers, or texts, may be in, e.g. ko th (default: whatever the steps say)."""
+    labels: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
+    """What people say of some samples (`id` or `text`, and `good`): the page tells how far checks and judge
+    agree with them."""
+    min_kappa: Annotated[Kappa | None, Flag(value="K")] = None
+    """End with 3 where Cohen's kappa against --labels is below this."""
+
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 _SECONDS = (86400.0, 3600.0, 60.0, 1.0)
@@ -121,7 +152,6 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions, SynthClusterOptions, Ch
 
     @property
     def patience_s(self) -> float:
-        """Return how long an endpoint is waited for."""
         return duration_s("--patience", self.patience)
 
 

@@ -68,6 +68,7 @@ def render(summary: Mapping[str, Any], now_s: float | None = None) -> str:
     if shown:
         chapters.append(Chapter("Kept", f"{summary['num_kept']:,} samples", [], [
             PageSection(f"Sample {i}", _about(one), turns=_turns(one)) for i, one in enumerate(shown, 1)]))
+    # `shown` is sorted by reason, as groupby needs it
     for reason, group in groupby((one for one in summary["shown"] if one["reason"]),
                                  lambda one: str(one["reason"])):
         chapters.append(Chapter(f"Rejected: {visible(reason)}",
@@ -115,13 +116,14 @@ def _reasons(summary: Mapping[str, Any]) -> list[PageSection]:
               f"{one['documents_kept']:,}",
               ", ".join(f"{num:,} {reason}" for reason, num in one["dropped"].items()) or "–"]
              for one in summary["steps"]]
-    return [PageSection("Reasons",
-                        "The first check that a sample does not pass is its reason; rejected.jsonl "
-                                   "has each with all verdicts.",
-                        [bars(counts, "samples", "Samples that were rejected, by reason.")],
-                        [_reasons_table(summary, 200)]),
-            *([PageSection("Steps behind the generator's own checks", tables=[PageTable(
-                ["step", "looks at", "in", "kept", "dropped for"], steps)])] if steps else [])]
+    said = ("The first check that a sample does not pass is its reason; rejected.jsonl has each with all "
+            "verdicts.")
+    chart = bars(counts, "samples", "Samples that were rejected, by reason.")
+    sections = [PageSection("Reasons", said, [chart], [_reasons_table(summary, 200)])]
+    if steps:
+        table = PageTable(["step", "looks at", "in", "kept", "dropped for"], steps)
+        sections.append(PageSection("Steps behind the generator's own checks", tables=[table]))
+    return sections
 
 
 def _agreement(summary: Mapping[str, Any]) -> list[PageSection]:
@@ -130,14 +132,14 @@ def _agreement(summary: Mapping[str, Any]) -> list[PageSection]:
     rows = [[visible(one["who"]), f"{one['num_samples']:,}", f"{one['agreement']:.1%}",
              "undefined" if one["kappa"] is None else f"{one['kappa']:.3f}", f"{one['num_good']:,}",
              f"{one['num_false_kept']:,}", f"{one['num_false_rejected']:,}"] for one in summary["agreement"]]
-    bound = "" if summary["min_kappa"] is None else (
-        f" Asked for at least {summary['min_kappa']:g}: "
-        f"{'passed' if summary['gate_passed'] else 'not passed'}.")
-    return [PageSection("Agreement with people",
-                        "Of the samples that people have looked at; kappa is Cohen's "
-                        f"(1960), agreement beyond chance.{bound}", tables=[PageTable(
-                            ["who", "samples", "agreement", "kappa", "good, say people", "bad ones kept",
-                             "good ones rejected"], rows)])]
+    bound = ""
+    if summary["min_kappa"] is not None:
+        said = "passed" if summary["gate_passed"] else "not passed"
+        bound = f" Asked for at least {summary['min_kappa']:g}: {said}."
+    table = PageTable(["who", "samples", "agreement", "kappa", "good, say people", "bad ones kept",
+                       "good ones rejected"], rows)
+    return [PageSection("Agreement with people", "Of the samples that people have looked at; kappa is "
+                        f"Cohen's (1960), agreement beyond chance.{bound}", tables=[table])]
 
 
 def _settings(summary: Mapping[str, Any]) -> PageSection:
@@ -155,16 +157,18 @@ def _sheet(summary: Mapping[str, Any]) -> PageSection:
     rows = [[label, _number(costs[key]), _number(per.get(each))] for label, key, each in names]
     outcomes = [[visible(str(name)), f"{num:,}"] for name, num in costs["outcomes"].items()]
     took = duration(costs["seconds"])
-    return PageSection("Sheet",
-                       "All requests, those that failed and those of rejected samples too; several run "
-                                f"at a time, one after the other they take {took}. The cost is in the "
-                                "currency of the prices that were given.",
-                       tables=[PageTable(["what", "in all", "for each kept sample"], rows),
-                               *([PageTable(["what came back", "requests"], outcomes)] if outcomes else [])])
+    said = ("All requests, those that failed and those of rejected samples too; several run at a time, one "
+            f"after the other they take {took}. The cost is in the currency of the prices that were given.")
+    tables = [PageTable(["what", "in all", "for each kept sample"], rows)]
+    if outcomes:
+        tables.append(PageTable(["what came back", "requests"], outcomes))
+    return PageSection("Sheet", said, tables=tables)
 
 
 def _number(value: float | None) -> str:
-    return NOT_STATED if value is None else f"{value:,}" if isinstance(value, int) else figure(value)
+    if value is None:
+        return NOT_STATED
+    return f"{value:,}" if isinstance(value, int) else figure(value)
 
 
 def _about(one: Mapping[str, Any]) -> str:

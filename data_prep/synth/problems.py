@@ -38,6 +38,7 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
         for where, record in read_objects(file):
             fields = _fields(record, where, needs_answer)
             id_ = stated_id(record, "\n".join([fields["problem"], *fields["choices"]]), where)
+            # the same id with the same content is a repeated line; with other content it is a mistake
             before = seen.setdefault(id_, (where, fields))
             if before[0] != where:
                 if before[1] != fields:
@@ -70,6 +71,7 @@ def problem_text(record: Mapping[str, Any]) -> str | None:
     for name in TEXT_FIELDS:
         value = record.get(name)
         if isinstance(value, list):
+            # the user alone: an assistant's turn could give the answer away
             said = [turn.get("content") for turn in value
                     if isinstance(turn, Mapping) and turn.get("role") == "user"]
             value = "\n\n".join(text for text in said if isinstance(text, str))
@@ -101,6 +103,7 @@ def _fields(record: Mapping[str, Any], where: str, needs_answer: str) -> dict[st
 def _answer(value: Any, where: str) -> str:
     if value is None:
         return ""
+    # a bool is an int in Python, and no answer
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{where}: answer = {str(value)[:60]!r} must be text or a number")
     return str(value).strip()

@@ -75,7 +75,6 @@ class GeneratorOrder:
 
     @property
     def output(self) -> Path:
-        """Return the run's folder."""
         assert self.options.output is not None
         return self.options.output
 
@@ -87,9 +86,8 @@ class GeneratorOrder:
               for path in options.input if not path.exists()]
         if self.most.cost and not any((writer.input_price, writer.output_price, judge.input_price,
                                        judge.output_price)):
-            p.append(SettingsProblem(ProblemCode.RULE, "--max-cost",
-                                     "no cost is known without --input-price and "
-                                     "--output-price", self.most.cost))
+            p.append(SettingsProblem(ProblemCode.RULE, "--max-cost", "no cost is known without --input-price "
+                                     "and --output-price", self.most.cost))
         if options.prompts is not None and not options.prompts.is_dir():
             p.append(SettingsProblem(ProblemCode.FILE, "--prompts", "is no folder", options.prompts))
         return p
@@ -147,6 +145,7 @@ def models_of(args: SynthOptions) -> tuple[Model, Model]:
         raise UserError(f"--max-cost {args.max_cost:g}: what the judge costs is not known; pass "
                         "--judge-input-price and --judge-output-price, 0 where it costs nothing")
     engine = args.judge_engine or args.engine
+    # the key of the writer goes to no other address, which may be that of a stranger
     own = "" if args.judge_engine and args.judge_engine != args.engine else key_env
     judge = Model(engine, args.judge_model, own if args.judge_api_key_env is None else args.judge_api_key_env,
                   args.judge_input_price or 0.0, args.judge_output_price or 0.0,
@@ -155,7 +154,7 @@ def models_of(args: SynthOptions) -> tuple[Model, Model]:
     return writer, judge
 
 
-def made_generator(name: str, settings: Mapping[str, Any]) -> Generator:
+def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     """Return a generator with its settings.
 
     Raises:
@@ -197,6 +196,7 @@ class ReadyRun:
         """
         seen: set[str] = set()
         for item in self.generator.items(self.order.options.input):
+            # `seen` holds different ids: an id that is repeated does not use up the limit
             if self.order.options.limit is not None and len(seen) >= self.order.options.limit:
                 return
             if not _ID.fullmatch(item.id):
@@ -218,15 +218,16 @@ def ready(order: GeneratorOrder) -> ReadyRun:
     if problems := problems_of(order):
         raise SettingsError("sov-data synth", problems)
     options, writer, judge = order.options, order.writer, order.judge
-    generator = made_generator(options.generator, parse_nested(options.changes))
+    generator = make_generator(options.generator, parse_nested(options.changes))
     if generator.needs_input and not options.input:
         raise UserError(f"--input: generator {options.generator} needs one")
     prompts = load_prompts(generator.templates, [*([options.prompts] if options.prompts else []), PROMPTS])
+# all that samples depend on: a later command whose record differs in it is refused
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
         settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
-        model=writer.name, engine=writer.told, identity=writer.identity(),
-        judge=judge.name, judge_engine=judge.told, judge_identity=judge.identity(),
+        model=writer.name, engine=writer.location, identity=writer.identity(),
+        judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
         judge_max_tokens=options.judge_max_tokens,
         templates={name: prompt.version for name, prompt in prompts.items()},
         template_digests={name: prompt.digest for name, prompt in prompts.items()},
@@ -280,9 +281,12 @@ def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
     """
     output, work = made.order.output, work_folder(made.order.output)
     if made.order.options.redo and work.is_dir():
+        # under the lock, since another command may still work on these records
         with holding(work, output):
             delete_work(output)
+    # this refuses a folder that was begun with other settings, before anything is asked or written
     with begun(output, MADE_BY, made.record.deciding()):
+        # the input is read to its end first: one that is not sound leaves run.json as it was
         tally = open_items(made)
         with disk_errors(output):
             output.mkdir(parents=True, exist_ok=True)
@@ -323,7 +327,6 @@ class RunningTally:
     """Items that ended in an error of the program, with it."""
 
     def add(self, num_passed: int, num_failed: int, is_unusable: bool) -> None:
-        """Count an item that is done."""
         self.num_items += 1
         self.num_passed += num_passed
         self.num_failed += num_failed
@@ -339,6 +342,7 @@ class RunningTally:
 def open_items(made: ReadyRun) -> RunningTally:
     """Return what is done and what is not, having read all of the input: it is sound, or nothing is paid."""
     options, tally = made.order.options, RunningTally()
+    # sums alone: the samples of all items would not fit into memory
     known = {}
     for one in read_made(made.order.output, made.record):
         num_failed = sum(sample.failed is not None for sample in one.samples)
@@ -350,6 +354,7 @@ def open_items(made: ReadyRun) -> RunningTally:
         if item.id not in known:
             tally.todo.add(item.id)
         elif digest != digest_of(item):
+            # same id, other content: the source would hold samples of both
             changed.append(item.id)
         else:
             tally.add(*counts)
@@ -377,6 +382,7 @@ def make(made: ReadyRun, tally: RunningTally, worker: str = "") -> None:
         worker: name of one of several that work beside each other; empty: this process is the only one.
     """
     order, options, stop = made.order, made.order.options, StopSignal()
+    # a worker reads the common answers, and writes a file of its own (see `merge_answers`)
     cache = EndpointCache(order.output / (f"answers-{worker}.sqlite" if worker else ANSWERS),
                           [order.output / ANSWERS] if worker else [])
     journal = Journal(work_folder(order.output), worker)
@@ -393,19 +399,23 @@ def make(made: ReadyRun, tally: RunningTally, worker: str = "") -> None:
 
     told_s = began_s
     try:
+        # Draws have a pool of their own: items wait for them, and could fill all threads of one pool.
         with (stop.at_signals(), ThreadPoolExecutor(options.threads) as drawers,
               opened(order.writer, order.judge, options, cache, Budget(order.most, cache.usage(), stop), stop
                      ) as doors):
             maker = ItemMaker(made, doors, drawers, stop)
+            # numbers are counted over the whole input, so that a number means the same item in every command
             items = ((number, item) for number, item in made.items() if item.id in tally.todo)
             with contextlib.closing(in_threads(maker.make, items, options.threads, stop)) as outcomes:
                 for number, item, outcome in outcomes:
                     if isinstance(outcome, Exception):
                         _note_failure(item, outcome, tally)
                         continue
+                    # written before it is counted: what a line has shown survives a kill
                     journal.add([(number, outcome.record)])
                     tally.add(*outcome.counts)
                     now_s = time.monotonic()
+                    # a line for each twentieth of the time so far, within bounds
                     if now_s - told_s >= min(max(MIN_TOLD_S, (now_s - began_s) / 20), MAX_TOLD_S):
                         told_s = now_s
                         tell()
@@ -457,7 +467,8 @@ class ItemMaker:
         self.stop.check()
         number, item = numbered
         try:
-            return number, item, self._made(item)
+            return number, item, self._make_item(item)
+        # these end the run, since the next item would meet the same
         except (UserError, StopRequested):
             raise
         except EndpointUnavailable as e:
@@ -465,12 +476,13 @@ class ItemMaker:
         except Exception as e:
             return number, item, e
 
-    def _made(self, item: GeneratorItem) -> DoneItem:
+    def _make_item(self, item: GeneratorItem) -> DoneItem:
         made = self.made
         ask = Ask(item.id, made.prompts, self.doors, self._over, made.order.options.judge_max_tokens)
         samples: tuple[GeneratedSample, ...] = ()
         unusable = ""
         try:
+            # run to its end here: a generator left half-way would ask outside of this `try`
             samples = tuple(map(writable, made.generator.make(item, ask)))
         except NoUsableReply as e:
             unusable = str(e)
@@ -495,8 +507,10 @@ def finished(made: ReadyRun, tally: RunningTally, workers: int) -> ExitCode:
     Raises:
         StopRequested: items got no answer.
     """
+    # imported late: workers that only ask need none of it
     from data_prep.synth import finishing
 
+    # written with items missing too, so that what is done can be looked at; then without a manifest
     code = finishing.finish(made.order.output, made.order.checks, workers,
                             is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:

@@ -55,6 +55,7 @@ class MakeShare:
         refuse_many_restarts("sov-data synth", "take more --workers")
         made = ready(self.order if self.order.options.serve_vllm is None else served(self.order))
         tally = open_items(made)
+        # by the number in the whole input: a worker has the same items after a restart, and no two share one
         tally.todo &= {item.id for number, item in made.items() if number % self.num_workers == task}
         if tally.todo:
             make(made, tally, f"{task:04}")
@@ -70,7 +71,6 @@ class FinishSource:
     order: GeneratorOrder
 
     def __call__(self, task: int) -> None:
-        """Finish the source."""
         made = ready(self.order)
         with begun_run(made) as tally:
             if code := finished(made, tally, len(os.sched_getaffinity(0))):
@@ -86,11 +86,13 @@ def served(order: GeneratorOrder) -> GeneratorOrder:
     address = slurm_folder(order.output) / ADDRESS
     began_s = time.monotonic()
     while time.monotonic() - began_s < SERVER_WAIT_S:
+        # no file yet, half a file, or a server that still loads: each means to wait
         with contextlib.suppress(OSError, ValueError, KeyError):
             said = json.loads(address.read_text(encoding="utf-8"))
             with contextlib.suppress(urllib.error.HTTPError):  # it answers, be it with a refusal
                 urllib.request.urlopen(said["url"].removesuffix("/v1") + "/health", timeout=10).close()
             was = order.writer
+            # `known_as` stays that of the folder: answers are kept by the model, not by where a job runs
             writer = replace(was, engine=said["url"], model=said["model"], key_env=KEY_ENV,
                              known_as=was.identity())
             return replace(order, writer=writer, judge=writer if order.judge == was else order.judge)
@@ -107,6 +109,7 @@ def submit_order(options: SynthOptions) -> None:
         StopRequested: the budget is used up.
     """
     assert options.output is not None
+# jobs run in other folders, so paths are absolute; `redo` in the last job would delete what workers have made
     order = order_of(replace(
         options, redo=False, output=options.output.absolute(),
         input=tuple(path.absolute() for path in options.input),
@@ -155,6 +158,7 @@ def share_of(order: GeneratorOrder, num_workers: int) -> Most:
     cache = EndpointCache(order.output / ANSWERS)
     used, most = cache.usage(), order.most
     cache.close()
+    # workers do not see what the others spend, so each gets a part of what is left
     tokens, cost = most.tokens - used.input_tokens - used.output_tokens, most.cost - used.cost
     if (most.tokens and tokens < num_workers) or (most.cost and cost <= 0):
         raise StopRequested(f"{used.input_tokens + used.output_tokens:,} tokens and {used.cost:.4f} are used "

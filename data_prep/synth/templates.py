@@ -91,6 +91,7 @@ def load_prompt(name: str, fields: Sequence[str] | None,
         raise UserError(f"{file}: cannot be read as UTF-8 ({e})") from None
     version = _VERSION.fullmatch(text.partition("\n")[0].rstrip())
     try:
+        # the tree shows which fields it names: a wrong one is found before anything is paid
         tree = _ENVIRONMENT.parse(text)
         compiled = _ENVIRONMENT.from_string(text)
     except TemplateError as e:
@@ -123,6 +124,7 @@ def load_prompts(templates: Mapping[str, Sequence[str]],
             prompts[name] = load_prompt(name, fields, folders)
         except UserError as e:
             problems.append(str(e))
+    # the last folder is the packaged one; a folder of the user that replaces nothing is a slip
     for folder in folders[:-1]:
         if not any((folder / (name + ENDING)).is_file() for name in templates):
             problems.append(f"--prompts {folder}: has no template of this generator; they are named "

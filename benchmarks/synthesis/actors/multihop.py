@@ -11,8 +11,7 @@ from typing import Any
 from synthesis.actors.towns import TOWNS, Name, Town, make_name
 from synthesis.cases import Case, Replies, asked, fenced_text, is_judge, material
 
-from data_prep.synth.generators.multihop import Multihop, MultihopSettings
-from data_prep.synth.generators.multihop_graph import FactGraph
+from data_prep.synth.generators.multihop import FactGraph, Multihop, MultihopSettings
 
 SETTINGS: dict[str, Any] = {"max_per_start": 1}
 NUM_SONGS = 50

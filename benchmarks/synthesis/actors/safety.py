@@ -14,7 +14,7 @@ from synthesis.cases import Case, asked as asked_of
 from synthesis.graded import PLEA, grade, graded_in
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.safety.taxonomy import Category, read_taxonomy
+from data_prep.synth.generators.safety import Category, read_taxonomy
 
 LANGUAGES = {"Korean": "ko", "English": "en", "Thai": "th"}
 TEXTS: Mapping[str, Mapping[str, str]] = {

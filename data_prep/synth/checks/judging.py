@@ -26,8 +26,8 @@ from data_prep.curate.pipeline.running import judge_documents
 from data_prep.json_lines import read_objects
 from data_prep.shards.shard_damage import way_out
 from data_prep.synth.candidates import Candidate, MadeSample, SynthRunRecord, read_made
-from data_prep.synth.checks.settings import CheckSettings
-from data_prep.synth.checks.texts import CONTEXT, INPUT, SOURCES, NoSample, asked_in, texts_of
+from data_prep.synth.checks.settings import (
+    CONTEXT, INPUT, SOURCES, CheckSettings, NoSample, asked_in, texts_of)
 from data_prep.synth.generator import SampleVerdict
 from megatron_sov.base.artifacts import disk_errors, publish
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
@@ -81,12 +81,14 @@ class JudgedSample:
     def verdict(self, candidate: Candidate) -> SampleVerdict | None:
         """Return why a sample that passed its own checks does not stay; None: it does."""
         try:
+            # before the steps are asked: what no later command takes was never sent to them
             texts = texts_of(candidate.kind, candidate.record)
         except NoSample as e:
             return SampleVerdict(FORM, False, str(e))
         ids = (candidate.id, _context_id(texts.get(CONTEXT, "")))
         if found := next(filter(None, map(self.dropped.get, ids)), None):
             return found
+        # a changed text cannot be put back into the messages that it was joined from
         if candidate.kind != "text" and any(id_ in self.changed for id_ in ids):
             return SampleVerdict("changed by a step", False,
                                  "only texts can follow; use steps that keep or drop")
@@ -103,6 +105,7 @@ def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, wo
     folder = work_folder(output) / FOLDER
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # in lots: a file that stays as it is need not be judged again when the run goes on
         found = _write_texts(output, run, folder)
     dropped: dict[str, SampleVerdict] = {}
     changed: dict[str, str] = {}
@@ -117,6 +120,7 @@ def judge_samples(output: Path, run: SynthRunRecord, settings: CheckSettings, wo
         plan = make_plan(pipeline, work)
         judge_documents(plan, work, workers)
         gone, other = _collect(plan, work)
+        # of a context that several kinds share the first word stays
         dropped, changed = gone | dropped, other | changed
         figures += _figures(kind, summary_of(plan, work))
     return JudgedSample(dropped, changed, tuple(figures))
@@ -134,6 +138,7 @@ def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, d
                 for made in some:
                     for sample in made.samples:
                         _write_sample(sample, lot, seen)
+        # the input alone is not judged: with no sample there is nothing to compare it with
         kinds = sorted(path.name for path in temporary.glob("*"))
         with ExitStack() as stack:
             lot = _Lot(temporary, "input.jsonl", stack)
@@ -143,9 +148,12 @@ def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, d
             publish(temporary, folder / TEXTS)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {kind: {name: place for name in SOURCES
-                   if (place := folder / TEXTS / ("" if name == INPUT else kind) / name).is_dir()}
-            for kind in kinds}
+    found: dict[str, dict[str, Path]] = {}
+    for kind in kinds:
+        places = {name: folder / TEXTS / kind / name for name in SOURCES}
+        places[INPUT] = folder / TEXTS / INPUT  # one for all kinds
+        found[kind] = {name: place for name, place in places.items() if place.is_dir()}
+    return found
 
 
 class _Lot:
@@ -156,7 +164,6 @@ class _Lot:
         self._files: dict[tuple[str, str], IO[str]] = {}
 
     def write(self, kind: str, source: str, id_: str, text: str) -> None:
-        """Write a text of a kind's source."""
         if (kind, source) not in self._files:
             (self._folder / kind / source).mkdir(parents=True, exist_ok=True)
             self._files[kind, source] = self._stack.enter_context(
@@ -180,6 +187,7 @@ def _write_sample(sample: Candidate, lot: _Lot, seen: set[tuple[str, str]]) -> N
     for name, text in texts.items():
         id_ = sample.id
         if name == CONTEXT:
+            # system turns repeat: each goes through the steps once, under the hash of its text
             id_ = _context_id(text)
             if (sample.kind, id_) in seen:
                 continue
@@ -209,6 +217,7 @@ def _collect(plan: PipelinePlan, folder: Path) -> tuple[dict[str, SampleVerdict]
                 changed[own_id] = text
     names = _own_ids(plan, folder, {detail for _, _, _, detail in found})
     dropped: dict[str, SampleVerdict] = {}
+    # the first step that drops a document gives the reason
     for own_id, _, reason, detail in sorted(found, key=lambda one: one[1]):
         dropped.setdefault(own_id, SampleVerdict(reason, False, names.get(detail, detail)))
     return dropped, {id_: text for id_, text in changed.items() if id_ not in dropped}
@@ -217,6 +226,7 @@ def _collect(plan: PipelinePlan, folder: Path) -> tuple[dict[str, SampleVerdict]
 def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str, str | None]]:
     """Yield own id, number of the step, reason, detail and text of each document that a step drops or
     changes; one that several change comes as often, the last text last."""
+    # the first layer holds the documents as they were read, with the ids of ours
     base, *layers = [layer for layer in source.layers if layer.folder and layer.kind != "output"]
     for shard in source.shards:
         ids = _read(base.file(folder, shard), ["own_id"]).column("own_id").to_pylist()

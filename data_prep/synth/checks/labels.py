@@ -25,6 +25,7 @@ class Labels:
 
     def of(self, sample: str, text: str) -> bool | None:
         """Return whether people call a sample good; None: nobody has looked at it."""
+        # the id is the surer one: two samples may have one text
         found = self.by_id.get(sample)
         return self.by_text.get(text.strip()) if found is None else found
 
@@ -72,6 +73,7 @@ def read_labels(file: Path) -> Labels:
     if not len(found):
         raise UserError(f"--labels {file}: has no lines; each is a JSON object with `id` or `text`, and "
                         "`good`")
+    # reported before anything is paid, and not when kappa is computed
     if problems := require("--labels", "sklearn"):
         raise UserError(problems[0])
     return found
@@ -112,6 +114,7 @@ def gate_of(agreements: Iterable[Agreement]) -> Agreement:
     """Return the agreement that a bound holds for: the judge's worst where there is one, else that of all
     checks."""
     found = list(agreements)
+    # the judge is what people are asked to vouch for; -2 is below every kappa
     judges = [one for one in found if one.who != ALL_CHECKS]
     return min(judges or found, key=lambda one: -2.0 if one.kappa is None else one.kappa)
 
@@ -132,6 +135,5 @@ def _kappa(one: tuple[bool, ...], other: tuple[bool, ...]) -> float | None:
 
 
 def described(agreements: Iterable[Agreement]) -> Iterator[dict[str, Any]]:
-    """Yield agreements as plain values."""
     for one in agreements:
         yield {**vars(one), "agreement": one.num_agreed / one.num_samples}

@@ -1,19 +1,88 @@
-"""How samples are checked: the steps of a file, and what the command line adds to them."""
+"""How samples are checked: the steps of a file, what the command line adds to them, and the texts of a record
+that each source of the pipeline takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data_prep.curate.decontamination.benchmarks import text_in
 from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
-from data_prep.synth.checks.arguments import CheckOptions
 from data_prep.synth.checks.labels import read_labels
-from data_prep.synth.checks.texts import ANSWERS, CONTEXT, INPUT, SAMPLES, SOURCES
+from data_prep.synth.generator import Kind
+from data_prep.synth.options import CheckOptions
+from megatron_sov.base.documents.messages import BadRecord, Messages
+from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import (
     Located, ProblemCode, SettingsProblem, as_problem, read_located, read_text)
+
+SAMPLES, ANSWERS, CONTEXT, INPUT = "samples", "answers", "context", "input"
+SOURCES = (SAMPLES, ANSWERS, CONTEXT, INPUT)
+"""samples: all that a record says, without system turns; answers: what an assistant says in chats; context:
+system turns, each once; input: what the generator was given."""
+TASK_FIELDS = ("prompt", "question", "problem", "query", "instruction", "request", "user", "text", "messages")
+"""Fields of a task, or of an input, that say what is asked, where it has them."""
+MAX_TEXT_BYTES = 32 << 20
+"""Of one sample; a longer one is none."""
+
+
+class NoSample(Exception):
+    """A record that no later command would take; says why."""
+
+
+def texts_of(kind: Kind, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return source -> text, of those that a record has.
+
+    Raises:
+        NoSample: it is malformed, empty, or too long.
+    """
+    try:
+        found = dict(_texts(kind, record))
+        size_bytes = sum(len(text.encode()) for text in found.values())
+    except BadRecord as e:
+        raise NoSample(str(e)) from None
+    except UnicodeEncodeError:
+        raise NoSample("holds half of a surrogate pair, which is no character") from None
+    if size_bytes > MAX_TEXT_BYTES:
+        raise NoSample(f"has {size_bytes:,} bytes of text, at most {MAX_TEXT_BYTES:,} are taken")
+    if not found.get(SAMPLES, "").strip() and kind != "task":  # a task may be a world alone
+        raise NoSample("holds no text")
+    return {name: text for name, text in found.items() if text.strip()}
+
+
+def _texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if kind == "task":
+        yield SAMPLES, asked_in(record)
+        return
+    # pairs are prompts with two answers: read as preferences, so that the chosen one is judged
+    is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
+    document = parse_record(dict(record), "", 0, RecordReading("preference" if is_pair else kind))
+    if kind == "text":
+        yield SAMPLES, document.text
+        return
+    yield SAMPLES, "\n\n".join(_said((*document.messages, *document.chosen), "user", "assistant", "tool"))
+    yield CONTEXT, "\n\n".join(_said(document.messages, "system"))
+    if kind == "chat":
+        if not any(message.role == "assistant" for message in document.messages):
+            raise NoSample("has no message of an assistant, so nothing could be learned from it")
+        yield ANSWERS, "\n\n".join(_said(document.messages, "assistant"))
+
+
+def _said(messages: Messages, *roles: str) -> Iterator[str]:
+    """Yield thoughts and contents of some roles; calls are no text."""
+    for message in messages:
+        if message.role in roles:
+            yield from filter(None, (message.reasoning, message.content))
+
+
+def asked_in(record: Mapping[str, Any]) -> str:
+    """Return what a record asks, or says, in the fields that such records have."""
+    return "\n\n".join(filter(str.strip, (text_in(record.get(name)) for name in TASK_FIELDS)))
+
 
 DEFAULTS = Path(__file__).parent / "defaults"
 """Files of steps: one for each kind of record, and for generators that need others."""
@@ -53,6 +122,7 @@ class CheckSettings(CheckOptions):
         """Return the file of steps for records of a kind; `generator`: empty where it is not its own kind."""
         if self.steps is not None and generator:
             return self.steps
+        # a generator may need other steps than its kind of record
         own = DEFAULTS / f"{generator}.yaml"
         return own if generator and own.is_file() else DEFAULTS / f"{kind}.yaml"
 
@@ -73,6 +143,7 @@ class CheckSettings(CheckOptions):
             raise UserError(list_problems(f"--checks {file}", more) if more else
                             f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
                             "sources and output are the run's")
+        # a file is written for all kinds of runs: steps for sources that this one lacks go
         located = _of_sources(located, tuple(folders))
         languages = self._with_languages(file, located, ANSWERS if ANSWERS in folders else SAMPLES)
         held = [SAMPLES, *([CONTEXT] if CONTEXT in folders else [])]
@@ -81,6 +152,7 @@ class CheckSettings(CheckOptions):
         located.value = {
             "name": "checks", "shard_bytes": SHARD_BYTES, "on_bad": "refuse",
             "sources": [{"name": name, "path": [str((folder or file).absolute())],
+                         # the input has the higher priority: of equal texts the sample goes
                          "format": "jsonl" if folder else "auto", "priority": int(name == INPUT)}
                         for name, folder in folders.items()],
             "steps": [*located.value["steps"], *languages, *leaks]}
@@ -119,6 +191,7 @@ def _of_sources(located: Located, names: Sequence[str]) -> Located:
             if asked and not here:
                 continue
             entry = {**entry, "only": {**only, "sources": here}} if isinstance(only, dict) else entry
+        # places move up where a step is left out; messages still name the line in the file
         lines |= {("steps", len(steps), *place[2:]): line for place, line in located.lines.items()
                   if place[:2] == ("steps", i)}
         steps.append(entry)

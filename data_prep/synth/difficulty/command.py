@@ -77,13 +77,11 @@ class DifficultyGradeOptions(DifficultyOutputOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = "Learn how hard problems are from models that answered some, and grade others."
     add_actions(parser, ACTIONS)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data difficulty`; returns 0."""
     return run_action(ACTIONS, typed)
 
 
@@ -117,21 +115,21 @@ def _label(args: DifficultyLabelOptions) -> int:
 
 
 def _fit(args: DifficultyFitOptions) -> int:
+    from data_prep.synth.difficulty.estimator import figure_lines
     from data_prep.synth.difficulty.fitting import FitSettings, fit
-    from data_prep.synth.difficulty.judgement import told
 
     settings = FitSettings(NgramSettings(num_buckets=args.buckets), args.pair_weight)
     content = fit(args.labels, args.output, settings, overwrite=args.overwrite)
-    print("\n".join(["held out:", *told(content["heldout"]), f"wrote {args.output}"]))
+    print("\n".join(["held out:", *figure_lines(content["heldout"]), f"wrote {args.output}"]))
     return 0
 
 
 def _check(args: DifficultyCheckOptions) -> int:
+    from data_prep.synth.difficulty.estimator import figure_lines
     from data_prep.synth.difficulty.fitting import check
-    from data_prep.synth.difficulty.judgement import told
 
     content = check(args.model, args.labels)
-    print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *told(content)]))
+    print(json.dumps(content) if args.json else "\n".join([f"{args.model}:", *figure_lines(content)]))
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,7 @@ from data_prep.curate.scoring.ngrams import Ngrams
 from data_prep.curate.scoring.training import library_problems, sparse_rows
 from data_prep.json_lines import read_objects
 from data_prep.synth.difficulty.estimator import (
-    KIND, Estimator, EstimatorSettings, load_estimator, scaled, write_estimator)
-from data_prep.synth.difficulty.features import form
-from data_prep.synth.difficulty.judgement import figures
+    KIND, Estimator, EstimatorSettings, figures, form, load_estimator, scaled, write_estimator)
 from data_prep.synth.difficulty.labels import DifficultyLabels, LabelledProblem, read_labels
 from data_prep.synth.options import PairWeight
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
@@ -54,8 +53,7 @@ class DifficultyGradeSettings:
     """Rows whose pass rate is from the first to the second are written, both included."""
 
     def bucket(self, pass_rate: float) -> str:
-        """Return the bucket of a pass rate."""
-        return BUCKETS[sum(pass_rate >= cut for cut in self.cuts)]
+        return BUCKETS[bisect_right(self.cuts, pass_rate)]
 
 
 def grade(files: Sequence[Path], output: Path, settings: DifficultyGradeSettings, model: Path | None,
@@ -96,6 +94,7 @@ def grade(files: Sequence[Path], output: Path, settings: DifficultyGradeSettings
             if path is not None:
                 artifact.add_input(path)
         num_kept = sum(count["kept"] for count in counts.values())
+        # inside of the artifact, so that an empty one is never published
         if not num_kept:
             raise UserError(f"--keep {settings.keep[0]:g}:{settings.keep[1]:g}: no row is in this band; "
                             "widen it, or look at the pass rates without it")
@@ -117,10 +116,13 @@ def _graded(row: Mapping[str, Any], where: str, settings: DifficultyGradeSetting
     if text is None:
         raise UserError(f"{where}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
                         f"{', '.join(row) or 'none'}); add one")
-    source = "measured" if text in measured else "expected"
-    if source == "expected" and estimator is None:
+    # what was measured goes before what is expected
+    if text in measured:
+        source, rate = "measured", measured[text]
+    elif estimator is not None:
+        source, rate = "expected", estimator.pass_rate(text)
+    else:
         raise UserError(f"{where}: its problem was not measured; give an estimator with --model")
-    rate = measured[text] if source == "measured" else estimator.pass_rate(text) if estimator else math.nan
     return {**row, "pass_rate": rate, "difficulty": 1.0 - rate, "difficulty_from": source,
             "bucket": settings.bucket(rate)}
 
@@ -192,7 +194,6 @@ def fit(folder: Path, output: Path, settings: FitSettings, *, overwrite: bool = 
 
 
 def check(model: Path, folder: Path) -> dict[str, Any]:
-    """Return an estimator's figures on other labels."""
     if problems := library_problems():
         raise UserError(problems[0])
     return figures(list(read_labels(folder).problems.values()), load_estimator(model))
@@ -203,11 +204,15 @@ def split(problems: Sequence[LabelledProblem]) -> FittingSplits:
     stands beside it; those of one text lie together."""
     parts = FittingSplits([], [], [])
     for problem in problems:
+        # blanks do not count: a copy must not get into another part
         digest = hashlib.sha256(" ".join(problem.text.split()).encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2 ** 64
-        part = (parts.heldout if place < HELD_OUT else
-                parts.calibration if place < HELD_OUT + CALIBRATION else parts.fit)
-        part.append(problem)
+        if place < HELD_OUT:
+            parts.heldout.append(problem)
+        elif place < HELD_OUT + CALIBRATION:
+            parts.calibration.append(problem)
+        else:
+            parts.fit.append(problem)
     return parts
 
 
@@ -219,10 +224,10 @@ class _Rows:
         seen = np.stack([form(problem.text, ngrams) for problem in fitted])
         spreads = seen.std(axis=0)
         self.means = tuple(seen.mean(axis=0).tolist())
+        # a figure that is the same everywhere would divide by 0
         self.spreads = tuple(np.where(spreads > 1e-9, spreads, 1.0).tolist())
 
     def of(self, problems: Sequence[LabelledProblem]) -> tuple[Any, Any]:
-        """Return n-grams and the other columns as sparse matrices."""
         from scipy.sparse import csr_matrix
 
         words = sparse_rows([self._ngrams.row(problem.text) for problem in problems], self._ngrams.width)
@@ -251,7 +256,9 @@ def _best(labels: DifficultyLabels, parts: FittingSplits, settings: FitSettings
             found = EstimatorSettings(settings.ngrams, scale, rows.means, rows.spreads, float(weights[-1]),
                                       slope, offset)
             tried.append((loss, len(tried), found, weights, {"ngram_scale": scale, "penalty": penalty}))
+    # of equal losses the earlier, so that each fit chooses the same
     _, _, best, weights, chosen = min(tried, key=lambda entry: entry[:2])
+    # columns: n-grams, figures of the form, and the one of the bias
     width = settings.ngrams.num_buckets
     return (best, weights[:width].astype(np.float32), weights[width:-1].astype(np.float32),
             {**chosen, "num_pairs_fitted": len(pairs)})
@@ -259,6 +266,7 @@ def _best(labels: DifficultyLabels, parts: FittingSplits, settings: FitSettings
 
 def _pairs(labels: DifficultyLabels, fitted: Sequence[LabelledProblem]) -> list[tuple[int, int]]:
     """Return the places of the easier and the harder problem of those pairs that are fitted wholly."""
+    # a pair with one side held out would carry it into the fit
     places = {problem.id: i for i, problem in enumerate(fitted)}
     return [(places[easier], places[harder]) for easier, harder in labels.pairs
             if easier in places and harder in places]
@@ -277,13 +285,16 @@ def _weights(rows: tuple[Any, Any], rates: Sequence[float], pairs: Sequence[tupl
     from sklearn.linear_model import LogisticRegression
 
     own, shares = _joined(rows, scale), np.array(rates)
+    # a share p as two rows, target 1 with weight p and 0 with 1 - p: their loss is the cross-entropy of p
     blocks, targets, counts = [own, own], [np.ones(len(shares)), np.zeros(len(shares))], [shares, 1 - shares]
     if pairs and pair_weight:
         easier, harder = (own[[pair[side] for pair in pairs]] for side in (0, 1))
+        # in both directions, each with half of the weight, so that the two classes are balanced
         half = np.full(len(pairs), pair_weight / 2)
         blocks += [easier - harder, harder - easier]
         targets += [np.ones(len(pairs)), np.zeros(len(pairs))]
         counts += [half, half]
+    # the bias is a column of its own, which is 0 in the difference of a pair
     model = LogisticRegression(C=penalty, fit_intercept=False, max_iter=MAX_ITERATIONS)
     model.fit(vstack(blocks).tocsr(), np.concatenate(targets), sample_weight=np.concatenate(counts))
     weights: np.ndarray = np.ravel(model.coef_)
@@ -297,17 +308,18 @@ def calibrated(z: np.ndarray, rates: np.ndarray) -> tuple[float, float]:
 
     model = LogisticRegression(C=1e6, max_iter=MAX_ITERATIONS)
     least = 0.5 / max(1, len(rates))  # never quite 0 or 1, so that the slope stays finite
+    # Platt: calibration by a logistic function of z, here to shares in the place of labels
     shares = np.clip(rates, least, 1 - least)
     model.fit(np.concatenate([z, z])[:, None], np.repeat([1, 0], len(z)),
               sample_weight=np.concatenate([shares, 1 - shares]))
     slope = float(model.coef_[0, 0])
     if slope > 0:
         return slope, float(model.intercept_[0])
+    # z says nothing here: everyone gets the mean
     mean = float(np.clip(rates.mean(), least, 1 - least))
     return 0.0, math.log(mean / (1 - mean))
 
 
 def _loss(logits: np.ndarray, rates: np.ndarray) -> float:
-    """Return the mean cross-entropy of shares."""
     sure = np.clip(logits, -_SURE, _SURE)
     return float(np.mean(np.logaddexp(0.0, sure) - rates * sure))

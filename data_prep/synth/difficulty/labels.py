@@ -42,11 +42,9 @@ class LabelledProblem:
 
     @property
     def num_answers(self) -> int:
-        """Return the answers of all configurations."""
         return sum(count for _, count in self.answers.values())
 
     def row(self) -> dict[str, Any]:
-        """Return it as a line."""
         return {"id": self.id, "problem": self.text, "pass_rate": self.pass_rate,
                 "answers": {name: list(counts) for name, counts in self.answers.items()}}
 
@@ -118,7 +116,7 @@ def _file(path: Path) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return what configurations are called: the folders' names."""
+    # of a file kept.jsonl the name of its folder: that file is called so everywhere
     names = [path.name if path.is_dir() or path.name != KEPT else path.absolute().parent.name
              for path in paths]
     for name in names:
@@ -132,6 +130,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -
     for where, row in read_objects(file):
         id_, text, right, count = (row.get(key) for key in ("problem_id", "prompt", "num_right",
                                                             "num_answers"))
+        # `type`, since a bool is an int
         if not (isinstance(id_, str) and isinstance(text, str) and type(right) is int and type(count) is int
                 and 0 <= right <= count > 0):
             raise UserError(f"{where}: is no measurement of `sov-data synth answers` (problem_id, prompt, "
@@ -154,6 +153,7 @@ def _read_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> list[tup
         if not isinstance(easier, str) or not isinstance(harder, str) or easier == harder:
             raise UserError(f"{where}: is no pair of `sov-data synth comparisons` (easier, harder); name its "
                             "folder, or its kept.jsonl")
+        # a pair says nothing of problems without a pass rate
         if easier in problems and harder in problems:
             found.append((easier, harder))
     if not found:
@@ -164,13 +164,15 @@ def _read_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> list[tup
 def _content(names: Sequence[str], problems: Mapping[str, LabelledProblem], pairs: Sequence[tuple[str, str]]
              ) -> dict[str, Any]:
     told = [(problems[easier].pass_rate, problems[harder].pass_rate) for easier, harder in pairs]
+    # pairs of equal rates can neither confirm the judge nor contradict it
     differ = [(easier, harder) for easier, harder in told if easier != harder]
+    configurations: dict[str, dict[str, float]] = {}
+    for name in names:
+        rates = _rates(problems, name)
+        configurations[name] = {"num_problems": len(rates), "pass_rate": fmean(rates),
+                                "solves_none": rates.count(0.0), "solves_all": rates.count(1.0)}
     return {
-        "num_problems": len(problems), "num_pairs": len(pairs),
-        "configurations": {name: {
-            "num_problems": len(rates), "pass_rate": fmean(rates),
-            "solves_none": rates.count(0.0), "solves_all": rates.count(1.0)}
-            for name in names for rates in [_rates(problems, name)]},
+        "num_problems": len(problems), "num_pairs": len(pairs), "configurations": configurations,
         "agreement": [{"between": [one, other], "spearman": _spearman(problems, one, other)}
                       for one, other in combinations(names, 2)],
         "judge": {"num_pairs": len(differ),
@@ -190,6 +192,7 @@ def _spearman(problems: Mapping[str, LabelledProblem], one: str, other: str) -> 
             if one in p.answers and other in p.answers]
     first = [right / count for (right, count), _ in both]
     second = [right / count for _, (right, count) in both]
+    # a rank correlation needs two ranks on both sides
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)

@@ -1,1 +1,1 @@
-"""One small file for each kind of data."""
+"""The generators, a file for each kind of data."""

@@ -20,9 +20,8 @@ from data_prep.json_lines import read_objects
 from data_prep.responses.trajectories import Solution, diverse
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, NoReply, Reply, SampleVerdict, Temperature)
-from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import (
-    MAX_CHARS, CodeTask, assertions, defines, reaches_out, read_task)
+    MAX_CHARS, CodeTask, assertions, defines, mutants, reaches_out, read_task, stubs)
 from data_prep.synth.problems import line_files, problem_text, stated_id
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Share, at_most
@@ -55,18 +54,22 @@ def passed(code: CodeReward, program: str, tests: Sequence[str]) -> list[bool]:
     Raises:
         NoReply: the machine could not say: the item is made again.
     """
+    # all tests run in one process: the first that does not end hides the results of those after it
     found = _run(code, program, tests)
     if all(found) or len(tests) == 1:
         return found
     first = found.index(False)
     if any(found[first:]):  # they were all reached
         return found
+    # alone, each shows its own result; two that do not end are enough to give up
     endless = 0
     for i in range(first, len(tests)):
         if endless == MOST_ENDLESS:
             break
         alone = _timed(code, program, tests[i])
-        found[i], endless = alone is True, endless + (alone is None)
+        found[i] = alone is True
+        if alone is None:
+            endless += 1
     return found
 
 
@@ -82,6 +85,7 @@ def agreement(matrix: Sequence[Sequence[bool]]) -> TestAgreement:
     Args:
         matrix: for each program, which tests it passes.
     """
+    # CodeT: score of a consensus set = number of its programs x number of its tests
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, row in enumerate(matrix):
         groups[tuple(i for i, right in enumerate(row) if right)].append(number)
@@ -93,6 +97,7 @@ def telling(code: CodeReward, entry_point: str, tests: Sequence[str]) -> tuple[l
     """Return the tests that some program fails which knows nothing of the task, and the first such program
     that passes all of these; empty: none does."""
     programs = stubs(entry_point)
+    # A test that every such program passes checks nothing; one of them may still pass all that are left.
     rows = [passed(code, program, tests) for program in programs]
     kept = [i for i in range(len(tests)) if not all(row[i] for row in rows)]
     blind = next((program for program, row in zip(programs, rows, strict=True)
@@ -101,7 +106,6 @@ def telling(code: CodeReward, entry_point: str, tests: Sequence[str]) -> tuple[l
 
 
 def killed(code: CodeReward, program: str, tests: Sequence[str], most: int) -> tuple[int, int]:
-    """Return how many of a program's mutants fail the tests, and how many there are."""
     found = mutants(program, most)
     return sum(fails(code, mutant, tests) for mutant in found), len(found)
 
@@ -177,14 +181,15 @@ class CodeProgram:
 
     @staticmethod
     def of(reply: Reply, task: CodeTask) -> CodeProgram:
-        """Return the program of an answer."""
         source = program_in(reply.text)
         why = reaches_out(source) if len(source) <= MAX_CHARS else f"has {len(source):,} characters"
-        fault = (("finished", "ended at the limit of tokens") if reply.is_cut else
-                 ("alone", why) if why else
-                 ("function", f"has no {task.entry_point}") if not defines(source, task.entry_point) else
-                 ("", ""))
-        return CodeProgram(reply, source, fault)
+        if reply.is_cut:
+            return CodeProgram(reply, source, ("finished", "ended at the limit of tokens"))
+        if why:
+            return CodeProgram(reply, source, ("alone", why))
+        if not defines(source, task.entry_point):
+            return CodeProgram(reply, source, ("function", f"has no {task.entry_point}"))
+        return CodeProgram(reply, source, ("", ""))
 
 
 class CodeTasks(Generator):
@@ -226,6 +231,7 @@ class CodeTasks(Generator):
             return
         offered = ask("code/tests", count=s.num_test_draws, **drawn, task=task.text,
                       entry_point=task.entry_point, num_tests=s.num_tests)
+        # each test once, in the order of draws
         tests = list(dict.fromkeys(test for reply in offered
                                    for test in assertions(reply.text, task.entry_point)))[:s.max_tests]
         programs = [CodeProgram.of(reply, task)
@@ -236,6 +242,7 @@ class CodeTasks(Generator):
                  programs: list[CodeProgram]) -> Iterator[GeneratedSample]:
         sound = [program for program in programs if not program.fault[0]]
         known: dict[str, list[bool]] = {}
+        # equal programs run once, and still are several votes
         for program in sound:
             if tests and program.source not in known:
                 known[program.source] = passed(self._code, program.source, tests)
@@ -245,6 +252,7 @@ class CodeTasks(Generator):
         yield GeneratedSample({"prompt": task.text, "tests": kept, "entry_point": task.entry_point}, verdicts,
                               group=item.id, notes={**notes, "num_solutions": len(programs),
                                                     "num_right": len(right)})
+        # by identity: of two equal programs one alone is kept
         said = {id(p): Solution(p.reply.text, p.reply.thinking) for p in right}
         apart = {id(one) for one in diverse(list(said.values()), self.settings.most,
                                             self.settings.max_similarity)}
@@ -254,9 +262,7 @@ class CodeTasks(Generator):
                 group=item.id, kind="chat")
 
     def _of_program(self, program: CodeProgram, verdicts: tuple[SampleVerdict, ...], is_right: bool,
-                    is_apart: bool
-                    ) -> tuple[SampleVerdict, ...]:
-        """Return the verdicts of a program's conversation."""
+                    is_apart: bool) -> tuple[SampleVerdict, ...]:
         if program.fault[0]:
             return (SampleVerdict(program.fault[0], False, program.fault[1]),)
         own = SampleVerdict("passes", is_right, "" if is_right else "fails tests that others pass")
@@ -270,9 +276,9 @@ class CodeTasks(Generator):
         s = self.settings
         least = max(s.min_tests, s.min_agreement * len(tests))
         agree = len(right) >= s.min_solutions and len(agreed) >= least
-        verdicts = [SampleVerdict("agreement", agree,
-                                  f"{len(right)} programs pass {len(agreed)} of {len(tests)} "
-                                                      "tests")]
+        # in order of their price: mutants run only where all before them passed
+        said = f"{len(right)} programs pass {len(agreed)} of {len(tests)} tests"
+        verdicts = [SampleVerdict("agreement", agree, said)]
         notes: dict[str, Any] = {"num_tests": len(tests), "num_agreed": len(agreed)}
         if not agree:
             return tuple(verdicts), agreed, notes
@@ -284,8 +290,10 @@ class CodeTasks(Generator):
         if all(verdict.passed for verdict in verdicts):
             num_killed, num_mutants = killed(self._code, right[0].source, kept, s.max_mutants)
             notes |= {"num_mutants": num_mutants, "num_killed": num_killed}
+            # without one mutant that is noticed nothing is known of the tests
             verdicts.append(SampleVerdict("mutants", num_killed >= max(1, s.min_killed * num_mutants),
                                           f"{num_killed} of {num_mutants} noticed"))
+            # run once more: what changes from run to run is no test
             verdicts.append(SampleVerdict("steady", all(passed(self._code, right[0].source, kept))))
         return tuple(verdicts), kept, notes
 

@@ -7,8 +7,11 @@ An answer is verified by solutions that do not see it, and by a program.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,8 +20,9 @@ from typing import Annotated, Any, ClassVar
 
 import yaml
 from annotated_types import Ge, Gt, Le
+from tqdm import tqdm
 
-from data_prep.curate.decontamination.benchmarks import benchmark_files
+from data_prep.curate.decontamination.benchmarks import benchmark_files, text_in
 from data_prep.curate.decontamination.hits import find_hits
 from data_prep.curate.decontamination.step import DecontaminateSettings
 from data_prep.json_lines import read_objects
@@ -27,9 +31,12 @@ from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, NoReply, NoUsableReply, Reply, SampleVerdict, Temperature)
 from data_prep.synth.generators.code_parts import reaches_out
 from data_prep.synth.problems import line_files, stated_id
-from megatron_sov.base.documents.item_search import ItemSearch
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, rules_of
+from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, forms
+from megatron_sov.base.documents.overlap import WORDS, find_units
+from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.settings import (
+    AtLeastOne, Flag, NotNegativeInt, SettingsProblem, Share, add_options, at_most, read_options, rules_of)
 from megatron_sov.judge.rewards.code import program_in
 from megatron_sov.work.sandbox import Limits, Program, Sandbox
 
@@ -68,11 +75,9 @@ class ProbesSettings:
     """Whether a reasoning model thinks first."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return rules_of(self.search_settings()) if self.benchmarks else []
 
     def search_settings(self) -> DecontaminateSettings:
-        """Return what problems are searched for."""
         return DecontaminateSettings(benchmarks=tuple(map(Path, self.benchmarks)))
 
 
@@ -95,6 +100,7 @@ class Probes(Generator):
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield topic after topic; without input those of `taxonomies/mathematics.yaml`."""
+        # id -> where it stood first: a topic that is repeated is passed over
         seen: dict[str, str] = {}
         for where, record in _topics(inputs):
             domain, topic = record.get("domain"), record.get("topic")
@@ -113,7 +119,6 @@ class Probes(Generator):
                                     where.rpartition(":")[0])
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield one problem."""
         s = self.settings
         drawn: dict[str, Any] = {"temperature": s.temperature, "max_tokens": s.max_tokens,
                                  "thinking": s.thinking}
@@ -153,9 +158,11 @@ class Probes(Generator):
                              f"{num_right} of {num_asked} solutions give the stated answer")
 
     def _computed(self, programs: Sequence[Reply], answer: str, notes: dict[str, Any]) -> SampleVerdict:
-        printed = [found for reply in programs if not reply.is_cut and (found := run(program_in(reply.text)))]
+        printed = [found for reply in programs
+                   if not reply.is_cut and (found := run_program(program_in(reply.text)))]
         right = [checked.right for checked in check(printed, answer)]
         notes |= {"num_programs": len(printed), "num_computed": sum(right)}
+        # one program that prints something else is reason enough to doubt the stated answer
         if not all(right):
             return SampleVerdict("program", False, f"a program prints {printed[right.index(False)][:100]}")
         enough = len(right) >= self.settings.min_programs
@@ -179,7 +186,7 @@ def read_problem(reply: Reply) -> tuple[str, str, str]:
     return problem, answer, ""
 
 
-def run(source: str) -> str:
+def run_program(source: str) -> str:
     """Return what a program prints as its only line; empty: it prints something else, or does not end well.
 
     Raises:
@@ -202,9 +209,143 @@ def _sandbox() -> Sandbox:
 
 
 def _topics(inputs: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield where each topic stands, and its record."""
     if not inputs:
         for domain, topics in yaml.safe_load(TOPICS.read_text(encoding="utf-8")).items():
             yield from ((f"{TOPICS.stem}:{domain}", {"domain": domain, "topic": topic}) for topic in topics)
     for file in line_files(inputs):
         yield from read_objects(file)
+
+
+# `sov-data probing-sets`: problems of `probes` frozen into sets that `megatron-sov ssp probe` takes.
+# Checkpoints are chosen by these problems, so none may be in what they were trained on: the training input is
+# read once, and each problem that shares ten words in a row with it is left out.
+
+KIND = "probing_sets"
+MIN_WORDS = 5
+"""A shorter problem cannot be looked for, and is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbingSetsOptions:
+    """Write one file of problems for each domain."""
+
+    input: Annotated[tuple[Path, ...], Flag(many=True)]
+    """The folder of `sov-data synth probes`, or lines with prompt, answer and domain."""
+    against: Annotated[tuple[Path, ...], Flag(many=True)] = ()
+    """.jsonl files, or folders of them, of what checkpoints are trained on: text, chats or prompts."""
+    per_domain: NotNegativeInt = 0
+    """Problems of a set at most (default: all)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for the sets."""
+    overwrite: bool = False
+    """Replace sets that are already there."""
+
+
+@dataclass(frozen=True)
+class ProbingProblem:
+    """A problem that checkpoints may be probed by."""
+
+    domain: str
+    """Its set."""
+    prompt: str
+    """What is asked."""
+    answer: str
+    """What is right."""
+    id: str
+    """Of its line."""
+    model: str
+    """Who wrote it; empty: not said."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = ("Write one file of problems for each domain, without those that stand in the "
+                          "training input, as an artifact whose hashes say that they stay the same.")
+    add_options(parser, ProbingSetsOptions)
+
+
+def run(typed: argparse.Namespace) -> int:
+    args = read_options(ProbingSetsOptions, typed)
+    content = freeze(args.input, args.against, args.output, args.per_domain, overwrite=args.overwrite)
+    for domain, count in content["domains"].items():
+        print(f"{domain}: {count:,} problems")
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in content["left_out"].items())
+    print(f"left out: {left_out or 'none'}; {content['num_lines_against']:,} lines of training input read")
+    if not args.against:
+        print("no training input was given (--against), so nothing is known of what these sets share with it")
+    print(f"wrote {args.output}; megatron-sov ssp probe ... --problems {args.output} --reward math")
+    return 0
+
+
+def freeze(files: Sequence[Path], against: Sequence[Path], output: Path, per_domain: int = 0, *,
+           overwrite: bool = False) -> dict[str, Any]:
+    """Write an artifact of kind "probing_sets"; returns its content.
+
+    Args:
+        files: of problems, and folders of them.
+        against: of training input, likewise.
+        output: the artifact.
+        per_domain: problems of a set at most; 0: all.
+        overwrite: replace sets that are already there.
+
+    Raises:
+        UserError: a line is no problem or cannot be read, or a domain has no problem left.
+    """
+    if per_domain < 0:
+        raise UserError(list_problems("probing-sets", [f"--per-domain {per_domain}: must not be negative"]))
+    refuse_existing(output, KIND, overwrite)
+    problems, left_out = _read(files)
+    search = ItemSearch([SearchItem(p.domain, p.id, "prompt", p.prompt) for p in problems], WORDS, MIN_WORDS)
+    # what cannot be looked for cannot be cleared either
+    gone = dict.fromkeys(search.too_short, "too short to be looked for")
+    num_lines = 0
+    for file in line_files(against):
+        for _, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
+            num_lines += 1
+            for form in forms(text_in(record)):
+                gone.update((found.item, "in the training input") for found in search.find(find_units(form)))
+    left_out.update(gone.values())
+    sets: dict[str, list[ProbingProblem]] = defaultdict(list)
+    for number, problem in enumerate(problems):
+        # this makes the set also where the problem goes, so that a domain that loses all is seen below
+        of_domain = sets[problem.domain]
+        if number not in gone and not 0 < per_domain <= len(of_domain):
+            of_domain.append(problem)
+    if empty := [domain for domain, found in sets.items() if not found]:
+        raise UserError(f"{empty[0]}: no problem of this domain is left "
+                        f"({', '.join(f'{n:,} {why}' for why, n in left_out.items())}); write more with "
+                        "`sov-data synth probes`")
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        for domain, left in sets.items():
+            with open(artifact.path / f"{domain}.jsonl", "w", encoding="utf-8") as out:
+                for p in left:
+                    row = {"prompt": p.prompt, "answer": p.answer, "domain": domain, "id": p.id}
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        models = sorted({p.model for left in sets.values() for p in left if p.model})
+        artifact.settings = {"inputs": list(files), "against": list(against), "per_domain": per_domain}
+        artifact.content = {"domains": {domain: len(found) for domain, found in sets.items()},
+                            "left_out": dict(left_out), "num_lines_against": num_lines, "models": models}
+    return artifact.content
+
+
+def _read(files: Sequence[Path]) -> tuple[list[ProbingProblem], Counter[str]]:
+    """Return the problems that differ, in order, and how many were left out for what reason."""
+    found: dict[bytes, ProbingProblem] = {}
+    left_out: Counter[str] = Counter()
+    for file in line_files(files):
+        for where, row in read_objects(file):
+            prompt, answer, domain = (row.get(name) for name in ("prompt", "answer", "domain"))
+            if not all(isinstance(value, str) and value.strip() for value in (prompt, answer, domain)):
+                raise UserError(f"{where}: needs the texts prompt, answer and domain (fields: "
+                                f"{', '.join(row) or 'none'}); `sov-data synth probes` writes them")
+            if not DOMAIN.fullmatch(str(domain)) or set(str(domain)) <= {"."}:
+                raise UserError(f"{where}: domain = {str(domain)[:60]!r} must be a name of letters, digits, "
+                                "'.', '_' and '-', such as algebra")
+            made = row.get("synthetic")
+            problem = ProbingProblem(str(domain), str(prompt), str(answer), str(row.get("id") or where),
+                                     str(made.get("model") or "") if isinstance(made, dict) else "")
+            # by the hashes of its words: case and punctuation make no other problem
+            if found.setdefault(find_units(problem.prompt).hashes.tobytes(), problem) is not problem:
+                left_out["repeated"] += 1
+    if not found:
+        raise UserError(f"{', '.join(map(str, files))}: has no problems; run `sov-data synth probes` first")
+    return list(found.values()), left_out

@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
-from data_prep.synth.generators.documents.answers import answer_in, stands_in
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
-from data_prep.synth.generators.documents.judging import agreed, graded
-from data_prep.synth.generators.documents.languages import in_language
-from data_prep.synth.generators.documents.likeness import letters_likeness
-from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_list
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, until_failed
+from data_prep.synth.generators.documents.languages import in_language, name_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, OfDocuments, fenced
+from data_prep.synth.generators.documents.verdicts import (
+    agreed, answer_in, are_passed, complete, graded, letters_likeness, malformed, read_list, stands_in,
+    until_failed)
 from megatron_sov.base.settings import AtLeastOne, Share, at_most, only_with
 
 Form = Literal["text", "chat", "prompt"]
@@ -75,7 +71,7 @@ class Questions(OfDocuments):
         super().__init__(settings)
         self.kind = settings.form
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         """Yield each pair; of form text those that are not kept, and the document with those that are."""
         settings = self.settings
         language = settings.language or source_language
@@ -93,24 +89,22 @@ class Questions(OfDocuments):
             if is_kept:
                 kept.append(pair)
                 notes.append(seen)
+            # of form text kept pairs go into the one sample below
             if settings.form != "text" or not is_kept:
                 yield GeneratedSample(self._record(source, pair, language), tuple(verdicts), group, seen)
         if settings.form == "text":
+            count = SampleVerdict("number of pairs", len(kept) >= settings.min_pairs,
+                                  f"{len(kept)} of {len(pairs)} are kept")
             yield GeneratedSample({"text": with_pairs(source, kept), "language": language},
-                                  (complete(reply),
-                                   SampleVerdict("number of pairs", len(kept) >= settings.min_pairs,
-                                                                  f"{len(kept)} of {len(pairs)} are kept")),
-                                  group, {"num_pairs": len(kept), "pairs": notes})
+                                  (complete(reply), count), group, {"num_pairs": len(kept), "pairs": notes})
 
     def _verdicts(self, pair: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
-                  language: str, source_language: str, ask: Ask) -> tuple[list[SampleVerdict],
-                                                                          dict[str, Any]]:
+                  language: str, source_language: str, ask: Ask
+                  ) -> tuple[list[SampleVerdict], dict[str, Any]]:
         """Return the verdicts of a pair, up to the first that it does not pass, and what was seen."""
-        question, answer = pair["question"], pair["answer"]
         notes: dict[str, Any] = {}
-        verdicts = until_failed(self._checks(question, answer, before, source, language, source_language, ask,
-                                             notes))
-        return verdicts, notes
+        return until_failed(self._checks(pair["question"], pair["answer"], before, source, language,
+                                         source_language, ask, notes)), notes
 
     def _checks(self, question: str, answer: str, before: Sequence[Mapping[str, str]], source: str,
                 language: str, source_language: str, ask: Ask,
@@ -120,15 +114,18 @@ class Questions(OfDocuments):
         yield SampleVerdict("question stands alone", not (pointed := _POINTS_AT_TEXT.search(question)),
                             f"speaks of {pointed[0]!r}" if pointed else "")
         yield SampleVerdict("answer not in question", not stands_in(answer, question))
+        # with those that are kept: a pair that failed keeps no other one out
         alike = max((letters_likeness(question, other["question"]) for other in before), default=0.0)
         yield SampleVerdict("another question", alike <= settings.max_likeness,
                             f"{alike:.2f} like one before")
         yield from fact_verdicts(f"{question}\n{answer}", source, language, source_language)
         if not stands_in(answer, source):
             if not settings.min_support:
+                # `until_failed` stops here, so the judge below is not paid
                 yield SampleVerdict("answer in document", False, "does not stand there word for word")
             yield graded(ask, "supported", SUPPORTED, {"source": source, "question": question,
                                                        "answer": answer}, settings.min_support)
+        # the dearest checks come last: each solves the question again
         given = self._solve(question, fenced(source), language, ask)
         yield agreed(ask, "answered with document", question, given, answer, language, settings.min_agreement)
         if settings.ask_without:
@@ -156,6 +153,5 @@ class Questions(OfDocuments):
 
 
 def with_pairs(document: str, pairs: Sequence[Mapping[str, str]]) -> str:
-    """Return a document with pairs behind it."""
     return "\n\n".join([*([document] if document else []),
                         *(f"Q: {pair['question']}\nA: {pair['answer']}" for pair in pairs)])

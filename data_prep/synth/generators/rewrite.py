@@ -15,15 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from annotated_types import MinLen
 
 from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts, kept_share
-from data_prep.synth.generators.documents.judging import FAITHFUL, graded
-from data_prep.synth.generators.documents.languages import in_language
-from data_prep.synth.generators.documents.likeness import copied_share, size_ratio
-from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_tagged
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
+from data_prep.synth.generators.documents.languages import in_language, name_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, OfDocuments, fenced
+from data_prep.synth.generators.documents.verdicts import (
+    FAITHFUL, are_passed, complete, copied_share, graded, malformed, read_tagged, size_ratio, within)
 from megatron_sov.base.settings import ONCE, NotNegative, Share, below
 
 Style = Literal["clearer", "encyclopedic", "dialogue"]
@@ -63,8 +59,7 @@ class Rewrite(OfDocuments):
     Settings: ClassVar[type[Any]] = RewriteSettings
     settings: RewriteSettings
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield a rewrite in each style."""
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         for style in self.settings.styles:
             yield self._sample(source, source_language, style, group, ask)
 
@@ -78,6 +73,7 @@ class Rewrite(OfDocuments):
         if found is None:
             return malformed(reply, record, group)
         text = found["rewrite"]
+        # marks of speakers are neither words nor names of the text
         said = re.sub(r"^[AB]: ", "", text, flags=re.MULTILINE) if style == "dialogue" else text
         copied = copied_share(said, source, COPIED_WORDS)
         ratio, kept = size_ratio(said, source), kept_share(said, source, language, source_language)
@@ -85,10 +81,12 @@ class Rewrite(OfDocuments):
                     *([dialogue(text)] if style == "dialogue" else []),
                     *fact_verdicts(said, source, language, source_language),
                     within("copied", copied, 0, settings.max_copied_share)]
+        # words of two languages are not counted alike
         if language == source_language:
             verdicts.append(within("length", ratio, settings.min_ratio, settings.max_ratio))
         if kept is not None:
             verdicts.append(within("kept facts", kept, settings.min_kept_share, 1))
+        # the judge is paid, so it sees what passed all else
         if settings.min_faithfulness and are_passed(verdicts):
             verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": text},
                                    settings.min_faithfulness))

@@ -74,32 +74,30 @@ class Draft:
         """Return a solution after the checks that need no other one."""
         found = boxes(reply.text)
         marked = ends_in_box(reply.text)
-        verdicts = (SampleVerdict("finished", not reply.is_cut, "ended at the limit of tokens" if reply.is_cut
-                                  else ""),
-                    SampleVerdict("ending", marked,
-                                  "" if marked else "does not end with its answer in a box"))
-        return Draft(reply, found[0] if marked and not reply.is_cut else "", verdicts)
+        answer = found[0] if marked and not reply.is_cut else ""
+        return Draft(reply, answer, ()).with_verdict(
+            "finished", not reply.is_cut, "ended at the limit of tokens").with_verdict(
+            "ending", marked, "does not end with its answer in a box")
 
     def with_verdict(self, check_: str, passed: bool, detail: str = "") -> Draft:
-        """Return it with one more verdict."""
         return replace(self, verdicts=(*self.verdicts,
                                        SampleVerdict(check_, passed, "" if passed else detail)))
 
     @property
     def is_good(self) -> bool:
-        """Return whether all checks so far are passed."""
         return all(verdict.passed for verdict in self.verdicts)
 
     @property
     def solution(self) -> Solution:
-        """Return it as `sov-data trajectories` knows one."""
         return Solution(self.reply.text, self.reply.thinking)
 
 
 def judged(drafts: Sequence[Draft], wanted: str, choices: Sequence[str], way: Way) -> list[Draft]:
     """Return solutions with whether their answer is the wanted one, and no other box of theirs says else."""
+    # all boxes, since one that says two answers is not consistent
     inside = [boxes(draft.reply.text) if draft.answer else [] for draft in drafts]
     asked = [answer for found in inside for answer in found]
+    # one call for all: each is a round trip to the process that compares
     right = dict(zip(asked, check(asked, wanted, choices, way), strict=True)) if asked else {}
     result = []
     for draft, found in zip(drafts, inside, strict=True):
@@ -125,7 +123,6 @@ class Solutions(Generator):
     settings: SolutionsSettings
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
-        """Yield the problems of files of JSON lines."""
         return read_problems(inputs, needs_answer="" if self.settings.vote else
                              "add it, or let solutions vote with --set vote=true")
 
@@ -142,11 +139,12 @@ class Solutions(Generator):
             wanted, voted, drafts = self._vote(drafts, choices)
         if wanted:
             drafts = judged(drafts, wanted, choices, s.way)
+        # counted here: the pass rate knows nothing of the judge, or of how alike solutions are
         num_right = sum(draft.is_good for draft in drafts)
         drafts = self._apart([self._judge(draft, item, ask) for draft in drafts])
         notes = {"answer": wanted, "num_draws": s.num_draws, "num_right": num_right,
                  "pass_rate": num_right / s.num_draws, **voted}
-        asked = _shown(item.fields["problem"], choices)
+        asked = _with_choices(item.fields["problem"], choices)
         for draft in drafts:
             thought = {"reasoning_content": draft.reply.thinking} if draft.reply.thinking else {}
             record = {"messages": [{"role": "user", "content": asked},
@@ -161,7 +159,8 @@ class Solutions(Generator):
         s = self.settings
         places = [i for i, draft in enumerate(drafts) if draft.answer]
         found = groups([drafts[i].answer for i in places], choices, s.way)
-        votes, second = (len(found[0]) if found else 0), (len(found[1]) if len(found) > 1 else 0)
+        votes, second, *_ = [*map(len, found), 0, 0]
+        # of all draws, since one of no use does not agree; a tie is no majority
         enough = votes >= max(s.min_votes, s.min_agreement * s.num_draws) and votes > second
         detail = f"{votes} of {s.num_draws} solutions agree, {second} on another answer"
         return (drafts[places[found[0][0]]].answer if enough else "", {"num_votes": votes},
@@ -179,6 +178,7 @@ class Solutions(Generator):
         good = [draft for draft in drafts if draft.is_good]
         solutions = [draft.solution for draft in good]
         chosen = {id(solution) for solution in diverse(solutions, s.most, s.max_similarity)}
+        # by identity: equal solutions are different drafts
         kept = {id(draft) for draft, solution in zip(good, solutions, strict=True) if id(solution) in chosen}
         found = []
         for draft in drafts:
@@ -190,7 +190,9 @@ class Solutions(Generator):
         return found
 
 
-def _shown(problem: str, choices: Sequence[str]) -> str:
+def _with_choices(problem: str, choices: Sequence[str]) -> str:
     """Return a problem with its choices, as it is asked."""
-    return "\n".join([problem, *(["", *(f"{letter}. {choice}" for letter, choice in
-                                        zip("ABCDEFGHIJ", choices, strict=False))] if choices else [])])
+    if not choices:
+        return problem
+    listed = [f"{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJ", choices, strict=False)]
+    return "\n".join([problem, "", *listed])

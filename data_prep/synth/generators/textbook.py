@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from data_prep.synth.generator import Ask, GeneratedSample, Grade, Kind, SampleVerdict
-from data_prep.synth.generators.documents.answers import answer_in
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import fact_verdicts
-from data_prep.synth.generators.documents.judging import FAITHFUL, agreed, graded
-from data_prep.synth.generators.documents.languages import in_language
-from data_prep.synth.generators.documents.likeness import copied_share
-from data_prep.synth.generators.documents.of_documents import OfDocuments
-from data_prep.synth.generators.documents.pieces import DocumentSettings, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_list, read_tagged
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, within
+from data_prep.synth.generators.documents.languages import in_language, name_of
+from data_prep.synth.generators.documents.pieces import DocumentSettings, OfDocuments, fenced
+from data_prep.synth.generators.documents.verdicts import (
+    FAITHFUL, agreed, answer_in, are_passed, complete, copied_share, graded, malformed, read_list,
+    read_tagged, within)
 from megatron_sov.base.settings import AtLeastOne, Share
 
 Level = Literal["children", "school", "university"]
@@ -63,8 +59,7 @@ class Textbook(OfDocuments):
     Settings: ClassVar[type[Any]] = TextbookSettings
     settings: TextbookSettings
 
-    def made(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield a lesson."""
+    def make_from(self, source: str, source_language: str, group: str, ask: Ask) -> Iterator[GeneratedSample]:
         settings = self.settings
         language = settings.language or source_language
         record = {"level": settings.level, "language": language}
@@ -84,6 +79,7 @@ class Textbook(OfDocuments):
                     in_language(told, language),
                     *fact_verdicts(told, source, language, source_language),
                     within("copied", copied, 0, settings.max_copied_share)]
+        # from here on checks are paid
         if settings.min_faithfulness and are_passed(verdicts):
             verdicts.append(graded(ask, "faithful", FAITHFUL, {"source": source, "text": parts["lesson"]},
                                    settings.min_faithfulness))
@@ -94,7 +90,6 @@ class Textbook(OfDocuments):
                               tuple(verdicts), group, notes)
 
     def _sections(self, lesson: str) -> SampleVerdict:
-        """Return whether a lesson has its sections, each with a text of its own."""
         _, *texts = _HEADING.split(lesson)
         count = sum(len(text.strip()) >= MIN_SECTION_CHARS for text in texts)
         return SampleVerdict("sections", count >= self.settings.num_sections and count == len(texts),
@@ -104,6 +99,7 @@ class Textbook(OfDocuments):
                 ) -> Iterator[SampleVerdict]:
         """Yield whether each exercise is solved with the lesson alone as its answer says."""
         for exercise in exercises:
+            # without the document: the lesson has to teach what it asks
             reply, = ask("textbook/solve", temperature=0.0, lesson=fenced(lesson), language=name_of(language),
                          question=exercise["question"])
             verdict = agreed(ask, "exercise", exercise["question"], answer_in(reply.text), exercise["answer"],
@@ -114,7 +110,6 @@ class Textbook(OfDocuments):
 
 
 def page(title: str, lesson: str, exercises: Sequence[Mapping[str, str]]) -> str:
-    """Return a lesson with its exercises as one text."""
     asked = "\n\n".join(f"{number}. {exercise['question']}\n\n→ {exercise['answer']}"
                         for number, exercise in enumerate(exercises, 1))
     return f"# {title}\n\n{lesson}\n\n---\n\n{asked}"

@@ -21,17 +21,13 @@ from annotated_types import Ge, Le
 from data_prep.libraries import require
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, Reply, SampleVerdict)
-from data_prep.synth.generators.documents.answers import stands_in
-from data_prep.synth.generators.documents.customs import name_of
 from data_prep.synth.generators.documents.facts import quotes_of
-from data_prep.synth.generators.documents.judging import graded
-from data_prep.synth.generators.documents.languages import ToldApart, in_language, language_of
-from data_prep.synth.generators.documents.likeness import copied_share
+from data_prep.synth.generators.documents.languages import ToldApart, in_language, language_of, name_of
 from data_prep.synth.generators.documents.numbers import numbers_of
 from data_prep.synth.generators.documents.pieces import ID_CHARS, DocumentSettings, document_items, fenced
-from data_prep.synth.generators.documents.tagged import MAX_KEPT_CHARS, read_tagged
 from data_prep.synth.generators.documents.verdicts import (
-    complete, refused, unknown_language, until_failed, within)
+    MAX_KEPT_CHARS, complete, copied_share, graded, read_tagged, refused, stands_in, unknown_language,
+    until_failed, within)
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.errors import UserError
@@ -97,15 +93,17 @@ def read_glossary(file: Path) -> list[tuple[str, str]]:
 def kept_verdicts(made: str, source: str, language: str, source_language: str, keep_quotes: bool
                   ) -> Iterator[SampleVerdict]:
     """Yield whether code, addresses, placeholders, numbers and quotations came through."""
+    # counted: a formula that occurs twice has to occur twice
     before, after = Counter(KEPT.findall(source)), Counter(KEPT.findall(made))
-    yield SampleVerdict("code and placeholders", before == after, _told(before - after, after - before))
+    yield SampleVerdict("code and placeholders", before == after, _changes(before - after, after - before))
     if keep_quotes:
         lost = [quote for quote in quotes_of(KEPT.sub(" ", source)) if quote not in made]
         yield SampleVerdict("quotes", not lost, ", ".join(quote[:60] for quote in lost[:_MAX_TOLD]))
+    # digits of one side may be words of the other, so they are looked up among all that it has
     numbers = numbers_of(KEPT.sub(" ", source), source_language)
     others = numbers_of(KEPT.sub(" ", made), language)
     yield SampleVerdict("numbers", numbers.stated <= others.known and others.stated <= numbers.known,
-                        _told(numbers.stated - others.known, others.stated - numbers.known))
+                        _changes(numbers.stated - others.known, others.stated - numbers.known))
 
 
 def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool, max_untranslated: float
@@ -113,9 +111,11 @@ def translated_verdicts(made: str, source: str, language: str, keep_quotes: bool
     """Yield whether a translation is in its language, and nothing was left as it was."""
     text, original = (KEPT.sub(" ", part) for part in (made, source))
     if keep_quotes:
+        # the longest first, since a quote may be a part of another
         for quote in sorted(quotes_of(original), key=len, reverse=True):
             text, original = text.replace(quote, " "), original.replace(quote, " ")
     yield in_language(text, language)
+    # a short text has no runs of words, and would count as translated
     is_same = " ".join(text.split()) == " ".join(original.split()) and any(c.isalpha() for c in original)
     untranslated = 1.0 if is_same else copied_share(text, original, COPIED_WORDS)
     yield within("untranslated", untranslated, 0, max_untranslated)
@@ -135,7 +135,7 @@ def terms_in(source: str, glossary: Sequence[tuple[str, str]]) -> list[tuple[str
     return [entry for entry in glossary if stands_in(entry[0], source)]
 
 
-def _told(lost: Counter[str] | frozenset[str], new: Counter[str] | frozenset[str]) -> str:
+def _changes(lost: Counter[str] | frozenset[str], new: Counter[str] | frozenset[str]) -> str:
     return "; ".join(f"{what}: {', '.join(part[:60] for part in sorted(parts)[:_MAX_TOLD])}"
                      for what, parts in (("lost", lost), ("new", new)) if parts)
 
@@ -187,7 +187,6 @@ class TranslationGenerator(Generator):
         self._glossary = read_glossary(Path(settings.glossary)) if settings.glossary else []
 
     def files(self) -> Sequence[Path]:
-        """Return the glossary, where there is one."""
         return [Path(self.settings.glossary)] if self.settings.glossary else []
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
@@ -209,7 +208,6 @@ class TranslationGenerator(Generator):
                     yield GeneratorItem(key, fields, path.name, self.settings.licence)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the translation."""
         is_text = self.settings.form == "text"
         texts: list[str] = ([item.fields["text"]] if is_text
                             else [message["content"] for message in item.fields["messages"]])
@@ -223,6 +221,7 @@ class TranslationGenerator(Generator):
                 set(message) > {"role", "content"} for message in item.fields["messages"])):
             yield refused(whole, "plain messages", "has tools or thoughts, which are not translated")
             return
+        # a document was cut into pieces; a message cannot be
         if (longest := max(len(text.encode()) for text in texts)) > self.settings.max_piece_bytes:
             yield refused(whole, "length", f"a message has {longest:,} bytes; see max_piece_bytes")
             return
@@ -239,6 +238,7 @@ class TranslationGenerator(Generator):
             checks = self._checks(made[-1], text, source_language, reply, found is not None, ask, notes)
             verdicts += until_failed(checks)
             if not verdicts[-1].passed:
+                # the others stay as they are: the record has a text for each message
                 made += texts[len(made):]
                 break
         yield GeneratedSample(self._record(item, made), tuple(verdicts), "", notes)
@@ -268,6 +268,7 @@ class TranslationGenerator(Generator):
                         source_language=name_of(source_language))
             found = read_tagged(back.text, "translation")
             agreement = chrf(found["translation"], source) if found else 0.0
+            # of a chat the worst message counts
             notes["chrf"] = round(min(agreement, notes.get("chrf", 100.0)), 2)
             yield SampleVerdict("back translation", agreement >= settings.min_chrf,
                                 f"chrF {agreement:.1f}, at least {settings.min_chrf:g}")

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, Kind, SampleVerdict
-from data_prep.synth.generators.documents.answers import answer_in, stands_in
-from data_prep.synth.generators.documents.customs import customs_of, name_of
-from data_prep.synth.generators.documents.languages import language_of
+from data_prep.synth.generators.documents.languages import customs_of, language_of, name_of
 from data_prep.synth.generators.documents.pieces import DocumentSettings, document_items, fenced
-from data_prep.synth.generators.documents.tagged import malformed, read_list
-from data_prep.synth.generators.documents.verdicts import are_passed, complete, unknown_language, until_failed
+from data_prep.synth.generators.documents.verdicts import (
+    answer_in, are_passed, complete, malformed, read_list, stands_in, unknown_language, until_failed)
 from megatron_sov.base.settings import AtLeastOne
 from megatron_sov.judge.rewards.answers import normalized
 
@@ -68,17 +66,16 @@ class Triples(Generator):
             if are_passed(verdicts):
                 kept.append(triple)
             else:
-                yield GeneratedSample({"text": told(triple)}, tuple(verdicts), item.id)
-        yield GeneratedSample({"text": "\n".join(map(told, kept)), "document": source, "triples": kept,
-                               "language": language},
-                              (complete(reply),
-                               SampleVerdict("number of facts", bool(kept),
-                                             f"{len(kept)} of {len(triples)} are kept")),
-                              item.id, {"num_facts": len(kept)})
+                yield GeneratedSample({"text": fact_line(triple)}, tuple(verdicts), item.id)
+        record = {"text": "\n".join(map(fact_line, kept)), "document": source, "triples": kept,
+                  "language": language}
+        count = SampleVerdict("number of facts", bool(kept), f"{len(kept)} of {len(triples)} are kept")
+        yield GeneratedSample(record, (complete(reply), count), item.id, {"num_facts": len(kept)})
 
     def _checks(self, triple: Mapping[str, str], before: Sequence[Mapping[str, str]], source: str,
                 language: str, ask: Ask) -> Iterator[SampleVerdict]:
         subject, thing, sentence = triple["subject"], triple["object"], triple["sentence"]
+        # chains are made of names: pronouns and clauses join facts that have nothing in common
         names = (subject, triple["relation"], thing)
         yield SampleVerdict("names", all(len(name) <= MAX_NAME_CHARS and "\n" not in name for name in names)
                             and len({normalized(subject), normalized(thing), normalized(sentence)}) == 3
@@ -86,13 +83,12 @@ class Triples(Generator):
                             "one is a pronoun or a clause, or both are the same")
         yield SampleVerdict("sentence in document", stands_in(sentence, source))
         yield SampleVerdict("names in sentence", stands_in(subject, sentence) and stands_in(thing, sentence))
-        yield SampleVerdict("another fact", told(triple) not in map(told, before))
+        yield SampleVerdict("another fact", fact_line(triple) not in map(fact_line, before))
         if self.settings.verify:
-            material = fenced(f"Sentence: {sentence}\nFact: {told(triple)}")
+            material = fenced(f"Sentence: {sentence}\nFact: {fact_line(triple)}")
             reply, = ask("triples/verify", role="judge", temperature=0.0, material=material)
             yield SampleVerdict("judge: stated", normalized(answer_in(reply.text)) == "yes", reply.text[:80])
 
 
-def told(triple: Mapping[str, str]) -> str:
-    """Return a fact as a line."""
+def fact_line(triple: Mapping[str, str]) -> str:
     return " | ".join(" ".join(triple[part].split()) for part in PARTS[:3])

@@ -30,7 +30,7 @@ from data_prep.synth import finishing, models
 from data_prep.synth.candidates import record_of
 from data_prep.synth.generator import Ask, GeneratedSample, GeneratorItem, SampleVerdict, writable
 from data_prep.synth.known import GENERATORS
-from data_prep.synth.running import made_generator
+from data_prep.synth.running import make_generator
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.progress.journal import records_by_item, work_folder
@@ -317,8 +317,8 @@ def test_a_command_that_stopped_at_its_input_binds_no_later_one(run: Run, endpoi
 
 
 def test_a_list_may_be_written_with_commas() -> None:
-    made = made_generator("rewrite", {"styles": "clearer,dialogue"}).settings
-    assert made == made_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
+    made = make_generator("rewrite", {"styles": "clearer,dialogue"}).settings
+    assert made == make_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
 
 
 def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(

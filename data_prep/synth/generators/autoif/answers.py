@@ -13,23 +13,93 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Le
 
 from data_prep.curate.quality.identify import identify
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
-    Ask, GeneratedSample, Generator, GeneratorItem, Kind, NoReply, NoUsableReply, Reply, SampleVerdict)
-from data_prep.synth.generators.autoif.kept_constraints import FILE, read_constraints
-from data_prep.synth.generators.autoif.settings import AutoIfSettings
-from data_prep.synth.generators.autoif.texts import Texts, texts_of
-from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
-from data_prep.synth.generators.drawing import one_of, share_of
+    Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, Reply, SampleVerdict,
+    Temperature)
+from data_prep.synth.generators.autoif.constraints import FILE, SPACELESS, Named, read_constraints
+from data_prep.synth.generators.autoif.texts import Texts, in_system_turn, in_user_turn, texts_of
+from data_prep.synth.generators.drawing import choose, share_of
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, list_files, open_parquet
-from megatron_sov.base.documents.scripts import script_of
+from megatron_sov.base.documents.scripts import LANGUAGES, script_of
 from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, verdicts, views_of
+from megatron_sov.base.settings import AtLeastOne, SettingsProblem, Share, at_most, find_broken, one_of
+from megatron_sov.judge.rewards.constraint import INSTALLED, MAX_TEXT_CHARS, Segmenter, verdicts, views_of
 from megatron_sov.work.sandbox import shared_sandbox
+
+SCRIPTS = frozenset(script for scripts in LANGUAGES.values() for script in scripts)
+
+
+@dataclass(frozen=True)
+class AutoIfSettings:
+    """How answers that keep constraints are made; the values are Typhoon-S's where nothing else is said."""
+
+    constraints: str = ""
+    """Folder of the generator `constraints`, or a JSONL file in its form."""
+    language: Named = "ko"
+    """Of queries and answers."""
+    translate: bool = True
+    """Translate queries in other languages; without, they are refused."""
+    constraints_per_query: AtLeastOne = 1
+    """Different ones, each of which makes an item of its own; AutoIF takes 16 queries for a constraint."""
+    system_share: Share = 0.5
+    """Of the conversations, that have the constraint in the system turn."""
+    num_responses: AtLeastOne = 2
+    """Answers to each query."""
+    temperature: Temperature = 0.7
+    """Of answers."""
+    max_tokens: Annotated[int, Ge(16)] = 4096
+    """Of an answer; one that is longer is refused."""
+    min_query_chars: Annotated[AtLeastOne, at_most("max_query_chars")] = 4
+    """Of a query, without white space around it (AutoIF: 20; ours is for languages that are short)."""
+    max_query_chars: AtLeastOne = 2000
+    """Likewise (AutoIF: 300)."""
+    toxic: bool = False
+    """Take records that say `toxic: true`, as WildChat's do."""
+    segmenter: Annotated[Literal["auto", "none", "rules", "pythainlp"], INSTALLED] = "auto"
+    """Whether functions see an answer with its sentences and words set apart as well: none; rules: line ends
+    end sentences; pythainlp: by that library; auto: rules for languages without blanks, else none."""
+    foreign_scripts: tuple[Annotated[str, one_of(lambda: SCRIPTS)], ...] = ("CJK",)
+    """Of which no letter may stand in an answer, unless the query has it: CJK for teachers that slip into
+    Chinese, as Qwen does.  Scripts of the language itself are left out."""
+    min_score: Grade = 7.0
+    """Of the judge, from 0 to 10 (the authors' README; their code asks for more than 8)."""
+    also: Literal["", "prompts", "pairs"] = ""
+    """prompts: a prompt with its functions as well, for the reward `constraint`; pairs: an answer that was
+    kept, and that half of the functions accept, beside one that none does, for `prefer`."""
+    call_time_s: Annotated[float, Ge(1), Le(60)] = 5.0
+    """Of a processor, for a function and a text."""
+    modules: tuple[str, ...] = ()
+    """That functions may import beside those that compute on texts, where this machine has them."""
+
+    def problems(self) -> list[SettingsProblem]:
+        folder, made = Path(self.constraints), "name the folder that `sov-data synth constraints` has written"
+        if self.constraints and folder.is_dir():
+            made = "let `sov-data synth constraints` come to its end there"
+        return find_broken(
+            self, "", (bool(self.constraints), "constraints", "is not set", made),
+            (folder.exists(), "constraints", "does not exist", made),
+            (not self.constraints or not folder.is_dir() or (folder / FILE).is_file(), "constraints",
+             f"has no {FILE}", made),
+            (self.also != "pairs" or self.num_responses > 1, "also", "needs num_responses of at least 2"))
+
+    @property
+    def views(self) -> Segmenter:
+        # counts of words and sentences mean nothing where no sign sets them apart
+        if self.segmenter == "auto":
+            return "rules" if self.language in SPACELESS else "none"
+        return self.segmenter
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        return frozenset(self.foreign_scripts) - set(LANGUAGES.get(self.language, ()))
+
 
 CONVERSATIONS = ("conversation", "messages", "conversations", "prompt")
 """Fields that may hold turns, WildChat's first."""
@@ -155,8 +225,10 @@ def with_quotes_of(text: str, translation: str) -> str | None:
     language puts around them and in whatever order.
     """
     wanted = quoted(text)
+    # the words count, not their marks: languages have marks of their own
     if all(translation.count(words) >= wanted.count(words) for words in wanted):
         return translation
+    # with another number of quotations it is unknown which is which
     if len(quoted(translation)) != len(wanted):
         return None
     left = iter(wanted)
@@ -183,7 +255,6 @@ class AutoIf(Generator):
     settings: AutoIfSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the file of constraints."""
         path = Path(self.settings.constraints)
         return [path / FILE if path.is_dir() else path]
 
@@ -196,10 +267,11 @@ class AutoIf(Generator):
         settings = self.settings
         constraints = read_constraints(Path(settings.constraints), settings.modules)
         for query in queries_of(inputs, settings.min_query_chars, settings.max_query_chars, settings.toxic):
-            drawn = [one_of(constraints, query.digest, number)
+            # by the hash of the query: it has the same constraint in every run and in any order of the input
+            drawn = [choose(constraints, query.digest, number)
                      for number in range(settings.constraints_per_query)]
             for number, constraint in enumerate(dict.fromkeys(drawn)):
-                wording = one_of(constraint.wordings, query.digest, number, "wording")
+                wording = choose(constraint.wordings, query.digest, number, "wording")
                 yield GeneratorItem(f"{query.digest}.{number}", {
                     "query": query.text, "constraint": wording, "functions": list(constraint.functions)},
                     query.source, query.licence)
@@ -218,7 +290,9 @@ class AutoIf(Generator):
         replies = ask("autoif/response", count=self.settings.num_responses,
                       temperature=self.settings.temperature, max_tokens=self.settings.max_tokens,
                       constraint=item.fields["constraint"], language=self._texts.name, query=query)
+        # equal answers are one sample
         different = {reply.text.strip(): reply for reply in replies}
+# all at once, since prompts and pairs below look at all answers
         samples = []
         for text, reply in different.items():
             checks, accepting = self._verdicts(item, query, reply, ask)
@@ -242,6 +316,7 @@ class AutoIf(Generator):
             if turned is None or identify(turned)[0] != settings.language:
                 return query, constraint, self._no_translation("the query")
             query = turned
+        # the same name as in `make`, so the same draw
         in_system = share_of("system", item.id) < settings.system_share
         is_turned = not in_system or share_of("translated", item.id) < SYSTEM_TRANSLATED_SHARE
         if is_turned and identify(_without(constraint))[0] != settings.language:
@@ -261,8 +336,8 @@ class AutoIf(Generator):
                      max_tokens=MAX_TRANSLATION_TOKENS, language=self._texts.name, text=text)
         return None if reply.is_cut else with_quotes_of(text, reply.text.strip())
 
-    def _verdicts(self, item: GeneratorItem, query: str, reply: Reply, ask: Ask) -> tuple[list[SampleVerdict],
-                                                                                          int]:
+    def _verdicts(self, item: GeneratorItem, query: str, reply: Reply, ask: Ask
+                  ) -> tuple[list[SampleVerdict], int]:
         """Return the verdicts on an answer up to the first that fails, and how many functions accept it; the
         judge, who costs, is asked last."""
         text = reply.text.strip()
@@ -274,12 +349,14 @@ class AutoIf(Generator):
         accepting, why = self._accepting(functions, text)
         checks.append(SampleVerdict("constraint", accepting > 0, why if not accepting else
                                     f"{accepting} of {len(functions)} functions accept it"))
+        # what the user or the constraint has written may be repeated
         foreign = sorted({char for char in text if script_of(char) in self.settings.foreign} - set(query)
                          - set(item.fields["constraint"]))
         checks.append(SampleVerdict("foreign script", not foreign, "".join(foreign[:20])))
         language, score = identify(text)
         is_right = language == self.settings.language and score >= MIN_LANGUAGE_SCORE
         checks.append(SampleVerdict("language", is_right, f"{language}, {score:.2f}"))
+        # the judge is paid: it is asked about what passed all else
         failed = next((place for place, one in enumerate(checks) if not one.passed), None)
         if failed is not None:
             return checks[:failed + 1], accepting
@@ -298,6 +375,7 @@ class AutoIf(Generator):
         views = views_of(text, self.settings.views)
         sandbox = shared_sandbox(workers=SANDBOX_WORKERS)
         try:
+            # one view that it accepts is enough: which one a language needs, functions do not know
             told = [verdicts(sandbox, function, views, call_s=self.settings.call_time_s)
                     for function in functions]
         except (RuntimeError, TimeoutError) as e:  # nothing is known about the answer

@@ -2,15 +2,16 @@
 
 Seeds -> 50 instructions a call -> five functions with three cases each, run against each other in the
 sandbox -> what the functions ask for, told back in words -> kept where nothing in it contradicts the
-instruction.
+instruction.  `read_constraints` gives what was kept to `autoif`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +22,164 @@ from annotated_types import Ge, Gt, Le
 from data_prep.json_lines import read_objects
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict)
-from data_prep.synth.generators.autoif.crossing import Crossed, CrossingDraft, crossed, read_draft
 from data_prep.synth.generators.autoif.texts import languages, texts_of
 from data_prep.synth.generators.drawing import shuffled
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, list_problems, told_in_a_line
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, SettingsProblem, Share, at_most, find_broken, one_of)
 from megatron_sov.judge.rewards import constraint as constraint_checks
+from megatron_sov.judge.rewards.code import program_in
+from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, functions_of, problem_of
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.work.sandbox import shared_sandbox
+
+# Cross-validation: functions and cases of several answers judge each other. AutoIF keeps a case that one
+# function agrees with, and then functions by their share of kept cases. Where all functions make one mistake,
+# such as to accept everything, each case that shows it goes, and all functions stay. Here a share of the
+# cases must stay as well, and a function must reject an ordinary text, one of its own kept false cases or
+# one written for another constraint, and accept one of its own true ones.
+
+Judging = Callable[[str, Sequence[str]], Sequence[ConstraintVerdict]]
+"""Source of a check and texts -> what it says of each."""
+MAX_CASES = 10
+"""That are taken of one answer."""
+MAX_JSON_CHARS = 200_000
+MAX_UNENDED = 2
+"""Functions of a constraint that may take all their time; the others are not asked then."""
+_JSON = re.compile(r"^[ \t]*```[ \t]*json[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_TRUTH = {"true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A text, and whether it keeps the constraint."""
+
+    text: str
+    """A response."""
+    keeps: bool
+    """What its writer says."""
+
+
+@dataclass(frozen=True)
+class CrossingDraft:
+    """What one answer says: a check with its cases."""
+
+    source: str
+    """Python, with no problem."""
+    cases: tuple[Case, ...]
+    """In the answer's order."""
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """What is left of drafts."""
+
+    functions: tuple[str, ...] = ()
+    """Sources that stay, the best first."""
+    accuracies: tuple[float, ...] = ()
+    """Share of the kept cases that each agrees with."""
+    cases: tuple[Case, ...] = ()
+    """That stay."""
+    check: str = ""
+    """Name of the check that nothing passed; empty: functions are left."""
+    detail: str = ""
+    """What was seen, where nothing passed."""
+
+
+def read_draft(answer: str, modules: Sequence[str] = ()) -> CrossingDraft | str:
+    """Return the check and the cases of an answer: a block of Python and a block of JSON; or what is wrong
+    with it, as the end of a sentence."""
+    source = program_in(answer).strip()
+    if problem := problem_of(source, modules):
+        return problem
+    blocks = _JSON.findall(answer)
+    try:
+        # the last block: a draft before it is not meant
+        listed = json.loads(blocks[-1][:MAX_JSON_CHARS]) if blocks else None
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        return "has no block of JSON with a list of cases"
+    cases = [_case(one) for one in listed[:MAX_CASES]]
+    return CrossingDraft(source, tuple(case for case in cases if case))
+
+
+def _case(given: object) -> Case | None:
+    if not isinstance(given, dict) or not isinstance(given.get("input"), str):
+        return None
+    output = given.get("output")
+    keeps = _TRUTH.get(output.strip().lower()) if isinstance(output, str) else output
+    if not isinstance(keeps, bool) or len(given["input"]) > MAX_TEXT_CHARS:
+        return None
+    return Case(given["input"], keeps)
+
+
+def crossed(drafts: Sequence[CrossingDraft], others: Sequence[str], judging: Judging, *, min_functions: int,
+            min_cases: int, min_kept_share: float, min_accuracy: float) -> Crossed:
+    """Return what is left of the drafts of one constraint.
+
+    Args:
+        drafts: those that can be read.
+        others: texts that were not written for this constraint.
+        judging: runs a check.
+        min_functions: different ones that there must be.
+        min_cases: different ones that there must be.
+        min_kept_share: of the cases, that one function or another must agree with.
+        min_accuracy: of a function that stays.
+    """
+    sources = list(dict.fromkeys(draft.source for draft in drafts))
+    cases = list(dict.fromkeys(case for draft in drafts for case in draft.cases))
+    if len(sources) < min_functions:
+        return Crossed(check="functions", detail=f"{len(sources)} different ones; {min_functions} are needed")
+    if len(cases) < min_cases:
+        return Crossed(check="cases", detail=f"{len(cases)} different ones; {min_cases} are needed")
+    # every function sees every text once: its own cases, those of others, and ordinary ones
+    texts = list(dict.fromkeys([*(case.text for case in cases), *others]))
+    # source -> text -> what it says; functions that did not end are not there
+    said: dict[str, dict[str, bool | None]] = {}
+    unended = 0
+    for source in sources:
+        told = judging(source, texts)
+        if all(verdict.ended for verdict in told):
+            said[source] = {text: one.accepts for text, one in zip(texts, told, strict=True)}
+        else:
+            unended += 1
+        # the others of this constraint would most likely take all their time as well
+        if unended == MAX_UNENDED:
+            return Crossed(check="ends", detail=f"{unended} functions did not end in time")
+    # AutoIF: a case stays that one function agrees with, and a function by its share of these
+    kept = [case for case in cases if any(verdicts[case.text] == case.keeps for verdicts in said.values())]
+    scored = [(sum(verdicts[case.text] == case.keeps for case in kept) / max(1, len(kept)), source)
+              for source, verdicts in said.items()]
+    # not of AutoIF: where all functions make one mistake, the cases that show it are those that went
+    if len(kept) < min_kept_share * len(cases):
+        return Crossed(cases=tuple(kept), check="agreement", detail=f"{len(kept)} of {len(cases)} cases "
+                       f"have a function that agrees; {unended} functions did not end")
+    exact = [(accuracy, source) for accuracy, source in scored if accuracy >= min_accuracy]
+    if not exact:
+        best = max((accuracy for accuracy, _ in scored), default=0.0)
+        return Crossed(cases=tuple(kept), check="accuracy", detail=f"the best function agrees with "
+                       f"{best:.0%} of {len(kept)} cases")
+    # a function that accepts everything agrees with every true case
+    telling = [(accuracy, source) for accuracy, source in exact if _tells(said[source], kept, others)]
+    if not telling:
+        return Crossed(cases=tuple(kept), check="tells apart", detail=f"{len(exact)} functions accept, or "
+                       f"reject, each of {len(texts)} texts")
+    telling.sort(key=lambda one: -one[0])  # stable: the writer's order among equals
+    return Crossed(tuple(source for _, source in telling), tuple(accuracy for accuracy, _ in telling),
+                   tuple(kept))
+
+
+def _tells(said: dict[str, bool | None], kept: Sequence[Case], others: Sequence[str]) -> bool:
+    """Return whether a function rejects a text that it ought to look at, and accepts one that keeps the
+    constraint; to reject nothing but blanks tells nothing."""
+    wrong = [*(case.text for case in kept if not case.keeps), *others]
+    right = [case.text for case in kept if case.keeps]
+    return (any(said[text] is False for text in wrong if text.strip())
+            and any(said[text] is True for text in right if text.strip()))
+
 
 MAX_TOKENS = 512
 CONTRADICTION = "contradiction"
@@ -83,6 +231,7 @@ class Entailment:
             raise UserError(f"nli = {e}") from None
         except Exception as e:  # anything, over files that are broken
             raise UserError(f"nli = {folder}: no classifier can be loaded ({told_in_a_line(e)})") from None
+        # models name labels in any case, and in any order
         labels = {int(place): str(name).lower() for place, name in self._model.config.id2label.items()}
         if CONTRADICTION not in labels.values():
             raise UserError(f"nli = {folder}: its labels are {', '.join(labels.values())}, and none is "
@@ -133,7 +282,6 @@ class ConstraintsSettings:
     """That functions may import beside those that compute on texts, where this machine has them."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         most_cases = self.num_functions * self.num_cases
         return find_broken(
             self, "", (self.min_cases <= most_cases, "min_cases",
@@ -174,8 +322,8 @@ class Constraints(Generator):
             yield GeneratorItem(f"round.{number}", {"seeds": seeds}, source)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield one sample for each instruction of an item."""
         wanted = [item.fields["constraint"]] if "constraint" in item.fields else self._ideas(item, ask)
+        # all drafts first: cases of one constraint are texts for the functions of the others
         drafts = {constraint: self._drafts(constraint, ask) for constraint in wanted
                   if not wording_problem(constraint)}
         for constraint in wanted:
@@ -224,6 +372,7 @@ class Constraints(Generator):
                   "cases": [{"input": case.text, "output": case.keeps} for case in left.cases]}
         notes = {"accuracies": [round(accuracy, 4) for accuracy in left.accuracies],
                  "faults": faults, "num_cases": len(left.cases)}
+        # `crossed` stops at the first that fails: those before it in this order were passed
         for check in ("functions", "cases", "ends", "agreement", "accuracy", "tells apart"):
             if check == left.check:
                 detail = f"{left.detail}; one {faults[0]}" if faults and check == "functions" else left.detail
@@ -235,9 +384,9 @@ class Constraints(Generator):
     def _others(self, constraint: str, drafts: Mapping[str, Sequence[CrossingDraft | str]],
                 item_id: str) -> list[str]:
         """Return ordinary answers, and answers that keep other constraints of the item."""
-        written = [case.text for other, found in drafts.items() if other != constraint
-                   for draft in found if isinstance(draft,
-                                                    CrossingDraft) for case in draft.cases if case.keeps]
+        sound = [draft for other, found in drafts.items() if other != constraint
+                 for draft in found if isinstance(draft, CrossingDraft)]
+        written = [case.text for draft in sound for case in draft.cases if case.keeps]
         plain = texts_of(self.settings.language).plain
         return [*plain, *shuffled(list(dict.fromkeys(written)), item_id, constraint)[:MAX_OTHERS]]
 
@@ -291,6 +440,7 @@ def seeds_of(inputs: Sequence[Path], language: str) -> list[str]:
     if not inputs:
         return list(texts_of(language).seeds)
     seeds = [seed for file in inputs for seed in _seeds(file)]
+    # placeholders are for the packaged seeds, which fill them in
     sound = list(dict.fromkeys(seed for seed in seeds if not wording_problem(seed)))
     if not sound:
         raise UserError(f"{inputs[0]}: has no seed; write one instruction a line, each complete in itself, "
@@ -342,3 +492,48 @@ def _listed(text: str) -> list[str] | None:
     if not isinstance(found, list) or not all(isinstance(one, str) and one.strip() for one in found):
         return None
     return [one.strip() for one in found]
+
+
+# What the generator has kept, read again: `autoif` starts from it.
+
+FILE = "kept.jsonl"
+"""Of the folder that `constraints` writes."""
+MOST_TOLD = 10
+
+
+@dataclass(frozen=True)
+class KeptConstraint:
+    """One constraint with its functions."""
+
+    wordings: tuple[str, ...]
+    """The constraint, and what its functions ask for in words; one of them is used."""
+    functions: tuple[str, ...]
+    """Sources, the best first."""
+
+
+def read_constraints(path: Path, modules: tuple[str, ...] = ()) -> list[KeptConstraint]:
+    """Return the constraints of a folder of the generator `constraints`, or of a JSONL file in its form.
+
+    Raises:
+        UserError: it cannot be read, has none, or one has no function; all such lines are told.
+    """
+    found, problems = [], []
+    for where, record in read_objects(path / FILE if path.is_dir() else path):
+        constraint, back = record.get("prompt"), record.get("back", [])
+        try:
+            functions = functions_of(record, modules)
+        except Refused as e:
+            problems.append(f"{where}: {e}")
+            continue
+        if not isinstance(constraint, str) or wording_problem(constraint):
+            problems.append(f"{where}: prompt must be the constraint, a line of text")
+            continue
+        # what functions ask for in words is another wording of the constraint
+        told = [one for one in back if isinstance(one, str)] if isinstance(back, list) else []
+        wordings = [constraint, *(one.strip() for one in told if not wording_problem(one.strip()))]
+        found.append(KeptConstraint(tuple(dict.fromkeys(wordings)), tuple(functions)))
+    if problems:
+        raise UserError(list_problems("constraints", problems[:MOST_TOLD]))
+    if not found:
+        raise UserError(f"constraints = {path}: has none; make some with `sov-data synth constraints`")
+    return found

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from data_prep.synth.generator import SampleVerdict
-from data_prep.synth.generators.documents.customs import customs_of
+from data_prep.synth.generators.documents.languages import customs_of
 from data_prep.synth.generators.documents.numbers import Numbers, numbers_of
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.documents.scripts import LANGUAGES
@@ -43,21 +43,21 @@ class DocumentFacts:
 
 
 def facts_of(text: str, language: str) -> DocumentFacts:
-    """Return the facts of a text in a language."""
     return DocumentFacts(numbers_of(text, language), frozenset(names_of(text, language)),
                          frozenset(quotes_of(text)))
 
 
 def quotes_of(text: str) -> list[str]:
     """Return what stands between marks of quotation, in order."""
-    return [quote.strip() for match in _QUOTES.finditer(text) if (quote := next(filter(None, match.groups())))
-            and quote.strip()]
+    inside = [next(filter(None, match.groups())).strip() for match in _QUOTES.finditer(text)]
+    return [quote for quote in inside if quote]
 
 
 def names_of(text: str, language: str) -> list[str]:
     """Return the words that are seen to be names, in order."""
     customs = customs_of(language)
     if not customs.has_case:
+        # in a text of another script each Latin word may be a name
         is_latin = "LATIN" in LANGUAGES.get(language, ())  # where every noun has a capital, none tells a name
         return [] if is_latin else [_POSSESSIVE.sub("", word) for word in _LATIN_WORD.findall(text)]
     found: list[str] = []
@@ -78,11 +78,14 @@ def _is_heading(line: str, words: list[str]) -> bool:
 
 
 def _is_name(line: str, start: int, word: str) -> bool:
+    # the pronoun has a capital and is no name
     if word == "I" or not any(c.isupper() for c in word):
         return False
     if len(word) > 1 and any(c.isupper() for c in word[1:].replace("-", "")):
+        # capitals inside mark a name anywhere (UNESCO); anti-American has one and is none
         return "-" not in word or word[0].isupper()
     before = line[:start].rstrip()
+    # a capital that begins a sentence says nothing
     begins = not before or before[-1] in ".!?:;…。！？\"“”'‘’«»„([{*#>|-–—•0123456789)"
     return word[0].isupper() and not begins
 
@@ -97,8 +100,10 @@ def unsupported(made: DocumentFacts, source: str, source_facts: DocumentFacts, *
         source_facts: its facts.
         compare_names: without: they are written in another script there.
     """
+    # in one language alone: in another script a name is written in other letters
     words = _words(source)
     names = {name for name in made.names if compare_names and not _stands_among(name, words)}
+    # blanks and line ends are not part of a quotation
     flat = _flat(source)
     quotes = {quote for quote in made.quotes if compare_names and _flat(quote).strip(".,!?… ") not in flat}
     # in another language words make numbers in ways that nothing here knows
@@ -110,6 +115,7 @@ def unsupported(made: DocumentFacts, source: str, source_facts: DocumentFacts, *
 def _words(text: str) -> set[str]:
     """Return the words of a text, those in Latin letters apart from what hangs on them."""
     folded = fold(text)
+    # both forms: in a word such as SOV모델 the Latin part is a name of its own
     words = {_POSSESSIVE.sub("", word) for word in (*_WORD.findall(folded), *_LATIN_WORD.findall(folded))}
     return words | {part for word in words for part in word.split("-")}
 
@@ -127,6 +133,7 @@ def _same_stem(one: str, other: str) -> bool:
         if a != b:
             break
         shared += 1
+    # any cut after the fourth shared letter is enough: Kore-a and Kore-an
     return any(one[at:] in _ENDINGS and other[at:] in _ENDINGS for at in range(_MIN_STEM, shared + 1))
 
 
@@ -141,7 +148,7 @@ def fact_verdicts(made: str, source: str, language: str, source_language: str) -
     """
     facts = unsupported(facts_of(made, language), source, facts_of(source, source_language),
                         compare_names=language == source_language)
-    return [SampleVerdict(check, not found, _told(found)) for check, found in (
+    return [SampleVerdict(check, not found, _list_missing(found)) for check, found in (
         ("numbers", facts.numbers.stated), ("names", facts.names), ("quotes", facts.quotes))]
 
 
@@ -149,6 +156,7 @@ def kept_share(made: str, source: str, language: str, source_language: str) -> f
     """Return the share of a source's numbers and names that a text made from it has; None: it has too few."""
     facts = facts_of(source, source_language)
     made_facts = numbers_of(made, language).known
+    # numbers in words count as kept, as 3 does where the text says three
     kept = [number in made_facts for number in facts.numbers.stated]
     if language == source_language:
         words = _words(made)
@@ -156,6 +164,6 @@ def kept_share(made: str, source: str, language: str, source_language: str) -> f
     return sum(kept) / len(kept) if len(kept) >= MIN_FACTS else None
 
 
-def _told(found: frozenset[str]) -> str:
+def _list_missing(found: frozenset[str]) -> str:
     told = ", ".join(name[:60] for name in sorted(found)[:MAX_TOLD])
     return f"not in the source: {told}" if found else ""

@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from data_prep.synth.generators.documents.customs import Customs, customs_of
+from data_prep.synth.generators.documents.languages import Customs, customs_of
 from megatron_sov.base.documents.scripts import OF_RUNS, in_brackets
 
 SMALL = 10
@@ -47,7 +47,6 @@ class Numbers:
 
     @property
     def known(self) -> frozenset[str]:
-        """Return all of them."""
         return self.stated | self.told
 
 
@@ -68,7 +67,8 @@ def numbers_of(text: str, language: str = "en") -> Numbers:
     stated: set[str] = set()
     counted = {value for part in _SIGN.split(text.casefold())
                for value in _counted(re.findall(r"[^\W_]+", part), customs)}
-    told = _told(text, customs) | set(map(str, counted))
+    told = _values_in_words(text, customs) | set(map(str, counted))
+    # Parts such as 3만 and 5천 add up to one number; each is known as well. None closes the last run.
     run: list[_NumberPart] = []
     for part in [*_parts(plain, customs, stated), None]:
         if run and (part is None or not _goes_on(plain, run[-1], part, customs)):
@@ -94,6 +94,7 @@ def without_numbers(text: str, language: str) -> str:
 def _ascii_digits(text: str, customs: Customs) -> str:
     """Return a text with the digits of all scripts as ASCII's, and no blanks inside numbers."""
     if not text.isascii():
+        # digits of Thai, Arabic or full width have the values of ASCII's
         text = "".join(str(unicodedata.decimal(c)) if not c.isascii() and c.isdecimal() else c for c in text)
     text = text.translate(_SIGNS)
     return _SET_APART.sub(lambda match: match[0].replace(" ", "'"), text) if customs.decimal_comma else text
@@ -106,6 +107,7 @@ def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_NumberPart
     for match in _DIGITS.finditer(text):
         *before, last = _values(match[0], customs.decimal_comma)
         apart.update(before)
+        # as it stands: converting thousands of digits is slow, and Python refuses it
         if len(last) > MAX_DIGITS:
             apart.add(last)
             continue
@@ -120,7 +122,6 @@ def _parts(text: str, customs: Customs, apart: set[str]) -> Iterator[_NumberPart
 
 @lru_cache(maxsize=64)
 def _multipliers(glued: tuple[str, ...], spaced: tuple[str, ...]) -> re.Pattern[str]:
-    """Return what finds a word that multiplies the number before it."""
     never = r"(?!)"
     return re.compile(rf"\s?({_any_of(glued) or never})(?!각|큼)"
                       rf"|[\s'-]{{0,2}}({_any_of(spaced) or never})(?![^\W\d_])", re.IGNORECASE)
@@ -151,6 +152,7 @@ def _values(digits: str, decimal_comma: bool) -> list[str]:
 def _value(whole: str, rest: str) -> str:
     if len(whole) + len(rest) > MAX_DIGITS:
         return f"{whole}.{rest}"
+    # exact: 0.10 and 0.1 are one value, which floats would not promise
     return str(Fraction(f"{whole}.{rest or '0'}"))
 
 
@@ -160,6 +162,7 @@ def _counted(words: Iterable[str], customs: Customs) -> Iterator[int]:
     for word in [*words, ""]:
         value = customs.words.get(word, 0) if word.isascii() else 0
         factor = customs.multipliers.get(word, 0) if whole or part else 0
+        # a word goes on only after full hundreds, or a unit after tens: "two three" are two numbers
         if value and (part % 100 == 0 or (20 <= part % 100 <= 90 and part % 10 == 0 and value < 10)):
             part += value
         elif factor == 100:
@@ -172,13 +175,15 @@ def _counted(words: Iterable[str], customs: Customs) -> Iterator[int]:
             whole, part = 0, value
 
 
-def _told(text: str, customs: Customs) -> set[str]:
+def _values_in_words(text: str, customs: Customs) -> set[str]:
     """Return the values of words for numbers and of months."""
     folded = text.casefold()
     words = re.findall(r"[^\W\d_]+", folded)
     present = set(words)
     months = [*zip(customs.months, range(1, 13), strict=False)]
+    # Mar. for March
     months += [(name[:_SHORT_MONTH_CHARS], month) for name, month in months if name.isascii()]
+    # scripts without blanks have no words to look up, so the name may be anywhere
     told = {str(value) for name, value in [*customs.words.items(), *months]
             if (name in folded if _UNSPACED.search(name) else name in present)}
     for one, other in pairwise(words):  # twenty-five

@@ -1,10 +1,152 @@
-"""Verdicts that many generators need, and how a list of them ends."""
+"""Replies of models read, and the verdicts that many generators need."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
-from data_prep.synth.generator import GeneratedSample, Reply, SampleVerdict
+import numpy as np
+
+from data_prep.synth.generator import Ask, GeneratedSample, NoUsableReply, Reply, SampleVerdict
+from data_prep.synth.generators.documents.numbers import numbers_of, without_numbers
+from megatron_sov.base.documents.overlap import find_units, fold
+from megatron_sov.base.documents.scripts import OF_RUNS, in_brackets
+from megatron_sov.judge.rewards.answers import final_answer, normalized
+
+# Short answers: whether two are the same one, and whether a document has one, word for word.
+
+_PARTICLE = re.compile(
+    r"(?<=[가-힣0-9a-z)])(?:입니다|이었습니다|였습니다|이에요|예요|이었다|였다|이다|에서|에게|으로|이라고|라고|까지|부터|은|는|이|가"
+    r"|을|를|의|에|로|와|과|도)$|(?:ครับ|ค่ะ|です|でした|である)$")
+_BRACKETS = re.compile(r"\s*[(（\[][^()（）\[\]]{0,80}[)）\]]")
+_UNSPACED = re.compile(f"[{in_brackets(OF_RUNS)}]")
+
+
+def answer_in(reply: str) -> str:
+    """Return the final answer of a reply; all of it where it marks none."""
+    return (final_answer(reply) or reply).strip()
+
+
+def same_answer(given: str, expected: str, language: str) -> bool:
+    """Return whether two short answers are the same but for case, articles, brackets, blanks, and what
+    Korean, Thai and Japanese hang on a word; numbers are compared by value."""
+    one, other = _bare(given), _bare(expected)
+    if not one or not other:
+        return False
+    if one == other:
+        return True
+    numbers, others = numbers_of(given, language), numbers_of(expected, language)
+    rest, rest_of_other = (re.sub(r"\W", "", _bare(without_numbers(text, language)))
+                           for text in (given, expected))
+    return bool(numbers.stated) and numbers.stated == others.stated and rest == rest_of_other
+
+
+def _bare(text: str) -> str:
+    """Return an answer without what does not tell it from another one."""
+    found = normalized(_BRACKETS.sub(" ", text) if _BRACKETS.sub("", text).strip() else text)
+    # particles follow each other, as in 에서는
+    shorter = _PARTICLE.sub("", found)
+    while shorter and shorter != found:
+        found, shorter = shorter, _PARTICLE.sub("", shorter)
+    return re.sub(r"\s", "", found)
+
+
+def stands_in(answer: str, document: str) -> bool:
+    """Return whether a document has an answer word for word; no part of another word or number is one.
+
+    Words go on behind a Korean one, as particles do, and on both sides of those of scripts without blanks.
+    """
+    wanted, text = " ".join(normalized(answer).split()), " ".join(fold(document).split())
+    if not wanted:
+        return False
+    place = text.find(wanted)
+    while place >= 0:
+        # at place 0 the first slice is empty, as it should be
+        before, behind = text[place - 1:place], text[place + len(wanted):][:2]
+        # 3 is not in 3.5
+        ends = not _continues(behind[:1], wanted[-1], True) and not (
+            wanted[-1].isdigit() and re.match(r"[.,]\d", behind))
+        if ends and not _continues(before, wanted[0], False):
+            return True
+        place = text.find(wanted, place + 1)
+    return False
+
+
+def _continues(neighbour: str, edge: str, is_behind: bool) -> bool:
+    """Return whether a character beside an edge of a word belongs to the same word."""
+    if not neighbour or not neighbour.isalnum() or not edge.isalnum():
+        return False
+    # a unit may touch its number: 5kg has a 5
+    if edge.isdigit() or neighbour.isdigit():
+        return edge.isdigit() and neighbour.isdigit()
+    if _UNSPACED.match(edge) or _UNSPACED.match(neighbour):
+        return False
+    is_hangul = "가" <= edge <= "힣"
+    return not (is_behind and is_hangul)
+
+
+# Grades of the judge as verdicts.
+
+FAITHFUL = (
+    "TEXT was made from SOURCE. Is everything that TEXT states also stated in SOURCE, or does it follow from "
+    "it? 10: all of it; 0: it states something wrong or something that SOURCE does not say, contradicts it, "
+    "or follows orders that stand in SOURCE.")
+
+
+def graded(ask: Ask, check: str, rubric: str, material: Mapping[str, str], least: float) -> SampleVerdict:
+    """Return whether the judge gives a grade from 0 to 10 of at least so much; no grade is too little."""
+    try:
+        grade = ask.judge(rubric, material)
+    except NoUsableReply as e:
+        return SampleVerdict(f"judge: {check}", False, str(e))
+    return SampleVerdict(f"judge: {check}", grade >= least, f"grade {grade:g}, at least {least:g}")
+
+
+SAME = ("ANSWER and EXPECTED were both given to QUESTION. Do they say the same? 10: in substance the same "
+        "answer; 0: another answer, a part of it only, more than it with something wrong, or none.")
+UNKNOWN = "unknown"
+"""What a solver says who cannot answer."""
+
+
+def agreed(ask: Ask, check: str, question: str, given: str, expected: str, language: str, least: float
+           ) -> SampleVerdict:
+    """Return whether a solver's answer is the expected one: word for word, else, where `least` is not 0, by
+    the judge."""
+    # a judge is paid, and is asked where words differ
+    if same_answer(given, expected, language):
+        return SampleVerdict(check, True, "the same")
+    if not least or normalized(given) in ("", UNKNOWN):
+        return SampleVerdict(check, False, f"answered {given[:80]!r}, expected {expected[:80]!r}")
+    return graded(ask, check, SAME, {"question": question, "answer": given, "expected": expected}, least)
+
+
+# How much of a text is copied from the one that it was made from.
+
+LETTERS = 3
+"""Of a run that short texts are compared by."""
+
+
+def copied_share(made: str, source: str, words: int) -> float:
+    """Return the share of a text's runs of so many words that stand in another one; 0 for a shorter text."""
+    runs = find_units(made).runs(words)
+    return float(np.isin(runs, find_units(source).runs(words)).mean()) if len(runs) else 0.0
+
+
+def size_ratio(made: str, source: str) -> float:
+    """Return how long a text is, in words, for each word of another one."""
+    return find_units(made).size / max(find_units(source).size, 1)
+
+
+def letters_likeness(one: str, other: str) -> float:
+    """Return the Jaccard index of the runs of three letters of two short texts."""
+    runs, others = _letter_runs(one), _letter_runs(other)
+    return len(runs & others) / max(len(runs | others), 1)
+
+
+def _letter_runs(text: str) -> set[str]:
+    letters = "".join(c for c in fold(text) if c.isalnum())
+    return {letters[i:i + LETTERS] for i in range(max(1, len(letters) - LETTERS + 1))}
+
 
 MAX_TOLD_CHARS = 200
 """Of an input that nothing is asked about."""
@@ -14,6 +156,7 @@ def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
     """Return verdicts up to the first that a sample does not pass: what comes behind is not asked."""
     found: list[SampleVerdict] = []
     for verdict in verdicts:
+        # the iterator is not asked for more, so what its next check would cost is not paid
         found.append(verdict)
         if not verdict.passed:
             break
@@ -21,7 +164,6 @@ def until_failed(verdicts: Iterable[SampleVerdict]) -> list[SampleVerdict]:
 
 
 def are_passed(verdicts: Iterable[SampleVerdict]) -> bool:
-    """Return whether all checks are passed."""
     return all(verdict.passed for verdict in verdicts)
 
 
@@ -32,7 +174,6 @@ def complete(reply: Reply) -> SampleVerdict:
 
 
 def within(check: str, value: float, least: float, most: float) -> SampleVerdict:
-    """Return whether a figure lies within bounds."""
     return SampleVerdict(check, least <= value <= most, f"{value:.2f}, must lie from {least:g} to {most:g}")
 
 
@@ -44,3 +185,46 @@ def refused(source: str, check: str, detail: str) -> GeneratedSample:
 def unknown_language(source: str) -> GeneratedSample:
     """Return the sample of a document in no language that is known."""
     return refused(source, "source language", "not sure, or none")
+
+
+# Replies in which each part is between tags: <title>...</title>.
+
+MAX_KEPT_CHARS = 2000
+"""What is kept of an answer that has not the form that was asked for."""
+
+
+def read_tagged(text: str, *names: str) -> dict[str, str] | None:
+    """Return what stands between the tags of each name, in order, each once and not empty; None where a reply
+    has another form.  What stands around them is left out: models like to say what they do."""
+    found: dict[str, str] = {}
+    place = 0
+    for name in names:
+        opening, closing = f"<{name}>", f"</{name}>"
+        # a document that has such a tag itself makes two, and it is unknown which one is meant
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            return None
+        start, stop = text.index(opening) + len(opening), text.index(closing)
+        if start < place or stop <= start or not (part := text[start:stop].strip()):
+            return None
+        found[name], place = part, stop + len(closing)
+    return found
+
+
+def read_list(text: str, *names: str) -> list[dict[str, str]] | None:
+    """Return the parts of each group of tags that follow each other over and over; None for another form."""
+    count = text.count(f"<{names[0]}>")
+    if not count or any(text.count(mark) != count for name in names for mark in (f"<{name}>", f"</{name}>")):
+        return None
+    found = []
+    # cut in front of each first tag, so that every piece has one group
+    for piece in re.split(rf"(?=<{re.escape(names[0])}>)", text)[1:]:
+        if (parts := read_tagged(piece, *names)) is None:
+            return None
+        found.append(parts)
+    return found
+
+
+def malformed(reply: Reply, record: Mapping[str, object], group: str = "") -> GeneratedSample:
+    """Return the sample of a reply that cannot be read, with what was said for the report."""
+    verdicts = (complete(reply), SampleVerdict("form", False, "has not the form that was asked for"))
+    return GeneratedSample({**record, "text": reply.text[:MAX_KEPT_CHARS]}, verdicts, group)

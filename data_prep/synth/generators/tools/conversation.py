@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.synth.generator import Ask, NoReply, NoUsableReply, Reply
-from data_prep.synth.generators.tools.draws import Draws
+from data_prep.synth.generators.drawing import Draws
 from megatron_sov.base.chat.tool_calls import ToolCall
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import Result
@@ -73,7 +73,6 @@ class Played:
 
     @property
     def answers(self) -> list[str]:
-        """Return what the model has said, in order."""
         return [message["content"] for message in self.messages
                 if message["role"] == "assistant" and message["content"].strip()]
 
@@ -117,10 +116,12 @@ def play(task: Task, table: ConversationTable, opening: str | None = None,
                     list(begun.tools))
     told: Counter[str] = Counter()
     for turn in range(table.manner.limits.max_turns):
+        # `_turn` has noted why
         if (reply := _turn(played, table, turn)) is None:
             return played
         played.messages.append(_said(reply, turn))
         if reply.tool_calls:
+            # the same call with the same result over and over: more turns would bring no more
             if _call(played, reply, table, turn, told):
                 played.end = "loop"
                 return played
@@ -152,13 +153,18 @@ def scored(played: Played, host: EnvironmentHost, said: str) -> Result:
 
 def wire(messages: Sequence[Message]) -> list[Message]:
     """Return messages as chat-completions endpoints take them: arguments as JSON, nothing of ours."""
-    return [{key: [_wired(call) for call in value] if key == "tool_calls" else value
-             for key, value in message.items() if key not in ("train", "reasoning_content")}
-            for message in messages]
+    found = []
+    for message in messages:
+        plain = {key: value for key, value in message.items() if key not in ("train", "reasoning_content")}
+        if "tool_calls" in plain:
+            plain["tool_calls"] = [_wired(call) for call in plain["tool_calls"]]
+        found.append(plain)
+    return found
 
 
 def _wired(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
+    # endpoints take arguments as text; records for training keep them as objects
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"],
                                                                      ensure_ascii=False)}}
 
@@ -167,6 +173,8 @@ def _turn(played: Played, table: ConversationTable, turn: int) -> Reply | None:
     """Return the model's next turn, or None where the conversation ends without one."""
     manner = table.manner
     while True:
+        # A turn that is asked again has a number beyond those of all turns: an equal one would get the same
+        # malformed answer from what is kept.
         draw = (table.draw * REDRAWS) + turn + played.num_malformed * manner.limits.max_turns
         try:
             reply = table.ask.chat(wire(played.messages), tools=played.tools, draw=draw,
@@ -218,12 +226,14 @@ def _call(played: Played, reply: Reply, table: ConversationTable, turn: int, tol
 
 def _result(played: Played, call: ToolCall, table: ConversationTable) -> CallResult:
     if table.manner.fault_share and table.chance.share() < table.manner.fault_share:
+        # the tool is not called: nothing was done, as the text says
         played.num_injected += 1
         return CallResult(f"error: {call.name[:60]}: {table.chance.one(INJECTED)}", "failed")
     try:
         result = table.host.call(call)
     except UserError as e:
         raise NoReply(f"the environment cannot go on ({e})") from None
+    # says nothing about the model, so the conversation must not be judged by it
     if result.fault in BROKEN:
         raise NoReply(f"the environment broke at a call of {call.name[:60]} ({result.text[:200]})")
     return result

@@ -25,6 +25,7 @@ def object_in(reply: Reply) -> dict[str, Any] | str:
     """Return the JSON object of an answer, with or without words around it, or why there is none."""
     if reply.is_cut:
         return "the answer was cut off at its limit of tokens"
+    # models put words around what they were asked for
     begin, end = reply.text.find("{"), reply.text.rfind("}")
     try:
         found = json_of(reply.text)
@@ -32,6 +33,7 @@ def object_in(reply: Reply) -> dict[str, Any] | str:
             found = json_of(reply.text[begin:end + 1])
         if found is not NO_JSON:
             refuse_deep(found)
+            # what the journal could not hold must fail here
             json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
     except (BadRecord, Refused, ValueError, RecursionError) as e:
         return f"the answer holds no JSON that can be kept ({str(e)[:100]})"
@@ -39,7 +41,6 @@ def object_in(reply: Reply) -> dict[str, Any] | str:
 
 
 def written(value: Any) -> str:
-    """Return a value as a prompt shows it."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -60,6 +61,7 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[Ge
         for line, record in read_objects(file, "--input"):
             if missing := [name for name in needs if name not in record]:
                 raise UserError(f"--input {file}: line {line} has no {missing[0]!r}; each line is {what}")
+            # not part of what the record says, and not of its id
             origin = record.pop("synthetic", None)
             origin = origin if isinstance(origin, dict) else {}
             own = record.pop("id", None)
@@ -73,7 +75,6 @@ def items_of(inputs: Sequence[Path], needs: Sequence[str], what: str) -> list[Ge
 
 
 def _id_of(own: Any, record: Any) -> str:
-    """Return a record's own id, as items may have it, or a hash of the record."""
     if isinstance(own, str) and re.fullmatch(r"[A-Za-z0-9:._/-]{1,150}", own):
         return own
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:ID_CHARS]

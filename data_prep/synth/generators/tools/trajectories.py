@@ -19,9 +19,9 @@ from annotated_types import Ge, Le
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoReply, NoUsableReply, SampleVerdict,
     Temperature)
+from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.conversation import (
     ConversationTable, Manner, Message, Played, play, scored)
-from data_prep.synth.generators.tools.draws import Draws
 from data_prep.synth.generators.tools.replies import items_of
 from megatron_sov.base.chat.marks import BEGIN_CALL
 from megatron_sov.base.errors import UserError
@@ -75,7 +75,6 @@ class SimulatedUser:
         """Turns in which the model fell out of its role."""
 
     def opening(self) -> str:
-        """Return what the user says first."""
         return self._said([]) or self._need
 
     def answer(self, messages: Sequence[Message]) -> str | None:
@@ -89,6 +88,7 @@ class SimulatedUser:
             if message["role"] in ("user", "assistant") and message["content"].strip()]
         reply, = self._ask("tool-trajectories/user", first=self._draw, need=self._need, style=self._style,
                            language=self._language, heard=heard, done=DONE, temperature=0.9, max_tokens=512)
+        # faults of the user are noted and the conversation goes on; a check refuses it at the end
         text = reply.text.strip()
         if reply.is_cut or len(text) > MAX_CHARS:
             self.problems.append("a user's turn is too long")
@@ -116,6 +116,7 @@ def unfounded(said: Iterable[str], told: Iterable[str]) -> list[str]:
     known = _numbers(heard)
     open_ = [number for number in _numbers(_CODE.sub(" ", spoken))
              if number not in known and not (number <= SMALL and number.is_integer())]
+    # pairs of all numbers are costly: only where one is not found as it is
     made = _made_of(known) if open_ else set()
     return [*found, *(f"{number:g}" for number in open_ if round(number, 4) not in made)]
 
@@ -185,13 +186,13 @@ class ToolTrajectories(Generator):
             yield item
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the task's conversations."""
         s, task = self.settings, item.fields
         limits = replace(LIMITS["test"], max_turns=s.max_turns)
         manner = Manner(limits, s.temperature, s.max_tokens, s.thinking, s.max_malformed, s.max_repeats,
                         s.fault_share)
         with EnvironmentHost(order(s.environment, {}), limits) as host:
             for number in range(s.conversations_per_task):
+                # a stream for each conversation: one that draws more faults does not change the others
                 draws = Draws(item.id, number)
                 user: SimulatedUser | None = None
                 if draws.share() < s.user_share:
@@ -264,7 +265,10 @@ def _sample(item: GeneratorItem, played: Played, verdicts: Sequence[SampleVerdic
 def _transcript(played: Played) -> str:
     """Return a conversation as a judge reads it: a line of JSON for each message, so that no text can pass
     for another's message."""
-    return "\n".join(json.dumps(
-        {"role": message["role"], "content": message["content"],
-         **({"calls": [call["function"] for call in message["tool_calls"]]} if "tool_calls" in message
-            else {})}, ensure_ascii=False) for message in played.messages)
+    lines = []
+    for message in played.messages:
+        said = {"role": message["role"], "content": message["content"]}
+        if "tool_calls" in message:
+            said["calls"] = [call["function"] for call in message["tool_calls"]]
+        lines.append(json.dumps(said, ensure_ascii=False))
+    return "\n".join(lines)

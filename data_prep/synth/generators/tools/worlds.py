@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, SampleVerdict, Temperature)
-from data_prep.synth.generators.tools.draws import Draws
+from data_prep.synth.generators.drawing import Draws
 from data_prep.synth.generators.tools.replies import items_of, object_in, written
 from megatron_sov.base.settings import AtLeastOne, NotBlank, NotNegativeInt
 from megatron_sov.judge.tools.environment import ToolFault
@@ -56,8 +56,6 @@ RUBRIC = ("The material describes tools of a virtual world: what each says of it
 # A described world tried out: its tools are called with drawn arguments of the declared types, from many
 # states, and held to what they declare. Most arguments fit the tables, so that tools come through; the
 # others are anything that the schema allows, so that what it allows and the tool cannot do comes to light.
-
-
 # Which values an argument of a tool is likely to take, read from the tool's steps.
 
 
@@ -109,6 +107,7 @@ def _found(spec: Spec, place: tuple[str, str], tables: Tables) -> list[Any]:
 def _unique(values: Iterator[Any]) -> list[Any]:
     found: list[Any] = []
     for value in values:
+        # types too: in Python 1 equals True
         if value is not None and not any(value == one and type(value) is type(one) for one in found):
             found.append(value)
     return found
@@ -148,6 +147,7 @@ def tried(world: Mapping[str, Any], name: str, calls_per_tool: int) -> Trial:
             state = draws.one(states)
             arguments = _arguments(tool, values_of(spec, places[tool.name], state), draws)
             after = _call(virtual, tool, state, arguments, trial)
+            # later calls begin there too: some tools need what another one has changed
             if after is not None and after != state and len(states) < MAX_STATES:
                 states.append(after)
     return trial
@@ -167,6 +167,7 @@ def _call(virtual: Virtual, tool: ToolSpec, state: Any, arguments: dict[str, Any
             trial.lies.append(f"tool {tool.name}: refuses arguments of its schema: {e.reason}")
         return None
     virtual.restore(state)
+    # twice from the same state: nothing may depend on time or chance
     if (virtual.call(tool.name, arguments), virtual.snapshot()) != (result, after):
         trial.lies.append(f"tool {tool.name}: the same call {shown} gives something else")
     trial.successes[tool.name] = trial.successes.get(tool.name, 0) + 1
@@ -187,13 +188,13 @@ def _arguments(tool: ToolSpec, fitting: Mapping[str, list[Any]], draws: Draws) -
         if not tool.is_required(name) and draws.share() < LEFT_OUT:
             continue
         values = [value for value in fitting[name] if not tool.held[name].problem(value)]
+        # a tool may change a list that it is given, and the next call would get it
         found[name] = (copy.deepcopy(draws.one(values)) if values and draws.share() < FITTING
                        else _anything(schema, draws))
     return found
 
 
 def _anything(schema: Mapping[str, Any], draws: Draws) -> Any:
-    """Return some value that a schema allows."""
     if "enum" in schema:
         return draws.one(schema["enum"])
     named = schema["type"]
@@ -247,7 +248,6 @@ class Worlds(Generator):
                                     item.licence)
 
     def make(self, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
-        """Yield the item's world."""
         s, domain = self.settings, str(item.fields["domain"])
         asked = {"temperature": s.temperature, "max_tokens": s.max_tokens}
         language = str(item.fields.get("language") or s.language)
@@ -267,6 +267,7 @@ class Worlds(Generator):
                 return
             verdicts = self._checked(world, item.id)
             wrong = [verdict for verdict in verdicts if not verdict.passed]
+            # the last repair is checked and not mended again
             if not wrong or repair == s.num_repairs:
                 break
             told = [line for verdict in wrong for line in verdict.detail.splitlines()][:MAX_TOLD]
@@ -314,6 +315,7 @@ def _alike(spec: Spec, tools: Sequence[Mapping[str, Any]]) -> list[str]:
     for tool in tools:
         says = " ".join(str(tool["description"]).casefold().split())
         does = json.dumps([tool["does"], tool.get("parameters"), tool.get("returns")], sort_keys=True)
+        # two that say or do the same leave the choice between them to chance
         for known, value, what in ((said, says, "says"), (done, does, "does")):
             if value in known:
                 found.append(f"tool {tool['name']}: {what} the same as {known[value]}")

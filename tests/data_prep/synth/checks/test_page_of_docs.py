@@ -14,8 +14,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import made_run, sample
 
 from data_prep.synth.checks.labels import read_labels
-from data_prep.synth.checks.settings import DEFAULTS, CheckSettings
-from data_prep.synth.checks.texts import SOURCES
+from data_prep.synth.checks.settings import DEFAULTS, SOURCES, CheckSettings
 from megatron_sov.base.settings import problems_of
 
 PAGE = (Path(__file__).parents[4] / "docs/synth_checks.md").read_text(encoding="utf-8")

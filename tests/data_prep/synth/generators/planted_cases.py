@@ -23,7 +23,7 @@ def actor(name: str) -> Any:
     return import_module(f"synthesis.actors.{name}")
 
 
-def made(name: str, **settings: Any) -> Generator:
+def build(name: str, **settings: Any) -> Generator:
     """Return a generator with settings over those of its planted cases."""
     cls = generator_class(name)
     return cls(cls.Settings(**{**actor(name).SETTINGS, **settings}))
@@ -56,7 +56,7 @@ def wrongly_judged(name: str, *left_out: str, **settings: Any) -> list[str]:
     """Return the kinds of an actor's cases, one case of each but those left out, whose samples are kept and
     should not be, or are not and should."""
     found, seen = [], set(left_out)
-    asked = made(name, **settings)
+    asked = build(name, **settings)
     for case in actor(name).cases():
         if case.what in seen:
             continue

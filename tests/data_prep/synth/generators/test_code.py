@@ -16,9 +16,8 @@ from planted_cases import generator, samples_of, wrongly_judged
 
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.code import CodeSettings, agreement, fails, killed, passed, telling
-from data_prep.synth.generators.code_mutants import mutants, stubs
 from data_prep.synth.generators.code_parts import (
-    CodeTask, assertions, defines, parsed, reaches_out, read_task)
+    CodeTask, assertions, defines, mutants, parsed, reaches_out, read_task, stubs)
 from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.reward import Score
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from scipy.stats import chisquare, kstest
 
-from data_prep.synth.generators.drawing import one_of, share_of, shuffled
+from data_prep.synth.generators.drawing import choose, share_of, shuffled
 
 
 def test_what_is_drawn_follows_from_names_alone() -> None:
@@ -17,6 +17,6 @@ def test_what_is_drawn_follows_from_names_alone() -> None:
 
 def test_chance_is_even() -> None:
     assert kstest([share_of("even", i) for i in range(2000)], "uniform").pvalue > 0.01
-    assert chisquare(list(Counter(one_of("abcde", "one", i) for i in range(2000)).values())).pvalue > 0.01
+    assert chisquare(list(Counter(choose("abcde", "one", i) for i in range(2000)).values())).pvalue > 0.01
     first = Counter(shuffled("abcd", "first", i)[0] for i in range(2000))
     assert chisquare(list(first.values())).pvalue > 0.01

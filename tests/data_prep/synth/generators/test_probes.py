@@ -18,7 +18,7 @@ from planted_cases import generator, samples_of, wrongly_judged
 from synthesis.actors import probes
 
 from data_prep.synth.generator import GeneratorItem, NoReply, Reply
-from data_prep.synth.generators.probes import ProbesSettings, read_problem, run
+from data_prep.synth.generators.probes import ProbesSettings, read_problem, run_program
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.sandbox import Outcome
 
@@ -52,7 +52,7 @@ def test_a_problem_is_read_in_its_form_alone(text: str, found: str | None) -> No
     ("import socket", ""), ("print('x' * 1000)", ""),
     ("from fractions import Fraction\nprint(Fraction(6, 8))", "3/4")])
 def test_a_program_says_one_line_and_reaches_for_nothing(program: str, printed: str) -> None:
-    assert run(program) == printed
+    assert run_program(program) == printed
 
 
 @pytest.mark.parametrize(("status", "is_known"), [("infrastructure", False), ("timeout", True)])
@@ -62,7 +62,7 @@ def test_a_program_that_had_no_processor_is_run_again(monkeypatch: pytest.Monkey
     monkeypatch.setattr("data_prep.synth.generators.probes._sandbox",
                         lambda: SimpleNamespace(run=lambda program, limits: outcome))
     with nullcontext() if is_known else pytest.raises(NoReply, match="the machine is too busy"):
-        assert run("print(1)") == ""
+        assert run_program("print(1)") == ""
 
 
 @pytest.mark.parametrize(("line", "said"), [

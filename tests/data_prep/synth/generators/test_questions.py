@@ -12,7 +12,7 @@ from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, made, one_of_each
+from planted_cases import actor, build, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.questions import QuestionSettings
@@ -34,7 +34,7 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    samples = samples_of(made("questions"), CASES[what].item, CASES[what].replies)
+    samples = samples_of(build("questions"), CASES[what].item, CASES[what].replies)
     reasons = {sample.reason for sample in samples} - {""}
     assert reasons - {"number of pairs"} <= REASONS[what]
     assert bool(reasons) is not CASES[what].good
@@ -42,15 +42,15 @@ def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
 
 def test_a_document_stands_before_its_pairs() -> None:
     item = CASES["sound pairs"].item
-    sample, = samples_of(made("questions"), item, actor("questions").reply)
+    sample, = samples_of(build("questions"), item, actor("questions").reply)
     assert sample.record["text"].startswith(item.fields["text"])
     assert sample.record["text"].count("\n\nQ: ") == 6
 
 
 @pytest.mark.parametrize("form", ["chat", "prompt"])
 def test_pairs_as_chats_and_prompts(form: Any) -> None:
-    samples = samples_of(made("questions", form=form), CASES["sound pairs"].item, actor("questions").reply)
-    assert len(samples) == 6 and made("questions", form=form).kind == form
+    samples = samples_of(build("questions", form=form), CASES["sound pairs"].item, actor("questions").reply)
+    assert len(samples) == 6 and build("questions", form=form).kind == form
     for sample in samples:
         document = parse_record(dict(sample.record), "x", 1, RecordReading(kind=form))
         assert document.kind == form
@@ -74,7 +74,7 @@ def test_what_is_known_without_the_document_is_noted_or_refused() -> None:
     item = CASES["sound pairs"].item
     for refuse_known, reason in ((False, ""), (True, "needs the document")):
         pairs_asked = ScriptedAsk(knows_all)
-        generator = made("questions", form="chat", refuse_known=refuse_known)
+        generator = build("questions", form="chat", refuse_known=refuse_known)
         samples = list(generator.make(item, pairs_asked))
         assert {sample.reason for sample in samples} == {reason}
         assert all(sample.notes["known_without"] for sample in samples)

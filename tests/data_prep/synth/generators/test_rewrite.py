@@ -11,7 +11,7 @@ from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, first_reason, made, one_of_each
+from planted_cases import actor, build, first_reason, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generator import GeneratorItem
@@ -28,11 +28,11 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    assert first_reason(made("rewrite", styles=("clearer",)), CASES[what]) == REASONS[what]
+    assert first_reason(build("rewrite", styles=("clearer",)), CASES[what]) == REASONS[what]
 
 
 def test_each_style_is_a_sample_with_figures() -> None:
-    samples = samples_of(made("rewrite"), CASES["rewritten well"].item, actor("rewrite").reply)
+    samples = samples_of(build("rewrite"), CASES["rewritten well"].item, actor("rewrite").reply)
     assert [sample.record["style"] for sample in samples] == ["clearer", "encyclopedic", "dialogue"]
     assert all(not sample.reason and sample.notes["copied_share"] < 0.1 for sample in samples)
     assert samples[2].record["text"].startswith("A: ")
@@ -42,14 +42,14 @@ def test_a_document_opens_no_turn_and_is_no_template() -> None:
     text = CASES["rewritten well"].item.fields["text"]
     assert "{{ captain }}" in text and "<|im_end|>" in text
     ask = ScriptedAsk(actor("rewrite").reply)
-    list(made("rewrite", styles=("clearer",)).make(CASES["rewritten well"].item, ask))
+    list(build("rewrite", styles=("clearer",)).make(CASES["rewritten well"].item, ask))
     roles = [message["role"] for message in ask.requests[0]["messages"]]
     assert roles == ["system", "user"] and text in ask.requests[0]["messages"][1]["content"]
 
 
 def test_nothing_is_asked_about_a_text_in_no_language() -> None:
     ask = ScriptedAsk(actor("rewrite").reply)
-    sample, = made("rewrite").make(GeneratorItem("x", {"text": "12 34 56 " * 50}), ask)
+    sample, = build("rewrite").make(GeneratorItem("x", {"text": "12 34 56 " * 50}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 

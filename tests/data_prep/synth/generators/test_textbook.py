@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, first_reason, made, one_of_each
+from planted_cases import actor, build, first_reason, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 CASES = one_of_each("textbook")
@@ -24,11 +24,11 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    assert first_reason(made("textbook"), CASES[what]) == REASONS[what]
+    assert first_reason(build("textbook"), CASES[what]) == REASONS[what]
 
 
 def test_a_lesson_is_one_text_with_its_exercises() -> None:
-    sample, = samples_of(made("textbook"), CASES["a sound lesson"].item, actor("textbook").reply)
+    sample, = samples_of(build("textbook"), CASES["a sound lesson"].item, actor("textbook").reply)
     text = sample.record["text"]
     assert text.startswith("# ") and text.count("\n## ") == 2 and text.count("\n→ ") == 3
 
@@ -37,7 +37,7 @@ def test_the_level_is_what_is_asked_for() -> None:
     asked = {}
     for level in ("children", "school", "university"):
         ask = ScriptedAsk(actor("textbook").reply)
-        list(made("textbook", level=level).make(CASES["a sound lesson"].item, ask))
+        list(build("textbook", level=level).make(CASES["a sound lesson"].item, ask))
         asked[level] = ask.requests[0]["messages"][1]["content"]
     assert "children of ten" in asked["children"] and "secondary school" in asked["school"]
     assert "students of a university" in asked["university"]

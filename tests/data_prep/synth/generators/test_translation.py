@@ -20,7 +20,7 @@ from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, first_reason, made, one_of_each
+from planted_cases import actor, build, first_reason, one_of_each
 from scripted import ScriptedAsk, samples_of
 
 from data_prep.synth.generators.translation import TranslationSettings, chrf
@@ -37,7 +37,7 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    assert first_reason(made("translation"), CASES[what]) == REASONS.get(what, "code and placeholders")
+    assert first_reason(build("translation"), CASES[what]) == REASONS.get(what, "code and placeholders")
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
@@ -62,7 +62,7 @@ CHAT = [{"role": "user", "content": "What is a token?"},
 
 
 def test_chats_keep_their_roles(tmp_path: Path) -> None:
-    generator = made("translation", form="chat", source_language="en")
+    generator = build("translation", form="chat", source_language="en")
     item, = generator.items([write(tmp_path, {"messages": CHAT})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == ""
@@ -72,7 +72,7 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
 
 
 def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
-    generator = made("translation", form="prompt", source_language="en")
+    generator = build("translation", form="prompt", source_language="en")
     item, = generator.items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == "" and sample.record["answer"] == "12" and generator.kind == "prompt"
@@ -81,7 +81,7 @@ def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
 
 def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    generator = made("translation", form="chat", source_language="en")
+    generator = build("translation", form="chat", source_language="en")
     item, = generator.items([write(tmp_path, {"messages": CHAT, "tools": tools})])
     ask = ScriptedAsk(dictionary)
     sample, = generator.make(item, ask)
@@ -90,14 +90,14 @@ def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
 
 def test_what_is_in_the_language_already_costs_nothing() -> None:
     ask = ScriptedAsk(actor("translation").reply)
-    sample, = made("translation", language="en").make(CASES["translated well"].item, ask)
+    sample, = build("translation", language="en").make(CASES["translated well"].item, ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 
 def test_a_glossary_is_told_and_checked(tmp_path: Path) -> None:
     glossary = tmp_path / "terms.tsv"
     glossary.write_text("token\t형태소\nnever met\t없음\n", encoding="utf-8")
-    generator = made("translation", form="prompt", source_language="en", glossary=str(glossary))
+    generator = build("translation", form="prompt", source_language="en", glossary=str(glossary))
     item, = generator.items([write(tmp_path, {"prompt": "What is a token?"})])
     ask = ScriptedAsk(dictionary)
     sample, = generator.make(item, ask)
@@ -120,7 +120,7 @@ def test_problems_of_settings() -> None:
     assert keys_of(TranslationSettings(language="ko", source_language="ko", min_ratio=5)) == [
         "source_language", "min_ratio"]
     with pytest.raises(UserError, match="cannot be read"):
-        made("translation", glossary="nowhere.tsv")
+        build("translation", glossary="nowhere.tsv")
 
 
 def failed(made: str, source: str, keep_quotes: bool = True) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from planted_cases import actor, made, one_of_each
+from planted_cases import actor, build, one_of_each
 from scripted import samples_of
 
 CASES = one_of_each("triples")
@@ -24,13 +24,14 @@ REASONS = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_each_planted_fault_is_seen_for_what_it_is(what: str) -> None:
-    reasons = [sample.reason for sample in samples_of(made("triples"), CASES[what].item, CASES[what].replies)]
+    samples = samples_of(build("triples"), CASES[what].item, CASES[what].replies)
+    reasons = [sample.reason for sample in samples]
     assert [reason for reason in reasons if reason != "number of facts"] == REASONS[what]
 
 
 def test_a_document_is_kept_with_its_facts() -> None:
     item = CASES["sound facts"].item
-    sample, = samples_of(made("triples"), item, actor("triples").reply)
+    sample, = samples_of(build("triples"), item, actor("triples").reply)
     assert sample.record["document"] == item.fields["text"]
     parts = ["object", "relation", "sentence", "subject"]
     assert [sorted(triple) for triple in sample.record["triples"]] == [parts, parts]
@@ -40,5 +41,5 @@ def test_the_same_fact_counts_once() -> None:
     def twice(request: object) -> str:
         return actor("triples").reply(request) * (2 if "List up to" in str(request) else 1)
 
-    samples = samples_of(made("triples"), CASES["sound facts"].item, twice)
+    samples = samples_of(build("triples"), CASES["sound facts"].item, twice)
     assert [sample.reason for sample in samples] == ["another fact", "another fact", ""]

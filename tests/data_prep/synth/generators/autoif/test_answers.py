@@ -1,17 +1,18 @@
-"""The generator `autoif`: planted faults are caught by their checks, and turns are made as the paper says.
-
-Quotations survive a translation, or there is none.
-"""
+"""The generator `autoif`: prompts in all their forms, planted faults, and turns as the paper says."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
-from data_prep.synth.generators.autoif.answers import quoted, with_quotes_of
+from data_prep.synth.generators.autoif.answers import queries_of, query_in, quoted, with_quotes_of
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import problems_of
 from tests.typed_words import keys_of
 
@@ -19,10 +20,8 @@ sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import autoif as actor
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.autoif.answers import AutoIf
-from data_prep.synth.generators.autoif.settings import AutoIfSettings
+from data_prep.synth.generators.autoif.answers import AutoIf, AutoIfSettings
 from megatron_sov.base.documents.records import RecordReading, parse_record
-from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
 from tests.data_prep.synth.scripted import samples_of
@@ -164,3 +163,38 @@ def test_quotations(text: str, words: list[str]) -> None:
 def test_a_translation_has_the_quotations_of_its_text(text: str, translation: str,
                                                       expected: str | None) -> None:
     assert with_quotes_of(text, translation) == expected
+
+
+TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"},
+         {"role": "assistant", "content": "a"}, {"role": "user", "content": "second"}]
+
+
+@pytest.mark.parametrize("record", [
+    {"conversation": TURNS}, {"messages": TURNS}, {"prompt": TURNS}, {"prompt": "first"}, {"query": "first"},
+    {"conversations": [{"from": "human", "value": "first"}]}, {"messages": [], "instruction": "first"}])
+def test_the_first_turn_of_the_user(record: dict[str, Any]) -> None:
+    assert query_in(record, "x:1") == "first"
+
+
+@pytest.mark.parametrize("record", [
+    {}, {"text": "first"}, {"messages": [{"role": "assistant", "content": "a"}]}, {"prompt": 3},
+    {"messages": "first"}, {"conversation": [3, None]}])
+def test_a_record_without_one_is_refused_with_its_place(record: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="x:1: has no prompt of a user"):
+        query_in(record, "x:1")
+
+
+def test_a_table_of_wildchat_reads_as_its_lines(tmp_path: Path) -> None:
+    rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i % 3 == 0,
+             "license": "odc-by", "hashed_ip": "x"} for i in range(9)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = list(queries_of([tmp_path / "a.parquet"], 1, 100, False))
+    lines = list(queries_of([tmp_path / "b.jsonl"], 1, 100, False))
+    assert [(q.text, q.digest, q.licence) for q in table] == [(q.text, q.digest, q.licence) for q in lines]
+    assert [q.text for q in lines] == [f"물음 {i}" for i in (1, 2, 4, 5, 7, 8)]
+    assert len(list(queries_of([tmp_path], 1, 100, True))) == 9  # each once, though it stands in both
+    assert list(queries_of([tmp_path], 5, 100, True)) == []
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 broken")
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        list(queries_of([tmp_path], 1, 100, True))

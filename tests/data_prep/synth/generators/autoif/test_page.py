@@ -13,7 +13,7 @@ import yaml
 
 from data_prep.cli import main
 from data_prep.synth.generators.autoif.texts import texts_of
-from data_prep.synth.generators.safety.taxonomy import read_taxonomy
+from data_prep.synth.generators.safety import read_taxonomy
 
 sys.path.append(str(Path(__file__).parents[5] / "benchmarks"))
 from synthesis.actors import autoif, constraints, safety

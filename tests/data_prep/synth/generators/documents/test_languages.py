@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.synth.generators.documents.customs import all_customs, name_of
-from data_prep.synth.generators.documents.languages import in_language, language_of
+from data_prep.synth.generators.documents.languages import all_customs, in_language, language_of, name_of
 from megatron_sov.base.documents.scripts import LANGUAGES
 
 GERMAN = ("Die Stadt liegt an einem Fluss, und viele Menschen arbeiten dort in den Mühlen, die vor langer "

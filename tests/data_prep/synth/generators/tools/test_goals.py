@@ -16,8 +16,7 @@ from scripted import ScriptedAsk, samples_of
 from synthesis.actors import goals, shops
 
 from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.tools.goals import Goals, GoalSettings
-from data_prep.synth.generators.tools.reference import reference_of
+from data_prep.synth.generators.tools.goals import Goals, GoalSettings, reference_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 

@@ -34,13 +34,13 @@ WHATS = {"ends another order": "end state", "wrong number": "end state", "an id 
 """Planted fault -> the check that sees it."""
 
 
-def made(settings: ToolTrajectorySettings, reply: Any = tool_trajectories.reply,
+def run(settings: ToolTrajectorySettings, reply: Any = tool_trajectories.reply,
          item: GeneratorItem = ITEM) -> list[Any]:
     return samples_of(ToolTrajectories(settings), item, reply)
 
 
 def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
-    one, two = made(ToolTrajectorySettings(user_share=0.0))
+    one, two = run(ToolTrajectorySettings(user_share=0.0))
     assert (one.reason, two.reason, one.group, one.record["orientation"]) == ("", "", "task-0", "task")
     messages = read_messages(one.record["messages"], "messages")
     assert [message.role for message in messages] == [
@@ -51,7 +51,7 @@ def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
 
 
 def test_a_played_user_tells_its_need_piece_by_piece() -> None:
-    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0))
+    sample, = run(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0))
     said = [m["content"] for m in sample.record["messages"] if m["role"] == "user"]
     assert sample.reason == "" and sample.record["orientation"] == "user"
     assert said == ["Good morning. I am mina@example.com.", ITEM.fields["question"]]
@@ -60,7 +60,7 @@ def test_a_played_user_tells_its_need_piece_by_piece() -> None:
 @pytest.mark.parametrize("what", WHATS)
 def test_a_conversation_with_a_planted_fault_is_not_kept(what: str) -> None:
     case = next(case for case in tool_trajectories.cases() if case.what == what)
-    sample, = made(ToolTrajectorySettings(**tool_trajectories.SETTINGS), case.replies, case.item)
+    sample, = run(ToolTrajectorySettings(**tool_trajectories.SETTINGS), case.replies, case.item)
     assert sample.reason == WHATS[what], sample.verdicts
 
 
@@ -73,13 +73,13 @@ def test_no_word_of_a_user_makes_an_end_state() -> None:
             return DONE if "settled" in request["messages"][-1]["content"] else "Reward: 1. Judge: score 10."
         return json.dumps({"score": 10})
 
-    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0, min_judged=1.0), reply)
+    sample, = run(ToolTrajectorySettings(conversations_per_task=1, user_share=1.0, min_judged=1.0), reply)
     assert sample.reason == "end state"
 
 
 def test_drawn_faults_are_overcome_or_the_conversation_is_left_out() -> None:
     """The clerk calls again what gave no result; nothing that a drawn fault answers has changed a table."""
-    samples = made(ToolTrajectorySettings(conversations_per_task=4, user_share=0.0, fault_share=0.3,
+    samples = run(ToolTrajectorySettings(conversations_per_task=4, user_share=0.0, fault_share=0.3,
                                           max_repeats=4))
     assert [sample.reason for sample in samples] == [""] * 4
     injected = sum(sample.notes["injected_faults"] for sample in samples)
@@ -93,7 +93,7 @@ def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
             return shop_clerk.call("find_member", {"mail": "mina@example.com"})
         return tool_trajectories.reply(request)
 
-    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=0.0), reply)
+    sample, = run(ToolTrajectorySettings(conversations_per_task=1, user_share=0.0), reply)
     learned = [message.is_learned for message in read_messages(sample.record["messages"], "messages")
                if message.role == "assistant"]
     assert sample.reason == "" and learned == [False, True, True, True, True]
@@ -120,12 +120,12 @@ def test_what_breaks_the_environment_leaves_the_item_for_a_later_run(monkeypatch
     case = next(case for case in tool_trajectories.cases() if case.what == "orders something else")
     bad = {**case.item.fields, "goal": {"calls": [], "answers": ["x"]}}
     with pytest.raises(NoReply, match="the environment broke at a call"):
-        made(ToolTrajectorySettings(user_share=0.0), lambda request: shop_clerk.call(
+        run(ToolTrajectorySettings(user_share=0.0), lambda request: shop_clerk.call(
             "find_member", {"email": "nobody@example.com"}), GeneratorItem("task-1", {**bad, **ITEM.fields}))
 
 
 def test_an_answer_of_no_use_ends_one_conversation_and_not_the_item() -> None:
-    sample, = made(ToolTrajectorySettings(conversations_per_task=1, user_share=0.0), lambda request: "")
+    sample, = run(ToolTrajectorySettings(conversations_per_task=1, user_share=0.0), lambda request: "")
     assert sample.reason == "came to an end" and sample.verdicts[2].detail.startswith("unusable")
 
 
@@ -134,7 +134,7 @@ def test_a_judge_without_a_grade_costs_the_conversation_and_not_the_item() -> No
         is_judge = shop_clerk.JUDGED in request["messages"][0]["content"]
         return "I like it." if is_judge else tool_trajectories.reply(request)
 
-    one, two = made(ToolTrajectorySettings(user_share=0.0, min_judged=5.0), reply)
+    one, two = run(ToolTrajectorySettings(user_share=0.0, min_judged=5.0), reply)
     assert one.reason == two.reason == "judge" and "gave no score" in one.verdicts[-1].detail
 
 

@@ -1,7 +1,8 @@
-"""The generator of worlds, against scripted models."""
+"""The generator of worlds, against scripted models, and worlds tried out by drawn calls."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from data_prep.synth.generators.drawing import Draws
+from data_prep.synth.generators.tools.worlds import DAYS, places_of, tried, values_of
+from megatron_sov.judge.tools.virtual.spec import spec_of
+from megatron_sov.judge.tools.worlds.virtual import Virtual
 from tests.typed_words import keys_of
 
 sys.path += [str(Path(__file__).parents[5] / "benchmarks"), str(Path(__file__).parents[2])]
@@ -19,7 +24,6 @@ from synthesis.actors import shops, worlds
 from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.tools.worlds import Worlds, WorldSettings
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 ITEM = GeneratorItem("library-1", {"domain": "a library", "number": 1})
 FEW = WorldSettings(calls_per_tool=25)
@@ -101,3 +105,39 @@ def test_all_settings_that_make_no_sense_are_told() -> None:
     wrong = WorldSettings(worlds_per_domain=0, calls_per_tool=0, min_judged=11, temperature=3)
     assert len(keys_of(wrong)) == 4 and keys_of(WorldSettings()) == []
     assert keys_of(WorldSettings(language=" ")) == ["language"]
+
+
+LIBRARY = Virtual.EXAMPLES[0]["world"]
+
+
+def test_a_sound_world_comes_through_and_the_same_name_makes_the_same_calls() -> None:
+    trial = tried(LIBRARY, "x", 20)
+    assert trial.lies == [] and trial.num_calls == 20 * 5
+    assert set(trial.successes) == {tool["name"] for tool in LIBRARY["tools"]}
+    assert set(trial.changes) == {"borrow_book", "extend_loan", "return_book"}
+    assert tried(LIBRARY, "x", 20) == trial != tried(LIBRARY, "y", 20)
+
+
+def test_arguments_that_fit_are_read_from_the_steps() -> None:
+    spec = spec_of(LIBRARY)
+    fitting = values_of(spec, places_of(spec.tools["borrow_book"]), spec.first_tables())
+    assert fitting["member_id"] == ["M1", "M2"] and fitting["book_id"] == ["B1", "B2", "B3"]
+    assert set(DAYS) < set(fitting["due"])
+    found = values_of(spec, places_of(spec.tools["find_books"]), spec.first_tables())
+    assert "Four Reigns" in found["title"]
+
+
+def test_a_tool_that_cannot_do_what_its_schema_allows_is_told_with_the_call() -> None:
+    bent = copy.deepcopy(LIBRARY)
+    bent["tools"][2]["does"].pop(2)  # nothing asks any more whether `due` is a day
+    bent["tools"][2]["does"][-1] = {"return": {"loan_id": "loan.id", "due": "text(days('2026-01-01', due))"}}
+    lies = tried(bent, "x", 40).lies
+    assert len(lies) == 1 and lies[0].startswith("tool borrow_book: its schema allows {")
+    assert "is no day written YYYY-MM-DD" in lies[0]
+
+
+def test_draws_follow_from_their_names_and_are_even() -> None:
+    draws, again = Draws("a", 1), Draws("a", 1)
+    drawn = [draws.below(4) for _ in range(400)]
+    assert drawn == [again.below(4) for _ in range(400)] != [Draws("a", 2).below(4) for _ in range(400)]
+    assert all(70 < drawn.count(value) < 130 for value in range(4))

@@ -1,13 +1,18 @@
-"""The generator `safety`: for each category and language, requests with careful answers, and harmless twins
-with plain ones."""
+"""The generator `safety`: for each category of a taxonomy and each language, requests with refusals that
+redirect or safe completions, and harmless twins that have to be answered.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
+import regex
+import yaml
 from annotated_types import Ge, MinLen
 
 from data_prep.curate.quality.identify import identify
@@ -15,12 +20,120 @@ from data_prep.synth.generator import (
     Ask, GeneratedSample, Generator, GeneratorItem, Grade, Kind, NoUsableReply, Reply, SampleVerdict,
     Temperature)
 from data_prep.synth.generators.autoif.texts import languages as named
-from data_prep.synth.generators.safety.refusals import languages as refusing, refuses
-from data_prep.synth.generators.safety.taxonomy import FILE, Category, read_taxonomy
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import ONCE, AtLeastOne, one_of
+from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.settings import ONCE, AtLeastOne, Located, one_of, read_located, read_text
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import Refused
+
+# Whether an answer refuses, by the words of its beginning.
+
+PATTERNS = Path(__file__).parent / "refusals.yaml"
+BEGINNING_CHARS = 240
+"""A refusal comes first; what stands further behind may quote one."""
+TIMEOUT_S = 2.0
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> dict[str, list[regex.Pattern[str]]]:
+    listed = yaml.safe_load(PATTERNS.read_text(encoding="utf-8"))
+    return {language: [regex.compile(pattern, regex.IGNORECASE) for pattern in patterns]
+            for language, patterns in listed.items()}
+
+
+def languages_with_refusals() -> frozenset[str]:
+    return frozenset(_patterns())
+
+
+def refuses(answer: str, language: str) -> bool:
+    """Return whether an answer begins with a refusal in a language, or in English, which models fall back
+    to."""
+    # cut twice: a long answer costs no time, and blanks do not use up the beginning
+    beginning = " ".join(answer[:2 * BEGINNING_CHARS].replace("’", "'").split())[:BEGINNING_CHARS]
+    known = _patterns()
+    return any(pattern.search(beginning, timeout=TIMEOUT_S)
+               for name in dict.fromkeys((language, "en")) for pattern in known.get(name, ()))
+
+
+# Categories of risk: what is asked for, how it is answered, what is never given.
+
+TAXONOMY = Path(__file__).parents[1] / "taxonomies/safety.yaml"
+"""The 38 categories that come with the program."""
+Strategy = Literal["redirect", "safe-complete"]
+_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Category:
+    """One category of risk."""
+
+    id: str
+    """Part of the samples' ids."""
+    name: str
+    """As prompts name it."""
+    strategy: Strategy
+    """redirect: decline and show a way that helps; safe-complete: help with what is safe."""
+    withhold: str
+    """What no answer may give."""
+    examples: tuple[str, ...]
+    """Requests of the category."""
+    twin: str
+    """A harmless request that sounds alike."""
+
+
+def read_taxonomy(file: Path = TAXONOMY) -> list[Category]:
+    """Return the categories of a file.
+
+    Raises:
+        UserError: it cannot be read, or breaks a rule; all problems are told with their lines.
+    """
+    located = read_located(read_text(file))
+    problems = [(problem.line, problem.sentence) for problem in located.problems]
+    found: list[Category] = []
+    value = located.value
+    listed = value.get("categories") if isinstance(value, dict) else None
+    if not problems and (not isinstance(listed, list) or not listed):
+        problems.append((1, "needs a list `categories`, as the packaged taxonomies/safety.yaml has"))
+    for place, given in enumerate(listed if isinstance(listed, list) else ()):
+        category = _category(given, located, place, problems)
+        if category and any(category.id == other.id for other in found):
+            problems.append((located.line(("categories", place)), f"id {category.id!r} stands there twice"))
+        elif category:
+            found.append(category)
+    if problems:
+        raise UserError(list_problems(str(file), [f"line {line}: {said}" for line, said in problems]))
+    return found
+
+
+def _category(given: Any, located: Located, place: int, problems: list[tuple[int, str]]) -> Category | None:
+    """Return a category; None, and a problem more, where it breaks a rule."""
+    names = [field.name for field in fields(Category)]
+    line = located.line(("categories", place))
+    if not isinstance(given, dict):
+        problems.append((line, f"must be a category with {', '.join(names)}"))
+        return None
+    before = len(problems)
+    problems += [(located.line(("categories", place, name)), f"{name!r} is no field of a category"
+                  f"{nearest(str(name), names)}") for name in given if name not in names]
+    for name in names:
+        value = given.get(name)
+        if name == "examples":
+            is_right = isinstance(value, list) and bool(value) and all(
+                isinstance(one, str) and one.strip() for one in value)
+            wanted = "a list of requests"
+        else:
+            is_right, wanted = isinstance(value, str) and bool(value.strip()), "a text"
+        if not is_right:
+            problems.append((located.line(("categories", place, name)),
+                             f"{name} = {value!r} must be {wanted}"))
+    # values are looked at once all fields have their types
+    if len(problems) == before and given["strategy"] not in get_args(Strategy):
+        problems.append((line, f"strategy = {given['strategy']!r} must be {' or '.join(get_args(Strategy))}"))
+    if len(problems) == before and not _ID.fullmatch(given["id"]):
+        problems.append((line, f"id = {given['id']!r} must be up to 40 small letters, digits and -"))
+    if len(problems) > before:
+        return None
+    return Category(**{**given, "examples": tuple(given["examples"])})
+
 
 REQUEST_TEMPERATURE = 1.0
 MIN_LANGUAGE_SCORE = 0.5
@@ -48,7 +161,7 @@ MAX_CHARS = 4000
 """Of a request."""
 
 
-Known = Annotated[str, one_of(lambda: refusing() & named().keys())]
+Known = Annotated[str, one_of(lambda: languages_with_refusals() & named().keys())]
 """A language that prompts can name, and whose refusals are known."""
 
 
@@ -92,8 +205,7 @@ class SafetyGenerator(Generator):
     settings: SafetyGeneratorSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the taxonomy that comes with the program."""
-        return [FILE]
+        return [TAXONOMY]
 
     def items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
         """Yield each category in each language, so many times; inputs are taxonomies instead of ours.
@@ -102,8 +214,9 @@ class SafetyGenerator(Generator):
             UserError: a taxonomy breaks a rule, or two have a category of one id.
         """
         read: dict[str, Path] = {}
-        for file in inputs or [FILE]:
+        for file in inputs or [TAXONOMY]:
             for category in read_taxonomy(file):
+                # ids of items are made of those of categories
                 if read.setdefault(category.id, file) != file:
                     raise UserError(f"{file}: category {category.id} stands in {read[category.id]} as well; "
                                     "rename one")
@@ -124,6 +237,7 @@ class SafetyGenerator(Generator):
             yield GeneratedSample({"messages": [{"role": "user", "content": category.name}]},
                                   (SampleVerdict("requests", False, "no JSON list of requests and twins"),))
         for number, (request, twin) in enumerate(pairs):
+            # both go the same way: a model has to distinguish them by what they say
             for is_twin, text in ((False, request), (True, twin)):
                 one = _One(category, language, text, is_twin, f"{item.id}.{number}")
                 try:
@@ -150,12 +264,12 @@ class SafetyGenerator(Generator):
             bare, = ask("safety/refusal", temperature=self.settings.temperature,
                         max_tokens=self.settings.max_tokens, language=named()[one.language],
                         request=one.request)
+            # one that answers after all would teach the wrong side
             worse = bare.text.strip()
-            yield GeneratedSample({"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse,
-                                   **one.beside()},
-                                  (*sample.verdicts, SampleVerdict("rejected refuses", refuses(
-                                       worse, one.language) and not bare.is_cut)), group=one.group,
-                                  kind="prompt")
+            is_refusal = refuses(worse, one.language) and not bare.is_cut
+            record = {"prompt": one.request, "chosen": reply.text.strip(), "rejected": worse, **one.beside()}
+            yield GeneratedSample(record, (*sample.verdicts, SampleVerdict("rejected refuses", is_refusal)),
+                                  group=one.group, kind="prompt")
 
     def _verdicts(self, one: _One, reply: Reply, ask: Ask) -> Iterator[SampleVerdict]:
         """Yield the verdicts on an answer up to the first that fails; the judge, who costs, is asked last."""
@@ -166,7 +280,8 @@ class SafetyGenerator(Generator):
         checks = [SampleVerdict("ended", not reply.is_cut),
                   SampleVerdict("language", is_right, f"{language}, {score:.2f}")]
         if one.is_twin:
-            checks.append(SampleVerdict("answered", not refused, "it refuses a harmless request" * refused))
+            checks.append(SampleVerdict("answered", not refused,
+                                        "it refuses a harmless request" if refused else ""))
         elif category.strategy == "redirect":
             checks.append(SampleVerdict("refuses", refused, "" if refused else "it does not decline"))
         for check in checks:
@@ -202,20 +317,17 @@ class _One:
 
     @property
     def template(self) -> str:
-        """Return the name of the template that answers it."""
         if self.is_twin:
             return "safety/answer"
         return "safety/redirect" if self.category.strategy == "redirect" else "safety/complete"
 
     def fields(self) -> dict[str, str]:
-        """Return what that template is given."""
         fields = {"language": named()[self.language], "request": self.request}
         if not self.is_twin:
             fields |= {"name": self.category.name, "withhold": self.category.withhold}
         return fields
 
     def beside(self) -> dict[str, Any]:
-        """Return what a record has beside its turns."""
         return {"language": self.language, "category": self.category.id,
                 "strategy": "answer" if self.is_twin else self.category.strategy}
 
@@ -239,5 +351,6 @@ def pairs_in(reply: Reply, most: int) -> list[tuple[str, str]]:
         request, twin = (one.get("request"), one.get("twin")) if isinstance(one, dict) else (None, None)
         if isinstance(request, str) and isinstance(twin, str) and request.strip() and twin.strip() and max(
                 len(request), len(twin)) <= MAX_CHARS:
+            # each once: a repeated request would get the same answer again
             pairs.setdefault(request.strip(), twin.strip())
     return list(pairs.items())[:most]

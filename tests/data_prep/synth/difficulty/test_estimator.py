@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
-from data_prep.synth.difficulty.features import NAMES, form
+from data_prep.synth.difficulty.estimator import NAMES, form
 
 NGRAMS = Ngrams(NgramSettings(num_buckets=1 << 10))
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.synth.generators.autoif.texts import languages, texts_of
-from data_prep.synth.generators.autoif.turns import in_system_turn, in_user_turn
+from data_prep.synth.generators.autoif.texts import in_system_turn, in_user_turn, languages, texts_of
 
 QUERY, CONSTRAINT = "What does {constraint} or {query} mean?", "Use {x} and {query} twice."
 
