@@ -17,7 +17,7 @@ from data_prep.curate.pipeline.step import Doc, Pass, ShardRef, Step, StepOutcom
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.settings import AtLeastOne, Share
 
-REASON = "mostly repeated paragraphs"
+REPEATED_REASON = "mostly repeated paragraphs"
 Border = Literal["lines", "blank_lines"]
 _BORDERS: dict[Border, re.Pattern[str]] = {
     "lines": re.compile(r"\n"), "blank_lines": re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")}
@@ -109,7 +109,7 @@ class ParagraphDedup(Step):
         text = "".join(document.text[p.start:p.stop] for p in stay)
         lost = sum(len(document.text[p.start:p.stop].strip()) for p in parts if p.key in keys)
         if not text.strip() or lost > self.settings.max_share * len(document.text.strip()):
-            return StepOutcome(REASON, values={"paragraphs_cut": num_cut})
+            return StepOutcome(REPEATED_REASON, values={"paragraphs_cut": num_cut})
         return StepOutcome(text=text, values={"paragraphs_cut": num_cut})
 
     def _load(self, rank: int) -> None:

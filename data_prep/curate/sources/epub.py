@@ -17,7 +17,7 @@ from megatron_sov.base.documents import BadRecord
 
 _CONTAINER = "META-INF/container.xml"
 _PAGES = frozenset(["application/xhtml+xml", "text/html", "application/x-dtbook+xml"])
-_FACTS = {"title": "title", "language": "language_hint", "date": "date", "rights": "licence",
+_EPUB_FACTS = {"title": "title", "language": "language_hint", "date": "date", "rights": "licence",
           "identifier": "own_id", "creator": "author"}
 """Element of Dublin Core -> column."""
 
@@ -45,7 +45,7 @@ class EpubReader(FileReader):
         archive = Archive(read_whole(job.file, job.options), job.options)
         package_name = _package(archive)
         package = archive.tree(package_name)
-        facts = _facts(package)
+        facts = _epub_facts(package)
         chapters = [(name, text) for name in _spine(package, package_name)
                     if (text := page_text(decode_page(archive.read(name)), whole=True)[0])]
         if not chapters:
@@ -69,10 +69,10 @@ def _package(archive: Archive) -> str:
     raise BadRecord("epub", f"names no package in {_CONTAINER}; fetch it again")
 
 
-def _facts(package: Any) -> dict[str, Any]:
+def _epub_facts(package: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for element in package.iter():
-        column = _FACTS.get(local(element))
+        column = _EPUB_FACTS.get(local(element))
         text = " ".join("".join(element.itertext()).split())[:500] if column else ""
         if column and text:
             facts.setdefault(column, licence_of(text) if column == "licence" else text)
