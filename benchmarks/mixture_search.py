@@ -25,9 +25,9 @@ from pathlib import Path
 from seeds import over_seeds
 
 from data_prep.cli import main as sov_data
+from data_prep.mixture.blend_file import read_search
 from data_prep.mixture.fitting import Judgement
 from data_prep.mixture.search import UNIFORM, Proxies, ProxySettings, blend_of, clusters_of
-from data_prep.mixture.search_file import read_search
 from data_prep.shards.token_artifact import read_tokens_manifest
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from tokenizer.cli import main as sov_tokenizer

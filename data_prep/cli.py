@@ -46,7 +46,7 @@ COMMANDS = {
                             "freeze problems of `synth probes` into sets that are not in the training input"),
     "decontaminate": Command("data_prep.curate.decontaminate",
                              "leave out records that hold text of benchmarks"),
-    "demo-corpus": Command("data_prep.demo.corpus",
+    "demo-corpus": Command("data_prep.demo_corpus",
                            "gather a small corpus from what this machine has, or from your own files"),
 }
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from data_prep.curate.decontamination.hits import find_hits
-from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings
+from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings, find_hits
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading

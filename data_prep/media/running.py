@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.libraries import require
-from data_prep.media.settings import STOP, EncodeMediaOptions, MediaSettings
+from data_prep.media.encoder import STOP, EncodeMediaOptions, MediaSettings
 from data_prep.media.units import (
     BAD, KIND, RECORDS, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan)
 from megatron_sov.base.artifacts import (

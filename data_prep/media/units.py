@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from data_prep.media.encoder import (
-    TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, Medium, MessagePart, UnitBanks, parse_record)
-from data_prep.media.settings import CALL, STOP, MediaSettings
+    CALL, STOP, TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, MediaSettings, Medium, MessagePart,
+    UnitBanks, parse_record)
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.documents import BadRecord

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.mixture.search_file import FitName
+from data_prep.mixture.blend_file import FitName
 from megatron_sov.base.errors import UserError
 
 FLOOR = 0.02

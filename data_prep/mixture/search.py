@@ -23,11 +23,10 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from data_prep.mixture import fitting
-from data_prep.mixture.blend_file import Blend, BlendEntry, BlendPhase, blend_text
+from data_prep.mixture.blend_file import (
+    Blend, BlendEntry, BlendPhase, Cluster, MixtureSearchSettings, blend_text, read_search)
 from data_prep.mixture.fitting import Judgement, MixtureSpace, Shares
-from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
-from data_prep.shards.splits import HELDOUT, TRAIN
-from data_prep.shards.token_artifact import read_tokens_manifest, refuse_overlap
+from data_prep.shards.token_artifact import HELDOUT, TRAIN, read_tokens_manifest, refuse_overlap
 from data_prep.tags import SOURCE, is_chosen, tags_of
 from megatron_sov.base.artifacts import (
     atomic_write, disk_errors, manifest_sha256, new_artifact, refuse_existing, sha256_file, to_json)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from data_prep.shards.assemble import ShardedWriter, ShardRecord
 from data_prep.shards.encode import Encoder
 from data_prep.shards.pack import PackSource, carry_tokenizer, parse_sources
-from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, IndexedSplit, token_dtype
+from data_prep.shards.token_artifact import (
+    CONTENT_VERSION, HELDOUT, KIND, TRAIN, HeldoutRule, IndexedSplit, document_hash, token_dtype)
 from megatron_sov.base.artifacts import new_artifact, read_manifest, refuse_existing
 from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.indexed_writer import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index

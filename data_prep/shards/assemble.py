@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.media.packing import ShardBanks, SourceBanks
-from data_prep.shards.splits import HELDOUT, SPLITS, HeldoutRule
-from data_prep.shards.token_artifact import sidecars_of
+from data_prep.shards.token_artifact import HELDOUT, SPLITS, HeldoutRule, sidecars_of
 from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.kinds import KIND_NONE

@@ -20,8 +20,7 @@ from annotated_types import Gt
 from data_prep.mixture.blend_file import (
     Missing, PhaseShares, allot, find_blend, overall, read_blend, refuse_many_epochs, table)
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON
-from data_prep.shards.splits import TRAIN
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest, refuse_overlap
+from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, read_tokens_manifest, refuse_overlap
 from megatron_sov.base.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.base.digests import algorithm_of, file_digest
 from megatron_sov.base.errors import UserError

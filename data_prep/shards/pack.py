@@ -27,8 +27,8 @@ from tqdm import tqdm
 from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
-from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, QUARANTINE, sidecars_of, token_dtype
+from data_prep.shards.token_artifact import (
+    CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
 from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
 from data_prep.steps import named_steps
 from data_prep.tags import (
@@ -42,8 +42,8 @@ from megatron_sov.base.documents.records import completion_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.code import PluginCode
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options,
-    name_options, num_cores, problems_of, read_options)
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
+    num_cores, problems_of, read_options)
 from megatron_sov.base.warning import warn
 from megatron_sov.work.progress.parts import open_parts
 

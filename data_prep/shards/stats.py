@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from data_prep.shards.encode import TOKENIZER_JSON
-from data_prep.shards.splits import SPLITS
-from data_prep.shards.token_artifact import num_tokens, read_tokens_manifest, shards_of
+from data_prep.shards.token_artifact import SPLITS, num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.media_marks import name_of

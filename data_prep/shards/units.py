@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
-from data_prep.shards.splits import document_hash
+from data_prep.shards.token_artifact import document_hash
 from data_prep.steps import Steps
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_marks import SPELLED

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.shards.token_artifact import (
-    COLUMN_DTYPE, SIDECARS, IndexedSplit, PackedShard, document_hashes, num_tokens, read_tokens_manifest,
-    shards_of)
+    COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
+    read_tokens_manifest, shards_of)
 from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.chat.kinds import KIND_NONE, KINDS
 from megatron_sov.base.documents.routes import ROUTES, RouteShape

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from data_prep.curate.decontamination.benchmarks import text_in
+from data_prep.curate.decontamination.step import text_in
 from data_prep.json_lines import read_objects
 from data_prep.synth.generators.probes import DOMAIN
 from data_prep.synth.problems import line_files

@@ -18,9 +18,9 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.exact import Dropped, Partitions, write_report
-from data_prep.curate.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
 from data_prep.curate.dedup.work_files import (
-    BucketWriter, Records, Slice, bucket_slice, parts_of, read_array, save_array, write_buckets)
+    ROW_BITS, BucketWriter, Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, read_array,
+    registered, rows, save_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import new_file, new_folder

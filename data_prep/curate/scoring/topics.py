@@ -21,7 +21,7 @@ from annotated_types import Ge, Le, Lt
 from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
-from data_prep.curate.scoring.training import library_problems
+from data_prep.curate.scoring.scorer import library_problems
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError
@@ -135,7 +135,7 @@ def _idf(counted: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> np.nda
 
 
 def _matrix(counted: Sequence[tuple[np.ndarray, np.ndarray]], idf: np.ndarray, width: int) -> Any:
-    from data_prep.curate.scoring.training import sparse_rows
+    from data_prep.curate.scoring.scorer import sparse_rows
 
     rows = []
     for buckets, counts in counted:

@@ -12,8 +12,7 @@ from pathlib import Path
 import yaml
 
 from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_whole
-from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, kept, source_files
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 

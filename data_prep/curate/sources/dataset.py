@@ -11,8 +11,7 @@ from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.lines import JsonlReader, raw_of
-from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept, source_files
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import SPLITS, arrow_batches, has_word, open_parquet

@@ -10,8 +10,7 @@ from typing import IO, Annotated, Any
 
 from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits, blocks_within, unpacked
 from data_prep.curate.sources.lines import split_lines
-from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem
+from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, source_files
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError

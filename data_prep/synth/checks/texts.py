@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep.curate.decontamination.benchmarks import text_in
+from data_prep.curate.decontamination.step import text_in
 from data_prep.synth.generator import Kind
 from megatron_sov.base.documents.messages import BadRecord, Messages
 from megatron_sov.base.documents.records import RecordReading, parse_record

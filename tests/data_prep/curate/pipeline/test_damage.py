@@ -17,8 +17,8 @@ import pytest
 from data_prep.curate.dedup.work_files import (
     BucketWriter, bucket_slice, read_array, write_array, write_buckets)
 from data_prep.curate.pipeline.addresses import mark_of, refuse_changed
-from data_prep.curate.pipeline.layers import LayerFile, groups
 from data_prep.curate.pipeline.step import StepOutcome
+from data_prep.curate.pipeline.tasks import LayerFile, groups
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base import sealed
 from megatron_sov.base.documents import read_documents

@@ -7,8 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from data_prep.curate.scoring.judgement import judge, told
-from data_prep.curate.scoring.labels import Label
+from data_prep.curate.scoring.labels import Label, judge, told
 
 
 def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.sources.formats import FORMATS, reader, reader_class
-from data_prep.curate.sources.listing import shown
+from data_prep.curate.sources.reader import shown
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError
