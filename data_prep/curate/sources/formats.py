@@ -19,7 +19,7 @@ from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, find_problems, problems_of)
 
 FORMATS: dict[str, str] = {
-    "auto": "data_prep.curate.sources.auto:AutoReader",
+    "auto": "data_prep.curate.sources.formats:AutoReader",
     "text": "data_prep.curate.sources.lines:TextReader",
     "jsonl": "data_prep.curate.sources.lines:JsonlReader",
     "parquet": "data_prep.curate.sources.dataset:ParquetReader",

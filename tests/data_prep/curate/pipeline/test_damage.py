@@ -23,8 +23,8 @@ from data_prep.shards.shard_damage import way_out
 from megatron_sov.base import sealed
 from megatron_sov.base.documents import read_documents
 from megatron_sov.base.errors import UserError
-from tests.data_prep.curate.pipeline.test_layers import write_base
 from tests.data_prep.curate.pipeline.test_running import run, texts
+from tests.data_prep.curate.pipeline.test_tasks import write_base
 
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
 
