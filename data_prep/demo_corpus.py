@@ -63,6 +63,7 @@ def korean_pages() -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory(prefix="korean-") as name:
         folder = Path(name)
+        # One deadline for all commands together.
         runner = _Runner(folder, time.monotonic() + TIMEOUT_S)
         try:
             _download(runner)
@@ -81,6 +82,7 @@ def _pages(archive: bytes) -> dict[str, str]:
     """Return the text of the pages in a package's archive that lie in a folder `ko`;
     nothing is written to disk."""
     texts = {}
+    # Members are read in memory: no path of an archive reaches the disk.
     with tarfile.open(fileobj=io.BytesIO(archive)) as members:
         for member in members:
             path = PurePosixPath(member.name)
@@ -141,6 +143,7 @@ class _TextParser(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """End the line, or the silence."""
+        # Only the innermost ends: pages of others leave tags open.
         if self._skipping and tag == self._skipping[-1]:
             self._skipping.pop()
         elif tag in _BLOCK_TAGS:
@@ -246,6 +249,7 @@ def _files(folder: Path) -> list[Path]:
     """Return all files below a folder, sorted, without going into `SKIPPED_FOLDERS`."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
+        # In place: `os.walk` goes into what is left in the list.
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         found += [Path(place, name) for name in names]
     return sorted(found)
@@ -375,6 +379,7 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
         UserError: `user` cannot be read or holds no text, or the output may not be replaced.
     """
     refuse_existing(output, KIND, overwrite)
+    # Read once, for code, documentation and chats.
     library = stdlib_files()
     sources = {name: read_source(file) for name, file in [*library, *package_files()]}
     found = [d for name, source in sources.items() for d in docstrings(name, source)]
@@ -413,6 +418,7 @@ def user_documents(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: holds no text; pass files with text in them")
     ids: dict[str, str] = {}
     for number, (where, text) in enumerate(texts):
+        # The first place of a text names it.
         ids.setdefault(text, f"{where}#{number}")
     return {id_: text for text, id_ in ids.items()}
 
@@ -423,6 +429,7 @@ def select(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
     chosen: dict[str, str] = {}
     seen: set[str] = set()
     total_bytes = 0
+    # A fixed shuffle: the same machine gives the same corpus, and no package is preferred.
     for id_ in sorted(texts, key=order_key):
         size_bytes = len(texts[id_].encode())
         if len(texts[id_]) < MIN_CHARS or texts[id_] in seen or total_bytes + size_bytes > limit_bytes:

@@ -79,6 +79,7 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
         if not name.endswith(".jsonl"):
             raise UserError(f"--input {name}: is no .jsonl file; `sov-data run` decontaminates other kinds "
                             "of files")
+    # Refused before benchmarks are read and documents are searched, which may take hours.
     refuse_existing(output, KIND, overwrite)
     search = wanted.search()
     counts: dict[str, dict[str, int]] = {}
@@ -109,6 +110,7 @@ def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, readin
             counts["left_out" if found else "kept"] += 1
             if not found:
                 kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+            # Hits of all files are in memory at once: few records of honest data have any.
             hits += [{"record": where, **asdict(hit)} for hit in found]
     return counts
 

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataRunOptions, typed)
+    # Imported here: `--help` loads no pyarrow.
     from data_prep.curate.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.curate.pipeline.pipeline_file import load_pipeline
     from data_prep.curate.pipeline.plan import make_plan
@@ -51,6 +52,8 @@ def run(typed: argparse.Namespace) -> int:
     check_folder(args.output)
     refuse_inside_sources(pipeline, args.output)
     if args.dry_run:
+        # Without contents there are no addresses, and nothing to say of the steps; reading them here may take
+        # hours.
         if is_much(unknown := unknown_inputs(pipeline, args.output)):
             print(f"{pipeline.name}: the contents of {told(unknown)} are not known yet; the run reads them "
                   "first (with --cluster by jobs), and this tells the steps when it has")

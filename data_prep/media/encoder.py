@@ -128,12 +128,15 @@ class MediaSettings:
         Raises:
             UserError: a folder is no codec.
         """
+        # Left out: where media lie, what computes, limits (added below) and what is done about bad records
+        # change no unit that is good.
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                                  if f.name not in ("media_root", "device", "limits", "bad_media")}
         codecs: dict[str, str | None] = {}
         for name in ("image_tokenizer", "audio_tokenizer"):
             if (path := facts[name]) is not None:
                 read_manifest(path, "codec")
+            # A codec by the hash of its manifest: another path to the same one changes nothing.
             codecs[name] = None if path is None else manifest_sha256(path)
         return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
                            "code": CODE_VERSION}, sort_keys=True)
@@ -207,6 +210,7 @@ def content_hash(file: Path) -> str:
     """Return the hash of a medium's bytes; of a folder: of its files' names and bytes."""
     digest = hashlib.sha256()
     for one in [file] if file.is_file() else sorted(file.iterdir()):
+        # Names of a folder's frames count, since they give their order; a single file's name does not.
         digest.update(f"{one.name if one != file else ''}\0".encode(errors="replace"))
         if one.is_file() and not (one != file and one.is_symlink()):
             with open(one, "rb") as f:
@@ -255,17 +259,21 @@ class MediaRecordEncoder:
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):
             try:
+                # The name of a content: equal bytes are encoded once, whatever they are called.
                 names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
             except BadRecord as e:
                 found[part] = e
             except OSError as e:
                 found[part] = BadRecord("missing",
                                         f"cannot be read ({e.strerror or e}); check its permissions")
+        # Of equal contents the first part is read.
         first = {name: part for part, name in reversed(names.items())}
         todo = list(dict.fromkeys(names.values()))
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(todo), AT_A_TIME):
                 here = todo[start:start + AT_A_TIME]
+                # Decoding waits for processes, so threads suffice; codecs see the results one after the
+                # other.
                 reads = list(pool.map(lambda name: self._read(first[name]), here))
                 contents |= self._encoded(here, reads, banks)
         return found | {part: contents[name] for part, name in names.items()}
@@ -297,6 +305,7 @@ class MediaRecordEncoder:
                     raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
                                                 "--continuous-pictures")
                 return [self._reader.picture(part.value, tuple(sides), settings.animated)]
+            # First for the codec, last for the spectrograms: `_sound` takes them by place.
             rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
                      *([SAMPLE_RATE_HZ] if settings.sound_bank else [])]
             if not rates:
@@ -331,6 +340,7 @@ class MediaRecordEncoder:
         for start in range(0, len(todo), BATCH):
             here = todo[start:start + BATCH]
             side = self.images.side_pixels
+            # The batch always has its full size: kernels chosen by size would give other last bits.
             batch = np.zeros((BATCH, 3, side, side), np.float32)
             for i, name in enumerate(here):
                 batch[i] = reads[name].arrays[0].astype(np.float32) / 255
@@ -370,6 +380,7 @@ class MediaRecordEncoder:
         piece = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)
         for start in range(0, len(samples), piece):
             with torch.inference_mode():
+                # A copy: torch takes no array that may not be written to.
                 sound = torch.from_numpy(samples[start:start + piece].copy()).to(self._settings.device)
                 ids = self.sounds.encode(sound).cpu().numpy()
             yield _checked(ids, self.sounds, self._settings.audio_tokenizer)
@@ -377,6 +388,7 @@ class MediaRecordEncoder:
     def _remember(self, name: str, block: str) -> None:
         self._known[name] = block
         while len(self._known) > KEPT:
+            # The oldest goes first; it is encoded again if it comes back.
             self._known.popitem(last=False)
 
 
@@ -473,6 +485,7 @@ def parse_record(line: bytes) -> MediaRecord:
     fields = {name: value for name, value in record.items() if name != own}
     if kind == TEXT and "text" in fields:
         raise BadRecord("fields", "has both 'content' and 'text'; leave one out")
+    # Fields count as well: templates may put any of them into the text.
     _refuse_marks([fields, *(m.fields for m in messages),
                    *(p.value for m in messages for p in m.parts or () if p.kind == "text")])
     return MediaRecord(kind, fields, tuple(messages))

@@ -52,6 +52,7 @@ class ShardBanks:
         """
         found = numbers.copy()
         for kind, shape in self._shapes.items():
+            # A number of the sidecar is row * slots + slot; rows are numbered anew in each shard.
             places = np.flatnonzero(np.isin(ids, shape.placeholder_ids) & (numbers >= 0))
             rows, slots = np.divmod(numbers[places], shape.slots)
             known = self._rows[kind]
@@ -60,6 +61,7 @@ class ShardBanks:
                     if row >= len(self._from[kind]):
                         raise UserError(f"{kind}: a document names record {row} of "
                                         f"{len(self._from[kind])}; encode the media again")
+                    # New rows are appended in the order in which documents name them.
                     known[row] = len(known)
                     self._files[kind].write(self._from[kind][row].tobytes())
             found[places] = np.array([known[row] for row in rows.tolist()], np.int64) * shape.slots + slots
@@ -97,6 +99,7 @@ def media_of(sources: Mapping[str, Path], kind: str | None) -> dict[str, Path]:
     """
     corpora = {name: folder for name, path in sources.items() if (folder := corpus_of(path)) is not None}
     for name, folder in corpora.items():
+        # The records of a corpus without its banks.
         if sources[name].is_file():
             raise UserError(f"--input {sources[name]}: belongs to the media corpus {folder}, and its media "
                             "would be lost; pass the folder")
@@ -121,6 +124,7 @@ def encoding_of(corpora: Mapping[str, Path]) -> MediaEncoding | None:
     slots: dict[str, int] = {}
     for folder in corpora.values():
         for kind, shape in _shapes(folder).items():
+            # The number of slots decides how many placeholders stand for a record.
             if slots.setdefault(kind, shape.slots) != shape.slots:
                 raise UserError(f"--input {folder}: has {shape.slots} slots of {kind}, another one "
                                 f"{slots[kind]}; pack each on its own")
@@ -188,6 +192,7 @@ def media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.gene
         return [f"{file}: has {len(numbers)} numbers, and the shard {len(tokens)} tokens"]
     problems, stands = [], np.zeros(len(tokens), bool)
     for kind, shape in shapes.items():
+        # Both ways: every placeholder names a record, and nothing else does.
         here = np.isin(tokens, shape.placeholder_ids)
         stands |= here
         if wrong := int(((numbers < 0) | (numbers >= rows[kind] * shape.slots))[here].sum()):

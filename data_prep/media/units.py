@@ -61,6 +61,7 @@ class _Writer:
     def _item(self, part: MessagePart) -> str:
         medium = self._media[part]
         if medium.bank:
+            # In the order of the placeholders in the text: that is how rows and slots are matched later.
             self.rows.setdefault(medium.bank, []).extend(map(list, medium.rows))
         number = self._numbers[part.kind]
         self._numbers[part.kind] += 1
@@ -127,6 +128,8 @@ class MediaUnit:
         """Return the name of its folder."""
         digest = hashlib.sha256(identity.encode())
         for number, line in self.lines():
+            # Relative numbers and lengths: lines that move as a whole keep their unit, lines that merge do
+            # not.
             digest.update(f"\n{number - self.first_line} {len(line)} ".encode())
             digest.update(line)
         return digest.hexdigest()
@@ -153,6 +156,7 @@ def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[MediaUnit]:
         if len(line) > MOST_LINE_BYTES:
             raise UserError(f"{file}:{number}: has {len(line):,} bytes, at most {MOST_LINE_BYTES:,} are "
                             "read; name media by their paths")
+        # Bytes, so that a unit can be read without what is before it.
         stop += len(line)
         if number - first + 1 == RECORDS_PER_UNIT:
             yield MediaUnit(file, start, stop, first)
@@ -190,6 +194,7 @@ class MediaUnitEncoder:
         make_part(self._work, unit.key(self.identity), SUMMARY, partial(self._write, unit))
 
     def _write(self, unit: MediaUnit, folder: Path) -> None:
+        # Codecs load for long: a command that finds all units done opens none.
         if self._encoder is None:
             self._encoder = MediaRecordEncoder(self._settings, self._threads)
         bad: list[dict[str, object]] = []
@@ -202,6 +207,7 @@ class MediaUnitEncoder:
         files = {kind: folder / f"{kind}.bin" for kind in KINDS}
         with open(files[PICTURES], "wb") as pictures, open(files[SOUNDS], "wb") as sounds:
             banks = UnitBanks({PICTURES: pictures.write, SOUNDS: sounds.write})
+            # All media of the unit together: equal ones are encoded once.
             media = self._encoder.encode([p for _, record in records for p in record.media()], banks)
         good = {part: medium for part, medium in media.items() if not isinstance(medium, BadRecord)}
         counts: Counter[str] = Counter()
@@ -222,6 +228,7 @@ class MediaUnitEncoder:
                 counts["records"] += 1
         (folder / BAD).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
         (folder / ROWS).write_text(to_json({kind: banks.keys[kind] for kind in KINDS}))
+        # Last: a folder with a summary is a unit that is done.
         (folder / SUMMARY).write_text(to_json({"counts": counts, "kinds": sorted(kinds),
                                                "codebooks": self._encoder.codebooks()}))
 

@@ -74,6 +74,7 @@ def find_blend(given: str) -> Path:
         UserError: there is none.
     """
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    # A file of the user's goes before a shipped blend of the same name.
     if given in shipped and not Path(given).exists():
         return shipped[given]
     if not Path(given).is_file():
@@ -111,11 +112,13 @@ class BlendFilePhase:
         if (self.shares is None) == (self.product is None):
             return [SettingsProblem(ProblemCode.RULE, "", "must have either shares or product")]
         if self.product is None:
+            # The sum is looked at only where every share is a number.
             p = [problem for i, row in enumerate(self.shares or ()) for problem in self._of_row(i, row)]
             return p or _no_whole("shares", [row["share"] for row in self.shares or ()])
         p = [problem for tag in self.product for problem in self._twice(f"product.{tag}", [tag])]
         p += [problem for tag, side in self.product.items()
               for problem in _no_whole(f"product.{tag}", side.values())]
+        # A product grows with each tag: it is refused before it is made.
         if math.prod(map(len, self.product.values())) > MAX_ENTRIES:
             p.append(SettingsProblem(ProblemCode.RULE, "product",
                                      f"has more than {MAX_ENTRIES:,} combinations"))
@@ -148,6 +151,7 @@ class BlendFilePhase:
             entries = _scaled([BlendEntry(common | _written({k: v for k, v in row.items() if k != "share"}),
                                           row["share"] / 100) for row in self.shares or ()])
         else:
+            # Each side is scaled to 1, so the products sum to 1 too.
             sides = [_scaled([BlendEntry({tag: (value,)}, share / 100) for value, share in side.items()])
                      for tag, side in self.product.items()]
             entries = tuple(BlendEntry(common | {k: v for part in parts for k, v in part.where.items()},
@@ -220,6 +224,7 @@ def blend_text(blend: Blend, comment: str) -> str:
                   for entry in phase.entries]
         phases.append({"name": phase.name, **({"tokens": phase.tokens} if phase.tokens else {}),
                        "shares": shares})
+    # Through JSON, since YAML's dumper takes no tuples.
     body = yaml.safe_dump({"name": blend.name, "phases": json.loads(json.dumps(phases))}, sort_keys=False,
                           allow_unicode=True, width=110)
     return f"# {comment}\n{body}"
@@ -267,6 +272,7 @@ def allot(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "r
     phases: list[PhaseShares] = []
     budget = sum(phase.tokens for phase in blend.phases)
     for phase in blend.phases:
+        # Phases keep their proportions; a single phase without a budget has all of it.
         scaled = num_tokens * (phase.tokens / budget if budget else 1.0) if num_tokens else phase.tokens
         phases.append(_of_phase(phase, sources, missing, scaled, problems))
     if problems:
@@ -280,6 +286,7 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
     lacking: list[BlendEntry] = []
     raw: dict[str, float] = {}
     for entry in phase.entries:
+        # Only tokens to train on count.
         chosen = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources if is_chosen(entry.where, s)}
         available = sum(chosen.values())
         if not available:
@@ -291,6 +298,7 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
             owner[name] = entry
             if count:
                 raw[name] = entry.share * count / available
+    # With "spread" the division by the total below gives the others a lacking share, in proportion.
     if lacking and (missing == "refuse" or not raw):
         problems += [f"phase {phase.name}: no source is {entry.shown()}" for entry in lacking]
     total = math.fsum(raw.values())
@@ -316,6 +324,7 @@ def overall(phases: Sequence[PhaseShares]) -> dict[str, float]:
     budget = math.fsum(phase.tokens for phase in phases)
     weights: dict[str, float] = {}
     for phase in phases:
+        # A phase counts by its part of all tokens.
         part = phase.tokens / budget if budget else 1 / len(phases)
         for name, share in phase.shares.items():
             weights[name] = weights.get(name, 0.0) + part * share
@@ -448,6 +457,7 @@ def read_search(file: Path) -> MixtureSearchSettings:
         raise SettingsError(str(file), found.problems)
     raw = found.value
     if isinstance(raw, dict) and "from" in raw:
+        # Problems are still told with the line of the key as it was written.
         raw = {"from_" if key == "from" else key: value for key, value in raw.items()}
         found.lines[("from_",)] = found.line(("from",))
     return read(MixtureSearchSettings, {} if raw is None else raw, str(file), lines=found.lines)

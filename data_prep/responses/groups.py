@@ -111,7 +111,9 @@ def write_groups(files: Sequence[Path], output: Path, file: str,
     counts: Counter[str] = Counter()
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / file, "w", encoding="utf-8") as out:
+            # One group is in memory at a time, and never a file.
             for group in chain.from_iterable(map(read_groups, files)):
+                # The advantage divides by the spread of rewards.
                 if len(group.rewards) < 2 or min(group.rewards) == max(group.rewards):
                     counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
                     continue
@@ -158,6 +160,7 @@ def chats_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, A
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
     for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
+        # Its place in the group stays: others' advantages count it.
         if advantage > 0 and not group.ended[i]:
             counts["passed_over"] += 1
             continue
@@ -197,6 +200,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
     put together.  A response without a reward, or without a text, is none."""
     def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
+        # Neighbours only: what `score` wrote stands in order, and files may be larger than memory.
         return json.dumps([record.get("prompt"), record.get("system")]) if is_scored(record) else where
 
     def is_scored(record: dict[str, Any]) -> bool:
@@ -212,6 +216,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
         for _, record in scored:
             content = record.get(completion_of(record) or "")
             is_text = isinstance(content, str) and content.strip()
+            # What no judge could score is no response of the group.
             if _reward(record) is not None and (is_text or isinstance(content, list)):
                 responses.append({"content" if is_text else "messages": content, "reward": _reward(record),
                                   FINISH: record.get(FINISH)})
@@ -229,6 +234,7 @@ def _group(record: dict[str, Any], where: str) -> ResponseGroup:
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
                         "'label'; add them")
     own = {"prompt", "responses"}
+    # They would be overwritten without a word.
     if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")

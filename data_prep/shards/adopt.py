@@ -71,6 +71,7 @@ def survey(name: str, prefix: Path, split: IndexedSplit, encoder: Encoder, eod: 
         UserError: ids lie outside of the vocabulary, are another tokenizer's, or documents do not end as
             expected.
     """
+    # Cheap tests first: a wrong tokenizer is found before all text is decoded.
     _refuse_range(prefix, split, encoder.vocab_size)
     _refuse_other_tokenizer(name, split, encoder)
     ends_with_eos = _ends(prefix, split, encoder, eod)
@@ -79,6 +80,7 @@ def survey(name: str, prefix: Path, split: IndexedSplit, encoder: Encoder, eod: 
     done = 0
     with work_bar("reading", len(split.tokens), "token") as bar:
         for batch in _batches(split):
+            # The hash is that of the text, as `pack` makes it: the same documents are held out.
             texts = encoder.decode_batch([ids[:-1] if ends_with_eos else ids for ids in batch])
             for text in texts:
                 hashes[done] = document_hash(Document("text", text))
@@ -115,6 +117,7 @@ def _ends(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -> bool
     lasts = np.asarray(split.tokens[np.cumsum(split.lengths_tokens, dtype=np.int64) - 1])
     num_ended, num_documents = int((lasts == encoder.eos_id).sum()), len(lasts)
     if eod == "none" or (eod == "auto" and not num_ended):
+        # Every document ends with the same id that is not eos: very likely the eos of another tokenizer.
         if eod == "auto" and num_documents > 1 and (lasts == lasts[0]).all():
             raise UserError(f"{prefix}: every document ends with id {lasts[0]} "
                             f"({encoder.decode([int(lasts[0])])!r}), and the tokenizer's eos is "
@@ -141,6 +144,7 @@ def _refuse_other_tokenizer(name: str, split: IndexedSplit, encoder: Encoder) ->
         ids = [int(t) for t in split.tokens[starts[i]:starts[i] + length] if int(t) != encoder.eos_id]
         texts.append(encoder.decode(ids))
         again = encoder.plain.encode(texts[-1], add_special_tokens=False).ids
+        # Up to the first difference: a sample that is cut inside a word differs behind it for good reason.
         agreed += next((n for n, (a, b) in enumerate(zip(ids, again, strict=False)) if a != b),
                        min(len(ids), len(again)))
         num_tokens += len(ids)
@@ -176,6 +180,7 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pass the path that both files have, "
                         "without .bin and .idx") from None
+    # Layout: header, int32 length and int64 start of each sequence, int64 bounds of documents.
     dtype, num_sequences, num_bounds = _header(index, raw)
     at = HEADER.size
     lengths = np.frombuffer(raw, "<i4", num_sequences, at).astype(np.int64)
@@ -183,6 +188,7 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
     bounds = np.frombuffer(raw, "<i8", num_bounds, at + 12 * num_sequences)
     if num_sequences and int(lengths.min()) < 0:
         raise UserError(f"{index}: sequence {int(lengths.argmin())} has {lengths.min()} tokens; {_REMEDY}")
+    # Starts must follow from lengths: gaps would shift every token behind them.
     ends = np.cumsum(lengths) * dtype.itemsize
     wrong = np.flatnonzero(starts != ends - lengths * dtype.itemsize)
     if len(wrong):
@@ -197,6 +203,7 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
         raise UserError(f"{tokens}: has {size_bytes} bytes, the index says {expected_bytes}; {_REMEDY}")
     cumulative = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     documents = np.diff(cumulative[bounds])
+    # An empty document takes no bytes, so the .bin stays as it is.
     kept = documents[documents > 0]
     if not len(kept):
         raise UserError(f"{index}: holds no document; name another pair")
@@ -305,6 +312,7 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
                             "artifact has one dtype; leave --link out")
         dtype = next(iter(dtypes))
     rule = HeldoutRule(args.heldout)
+    # Three rounds over all pairs: the rule needs every source's extremes before any document is placed.
     for pair in pairs:
         rule.learn_source(int(pair.surveyed.hashes.min()), int(pair.surveyed.hashes.max()))
     for pair in pairs:
@@ -351,6 +359,7 @@ def _copied(pair: Pair, artifact: Path, dtype: str, rule: HeldoutRule, shard_tok
             ids = np.asarray(pair.split.tokens[tokens])
             for writer, chosen in ((train, ~heldout[block]), (held, heldout[block])):
                 if chosen.any():
+                    # A mask over tokens picks whole documents without a loop.
                     writer.write(lengths[chosen], pair.surveyed.sizes_bytes[block][chosen],
                                  {"bin": ids[np.repeat(chosen, lengths)]}, [])
         return {TRAIN: train.record(), HELDOUT: held.record()}
@@ -361,6 +370,7 @@ def _blocks(lengths: NDArray[np.int32]) -> Iterator[tuple[slice, slice]]:
     ends = np.cumsum(lengths, dtype=np.int64)
     start = passed = 0
     while start < len(ends):
+        # At least one document, however long.
         stop = max(start + 1, int(np.searchsorted(ends, passed + BLOCK_TOKENS, side="right")))
         yield slice(start, stop), slice(passed, int(ends[stop - 1]))
         start, passed = stop, int(ends[stop - 1])

@@ -69,6 +69,7 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
         How many documents are left.
     """
     units = [open_unit(work, record.key, dtype) for _, record in source.units]
+    # One row of a document: both sides of a preference have the same hash and id.
     sequences = [unit.sequences[::source.group] for unit in units]
     counts = np.array([len(s) for s in sequences])
     ids = np.concatenate([s["id"] for s in sequences]) if sequences else np.zeros(0, np.uint64)
@@ -80,11 +81,13 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     unit_of = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     for unit in np.unique(unit_of[repeated]).tolist():
+        # From places among all documents to sequences of the unit.
         documents = np.flatnonzero(repeated & (unit_of == unit)) - starts[unit]
         source.dropped[unit] = (documents[:, None] * source.group + np.arange(source.group)).reshape(-1)
     hashes = (np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences
               else np.zeros(0, np.uint64))
     if len(hashes):
+        # Repeated documents are out before the rule sees the source.
         rule.learn_source(int(hashes.min()), int(hashes.max()))
         buckets = np.concatenate([unit.buckets()[::source.group] for unit in units])[~repeated]
         source.buckets = np.unique(buckets).tolist()
@@ -98,6 +101,7 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
     sidecars = sidecars_of(source.kind, source.columns, source.banks is not None)
     extra = source.kind == "prompt"
     with ExitStack() as stack:
+        # All writers are open at once, so each unit is read a single time.
         writers = {(bucket, split): stack.enter_context(ShardedWriter(
             artifact, f"{source.name_of(bucket)}/{split}", dtype, sidecars, extra, source.group,
             shard_tokens, source.banks)) for bucket in source.buckets for split in SPLITS}
@@ -109,6 +113,7 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
             buckets = unit.buckets()
             lines = stack.enter_context(open(unit.folder / "extra", "rb")) if extra else None
             for block, tokens in _blocks(unit):
+                # Lines are read along with blocks, also those of documents that are left out.
                 here = list(islice(lines, block.stop - block.start)) if lines else []
                 for (bucket, split), writer in writers.items():
                     chosen = kept & (heldout == (split == HELDOUT)) & (buckets == bucket)
@@ -139,11 +144,13 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
         kinds = unit.kinds[tokens][mask]
         learned = kinds != KIND_NONE
         columns["type"] = np.where(learned, TYPE_RESPONSE, TYPE_PROMPT).astype(np.uint8)
+        # Only what an assistant says is learned.
         columns["loss"] = learned.astype(np.float32)
         if source.kind == "chat":
             columns["kind"] = kinds
     if unit.media is not None:
         columns[MEDIA] = unit.media[tokens][mask]
+        # In texts everything is learned but placeholders of features.
         columns.setdefault("loss", (columns[MEDIA] == NONE).astype(np.float32))
     for i, name in enumerate(source.columns):
         columns[name] = np.repeat(unit.columns[block, i][chosen], lengths[chosen])
@@ -168,6 +175,7 @@ def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str
     lines_before: Counter[Path] = Counter()
     for number, (spans, record) in enumerate(source.units):
         firsts = []
+        # Units count lines from their own beginning: the file's number follows from the units before.
         for span, num_lines in zip(spans, record.num_lines, strict=True):
             firsts.append(lines_before[span.file])
             lines_before[span.file] += num_lines
@@ -255,6 +263,7 @@ class ShardedWriter:
         done = 0
         while done < len(lengths_tokens):
             passed = int(ends[done - 1]) if done else 0
+            # As many sequences as still fit into this shard, cut to whole documents.
             stop = int(np.searchsorted(ends, passed + self._shard_tokens - self.shards[-1].num_tokens,
                                        side="right"))
             stop = done + (stop - done) // self._group * self._group
@@ -267,6 +276,7 @@ class ShardedWriter:
             part = slice(passed, int(ends[stop - 1]))
             here = {suffix: column[part] for suffix, column in columns.items()}
             if self._banks is not None:
+                # Rows of banks are numbered anew in each shard.
                 here[MEDIA] = self._banks.moved(here["bin"], here[MEDIA].astype(np.int64))
             self._writer.write(lengths_tokens[done:stop], here)
             if self._lines is not None:

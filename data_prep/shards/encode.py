@@ -56,6 +56,7 @@ class FastBpe:
         raw = json.loads(file.read_text(encoding="utf-8"))
         self._tokenizer = tokenizer
         self._normalizer = _normalizer(raw, tokenizer)
+        # tiktoken would split such a token as text.
         if plain := [t["content"] for t in raw["added_tokens"] if not t["special"]]:
             raise NotByteBpe(f"its added token {plain[0]!r} is matched in ordinary text")
         self._encoding = tiktoken.Encoding(str(file), pat_str=split_pattern(raw), mergeable_ranks=ranks(raw),
@@ -65,6 +66,7 @@ class FastBpe:
         """Return the ids of ordinary text, as `tokenizers` gives them."""
         if _LONG_WHITESPACE.search(text):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # ASCII is its own normal form, and most text is ASCII or already composed.
         if self._normalizer is not None and not text.isascii():
             text = self._normalizer.normalize_str(text)
         return self._encoding.encode_ordinary(text)
@@ -94,6 +96,7 @@ def load_fast(file: Path, tokenizer: Tokenizer, samples: list[str]) -> tuple[Fas
     except ValueError as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e}); make it again or restore "
                         "it from a copy") from None
+    # Real text finds differences that occur, adversarial text those that are rare.
     texts = [*samples, *adversarial_texts(json.loads(file.read_text(encoding="utf-8")))]
     if difference := fast.difference([*texts, *(unicodedata.normalize("NFD", t) for t in samples)]):
         return None, f"encoding with tokenizers, because tiktoken differs on {difference}"
@@ -143,6 +146,7 @@ class Encoder:
         """
         _refuse_foreign(folder)
         manifest = read_manifest(folder, "tokenizer")
+        # Every id depends on these files: they are hashed before the first use.
         if problems := damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
         self.settings = settings or EncodingSettings()
@@ -150,6 +154,7 @@ class Encoder:
         self.eos_id: int = manifest.content["eos_id"]
         self.file = folder / TOKENIZER_JSON
         try:
+            # Two of them: templates write special tokens as such, documents may only spell them.
             self._with_special = Tokenizer.from_file(str(self.file))
             self.plain = Tokenizer.from_file(str(self.file))
             config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
@@ -216,6 +221,7 @@ class Encoder:
         if self._fast is not None:
             sequences = [self._fast.encode(text) for text in texts]
         else:
+            # One call for the batch costs less than one for each text.
             sequences = [e.ids for e in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
         for ids in sequences:
             if self.bos_id is not None:
@@ -250,6 +256,7 @@ class Encoder:
             kinds.insert(0, KIND_NONE)
         if not awaits_response and self.settings.eod == "append" and ids[-1:] != [self.eos_id]:
             ids.append(self.eos_id)
+            # An open response ends with EOS and learns to; after a closed one EOS says nothing.
             kinds.append((kinds[-1] or KIND_ANSWER) if chat.is_open else KIND_NONE)
         return ids, bytes(kinds)
 
@@ -292,6 +299,7 @@ def _flat(sequences: list[list[int]], num_tokens: int) -> NDArray[np.int32]:
     flat = np.empty(num_tokens, np.int32)
     start = 0
     for ids in sequences:
+        # Row by row into one array: a joined list would take several times the memory.
         flat[start : start + len(ids)] = ids
         start += len(ids)
     return flat

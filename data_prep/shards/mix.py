@@ -153,6 +153,7 @@ def parse_part(argument: str) -> MixPart:
         UserError: the weight is not a positive number.
     """
     head, colon, tail = argument.rpartition(":")
+    # A folder whose name has a colon is that folder.
     if not colon or Path(argument).exists():
         return MixPart(Path(argument), None)
     try:
@@ -181,6 +182,7 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
     """
     refuse_existing(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
+    # All that can be refused is refused before the first link.
     _check_fit(parts, manifests)
     phases = _allotted(manifests, blend)[0] if blend else []
     weights = overall(phases) if blend else _weights(parts, manifests)
@@ -195,6 +197,7 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
             shutil.copyfile(parts[0].path / name, artifact.path / name)
             record = manifests[0].files.get(name)
             known = record.digest if record is not None else "sha256:"
+            # The copy is hashed, since it is what the mix will be read with.
             if file_digest(artifact.path / name, algorithm_of(known)) != known:
                 raise UserError(f"{parts[0].path / name}: is damaged, its hash is not that of the manifest; "
                                 "pack the data again or restore it from a copy")
@@ -265,6 +268,7 @@ def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float
     weights: dict[str, float] = {}
     for manifest, share in zip(manifests, raw, strict=True):
         sources = manifest.content["sources"]
+        # Of a part that is a mix itself, its own weights decide within its share.
         inner = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
         weights |= {s["name"]: share / (sum(raw) or 1.0) * w / (sum(inner) or 1.0)
                     for s, w in zip(sources, inner, strict=True)}
@@ -281,6 +285,7 @@ def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             target = artifact.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path / name, target)
+            # A link has the bytes of its source: their hash is known, and terabytes are not read.
             artifact.known_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
 

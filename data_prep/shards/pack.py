@@ -177,6 +177,7 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
             path = argument
+            # A name follows from the path, so that the same input has the same sources.
             name = os.path.basename(os.path.realpath(argument))  # which a loop of links does not stop
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
@@ -216,6 +217,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
         raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    # From here on what is cheap to find out comes before what takes time.
     refuse_existing(output, KIND, overwrite)
     refuse_unknown_sources(settings.tags, [source.name for source in sources])
     corpora = media_of({source.name: source.path for source in sources}, settings.reading.kind)
@@ -229,11 +231,13 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
              for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
     if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
         warn(sentence)
+    # Proven on this very input, before any of it is encoded.
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
                                  settings.reading, replace(encoding, fast=fast), settings.steps)
+    # Units stay in a hidden folder until the artifact is complete.
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
         for source in encoded:
@@ -260,6 +264,7 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
     for unit in plan_units(files):
         text = unit[0]
         part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
+        # One text alone would be a single document: nothing of it could be held out.
         if (cut and len(files) == 1 and part_bytes < text.size_bytes == text.document_bytes
                 and text.suffix not in RECORD_SUFFIXES | {JSON_SUFFIX}):
             print(f"{path}: is one text; cut at blank lines into documents of at most {part_bytes:,} bytes, "
@@ -307,6 +312,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
             bar.update(sum(span.size_bytes for span in unit))
             kept += not record.encoded_now
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
+                # Workers stop at the first bad record.
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
     if kept:
@@ -324,6 +330,8 @@ def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
 def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
            pack_settings: PackSettings, rule: HeldoutRule) -> list[dict[str, Any]]:
     """Write the shards of all sources and the quarantine; returns the manifest's records of the sources."""
+    # All sources are surveyed before the first is written: the rule has to know each one's smallest and
+    # largest hash.
     for source in encoded:
         left = survey(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":
@@ -344,6 +352,7 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
                 tags = source_tags(source.name, [record.tags.get(bucket, {}) for _, record in source.units],
                                    pack_settings.tags)
                 records.append(_record(source, settings, bucket, splits,
+                                       # Bad records belong to no bucket: they are told with the first.
                                        num_bad if bucket == source.buckets[0] else {}, tags))
     if not (artifact / QUARANTINE).stat().st_size:
         (artifact / QUARANTINE).unlink()
@@ -377,6 +386,7 @@ def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: 
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
             "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
             **described(source.banks),
+            # Keys of units hash their input and settings, so their hash stands for the source's.
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
             "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
             **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}

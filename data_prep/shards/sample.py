@@ -62,6 +62,7 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
     """
     content = read_tokens_manifest(data).content
     shards = list(shards_of(data, content, source, split))
+    # `count` of each shard are enough to choose `count` of all, and no list of all documents is made.
     places = [(n, i) for n, s in enumerate(shards) for i in _drawn(s, count, seed + n)]
     if not places:
         raise UserError(f"{data}: has no documents in split {split!r}"

@@ -88,6 +88,7 @@ def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
         lengths.append(opened.lengths_tokens)
         for i in range(0, len(opened.tokens), _BLOCK_ITEMS):
             block = opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64)
+            # In blocks: `astype` would copy a whole shard.
             counts += np.bincount(block, minlength=len(counts))[: len(counts)]
             done(len(block))
         if "type" in source["sidecars"] and len(opened.tokens):
@@ -97,6 +98,7 @@ def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
 
 def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, types: np.ndarray,
                special: dict[int, str]) -> dict[str, Any]:
+    # The smallest power of two that is not below the length.
     powers = Counter((int(n) - 1).bit_length() for n in lengths.tolist())
     splits = [source["splits"][name] for name in SPLITS]
     return {

@@ -32,10 +32,12 @@ def document_hash(document: Document) -> int:
     twins one and the same.
     """
     digest = hashlib.blake2b(digest_size=8)
+    # Responses to one prompt have one hash: none is held out while another is trained on.
     messages = document.messages[:document.num_prompt or None]
     contents = [text for m in messages for text in m.texts()] or [document.text]
     for part in (*(m.role for m in messages), *contents):
         raw = unicodedata.normalize("NFC", part).encode()
+        # Lengths keep parts apart: "ab", "c" is not "a", "bc".
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return int.from_bytes(digest.digest(), "little")
 
@@ -55,6 +57,7 @@ class HeldoutRule:
     def learn_source(self, smallest: int, largest: int) -> None:
         """Take note of a source's smallest and largest document hash:
         a small source gives up its smallest."""
+        # No document of the source lies below the threshold: it gives up the one that is nearest.
         if self.threshold and smallest >= self.threshold and smallest != largest:
             self.chosen.add(smallest)
 
@@ -76,6 +79,7 @@ class HeldoutRule:
         """Return for each hash whether its document is held out."""
         chosen, kept = (np.array(sorted(some), np.uint64) for some in (self.chosen, self.kept))
         found: NDArray[np.bool_] = (hashes < self.threshold) | np.isin(hashes, chosen)
+        # What is kept goes before what is chosen: a source must be left with something to train on.
         return found & ~np.isin(hashes, kept)
 
 
@@ -212,6 +216,7 @@ def open_split(prefix: Path) -> IndexedSplit:
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
+    # The same numbers twice in an index: each is checked against the other, and both against the .bin.
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
             not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
@@ -242,6 +247,7 @@ def document_hashes(split: IndexedSplit, group: int,
         lengths_tokens: only of documents as long as one of these; None: of all.
     """
     starts = split.starts_bytes[::group] // np.dtype(split.dtype).itemsize
+    # Sequences of a document are neighbours: it ends where the next begins.
     stops = np.append(starts[1:], len(split.tokens)) if len(starts) else starts
     if lengths_tokens is not None:
         kept = np.isin(stops - starts, lengths_tokens)
@@ -261,12 +267,14 @@ def refuse_overlap(parts: list[Described]) -> None:
         UserError: with the number of such documents, and where they are.
     """
     rules = [content.get("heldout") for _, content in parts]
+    # By the same rule the same text lies on the same side in all parts.
     if all(rule is not None and rule == rules[0] for rule in rules):
         return
     held: dict[int, Path] = {}
     lengths: set[int] = set()
     for path, split, group in _splits(parts, HELDOUT):
         held |= dict.fromkeys(document_hashes(split, group), path)
+        # Only documents of these lengths need hashing on the other side: training data is far larger.
         lengths |= set(split.lengths_tokens.reshape(-1, group).sum(axis=1).tolist())
     wanted = np.array(sorted(lengths), np.int64)
     found: dict[tuple[Path, Path], int] = {}

@@ -104,6 +104,7 @@ class UnitEncoder:
             UserError: a file cannot be read, or the disk refuses.
         """
         key = unit_key(unit, self.settings)
+        # The record is written last, and the folder gets its name by a rename.
         folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
@@ -141,6 +142,7 @@ class _UnitWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for file in self._files.values():
             file.close()
+        # Without an error only: a unit with a record is complete.
         if kind is None:
             (self._folder / RECORD).write_text(to_json(self.record()))
 
@@ -162,6 +164,7 @@ class _UnitWriter:
                 if not isinstance(item, Document):
                     continue
                 batch.append((number, item))
+                # Characters are near enough to bytes to bound memory.
                 size_bytes += sum(map(len, item.texts()))
                 if size_bytes >= BATCH_BYTES:
                     self._write(batch)
@@ -199,6 +202,7 @@ class _UnitWriter:
                 self._write_bad(number, BadRecord(e.code, e.reason, document.line,
                                                   "\n".join(document.texts()).encode()[:1000]))
             else:  # find out which of them it is
+                # By halves: a batch is encoded log2(n) times more, and not n times.
                 self._write(batch[: len(batch) // 2])
                 self._write(batch[len(batch) // 2 :])
             return
@@ -221,6 +225,7 @@ class _UnitWriter:
                 self._files["buckets"].write(f"{document.bucket}\n".encode() * group)
             if "columns" in self._files:
                 numbers = [document.columns[name] for name in self._settings.reading.columns]
+                # Transposed: a row for each sequence, a number for each column.
                 self._files["columns"].write(np.array(numbers, "<f4").T.tobytes())
         self._files["tokens"].write(
             encoded.ids.astype(np.dtype(self._settings.dtype).newbyteorder("<")).tobytes())
@@ -257,9 +262,11 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
     Raises:
         UserError: a file cannot be read.
     """
+    # The tokenizer counts by its hash, not by its path.
     facts = {**dataclasses.asdict(settings), "tokenizer": None, "code_version": CODE_VERSION}
     steps = facts.pop("steps")
     if steps:
+        # Only where there are any, so that units from before data steps are found.
         facts["steps"] = [[step["name"], step["files"]] for step in steps]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for span in unit:
@@ -284,6 +291,7 @@ def _content(span: FileSpan) -> Iterator[bytes]:
         except BadRecord:
             start, stop = 0, span.size_bytes
         else:
+            # Row groups alone do not say what their bytes mean.
             yield str(metadata.schema).encode()
             start, stop = _parquet_bytes(metadata, range(span.start, span.stop))
     with open(span.file, "rb") as f:

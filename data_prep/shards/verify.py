@@ -56,6 +56,7 @@ def run(typed: argparse.Namespace) -> int:
     """
     args = read_options(DataVerifyOptions, typed)
     content = read_tokens_manifest(args.data).content
+    # A mistake in --blend is told before the data is read.
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)
     if problems:
@@ -77,6 +78,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     content, notes = manifest.content, []
     with work_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
         problems = damaged_files(data, done=bar.update)
+    # Eight bytes a document: a list of Python's integers would take several times as much.
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
     with work_bar("reading", num_tokens(content), "token") as bar:
         for shard in shards_of(data, content):
@@ -116,6 +118,7 @@ def _shard_problems(shard: PackedShard, split: IndexedSplit, content: dict[str, 
         problems.append(f"{prefix}.bin: ids reach from {smallest} to {largest}, "
                         f"must lie in 0..{content['vocab_size'] - 1}")
     if num_documents:
+        # First and last ids of all documents at once.
         stops = np.cumsum(split.lengths_tokens, dtype=np.int64)
         problems += _edge_problems(shard, split.tokens[stops - split.lengths_tokens],
                                    split.tokens[stops - 1], content)
@@ -142,6 +145,7 @@ def _routes_problems(file: Path, source: dict[str, Any], num_tokens: int) -> lis
     if file.stat().st_size != num_tokens * shape.bytes_per_token:
         return [f"{file}: has {file.stat().st_size} bytes, {num_tokens} tokens need "
                 f"{num_tokens * shape.bytes_per_token}"]
+    # Read in blocks, as a file of routes is many times as large as its .bin.
     block_tokens = max(1, _BLOCK_ITEMS // (shape.layers * shape.top_k))
     for first in range(0, num_tokens, block_tokens):
         count = min(block_tokens, num_tokens - first)

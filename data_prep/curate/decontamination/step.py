@@ -41,8 +41,10 @@ def places(text: str, units: Units, stretches: Sequence[tuple[int, int]]) -> lis
         stretches: first unit, and the unit behind the last, of each.
     """
     spans = [units.span(begin, end) for begin, end in stretches]
+    # What folds to itself has the same places in both.
     if units.folded == text:
         return spans
+    # Folding may make one character of several, or several of one: the place widens to whole graphemes.
     starts, ends = _clusters(text, units.folded)
     return [(starts[start], ends[stop - 1]) for start, stop in spans]
 
@@ -54,6 +56,8 @@ def _clusters(text: str, folded: str) -> tuple[list[int], list[int]]:
     ends: list[int] = []
     is_folded = folded != unicodedata.normalize("NFKC", text)
     for found in _CLUSTERS.finditer(text):
+        # `find_units` folds some texts, and others only into NFKC: the same is done here to each grapheme
+        # alone, and its length says how many folded characters are its own.
         size = len(fold(found[0]) if is_folded else unicodedata.normalize("NFKC", found[0]))
         starts += [found.start()] * size
         ends += [found.end()] * size
@@ -125,12 +129,14 @@ def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
         search: for what.
         context_chars: to show on either side.
     """
+    # A text is searched twice: as it is, and without its markup. A place that both searches find counts once.
     found = _found(text, search)
     if (other := plain(text)) is not None:
         known = defaultdict(list)
         for number, start, stop in found:
             known[number].append((start, stop))
         for number, start, stop in _found(other.text, search):
+            # Back from the plain text to the one that was written.
             start, stop = int(other.starts[start]), int(other.ends[stop - 1])
             if not any(a < stop and start < b for a, b in known[number]):
                 found.append((number, start, stop))
@@ -189,6 +195,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]
             id_ = next((str(record[name]) for name in _IDS if isinstance(record.get(name), (str, int))),
                        f"line {where.rpartition(':')[2]}")
             texts = {name: text for name in fields if (text := text_in(_value(record, name))).strip()}
+            # A record that is passed over in silence would be one that nothing is searched for.
             if not texts:
                 raise UserError(f"{where}: has text in none of the fields {', '.join(fields)} (fields: "
                                 f"{', '.join(record) or 'none'}); name those of the benchmark with `fields`")
@@ -215,6 +222,7 @@ def text_in(value: Any) -> str:
 def _strings(value: Any, depth: int) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    # The bound on depth is for hostile files: nesting must not end the interpreter's stack.
     elif isinstance(value, Mapping) and depth < 4:
         for name, inner in value.items():
             if name != "role":
@@ -301,6 +309,7 @@ class Decontaminate(Step):
 
     def _outcome(self, document: Doc) -> StepOutcome:
         shard = ShardRef(document.source, document.shard)
+        # Documents come shard by shard, so the hits of one shard are in memory at a time.
         if shard != self._shard:
             self._hits = defaultdict(list)
             for row in _rows(_file(self._view, shard)):
@@ -311,6 +320,8 @@ class Decontaminate(Step):
         if not hits:
             return StepOutcome(values=values)
         left = ""
+        # At the limit there may be places that nobody listed: cutting those that are known would leave
+        # others.
         if self.settings.action == "cut" and len(hits) < MOST_HITS:
             left = without(document.text, whole_lines(document.text, [(h.start, h.stop) for h in hits]))
         return StepOutcome(text=left, values=values) if left.strip() else StepOutcome(REASON, values=values)
@@ -325,6 +336,8 @@ class Decontaminate(Step):
                         row = {"document": document.id, "source": document.source, **asdict(hit)}
                         # a document may hold half of a surrogate pair, which UTF-8 does not
                         f.write(json.dumps(row, ensure_ascii=True) + "\n")
+            # The last line is the place of the checksum. The file is closed before, so that the seal reads
+            # all of it.
             f.write(json.dumps({SEAL: PLACE}) + "\n")
             f.close()
             seal_file(temporary, place_in_run(temporary))

@@ -49,6 +49,8 @@ class OccurrenceRule:
 
 def key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
     """Return the partition of each key; it does not fall where keys ascend."""
+    # The upper 32 bits times the number of partitions, over 2^32: even shares without a division, and in the
+    # order of the keys.
     return ((_heads(keys) >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
 
 
@@ -56,6 +58,7 @@ def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_par
     """Write a shard's keys, each with its document's number; a document has a key once."""
     records = np.empty(len(keys), OCCURRENCE)
     records["key"], records["doc"] = keys, numbers
+    # `lexsort` takes its last argument first: by key, then by document.
     records = records[np.lexsort((records["doc"], records["key"]))]
     write_buckets(path, records, key_partitions(records["key"], num_partitions), num_partitions)
 
@@ -72,6 +75,7 @@ def write_surplus(files: list[Path], partition: int, folder: Path, rule: Occurre
     slices = [bucket_slice(file, OCCURRENCE, partition) for file in files]
     with new_folder(folder) as temporary:
         for number, block in enumerate(_blocks(_surplus(_ranges(slices), rule))):
+            # By document: the next pass reads what goes shard by shard.
             block = block[np.lexsort((block["key"], block["doc"]))]
             write_buckets(temporary / f"{number:06}", block, ranks(block["doc"]), len(files))
 
@@ -86,6 +90,7 @@ def read_surplus(folder: Path, rank: int) -> Records:
 
 def _heads(keys: NDArray[Any]) -> NDArray[np.uint64]:
     """Return the first 64 bits of keys."""
+    # Big-endian, so that numbers have the order of the bytes that the keys were sorted by.
     return np.ascontiguousarray(keys).view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0].astype(np.uint64)
 
 
@@ -96,6 +101,8 @@ def _ranges(slices: list[Slice]) -> Iterator[list[Slice]]:
     if num_ranges <= 1:
         yield slices
         return
+    # Hashes are spread evenly, so equal ranges of keys hold about as many records each. Every slice is cut at
+    # the same bounds: all records of one key come in one range. The last bound is above the highest key.
     heads = [_Heads(part) for part in slices if part.num_records]
     lowest = min(head.at(0) for head in heads)
     highest = max(head.at(head.part.num_records - 1) for head in heads)
@@ -139,6 +146,8 @@ def _surplus(ranges: Iterator[list[Slice]], rule: OccurrenceRule) -> Iterator[Re
             continue
         for part in slices:
             records = part.read()
+            # For a key above all others the place is behind the last: clipped, it fails the comparison that
+            # follows.
             place = np.minimum(np.searchsorted(keys, records["key"]), len(keys) - 1)
             is_surplus = keys[place] == records["key"]
             if rule.keeps_first:
@@ -153,6 +162,8 @@ def _count(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArra
     """Return the keys of slices, in how many documents each occurs, and the number of the first."""
     keys = np.empty(0, OCCURRENCE["key"])
     counts, firsts = np.empty(0, np.int64), np.empty(0, np.uint64)
+    # What was counted and the new block are merged by one sort, so memory holds one entry for a key and one
+    # block of records, however often a key occurs.
     for block in _blocks(part.read() for part in slices):
         keys = np.concatenate([keys, block["key"]])
         counts = np.concatenate([counts, np.ones(len(block), np.int64)])
@@ -207,6 +218,7 @@ class Dropped:
         records = self._lists(rank)
         self._keeper_ids = {}
         keepers = records["keeper"]
+        # By the shards of those that stay: each shard's register is opened once and not for each document.
         for number in records[keepers.argsort(kind="stable")]:
             row, keeper = int(number["doc"]) & 0xFFFFFFFF, int(number["keeper"])
             self._keeper_ids[row] = self._register.id_of(keeper)
@@ -255,6 +267,7 @@ def _text(text: str) -> bytes:
 
 
 def _bytes(text: str) -> bytes:
+    # A document may hold half of a surrogate pair, which strict UTF-8 refuses.
     return text.encode(errors="surrogatepass")
 
 
@@ -371,6 +384,7 @@ def paragraphs(text: str, split: Border, min_chars: int) -> Iterator[Paragraph]:
     for number, (end, behind) in enumerate(places):
         words = (folded[number] if folded is not None else fold(text[begin:end])).split()
         key = b""
+        # The length of the words joined by blanks, known before they are joined: short lines cost no hash.
         if sum(map(len, words)) + len(words) - 1 >= min_chars:
             plain = " ".join(words).encode(errors="surrogatepass")
             key = hashlib.blake2b(plain, digest_size=KEY_BYTES).digest()
@@ -414,6 +428,7 @@ class ParagraphDedup(Step):
         stay = [p for p in parts if p.key not in keys]
         num_cut = len(parts) - len(stay)
         text = "".join(document.text[p.start:p.stop] for p in stay)
+        # Blanks count on neither side of the share.
         lost = sum(len(document.text[p.start:p.stop].strip()) for p in parts if p.key in keys)
         if not text.strip() or lost > self.settings.max_share * len(document.text.strip()):
             return StepOutcome(REPEATED_REASON, values={"paragraphs_cut": num_cut})
@@ -433,6 +448,7 @@ class ParagraphDedup(Step):
         numbers: list[int] = []
         for batch in view.documents(shard):
             for document in batch:
+                # A paragraph that a document repeats within itself counts as one document.
                 found = {p.key for p in paragraphs(document.text, self.settings.split,
                                                    self.settings.min_chars) if p.key}
                 keys += sorted(found)

@@ -98,6 +98,8 @@ def _digest(path: Path, bucket: int, begin: int, end: int, records: Records) -> 
 
 def _begun(path: Path, *place: int) -> Digest:
     digest = Digest()
+    # File and place are part of the checksum: a sound bucket of another file or place does not pass for this
+    # one.
     digest.update(" ".join([place_in_run(path), *map(str, place), ""]).encode())
     return digest
 
@@ -113,6 +115,7 @@ class BucketWriter:
         """Begin a file; `path`: a temporary name."""
         self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
         self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
+        # Room for the header, whose figures are known when the last bucket is written (`close`).
         np.array([num_buckets], _PLACE).tofile(self._file)
         self._places.tofile(self._file)
         self._digests.tofile(self._file)
@@ -122,6 +125,7 @@ class BucketWriter:
         if len(records):
             begin = int(self._places[bucket])
             self._digests[bucket] = _digest(self._path, bucket, begin, begin + len(records), records)
+        # All later buckets begin behind this one, also those that stay empty.
         self._places[bucket + 1:] += np.uint64(len(records))
         records.tofile(self._file)
 
@@ -166,6 +170,7 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         UserError: it is damaged.
     """
     def number(f: Any, place: int) -> int:
+        # A damaged header may name any place: it leads to the end of the file at most.
         f.seek(min(place * _PLACE.itemsize, size_bytes))
         return int.from_bytes(f.read(_PLACE.itemsize), "little")
 
@@ -176,6 +181,7 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         wanted = number(f, 2 + count + bucket)
         found = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
         if begin == end:
+            # Nothing was hashed for an empty bucket.
             is_sound = wanted == 0
         else:
             digest, left = _begun(path, bucket, begin, end), (end - begin) * dtype.itemsize
@@ -198,6 +204,7 @@ class Numbering:
     """The ranks of a view's shards."""
 
     def __init__(self, view: View) -> None:
+        # `sorted` is stable: shards of one priority keep the order of the pipeline.
         self.shards = sorted(view.shards, key=lambda shard: -view.priority(shard.source))
         """All shards; a shard's place here is its rank."""
         self.rank_of = {shard: rank for rank, shard in enumerate(self.shards)}
@@ -222,6 +229,7 @@ class Register:
 
     def write(self, rank: int, documents: Sequence[tuple[int, int, str]]) -> None:
         """Write a shard's documents: row, characters and id of each, in order."""
+        # Fixed width, so that the table can be mapped into memory and read at any row.
         ids = [id_.encode() for _, _, id_ in documents]
         width = max(map(len, ids), default=1)
         table = np.empty(len(ids), [("row", "<u4"), ("characters", "<u8"), ("id", f"S{width}")])
@@ -257,4 +265,5 @@ def registered(view: View, shard: ShardRef, register: Register, rank: int) -> It
     for batch in view.documents(shard):
         known += [(d.row, len(d.text), d.id) for d in batch]
         yield batch
+    # Only here: a pass that is left early writes no register.
     register.write(rank, known)

@@ -118,6 +118,8 @@ def _newest(folder: Path) -> list[StepFolder]:
     for path in folder.iterdir():
         named = _STEP_FOLDER.fullmatch(path.name)
         if named and named[2] != OUTPUT and path.is_dir():
+            # A changed setting leaves the folders of its earlier address: the newest is that of the run that
+            # goes on.
             number, time_ns = int(named[1]), path.stat().st_mtime_ns
             if number not in found or time_ns > found[number][0]:
                 found[number] = time_ns, StepFolder(number, named[2], path)
@@ -236,6 +238,7 @@ class Facts:
     def add(self, batch: pa.RecordBatch) -> None:
         """Count a batch of documents of the output."""
         names = set(batch.schema.names)
+        # In Arrow's own loops: a shard has up to millions of rows.
         sizes = pc.binary_length(batch.column("text").cast(pa.large_string())).fill_null(0)
         self.num_documents += batch.num_rows
         self.num_bytes += pc.sum(sizes).as_py() or 0
@@ -282,6 +285,7 @@ class Facts:
         Raises:
             ValueError, KeyError, TypeError: it is something else.
         """
+        # Files of another version are counted from the shard instead (`_counted`).
         if raw["format"] != FORMAT or any(len(parts) != BINS + 1 for parts in raw["scores"].values()):
             raise ValueError(f"format {raw['format']!r}, this version reads {FORMAT}")
         return Facts(int(raw["num_documents"]), int(raw["num_bytes"]),
@@ -309,6 +313,8 @@ class Facts:
         for item in pc.value_counts(values.cast(pa.string()).fill_null("")).to_pylist():
             for word in item["values"].split():
                 name, equals, number = word.partition("=")
+                # Text of a document may look like a count: a number too long for one counts as a single
+                # occurrence.
                 times = int(number) if equals and number.isdecimal() and len(number) < 16 else 1
                 sums[name] = sums.get(name, 0) + times * item["counts"]
 
@@ -386,6 +392,7 @@ def _hosts(urls: pa.Array) -> pa.Array:
     """Return the host of each address, "" where there is none."""
     found = pc.struct_field(pc.extract_regex(urls.cast(pa.string()).fill_null(""), _HOST), "host")
     lower = pc.utf8_lower(found.fill_null(NONE))
+    # "example.com." and "www.example.com" are the host "example.com".
     return pc.replace_substring_regex(pc.utf8_rtrim(lower, characters="."), r"^www\.", "")
 
 
@@ -397,6 +404,7 @@ def _merge(counts: dict[str, list[int]], other: dict[str, list[int]]) -> None:
 
 def _largest(counts: dict[str, list[int]], most: int) -> dict[str, list[int]]:
     """Return the values with most bytes, in order of their names, and one for the rest."""
+    # The rest stays last when it is merged and cut again, so it never passes for a value.
     ranked = sorted(counts, key=lambda value: (value == REST, -counts[value][1], value))
     kept = {value: counts[value] for value in sorted(ranked[:most])}
     if ranked[most:]:

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(typed: argparse.Namespace) -> int:
     """Print what is asked for; returns 0."""
     args = read_options(DataInspectOptions, typed)
+    # Imported here: `--help` loads no pyarrow.
     from data_prep.curate.journey import telling
     from data_prep.curate.journey.facts import Corpus, is_corpus
 
@@ -107,4 +108,5 @@ def _documents(data: Path, count: int) -> list[str]:
         lines = sample(data, None, "train", count, SampleOptions.max_tokens, 0)
     except UserError as e:  # all are held out, or no tokenizer travels with them
         return [f"no document can be shown: {e}"]
+    # `sample` gives three lines for a document: its place, its text, and an empty one.
     return [f"{head} {text}" for head, text in zip(lines[::3], lines[1::3], strict=True)]

@@ -93,6 +93,7 @@ def follow(corpus: Corpus, document: str) -> Way:
     if not file.is_file():
         raise UserError(f"--id {document}: {file} is missing; source {source!r} has no shard of this number "
                         f"(of its {len(first.numbers())}), so correct the id or run the pipeline again")
+    # All layers of a shard have the rows of its base: the row is looked up once.
     row = _row(file, document)
     base = {"source": source} | row_of(file, row)
     num_rows = open_shard(file).metadata.num_rows
@@ -156,6 +157,7 @@ def fates(steps: Sequence[StepFolder], number: int) -> list[str]:
         row = 0
         for batch in batches(file, ("reason",)):
             for reason in batch.column(0).to_pylist():
+                # The first step that drops a document is the one that counts; later layers are empty for it.
                 if reason and said[row] == "kept":
                     said[row] = f"dropped by {step.name}: {reason}"
                 row += 1
@@ -211,7 +213,9 @@ class Scan:
         """Yield documents that were read from a file: its name, or the end of its path."""
         def matches(batch: pa.RecordBatch) -> pa.BooleanArray:
             where = _both(batch)[1]
+            # A substring is looked for by Arrow; only where one is found are names compared in Python.
             likely = pc.match_substring(where, file)
+            # Most batches have no such file.
             if not pc.any(likely).as_py():  # nearly always: no Python for each row
                 return likely
             return pa.array([_is_in(place, file) for place in where.to_pylist()], pa.bool_())
@@ -234,6 +238,8 @@ class Scan:
             if not listed.is_file():
                 continue
             with open(listed, encoding="utf-8", errors="replace") as f:
+                # A line may hold a record of any size: what is longer comes in parts, and its parts are no
+                # JSON.
                 while line := f.readline(MAX_QUARANTINE_LINE_CHARS):
                     row = _row_of(line)
                     if _is_in(str(row.get("file", "")), file):
@@ -321,6 +327,7 @@ def changes(before: str, after: str, max_lines: int = 40) -> list[str]:
         max_lines: shown at most; the rest is counted.
     """
     old, new = before.splitlines(), after.splitlines()
+    # What is the same at both ends is cut off first: difflib's time grows with the product of the lines.
     start, end = _same_ends(old, new)
     middle_old, middle_new = old[start:len(old) - end], new[start:len(new) - end]
     shown: list[str] = []
@@ -334,6 +341,7 @@ def changes(before: str, after: str, max_lines: int = 40) -> list[str]:
         if what == "equal":
             continue
         shown.append(f"@ line {start + a + 1:,}")
+        # Lines that were replaced one for one are shown as changed inside, the rest as removed or added.
         pairs = min(b - a, d - c) if what == "replace" else 0
         shown += [f"~ {_inside(middle_old[a + i], middle_new[c + i])}" for i in range(pairs)]
         shown += [f"- {cut(line)}" for line in middle_old[a + pairs:b]]
@@ -416,6 +424,7 @@ def show(corpus: Corpus, asked: DocumentQuery) -> None:
             print(json.dumps(asdict(way), indent=1))  # ASCII: what commands a terminal is escaped
             return
         lines: Iterator[str] = iter(way_lines(way, asked.chars))
+    # With no question the sources are shown.
     elif asked.where is None and asked.text is None and asked.dropped is None:
         lines = iter(source_lines(corpus, asked.source))
     else:
@@ -440,6 +449,7 @@ def way_lines(way: Way, chars: int) -> list[str]:
         if stop.text is not None:
             lines[-1] += f"  {len(text):,} -> {len(stop.text):,} characters"
             lines += [f"    {line}" for line in changes(text, stop.text)]
+            # The next step is compared with what this one left.
             text = stop.text
     lines += ["", "  text as it " + ("was when it was dropped" if way.end.reason else "is now") + ":"]
     return lines + [f"  | {line}" for line in cut(text, chars or len(text)).split("\n")]
@@ -478,6 +488,7 @@ def _found_lines(corpus: Corpus, asked: DocumentQuery) -> Iterator[str]:
         for sentence in islice(scan.quarantined(asked.where), asked.count):
             num_shown += 1
             yield f"not read  {cut(sentence)}"
+    # One more is looked for, to say whether there are others.
     more = next(found, None)
     if more is not None:
         yield f"… and more; --count {asked.count * 10} shows more of them"

@@ -62,6 +62,7 @@ def entries_of(files: Sequence[Path], known: Path | None = None, *, keep: bool =
 
     def one(file: Path) -> list[Any]:
         mark = mark_of(file)
+        # Size, times and inode are as they were: then the content is, and terabytes need not be read again.
         entry: list[Any] = before.get(str(file), [])
         return entry if is_known(entry, mark) else _read_entry(file, mark)
 
@@ -72,6 +73,7 @@ def entries_of(files: Sequence[Path], known: Path | None = None, *, keep: bool =
             found[str(file)] = entry
             progress()
     if keep and known is not None:
+        # Parts that jobs left are joined into one file before they go: a kill in between loses nothing.
         if found != before or parts_of(known).exists():
             known.parent.mkdir(parents=True, exist_ok=True)
             write_json(known, found)
@@ -123,6 +125,7 @@ def _read_entry(file: Path, mark: Mark) -> list[Any]:
         time.sleep((_TICK_NS - age_ns) / 1e9)
         mark = mark_of(file)
     found = _content_hash(file)
+    # A file that somebody writes to while it is read has no hash to go by.
     refuse_changed(file, mark)
     return [*mark, found]
 
@@ -199,6 +202,7 @@ def unknown_inputs(pipeline: Pipeline, output: Path) -> dict[str, dict[Path, int
 
 def is_much(unknown: Mapping[str, Mapping[Path, int]]) -> bool:
     """Return whether files are too much to be read where the command is typed."""
+    # Sum of sums: sizes of all files of all sources.
     return sum(map(sum, (files.values() for files in unknown.values()))) > READ_HERE_BYTES
 
 
@@ -214,6 +218,7 @@ def batches(unknown: Mapping[str, Mapping[Path, int]]) -> Iterator[Batch]:
         group: list[str] = []
         size_bytes = 0
         for file, file_bytes in files.items():
+            # Before the file is added, so that one larger than a batch has a batch of its own.
             if group and (size_bytes + file_bytes > BATCH_BYTES or len(group) >= BATCH_FILES):
                 yield Batch(source, tuple(group))
                 group, size_bytes = [], 0
@@ -227,5 +232,6 @@ def read_batch(batch: Batch, output: Path) -> None:
     """Read files, and leave what is known of them where the next plan finds it; what is there from an earlier
     try is not read again."""
     known = known_file(output, batch.source)
+    # A name from the batch's files: the same batch, tried again, finds what it has read.
     part = parts_of(known) / f"{address({'files': batch.files})}.json"
     hashes_of([Path(file) for file in batch.files], part)

@@ -70,6 +70,7 @@ class Counts:
             self.bytes_kept += size_bytes if after is None else len(after.encode())
             self.documents_changed += after is not None
         way = "dropped" if reason else "kept" if after is None else "changed"
+        # The lowest hashes win: which samples are shown does not depend on the order or number of shards.
         kept, order = self.samples[way], sample_order(identifier)
         if len(kept) < MAX_SAMPLES or order < sample_order(kept[-1]["id"]):
             kept.append({"id": identifier, "reason": reason, "before": before[:SAMPLE_CHARS],
@@ -87,6 +88,7 @@ class Counts:
         for one in found:
             for name in ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed",
                          "cpu_s", "wall_s"):
+                # Sums of counts; samples are merged below by the same rule that chose them.
                 setattr(total, name, getattr(total, name) + one[name])
             for reason, number in one["dropped"].items():
                 mine = total.dropped.setdefault(reason, {"documents": 0, "bytes": 0})
@@ -106,6 +108,7 @@ def noted_seal(file: Path) -> str:
     Raises:
         UserError: they are missing or damaged, or name no such file.
     """
+    # Files of the output lie in a folder of the shard's number, with its counts beside that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")
     found = read_json(counts, way_out(file)).get("seals", {})
@@ -132,6 +135,7 @@ class StageProgress:
 
     def __enter__(self) -> Self:
         self._bar: Any = tqdm(total=self._total, desc=self._name, unit="task", disable=None, leave=False)
+        # No terminal: a log gets a line from time to time instead of a bar.
         if self._bar.disable:
             self._teller.start()
         return self

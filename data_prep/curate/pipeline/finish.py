@@ -97,6 +97,7 @@ def is_complete(plan: PipelinePlan, output: Path) -> bool:
         manifest = read_manifest(output, KIND)
     except UserError:
         return False
+    # Shards of tokens have a manifest of their own and are no part of the corpus.
     packed = plan.pipeline.pack is None or (output / TOKENS / MANIFEST).is_file()
     return (manifest.content.get("address") == plan.address and packed
             and all(_is_as_written(output / name, record, manifest.created_s)
@@ -109,6 +110,7 @@ def _is_as_written(file: Path, record: FileRecord, created_s: float) -> bool:
     except OSError:
         return False
     return stat.st_size == record.size_bytes and (
+        # A file whose status is older than the manifest was not touched since: only others are hashed.
         stat.st_ctime < created_s - CLOCKS_DIFFER_S or file_damage(file, record) is None)
 
 
@@ -119,10 +121,13 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
         UserError: nothing is kept, the tokenizer does not fit, or the disk refuses.
     """
     with disk_errors(output):
+        # The order matters to a run that is killed: text, lists, summary, shards, page, and last the
+        # manifest, which alone says that the corpus is complete.
         named = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = summary_of(plan, output) | {"output": list(_described(output, named))}
         atomic_write(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
+        # A page is written all the same: it shows which step dropped everything.
         if not named:
             write_report(output)
             raise UserError(f"{output}: no document is kept, so there is no output; "
@@ -145,6 +150,7 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
                     named[file.stem] += 1
                     (temporary / file.stem).mkdir(exist_ok=True)
                     shard_file = temporary / file.stem / f"{number:05d}{file.suffix}"
+                    # Hard links: the output takes no room of its own, and work files may be deleted.
                     link(file, shard_file)
                     link(counted_beside(file), counted_beside(shard_file))
     return named
@@ -153,6 +159,8 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
 def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
     """Return the files of an output shard, which hold what its task has counted."""
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
+    # Seals were noted when the shard was written: a file that has changed since is found before it is
+    # published.
     num_rows = sum(open_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)
                                 ).metadata.num_rows for file in files)
     for facts in map(counted_beside, files):
@@ -183,6 +191,7 @@ def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
 
 
 def _shared(plan: PipelinePlan, number: int) -> list[str]:
+    # All sources of a step share one folder of passes.
     found = {layer.shared for source in plan.sources for layer in source.layers if layer.number == number}
     return sorted(found - {""})
 
@@ -226,8 +235,11 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
     asked = plan.pipeline.pack
     assert asked is not None
     tokens, mark = output / TOKENS, output / "done" / f"pack-{plan.address}"
+    # Packing may take hours: a run that was killed behind it does not pack again. The mark has the plan's
+    # address, so another plan packs anew.
     if mark.exists() and (tokens / MANIFEST).is_file():
         return
+    # Tags of a packed source need one value for all its documents: names and columns decide which have.
     columns, named = plan.columns(), named_columns(plan.pipeline.output.name)
     tags = tuple(name for name in (*TAGS, *(one for one in NAMED_TAGS if one in named)) if name in columns)
     settings = PackSettings(heldout_share=asked.heldout, bos=asked.bos, eod=asked.eod,
@@ -240,6 +252,7 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
 
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
     writer = ArtifactWriter(output, KIND)
+    # The manifest vouches for the corpus alone, so that work files may be deleted.
     writer.leave_out = NOT_THE_CORPUS
     writer.content = {
         "address": plan.address, "name": plan.pipeline.name,

@@ -44,6 +44,7 @@ MAX_REASONS = 3
 def check_folder(output: Path) -> None:
     """Raise `UserError` where a run cannot have its folder: it is something else's."""
     refuse_nowhere(output)
+    # An empty folder may have been made for the run.
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir() or not ((output / "plans").is_dir() or (output / "inputs").is_dir()):
@@ -69,9 +70,12 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     file = plans / f"{plan.address}.json"
     plan.write(file)
     note_reasons(output, plan)
+    # Written before anything is done: readers of an unfinished run know it by this file.
     atomic_write(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
     if not is_complete(plan, output):
+        # Taken back before the first task: while the plan is at work, the folder must not pass for complete.
         (output / MANIFEST).unlink(missing_ok=True)
+    # The lock is held, so what has a temporary name belongs to nobody alive.
     for folder in [output, *(output / layer.folder for source in plan.sources for layer in source.layers)]:
         for leftover in [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]:
             if leftover.is_dir():
@@ -85,6 +89,7 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
 def open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
     """Return the tasks of a stage that are still to be done; passes of a step whose outcomes all stand are
     for nobody."""
+    # Once all outcomes are written, what passes left is not read again, and may be deleted.
     if stage.index >= 0 and not open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
     return [task for task in tasks(plan, stage) if not done_mark(plan, stage, task, output).exists()]
@@ -96,6 +101,7 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
     Raises:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
+    # One run at a time in a folder: here by the lock, on a cluster by the jobs that are alive.
     with holding(output, output), disk_errors(output):
         refuse_living(output)
         if is_complete(plan, output):
@@ -131,6 +137,7 @@ def _do_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
 
 def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: PipelineStage,
               todo: list[Task]) -> None:
+    # Results come in the order of the tasks, so the first of those begun is the one that is done.
     under_way: deque[Task] = deque()
 
     def begun() -> Iterator[tuple[PipelineStage, Task]]:
@@ -160,6 +167,7 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]
         except UserError:
             raise
         except Exception as e:  # of another process its notes would be lost
+            # As text: a traceback does not travel between processes.
             raise TaskFailed(f"step {stage.kind}: {''.join(traceback.format_exception(e))}") from None
 
     return do
@@ -177,6 +185,7 @@ def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
         if counts.broken:
             line += f", {sum(counts.broken.values()):,} broken or left out"
         if num_done:
+            # Of all bytes the share that was done now: what was done before took none of this time.
             line += f", {counts.bytes_in * num_done / total / max(wall_s, 1e-9) / 1e6:.1f} MB/s"
     print(line, flush=True)
 
@@ -217,6 +226,7 @@ def _stage_lines(plan: PipelinePlan, stage: PipelineStage, output: Path,
     layers = [(source, layer) for source in plan.sources if (layer := layer_of(source, stage))]
     total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
     if stage.index < 0:
+        # What an earlier plan has done is taken over when the run begins.
         left -= sum(taken[layer.folder] for _, layer in layers)
     yield f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, {left:,} to do"
     if stage.index >= 0:
@@ -240,6 +250,7 @@ def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
     newest = max(others, key=lambda file: file.stat().st_mtime_ns)
     if (before := try_read_json(newest)) is None:
         return []
+    # Through JSON, as the written ones were: a tuple became a list.
     now = json.loads(json.dumps(layer.reasons))
     own = [f"{name}: {old} -> {new}" for name, old, new in changed_values(
         {k: v for k, v in before.items() if k != "reads"}, {k: v for k, v in now.items() if k != "reads"})]
@@ -276,6 +287,7 @@ def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile | Kube
                 task: int) -> None:
     """Do what the command would do when all raw files are read."""
     with holding(output, output):
+        # Under the lock: two jobs that come here must not both submit.
         plan = make_plan(pipeline, output)
         if not is_complete(plan, output):
             _submit_run(plan, output, profile)
@@ -293,6 +305,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
         UserError: the profile is wrong, a path cannot stand in a script, the cluster refuses, or jobs of
             another plan are at work.
     """
+    # Jobs start in another folder.
     output = output.absolute()
     refuse_unquotable(output)
     profile = profile_of(where)
@@ -300,15 +313,19 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
     with holding(output, output):
         before = Jobs.read(output)
         living = before.living()
+        # Raw files are still being read: there is no plan yet to compare with.
         if living and before.address == READING:
             then = "the same command then submits" if before.namespace else "the last of them submits"
             print(f"{output}: {before.told(living)} read the raw files; {then} the steps")
             return
+        # The machine where the command is typed looks at sizes and times, and reads contents only where they
+        # are few.
         unknown = unknown_inputs(pipeline, output)
         plan = None if is_much(unknown) else make_plan(pipeline, output)
         if plan is not None and is_complete(plan, output):
             print(f"{output}: complete from before")
             return
+        # Two plans in one folder would take each other's manifest back.
         if living and (plan is None or before.address != plan.address):
             raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
                             f"wait for them, or {before.way_to_end} them, and run the command again")

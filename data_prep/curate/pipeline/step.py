@@ -155,6 +155,7 @@ def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> p
     """Return the schema of columns behind some that come first."""
     import pyarrow as pa
 
+    # Imported here: `--help` loads no pyarrow.
     types = {"string": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(),
              "list<string>": pa.list_(pa.string())}
     return pa.schema([*first, *((name, types[kind]) for name, kind in columns.items())])
@@ -187,6 +188,7 @@ def step_class(kind: str) -> type[Step]:
     """
     module, _, name = STEPS[kind].partition(":")
     try:
+        # A step's module is imported when a pipeline names it: its libraries may not be installed.
         found: type[Step] = getattr(import_module(module), name)
     except ModuleNotFoundError as e:
         raise UserError(f"step {kind}: needs {e.name}, which is not installed; "

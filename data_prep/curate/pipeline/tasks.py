@@ -77,7 +77,9 @@ def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
     columns["source"] = [source] * base.num_rows
     for table in tables[1:]:
         reasons = table.column("reason").to_pylist()
+        # A layer has null where a document was dropped before, which is not "".
         alive = [a and reason == "" for a, reason in zip(alive, reasons, strict=True)]
+        # Null: the step left the text as it was, as most do.
         if table.column("text").null_count < table.num_rows:
             texts = [before if text is None else text
                      for before, text in zip(texts, table.column("text").to_pylist(), strict=True)]
@@ -134,6 +136,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
     listed.parent.mkdir(parents=True, exist_ok=True)
     source_reader = reader(source.settings)
     # the rows get their name last: it says that the shard is done
+    # Names are given in turn as the blocks are left: the list of what is broken, then the rows.
     with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, new_file(listed) as temporary,
           open(temporary, "w", encoding="utf-8") as quarantine):
         pieces, marks = pieces_of(output, layer, shard)
@@ -146,6 +149,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                 if group.is_full:
                     file.write(group.take())
         file.write(group.take())
+        # After reading: a file that changed meanwhile would stand under the hash of its old content.
         for name, mark in marks.items():
             refuse_changed(source.settings.file(name), mark)
         if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
@@ -153,7 +157,9 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                 "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
                 "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
         quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
+        # The seal reads the file from the disk.
         quarantine.flush()
+        # Checksums go into the counts: a file that is exchanged for a sound one of another shard is found.
         counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
         yield counts
 
@@ -164,6 +170,7 @@ def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: 
         raise UserError(f"{item.place}: {item.reason}; mend it, or list such records and go on: "
                         "on_bad: quarantine")
     counts.broken[item.code] = counts.broken.get(item.code, 0) + 1
+    # All are counted; only the first are listed.
     if sum(counts.broken.values()) > MAX_LISTED:
         return
     record = {"shard": shard, "file": item.file, "place": item.place, "code": item.code,
@@ -185,6 +192,8 @@ class _Group:
 
     def add(self, raw: Raw) -> str:
         """Take a document; returns its id."""
+        # By its place in the source, and not by its number: documents that come or go leave the ids of
+        # others.
         place = hashlib.blake2b(raw.place.encode(), digest_size=8).hexdigest()
         identifier = f"{self.source.name}:{self.shard}:{place}"
         given = {name: None if raw.columns.get(name) in (None, "")
@@ -233,6 +242,7 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
                 for row in filter(None, rows):
                     sorted_rows.add(source.settings.name, row)
                     counts.count(row.id, "", row.text, None)
+            # Files are closed before they are read again to be counted.
             sorted_rows.finish()
         for file in sorted(temporary.glob("*.parquet")):
             write_shard_facts(file)
@@ -259,6 +269,7 @@ class _Sorter:
         rows = self.waiting.setdefault(name, [])
         rows.append(row)
         self.waiting_bytes += len(row.text)
+        # The limit is over all names together: with many names each alone would never be full.
         if len(rows) >= GROUP_ROWS or self.waiting_bytes >= GROUP_BYTES:
             self.finish()
 
@@ -347,6 +358,7 @@ def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
         if step.sources:
             for index, step_pass in enumerate(step.passes):
                 yield PipelineStage(step.entry.number, step.entry.kind, index, step_pass.name)
+            # Outcomes come behind all passes of the step.
             yield PipelineStage(step.entry.number, step.entry.kind)
     yield PipelineStage(len(plan.pipeline.steps) + 1, OUTPUT)
 
@@ -389,8 +401,10 @@ def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> 
     Raises:
         UserError: the user's data, settings or disk are in the way; the sentence says at which task.
     """
+    # Read once in each process, which does many tasks.
     plan = _plan(plan_file)
     mark = done_mark(plan, stage, task, output)
+    # Two workers of a cluster may have been given the same task: the second finds it done.
     if mark.exists():
         return
     where = f"source {task[0]}, shard {task[1]}" if task[0] else f"pass {stage.pass_name}, task {task[1]}"
@@ -422,6 +436,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         view.work.mkdir(parents=True, exist_ok=True)
         wall, cpu = time.perf_counter(), cpu_seconds()
         _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
+        # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
                    place_in_run(mark))
@@ -429,6 +444,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
     source = plan.source(task[0])
     layer = layer_of(source, stage)
     assert layer is not None
+    # Raw files are parsed in processes below this one, whose time counts too.
     starts_others = stage.kind == PARSE
     wall, cpu = time.perf_counter(), cpu_seconds(starts_others)
     if stage.kind == PARSE:
@@ -437,6 +453,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         work = write_output_shard(plan, source, layer, output, task[1])
     else:
         work = _judge_shard(plan, plan_file, output, stage, ShardRef(*task), mark)
+    # Counts are written before the rows get their name, which says that the shard is done.
     with work as counts:
         counts.wall_s, counts.cpu_s = time.perf_counter() - wall, cpu_seconds(starts_others) - cpu
         write_json(layer.counts(output, task[1]), counts.to_dict())
@@ -468,6 +485,7 @@ def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
     with LayerFile(file, entry.adds) as layer:
         for first, rows in view.groups(shard):
             looked_at = view.looked_at(shard, (first, rows))
+            # Rows that the step does not look at are kept as they are.
             outcomes: list[StepOutcome | None] = [None if row is None else KEPT for row in rows]
             documents = [found for _, found in looked_at]
             for (i, document), outcome in zip(looked_at, _judged(step, entry, documents), strict=True):
@@ -490,8 +508,10 @@ def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[StepOutco
     for i, (document, outcome) in enumerate(zip(documents, made, strict=True)):
         if unknown := set(outcome.values) - set(entry.adds):
             raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
+        # A dropped document has no text, and one that is set to what it was is unchanged: layers stay small.
         if outcome.text is not None and (outcome.reason or outcome.text == document.text):
             made[i] = StepOutcome(outcome.reason, None, outcome.values)
+        # A step that takes everything out has dropped the document.
         elif outcome.text is not None and not outcome.text.strip():
             made[i] = StepOutcome("nothing left", None, outcome.values)
     return made
@@ -513,6 +533,7 @@ def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step
     found = plan.steps[number - 1].entry.build(plan.pipeline.folder)
     if started:
         found.start(LayerView(plan, plan.steps[number - 1], output))
+    # Compared after loading: what the step has read is then what was hashed, or the task ends.
     planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
                    if layer.number == number)
     if file_hashes(found) != planned:

@@ -40,6 +40,7 @@ def pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
     found = []
     for number in range(num_pieces):
         start = int(number * step)
+        # A piece that begins inside a word would show the model letters in an order that no word has.
         space = _SPACE.search(text, start, start + piece_chars // 4) if number else None
         found.append(text[space.end() if space else start:start + piece_chars])
     return found
@@ -54,6 +55,7 @@ def windows_of_lines(text: str, num_windows: int, window_chars: int) -> str:
     found = []
     for number in range(num_windows):
         window = text[int(number * step):int(number * step) + window_chars]
+        # The first and the last window have the text's own ends; elsewhere half lines are cut off.
         first = window.find("\n") + 1 if number else 0
         last = window.rfind("\n") if number < num_windows - 1 else len(window)
         found.append(window[first:last] if last > first else window)
@@ -129,10 +131,12 @@ def form_of(text: str) -> Form:
     """Return what form a text is of, by lines from all over it."""
     text = windows_of_lines(text, _NUM_WINDOWS, _WINDOW_CHARS).strip()
     num_lines = len(_LINE.findall(text))
+    # Cheap tests first; markup before code, for pages hold scripts and LaTeX is full of brackets.
     if _is_tagged(text) or _is_latex(text) or _is_data(text, num_lines):
         return "markup"
     if sum(map(text.count, _SIGNS)) < MIN_SIGN_SHARE * len(text):
         return "prose"
+    # Comments say nothing of the form: a program may have more of them than code.
     rest = _COMMENT.sub("", _BLOCK.sub("", text))
     num_code = len(_CODE_LINE.findall(rest))
     if num_code >= max(MIN_CODE_LINES, MIN_CODE_LINE_SHARE * len(_LINE.findall(rest))):
@@ -229,6 +233,8 @@ def identify(text: str) -> tuple[str, float]:
     for piece in pieces(text, NUM_PIECES, PIECE_CHARS):
         scripts = _scripts(piece)
         weight = sum(scripts.values())
+        # Where one script settles the piece, letters of a shared one are names and quotes: asking the model
+        # would cost time and add noise.
         largest = max((n for script, n in scripts.items() if script in ONE_LANGUAGE), default=0)
         total += weight
         for script, letters in scripts.items():
@@ -239,6 +245,7 @@ def identify(text: str) -> tuple[str, float]:
                     found[name] += letters * share
     if not found:
         return UNKNOWN, 0.0
+    # Of equal weights the name decides, so that the answer does not depend on the order.
     language, weight = max(found.items(), key=lambda item: (item[1], item[0]))
     return language, min(weight / total, 1.0)
 
@@ -247,6 +254,7 @@ def _scripts(piece: str) -> dict[str, float]:
     """Return script -> weighted letters; kana as one script, and Han given to Japanese or Korean where it is
     theirs."""
     counts = letters_by_script(piece)
+    # Han characters are used by three languages: what stands beside them says whose they are.
     counts["KANA"] = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
     han = counts["CJK"]
     if counts["KANA"] > _MIN_KANA_SHARE * (counts["KANA"] + han):
@@ -258,6 +266,8 @@ def _scripts(piece: str) -> dict[str, float]:
 
 def _by_model(piece: str, script: str) -> list[tuple[str, float]]:
     """Return (language, probability) among the languages of a script, and noise, which is left out."""
+    # Labels of other scripts are left out before shares are taken; noise stays in, and lowers the score of
+    # what is no language.
     ranked = [(label, p * _weight(label)) for label, p in _model().rank(piece)
               if label in SHARED[script] or label == NOISE]
     total = math.fsum(p for _, p in ranked)
@@ -272,6 +282,7 @@ def _weight(label: str) -> float:
 
 def model_file() -> Path:
     """Return the file of the package's model."""
+    # Imported late: the library is optional, and loads for long.
     from py3langid.langid import MODEL_DIR, MODEL_FILE
     return Path(MODEL_DIR) / MODEL_FILE
 
@@ -325,6 +336,7 @@ class Language(Step):
     def _reason(self, language: str, score: float, form: Form) -> str:
         if form not in self.settings.forms:
             return f"form {form}"
+        # Code counts before its language: comments are too short to judge a file by.
         if form == "code":
             return ""
         if language == UNKNOWN:

@@ -82,6 +82,7 @@ class Phrases:
             if not words:
                 raise UserError(f"{place}: {line!r} has no letter and no digit; write words, or use a list "
                                 "of patterns")
+            # Without spaces between words, a word of a list may stand anywhere in a run of characters.
             if len(words) == 1 and re.match(f"[{SPACELESS}]", words[0]):
                 self._by_chars[len(words[0])].add(words[0])
             else:
@@ -95,7 +96,9 @@ class Phrases:
             total += sum(gram in phrases for gram in zip(*(words[i:] for i in range(length)), strict=False))
         for length, parts in self._by_chars.items():
             for word in words:
+                # A quick look at the code point spares most words the comparison.
                 if ord(word[0]) >= _FIRST_SPACELESS:
+                    # Korean attaches endings: a word of the list counts at the beginning of one only.
                     starts = 1 if _HANGUL.match(word) else len(word) - length + 1
                     total += sum(word[i:i + length] in parts for i in range(starts))
         return total
@@ -121,8 +124,10 @@ class Pages:
         if not host:
             return 0
         parts = host.split(".")
+        # A site's entry stands for all names below it.
         if any(".".join(parts[i:]) in self._sites for i in range(len(parts))):
             return 1
+        # Only at a border of the path: /news is no beginning of /newsletter.
         return int(any(path == page or path.startswith((page.rstrip("/") + "/", page + "?"))
                        for page in self._pages.get(host, ())))
 
@@ -226,6 +231,7 @@ class Safety(Step):
             if hits:
                 found.append(f"{one.name}={hits}")
                 if one.drop_from and hits >= one.drop_from:
+                    # All lists are counted; the first that is over its limit gives the reason.
                     reason = reason or f"safety list {one.name}"
         return StepOutcome(reason=reason, values={"safety": " ".join(found)})
 
@@ -254,6 +260,7 @@ class Patterns:
             UserError: a pattern takes too long on it.
         """
         total = 0
+        # A pattern of a user may take time that grows exponentially with the text: it is stopped, and named.
         limit_s = PATTERN_TIMEOUT_S + PATTERN_S_PER_CHAR * len(document.text)
         for place, pattern in self._patterns:
             try:

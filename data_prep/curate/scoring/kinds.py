@@ -148,6 +148,7 @@ def domain_hits(text: str, language: str) -> dict[str, tuple[int, int]]:
         return {}
     looked = text.lower()
     if language in SPACED:
+        # Two spaces between words: then words next to each other each have one of their own on either side.
         looked = f" {_NOT_LETTERS.sub(' ', looked).replace(' ', '  ')} "
     found = {}
     for domain, words in lists.items():
@@ -215,6 +216,7 @@ class ScorerKind(Step):
         return [StepOutcome(values={"kind": self._kind(document)}) for document in documents]
 
     def _kind(self, document: Doc) -> str:
+        # What the pipeline file says of a source is better known than what a model guesses.
         own = document.columns.get("kind") or ""
         if own not in ("", AUTO):
             return str(own)
@@ -229,11 +231,13 @@ class ScorerKind(Step):
         return language if language in OWN_KINDS else MULTILINGUAL
 
     def _is_mathematics(self, text: str) -> bool:
+        # At least three: in a short text one sign would be enough.
         wanted = self.settings.min_formulas_per_1000_chars * len(text) / 1000
         return len(text) > 0 and len(_FORMULA.findall(text)) >= max(wanted, 3)
 
     def _domain(self, whole: str, text: str, language: str) -> str:
         """Return the domain of a document; "": none."""
+        # A trained classifier goes before a list of words.
         scores = {name: scorer.score(whole) for name, scorer in self._scorers.items()}
         best = max(scores, key=lambda name: scores[name], default="")
         if best and scores[best] >= self.settings.min_score:
@@ -242,6 +246,7 @@ class ScorerKind(Step):
             return ""
         hits = {name: found for name, found in domain_hits(text, language).items() if name not in scores}
         s = self.settings
+        # Many different words, and often: one word that a text repeats is no domain.
         enough = {name: num_hits for name, (num_words, num_hits) in hits.items()
                   if num_words >= s.min_words and num_hits * 1000 >= s.min_words_per_1000_chars * len(text)}
         return max(enough, key=lambda name: (enough[name], -DOMAINS.index(name)), default="")

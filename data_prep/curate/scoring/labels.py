@@ -71,6 +71,7 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, least: int = 1) -> tu
     for where, record in read_objects(file):
         if problem := _problem(record, kind):
             problems.append(f"{where}: {problem}")
+            # Enough to see what is wrong with the file.
             if len(problems) == MAX_PROBLEMS:
                 break
             continue
@@ -111,6 +112,8 @@ def split(labels: Sequence[Label]) -> LabelSplits:
     for item in labels:
         by_class.setdefault(round(item.label), []).append(item)
     for _, members in sorted(by_class.items()):
+        # By class, so that a rare one is in every part; by hash, so that more labels move few texts between
+        # parts.
         ordered = sorted(members, key=lambda item: _key(item.text))
         first = math.ceil(len(ordered) * HELD_OUT)
         second = first + math.ceil(len(ordered) * CALIBRATION)
@@ -177,10 +180,12 @@ def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, An
     from sklearn.metrics import confusion_matrix, roc_auc_score
 
     keeps = KEEPS[kind]
+    # A regressor too is asked whether it keeps what is worth keeping.
     good, kept = labels >= keeps, scores >= keeps
     hits = int((good & kept).sum())
     found: dict[str, Any] = {
         "num_labels": len(labels),
+        # Undefined, and null, where one class is absent.
         "auc": float(roc_auc_score(good, scores)) if good.any() and not good.all() else None,
         "precision": hits / int(kept.sum()) if kept.any() else None,
         "recall": hits / int(good.sum()) if good.any() else None,
@@ -201,6 +206,8 @@ def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, An
 
 def _calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
     """Return the expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
+    # A score of 1 belongs to the last bin. In each bin |sum of labels - sum of scores|, over all labels: the
+    # shares of bins cancel out.
     bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
     return float(sum(abs(labels[bins == i].sum() - scores[bins == i].sum()) for i in set(bins.tolist()))
                  / len(labels))

@@ -71,6 +71,7 @@ class Scorer:
         z = s.slope * (self._features.dot(text, self._weights) + s.bias) + s.offset
         if s.kind == "regressor":
             return float(np.float32(min(max(z, 0.0), float(HIGHEST[s.kind]))))
+        # Two forms of the logistic function: neither overflows.
         return float(np.float32(1.0 / (1.0 + math.exp(-z)) if z > 0 else math.exp(z) / (1.0 + math.exp(z))))
 
 
@@ -115,6 +116,7 @@ def load_scorer(folder: Path) -> Scorer:
     if lacking := {SETTINGS_FILE, WEIGHTS_FILE} - set(manifest.files):
         raise UserError(f"{folder}: its manifest lists no {min(lacking)}; train the scorer again")
     found = {p.relative_to(folder).as_posix() for p in scorer_files(folder)}
+    # A file that no hash vouches for could change what the encoder does.
     if added := sorted(found - set(manifest.files)):
         raise UserError(f"{folder}: holds {added[0]}, which its manifest does not list; remove it")
     if problems := damaged_files(folder):
@@ -131,6 +133,7 @@ def _settings(file: Path) -> ScorerSettings:
         if raw.pop("content_version") != CONTENT_VERSION:
             raise ValueError(f"this version reads content_version {CONTENT_VERSION}")
         features = raw.pop("features")
+        # The keys say which of the two it is.
         kind: type[NgramSettings | EncoderSettings] = (
             NgramSettings if "num_buckets" in features else EncoderSettings)
         return read(ScorerSettings, {**raw, "features": read(kind, features, "features")}, "settings")
@@ -144,6 +147,7 @@ def _weights(file: Path, width: int) -> np.ndarray:
 
     try:
         weights = load_file(file)["weights"]
+        # Weights of another shape would read past the end of a compiled loop's array.
         if weights.dtype != np.float32 or weights.shape != (width,) or not np.isfinite(weights).all():
             raise ValueError(f"weights must be {width} finite float32, and are {weights.dtype} of shape "
                              f"{list(weights.shape)}")
@@ -154,13 +158,10 @@ def _weights(file: Path, width: int) -> np.ndarray:
 
 # Fitting a linear scorer: the library does it, and what is chosen is chosen on texts that were not fitted.
 #
-# A classifier is logistic regression, calibrated as in Platt (1999): its probability is a logistic function
-# of
+# A classifier is logistic regression, calibrated as in Platt (1999): its probability is a logistic function of
 # slope * z + offset, with both from texts that the weights have not seen.  A regressor is ridge regression,
-# the
-# linear probe of FineWeb-Edu (arXiv 2406.17557, section 4), whose slope and offset undo what its penalty
-# draws
-# towards the mean.
+# the linear probe of FineWeb-Edu (arXiv 2406.17557, section 4), whose slope and offset undo what its penalty
+# draws towards the mean.
 
 INVERSE_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
 """C of logistic regression; the best one on the calibration part is taken."""
@@ -217,12 +218,15 @@ def _best(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
     for penalty in INVERSE_PENALTIES if kind == "classifier" else PENALTIES:
         model = _model(kind, penalty)
         model.fit(_scaled(rows, scale, shift), labels)
+        # The scaling of columns goes into weights and bias: texts are scored without it.
         weights = (np.ravel(model.coef_) * scale).astype(np.float32)
         bias = float(np.ravel(model.intercept_)[0] - shift @ (np.ravel(model.coef_) * scale))
+        # With the weights as they are written, in single precision.
         z = np.asarray(calibration_rows @ weights, np.float64) + bias
         slope, offset = _calibration(kind, z, calibration_labels)
         loss = _loss(kind, slope * z + offset, calibration_labels)
         tried.append((loss, len(tried), Fit(weights, bias, slope, offset, penalty)))
+    # Of equal losses the stronger penalty that was tried first.
     return min(tried, key=lambda entry: entry[:2])[2]
 
 
@@ -251,6 +255,7 @@ def _calibration(kind: Kind, z: np.ndarray, labels: np.ndarray) -> tuple[float, 
     """Return slope and offset; a slope that would turn the order round is not taken."""
     if kind == "regressor":
         spread = float(z.var())
+        # Least squares of the labels on z.
         slope = float(np.mean((z - z.mean()) * (labels - labels.mean()))) / spread if spread > 0 else 0.0
         if slope <= 0:
             return 1.0, 0.0
@@ -262,6 +267,7 @@ def _calibration(kind: Kind, z: np.ndarray, labels: np.ndarray) -> tuple[float, 
     high, low = (positive + 1) / (positive + 2), 1 / (negative + 2)
     wanted = np.where(labels == 1, high, low)
     model = LogisticRegression(C=1e6, max_iter=MAX_ITERATIONS)
+    # Each text counts as both classes, weighted by its target: logistic regression then fits probabilities.
     model.fit(np.concatenate([z, z])[:, None], np.repeat([1, 0], len(z)),
               sample_weight=np.concatenate([wanted, 1 - wanted]))
     slope = float(model.coef_[0, 0])
@@ -272,6 +278,7 @@ def _loss(kind: Kind, calibrated: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean cross-entropy of a classifier, or the mean square error of a regressor."""
     if kind == "regressor":
         return float(np.mean((calibrated - labels) ** 2))
+    # Cross-entropy by the logit: log(1 + exp(-z)) without overflow.
     signed = np.clip(np.where(labels == 1, calibrated, -calibrated), -_SURE, _SURE)
     return float(np.mean(np.logaddexp(0.0, -signed)))
 
@@ -309,6 +316,7 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
             features: Ngrams | ScoringEncoder = Ngrams(settings.features)
         else:
             assert settings.encoder is not None
+            # Copied first and loaded from there: what is trained with is what the artifact holds.
             copy_encoder(settings.encoder, artifact.path / ENCODER_FOLDER)
             features = ScoringEncoder(artifact.path / ENCODER_FOLDER, settings.features)
         with work_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:

@@ -106,6 +106,7 @@ def find_topics(texts: Sequence[str], ngrams: Ngrams, num_topics: int,
                         "have words that tell them apart; ask for fewer topics")
     matrix = _matrix(counted, idf, ngrams.width)
     with threadpool_limits(1):
+        # Only buckets that count: the SVD's time grows with the columns.
         used = np.flatnonzero(idf)
         svd = TruncatedSVD(min(NUM_DIMENSIONS, len(texts) - 1, len(used)), n_iter=NUM_POWER_ITERATIONS,
                            random_state=seed)
@@ -113,11 +114,14 @@ def find_topics(texts: Sequence[str], ngrams: Ngrams, num_topics: int,
         directions = np.zeros((ngrams.width, len(svd.components_)), np.float32)
         directions[used] = svd.components_.T
         space = TopicModel(idf, directions, np.zeros((0, 0)))
+        # Points come from the model as documents do later, and not from the SVD's own output, whose last bits
+        # differ.
         points = [point for found in counted if (point := space.embed(found)) is not None]
         means = MiniBatchKMeans(num_topics, random_state=seed, n_init=NUM_STARTS, batch_size=BATCH_DOCUMENTS)
         means.fit(np.stack(points))
     model = TopicModel(idf, space.directions, means.cluster_centers_.astype(np.float32))
     places = np.array([-1 if (place := model.nearest(found)) is None else place for found in counted])
+    # The largest topic becomes t00; -1 stays -1, as the last entry of `renamed`.
     order = np.argsort(-np.bincount(places[places >= 0], minlength=num_topics), kind="stable")
     renamed = np.append(np.argsort(order), -1)
     return TopicModel(idf, space.directions, model.centres[order]), renamed[places]
@@ -165,6 +169,7 @@ def top_words(texts: Sequence[str], places: np.ndarray, num_topics: int, ngrams:
             of_topic[place].update(words)
             overall.update(words)
             if len(overall) > MAX_KNOWN_WORDS:
+                # Memory has a bound: words that were met once so far go.
                 overall = Counter({word: n for word, n in overall.items() if n > 1})
     per_topic = sum(overall.values()) / max(1, num_topics)
     found = []
@@ -181,6 +186,7 @@ def _words(units: Sequence[str]) -> Iterator[str]:
         if len(unit) >= MIN_CHARS and unit.isalpha():
             yield unit
     for first, second in pairwise(units):
+        # Behind U+0DFF are the scripts without spaces between words.
         if len(first) == len(second) == 1 and _is_letter(first) and _is_letter(second) and first > "\u0dff":
             yield first + second
 
@@ -225,12 +231,15 @@ class Topics(Step):
 
     def take_sample(self, view: View, task: int) -> None:
         """Write the documents of a shard whose places have the smallest hashes."""
+        # More than the even part, since shards differ in size and the smallest hashes of all shards are the
+        # sample.
         wanted = min(self.settings.sample, max(_LEAST_PER_SHARD,
                                                _TIMES * self.settings.sample // max(1, len(view.shards))))
         taken: list[tuple[str, str]] = []
         for documents in view.documents(view.shards[task]):
             taken += [(self._hash(document), document.text[: self.settings.max_chars])
                       for document in documents]
+            # Cut from time to time, and not for each batch: sorting is what costs.
             if len(taken) > 2 * wanted:
                 taken = sorted(taken)[:wanted]
         folder = view.work / "sample"
@@ -247,6 +256,7 @@ class Topics(Step):
         taken: list[tuple[str, str]] = []
         for file in sorted((view.work / "sample").glob("*.json")):
             taken += [(key, text) for key, text in read_json(file, way_out(file), place_in_run(file))]
+            # After each file: memory holds one sample and one shard's part.
             taken = sorted(taken)[: self.settings.sample]
         texts = [text for _, text in taken]
         if len(texts) < self.settings.num_clusters:

@@ -61,6 +61,7 @@ def header_licence(text: str) -> str:
     head = text[:HEAD_CHARS]
     if found := _SPDX.search(head):
         return found[1].strip()
+    # Licences are broken over lines with signs of comments: without them a phrase is in one piece.
     plain = " ".join(_COMMENT_SIGNS.sub(" ", head).lower().split())
     return next((name for name, pattern in _HEADERS if re.search(pattern, plain)), "")
 
@@ -83,7 +84,10 @@ def licence_of_text(text: str) -> str:
         other = _plain(licence)
         if plain == other:
             return str(spdx)
+        # Two texts differ by at least the difference of their lengths: most licences need no comparison.
         if abs(len(plain) - len(other)) <= most:
+            # With a bound, Ukkonen's algorithm takes time with the edits, and not with the square of the
+            # length.
             edits = ukkonen.distance(plain, other, most + 1)
             if edits < best:
                 best, name = edits, str(spdx)
@@ -147,6 +151,7 @@ def unwanted(name: str, text: str) -> tuple[str, str]:
     longest, mean = max(map(len, lines), default=0), len(text) // max(len(lines), 1)
     if longest > MAX_LINE_CHARS or mean > MAX_MEAN_LINE_CHARS:
         return "minified", f"has lines of up to {longest:,} characters, {mean} in the mean"
+    # Tables and binary data as text have few letters.
     if sum(map(str.isalnum, text)) < LEAST_LETTERS * len(text):
         return "data", "holds more signs than letters"
     return "", ""
@@ -194,8 +199,10 @@ class CodeReader(FileReader):
 
     def _beside(self, folder: str) -> tuple[str, ...]:
         """Return the names of the licence files of the nearest folder that has any."""
+        # Remembered: files of one folder ask for the same.
         known: dict[str, tuple[str, ...]] = self.__dict__.setdefault("_licences", {})
         if folder not in known:
+            # No links: they could lead out of the repository.
             found = tuple(sorted(
                 Path(folder, entry.name).as_posix() for entry in os.scandir(self.source.root / folder)
                 if LICENCE_FILE.match(entry.name) and entry.is_file(follow_symlinks=False)))
@@ -220,6 +227,7 @@ class CodeReader(FileReader):
                              is_left_out=True)
             return
         raw = read_whole(job.file, options)
+        # Tests go from the cheap to the dear: name, size, bytes, text, licence.
         if b"\0" in raw:
             yield job.broken(BadRecord("binary", "is binary"), is_left_out=True)
             return

@@ -75,12 +75,14 @@ class _RowGroup:
         job, number = self._job, self._number
         file = open_parquet(job.file)
         group = file.metadata.row_group(number)
+        # So many rows that a batch takes about 64 MiB, by the mean of the group.
         rows = _BATCH_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
         done = 0
         try:
             for batch in file.iter_batches(min(max(rows, 1), _BATCH_ROWS), row_groups=[number],
                                            use_threads=False):
                 yield from _documents(batch, f"{job.name}:{number}.", done, job)
+                # Rows are counted over batches: places in the source do not depend on their size.
                 done += batch.num_rows
         except (pyarrow.ArrowException, OSError) as e:
             raise BadRecord("parquet", f"is damaged ({first_line(e)[:200]}); what came before is "
@@ -202,9 +204,11 @@ class DatasetReader(FileReader):
         if parts.name.startswith("cache-"):  # what `map` and `filter` left
             return False
         split = self.options.split
+        # Split names have synonyms, such as dev and validation.
         words = {split}.union(*(words for words in SPLITS.values() if split in words))
         if not split or has_word(name, words):
             return True
+        # Files that name no split are taken for training data, as the Hub does.
         return "train" in words and not any(has_word(name, others) for others in SPLITS.values())
 
     def _card(self, name: str) -> tuple[str, ...]:
@@ -220,6 +224,7 @@ class DatasetReader(FileReader):
     def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the parts of a piece, each with what the card says of all."""
         part = next((p for p in _PARTS if p.takes(job.piece.file)), JsonlReader)
+        # What the card says holds where a record says nothing itself.
         facts = _card_facts(job)
         for item in part.items(job):
             yield SourceItem(item.place, lambda item=item: _with(facts, item.read()))  # type: ignore[misc]
@@ -247,11 +252,13 @@ def _card_facts(job: ReadingJob) -> dict[str, Any]:
     with open(card, "rb") as f:
         head = _FRONT_MATTER.match(f.read(MAX_CARD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n"))
     said: dict[str, Any] = {}
+    # Each entry alone: a mistake in one leaves the other.
     for entry in _ENTRY.findall(head[1]) if head else ():
         with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError, TypeError):
             said.update(yaml.safe_load(entry[:MAX_ENTRY_CHARS]))
     languages = said.get("language")
     one = languages[0] if isinstance(languages, list) and len(languages) == 1 else languages
+    # One language is a hint; a list of several says nothing of one document.
     licence = said.get("license") or said.get("licence")
     return kept({"licence": " OR ".join(map(str, licence)) if isinstance(licence, list) else licence,
                  "language_hint": one if isinstance(one, str) else ""})

@@ -90,15 +90,20 @@ class AutoReader(FileReader):
             UserError: there is nothing to read, or a file that the settings name has an ending of no format.
         """
         readers = self._readers()
+        # A file that the settings name is wanted: what cannot be read of it is an error and not a file passed
+        # over.
         named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
         found: list[SourcePiece] = []
         left_out: list[SourcePiece] = []
         names = list(source_files(self.source, lambda name: True, left_out, self.told.append))
+        # Beside files of records, a README or a licence describes them and is no document.
         is_dataset = any(map(is_records, names))
         for name in names:
             is_named = os.fspath(self.source.file(name)) in named
             if is_dataset and is_about(name) and not is_named:
                 found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
+            # The first format that takes a name has it: code comes last, since many endings are also those of
+            # text.
             elif reader := next((r for r in readers if r.takes(name)), None):
                 found += reader.pieces_of(name)
             elif is_named:
@@ -128,5 +133,5 @@ class AutoReader(FileReader):
         yield from next(r for r in self._readers() if r.format == piece.format).read(piece)
 
     def _readers(self) -> list[FileReader]:
-
+        # Readers of pieces are found again by format: a piece never says "auto".
         return [reader_class(name)(self.source) for name in BY_NAME]

@@ -98,6 +98,7 @@ def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]
     if tree.body is None:
         return "", {}
     facts = _facts(tree)
+    # Nested too deep for the search of the main text, whose time grows with the square of the depth.
     if tree.body.query_selector(_DEEPER):
         words = extract_plain_text(tree, preserve_formatting=False, alt_texts=False, skip_elements=_UNSEEN)
         return words, facts
@@ -112,11 +113,13 @@ def _facts(tree: Any) -> dict[str, Any]:
     metas: dict[str, str] = {}
     for meta in root.query_selector_all("meta"):
         name = (meta.getattr("property") or meta.getattr("name") or meta.getattr("itemprop") or "").lower()
+        # The first of a name counts, and no value is long: a page may repeat them without end.
         metas.setdefault(name, (meta.getattr("content") or "").strip()[:500])
     links: dict[str, str] = {}
     for link in root.query_selector_all("link[rel], a[rel]"):
         for relation in (link.getattr("rel") or "").lower().split():
             links.setdefault(relation, (link.getattr("href") or "").strip()[:500])
+    # Most reliable first: what a page says to programs, then what it shows to people.
     title = root.query_selector("title") or root.query_selector("h1")
     published = next((metas[n] for n in ("article:published_time", "datepublished", "dc.date", "dcterms.date",
                                          "date", "pubdate") if metas.get(n)), "")
@@ -145,13 +148,16 @@ def _prepared(source: str) -> str:
 
     All on the source: a change of the tree wraps each of its nodes in Python.
     """
+    # Spaces for control characters: some parsers end a text at one.
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:
         source = _EMPTY.sub(r"<\1\2></\1>", source)  # `<title/>` would hold the whole page
     if not source.isascii():
+        # Line breaks between Han characters are no spaces, except in preformatted text.
         parts = _PREFORMATTED.split(source)
         parts[::2] = [_HAN_BREAK.sub("", part) for part in parts[::2]]
         source = "".join(parts)
+    # From the inside out: scripts and pictures of formulas, then MathML, then the cells that hold them.
     source = _CELL.sub(r"\1\2", _MATH.sub(_tex, _IMAGE.sub(_tex, _MATH_SCRIPT.sub(_tex, source))))
     body = _BODY.search(source)
     start = body.end() if body else 0
@@ -179,6 +185,7 @@ def _markdown(found: str) -> str:
         indent = "  " * (len(lists) - 1)
         if token.startswith("<pre>"):
             code = html.unescape(token[5:-6]).expandtabs().strip("\n").rstrip()
+            # A fence that the code itself has would end it early.
             fence = "~~~~" if "```" in code else "```"
             parts.append(f"\n\n{fence}\n{code}\n{fence}\n\n" if code else "")
         elif tag in ("ul", "ol"):
@@ -193,6 +200,7 @@ def _markdown(found: str) -> str:
             is_heading = not is_end
             parts.append("\n\n" if is_end else f"\n\n{'#' * int(tag[1])} ")
         elif tag == "p":
+            # The first paragraph of an item goes behind its mark.
             is_first = bool(lists) and (is_end or parts[-1].endswith(("- ", ". ")))
             parts.append("" if is_first else f"\n{indent}  " if lists else "\n\n")
         elif not tag and token.strip(" \n"):
@@ -201,6 +209,7 @@ def _markdown(found: str) -> str:
             parts.append((" " if is_heading else f"\n{indent}  " if lists else "\n").join(lines))
     text = "".join(parts)
     if not text.isascii():
+        # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
         text = text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
     return re.sub(r"\n(?:[ \t]*\n)+", "\n\n", text).strip("\n")
 

@@ -40,6 +40,7 @@ def raw_of(record: Mapping[str, Any], place: str, job: ReadingJob) -> Raw:
         raise BadRecord("fields", f"has {what} {job.text_field!r} (fields: {fields}); name the one that "
                                   "holds text in text_field")
     try:
+        # Encoded once, for the size and to find what UTF-8 cannot hold.
         size_bytes = len(text.encode())
     except UnicodeEncodeError:
         raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
@@ -59,6 +60,7 @@ def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         known = NAMES.get(name.lower())
         plain = _plain(value)
+        # The first field of a meaning counts; a second keeps its own name.
         if known is not None and known not in columns and isinstance(plain, (str, int, float)):
             columns[known] = _text(str(plain))
         elif _is_short(plain) and not _is_deep(plain, MAX_FIELD_DEPTH):
@@ -71,6 +73,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     try:
+        # Through JSON: what other programs read has the same types, and NaN is refused.
         return json.loads(json.dumps(value, default=str, allow_nan=False))
     except (ValueError, RecursionError):
         return None
@@ -140,6 +143,7 @@ class TextReader(_SpansReader):
             blocks = _part(stream, job)
             size_bytes = job.piece.stop - job.piece.start
             if _is_packed(job) or options.encoding != "utf-8":  # of a bomb no part becomes a document
+                # All of it is unpacked or decoded before a part is yielded.
                 whole = b"".join(blocks)
                 if options.encoding != "utf-8":
                     whole = decode_text(whole, options.encoding).encode()
@@ -148,6 +152,7 @@ class TextReader(_SpansReader):
             limit_bytes = max(size_bytes, 1) if is_whole else options.cut_bytes
             position = job.piece.start
             for piece in cut_at_blank_lines(blocks, limit_bytes):
+                # Positions count the bytes of the file, the mark's included.
                 raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
                 place = job.name if is_whole else f"{job.name}:{position}"
                 try:
@@ -178,6 +183,7 @@ class JsonlReader(_SpansReader):
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
         """Yield a document for each line that has one."""
+        # JSON escapes may double a text, and other fields stand beside it.
         limit_bytes = 2 * job.options.document_bytes
         # lines of a part are counted from its first: to know the others a process would read them again
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"
@@ -244,6 +250,7 @@ def split_lines(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
         for line in ended:
             yield b"".join([*parts, line])[:limit_bytes + 1]
             parts, held = [], 0
+        # What is longer than the limit is read on to its end, and not held.
         if rest and held <= limit_bytes:
             parts.append(rest)
             held += len(rest)

@@ -68,6 +68,7 @@ class ParallelReader(FileReader):
         left_out: list[SourcePiece] = []
         names = source_files(self.source, self._takes, left_out, self.told.append)
         return [self._piece(name, languages) for name in names
+                # The second file of a pair is read with the first.
                 if not (languages and _ending(name) == languages[1])] + left_out
 
     def _takes(self, name: str) -> bool:
@@ -103,6 +104,7 @@ class ParallelReader(FileReader):
                 yield found
                 continue
             number, source, target = found
+            # A document of several pairs has the place of its first.
             place = place or f"{job.name}:{number}"
             gathered.append(_filled(options, source, target))
             if len(gathered) == options.pairs:
@@ -158,6 +160,7 @@ def _pairs(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
 
 def _of_two_files(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
     other = job.root / job.piece.beside[0]
+    # Counted before the first pair is yielded: a shift would pair every line behind it wrongly.
     counts = [_num_lines(file, job) for file in (job.file, other)]
     if counts[0] != counts[1]:  # which line is missing nobody knows, and all behind it are paired wrongly
         raise BadRecord("pair", f"has {counts[0]:,} lines and {job.piece.beside[0]} {counts[1]:,}; nothing "
@@ -197,6 +200,7 @@ def _of_tmx(stream: IO[bytes], job: ReadingJob) -> Iterator[tuple[int, str, str]
                 segment = variant.find("seg")
                 text = " ".join("".join(segment.itertext()).split()) if segment is not None else ""
                 sides.setdefault(code, text)
+                # "en-GB" answers to "en" too; the first variant of a language counts.
                 sides.setdefault(code.partition("-")[0], text)
             pair = ([sides.get(code, "") for code in wanted] if wanted
                     else [text for code, text in sides.items() if "-" not in code][:2])
@@ -204,6 +208,8 @@ def _of_tmx(stream: IO[bytes], job: ReadingJob) -> Iterator[tuple[int, str, str]
                 yield number, pair[0], pair[1]
             else:
                 yield _no_pair(job, number, f"has no pair of {' and '.join(wanted) or 'two languages'}", "")
+            # Units that are done are taken out of the tree, which would otherwise hold the whole file in the
+            # end.
             unit.clear()
             while unit.getprevious() is not None:
                 del unit.getparent()[0]

@@ -87,6 +87,7 @@ def _join(text: str, line: str, vocabulary: PdfVocabulary) -> str:
     last, first = text.rpartition(" ")[2], line.partition(" ")[0]
     if text[-1] in (HYPHEN, "-", "\u2010") and last[:-1] and last[-2:-1].isalpha() and first[:1].isalpha():
         return _unhyphenated(text, line, last[:-1], first, vocabulary)
+    # Chinese and Japanese go on in the next line without a space.
     if _is_unspaced(text[-1]) and _is_unspaced(line[0]):
         return text + line
     if _is_hangul(text[-1]) and _is_hangul(line[0]) and _is_one_word(last, first, vocabulary):
@@ -98,6 +99,8 @@ def _unhyphenated(text: str, line: str, last: str, first: str, vocabulary: PdfVo
     """Return two lines, the first of which ends with a hyphen: that of a compound stays."""
     if vocabulary.count(f"{last}-{first}") or (first[:1].isupper() and not last.isupper()):
         return text[:-1] + "-" + line
+    # Parted where the file marks it, or the word occurs whole; a compound where both halves are words of
+    # their own.
     is_parted = text[-1] == HYPHEN or vocabulary.count(last + first) or not (
         vocabulary.count(last) > 1 and vocabulary.count(first) > 1)
     return text[:-1] + ("" if is_parted else "-") + line
@@ -194,6 +197,7 @@ class PdfLine:
             gap = word.x0 - before.x1 if before else 0.0
             if before is None or gap > CELL_GAP * max(word.size, before.size, 1.0):
                 found.append(word.text)
+            # Han characters come one by one, with hardly a gap: they are one run.
             elif gap > 0.08 * word.size or not _is_han(found[-1][-1:] + word.text[:1]):
                 found[-1] += f" {word.text}"
             else:
@@ -209,10 +213,12 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
         pages: all of them.
         keep_repeated: keep running heads and page numbers.
     """
+    # In this order: heads and page numbers would part paragraphs, and columns are found by what is left.
     lines = [lines_of(page.words) for page in pages]
     repeated = [set[int]()] * len(lines) if keep_repeated else repeated_words(lines)
     bodies = [[word for word in page.words if id(word) not in out]
               for page, out in zip(pages, repeated, strict=True)]
+    # The document's own words tell which parts at the end of a line belong together.
     vocabulary = PdfVocabulary(word.text for words in bodies for word in words)
     paragraphs: list[str] = []
     for words in bodies:
@@ -229,6 +235,7 @@ def lines_of(words: Sequence[Word]) -> list[PdfLine]:
         middle = (word.y0 + word.y1) / 2
         # small signs such as "." and "'" have boxes that meet their line's at its edge only
         around = 0.1 * word.size
+        # Words come from the top down, so only the last lines can be theirs.
         for place in range(len(found) - 1, max(len(found) - 5, -1), -1):
             top, bottom = boxes[place]
             if top - around <= middle <= bottom + around:
@@ -245,6 +252,7 @@ def lines_of(words: Sequence[Word]) -> list[PdfLine]:
 def repeated_words(pages: Sequence[Sequence[PdfLine]]) -> list[set[int]]:
     """Return of each page the identities of the words in its running heads and page numbers: outer lines that
     a page nearby has too, at the same height, numbers aside."""
+    # Without counting a line twice on a page of few lines.
     outer = [[*lines[:OUTER_LINES], *lines[max(OUTER_LINES, len(lines) - OUTER_LINES):]] for lines in pages]
     keys = [[(_key(line), line.y0) for line in lines] for lines in outer]
     found = []
@@ -273,6 +281,8 @@ def columns_of(words: Sequence[Word]) -> list[list[Word]]:
     right: list[Word] = []
     for line in lines:
         if _crosses(line, x):
+            # A line across both columns ends them: left is read before right, and each may have columns in
+            # turn.
             blocks += [*columns_of(left), *columns_of(right), line.words]
             left, right = [], []
         else:
@@ -314,17 +324,20 @@ def _gutter(lines: Sequence[PdfLine]) -> float | None:
     for line in lines:
         for before, word in pairwise(line.words):
             if word.x0 - before.x1 > 0.8 * line.size:
+                # Gaps are counted on a raster of 4 points: the column that most of them cover is the gutter.
                 for place in range(int(before.x1 / 4) + 1, int(word.x0 / 4) + 1):
                     gaps[place] = gaps.get(place, 0) + 1
     best = max(gaps, key=lambda place: gaps[place], default=None)
     if best is None or gaps[best] < COLUMN_LINES:
         return None
+    # Of several equal places the middle one.
     x = 4.0 * statistics.median_low([place for place in gaps if gaps[place] == gaps[best]])
     crossing = sum(_crosses(line, x) for line in lines)
     if crossing > MOST_CROSSING * len(lines):
         return None
     sides = [[[w for w in line.words if (w.x1 <= x) == is_left] for line in lines if not _crosses(line, x)]
              for is_left in (True, False)]
+    # A table has gaps below each other too, but its cells do not fill their columns.
     return x if all(map(_is_prose, sides)) else None
 
 
@@ -361,6 +374,7 @@ def _rows(lines: Sequence[PdfLine]) -> list[bool]:
     starts = [_cell_starts(line) for line in lines]
     found = [bool(_LEADER.search(" ".join(line.cells()))) for line in lines]
     for i, (line, below) in enumerate(pairwise(lines)):
+        # Two lines with a cell at the same place are rows of one table.
         if any(abs(a - b) < line.size for a in starts[i] for b in starts[i + 1]) and (
                 below.y0 - line.y1 < 3 * line.size):
             found[i] = found[i + 1] = True
@@ -385,6 +399,7 @@ def _begins(line: PdfLine, before: PdfLine, pitch: float, left: float, right: fl
     """Return whether a line begins a paragraph, a table or code behind a line of the same sort."""
     if is_row:
         return line.y0 - before.y0 > 4 * pitch
+    # Another font or size begins something new.
     if line.fixed != before.fixed or abs(line.size - before.size) > 0.12 * before.size:
         return True
     step = line.y0 - before.y0
@@ -394,6 +409,7 @@ def _begins(line: PdfLine, before: PdfLine, pitch: float, left: float, right: fl
         return False
     if _BULLET.match(line.words[0].text) and len(line.words) > 1:
         return True
+    # Either the first line is set in, or the line before ended early and with a sentence.
     indented = line.x0 - before.x0 > 0.8 * line.size and before.x0 - left < 0.5 * line.size
     ended = before.x1 < right - 0.12 * (right - left) and before.words[-1].text.endswith(_CLOSED)
     return indented or ended
@@ -410,6 +426,7 @@ def _group_text(group: Sequence[PdfLine], is_rows: bool, vocabulary: PdfVocabula
 def _code(group: Sequence[PdfLine]) -> str:
     """Return lines of code, indented as they stand."""
     left = min(line.x0 for line in group)
+    # The width of a letter gives the column: indents of code are spaces that the file does not hold.
     widths = [(w.x1 - w.x0) / len(w.text) for line in group for w in line.words if len(w.text) > 2]
     width = statistics.median(widths) if widths else 0.6 * group[0].size
     text = []
@@ -426,6 +443,7 @@ def _across_pages(paragraphs: Sequence[str], vocabulary: PdfVocabulary) -> list[
     """Return paragraphs; one that breaks off in the middle of a sentence goes on in the next."""
     found: list[str] = []
     for text in paragraphs:
+        # Only prose: rows and code never go on in a paragraph.
         if (found and "\n" not in found[-1] and "\n" not in text and text[:1].islower()
                 and (found[-1].endswith((HYPHEN, "-", ",")) or found[-1][-1:].islower())):
             found[-1] = joined([found[-1], text], vocabulary)
@@ -487,6 +505,7 @@ def pdf_document(data: bytes, place: str, job: ReadingJob) -> Raw | Broken:
         code = "encrypted" if "password" in str(e).lower() else "pdf"
         raise BadRecord(code, f"cannot be opened ({str(e)[:120]}); fetch it again, or take its password away"
                         ) from None
+    # PDFium holds the pages: all words are taken out before it is closed.
     with document:
         if len(document) > job.options.max_pages:
             raise BadRecord("too_long", f"has {len(document):,} pages, of at most max_pages = "
@@ -497,6 +516,7 @@ def pdf_document(data: bytes, place: str, job: ReadingJob) -> Raw | Broken:
     if not text.strip():
         raise BadRecord("no_text", f"has no text on its {len(pages)} pages, which are pictures; recognise "
                                    "the characters first (OCR)")
+    # Glyphs without a map to characters: what was read would be noise.
     if text.count("\ufffd") > MAX_REPLACED * len(text):
         raise BadRecord("no_text", "has fonts that do not say which characters they show; recognise the "
                                    "characters first (OCR)")

@@ -42,6 +42,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
     names: set[str] = set()
     without: list[Path] = []
     for path in source.path:
+        # Not `resolve`: a link that the user names is read under the user's name.
         given = Path(os.path.abspath(source.folder / path))
         if given.is_dir():
             found: list[Path] = []
@@ -61,6 +62,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
     if left_out is not None:
         left_out += [SourcePiece(PASSED_OVER, _name(path, root), 0, 0, 0) for path in sorted(set(without))
                      if path.is_dir() or wanted(path.name)]
+    # By folders: the order of a walk, whatever signs are in names.
     return sorted(names, key=lambda name: name.split("/"))
 
 
@@ -77,6 +79,7 @@ def _name(path: Path, root: Path) -> str:
 def shown(name: str) -> str:
     r"""Return a file's name as text: bytes of it that are no UTF-8, and control characters, are written as
     escapes such as ``\xff``, and a ``\`` of its own as two, so that no two names look the same."""
+    # A name's own backslash first: only then are escapes plain.
     escaped = os.fsencode(name).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
     return visible(escaped).replace("\n", r"\n").replace("\t", r"\t")
 
@@ -167,6 +170,7 @@ def read_apart(job: ReadingJob) -> Iterator[Raw | Broken]:
     """
     skip = 0
     while True:
+        # A fresh process goes on behind the item that ended the last one.
         process = _process(str(job.root), job.options)
         last = _Last()
         finished = False
@@ -201,6 +205,7 @@ class _Process(KeptReader):
 
     def serves(self, root: str, limits: EncodingLimits) -> bool:
         """Return whether it may read files in a folder, within these limits."""
+        # Limits were given to the kernel at the start and cannot be raised.
         return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
             and Path(root).is_relative_to(self._root)
 
@@ -211,6 +216,8 @@ class _Process(KeptReader):
             BadRecord: the process was ended, or sends what it should not.
         """
         limits: EncodingLimits = job.options
+        # The sender may have been taken over by a hostile file: nothing that it sends is believed, its size
+        # least.
         most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
         with self.asking() as channel:
             send(channel, {"job": job_message(job), "skip": skip})
@@ -240,6 +247,7 @@ def _told(message: dict[str, Any], limits: EncodingLimits) -> Raw | Broken:
     text, place, columns = message["text"], message["place"], message["columns"]
     if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
         raise TypeError("a document without text, place or columns")
+    # Checked here once more, for the same reason.
     if len(text.encode()) > limits.document_bytes:
         raise ValueError("a document above the limit")
     return Raw(text, place, columns)
@@ -293,6 +301,7 @@ class FileReader:
         """Return whether a file in a folder is read, by its name."""
         stem, dot, suffix = name.lower().rpartition(".")
         if cls.compressed and f".{suffix}" in COMPRESSED and stem:
+            # Behind the ending of the compression is that of the format.
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 

@@ -66,6 +66,7 @@ class SourceSettings:
     def root(self) -> Path:
         """The folder that names of files are relative to: the one that all paths lie in."""
         paths = [Path(os.path.abspath(self.folder / path)) for path in self.path]
+        # Of a file its folder: names below a root are never empty.
         return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
 
     def file(self, name: str) -> Path:

@@ -46,6 +46,7 @@ class WarcReader(FileReader):
 
         number = 0
         with unpacked(job.file) as file:
+            # The iterator would take an error for the archive's end; `error` keeps it apart.
             stream = _UntilDamaged(file)
             try:
                 for record in ArchiveIterator(stream):
@@ -54,6 +55,7 @@ class WarcReader(FileReader):
                         yield SourceItem(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
             except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # the last: half a header
                 reason = (str(e).splitlines() or ["it ends"])[0][:200]
+                # Otherwise the damage of the stream below is the cause, and is told.
                 if not stream.error:
                     raise BadRecord("warc", f"is no WARC file, or damaged behind record {number} ({reason}); "
                                             "what came before is read") from None
@@ -88,6 +90,7 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
         BadRecord: it is cut off or damaged, or packed in another way.
     """
     is_gzip = packing in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b"
+    # Deflate without a head has no mark to know it by.
     is_deflate = packing == "deflate" and not _looks_written(body)
     # of zlib, as RFC 9110 has it, or without its head, as many servers send it
     is_zlib = body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0
@@ -99,10 +102,13 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
     found = b""
     try:
         while body and len(found) <= limit_bytes:
+            # 31: gzip; 15: with zlib's head; -15: without. One byte more than the limit shows that there is
+            # more.
             unpacker = zlib.decompressobj(31 if is_gzip else 15 if is_zlib else -15)
             found += unpacker.decompress(body, limit_bytes + 1 - len(found))
             if not unpacker.eof and len(found) <= limit_bytes:
                 raise BadRecord("truncated", "is cut off inside its Content-Encoding", content=found[:1000])
+            # A gzip body may be several members in a row.
             body = unpacker.unused_data if is_gzip and unpacker.unused_data[:2] == b"\x1f\x8b" else b""
     except zlib.error as e:
         raise BadRecord("truncated", f"is damaged ({e})", content=found[:1000]) from None
@@ -131,6 +137,7 @@ class _Record:
         status = (header.get_statuscode() or "") if header else "200"
         named = (header.get_header("Content-Type") if header else
                  record.rec_headers.get_header("Content-Type")) or ""
+        # Records with another status or type are read no further.
         type_ = named.partition(";")[0].strip().lower()
         if status != "200":
             yield self._left_out("status", f"is an answer of status {status[:10]}")
@@ -177,6 +184,7 @@ class _Record:
         if len(body) > limit_bytes:
             raise BadRecord("too_long", f"holds more than record_bytes = {limit_bytes:,} bytes; raise the "
                                         "limit, or leave it out")
+        # Known from the header, but told last: what is too long or damaged says more.
         if self._record.rec_headers.get_header("WARC-Truncated"):
             raise BadRecord("truncated", "was cut off by the crawler", content=body[:1000])
         return body

@@ -59,6 +59,7 @@ class Archive:
         try:
             with self._zip.open(name) as member:
                 while block := member.read(_BLOCK_BYTES):
+                    # Counted over all members, and before the next block is unpacked: a bomb ends here.
                     self._unpacked_bytes += len(block)
                     refuse_bomb(self._packed_bytes, self._unpacked_bytes, self._limits.unpacked_bytes)
                     parts.append(block)
@@ -86,6 +87,7 @@ def xml_tree(data: bytes, name: str) -> Any:
     """
     from lxml import etree
 
+    # Entities and DTDs of strangers can read files and grow without bound.
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False,
                              remove_comments=True, remove_pis=True)
     try:
@@ -171,8 +173,10 @@ def _spine(package: Any, package_name: str) -> list[str]:
     for element in package.iter():
         if local(element) == "item" and element.get("media-type") in _PAGES:
             target = posixpath.join(posixpath.dirname(package_name), unquote(element.get("href") or ""))
+            # The table of contents repeats titles.
             if "nav" not in (element.get("properties") or "").split():
                 items[element.get("id")] = posixpath.normpath(target).partition("#")[0]
+    # The spine has the order of reading; what is not linear are notes beside the text.
     order = [items[e.get("idref")] for e in package.iter()
              if local(e) == "itemref" and e.get("idref") in items and e.get("linear") != "no"]
     return list(dict.fromkeys(order))
@@ -220,6 +224,7 @@ def _lines(archive: Archive) -> Iterator[str]:
 
 
 def _numbered(archive: Archive, prefix: str) -> list[str]:
+    # By number: "slide10" comes behind "slide9".
     found = [(int(m[1]), name) for name in archive.names
              if name.startswith(prefix) and "/" not in name[len(prefix):] and (m := _NUMBERED.search(name))]
     return [name for _, name in sorted(found)]
@@ -240,6 +245,7 @@ def _word(root: Any) -> Iterator[str]:
         mark = "#" * int(heading[1] or 1) + " " if heading else "- " if is_item else ""
         text = _word_text(root)
         yield mark + text if text else ""
+    # Fallbacks repeat what stands beside them, and deleted text is gone.
     elif name not in ("AlternateContent", "del"):
         for child in root:
             yield from _word(child)
@@ -264,6 +270,7 @@ def _open_document(root: Any) -> Iterator[str]:
             cells = [" ".join(_open_text(p) for p in cell.iter() if local(p) in ("p", "h"))
                      for cell in row if local(cell) in ("table-cell", "covered-table-cell")]
             if any(cell.strip() for cell in cells):
+                # Sheets of OpenDocument are padded with empty cells up to their edge.
                 while cells and not cells[-1].strip():
                     cells.pop()
                 yield f"| {' | '.join(cells)} |"
@@ -300,6 +307,7 @@ def _sheets(archive: Archive) -> Iterator[str]:
         for row in (e for e in archive.tree(name).iter() if local(e) == "row"):
             cells = [_cell(cell, shared) for cell in row if local(cell) == "c"]
             num_cells += len(cells)
+            # Cells are counted while they are read: a small file may hold very many.
             if num_cells > MAX_CELLS:
                 raise BadRecord("too_long", f"has more than {MAX_CELLS:,} cells; leave it out")
             if any(cell.strip() for cell in cells):

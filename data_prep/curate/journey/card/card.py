@@ -159,6 +159,7 @@ def make_card(found: DataLineage, about: About) -> dict[str, Any]:
             "bytes": facts.num_bytes if found.corpora else None,
             "packed_documents": packed if found.token_sources else None,
             "tokens": tokens if found.token_sources else None,
+            # An estimate only where nothing was counted: the card has one figure of tokens.
             "tokens_estimate": (round(facts.num_bytes / BYTES_PER_TOKEN)
                                 if found.corpora and not found.token_sources else None)},
         "sources": sources,
@@ -217,6 +218,7 @@ def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
     """Return how many tokens models wrote, by the tags of the sources; None where there are no tokens."""
     counted: dict[bool | None, int] = {True: 0, False: 0, None: 0}
     for source in sources:
+        # Two values, or none: then nobody can say how many of the tokens are a model's.
         said = list(source.tags.get(SYNTHETIC, ()))
         counted[{"true": True, "false": False}.get(said[0]) if len(said) == 1 else None] += source.num_tokens
     whole = sum(counted.values())
@@ -280,6 +282,7 @@ def _values(facts: Facts) -> dict[str, Any]:
 
 def _shares(counts: dict[str, list[int]]) -> list[dict[str, Any]]:
     """Return values with their documents and bytes, most bytes first."""
+    # What has no value, or is the rest, comes last, however large.
     ranked = sorted(counts.items(), key=lambda item: (item[0] in (NONE, REST), -item[1][1], item[0]))
     return [{"value": value or NOT_RECORDED, "documents": n[0], "bytes": n[1]} for value, n in ranked]
 

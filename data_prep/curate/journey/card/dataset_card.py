@@ -17,8 +17,7 @@ from megatron_sov.runs.obs.figures import large, size
 # The European Commission's template for the public summary of training content, answered from a card.
 #
 # What a manifest knows stands there as it is; what only the team knows comes from its --about file; the
-# rest is
-# "not recorded".  The questions lie in training_content.yaml.
+# rest is "not recorded".  The questions lie in training_content.yaml.
 
 PROTECTING = ("pii", "safety", "decontaminate")
 """Steps that remove or mask content for other reasons than its quality."""
@@ -58,6 +57,8 @@ def answers(card: dict[str, Any], about: About) -> dict[str, str]:
         found[f"modality_{category}"] = (MODALITY if _of(card, category) else
                                          "None" if found[f"has_{category}"] else "")
     found["list_unsorted"] = _listed(card, "")
+    # The template wants large public datasets by name and the others in a summary, and of private ones those
+    # that the public knows.
     large_bytes = LARGE_SHARE * sum(s["bytes_kept"] for s in _of(card, "public"))
     for key, category, chosen in (
             ("large_public", "public", lambda s: s["bytes_kept"] > large_bytes),
@@ -133,6 +134,8 @@ def _has(card: dict[str, Any], category: str, is_from_model: bool | None = None)
     chosen = [s for s in found if is_from_model is None or s["is_from_model"] == is_from_model]
     if chosen:
         return f"Yes: {', '.join(s['name'] for s in chosen)}"
+    # "No" is a statement to an authority: it is made only where every source has a category and, of user
+    # data, an origin.
     is_unknown = is_from_model is not None and any(s["is_from_model"] is None for s in found)
     return "No" if card["sources"] and not _of(card, "") and not is_unknown else ""
 
@@ -189,6 +192,7 @@ def _domains(card: dict[str, Any], about: About) -> str:
     hosts = card["hosts"]
     if not hosts:
         return ""
+    # The template: the top 10 % of all domain names; for small enterprises 5 %, or 1,000 if that is fewer.
     most = (min(SMALL_MOST, round(len(hosts) * SMALL_TOP_SHARE)) if about.is_small
             else round(len(hosts) * TOP_SHARE))
     named = [row["value"] for row in hosts[:max(1, most)]]
@@ -226,6 +230,7 @@ def hub_metadata(card: dict[str, Any]) -> dict[str, Any]:
     languages = hub_languages(row["value"] for row in card["languages"])
     if any(row["value"] == "code" for row in card["forms"]):
         languages.append("code")
+    # The collection's own licence counts; else those of documents; else those that the sources name.
     names = [card["licence"]] if card["licence"] else [
         row["value"] for row in card["licences"] if row["value"] != NOT_RECORDED] or [
         source["licence"] for source in card["sources"] if source["licence"]]
