@@ -52,7 +52,6 @@ COMMANDS = {
 
 
 def build_parser() -> Parser:
-    """Return the parser of all commands."""
     return parser_of("sov-data", "Prepare text for training.", COMMANDS)
 
 

@@ -142,7 +142,6 @@ class _TextParser(HTMLParser):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        """End the line, or the silence."""
         # Only the innermost ends: pages of others leave tags open.
         if self._skipping and tag == self._skipping[-1]:
             self._skipping.pop()
@@ -164,7 +163,6 @@ def html_text(page: str) -> str:
 
 
 def is_korean(line: str) -> bool:
-    """Tell whether enough of a line's letters are Hangul."""
     letters = sum(c.isalpha() for c in line)
     hangul = sum("\uac00" <= c <= "\ud7a3" for c in line)
     return hangul > 0 and hangul >= MIN_HANGUL_SHARE * letters
@@ -358,7 +356,6 @@ class DemoCorpusOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's "
                           "Python, its packages and Debian documentation packages; "
                           "or, with --user, user.jsonl and chat.jsonl.")
@@ -366,7 +363,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data demo-corpus`; returns 0."""
     args = read_options(DemoCorpusOptions, typed)
     gather(args.output, user=args.user, overwrite=args.overwrite)
     return 0
@@ -450,7 +446,6 @@ def chats(found: list[Docstring]) -> list[dict[str, object]]:
 
 
 def _write_jsonl(file: Path, records: Iterable[dict[str, object]]) -> int:
-    """Write one JSON object a line; returns the file's bytes."""
     with open(file, "w", encoding="utf-8") as f:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")

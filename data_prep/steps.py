@@ -149,7 +149,6 @@ class StepCodeSettings:
         return Path(str(self.function).rpartition(":")[0])
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         try:
             step_of_file(str(self.function))
         except UserError as e:

@@ -89,7 +89,6 @@ class MediaSettings:
     """Of each medium."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         if any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
                 self.continuous_sounds)):
             return []
@@ -111,7 +110,6 @@ class MediaSettings:
         return (mels, seconds, slots) if mels else None
 
     def banks(self) -> dict[str, BankShape]:
-        """Return the banks that are written, by kind."""
         found = {}
         if self.picture_bank is not None:
             side, slots = self.picture_bank
@@ -239,11 +237,9 @@ class MediaRecordEncoder:
         self._known: OrderedDict[str, str] = OrderedDict()
 
     def close(self) -> None:
-        """End the processes that read."""
         self._reader.close()
 
     def codebooks(self) -> dict[str, int]:
-        """Return kind -> entries of the codec's codebook."""
         return {kind: int(codec.codebook_size) for kind, codec in ((IMAGE, self.images), (AUDIO, self.sounds))
                 if codec is not None}
 
@@ -331,7 +327,6 @@ class MediaRecordEncoder:
         return found
 
     def _encode_pictures(self, reads: dict[str, ReadMedia]) -> None:
-        """Remember the discrete blocks of pictures that are not known."""
         if self.images is None:
             return
         import torch
@@ -374,7 +369,6 @@ class MediaRecordEncoder:
                       SOUNDS if rows else "", tuple(rows))
 
     def _pieces(self, samples: np.ndarray) -> Iterator[list[int]]:
-        """Yield the codebook entries of a sound's pieces."""
         import torch
 
         piece = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)

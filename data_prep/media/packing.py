@@ -32,7 +32,6 @@ class ShardBanks:
     """The banks of one shard as they grow; each record once."""
 
     def __init__(self, source: SourceBanks, prefix: Path) -> None:
-        """Open `PREFIX.KIND` for each kind."""
         self._shapes = source.shapes
         self._from = {kind: open_bank(source.folder / f"{kind}.bin", shape)
                       for kind, shape in source.shapes.items()}
@@ -145,7 +144,6 @@ def banks_of(corpora: Mapping[str, Path], meant: MeantTokens | None) -> dict[str
 
 
 def described(banks: SourceBanks | None) -> dict[str, Any]:
-    """Return what a source's record says of its banks."""
     return {} if banks is None else {MEDIA: {kind: shape.record() for kind, shape in banks.shapes.items()}}
 
 

@@ -104,7 +104,6 @@ def encode_share(asked: EncodeMediaOptions, num_workers: int, task: int) -> None
 
 
 def finish_run(asked: EncodeMediaOptions, task: int) -> None:
-    """Write the artifact, as the last job does."""
     with open_parts(asked.output, MADE_BY):
         _finish(asked, list(plan(_files(asked.input))))
 
@@ -258,7 +257,6 @@ class _JoinedRecords:
 
 
 def _codecs(settings: MediaSettings, codebooks: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Return kind -> hash and codebook of each codec."""
     found = {}
     for kind, folder in ((IMAGE, settings.image_tokenizer), (AUDIO, settings.audio_tokenizer)):
         if folder is not None:

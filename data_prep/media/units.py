@@ -47,7 +47,6 @@ class _Writer:
         """Bank -> row and used slots of each of its records, in the order of the placeholders."""
 
     def message(self, message: MediaMessage) -> dict[str, Any]:
-        """Return a message with text for a content."""
         if message.parts is None:
             return message.fields
         if not message.is_drawn:
@@ -125,7 +124,6 @@ class MediaUnit:
                 yield number, line
 
     def key(self, identity: str) -> str:
-        """Return the name of its folder."""
         digest = hashlib.sha256(identity.encode())
         for number, line in self.lines():
             # Relative numbers and lengths: lines that move as a whole keep their unit, lines that merge do
@@ -182,7 +180,6 @@ class MediaUnitEncoder:
             self._encoder.close()
 
     def is_done(self, unit: MediaUnit) -> bool:
-        """Return whether a unit is complete."""
         return (part_folder(self._work, unit.key(self.identity)) / SUMMARY).is_file()
 
     def encode(self, unit: MediaUnit) -> None:
@@ -234,7 +231,6 @@ class MediaUnitEncoder:
 
     def _note(self, bad: list[dict[str, object]], unit: MediaUnit, number: int, medium: str,
               why: BadRecord) -> None:
-        """List what is bad, or stop at it."""
         if self._settings.bad_media == STOP:
             raise bad_medium(unit.file, number, medium, why.reason)
         # of the unit, for an equal one of another file has its folder too
@@ -243,6 +239,5 @@ class MediaUnitEncoder:
 
 
 def bad_medium(file: Path, line: int, medium: str, reason: str) -> UserError:
-    """Return the error for a record that is bad, or names a bad medium."""
     named = f" {visible(medium)}" if medium else ""
     return UserError(f"{file}:{line}:{named} {reason} (--bad-media skip lists such records and goes on)")

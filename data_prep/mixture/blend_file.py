@@ -108,7 +108,6 @@ class BlendFilePhase:
     """Tag -> value -> percent: every combination of one value of each tag, its share the product."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         if (self.shares is None) == (self.product is None):
             return [SettingsProblem(ProblemCode.RULE, "", "must have either shares or product")]
         if self.product is None:
@@ -145,7 +144,6 @@ class BlendFilePhase:
                                 way_out="leave it out there or here") for tag in own if tag in self.where]
 
     def read(self) -> BlendPhase:
-        """Return the phase, its shares scaled to 1 in all."""
         common = _written(self.where)
         if self.product is None:
             entries = _scaled([BlendEntry(common | _written({k: v for k, v in row.items() if k != "share"}),
@@ -170,7 +168,6 @@ class BlendFile:
     """Of the blend; "": as the file is called."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         names = [str(phase.name) for phase in self.phases]
         p = [SettingsProblem(ProblemCode.RULE, f"phases.{i}.name", "is the name of two phases", name,
                              "give each its own")
@@ -307,7 +304,6 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
 
 
 def _way_out(sources: Sequence[dict[str, Any]]) -> str:
-    """Return what there is to choose from, and what to do."""
     values: dict[str, set[str]] = {}
     for source in sources:
         for key, found in tags_of(source).items():

@@ -49,7 +49,6 @@ NUM_CENTRES = 4
 
 
 def page(settings: MixtureSearchSettings, space: MixtureSpace, found: FoundMixture) -> str:
-    """Return the page as HTML that loads nothing."""
     by_role = {one.role: one for one in found.tried}
     figures = [("chosen", f"{found.chosen.loss:.4f}", f"bits per byte ({found.chosen.role})"),
                ("natural", f"{by_role[NATURAL].loss:.4f}", "shares by tokens"),
@@ -229,7 +228,6 @@ def blend_of(shares: Shares, clusters: Sequence[Cluster]) -> dict[str, float]:
 
 
 def plan(settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: MixtureSpace) -> list[str]:
-    """Return lines that say what a search will do."""
     targets = ", ".join(f"{name} x {weight:g}" for name, weight in settings.targets.items())
     lines = [f"{settings.num_proxies} small models of {settings.recipe}, {settings.steps} steps each: rounds "
              f"of {', '.join(map(str, settings.rounds))}, {settings.judged} to judge by, the predicted best",
@@ -341,7 +339,6 @@ def _best(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measu
 
 
 def _found(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measured) -> FoundMixture:
-    """Judge the last fit, and choose."""
     fitted = _fit(settings, measured)
     predicted, totals = fitted.predict(measured.shares), measured.totals
     tried = tuple(Tried(role, dict(zip(space.names, row.tolist(), strict=True)), float(guess),
@@ -568,7 +565,6 @@ class FoundMixture:
 
 
 def summary(found: FoundMixture) -> list[str]:
-    """Return lines that say what was found."""
     by_role = {one.role: one for one in found.tried}
     lines = [f"{role}: {by_role[role].loss:.4f} bits per byte" for role in (NATURAL, UNIFORM, BEST)]
     width = max(map(len, found.chosen.shares))

@@ -140,7 +140,6 @@ def _left_out(counts: Counter[str]) -> str:
 
 
 def _refuse_nothing(files: Sequence[Path], counts: Counter[str]) -> None:
-    """Raise `UserError` where no record was made."""
     named = ", ".join(map(str, files))
     if not counts["groups"]:
         raise UserError(f"{named}: no group has two responses with different rewards ({_left_out(counts)}); "

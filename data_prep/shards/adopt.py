@@ -216,7 +216,6 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
 
 
 def _header(index: Path, raw: NDArray[np.uint8]) -> tuple[np.dtype[np.generic], int, int]:
-    """Return the ids' dtype, and the number of sequences and bounds."""
     if len(raw) < HEADER.size or bytes(raw[:len(MAGIC)]) != MAGIC:
         raise UserError(f"{index}: is no index of Megatron's indexed datasets; name a pair that "
                         "preprocess_data wrote (the old --dataset-impl lazy and cached are not read)")
@@ -257,7 +256,6 @@ class AdoptOptions:
     """Replace token shards that are already there."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if not self.link or not self.heldout else [SettingsProblem(
             ProblemCode.RULE, "link",
             "keeps the files as they are, so that no document can be held out of them, "
@@ -341,7 +339,6 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
 
 
 def _record(pair: Pair, splits: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest's record of a source."""
     index = Path(f"{pair.source.path}.idx")
     return {"name": pair.source.name, "format": "text", "group_documents": 1, "sidecars": [],
             "input_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "num_bad": {},

@@ -53,12 +53,10 @@ class EncodedSource:
     """Bucket -> largest hash of its documents."""
 
     def name_of(self, bucket: str) -> str:
-        """Return the name of the source that a bucket becomes."""
         return f"{self.name}-{bucket}" if bucket else self.name
 
     @property
     def group(self) -> int:
-        """Return the sequences of a document."""
         return GROUP[self.kind]
 
 
@@ -134,7 +132,6 @@ def _blocks(unit: StoredUnit) -> Iterator[tuple[slice, slice]]:
 
 def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: slice,
                  chosen: NDArray[np.bool_], lines: list[bytes], source: EncodedSource) -> None:
-    """Write the chosen sequences of a block."""
     if not chosen.any():
         return
     lengths = unit.sequences["tokens"][block]

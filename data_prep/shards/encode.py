@@ -205,7 +205,6 @@ class Encoder:
         return EncodedBatch(lengths, flat, np.where(media == NONE, kinds, KIND_NONE).astype(np.uint8), media)
 
     def _media_texts(self, documents: list[Document], meant: MeantTokens) -> EncodedBatch:
-        """Return texts in which tokens of media are meant."""
         sequences = []
         for document in documents:
             ids = [] if self.bos_id is None else [self.bos_id]
@@ -261,11 +260,9 @@ class Encoder:
         return ids, bytes(kinds)
 
     def decode(self, ids: list[int]) -> str:
-        """Return text with special tokens spelled out."""
         return self._with_special.decode(ids, skip_special_tokens=False)
 
     def decode_batch(self, sequences: list[list[int]]) -> list[str]:
-        """Return the text of each, as `decode` does."""
         found: list[str] = self._with_special.decode_batch(sequences, skip_special_tokens=False)
         return found
 

@@ -84,7 +84,6 @@ class MixOptions(BlendLimits):
 
     @property
     def limits(self) -> BlendLimits:
-        """How a blend becomes shares of sources."""
         return BlendLimits(num_tokens=self.num_tokens, max_epochs=self.max_epochs, missing=self.missing)
 
     def problems(self) -> list[SettingsProblem]:

@@ -93,7 +93,6 @@ class PackSettings:
     """Tags of sources beside those that are read from records (`RecordReading.tags`)."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = [SettingsProblem(ProblemCode.BOUND, "columns",
                              said) for said in column_problems(self.reading.columns)]
         if self.reading.columns and self.reading.kind == "prompt":
@@ -274,7 +273,6 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
 
 
 def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
-    """Return text from places spread over the input."""
     spans = [span for unit in units for span in unit]
     texts = []
     for span in spans[:: max(1, len(spans) // SAMPLE_SPANS)]:
@@ -321,7 +319,6 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
 
 
 def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
-    """Return the error for a source's first bad record."""
     row = next(r for r in bad_rows(source, work, dtype) if r["code"] != "empty")
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine")
@@ -382,7 +379,6 @@ def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
 
 def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: dict[str, Any],
             num_bad: dict[str, int], tags: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the manifest's record of a source, or of one of its buckets."""
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
             "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
             **described(source.banks),

@@ -73,7 +73,6 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
 
 
 def _drawn(shard: PackedShard, count: AtLeastOne, seed: int) -> list[int]:
-    """Return up to `count` documents of a shard."""
     total = shard.record["num_documents"]
     return random.Random(seed).sample(range(total), min(count, total))
 

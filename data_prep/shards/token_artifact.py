@@ -76,7 +76,6 @@ class HeldoutRule:
                 **({"kept": sorted(self.kept)} if self.kept else {})}
 
     def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Return for each hash whether its document is held out."""
         chosen, kept = (np.array(sorted(some), np.uint64) for some in (self.chosen, self.kept))
         found: NDArray[np.bool_] = (hashes < self.threshold) | np.isin(hashes, chosen)
         # What is kept goes before what is chosen: a source must be left with something to train on.
@@ -122,7 +121,6 @@ def read_tokens_manifest(data: Path) -> Manifest:
 
 
 def num_tokens(content: dict[str, Any]) -> int:
-    """Return the tokens of all sources and splits, as the manifest's `content` has them."""
     return sum(split["num_tokens"] for source in content["sources"] for split in source["splits"].values())
 
 
@@ -182,7 +180,6 @@ class IndexedSplit:
     """All ids, [tokens]."""
 
     def documents(self) -> Iterator[NDArray[np.generic]]:
-        """Yield each document's ids, in order."""
         item_bytes = np.dtype(self.dtype).itemsize
         for start_bytes, length in zip(self.starts_bytes.tolist(), self.lengths_tokens.tolist(), strict=True):
             yield self.tokens[start_bytes // item_bytes : start_bytes // item_bytes + length]

@@ -173,7 +173,6 @@ class _UnitWriter:
         self._write(batch)
 
     def _stepped(self, document: Document) -> Document | BadRecord | None:
-        """Return what the data steps make of a document; None, and counted, where they leave it out."""
         found = self._steps.apply(document)
         if isinstance(found, LeftOut):
             self._left_out[found.reason] += 1
@@ -333,7 +332,6 @@ class StoredUnit:
         return np.array(file.read_text(encoding="utf-8").split("\n")[:-1], dtype=np.str_)
 
     def bad_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield its bad records, in order."""
         with open(self.folder / "bad", encoding="utf-8") as f:
             yield from map(json.loads, f)
 

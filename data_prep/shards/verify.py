@@ -157,14 +157,12 @@ def _routes_problems(file: Path, source: dict[str, Any], num_tokens: int) -> lis
 
 
 def _range(tokens: NDArray[np.generic]) -> tuple[int, int]:
-    """Return the smallest and the largest id."""
     blocks = [tokens[i : i + _BLOCK_ITEMS] for i in range(0, len(tokens), _BLOCK_ITEMS)]
     return min((int(b.min()) for b in blocks), default=0), max((int(b.max()) for b in blocks), default=0)
 
 
 def _edge_problems(shard: PackedShard, first: NDArray[np.generic], last: NDArray[np.generic],
                    content: dict[str, Any]) -> list[str]:
-    """Look at the first and the last id of each document."""
     problems = []
     if (content["eod"] == "append" and shard.source["format"] != "prompt"
             and (n := int((last != content["eos_id"]).sum()))):

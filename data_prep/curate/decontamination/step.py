@@ -117,7 +117,6 @@ class Hit:
 
     @staticmethod
     def read(row: dict[str, Any]) -> Hit:
-        """Return the hit of a row that was made of it."""
         return Hit(**{name: row[name] for name in Hit.__dataclass_fields__})
 
 
@@ -290,7 +289,6 @@ class Decontaminate(Step):
     settings: DecontaminateSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the benchmarks."""
         return benchmark_files(self.settings.benchmarks)
 
     def passes(self) -> Sequence[Pass]:
@@ -298,13 +296,11 @@ class Decontaminate(Step):
         return [Pass("search", self._search), Pass("report", self._report, 1)]
 
     def start(self, view: View) -> None:
-        """Note where the hits lie."""
         self._view = view
         self._shard: ShardRef | None = None
         self._hits: dict[str, list[Hit]] = {}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Drop or cut what is listed."""
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

@@ -89,13 +89,11 @@ def read_surplus(folder: Path, rank: int) -> Records:
 
 
 def _heads(keys: NDArray[Any]) -> NDArray[np.uint64]:
-    """Return the first 64 bits of keys."""
     # Big-endian, so that numbers have the order of the bytes that the keys were sorted by.
     return np.ascontiguousarray(keys).view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0].astype(np.uint64)
 
 
 def _ranges(slices: list[Slice]) -> Iterator[list[Slice]]:
-    """Yield the parts of slices that hold one range of keys, range after range."""
     total = sum(part.num_records for part in slices)
     num_ranges = -(-total // RANGE_RECORDS)
     if num_ranges <= 1:
@@ -137,7 +135,6 @@ class _Heads:
 
 
 def _surplus(ranges: Iterator[list[Slice]], rule: OccurrenceRule) -> Iterator[Records]:
-    """Yield what has to be given up, in pieces."""
     for slices in ranges:
         keys, counts, firsts = _count(slices)
         often = counts > rule.max_documents
@@ -203,7 +200,6 @@ class Dropped:
         self._keeper_ids: dict[int, str] = {}
 
     def outcomes(self, documents: Sequence[Doc]) -> list[StepOutcome]:
-        """Return the outcomes of documents."""
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -254,7 +250,6 @@ def write_report(view: View, lists: Callable[[int], Records], title: str,
 
 
 def write_page(view: View, page: dict[str, Any]) -> None:
-    """Write what the report's page shows of a step."""
     with new_file(view.work / "report.json", makes_parents=True) as temporary:
         temporary.write_text(to_json(page), encoding="utf-8")
 
@@ -310,13 +305,11 @@ class ExactDedup(Step):
                 Pass("report", self._report, 1)]
 
     def start(self, view: View) -> None:
-        """Open what the passes left."""
         numbering = Numbering(view)
         self._dropped = Dropped(numbering, Register(view.work / "documents"), REASON,
                                 lambda rank: read_surplus(view.work / "duplicates", rank))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Drop what is listed."""
         return self._dropped.outcomes(documents)
 
     def _write_keys(self, view: View, task: int) -> None:
@@ -408,13 +401,11 @@ class ParagraphDedup(Step):
                 Pass("report", self._report, 1)]
 
     def start(self, view: View) -> None:
-        """Open what the passes left."""
         self._numbering, self._folder = Numbering(view), view.work / "repeated"
         self._rank = -1
         self._cut: dict[int, set[bytes]] = {}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Cut what is listed, and drop what loses too much."""
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

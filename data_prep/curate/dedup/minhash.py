@@ -48,7 +48,6 @@ def band_dtype(sketch_bytes: int) -> np.dtype[Any]:
 
 
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
-    """Write a shard's bands."""
     records = records[np.argsort(records["key"], kind="stable")]
     partitions = ((records["key"] >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
     write_buckets(path, records, partitions, num_partitions)
@@ -404,7 +403,6 @@ class ShingleSets:
         self.rows, self.begins = np.split(words[-places:-1].view(np.int64), [int(words[-1])])
 
     def places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where rows stand among the sets."""
         return np.searchsorted(self.rows, wanted)
 
     @staticmethod
@@ -475,7 +473,6 @@ class MinhashSettings:
     """Tasks of the second pass; as many workers can be busy with it."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         numbers = self.num_bands * self.rows_per_band
         return [] if numbers <= MOST_NUMBERS else [SettingsProblem(
             ProblemCode.RULE, "num_bands",
@@ -500,12 +497,10 @@ class MinhashDedup(Step):
                 Pass("clusters", self._cluster, 1)]
 
     def start(self, view: View) -> None:
-        """Open what the passes left."""
         self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON,
                                 _lists(view.work))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Drop what is listed."""
         return self._dropped.outcomes(documents)
 
     @property
@@ -580,5 +575,4 @@ class MinhashDedup(Step):
 
 
 def _lists(work: Path) -> Callable[[int], Records]:
-    """Return rank -> what goes from a shard."""
     return lambda rank: bucket_slice(work / "dropped", DROPPED, rank).read()

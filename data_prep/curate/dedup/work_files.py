@@ -130,7 +130,6 @@ class BucketWriter:
         records.tofile(self._file)
 
     def close(self) -> None:
-        """Write where the buckets begin, and their checksums."""
         self._file.seek(_PLACE.itemsize)
         self._places.tofile(self._file)
         self._digests.tofile(self._file)
@@ -152,7 +151,6 @@ class Slice:
         return Slice(self.path, self.dtype, self.begin_bytes + start * self.dtype.itemsize, stop - start)
 
     def read(self, start: int = 0, stop: int | None = None) -> Records:
-        """Return records `start` up to `stop`."""
         count = (self.num_records if stop is None else stop) - start
         if not count:
             return np.empty(0, self.dtype)
@@ -211,12 +209,10 @@ class Numbering:
 
 
 def ranks(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the rank of the shard that holds each document."""
     return (numbers >> ROW_BITS).astype(np.int64)
 
 
 def rows(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the row of each document in its shard."""
     return (numbers & ROW_MASK).astype(np.int64)
 
 
@@ -248,13 +244,11 @@ class Register:
         return self._open[rank]
 
     def at(self, rank: int, wanted: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the records of rows of a shard."""
         table = self.read(rank)
         found: NDArray[Any] = table[np.searchsorted(table["row"], wanted)]
         return found
 
     def id_of(self, number: int) -> str:
-        """Return a document's id."""
         raw: bytes = self.at(number >> 32, np.array([number & 0xFFFFFFFF]))["id"][0]
         return raw.decode()
 

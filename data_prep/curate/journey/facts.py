@@ -50,11 +50,9 @@ class StepFolder:
         return f"{self.number:02d} {self.kind}"
 
     def shard(self, number: int) -> Path:
-        """Return where a shard lies."""
         return self.path / f"{number:05d}.parquet"
 
     def numbers(self) -> list[int]:
-        """Return the numbers of the shards that are there, in order."""
         names = [_SHARD_FILE.fullmatch(p.name) for p in self.path.iterdir()] if self.path.is_dir() else []
         return sorted(int(name[1]) for name in names if name)
 
@@ -86,12 +84,10 @@ class Corpus:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has come to its end."""
         return (self.out / SUMMARY).is_file()
 
     @cached_property
     def summary(self) -> JourneySummary:
-        """What its steps did, in figures."""
         return read_summary(self.out)
 
     def steps(self, source: str) -> list[StepFolder]:
@@ -108,7 +104,6 @@ class Corpus:
 
 
 def is_corpus(out: Path) -> bool:
-    """Return whether a folder is the output of a pipeline, complete or not."""
     return (out / PIPELINE).is_file() or ((out / SUMMARY).is_file() and (out / SHARDS).is_dir())
 
 
@@ -142,7 +137,6 @@ def open_shard(file: Path) -> pq.ParquetFile:
 
 
 def damage(file: Path, why: str) -> UserError:
-    """Return the error of a shard that does not hold what it should."""
     return UserError(f"{file}: is damaged ({visible(why.splitlines()[0])[:200]}); {_way(file)}")
 
 
@@ -236,7 +230,6 @@ class Facts:
     """Column such as "pii" -> name -> sum of its counts."""
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Count a batch of documents of the output."""
         names = set(batch.schema.names)
         # In Arrow's own loops: a shard has up to millions of rows.
         sizes = pc.binary_length(batch.column("text").cast(pa.large_string())).fill_null(0)
@@ -257,7 +250,6 @@ class Facts:
                 self._add_named(column, batch.column(column))
 
     def merge(self, other: Facts) -> None:
-        """Add the counts of other documents."""
         self.num_documents += other.num_documents
         self.num_bytes += other.num_bytes
         for column, counts in other.values.items():
@@ -271,7 +263,6 @@ class Facts:
             self.named[column] = dict(Counter(self.named.get(column, {})) + Counter(sums))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is written; values that are very many are cut to the largest."""
         return {"format": FORMAT, "num_documents": self.num_documents, "num_bytes": self.num_bytes,
                 "values": {c: _largest(counts, MAX_VALUES) for c, counts in sorted(self.values.items())},
                 "hosts": _largest(self.hosts, MAX_HOSTS), "scores": dict(sorted(self.scores.items())),
@@ -364,7 +355,6 @@ def facts_of_output(out: Path) -> dict[str, Facts]:
 
 
 def total(facts: Iterable[Facts]) -> Facts:
-    """Return the sum of facts."""
     whole = Facts()
     for one in facts:
         whole.merge(one)
@@ -380,7 +370,6 @@ def _counted(file: Path) -> Facts | None:
 
 
 def _count(counts: dict[str, list[int]], values: pa.Array, sizes: pa.Array) -> None:
-    """Add documents and bytes of each value of a column."""
     plain = pc.if_else(values, "true", "false") if pa.types.is_boolean(values.type) else values
     table = pa.table({"value": plain.cast(pa.string()).fill_null(NONE), "size": sizes})
     for row in table.group_by("value").aggregate([("size", "count"), ("size", "sum")]).to_pylist():

@@ -109,7 +109,6 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -
 
 
 def short(text: object, chars: int = LABEL_CHARS) -> str:
-    """Return a label on one line, cut where it is long."""
     line = " ".join(str(text).split())
     return line if len(line) <= chars else f"{line[:chars - 1]}…"
 
@@ -248,7 +247,6 @@ NOT_SAID = "(none)"
 
 
 def source_chapter(source: SourceSummary) -> Chapter:
-    """Return the chapter of one source."""
     read, last = source.read, source.last
     figures = [("Read", large(read.documents_kept), f"documents, {size(read.bytes_kept)} of text"),
                ("Kept", large(last.documents_kept), f"documents, {size(last.bytes_kept)} of text"),
@@ -509,7 +507,6 @@ def _bars_of(whole: Facts, column: str, what: str, caption: str,
 
 
 def _value_tables(whole: Facts) -> list[PageTable]:
-    """Return licences, hosts, dates and what was masked."""
     licences = whole.values.get("licence", {})
     tables = [_ranked("licence", licences), _ranked("host", {h: n for h, n in whole.hosts.items() if h})]
     years: dict[str, int] = {}
@@ -524,7 +521,6 @@ def _value_tables(whole: Facts) -> list[PageTable]:
 
 
 def _ranked(what: str, counts: dict[str, list[int]]) -> PageTable:
-    """Return the values with most text."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1][1], item[0]))
     rows = [[value or NOT_SAID, f"{n[0]:,}", size(n[1])] for value, n in ranked[:MAX_ROWS]]
     if len(ranked) > MAX_ROWS:

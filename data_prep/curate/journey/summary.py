@@ -85,7 +85,6 @@ class StepCounts:
 
     @property
     def name(self) -> str:
-        """Number and kind, as its folder begins."""
         return f"{self.number:02d} {self.kind}"
 
 
@@ -120,12 +119,10 @@ class SourceSummary:
 
     @property
     def read(self) -> StepCounts:
-        """The first step, which reads it."""
         return self.steps[0]
 
     @property
     def last(self) -> StepCounts:
-        """The last step that it went through."""
         return self.steps[-1]
 
 

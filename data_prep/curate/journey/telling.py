@@ -55,12 +55,10 @@ class Way:
 
     @property
     def end(self) -> JourneyStop:
-        """Where it ended."""
         return self.stops[-1]
 
     @property
     def verdict(self) -> str:
-        """One sentence on what became of it."""
         if self.end.fate == DROPPED:
             return f"dropped by {self.end.step}: {self.end.reason}"
         if self.end.fate == NOT_DONE:
@@ -106,7 +104,6 @@ def follow(corpus: Corpus, document: str) -> Way:
 
 
 def _row(file: Path, document: str) -> int:
-    """Return the row of a document in its shard."""
     first = 0
     for batch in batches(file, ("id",)):
         at = pc.index(batch.column(0), pa.scalar(document, batch.schema.field(0).type)).as_py()
@@ -118,7 +115,6 @@ def _row(file: Path, document: str) -> int:
 
 
 def _stop(step: StepFolder, number: int, row: int, num_rows: int) -> JourneyStop:
-    """Return what a step made of a row."""
     file = step.shard(number)
     if not file.is_file():
         return JourneyStop(step.name, NOT_DONE)
@@ -253,7 +249,6 @@ class Scan:
         return list(self._corpus.sources)
 
     def _shards(self) -> Iterator[tuple[list[StepFolder], int]]:
-        """Yield the shards that are to be looked at."""
         shards = [(steps, number, steps[0].shard(number).stat().st_size)
                   for steps in map(self._corpus.steps, self._names()) for number in steps[0].numbers()]
         seen_bytes = 0
@@ -283,13 +278,11 @@ class Scan:
 
 
 def num_documents(corpus: Corpus, source: str) -> int:
-    """Return the documents that were read of a source."""
     first = corpus.steps(source)[0]
     return sum(open_shard(first.shard(number)).metadata.num_rows for number in first.numbers())
 
 
 def _both(batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
-    """Return the ids and the places of a batch."""
     return batch.column("id"), batch.column("where").fill_null("")
 
 
@@ -354,7 +347,6 @@ def changes(before: str, after: str, max_lines: int = 40) -> list[str]:
 
 
 def cut(text: str, chars: int = LINE_CHARS) -> str:
-    """Return the beginning of a text, and how much more there is."""
     return text if len(text) <= chars else f"{text[:chars]} … ({len(text) - chars:,} more characters)"
 
 
@@ -434,7 +426,6 @@ def show(corpus: Corpus, asked: DocumentQuery) -> None:
 
 
 def way_lines(way: Way, chars: int) -> list[str]:
-    """Return the lines that tell a document's way."""
     base = way.base
     text = str(base.get("text") or "")
     lines = [way.id, f"  {way.verdict}", ""]
@@ -506,6 +497,5 @@ def _chosen(scan: Scan, asked: DocumentQuery) -> Iterator[FoundDocument]:
 
 
 def _value(value: Any) -> str:
-    """Return a column's value on one line."""
     shown = f"{value:.4g}" if isinstance(value, float) else str(value)
     return cut(" ".join(shown.split()), VALUE_CHARS)

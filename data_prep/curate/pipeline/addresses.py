@@ -107,7 +107,6 @@ def unknown_files(files: Sequence[Path], known: Path) -> dict[Path, int]:
 
 
 def is_known(entry: Any, mark: Mark) -> bool:
-    """Return whether an entry is that of a file as it is now."""
     return isinstance(entry, list) and entry[:-1] == mark
 
 
@@ -119,7 +118,6 @@ def refuse_changed(file: Path, mark: Mark) -> None:
 
 
 def _read_entry(file: Path, mark: Mark) -> list[Any]:
-    """Return the entry of a file that is read now."""
     # a change within the same tick as the one before would leave no trace
     if 0 <= (age_ns := time.time_ns() - mark[2]) < _TICK_NS:
         time.sleep((_TICK_NS - age_ns) / 1e9)
@@ -180,7 +178,6 @@ class Batch:
 
 
 def known_file(output: Path, source: str) -> Path:
-    """Return where the hashes of a source's files are kept."""
     return output / "inputs" / f"{source}.json"
 
 
@@ -201,13 +198,11 @@ def unknown_inputs(pipeline: Pipeline, output: Path) -> dict[str, dict[Path, int
 
 
 def is_much(unknown: Mapping[str, Mapping[Path, int]]) -> bool:
-    """Return whether files are too much to be read where the command is typed."""
     # Sum of sums: sizes of all files of all sources.
     return sum(map(sum, (files.values() for files in unknown.values()))) > READ_HERE_BYTES
 
 
 def told(unknown: Mapping[str, Mapping[Path, int]]) -> str:
-    """Return how much is not known, in words."""
     return ", ".join(f"{size(sum(files.values()))} in {len(files):,} files of source {name}"
                      for name, files in unknown.items() if files)
 

@@ -83,7 +83,6 @@ class Counts:
 
     @staticmethod
     def together(found: Iterable[dict[str, Any]]) -> Counts:
-        """Return the sum of counts as `to_dict` gives them."""
         total = Counts()
         for one in found:
             for name in ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed",
@@ -153,7 +152,6 @@ class StageProgress:
             print(self.line(time.monotonic() - self._began_s), flush=True)
 
     def line(self, wall_s: float) -> str:
-        """Return how far the stage is after so many seconds."""
         done = self._num_done
         left = f", about {duration(wall_s / done * (self._total - done))} left" if done else ""
         return f"  {self._name}: {done:,} of {self._total:,} {self._what} after {duration(wall_s)}{left}"

@@ -197,7 +197,6 @@ def _shared(plan: PipelinePlan, number: int) -> list[str]:
 
 
 def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
-    """Yield what each pass has taken so far."""
     for folder in sorted(done.glob("*")):
         times = [read_json(mark, way_out(mark), place_in_run(mark)) for mark in sorted(folder.iterdir())
                  if not mark.name.startswith(".")]
@@ -231,7 +230,6 @@ def _described(output: Path, named: dict[str, int]) -> Iterator[dict[str, Any]]:
 
 
 def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:
-    """Pack the output, unless it is packed."""
     asked = plan.pipeline.pack
     assert asked is not None
     tokens, mark = output / TOKENS, output / "done" / f"pack-{plan.address}"

@@ -43,7 +43,6 @@ def resolved(settings: Any, folder: Path) -> Any:
 
 
 def plain(settings: Any) -> Any:
-    """Return settings as JSON values, defaults filled in."""
     return json.loads(TypeAdapter(type(settings)).dump_json(settings))
 
 
@@ -102,7 +101,6 @@ class PackEntry:
     """Most tokens of one shard."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if (self.tokenizer / MANIFEST).is_file() else [SettingsProblem(
             ProblemCode.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
             "train one with `sov-tokenizer train`, or leave `pack` out")]
@@ -342,7 +340,6 @@ class _FileReader:
 
 
 def _givers(column: str) -> list[str]:
-    """Return the steps that add a column."""
     return [kind for kind in STEPS if column in step_class(kind).adds]
 
 
@@ -382,7 +379,6 @@ def check_name_pattern(pattern: str, columns: Mapping[str, ColumnType],
 
 
 def named_columns(pattern: str) -> frozenset[str]:
-    """Return the columns that names are made of."""
     return frozenset(name for _, name, _, _ in Formatter().parse(pattern) if name)
 
 

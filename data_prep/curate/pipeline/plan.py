@@ -49,7 +49,6 @@ class Layer:
         return output / self.folder / f"{shard:05d}.parquet"
 
     def counts(self, output: Path, shard: int) -> Path:
-        """Return where a shard's counts lie."""
         return output / self.folder / f"{shard:05d}.json"
 
     def broken(self, output: Path, shard: int) -> Path:
@@ -107,7 +106,6 @@ class PipelinePlan:
                             "tokenizer": tree_hash(pack.tokenizer / MANIFEST)}})
 
     def told(self) -> list[str]:
-        """Return a sentence for each folder of which something is passed over."""
         return [f"source {source.settings.name}: {sentence}" for source in self.sources
                 for sentence in source.told]
 
@@ -176,12 +174,10 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
 
 
 def file_hashes(step: Step) -> list[str]:
-    """Return the hashes of what a step's outcomes depend on beside the documents."""
     return [tree_hash(Path(file)) for file in step.files()]
 
 
 def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:
-    """Return whether a step can look at any document of a source."""
     if entry.only.sources and source.name not in entry.only.sources:
         return False
     # Once a step tells kinds, a source of any kind may hold such documents.
@@ -316,7 +312,6 @@ def _groups(pieces: Sequence[SourcePiece], shard_bytes: int) -> Iterator[list[So
 
 
 def _hash(piece: SourcePiece) -> int:
-    """Return 64 bits of where a piece lies."""
     place = f"{piece.file}:{piece.start}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
 

@@ -191,7 +191,6 @@ def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
 
 
 def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
-    """Return the counts of a stage over all sources."""
     return Counts.together(read_json(file := layer.counts(output, shard), way_out(file))
                            for source in plan.sources if (layer := layer_of(source, stage))
                            for shard in source.shards)
@@ -272,7 +271,6 @@ def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence
 
 
 def finish_run(plan_file: Path, output: Path, task: int) -> None:
-    """Do the work of the last job."""
     refuse_many_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
     finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
 

@@ -342,17 +342,14 @@ class PipelineStage:
 
     @property
     def name(self) -> str:
-        """Return what it is called in messages and folders."""
         return f"{self.number:02d}-{self.kind}" + (f"-{self.pass_name}" if self.pass_name else "")
 
     @property
     def what(self) -> str:
-        """Return what its tasks are, in the plural."""
         return "tasks" if self.index >= 0 else "shards"
 
 
 def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
-    """Yield the stages of a run, in order."""
     yield PipelineStage(0, PARSE)
     for step in plan.steps:
         if step.sources:
@@ -380,7 +377,6 @@ def _step(plan: PipelinePlan, stage: PipelineStage) -> StepPlan:
 
 
 def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
-    """Return what stands when a task is done."""
     if stage.index >= 0:
         # with the pass's results, so that nobody can delete these and leave the mark
         folder = pass_marks(LayerView(plan, _step(plan, stage), output).work)

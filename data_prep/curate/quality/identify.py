@@ -281,7 +281,6 @@ def _weight(label: str) -> float:
 
 
 def model_file() -> Path:
-    """Return the file of the package's model."""
     # Imported late: the library is optional, and loads for long.
     from py3langid.langid import MODEL_DIR, MODEL_FILE
     return Path(MODEL_DIR) / MODEL_FILE
@@ -289,7 +288,6 @@ def model_file() -> Path:
 
 @lru_cache(maxsize=1)
 def _model() -> Any:
-    """Return the model of the package, read once in each process."""
     from py3langid.langid import LanguageIdentifier
     return LanguageIdentifier.from_model_file(model_file(), norm_probs=True)
 
@@ -306,7 +304,6 @@ class LanguageSettings:
     """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return list(map(as_problem, require("the step language", "py3langid")))
 
 
@@ -324,7 +321,6 @@ class Language(Step):
         return [model_file()]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its language and form, or why it does not stay."""
         return [self._outcome(document.text) for document in documents]
 
     def _outcome(self, text: str) -> StepOutcome:

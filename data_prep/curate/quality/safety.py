@@ -158,7 +158,6 @@ class SafetyList:
     """A document with so many hits is dropped; 0: hits are counted and nothing is dropped."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         if not self.file.exists():
             return [SettingsProblem(ProblemCode.FILE, "file", "does not exist", self.file, "check the path")]
         if self.file.is_dir() and self.type != "urls":
@@ -189,7 +188,6 @@ class SafetySettings:
     """What is looked for, each with its own file."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         names = [one.name for one in self.lists]
         return [SettingsProblem(ProblemCode.RULE, "lists", f"has {name!r} {names.count(name)} times",
                                 way_out="give each list a name of its own")
@@ -209,7 +207,6 @@ class Safety(Step):
         self._finders: list[Phrases | Pages | Patterns] = []
 
     def files(self) -> Sequence[Path]:
-        """Return the files of the lists."""
         return [one.file for one in self.settings.lists]
 
     def start(self, view: View) -> None:
@@ -221,7 +218,6 @@ class Safety(Step):
         self._finders = [one.finder() for one in self.settings.lists]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its hits counted, or the list that drops it."""
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

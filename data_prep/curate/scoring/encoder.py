@@ -75,7 +75,6 @@ class ScoringEncoder:
 
     @property
     def width(self) -> int:
-        """Return the length of a row."""
         return self._width
 
     def embed(self, text: str) -> np.ndarray:

@@ -42,7 +42,6 @@ class GradeSettings:
     """What the model has to be."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = scorer_problems("model", self.model, self.wanted)
         highest = HIGHEST[self.wanted]
         if self.min_score is not None and self.min_score > highest:
@@ -74,15 +73,12 @@ class _Grade(Step):
         self._scorer: Scorer | None = None
 
     def files(self) -> Sequence[Path]:
-        """Return what decides the model's scores."""
         return scorer_files(Path(self.settings.model))
 
     def start(self, view: View) -> None:
-        """Load the model."""
         self._scorer = load_scorer(Path(self.settings.model))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the score of each document."""
         assert self._scorer is not None, "outcomes before start"
         lowest = self.settings.min_score
         found = []
@@ -181,7 +177,6 @@ class KindSettings:
     """Characters of a document that are read, from its beginning."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = []
         for name, folder in self.domains.items():
             p += scorer_problems(f"domains.{name}", folder, "classifier")
@@ -207,12 +202,10 @@ class ScorerKind(Step):
                           for file in scorer_files(Path(folder)))]
 
     def start(self, view: View) -> None:
-        """Load the classifiers."""
         self._scorers = {name: load_scorer(Path(folder))
                          for name, folder in sorted(self.settings.domains.items())}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the kind of each document."""
         return [StepOutcome(values={"kind": self._kind(document)}) for document in documents]
 
     def _kind(self, document: Doc) -> str:
@@ -236,7 +229,6 @@ class ScorerKind(Step):
         return len(text) > 0 and len(_FORMULA.findall(text)) >= max(wanted, 3)
 
     def _domain(self, whole: str, text: str, language: str) -> str:
-        """Return the domain of a document; "": none."""
         # A trained classifier goes before a list of words.
         scores = {name: scorer.score(whole) for name, scorer in self._scorers.items()}
         best = max(scores, key=lambda name: scores[name], default="")

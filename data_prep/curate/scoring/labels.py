@@ -214,7 +214,6 @@ def _calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def told(kind: Kind, figures: dict[str, Any]) -> list[str]:
-    """Return the figures as lines for a terminal."""
     lines = [f"  {_line(kind, figures)}"]
     if len(figures["languages"]) > 1 or "not said" not in figures["languages"]:
         lines += [f"  {name}: {_line(kind, of)}" for name, of in figures["languages"].items()]

@@ -71,7 +71,6 @@ class Level(Step):
         self._cuts: dict[str, list[int]] = {}
 
     def passes(self) -> Sequence[Pass]:
-        """Return the two passes: keys of each shard, cuts of all."""
         return (Pass("keys", self.write_keys), Pass("cuts", self.write_cuts, 1))
 
     def write_keys(self, view: View, task: int) -> None:
@@ -128,13 +127,11 @@ class Level(Step):
         atomic_write(view.work / "report.json", to_json(self._report(record, small)))
 
     def start(self, view: View) -> None:
-        """Load the cuts."""
         file = view.work / _FILE
         groups = read_json(file, way_out(file), place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the level of each document."""
         found = []
         for document in documents:
             key, level = self._key(document), BASIC
@@ -189,7 +186,6 @@ def _ordered(score: float) -> int:
 
 
 def _score(ordered: int) -> float:
-    """Return the float32 that `_ordered` was given."""
     return float(np.uint32(ordered & 0x7FFFFFFF if ordered >> 31 else ordered ^ 0xFFFFFFFF).view(np.float32))
 
 

@@ -40,11 +40,9 @@ class Ngrams:
 
     @property
     def width(self) -> int:
-        """Return the length of a row."""
         return self.settings.num_buckets
 
     def units(self, text: str) -> list[str]:
-        """Return the units that a text is cut into."""
         buffer, starts, ends, num_units = self._split(text)
         raw = buffer[: ends[num_units - 1]].tobytes() if num_units else b""
         return [raw[starts[i]:ends[i]].decode() for i in range(num_units)]

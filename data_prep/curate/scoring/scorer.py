@@ -58,7 +58,6 @@ class Scorer:
 
     @property
     def kind(self) -> Kind:
-        """Return what its scores mean."""
         return self.settings.kind
 
     def score(self, text: str) -> float:
@@ -76,7 +75,6 @@ class Scorer:
 
 
 def write_scorer(folder: Path, settings: ScorerSettings, weights: np.ndarray) -> None:
-    """Write settings and weights into the folder of an artifact."""
     from safetensors.numpy import save_file
 
     (folder / SETTINGS_FILE).write_text(to_json({"content_version": CONTENT_VERSION, **asdict(settings)}))
@@ -351,7 +349,6 @@ def check(model: Path, labels: Path) -> tuple[Kind, dict[str, Any]]:
 
 
 def bar_of(labels: list[Label], bar: Any) -> Iterable[Label]:
-    """Yield labels, and tell a bar of each."""
     for item in labels:
         yield item
         bar.update(1)

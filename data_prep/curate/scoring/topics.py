@@ -73,14 +73,12 @@ class TopicModel:
         return None if point is None else int(np.argmin(((self.centres - point) ** 2).sum(axis=1)))
 
     def to_bytes(self) -> bytes:
-        """Return it as a safetensors file."""
         from safetensors.numpy import save
 
         return save({"idf": self.idf, "directions": self.directions, "centres": self.centres})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> TopicModel:
-        """Return what `to_bytes` has written."""
         from safetensors.numpy import load
 
         return cls(**load(raw))
@@ -209,7 +207,6 @@ class TopicsSettings:
     """Characters of a document that are read, from its beginning."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return list(map(as_problem, library_problems()))
 
 
@@ -226,7 +223,6 @@ class Topics(Step):
         self._model: TopicModel | None = None
 
     def passes(self) -> Sequence[Pass]:
-        """Return the two passes: a sample of each shard, topics of all samples."""
         return (Pass("sample", self.take_sample), Pass("fit", self.fit, 1))
 
     def take_sample(self, view: View, task: int) -> None:
@@ -271,12 +267,10 @@ class Topics(Step):
         atomic_write(view.work / "report.json", to_json(_report(topics, len(texts))))
 
     def start(self, view: View) -> None:
-        """Load the topics."""
         file = view.work / _MODEL
         self._model = TopicModel.from_bytes(read_sealed(file, way_out(file), place_in_run(file)))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the topic of each document; null for one without words."""
         assert self._model is not None, "outcomes before start"
         found = []
         for document in documents:
@@ -293,7 +287,6 @@ def _name(place: int) -> str:
 
 
 def _report(topics: Sequence[Mapping[str, Any]], num_sampled: int) -> dict[str, Any]:
-    """Return what the page shows."""
     shown = topics[:_MOST_SHOWN]
     return {"tables": [{"title": "Topics", "head": ["topic", "documents of the sample", "words"],
                         "rows": [[t["topic"], t["num_sampled"], ", ".join(t["words"])] for t in shown]}],

@@ -129,14 +129,12 @@ def _generated_names() -> re.Pattern[str]:
 
 
 def language_of(name: str) -> str:
-    """Return the language of a file by its name, "" where none is known."""
     base = name.rpartition("/")[2]
     ending = f".{base.rpartition('.')[2].lower()}" if "." in base[1:] else ""
     return _languages().get("" if base.startswith(".") else base) or _languages().get(ending, "")
 
 
 def is_vendored(name: str) -> bool:
-    """Return whether a path inside a repository is that of another project's copy."""
     return bool(_vendored().search(f"/{name}"))
 
 
@@ -182,7 +180,6 @@ class CodeReader(FileReader):
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a file in a folder is read, by its name."""
         return bool(language_of(name)) and not LICENCE_FILE.match(name)
 
     def pieces(self) -> list[SourcePiece]:
@@ -193,7 +190,6 @@ class CodeReader(FileReader):
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the file, with the licences that stand for it."""
         size_bytes = self.source.file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes, self._beside(os.path.dirname(name)))
 
@@ -212,7 +208,6 @@ class CodeReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the file, or why it is left out."""
         options: CodeOptions = job.options
         language = language_of(job.piece.file)
         if options.languages and language not in options.languages:

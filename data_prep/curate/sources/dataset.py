@@ -41,7 +41,6 @@ class ParquetReader(FileReader):
 
     @classmethod
     def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the row groups."""
         try:
             metadata = open_parquet(job.file).metadata
             size_bytes = job.file.stat().st_size
@@ -98,7 +97,6 @@ class ArrowReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a document for each row that has one."""
         done = 0
         with arrow_batches(job.file) as (_, batches):
             for batch in batches:
@@ -108,7 +106,6 @@ class ArrowReader(FileReader):
 
 
 def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[Raw | Broken]:
-    """Yield the documents of rows; places count rows from 1."""
     names = batch.schema.names
     for row in range(batch.num_rows):
         place = f"{prefix}{done + row + 1}"
@@ -173,7 +170,6 @@ class DatasetReader(FileReader):
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a file in a folder is read, by its name."""
         return any(part.takes(name) for part in _PARTS)
 
     def pieces(self) -> list[SourcePiece]:
@@ -212,7 +208,6 @@ class DatasetReader(FileReader):
         return "train" in words and not any(has_word(name, others) for others in SPLITS.values())
 
     def _card(self, name: str) -> tuple[str, ...]:
-        """Return the name of the card above a file, as far as the source reaches."""
         folder = PurePosixPath(name).parent
         for above in (folder, *folder.parents):
             card = (above / CARD).as_posix()
@@ -231,7 +226,6 @@ class DatasetReader(FileReader):
 
 
 def _as(reader: FileReader, part: type[FileReader]) -> FileReader:
-    """Return a reader of a part's format for the same source."""
     found = part.__new__(part)
     found.source, found.options = reader.source, reader.options
     return found

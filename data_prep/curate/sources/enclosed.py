@@ -51,7 +51,6 @@ def _tell(channel: socket.socket, message: dict[str, object]) -> None:
 
 
 def _read(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, skip: int) -> None:
-    """Send what the items of a piece hold behind the first `skip`."""
     for number in itertools.count():
         # The clock begins anew for each item, also for finding where it begins.
         _allow_s(job.options.time_s)
@@ -104,7 +103,6 @@ def _send_found(channel: socket.socket, found: Raw | Broken, job: ReadingJob) ->
 
 
 def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place: str) -> None:
-    """Send why an item cannot be read, in one line."""
     if isinstance(error, MemoryError):
         # what is left of it is not trusted to be enough: another process goes on
         _tell(channel, {"error": "memory", "reason": f"takes more memory to read than memory_bytes = "

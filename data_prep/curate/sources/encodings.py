@@ -191,7 +191,6 @@ def decode_page(raw: bytes, declared: str = "") -> str:
 
 
 def _as_browsers(raw: bytes, name: str) -> str | None:
-    """Return text, or None where it is none in that encoding."""
     name = name.strip().lower()
     try:
         text = raw.decode(_BROWSERS.get(name, name), "replace") if name else ""

@@ -45,7 +45,6 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 
 def reader_class(format_: str) -> type[FileReader]:
-    """Return the reader of a format that `FORMATS` has."""
     module, _, name = FORMATS[format_].partition(":")
     found: type[FileReader] = getattr(import_module(module), name)
     return found
@@ -63,7 +62,6 @@ def reader(source: SourceSettings) -> Reader:
 
 
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
-    """Return each mistake in the name of a format and its options."""
     if format_ not in FORMATS:
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 nearest(format_, FORMATS).removeprefix("; "))]

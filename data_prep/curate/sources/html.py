@@ -68,7 +68,6 @@ class HtmlReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the page."""
         yield page(decode_page(read_whole(job.file, job.options)), job.name, job,
                    whole=job.options.whole_page)
 
@@ -90,7 +89,6 @@ def page(source: str, place: str, job: ReadingJob, *, whole: bool) -> Raw | Brok
 
 
 def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
-    """Return the text of a page, "" where it has none, and its columns."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 

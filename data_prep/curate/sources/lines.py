@@ -69,7 +69,6 @@ def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON holds it."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     try:
@@ -84,7 +83,6 @@ def _is_short(value: Any) -> bool:
 
 
 def _is_deep(value: Any, most: int) -> bool:
-    """Return whether lists and objects stand in one another more than so many deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(most == 0 or _is_deep(one, most - 1) for one in inner)
 
@@ -137,7 +135,6 @@ class TextReader(_SpansReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a part's documents."""
         options: TextOptions = job.options
         with unpacked(job.file) as stream:
             blocks = _part(stream, job)
@@ -182,7 +179,6 @@ class JsonlReader(_SpansReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a document for each line that has one."""
         # JSON escapes may double a text, and other fields stand beside it.
         limit_bytes = 2 * job.options.document_bytes
         # lines of a part are counted from its first: to know the others a process would read them again
@@ -219,7 +215,6 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _is_part(job: ReadingJob) -> bool:
-    """Return whether the file is read in several parts."""
     return not _is_packed(job) and (job.piece.start > 0 or job.piece.stop < job.file.stat().st_size)
 
 
@@ -228,7 +223,6 @@ def _is_packed(job: ReadingJob) -> bool:
 
 
 def _part(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
-    """Yield the bytes of a part; of a compressed file all."""
     if _is_packed(job):
         is_text = job.piece.format == "text"  # which is held in memory
         yield from blocks_within(stream, job.piece.size_bytes,

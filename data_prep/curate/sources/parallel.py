@@ -94,7 +94,6 @@ class ParallelReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a document for each pair, or for several."""
         options: ParallelOptions = job.options
         gathered: list[str] = []
         place = ""
@@ -137,7 +136,6 @@ def _ending(name: str) -> str:
 
 
 def _pairs(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
-    """Yield pairs with their numbers from 1, and what is no pair."""
     if job.piece.beside:
         yield from _of_two_files(job)
         return

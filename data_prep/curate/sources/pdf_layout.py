@@ -65,16 +65,13 @@ class PdfVocabulary:
     """The words of a document."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Count words, without the signs around them."""
         self._counts = Counter(_EDGE.sub("", word).lower() for word in words)
 
     def count(self, word: str) -> int:
-        """Return how often a word occurs."""
         return self._counts[_EDGE.sub("", word).lower()]
 
 
 def joined(lines: Sequence[str], vocabulary: PdfVocabulary) -> str:
-    """Return the lines of a paragraph as one."""
     text = ""
     for line in lines:
         text = _join(text, line.strip(), vocabulary) if text else line.strip()
@@ -107,7 +104,6 @@ def _unhyphenated(text: str, line: str, last: str, first: str, vocabulary: PdfVo
 
 
 def _is_one_word(last: str, first: str, vocabulary: PdfVocabulary) -> bool:
-    """Return whether a Korean word goes on in the next line."""
     end = _EDGE.sub("", first)
     if vocabulary.count(last + first) > 0:
         return True
@@ -115,7 +111,6 @@ def _is_one_word(last: str, first: str, vocabulary: PdfVocabulary) -> bool:
 
 
 def _is_unspaced(char: str) -> bool:
-    """Return whether a character is one of Chinese or Japanese, which write no spaces."""
     return ("\u3001" <= char <= "\u30ff" or "\u3400" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff"
             or "\uff01" <= char <= "\uff9f" or "\U00020000" <= char <= "\U0003ffff")
 
@@ -228,7 +223,6 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
 
 
 def lines_of(words: Sequence[Word]) -> list[PdfLine]:
-    """Return words as lines, from the top."""
     found: list[list[Word]] = []
     boxes: list[tuple[float, float]] = []
     for word in sorted(words, key=lambda w: ((w.y0 + w.y1) / 2, w.x0)):
@@ -342,7 +336,6 @@ def _gutter(lines: Sequence[PdfLine]) -> float | None:
 
 
 def _is_prose(side: Sequence[Sequence[Word]]) -> bool:
-    """Return whether what stands on one side of a gap are lines of a column."""
     lines = [PdfLine(list(words)) for words in side if words]
     if len(lines) < COLUMN_LINES:
         return False
@@ -389,7 +382,6 @@ def _cell_starts(line: PdfLine) -> list[float]:
 
 
 def _pitch(lines: Sequence[PdfLine]) -> float:
-    """Return the usual distance between two lines."""
     steps = [b.y0 - a.y0 for a, b in pairwise(lines)
              if 0.5 * a.size < b.y0 - a.y0 < 2.2 * max(a.size, 1.0)]
     return statistics.median(steps) if steps else 1.3 * lines[0].size
@@ -424,7 +416,6 @@ def _group_text(group: Sequence[PdfLine], is_rows: bool, vocabulary: PdfVocabula
 
 
 def _code(group: Sequence[PdfLine]) -> str:
-    """Return lines of code, indented as they stand."""
     left = min(line.x0 for line in group)
     # The width of a letter gives the column: indents of code are spaces that the file does not hold.
     widths = [(w.x1 - w.x0) / len(w.text) for line in group for w in line.words if len(w.text) > 2]
@@ -487,7 +478,6 @@ class PdfReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the file's text."""
         yield pdf_document(read_whole(job.file, job.options), job.name, job)
 
 
@@ -553,7 +543,6 @@ def _page(document: Any, number: int) -> Page:
 
 
 def _bounds(codes: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield where words begin and end."""
     start = None
     for index, code in enumerate(codes):
         if code in _WHITE:

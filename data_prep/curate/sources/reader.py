@@ -67,7 +67,6 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
 
 
 def refuse_nothing(source: SourceSettings) -> NoReturn:
-    """Raise `UserError`: a source has no file to read."""
     raise UserError(f"source {source.name}: {', '.join(source.path)}: holds no file that format = "
                     f"{source.format!r} reads; name another folder or format")
 
@@ -105,16 +104,13 @@ class ReadingJob:
 
     @property
     def file(self) -> Path:
-        """The file's path."""
         return self.root / self.piece.file
 
     @property
     def name(self) -> str:
-        """The file's name as places have it."""
         return shown(self.piece.file)
 
     def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> Broken:
-        """Return what is told of a part of the file that cannot be read."""
         content = error.content.decode("utf-8", "replace")[:KEPT_CHARS]
         return Broken(self.name, place or self.name, error.code, str(error), content, is_left_out)
 
@@ -130,12 +126,10 @@ class SourceItem:
 
 
 def kept(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return columns without those that say nothing."""
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
 def job_message(job: ReadingJob) -> dict[str, Any]:
-    """Return a job as JSON holds it; `job_of` is its inverse."""
     return {"piece": dataclasses.asdict(job.piece), "root": str(job.root), "text_field": job.text_field,
             "options": dataclasses.asdict(job.options)}
 
@@ -204,7 +198,6 @@ class _Process(KeptReader):
         self._root, self._limits = root, limits
 
     def serves(self, root: str, limits: EncodingLimits) -> bool:
-        """Return whether it may read files in a folder, within these limits."""
         # Limits were given to the kernel at the start and cannot be raised.
         return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
             and Path(root).is_relative_to(self._root)
@@ -289,7 +282,6 @@ class FileReader:
     """Frozen dataclass of its options, with `problems()`."""
 
     def __init__(self, source: SourceSettings) -> None:
-        """Take a source without problems."""
         self.source = source
         # processes that only read start without pydantic
         given = source.options
@@ -298,7 +290,6 @@ class FileReader:
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a file in a folder is read, by its name."""
         stem, dot, suffix = name.lower().rpartition(".")
         if cls.compressed and f".{suffix}" in COMPRESSED and stem:
             # Behind the ending of the compression is that of the format.
@@ -306,13 +297,11 @@ class FileReader:
         return bool(stem) and dot + suffix in cls.suffixes
 
     def pieces(self) -> list[SourcePiece]:
-        """Return the parts of the source, in order."""
         left_out: list[SourcePiece] = []
         names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the parts of one file: itself."""
         size_bytes = self.source.file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 

@@ -54,7 +54,6 @@ class SourceSettings:
     """Options of the format."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = [SettingsProblem(ProblemCode.FILE, "path", f"does not exist ({self.folder / path})", path,
                                  "name a file or a folder")
                  for path in self.path if not (self.folder / path).exists()]
@@ -70,7 +69,6 @@ class SourceSettings:
         return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
 
     def file(self, name: str) -> Path:
-        """Return the path of a file by the name that pieces give it."""
         return self.root / name
 
 

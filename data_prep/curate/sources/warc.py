@@ -40,7 +40,6 @@ class WarcReader(FileReader):
 
     @classmethod
     def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the records that hold an answer."""
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
 

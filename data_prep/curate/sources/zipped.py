@@ -129,7 +129,6 @@ class EpubReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the book, or its chapters."""
         archive = Archive(read_whole(job.file, job.options), job.options)
         package_name = _package(archive)
         package = archive.tree(package_name)
@@ -168,7 +167,6 @@ def _epub_facts(package: Any) -> dict[str, Any]:
 
 
 def _spine(package: Any, package_name: str) -> list[str]:
-    """Return the names of the members that are read, in order, each once."""
     items = {}
     for element in package.iter():
         if local(element) == "item" and element.get("media-type") in _PAGES:
@@ -200,7 +198,6 @@ class OfficeReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the document."""
         archive = Archive(read_whole(job.file, job.options), job.options)
         lines = [line for line in _lines(archive) if line.strip()]
         if not lines:

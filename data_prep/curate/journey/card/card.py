@@ -263,7 +263,6 @@ def _steps(corpus: CorpusRecord) -> list[dict[str, Any]]:
 
 
 def _public(value: Any, hide: bool = False) -> Any:
-    """Return settings in which a place on a machine is its last part alone."""
     if isinstance(value, dict):
         return {key: _public(item, key in HIDDEN_SETTINGS) for key, item in value.items()}
     if isinstance(value, list):
@@ -274,7 +273,6 @@ def _public(value: Any, hide: bool = False) -> Any:
 
 
 def _values(facts: Facts) -> dict[str, Any]:
-    """Return the shares of each value of the counted columns."""
     names = {"language": "languages", "form": "forms", "kind": "kinds", "level": "levels",
              "licence": "licences", "topic": "topics"}
     return {name: _shares(facts.values.get(column, {})) for column, name in names.items()}
@@ -288,7 +286,6 @@ def _shares(counts: dict[str, list[int]]) -> list[dict[str, Any]]:
 
 
 def _dates(facts: Facts) -> dict[str, Any]:
-    """Return the first and the last date that documents carry."""
     dated = sorted(month for month in facts.months if month)
     return {"earliest": dated[0] if dated else None, "latest": dated[-1] if dated else None,
             "documents_without": facts.months.get(NONE, 0) if facts.months else facts.num_documents}
@@ -305,7 +302,6 @@ def _raw(origin: Origin, raw: RawFiles) -> dict[str, Any]:
 
 
 def _missing(sources: Iterable[dict[str, Any]], about: About) -> list[str]:
-    """Return one sentence for each thing of the sources that nobody has recorded."""
     missing = []
     for source in sources:
         wanted = {"licence": source["licence"], "category": source["category"],

@@ -31,7 +31,6 @@ class DataCardOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = (f"Write a Hugging Face dataset card ({README}), the same as {CARD}, and the "
                           f"public summary that the EU AI Act asks for ({TRAINING_CONTENT}). Every figure "
                           "comes from manifests; what nobody has recorded is called so. Without --output "
@@ -40,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Write or print the card; returns 0."""
     args = read_options(DataCardOptions, typed)
     # Imported here: `--help` loads no pyarrow.
     from data_prep.curate.journey.card.card import About, make_card, read_about

@@ -97,7 +97,6 @@ def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
 
 
 def training_content(card: dict[str, Any], about: About) -> str:
-    """Return the summary in the template's form, as Markdown."""
     said = answers(card, about)
     lines = ["# Public summary of training content", "",
              "In the form of the European Commission's template (Regulation (EU) 2024/1689, Article "
@@ -202,7 +201,6 @@ def _domains(card: dict[str, Any], about: About) -> str:
 
 
 def _steps(card: dict[str, Any], only: tuple[str, ...] = ()) -> str:
-    """Return the steps with their settings, and what each dropped and changed."""
     return "; ".join(
         f"{s['step']} {json.dumps(s['settings'], ensure_ascii=False)}: {s['documents_in']:,} documents in, "
         f"{s['documents_kept']:,} kept, {s['documents_changed']:,} changed"
@@ -216,7 +214,6 @@ SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "1
 
 
 def dataset_card(card: dict[str, Any]) -> str:
-    """Return a card as the README.md of a Hugging Face dataset."""
     metadata = yaml.safe_dump(hub_metadata(card), allow_unicode=True, sort_keys=False, width=100)
     parts = [f"---\n{metadata}---", f"# {md(card['name'])}", *_opening(card), *_sources(card),
              *_synthesis(card), *_content(card), *_making(card), *_hashes(card), *_not_recorded(card),
@@ -248,7 +245,6 @@ def hub_metadata(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_one_corpus(card: dict[str, Any]) -> bool:
-    """Return whether the files of the card's output lie below one folder."""
     return [artifact["kind"] for artifact in card["artifacts"]] == ["corpus"]
 
 

@@ -242,7 +242,6 @@ def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], b
 
 
 def cards(text: str, language: str) -> Iterator[Span]:
-    """Yield numbers of payment cards."""
     yield from _proven(text, _CARD, is_card, bare=True)
 
 
@@ -257,7 +256,6 @@ def thai_ids(text: str, language: str) -> Iterator[Span]:
 
 
 def ibans(text: str, language: str) -> Iterator[Span]:
-    """Yield international bank account numbers."""
     for m in _IBAN.finditer(text):
         # The pattern may reach into the words behind an account: its country's length says where it ends.
         places = [place for place in range(*m.span(1)) if text[place] != " "]
@@ -271,7 +269,6 @@ def ibans(text: str, language: str) -> Iterator[Span]:
 
 
 def api_keys(text: str, language: str) -> Iterator[Span]:
-    """Yield keys of services, and private keys."""
     yield from (m.span() for m in _API_KEY.finditer(text))
 
 
@@ -312,7 +309,6 @@ class PiiSettings:
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return list(map(as_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
 
 
@@ -332,11 +328,9 @@ class Pii(Step):
     settings: PiiSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the file of the names."""
         return [NAMES_FILE]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its personal data masked and counted."""
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

@@ -140,7 +140,6 @@ class LanguageRules:
     """What a document may be."""
 
     def num_stop_words(self, text: str, vocabulary: list[str]) -> int:
-        """Return how many different stop words a text has."""
         if self.unit == "characters":
             return sum(word in text for word in self.stop_words)
         return len(self.stop_words.intersection(vocabulary))
@@ -152,7 +151,6 @@ class LanguageRules:
 
 @lru_cache(maxsize=1)
 def known_languages() -> tuple[str, ...]:
-    """Return the codes of the languages that have rules of their own."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != OTHER))
 
 
@@ -169,7 +167,6 @@ def language_rules(code: str) -> LanguageRules:
 
 
 def with_thresholds(rules: LanguageRules, changes: dict[str, Any]) -> LanguageRules:
-    """Return rules with some thresholds changed."""
     return dataclasses.replace(rules, thresholds=dataclasses.replace(rules.thresholds, **changes))
 
 
@@ -366,7 +363,6 @@ class RulesSettings:
     """Forms that are judged, where the step `language` has told them; the rules were made for prose."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [problem.below(where) for where, changes in (
                     ("thresholds", self.thresholds),
                     *((f"languages.{code}", changes) for code, changes in self.languages.items()))
@@ -387,11 +383,9 @@ class Rules(Step):
         self._rules: dict[str, LanguageRules] = {}
 
     def files(self) -> Sequence[Path]:
-        """Return the files of the rules."""
         return sorted(FOLDER.glob("*.yaml"))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its words counted, or which rule it breaks."""
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -410,7 +404,6 @@ class Rules(Step):
                            values={"rules_word_count": round(words.num_words), "rules_language": rules.code})
 
     def _rules_of(self, language: str) -> LanguageRules:
-        """Return the rules of a language with the changes of the settings."""
         rules = language_rules(language)
         if rules.code not in self._rules:
             # From the general to the particular: the preset, the settings for all languages, those for this

@@ -26,7 +26,6 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 @lru_cache(maxsize=1)
 def punctuation() -> frozenset[str]:
-    """Return the signs that are no part of a word."""
     return frozenset(c for c in map(chr, range(0x10000))
                      if (unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~") and c != "_")
 
