@@ -135,7 +135,6 @@ class _TextParser(HTMLParser):
         self._skipping: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin a line at a block, and silence at what a reader does not see."""
         if tag in _SKIPPED_TAGS:
             self._skipping.append(tag)
         elif tag in _BLOCK_TAGS:
@@ -149,13 +148,11 @@ class _TextParser(HTMLParser):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        """Collect text with its white space as a browser shows it."""
         if not self._skipping:
             self.parts.append(re.sub(r"\s+", " ", data))
 
 
 def html_text(page: str) -> str:
-    """Return the visible text of an HTML page, one block a line."""
     parser = _TextParser()
     parser.feed(page)
     parser.close()
@@ -254,7 +251,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_source(file: Path) -> str:
-    """Return a source file's text, or "" where it is no UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -375,7 +371,6 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
         UserError: `user` cannot be read or holds no text, or the output may not be replaced.
     """
     refuse_existing(output, KIND, overwrite)
-    # Read once, for code, documentation and chats.
     library = stdlib_files()
     sources = {name: read_source(file) for name, file in [*library, *package_files()]}
     found = [d for name, source in sources.items() for d in docstrings(name, source)]
@@ -414,7 +409,6 @@ def user_documents(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: holds no text; pass files with text in them")
     ids: dict[str, str] = {}
     for number, (where, text) in enumerate(texts):
-        # The first place of a text names it.
         ids.setdefault(text, f"{where}#{number}")
     return {id_: text for text, id_ in ids.items()}
 

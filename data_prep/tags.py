@@ -116,7 +116,6 @@ def source_tags(name: str, found: Sequence[Tags], given: Sequence[GivenTag]) -> 
                             f"and {values[-1]!r}; a tag says what a whole source is, and has at most "
                             f"{MAX_VALUES}")
         tags[key] = values
-    # The particular last, so that it overwrites the general.
     for tag in sorted((t for t in given if t.source in ("", name)), key=lambda t: t.source != ""):
         tags[tag.key] = [tag.value]
     return tags

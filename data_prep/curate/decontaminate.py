@@ -101,7 +101,6 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
 
 def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
                 hits: list[dict[str, Any]]) -> dict[str, int]:
-    """Write the records of a file that are kept, and add what was found in others to `hits`."""
     counts = {"kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as kept:
         for where, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
@@ -116,7 +115,6 @@ def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, readin
 
 
 def _texts(record: dict[str, Any], where: str, reading: RecordReading) -> tuple[str, ...]:
-    """Return the texts of a record, each of which is searched alone."""
     try:
         document: Document = parse_record(record, where, 0, reading)
     except BadRecord as e:

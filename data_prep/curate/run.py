@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataRunOptions, typed)
-    # Imported here: `--help` loads no pyarrow.
     from data_prep.curate.pipeline.addresses import is_much, told, unknown_inputs
     from data_prep.curate.pipeline.pipeline_file import load_pipeline
     from data_prep.curate.pipeline.plan import make_plan

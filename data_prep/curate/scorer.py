@@ -102,7 +102,6 @@ def _features(args: ScorerTrainOptions) -> NgramSettings | EncoderSettings:
                         "leave them out")
     if args.encoder is None and args.max_tokens is not None:
         raise UserError("--max-tokens is for an encoder; name one with --encoder, or leave it out")
-    # What was not given keeps the default of the settings.
     given = {name: value for name, value in {**(ngrams if args.encoder is None else encoder),
                                              "max_chars": args.max_chars}.items() if value is not None}
     return NgramSettings(**given) if args.encoder is None else EncoderSettings(**given)

@@ -262,7 +262,6 @@ class MediaRecordEncoder:
             except OSError as e:
                 found[part] = BadRecord("missing",
                                         f"cannot be read ({e.strerror or e}); check its permissions")
-        # Of equal contents the first part is read.
         first = {name: part for part, name in reversed(names.items())}
         todo = list(dict.fromkeys(names.values()))
         with ThreadPoolExecutor(self._threads) as pool:
@@ -382,7 +381,6 @@ class MediaRecordEncoder:
     def _remember(self, name: str, block: str) -> None:
         self._known[name] = block
         while len(self._known) > KEPT:
-            # The oldest goes first; it is encoded again if it comes back.
             self._known.popitem(last=False)
 
 
@@ -400,7 +398,6 @@ def _opened(folder: Path | None, option: str, device: str, needed: str) -> Any:
 
 
 def _checked(ids: np.ndarray, codec: Any, folder: Path | None) -> list[int]:
-    """Return codebook entries, each of which must be one."""
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < codec.codebook_size:
         raise UserError(f"{folder}: gives entries from {ids.min()} to {ids.max()} of a codebook of "
                         f"{codec.codebook_size}; make the codec again, or restore it from a copy")
@@ -522,7 +519,6 @@ def _part(part: Any, where: str) -> MessagePart:
 
 
 def _refuse_marks(values: list[Any]) -> None:
-    """Refuse a record that would bring tokens of media by spelling them."""
     if mark := spelled(json.dumps(values, ensure_ascii=False)):
         raise BadRecord("mark", f"spells {mark!r}, which is a token of media; remove it: media are named by "
                                 "their paths alone")

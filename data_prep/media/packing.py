@@ -60,7 +60,6 @@ class ShardBanks:
                     if row >= len(self._from[kind]):
                         raise UserError(f"{kind}: a document names record {row} of "
                                         f"{len(self._from[kind])}; encode the media again")
-                    # New rows are appended in the order in which documents name them.
                     known[row] = len(known)
                     self._files[kind].write(self._from[kind][row].tobytes())
             found[places] = np.array([known[row] for row in rows.tolist()], np.int64) * shape.slots + slots
@@ -98,7 +97,6 @@ def media_of(sources: Mapping[str, Path], kind: str | None) -> dict[str, Path]:
     """
     corpora = {name: folder for name, path in sources.items() if (folder := corpus_of(path)) is not None}
     for name, folder in corpora.items():
-        # The records of a corpus without its banks.
         if sources[name].is_file():
             raise UserError(f"--input {sources[name]}: belongs to the media corpus {folder}, and its media "
                             "would be lost; pass the folder")

@@ -74,7 +74,6 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
         UserError: the profile, what was asked for or the cluster are in the way.
     """
     images, sounds = asked.settings.image_tokenizer, asked.settings.audio_tokenizer
-    # Jobs start in another folder.
     settings = replace(asked.settings, media_root=asked.settings.media_root.absolute(),
                        image_tokenizer=images and images.absolute(),
                        audio_tokenizer=sounds and sounds.absolute())
@@ -248,7 +247,6 @@ class _JoinedRecords:
             known, places[kind] = self.rows[kind], []
             for number, key in enumerate(keys[kind]):
                 if key not in known:
-                    # Opened only where a record is new.
                     records = open_bank(folder / f"{kind}.bin", shape) if records is None else records
                     known[key] = len(known)
                     self.files[kind].write(records[number].tobytes())

@@ -204,7 +204,6 @@ class MediaUnitEncoder:
         files = {kind: folder / f"{kind}.bin" for kind in KINDS}
         with open(files[PICTURES], "wb") as pictures, open(files[SOUNDS], "wb") as sounds:
             banks = UnitBanks({PICTURES: pictures.write, SOUNDS: sounds.write})
-            # All media of the unit together: equal ones are encoded once.
             media = self._encoder.encode([p for _, record in records for p in record.media()], banks)
         good = {part: medium for part, medium in media.items() if not isinstance(medium, BadRecord)}
         counts: Counter[str] = Counter()

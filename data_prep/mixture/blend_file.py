@@ -202,7 +202,6 @@ def _no_whole(key: str, percents: Iterable[float]) -> list[SettingsProblem]:
 
 
 def _scaled(entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
-    """Return the entries that have a share, scaled to 1 in all."""
     total = math.fsum(entry.share for entry in entries)
     return tuple(BlendEntry(entry.where, entry.share / total) for entry in entries if entry.share > 0)
 
@@ -283,7 +282,6 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
     lacking: list[BlendEntry] = []
     raw: dict[str, float] = {}
     for entry in phase.entries:
-        # Only tokens to train on count.
         chosen = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources if is_chosen(entry.where, s)}
         available = sum(chosen.values())
         if not available:
@@ -320,7 +318,6 @@ def overall(phases: Sequence[PhaseShares]) -> dict[str, float]:
     budget = math.fsum(phase.tokens for phase in phases)
     weights: dict[str, float] = {}
     for phase in phases:
-        # A phase counts by its part of all tokens.
         part = phase.tokens / budget if budget else 1 / len(phases)
         for name, share in phase.shares.items():
             weights[name] = weights.get(name, 0.0) + part * share

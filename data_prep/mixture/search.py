@@ -325,7 +325,6 @@ def _fit(settings: MixtureSearchSettings, measured: _Measured) -> fitting.Fitted
 
 def _best(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measured,
           generator: np.random.Generator) -> Shares:
-    """Return the candidates of lowest predicted loss, best first."""
     # Mixtures kept apart are never a centre either: they would no longer be unseen.
     rows = np.flatnonzero(measured.fitted)
     centres = measured.shares[rows[np.argsort(measured.totals[rows], kind="stable")[:NUM_CENTRES]]]
@@ -346,7 +345,6 @@ def _found(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Meas
                   for role, row, guess, losses, loss in zip(measured.roles, measured.shares, predicted,
                                                             measured.losses, totals, strict=True))
     apart = ~measured.fitted
-    # The lowest measured loss, not the lowest prediction.
     return FoundMixture(tried, min(tried, key=lambda one: one.loss), fitted.name, fitted.judged,
                         fitting.judge(predicted[apart], totals[apart]) if apart.any() else None)
 

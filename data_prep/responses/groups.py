@@ -186,7 +186,6 @@ def read_groups(file: Path) -> Iterator[ResponseGroup]:
 
 
 def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a judged response of another tool's layout as a prompt with its completion."""
     try:
         refuse_media(record, is_prompt=False)
         return split_response(own_fields(record, "preference"))
@@ -215,7 +214,6 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
         for _, record in scored:
             content = record.get(completion_of(record) or "")
             is_text = isinstance(content, str) and content.strip()
-            # What no judge could score is no response of the group.
             if _reward(record) is not None and (is_text or isinstance(content, list)):
                 responses.append({"content" if is_text else "messages": content, "reward": _reward(record),
                                   FINISH: record.get(FINISH)})
@@ -263,7 +261,6 @@ def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
 
 
 def _messages(value: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """Return messages given as such, or as one string by `role`."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     try:
         read_messages(messages, "messages")

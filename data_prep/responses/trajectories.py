@@ -148,7 +148,6 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str, list[Solution]]]:
 
 
 def _chat(record: dict[str, Any], where: str) -> tuple[str, Solution]:
-    """Return what the user of a chat asks, and the assistant's answer to it."""
     try:
         messages = read_messages(record["messages"], "messages")
     except BadRecord as e:

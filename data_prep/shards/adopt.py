@@ -346,7 +346,6 @@ def _record(pair: Pair, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copied(pair: Pair, artifact: Path, dtype: str, rule: HeldoutRule, shard_tokens: int) -> dict[str, Any]:
-    """Write the shards of both splits; returns their records."""
     heldout = rule.is_heldout(pair.surveyed.hashes)
     name = pair.source.name
     with ShardedWriter(artifact, f"{name}/{TRAIN}", dtype, {}, False, 1, shard_tokens) as train, \
@@ -356,7 +355,6 @@ def _copied(pair: Pair, artifact: Path, dtype: str, rule: HeldoutRule, shard_tok
             ids = np.asarray(pair.split.tokens[tokens])
             for writer, chosen in ((train, ~heldout[block]), (held, heldout[block])):
                 if chosen.any():
-                    # A mask over tokens picks whole documents without a loop.
                     writer.write(lengths[chosen], pair.surveyed.sizes_bytes[block][chosen],
                                  {"bin": ids[np.repeat(chosen, lengths)]}, [])
         return {TRAIN: train.record(), HELDOUT: held.record()}
@@ -367,7 +365,6 @@ def _blocks(lengths: NDArray[np.int32]) -> Iterator[tuple[slice, slice]]:
     ends = np.cumsum(lengths, dtype=np.int64)
     start = passed = 0
     while start < len(ends):
-        # At least one document, however long.
         stop = max(start + 1, int(np.searchsorted(ends, passed + BLOCK_TOKENS, side="right")))
         yield slice(start, stop), slice(passed, int(ends[stop - 1]))
         start, passed = stop, int(ends[stop - 1])

@@ -79,7 +79,6 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     unit_of = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     for unit in np.unique(unit_of[repeated]).tolist():
-        # From places among all documents to sequences of the unit.
         documents = np.flatnonzero(repeated & (unit_of == unit)) - starts[unit]
         source.dropped[unit] = (documents[:, None] * source.group + np.arange(source.group)).reshape(-1)
     hashes = (np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences
@@ -141,7 +140,6 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
         kinds = unit.kinds[tokens][mask]
         learned = kinds != KIND_NONE
         columns["type"] = np.where(learned, TYPE_RESPONSE, TYPE_PROMPT).astype(np.uint8)
-        # Only what an assistant says is learned.
         columns["loss"] = learned.astype(np.float32)
         if source.kind == "chat":
             columns["kind"] = kinds

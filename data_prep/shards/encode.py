@@ -220,7 +220,6 @@ class Encoder:
         if self._fast is not None:
             sequences = [self._fast.encode(text) for text in texts]
         else:
-            # One call for the batch costs less than one for each text.
             sequences = [e.ids for e in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
         for ids in sequences:
             if self.bos_id is not None:
@@ -285,7 +284,6 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _media(meant: MeantTokens, sequences: list[list[int]], documents: list[Document]) -> NDArray[np.int64]:
-    """Return what the sidecar of banks says of each token of documents of one sequence each."""
     for ids, document in zip(sequences, documents, strict=True):
         meant.refuse_lost(ids, document.texts())
     return np.concatenate([meant.numbers(ids, document.media or {})
@@ -296,7 +294,6 @@ def _flat(sequences: list[list[int]], num_tokens: int) -> NDArray[np.int32]:
     flat = np.empty(num_tokens, np.int32)
     start = 0
     for ids in sequences:
-        # Row by row into one array: a joined list would take several times the memory.
         flat[start : start + len(ids)] = ids
         start += len(ids)
     return flat

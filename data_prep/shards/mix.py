@@ -255,7 +255,6 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
 
 
 def _rule(manifests: list[Manifest]) -> dict[str, Any]:
-    """Return the held-out rule that all parts share, if they do."""
     rules = [m.content.get("heldout") for m in manifests]
     return {"heldout": rules[0]} if rules[0] is not None and all(r == rules[0] for r in rules) else {}
 
@@ -276,7 +275,6 @@ def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float
 
 def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
           weights: dict[str, float]) -> list[dict[str, Any]]:
-    """Link the shards of a part's sources that have a weight into the mix; returns their records."""
     sources = [s for s in manifest.content["sources"] if s["name"] in weights]
     folders = {s["name"] for s in sources}
     for name, record in manifest.files.items():

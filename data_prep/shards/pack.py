@@ -176,7 +176,6 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
             path = argument
-            # A name follows from the path, so that the same input has the same sources.
             name = os.path.basename(os.path.realpath(argument))  # which a loop of links does not stop
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
@@ -287,7 +286,6 @@ def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
 
 
 def _unlearned(units: list[Unit], settings: PackSettings) -> str:
-    """Return a sentence where prompts have responses of their own, which nobody learns."""
     for span in (unit[0] for unit in units):
         first = next(iter(read_span(span, settings.reading)), None)
         if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
@@ -310,7 +308,6 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
             bar.update(sum(span.size_bytes for span in unit))
             kept += not record.encoded_now
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
-                # Workers stop at the first bad record.
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
     if kept:
@@ -366,7 +363,6 @@ def _keep_one_for_training(source: EncodedSource, rule: HeldoutRule) -> None:
 
 
 def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
-    """Raise `UserError` where buckets are too many, or one has the name of another source."""
     for source in encoded:
         if len(source.buckets) > MAX_BUCKETS:
             raise UserError(f"{source.path}: field {field_name!r} has {len(source.buckets)} values, "

@@ -80,7 +80,6 @@ def _added_tokens(file: Path) -> dict[int, str]:
 
 def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
             done: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a source's lengths of documents, how often each id occurs, and each type."""
     counts = np.zeros(content["vocab_size"], np.int64)
     types, lengths = np.zeros(3, np.int64), []
     for shard in shards_of(data, content, source["name"]):

@@ -238,7 +238,6 @@ class _UnitWriter:
 
 
 def _sizes_bytes(document: Document) -> list[int]:
-    """Return the UTF-8 bytes of each sequence's text."""
     if document.media is not None:  # of what people wrote: bytes of media would be of another kind
         return [sum(len(SPELLED.sub("", text).encode()) for text in document.texts())]
     if document.kind != "preference":
@@ -248,7 +247,6 @@ def _sizes_bytes(document: Document) -> list[int]:
 
 
 def _id_hash(id_: str | None) -> int:
-    """Return 64 bits that stand for an id; 0 for none."""
     if id_ is None:
         return 0
     return (int.from_bytes(hashlib.blake2b(id_.encode(errors="replace"), digest_size=8).digest(), "little")
@@ -282,7 +280,6 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
 
 
 def _content(span: FileSpan) -> Iterator[bytes]:
-    """Yield the bytes that a span's documents depend on."""
     start, stop = span.start, span.stop
     if span.suffix == PARQUET_SUFFIX:
         try:
@@ -301,7 +298,6 @@ def _content(span: FileSpan) -> Iterator[bytes]:
 
 
 def _parquet_bytes(metadata: Any, row_groups: range) -> tuple[int, int]:
-    """Return the range of a Parquet file in which row groups lie."""
     columns = [metadata.row_group(i).column(c) for i in row_groups for c in range(metadata.num_columns)]
     starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
     return (min(starts, default=0),
@@ -351,8 +347,6 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     return StoredUnit(sequences, mapped("tokens", np.dtype(dtype).newbyteorder("<")), kinds,
                       columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder,
                       mapped(MEDIA, np.dtype("<i8")) if (folder / MEDIA).exists() else None)
-
-
 
 
 def encode_units(units: list[Unit], settings: UnitSettings, work: Path,

@@ -118,7 +118,6 @@ def _shard_problems(shard: PackedShard, split: IndexedSplit, content: dict[str, 
         problems.append(f"{prefix}.bin: ids reach from {smallest} to {largest}, "
                         f"must lie in 0..{content['vocab_size'] - 1}")
     if num_documents:
-        # First and last ids of all documents at once.
         stops = np.cumsum(split.lengths_tokens, dtype=np.int64)
         problems += _edge_problems(shard, split.tokens[stops - split.lengths_tokens],
                                    split.tokens[stops - 1], content)

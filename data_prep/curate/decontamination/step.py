@@ -149,7 +149,6 @@ def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
 
 
 def _found(text: str, search: ItemSearch) -> list[tuple[int, int, int]]:
-    """Return number of an item, and where it begins and ends in a text."""
     units = find_units(text)
     found = search.find(units)[:MOST_HITS]
     spans = places(text, units, [(f.begin, f.end) for f in found]) if found else []

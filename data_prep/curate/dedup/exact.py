@@ -174,7 +174,6 @@ def _count(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArra
 
 
 def _blocks(pieces: Iterator[Records]) -> Iterator[Records]:
-    """Join pieces until they have about `RANGE_RECORDS`; none is yielded empty."""
     held: list[Records] = []
     count = 0
     for piece in pieces:
@@ -210,7 +209,6 @@ class Dropped:
         return KEPT if keeper is None else StepOutcome(self._reason, values={"duplicate_of": keeper})
 
     def _load(self, rank: int) -> None:
-        """Read a shard's list, and the ids of those that stay, by the shards that hold them."""
         records = self._lists(rank)
         self._keeper_ids = {}
         keepers = records["keeper"]

@@ -31,8 +31,8 @@ from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, 
 # Documents that have a band in common: found in memory that does not grow with the corpus.
 #
 # As for exact keys (`dedup.exact`), a shard's bands are written sorted and cut into partitions, and a
-# partition is worked through in ranges of keys.  Of a band that many documents share, each is paired with the first
-# `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
+# partition is worked through in ranges of keys. Of a band that many documents share, each is paired with the
+# first `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
 
 MOST_FIRST = 12
 RANGE_RECORDS = 1 << 17
@@ -131,7 +131,6 @@ def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 def _pairs(places: NDArray[np.int64], are_new: NDArray[np.bool_]
            ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pair each new record with the first ones of its band."""
     here = np.arange(len(places))
     ones, others = [], []
     for first in range(min(MOST_FIRST, int(places.max(initial=0)))):
@@ -324,7 +323,6 @@ class Clusters:
         return (rank.astype(np.uint64) << ROW_BITS) | (places - self._first[rank]).astype(np.uint64)
 
     def _members(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield the rank, the places of its documents that are in a cluster, and their roots."""
         from data_prep.curate.dedup import minhash_loops
 
         for rank in range(len(self._numbering.shards)):

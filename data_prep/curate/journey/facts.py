@@ -378,7 +378,6 @@ def _count(counts: dict[str, list[int]], values: pa.Array, sizes: pa.Array) -> N
 
 
 def _hosts(urls: pa.Array) -> pa.Array:
-    """Return the host of each address, "" where there is none."""
     found = pc.struct_field(pc.extract_regex(urls.cast(pa.string()).fill_null(""), _HOST), "host")
     lower = pc.utf8_lower(found.fill_null(NONE))
     # "example.com." and "www.example.com" are the host "example.com".
@@ -392,7 +391,6 @@ def _merge(counts: dict[str, list[int]], other: dict[str, list[int]]) -> None:
 
 
 def _largest(counts: dict[str, list[int]], most: int) -> dict[str, list[int]]:
-    """Return the values with most bytes, in order of their names, and one for the rest."""
     # The rest stays last when it is merged and cut again, so it never passes for a value.
     ranked = sorted(counts, key=lambda value: (value == REST, -counts[value][1], value))
     kept = {value: counts[value] for value in sorted(ranked[:most])}

@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataInspectOptions, typed)
-    # Imported here: `--help` loads no pyarrow.
     from data_prep.curate.journey import telling
     from data_prep.curate.journey.facts import Corpus, is_corpus
 

@@ -40,7 +40,6 @@ def funnel(steps: Sequence[tuple[str, int]], caption: str) -> Chart:
     """
     read = steps[0][1] or 1
     # The first pair is of the reading with itself, which loses nothing.
-    # The first pair is of the reading with itself, which loses nothing.
     lost = [before - left for (_, before), (_, left) in zip([steps[0], *steps], steps, strict=False)]
     names = [short(name) for name, _ in steps]
     figure = go.Figure([
@@ -65,8 +64,6 @@ def bars(counts: Mapping[str, float], title: str, caption: str, note: str = "",
         said: how a bar's length is written on it.
     """
     ranked = [v for v in order if v in counts]
-    # Ties go by name, so that a page of the same figures is the same.
-    # Ties go by name, so that a page of the same figures is the same.
     ranked += sorted((v for v in counts if v not in ranked), key=lambda v: (-counts[v], v))
     left_out = len(ranked) - MAX_BARS
     notes = [note, f"{left_out:,} smaller ones are not drawn." if left_out > 0 else ""]
@@ -95,7 +92,6 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -
     names = list(rows)[:MAX_BARS]
     values = sorted({v for row in rows.values() for v in row},
                     key=lambda v: (-sum(row.get(v, 0) for row in rows.values()), v))
-    # As many colours as a reader tells apart; all others share the eighth.
     # As many colours as a reader tells apart; all others share the eighth.
     drawn, rest = values[:7], values[7:]
     figure = go.Figure([_bar(_apart(names), [rows[n].get(v, 0) for n in names], _named(v), colour(i),
@@ -126,7 +122,6 @@ def _named(value: str) -> str:
 
 def _apart(values: Sequence[str]) -> list[str]:
     """Return labels that differ where values do: those with the same beginning get their number."""
-    # Bars with one label would be drawn over each other.
     # Bars with one label would be drawn over each other.
     labels = [short(_named(v)) for v in values]
     return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
@@ -186,10 +181,8 @@ def findings_sections(out: Path, summary: JourneySummary) -> list[PageSection]:
         if not file.is_file():
             continue
         try:
-            # A step of a user's own wrote this file: it may hold anything, and must not keep the page from
-            # being written.
-            # A step of a user's own wrote this file: it may hold anything, and must not keep the page from
-            # being written.
+            # A step of a user's own may have written this file: it may hold anything, and must not keep the
+            # page from being written.
             if file.stat().st_size > MAX_BYTES:
                 raise ValueError(f"it has {file.stat().st_size:,} bytes, at most {MAX_BYTES:,} are shown")
             found.append(_section(title, TypeAdapter(Findings).validate_json(file.read_bytes())))
@@ -219,7 +212,6 @@ def _section(title: str, findings: Findings) -> PageSection:
 
 
 def _cell(value: Cell) -> str:
-    # Before the numbers: a truth value is an `int` to Python.
     # Before the numbers: a truth value is an `int` to Python.
     if isinstance(value, bool) or value is None:
         return {None: "–", True: "yes", False: "no"}[value]
@@ -288,7 +280,6 @@ def _steps(steps: Iterable[StepCounts]) -> PageTable:
 
 
 def _examples(step: StepCounts) -> list[Comparison]:
-    """Return what a step kept beside what it dropped, and what it changed."""
     found = []
     kept = [_shown("kept", sample) for sample in step.samples.kept[:MAX_PAIRS]]
     for i, sample in enumerate(step.samples.dropped[:MAX_PAIRS]):
@@ -341,8 +332,6 @@ def render(out: Path, now_s: float | None = None) -> str:
     """
     summary, facts = read_summary(out), facts_of_output(out)
     whole, ratio = total(facts.values()), bytes_per_token(out)
-    # The largest get chapters, in the order of the pipeline's file.
-    # The largest get chapters, in the order of the pipeline's file.
     largest = sorted(summary.sources, key=lambda s: -s.read.bytes_kept)[:MAX_CHAPTERS]
     chapters = [Chapter("All sources", "", _figures(summary, whole, ratio), _overall(summary))]
     if whole.num_documents:
@@ -400,7 +389,6 @@ def _opening(summary: JourneySummary, whole: Facts, ratio: float | None) -> list
 
 def _whole_funnel(summary: JourneySummary) -> Chart:
     """Draw all sources together; one that a step passes by has what it had before."""
-    # Every source goes through its own steps: the bar of a step counts all sources, also those it passes by.
     # Every source goes through its own steps: the bar of a step counts all sources, also those it passes by.
     left = {s.name: s.read.documents_kept for s in summary.sources}
     steps = []
@@ -498,7 +486,6 @@ def _bars_of(whole: Facts, column: str, what: str, caption: str,
     counts = {value: n[1] for value, n in whole.values.get(column, {}).items()}
     if not counts or set(counts) == {""}:
         return []
-    # One unit for all bars, chosen by the longest: the axis has plain numbers.
     # One unit for all bars, chosen by the longest: the axis has plain numbers.
     unit_bytes, unit = next((u for u in UNITS if max(counts.values()) >= u[0]), UNITS[-1])
     scaled = {value: n / unit_bytes for value, n in counts.items()}

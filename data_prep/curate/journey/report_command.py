@@ -38,7 +38,6 @@ def run(typed: argparse.Namespace) -> int:
 
     folder = args.data.resolve()
     # Beside the folder and not in it, where a file that the manifest does not know would be damage.
-    # Beside the folder and not in it, where a file that the manifest does not know would be damage.
     file = args.out or folder.parent / f"{folder.name}-report.html"
     check_output("--out", file)
     print(f"wrote {_writer(args.data)(args.data, file)}")

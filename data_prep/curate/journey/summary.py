@@ -216,7 +216,6 @@ def _check(file: Path, summary: JourneySummary) -> None:
     folders = [step.folder for source in summary.sources for step in source.steps]
     for folder in (*folders, *(shared.folder for shared in summary.shared)):
         # A summary may come from others: its folders are opened, so none may lead out of the output.
-        # A summary may come from others: its folders are opened, so none may lead out of the output.
         if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts or "\0" in folder:
             raise UserError(f"{file}: is damaged (folder {folder!r} is not inside OUT); run the pipeline "
                             "again")

@@ -211,7 +211,6 @@ class Scan:
             where = _both(batch)[1]
             # A substring is looked for by Arrow; only where one is found are names compared in Python.
             likely = pc.match_substring(where, file)
-            # Most batches have no such file.
             if not pc.any(likely).as_py():  # nearly always: no Python for each row
                 return likely
             return pa.array([_is_in(place, file) for place in where.to_pylist()], pa.bool_())
@@ -359,7 +358,6 @@ def _same_ends(old: list[str], new: list[str]) -> tuple[int, int]:
 
 
 def _inside(old: str, new: str) -> str:
-    """Return a changed line with its changes marked and what is the same around them shortened."""
     a, b = _WORD.findall(old), _WORD.findall(new)
     start, end = _same_ends(a, b)
     middle_a, middle_b = a[start:len(a) - end], b[start:len(b) - end]
@@ -416,7 +414,6 @@ def show(corpus: Corpus, asked: DocumentQuery) -> None:
             print(json.dumps(asdict(way), indent=1))  # ASCII: what commands a terminal is escaped
             return
         lines: Iterator[str] = iter(way_lines(way, asked.chars))
-    # With no question the sources are shown.
     elif asked.where is None and asked.text is None and asked.dropped is None:
         lines = iter(source_lines(corpus, asked.source))
     else:
@@ -440,7 +437,6 @@ def way_lines(way: Way, chars: int) -> list[str]:
         if stop.text is not None:
             lines[-1] += f"  {len(text):,} -> {len(stop.text):,} characters"
             lines += [f"    {line}" for line in changes(text, stop.text)]
-            # The next step is compared with what this one left.
             text = stop.text
     lines += ["", "  text as it " + ("was when it was dropped" if way.end.reason else "is now") + ":"]
     return lines + [f"  | {line}" for line in cut(text, chars or len(text)).split("\n")]
@@ -468,7 +464,6 @@ def source_lines(corpus: Corpus, only: str | None) -> list[str]:
 
 
 def _found_lines(corpus: Corpus, asked: DocumentQuery) -> Iterator[str]:
-    """Yield a line for each document that is found, and how far the search went."""
     scan = Scan(corpus, DocumentSearch(asked.count, asked.scan_bytes, asked.source))
     found = _chosen(scan, asked)
     num_shown = 0

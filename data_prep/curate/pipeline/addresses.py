@@ -91,7 +91,6 @@ def known_entries(known: Path) -> dict[str, Any]:
 
 
 def parts_of(known: Path) -> Path:
-    """Return the folder in which jobs leave the hashes that go into a file of them."""
     return known.parent / "parts" / known.stem
 
 
@@ -111,7 +110,6 @@ def is_known(entry: Any, mark: Mark) -> bool:
 
 
 def refuse_changed(file: Path, mark: Mark) -> None:
-    """Raise `UserError` where a file is not as it was when it had a mark."""
     if mark_of(file) != mark:
         raise UserError(f"{file}: has changed since the run looked at it; run the command again when nobody "
                         "writes to it")
@@ -198,7 +196,6 @@ def unknown_inputs(pipeline: Pipeline, output: Path) -> dict[str, dict[Path, int
 
 
 def is_much(unknown: Mapping[str, Mapping[Path, int]]) -> bool:
-    # Sum of sums: sizes of all files of all sources.
     return sum(map(sum, (files.values() for files in unknown.values()))) > READ_HERE_BYTES
 
 

@@ -87,7 +87,6 @@ class Counts:
         for one in found:
             for name in ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed",
                          "cpu_s", "wall_s"):
-                # Sums of counts; samples are merged below by the same rule that chose them.
                 setattr(total, name, getattr(total, name) + one[name])
             for reason, number in one["dropped"].items():
                 mine = total.dropped.setdefault(reason, {"documents": 0, "bytes": 0})
@@ -134,7 +133,6 @@ class StageProgress:
 
     def __enter__(self) -> Self:
         self._bar: Any = tqdm(total=self._total, desc=self._name, unit="task", disable=None, leave=False)
-        # No terminal: a log gets a line from time to time instead of a bar.
         if self._bar.disable:
             self._teller.start()
         return self

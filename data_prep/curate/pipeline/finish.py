@@ -85,7 +85,6 @@ def why_empty(summary: dict[str, Any], quarantine: Path) -> str:
 
 
 def _broken(summary: dict[str, Any]) -> Counter[tuple[str, str]]:
-    """Return (source, code) -> how many could not be read, or were left out."""
     return Counter({(source["name"], code): number for source in summary["sources"]
                     for code, number in source["quarantine"].items()})
 
@@ -157,7 +156,6 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
 
 
 def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
-    """Return the files of an output shard, which hold what its task has counted."""
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
     # Seals were noted when the shard was written: a file that has changed since is found before it is
     # published.
@@ -191,7 +189,6 @@ def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
 
 
 def _shared(plan: PipelinePlan, number: int) -> list[str]:
-    # All sources of a step share one folder of passes.
     found = {layer.shared for source in plan.sources for layer in source.layers if layer.number == number}
     return sorted(found - {""})
 

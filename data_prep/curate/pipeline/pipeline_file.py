@@ -244,7 +244,6 @@ class _FileReader:
             given = {**entry, **path, "folder": str(self.folder)}
             source = self._part(SourceSettings, given, place)
             name = entry.get("name")
-            # The first of a name stays; later ones are told with its line.
             if isinstance(name, str) and names.setdefault(name, i) != i:
                 self.tell((*place, "name"), f"name = {name!r}: line "
                           f"{self.located.line(('sources', names[name], 'name'))} has a source of that name; "
@@ -384,7 +383,6 @@ def named_columns(pattern: str) -> frozenset[str]:
 
 def _way(name: str, usable: Sequence[str], columns: Mapping[str, ColumnType],
          givers: Callable[[str], Sequence[str]]) -> str:
-    """Return what to do about a column that is not there, where that can be known."""
     steps = [] if name in columns else givers(name)
     return f"; add the step {' or '.join(steps)}" if steps else nearest(name, usable)
 

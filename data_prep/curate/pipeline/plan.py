@@ -146,7 +146,6 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
         # A step that cannot meet a document of a source has no layer there: changing it leaves that source
         # done.
         looks_at = [i for i, source in enumerate(sources) if _sees(entry, source.settings, steps)]
-        # A pass without a number of tasks has one for each shard.
         passes = tuple(PassPlan(p.name, sum(len(sources[i].shards) for i in looks_at)
                                 if p.num_tasks is None else p.num_tasks) for p in step.passes())
         # All that outcomes follow from. `only.sources` is left out: it decides which sources have a layer,
@@ -297,8 +296,6 @@ def _groups(pieces: Sequence[SourcePiece], shard_bytes: int) -> Iterator[list[So
     size_bytes = 0.0
     for piece in pieces:
         piece_bytes = max(piece.size_bytes, shard_bytes / MAX_PIECES)
-        # The chance grows with the size, so that shards end at the same mean size whatever the sizes of
-        # pieces.
         is_low = _hash(piece) / _HASHES < piece_bytes / (shard_bytes / 2)
         is_too_much = size_bytes + piece_bytes > 1.5 * shard_bytes and (
             piece.size_bytes > 0 or len(group) >= MAX_PIECES)  # empty files go along with a large one
@@ -365,7 +362,6 @@ def _keys(source: SourcePlan) -> Iterator[dict[int, str]]:
 
 
 def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the folders of a step that other plans have made, and what they hold."""
     if layer.shared:
         return
     pattern = f"{layer.number:02d}-{layer.kind}-*/{KEYS}"
@@ -377,12 +373,10 @@ def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]
 def _files(layer: Layer, output: Path, shard: int) -> list[Path]:
     """Return what a shard's task leaves, last what says that it is done."""
     broken = [] if layer.number else [layer.broken(output, shard)]
-    # Only what is parsed lists what was broken.
     return [*broken, layer.counts(output, shard), layer.rows(output, shard)]
 
 
 def _give_name(old: Path, new: Path) -> None:
-    """Let a file, or a folder of files, stand under a second name."""
     if old.is_dir():
         with new_folder(new) as temporary:
             shutil.copytree(old, temporary, copy_function=link, dirs_exist_ok=True)

@@ -44,7 +44,6 @@ MAX_REASONS = 3
 def check_folder(output: Path) -> None:
     """Raise `UserError` where a run cannot have its folder: it is something else's."""
     refuse_nowhere(output)
-    # An empty folder may have been made for the run.
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir() or not ((output / "plans").is_dir() or (output / "inputs").is_dir()):
@@ -276,14 +275,12 @@ def finish_run(plan_file: Path, output: Path, task: int) -> None:
 
 
 def read_share(output: Path, found: Sequence[Batch], task: int) -> None:
-    """Read one batch of raw files, before there is a plan."""
     refuse_many_restarts("inputs", "cut raw files that are larger than 100 GB")
     read_batch(found[task], output)
 
 
 def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
                 task: int) -> None:
-    """Do what the command would do when all raw files are read."""
     with holding(output, output):
         # Under the lock: two jobs that come here must not both submit.
         plan = make_plan(pipeline, output)
@@ -303,7 +300,6 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
         UserError: the profile is wrong, a path cannot stand in a script, the cluster refuses, or jobs of
             another plan are at work.
     """
-    # Jobs start in another folder.
     output = output.absolute()
     refuse_unquotable(output)
     profile = profile_of(where)
@@ -342,7 +338,6 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
 
 def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
                     unknown: dict[str, dict[Path, int]]) -> None:
-    """Submit the jobs that read raw files, and the one behind them that submits the run."""
     tell_failures(output, READING_STAGES)
     found = tuple(batches(unknown))
     reading, rest = READING_STAGES
@@ -358,7 +353,6 @@ def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | 
 
 
 def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
-    """Submit the tasks of a plan that are not done, and the job that finishes the run."""
     file = begin(plan, output)
     with Arrays(output, plan.address, profile) as arrays:
         for stage in stages(plan):

@@ -155,7 +155,6 @@ def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> p
     """Return the schema of columns behind some that come first."""
     import pyarrow as pa
 
-    # Imported here: `--help` loads no pyarrow.
     types = {"string": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(),
              "list<string>": pa.list_(pa.string())}
     return pa.schema([*first, *((name, types[kind]) for name, kind in columns.items())])

@@ -79,7 +79,6 @@ def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
         reasons = table.column("reason").to_pylist()
         # A layer has null where a document was dropped before, which is not "".
         alive = [a and reason == "" for a, reason in zip(alive, reasons, strict=True)]
-        # Null: the step left the text as it was, as most do.
         if table.column("text").null_count < table.num_rows:
             texts = [before if text is None else text
                      for before, text in zip(texts, table.column("text").to_pylist(), strict=True)]
@@ -355,7 +354,6 @@ def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
         if step.sources:
             for index, step_pass in enumerate(step.passes):
                 yield PipelineStage(step.entry.number, step.entry.kind, index, step_pass.name)
-            # Outcomes come behind all passes of the step.
             yield PipelineStage(step.entry.number, step.entry.kind)
     yield PipelineStage(len(plan.pipeline.steps) + 1, OUTPUT)
 
@@ -397,7 +395,6 @@ def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> 
     Raises:
         UserError: the user's data, settings or disk are in the way; the sentence says at which task.
     """
-    # Read once in each process, which does many tasks.
     plan = _plan(plan_file)
     mark = done_mark(plan, stage, task, output)
     # Two workers of a cluster may have been given the same task: the second finds it done.
@@ -497,7 +494,6 @@ def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
 
 
 def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
-    """Return what a step makes of documents, checked."""
     made = list(step.outcomes(documents)) if documents else []
     if len(made) != len(documents):
         raise RuntimeError(f"step {step.kind} gave {len(made)} outcomes for {len(documents)} documents")

@@ -86,7 +86,6 @@ _LANGUAGE_WINDOW_CHARS = 8000
 
 
 def _lines(*alternatives: str) -> re.Pattern[str]:
-    """Return what finds whole lines that one of the alternatives matches from their first sign on."""
     return re.compile(rf"^[^\S\n]*(?:{'|'.join(alternatives)})[^\n]*$", re.MULTILINE)
 
 
@@ -245,7 +244,6 @@ def identify(text: str) -> tuple[str, float]:
                     found[name] += letters * share
     if not found:
         return UNKNOWN, 0.0
-    # Of equal weights the name decides, so that the answer does not depend on the order.
     language, weight = max(found.items(), key=lambda item: (item[1], item[0]))
     return language, min(weight / total, 1.0)
 

@@ -71,7 +71,6 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, least: int = 1) -> tu
     for where, record in read_objects(file):
         if problem := _problem(record, kind):
             problems.append(f"{where}: {problem}")
-            # Enough to see what is wrong with the file.
             if len(problems) == MAX_PROBLEMS:
                 break
             continue
@@ -133,7 +132,6 @@ def _key(text: str) -> bytes:
 
 
 def _problem(record: dict[str, Any], kind: Kind) -> str:
-    """Return the rule that a line breaks; "": none."""
     text, label, language = record.get("text"), record.get("label"), record.get("language")
     if not isinstance(text, str) or not text.strip():
         return f"text = {str(text)[:40]!r} must be a text that is not empty"

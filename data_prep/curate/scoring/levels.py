@@ -110,7 +110,6 @@ class Level(Step):
         for _, shard in shards:
             for name, (start, stop) in shard["groups"].items():
                 counts[name] = counts.get(name, 0) + stop - start
-        # Languages with few documents are cut together.
         small = {name: n for name, n in sorted(counts.items()) if n < self.settings.min_documents}
         pool = {name: SMALL if name in small else name for name in counts}
         totals: dict[str, int] = {}
@@ -137,7 +136,6 @@ class Level(Step):
             key, level = self._key(document), BASIC
             if key is not None:
                 cuts = self._cuts[self._group(document)]
-                # From the highest level down: the first cut that the key reaches.
                 level = next((name for name, cut in zip(LEVELS[::-1], cuts[::-1], strict=True)
                               if key >= cut), BASIC)
             found.append(StepOutcome(values={"level": level}))
@@ -204,7 +202,6 @@ def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str]
             check_seal(file, way_out(file), place_in_run(file))
             keys = np.load(file, mmap_mode="r" if shard["groups"] else None)
             for name, (start, stop) in shard["groups"].items():
-                # How many keys of this shard reach each candidate.
                 below = np.searchsorted(keys[start:stop], tried[pool[name]], "left")
                 reached[pool[name]] += stop - start - below
         for name, wanted in ranks.items():

@@ -151,7 +151,6 @@ def _mixed(word: np.uint64) -> np.uint64:
 
 @compiled
 def _entered(hashed: np.uint64, buffer: np.ndarray, i: int) -> np.uint64:
-    """Return the hash with the four bytes at `i`."""
     word = (np.uint64(buffer[i]) | (np.uint64(buffer[i + 1]) << np.uint64(8))
             | (np.uint64(buffer[i + 2]) << np.uint64(16)) | (np.uint64(buffer[i + 3]) << np.uint64(24)))
     hashed ^= _mixed(word)
@@ -193,7 +192,6 @@ def _count(buffer: np.ndarray, starts: np.ndarray, ends: np.ndarray, num_units: 
             # The absolute value of the signed hash, as scikit-learn takes it.
             if hashed >= 0x80000000:
                 hashed = 0x100000000 - hashed
-            # The modulo: the number of buckets is a power of two.
             bucket = hashed & (num_buckets - 1)
             if counts[bucket] == 0:
                 touched[num_touched] = bucket

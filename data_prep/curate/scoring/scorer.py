@@ -156,8 +156,8 @@ def _weights(file: Path, width: int) -> np.ndarray:
 
 # Fitting a linear scorer: the library does it, and what is chosen is chosen on texts that were not fitted.
 #
-# A classifier is logistic regression, calibrated as in Platt (1999): its probability is a logistic function of
-# slope * z + offset, with both from texts that the weights have not seen.  A regressor is ridge regression,
+# A classifier is logistic regression, calibrated as in Platt (1999): its probability is a logistic function
+# of slope * z + offset, with both from texts that the weights have not seen. A regressor is ridge regression,
 # the linear probe of FineWeb-Edu (arXiv 2406.17557, section 4), whose slope and offset undo what its penalty
 # draws towards the mean.
 
@@ -224,7 +224,6 @@ def _best(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
         slope, offset = _calibration(kind, z, calibration_labels)
         loss = _loss(kind, slope * z + offset, calibration_labels)
         tried.append((loss, len(tried), Fit(weights, bias, slope, offset, penalty)))
-    # Of equal losses the stronger penalty that was tried first.
     return min(tried, key=lambda entry: entry[:2])[2]
 
 
@@ -314,7 +313,6 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
             features: Ngrams | ScoringEncoder = Ngrams(settings.features)
         else:
             assert settings.encoder is not None
-            # Copied first and loaded from there: what is trained with is what the artifact holds.
             copy_encoder(settings.encoder, artifact.path / ENCODER_FOLDER)
             features = ScoringEncoder(artifact.path / ENCODER_FOLDER, settings.features)
         with work_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:

@@ -179,7 +179,6 @@ def top_words(texts: Sequence[str], places: np.ndarray, num_topics: int, ngrams:
 
 
 def _words(units: Sequence[str]) -> Iterator[str]:
-    """Yield words of letters; of scripts without spaces, two characters in a row."""
     for unit in units:
         if len(unit) >= MIN_CHARS and unit.isalpha():
             yield unit

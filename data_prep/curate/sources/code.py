@@ -195,7 +195,6 @@ class CodeReader(FileReader):
 
     def _beside(self, folder: str) -> tuple[str, ...]:
         """Return the names of the licence files of the nearest folder that has any."""
-        # Remembered: files of one folder ask for the same.
         known: dict[str, tuple[str, ...]] = self.__dict__.setdefault("_licences", {})
         if folder not in known:
             # No links: they could lead out of the repository.
@@ -241,7 +240,6 @@ class CodeReader(FileReader):
 
 
 def _repository_licence(job: ReadingJob) -> str:
-    """Return the licences of the files beside a piece, joined as SPDX does."""
     found = []
     for name in job.piece.beside:
         try:

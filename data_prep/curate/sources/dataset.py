@@ -237,7 +237,6 @@ def _with(facts: Mapping[str, Any], found: Iterator[Raw | Broken]) -> Iterator[R
 
 
 def _card_facts(job: ReadingJob) -> dict[str, Any]:
-    """Return licence and language that the dataset's card gives in its YAML head."""
     if not job.piece.beside:
         return {}
     import yaml

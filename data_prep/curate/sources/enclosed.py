@@ -114,5 +114,3 @@ def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place
         said = str(error) if isinstance(error, UserError) else told_in_a_line(error)
         error = BadRecord("broken", f"cannot be read ({said[:MAX_ERROR_CHARS]}); mend it, or leave it out")
     _tell(channel, {"broken": dataclasses.asdict(job.broken(error, place))})
-
-

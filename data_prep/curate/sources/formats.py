@@ -131,5 +131,4 @@ class AutoReader(FileReader):
         yield from next(r for r in self._readers() if r.format == piece.format).read(piece)
 
     def _readers(self) -> list[FileReader]:
-        # Readers of pieces are found again by format: a piece never says "auto".
         return [reader_class(name)(self.source) for name in BY_NAME]

@@ -163,7 +163,6 @@ def _prepared(source: str) -> str:
 
 
 def _tex(formula: re.Match[str]) -> str:
-    """Return a formula's TeX, or what was found as it is where it has none."""
     found: re.Match[str] | None = formula
     if formula.re is _MATH:
         found = _ANNOTATION.search(formula[0])
@@ -210,4 +209,3 @@ def _markdown(found: str) -> str:
         # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
         text = text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
     return re.sub(r"\n(?:[ \t]*\n)+", "\n\n", text).strip("\n")
-

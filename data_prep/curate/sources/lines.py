@@ -88,7 +88,6 @@ def _is_deep(value: Any, most: int) -> bool:
 
 
 def _text(value: str) -> str:
-    """Return a string without halves of surrogate pairs."""
     return value.encode("utf-8", "replace").decode()[:MAX_FIELD_CHARS]
 
 
@@ -140,7 +139,6 @@ class TextReader(_SpansReader):
             blocks = _part(stream, job)
             size_bytes = job.piece.stop - job.piece.start
             if _is_packed(job) or options.encoding != "utf-8":  # of a bomb no part becomes a document
-                # All of it is unpacked or decoded before a part is yielded.
                 whole = b"".join(blocks)
                 if options.encoding != "utf-8":
                     whole = decode_text(whole, options.encoding).encode()

@@ -103,7 +103,6 @@ class ParallelReader(FileReader):
                 yield found
                 continue
             number, source, target = found
-            # A document of several pairs has the place of its first.
             place = place or f"{job.name}:{number}"
             gathered.append(_filled(options, source, target))
             if len(gathered) == options.pairs:
@@ -124,7 +123,6 @@ def _filled(options: ParallelOptions, source: str, target: str) -> str:
 
 
 def _stem(name: str) -> tuple[str, str]:
-    """Return a file's name without language and compression, and the ending of the compression."""
     path = PurePosixPath(name)
     suffix = path.suffix if path.suffix.lower() in COMPRESSED else ""
     return name.removesuffix(suffix).rpartition(".")[0], suffix

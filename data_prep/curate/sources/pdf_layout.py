@@ -301,7 +301,6 @@ def _merged(blocks: list[list[Word]]) -> list[list[Word]]:
 
 
 def _crosses(line: PdfLine, x: float) -> bool:
-    """Return whether a line has no gap at x that could be one between columns."""
     inside = [w for w in line.words if w.x0 < x < w.x1]
     if inside:
         return True
@@ -311,7 +310,6 @@ def _crosses(line: PdfLine, x: float) -> bool:
 
 
 def _gutter(lines: Sequence[PdfLine]) -> float | None:
-    """Return where the gap between two columns of prose is, or None."""
     if len(lines) < COLUMN_LINES:
         return None
     gaps: dict[int, int] = {}
@@ -324,7 +322,6 @@ def _gutter(lines: Sequence[PdfLine]) -> float | None:
     best = max(gaps, key=lambda place: gaps[place], default=None)
     if best is None or gaps[best] < COLUMN_LINES:
         return None
-    # Of several equal places the middle one.
     x = 4.0 * statistics.median_low([place for place in gaps if gaps[place] == gaps[best]])
     crossing = sum(_crosses(line, x) for line in lines)
     if crossing > MOST_CROSSING * len(lines):
@@ -363,11 +360,9 @@ def block_paragraphs(lines: Sequence[PdfLine], vocabulary: PdfVocabulary) -> lis
 
 
 def _rows(lines: Sequence[PdfLine]) -> list[bool]:
-    """Return which lines are rows: of a table of contents, or with cells below those of the next row."""
     starts = [_cell_starts(line) for line in lines]
     found = [bool(_LEADER.search(" ".join(line.cells()))) for line in lines]
     for i, (line, below) in enumerate(pairwise(lines)):
-        # Two lines with a cell at the same place are rows of one table.
         if any(abs(a - b) < line.size for a in starts[i] for b in starts[i + 1]) and (
                 below.y0 - line.y1 < 3 * line.size):
             found[i] = found[i + 1] = True
@@ -391,7 +386,6 @@ def _begins(line: PdfLine, before: PdfLine, pitch: float, left: float, right: fl
     """Return whether a line begins a paragraph, a table or code behind a line of the same sort."""
     if is_row:
         return line.y0 - before.y0 > 4 * pitch
-    # Another font or size begins something new.
     if line.fixed != before.fixed or abs(line.size - before.size) > 0.12 * before.size:
         return True
     step = line.y0 - before.y0
@@ -434,7 +428,6 @@ def _across_pages(paragraphs: Sequence[str], vocabulary: PdfVocabulary) -> list[
     """Return paragraphs; one that breaks off in the middle of a sentence goes on in the next."""
     found: list[str] = []
     for text in paragraphs:
-        # Only prose: rows and code never go on in a paragraph.
         if (found and "\n" not in found[-1] and "\n" not in text and text[:1].islower()
                 and (found[-1].endswith((HYPHEN, "-", ",")) or found[-1][-1:].islower())):
             found[-1] = joined([found[-1], text], vocabulary)

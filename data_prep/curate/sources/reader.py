@@ -147,9 +147,8 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 # Reading files of others in a process of its own, with limits: one that hangs, eats memory or crashes its
 # parser costs the document and nothing else.
 #
-# The process is kept for the next file, and replaced where it was ended.  What it sends is JSON: nothing
-# that a
-# file could make of it is ever run or unpickled here.
+# The process is kept for the next file, and replaced where it was ended. What it sends is JSON: nothing that
+# a file could make of it is ever run or unpickled here.
 
 WORDING = Wording("parser", "read", "time_s")
 _MESSAGE_FACTOR = 8
@@ -240,7 +239,6 @@ def _told(message: dict[str, Any], limits: EncodingLimits) -> Raw | Broken:
     text, place, columns = message["text"], message["place"], message["columns"]
     if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
         raise TypeError("a document without text, place or columns")
-    # Checked here once more, for the same reason.
     if len(text.encode()) > limits.document_bytes:
         raise ValueError("a document above the limit")
     return Raw(text, place, columns)
@@ -292,7 +290,6 @@ class FileReader:
     def takes(cls, name: str) -> bool:
         stem, dot, suffix = name.lower().rpartition(".")
         if cls.compressed and f".{suffix}" in COMPRESSED and stem:
-            # Behind the ending of the compression is that of the format.
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 

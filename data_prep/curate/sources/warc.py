@@ -115,7 +115,6 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
 
 
 def _looks_written(body: bytes) -> bool:
-    """Return whether bytes are those of a page, a PDF or a text, and not of something packed."""
     if body.lstrip()[:1] == b"<" or body.startswith(b"%PDF"):
         return True
     try:
@@ -136,7 +135,6 @@ class _Record:
         status = (header.get_statuscode() or "") if header else "200"
         named = (header.get_header("Content-Type") if header else
                  record.rec_headers.get_header("Content-Type")) or ""
-        # Records with another status or type are read no further.
         type_ = named.partition(";")[0].strip().lower()
         if status != "200":
             yield self._left_out("status", f"is an answer of status {status[:10]}")
@@ -183,7 +181,6 @@ class _Record:
         if len(body) > limit_bytes:
             raise BadRecord("too_long", f"holds more than record_bytes = {limit_bytes:,} bytes; raise the "
                                         "limit, or leave it out")
-        # Known from the header, but told last: what is too long or damaged says more.
         if self._record.rec_headers.get_header("WARC-Truncated"):
             raise BadRecord("truncated", "was cut off by the crawler", content=body[:1000])
         return body

@@ -228,7 +228,6 @@ def _numbered(archive: Archive, prefix: str) -> list[str]:
 
 
 def _word(root: Any) -> Iterator[str]:
-    """Yield the paragraphs and rows of Word's or PowerPoint's XML."""
     name = local(root)
     if name == "tbl":
         for row in (e for e in root if local(e) == "tr"):
@@ -260,7 +259,6 @@ def _word_text(paragraph: Any) -> str:
 
 
 def _open_document(root: Any) -> Iterator[str]:
-    """Yield the paragraphs and rows of OpenDocument's XML."""
     name = local(root)
     if name == "table":
         for row in (e for e in root.iter() if local(e) == "table-row"):
@@ -321,7 +319,6 @@ def _cell(cell: Any, shared: list[str]) -> str:
 
 
 def _spaced(lines: list[str]) -> str:
-    """Return lines with an empty one between, except between rows and between items."""
     text = lines[0]
     for before, line in pairwise(lines):
         together = line[:2] == before[:2] and line[:2] in ("| ", "- ")

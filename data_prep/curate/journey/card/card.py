@@ -227,7 +227,6 @@ def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
 
 
 def _unstated(found: DataLineage) -> Iterable[str]:
-    """Yield what nobody has stated of samples of models, and of packed sources."""
     for one in found.syntheses:
         if unstated := one.licences.get("", 0):
             yield (f"samples {one.origin.name!r}: the licence of what {unstated:,} of {one.num_kept:,} were "
@@ -241,7 +240,6 @@ def _unstated(found: DataLineage) -> Iterable[str]:
 
 
 def _steps(corpus: CorpusRecord) -> list[dict[str, Any]]:
-    """Return each step with its settings and what it did, over all sources of a corpus."""
     found = []
     for number, kind in corpus.summary.steps():
         done = corpus.summary.of_step(number)

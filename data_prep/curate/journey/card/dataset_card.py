@@ -81,7 +81,6 @@ def answers(card: dict[str, Any], about: About) -> dict[str, str]:
 
 
 def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
-    """Return the answers that samples of `sov-data synth` change."""
     samples = card.get("synthesis", ())
     if not samples:
         return {}
@@ -187,7 +186,6 @@ def _languages(card: dict[str, Any], about: About) -> str:
 
 
 def _domains(card: dict[str, Any], about: About) -> str:
-    """Return the hosts with most text, as many as the template asks for."""
     hosts = card["hosts"]
     if not hosts:
         return ""

@@ -254,7 +254,6 @@ class _DataWalk:
             raise UserError(f"{damaged[0]}; a card tells nothing that its manifest does not vouch for, so "
                             "run the pipeline again or restore the file")
         facts = facts_of_output(path)
-        # Counts of the shards must add up to what the manifest vouches for.
         for what, found in (("num_documents", sum(f.num_documents for f in facts.values())),
                             ("num_bytes", sum(f.num_bytes for f in facts.values()))):
             if manifest.content.get(what, found) != found:
@@ -316,7 +315,6 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> DataLineag
 
 
 def _refuse_other_kinds(path: Path) -> None:
-    """Raise `UserError` where an artifact is neither a corpus, nor samples of models, nor token shards."""
     if (kind := read_manifest(path).kind) not in (CORPUS, TOKENS, SYNTHESIS):
         raise UserError(f"{path}: is a '{kind}' artifact; pass what `sov-data run`, `sov-data synth`, "
                         "`sov-data pack` or `sov-data mix` wrote")

@@ -133,7 +133,6 @@ def _is_set_out(written: str, is_announced: bool) -> bool:
     if len(groups) == 1:
         return is_announced or (len(written) in (10, 11) and written.startswith("0"))
     lengths = list(map(len, groups))
-    # Day, month and year, in any order.
     is_date = sorted(lengths) in ([1, 1, 4], [1, 2, 4], [2, 2, 4])
     if is_date or len(groups) > 5 or min(lengths) < 2 or max(lengths) > 8:
         return False
@@ -186,7 +185,6 @@ def is_korean_rrn(digits: str) -> bool:
     if born >= _LAST_RRN_WITH_CHECK:
         return born < _NO_BIRTH_YET
     total = sum(int(d) * weight for d, weight in zip(digits[:12], _RRN_WEIGHTS, strict=True))
-    # The digits 5 to 8 are those of foreigners.
     base = 13 if digits[6] in "5678" else 11
     return (base - total % 11) % 10 == int(digits[12])
 
@@ -234,7 +232,6 @@ def addresses(text: str, language: str) -> Iterator[Span]:
 
 
 def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], bare: bool) -> Iterator[Span]:
-    """Yield numbers that a check proves: set out in groups, or also bare digits."""
     for m in pattern.finditer(text):
         written = m.group()
         if (bare or not written.isdigit()) and check(re.sub(r"\D", "", written)):
@@ -341,7 +338,6 @@ class Pii(Step):
         spans = found_in(document.text, language, kinds)
         if not spans:
             return StepOutcome(values={"pii": ""})
-        # In the order of the finders, so that equal documents have equal columns.
         counts = {kind: sum(of == kind for _, _, of in spans) for kind in kinds}
         return StepOutcome(text=self._masked(document.text, spans, self.settings.names_in or language),
                            values={"pii": " ".join(f"{kind}={n}" for kind, n in counts.items() if n)})

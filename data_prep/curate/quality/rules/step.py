@@ -188,7 +188,6 @@ def c4(text: str, rules: LanguageRules) -> tuple[str, str]:
         line = whole.strip()
         words = line.split()
         if not words:
-            # One empty line at most between lines that stay.
             kept += [""] if kept[-1] else []
             continue
         if t.max_word_chars is not None and max(map(len, words), default=0) > t.max_word_chars:
