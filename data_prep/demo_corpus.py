@@ -114,7 +114,6 @@ class _Runner:
 
 
 def _download(runner: _Runner) -> None:
-    """Download the packages one by one; raises the first reason where none comes."""
     options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::http::Timeout=15"]
     reasons = []
     for package in KOREAN_PACKAGES:
@@ -241,7 +240,6 @@ def _python_files(folder: Path, prefix: str) -> list[tuple[str, Path]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted, without going into `SKIPPED_FOLDERS`."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
         # In place: `os.walk` goes into what is left in the list.
@@ -258,7 +256,6 @@ def read_source(file: Path) -> str:
 
 
 def docstrings(name: str, source: str) -> list[Docstring]:
-    """Return the docstrings of a source file in order; nothing where it does not parse."""
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     try:
         with warnings.catch_warnings():
@@ -289,7 +286,6 @@ def clean(text: str) -> str:
 
 
 def documentation(found: list[Docstring]) -> dict[str, str]:
-    """Return one text per module: its docstrings, each under its name."""
     parts: dict[str, list[str]] = {}
     for d in found:
         if text := clean(d.text):

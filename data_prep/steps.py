@@ -87,7 +87,7 @@ class Steps:
         """
         for reference, step in self._steps:
             try:
-                # An error in the user's code is told with the line of their file.
+                # An error in the user's code is reported with the line of their file.
                 with telling(reference.rpartition(":")[0]):
                     found: Any = step(document)
             except UserError as e:

@@ -255,7 +255,7 @@ class MediaRecordEncoder:
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):
             try:
-                # The name of a content: equal bytes are encoded once, whatever they are called.
+                # The name of a content: equal bytes are encoded once, under any file name.
                 names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
             except BadRecord as e:
                 found[part] = e
@@ -284,7 +284,6 @@ class MediaRecordEncoder:
         return file
 
     def _read(self, part: MessagePart) -> list[ReadMedia] | BadRecord:
-        """Return a medium's numbers: of a sound once for each rate that is asked for."""
         settings = self._settings
         try:
             if part.kind == VIDEO:
@@ -385,7 +384,6 @@ class MediaRecordEncoder:
 
 
 def _opened(folder: Path | None, option: str, device: str, needed: str) -> Any:
-    """Return the codec of a folder; None: none is wanted."""
     if folder is None:
         return None
     from megatron_sov.omni.codecs.folder import open_codec

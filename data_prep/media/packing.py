@@ -51,7 +51,7 @@ class ShardBanks:
         """
         found = numbers.copy()
         for kind, shape in self._shapes.items():
-            # A number of the sidecar is row * slots + slot; rows are numbered anew in each shard.
+            # A number of the sidecar is row * slots + slot; each shard numbers its rows from 0.
             places = np.flatnonzero(np.isin(ids, shape.placeholder_ids) & (numbers >= 0))
             rows, slots = np.divmod(numbers[places], shape.slots)
             known = self._rows[kind]

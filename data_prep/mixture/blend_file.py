@@ -269,7 +269,10 @@ def allot(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "r
     budget = sum(phase.tokens for phase in blend.phases)
     for phase in blend.phases:
         # Phases keep their proportions; a single phase without a budget has all of it.
-        scaled = num_tokens * (phase.tokens / budget if budget else 1.0) if num_tokens else phase.tokens
+        scaled = phase.tokens
+        if num_tokens:
+            part = phase.tokens / budget if budget else 1.0
+            scaled = num_tokens * part
         phases.append(_of_phase(phase, sources, missing, scaled, problems))
     if problems:
         raise UserError(list_problems(f"blend {blend.name}", problems, _way_out(sources)))

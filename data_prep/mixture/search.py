@@ -153,7 +153,7 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
     refuse_existing(output, KIND, overwrite)
     # Held-out text that is trained on elsewhere would make every loss a lie.
     refuse_overlap([(path, manifest.content) for path, manifest in zip(data, manifests, strict=True)])
-    # Models are kept beside the output until the whole is written: a killed search goes on.
+    # Models are kept next to the output until the whole is written: a killed search goes on.
     with open_parts(output, "sov-data mix --search") as work:
         proxies = Proxies(work, _proxy_settings(settings, data), workers)
         with work_bar("training small models", settings.num_proxies, "model") as bar:

@@ -198,7 +198,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
     put together.  A response without a reward, or without a text, is none."""
     def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
-        # Neighbours only: what `score` wrote stands in order, and files may be larger than memory.
+        # Neighbours only: `score` writes in order, and files may be larger than memory.
         return json.dumps([record.get("prompt"), record.get("system")]) if is_scored(record) else where
 
     def is_scored(record: dict[str, Any]) -> bool:

@@ -271,7 +271,7 @@ class ShardedWriter:
             part = slice(passed, int(ends[stop - 1]))
             here = {suffix: column[part] for suffix, column in columns.items()}
             if self._banks is not None:
-                # Rows of banks are numbered anew in each shard.
+                # Each shard numbers the rows of its banks from 0.
                 here[MEDIA] = self._banks.moved(here["bin"], here[MEDIA].astype(np.int64))
             self._writer.write(lengths_tokens[done:stop], here)
             if self._lines is not None:

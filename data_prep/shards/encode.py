@@ -209,8 +209,12 @@ class Encoder:
         for document in documents:
             ids = [] if self.bos_id is None else [self.bos_id]
             for text, id_ in meant.split(document.text):
-                ids += ([id_] if id_ is not None else self._fast.encode(text) if self._fast else
-                        self.plain.encode(text, add_special_tokens=False).ids)
+                if id_ is not None:
+                    ids.append(id_)
+                elif self._fast:
+                    ids += self._fast.encode(text)
+                else:
+                    ids += self.plain.encode(text, add_special_tokens=False).ids
             sequences.append(ids + ([self.eos_id] if self.settings.eod == "append" else []))
         lengths = np.array([len(s) for s in sequences], np.int32)
         return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8),
@@ -229,7 +233,6 @@ class Encoder:
         return sequences
 
     def _conversations(self, document: Document) -> list[tuple[list[int], bytes]]:
-        """Return ids and kinds of a chat, of a prompt, or of both sides of a preference."""
         if document.kind == "prompt":
             return [self._conversation(document.conversation(), len(document.messages), awaits_response=True)]
         if document.kind == "preference":

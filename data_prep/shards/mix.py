@@ -260,7 +260,6 @@ def _rule(manifests: list[Manifest]) -> dict[str, Any]:
 
 
 def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float]:
-    """Return source -> its share of a run, by the weights of folders, or by tokens."""
     raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None
            else p.weight for p, m in zip(parts, manifests, strict=True)]
     weights: dict[str, float] = {}

@@ -306,7 +306,8 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
         for (source, unit), record in zip(units, records, strict=True):
             encoded[source.name].units.append((unit, record))
             bar.update(sum(span.size_bytes for span in unit))
-            kept += not record.encoded_now
+            if not record.encoded_now:
+                kept += 1
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
@@ -323,7 +324,6 @@ def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
 
 def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
            pack_settings: PackSettings, rule: HeldoutRule) -> list[dict[str, Any]]:
-    """Write the shards of all sources and the quarantine; returns the manifest's records of the sources."""
     # All sources are surveyed before the first is written: the rule has to know each one's smallest and
     # largest hash.
     for source in encoded:
@@ -378,7 +378,7 @@ def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: 
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
             "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
             **described(source.banks),
-            # Keys of units hash their input and settings, so their hash stands for the source's.
+            # Keys of units hash their input and settings, so their hash identifies the source.
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
             "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
             **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}

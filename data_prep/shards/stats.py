@@ -114,7 +114,6 @@ def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, 
 
 
 def _occurring(special: dict[int, str], counts: np.ndarray) -> dict[str, int]:
-    """Return how often each special token occurs, the entries of a codebook together."""
     found: Counter[str] = Counter()
     for id_, token in sorted(special.items()):
         if id_ < len(counts) and counts[id_]:

@@ -57,7 +57,7 @@ class HeldoutRule:
     def learn_source(self, smallest: int, largest: int) -> None:
         """Take note of a source's smallest and largest document hash:
         a small source gives up its smallest."""
-        # No document of the source lies below the threshold: it gives up the one that is nearest.
+        # No document of the source is below the threshold: it gives up the nearest one.
         if self.threshold and smallest >= self.threshold and smallest != largest:
             self.chosen.add(smallest)
 
@@ -264,7 +264,7 @@ def refuse_overlap(parts: list[Described]) -> None:
         UserError: with the number of such documents, and where they are.
     """
     rules = [content.get("heldout") for _, content in parts]
-    # By the same rule the same text lies on the same side in all parts.
+    # Under one rule the same text is on the same side in all parts.
     if all(rule is not None and rule == rules[0] for rule in rules):
         return
     held: dict[int, Path] = {}

@@ -56,7 +56,7 @@ def run(typed: argparse.Namespace) -> int:
     """
     args = read_options(DataVerifyOptions, typed)
     content = read_tokens_manifest(args.data).content
-    # A mistake in --blend is told before the data is read.
+    # A mistake in --blend is reported before the data is read.
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)
     if problems:
@@ -226,7 +226,10 @@ def epochs(content: dict[str, Any], num_tokens: float, weights: dict[str, float]
     for source in content["sources"]:
         share = weights.get(source["name"], 0.0)
         held = source["splits"][TRAIN]["num_tokens"]
-        passes = share * num_tokens / held if held else float("inf") if share else 0.0
+        if held:
+            passes = share * num_tokens / held
+        else:
+            passes = float("inf") if share else 0.0
         warning = (f"; more than {MANY_EPOCHS} teach little: add text or lower its weight"
                    if passes > MANY_EPOCHS else "")
         lines.append(f"{source['name']}: {share:.1%} of {num_tokens:,.0f} tokens is {passes:.2f} epochs of "

@@ -80,7 +80,6 @@ def whole_lines(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, 
 
 
 def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """Return a text without some of its stretches, which are in order and do not overlap."""
     kept, at = [], 0
     for start, stop in spans:
         kept.append(text[at:start])
@@ -315,7 +314,7 @@ class Decontaminate(Step):
         if not hits:
             return StepOutcome(values=values)
         left = ""
-        # At the limit there may be places that nobody listed: cutting those that are known would leave
+        # At the limit there may be more places than are listed: cutting those that are known would leave
         # others.
         if self.settings.action == "cut" and len(hits) < MOST_HITS:
             left = without(document.text, whole_lines(document.text, [(h.start, h.stop) for h in hits]))

@@ -78,8 +78,8 @@ class Corpus:
             found = {source.name: [StepFolder(s.number, s.kind, out / s.folder) for s in source.steps]
                      for source in read_summary(out).sources}
         else:
-            found = {folder.name: _newest(folder) for folder in sorted((out / SHARDS).iterdir())
-                     if folder.is_dir()} if (out / SHARDS).is_dir() else {}
+            folders = sorted((out / SHARDS).iterdir()) if (out / SHARDS).is_dir() else []
+            found = {folder.name: _newest(folder) for folder in folders if folder.is_dir()}
         return Corpus(out, {name: steps for name, steps in found.items() if steps})
 
     @property
@@ -362,7 +362,6 @@ def total(facts: Iterable[Facts]) -> Facts:
 
 
 def _counted(file: Path) -> Facts | None:
-    """Return what was counted when a shard was written, if that is there and of this layout."""
     try:
         return Facts.from_dict(try_read_json(counted_beside(file)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -92,7 +92,7 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -
     names = list(rows)[:MAX_BARS]
     values = sorted({v for row in rows.values() for v in row},
                     key=lambda v: (-sum(row.get(v, 0) for row in rows.values()), v))
-    # As many colours as a reader tells apart; all others share the eighth.
+    # Readers can distinguish seven colours; all other values share the eighth.
     drawn, rest = values[:7], values[7:]
     figure = go.Figure([_bar(_apart(names), [rows[n].get(v, 0) for n in names], _named(v), colour(i),
                              ["" for _ in names]) for i, v in enumerate(drawn)])
@@ -265,7 +265,6 @@ def source_chapter(source: SourceSummary) -> Chapter:
 
 
 def reasons_table(dropped: Mapping[tuple[str, str], DroppedCount]) -> PageTable:
-    """Return the reasons why documents were dropped, most documents first."""
     rows = [[step, reason, f"{lost.documents:,}", size(lost.bytes)]
             for (step, reason), lost in list(dropped.items())[:MAX_REASONS]]
     if len(dropped) > MAX_REASONS:

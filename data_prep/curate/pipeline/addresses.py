@@ -180,7 +180,6 @@ def known_file(output: Path, source: str) -> Path:
 
 
 def input_names(pieces: Sequence[SourcePiece]) -> list[str]:
-    """Return the names of the files that pieces are read from, each once."""
     return list(dict.fromkeys(name for piece in pieces if piece.format != PASSED_OVER
                               for name in (piece.file, *piece.beside)))
 

@@ -40,7 +40,7 @@ NAMED_TAGS = ("language", "topic")
 """Columns that become tags where names are made of them, so that a source has one value."""
 
 
-# What a run ends with, in a sentence: where its output lies, or why there is none.
+# What a run ends with, in a sentence: where its output is, or why there is none.
 
 
 def what_stands(summary: dict[str, Any], output: Path, text: Path, quarantine: Path) -> str:
@@ -139,7 +139,6 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
 
 
 def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
-    """Gather the files of all shards by name; returns name -> number of files."""
     named: dict[str, int] = {}
     with new_folder(output / TEXT) as temporary:
         for source in plan.sources:
@@ -171,7 +170,6 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
 
 
 def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
-    """List what was broken, a file for each source, without the lists of sources that the file had before."""
     with new_folder(output / QUARANTINE) as temporary:
         for source in plan.sources:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
@@ -181,7 +179,6 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
 
 
 def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
-    """Return what is known of a run: its sources, and the counts of each step so far."""
     return {"name": plan.pipeline.name, "sources": [_source_summary(plan, s, output) for s in plan.sources],
             "shared": [{"number": step.entry.number, "kind": step.entry.kind, "folder": folder,
                         "passes": list(_pass_times(pass_marks(output / folder)))}
@@ -231,7 +228,7 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
     assert asked is not None
     tokens, mark = output / TOKENS, output / "done" / f"pack-{plan.address}"
     # Packing may take hours: a run that was killed behind it does not pack again. The mark has the plan's
-    # address, so another plan packs anew.
+    # address, so another plan packs again.
     if mark.exists() and (tokens / MANIFEST).is_file():
         return
     # Tags of a packed source need one value for all its documents: names and columns decide which have.

@@ -197,11 +197,11 @@ class _FileReader:
         # Reading goes on after a mistake, so that a user sees all of them at once.
         head = self._part(_Head, {k: v for k, v in raw.items() if k in known and k not in parts}, ())
         sources = tuple(self._sources(raw.get("sources")))
-        written = raw.get("sources")
+        written = raw["sources"] if isinstance(raw.get("sources"), list) else []
         # From what is written and not from what was read: a source with a mistake still counts as one that
         # `only` may name.
         kinds = {str(entry.get("name")): str(entry.get("kind") or "") for entry in written
-                 if isinstance(entry, dict)} if isinstance(written, list) else {}
+                 if isinstance(entry, dict)}
         steps = tuple(self._steps(raw.get("steps") or [], kinds))
         output = self._part(OutputSettings, raw.get("output") or {}, ("output",))
         if output:
@@ -393,7 +393,7 @@ def name_of(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):
             return "yes" if value else "no"
-        # Names become folders: whatever a document says, no path can be made of it.
+        # Names become folders: no text of a document may form a path.
         return re.sub(r"[^\w.-]", "-", value or NOTHING)
 
     made = "".join(literal + ("" if name is None else text(name))

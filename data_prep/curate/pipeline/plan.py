@@ -179,7 +179,7 @@ def file_hashes(step: Step) -> list[str]:
 def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:
     if entry.only.sources and source.name not in entry.only.sources:
         return False
-    # Once a step tells kinds, a source of any kind may hold such documents.
+    # Once a step sets kinds, a source of any kind may hold such documents.
     told_by_step = any("kind" in step.adds for step in before)
     return not entry.only.kinds or told_by_step or source.kind in entry.only.kinds
 
@@ -199,7 +199,7 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     entries = entries_of([source.file(name) for name in names], known_file(output, source.name), keep=keep)
     marks = {name: entries[str(source.file(name))][:-1] for name in names}
     contents = {name: entries[str(source.file(name))][-1] for name in names}
-    # Where a source lies is no part of its address: the same files moved, or named by another path, are done.
+    # The path of a source is no part of its address: the same files at another path count as done.
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
     for outside in ("priority", "folder", "path"):  # what is read says it better
         del settings[outside]
@@ -328,7 +328,8 @@ def reusable(plan: PipelinePlan, output: Path) -> Iterator[tuple[Layer, int, Pat
                            if not layer.rows(output, shard).exists()}
             # Newest first; a shard that one folder has is not looked for in the next.
             for folder, known in _others(output / layer.folder, layer) if open_shards else ():
-                for shard in [s for s, key in open_shards.items() if known.get(str(s)) == key]:
+                same = [shard for shard, key in open_shards.items() if known.get(str(shard)) == key]
+                for shard in same:
                     # The keys say what a folder will hold: whether the shard is done there, its files say.
                     if all((folder / file.name).exists() for file in _files(layer, output, shard)):
                         del open_shards[shard]

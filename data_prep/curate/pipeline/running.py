@@ -74,7 +74,7 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     if not is_complete(plan, output):
         # Taken back before the first task: while the plan is at work, the folder must not pass for complete.
         (output / MANIFEST).unlink(missing_ok=True)
-    # The lock is held, so what has a temporary name belongs to nobody alive.
+    # We hold the lock, so no living process owns a temporary name.
     for folder in [output, *(output / layer.folder for source in plan.sources for layer in source.layers)]:
         for leftover in [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]:
             if leftover.is_dir():
@@ -195,7 +195,7 @@ def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Coun
                            for shard in source.shards)
 
 
-# What a run would do: sources, steps, folders, what stands already, and why the rest is done anew.
+# What a run would do: sources, steps, folders, what is done already, and why the rest is done again.
 
 
 def describe(plan: PipelinePlan, output: Path) -> str:

@@ -366,7 +366,6 @@ def tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
 
 
 def layer_of(source: SourcePlan, stage: PipelineStage) -> Layer | None:
-    """Return the layer that a stage writes for a source, None where it does not look at it."""
     return next((layer for layer in source.layers if layer.number == stage.number), None)
 
 
@@ -385,7 +384,6 @@ def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path
 
 
 def pass_marks(shared: Path) -> Path:
-    """Return the folder with the marks of a step's passes, by the folder of what they have left."""
     return shared / ".done"
 
 

@@ -109,7 +109,7 @@ _CODE_LINE = _lines(
     # assignments and calls
     r"\w+ <- ", r"\w+(?:\.\w+)* ?(?:[+\-*/|&]?=|:=) ?[^=\n]+$", r"\w+(?:\.\w+)+\([^\n]*\);?$",
     r"\w+\([^\n]*\)[;:{,]?$", r"[\])}]+[;,)]*$",
-    # what ends a statement, or stands in one
+    # what ends a statement, or is part of one
     r"[^\n]*(?:[A-Za-z0-9_)\]\"'}>]\s?[;{]|\\|&&|\|\||\)\s?[:{]|=>\s?[{(]?|->\s?[{(]?)$",
     r"(?![^\n]*(?:[a-z]+,? ){4}[a-z])[^\n]*(?:==|!==?|\w\(\)|\w->\w|\w::\w|\+=|\bself\.\w|\bthis\.\w)")
 _FIELD_LINE = _lines(r"(?:- )?(?:\"[^\"\n]*\"|[\w.-]+)\s?(?::(?:\s|$)|=)", r"[\[\]{}],?$", r"\[[\w. -]+\]$",
@@ -252,7 +252,7 @@ def _scripts(piece: str) -> dict[str, float]:
     """Return script -> weighted letters; kana as one script, and Han given to Japanese or Korean where it is
     theirs."""
     counts = letters_by_script(piece)
-    # Han characters are used by three languages: what stands beside them says whose they are.
+    # Han characters are used by three languages: the letters around them say whose they are.
     counts["KANA"] = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
     han = counts["CJK"]
     if counts["KANA"] > _MIN_KANA_SHARE * (counts["KANA"] + han):

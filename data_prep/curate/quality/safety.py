@@ -47,8 +47,10 @@ def entries(file: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: it cannot be read, is not UTF-8, is larger than a list can be, or has no entry.
     """
-    found = []
-    for part in [p for p in (file / "domains", file / "urls") if p.is_file()] if file.is_dir() else [file]:
+    found, parts = [], [file]
+    if file.is_dir():
+        parts = [part for part in (file / "domains", file / "urls") if part.is_file()]
+    for part in parts:
         try:
             if part.stat().st_size > MAX_LIST_BYTES:
                 raise UserError(f"{part}: has {part.stat().st_size:,} bytes, and a list at most "
@@ -124,7 +126,7 @@ class Pages:
         if not host:
             return 0
         parts = host.split(".")
-        # A site's entry stands for all names below it.
+        # A site on the list blocks all names below it.
         if any(".".join(parts[i:]) in self._sites for i in range(len(parts))):
             return 1
         # Only at a border of the path: /news is no beginning of /newsletter.

@@ -162,11 +162,12 @@ def judge(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, 
 
     `auc` or `spearman` is null where labels or scores do not differ.
     """
-    languages = sorted({item.language for item in labels})
-    return {**_figures(kind, values(labels), scores), "languages": {
-        name or "not said": _short(_figures(kind, values([labels[i] for i in places]), scores[places]))
-        for name in languages
-        for places in [[i for i, item in enumerate(labels) if item.language == name]]}}
+    languages = {}
+    for name in sorted({item.language for item in labels}):
+        places = [i for i, item in enumerate(labels) if item.language == name]
+        found = _figures(kind, values([labels[i] for i in places]), scores[places])
+        languages[name or "not said"] = _short(found)
+    return {**_figures(kind, values(labels), scores), "languages": languages}
 
 
 def _short(figures: dict[str, Any]) -> dict[str, Any]:

@@ -186,7 +186,6 @@ class Fit:
 
 
 def library_problems() -> list[str]:
-    """Return what to install where the library that fits is not there."""
     if importlib.util.find_spec("sklearn") is None:
         return [f"scikit-learn is not installed; {how_to_install('data')}"]
     return []

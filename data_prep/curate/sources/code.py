@@ -57,7 +57,6 @@ LEAST_LETTERS = 0.25
 
 
 def header_licence(text: str) -> str:
-    """Return the licence that a source file names in its head, "" where it names none."""
     head = text[:HEAD_CHARS]
     if found := _SPDX.search(head):
         return found[1].strip()

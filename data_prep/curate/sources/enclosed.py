@@ -52,7 +52,7 @@ def _tell(channel: socket.socket, message: dict[str, object]) -> None:
 
 def _read(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, skip: int) -> None:
     for number in itertools.count():
-        # The clock begins anew for each item, also for finding where it begins.
+        # The clock starts again for each item, also for finding where it begins.
         _allow_s(job.options.time_s)
         try:
             item = next(items)

@@ -199,11 +199,13 @@ def _markdown(found: str) -> str:
         elif tag == "p":
             # The first paragraph of an item goes behind its mark.
             is_first = bool(lists) and (is_end or parts[-1].endswith(("- ", ". ")))
-            parts.append("" if is_first else f"\n{indent}  " if lists else "\n\n")
+            gap = f"\n{indent}  " if lists else "\n\n"
+            parts.append("" if is_first else gap)
         elif not tag and token.strip(" \n"):
             lines = [line.strip().replace("\t\t", " | ")
                      for line in html.unescape(token).rstrip().split("\n")]
-            parts.append((" " if is_heading else f"\n{indent}  " if lists else "\n").join(lines))
+            gap = f"\n{indent}  " if lists else "\n"
+            parts.append((" " if is_heading else gap).join(lines))
     text = "".join(parts)
     if not text.isascii():
         # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.

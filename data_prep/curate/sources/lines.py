@@ -83,7 +83,9 @@ def _is_short(value: Any) -> bool:
 
 
 def _is_deep(value: Any, most: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
     return any(most == 0 or _is_deep(one, most - 1) for one in inner)
 
 
@@ -177,7 +179,7 @@ class JsonlReader(_SpansReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        # JSON escapes may double a text, and other fields stand beside it.
+        # JSON escapes may double a text, and a line has other fields too.
         limit_bytes = 2 * job.options.document_bytes
         # lines of a part are counted from its first: to know the others a process would read them again
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"

@@ -62,7 +62,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
     if left_out is not None:
         left_out += [SourcePiece(PASSED_OVER, _name(path, root), 0, 0, 0) for path in sorted(set(without))
                      if path.is_dir() or wanted(path.name)]
-    # By folders: the order of a walk, whatever signs are in names.
+    # By folders: the order of a walk does not depend on the signs in names.
     return sorted(names, key=lambda name: name.split("/"))
 
 

@@ -54,7 +54,7 @@ class WarcReader(FileReader):
                         yield SourceItem(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
             except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # the last: half a header
                 reason = (str(e).splitlines() or ["it ends"])[0][:200]
-                # Otherwise the damage of the stream below is the cause, and is told.
+                # Otherwise the stream below is damaged, and that is reported.
                 if not stream.error:
                     raise BadRecord("warc", f"is no WARC file, or damaged behind record {number} ({reason}); "
                                             "what came before is read") from None
@@ -103,7 +103,8 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
         while body and len(found) <= limit_bytes:
             # 31: gzip; 15: with zlib's head; -15: without. One byte more than the limit shows that there is
             # more.
-            unpacker = zlib.decompressobj(31 if is_gzip else 15 if is_zlib else -15)
+            window_bits = 15 if is_zlib else -15
+            unpacker = zlib.decompressobj(31 if is_gzip else window_bits)
             found += unpacker.decompress(body, limit_bytes + 1 - len(found))
             if not unpacker.eof and len(found) <= limit_bytes:
                 raise BadRecord("truncated", "is cut off inside its Content-Encoding", content=found[:1000])
@@ -201,6 +202,5 @@ class _Record:
             raise BadRecord("truncated", "is cut off; fetch the archive again")
 
     def _left_out(self, code: str, reason: str) -> Broken:
-        """Return why it is left out; what is cut off may say so of itself by what its header lacks."""
         self._refuse_cut()
         return self._job.broken(BadRecord(code, reason), self._place, is_left_out=True)

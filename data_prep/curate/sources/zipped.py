@@ -98,7 +98,6 @@ def xml_tree(data: bytes, name: str) -> Any:
 
 
 def local(element: Any) -> str:
-    """Return an element's name without its namespace."""
     tag = element.tag
     return tag.rpartition("}")[2] if isinstance(tag, str) else ""
 
@@ -174,7 +173,7 @@ def _spine(package: Any, package_name: str) -> list[str]:
             # The table of contents repeats titles.
             if "nav" not in (element.get("properties") or "").split():
                 items[element.get("id")] = posixpath.normpath(target).partition("#")[0]
-    # The spine has the order of reading; what is not linear are notes beside the text.
+    # The spine has the order of reading; items that are not linear are notes.
     order = [items[e.get("idref")] for e in package.iter()
              if local(e) == "itemref" and e.get("idref") in items and e.get("linear") != "no"]
     return list(dict.fromkeys(order))
@@ -238,10 +237,12 @@ def _word(root: Any) -> Iterator[str]:
         style = next((next(iter(e.attrib.values()), "") for e in root.iter() if local(e) == "pStyle"), "")
         heading = _HEADING.search(style)
         is_item = any(local(e) == "numPr" for e in root.iter())
-        mark = "#" * int(heading[1] or 1) + " " if heading else "- " if is_item else ""
+        mark = "- " if is_item else ""
+        if heading:
+            mark = "#" * int(heading[1] or 1) + " "
         text = _word_text(root)
         yield mark + text if text else ""
-    # Fallbacks repeat what stands beside them, and deleted text is gone.
+    # Fallbacks repeat their neighbours, and deleted text is gone.
     elif name not in ("AlternateContent", "del"):
         for child in root:
             yield from _word(child)
@@ -271,10 +272,11 @@ def _open_document(root: Any) -> Iterator[str]:
                 yield f"| {' | '.join(cells)} |"
     elif name in ("p", "h"):
         level = next((v for k, v in root.attrib.items() if k.endswith("}outline-level")), "1")
-        mark = "#" * min(int(level) if level.isdecimal() else 1, 6) + " " if name == "h" else ""
-        in_list = any(local(e) == "list-item" for e in root.iterancestors())
+        mark = "- " if any(local(e) == "list-item" for e in root.iterancestors()) else ""
+        if name == "h":
+            mark = "#" * min(int(level) if level.isdecimal() else 1, 6) + " "
         text = _open_text(root)
-        yield (mark or ("- " if in_list else "")) + text if text else ""
+        yield mark + text if text else ""
     elif name not in ("tracked-changes", "annotation", "forms", "scripts", "automatic-styles"):
         for child in root:
             yield from _open_document(child)

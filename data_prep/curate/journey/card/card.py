@@ -19,7 +19,7 @@ from megatron_sov.base.settings import read_file
 from megatron_sov.base.settings.text import Text
 from megatron_sov.version import __version__
 
-# What a team says of its data that no manifest knows: a YAML file, each mistake in which is told at once.
+# What a team says of its data that no manifest knows: a YAML file, whose mistakes are all reported at once.
 
 Category = Literal["public", "licensed", "third_party", "crawled", "user", "synthetic", "other", ""]
 CATEGORIES: dict[str, str] = {
@@ -218,9 +218,10 @@ def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
     """Return how many tokens models wrote, by the tags of the sources; None where there are no tokens."""
     counted: dict[bool | None, int] = {True: 0, False: 0, None: 0}
     for source in sources:
-        # Two values, or none: then nobody can say how many of the tokens are a model's.
+        # Two values, or none: then it is unknown how many of the tokens a model wrote.
         said = list(source.tags.get(SYNTHETIC, ()))
-        counted[{"true": True, "false": False}.get(said[0]) if len(said) == 1 else None] += source.num_tokens
+        is_synthetic = {"true": True, "false": False}.get(said[0]) if len(said) == 1 else None
+        counted[is_synthetic] += source.num_tokens
     whole = sum(counted.values())
     return {"tokens": counted[True], "share": counted[True] / whole,
             "tokens_not_recorded": counted[None]} if whole else None
@@ -277,7 +278,6 @@ def _values(facts: Facts) -> dict[str, Any]:
 
 
 def _shares(counts: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """Return values with their documents and bytes, most bytes first."""
     # What has no value, or is the rest, comes last, however large.
     ranked = sorted(counts.items(), key=lambda item: (item[0] in (NONE, REST), -item[1][1], item[0]))
     return [{"value": value or NOT_RECORDED, "documents": n[0], "bytes": n[1]} for value, n in ranked]

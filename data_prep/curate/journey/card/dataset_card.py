@@ -140,7 +140,6 @@ def _has(card: dict[str, Any], category: str, is_from_model: bool | None = None)
 
 def _listed(card: dict[str, Any], category: str, chosen: Callable[[dict[str, Any]], bool] = lambda s: True
             ) -> str:
-    """Return the sources of a category, of those that are chosen; "" where nobody knows of one."""
     if not (found := [s for s in _of(card, category) if chosen(s)]):
         return "" if _of(card, "") or not card["sources"] else "None"
     return "; ".join(
@@ -262,7 +261,10 @@ def _opening(card: dict[str, Any]) -> list[str]:
     if dates["latest"]:
         facts.append(f"Documents carry dates from {md(dates['earliest'])} to {md(dates['latest'])}; "
                      f"{dates['documents_without']:,} carry none.")
-    return [md(card["description"])] * bool(card["description"]) + [" ".join(facts)] * bool(facts)
+    parts = [md(card["description"])] if card["description"] else []
+    if facts:
+        parts.append(" ".join(facts))
+    return parts
 
 
 def _sources(card: dict[str, Any]) -> list[str]:
@@ -292,7 +294,6 @@ def _synthesis(card: dict[str, Any]) -> list[str]:
 
 
 def _synthetic_share(card: dict[str, Any]) -> list[str]:
-    """Return a sentence about the tokens that models wrote; none where there are no tokens."""
     counted = card["synthetic_tokens"]
     if counted is None:
         return []

@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import BLAKE3
 from megatron_sov.base.errors import UserError
 
-# The raw files that a corpus was made of, with their hashes, as far as its folder tells.
+# The raw files that a corpus was made of, with their hashes, as far as its folder has them.
 
 INPUTS = "inputs"
 """Folder of a pipeline's output that keeps the hashes of a source's files; no part of the artifact."""

@@ -207,7 +207,6 @@ def is_iban(text: str) -> bool:
 
 
 def emails(text: str, language: str) -> Iterator[Span]:
-    """Yield addresses of e-mail, less those that are reserved for examples."""
     if "@" in text:
         for m in _EMAIL.finditer(text):
             if not (_NO_DOMAIN.search(m.group().rpartition("@")[2]) or ".." in m.group()

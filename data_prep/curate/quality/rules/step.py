@@ -156,7 +156,6 @@ def known_languages() -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def language_rules(code: str) -> LanguageRules:
-    """Return the shipped rules of a language, or those of `OTHER` where it has none."""
     file = FOLDER / f"{code if code in known_languages() else OTHER}.yaml"
     raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert raw.get("unit", "words") in get_args(Unit), file
