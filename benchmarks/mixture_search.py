@@ -169,8 +169,8 @@ def show(args: argparse.Namespace, found: dict[int, dict[str, float]],
         content = read_manifest(args.work / f"found-{seed}", "mixture").content
         judged, apart = content["judged"][content["fit"]], content["kept_apart"]
         print(f"seed {seed}: " + ", ".join(f"{name} {100 * share:.1f}" for name, share in chosen.items())
-              + f"; {content['fit']}: {Judgement(**judged).shown()}"
-              + (f"; kept apart: {Judgement(**apart).shown()}" if apart else ""))
+              + f"; {content['fit']}: {Judgement(**judged).describe()}"
+              + (f"; kept apart: {Judgement(**apart).describe()}" if apart else ""))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,10 @@ class _Writer:
         if message.parts is None:
             return message.fields
         if not message.is_drawn:
-            return {**message.fields, "content": self.shown(message.parts)}
+            return {**message.fields, "content": self.join_parts(message.parts)}
         return self._drawn(message)
 
-    def shown(self, parts: tuple[MessagePart, ...]) -> str:
+    def join_parts(self, parts: tuple[MessagePart, ...]) -> str:
         """Return text and items, each on lines of its own, as the published template joins them."""
         return "\n".join(part.value if part.kind == "text" else self._item(part) for part in parts)
 
@@ -96,7 +96,7 @@ def encoded(record: MediaRecord, media: Mapping[MessagePart, Medium], drawn: str
     """
     writer = _Writer(media, drawn)
     if record.kind == TEXT:
-        found: dict[str, Any] = {"text": writer.shown(record.messages[0].parts or ())}
+        found: dict[str, Any] = {"text": writer.join_parts(record.messages[0].parts or ())}
     else:
         found = {"messages": [writer.message(message) for message in record.messages]}
     rows = {kind: writer.rows[kind] for kind in KINDS if kind in writer.rows}

@@ -42,7 +42,7 @@ class BlendEntry:
     share: float
     """Part of the phase's tokens, in (0, 1]."""
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         """Return the entry in a few words, e.g. `kind=ko level=L2|L3 (3.3 %)`."""
         conditions = " ".join(f"{key}={'|'.join(patterns)}" for key, patterns in self.where.items())
         return f"{conditions} ({100 * self.share:.4g} %)"
@@ -292,13 +292,13 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
         for name, count in chosen.items():
             if name in owner:
                 problems.append(f"phase {phase.name}: source {name} is meant by two entries, "
-                                f"{owner[name].shown()} and {entry.shown()}; tell them apart")
+                                f"{owner[name].describe()} and {entry.describe()}; tell them apart")
             owner[name] = entry
             if count:
                 raw[name] = entry.share * count / available
     # With "spread" the division by the total below gives the others a lacking share, in proportion.
     if lacking and (missing == "refuse" or not raw):
-        problems += [f"phase {phase.name}: no source is {entry.shown()}" for entry in lacking]
+        problems += [f"phase {phase.name}: no source is {entry.describe()}" for entry in lacking]
     total = math.fsum(raw.values())
     return PhaseShares(phase.name, tokens, {name: share / total for name, share in raw.items()} if total else
                        {}, tuple(lacking))
@@ -343,7 +343,7 @@ def table(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> l
                 read = (f" {share * phase.tokens:>22,.0f} tokens "
                         f"{share * phase.tokens / available[name]:>9.3g} epochs" if phase.tokens else "")
                 lines.append(f"  {name:<{width}} {100 * share:>8.4f} %{read}")
-        lines += [f"  nothing for {entry.shown()}: its share is spread over the others"
+        lines += [f"  nothing for {entry.describe()}: its share is spread over the others"
                   for entry in phase.missing]
     read_epochs = epochs(phases, sources)
     if any(phase.tokens for phase in phases):

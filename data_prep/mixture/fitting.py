@@ -45,7 +45,7 @@ class Judgement:
     spearman: float | None
     """Rank correlation of predicted and measured; None where either is constant, or of fewer than three."""
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         rank = "none (too few, or all alike)" if self.spearman is None else f"{self.spearman:.2f}"
         return f"within {self.rmse:.4f} (rmse), rank correlation {rank}"
 

@@ -572,8 +572,8 @@ def summary(found: FoundMixture) -> list[str]:
               "%)"
               for name, share in found.chosen.shares.items()]
     lines += [f"{name}{' (used)' if name == found.fitted else ''}: predicts mixtures that it was not fitted "
-              f"to {judgement.shown()}" for name, judgement in found.judged.items()]
+              f"to {judgement.describe()}" for name, judgement in found.judged.items()]
     if found.kept_apart:
         count = sum(one.role == JUDGED for one in found.tried)
-        lines.append(f"{count} mixtures kept apart: predicted {found.kept_apart.shown()}")
+        lines.append(f"{count} mixtures kept apart: predicted {found.kept_apart.describe()}")
     return lines

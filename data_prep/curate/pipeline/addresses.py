@@ -198,7 +198,7 @@ def is_much(unknown: Mapping[str, Mapping[Path, int]]) -> bool:
     return sum(map(sum, (files.values() for files in unknown.values()))) > READ_HERE_BYTES
 
 
-def told(unknown: Mapping[str, Mapping[Path, int]]) -> str:
+def describe_unknown(unknown: Mapping[str, Mapping[Path, int]]) -> str:
     return ", ".join(f"{size(sum(files.values()))} in {len(files):,} files of source {name}"
                      for name, files in unknown.items() if files)
 

@@ -105,7 +105,7 @@ class PipelinePlan:
                         "pack": None if pack is None else dataclasses.asdict(pack) | {
                             "tokenizer": tree_hash(pack.tokenizer / MANIFEST)}})
 
-    def told(self) -> list[str]:
+    def list_passed_over(self) -> list[str]:
         return [f"source {source.settings.name}: {sentence}" for source in self.sources
                 for sentence in source.told]
 

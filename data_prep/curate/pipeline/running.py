@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.curate.pipeline.addresses import (
-    REASONS_FILE, Batch, batches, is_much, read_batch, told, unknown_inputs)
+    REASONS_FILE, Batch, batches, describe_unknown, is_much, read_batch, unknown_inputs)
 from data_prep.curate.pipeline.counts import Counts, StageProgress
 from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.curate.pipeline.pipeline_file import Pipeline
@@ -330,7 +330,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             print("\n".join([f"{output}: at work in {before.told(living)}",
                              *_progress(plan, output)]))
             return
-        for sentence in plan.told():
+        for sentence in plan.list_passed_over():
             print(sentence)
         tell_failures(output, [*READING_STAGES, *(stage.name for stage in stages(plan)), FINISH])
         _submit_run(plan, output, profile)
@@ -349,7 +349,7 @@ def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | 
                     "how far they are")
         else:  # a pod has no right to make Jobs
             said = f"1 job: {first} reads them; the same command, typed when it has ended, submits the steps"
-    print(f"{output}: the contents of {told(unknown)} are not known yet; submitted {said}")
+    print(f"{output}: the contents of {describe_unknown(unknown)} are not known yet; submitted {said}")
 
 
 def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:

@@ -212,7 +212,7 @@ def _calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
                  / len(labels))
 
 
-def told(kind: Kind, figures: dict[str, Any]) -> list[str]:
+def describe_figures(kind: Kind, figures: dict[str, Any]) -> list[str]:
     lines = [f"  {_line(kind, figures)}"]
     if len(figures["languages"]) > 1 or "not said" not in figures["languages"]:
         lines += [f"  {name}: {_line(kind, of)}" for name, of in figures["languages"].items()]

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_whole
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept, source_files
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty, source_files
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 
@@ -234,8 +234,8 @@ class CodeReader(FileReader):
             yield job.broken(BadRecord("licence", f"is under {licence or 'no licence that is known'}"),
                              is_left_out=True)
             return
-        yield Raw(text, job.name, kept({"licence": licence, "language_hint": language,
-                                        "repository": job.piece.file.partition("/")[0]}))
+        yield Raw(text, job.name, drop_empty({"licence": licence, "language_hint": language,
+                                              "repository": job.piece.file.partition("/")[0]}))
 
 
 def _repository_licence(job: ReadingJob) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.lines import JsonlReader, raw_of
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept, source_files
+from data_prep.curate.sources.reader import (
+    EMPTY, FileReader, ReadingJob, SourceItem, drop_empty, source_files)
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import SPLITS, arrow_batches, has_word, open_parquet
@@ -253,5 +254,5 @@ def _card_facts(job: ReadingJob) -> dict[str, Any]:
     one = languages[0] if isinstance(languages, list) and len(languages) == 1 else languages
     # One language is a hint; a list of several says nothing of one document.
     licence = said.get("license") or said.get("licence")
-    return kept({"licence": " OR ".join(map(str, licence)) if isinstance(licence, list) else licence,
-                 "language_hint": one if isinstance(one, str) else ""})
+    return drop_empty({"licence": " OR ".join(map(str, licence)) if isinstance(licence, list) else licence,
+                       "language_hint": one if isinstance(one, str) else ""})

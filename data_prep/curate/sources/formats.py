@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits
-from data_prep.curate.sources.reader import FileReader, refuse_nothing, shown, source_files
+from data_prep.curate.sources.reader import FileReader, refuse_nothing, show_name, source_files
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, SourcePiece, SourceSettings
 from data_prep.libraries import require
 from megatron_sov.base.documents.files import is_about, is_records
@@ -119,12 +119,12 @@ class AutoReader(FileReader):
             return
         if piece.format == PASSED_OVER:
             if is_about(piece.file):
-                yield Broken(shown(piece.file), shown(piece.file), "about",
+                yield Broken(show_name(piece.file), show_name(piece.file), "about",
                              "describes a dataset and is no part of it; to read it, give it a source of its "
                              "own", is_left_out=True)
                 return
-            ending = shown(PurePosixPath(piece.file).suffix) or "none"
-            yield Broken(shown(piece.file), shown(piece.file), "ending",
+            ending = show_name(PurePosixPath(piece.file).suffix) or "none"
+            yield Broken(show_name(piece.file), show_name(piece.file), "ending",
                          f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "
                          "source that says its format", is_left_out=True)
             return

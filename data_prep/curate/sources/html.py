@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -124,7 +124,7 @@ def _facts(tree: Any) -> dict[str, Any]:
     time = root.query_selector("time[datetime]")
     page_root = root.query_selector("html")
     language = (page_root.getattr("lang") or page_root.getattr("xml:lang")) if page_root else ""
-    return kept({
+    return drop_empty({
         "title": metas.get("og:title") or (" ".join(title.text.split())[:500] if title else ""),
         "url": links.get("canonical") or metas.get("og:url"),
         "date": published or (time.getattr("datetime") if time else ""),

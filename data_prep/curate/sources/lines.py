@@ -12,7 +12,7 @@ from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
     COMPRESSED, Encoding, EncodingLimits, LimitBytes, blocks_within, decode_text, unpacked)
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, drop_empty
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
@@ -65,7 +65,7 @@ def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
             columns[known] = _text(str(plain))
         elif _is_short(plain) and not _is_deep(plain, MAX_FIELD_DEPTH):
             columns[_text(name)] = _text(plain) if isinstance(plain, str) else plain
-    return kept(columns)
+    return drop_empty(columns)
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from data_prep.curate.sources.encodings import EncodingLimits, read_whole
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.settings import AtLeastOne
@@ -510,8 +510,8 @@ def _facts(document: Any) -> dict[str, Any]:
     told = {name: value.replace("\0", "").encode("utf-8", "replace").decode().strip()[:500]
             for name, value in document.get_metadata_dict(skip_empty=True).items()}
     date = _DATE.match(told.get("CreationDate", ""))
-    return kept({"title": told.get("Title"),
-                 "date": "-".join(part for part in date.groups() if part) if date else ""})
+    return drop_empty({"title": told.get("Title"),
+                       "date": "-".join(part for part in date.groups() if part) if date else ""})
 
 
 def _page(document: Any, number: int) -> Page:

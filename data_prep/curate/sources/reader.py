@@ -75,7 +75,7 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def shown(name: str) -> str:
+def show_name(name: str) -> str:
     r"""Return a file's name as text: bytes of it that are no UTF-8, and control characters, are written as
     escapes such as ``\xff``, and a ``\`` of its own as two, so that no two names look the same."""
     # A name's own backslash first: only then are escapes plain.
@@ -108,7 +108,7 @@ class ReadingJob:
 
     @property
     def name(self) -> str:
-        return shown(self.piece.file)
+        return show_name(self.piece.file)
 
     def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> Broken:
         content = error.content.decode("utf-8", "replace")[:KEPT_CHARS]
@@ -125,7 +125,7 @@ class SourceItem:
     """Reads it; may raise `BadRecord`, or anything that a parser raises on what it does not understand."""
 
 
-def kept(values: Mapping[str, Any]) -> dict[str, Any]:
+def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
@@ -305,7 +305,7 @@ class FileReader:
     def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
         if piece.format == PASSED_OVER:
-            name, reason = shown(piece.file), why_left_out(self.source.file(piece.file))
+            name, reason = show_name(piece.file), why_left_out(self.source.file(piece.file))
             yield Broken(name, name, "left_out", reason, is_left_out=True)
             return
         job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)

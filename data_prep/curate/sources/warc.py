@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, unpacked
 from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, page
 from data_prep.curate.sources.pdf_layout import PdfOptions, pdf_document
-from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -188,9 +188,9 @@ class _Record:
 
     def _facts(self) -> dict[str, Any]:
         headers = self._record.rec_headers
-        return kept({"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"),
-                     "crawled": headers.get_header("WARC-Date"),
-                     "own_id": (headers.get_header("WARC-Record-ID") or "").strip("<>")})
+        return drop_empty({"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"),
+                           "crawled": headers.get_header("WARC-Date"),
+                           "own_id": (headers.get_header("WARC-Record-ID") or "").strip("<>")})
 
     def _refuse_cut(self) -> None:
         """Raise `BadRecord` where the archive ends inside the record; reads it to its end, as whoever wants

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole, refuse_bomb
 from data_prep.curate.sources.html import licence_of, page_text
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -162,7 +162,7 @@ def _epub_facts(package: Any) -> dict[str, Any]:
         text = " ".join("".join(element.itertext()).split())[:500] if column else ""
         if column and text:
             facts.setdefault(column, licence_of(text) if column == "licence" else text)
-    return kept(facts)
+    return drop_empty(facts)
 
 
 def _spine(package: Any, package_name: str) -> list[str]:
@@ -336,4 +336,4 @@ def _facts(archive: Archive) -> dict[str, Any]:
                 column = _FACTS.get(local(element))
                 if column and element.text:
                     facts.setdefault(column, element.text.strip()[:500])
-    return kept(facts)
+    return drop_empty(facts)
