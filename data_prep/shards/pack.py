@@ -235,7 +235,6 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
                                  settings.reading, replace(encoding, fast=fast), settings.steps)
-    # Units stay in a hidden folder until the artifact is complete.
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
         for source in encoded:
