@@ -21,8 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from data_prep.curate.pipeline.step import Doc, Step
-from data_prep.curate.quality.identify import form_of
-from data_prep.curate.quality.language import Language, LanguageSettings
+from data_prep.curate.quality.identify import Language, LanguageSettings, form_of
 from data_prep.curate.quality.pii.step import FINDERS, Pii, PiiSettings, found_in
 from data_prep.curate.quality.rules.step import Rules, RulesSettings
 from data_prep.curate.quality.safety import Safety, SafetyList, SafetySettings

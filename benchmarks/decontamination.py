@@ -24,7 +24,7 @@ import xxhash
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_prep.curate.decontamination.hits import find_hits
+from data_prep.curate.decontamination.step import find_hits
 from megatron_sov.base.documents import list_files, read_documents
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
 from megatron_sov.base.documents.overlap import find_units, fold

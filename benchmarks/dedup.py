@@ -26,9 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_prep.curate.dedup.exact import ExactDedup, ExactSettings
+from data_prep.curate.dedup.exact import ExactDedup, ExactSettings, ParagraphDedup, ParagraphSettings
 from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings
-from data_prep.curate.dedup.paragraphs import ParagraphDedup, ParagraphSettings
 from data_prep.curate.pipeline.step import Doc, ShardRef, Step
 
 THRESHOLD = 0.8

@@ -25,9 +25,9 @@ from pathlib import Path
 from seeds import over_seeds
 
 from data_prep.cli import main as sov_data
+from data_prep.mixture.blend_file import read_search
 from data_prep.mixture.fitting import Judgement
 from data_prep.mixture.search import UNIFORM, Proxies, ProxySettings, blend_of, clusters_of
-from data_prep.mixture.search_file import read_search
 from data_prep.shards.token_artifact import read_tokens_manifest
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from tokenizer.cli import main as sov_tokenizer
@@ -169,8 +169,8 @@ def show(args: argparse.Namespace, found: dict[int, dict[str, float]],
         content = read_manifest(args.work / f"found-{seed}", "mixture").content
         judged, apart = content["judged"][content["fit"]], content["kept_apart"]
         print(f"seed {seed}: " + ", ".join(f"{name} {100 * share:.1f}" for name, share in chosen.items())
-              + f"; {content['fit']}: {Judgement(**judged).shown()}"
-              + (f"; kept apart: {Judgement(**apart).shown()}" if apart else ""))
+              + f"; {content['fit']}: {Judgement(**judged).describe()}"
+              + (f"; kept apart: {Judgement(**apart).describe()}" if apart else ""))
 
 
 if __name__ == "__main__":

@@ -46,13 +46,12 @@ COMMANDS = {
                             "freeze problems of `synth probes` into sets that are not in the training input"),
     "decontaminate": Command("data_prep.curate.decontaminate",
                              "leave out records that hold text of benchmarks"),
-    "demo-corpus": Command("data_prep.demo.corpus",
+    "demo-corpus": Command("data_prep.demo_corpus",
                            "gather a small corpus from what this machine has, or from your own files"),
 }
 
 
 def build_parser() -> Parser:
-    """Return the parser of all commands."""
     return parser_of("sov-data", "Prepare text for training.", COMMANDS)
 
 

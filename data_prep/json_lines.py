@@ -47,6 +47,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: is not valid JSON ({e}); every line must be one JSON object") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: is a JSON {type(record).__name__}; every line must be one JSON object")
+    # Only an escape can bring half of a surrogate pair: other lines need no second look.
     if b"\\u" in line:
         try:
             json.dumps(record, ensure_ascii=False).encode()

@@ -85,6 +85,7 @@ class Steps:
         """
         for reference, step in self._steps:
             try:
+                # An error in the user's code is reported with the line of their file.
                 with telling(reference.rpartition(":")[0]):
                     found: Any = step(document)
             except UserError as e:
@@ -109,6 +110,7 @@ def _carried(found: Document, before: Document, reference: str) -> Document:
     Raises:
         UserError: it names columns or a bucket that cannot be.
     """
+    # A step that makes a new document keeps the columns that it does not name.
     columns = {**before.columns, **found.columns}
     for name, numbers in before.columns.items():
         given = columns[name]
@@ -145,7 +147,6 @@ class StepCodeSettings:
         return Path(str(self.function).rpartition(":")[0])
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         try:
             step_of_file(str(self.function))
         except UserError as e:
@@ -180,6 +181,8 @@ class CodeStep(Step):
         Raises:
             UserError: it fails, returns something else, or opens a file that the address does not know.
         """
+        # A file that the function opens is part of what its outcome follows from, so the address has to know
+        # it.
         with recording_reads() as reads:
             made = self._made(documents)
         if unknown := sorted(read for read in reads if not any(read.is_relative_to(f) for f in self._files)):

@@ -77,6 +77,7 @@ def with_written(given: Sequence[GivenTag], fields: Sequence[str],
         origins: source -> the artifact that it lies in.
     """
     named = {tag.source for tag in given if tag.key == SYNTHETIC}
+    # What the user says of all sources, or of each record, is not overruled.
     if "" in named or SYNTHETIC in fields:
         return tuple(given)
     return (*given, *(GivenTag(SYNTHETIC, "true", name) for name, origin in origins.items()
@@ -138,6 +139,7 @@ def is_chosen(where: Mapping[str, Sequence[str]], record: Mapping[str, Any]) -> 
         record: the manifest's record of the source.
     """
     tags: dict[str, Sequence[str]] = {**tags_of(record), SOURCE: [record["name"]]}
+    # A source is taken as a whole: one value that does not fit leaves it out.
     return all(tags.get(key) and all(any(fnmatchcase(value, pattern) for pattern in patterns)
                                      for value in tags[key])
                for key, patterns in where.items())
@@ -154,6 +156,7 @@ def artifact_of(path: Path) -> Path | None:
         if (folder / MANIFEST).is_file():
             try:
                 return folder if read_manifest(folder).kind in (CORPUS, SYNTHESIS) else None
+            # A manifest of another program, or a broken one: then there is no artifact of ours.
             except UserError:
                 return None
     return None

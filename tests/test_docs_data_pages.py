@@ -14,7 +14,7 @@ import pytest
 
 import data_prep.cli
 import tokenizer.cli
-from data_prep.demo import corpus
+from data_prep import demo_corpus
 from megatron_sov.base.artifacts import read_manifest
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -58,11 +58,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
         for i in range(30)))
     (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
     (tmp_path / "rules.json").write_text(blocks("tokenizer.md", "json")[0])
-    library = corpus.stdlib_files()[::40]
-    monkeypatch.setattr(corpus, "stdlib_files", lambda: library)
-    monkeypatch.setattr(corpus, "package_files", list)
-    monkeypatch.setattr(corpus, "readmes", dict)
-    monkeypatch.setattr(corpus, "korean_pages", lambda: {"page": "한국어 문장을 씁니다. " * 20})
+    library = demo_corpus.stdlib_files()[::40]
+    monkeypatch.setattr(demo_corpus, "stdlib_files", lambda: library)
+    monkeypatch.setattr(demo_corpus, "package_files", list)
+    monkeypatch.setattr(demo_corpus, "readmes", dict)
+    monkeypatch.setattr(demo_corpus, "korean_pages", lambda: {"page": "한국어 문장을 씁니다. " * 20})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

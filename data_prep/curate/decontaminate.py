@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from data_prep.curate.decontamination.hits import find_hits
-from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings
+from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings, find_hits
 from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
@@ -79,6 +78,7 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
         if not name.endswith(".jsonl"):
             raise UserError(f"--input {name}: is no .jsonl file; `sov-data run` decontaminates other kinds "
                             "of files")
+    # Refused before benchmarks are read and documents are searched, which may take hours.
     refuse_existing(output, KIND, overwrite)
     search = wanted.search()
     counts: dict[str, dict[str, int]] = {}
@@ -100,7 +100,6 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
 
 def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
                 hits: list[dict[str, Any]]) -> dict[str, int]:
-    """Write the records of a file that are kept, and add what was found in others to `hits`."""
     counts = {"kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as kept:
         for where, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
@@ -109,12 +108,12 @@ def _write_kept(file: Path, artifact: ArtifactWriter, search: ItemSearch, readin
             counts["left_out" if found else "kept"] += 1
             if not found:
                 kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+            # Hits of all files are in memory at once: few records of honest data have any.
             hits += [{"record": where, **asdict(hit)} for hit in found]
     return counts
 
 
 def _texts(record: dict[str, Any], where: str, reading: RecordReading) -> tuple[str, ...]:
-    """Return the texts of a record, each of which is searched alone."""
     try:
         document: Document = parse_record(record, where, 0, reading)
     except BadRecord as e:

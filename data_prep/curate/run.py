@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataRunOptions, typed)
-    from data_prep.curate.pipeline.addresses import is_much, told, unknown_inputs
+    from data_prep.curate.pipeline.addresses import describe_unknown, is_much, unknown_inputs
     from data_prep.curate.pipeline.pipeline_file import load_pipeline
     from data_prep.curate.pipeline.plan import make_plan
     from data_prep.curate.pipeline.running import (
@@ -51,9 +51,11 @@ def run(typed: argparse.Namespace) -> int:
     check_folder(args.output)
     refuse_inside_sources(pipeline, args.output)
     if args.dry_run:
+        # Without contents there are no addresses, and nothing to say of the steps; reading them here may take
+        # hours.
         if is_much(unknown := unknown_inputs(pipeline, args.output)):
-            print(f"{pipeline.name}: the contents of {told(unknown)} are not known yet; the run reads them "
-                  "first (with --cluster by jobs), and this tells the steps when it has")
+            print(f"{pipeline.name}: the contents of {describe_unknown(unknown)} are not known yet; the run "
+                  "reads them first (with --cluster by jobs), and this tells the steps when it has")
             return 0
         print(describe(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
@@ -62,7 +64,7 @@ def run(typed: argparse.Namespace) -> int:
         return 0
     (args.output / "inputs").mkdir(parents=True, exist_ok=True)
     plan = make_plan(pipeline, args.output)
-    for sentence in plan.told():
+    for sentence in plan.list_passed_over():
         print(sentence)
     run_pipeline(plan, args.output, args.workers)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.curate.scoring.encoder import EncoderSettings
-from data_prep.curate.scoring.judgement import told
+from data_prep.curate.scoring.labels import describe_figures
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
@@ -68,23 +68,25 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _check(args: ScorerCheckOptions) -> int:
-    from data_prep.curate.scoring.training import check
+    from data_prep.curate.scoring.scorer import check
 
     kind, figures = check(args.model, args.labels)
-    lines = [json.dumps(figures)] if args.json else [f"{args.model}, a {kind}", *told(kind, figures)]
+    lines = [f"{args.model}, a {kind}", *describe_figures(kind, figures)]
+    if args.json:
+        lines = [json.dumps(figures)]
     print("\n".join(lines))
     return 0
 
 
 def _train(args: ScorerTrainOptions) -> int:
-    from data_prep.curate.scoring.training import TrainSettings, train
+    from data_prep.curate.scoring.scorer import TrainSettings, train
 
     content = train(TrainSettings(args.labels, args.kind, _features(args), args.encoder), args.output,
                     overwrite=args.overwrite)
     again = content["num_repeated"]
     print(f"{args.labels}: {content['num_labels']:,} texts"
           + (f" ({again:,} lines left out, whose text stood there before)" if again else ""))
-    print("\n".join(["held out:", *told(args.kind, content["heldout"])]))
+    print("\n".join(["held out:", *describe_figures(args.kind, content["heldout"])]))
     print(f"wrote {args.output}")
     return 0
 

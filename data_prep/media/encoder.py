@@ -1,7 +1,8 @@
-"""Media as codebook entries and as records of banks, each content once."""
+"""Media as codebook entries and as records of banks, each content once; what `encode-media` is asked for."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import OrderedDict
@@ -9,20 +10,154 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from annotated_types import Le
 
-from data_prep.media.settings import MediaSettings
+from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.media.banks import MEDIA, PICTURES, SOUNDS
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
+from megatron_sov.omni.media.banks import MEDIA, PICTURES, SOUNDS, BankShape
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
-from megatron_sov.omni.media.reading.kinds import VideoFrames
+from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
 from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia, place_of
-from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, Spectrograms
+from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
+from megatron_sov.work.submit.cluster_options import ClusterOptions
+
+CODE_VERSION = 1
+"""Raised when the same input and settings would give another unit."""
+Animated = Literal["refuse", "first"]
+Drawn = Literal["call", "content"]
+BadMedia = Literal["stop", "skip"]
+STOP, SKIP = get_args(BadMedia)
+CALL, CONTENT = get_args(Drawn)
+
+
+def _numbers(names: str, *most: int) -> Bound:
+    """Return the bound of a text such as 448:256, or of none: as many numbers as `most` has."""
+    def broken(text: str) -> Breach | None:
+        parts = text.split(":")
+        fits = len(parts) == len(most) and all(
+            part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= limit
+            for part, limit in zip(parts, most, strict=True))
+        if fits or not text:
+            return None
+        return ProblemCode.BOUND, f"must be {names}, whole numbers from 1 to {':'.join(map(str, most))}", ""
+
+    return Bound(broken)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSettings:
+    """How media become text and banks."""
+
+    media_root: Annotated[Path, Flag(value="DIR")]
+    """Folder that the paths of media begin from; nothing outside of it is read."""
+    image_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
+    """Codec that makes discrete tokens of pictures (default: they get none)."""
+    audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
+    """Codec that makes discrete tokens of sounds (default: they get none)."""
+    continuous_pictures: Annotated[str, Flag(value="SIDE:SLOTS"), _numbers("SIDE:SLOTS", 4096, 65536)] = ""
+    """Keep pictures and frames of videos for the model's own encoder: height and width in pixels, and its
+    features of each."""
+    continuous_sounds: Annotated[str, Flag(value="MELS:SECONDS:SLOTS"),
+                                 _numbers("MELS:SECONDS:SLOTS", 1024, 600, 65536)] = ""
+    """Likewise spectrograms of sounds: mels, length of a piece, and features of each."""
+    video_frames_per_s: Annotated[AboveZero, Flag(value="N")] = 1.0
+    """Frames that are taken of a second."""
+    video_frames: Annotated[AtLeastOne, Le(4096)] = 64
+    """Most frames of a video."""
+    animated: Animated = "refuse"
+    """Animated pictures: refuse them, or take the first frame."""
+    drawn: Drawn = "call"
+    """Pictures of an assistant: tool calls, as the published model draws, or in what it says, for templates
+    that show no calls."""
+    bad_media: BadMedia = "stop"
+    """Records that are bad, or name a bad medium: stop at the first, or leave them out and list them in
+    bad_media.jsonl."""
+    device: Annotated[str, Flag(value="DEVICE")] = "cpu"
+    """Where codecs compute, such as cuda."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    """Of each medium."""
+
+    def problems(self) -> list[SettingsProblem]:
+        if any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
+                self.continuous_sounds)):
+            return []
+        return [SettingsProblem(ProblemCode.RULE, "", "nothing says what becomes of media", way_out=
+                                "pass --image-tokenizer, --audio-tokenizer, --continuous-pictures or "
+                                "--continuous-sounds")]
+
+    @property
+    def picture_bank(self) -> tuple[int, int] | None:
+        """Side in pixels and slots of pictures whose features are put over placeholders; None: none are."""
+        side, slots = map(int, self.continuous_pictures.split(":")) if self.continuous_pictures else (0, 0)
+        return (side, slots) if side else None
+
+    @property
+    def sound_bank(self) -> tuple[int, int, int] | None:
+        """Mels, seconds of a piece, and slots of it; None: none are."""
+        mels, seconds, slots = (map(int, self.continuous_sounds.split(":")) if self.continuous_sounds
+                                else (0, 0, 0))
+        return (mels, seconds, slots) if mels else None
+
+    def banks(self) -> dict[str, BankShape]:
+        found = {}
+        if self.picture_bank is not None:
+            side, slots = self.picture_bank
+            found[PICTURES] = BankShape(PICTURES, (3, side, side), slots)
+        if self.sound_bank is not None:
+            mels, seconds, slots = self.sound_bank
+            found[SOUNDS] = BankShape(SOUNDS, (mels, seconds * SAMPLE_RATE_HZ // HOP_SAMPLES), slots,
+                                      sample_rate_hz=SAMPLE_RATE_HZ, hop_samples=HOP_SAMPLES)
+        return found
+
+    def identity(self) -> str:
+        """Return JSON of all that a unit without bad records depends on besides its records and media.
+
+        Raises:
+            UserError: a folder is no codec.
+        """
+        # Left out: where media lie, what computes, limits (added below) and what is done about bad records
+        # change no unit that is good.
+        facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                                 if f.name not in ("media_root", "device", "limits", "bad_media")}
+        codecs: dict[str, str | None] = {}
+        for name in ("image_tokenizer", "audio_tokenizer"):
+            if (path := facts[name]) is not None:
+                read_manifest(path, "codec")
+            # A codec by the hash of its manifest: another path to the same one changes nothing.
+            codecs[name] = None if path is None else manifest_sha256(path)
+        return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
+                           "code": CODE_VERSION}, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeMediaOptions(ClusterOptions):
+    """Turn records that name pictures, sounds and videos into text in which discrete tokens stand in their
+    place, and into banks of what continuous encoders will see; `sov-data pack` reads both.
+
+    A killed command continues where it was when it is run again."""
+
+    input: Annotated[tuple[Path, ...], Flag(many=True)]
+    """JSONL files, or folders of them: chats ("messages") or documents ("content") whose parts are {"type":
+    "text" | "image" | "audio" | "video", ...}."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder for what is written."""
+    settings: MediaSettings
+    threads: AtLeastOne = field(default_factory=num_cores)
+    """Media that are decoded at a time, each by a process of its own; the output does not depend on it
+    (default: this machine's cores)."""
+    workers: Annotated[AtLeastOne | None, only_with("cluster")] = None
+    """With --cluster: jobs that encode (default: 4)."""
+    overwrite: bool = False
+    """Replace what is already there."""
+
 
 BATCH = 16
 """Pictures that a codec sees at a time: always as many, so that what it says of one does not depend on which
@@ -70,6 +205,7 @@ def content_hash(file: Path) -> str:
     """Return the hash of a medium's bytes; of a folder: of its files' names and bytes."""
     digest = hashlib.sha256()
     for one in [file] if file.is_file() else sorted(file.iterdir()):
+        # Names of a folder's frames count, since they give their order; a single file's name does not.
         digest.update(f"{one.name if one != file else ''}\0".encode(errors="replace"))
         if one.is_file() and not (one != file and one.is_symlink()):
             with open(one, "rb") as f:
@@ -98,11 +234,9 @@ class MediaRecordEncoder:
         self._known: OrderedDict[str, str] = OrderedDict()
 
     def close(self) -> None:
-        """End the processes that read."""
         self._reader.close()
 
     def codebooks(self) -> dict[str, int]:
-        """Return kind -> entries of the codec's codebook."""
         return {kind: int(codec.codebook_size) for kind, codec in ((IMAGE, self.images), (AUDIO, self.sounds))
                 if codec is not None}
 
@@ -118,6 +252,7 @@ class MediaRecordEncoder:
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):
             try:
+                # The name of a content: equal bytes are encoded once, under any file name.
                 names[part] = f"{part.kind}/{content_hash(self._place(part))}/{part.frames_per_s:g}"
             except BadRecord as e:
                 found[part] = e
@@ -129,6 +264,8 @@ class MediaRecordEncoder:
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(todo), AT_A_TIME):
                 here = todo[start:start + AT_A_TIME]
+                # Decoding waits for processes, so threads suffice; codecs see the results one after the
+                # other.
                 reads = list(pool.map(lambda name: self._read(first[name]), here))
                 contents |= self._encoded(here, reads, banks)
         return found | {part: contents[name] for part, name in names.items()}
@@ -144,7 +281,6 @@ class MediaRecordEncoder:
         return file
 
     def _read(self, part: MessagePart) -> list[ReadMedia] | BadRecord:
-        """Return a medium's numbers: of a sound once for each rate that is asked for."""
         settings = self._settings
         try:
             if part.kind == VIDEO:
@@ -160,6 +296,7 @@ class MediaRecordEncoder:
                     raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
                                                 "--continuous-pictures")
                 return [self._reader.picture(part.value, tuple(sides), settings.animated)]
+            # First for the codec, last for the spectrograms: `_sound` takes them by place.
             rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
                      *([SAMPLE_RATE_HZ] if settings.sound_bank else [])]
             if not rates:
@@ -185,7 +322,6 @@ class MediaRecordEncoder:
         return found
 
     def _encode_pictures(self, reads: dict[str, ReadMedia]) -> None:
-        """Remember the discrete blocks of pictures that are not known."""
         if self.images is None:
             return
         import torch
@@ -194,6 +330,7 @@ class MediaRecordEncoder:
         for start in range(0, len(todo), BATCH):
             here = todo[start:start + BATCH]
             side = self.images.side_pixels
+            # The batch always has its full size: kernels chosen by size would give other last bits.
             batch = np.zeros((BATCH, 3, side, side), np.float32)
             for i, name in enumerate(here):
                 batch[i] = reads[name].arrays[0].astype(np.float32) / 255
@@ -227,12 +364,12 @@ class MediaRecordEncoder:
                       SOUNDS if rows else "", tuple(rows))
 
     def _pieces(self, samples: np.ndarray) -> Iterator[list[int]]:
-        """Yield the codebook entries of a sound's pieces."""
         import torch
 
         piece = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)
         for start in range(0, len(samples), piece):
             with torch.inference_mode():
+                # A copy: torch takes no array that may not be written to.
                 sound = torch.from_numpy(samples[start:start + piece].copy()).to(self._settings.device)
                 ids = self.sounds.encode(sound).cpu().numpy()
             yield _checked(ids, self.sounds, self._settings.audio_tokenizer)
@@ -244,7 +381,6 @@ class MediaRecordEncoder:
 
 
 def _opened(folder: Path | None, option: str, device: str, needed: str) -> Any:
-    """Return the codec of a folder; None: none is wanted."""
     if folder is None:
         return None
     from megatron_sov.omni.codecs.folder import open_codec
@@ -257,7 +393,6 @@ def _opened(folder: Path | None, option: str, device: str, needed: str) -> Any:
 
 
 def _checked(ids: np.ndarray, codec: Any, folder: Path | None) -> list[int]:
-    """Return codebook entries, each of which must be one."""
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < codec.codebook_size:
         raise UserError(f"{folder}: gives entries from {ids.min()} to {ids.max()} of a codebook of "
                         f"{codec.codebook_size}; make the codec again, or restore it from a copy")
@@ -336,6 +471,7 @@ def parse_record(line: bytes) -> MediaRecord:
     fields = {name: value for name, value in record.items() if name != own}
     if kind == TEXT and "text" in fields:
         raise BadRecord("fields", "has both 'content' and 'text'; leave one out")
+    # Fields count as well: templates may put any of them into the text.
     _refuse_marks([fields, *(m.fields for m in messages),
                    *(p.value for m in messages for p in m.parts or () if p.kind == "text")])
     return MediaRecord(kind, fields, tuple(messages))
@@ -378,7 +514,6 @@ def _part(part: Any, where: str) -> MessagePart:
 
 
 def _refuse_marks(values: list[Any]) -> None:
-    """Refuse a record that would bring tokens of media by spelling them."""
     if mark := spelled(json.dumps(values, ensure_ascii=False)):
         raise BadRecord("mark", f"spells {mark!r}, which is a token of media; remove it: media are named by "
                                 "their paths alone")

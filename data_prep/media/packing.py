@@ -32,7 +32,6 @@ class ShardBanks:
     """The banks of one shard as they grow; each record once."""
 
     def __init__(self, source: SourceBanks, prefix: Path) -> None:
-        """Open `PREFIX.KIND` for each kind."""
         self._shapes = source.shapes
         self._from = {kind: open_bank(source.folder / f"{kind}.bin", shape)
                       for kind, shape in source.shapes.items()}
@@ -52,6 +51,7 @@ class ShardBanks:
         """
         found = numbers.copy()
         for kind, shape in self._shapes.items():
+            # A number of the sidecar is row * slots + slot; each shard numbers its rows from 0.
             places = np.flatnonzero(np.isin(ids, shape.placeholder_ids) & (numbers >= 0))
             rows, slots = np.divmod(numbers[places], shape.slots)
             known = self._rows[kind]
@@ -121,6 +121,7 @@ def encoding_of(corpora: Mapping[str, Path]) -> MediaEncoding | None:
     slots: dict[str, int] = {}
     for folder in corpora.values():
         for kind, shape in _shapes(folder).items():
+            # The number of slots decides how many placeholders stand for a record.
             if slots.setdefault(kind, shape.slots) != shape.slots:
                 raise UserError(f"--input {folder}: has {shape.slots} slots of {kind}, another one "
                                 f"{slots[kind]}; pack each on its own")
@@ -141,7 +142,6 @@ def banks_of(corpora: Mapping[str, Path], meant: MeantTokens | None) -> dict[str
 
 
 def described(banks: SourceBanks | None) -> dict[str, Any]:
-    """Return what a source's record says of its banks."""
     return {} if banks is None else {MEDIA: {kind: shape.record() for kind, shape in banks.shapes.items()}}
 
 
@@ -188,6 +188,7 @@ def media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.gene
         return [f"{file}: has {len(numbers)} numbers, and the shard {len(tokens)} tokens"]
     problems, stands = [], np.zeros(len(tokens), bool)
     for kind, shape in shapes.items():
+        # Both ways: every placeholder names a record, and nothing else does.
         here = np.isin(tokens, shape.placeholder_ids)
         stands |= here
         if wrong := int(((numbers < 0) | (numbers >= rows[kind] * shape.slots))[here].sum()):

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.libraries import require
-from data_prep.media.settings import STOP, EncodeMediaOptions, MediaSettings
+from data_prep.media.encoder import STOP, EncodeMediaOptions, MediaSettings
 from data_prep.media.units import (
     BAD, KIND, RECORDS, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan)
 from megatron_sov.base.artifacts import (
@@ -89,6 +89,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
     submit_shares(asked.output, SharedWork(
         "encode", "encode-media", len(units), "units",
         num_done=lambda: sum(map(encoder.is_done, units)), begin=lambda: begin_parts(asked.output, MADE_BY),
+        # The number of workers is bound when it is known, the task by the array.
         share=partial(partial, encode_share, asked), finish=partial(finish_run, asked),
         cpus=min(profile.cpus_per_node, asked.threads + 1), gpus=int(settings.device.startswith("cuda")),
         finish_cpus=min(profile.cpus_per_node, FINISH_CPUS)), profile, num_workers)
@@ -97,11 +98,11 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
 def encode_share(asked: EncodeMediaOptions, num_workers: int, task: int) -> None:
     """Encode every `num_workers`-th unit, as a job of the array does."""
     refuse_many_restarts("sov-data encode-media", "take more --workers")
+    # Every n-th, and not the n-th part: neighbours in a file take about as long.
     _encode(asked, list(plan(_files(asked.input)))[task::num_workers], shows=False)
 
 
 def finish_run(asked: EncodeMediaOptions, task: int) -> None:
-    """Write the artifact, as the last job does."""
     with open_parts(asked.output, MADE_BY):
         _finish(asked, list(plan(_files(asked.input))))
 
@@ -165,11 +166,13 @@ def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
             encoding = None if "b" in mode else "utf-8"
             return stack.enter_context(open(artifact.path / name, mode, encoding=encoding))
 
+        # Units are joined in the order of the input, however many workers made them.
         joined = _JoinedRecords(banks, opened(RECORDS, "w"), opened(BAD_MEDIA, "w"),
                                 {kind: opened(f"{kind}.bin", "wb") for kind in banks},
                                 settings.bad_media == STOP)
         for unit in units:
             joined.take(unit, part_folder(work, unit.key(identity)))
+        # Files are complete before the manifest hashes them.
         stack.close()
         if len(joined.kinds) > 1:
             raise UserError("--input: holds chats and documents; encode them on their own, as `sov-data "
@@ -220,6 +223,7 @@ class _JoinedRecords:
         with open(folder / BAD, encoding="utf-8") as f:
             for line in f:
                 row = json.loads(line)
+                # Lines are kept relative to the unit, which may also stand in another file.
                 row = {"file": str(unit.file), **row, "line": row["line"] + unit.first_line}
                 if self.stops:
                     raise bad_medium(unit.file, row["line"], row["medium"], row["reason"])
@@ -230,6 +234,7 @@ class _JoinedRecords:
             for line in f:
                 record = json.loads(line)
                 for kind, rows in record[MEDIA].items():
+                    # From rows of the unit's banks to rows of the joined ones.
                     record[MEDIA][kind] = [[places[kind][row], used] for row, used in rows]
                 self.out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -250,7 +255,6 @@ class _JoinedRecords:
 
 
 def _codecs(settings: MediaSettings, codebooks: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Return kind -> hash and codebook of each codec."""
     found = {}
     for kind, folder in ((IMAGE, settings.image_tokenizer), (AUDIO, settings.audio_tokenizer)):
         if folder is not None:

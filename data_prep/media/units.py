@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from data_prep.media.encoder import (
-    TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, Medium, MessagePart, UnitBanks, parse_record)
-from data_prep.media.settings import CALL, STOP, MediaSettings
+    CALL, STOP, TEXT, MediaMessage, MediaRecord, MediaRecordEncoder, MediaSettings, Medium, MessagePart,
+    UnitBanks, parse_record)
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.documents import BadRecord
@@ -46,20 +46,20 @@ class _Writer:
         """Bank -> row and used slots of each of its records, in the order of the placeholders."""
 
     def message(self, message: MediaMessage) -> dict[str, Any]:
-        """Return a message with text for a content."""
         if message.parts is None:
             return message.fields
         if not message.is_drawn:
-            return {**message.fields, "content": self.shown(message.parts)}
+            return {**message.fields, "content": self.join_parts(message.parts)}
         return self._drawn(message)
 
-    def shown(self, parts: tuple[MessagePart, ...]) -> str:
+    def join_parts(self, parts: tuple[MessagePart, ...]) -> str:
         """Return text and items, each on lines of its own, as the published template joins them."""
         return "\n".join(part.value if part.kind == "text" else self._item(part) for part in parts)
 
     def _item(self, part: MessagePart) -> str:
         medium = self._media[part]
         if medium.bank:
+            # In the order of the placeholders in the text: that is how rows and slots are matched later.
             self.rows.setdefault(medium.bank, []).extend(map(list, medium.rows))
         number = self._numbers[part.kind]
         self._numbers[part.kind] += 1
@@ -95,7 +95,7 @@ def encoded(record: MediaRecord, media: Mapping[MessagePart, Medium], drawn: str
     """
     writer = _Writer(media, drawn)
     if record.kind == TEXT:
-        found: dict[str, Any] = {"text": writer.shown(record.messages[0].parts or ())}
+        found: dict[str, Any] = {"text": writer.join_parts(record.messages[0].parts or ())}
     else:
         found = {"messages": [writer.message(message) for message in record.messages]}
     rows = {kind: writer.rows[kind] for kind in KINDS if kind in writer.rows}
@@ -123,9 +123,10 @@ class MediaUnit:
                 yield number, line
 
     def key(self, identity: str) -> str:
-        """Return the name of its folder."""
         digest = hashlib.sha256(identity.encode())
         for number, line in self.lines():
+            # Relative numbers and lengths: lines that move as a whole keep their unit, lines that merge do
+            # not.
             digest.update(f"\n{number - self.first_line} {len(line)} ".encode())
             digest.update(line)
         return digest.hexdigest()
@@ -152,6 +153,7 @@ def _of_file(file: Path, f: Iterator[bytes]) -> Iterator[MediaUnit]:
         if len(line) > MOST_LINE_BYTES:
             raise UserError(f"{file}:{number}: has {len(line):,} bytes, at most {MOST_LINE_BYTES:,} are "
                             "read; name media by their paths")
+        # Bytes, so that a unit can be read without what is before it.
         stop += len(line)
         if number - first + 1 == RECORDS_PER_UNIT:
             yield MediaUnit(file, start, stop, first)
@@ -177,7 +179,6 @@ class MediaUnitEncoder:
             self._encoder.close()
 
     def is_done(self, unit: MediaUnit) -> bool:
-        """Return whether a unit is complete."""
         return (part_folder(self._work, unit.key(self.identity)) / SUMMARY).is_file()
 
     def encode(self, unit: MediaUnit) -> None:
@@ -189,6 +190,7 @@ class MediaUnitEncoder:
         make_part(self._work, unit.key(self.identity), SUMMARY, partial(self._write, unit))
 
     def _write(self, unit: MediaUnit, folder: Path) -> None:
+        # Codecs load for long: a command that finds all units done opens none.
         if self._encoder is None:
             self._encoder = MediaRecordEncoder(self._settings, self._threads)
         bad: list[dict[str, object]] = []
@@ -221,12 +223,12 @@ class MediaUnitEncoder:
                 counts["records"] += 1
         (folder / BAD).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
         (folder / ROWS).write_text(to_json({kind: banks.keys[kind] for kind in KINDS}))
+        # Last: a folder with a summary is a unit that is done.
         (folder / SUMMARY).write_text(to_json({"counts": counts, "kinds": sorted(kinds),
                                                "codebooks": self._encoder.codebooks()}))
 
     def _note(self, bad: list[dict[str, object]], unit: MediaUnit, number: int, medium: str,
               why: BadRecord) -> None:
-        """List what is bad, or stop at it."""
         if self._settings.bad_media == STOP:
             raise bad_medium(unit.file, number, medium, why.reason)
         # of the unit, for an equal one of another file has its folder too
@@ -235,6 +237,5 @@ class MediaUnitEncoder:
 
 
 def bad_medium(file: Path, line: int, medium: str, reason: str) -> UserError:
-    """Return the error for a record that is bad, or names a bad medium."""
     named = f" {visible(medium)}" if medium else ""
     return UserError(f"{file}:{line}:{named} {reason} (--bad-media skip lists such records and goes on)")

@@ -1,7 +1,7 @@
 """A blend as a file: which part of each phase's tokens is of which kind, level and origin.
 
 Shares stand in a list, or as a product of tags: what is published is often the share of each kind and that of
-synthetic text, and not of each kind's synthetic text.
+synthetic text, and not of each kind's synthetic text.  A second file says how a mixture is searched for.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from annotated_types import Ge, Le, MaxLen, MinLen
+from annotated_types import Ge, Le, Lt, MaxLen, MinLen
 
-from data_prep.shards.splits import TRAIN
+from data_prep.shards.token_artifact import TRAIN
 from data_prep.tags import is_chosen, tags_of
 from megatron_sov.base.errors import UserError, list_problems, nearest
-from megatron_sov.base.settings import Bound, Breach, NotBlank, ProblemCode, SettingsProblem, read_file
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, Bound, Breach, NotBlank, NotNegative, ProblemCode, SettingsError, SettingsProblem,
+    read, read_file, read_located, read_text)
 
 SHIPPED = Path(__file__).parents[1] / "curate/pipelines/blends"
 """Blends that come with the framework, one file each."""
@@ -40,7 +42,7 @@ class BlendEntry:
     share: float
     """Part of the phase's tokens, in (0, 1]."""
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         """Return the entry in a few words, e.g. `kind=ko level=L2|L3 (3.3 %)`."""
         conditions = " ".join(f"{key}={'|'.join(patterns)}" for key, patterns in self.where.items())
         return f"{conditions} ({100 * self.share:.4g} %)"
@@ -72,6 +74,7 @@ def find_blend(given: str) -> Path:
         UserError: there is none.
     """
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    # A file of the user's goes before a shipped blend of the same name.
     if given in shipped and not Path(given).exists():
         return shipped[given]
     if not Path(given).is_file():
@@ -105,15 +108,16 @@ class BlendFilePhase:
     """Tag -> value -> percent: every combination of one value of each tag, its share the product."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         if (self.shares is None) == (self.product is None):
             return [SettingsProblem(ProblemCode.RULE, "", "must have either shares or product")]
         if self.product is None:
+            # The sum is looked at only where every share is a number.
             p = [problem for i, row in enumerate(self.shares or ()) for problem in self._of_row(i, row)]
             return p or _no_whole("shares", [row["share"] for row in self.shares or ()])
         p = [problem for tag in self.product for problem in self._twice(f"product.{tag}", [tag])]
         p += [problem for tag, side in self.product.items()
               for problem in _no_whole(f"product.{tag}", side.values())]
+        # A product grows with each tag: it is refused before it is made.
         if math.prod(map(len, self.product.values())) > MAX_ENTRIES:
             p.append(SettingsProblem(ProblemCode.RULE, "product",
                                      f"has more than {MAX_ENTRIES:,} combinations"))
@@ -140,12 +144,12 @@ class BlendFilePhase:
                                 way_out="leave it out there or here") for tag in own if tag in self.where]
 
     def read(self) -> BlendPhase:
-        """Return the phase, its shares scaled to 1 in all."""
         common = _written(self.where)
         if self.product is None:
             entries = _scaled([BlendEntry(common | _written({k: v for k, v in row.items() if k != "share"}),
                                           row["share"] / 100) for row in self.shares or ()])
         else:
+            # Each side is scaled to 1, so the products sum to 1 too.
             sides = [_scaled([BlendEntry({tag: (value,)}, share / 100) for value, share in side.items()])
                      for tag, side in self.product.items()]
             entries = tuple(BlendEntry(common | {k: v for part in parts for k, v in part.where.items()},
@@ -164,7 +168,6 @@ class BlendFile:
     """Of the blend; "": as the file is called."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         names = [str(phase.name) for phase in self.phases]
         p = [SettingsProblem(ProblemCode.RULE, f"phases.{i}.name", "is the name of two phases", name,
                              "give each its own")
@@ -199,7 +202,6 @@ def _no_whole(key: str, percents: Iterable[float]) -> list[SettingsProblem]:
 
 
 def _scaled(entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
-    """Return the entries that have a share, scaled to 1 in all."""
     total = math.fsum(entry.share for entry in entries)
     return tuple(BlendEntry(entry.where, entry.share / total) for entry in entries if entry.share > 0)
 
@@ -218,6 +220,7 @@ def blend_text(blend: Blend, comment: str) -> str:
                   for entry in phase.entries]
         phases.append({"name": phase.name, **({"tokens": phase.tokens} if phase.tokens else {}),
                        "shares": shares})
+    # Through JSON, since YAML's dumper takes no tuples.
     body = yaml.safe_dump({"name": blend.name, "phases": json.loads(json.dumps(phases))}, sort_keys=False,
                           allow_unicode=True, width=110)
     return f"# {comment}\n{body}"
@@ -265,7 +268,11 @@ def allot(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "r
     phases: list[PhaseShares] = []
     budget = sum(phase.tokens for phase in blend.phases)
     for phase in blend.phases:
-        scaled = num_tokens * (phase.tokens / budget if budget else 1.0) if num_tokens else phase.tokens
+        # Phases keep their proportions; a single phase without a budget has all of it.
+        scaled = phase.tokens
+        if num_tokens:
+            part = phase.tokens / budget if budget else 1.0
+            scaled = num_tokens * part
         phases.append(_of_phase(phase, sources, missing, scaled, problems))
     if problems:
         raise UserError(list_problems(f"blend {blend.name}", problems, _way_out(sources)))
@@ -285,19 +292,19 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
         for name, count in chosen.items():
             if name in owner:
                 problems.append(f"phase {phase.name}: source {name} is meant by two entries, "
-                                f"{owner[name].shown()} and {entry.shown()}; tell them apart")
+                                f"{owner[name].describe()} and {entry.describe()}; tell them apart")
             owner[name] = entry
             if count:
                 raw[name] = entry.share * count / available
+    # With "spread" the division by the total below gives the others a lacking share, in proportion.
     if lacking and (missing == "refuse" or not raw):
-        problems += [f"phase {phase.name}: no source is {entry.shown()}" for entry in lacking]
+        problems += [f"phase {phase.name}: no source is {entry.describe()}" for entry in lacking]
     total = math.fsum(raw.values())
     return PhaseShares(phase.name, tokens, {name: share / total for name, share in raw.items()} if total else
                        {}, tuple(lacking))
 
 
 def _way_out(sources: Sequence[dict[str, Any]]) -> str:
-    """Return what there is to choose from, and what to do."""
     values: dict[str, set[str]] = {}
     for source in sources:
         for key, found in tags_of(source).items():
@@ -336,7 +343,7 @@ def table(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> l
                 read = (f" {share * phase.tokens:>22,.0f} tokens "
                         f"{share * phase.tokens / available[name]:>9.3g} epochs" if phase.tokens else "")
                 lines.append(f"  {name:<{width}} {100 * share:>8.4f} %{read}")
-        lines += [f"  nothing for {entry.shown()}: its share is spread over the others"
+        lines += [f"  nothing for {entry.describe()}: its share is spread over the others"
                   for entry in phase.missing]
     read_epochs = epochs(phases, sources)
     if any(phase.tokens for phase in phases):
@@ -370,3 +377,99 @@ def refuse_many_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str
         raise UserError(list_problems(
             f"--max-epochs {max_epochs:g}", problems,
             "pack more of them, lower their shares or the budget (--tokens), or pass a larger --max-epochs"))
+
+
+FitName = Literal["auto", "log_ridge", "boosting"]
+"""What predicts a loss from shares; auto: the one that predicts mixtures best that it has not seen."""
+OWN_SETTINGS = ("train.steps", "train.seed", "data.phases", "data.paths")
+"""Settings that the search gives to each model."""
+MIN_FIRST_ROUND = 6
+"""Mixtures of the first round: natural, uniform, and enough drawn ones to fit anything to."""
+
+
+def _leaves_to_the_search(setting: str) -> Breach | None:
+    return (ProblemCode.BOUND, f"must leave {', '.join(OWN_SETTINGS)} to the search, which has keys for them",
+            "") if setting.startswith(OWN_SETTINGS) else None
+
+
+def _too_few(rounds: tuple[int, ...]) -> Breach | None:
+    return None if rounds[0] >= MIN_FIRST_ROUND else (
+        ProblemCode.BOUND, f"must begin with at least {MIN_FIRST_ROUND}", "e.g. [24, 12, 6]")
+
+
+@dataclass(frozen=True)
+class MixtureSearchSettings:
+    """How a mixture is searched for."""
+
+    recipe: NotBlank
+    """Recipe of the small models, or FILE.py:NAME."""
+    targets: Annotated[Mapping[str, AboveZero], MinLen(1)]
+    """Source -> weight of its held-out bits per byte in what is lowered.  It is trained on only where it is
+    among `sources` as well."""
+    steps: Annotated[int, Ge(1), Le(10**9)]
+    """Optimizer steps of each model."""
+    seq_len: Annotated[int, Ge(2), Le(10**8)]
+    """Tokens of a sample."""
+    name: NotBlank = "searched"
+    """Name of the mixture, and of its phase."""
+    settings: tuple[Annotated[NotBlank, Bound(_leaves_to_the_search)], ...] = ()
+    """Further settings of the recipe, key=value, as --set takes them."""
+    from_: str = ""
+    """Checkpoint, run or Hugging Face folder that each model starts from; "": from initial weights."""
+    sources: tuple[NotBlank, ...] = ()
+    """Patterns over the names of the sources that are mixed; (): all but the targets."""
+    group_by: str = ""
+    """Tag of which each value is one cluster of sources with one share, such as topic; "": each source is its
+    own."""
+    rounds: Annotated[tuple[AtLeastOne, ...], MinLen(1), Bound(_too_few)] = (24, 12, 6)
+    """Mixtures that are trained in each round; the later ones lie near the best."""
+    judged: Annotated[int, Ge(0), Le(10_000)] = 6
+    """Mixtures that are trained as well and never fitted, by which predictions are judged."""
+    fit: FitName = "auto"
+    """What predicts a loss from shares."""
+    candidates: Annotated[int, Ge(100), Le(1_000_000)] = 20_000
+    """Mixtures whose loss is predicted in each round."""
+    tokens: NotNegative = 0
+    """Tokens of the run that the mixture is for; 0: no share is capped."""
+    max_epochs: AboveZero = 4.0
+    """Passes over a source in that run, which cap its share."""
+    seed: Annotated[int, Ge(0), Lt(1 << 31)] = 0
+    """Seed of the drawn mixtures and of each model."""
+
+    @property
+    def num_proxies(self) -> int:
+        """Return how many models are trained in all: rounds, those judged by, and the predicted best."""
+        return sum(self.rounds) + self.judged + 1
+
+
+def read_search(file: Path) -> MixtureSearchSettings:
+    """Return what a search file says; its key `from`, which is no name in Python, is `from_`.
+
+    Raises:
+        SettingsError: it breaks rules; all mistakes are told, each with its line.
+    """
+    found = read_located(read_text(file))
+    if found.problems:
+        raise SettingsError(str(file), found.problems)
+    raw = found.value
+    if isinstance(raw, dict) and "from" in raw:
+        # Problems are still told with the line of the key as it was written.
+        raw = {"from_" if key == "from" else key: value for key, value in raw.items()}
+        found.lines[("from_",)] = found.line(("from",))
+    return read(MixtureSearchSettings, {} if raw is None else raw, str(file), lines=found.lines)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Sources that have one share together."""
+
+    name: str
+    """Name of the source, or the value of the tag."""
+    members: dict[str, float] = field(default_factory=dict)
+    """Source -> part of the cluster's share, by tokens."""
+    num_tokens: int = 0
+    """Training tokens of all members."""
+
+    def where(self) -> Where:
+        """Return the conditions of a blend's entry for these sources."""
+        return {"source": tuple(self.members)}

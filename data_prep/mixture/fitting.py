@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.mixture.search_file import FitName
+from data_prep.mixture.blend_file import FitName
 from megatron_sov.base.errors import UserError
 
 FLOOR = 0.02
@@ -45,7 +45,7 @@ class Judgement:
     spearman: float | None
     """Rank correlation of predicted and measured; None where either is constant, or of fewer than three."""
 
-    def shown(self) -> str:
+    def describe(self) -> str:
         rank = "none (too few, or all alike)" if self.spearman is None else f"{self.spearman:.2f}"
         return f"within {self.rmse:.4f} (rmse), rank correlation {rank}"
 
@@ -54,6 +54,7 @@ def fit_log_ridge(shares: Shares, losses: NDArray[np.float64], seed: int) -> Pre
     """Fit a ridge regression on shares and log(share + `FLOOR`), its penalty chosen by leave-one-out."""
     from sklearn.linear_model import RidgeCV
 
+    # Standardised, so that one penalty fits shares and logarithms alike.
     features = _features(shares)
     mean, spread = features.mean(axis=0), features.std(axis=0)
     spread[spread == 0] = 1.0
@@ -98,12 +99,14 @@ def fit(shares: Shares, losses: NDArray[np.float64], name: FitName = "auto", see
     """
     names = FITS if name == "auto" else (name,)
     judged = {one: cross_validated(shares, losses, one, seed) for one in names}
+    # Judged by other folds, and then fitted to all: no measurement is wasted.
     best = min(judged, key=lambda one: judged[one].rmse)
     return Fitted(best, FITS[best](shares, losses, seed), judged)
 
 
 def cross_validated(shares: Shares, losses: NDArray[np.float64], name: str, seed: int) -> Judgement:
     """Return how well each mixture's loss is predicted by a fit to those of the other folds."""
+    # A permutation modulo the folds: all are of the same size, give or take one.
     folds = np.random.default_rng(seed).permutation(len(losses)) % min(NUM_FOLDS, len(losses))
     predicted = np.empty(len(losses))
     for fold in np.unique(folds):
@@ -115,6 +118,7 @@ def cross_validated(shares: Shares, losses: NDArray[np.float64], name: str, seed
 def judge(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> Judgement:
     """Compare predicted with measured losses, [mixtures] each, at least one."""
     rmse = float(np.sqrt(np.mean((predicted - measured) ** 2)))
+    # A rank correlation of constants, or of two points, says nothing.
     if len(measured) < 3 or np.ptp(predicted) == 0 or np.ptp(measured) == 0:
         return Judgement(rmse, None)
     from scipy.stats import spearmanr
@@ -159,6 +163,7 @@ class MixtureSpace:
             shares: [mixtures, clusters], or [clusters] of a single one.
         """
         found = _capped(np.atleast_2d(shares), self.caps)
+        # Traces go first; what they leave is then given to others, within their caps.
         found = np.where(found < 10.0**-DECIMALS, 0.0, found)
         room = self.caps - found
         held = np.where(found > 0, room, 0.0)
@@ -178,6 +183,7 @@ def space_of(names: Sequence[str], num_tokens: Sequence[int], budget_tokens: flo
         UserError: there are too few tokens for any.
     """
     tokens = np.array(num_tokens, np.float64)
+    # A share's tokens over a cluster's own are its epochs.
     caps = np.minimum(1.0, max_epochs * tokens / budget_tokens) if budget_tokens else np.ones(len(tokens))
     if caps.sum() < 1:
         raise UserError(f"tokens = {budget_tokens:,.0f}: {len(names)} clusters have {int(tokens.sum()):,} "
@@ -195,6 +201,8 @@ def _capped(shares: Shares, caps: Shares) -> Shares:
     """
     found = shares / shares.sum(axis=1, keepdims=True)
     full = np.zeros(found.shape, bool)
+    # Water filling: what flows over a cap is spread by the weights of those that are not full, which may fill
+    # more of them. Each round fills at least one cluster, so it ends.
     while (over := (found > caps + 1e-12) & ~full).any():
         full |= over
         rest = 1 - (caps * full).sum(axis=1, keepdims=True)
@@ -212,6 +220,7 @@ def draw(space: MixtureSpace, count: int, generator: np.random.Generator) -> Sha
 
     Around the natural one alone a small cluster would hardly ever have a share that shows what it is worth.
     """
+    # Uniform in the logarithm: as many sparse mixtures as close ones.
     low, high = (float(np.log(strength)) for strength in STRENGTHS)
     strengths = np.exp(generator.uniform(low, high, (count, 1)))
     centres = np.stack([space.natural, space.uniform])[np.arange(count) % 2]
@@ -234,6 +243,7 @@ def _dirichlet(alphas: Shares, generator: np.random.Generator) -> Shares:
 
 def distinct(shares: Shares, known: Shares) -> Shares:
     """Return the rows that are neither among `known` nor repeat an earlier one, in order."""
+    # Rounded as shares are written: mixtures that a file would not tell apart are one.
     seen = {row.tobytes() for row in np.round(known, DECIMALS)}
     kept = []
     for row in shares:

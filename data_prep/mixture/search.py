@@ -23,11 +23,10 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from data_prep.mixture import fitting
-from data_prep.mixture.blend_file import Blend, BlendEntry, BlendPhase, blend_text
+from data_prep.mixture.blend_file import (
+    Blend, BlendEntry, BlendPhase, Cluster, MixtureSearchSettings, blend_text, read_search)
 from data_prep.mixture.fitting import Judgement, MixtureSpace, Shares
-from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
-from data_prep.shards.splits import HELDOUT, TRAIN
-from data_prep.shards.token_artifact import read_tokens_manifest, refuse_overlap
+from data_prep.shards.token_artifact import HELDOUT, TRAIN, read_tokens_manifest, refuse_overlap
 from data_prep.tags import SOURCE, is_chosen, tags_of
 from megatron_sov.base.artifacts import (
     atomic_write, disk_errors, manifest_sha256, new_artifact, refuse_existing, sha256_file, to_json)
@@ -50,7 +49,6 @@ NUM_CENTRES = 4
 
 
 def page(settings: MixtureSearchSettings, space: MixtureSpace, found: FoundMixture) -> str:
-    """Return the page as HTML that loads nothing."""
     by_role = {one.role: one for one in found.tried}
     figures = [("chosen", f"{found.chosen.loss:.4f}", f"bits per byte ({found.chosen.role})"),
                ("natural", f"{by_role[NATURAL].loss:.4f}", "shares by tokens"),
@@ -140,6 +138,7 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     settings = read_search(file)
+    # Asked before hours of training, and not when the first round is fitted.
     if find_spec("sklearn") is None:
         raise UserError("--search: needs scikit-learn, which is not installed; "
                         f"{how_to_install('data')}")
@@ -152,7 +151,9 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
     if dry_run or output is None:
         return
     refuse_existing(output, KIND, overwrite)
+    # Held-out text that is trained on elsewhere would make every loss a lie.
     refuse_overlap([(path, manifest.content) for path, manifest in zip(data, manifests, strict=True)])
+    # Models are kept next to the output until the whole is written: a killed search goes on.
     with open_parts(output, "sov-data mix --search") as work:
         proxies = Proxies(work, _proxy_settings(settings, data), workers)
         with work_bar("training small models", settings.num_proxies, "model") as bar:
@@ -165,6 +166,7 @@ def run_search(data: Sequence[Path], file: Path, output: Path | None, *, workers
 
 
 def _proxy_settings(settings: MixtureSearchSettings, data: Sequence[Path]) -> ProxySettings:
+    # Files that losses depend on and that no setting names.
     files = [Path(settings.recipe.rpartition(":")[0] or settings.recipe)]
     if settings.from_:
         files += [Path(settings.from_) / name for name in ("manifest.json", "config.json")]
@@ -196,6 +198,7 @@ def clusters_of(settings: MixtureSearchSettings, sources: Sequence[dict[str, Any
     members: dict[str, dict[str, int]] = {}
     for source in sources:
         count = source["splits"][TRAIN]["num_tokens"]
+        # Targets are not mixed unless `sources` names them: training on them is a choice.
         if not count or not is_chosen(where, source) or (not settings.sources
                                                          and source["name"] in settings.targets):
             continue
@@ -225,7 +228,6 @@ def blend_of(shares: Shares, clusters: Sequence[Cluster]) -> dict[str, float]:
 
 
 def plan(settings: MixtureSearchSettings, clusters: Sequence[Cluster], space: MixtureSpace) -> list[str]:
-    """Return lines that say what a search will do."""
     targets = ", ".join(f"{name} x {weight:g}" for name, weight in settings.targets.items())
     lines = [f"{settings.num_proxies} small models of {settings.recipe}, {settings.steps} steps each: rounds "
              f"of {', '.join(map(str, settings.rounds))}, {settings.judged} to judge by, the predicted best",
@@ -277,6 +279,7 @@ def search(settings: MixtureSearchSettings, space: MixtureSpace, measure: Any) -
     """
     generator = np.random.default_rng(settings.seed)
     anchors = space.allowed(np.stack([space.natural, space.uniform]))
+    # More than are needed, since caps make many draws the same.
     drawn = fitting.distinct(fitting.draw(space, 4 * (settings.rounds[0] + settings.judged), generator),
                               anchors)
     if len(drawn) < settings.rounds[0] - 2 + settings.judged:
@@ -284,14 +287,17 @@ def search(settings: MixtureSearchSettings, space: MixtureSpace, measure: Any) -
                         f"only {len(drawn)} mixtures to draw; lower tokens, or raise max_epochs")
     first, judged = np.split(drawn[: settings.rounds[0] - 2 + settings.judged], [settings.rounds[0] - 2])
     measured = _Measured(settings, space)
+    # Measured in one call, so that all workers are busy to the end of the round.
     found = _checked(settings, measure(np.concatenate([anchors, first, judged])))
     for role, rows in ((NATURAL, anchors[:1]), (UNIFORM, anchors[1:]), ("round 1", first), (JUDGED, judged)):
         done = len(measured.losses)
         measured.add(role, rows, found[done : done + len(rows)])
     for number, count in enumerate(settings.rounds[1:], 2):
         best = _best(settings, space, measured, generator)
+        # A random part of the best candidates: the very best alone would look at one place only.
         fresh = fitting.distinct(best[generator.permutation(len(best))], measured.shares)[:count]
         measured.add(f"round {number}", fresh, _checked(settings, measure(fresh)))
+    # The mean of many good candidates errs less than the one that the fit likes most.
     best = space.allowed(_best(settings, space, measured, generator).mean(axis=0))
     measured.add(BEST, best, _checked(settings, measure(best)))
     return _found(settings, space, measured)
@@ -319,10 +325,11 @@ def _fit(settings: MixtureSearchSettings, measured: _Measured) -> fitting.Fitted
 
 def _best(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measured,
           generator: np.random.Generator) -> Shares:
-    """Return the candidates of lowest predicted loss, best first."""
+    # Mixtures kept apart are never a centre either: they would no longer be unseen.
     rows = np.flatnonzero(measured.fitted)
     centres = measured.shares[rows[np.argsort(measured.totals[rows], kind="stable")[:NUM_CENTRES]]]
     half = settings.candidates // 2
+    # Half of them anywhere, so that a wrong early fit can be left.
     candidates = np.concatenate([fitting.draw(space, half, generator),
                                  fitting.draw_near(space, centres, settings.candidates - half, generator)])
     order = np.argsort(_fit(settings, measured).predict(candidates), kind="stable")
@@ -331,7 +338,6 @@ def _best(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measu
 
 
 def _found(settings: MixtureSearchSettings, space: MixtureSpace, measured: _Measured) -> FoundMixture:
-    """Judge the last fit, and choose."""
     fitted = _fit(settings, measured)
     predicted, totals = fitted.predict(measured.shares), measured.totals
     tried = tuple(Tried(role, dict(zip(space.names, row.tolist(), strict=True)), float(guess),
@@ -419,6 +425,7 @@ def command(settings: ProxySettings, blend: dict[str, float], run: Path) -> list
     """Return the arguments of `megatron-sov` that train one model, or go on with it."""
     phase = {"name": PHASE, "seq_len": settings.seq_len,
              "blend": {name: share for name, share in blend.items() if share > 0}}
+    # The later value of a key counts: settings of the user over the defaults, those of the search over all.
     chosen = (*DEFAULTS, f"train.seed={settings.seed}", *settings.settings, f"train.steps={settings.steps}",
               f"data.phases={json.dumps([phase])}")
     return ["pretrain", settings.recipe, "--run", str(run), "--resume",
@@ -461,6 +468,7 @@ class Proxies:
             UserError: one could not be trained; those that are complete stay.
         """
         folders = [part_folder(self._work, key_of(self._settings, blend)) for blend in blends]
+        # A mixture that was measured before, in this or a killed search, is not trained again.
         waiting = {folder: blend for folder, blend in zip(folders, blends, strict=True)
                    if not (folder / RESULT).is_file()}
         for _ in range(len(folders) - len(waiting)):
@@ -482,6 +490,7 @@ class Proxies:
                         done()
                 time.sleep(_POLL_S)
         finally:
+            # Also on an error: no model goes on without somebody to take its result.
             end_commands(list(running.values()), _STOP_S)
         return [_result(folder) for folder in folders]
 
@@ -494,6 +503,7 @@ class Proxies:
         losses = {name: float(found["bits_per_byte"]) for name, found in evaluated[-1]["heldout"].items()
                   } if evaluated else {}
         with disk_errors(folder):
+            # The result before the rest is deleted: a kill in between costs disk and no training.
             atomic_write(folder / RESULT, to_json(losses))
             shutil.rmtree(folder / "run", ignore_errors=True)
 
@@ -553,7 +563,6 @@ class FoundMixture:
 
 
 def summary(found: FoundMixture) -> list[str]:
-    """Return lines that say what was found."""
     by_role = {one.role: one for one in found.tried}
     lines = [f"{role}: {by_role[role].loss:.4f} bits per byte" for role in (NATURAL, UNIFORM, BEST)]
     width = max(map(len, found.chosen.shares))
@@ -563,8 +572,8 @@ def summary(found: FoundMixture) -> list[str]:
               "%)"
               for name, share in found.chosen.shares.items()]
     lines += [f"{name}{' (used)' if name == found.fitted else ''}: predicts mixtures that it was not fitted "
-              f"to {judgement.shown()}" for name, judgement in found.judged.items()]
+              f"to {judgement.describe()}" for name, judgement in found.judged.items()]
     if found.kept_apart:
         count = sum(one.role == JUDGED for one in found.tried)
-        lines.append(f"{count} mixtures kept apart: predicted {found.kept_apart.shown()}")
+        lines.append(f"{count} mixtures kept apart: predicted {found.kept_apart.describe()}")
     return lines

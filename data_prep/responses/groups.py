@@ -110,7 +110,9 @@ def write_groups(files: Sequence[Path], output: Path, file: str,
     counts: Counter[str] = Counter()
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / file, "w", encoding="utf-8") as out:
+            # One group is in memory at a time, and never a file.
             for group in chain.from_iterable(map(read_groups, files)):
+                # The advantage divides by the spread of rewards.
                 if len(group.rewards) < 2 or min(group.rewards) == max(group.rewards):
                     counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
                     continue
@@ -137,7 +139,6 @@ def _left_out(counts: Counter[str]) -> str:
 
 
 def _refuse_nothing(files: Sequence[Path], counts: Counter[str]) -> None:
-    """Raise `UserError` where no record was made."""
     named = ", ".join(map(str, files))
     if not counts["groups"]:
         raise UserError(f"{named}: no group has two responses with different rewards ({_left_out(counts)}); "
@@ -157,6 +158,7 @@ def chats_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, A
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
     for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
+        # Its place in the group stays: others' advantages count it.
         if advantage > 0 and not group.ended[i]:
             counts["passed_over"] += 1
             continue
@@ -183,7 +185,6 @@ def read_groups(file: Path) -> Iterator[ResponseGroup]:
 
 
 def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a judged response of another tool's layout as a prompt with its completion."""
     try:
         refuse_media(record, is_prompt=False)
         return split_response(own_fields(record, "preference"))
@@ -196,6 +197,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
     put together.  A response without a reward, or without a text, is none."""
     def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
+        # Neighbours only: `score` writes in order, and files may be larger than memory.
         return json.dumps([record.get("prompt"), record.get("system")]) if is_scored(record) else where
 
     def is_scored(record: dict[str, Any]) -> bool:
@@ -228,6 +230,7 @@ def _group(record: dict[str, Any], where: str) -> ResponseGroup:
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
                         "'label'; add them")
     own = {"prompt", "responses"}
+    # They would be overwritten without a word.
     if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")
@@ -257,7 +260,6 @@ def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
 
 
 def _messages(value: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """Return messages given as such, or as one string by `role`."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     try:
         read_messages(messages, "messages")

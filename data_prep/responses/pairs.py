@@ -33,6 +33,7 @@ def pair_of(group: ResponseGroup, counts: Counter[str]) -> Iterator[dict[str, An
     may be."""
     places = range(len(group.rewards))
     worst = min(places, key=lambda i: group.rewards[i])
+    # Of equal rewards one that ended goes first.
     best = max(places, key=lambda i: (group.rewards[i], group.ended[i]))
     if not group.ended[best]:
         counts["passed_over"] += 1

@@ -142,12 +142,12 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str, list[Solution]]]:
         query, solutions = record.get("query"), record.get("solutions")
         if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
             raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
+        # The place keeps lines apart that happen to have the same query.
         yield f"line {where}", query, [_solution(value, f"{where}: solutions[{i}]")
                                        for i, value in enumerate(solutions)]
 
 
 def _chat(record: dict[str, Any], where: str) -> tuple[str, Solution]:
-    """Return what the user of a chat asks, and the assistant's answer to it."""
     try:
         messages = read_messages(record["messages"], "messages")
     except BadRecord as e:
@@ -177,6 +177,7 @@ def diverse(solutions: list[Solution], most: int, max_similarity: float) -> list
     chosen: list[int] = [0] if solutions else []
     while chosen and len(chosen) < most:
         last = shingles[chosen[-1]]
+        # Only the last choice is compared with the rest: largest similarities to earlier ones are kept.
         nearest = [max(known, _jaccard(last, own)) for known, own in zip(nearest, shingles, strict=True)]
         left = [i for i in range(len(solutions)) if i not in chosen and nearest[i] <= max_similarity]
         if not left:

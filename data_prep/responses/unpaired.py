@@ -69,6 +69,7 @@ def write_unpaired(files: Sequence[Path], output: Path, good_from: float, *, kee
             for group, others in _beside_another(chain.from_iterable(map(read_groups, files)), files):
                 for record in records_of(group, others, good_from, keep_unfinished, counts):
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        # KTO weighs good against bad: with one of them there is nothing to learn.
         if not counts["good"] or not counts["bad"]:
             raise UserError(f"{', '.join(map(str, files))}: {counts['good']:,} responses are good (a reward "
                             f"of at least --good-from {good_from:g}) and {counts['bad']:,} are bad, and both "
@@ -93,6 +94,7 @@ def records_of(group: ResponseGroup, others: list[list[dict[str, Any]]], good_fr
     """
     id_ = group.beside.get("id")
     for i, (response, reward) in enumerate(zip(group.responses, group.rewards, strict=True)):
+        # The response is always "chosen": the column says whether it is good.
         good = reward >= good_from
         if good and not group.ended[i] and not keep_unfinished:
             counts["passed_over"] += 1
@@ -119,6 +121,8 @@ def _beside_another(groups: Iterable[ResponseGroup],
     if not before:
         raise UserError(f"{', '.join(map(str, files))}: all responses are to one prompt, or there are none; "
                         "KTO puts each beside a response to another prompt, so add prompts")
+    # The first prompt's responses wait for the last other prompt; if the last run has the first prompt again,
+    # the one before it serves.
     yield from _one_by_one(first, last if last[0].prompt != first[0].prompt else before)
 
 

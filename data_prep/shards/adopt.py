@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from data_prep.shards.assemble import ShardedWriter, ShardRecord
 from data_prep.shards.encode import Encoder
 from data_prep.shards.pack import PackSource, carry_tokenizer, parse_sources
-from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, IndexedSplit, token_dtype
+from data_prep.shards.token_artifact import (
+    CONTENT_VERSION, HELDOUT, KIND, TRAIN, HeldoutRule, IndexedSplit, document_hash, token_dtype)
 from megatron_sov.base.artifacts import new_artifact, read_manifest, refuse_existing
 from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
@@ -70,6 +70,7 @@ def survey(name: str, prefix: Path, split: IndexedSplit, encoder: Encoder, eod: 
         UserError: ids lie outside of the vocabulary, are another tokenizer's, or documents do not end as
             expected.
     """
+    # Cheap tests first: a wrong tokenizer is found before all text is decoded.
     _refuse_range(prefix, split, encoder.vocab_size)
     _refuse_other_tokenizer(name, split, encoder)
     ends_with_eos = _ends(prefix, split, encoder, eod)
@@ -78,6 +79,7 @@ def survey(name: str, prefix: Path, split: IndexedSplit, encoder: Encoder, eod: 
     done = 0
     with work_bar("reading", len(split.tokens), "token") as bar:
         for batch in _batches(split):
+            # The hash is that of the text, as `pack` makes it: the same documents are held out.
             texts = encoder.decode_batch([ids[:-1] if ends_with_eos else ids for ids in batch])
             for text in texts:
                 hashes[done] = document_hash(Document("text", text))
@@ -114,6 +116,7 @@ def _ends(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -> bool
     lasts = np.asarray(split.tokens[np.cumsum(split.lengths_tokens, dtype=np.int64) - 1])
     num_ended, num_documents = int((lasts == encoder.eos_id).sum()), len(lasts)
     if eod == "none" or (eod == "auto" and not num_ended):
+        # Every document ends with the same id that is not eos: very likely the eos of another tokenizer.
         if eod == "auto" and num_documents > 1 and (lasts == lasts[0]).all():
             raise UserError(f"{prefix}: every document ends with id {lasts[0]} "
                             f"({encoder.decode([int(lasts[0])])!r}), and the tokenizer's eos is "
@@ -140,6 +143,7 @@ def _refuse_other_tokenizer(name: str, split: IndexedSplit, encoder: Encoder) ->
         ids = [int(t) for t in split.tokens[starts[i]:starts[i] + length] if int(t) != encoder.eos_id]
         texts.append(encoder.decode(ids))
         again = encoder.plain.encode(texts[-1], add_special_tokens=False).ids
+        # Up to the first difference: a sample that is cut inside a word differs behind it for good reason.
         agreed += next((n for n, (a, b) in enumerate(zip(ids, again, strict=False)) if a != b),
                        min(len(ids), len(again)))
         num_tokens += len(ids)
@@ -175,6 +179,7 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pass the path that both files have, "
                         "without .bin and .idx") from None
+    # Layout: header, int32 length and int64 start of each sequence, int64 bounds of documents.
     dtype, num_sequences, num_bounds = _header(index, raw)
     at = HEADER.size
     lengths = np.frombuffer(raw, "<i4", num_sequences, at).astype(np.int64)
@@ -182,6 +187,7 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
     bounds = np.frombuffer(raw, "<i8", num_bounds, at + 12 * num_sequences)
     if num_sequences and int(lengths.min()) < 0:
         raise UserError(f"{index}: sequence {int(lengths.argmin())} has {lengths.min()} tokens; {_REMEDY}")
+    # Starts must follow from lengths: gaps would shift every token behind them.
     ends = np.cumsum(lengths) * dtype.itemsize
     wrong = np.flatnonzero(starts != ends - lengths * dtype.itemsize)
     if len(wrong):
@@ -196,6 +202,7 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
         raise UserError(f"{tokens}: has {size_bytes} bytes, the index says {expected_bytes}; {_REMEDY}")
     cumulative = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     documents = np.diff(cumulative[bounds])
+    # An empty document takes no bytes, so the .bin stays as it is.
     kept = documents[documents > 0]
     if not len(kept):
         raise UserError(f"{index}: holds no document; name another pair")
@@ -208,7 +215,6 @@ def open_foreign(prefix: Path) -> tuple[IndexedSplit, int]:
 
 
 def _header(index: Path, raw: NDArray[np.uint8]) -> tuple[np.dtype[np.generic], int, int]:
-    """Return the ids' dtype, and the number of sequences and bounds."""
     if len(raw) < HEADER.size or bytes(raw[:len(MAGIC)]) != MAGIC:
         raise UserError(f"{index}: is no index of Megatron's indexed datasets; name a pair that "
                         "preprocess_data wrote (the old --dataset-impl lazy and cached are not read)")
@@ -249,7 +255,6 @@ class AdoptOptions:
     """Replace token shards that are already there."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if not self.link or not self.heldout else [SettingsProblem(
             ProblemCode.RULE, "link",
             "keeps the files as they are, so that no document can be held out of them, "
@@ -304,6 +309,7 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
                             "artifact has one dtype; leave --link out")
         dtype = next(iter(dtypes))
     rule = HeldoutRule(args.heldout)
+    # Three rounds over all pairs: the rule needs every source's extremes before any document is placed.
     for pair in pairs:
         rule.learn_source(int(pair.surveyed.hashes.min()), int(pair.surveyed.hashes.max()))
     for pair in pairs:
@@ -332,7 +338,6 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
 
 
 def _record(pair: Pair, splits: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest's record of a source."""
     index = Path(f"{pair.source.path}.idx")
     return {"name": pair.source.name, "format": "text", "group_documents": 1, "sidecars": [],
             "input_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "num_bad": {},
@@ -340,7 +345,6 @@ def _record(pair: Pair, splits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copied(pair: Pair, artifact: Path, dtype: str, rule: HeldoutRule, shard_tokens: int) -> dict[str, Any]:
-    """Write the shards of both splits; returns their records."""
     heldout = rule.is_heldout(pair.surveyed.hashes)
     name = pair.source.name
     with ShardedWriter(artifact, f"{name}/{TRAIN}", dtype, {}, False, 1, shard_tokens) as train, \

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.media.packing import ShardBanks, SourceBanks
-from data_prep.shards.splits import HELDOUT, SPLITS, HeldoutRule
-from data_prep.shards.token_artifact import sidecars_of
+from data_prep.shards.token_artifact import HELDOUT, SPLITS, HeldoutRule, sidecars_of
 from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.marks import KIND_NONE
@@ -54,12 +53,10 @@ class EncodedSource:
     """Bucket -> largest hash of its documents."""
 
     def name_of(self, bucket: str) -> str:
-        """Return the name of the source that a bucket becomes."""
         return f"{self.name}-{bucket}" if bucket else self.name
 
     @property
     def group(self) -> int:
-        """Return the sequences of a document."""
         return GROUP[self.kind]
 
 
@@ -70,6 +67,7 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
         How many documents are left.
     """
     units = [open_unit(work, record.key, dtype) for _, record in source.units]
+    # One row of a document: both sides of a preference have the same hash and id.
     sequences = [unit.sequences[::source.group] for unit in units]
     counts = np.array([len(s) for s in sequences])
     ids = np.concatenate([s["id"] for s in sequences]) if sequences else np.zeros(0, np.uint64)
@@ -86,6 +84,7 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     hashes = (np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences
               else np.zeros(0, np.uint64))
     if len(hashes):
+        # Repeated documents are out before the rule sees the source.
         rule.learn_source(int(hashes.min()), int(hashes.max()))
         buckets = np.concatenate([unit.buckets()[::source.group] for unit in units])[~repeated]
         source.buckets = np.unique(buckets).tolist()
@@ -99,6 +98,7 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
     sidecars = sidecars_of(source.kind, source.columns, source.banks is not None)
     extra = source.kind == "prompt"
     with ExitStack() as stack:
+        # All writers are open at once, so each unit is read a single time.
         writers = {(bucket, split): stack.enter_context(ShardedWriter(
             artifact, f"{source.name_of(bucket)}/{split}", dtype, sidecars, extra, source.group,
             shard_tokens, source.banks)) for bucket in source.buckets for split in SPLITS}
@@ -110,6 +110,7 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
             buckets = unit.buckets()
             lines = stack.enter_context(open(unit.folder / "extra", "rb")) if extra else None
             for block, tokens in _blocks(unit):
+                # Lines are read along with blocks, also those of documents that are left out.
                 here = list(islice(lines, block.stop - block.start)) if lines else []
                 for (bucket, split), writer in writers.items():
                     chosen = kept & (heldout == (split == HELDOUT)) & (buckets == bucket)
@@ -130,7 +131,6 @@ def _blocks(unit: StoredUnit) -> Iterator[tuple[slice, slice]]:
 
 def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: slice,
                  chosen: NDArray[np.bool_], lines: list[bytes], source: EncodedSource) -> None:
-    """Write the chosen sequences of a block."""
     if not chosen.any():
         return
     lengths = unit.sequences["tokens"][block]
@@ -145,6 +145,7 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
             columns["kind"] = kinds
     if unit.media is not None:
         columns[MEDIA] = unit.media[tokens][mask]
+        # In texts everything is learned but placeholders of features.
         columns.setdefault("loss", (columns[MEDIA] == NONE).astype(np.float32))
     for i, name in enumerate(source.columns):
         columns[name] = np.repeat(unit.columns[block, i][chosen], lengths[chosen])
@@ -169,6 +170,7 @@ def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str
     lines_before: Counter[Path] = Counter()
     for number, (spans, record) in enumerate(source.units):
         firsts = []
+        # Units count lines from their own beginning: the file's number follows from the units before.
         for span, num_lines in zip(spans, record.num_lines, strict=True):
             firsts.append(lines_before[span.file])
             lines_before[span.file] += num_lines
@@ -256,6 +258,7 @@ class ShardedWriter:
         done = 0
         while done < len(lengths_tokens):
             passed = int(ends[done - 1]) if done else 0
+            # As many sequences as still fit into this shard, cut to whole documents.
             stop = int(np.searchsorted(ends, passed + self._shard_tokens - self.shards[-1].num_tokens,
                                        side="right"))
             stop = done + (stop - done) // self._group * self._group
@@ -268,6 +271,7 @@ class ShardedWriter:
             part = slice(passed, int(ends[stop - 1]))
             here = {suffix: column[part] for suffix, column in columns.items()}
             if self._banks is not None:
+                # Each shard numbers the rows of its banks from 0.
                 here[MEDIA] = self._banks.moved(here["bin"], here[MEDIA].astype(np.int64))
             self._writer.write(lengths_tokens[done:stop], here)
             if self._lines is not None:

@@ -55,6 +55,7 @@ class FastBpe:
         raw = json.loads(file.read_text(encoding="utf-8"))
         self._tokenizer = tokenizer
         self._normalizer = _normalizer(raw, tokenizer)
+        # tiktoken would split such a token as text.
         if plain := [t["content"] for t in raw["added_tokens"] if not t["special"]]:
             raise NotByteBpe(f"its added token {plain[0]!r} is matched in ordinary text")
         self._encoding = tiktoken.Encoding(str(file), pat_str=split_pattern(raw), mergeable_ranks=ranks(raw),
@@ -64,6 +65,7 @@ class FastBpe:
         """Return the ids of ordinary text, as `tokenizers` gives them."""
         if _LONG_WHITESPACE.search(text):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # ASCII is its own normal form, and most text is ASCII or already composed.
         if self._normalizer is not None and not text.isascii():
             text = self._normalizer.normalize_str(text)
         return self._encoding.encode_ordinary(text)
@@ -93,6 +95,7 @@ def load_fast(file: Path, tokenizer: Tokenizer, samples: list[str]) -> tuple[Fas
     except ValueError as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e}); make it again or restore "
                         "it from a copy") from None
+    # Real text finds differences that occur, adversarial text those that are rare.
     texts = [*samples, *adversarial_texts(json.loads(file.read_text(encoding="utf-8")))]
     if difference := fast.difference([*texts, *(unicodedata.normalize("NFD", t) for t in samples)]):
         return None, f"encoding with tokenizers, because tiktoken differs on {difference}"
@@ -142,6 +145,7 @@ class Encoder:
         """
         _refuse_foreign(folder)
         manifest = read_manifest(folder, "tokenizer")
+        # Every id depends on these files: they are hashed before the first use.
         if problems := damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
         self.settings = settings or EncodingSettings()
@@ -149,6 +153,7 @@ class Encoder:
         self.eos_id: int = manifest.content["eos_id"]
         self.file = folder / TOKENIZER_JSON
         try:
+            # Two of them: templates write special tokens as such, documents may only spell them.
             self._with_special = Tokenizer.from_file(str(self.file))
             self.plain = Tokenizer.from_file(str(self.file))
             config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
@@ -199,13 +204,16 @@ class Encoder:
         return EncodedBatch(lengths, flat, np.where(media == NONE, kinds, KIND_NONE).astype(np.uint8), media)
 
     def _media_texts(self, documents: list[Document], meant: MeantTokens) -> EncodedBatch:
-        """Return texts in which tokens of media are meant."""
         sequences = []
         for document in documents:
             ids = [] if self.bos_id is None else [self.bos_id]
             for text, id_ in meant.split(document.text):
-                ids += ([id_] if id_ is not None else self._fast.encode(text) if self._fast else
-                        self.plain.encode(text, add_special_tokens=False).ids)
+                if id_ is not None:
+                    ids.append(id_)
+                elif self._fast:
+                    ids += self._fast.encode(text)
+                else:
+                    ids += self.plain.encode(text, add_special_tokens=False).ids
             sequences.append(ids + ([self.eos_id] if self.settings.eod == "append" else []))
         lengths = np.array([len(s) for s in sequences], np.int32)
         return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8),
@@ -224,7 +232,6 @@ class Encoder:
         return sequences
 
     def _conversations(self, document: Document) -> list[tuple[list[int], bytes]]:
-        """Return ids and kinds of a chat, of a prompt, or of both sides of a preference."""
         if document.kind == "prompt":
             return [self._conversation(document.conversation(), len(document.messages), awaits_response=True)]
         if document.kind == "preference":
@@ -249,15 +256,14 @@ class Encoder:
             kinds.insert(0, KIND_NONE)
         if not awaits_response and self.settings.eod == "append" and ids[-1:] != [self.eos_id]:
             ids.append(self.eos_id)
+            # An open response ends with EOS and learns to; after a closed one EOS says nothing.
             kinds.append((kinds[-1] or KIND_ANSWER) if chat.is_open else KIND_NONE)
         return ids, bytes(kinds)
 
     def decode(self, ids: list[int]) -> str:
-        """Return text with special tokens spelled out."""
         return self._with_special.decode(ids, skip_special_tokens=False)
 
     def decode_batch(self, sequences: list[list[int]]) -> list[str]:
-        """Return the text of each, as `decode` does."""
         found: list[str] = self._with_special.decode_batch(sequences, skip_special_tokens=False)
         return found
 
@@ -280,7 +286,6 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _media(meant: MeantTokens, sequences: list[list[int]], documents: list[Document]) -> NDArray[np.int64]:
-    """Return what the sidecar of banks says of each token of documents of one sequence each."""
     for ids, document in zip(sequences, documents, strict=True):
         meant.refuse_lost(ids, document.texts())
     return np.concatenate([meant.numbers(ids, document.media or {})

@@ -20,8 +20,7 @@ from annotated_types import Gt
 from data_prep.mixture.blend_file import (
     Missing, PhaseShares, allot, find_blend, overall, read_blend, refuse_many_epochs, table)
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON
-from data_prep.shards.splits import TRAIN
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest, refuse_overlap
+from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, read_tokens_manifest, refuse_overlap
 from megatron_sov.base.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
 from megatron_sov.base.digests import algorithm_of, file_digest
 from megatron_sov.base.errors import UserError
@@ -85,7 +84,6 @@ class MixOptions(BlendLimits):
 
     @property
     def limits(self) -> BlendLimits:
-        """How a blend becomes shares of sources."""
         return BlendLimits(num_tokens=self.num_tokens, max_epochs=self.max_epochs, missing=self.missing)
 
     def problems(self) -> list[SettingsProblem]:
@@ -154,6 +152,7 @@ def parse_part(argument: str) -> MixPart:
         UserError: the weight is not a positive number.
     """
     head, colon, tail = argument.rpartition(":")
+    # A folder whose name has a colon is that folder.
     if not colon or Path(argument).exists():
         return MixPart(Path(argument), None)
     try:
@@ -182,6 +181,7 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
     """
     refuse_existing(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
+    # All that can be refused is refused before the first link.
     _check_fit(parts, manifests)
     phases = _allotted(manifests, blend)[0] if blend else []
     weights = overall(phases) if blend else _weights(parts, manifests)
@@ -196,6 +196,7 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
             shutil.copyfile(parts[0].path / name, artifact.path / name)
             record = manifests[0].files.get(name)
             known = record.digest if record is not None else "sha256:"
+            # The copy is hashed, since it is what the mix will be read with.
             if file_digest(artifact.path / name, algorithm_of(known)) != known:
                 raise UserError(f"{parts[0].path / name}: is damaged, its hash is not that of the manifest; "
                                 "pack the data again or restore it from a copy")
@@ -254,18 +255,17 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
 
 
 def _rule(manifests: list[Manifest]) -> dict[str, Any]:
-    """Return the held-out rule that all parts share, if they do."""
     rules = [m.content.get("heldout") for m in manifests]
     return {"heldout": rules[0]} if rules[0] is not None and all(r == rules[0] for r in rules) else {}
 
 
 def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float]:
-    """Return source -> its share of a run, by the weights of folders, or by tokens."""
     raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None
            else p.weight for p, m in zip(parts, manifests, strict=True)]
     weights: dict[str, float] = {}
     for manifest, share in zip(manifests, raw, strict=True):
         sources = manifest.content["sources"]
+        # Of a part that is a mix itself, its own weights decide within its share.
         inner = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
         weights |= {s["name"]: share / (sum(raw) or 1.0) * w / (sum(inner) or 1.0)
                     for s, w in zip(sources, inner, strict=True)}
@@ -274,7 +274,6 @@ def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float
 
 def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
           weights: dict[str, float]) -> list[dict[str, Any]]:
-    """Link the shards of a part's sources that have a weight into the mix; returns their records."""
     sources = [s for s in manifest.content["sources"] if s["name"] in weights]
     folders = {s["name"] for s in sources}
     for name, record in manifest.files.items():
@@ -282,6 +281,7 @@ def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             target = artifact.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path / name, target)
+            # A link has the bytes of its source: their hash is known, and terabytes are not read.
             artifact.known_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
 

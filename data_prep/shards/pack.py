@@ -27,8 +27,8 @@ from tqdm import tqdm
 from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
-from data_prep.shards.splits import HELDOUT, TRAIN, HeldoutRule
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, QUARANTINE, sidecars_of, token_dtype
+from data_prep.shards.token_artifact import (
+    CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
 from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
 from data_prep.steps import named_steps
 from data_prep.tags import (
@@ -91,7 +91,6 @@ class PackSettings:
     """Tags of sources beside those that are read from records (`RecordReading.tags`)."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = [SettingsProblem(ProblemCode.BOUND, "columns",
                              said) for said in column_problems(self.reading.columns)]
         if self.reading.columns and self.reading.kind == "prompt":
@@ -214,6 +213,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
         raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    # From here on what is cheap to find out comes before what takes time.
     refuse_existing(output, KIND, overwrite)
     refuse_unknown_sources(settings.tags, [source.name for source in sources])
     corpora = media_of({source.name: source.path for source in sources}, settings.reading.kind)
@@ -227,6 +227,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
              for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
     if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
         warn(sentence)
+    # Proven on this very input, before any of it is encoded.
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
@@ -258,6 +259,7 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
     for unit in plan_units(files):
         text = unit[0]
         part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
+        # One text alone would be a single document: nothing of it could be held out.
         if (cut and len(files) == 1 and part_bytes < text.size_bytes == text.document_bytes
                 and text.suffix not in RECORD_SUFFIXES | {JSON_SUFFIX}):
             print(f"{path}: is one text; cut at blank lines into documents of at most {part_bytes:,} bytes, "
@@ -267,7 +269,6 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
 
 
 def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
-    """Return text from places spread over the input."""
     spans = [span for unit in units for span in unit]
     texts = []
     for span in spans[:: max(1, len(spans) // SAMPLE_SPANS)]:
@@ -282,7 +283,6 @@ def sample_texts(units: list[Unit], reading: RecordReading) -> list[str]:
 
 
 def _unlearned(units: list[Unit], settings: PackSettings) -> str:
-    """Return a sentence where prompts have responses of their own, which nobody learns."""
     for span in (unit[0] for unit in units):
         first = next(iter(read_span(span, settings.reading)), None)
         if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
@@ -303,7 +303,8 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
         for (source, unit), record in zip(units, records, strict=True):
             encoded[source.name].units.append((unit, record))
             bar.update(sum(span.size_bytes for span in unit))
-            kept += not record.encoded_now
+            if not record.encoded_now:
+                kept += 1
             if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
                 raise _refusal(encoded[source.name], work, settings.dtype)
@@ -313,7 +314,6 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
 
 
 def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
-    """Return the error for a source's first bad record."""
     row = next(r for r in bad_rows(source, work, dtype) if r["code"] != "empty")
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine")
@@ -321,7 +321,8 @@ def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
 
 def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
            pack_settings: PackSettings, rule: HeldoutRule) -> list[dict[str, Any]]:
-    """Write the shards of all sources and the quarantine; returns the manifest's records of the sources."""
+    # All sources are surveyed before the first is written: the rule has to know each one's smallest and
+    # largest hash.
     for source in encoded:
         left = survey(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":
@@ -342,6 +343,7 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
                 tags = source_tags(source.name, [record.tags.get(bucket, {}) for _, record in source.units],
                                    pack_settings.tags)
                 records.append(_record(source, settings, bucket, splits,
+                                       # Bad records belong to no bucket: they are told with the first.
                                        num_bad if bucket == source.buckets[0] else {}, tags))
     if not (artifact / QUARANTINE).stat().st_size:
         (artifact / QUARANTINE).unlink()
@@ -358,7 +360,6 @@ def _keep_one_for_training(source: EncodedSource, rule: HeldoutRule) -> None:
 
 
 def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
-    """Raise `UserError` where buckets are too many, or one has the name of another source."""
     for source in encoded:
         if len(source.buckets) > MAX_BUCKETS:
             raise UserError(f"{source.path}: field {field_name!r} has {len(source.buckets)} values, "
@@ -371,10 +372,10 @@ def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
 
 def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: dict[str, Any],
             num_bad: dict[str, int], tags: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the manifest's record of a source, or of one of its buckets."""
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
             "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
             **described(source.banks),
+            # Keys of units hash their input and settings, so their hash identifies the source.
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
             "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
             **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}

@@ -61,6 +61,7 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
     """
     content = read_tokens_manifest(data).content
     shards = list(shards_of(data, content, source, split))
+    # `count` of each shard are enough to choose `count` of all, and no list of all documents is made.
     places = [(n, i) for n, s in enumerate(shards) for i in _drawn(s, count, seed + n)]
     if not places:
         raise UserError(f"{data}: has no documents in split {split!r}"
@@ -71,7 +72,6 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
 
 
 def _drawn(shard: PackedShard, count: AtLeastOne, seed: int) -> list[int]:
-    """Return up to `count` documents of a shard."""
     total = shard.record["num_documents"]
     return random.Random(seed).sample(range(total), min(count, total))
 

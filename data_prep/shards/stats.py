@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from data_prep.shards.encode import TOKENIZER_JSON
-from data_prep.shards.splits import SPLITS
-from data_prep.shards.token_artifact import num_tokens, read_tokens_manifest, shards_of
+from data_prep.shards.token_artifact import SPLITS, num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.media_tokens import name_of
@@ -81,7 +80,6 @@ def _added_tokens(file: Path) -> dict[int, str]:
 
 def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
             done: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a source's lengths of documents, how often each id occurs, and each type."""
     counts = np.zeros(content["vocab_size"], np.int64)
     types, lengths = np.zeros(3, np.int64), []
     for shard in shards_of(data, content, source["name"]):
@@ -89,6 +87,7 @@ def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
         lengths.append(opened.lengths_tokens)
         for i in range(0, len(opened.tokens), _BLOCK_ITEMS):
             block = opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64)
+            # In blocks: `astype` would copy a whole shard.
             counts += np.bincount(block, minlength=len(counts))[: len(counts)]
             done(len(block))
         if "type" in source["sidecars"] and len(opened.tokens):
@@ -98,6 +97,7 @@ def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
 
 def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, types: np.ndarray,
                special: dict[int, str]) -> dict[str, Any]:
+    # The smallest power of two that is not below the length.
     powers = Counter((int(n) - 1).bit_length() for n in lengths.tolist())
     splits = [source["splits"][name] for name in SPLITS]
     return {
@@ -114,7 +114,6 @@ def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, 
 
 
 def _occurring(special: dict[int, str], counts: np.ndarray) -> dict[str, int]:
-    """Return how often each special token occurs, the entries of a codebook together."""
     found: Counter[str] = Counter()
     for id_, token in sorted(special.items()):
         if id_ < len(counts) and counts[id_]:

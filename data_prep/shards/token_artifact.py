@@ -1,8 +1,10 @@
-"""An artifact of token shards as its readers see it."""
+"""An artifact of token shards as its readers see it, and which documents are held out: a function of their
+text alone, so that duplicates, and answers to one prompt, land on the same side."""
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,74 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards.splits import HELDOUT, SPLITS, TRAIN
 from megatron_sov.base.artifacts import Manifest, read_manifest
+from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.media.banks import MEDIA, SIDECAR_DTYPE
+
+TRAIN, HELDOUT = "train", "heldout"
+SPLITS = (TRAIN, HELDOUT)
+_HASH_RANGE = 1 << 64
+
+
+def document_hash(document: Document) -> int:
+    """Return a 64-bit hash of a document's content; of a preference or a prompt, and of a chat that says how
+    much of it is one, of the prompt, whose variants stay together.
+
+    Text is hashed in composed Unicode form, because a tokenizer that composes makes such
+    twins one and the same.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    # Responses to one prompt have one hash: none is held out while another is trained on.
+    messages = document.messages[:document.num_prompt or None]
+    contents = [text for m in messages for text in m.texts()] or [document.text]
+    for part in (*(m.role for m in messages), *contents):
+        raw = unicodedata.normalize("NFC", part).encode()
+        # Lengths keep parts apart: "ab", "c" is not "a", "bc".
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return int.from_bytes(digest.digest(), "little")
+
+
+class HeldoutRule:
+    """Holds out the documents whose hash falls below the share, from each source of two or more at least
+    one, and of none all: the document with the largest hash stays to be trained on."""
+
+    def __init__(self, share: float) -> None:
+        """`share`: expected part of all documents, in [0, 1)."""
+        self.share, self.threshold = share, int(share * _HASH_RANGE)
+        self.chosen: set[int] = set()
+        """Hashes that are held out although they lie above the threshold."""
+        self.kept: set[int] = set()
+        """Hashes that are trained on although they lie below it, or a twin was chosen."""
+
+    def learn_source(self, smallest: int, largest: int) -> None:
+        """Take note of a source's smallest and largest document hash:
+        a small source gives up its smallest."""
+        # No document of the source is below the threshold: it gives up the nearest one.
+        if self.threshold and smallest >= self.threshold and smallest != largest:
+            self.chosen.add(smallest)
+
+    def keep_one(self, largest: int) -> bool:
+        """Keep a source's document for training where it would be held out, and with it all others, since
+        its hash is their largest; called when all sources are known.  Returns whether that was so."""
+        is_last = largest < self.threshold or largest in self.chosen
+        if is_last:
+            self.kept.add(largest)
+        return is_last
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as the manifest keeps it: what was packed by the same one holds the same
+        documents out."""
+        return {"share": self.share, "chosen": sorted(self.chosen),
+                **({"kept": sorted(self.kept)} if self.kept else {})}
+
+    def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        chosen, kept = (np.array(sorted(some), np.uint64) for some in (self.chosen, self.kept))
+        found: NDArray[np.bool_] = (hashes < self.threshold) | np.isin(hashes, chosen)
+        # What is kept goes before what is chosen: a source must be left with something to train on.
+        return found & ~np.isin(hashes, kept)
+
 
 KIND = "tokens"
 CONTENT_VERSION = 2
@@ -56,7 +121,6 @@ def read_tokens_manifest(data: Path) -> Manifest:
 
 
 def num_tokens(content: dict[str, Any]) -> int:
-    """Return the tokens of all sources and splits, as the manifest's `content` has them."""
     return sum(split["num_tokens"] for source in content["sources"] for split in source["splits"].values())
 
 
@@ -116,7 +180,6 @@ class IndexedSplit:
     """All ids, [tokens]."""
 
     def documents(self) -> Iterator[NDArray[np.generic]]:
-        """Yield each document's ids, in order."""
         item_bytes = np.dtype(self.dtype).itemsize
         for start_bytes, length in zip(self.starts_bytes.tolist(), self.lengths_tokens.tolist(), strict=True):
             yield self.tokens[start_bytes // item_bytes : start_bytes // item_bytes + length]
@@ -150,6 +213,7 @@ def open_split(prefix: Path) -> IndexedSplit:
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
+    # The same numbers twice in an index: each is checked against the other, and both against the .bin.
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
             not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
@@ -180,6 +244,7 @@ def document_hashes(split: IndexedSplit, group: int,
         lengths_tokens: only of documents as long as one of these; None: of all.
     """
     starts = split.starts_bytes[::group] // np.dtype(split.dtype).itemsize
+    # Sequences of a document are neighbours: it ends where the next begins.
     stops = np.append(starts[1:], len(split.tokens)) if len(starts) else starts
     if lengths_tokens is not None:
         kept = np.isin(stops - starts, lengths_tokens)
@@ -199,12 +264,14 @@ def refuse_overlap(parts: list[Described]) -> None:
         UserError: with the number of such documents, and where they are.
     """
     rules = [content.get("heldout") for _, content in parts]
+    # Under one rule the same text is on the same side in all parts.
     if all(rule is not None and rule == rules[0] for rule in rules):
         return
     held: dict[int, Path] = {}
     lengths: set[int] = set()
     for path, split, group in _splits(parts, HELDOUT):
         held |= dict.fromkeys(document_hashes(split, group), path)
+        # Only documents of these lengths need hashing on the other side: training data is far larger.
         lengths |= set(split.lengths_tokens.reshape(-1, group).sum(axis=1).tolist())
     wanted = np.array(sorted(lengths), np.int64)
     found: dict[tuple[Path, Path], int] = {}

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
-from data_prep.shards.splits import document_hash
+from data_prep.shards.token_artifact import document_hash
 from data_prep.steps import Steps
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_tokens import SPELLED
@@ -104,6 +104,7 @@ class UnitEncoder:
             UserError: a file cannot be read, or the disk refuses.
         """
         key = unit_key(unit, self.settings)
+        # The record is written last, and the folder gets its name by a rename.
         folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
@@ -141,6 +142,7 @@ class _UnitWriter:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for file in self._files.values():
             file.close()
+        # Without an error only: a unit with a record is complete.
         if kind is None:
             (self._folder / RECORD).write_text(to_json(self.record()))
 
@@ -162,6 +164,7 @@ class _UnitWriter:
                 if not isinstance(item, Document):
                     continue
                 batch.append((number, item))
+                # Characters are near enough to bytes to bound memory.
                 size_bytes += sum(map(len, item.texts()))
                 if size_bytes >= BATCH_BYTES:
                     self._write(batch)
@@ -170,7 +173,6 @@ class _UnitWriter:
         self._write(batch)
 
     def _stepped(self, document: Document) -> Document | BadRecord | None:
-        """Return what the data steps make of a document; None, and counted, where they leave it out."""
         found = self._steps.apply(document)
         if isinstance(found, LeftOut):
             self._left_out[found.reason] += 1
@@ -199,6 +201,7 @@ class _UnitWriter:
                 self._write_bad(number, BadRecord(e.code, e.reason, document.line,
                                                   "\n".join(document.texts()).encode()[:1000]))
             else:  # find out which of them it is
+                # By halves: a batch is encoded log2(n) times more, and not n times.
                 self._write(batch[: len(batch) // 2])
                 self._write(batch[len(batch) // 2 :])
             return
@@ -221,6 +224,7 @@ class _UnitWriter:
                 self._files["buckets"].write(f"{document.bucket}\n".encode() * group)
             if "columns" in self._files:
                 numbers = [document.columns[name] for name in self._settings.reading.columns]
+                # Transposed: a row for each sequence, a number for each column.
                 self._files["columns"].write(np.array(numbers, "<f4").T.tobytes())
         self._files["tokens"].write(
             encoded.ids.astype(np.dtype(self._settings.dtype).newbyteorder("<")).tobytes())
@@ -234,7 +238,6 @@ class _UnitWriter:
 
 
 def _sizes_bytes(document: Document) -> list[int]:
-    """Return the UTF-8 bytes of each sequence's text."""
     if document.media is not None:  # of what people wrote: bytes of media would be of another kind
         return [sum(len(SPELLED.sub("", text).encode()) for text in document.texts())]
     if document.kind != "preference":
@@ -244,7 +247,6 @@ def _sizes_bytes(document: Document) -> list[int]:
 
 
 def _id_hash(id_: str | None) -> int:
-    """Return 64 bits that stand for an id; 0 for none."""
     if id_ is None:
         return 0
     return (int.from_bytes(hashlib.blake2b(id_.encode(errors="replace"), digest_size=8).digest(), "little")
@@ -257,9 +259,11 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
     Raises:
         UserError: a file cannot be read.
     """
+    # The tokenizer counts by its hash, not by its path.
     facts = {**dataclasses.asdict(settings), "tokenizer": None, "code_version": CODE_VERSION}
     steps = facts.pop("steps")
     if steps:
+        # Only where there are any, so that units from before data steps are found.
         facts["steps"] = [[step["name"], step["files"]] for step in steps]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for span in unit:
@@ -276,7 +280,6 @@ def unit_key(unit: Unit, settings: UnitSettings) -> str:
 
 
 def _content(span: FileSpan) -> Iterator[bytes]:
-    """Yield the bytes that a span's documents depend on."""
     start, stop = span.start, span.stop
     if span.suffix == PARQUET_SUFFIX:
         try:
@@ -284,6 +287,7 @@ def _content(span: FileSpan) -> Iterator[bytes]:
         except BadRecord:
             start, stop = 0, span.size_bytes
         else:
+            # Row groups alone do not say what their bytes mean.
             yield str(metadata.schema).encode()
             start, stop = _parquet_bytes(metadata, range(span.start, span.stop))
     with open(span.file, "rb") as f:
@@ -294,7 +298,6 @@ def _content(span: FileSpan) -> Iterator[bytes]:
 
 
 def _parquet_bytes(metadata: Any, row_groups: range) -> tuple[int, int]:
-    """Return the range of a Parquet file in which row groups lie."""
     columns = [metadata.row_group(i).column(c) for i in row_groups for c in range(metadata.num_columns)]
     starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
     return (min(starts, default=0),
@@ -325,7 +328,6 @@ class StoredUnit:
         return np.array(file.read_text(encoding="utf-8").split("\n")[:-1], dtype=np.str_)
 
     def bad_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield its bad records, in order."""
         with open(self.folder / "bad", encoding="utf-8") as f:
             yield from map(json.loads, f)
 
@@ -345,8 +347,6 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     return StoredUnit(sequences, mapped("tokens", np.dtype(dtype).newbyteorder("<")), kinds,
                       columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder,
                       mapped(MEDIA, np.dtype("<i8")) if (folder / MEDIA).exists() else None)
-
-
 
 
 def encode_units(units: list[Unit], settings: UnitSettings, work: Path,

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.shards.token_artifact import (
-    COLUMN_DTYPE, SIDECARS, IndexedSplit, PackedShard, document_hashes, num_tokens, read_tokens_manifest,
-    shards_of)
+    COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
+    read_tokens_manifest, shards_of)
 from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.chat.marks import KIND_NONE, KINDS
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
@@ -57,6 +56,7 @@ def run(typed: argparse.Namespace) -> int:
     """
     args = read_options(DataVerifyOptions, typed)
     content = read_tokens_manifest(args.data).content
+    # A mistake in --blend is reported before the data is read.
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)
     if problems:
@@ -78,6 +78,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     content, notes = manifest.content, []
     with work_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
         problems = damaged_files(data, done=bar.update)
+    # Eight bytes a document: a list of Python's integers would take several times as much.
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
     with work_bar("reading", num_tokens(content), "token") as bar:
         for shard in shards_of(data, content):
@@ -143,6 +144,7 @@ def _routes_problems(file: Path, source: dict[str, Any], num_tokens: int) -> lis
     if file.stat().st_size != num_tokens * shape.bytes_per_token:
         return [f"{file}: has {file.stat().st_size} bytes, {num_tokens} tokens need "
                 f"{num_tokens * shape.bytes_per_token}"]
+    # Read in blocks, as a file of routes is many times as large as its .bin.
     block_tokens = max(1, _BLOCK_ITEMS // (shape.layers * shape.top_k))
     for first in range(0, num_tokens, block_tokens):
         count = min(block_tokens, num_tokens - first)
@@ -154,14 +156,12 @@ def _routes_problems(file: Path, source: dict[str, Any], num_tokens: int) -> lis
 
 
 def _range(tokens: NDArray[np.generic]) -> tuple[int, int]:
-    """Return the smallest and the largest id."""
     blocks = [tokens[i : i + _BLOCK_ITEMS] for i in range(0, len(tokens), _BLOCK_ITEMS)]
     return min((int(b.min()) for b in blocks), default=0), max((int(b.max()) for b in blocks), default=0)
 
 
 def _edge_problems(shard: PackedShard, first: NDArray[np.generic], last: NDArray[np.generic],
                    content: dict[str, Any]) -> list[str]:
-    """Look at the first and the last id of each document."""
     problems = []
     if (content["eod"] == "append" and shard.source["format"] != "prompt"
             and (n := int((last != content["eos_id"]).sum()))):
@@ -226,7 +226,10 @@ def epochs(content: dict[str, Any], num_tokens: float, weights: dict[str, float]
     for source in content["sources"]:
         share = weights.get(source["name"], 0.0)
         held = source["splits"][TRAIN]["num_tokens"]
-        passes = share * num_tokens / held if held else float("inf") if share else 0.0
+        if held:
+            passes = share * num_tokens / held
+        else:
+            passes = float("inf") if share else 0.0
         warning = (f"; more than {MANY_EPOCHS} teach little: add text or lower its weight"
                    if passes > MANY_EPOCHS else "")
         lines.append(f"{source['name']}: {share:.1%} of {num_tokens:,.0f} tokens is {passes:.2f} epochs of "

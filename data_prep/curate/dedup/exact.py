@@ -1,23 +1,190 @@
-"""Step `exact_dedup`: of documents with one text the first of the source with the highest priority stays."""
+"""Exact repeats over more documents than fit in memory: the steps `exact_dedup` and `paragraph_dedup`.
+
+Of documents with one text the first of the source with the highest priority stays.  A paragraph that many
+documents have, such as a menu or a notice, is cut out of them.  Both count keys of 128 bits: a shard's keys
+are written sorted and cut into partitions by their first bits; a partition is counted in ranges of keys.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Ge, Le
 from blake3 import blake3
+from numpy.typing import NDArray
 
-from data_prep.curate.dedup.numbering import Numbering, Register, ranks, registered
-from data_prep.curate.dedup.occurrences import (
-    KEY_BYTES, OccurrenceRule, read_surplus, write_occurrences, write_surplus)
-from data_prep.curate.dedup.work_files import Records
+from data_prep.curate.dedup.work_files import (
+    Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
-from megatron_sov.base.artifacts import new_file, to_json
-from megatron_sov.base.documents.overlap import find_units
+from megatron_sov.base.artifacts import new_file, new_folder, to_json
+from megatron_sov.base.documents.overlap import find_units, fold
+from megatron_sov.base.settings import AtLeastOne, Share
+
+KEY_BYTES = 16
+OCCURRENCE = np.dtype([("key", f"S{KEY_BYTES}"), ("doc", "<u8")])
+"""A key, and the number of a document that has it."""
+SURPLUS = np.dtype([("doc", "<u8"), ("keeper", "<u8"), ("key", f"S{KEY_BYTES}")])
+"""A document, the first one that has the key too, and the key that it has to give up."""
+RANGE_RECORDS = 1 << 20
+_HALF = np.uint64(32)
+
+
+@dataclass(frozen=True)
+class OccurrenceRule:
+    """Who has to give a key up."""
+
+    max_documents: int = 1
+    """In so many documents it may occur."""
+    keeps_first: bool = True
+    """Whether the first of them keeps it where it occurs in more."""
+
+
+def key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
+    """Return the partition of each key; it does not fall where keys ascend."""
+    # The upper 32 bits times the number of partitions, over 2^32: even shares without a division, and in the
+    # order of the keys.
+    return ((_heads(keys) >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
+
+
+def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_partitions: int) -> None:
+    """Write a shard's keys, each with its document's number; a document has a key once."""
+    records = np.empty(len(keys), OCCURRENCE)
+    records["key"], records["doc"] = keys, numbers
+    # `lexsort` takes its last argument first: by key, then by document.
+    records = records[np.lexsort((records["doc"], records["key"]))]
+    write_buckets(path, records, key_partitions(records["key"], num_partitions), num_partitions)
+
+
+def write_surplus(files: list[Path], partition: int, folder: Path, rule: OccurrenceRule) -> None:
+    """Find out in one partition of all shards' keys who has to give what up.
+
+    Args:
+        files: what `write_occurrences` wrote, by rank.
+        partition: which.
+        folder: receives files with a bucket for each rank.
+        rule: who has to.
+    """
+    slices = [bucket_slice(file, OCCURRENCE, partition) for file in files]
+    with new_folder(folder) as temporary:
+        for number, block in enumerate(_blocks(_surplus(_ranges(slices), rule))):
+            # By document: the next pass reads what goes shard by shard.
+            block = block[np.lexsort((block["key"], block["doc"]))]
+            write_buckets(temporary / f"{number:06}", block, ranks(block["doc"]), len(files))
+
+
+def read_surplus(folder: Path, rank: int) -> Records:
+    """Return what the documents of a shard have to give up, sorted by document; `folder`: with the folders of
+    all partitions."""
+    found = [bucket_slice(file, SURPLUS, rank).read() for file in parts_of(folder)]
+    joined: Records = np.concatenate([np.empty(0, SURPLUS), *found])
+    return joined[np.argsort(joined["doc"], kind="stable")]
+
+
+def _heads(keys: NDArray[Any]) -> NDArray[np.uint64]:
+    # Big-endian, so that numbers have the order of the bytes that the keys were sorted by.
+    return np.ascontiguousarray(keys).view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0].astype(np.uint64)
+
+
+def _ranges(slices: list[Slice]) -> Iterator[list[Slice]]:
+    total = sum(part.num_records for part in slices)
+    num_ranges = -(-total // RANGE_RECORDS)
+    if num_ranges <= 1:
+        yield slices
+        return
+    # Hashes are spread evenly, so equal ranges of keys hold about as many records each. Every slice is cut at
+    # the same bounds: all records of one key come in one range. The last bound is above the highest key.
+    heads = [_Heads(part) for part in slices if part.num_records]
+    lowest = min(head.at(0) for head in heads)
+    highest = max(head.at(head.part.num_records - 1) for head in heads)
+    starts = [0] * len(heads)
+    for number in range(1, num_ranges + 1):
+        bound = lowest + (highest + 1 - lowest) * number // num_ranges
+        stops = [head.first_from(bound, start) for head, start in zip(heads, starts, strict=True)]
+        yield [head.part.part(start, stop)
+               for head, start, stop in zip(heads, starts, stops, strict=True) if stop > start]
+        starts = stops
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The first bits of a slice's keys, read one by one."""
+
+    part: Slice
+
+    def at(self, place: int) -> int:
+        return int(_heads(self.part.read(place, place + 1)["key"])[0])
+
+    def first_from(self, bound: int, start: int) -> int:
+        """Return the first place from `start` on whose key is not below a bound."""
+        stop = self.part.num_records
+        while start < stop:
+            middle = (start + stop) // 2
+            if self.at(middle) < bound:
+                start = middle + 1
+            else:
+                stop = middle
+        return start
+
+
+def _surplus(ranges: Iterator[list[Slice]], rule: OccurrenceRule) -> Iterator[Records]:
+    for slices in ranges:
+        keys, counts, firsts = _count(slices)
+        often = counts > rule.max_documents
+        keys, firsts = keys[often], firsts[often]
+        if not len(keys):
+            continue
+        for part in slices:
+            records = part.read()
+            # For a key above all others the place is behind the last: clipped, it fails the comparison that
+            # follows.
+            place = np.minimum(np.searchsorted(keys, records["key"]), len(keys) - 1)
+            is_surplus = keys[place] == records["key"]
+            if rule.keeps_first:
+                is_surplus &= firsts[place] != records["doc"]
+            found = np.empty(int(is_surplus.sum()), SURPLUS)
+            found["doc"], found["key"] = records["doc"][is_surplus], records["key"][is_surplus]
+            found["keeper"] = firsts[place[is_surplus]]
+            yield found
+
+
+def _count(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.uint64]]:
+    """Return the keys of slices, in how many documents each occurs, and the number of the first."""
+    keys = np.empty(0, OCCURRENCE["key"])
+    counts, firsts = np.empty(0, np.int64), np.empty(0, np.uint64)
+    # What was counted and the new block are merged by one sort, so memory holds one entry for a key and one
+    # block of records, however often a key occurs.
+    for block in _blocks(part.read() for part in slices):
+        keys = np.concatenate([keys, block["key"]])
+        counts = np.concatenate([counts, np.ones(len(block), np.int64)])
+        firsts = np.concatenate([firsts, block["doc"]])
+        order = np.argsort(keys, kind="stable")
+        keys, counts, firsts = keys[order], counts[order], firsts[order]
+        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        keys = keys[starts]
+        counts, firsts = np.add.reduceat(counts, starts), np.minimum.reduceat(firsts, starts)
+    return keys, counts, firsts
+
+
+def _blocks(pieces: Iterator[Records]) -> Iterator[Records]:
+    held: list[Records] = []
+    count = 0
+    for piece in pieces:
+        held.append(piece)
+        count += len(piece)
+        if count >= RANGE_RECORDS:
+            yield np.concatenate(held)
+            held, count = [], 0
+    if count:
+        yield np.concatenate(held)
+
 
 # Outcomes from a list of documents that go, each because of another one that stays.
 
@@ -32,7 +199,6 @@ class Dropped:
         self._keeper_ids: dict[int, str] = {}
 
     def outcomes(self, documents: Sequence[Doc]) -> list[StepOutcome]:
-        """Return the outcomes of documents."""
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -43,10 +209,10 @@ class Dropped:
         return KEPT if keeper is None else StepOutcome(self._reason, values={"duplicate_of": keeper})
 
     def _load(self, rank: int) -> None:
-        """Read a shard's list, and the ids of those that stay, by the shards that hold them."""
         records = self._lists(rank)
         self._keeper_ids = {}
         keepers = records["keeper"]
+        # By the shards of those that stay: each shard's register is opened once and not for each document.
         for number in records[keepers.argsort(kind="stable")]:
             row, keeper = int(number["doc"]) & 0xFFFFFFFF, int(number["keeper"])
             self._keeper_ids[row] = self._register.id_of(keeper)
@@ -82,7 +248,6 @@ def write_report(view: View, lists: Callable[[int], Records], title: str,
 
 
 def write_page(view: View, page: dict[str, Any]) -> None:
-    """Write what the report's page shows of a step."""
     with new_file(view.work / "report.json", makes_parents=True) as temporary:
         temporary.write_text(to_json(page), encoding="utf-8")
 
@@ -95,6 +260,7 @@ def _text(text: str) -> bytes:
 
 
 def _bytes(text: str) -> bytes:
+    # A document may hold half of a surrogate pair, which strict UTF-8 refuses.
     return text.encode(errors="surrogatepass")
 
 
@@ -137,13 +303,11 @@ class ExactDedup(Step):
                 Pass("report", self._report, 1)]
 
     def start(self, view: View) -> None:
-        """Open what the passes left."""
         numbering = Numbering(view)
         self._dropped = Dropped(numbering, Register(view.work / "documents"), REASON,
                                 lambda rank: read_surplus(view.work / "duplicates", rank))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Drop what is listed."""
         return self._dropped.outcomes(documents)
 
     def _write_keys(self, view: View, task: int) -> None:
@@ -162,3 +326,133 @@ class ExactDedup(Step):
 
     def _report(self, view: View, task: int) -> None:
         write_report(view, lambda rank: read_surplus(view.work / "duplicates", rank), "Exact duplicates")
+
+
+REPEATED_REASON = "mostly repeated paragraphs"
+Border = Literal["lines", "blank_lines"]
+_BORDERS: dict[Border, re.Pattern[str]] = {
+    "lines": re.compile(r"\n"), "blank_lines": re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")}
+"""Setting `split` -> what stands between two paragraphs."""
+
+
+@dataclass(frozen=True)
+class ParagraphSettings:
+    """What is cut."""
+
+    min_chars: AtLeastOne = 30
+    """Shorter paragraphs stay; blanks at their ends do not count."""
+    max_documents: AtLeastOne = 5
+    """A paragraph that occurs in more documents than this is cut."""
+    keep: Literal["first", "none"] = "first"
+    """"first": the first document that has it keeps it, that of the highest priority; "none": none does."""
+    split: Border = "lines"
+    """"lines": each line is a paragraph; "blank_lines": blank lines part them."""
+    max_share: Share = 0.5
+    """A document that loses more of its characters is dropped."""
+    partitions: Partitions = 64
+    """Tasks of the second pass; as many workers can be busy with it."""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """One paragraph of a text."""
+
+    start: int
+    """Where it begins, in characters."""
+    stop: int
+    """Where what parts it from the next one ends."""
+    key: bytes
+    """128 bits of it in one case, in Unicode's compatibility form, and with every run of blanks as one;
+    empty: it is too short to be cut."""
+
+
+def paragraphs(text: str, split: Border, min_chars: int) -> Iterator[Paragraph]:
+    """Yield the paragraphs of a text, all characters in one of them."""
+    begin = 0
+    places = [*((m.start(), m.end()) for m in _BORDERS[split].finditer(text)), (len(text), len(text))]
+    # neither folding makes or takes away a line's end: lines are folded together, for one call costs as much
+    folded = fold(text).split("\n") if split == "lines" else None
+    for number, (end, behind) in enumerate(places):
+        words = (folded[number] if folded is not None else fold(text[begin:end])).split()
+        key = b""
+        # The length of the words joined by blanks, known before they are joined: short lines cost no hash.
+        if sum(map(len, words)) + len(words) - 1 >= min_chars:
+            plain = " ".join(words).encode(errors="surrogatepass")
+            key = hashlib.blake2b(plain, digest_size=KEY_BYTES).digest()
+        yield Paragraph(begin, behind, key)
+        begin = behind
+
+
+class ParagraphDedup(Step):
+    """Cuts paragraphs that many documents have."""
+
+    kind = "paragraph_dedup"
+    adds = {"paragraphs_cut": "int64"}
+    Settings = ParagraphSettings
+    settings: ParagraphSettings
+
+    def passes(self) -> Sequence[Pass]:
+        """Return: paragraphs of each shard, then those that are in too many documents, by partition, then the
+        page's figures."""
+        return [Pass("paragraphs", self._write_keys),
+                Pass("count", self._count, self.settings.partitions),
+                Pass("report", self._report, 1)]
+
+    def start(self, view: View) -> None:
+        self._numbering, self._folder = Numbering(view), view.work / "repeated"
+        self._rank = -1
+        self._cut: dict[int, set[bytes]] = {}
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [self._outcome(d) for d in documents]
+
+    def _outcome(self, document: Doc) -> StepOutcome:
+        rank = self._numbering.rank_of[ShardRef(document.source, document.shard)]
+        if rank != self._rank:
+            self._load(rank)
+        keys = self._cut.get(document.row)
+        if keys is None:
+            return StepOutcome(values={"paragraphs_cut": 0})
+        parts = list(paragraphs(document.text, self.settings.split, self.settings.min_chars))
+        stay = [p for p in parts if p.key not in keys]
+        num_cut = len(parts) - len(stay)
+        text = "".join(document.text[p.start:p.stop] for p in stay)
+        # Blanks count on neither side of the share.
+        lost = sum(len(document.text[p.start:p.stop].strip()) for p in parts if p.key in keys)
+        if not text.strip() or lost > self.settings.max_share * len(document.text.strip()):
+            return StepOutcome(REPEATED_REASON, values={"paragraphs_cut": num_cut})
+        return StepOutcome(text=text, values={"paragraphs_cut": num_cut})
+
+    def _load(self, rank: int) -> None:
+        self._cut = {}
+        for record in read_surplus(self._folder, rank):
+            key = bytes(record["key"]).ljust(KEY_BYTES, b"\0")  # numpy takes zeros at the end for padding
+            self._cut.setdefault(int(record["doc"]) & 0xFFFFFFFF, set()).add(key)
+        self._rank = rank
+
+    def _write_keys(self, view: View, task: int) -> None:
+        shard = view.shards[task]
+        rank = Numbering(view).rank_of[shard]
+        keys: list[bytes] = []
+        numbers: list[int] = []
+        for batch in view.documents(shard):
+            for document in batch:
+                # A paragraph that a document repeats within itself counts as one document.
+                found = {p.key for p in paragraphs(document.text, self.settings.split,
+                                                   self.settings.min_chars) if p.key}
+                keys += sorted(found)
+                numbers += [rank << 32 | document.row] * len(found)
+        write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+
+    def _count(self, view: View, task: int) -> None:
+        files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
+        rule = OccurrenceRule(self.settings.max_documents, self.settings.keep == "first")
+        write_surplus(files, task, view.work / "repeated" / f"{task:05}", rule)
+
+    def _report(self, view: View, task: int) -> None:
+        counts: Counter[str] = Counter()
+        for rank, shard in enumerate(Numbering(view).shards):
+            counts[shard.source] += len(read_surplus(view.work / "repeated", rank))
+        write_page(view, {"tables": [{"title": "Repeated paragraphs", "head": ["source", "paragraphs cut"],
+                                      "rows": [[source, count] for source, count in sorted(counts.items())]}],
+                          "bars": [], "notes": []})

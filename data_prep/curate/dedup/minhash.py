@@ -18,9 +18,9 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.exact import Dropped, Partitions, write_report
-from data_prep.curate.dedup.numbering import ROW_BITS, Numbering, Register, ranks, registered, rows
 from data_prep.curate.dedup.work_files import (
-    BucketWriter, Records, Slice, bucket_slice, parts_of, read_array, save_array, write_buckets)
+    ROW_BITS, BucketWriter, Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, read_array,
+    registered, rows, save_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import new_file, new_folder
@@ -30,10 +30,9 @@ from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, 
 
 # Documents that have a band in common: found in memory that does not grow with the corpus.
 #
-# As for exact keys (`occurrences`), a shard's bands are written sorted and cut into partitions, and a
-# partition
-# is worked through in ranges of keys.  Of a band that many documents share, each is paired with the first
-# `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
+# As for exact keys (`dedup.exact`), a shard's bands are written sorted and cut into partitions, and a
+# partition is worked through in ranges of keys. Of a band that many documents share, each is paired with the
+# first `MOST_FIRST` only: all pairs of a crowd of n would be n^2, and clusters need n - 1.
 
 MOST_FIRST = 12
 RANGE_RECORDS = 1 << 17
@@ -49,7 +48,6 @@ def band_dtype(sketch_bytes: int) -> np.dtype[Any]:
 
 
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
-    """Write a shard's bands."""
     records = records[np.argsort(records["key"], kind="stable")]
     partitions = ((records["key"] >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
     write_buckets(path, records, partitions, num_partitions)
@@ -69,12 +67,15 @@ def blocks_of_bands(files: list[Path], dtype: np.dtype[Any], partition: int, num
               if (found := bucket_slice(file, dtype, partition)).num_records]
     total = sum(found.num_records for found in slices)
     num_ranges = max(1, -(-total // RANGE_RECORDS))
+    # The rule of `write_bands` turned round: the first key of this partition, and that of the next one.
     low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
     starts = [0] * len(slices)
     for number in range(1, num_ranges + 1):
         bound = low + (high - low) * number // num_ranges
         stops = [found.num_records if number == num_ranges else _first_from(found, bound, start)
                  for found, start in zip(slices, starts, strict=True)]
+        # The first ones of each band go on into the next block: a band that a block's end cuts is still
+        # paired.
         firsts = np.empty(0, dtype)
         for block in _blocks(found.part(start, stop)
                              for found, start, stop in zip(slices, starts, stops, strict=True)):
@@ -130,10 +131,10 @@ def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 def _pairs(places: NDArray[np.int64], are_new: NDArray[np.bool_]
            ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pair each new record with the first ones of its band."""
     here = np.arange(len(places))
     ones, others = [], []
     for first in range(min(MOST_FIRST, int(places.max(initial=0)))):
+        # Old records were paired with each other in the block that brought them.
         later = here[(places > first) & are_new]
         ones.append(later)
         others.append(later - places[later] + first)
@@ -143,12 +144,10 @@ def _pairs(places: NDArray[np.int64], are_new: NDArray[np.bool_]
 
 # MinHash signatures (Broder, 1997) and the keys of their bands (locality-sensitive hashing).
 #
-# The shingles of a text are its runs of some words (`documents.overlap`).  Each of the signature's numbers
-# is
+# The shingles of a text are its runs of some words (`documents.overlap`).  Each of the signature's numbers is
 # the smallest of the shingles' images under a permutation of 32 bits, ``x -> a x + b`` with an odd `a`; two
 # texts agree in one of them with the probability of their Jaccard similarity.  With b bands of r numbers,
-# texts
-# of the similarity s have a band in common with the probability ``1 - (1 - s^r)^b``.
+# texts of the similarity s have a band in common with the probability ``1 - (1 - s^r)^b``.
 
 Signature = NDArray[np.uint32]
 _PAIR_BLOCK = 1 << 15
@@ -174,6 +173,7 @@ class Signer:
         """See `MinhashSettings`."""
         draw = np.random.Generator(np.random.PCG64(seed))
         count = num_bands * rows_per_band
+        # An even factor would be no permutation modulo 2^32.
         self._factors = draw.integers(0, 1 << 32, count, np.uint32) | np.uint32(1)
         self._terms = draw.integers(0, 1 << 32, count, np.uint32)
         self._num_bands, self._words = num_bands, words
@@ -186,6 +186,8 @@ class Signer:
         if not len(found):
             return None
         signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
+        # The upper halves of the 64-bit hashes: permutations of 32 bits are faster, and estimates need no
+        # more.
         minhash_loops.take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms,
                                     signature)
         return signature
@@ -202,6 +204,8 @@ class Signer:
 
 def sketches(signatures: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """Return eight bits of each number of signatures (Li and König, 2010, b-bit minwise hashing)."""
+    # The smallest of many images begin with zeros, so their upper bits say little: Knuth's multiplicative
+    # hash mixes them before eight bits are taken.
     return ((signatures * np.uint32(0x9E3779B1)) >> np.uint32(24)).astype(np.uint8)
 
 
@@ -250,6 +254,8 @@ class Clusters:
             folder: temporary; holds a few bytes for each document.
         """
         self._numbering, self._register = Numbering(view), register
+        # Earlier steps leave gaps between the rows of a shard, so its last row and not its length says how
+        # much room its documents need.
         last_rows = (register.read(rank)["row"][-1:] for rank in range(len(view.shards)))
         counts = [int(last[0]) + 1 if len(last) else 0 for last in last_rows]
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -276,11 +282,13 @@ class Clusters:
             path: the file.
             keep: "longest" or "first", of those of the highest priority.
         """
+        # Two rounds: who stays of a cluster is known only when the members in all shards have been seen.
         for rank, places, roots in self._members():
             self._choose(rank, places, roots, keep)
         with new_file(path, makes_parents=True) as temporary:
             writer = BucketWriter(temporary, len(self._numbering.shards))
             for rank, places, roots in self._members():
+                # Places are written plus one, as zeros are the holes of the file.
                 keepers = self._keepers[roots].astype(np.int64) - 1
                 goes = keepers != places
                 found = np.empty(int(goes.sum()), DROPPED)
@@ -315,11 +323,11 @@ class Clusters:
         return (rank.astype(np.uint64) << ROW_BITS) | (places - self._first[rank]).astype(np.uint64)
 
     def _members(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield the rank, the places of its documents that are in a cluster, and their roots."""
         from data_prep.curate.dedup import minhash_loops
 
         for rank in range(len(self._numbering.shards)):
             begin, end = self._first[rank:rank + 2].tolist()
+            # A document without a near duplicate has a parent of zero and is passed over.
             places = begin + np.flatnonzero(self._parents[begin:end])
             if len(places):
                 roots = np.empty(len(places), np.int64)
@@ -329,11 +337,15 @@ class Clusters:
     def _choose(self, rank: int, places: NDArray[np.int64], roots: NDArray[np.int64], keep: str) -> None:
         """Let the members of a shard stand for their clusters where they are better than those before."""
         np.add.at(self._sizes, roots, np.uint64(1))
+        # The smaller the better: the priority's class in the upper bits, below it by how much the text falls
+        # short of the longest possible; of equals the first place wins.
         worth = np.full(len(places), self._class_of[rank] << _LENGTH_BITS, np.uint64)
         if keep == "longest":
             longest = (1 << _LENGTH_BITS) - 1
             characters = self._register.at(rank, places - self._first[rank])["characters"]
             worth += (longest - np.minimum(characters, longest)).astype(np.uint64)
+        # The best of each cluster in this shard, then compared with the best of the shards before; `<` leaves
+        # equals with the earlier shard.
         order = np.lexsort((places, worth, roots))
         best = order[np.concatenate([[True], roots[order][1:] != roots[order][:-1]])]
         is_better = (self._keepers[roots[best]] == 0) | (worth[best] < self._best[roots[best]])
@@ -347,6 +359,7 @@ class Clusters:
 
 def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
     """Write pairs of numbers [n, 2], each for the shards of both, once."""
+    # Both shards need the shingles of their own side.
     both = distinct(np.concatenate([pairs, pairs[:, ::-1]]))
     records = np.empty(len(both), PAIR)
     records["own"], records["other"] = both[:, 0], both[:, 1]
@@ -382,12 +395,12 @@ class ShingleSets:
         with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(PLACE)) // np.uint64().nbytes)
+        # From the end: the number n of rows; before it n + 1 begins; before those n rows.
         places = 2 * int(words[-1]) + 2
         self.shingles: NDArray[np.uint64] = words[:-places]
         self.rows, self.begins = np.split(words[-places:-1].view(np.int64), [int(words[-1])])
 
     def places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where rows stand among the sets."""
         return np.searchsorted(self.rows, wanted)
 
     @staticmethod
@@ -418,6 +431,7 @@ def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold:
     """
     from data_prep.curate.dedup import minhash_loops
 
+    # Each pair is in the lists of both its shards: the one that has the larger number compares it.
     pairs = pairs[pairs[:, 0] > pairs[:, 1]]
     own = ShingleSets(folder / f"{rank:06}")
     for other_rank in np.unique(ranks(pairs[:, 1])).tolist():
@@ -429,6 +443,7 @@ def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold:
             common = np.empty(len(block), np.int64)
             minhash_loops.count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
             sizes = (np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]])
+            # Jaccard's similarity, common / (|a| + |b| - common), without the division.
             yield block[common >= threshold * (sizes - common)]
 
 
@@ -456,7 +471,6 @@ class MinhashSettings:
     """Tasks of the second pass; as many workers can be busy with it."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         numbers = self.num_bands * self.rows_per_band
         return [] if numbers <= MOST_NUMBERS else [SettingsProblem(
             ProblemCode.RULE, "num_bands",
@@ -481,12 +495,10 @@ class MinhashDedup(Step):
                 Pass("clusters", self._cluster, 1)]
 
     def start(self, view: View) -> None:
-        """Open what the passes left."""
         self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON,
                                 _lists(view.work))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Drop what is listed."""
         return self._dropped.outcomes(documents)
 
     @property
@@ -555,10 +567,10 @@ class MinhashDedup(Step):
                      [{"title": "Clusters by size", "labels": [name for name, _ in sizes],
                        "counts": [count for _, count in sizes], "note": "documents of a cluster"}])
         # what is large and has served
+        # Last: should this task be killed here and run again, it reads `similar` or `pairs` alone.
         for used in (scratch, view.work / "bands", view.work / "shingles"):
             shutil.rmtree(used, ignore_errors=True)
 
 
 def _lists(work: Path) -> Callable[[int], Records]:
-    """Return rank -> what goes from a shard."""
     return lambda rank: bucket_slice(work / "dropped", DROPPED, rank).read()

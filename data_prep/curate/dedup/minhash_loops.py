@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from megatron_sov.base.documents.compiled import compiled
 
+# The finalizer of MurmurHash3 for 64 bits.
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _HALF = np.uint64(33)
 
@@ -27,6 +28,7 @@ def key_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
     rows = signatures.shape[1] // keys.shape[1]
     for i in range(len(signatures)):
         for band in range(keys.shape[1]):
+            # The band goes into its hash: the same numbers in another band are another key.
             value = np.uint64(band + 1)
             for row in range(rows):
                 value = (value ^ np.uint64(signatures[i, band * rows + row])) * _MIX_1
@@ -77,6 +79,7 @@ def unite(parents: NDArray[np.uint64], ones: NDArray[np.int64], others: NDArray[
     for i in range(len(ones)):
         a, b = root(parents, ones[i]), root(parents, others[i])
         if a < b:
+            # The smaller place becomes the root, so the result does not depend on the order of the pairs.
             parents[b] = np.uint64(a + 1)
         else:
             parents[a] = np.uint64(b + 1)

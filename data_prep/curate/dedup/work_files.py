@@ -3,10 +3,16 @@
 A pass over shards writes for the tasks of the next pass what concerns them, and that task reads its part of
 every shard's file: records sorted by bucket, behind the places where the buckets begin and a checksum of each
 bucket.  Arrays have a checksum behind them (`sealed`).  Either is looked at before anything is believed.
+
+Documents go by numbers, ``rank << 32 | row``, and the smaller number's text stays.  Shards have ranks by the
+priority of their sources, then by their order in the pipeline: a number is smaller where the priority is
+higher, or the document comes first.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.curate.pipeline.step import Doc, ShardRef, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import new_file
 from megatron_sov.base.digests import Digest
@@ -91,6 +98,8 @@ def _digest(path: Path, bucket: int, begin: int, end: int, records: Records) -> 
 
 def _begun(path: Path, *place: int) -> Digest:
     digest = Digest()
+    # File and place are part of the checksum: a sound bucket of another file or place does not pass for this
+    # one.
     digest.update(" ".join([place_in_run(path), *map(str, place), ""]).encode())
     return digest
 
@@ -106,6 +115,7 @@ class BucketWriter:
         """Begin a file; `path`: a temporary name."""
         self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
         self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
+        # Room for the header, whose figures are known when the last bucket is written (`close`).
         np.array([num_buckets], _PLACE).tofile(self._file)
         self._places.tofile(self._file)
         self._digests.tofile(self._file)
@@ -115,11 +125,11 @@ class BucketWriter:
         if len(records):
             begin = int(self._places[bucket])
             self._digests[bucket] = _digest(self._path, bucket, begin, begin + len(records), records)
+        # All later buckets begin behind this one, also those that stay empty.
         self._places[bucket + 1:] += np.uint64(len(records))
         records.tofile(self._file)
 
     def close(self) -> None:
-        """Write where the buckets begin, and their checksums."""
         self._file.seek(_PLACE.itemsize)
         self._places.tofile(self._file)
         self._digests.tofile(self._file)
@@ -141,7 +151,6 @@ class Slice:
         return Slice(self.path, self.dtype, self.begin_bytes + start * self.dtype.itemsize, stop - start)
 
     def read(self, start: int = 0, stop: int | None = None) -> Records:
-        """Return records `start` up to `stop`."""
         count = (self.num_records if stop is None else stop) - start
         if not count:
             return np.empty(0, self.dtype)
@@ -159,6 +168,7 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         UserError: it is damaged.
     """
     def number(f: Any, place: int) -> int:
+        # A damaged header may name any place: it leads to the end of the file at most.
         f.seek(min(place * _PLACE.itemsize, size_bytes))
         return int.from_bytes(f.read(_PLACE.itemsize), "little")
 
@@ -169,6 +179,7 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
         wanted = number(f, 2 + count + bucket)
         found = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
         if begin == end:
+            # Nothing was hashed for an empty bucket.
             is_sound = wanted == 0
         else:
             digest, left = _begun(path, bucket, begin, end), (end - begin) * dtype.itemsize
@@ -180,3 +191,73 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
     if not is_sound:
         raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); {way_out(path)}")
     return found
+
+
+ROW_BITS = np.uint64(32)
+ROW_MASK = np.uint64((1 << 32) - 1)
+_OPEN_FILES = 64
+
+
+class Numbering:
+    """The ranks of a view's shards."""
+
+    def __init__(self, view: View) -> None:
+        # `sorted` is stable: shards of one priority keep the order of the pipeline.
+        self.shards = sorted(view.shards, key=lambda shard: -view.priority(shard.source))
+        """All shards; a shard's place here is its rank."""
+        self.rank_of = {shard: rank for rank, shard in enumerate(self.shards)}
+
+
+def ranks(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (numbers >> ROW_BITS).astype(np.int64)
+
+
+def rows(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (numbers & ROW_MASK).astype(np.int64)
+
+
+class Register:
+    """Row, length and id of the documents of each shard, in files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def write(self, rank: int, documents: Sequence[tuple[int, int, str]]) -> None:
+        """Write a shard's documents: row, characters and id of each, in order."""
+        # Fixed width, so that the table can be mapped into memory and read at any row.
+        ids = [id_.encode() for _, _, id_ in documents]
+        width = max(map(len, ids), default=1)
+        table = np.empty(len(ids), [("row", "<u4"), ("characters", "<u8"), ("id", f"S{width}")])
+        for field, values in (("row", [r for r, _, _ in documents]),
+                              ("characters", [c for _, c, _ in documents]), ("id", ids)):
+            table[field] = values
+        write_array(self._folder / f"{rank:06}.npy", table)
+
+    def read(self, rank: int) -> NDArray[Any]:
+        """Return a shard's documents: `row`, `characters`, `id`."""
+        if rank not in self._open:
+            self._open[rank] = read_array(self._folder / f"{rank:06}.npy")
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(rank)
+        return self._open[rank]
+
+    def at(self, rank: int, wanted: NDArray[np.int64]) -> NDArray[Any]:
+        table = self.read(rank)
+        found: NDArray[Any] = table[np.searchsorted(table["row"], wanted)]
+        return found
+
+    def id_of(self, number: int) -> str:
+        raw: bytes = self.at(number >> 32, np.array([number & 0xFFFFFFFF]))["id"][0]
+        return raw.decode()
+
+
+def registered(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
+    """Yield a shard's documents in batches, and write down what they are when all have been."""
+    known: list[tuple[int, int, str]] = []
+    for batch in view.documents(shard):
+        known += [(d.row, len(d.text), d.id) for d in batch]
+        yield batch
+    # Only here: a pass that is left early writes no register.
+    register.write(rank, known)

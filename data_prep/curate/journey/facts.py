@@ -49,11 +49,9 @@ class StepFolder:
         return f"{self.number:02d} {self.kind}"
 
     def shard(self, number: int) -> Path:
-        """Return where a shard lies."""
         return self.path / f"{number:05d}.parquet"
 
     def numbers(self) -> list[int]:
-        """Return the numbers of the shards that are there, in order."""
         names = [_SHARD_FILE.fullmatch(p.name) for p in self.path.iterdir()] if self.path.is_dir() else []
         return sorted(int(name[1]) for name in names if name)
 
@@ -79,18 +77,16 @@ class Corpus:
             found = {source.name: [StepFolder(s.number, s.kind, out / s.folder) for s in source.steps]
                      for source in read_summary(out).sources}
         else:
-            found = {folder.name: _newest(folder) for folder in sorted((out / SHARDS).iterdir())
-                     if folder.is_dir()} if (out / SHARDS).is_dir() else {}
+            folders = sorted((out / SHARDS).iterdir()) if (out / SHARDS).is_dir() else []
+            found = {folder.name: _newest(folder) for folder in folders if folder.is_dir()}
         return Corpus(out, {name: steps for name, steps in found.items() if steps})
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has come to its end."""
         return (self.out / SUMMARY).is_file()
 
     @cached_property
     def summary(self) -> JourneySummary:
-        """What its steps did, in figures."""
         return read_summary(self.out)
 
     def steps(self, source: str) -> list[StepFolder]:
@@ -107,7 +103,6 @@ class Corpus:
 
 
 def is_corpus(out: Path) -> bool:
-    """Return whether a folder is the output of a pipeline, complete or not."""
     return (out / PIPELINE).is_file() or ((out / SUMMARY).is_file() and (out / SHARDS).is_dir())
 
 
@@ -117,6 +112,8 @@ def _newest(folder: Path) -> list[StepFolder]:
     for path in folder.iterdir():
         named = _STEP_FOLDER.fullmatch(path.name)
         if named and named[2] != OUTPUT and path.is_dir():
+            # A changed setting leaves the folders of its earlier address: the newest is that of the run that
+            # goes on.
             number, time_ns = int(named[1]), path.stat().st_mtime_ns
             if number not in found or time_ns > found[number][0]:
                 found[number] = time_ns, StepFolder(number, named[2], path)
@@ -139,7 +136,6 @@ def open_shard(file: Path) -> pq.ParquetFile:
 
 
 def damage(file: Path, why: str) -> UserError:
-    """Return the error of a shard that does not hold what it should."""
     return UserError(f"{file}: is damaged ({visible(why.splitlines()[0])[:200]}); {_way(file)}")
 
 
@@ -233,8 +229,8 @@ class Facts:
     """Column such as "pii" -> name -> sum of its counts."""
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Count a batch of documents of the output."""
         names = set(batch.schema.names)
+        # In Arrow's own loops: a shard has up to millions of rows.
         sizes = pc.binary_length(batch.column("text").cast(pa.large_string())).fill_null(0)
         self.num_documents += batch.num_rows
         self.num_bytes += pc.sum(sizes).as_py() or 0
@@ -253,7 +249,6 @@ class Facts:
                 self._add_named(column, batch.column(column))
 
     def merge(self, other: Facts) -> None:
-        """Add the counts of other documents."""
         self.num_documents += other.num_documents
         self.num_bytes += other.num_bytes
         for column, counts in other.values.items():
@@ -267,7 +262,6 @@ class Facts:
             self.named[column] = dict(Counter(self.named.get(column, {})) + Counter(sums))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is written; values that are very many are cut to the largest."""
         return {"format": FORMAT, "num_documents": self.num_documents, "num_bytes": self.num_bytes,
                 "values": {c: _largest(counts, MAX_VALUES) for c, counts in sorted(self.values.items())},
                 "hosts": _largest(self.hosts, MAX_HOSTS), "scores": dict(sorted(self.scores.items())),
@@ -281,6 +275,7 @@ class Facts:
         Raises:
             ValueError, KeyError, TypeError: it is something else.
         """
+        # Files of another version are counted from the shard instead (`_counted`).
         if raw["format"] != FORMAT or any(len(parts) != BINS + 1 for parts in raw["scores"].values()):
             raise ValueError(f"format {raw['format']!r}, this version reads {FORMAT}")
         return Facts(int(raw["num_documents"]), int(raw["num_bytes"]),
@@ -308,6 +303,8 @@ class Facts:
         for item in pc.value_counts(values.cast(pa.string()).fill_null("")).to_pylist():
             for word in item["values"].split():
                 name, equals, number = word.partition("=")
+                # Text of a document may look like a count: a number too long for one counts as a single
+                # occurrence.
                 times = int(number) if equals and number.isdecimal() and len(number) < 16 else 1
                 sums[name] = sums.get(name, 0) + times * item["counts"]
 
@@ -357,7 +354,6 @@ def facts_of_output(out: Path) -> dict[str, Facts]:
 
 
 def total(facts: Iterable[Facts]) -> Facts:
-    """Return the sum of facts."""
     whole = Facts()
     for one in facts:
         whole.merge(one)
@@ -365,7 +361,6 @@ def total(facts: Iterable[Facts]) -> Facts:
 
 
 def _counted(file: Path) -> Facts | None:
-    """Return what was counted when a shard was written, if that is there and of this layout."""
     try:
         return Facts.from_dict(try_read_json(counted_beside(file)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -373,7 +368,6 @@ def _counted(file: Path) -> Facts | None:
 
 
 def _count(counts: dict[str, list[int]], values: pa.Array, sizes: pa.Array) -> None:
-    """Add documents and bytes of each value of a column."""
     plain = pc.if_else(values, "true", "false") if pa.types.is_boolean(values.type) else values
     table = pa.table({"value": plain.cast(pa.string()).fill_null(NONE), "size": sizes})
     for row in table.group_by("value").aggregate([("size", "count"), ("size", "sum")]).to_pylist():
@@ -382,9 +376,9 @@ def _count(counts: dict[str, list[int]], values: pa.Array, sizes: pa.Array) -> N
 
 
 def _hosts(urls: pa.Array) -> pa.Array:
-    """Return the host of each address, "" where there is none."""
     found = pc.struct_field(pc.extract_regex(urls.cast(pa.string()).fill_null(""), _HOST), "host")
     lower = pc.utf8_lower(found.fill_null(NONE))
+    # "example.com." and "www.example.com" are the host "example.com".
     return pc.replace_substring_regex(pc.utf8_rtrim(lower, characters="."), r"^www\.", "")
 
 
@@ -395,7 +389,7 @@ def _merge(counts: dict[str, list[int]], other: dict[str, list[int]]) -> None:
 
 
 def _largest(counts: dict[str, list[int]], most: int) -> dict[str, list[int]]:
-    """Return the values with most bytes, in order of their names, and one for the rest."""
+    # The rest stays last when it is merged and cut again, so it never passes for a value.
     ranked = sorted(counts, key=lambda value: (value == REST, -counts[value][1], value))
     kept = {value: counts[value] for value in sorted(ranked[:most])}
     if ranked[most:]:

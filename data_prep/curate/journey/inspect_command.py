@@ -40,7 +40,6 @@ class DataInspectOptions(LookOptions):
     """Characters of the text that --id shows (0: all)."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         first, *others = [name for name in ("id", "where", "text", "dropped")
                           if getattr(self, name) is not None] or [""]
         return [SettingsProblem(ProblemCode.RULE, name, f"goes without --{first}; ask one thing at a time")
@@ -48,7 +47,6 @@ class DataInspectOptions(LookOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("What something is, from what it was made, how far unfinished work on it is, and "
                           "some of its rows. Of what `sov-data run` wrote: with --id a document's way "
                           "through all steps; --where, --text and --dropped find ids.")
@@ -56,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Print what is asked for; returns 0."""
     args = read_options(DataInspectOptions, typed)
     from data_prep.curate.journey import telling
     from data_prep.curate.journey.facts import Corpus, is_corpus
@@ -79,7 +76,6 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _check(args: DataInspectOptions) -> None:
-    """Raise `UserError` on values that mean nothing."""
     for name in PIPELINE_ONLY:
         value = getattr(args, name)
         if value == "" and name != "dropped":
@@ -100,11 +96,11 @@ def _problems(data: Path) -> list[str]:
 
 
 def _documents(data: Path, count: int) -> list[str]:
-    """Return some documents, decoded, or why there are none."""
     from data_prep.shards.sample import SampleOptions, sample
 
     try:
         lines = sample(data, None, "train", count, SampleOptions.max_tokens, 0)
     except UserError as e:  # all are held out, or no tokenizer travels with them
         return [f"no document can be shown: {e}"]
+    # `sample` gives three lines for a document: its place, its text, and an empty one.
     return [f"{head} {text}" for head, text in zip(lines[::3], lines[1::3], strict=True)]

@@ -38,6 +38,7 @@ def funnel(steps: Sequence[tuple[str, int]], caption: str) -> Chart:
         caption: one sentence below it.
     """
     read = steps[0][1] or 1
+    # The first pair is of the reading with itself, which loses nothing.
     lost = [before - left for (_, before), (_, left) in zip([steps[0], *steps], steps, strict=False)]
     names = [short(name) for name, _ in steps]
     figure = go.Figure([
@@ -90,6 +91,7 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -
     names = list(rows)[:MAX_BARS]
     values = sorted({v for row in rows.values() for v in row},
                     key=lambda v: (-sum(row.get(v, 0) for row in rows.values()), v))
+    # Readers can distinguish seven colours; all other values share the eighth.
     drawn, rest = values[:7], values[7:]
     figure = go.Figure([_bar(_apart(names), [rows[n].get(v, 0) for n in names], _named(v), colour(i),
                              ["" for _ in names]) for i, v in enumerate(drawn)])
@@ -102,7 +104,6 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, caption: str) -
 
 
 def short(text: object, chars: int = LABEL_CHARS) -> str:
-    """Return a label on one line, cut where it is long."""
     line = " ".join(str(text).split())
     return line if len(line) <= chars else f"{line[:chars - 1]}…"
 
@@ -120,6 +121,7 @@ def _named(value: str) -> str:
 
 def _apart(values: Sequence[str]) -> list[str]:
     """Return labels that differ where values do: those with the same beginning get their number."""
+    # Bars with one label would be drawn over each other.
     labels = [short(_named(v)) for v in values]
     return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
 
@@ -178,6 +180,8 @@ def findings_sections(out: Path, summary: JourneySummary) -> list[PageSection]:
         if not file.is_file():
             continue
         try:
+            # A step of a user's own may have written this file: it may hold anything, and must not keep the
+            # page from being written.
             if file.stat().st_size > MAX_BYTES:
                 raise ValueError(f"it has {file.stat().st_size:,} bytes, at most {MAX_BYTES:,} are shown")
             found.append(_section(title, TypeAdapter(Findings).validate_json(file.read_bytes())))
@@ -207,6 +211,7 @@ def _section(title: str, findings: Findings) -> PageSection:
 
 
 def _cell(value: Cell) -> str:
+    # Before the numbers: a truth value is an `int` to Python.
     if isinstance(value, bool) or value is None:
         return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, float):
@@ -233,7 +238,6 @@ NOT_SAID = "(none)"
 
 
 def source_chapter(source: SourceSummary) -> Chapter:
-    """Return the chapter of one source."""
     read, last = source.read, source.last
     figures = [("Read", large(read.documents_kept), f"documents, {size(read.bytes_kept)} of text"),
                ("Kept", large(last.documents_kept), f"documents, {size(last.bytes_kept)} of text"),
@@ -260,7 +264,6 @@ def source_chapter(source: SourceSummary) -> Chapter:
 
 
 def reasons_table(dropped: Mapping[tuple[str, str], DroppedCount]) -> PageTable:
-    """Return the reasons why documents were dropped, most documents first."""
     rows = [[step, reason, f"{lost.documents:,}", size(lost.bytes)]
             for (step, reason), lost in list(dropped.items())[:MAX_REASONS]]
     if len(dropped) > MAX_REASONS:
@@ -275,7 +278,6 @@ def _steps(steps: Iterable[StepCounts]) -> PageTable:
 
 
 def _examples(step: StepCounts) -> list[Comparison]:
-    """Return what a step kept beside what it dropped, and what it changed."""
     found = []
     kept = [_shown("kept", sample) for sample in step.samples.kept[:MAX_PAIRS]]
     for i, sample in enumerate(step.samples.dropped[:MAX_PAIRS]):
@@ -385,6 +387,7 @@ def _opening(summary: JourneySummary, whole: Facts, ratio: float | None) -> list
 
 def _whole_funnel(summary: JourneySummary) -> Chart:
     """Draw all sources together; one that a step passes by has what it had before."""
+    # Every source goes through its own steps: the bar of a step counts all sources, also those it passes by.
     left = {s.name: s.read.documents_kept for s in summary.sources}
     steps = []
     for number, kind in summary.steps():
@@ -481,6 +484,7 @@ def _bars_of(whole: Facts, column: str, what: str, caption: str,
     counts = {value: n[1] for value, n in whole.values.get(column, {}).items()}
     if not counts or set(counts) == {""}:
         return []
+    # One unit for all bars, chosen by the longest: the axis has plain numbers.
     unit_bytes, unit = next((u for u in UNITS if max(counts.values()) >= u[0]), UNITS[-1])
     scaled = {value: n / unit_bytes for value, n in counts.items()}
     return [bars(scaled, f"{unit} of text, by {what}", caption, order=order,
@@ -488,7 +492,6 @@ def _bars_of(whole: Facts, column: str, what: str, caption: str,
 
 
 def _value_tables(whole: Facts) -> list[PageTable]:
-    """Return licences, hosts, dates and what was masked."""
     licences = whole.values.get("licence", {})
     tables = [_ranked("licence", licences), _ranked("host", {h: n for h, n in whole.hosts.items() if h})]
     years: dict[str, int] = {}
@@ -503,7 +506,6 @@ def _value_tables(whole: Facts) -> list[PageTable]:
 
 
 def _ranked(what: str, counts: dict[str, list[int]]) -> PageTable:
-    """Return the values with most text."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1][1], item[0]))
     rows = [[value or NOT_SAID, f"{n[0]:,}", size(n[1])] for value, n in ranked[:MAX_ROWS]]
     if len(ranked) > MAX_ROWS:

@@ -25,7 +25,6 @@ class DataReportOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Write one HTML file that loads nothing: what was read, what each step dropped and "
                           "changed and why, with examples, and what the output holds. `sov-data run` leaves "
                           "one at its end. Of a folder of `sov-data synth`: what was kept and rejected and "
@@ -34,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Write the page; returns 0."""
     args = read_options(DataReportOptions, typed)
     from megatron_sov.base.outputs import check_output
 
     folder = args.data.resolve()
+    # Beside the folder and not in it, where a file that the manifest does not know would be damage.
     file = args.out or folder.parent / f"{folder.name}-report.html"
     check_output("--out", file)
     print(f"wrote {_writer(args.data)(args.data, file)}")

@@ -85,7 +85,6 @@ class StepCounts:
 
     @property
     def name(self) -> str:
-        """Number and kind, as its folder begins."""
         return f"{self.number:02d} {self.kind}"
 
 
@@ -120,12 +119,10 @@ class SourceSummary:
 
     @property
     def read(self) -> StepCounts:
-        """The first step, which reads it."""
         return self.steps[0]
 
     @property
     def last(self) -> StepCounts:
-        """The last step that it went through."""
         return self.steps[-1]
 
 
@@ -218,6 +215,7 @@ def _check(file: Path, summary: JourneySummary) -> None:
     """Raise `UserError` where a summary does not hold together, or leads out of its folder."""
     folders = [step.folder for source in summary.sources for step in source.steps]
     for folder in (*folders, *(shared.folder for shared in summary.shared)):
+        # A summary may come from others: its folders are opened, so none may lead out of the output.
         if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts or "\0" in folder:
             raise UserError(f"{file}: is damaged (folder {folder!r} is not inside OUT); run the pipeline "
                             "again")

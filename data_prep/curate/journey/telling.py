@@ -54,12 +54,10 @@ class Way:
 
     @property
     def end(self) -> JourneyStop:
-        """Where it ended."""
         return self.stops[-1]
 
     @property
     def verdict(self) -> str:
-        """One sentence on what became of it."""
         if self.end.fate == DROPPED:
             return f"dropped by {self.end.step}: {self.end.reason}"
         if self.end.fate == NOT_DONE:
@@ -92,6 +90,7 @@ def follow(corpus: Corpus, document: str) -> Way:
     if not file.is_file():
         raise UserError(f"--id {document}: {file} is missing; source {source!r} has no shard of this number "
                         f"(of its {len(first.numbers())}), so correct the id or run the pipeline again")
+    # All layers of a shard have the rows of its base: the row is looked up once.
     row = _row(file, document)
     base = {"source": source} | row_of(file, row)
     num_rows = open_shard(file).metadata.num_rows
@@ -104,7 +103,6 @@ def follow(corpus: Corpus, document: str) -> Way:
 
 
 def _row(file: Path, document: str) -> int:
-    """Return the row of a document in its shard."""
     first = 0
     for batch in batches(file, ("id",)):
         at = pc.index(batch.column(0), pa.scalar(document, batch.schema.field(0).type)).as_py()
@@ -116,7 +114,6 @@ def _row(file: Path, document: str) -> int:
 
 
 def _stop(step: StepFolder, number: int, row: int, num_rows: int) -> JourneyStop:
-    """Return what a step made of a row."""
     file = step.shard(number)
     if not file.is_file():
         return JourneyStop(step.name, NOT_DONE)
@@ -155,6 +152,7 @@ def fates(steps: Sequence[StepFolder], number: int) -> list[str]:
         row = 0
         for batch in batches(file, ("reason",)):
             for reason in batch.column(0).to_pylist():
+                # The first step that drops a document is the one that counts; later layers are empty for it.
                 if reason and said[row] == "kept":
                     said[row] = f"dropped by {step.name}: {reason}"
                 row += 1
@@ -210,6 +208,7 @@ class Scan:
         """Yield documents that were read from a file: its name, or the end of its path."""
         def matches(batch: pa.RecordBatch) -> pa.BooleanArray:
             where = _both(batch)[1]
+            # A substring is looked for by Arrow; only where one is found are names compared in Python.
             likely = pc.match_substring(where, file)
             if not pc.any(likely).as_py():  # nearly always: no Python for each row
                 return likely
@@ -233,6 +232,8 @@ class Scan:
             if not listed.is_file():
                 continue
             with open(listed, encoding="utf-8", errors="replace") as f:
+                # A line may hold a record of any size: what is longer comes in parts, and its parts are no
+                # JSON.
                 while line := f.readline(MAX_QUARANTINE_LINE_CHARS):
                     row = _row_of(line)
                     if _is_in(str(row.get("file", "")), file):
@@ -246,7 +247,6 @@ class Scan:
         return list(self._corpus.sources)
 
     def _shards(self) -> Iterator[tuple[list[StepFolder], int]]:
-        """Yield the shards that are to be looked at."""
         shards = [(steps, number, steps[0].shard(number).stat().st_size)
                   for steps in map(self._corpus.steps, self._names()) for number in steps[0].numbers()]
         seen_bytes = 0
@@ -276,13 +276,11 @@ class Scan:
 
 
 def num_documents(corpus: Corpus, source: str) -> int:
-    """Return the documents that were read of a source."""
     first = corpus.steps(source)[0]
     return sum(open_shard(first.shard(number)).metadata.num_rows for number in first.numbers())
 
 
 def _both(batch: pa.RecordBatch) -> tuple[pa.Array, pa.Array]:
-    """Return the ids and the places of a batch."""
     return batch.column("id"), batch.column("where").fill_null("")
 
 
@@ -320,6 +318,7 @@ def changes(before: str, after: str, max_lines: int = 40) -> list[str]:
         max_lines: shown at most; the rest is counted.
     """
     old, new = before.splitlines(), after.splitlines()
+    # What is the same at both ends is cut off first: difflib's time grows with the product of the lines.
     start, end = _same_ends(old, new)
     middle_old, middle_new = old[start:len(old) - end], new[start:len(new) - end]
     shown: list[str] = []
@@ -333,6 +332,7 @@ def changes(before: str, after: str, max_lines: int = 40) -> list[str]:
         if what == "equal":
             continue
         shown.append(f"@ line {start + a + 1:,}")
+        # Lines that were replaced one for one are shown as changed inside, the rest as removed or added.
         pairs = min(b - a, d - c) if what == "replace" else 0
         shown += [f"~ {_inside(middle_old[a + i], middle_new[c + i])}" for i in range(pairs)]
         shown += [f"- {cut(line)}" for line in middle_old[a + pairs:b]]
@@ -345,7 +345,6 @@ def changes(before: str, after: str, max_lines: int = 40) -> list[str]:
 
 
 def cut(text: str, chars: int = LINE_CHARS) -> str:
-    """Return the beginning of a text, and how much more there is."""
     return text if len(text) <= chars else f"{text[:chars]} … ({len(text) - chars:,} more characters)"
 
 
@@ -358,7 +357,6 @@ def _same_ends(old: list[str], new: list[str]) -> tuple[int, int]:
 
 
 def _inside(old: str, new: str) -> str:
-    """Return a changed line with its changes marked and what is the same around them shortened."""
     a, b = _WORD.findall(old), _WORD.findall(new)
     start, end = _same_ends(a, b)
     middle_a, middle_b = a[start:len(a) - end], b[start:len(b) - end]
@@ -424,7 +422,6 @@ def show(corpus: Corpus, asked: DocumentQuery) -> None:
 
 
 def way_lines(way: Way, chars: int) -> list[str]:
-    """Return the lines that tell a document's way."""
     base = way.base
     text = str(base.get("text") or "")
     lines = [way.id, f"  {way.verdict}", ""]
@@ -466,7 +463,6 @@ def source_lines(corpus: Corpus, only: str | None) -> list[str]:
 
 
 def _found_lines(corpus: Corpus, asked: DocumentQuery) -> Iterator[str]:
-    """Yield a line for each document that is found, and how far the search went."""
     scan = Scan(corpus, DocumentSearch(asked.count, asked.scan_bytes, asked.source))
     found = _chosen(scan, asked)
     num_shown = 0
@@ -477,6 +473,7 @@ def _found_lines(corpus: Corpus, asked: DocumentQuery) -> Iterator[str]:
         for sentence in islice(scan.quarantined(asked.where), asked.count):
             num_shown += 1
             yield f"not read  {cut(sentence)}"
+    # One more is looked for, to say whether there are others.
     more = next(found, None)
     if more is not None:
         yield f"… and more; --count {asked.count * 10} shows more of them"
@@ -494,6 +491,5 @@ def _chosen(scan: Scan, asked: DocumentQuery) -> Iterator[FoundDocument]:
 
 
 def _value(value: Any) -> str:
-    """Return a column's value on one line."""
     shown = f"{value:.4g}" if isinstance(value, float) else str(value)
     return cut(" ".join(shown.split()), VALUE_CHARS)

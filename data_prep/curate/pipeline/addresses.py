@@ -62,6 +62,7 @@ def entries_of(files: Sequence[Path], known: Path | None = None, *, keep: bool =
 
     def one(file: Path) -> list[Any]:
         mark = mark_of(file)
+        # Size, times and inode are as they were: then the content is, and terabytes need not be read again.
         entry: list[Any] = before.get(str(file), [])
         return entry if is_known(entry, mark) else _read_entry(file, mark)
 
@@ -72,6 +73,7 @@ def entries_of(files: Sequence[Path], known: Path | None = None, *, keep: bool =
             found[str(file)] = entry
             progress()
     if keep and known is not None:
+        # Parts that jobs left are joined into one file before they go: a kill in between loses nothing.
         if found != before or parts_of(known).exists():
             known.parent.mkdir(parents=True, exist_ok=True)
             write_json(known, found)
@@ -89,7 +91,6 @@ def known_entries(known: Path) -> dict[str, Any]:
 
 
 def parts_of(known: Path) -> Path:
-    """Return the folder in which jobs leave the hashes that go into a file of them."""
     return known.parent / "parts" / known.stem
 
 
@@ -105,24 +106,22 @@ def unknown_files(files: Sequence[Path], known: Path) -> dict[Path, int]:
 
 
 def is_known(entry: Any, mark: Mark) -> bool:
-    """Return whether an entry is that of a file as it is now."""
     return isinstance(entry, list) and entry[:-1] == mark
 
 
 def refuse_changed(file: Path, mark: Mark) -> None:
-    """Raise `UserError` where a file is not as it was when it had a mark."""
     if mark_of(file) != mark:
         raise UserError(f"{file}: has changed since the run looked at it; run the command again when nobody "
                         "writes to it")
 
 
 def _read_entry(file: Path, mark: Mark) -> list[Any]:
-    """Return the entry of a file that is read now."""
     # a change within the same tick as the one before would leave no trace
     if 0 <= (age_ns := time.time_ns() - mark[2]) < _TICK_NS:
         time.sleep((_TICK_NS - age_ns) / 1e9)
         mark = mark_of(file)
     found = _content_hash(file)
+    # A file that somebody writes to while it is read has no hash to go by.
     refuse_changed(file, mark)
     return [*mark, found]
 
@@ -177,12 +176,10 @@ class Batch:
 
 
 def known_file(output: Path, source: str) -> Path:
-    """Return where the hashes of a source's files are kept."""
     return output / "inputs" / f"{source}.json"
 
 
 def input_names(pieces: Sequence[SourcePiece]) -> list[str]:
-    """Return the names of the files that pieces are read from, each once."""
     return list(dict.fromkeys(name for piece in pieces if piece.format != PASSED_OVER
                               for name in (piece.file, *piece.beside)))
 
@@ -198,12 +195,10 @@ def unknown_inputs(pipeline: Pipeline, output: Path) -> dict[str, dict[Path, int
 
 
 def is_much(unknown: Mapping[str, Mapping[Path, int]]) -> bool:
-    """Return whether files are too much to be read where the command is typed."""
     return sum(map(sum, (files.values() for files in unknown.values()))) > READ_HERE_BYTES
 
 
-def told(unknown: Mapping[str, Mapping[Path, int]]) -> str:
-    """Return how much is not known, in words."""
+def describe_unknown(unknown: Mapping[str, Mapping[Path, int]]) -> str:
     return ", ".join(f"{size(sum(files.values()))} in {len(files):,} files of source {name}"
                      for name, files in unknown.items() if files)
 
@@ -214,6 +209,7 @@ def batches(unknown: Mapping[str, Mapping[Path, int]]) -> Iterator[Batch]:
         group: list[str] = []
         size_bytes = 0
         for file, file_bytes in files.items():
+            # Before the file is added, so that one larger than a batch has a batch of its own.
             if group and (size_bytes + file_bytes > BATCH_BYTES or len(group) >= BATCH_FILES):
                 yield Batch(source, tuple(group))
                 group, size_bytes = [], 0
@@ -227,5 +223,6 @@ def read_batch(batch: Batch, output: Path) -> None:
     """Read files, and leave what is known of them where the next plan finds it; what is there from an earlier
     try is not read again."""
     known = known_file(output, batch.source)
+    # A name from the batch's files: the same batch, tried again, finds what it has read.
     part = parts_of(known) / f"{address({'files': batch.files})}.json"
     hashes_of([Path(file) for file in batch.files], part)

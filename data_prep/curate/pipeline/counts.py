@@ -68,12 +68,18 @@ class Counts:
         else:
             self.documents_kept += 1
             self.bytes_kept += size_bytes if after is None else len(after.encode())
-            self.documents_changed += after is not None
-        way = "dropped" if reason else "kept" if after is None else "changed"
+            if after is not None:
+                self.documents_changed += 1
+        way, shown = "kept", before
+        if reason:
+            way = "dropped"
+        elif after is not None:
+            way, shown = "changed", after
+        # The lowest hashes win: which samples are shown does not depend on the order or number of shards.
         kept, order = self.samples[way], sample_order(identifier)
         if len(kept) < MAX_SAMPLES or order < sample_order(kept[-1]["id"]):
             kept.append({"id": identifier, "reason": reason, "before": before[:SAMPLE_CHARS],
-                         "after": None if reason else (before if after is None else after)[:SAMPLE_CHARS]})
+                         "after": None if reason else shown[:SAMPLE_CHARS]})
             kept.sort(key=lambda sample: sample_order(sample["id"]))
             del kept[MAX_SAMPLES:]
 
@@ -82,7 +88,6 @@ class Counts:
 
     @staticmethod
     def together(found: Iterable[dict[str, Any]]) -> Counts:
-        """Return the sum of counts as `to_dict` gives them."""
         total = Counts()
         for one in found:
             for name in ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed",
@@ -106,6 +111,7 @@ def noted_seal(file: Path) -> str:
     Raises:
         UserError: they are missing or damaged, or name no such file.
     """
+    # Output files are in a folder named by the shard's number; its counts are next to that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")
     found = read_json(counts, way_out(file)).get("seals", {})
@@ -149,7 +155,6 @@ class StageProgress:
             print(self.line(time.monotonic() - self._began_s), flush=True)
 
     def line(self, wall_s: float) -> str:
-        """Return how far the stage is after so many seconds."""
         done = self._num_done
         left = f", about {duration(wall_s / done * (self._total - done))} left" if done else ""
         return f"  {self._name}: {done:,} of {self._total:,} {self._what} after {duration(wall_s)}{left}"

@@ -39,7 +39,7 @@ NAMED_TAGS = ("language", "topic")
 """Columns that become tags where names are made of them, so that a source has one value."""
 
 
-# What a run ends with, in a sentence: where its output lies, or why there is none.
+# What a run ends with, in a sentence: where its output is, or why there is none.
 
 
 def what_stands(summary: dict[str, Any], output: Path, text: Path, quarantine: Path) -> str:
@@ -84,7 +84,6 @@ def why_empty(summary: dict[str, Any], quarantine: Path) -> str:
 
 
 def _broken(summary: dict[str, Any]) -> Counter[tuple[str, str]]:
-    """Return (source, code) -> how many could not be read, or were left out."""
     return Counter({(source["name"], code): number for source in summary["sources"]
                     for code, number in source["quarantine"].items()})
 
@@ -96,6 +95,7 @@ def is_complete(plan: PipelinePlan, output: Path) -> bool:
         manifest = read_manifest(output, KIND)
     except UserError:
         return False
+    # Shards of tokens have a manifest of their own and are no part of the corpus.
     packed = plan.pipeline.pack is None or (output / TOKENS / MANIFEST).is_file()
     return (manifest.content.get("address") == plan.address and packed
             and all(_is_as_written(output / name, record, manifest.created_s)
@@ -108,6 +108,7 @@ def _is_as_written(file: Path, record: FileRecord, created_s: float) -> bool:
     except OSError:
         return False
     return stat.st_size == record.size_bytes and (
+        # A file whose status is older than the manifest was not touched since: only others are hashed.
         stat.st_ctime < created_s - CLOCKS_DIFFER_S or file_damage(file, record) is None)
 
 
@@ -118,10 +119,13 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
         UserError: nothing is kept, the tokenizer does not fit, or the disk refuses.
     """
     with disk_errors(output):
+        # The order matters to a run that is killed: text, lists, summary, shards, page, and last the
+        # manifest, which alone says that the corpus is complete.
         named = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = summary_of(plan, output) | {"output": list(_described(output, named))}
         atomic_write(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
+        # A page is written all the same: it shows which step dropped everything.
         if not named:
             write_report(output)
             raise UserError(f"{output}: no document is kept, so there is no output; "
@@ -134,7 +138,6 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
 
 
 def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
-    """Gather the files of all shards by name; returns name -> number of files."""
     named: dict[str, int] = {}
     with new_folder(output / TEXT) as temporary:
         for source in plan.sources:
@@ -144,14 +147,16 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
                     named[file.stem] += 1
                     (temporary / file.stem).mkdir(exist_ok=True)
                     shard_file = temporary / file.stem / f"{number:05d}{file.suffix}"
+                    # Hard links: the output takes no room of its own, and work files may be deleted.
                     link(file, shard_file)
                     link(counted_beside(file), counted_beside(shard_file))
     return named
 
 
 def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
-    """Return the files of an output shard, which hold what its task has counted."""
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
+    # Seals were noted when the shard was written: a file that has changed since is found before it is
+    # published.
     num_rows = sum(open_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)
                                 ).metadata.num_rows for file in files)
     for facts in map(counted_beside, files):
@@ -164,7 +169,6 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
 
 
 def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
-    """List what was broken, a file for each source, without the lists of sources that the file had before."""
     with new_folder(output / QUARANTINE) as temporary:
         for source in plan.sources:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
@@ -174,7 +178,6 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
 
 
 def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
-    """Return what is known of a run: its sources, and the counts of each step so far."""
     return {"name": plan.pipeline.name, "sources": [_source_summary(plan, s, output) for s in plan.sources],
             "shared": [{"number": step.entry.number, "kind": step.entry.kind, "folder": folder,
                         "passes": list(_pass_times(pass_marks(output / folder)))}
@@ -187,7 +190,6 @@ def _shared(plan: PipelinePlan, number: int) -> list[str]:
 
 
 def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
-    """Yield what each pass has taken so far."""
     for folder in sorted(done.glob("*")):
         times = [read_json(mark, way_out(mark), place_in_run(mark)) for mark in sorted(folder.iterdir())
                  if not mark.name.startswith(".")]
@@ -221,12 +223,14 @@ def _described(output: Path, named: dict[str, int]) -> Iterator[dict[str, Any]]:
 
 
 def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:
-    """Pack the output, unless it is packed."""
     asked = plan.pipeline.pack
     assert asked is not None
     tokens, mark = output / TOKENS, output / "done" / f"pack-{plan.address}"
+    # Packing may take hours: a run that was killed behind it does not pack again. The mark has the plan's
+    # address, so another plan packs again.
     if mark.exists() and (tokens / MANIFEST).is_file():
         return
+    # Tags of a packed source need one value for all its documents: names and columns decide which have.
     columns, named = plan.columns(), named_columns(plan.pipeline.output.name)
     tags = tuple(name for name in (*TAGS, *(one for one in NAMED_TAGS if one in named)) if name in columns)
     settings = PackSettings(heldout_share=asked.heldout, bos=asked.bos, eod=asked.eod,
@@ -239,6 +243,7 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
 
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
     writer = ArtifactWriter(output, KIND)
+    # The manifest vouches for the corpus alone, so that work files may be deleted.
     writer.leave_out = NOT_THE_CORPUS
     writer.content = {
         "address": plan.address, "name": plan.pipeline.name,

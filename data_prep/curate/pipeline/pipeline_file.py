@@ -35,6 +35,7 @@ def resolved(settings: Any, folder: Path) -> Any:
     if isinstance(settings, dict):
         return {key: resolved(value, folder) for key, value in settings.items()}
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        # Fields that the constructor does not take are made from those that it does.
         changed = {f.name: resolved(getattr(settings, f.name), folder)
                    for f in dataclasses.fields(settings) if f.init}
         return dataclasses.replace(settings, **changed)
@@ -42,7 +43,6 @@ def resolved(settings: Any, folder: Path) -> Any:
 
 
 def plain(settings: Any) -> Any:
-    """Return settings as JSON values, defaults filled in."""
     return json.loads(TypeAdapter(type(settings)).dump_json(settings))
 
 
@@ -101,7 +101,6 @@ class PackEntry:
     """Most tokens of one shard."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if (self.tokenizer / MANIFEST).is_file() else [SettingsProblem(
             ProblemCode.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
             "train one with `sov-tokenizer train`, or leave `pack` out")]
@@ -195,14 +194,18 @@ class _FileReader:
         for key in raw:
             if key not in known:
                 self.tell((key,), f"{key}: is no key of a pipeline{nearest(key, known)}")
+        # Reading goes on after a mistake, so that a user sees all of them at once.
         head = self._part(_Head, {k: v for k, v in raw.items() if k in known and k not in parts}, ())
         sources = tuple(self._sources(raw.get("sources")))
-        written = raw.get("sources")
+        written = raw["sources"] if isinstance(raw.get("sources"), list) else []
+        # From what is written and not from what was read: a source with a mistake still counts as one that
+        # `only` may name.
         kinds = {str(entry.get("name")): str(entry.get("kind") or "") for entry in written
-                 if isinstance(entry, dict)} if isinstance(written, list) else {}
+                 if isinstance(entry, dict)}
         steps = tuple(self._steps(raw.get("steps") or [], kinds))
         output = self._part(OutputSettings, raw.get("output") or {}, ("output",))
         if output:
+            # Last, when all steps have added their columns.
             for sentence in check_name_pattern(output.name, self.columns, _givers):
                 self.tell(("output", "name"), f"name = {output.name!r}: {sentence}")
         pack = self._part(PackEntry, raw["pack"], ("pack",)) if raw.get("pack") is not None else None
@@ -218,6 +221,7 @@ class _FileReader:
         settings, problems = find_problems(cls, written)
         if settings is not None:
             settings = resolved(settings, self.folder)
+            # Rules may open files, so paths are resolved first.
             problems = rules_of(settings)
         for problem in problems:
             self.tell((*place, *place_of(problem.key)), problem.sentence)
@@ -269,6 +273,7 @@ class _FileReader:
                     self._check_only(only, sources, (*place, "only"))
                     if not are_kinds_told:
                         self._check_kinds_before(only, sources, (*place, "only"))
+                # From the step `kind` on, any document may be of any kind.
                 are_kinds_told |= kinds[0] == "kind"
                 yield from self._step(StepEntry(i + 1, kinds[0], {}, only or Only()), entry[kinds[0]],
                                       (*place, kinds[0]))
@@ -307,6 +312,7 @@ class _FileReader:
             written = {cls.shorthand: written}
         settings = self._part(cls.Settings, {} if written is None else written, place)
         if settings is None:
+            # The columns count even so: steps behind would else be called wrong for this step's mistake.
             self._add_columns(cls.adds, entry.kind, place)
             return
         step = cls(settings)
@@ -325,6 +331,7 @@ class _FileReader:
 
     def _add_columns(self, adds: Mapping[str, ColumnType], kind: str, place: Place) -> None:
         for name, column_type in adds.items():
+            # Two steps may write the same column (the later value wins), but not of two types.
             before = self.columns.setdefault(name, column_type)
             if before != column_type:
                 self.tell(place, f"{kind}: adds the column {name!r} of type {column_type}, which has the "
@@ -332,7 +339,6 @@ class _FileReader:
 
 
 def _givers(column: str) -> list[str]:
-    """Return the steps that add a column."""
     return [kind for kind in STEPS if column in step_class(kind).adds]
 
 
@@ -372,13 +378,11 @@ def check_name_pattern(pattern: str, columns: Mapping[str, ColumnType],
 
 
 def named_columns(pattern: str) -> frozenset[str]:
-    """Return the columns that names are made of."""
     return frozenset(name for _, name, _, _ in Formatter().parse(pattern) if name)
 
 
 def _way(name: str, usable: Sequence[str], columns: Mapping[str, ColumnType],
          givers: Callable[[str], Sequence[str]]) -> str:
-    """Return what to do about a column that is not there, where that can be known."""
     steps = [] if name in columns else givers(name)
     return f"; add the step {' or '.join(steps)}" if steps else nearest(name, usable)
 
@@ -389,8 +393,10 @@ def name_of(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):
             return "yes" if value else "no"
+        # Names become folders: no text of a document may form a path.
         return re.sub(r"[^\w.-]", "-", value or NOTHING)
 
     made = "".join(literal + ("" if name is None else text(name))
                    for literal, name, _, _ in Formatter().parse(pattern))
+    # A name that begins with "." or "_" would be passed over by readers of datasets.
     return made if made[:1].isalnum() else f"x{made}"

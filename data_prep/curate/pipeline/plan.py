@@ -49,7 +49,6 @@ class Layer:
         return output / self.folder / f"{shard:05d}.parquet"
 
     def counts(self, output: Path, shard: int) -> Path:
-        """Return where a shard's counts lie."""
         return output / self.folder / f"{shard:05d}.json"
 
     def broken(self, output: Path, shard: int) -> Path:
@@ -106,8 +105,7 @@ class PipelinePlan:
                         "pack": None if pack is None else dataclasses.asdict(pack) | {
                             "tokenizer": tree_hash(pack.tokenizer / MANIFEST)}})
 
-    def told(self) -> list[str]:
-        """Return a sentence for each folder of which something is passed over."""
+    def list_passed_over(self) -> list[str]:
         return [f"source {source.settings.name}: {sentence}" for source in self.sources
                 for sentence in source.told]
 
@@ -145,13 +143,18 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
     steps: list[StepPlan] = []
     for entry in pipeline.steps:
         step = entry.build(pipeline.folder)
+        # A step that cannot meet a document of a source has no layer there: changing it leaves that source
+        # done.
         looks_at = [i for i, source in enumerate(sources) if _sees(entry, source.settings, steps)]
         passes = tuple(PassPlan(p.name, sum(len(sources[i].shards) for i in looks_at)
                                 if p.num_tasks is None else p.num_tasks) for p in step.passes())
+        # All that outcomes follow from. `only.sources` is left out: it decides which sources have a layer,
+        # and not what is in it.
         reasons = {"step": entry.kind, "version": step.version, "settings": entry.settings(),
                    "only": dataclasses.asdict(entry.only) if entry.only.kinds else None,
                    "files": file_hashes(step)}
         reads = [[sources[i].settings.name, sources[i].layers[-1].folder] for i in looks_at]
+        # A step with passes looks at all documents together: its outcome for one follows from all sources.
         if passes:
             together = reasons | {"reads": reads,
                                   "priority": [sources[i].settings.priority for i in looks_at]}
@@ -170,19 +173,19 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
 
 
 def file_hashes(step: Step) -> list[str]:
-    """Return the hashes of what a step's outcomes depend on beside the documents."""
     return [tree_hash(Path(file)) for file in step.files()]
 
 
 def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:
-    """Return whether a step can look at any document of a source."""
     if entry.only.sources and source.name not in entry.only.sources:
         return False
+    # Once a step sets kinds, a source of any kind may hold such documents.
     told_by_step = any("kind" in step.adds for step in before)
     return not entry.only.kinds or told_by_step or source.kind in entry.only.kinds
 
 
 def _with_output(source: SourcePlan, pipeline: Pipeline, number: int) -> SourcePlan:
+    # The steps' names say which columns the files have.
     reasons = {"step": OUTPUT, "name": pipeline.output.name, "reads": source.layers[-1].folder,
                "columns": [step.kind for step in pipeline.steps]}
     folder = f"shards/{source.settings.name}/{number:02d}-{OUTPUT}-{address(reasons)}"
@@ -196,12 +199,16 @@ def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool
     entries = entries_of([source.file(name) for name in names], known_file(output, source.name), keep=keep)
     marks = {name: entries[str(source.file(name))][:-1] for name in names}
     contents = {name: entries[str(source.file(name))][-1] for name in names}
+    # The path of a source is no part of its address: the same files at another path count as done.
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
     for outside in ("priority", "folder", "path"):  # what is read says it better
         del settings[outside]
     version = reader_class(source.format).version
     how = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad,
+           # Version 1 is left out, so that addresses from before readers had versions still hold.
            **({"version": version} if version > 1 else {})}
+    # Two addresses: a shard's follows from its own pieces, so that it can be taken over into another plan;
+    # the folder's from all files.
     groups = shards_of(pieces, pipeline.shard_bytes)
     shards = {number: address(how | {"shard": number, "pieces": [
         [dataclasses.astuple(piece), [contents.get(name, "") for name in (piece.file, *piece.beside)]]
@@ -221,6 +228,7 @@ def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks
                          {name: marks[name] for name in input_names(group)}])
              for number, group in groups.items()]
     made = sealed("\n".join([*lines, json.dumps({SEAL: PLACE}), ""]).encode())
+    # Tasks of an earlier submission may be reading it: the same bytes are not written again.
     if not file.is_file() or file.read_bytes() != made:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, made)
@@ -229,6 +237,7 @@ def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks
 def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece], dict[str, Mark]]:
     """Return the pieces of one shard of a plan that is written, and the files that they are read from with
     their marks when the plan was made."""
+    # A line is parsed only if it is the one: a source may have very many shards.
     begin = f"[{shard}, ".encode()
     for line in read_lines(output / layer.folder / PIECES):
         if line.startswith(begin):
@@ -267,6 +276,8 @@ def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list
     """
     found: dict[int, list[SourcePiece]] = {}
     for group in _groups(pieces, shard_bytes):
+        # From the name of the first piece: a shard keeps its number, which is in documents' ids, when others
+        # come or go.
         number = _hash(group[0]) % NUMBERS
         while number in found:
             number = (number + 1) % NUMBERS
@@ -298,7 +309,6 @@ def _groups(pieces: Sequence[SourcePiece], shard_bytes: int) -> Iterator[list[So
 
 
 def _hash(piece: SourcePiece) -> int:
-    """Return 64 bits of where a piece lies."""
     place = f"{piece.file}:{piece.start}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
 
@@ -316,8 +326,11 @@ def reusable(plan: PipelinePlan, output: Path) -> Iterator[tuple[Layer, int, Pat
         for layer, keys in zip(source.layers, _keys(source), strict=True):
             open_shards = {shard: keys[shard] for shard in source.shards
                            if not layer.rows(output, shard).exists()}
+            # Newest first; a shard that one folder has is not looked for in the next.
             for folder, known in _others(output / layer.folder, layer) if open_shards else ():
-                for shard in [s for s, key in open_shards.items() if known.get(str(s)) == key]:
+                same = [shard for shard, key in open_shards.items() if known.get(str(shard)) == key]
+                for shard in same:
+                    # The keys say what a folder will hold: whether the shard is done there, its files say.
                     if all((folder / file.name).exists() for file in _files(layer, output, shard)):
                         del open_shards[shard]
                         yield layer, shard, folder
@@ -325,8 +338,10 @@ def reusable(plan: PipelinePlan, output: Path) -> Iterator[tuple[Layer, int, Pat
 
 def take_over(plan: PipelinePlan, output: Path) -> None:
     """Give what can be reused its place in the plan's folders, and write down what these will hold."""
+    # A list, since giving names changes what `reusable` looks at.
     for layer, shard, folder in list(reusable(plan, output)):
         for file in _files(layer, output, shard):
+            # In the order of `_files`: what says that the shard is done comes last.
             _give_name(folder / file.name, file)
     for source in plan.sources:
         for layer, keys in zip(source.layers, _keys(source), strict=True):
@@ -341,13 +356,13 @@ def _keys(source: SourcePlan) -> Iterator[dict[int, str]]:
         if layer.shared:  # it follows from all documents, and its folder's address with it
             keys = {shard: address({"folder": layer.folder, "shard": shard}) for shard in keys}
         elif i:
+            # A shard follows from the same shard of the layer before it, and not from the whole folder.
             how = {name: reason for name, reason in layer.reasons.items() if name != "reads"}
             keys = {shard: address(how | {"reads": key}) for shard, key in keys.items()}
         yield keys
 
 
 def _others(folder: Path, layer: Layer) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the folders of a step that other plans have made, and what they hold."""
     if layer.shared:
         return
     pattern = f"{layer.number:02d}-{layer.kind}-*/{KEYS}"
@@ -363,7 +378,6 @@ def _files(layer: Layer, output: Path, shard: int) -> list[Path]:
 
 
 def _give_name(old: Path, new: Path) -> None:
-    """Let a file, or a folder of files, stand under a second name."""
     if old.is_dir():
         with new_folder(new) as temporary:
             shutil.copytree(old, temporary, copy_function=link, dirs_exist_ok=True)

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.curate.pipeline.addresses import (
-    REASONS_FILE, Batch, batches, is_much, read_batch, told, unknown_inputs)
+    REASONS_FILE, Batch, batches, describe_unknown, is_much, read_batch, unknown_inputs)
 from data_prep.curate.pipeline.counts import Counts, StageProgress
 from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
 from data_prep.curate.pipeline.pipeline_file import Pipeline
@@ -69,9 +69,12 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     file = plans / f"{plan.address}.json"
     plan.write(file)
     note_reasons(output, plan)
+    # Written before anything is done: readers of an unfinished run know it by this file.
     atomic_write(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
     if not is_complete(plan, output):
+        # Taken back before the first task: while the plan is at work, the folder must not pass for complete.
         (output / MANIFEST).unlink(missing_ok=True)
+    # We hold the lock, so no living process owns a temporary name.
     for folder in [output, *(output / layer.folder for source in plan.sources for layer in source.layers)]:
         for leftover in [*folder.glob(".*.tmp-*"), *folder.glob(".*.old-*")]:
             if leftover.is_dir():
@@ -85,6 +88,7 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
 def open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
     """Return the tasks of a stage that are still to be done; passes of a step whose outcomes all stand are
     for nobody."""
+    # Once all outcomes are written, what passes left is not read again, and may be deleted.
     if stage.index >= 0 and not open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
     return [task for task in tasks(plan, stage) if not done_mark(plan, stage, task, output).exists()]
@@ -96,6 +100,7 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
     Raises:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
+    # One run at a time in a folder: here by the lock, on a cluster by the jobs that are alive.
     with holding(output, output), disk_errors(output):
         refuse_living(output)
         if is_complete(plan, output):
@@ -131,6 +136,7 @@ def _do_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
 
 def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: PipelineStage,
               todo: list[Task]) -> None:
+    # Results come in the order of the tasks, so the first of those begun is the one that is done.
     under_way: deque[Task] = deque()
 
     def begun() -> Iterator[tuple[PipelineStage, Task]]:
@@ -160,6 +166,7 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]
         except UserError:
             raise
         except Exception as e:  # of another process its notes would be lost
+            # As text: a traceback does not travel between processes.
             raise TaskFailed(f"step {stage.kind}: {''.join(traceback.format_exception(e))}") from None
 
     return do
@@ -177,18 +184,18 @@ def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
         if counts.broken:
             line += f", {sum(counts.broken.values()):,} broken or left out"
         if num_done:
+            # Of all bytes the share that was done now: what was done before took none of this time.
             line += f", {counts.bytes_in * num_done / total / max(wall_s, 1e-9) / 1e6:.1f} MB/s"
     print(line, flush=True)
 
 
 def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
-    """Return the counts of a stage over all sources."""
     return Counts.together(read_json(file := layer.counts(output, shard), way_out(file))
                            for source in plan.sources if (layer := layer_of(source, stage))
                            for shard in source.shards)
 
 
-# What a run would do: sources, steps, folders, what stands already, and why the rest is done anew.
+# What a run would do: sources, steps, folders, what is done already, and why the rest is done again.
 
 
 def describe(plan: PipelinePlan, output: Path) -> str:
@@ -217,6 +224,7 @@ def _stage_lines(plan: PipelinePlan, stage: PipelineStage, output: Path,
     layers = [(source, layer) for source in plan.sources if (layer := layer_of(source, stage))]
     total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
     if stage.index < 0:
+        # What an earlier plan has done is taken over when the run begins.
         left -= sum(taken[layer.folder] for _, layer in layers)
     yield f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, {left:,} to do"
     if stage.index >= 0:
@@ -240,6 +248,7 @@ def _why(source: SourcePlan, layer: Layer, output: Path) -> list[str]:
     newest = max(others, key=lambda file: file.stat().st_mtime_ns)
     if (before := try_read_json(newest)) is None:
         return []
+    # Through JSON, as the written ones were: a tuple became a list.
     now = json.loads(json.dumps(layer.reasons))
     own = [f"{name}: {old} -> {new}" for name, old, new in changed_values(
         {k: v for k, v in before.items() if k != "reads"}, {k: v for k, v in now.items() if k != "reads"})]
@@ -261,21 +270,19 @@ def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence
 
 
 def finish_run(plan_file: Path, output: Path, task: int) -> None:
-    """Do the work of the last job."""
     refuse_many_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
     finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
 
 
 def read_share(output: Path, found: Sequence[Batch], task: int) -> None:
-    """Read one batch of raw files, before there is a plan."""
     refuse_many_restarts("inputs", "cut raw files that are larger than 100 GB")
     read_batch(found[task], output)
 
 
 def submit_rest(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
                 task: int) -> None:
-    """Do what the command would do when all raw files are read."""
     with holding(output, output):
+        # Under the lock: two jobs that come here must not both submit.
         plan = make_plan(pipeline, output)
         if not is_complete(plan, output):
             _submit_run(plan, output, profile)
@@ -300,15 +307,19 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
     with holding(output, output):
         before = Jobs.read(output)
         living = before.living()
+        # Raw files are still being read: there is no plan yet to compare with.
         if living and before.address == READING:
             then = "the same command then submits" if before.namespace else "the last of them submits"
             print(f"{output}: {before.describe(living)} read the raw files; {then} the steps")
             return
+        # The machine where the command is typed looks at sizes and times, and reads contents only where they
+        # are few.
         unknown = unknown_inputs(pipeline, output)
         plan = None if is_much(unknown) else make_plan(pipeline, output)
         if plan is not None and is_complete(plan, output):
             print(f"{output}: complete from before")
             return
+        # Two plans in one folder would take each other's manifest back.
         if living and (plan is None or before.address != plan.address):
             raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
                             f"wait for them, or {before.way_to_end} them, and run the command again")
@@ -319,7 +330,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             print("\n".join([f"{output}: at work in {before.describe(living)}",
                              *_progress(plan, output)]))
             return
-        for sentence in plan.told():
+        for sentence in plan.list_passed_over():
             print(sentence)
         tell_failures(output, [*READING_STAGES, *(stage.name for stage in stages(plan)), FINISH])
         _submit_run(plan, output, profile)
@@ -327,7 +338,6 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
 
 def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | KubernetesProfile,
                     unknown: dict[str, dict[Path, int]]) -> None:
-    """Submit the jobs that read raw files, and the one behind them that submits the run."""
     tell_failures(output, READING_STAGES)
     found = tuple(batches(unknown))
     reading, rest = READING_STAGES
@@ -339,11 +349,10 @@ def _submit_reading(pipeline: Pipeline, output: Path, profile: ClusterProfile | 
                     "how far they are")
         else:  # a pod has no right to make Jobs
             said = f"1 job: {first} reads them; the same command, typed when it has ended, submits the steps"
-    print(f"{output}: the contents of {told(unknown)} are not known yet; submitted {said}")
+    print(f"{output}: the contents of {describe_unknown(unknown)} are not known yet; submitted {said}")
 
 
 def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile | KubernetesProfile) -> None:
-    """Submit the tasks of a plan that are not done, and the job that finishes the run."""
     file = begin(plan, output)
     with Arrays(output, plan.address, profile) as arrays:
         for stage in stages(plan):

@@ -162,16 +162,16 @@ def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> p
 
 STEPS: dict[str, str] = {
     "code": "data_prep.steps:CodeStep",
-    "language": "data_prep.curate.quality.language:Language",
+    "language": "data_prep.curate.quality.identify:Language",
     "rules": "data_prep.curate.quality.rules.step:Rules",
     "pii": "data_prep.curate.quality.pii.step:Pii",
     "safety": "data_prep.curate.quality.safety:Safety",
     "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
-    "paragraph_dedup": "data_prep.curate.dedup.paragraphs:ParagraphDedup",
+    "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
     "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
-    "quality": "data_prep.curate.scoring.grades:Quality",
-    "education": "data_prep.curate.scoring.grades:Education",
+    "quality": "data_prep.curate.scoring.kinds:Quality",
+    "education": "data_prep.curate.scoring.kinds:Education",
     "topics": "data_prep.curate.scoring.topics:Topics",
     "level": "data_prep.curate.scoring.levels:Level",
     "kind": "data_prep.curate.scoring.kinds:ScorerKind",
@@ -187,6 +187,7 @@ def step_class(kind: str) -> type[Step]:
     """
     module, _, name = STEPS[kind].partition(":")
     try:
+        # A step's module is imported when a pipeline names it: its libraries may not be installed.
         found: type[Step] = getattr(import_module(module), name)
     except ModuleNotFoundError as e:
         raise UserError(f"step {kind}: needs {e.name}, which is not installed; "

@@ -1,7 +1,8 @@
 """The tasks of a run, one shard or one task of a pass each, as a process anywhere does them.
 
 What a task leaves is complete when its file stands, which is renamed to its name last; a task that is done
-is not done again, whoever asks.
+is not done again, whoever asks.  A shard has a base file with the texts, and over it a layer for each step,
+row by row; all its files have the same groups of rows, which are in memory one at a time.
 """
 
 from __future__ import annotations
@@ -18,23 +19,96 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import pyarrow as pa
 
 from data_prep.curate.journey.facts import write_shard_facts
 from data_prep.curate.pipeline.addresses import refuse_changed
 from data_prep.curate.pipeline.counts import Counts, noted_seal
-from data_prep.curate.pipeline.layers import (
-    BASE_FIRST, BASE_SCHEMA, GROUP_BYTES, GROUP_ROWS, LayerFile, LayerRow, groups)
 from data_prep.curate.pipeline.pipeline_file import Pipeline, name_of
 from data_prep.curate.pipeline.plan import (
     OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, file_hashes, pieces_of)
-from data_prep.curate.pipeline.step import KEPT, OF_A_RECORD, Doc, ShardRef, Step, StepOutcome, schema
+from data_prep.curate.pipeline.step import (
+    KEPT, OF_A_RECORD, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome, schema)
 from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
-from data_prep.shards.shard_damage import place_in_run
+from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import disk_errors, new_file, new_folder
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.sealed import PLACE, SEAL, seal_file, seal_of, write_json
-from megatron_sov.work.tables.parquet import TableFile
+from megatron_sov.work.tables.parquet import TableFile, read_groups
+
+GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
+"""A group of rows is closed when its text, or its rows, have become so many."""
+BASE_FIRST = (("id", pa.string()), ("text", pa.string()))
+LAYER_FIRST = (("reason", pa.string()), ("text", pa.string()))
+BASE_SCHEMA = schema({name: kind for name, kind in SOURCE_COLUMNS.items() if name != "source"}, *BASE_FIRST)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """A document as the layers so far leave it."""
+
+    id: str
+    text: str
+    columns: dict[str, Any]
+
+
+def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
+    """Yield the groups of rows of a shard: documents as they are behind the last layer, None where one is
+    dropped.
+
+    Args:
+        source: name of their source.
+        files: the base and its layers, in order.
+        seals: checksum of each as the counts beside it say it (`noted_seal`); (): nothing says it.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another shard.
+    """
+    yield from (_rows(source, tables) for tables in read_groups(files, seals or [None] * len(files), way_out))
+
+
+def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
+    base = tables[0]
+    alive = [True] * base.num_rows
+    texts: list[str] = base.column("text").to_pylist()
+    columns = {name: base.column(name).to_pylist() for name in base.column_names[2:]}
+    columns["source"] = [source] * base.num_rows
+    for table in tables[1:]:
+        reasons = table.column("reason").to_pylist()
+        # A layer has null where a document was dropped before, which is not "".
+        alive = [a and reason == "" for a, reason in zip(alive, reasons, strict=True)]
+        if table.column("text").null_count < table.num_rows:
+            texts = [before if text is None else text
+                     for before, text in zip(texts, table.column("text").to_pylist(), strict=True)]
+        for name in table.column_names[2:]:
+            new = table.column(name).to_pylist()
+            old = columns.get(name)
+            # a document that the step passed over keeps what it has
+            columns[name] = (new if old is None else
+                             [o if n is None else n for o, n in zip(old, new, strict=True)])
+    names = list(columns)
+    return [LayerRow(identifier, text, dict(zip(names, values, strict=True))) if a else None
+            for a, identifier, text, *values in zip(alive, base.column("id").to_pylist(), texts,
+                                                    *columns.values(), strict=True)]
+
+
+class LayerFile(TableFile):
+    """A step's layer over a shard."""
+
+    def __init__(self, path: Path, adds: dict[str, ColumnType]) -> None:
+        super().__init__(path, schema(adds, *LAYER_FIRST))
+        self.adds = adds
+
+    def write_outcomes(self, outcomes: Sequence[StepOutcome | None]) -> None:
+        """Write what became of a group's rows; None for those that were dropped before."""
+        made: dict[str, list[Any]] = {
+            "reason": [None if o is None else o.reason for o in outcomes],
+            "text": [None if o is None else o.text for o in outcomes]}
+        for name in self.adds:
+            made[name] = [None if o is None else o.values.get(name) for o in outcomes]
+        self.write(made)
+
 
 MAX_LISTED = 10_000
 """Of what is broken in a shard; more is only counted."""
@@ -60,6 +134,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
     listed.parent.mkdir(parents=True, exist_ok=True)
     source_reader = reader(source.settings)
     # the rows get their name last: it says that the shard is done
+    # Names are given in turn as the blocks are left: the list of what is broken, then the rows.
     with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, new_file(listed) as temporary,
           open(temporary, "w", encoding="utf-8") as quarantine):
         pieces, marks = pieces_of(output, layer, shard)
@@ -72,6 +147,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                 if group.is_full:
                     file.write(group.take())
         file.write(group.take())
+        # After reading: a file that changed meanwhile would stand under the hash of its old content.
         for name, mark in marks.items():
             refuse_changed(source.settings.file(name), mark)
         if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
@@ -79,7 +155,9 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
                 "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
                 "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
         quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
+        # The seal reads the file from the disk.
         quarantine.flush()
+        # Checksums go into the counts: a file that is exchanged for a sound one of another shard is found.
         counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
         yield counts
 
@@ -90,6 +168,7 @@ def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: 
         raise UserError(f"{item.place}: {item.reason}; mend it, or list such records and go on: "
                         "on_bad: quarantine")
     counts.broken[item.code] = counts.broken.get(item.code, 0) + 1
+    # All are counted; only the first are listed.
     if sum(counts.broken.values()) > MAX_LISTED:
         return
     record = {"shard": shard, "file": item.file, "place": item.place, "code": item.code,
@@ -111,6 +190,8 @@ class _Group:
 
     def add(self, raw: Raw) -> str:
         """Take a document; returns its id."""
+        # By its place in the source, and not by its number: documents that come or go leave the ids of
+        # others.
         place = hashlib.blake2b(raw.place.encode(), digest_size=8).hexdigest()
         identifier = f"{self.source.name}:{self.shard}:{place}"
         given = {name: None if raw.columns.get(name) in (None, "")
@@ -159,6 +240,7 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
                 for row in filter(None, rows):
                     sorted_rows.add(source.settings.name, row)
                     counts.count(row.id, "", row.text, None)
+            # Files are closed before they are read again to be counted.
             sorted_rows.finish()
         for file in sorted(temporary.glob("*.parquet")):
             write_shard_facts(file)
@@ -185,6 +267,7 @@ class _Sorter:
         rows = self.waiting.setdefault(name, [])
         rows.append(row)
         self.waiting_bytes += len(row.text)
+        # The limit is over all names together: with many names each alone would never be full.
         if len(rows) >= GROUP_ROWS or self.waiting_bytes >= GROUP_BYTES:
             self.finish()
 
@@ -257,17 +340,14 @@ class PipelineStage:
 
     @property
     def name(self) -> str:
-        """Return what it is called in messages and folders."""
         return f"{self.number:02d}-{self.kind}" + (f"-{self.pass_name}" if self.pass_name else "")
 
     @property
     def what(self) -> str:
-        """Return what its tasks are, in the plural."""
         return "tasks" if self.index >= 0 else "shards"
 
 
 def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
-    """Yield the stages of a run, in order."""
     yield PipelineStage(0, PARSE)
     for step in plan.steps:
         if step.sources:
@@ -285,7 +365,6 @@ def tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
 
 
 def layer_of(source: SourcePlan, stage: PipelineStage) -> Layer | None:
-    """Return the layer that a stage writes for a source, None where it does not look at it."""
     return next((layer for layer in source.layers if layer.number == stage.number), None)
 
 
@@ -294,7 +373,6 @@ def _step(plan: PipelinePlan, stage: PipelineStage) -> StepPlan:
 
 
 def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
-    """Return what stands when a task is done."""
     if stage.index >= 0:
         # with the pass's results, so that nobody can delete these and leave the mark
         folder = pass_marks(LayerView(plan, _step(plan, stage), output).work)
@@ -305,7 +383,6 @@ def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path
 
 
 def pass_marks(shared: Path) -> Path:
-    """Return the folder with the marks of a step's passes, by the folder of what they have left."""
     return shared / ".done"
 
 
@@ -317,6 +394,7 @@ def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> 
     """
     plan = _plan(plan_file)
     mark = done_mark(plan, stage, task, output)
+    # Two workers of a cluster may have been given the same task: the second finds it done.
     if mark.exists():
         return
     where = f"source {task[0]}, shard {task[1]}" if task[0] else f"pass {stage.pass_name}, task {task[1]}"
@@ -348,6 +426,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         view.work.mkdir(parents=True, exist_ok=True)
         wall, cpu = time.perf_counter(), cpu_seconds()
         _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
+        # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
                    place_in_run(mark))
@@ -355,6 +434,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
     source = plan.source(task[0])
     layer = layer_of(source, stage)
     assert layer is not None
+    # Raw files are parsed in processes below this one, whose time counts too.
     starts_others = stage.kind == PARSE
     wall, cpu = time.perf_counter(), cpu_seconds(starts_others)
     if stage.kind == PARSE:
@@ -363,6 +443,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         work = write_output_shard(plan, source, layer, output, task[1])
     else:
         work = _judge_shard(plan, plan_file, output, stage, ShardRef(*task), mark)
+    # Counts are written before the rows get their name, which says that the shard is done.
     with work as counts:
         counts.wall_s, counts.cpu_s = time.perf_counter() - wall, cpu_seconds(starts_others) - cpu
         write_json(layer.counts(output, task[1]), counts.to_dict())
@@ -394,6 +475,7 @@ def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
     with LayerFile(file, entry.adds) as layer:
         for first, rows in view.groups(shard):
             looked_at = view.looked_at(shard, (first, rows))
+            # Rows that the step does not look at are kept as they are.
             outcomes: list[StepOutcome | None] = [None if row is None else KEPT for row in rows]
             documents = [found for _, found in looked_at]
             for (i, document), outcome in zip(looked_at, _judged(step, entry, documents), strict=True):
@@ -409,15 +491,16 @@ def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
 
 
 def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
-    """Return what a step makes of documents, checked."""
     made = list(step.outcomes(documents)) if documents else []
     if len(made) != len(documents):
         raise RuntimeError(f"step {step.kind} gave {len(made)} outcomes for {len(documents)} documents")
     for i, (document, outcome) in enumerate(zip(documents, made, strict=True)):
         if unknown := set(outcome.values) - set(entry.adds):
             raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
+        # A dropped document has no text, and one that is set to what it was is unchanged: layers stay small.
         if outcome.text is not None and (outcome.reason or outcome.text == document.text):
             made[i] = StepOutcome(outcome.reason, None, outcome.values)
+        # A step that takes everything out has dropped the document.
         elif outcome.text is not None and not outcome.text.strip():
             made[i] = StepOutcome("nothing left", None, outcome.values)
     return made
@@ -439,6 +522,7 @@ def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step
     found = plan.steps[number - 1].entry.build(plan.pipeline.folder)
     if started:
         found.start(LayerView(plan, plan.steps[number - 1], output))
+    # Compared after loading: what the step has read is then what was hashed, or the task ends.
     planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
                    if layer.number == number)
     if file_hashes(found) != planned:

@@ -2,7 +2,8 @@
 languages of that script.
 
 py3langid (BSD; Lui and Baldwin 2011, 2012) is a naive Bayes classifier over n-grams of bytes; its model lies
-in the package and holds no pickle.
+in the package and holds no pickle.  The step `language` writes the language, and whether a document is prose,
+code or markup.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import MinLen
+
+from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
+from data_prep.libraries import require
 from megatron_sov.base.documents.scripts import letters_by_script
+from megatron_sov.base.settings import SettingsProblem, Share, as_problem, one_of
 
 # Pieces of a long text that stand for the whole of it.
 
@@ -32,6 +40,7 @@ def pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
     found = []
     for number in range(num_pieces):
         start = int(number * step)
+        # A piece that begins inside a word would show the model letters in an order that no word has.
         space = _SPACE.search(text, start, start + piece_chars // 4) if number else None
         found.append(text[space.end() if space else start:start + piece_chars])
     return found
@@ -46,6 +55,7 @@ def windows_of_lines(text: str, num_windows: int, window_chars: int) -> str:
     found = []
     for number in range(num_windows):
         window = text[int(number * step):int(number * step) + window_chars]
+        # The first and the last window have the text's own ends; elsewhere half lines are cut off.
         first = window.find("\n") + 1 if number else 0
         last = window.rfind("\n") if number < num_windows - 1 else len(window)
         found.append(window[first:last] if last > first else window)
@@ -76,7 +86,6 @@ _LANGUAGE_WINDOW_CHARS = 8000
 
 
 def _lines(*alternatives: str) -> re.Pattern[str]:
-    """Return what finds whole lines that one of the alternatives matches from their first sign on."""
     return re.compile(rf"^[^\S\n]*(?:{'|'.join(alternatives)})[^\n]*$", re.MULTILINE)
 
 
@@ -100,7 +109,7 @@ _CODE_LINE = _lines(
     # assignments and calls
     r"\w+ <- ", r"\w+(?:\.\w+)* ?(?:[+\-*/|&]?=|:=) ?[^=\n]+$", r"\w+(?:\.\w+)+\([^\n]*\);?$",
     r"\w+\([^\n]*\)[;:{,]?$", r"[\])}]+[;,)]*$",
-    # what ends a statement, or stands in one
+    # what ends a statement, or is part of one
     r"[^\n]*(?:[A-Za-z0-9_)\]\"'}>]\s?[;{]|\\|&&|\|\||\)\s?[:{]|=>\s?[{(]?|->\s?[{(]?)$",
     r"(?![^\n]*(?:[a-z]+,? ){4}[a-z])[^\n]*(?:==|!==?|\w\(\)|\w->\w|\w::\w|\+=|\bself\.\w|\bthis\.\w)")
 _FIELD_LINE = _lines(r"(?:- )?(?:\"[^\"\n]*\"|[\w.-]+)\s?(?::(?:\s|$)|=)", r"[\[\]{}],?$", r"\[[\w. -]+\]$",
@@ -121,10 +130,12 @@ def form_of(text: str) -> Form:
     """Return what form a text is of, by lines from all over it."""
     text = windows_of_lines(text, _NUM_WINDOWS, _WINDOW_CHARS).strip()
     num_lines = len(_LINE.findall(text))
+    # Cheap tests first; markup before code, for pages hold scripts and LaTeX is full of brackets.
     if _is_tagged(text) or _is_latex(text) or _is_data(text, num_lines):
         return "markup"
     if sum(map(text.count, _SIGNS)) < MIN_SIGN_SHARE * len(text):
         return "prose"
+    # Comments say nothing of the form: a program may have more of them than code.
     rest = _COMMENT.sub("", _BLOCK.sub("", text))
     num_code = len(_CODE_LINE.findall(rest))
     if num_code >= max(MIN_CODE_LINES, MIN_CODE_LINE_SHARE * len(_LINE.findall(rest))):
@@ -221,6 +232,8 @@ def identify(text: str) -> tuple[str, float]:
     for piece in pieces(text, NUM_PIECES, PIECE_CHARS):
         scripts = _scripts(piece)
         weight = sum(scripts.values())
+        # Where one script settles the piece, letters of a shared one are names and quotes: asking the model
+        # would cost time and add noise.
         largest = max((n for script, n in scripts.items() if script in ONE_LANGUAGE), default=0)
         total += weight
         for script, letters in scripts.items():
@@ -239,6 +252,7 @@ def _scripts(piece: str) -> dict[str, float]:
     """Return script -> weighted letters; kana as one script, and Han given to Japanese or Korean where it is
     theirs."""
     counts = letters_by_script(piece)
+    # Han characters are used by three languages: the letters around them say whose they are.
     counts["KANA"] = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
     han = counts["CJK"]
     if counts["KANA"] > _MIN_KANA_SHARE * (counts["KANA"] + han):
@@ -250,6 +264,8 @@ def _scripts(piece: str) -> dict[str, float]:
 
 def _by_model(piece: str, script: str) -> list[tuple[str, float]]:
     """Return (language, probability) among the languages of a script, and noise, which is left out."""
+    # Labels of other scripts are left out before shares are taken; noise stays in, and lowers the score of
+    # what is no language.
     ranked = [(label, p * _weight(label)) for label, p in _model().rank(piece)
               if label in SHARED[script] or label == NOISE]
     total = math.fsum(p for _, p in ranked)
@@ -263,13 +279,64 @@ def _weight(label: str) -> float:
 
 
 def model_file() -> Path:
-    """Return the file of the package's model."""
+    # Imported late: the library is optional, and loads for long.
     from py3langid.langid import MODEL_DIR, MODEL_FILE
     return Path(MODEL_DIR) / MODEL_FILE
 
 
 @lru_cache(maxsize=1)
 def _model() -> Any:
-    """Return the model of the package, read once in each process."""
     from py3langid.langid import LanguageIdentifier
     return LanguageIdentifier.from_model_file(model_file(), norm_probs=True)
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """What the step `language` keeps."""
+
+    keep: tuple[Annotated[str, one_of(lambda: KNOWN)], ...] = ()
+    """Languages that stay, as ISO 639-1 codes such as ko, en; none: all of them."""
+    min_score: Share = 0.5
+    """Below this score the language of a document is not sure enough to stay."""
+    forms: Annotated[tuple[Form, ...], MinLen(1)] = FORMS
+    """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
+
+    def problems(self) -> list[SettingsProblem]:
+        return list(map(as_problem, require("the step language", "py3langid")))
+
+
+class Language(Step):
+    """Adds the language of each document, how sure it is, and its form."""
+
+    kind = "language"
+    adds: ClassVar[dict[str, ColumnType]] = {
+        "language": "string", "language_score": "float32", "form": "string"}
+    Settings = LanguageSettings
+    settings: LanguageSettings
+
+    def files(self) -> Sequence[Path]:
+        """Return the model, so that another one is another step."""
+        return [model_file()]
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [self._outcome(document.text) for document in documents]
+
+    def _outcome(self, text: str) -> StepOutcome:
+        form = form_of(text)
+        language, score = identify(language_part(text, form))
+        values = {"language": language, "language_score": score, "form": form}
+        return StepOutcome(reason=self._reason(language, score, form), values=values)
+
+    def _reason(self, language: str, score: float, form: Form) -> str:
+        if form not in self.settings.forms:
+            return f"form {form}"
+        # Code counts before its language: comments are too short to judge a file by.
+        if form == "code":
+            return ""
+        if language == UNKNOWN:
+            return "no language" if self.settings.keep or self.settings.min_score else ""
+        if score < self.settings.min_score:
+            return "language not sure"
+        if self.settings.keep and language not in self.settings.keep:
+            return f"language {language}"
+        return ""

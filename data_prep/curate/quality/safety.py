@@ -47,8 +47,10 @@ def entries(file: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: it cannot be read, is not UTF-8, is larger than a list can be, or has no entry.
     """
-    found = []
-    for part in [p for p in (file / "domains", file / "urls") if p.is_file()] if file.is_dir() else [file]:
+    found, parts = [], [file]
+    if file.is_dir():
+        parts = [part for part in (file / "domains", file / "urls") if part.is_file()]
+    for part in parts:
         try:
             if part.stat().st_size > MAX_LIST_BYTES:
                 raise UserError(f"{part}: has {part.stat().st_size:,} bytes, and a list at most "
@@ -82,6 +84,7 @@ class Phrases:
             if not words:
                 raise UserError(f"{place}: {line!r} has no letter and no digit; write words, or use a list "
                                 "of patterns")
+            # Without spaces between words, a word of a list may stand anywhere in a run of characters.
             if len(words) == 1 and re.match(f"[{SPACELESS}]", words[0]):
                 self._by_chars[len(words[0])].add(words[0])
             else:
@@ -95,7 +98,9 @@ class Phrases:
             total += sum(gram in phrases for gram in zip(*(words[i:] for i in range(length)), strict=False))
         for length, parts in self._by_chars.items():
             for word in words:
+                # A quick look at the code point spares most words the comparison.
                 if ord(word[0]) >= _FIRST_SPACELESS:
+                    # Korean attaches endings: a word of the list counts at the beginning of one only.
                     starts = 1 if _HANGUL.match(word) else len(word) - length + 1
                     total += sum(word[i:i + length] in parts for i in range(starts))
         return total
@@ -121,8 +126,10 @@ class Pages:
         if not host:
             return 0
         parts = host.split(".")
+        # A site on the list blocks all names below it.
         if any(".".join(parts[i:]) in self._sites for i in range(len(parts))):
             return 1
+        # Only at a border of the path: /news is no beginning of /newsletter.
         return int(any(path == page or path.startswith((page.rstrip("/") + "/", page + "?"))
                        for page in self._pages.get(host, ())))
 
@@ -153,7 +160,6 @@ class SafetyList:
     """A document with so many hits is dropped; 0: hits are counted and nothing is dropped."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         if not self.file.exists():
             return [SettingsProblem(ProblemCode.FILE, "file", "does not exist", self.file, "check the path")]
         if self.file.is_dir() and self.type != "urls":
@@ -184,7 +190,6 @@ class SafetySettings:
     """What is looked for, each with its own file."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         names = [one.name for one in self.lists]
         return [SettingsProblem(ProblemCode.RULE, "lists", f"has {name!r} {names.count(name)} times",
                                 way_out="give each list a name of its own")
@@ -204,7 +209,6 @@ class Safety(Step):
         self._finders: list[Phrases | Pages | Patterns] = []
 
     def files(self) -> Sequence[Path]:
-        """Return the files of the lists."""
         return [one.file for one in self.settings.lists]
 
     def start(self, view: View) -> None:
@@ -216,7 +220,6 @@ class Safety(Step):
         self._finders = [one.finder() for one in self.settings.lists]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its hits counted, or the list that drops it."""
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -226,6 +229,7 @@ class Safety(Step):
             if hits:
                 found.append(f"{one.name}={hits}")
                 if one.drop_from and hits >= one.drop_from:
+                    # All lists are counted; the first that is over its limit gives the reason.
                     reason = reason or f"safety list {one.name}"
         return StepOutcome(reason=reason, values={"safety": " ".join(found)})
 
@@ -254,6 +258,7 @@ class Patterns:
             UserError: a pattern takes too long on it.
         """
         total = 0
+        # A pattern of a user may take time that grows exponentially with the text: it is stopped, and named.
         limit_s = PATTERN_TIMEOUT_S + PATTERN_S_PER_CHAR * len(document.text)
         for place, pattern in self._patterns:
             try:

@@ -60,8 +60,11 @@ class ScoringEncoder:
 
         self.settings = settings
         try:
+            # Local files alone and no code of the folder's: a scorer may come from others.
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                             trust_remote_code=False)
+            # Heads are left out, as no hidden state goes through them; a pooler that a folder lacks is made
+            # up, and not used either.
             model = load_pretrained(AutoModel, folder, left_out=HEADS, made_up=POOLER)
             self._model: Any = model.float().eval()
             self._width = int(self._model.config.hidden_size)
@@ -72,7 +75,6 @@ class ScoringEncoder:
 
     @property
     def width(self) -> int:
-        """Return the length of a row."""
         return self._width
 
     def embed(self, text: str) -> np.ndarray:
@@ -99,4 +101,5 @@ class ScoringEncoder:
 
     def dot(self, text: str, weights: np.ndarray) -> float:
         """Return the product of a text's row with weights (float32, `width` long)."""
+        # In double precision, where the order of a sum changes less than what the score keeps.
         return float(self.embed(text).astype(np.float64) @ weights)

@@ -1,6 +1,7 @@
-"""Step `kind`: the tag that blends are written in (Solar Open's table has six of them).
+"""Steps that write what a scorer says: `quality` and `education` a score, and perhaps a bar below which a
+document is dropped; `kind` the tag that blends are written in (Solar Open's table has six of them).
 
-The first rule that speaks decides:
+The first rule for `kind` that speaks decides:
 
 1. the source's own `kind`, where the pipeline file gives one other than `auto`;
 2. `math_code`: the step `language` calls its form code or markup, or it is dense with formulas;
@@ -22,8 +23,88 @@ from typing import Annotated, ClassVar
 import yaml
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
+from data_prep.curate.scoring.labels import HIGHEST, Kind
 from data_prep.curate.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Bound, ProblemCode, SettingsProblem, Share
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, Bound, NotNegative, ProblemCode, SettingsProblem, Share)
+
+
+@dataclass(frozen=True)
+class GradeSettings:
+    """Settings of both steps."""
+
+    model: Path
+    """Folder that `sov-data scorer train` wrote."""
+    min_score: NotNegative | None = None
+    """Documents with a lower score are dropped; without it all are kept."""
+
+    wanted: ClassVar[Kind]
+    """What the model has to be."""
+
+    def problems(self) -> list[SettingsProblem]:
+        p = scorer_problems("model", self.model, self.wanted)
+        highest = HIGHEST[self.wanted]
+        if self.min_score is not None and self.min_score > highest:
+            p.append(SettingsProblem(ProblemCode.RULE, "min_score",
+                                     f"must be at most {highest}, the highest score of a "
+                                     f"{self.wanted}", self.min_score))
+        return p
+
+
+@dataclass(frozen=True)
+class QualitySettings(GradeSettings):
+    """Settings of `quality`."""
+
+    wanted: ClassVar[Kind] = "classifier"
+
+
+@dataclass(frozen=True)
+class EducationSettings(GradeSettings):
+    """Settings of `education`."""
+
+    wanted: ClassVar[Kind] = "regressor"
+
+
+class _Grade(Step):
+    """A column of scores, named like the step."""
+
+    def __init__(self, settings: GradeSettings) -> None:
+        super().__init__(settings)
+        self._scorer: Scorer | None = None
+
+    def files(self) -> Sequence[Path]:
+        return scorer_files(Path(self.settings.model))
+
+    def start(self, view: View) -> None:
+        self._scorer = load_scorer(Path(self.settings.model))
+
+    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        assert self._scorer is not None, "outcomes before start"
+        lowest = self.settings.min_score
+        found = []
+        for document in documents:
+            score = self._scorer.score(document.text)
+            low = lowest is not None and score < lowest
+            found.append(StepOutcome(f"{self.kind} below {lowest:g}" if low else "",
+                                     values={self.kind: score}))
+        return found
+
+
+class Quality(_Grade):
+    """The probability that a team's own reader would keep a document."""
+
+    kind: ClassVar[str] = "quality"
+    adds: ClassVar[Mapping[str, ColumnType]] = {"quality": "float32"}
+    Settings = QualitySettings
+
+
+class Education(_Grade):
+    """How much a document teaches, from 0 to 5 (FineWeb-Edu, arXiv 2406.17557, section 4)."""
+
+    kind: ClassVar[str] = "education"
+    adds: ClassVar[Mapping[str, ColumnType]] = {"education": "float32"}
+    Settings = EducationSettings
+
 
 DOMAINS = ("finance", "law", "medicine")
 SPACED = ("en",)
@@ -63,6 +144,7 @@ def domain_hits(text: str, language: str) -> dict[str, tuple[int, int]]:
         return {}
     looked = text.lower()
     if language in SPACED:
+        # Two spaces between words: then words next to each other each have one of their own on either side.
         looked = f" {_NOT_LETTERS.sub(' ', looked).replace(' ', '  ')} "
     found = {}
     for domain, words in lists.items():
@@ -95,7 +177,6 @@ class KindSettings:
     """Characters of a document that are read, from its beginning."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         p = []
         for name, folder in self.domains.items():
             p += scorer_problems(f"domains.{name}", folder, "classifier")
@@ -121,15 +202,14 @@ class ScorerKind(Step):
                           for file in scorer_files(Path(folder)))]
 
     def start(self, view: View) -> None:
-        """Load the classifiers."""
         self._scorers = {name: load_scorer(Path(folder))
                          for name, folder in sorted(self.settings.domains.items())}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the kind of each document."""
         return [StepOutcome(values={"kind": self._kind(document)}) for document in documents]
 
     def _kind(self, document: Doc) -> str:
+        # What the pipeline file says of a source is better known than what a model guesses.
         own = document.columns.get("kind") or ""
         if own not in ("", AUTO):
             return str(own)
@@ -144,11 +224,12 @@ class ScorerKind(Step):
         return language if language in OWN_KINDS else MULTILINGUAL
 
     def _is_mathematics(self, text: str) -> bool:
+        # At least three: in a short text one sign would be enough.
         wanted = self.settings.min_formulas_per_1000_chars * len(text) / 1000
         return len(text) > 0 and len(_FORMULA.findall(text)) >= max(wanted, 3)
 
     def _domain(self, whole: str, text: str, language: str) -> str:
-        """Return the domain of a document; "": none."""
+        # A trained classifier goes before a list of words.
         scores = {name: scorer.score(whole) for name, scorer in self._scorers.items()}
         best = max(scores, key=lambda name: scores[name], default="")
         if best and scores[best] >= self.settings.min_score:
@@ -157,6 +238,7 @@ class ScorerKind(Step):
             return ""
         hits = {name: found for name, found in domain_hits(text, language).items() if name not in scores}
         s = self.settings
+        # Many different words, and often: one word that a text repeats is no domain.
         enough = {name: num_hits for name, (num_words, num_hits) in hits.items()
                   if num_words >= s.min_words and num_hits * 1000 >= s.min_words_per_1000_chars * len(text)}
         return max(enough, key=lambda name: (enough[name], -DOMAINS.index(name)), default="")

@@ -1,4 +1,5 @@
-"""Labels that a team has given to texts: read, checked, and cut into three parts."""
+"""Labels that a team has given to texts: read, checked, cut into three parts; and how good scores are against
+them, in the figures that a scorer's manifest and `scorer check` give."""
 
 from __future__ import annotations
 
@@ -110,6 +111,8 @@ def split(labels: Sequence[Label]) -> LabelSplits:
     for item in labels:
         by_class.setdefault(round(item.label), []).append(item)
     for _, members in sorted(by_class.items()):
+        # By class, so that a rare one is in every part; by hash, so that more labels move few texts between
+        # parts.
         ordered = sorted(members, key=lambda item: _key(item.text))
         first = math.ceil(len(ordered) * HELD_OUT)
         second = first + math.ceil(len(ordered) * CALIBRATION)
@@ -129,7 +132,6 @@ def _key(text: str) -> bytes:
 
 
 def _problem(record: dict[str, Any], kind: Kind) -> str:
-    """Return the rule that a line breaks; "": none."""
     text, label, language = record.get("text"), record.get("label"), record.get("language")
     if not isinstance(text, str) or not text.strip():
         return f"text = {str(text)[:40]!r} must be a text that is not empty"
@@ -144,3 +146,83 @@ def _problem(record: dict[str, Any], kind: Kind) -> str:
     if language and not (isinstance(language, str) and _LANGUAGE.fullmatch(language)):
         return f"language = {language!r:.40} must be a code such as \"ko\""
     return ""
+
+
+NUM_BINS = 10
+"""Of the expected calibration error."""
+_OWN = {"classifier": (("brier", "Brier score"), ("calibration_error", "calibration error")),
+        "regressor": (("spearman", "Spearman"), ("mean_absolute_error", "mean error"))}
+"""Kind -> figures that it alone has, and what they are called."""
+KEEPS = {"classifier": 0.5, "regressor": 3.0}
+"""The score from which a text counts as good in the table of hits and misses; 3 is FineWeb-Edu's."""
+
+
+def judge(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, Any]:
+    """Return the figures of all labels, and under "languages" those of each language.
+
+    `auc` or `spearman` is null where labels or scores do not differ.
+    """
+    languages = {}
+    for name in sorted({item.language for item in labels}):
+        places = [i for i, item in enumerate(labels) if item.language == name]
+        found = _figures(kind, values([labels[i] for i in places]), scores[places])
+        languages[name or "not said"] = _short(found)
+    return {**_figures(kind, values(labels), scores), "languages": languages}
+
+
+def _short(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if name != "confusion"}
+
+
+def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+    from scipy.stats import spearmanr
+    from sklearn.metrics import confusion_matrix, roc_auc_score
+
+    keeps = KEEPS[kind]
+    # A regressor too is asked whether it keeps what is worth keeping.
+    good, kept = labels >= keeps, scores >= keeps
+    hits = int((good & kept).sum())
+    found: dict[str, Any] = {
+        "num_labels": len(labels),
+        # Undefined, and null, where one class is absent.
+        "auc": float(roc_auc_score(good, scores)) if good.any() and not good.all() else None,
+        "precision": hits / int(kept.sum()) if kept.any() else None,
+        "recall": hits / int(good.sum()) if good.any() else None,
+    }
+    if kind == "classifier":
+        found |= {"brier": float(np.mean((scores - labels) ** 2)),
+                  "calibration_error": _calibration_error(labels, scores)}
+    else:
+        differ = len(set(labels.tolist())) > 1 and len(set(scores.tolist())) > 1
+        found |= {"spearman": float(spearmanr(labels, scores).statistic) if differ else None,
+                  "mean_absolute_error": float(np.mean(np.abs(scores - labels))),
+                  "mean_square_error": float(np.mean((scores - labels) ** 2))}
+    classes = list(range(HIGHEST[kind] + 1))
+    rounded = (kept.astype(int) if kind == "classifier" else np.rint(scores).astype(int))
+    found["confusion"] = confusion_matrix(np.rint(labels).astype(int), rounded, labels=classes).tolist()
+    return found
+
+
+def _calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Return the expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
+    # A score of 1 belongs to the last bin. In each bin |sum of labels - sum of scores|, over all labels: the
+    # shares of bins cancel out.
+    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
+    return float(sum(abs(labels[bins == i].sum() - scores[bins == i].sum()) for i in set(bins.tolist()))
+                 / len(labels))
+
+
+def describe_figures(kind: Kind, figures: dict[str, Any]) -> list[str]:
+    lines = [f"  {_line(kind, figures)}"]
+    if len(figures["languages"]) > 1 or "not said" not in figures["languages"]:
+        lines += [f"  {name}: {_line(kind, of)}" for name, of in figures["languages"].items()]
+    lines.append("  rows: labels, columns: scores, rounded: " + "; ".join(
+        f"{i}: {' '.join(map(str, row))}" for i, row in enumerate(figures["confusion"])))
+    return lines
+
+
+def _line(kind: Kind, figures: dict[str, Any]) -> str:
+    names = (("auc", "AUC"), ("precision", "precision"), ("recall", "recall"), *_OWN[kind])
+    shown = ", ".join(f"{name} {'-' if figures[key] is None else format(figures[key], '.4f')}"
+                      for key, name in names)
+    return f"{figures['num_labels']:,} texts: {shown} (good: {KEEPS[kind]:g} or more)"

@@ -71,7 +71,6 @@ class Level(Step):
         self._cuts: dict[str, list[int]] = {}
 
     def passes(self) -> Sequence[Pass]:
-        """Return the two passes: keys of each shard, cuts of all."""
         return (Pass("keys", self.write_keys), Pass("cuts", self.write_cuts, 1))
 
     def write_keys(self, view: View, task: int) -> None:
@@ -85,6 +84,8 @@ class Level(Step):
                     num_without += 1
                 else:
                     groups.setdefault(self._group(document), []).append(key)
+        # One array a shard: keys of a group next to each other and sorted, and where each group begins and
+        # ends.
         places, start = {}, 0
         for name in sorted(groups):
             places[name] = [start, start + len(groups[name])]
@@ -96,6 +97,8 @@ class Level(Step):
         folder = view.work / "keys"
         folder.mkdir(parents=True, exist_ok=True)
         keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
+        # The keys before the .json that names them: a pass that is killed in between leaves no list of keys
+        # that are not there.
         atomic_write(keys, sealed(raw.getvalue(), place_in_run(keys)))
         write_json(beside, {"groups": places, "num_without": num_without}, place_in_run(beside))
 
@@ -112,6 +115,7 @@ class Level(Step):
         totals: dict[str, int] = {}
         for name, count in counts.items():
             totals[pool[name]] = totals.get(pool[name], 0) + count
+        # As a fraction of the decimal that was written: 0.35 in binary would move a cut by a document.
         shares = [Fraction(str(getattr(self.settings, level.lower()))) for level in LEVELS]
         ranks = {name: [math.ceil(n * share) for share in shares] for name, n in totals.items()}
         cuts = _cuts(shards, pool, ranks)
@@ -122,13 +126,11 @@ class Level(Step):
         atomic_write(view.work / "report.json", to_json(self._report(record, small)))
 
     def start(self, view: View) -> None:
-        """Load the cuts."""
         file = view.work / _FILE
         groups = read_json(file, way_out(file), place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the level of each document."""
         found = []
         for document in documents:
             key, level = self._key(document), BASIC
@@ -154,6 +156,7 @@ class Level(Step):
                             "there, which is no number; name a column of scores")
         if score is None or math.isnan(score):
             return None
+        # Ties are broken by a hash of the place: any share of them can be taken, and always the same.
         hashed = int.from_bytes(blake2b(document.lot.encode(), digest_size=4).digest(), "little")
         return _ordered(float(score)) << 32 | hashed
 
@@ -176,11 +179,11 @@ class Level(Step):
 def _ordered(score: float) -> int:
     """Return a float32 as a number of 32 bits that is larger where the float is."""
     bits = int((np.float32(score) + np.float32(0.0)).view(np.uint32))  # -0.0 is 0.0
+    # IEEE floats sort as integers when the sign bit of positive ones is set and negative ones are flipped.
     return bits ^ 0xFFFFFFFF if bits >> 31 else bits | 1 << 31
 
 
 def _score(ordered: int) -> float:
-    """Return the float32 that `_ordered` was given."""
     return float(np.uint32(ordered & 0x7FFFFFFF if ordered >> 31 else ordered ^ 0xFFFFFFFF).view(np.float32))
 
 
@@ -189,6 +192,8 @@ def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str]
     """Return, for each pool and rank r, the r-th largest of its keys: the largest number that at least r keys
     reach, found from its highest byte to its lowest."""
     cuts = {name: np.zeros(len(wanted), np.uint64) for name, wanted in ranks.items()}
+    # Eight rounds, a byte each: 256 candidates share all bytes above. In every round each file is opened
+    # once.
     for shift in range(56, -1, -8):
         bytes_ = np.arange(256, dtype=np.uint64) << np.uint64(shift)
         tried = {name: found[:, None] | bytes_ for name, found in cuts.items()}
@@ -200,6 +205,7 @@ def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str]
                 below = np.searchsorted(keys[start:stop], tried[pool[name]], "left")
                 reached[pool[name]] += stop - start - below
         for name, wanted in ranks.items():
+            # Counts fall as candidates rise: the last that enough keys reach has the right byte.
             best = (reached[name] >= np.array(wanted)[:, None]).sum(axis=1) - 1
             cuts[name] = tried[name][np.arange(len(wanted)), best]
     return {name: found.tolist() for name, found in cuts.items()}

@@ -34,16 +34,15 @@ class Ngrams:
 
     def __init__(self, settings: NgramSettings) -> None:
         self.settings = settings
+        # One array for all texts: only the buckets that a text touched are cleared behind it.
         self._counts = np.zeros(settings.num_buckets, np.int32)
         self._classes = classes()
 
     @property
     def width(self) -> int:
-        """Return the length of a row."""
         return self.settings.num_buckets
 
     def units(self, text: str) -> list[str]:
-        """Return the units that a text is cut into."""
         buffer, starts, ends, num_units = self._split(text)
         raw = buffer[: ends[num_units - 1]].tobytes() if num_units else b""
         return [raw[starts[i]:ends[i]].decode() for i in range(num_units)]
@@ -58,6 +57,7 @@ class Ngrams:
     def row(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the buckets that a text touches, rising (int32), and their values (float32)."""
         touched, counts = self.counts(text)
+        # Sublinear: a word ten times counts about three times as much as once.
         values = 1.0 + np.log(counts)
         return touched, (values / math.sqrt(float(values @ values) or 1.0)).astype(np.float32)
 
@@ -68,6 +68,7 @@ class Ngrams:
     def _split(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         lowered = text[: self.settings.max_chars].lower()
         codes = np.frombuffer(lowered.encode("utf-32-le", "replace"), np.uint32)
+        # At most four bytes of UTF-8 and one space for each character.
         buffer = np.empty(5 * len(codes), np.uint8)
         starts, ends = np.empty(len(codes), np.int64), np.empty(len(codes), np.int64)
         return buffer, starts, ends, int(_split(codes, self._classes, buffer, starts, ends))
@@ -106,6 +107,7 @@ def _split(codes: np.ndarray, table: np.ndarray, buffer: np.ndarray, starts: np.
     size, num_units, before = 0, 0, 0
     for code in codes:
         kind = table[code]
+        # A new unit begins: a sign or character by itself, or the first of a run.
         if kind != 0 and (kind == 2 or before != 1):
             if num_units > 0:
                 ends[num_units - 1] = size
@@ -116,6 +118,7 @@ def _split(codes: np.ndarray, table: np.ndarray, buffer: np.ndarray, starts: np.
         before = kind
         if kind == 0:
             continue
+        # UTF-8 by hand, since numba has no strings of bytes; scikit-learn hashes the same bytes.
         if code < 0x80:
             buffer[size] = code
             size += 1
@@ -148,7 +151,6 @@ def _mixed(word: np.uint64) -> np.uint64:
 
 @compiled
 def _entered(hashed: np.uint64, buffer: np.ndarray, i: int) -> np.uint64:
-    """Return the hash with the four bytes at `i`."""
     word = (np.uint64(buffer[i]) | (np.uint64(buffer[i + 1]) << np.uint64(8))
             | (np.uint64(buffer[i + 2]) << np.uint64(16)) | (np.uint64(buffer[i + 3]) << np.uint64(24)))
     hashed ^= _mixed(word)
@@ -161,6 +163,7 @@ def _finished(hashed: np.uint64, buffer: np.ndarray, i: int, start: int, end: in
     """Return the hash of the bytes from `start` to `end`, of which those before `i` have entered it."""
     if i < end:
         word = np.uint64(0)
+        # The last one to three bytes, little-endian.
         for j in range(end - 1, i - 1, -1):
             word = (word << np.uint64(8)) | np.uint64(buffer[j])
         hashed ^= _mixed(word)
@@ -180,11 +183,13 @@ def _count(buffer: np.ndarray, starts: np.ndarray, ends: np.ndarray, num_units: 
     num_touched = 0
     for first in range(num_units):
         body, i = np.uint64(0), starts[first]
+        # The hash of a longer n-gram goes on from where that of the shorter one stood, before its tail.
         for last in range(first, min(first + max_ngram, num_units)):
             while i + 4 <= ends[last]:
                 body = _entered(body, buffer, i)
                 i += 4
             hashed = np.int64(_finished(body, buffer, i, starts[first], ends[last]))
+            # The absolute value of the signed hash, as scikit-learn takes it.
             if hashed >= 0x80000000:
                 hashed = 0x100000000 - hashed
             bucket = hashed & (num_buckets - 1)

@@ -1,4 +1,4 @@
-"""A trained scorer on disk, and what it says of a text.
+"""From labels to a scorer: read, cut, fit, judge on what was held out, write; and what it says of a text.
 
 An artifact of kind "scorer": `scorer.json` (how texts are read, and four numbers), `weights.safetensors`
 (float32), for an encoder its Hugging Face files in `encoder/`, and the figures in the manifest.
@@ -6,21 +6,27 @@ An artifact of kind "scorer": `scorer.json` (how texts are read, and four number
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder
-from data_prep.curate.scoring.labels import HIGHEST, Kind
+from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder, copy_encoder
+from data_prep.curate.scoring.labels import (
+    HIGHEST, MIN_LABELS, Kind, Label, judge, read_labels, refuse_one_class, split, values)
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest, to_json
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, read
+from megatron_sov.base.artifacts import (
+    MANIFEST, damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
+from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.settings import (
+    Finite, ProblemCode, SettingsError, SettingsProblem, as_problem, name_options, problems_of, read)
+from megatron_sov.work.progress.progress_bar import work_bar
 
 ARTIFACT = "scorer"
 SETTINGS_FILE, WEIGHTS_FILE, ENCODER_FOLDER = "scorer.json", "weights.safetensors", "encoder"
@@ -52,7 +58,6 @@ class Scorer:
 
     @property
     def kind(self) -> Kind:
-        """Return what its scores mean."""
         return self.settings.kind
 
     def score(self, text: str) -> float:
@@ -65,11 +70,11 @@ class Scorer:
         z = s.slope * (self._features.dot(text, self._weights) + s.bias) + s.offset
         if s.kind == "regressor":
             return float(np.float32(min(max(z, 0.0), float(HIGHEST[s.kind]))))
+        # Two forms of the logistic function: neither overflows.
         return float(np.float32(1.0 / (1.0 + math.exp(-z)) if z > 0 else math.exp(z) / (1.0 + math.exp(z))))
 
 
 def write_scorer(folder: Path, settings: ScorerSettings, weights: np.ndarray) -> None:
-    """Write settings and weights into the folder of an artifact."""
     from safetensors.numpy import save_file
 
     (folder / SETTINGS_FILE).write_text(to_json({"content_version": CONTENT_VERSION, **asdict(settings)}))
@@ -109,6 +114,7 @@ def load_scorer(folder: Path) -> Scorer:
     if lacking := {SETTINGS_FILE, WEIGHTS_FILE} - set(manifest.files):
         raise UserError(f"{folder}: its manifest lists no {min(lacking)}; train the scorer again")
     found = {p.relative_to(folder).as_posix() for p in scorer_files(folder)}
+    # A file that no hash vouches for could change what the encoder does.
     if added := sorted(found - set(manifest.files)):
         raise UserError(f"{folder}: holds {added[0]}, which its manifest does not list; remove it")
     if problems := damaged_files(folder):
@@ -125,6 +131,7 @@ def _settings(file: Path) -> ScorerSettings:
         if raw.pop("content_version") != CONTENT_VERSION:
             raise ValueError(f"this version reads content_version {CONTENT_VERSION}")
         features = raw.pop("features")
+        # The keys say which of the two it is.
         kind: type[NgramSettings | EncoderSettings] = (
             NgramSettings if "num_buckets" in features else EncoderSettings)
         return read(ScorerSettings, {**raw, "features": read(kind, features, "features")}, "settings")
@@ -138,9 +145,223 @@ def _weights(file: Path, width: int) -> np.ndarray:
 
     try:
         weights = load_file(file)["weights"]
+        # Weights of another shape would read past the end of a compiled loop's array.
         if weights.dtype != np.float32 or weights.shape != (width,) or not np.isfinite(weights).all():
             raise ValueError(f"weights must be {width} finite float32, and are {weights.dtype} of shape "
                              f"{list(weights.shape)}")
     except (SafetensorError, ValueError, KeyError) as e:
         raise UserError(f"{file}: is damaged ({e}); train the scorer again") from None
     return weights
+
+
+# Fitting a linear scorer: the library does it, and what is chosen is chosen on texts that were not fitted.
+#
+# A classifier is logistic regression, calibrated as in Platt (1999): its probability is a logistic function
+# of slope * z + offset, with both from texts that the weights have not seen. A regressor is ridge regression,
+# the linear probe of FineWeb-Edu (arXiv 2406.17557, section 4), whose slope and offset undo what its penalty
+# draws towards the mean.
+
+INVERSE_PENALTIES = (1.0, 10.0, 100.0, 1000.0)
+"""C of logistic regression; the best one on the calibration part is taken."""
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
+"""alpha of ridge regression."""
+MAX_ITERATIONS = 500
+_SURE = 30.0
+"""A logit beyond which a probability is 0 or 1 in single precision, near enough."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear scorer."""
+
+    weights: np.ndarray
+    """One float32 for each column of a row."""
+    bias: float
+    """Added to the product of row and weights: z."""
+    slope: float
+    """Of the calibration: z becomes slope * z + offset."""
+    offset: float
+    penalty: float
+    """The penalty that was chosen, in the words of the library: C, or alpha."""
+
+
+def library_problems() -> list[str]:
+    if importlib.util.find_spec("sklearn") is None:
+        return [f"scikit-learn is not installed; {how_to_install('data')}"]
+    return []
+
+
+def fit(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
+        calibration_labels: np.ndarray) -> Fit:
+    """Return the scorer that is best on the calibration part, calibrated there.
+
+    Args:
+        kind: what to fit.
+        rows: matrix, a row for each text: sparse, or float32 of embeddings.
+        labels: float64, one for each row.
+        calibration_rows: rows that only choose and calibrate.
+        calibration_labels: their labels.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # sums in another order would have other last bits
+        return _best(kind, rows, labels, calibration_rows, calibration_labels)
+
+
+def _best(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
+          calibration_labels: np.ndarray) -> Fit:
+    scale, shift = _standard(rows)
+    tried: list[tuple[float, int, Fit]] = []
+    for penalty in INVERSE_PENALTIES if kind == "classifier" else PENALTIES:
+        model = _model(kind, penalty)
+        model.fit(_scaled(rows, scale, shift), labels)
+        # The scaling of columns goes into weights and bias: texts are scored without it.
+        weights = (np.ravel(model.coef_) * scale).astype(np.float32)
+        bias = float(np.ravel(model.intercept_)[0] - shift @ (np.ravel(model.coef_) * scale))
+        # With the weights as they are written, in single precision.
+        z = np.asarray(calibration_rows @ weights, np.float64) + bias
+        slope, offset = _calibration(kind, z, calibration_labels)
+        loss = _loss(kind, slope * z + offset, calibration_labels)
+        tried.append((loss, len(tried), Fit(weights, bias, slope, offset, penalty)))
+    return min(tried, key=lambda entry: entry[:2])[2]
+
+
+def _model(kind: Kind, penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    if kind == "classifier":
+        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS)
+    return Ridge(alpha=penalty, solver="sparse_cg", tol=1e-6)
+
+
+def _standard(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each column is multiplied by, and its mean: embeddings have columns of any size, while
+    n-grams have rows of length 1 and stay as they are."""
+    if not isinstance(rows, np.ndarray):
+        return np.ones(rows.shape[1], np.float64), np.zeros(rows.shape[1], np.float64)
+    spread = rows.std(axis=0, dtype=np.float64)
+    return 1.0 / np.where(spread > 0, spread, 1.0), rows.mean(axis=0, dtype=np.float64)
+
+
+def _scaled(rows: Any, scale: np.ndarray, shift: np.ndarray) -> Any:
+    return (rows - shift) * scale if isinstance(rows, np.ndarray) else rows
+
+
+def _calibration(kind: Kind, z: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Return slope and offset; a slope that would turn the order round is not taken."""
+    if kind == "regressor":
+        spread = float(z.var())
+        # Least squares of the labels on z.
+        slope = float(np.mean((z - z.mean()) * (labels - labels.mean()))) / spread if spread > 0 else 0.0
+        if slope <= 0:
+            return 1.0, 0.0
+        return slope, float(labels.mean() - slope * z.mean())
+    from sklearn.linear_model import LogisticRegression
+
+    # Platt's targets: never quite 0 or 1, so that classes that are told apart wholly give a finite slope
+    positive, negative = float((labels == 1).sum()), float((labels == 0).sum())
+    high, low = (positive + 1) / (positive + 2), 1 / (negative + 2)
+    wanted = np.where(labels == 1, high, low)
+    model = LogisticRegression(C=1e6, max_iter=MAX_ITERATIONS)
+    # Each text counts as both classes, weighted by its target: logistic regression then fits probabilities.
+    model.fit(np.concatenate([z, z])[:, None], np.repeat([1, 0], len(z)),
+              sample_weight=np.concatenate([wanted, 1 - wanted]))
+    slope = float(model.coef_[0, 0])
+    return (slope, float(model.intercept_[0])) if slope > 0 else (1.0, 0.0)
+
+
+def _loss(kind: Kind, calibrated: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean cross-entropy of a classifier, or the mean square error of a regressor."""
+    if kind == "regressor":
+        return float(np.mean((calibrated - labels) ** 2))
+    # Cross-entropy by the logit: log(1 + exp(-z)) without overflow.
+    signed = np.clip(np.where(labels == 1, calibrated, -calibrated), -_SURE, _SURE)
+    return float(np.mean(np.logaddexp(0.0, -signed)))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What to train a scorer of, and how."""
+
+    labels: Path
+    """JSONL file of labels."""
+    kind: Kind
+    """classifier, or regressor."""
+    features: NgramSettings | EncoderSettings
+    """How texts become rows."""
+    encoder: Path | None = None
+    """Hugging Face folder, where rows are embeddings."""
+
+
+def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write an artifact of kind "scorer"; returns its content: counts and held-out figures.
+
+    Raises:
+        UserError: labels or settings that cannot be, or an output that may not be replaced.
+    """
+    if problems := [*map(as_problem, library_problems()), *name_options(
+            problems_of(settings.features), num_buckets="--buckets")]:
+        raise SettingsError("", problems)
+    refuse_existing(output, ARTIFACT, overwrite)
+    labels, num_again = read_labels(settings.labels, settings.kind, settings.features.max_chars,
+                                    least=MIN_LABELS)
+    refuse_one_class(settings.labels, labels, settings.kind)
+    parts = split(labels)
+    with new_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
+        if isinstance(settings.features, NgramSettings):
+            features: Ngrams | ScoringEncoder = Ngrams(settings.features)
+        else:
+            assert settings.encoder is not None
+            copy_encoder(settings.encoder, artifact.path / ENCODER_FOLDER)
+            features = ScoringEncoder(artifact.path / ENCODER_FOLDER, settings.features)
+        with work_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
+            matrices = [_rows(features, bar_of(part, bar)) for part in (parts.fit, parts.calibration)]
+        fitted = fit(settings.kind, matrices[0], values(parts.fit), matrices[1], values(parts.calibration))
+        found = ScorerSettings(settings.kind, settings.features, fitted.bias, fitted.slope, fitted.offset)
+        write_scorer(artifact.path, found, fitted.weights)
+        scorer = Scorer(found, features, fitted.weights)
+        scores = np.array([scorer.score(item.text) for item in parts.heldout])
+        artifact.settings = {"labels": settings.labels, "labels_sha256": sha256_file(settings.labels),
+                             "encoder": settings.encoder}
+        artifact.content = {
+            "kind": settings.kind, "num_labels": len(labels), "num_repeated": num_again,
+            "num_fit": len(parts.fit), "num_calibration": len(parts.calibration), "penalty": fitted.penalty,
+            "heldout": judge(settings.kind, parts.heldout, scores)}
+    return artifact.content
+
+
+def check(model: Path, labels: Path) -> tuple[Kind, dict[str, Any]]:
+    """Return a scorer's kind, and its figures on other labels.
+
+    Raises:
+        UserError: it is no scorer, or lines are no labels for it.
+    """
+    if problems := library_problems():
+        raise UserError(problems[0])
+    scorer = load_scorer(model)
+    found, _ = read_labels(labels, scorer.kind, scorer.settings.features.max_chars)
+    with work_bar("scoring", len(found), "text") as bar:
+        scores = np.array([scorer.score(item.text) for item in bar_of(found, bar)])
+    return scorer.kind, judge(scorer.kind, found, scores)
+
+
+def bar_of(labels: list[Label], bar: Any) -> Iterable[Label]:
+    for item in labels:
+        yield item
+        bar.update(1)
+
+
+def _rows(features: Ngrams | ScoringEncoder, labels: Iterable[Label]) -> Any:
+    """Return the matrix of texts: sparse float32 of n-grams, or float32 of embeddings."""
+    if isinstance(features, ScoringEncoder):
+        return np.stack([features.embed(item.text) for item in labels])
+    return sparse_rows([features.row(item.text) for item in labels], features.width)
+
+
+def sparse_rows(rows: list[tuple[np.ndarray, np.ndarray]], width: int) -> Any:
+    """Return rows of (columns, values) as one sparse matrix (scipy, CSR)."""
+    from scipy.sparse import csr_matrix
+
+    ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
+    columns = np.concatenate([columns for columns, _ in rows])
+    return csr_matrix((np.concatenate([v for _, v in rows]), columns, ends), shape=(len(rows), width))

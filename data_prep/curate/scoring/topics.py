@@ -21,7 +21,7 @@ from annotated_types import Ge, Le, Lt
 from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
-from data_prep.curate.scoring.training import library_problems
+from data_prep.curate.scoring.scorer import library_problems
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import UserError
@@ -73,14 +73,12 @@ class TopicModel:
         return None if point is None else int(np.argmin(((self.centres - point) ** 2).sum(axis=1)))
 
     def to_bytes(self) -> bytes:
-        """Return it as a safetensors file."""
         from safetensors.numpy import save
 
         return save({"idf": self.idf, "directions": self.directions, "centres": self.centres})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> TopicModel:
-        """Return what `to_bytes` has written."""
         from safetensors.numpy import load
 
         return cls(**load(raw))
@@ -106,6 +104,7 @@ def find_topics(texts: Sequence[str], ngrams: Ngrams, num_topics: int,
                         "have words that tell them apart; ask for fewer topics")
     matrix = _matrix(counted, idf, ngrams.width)
     with threadpool_limits(1):
+        # Only buckets that count: the SVD's time grows with the columns.
         used = np.flatnonzero(idf)
         svd = TruncatedSVD(min(NUM_DIMENSIONS, len(texts) - 1, len(used)), n_iter=NUM_POWER_ITERATIONS,
                            random_state=seed)
@@ -113,11 +112,14 @@ def find_topics(texts: Sequence[str], ngrams: Ngrams, num_topics: int,
         directions = np.zeros((ngrams.width, len(svd.components_)), np.float32)
         directions[used] = svd.components_.T
         space = TopicModel(idf, directions, np.zeros((0, 0)))
+        # Points come from the model as documents do later, and not from the SVD's own output, whose last bits
+        # differ.
         points = [point for found in counted if (point := space.embed(found)) is not None]
         means = MiniBatchKMeans(num_topics, random_state=seed, n_init=NUM_STARTS, batch_size=BATCH_DOCUMENTS)
         means.fit(np.stack(points))
     model = TopicModel(idf, space.directions, means.cluster_centers_.astype(np.float32))
     places = np.array([-1 if (place := model.nearest(found)) is None else place for found in counted])
+    # The largest topic becomes t00; -1 stays -1, as the last entry of `renamed`.
     order = np.argsort(-np.bincount(places[places >= 0], minlength=num_topics), kind="stable")
     renamed = np.append(np.argsort(order), -1)
     return TopicModel(idf, space.directions, model.centres[order]), renamed[places]
@@ -135,7 +137,7 @@ def _idf(counted: Sequence[tuple[np.ndarray, np.ndarray]], width: int) -> np.nda
 
 
 def _matrix(counted: Sequence[tuple[np.ndarray, np.ndarray]], idf: np.ndarray, width: int) -> Any:
-    from data_prep.curate.scoring.training import sparse_rows
+    from data_prep.curate.scoring.scorer import sparse_rows
 
     rows = []
     for buckets, counts in counted:
@@ -165,6 +167,7 @@ def top_words(texts: Sequence[str], places: np.ndarray, num_topics: int, ngrams:
             of_topic[place].update(words)
             overall.update(words)
             if len(overall) > MAX_KNOWN_WORDS:
+                # Memory has a bound: words that were met once so far go.
                 overall = Counter({word: n for word, n in overall.items() if n > 1})
     per_topic = sum(overall.values()) / max(1, num_topics)
     found = []
@@ -176,11 +179,11 @@ def top_words(texts: Sequence[str], places: np.ndarray, num_topics: int, ngrams:
 
 
 def _words(units: Sequence[str]) -> Iterator[str]:
-    """Yield words of letters; of scripts without spaces, two characters in a row."""
     for unit in units:
         if len(unit) >= MIN_CHARS and unit.isalpha():
             yield unit
     for first, second in pairwise(units):
+        # Behind U+0DFF are the scripts without spaces between words.
         if len(first) == len(second) == 1 and _is_letter(first) and _is_letter(second) and first > "\u0dff":
             yield first + second
 
@@ -203,7 +206,6 @@ class TopicsSettings:
     """Characters of a document that are read, from its beginning."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return list(map(as_problem, library_problems()))
 
 
@@ -220,17 +222,19 @@ class Topics(Step):
         self._model: TopicModel | None = None
 
     def passes(self) -> Sequence[Pass]:
-        """Return the two passes: a sample of each shard, topics of all samples."""
         return (Pass("sample", self.take_sample), Pass("fit", self.fit, 1))
 
     def take_sample(self, view: View, task: int) -> None:
         """Write the documents of a shard whose places have the smallest hashes."""
+        # More than the even part, since shards differ in size and the smallest hashes of all shards are the
+        # sample.
         wanted = min(self.settings.sample, max(_LEAST_PER_SHARD,
                                                _TIMES * self.settings.sample // max(1, len(view.shards))))
         taken: list[tuple[str, str]] = []
         for documents in view.documents(view.shards[task]):
             taken += [(self._hash(document), document.text[: self.settings.max_chars])
                       for document in documents]
+            # Cut from time to time, and not for each batch: sorting is what costs.
             if len(taken) > 2 * wanted:
                 taken = sorted(taken)[:wanted]
         folder = view.work / "sample"
@@ -247,6 +251,7 @@ class Topics(Step):
         taken: list[tuple[str, str]] = []
         for file in sorted((view.work / "sample").glob("*.json")):
             taken += [(key, text) for key, text in read_json(file, way_out(file), place_in_run(file))]
+            # After each file: memory holds one sample and one shard's part.
             taken = sorted(taken)[: self.settings.sample]
         texts = [text for _, text in taken]
         if len(texts) < self.settings.num_clusters:
@@ -261,12 +266,10 @@ class Topics(Step):
         atomic_write(view.work / "report.json", to_json(_report(topics, len(texts))))
 
     def start(self, view: View) -> None:
-        """Load the topics."""
         file = view.work / _MODEL
         self._model = TopicModel.from_bytes(read_sealed(file, way_out(file), place_in_run(file)))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the topic of each document; null for one without words."""
         assert self._model is not None, "outcomes before start"
         found = []
         for document in documents:
@@ -283,7 +286,6 @@ def _name(place: int) -> str:
 
 
 def _report(topics: Sequence[Mapping[str, Any]], num_sampled: int) -> dict[str, Any]:
-    """Return what the page shows."""
     shown = topics[:_MOST_SHOWN]
     return {"tables": [{"title": "Topics", "head": ["topic", "documents of the sample", "words"],
                         "rows": [[t["topic"], t["num_sampled"], ", ".join(t["words"])] for t in shown]}],

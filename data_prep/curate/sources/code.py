@@ -12,8 +12,7 @@ from pathlib import Path
 import yaml
 
 from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_whole
-from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty, source_files
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 
@@ -58,10 +57,10 @@ LEAST_LETTERS = 0.25
 
 
 def header_licence(text: str) -> str:
-    """Return the licence that a source file names in its head, "" where it names none."""
     head = text[:HEAD_CHARS]
     if found := _SPDX.search(head):
         return found[1].strip()
+    # Licences are broken over lines with signs of comments: without them a phrase is in one piece.
     plain = " ".join(_COMMENT_SIGNS.sub(" ", head).lower().split())
     return next((name for name, pattern in _HEADERS if re.search(pattern, plain)), "")
 
@@ -84,7 +83,10 @@ def licence_of_text(text: str) -> str:
         other = _plain(licence)
         if plain == other:
             return str(spdx)
+        # Two texts differ by at least the difference of their lengths: most licences need no comparison.
         if abs(len(plain) - len(other)) <= most:
+            # With a bound, Ukkonen's algorithm takes time with the edits, and not with the square of the
+            # length.
             edits = ukkonen.distance(plain, other, most + 1)
             if edits < best:
                 best, name = edits, str(spdx)
@@ -126,14 +128,12 @@ def _generated_names() -> re.Pattern[str]:
 
 
 def language_of(name: str) -> str:
-    """Return the language of a file by its name, "" where none is known."""
     base = name.rpartition("/")[2]
     ending = f".{base.rpartition('.')[2].lower()}" if "." in base[1:] else ""
     return _languages().get("" if base.startswith(".") else base) or _languages().get(ending, "")
 
 
 def is_vendored(name: str) -> bool:
-    """Return whether a path inside a repository is that of another project's copy."""
     return bool(_vendored().search(f"/{name}"))
 
 
@@ -148,6 +148,7 @@ def unwanted(name: str, text: str) -> tuple[str, str]:
     longest, mean = max(map(len, lines), default=0), len(text) // max(len(lines), 1)
     if longest > MAX_LINE_CHARS or mean > MAX_MEAN_LINE_CHARS:
         return "minified", f"has lines of up to {longest:,} characters, {mean} in the mean"
+    # Tables and binary data as text have few letters.
     if sum(map(str.isalnum, text)) < LEAST_LETTERS * len(text):
         return "data", "holds more signs than letters"
     return "", ""
@@ -178,7 +179,6 @@ class CodeReader(FileReader):
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a file in a folder is read, by its name."""
         return bool(language_of(name)) and not LICENCE_FILE.match(name)
 
     def pieces(self) -> list[SourcePiece]:
@@ -189,7 +189,6 @@ class CodeReader(FileReader):
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the file, with the licences that stand for it."""
         size_bytes = self.source.file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes, self._beside(os.path.dirname(name)))
 
@@ -197,6 +196,7 @@ class CodeReader(FileReader):
         """Return the names of the licence files of the nearest folder that has any."""
         known: dict[str, tuple[str, ...]] = self.__dict__.setdefault("_licences", {})
         if folder not in known:
+            # No links: they could lead out of the repository.
             found = tuple(sorted(
                 Path(folder, entry.name).as_posix() for entry in os.scandir(self.source.root / folder)
                 if LICENCE_FILE.match(entry.name) and entry.is_file(follow_symlinks=False)))
@@ -206,7 +206,6 @@ class CodeReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the file, or why it is left out."""
         options: CodeOptions = job.options
         language = language_of(job.piece.file)
         if options.languages and language not in options.languages:
@@ -221,6 +220,7 @@ class CodeReader(FileReader):
                              is_left_out=True)
             return
         raw = read_whole(job.file, options)
+        # Tests go from the cheap to the dear: name, size, bytes, text, licence.
         if b"\0" in raw:
             yield job.broken(BadRecord("binary", "is binary"), is_left_out=True)
             return
@@ -234,12 +234,11 @@ class CodeReader(FileReader):
             yield job.broken(BadRecord("licence", f"is under {licence or 'no licence that is known'}"),
                              is_left_out=True)
             return
-        yield Raw(text, job.name, kept({"licence": licence, "language_hint": language,
-                                        "repository": job.piece.file.partition("/")[0]}))
+        yield Raw(text, job.name, drop_empty({"licence": licence, "language_hint": language,
+                                              "repository": job.piece.file.partition("/")[0]}))
 
 
 def _repository_licence(job: ReadingJob) -> str:
-    """Return the licences of the files beside a piece, joined as SPDX does."""
     found = []
     for name in job.piece.beside:
         try:

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.lines import JsonlReader, raw_of
-from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.reader import (
+    EMPTY, FileReader, ReadingJob, SourceItem, drop_empty, source_files)
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import SPLITS, arrow_batches, has_word, open_parquet
@@ -42,7 +42,6 @@ class ParquetReader(FileReader):
 
     @classmethod
     def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the row groups."""
         try:
             metadata = open_parquet(job.file).metadata
             size_bytes = job.file.stat().st_size
@@ -76,12 +75,14 @@ class _RowGroup:
         job, number = self._job, self._number
         file = open_parquet(job.file)
         group = file.metadata.row_group(number)
+        # So many rows that a batch takes about 64 MiB, by the mean of the group.
         rows = _BATCH_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
         done = 0
         try:
             for batch in file.iter_batches(min(max(rows, 1), _BATCH_ROWS), row_groups=[number],
                                            use_threads=False):
                 yield from _documents(batch, f"{job.name}:{number}.", done, job)
+                # Rows are counted over batches: places in the source do not depend on their size.
                 done += batch.num_rows
         except (pyarrow.ArrowException, OSError) as e:
             raise BadRecord("parquet", f"is damaged ({first_line(e)[:200]}); what came before is "
@@ -97,7 +98,6 @@ class ArrowReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a document for each row that has one."""
         done = 0
         with arrow_batches(job.file) as (_, batches):
             for batch in batches:
@@ -107,7 +107,6 @@ class ArrowReader(FileReader):
 
 
 def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[Raw | Broken]:
-    """Yield the documents of rows; places count rows from 1."""
     names = batch.schema.names
     for row in range(batch.num_rows):
         place = f"{prefix}{done + row + 1}"
@@ -172,7 +171,6 @@ class DatasetReader(FileReader):
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a file in a folder is read, by its name."""
         return any(part.takes(name) for part in _PARTS)
 
     def pieces(self) -> list[SourcePiece]:
@@ -203,13 +201,14 @@ class DatasetReader(FileReader):
         if parts.name.startswith("cache-"):  # what `map` and `filter` left
             return False
         split = self.options.split
+        # Split names have synonyms, such as dev and validation.
         words = {split}.union(*(words for words in SPLITS.values() if split in words))
         if not split or has_word(name, words):
             return True
+        # Files that name no split are taken for training data, as the Hub does.
         return "train" in words and not any(has_word(name, others) for others in SPLITS.values())
 
     def _card(self, name: str) -> tuple[str, ...]:
-        """Return the name of the card above a file, as far as the source reaches."""
         folder = PurePosixPath(name).parent
         for above in (folder, *folder.parents):
             card = (above / CARD).as_posix()
@@ -221,13 +220,13 @@ class DatasetReader(FileReader):
     def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the parts of a piece, each with what the card says of all."""
         part = next((p for p in _PARTS if p.takes(job.piece.file)), JsonlReader)
+        # What the card says holds where a record says nothing itself.
         facts = _card_facts(job)
         for item in part.items(job):
             yield SourceItem(item.place, lambda item=item: _with(facts, item.read()))  # type: ignore[misc]
 
 
 def _as(reader: FileReader, part: type[FileReader]) -> FileReader:
-    """Return a reader of a part's format for the same source."""
     found = part.__new__(part)
     found.source, found.options = reader.source, reader.options
     return found
@@ -239,7 +238,6 @@ def _with(facts: Mapping[str, Any], found: Iterator[Raw | Broken]) -> Iterator[R
 
 
 def _card_facts(job: ReadingJob) -> dict[str, Any]:
-    """Return licence and language that the dataset's card gives in its YAML head."""
     if not job.piece.beside:
         return {}
     import yaml
@@ -248,11 +246,13 @@ def _card_facts(job: ReadingJob) -> dict[str, Any]:
     with open(card, "rb") as f:
         head = _FRONT_MATTER.match(f.read(MAX_CARD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n"))
     said: dict[str, Any] = {}
+    # Each entry alone: a mistake in one leaves the other.
     for entry in _ENTRY.findall(head[1]) if head else ():
         with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError, TypeError):
             said.update(yaml.safe_load(entry[:MAX_ENTRY_CHARS]))
     languages = said.get("language")
     one = languages[0] if isinstance(languages, list) and len(languages) == 1 else languages
+    # One language is a hint; a list of several says nothing of one document.
     licence = said.get("license") or said.get("licence")
-    return kept({"licence": " OR ".join(map(str, licence)) if isinstance(licence, list) else licence,
-                 "language_hint": one if isinstance(one, str) else ""})
+    return drop_empty({"licence": " OR ".join(map(str, licence)) if isinstance(licence, list) else licence,
+                       "language_hint": one if isinstance(one, str) else ""})

@@ -28,6 +28,7 @@ def main(fd: int) -> None:
     channel = socket.socket(fileno=fd)
     try:
         order = receive(channel)
+        # Limits before the first byte of a stranger's file is read; none can be taken back.
         sys.setrecursionlimit(MAX_DEPTH)
         enclose_reader(order["readable"], order["memory_bytes"])
         while True:
@@ -50,8 +51,8 @@ def _tell(channel: socket.socket, message: dict[str, object]) -> None:
 
 
 def _read(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, skip: int) -> None:
-    """Send what the items of a piece hold behind the first `skip`."""
     for number in itertools.count():
+        # The clock starts again for each item, also for finding where it begins.
         _allow_s(job.options.time_s)
         try:
             item = next(items)
@@ -60,14 +61,17 @@ def _read(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, 
         except Exception as e:
             _send_error(channel, job, e, job.name)
             break
+        # Items that another process has read, or has died of.
         if number < skip:
             continue
         _allow_s(job.options.time_s)
+        # Said before it is read: if this process dies, the other side knows at what.
         _tell(channel, {"at": number, "place": item.place})
         try:
             for found in item.read():
                 _send_found(channel, found, job)
                 _allow_s(job.options.time_s)
+        # It is an `Exception` too, and must not be sent as one.
         except _ReaderGone:
             raise
         except Exception as e:
@@ -86,6 +90,7 @@ def _send_found(channel: socket.socket, found: Raw | Broken, job: ReadingJob) ->
         _tell(channel, {"broken": dataclasses.asdict(found)})
         return
     try:
+        # Checked here, where too much only ends this process.
         size_bytes = len(found.text.encode())
     except UnicodeEncodeError:
         raise BadRecord("utf8", "holds half of a surrogate pair, which is no character") from None
@@ -98,7 +103,6 @@ def _send_found(channel: socket.socket, found: Raw | Broken, job: ReadingJob) ->
 
 
 def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place: str) -> None:
-    """Send why an item cannot be read, in one line."""
     if isinstance(error, MemoryError):
         # what is left of it is not trusted to be enough: another process goes on
         _tell(channel, {"error": "memory", "reason": f"takes more memory to read than memory_bytes = "
@@ -110,5 +114,3 @@ def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place
         said = str(error) if isinstance(error, UserError) else told_in_a_line(error)
         error = BadRecord("broken", f"cannot be read ({said[:MAX_ERROR_CHARS]}); mend it, or leave it out")
     _tell(channel, {"broken": dataclasses.asdict(job.broken(error, place))})
-
-

@@ -62,6 +62,7 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
     with stream:
         try:
             yield stream
+        # Inside the `with` of the caller: what was read before the damage has been yielded.
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise BadRecord("truncated", f"is cut off or damaged ({e}); fetch the file again") from None
 
@@ -94,6 +95,7 @@ def refuse_bomb(packed_bytes: int, unpacked_bytes: int, most_bytes: float) -> No
     if unpacked_bytes > most_bytes:
         raise BadRecord("too_long", f"holds more than unpacked_bytes = {most_bytes:,} bytes; raise the "
                                     "limit, or leave it out")
+    # Small files may have any ratio.
     if unpacked_bytes > FREE_BYTES + MAX_RATIO * packed_bytes:
         raise BadRecord("bomb", f"unpacks {packed_bytes:,} bytes to more than {MAX_RATIO} times as much, as "
                                 "no text does; leave it out")
@@ -147,6 +149,7 @@ def decode_text(raw: bytes, encoding: str) -> str:
         BadRecord: it is none in that encoding, or none can be told from its bytes.
     """
     if encoding == DETECT:
+        # The mark of UTF-32 begins with that of UTF-16, and is tried before it.
         for mark, name in _MARKS:
             if raw.startswith(mark):
                 return _strict(raw, name)
@@ -175,6 +178,7 @@ def decode_page(raw: bytes, declared: str = "") -> str:
         return raw.decode("utf-8")  # whatever it says, nothing else looks like it
     except UnicodeDecodeError:
         pass
+    # Browsers look no further than the first kilobyte; some pages name it later.
     meta = _DECLARED.search(raw[:4096])
     for name in (declared, meta[1].decode() if meta else ""):
         text = _as_browsers(raw, name)
@@ -187,7 +191,6 @@ def decode_page(raw: bytes, declared: str = "") -> str:
 
 
 def _as_browsers(raw: bytes, name: str) -> str | None:
-    """Return text, or None where it is none in that encoding."""
     name = name.strip().lower()
     try:
         text = raw.decode(_BROWSERS.get(name, name), "replace") if name else ""
@@ -202,6 +205,7 @@ def guessed(raw: bytes) -> str:
     Raises:
         BadRecord: none does.
     """
+    # No encoding that is guessed here has zero bytes in text; UTF-16 without a mark is not guessed.
     if b"\0" in raw[:_SAMPLE_BYTES]:
         raise BadRecord("binary", "is no text (it holds zero bytes); leave it out")
     from charset_normalizer import from_bytes

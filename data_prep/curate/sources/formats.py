@@ -1,20 +1,25 @@
-"""The formats that sources may have, each loaded when a source asks for it."""
+"""The formats that sources may have, each loaded when a source asks for it; folders of mixed files are
+read each as its ending says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import PurePosixPath
 from typing import Any
 
-from data_prep.curate.sources.reader import FileReader
-from data_prep.curate.sources.source import Reader, SourceSettings
+from data_prep.curate.sources.encodings import EncodingLimits
+from data_prep.curate.sources.reader import FileReader, refuse_nothing, show_name, source_files
+from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, SourcePiece, SourceSettings
 from data_prep.libraries import require
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.documents.files import is_about, is_records
+from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, find_problems, problems_of)
 
 FORMATS: dict[str, str] = {
-    "auto": "data_prep.curate.sources.auto:AutoReader",
+    "auto": "data_prep.curate.sources.formats:AutoReader",
     "text": "data_prep.curate.sources.lines:TextReader",
     "jsonl": "data_prep.curate.sources.lines:JsonlReader",
     "parquet": "data_prep.curate.sources.dataset:ParquetReader",
@@ -23,8 +28,8 @@ FORMATS: dict[str, str] = {
     "html": "data_prep.curate.sources.html:HtmlReader",
     "warc": "data_prep.curate.sources.warc:WarcReader",
     "pdf": "data_prep.curate.sources.pdf_layout:PdfReader",
-    "epub": "data_prep.curate.sources.epub:EpubReader",
-    "office": "data_prep.curate.sources.office:OfficeReader",
+    "epub": "data_prep.curate.sources.zipped:EpubReader",
+    "office": "data_prep.curate.sources.zipped:OfficeReader",
     "code": "data_prep.curate.sources.code:CodeReader",
     "parallel": "data_prep.curate.sources.parallel:ParallelReader",
 }
@@ -40,7 +45,6 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 
 def reader_class(format_: str) -> type[FileReader]:
-    """Return the reader of a format that `FORMATS` has."""
     module, _, name = FORMATS[format_].partition(":")
     found: type[FileReader] = getattr(import_module(module), name)
     return found
@@ -58,10 +62,73 @@ def reader(source: SourceSettings) -> Reader:
 
 
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
-    """Return each mistake in the name of a format and its options."""
     if format_ not in FORMATS:
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 nearest(format_, FORMATS).removeprefix("; "))]
     problems = find_problems(reader_class(format_).Options, options)[1]
     return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.below("options") for problem in problems)]
+
+
+BY_NAME = ("text", "jsonl", "parquet", "arrow", "html", "warc", "pdf", "epub", "office", "code")
+"""Formats that endings tell, the first that takes a name; the others have to be asked for."""
+
+
+class AutoReader(FileReader):
+    """Files of several formats, with each format's own options at their defaults."""
+
+    format = "auto"
+    version = 2  # text of pages by resiliparse
+    Options = EncodingLimits
+
+    def pieces(self) -> list[SourcePiece]:
+        """Return the parts of the source, in order.
+
+        Raises:
+            UserError: there is nothing to read, or a file that the settings name has an ending of no format.
+        """
+        readers = self._readers()
+        # A file that the settings name is wanted: what cannot be read of it is an error and not a file passed
+        # over.
+        named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
+        found: list[SourcePiece] = []
+        left_out: list[SourcePiece] = []
+        names = list(source_files(self.source, lambda name: True, left_out, self.told.append))
+        # Beside files of records, a README or a licence describes them and is no document.
+        is_dataset = any(map(is_records, names))
+        for name in names:
+            is_named = os.fspath(self.source.file(name)) in named
+            if is_dataset and is_about(name) and not is_named:
+                found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
+            # The first format that takes a name has it: code comes last, since many endings are also those of
+            # text.
+            elif reader := next((r for r in readers if r.takes(name)), None):
+                found += reader.pieces_of(name)
+            elif is_named:
+                raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format")
+            else:
+                found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
+        if all(piece.format == PASSED_OVER for piece in found):
+            refuse_nothing(self.source)
+        return found + left_out
+
+    def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
+        """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
+        if piece.format == PASSED_OVER and not self.source.file(piece.file).is_file():
+            yield from super().read(piece)
+            return
+        if piece.format == PASSED_OVER:
+            if is_about(piece.file):
+                yield Broken(show_name(piece.file), show_name(piece.file), "about",
+                             "describes a dataset and is no part of it; to read it, give it a source of its "
+                             "own", is_left_out=True)
+                return
+            ending = show_name(PurePosixPath(piece.file).suffix) or "none"
+            yield Broken(show_name(piece.file), show_name(piece.file), "ending",
+                         f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "
+                         "source that says its format", is_left_out=True)
+            return
+        yield from next(r for r in self._readers() if r.format == piece.format).read(piece)
+
+    def _readers(self) -> list[FileReader]:
+        return [reader_class(name)(self.source) for name in BY_NAME]

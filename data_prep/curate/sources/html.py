@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -68,7 +68,6 @@ class HtmlReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the page."""
         yield page(decode_page(read_whole(job.file, job.options)), job.name, job,
                    whole=job.options.whole_page)
 
@@ -90,7 +89,6 @@ def page(source: str, place: str, job: ReadingJob, *, whole: bool) -> Raw | Brok
 
 
 def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
-    """Return the text of a page, "" where it has none, and its columns."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
@@ -98,6 +96,7 @@ def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]
     if tree.body is None:
         return "", {}
     facts = _facts(tree)
+    # Nested too deep for the search of the main text, whose time grows with the square of the depth.
     if tree.body.query_selector(_DEEPER):
         words = extract_plain_text(tree, preserve_formatting=False, alt_texts=False, skip_elements=_UNSEEN)
         return words, facts
@@ -112,18 +111,20 @@ def _facts(tree: Any) -> dict[str, Any]:
     metas: dict[str, str] = {}
     for meta in root.query_selector_all("meta"):
         name = (meta.getattr("property") or meta.getattr("name") or meta.getattr("itemprop") or "").lower()
+        # The first of a name counts, and no value is long: a page may repeat them without end.
         metas.setdefault(name, (meta.getattr("content") or "").strip()[:500])
     links: dict[str, str] = {}
     for link in root.query_selector_all("link[rel], a[rel]"):
         for relation in (link.getattr("rel") or "").lower().split():
             links.setdefault(relation, (link.getattr("href") or "").strip()[:500])
+    # Most reliable first: what a page says to programs, then what it shows to people.
     title = root.query_selector("title") or root.query_selector("h1")
     published = next((metas[n] for n in ("article:published_time", "datepublished", "dc.date", "dcterms.date",
                                          "date", "pubdate") if metas.get(n)), "")
     time = root.query_selector("time[datetime]")
     page_root = root.query_selector("html")
     language = (page_root.getattr("lang") or page_root.getattr("xml:lang")) if page_root else ""
-    return kept({
+    return drop_empty({
         "title": metas.get("og:title") or (" ".join(title.text.split())[:500] if title else ""),
         "url": links.get("canonical") or metas.get("og:url"),
         "date": published or (time.getattr("datetime") if time else ""),
@@ -145,13 +146,16 @@ def _prepared(source: str) -> str:
 
     All on the source: a change of the tree wraps each of its nodes in Python.
     """
+    # Spaces for control characters: some parsers end a text at one.
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:
         source = _EMPTY.sub(r"<\1\2></\1>", source)  # `<title/>` would hold the whole page
     if not source.isascii():
+        # Line breaks between Han characters are no spaces, except in preformatted text.
         parts = _PREFORMATTED.split(source)
         parts[::2] = [_HAN_BREAK.sub("", part) for part in parts[::2]]
         source = "".join(parts)
+    # From the inside out: scripts and pictures of formulas, then MathML, then the cells that hold them.
     source = _CELL.sub(r"\1\2", _MATH.sub(_tex, _IMAGE.sub(_tex, _MATH_SCRIPT.sub(_tex, source))))
     body = _BODY.search(source)
     start = body.end() if body else 0
@@ -159,7 +163,6 @@ def _prepared(source: str) -> str:
 
 
 def _tex(formula: re.Match[str]) -> str:
-    """Return a formula's TeX, or what was found as it is where it has none."""
     found: re.Match[str] | None = formula
     if formula.re is _MATH:
         found = _ANNOTATION.search(formula[0])
@@ -179,6 +182,7 @@ def _markdown(found: str) -> str:
         indent = "  " * (len(lists) - 1)
         if token.startswith("<pre>"):
             code = html.unescape(token[5:-6]).expandtabs().strip("\n").rstrip()
+            # A fence that the code itself has would end it early.
             fence = "~~~~" if "```" in code else "```"
             parts.append(f"\n\n{fence}\n{code}\n{fence}\n\n" if code else "")
         elif tag in ("ul", "ol"):
@@ -193,14 +197,17 @@ def _markdown(found: str) -> str:
             is_heading = not is_end
             parts.append("\n\n" if is_end else f"\n\n{'#' * int(tag[1])} ")
         elif tag == "p":
+            # The first paragraph of an item goes behind its mark.
             is_first = bool(lists) and (is_end or parts[-1].endswith(("- ", ". ")))
-            parts.append("" if is_first else f"\n{indent}  " if lists else "\n\n")
+            gap = f"\n{indent}  " if lists else "\n\n"
+            parts.append("" if is_first else gap)
         elif not tag and token.strip(" \n"):
             lines = [line.strip().replace("\t\t", " | ")
                      for line in html.unescape(token).rstrip().split("\n")]
-            parts.append((" " if is_heading else f"\n{indent}  " if lists else "\n").join(lines))
+            gap = f"\n{indent}  " if lists else "\n"
+            parts.append((" " if is_heading else gap).join(lines))
     text = "".join(parts)
     if not text.isascii():
+        # Soft hyphens and zero-width spaces are for setting lines, and part words for whoever counts them.
         text = text.replace("\u00ad", "").replace("\u200b", "").replace("\xa0", " ")
     return re.sub(r"\n(?:[ \t]*\n)+", "\n\n", text).strip("\n")
-

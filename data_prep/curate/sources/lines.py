@@ -12,7 +12,7 @@ from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
     COMPRESSED, Encoding, EncodingLimits, LimitBytes, blocks_within, decode_text, unpacked)
-from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, drop_empty
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
@@ -40,6 +40,7 @@ def raw_of(record: Mapping[str, Any], place: str, job: ReadingJob) -> Raw:
         raise BadRecord("fields", f"has {what} {job.text_field!r} (fields: {fields}); name the one that "
                                   "holds text in text_field")
     try:
+        # Encoded once, for the size and to find what UTF-8 cannot hold.
         size_bytes = len(text.encode())
     except UnicodeEncodeError:
         raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
@@ -59,18 +60,19 @@ def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         known = NAMES.get(name.lower())
         plain = _plain(value)
+        # The first field of a meaning counts; a second keeps its own name.
         if known is not None and known not in columns and isinstance(plain, (str, int, float)):
             columns[known] = _text(str(plain))
         elif _is_short(plain) and not _is_deep(plain, MAX_FIELD_DEPTH):
             columns[_text(name)] = _text(plain) if isinstance(plain, str) else plain
-    return kept(columns)
+    return drop_empty(columns)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON holds it."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     try:
+        # Through JSON: what other programs read has the same types, and NaN is refused.
         return json.loads(json.dumps(value, default=str, allow_nan=False))
     except (ValueError, RecursionError):
         return None
@@ -81,13 +83,13 @@ def _is_short(value: Any) -> bool:
 
 
 def _is_deep(value: Any, most: int) -> bool:
-    """Return whether lists and objects stand in one another more than so many deep."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
     return any(most == 0 or _is_deep(one, most - 1) for one in inner)
 
 
 def _text(value: str) -> str:
-    """Return a string without halves of surrogate pairs."""
     return value.encode("utf-8", "replace").decode()[:MAX_FIELD_CHARS]
 
 
@@ -134,7 +136,6 @@ class TextReader(_SpansReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a part's documents."""
         options: TextOptions = job.options
         with unpacked(job.file) as stream:
             blocks = _part(stream, job)
@@ -148,6 +149,7 @@ class TextReader(_SpansReader):
             limit_bytes = max(size_bytes, 1) if is_whole else options.cut_bytes
             position = job.piece.start
             for piece in cut_at_blank_lines(blocks, limit_bytes):
+                # Positions count the bytes of the file, the mark's included.
                 raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
                 place = job.name if is_whole else f"{job.name}:{position}"
                 try:
@@ -177,7 +179,7 @@ class JsonlReader(_SpansReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a document for each line that has one."""
+        # JSON escapes may double a text, and a line has other fields too.
         limit_bytes = 2 * job.options.document_bytes
         # lines of a part are counted from its first: to know the others a process would read them again
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"
@@ -213,7 +215,6 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _is_part(job: ReadingJob) -> bool:
-    """Return whether the file is read in several parts."""
     return not _is_packed(job) and (job.piece.start > 0 or job.piece.stop < job.file.stat().st_size)
 
 
@@ -222,7 +223,6 @@ def _is_packed(job: ReadingJob) -> bool:
 
 
 def _part(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
-    """Yield the bytes of a part; of a compressed file all."""
     if _is_packed(job):
         is_text = job.piece.format == "text"  # which is held in memory
         yield from blocks_within(stream, job.piece.size_bytes,
@@ -244,6 +244,7 @@ def split_lines(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
         for line in ended:
             yield b"".join([*parts, line])[:limit_bytes + 1]
             parts, held = [], 0
+        # What is longer than the limit is read on to its end, and not held.
         if rest and held <= limit_bytes:
             parts.append(rest)
             held += len(rest)

@@ -10,8 +10,7 @@ from typing import IO, Annotated, Any
 
 from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits, blocks_within, unpacked
 from data_prep.curate.sources.lines import split_lines
-from data_prep.curate.sources.listing import source_files
-from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem
+from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, source_files
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
@@ -69,6 +68,7 @@ class ParallelReader(FileReader):
         left_out: list[SourcePiece] = []
         names = source_files(self.source, self._takes, left_out, self.told.append)
         return [self._piece(name, languages) for name in names
+                # The second file of a pair is read with the first.
                 if not (languages and _ending(name) == languages[1])] + left_out
 
     def _takes(self, name: str) -> bool:
@@ -94,7 +94,6 @@ class ParallelReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield a document for each pair, or for several."""
         options: ParallelOptions = job.options
         gathered: list[str] = []
         place = ""
@@ -124,7 +123,6 @@ def _filled(options: ParallelOptions, source: str, target: str) -> str:
 
 
 def _stem(name: str) -> tuple[str, str]:
-    """Return a file's name without language and compression, and the ending of the compression."""
     path = PurePosixPath(name)
     suffix = path.suffix if path.suffix.lower() in COMPRESSED else ""
     return name.removesuffix(suffix).rpartition(".")[0], suffix
@@ -136,7 +134,6 @@ def _ending(name: str) -> str:
 
 
 def _pairs(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
-    """Yield pairs with their numbers from 1, and what is no pair."""
     if job.piece.beside:
         yield from _of_two_files(job)
         return
@@ -159,6 +156,7 @@ def _pairs(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
 
 def _of_two_files(job: ReadingJob) -> Iterator[tuple[int, str, str] | Broken]:
     other = job.root / job.piece.beside[0]
+    # Counted before the first pair is yielded: a shift would pair every line behind it wrongly.
     counts = [_num_lines(file, job) for file in (job.file, other)]
     if counts[0] != counts[1]:  # which line is missing nobody knows, and all behind it are paired wrongly
         raise BadRecord("pair", f"has {counts[0]:,} lines and {job.piece.beside[0]} {counts[1]:,}; nothing "
@@ -198,6 +196,7 @@ def _of_tmx(stream: IO[bytes], job: ReadingJob) -> Iterator[tuple[int, str, str]
                 segment = variant.find("seg")
                 text = " ".join("".join(segment.itertext()).split()) if segment is not None else ""
                 sides.setdefault(code, text)
+                # "en-GB" answers to "en" too; the first variant of a language counts.
                 sides.setdefault(code.partition("-")[0], text)
             pair = ([sides.get(code, "") for code in wanted] if wanted
                     else [text for code, text in sides.items() if "-" not in code][:2])
@@ -205,6 +204,8 @@ def _of_tmx(stream: IO[bytes], job: ReadingJob) -> Iterator[tuple[int, str, str]
                 yield number, pair[0], pair[1]
             else:
                 yield _no_pair(job, number, f"has no pair of {' and '.join(wanted) or 'two languages'}", "")
+            # Units that are done are taken out of the tree, which would otherwise hold the whole file in the
+            # end.
             unit.clear()
             while unit.getprevious() is not None:
                 del unit.getparent()[0]

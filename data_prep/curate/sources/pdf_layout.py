@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from data_prep.curate.sources.encodings import EncodingLimits, read_whole
-from data_prep.curate.sources.reader import FileReader, ReadingJob, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.settings import AtLeastOne
@@ -65,16 +65,13 @@ class PdfVocabulary:
     """The words of a document."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Count words, without the signs around them."""
         self._counts = Counter(_EDGE.sub("", word).lower() for word in words)
 
     def count(self, word: str) -> int:
-        """Return how often a word occurs."""
         return self._counts[_EDGE.sub("", word).lower()]
 
 
 def joined(lines: Sequence[str], vocabulary: PdfVocabulary) -> str:
-    """Return the lines of a paragraph as one."""
     text = ""
     for line in lines:
         text = _join(text, line.strip(), vocabulary) if text else line.strip()
@@ -87,6 +84,7 @@ def _join(text: str, line: str, vocabulary: PdfVocabulary) -> str:
     last, first = text.rpartition(" ")[2], line.partition(" ")[0]
     if text[-1] in (HYPHEN, "-", "\u2010") and last[:-1] and last[-2:-1].isalpha() and first[:1].isalpha():
         return _unhyphenated(text, line, last[:-1], first, vocabulary)
+    # Chinese and Japanese go on in the next line without a space.
     if _is_unspaced(text[-1]) and _is_unspaced(line[0]):
         return text + line
     if _is_hangul(text[-1]) and _is_hangul(line[0]) and _is_one_word(last, first, vocabulary):
@@ -98,13 +96,14 @@ def _unhyphenated(text: str, line: str, last: str, first: str, vocabulary: PdfVo
     """Return two lines, the first of which ends with a hyphen: that of a compound stays."""
     if vocabulary.count(f"{last}-{first}") or (first[:1].isupper() and not last.isupper()):
         return text[:-1] + "-" + line
+    # Parted where the file marks it, or the word occurs whole; a compound where both halves are words of
+    # their own.
     is_parted = text[-1] == HYPHEN or vocabulary.count(last + first) or not (
         vocabulary.count(last) > 1 and vocabulary.count(first) > 1)
     return text[:-1] + ("" if is_parted else "-") + line
 
 
 def _is_one_word(last: str, first: str, vocabulary: PdfVocabulary) -> bool:
-    """Return whether a Korean word goes on in the next line."""
     end = _EDGE.sub("", first)
     if vocabulary.count(last + first) > 0:
         return True
@@ -112,7 +111,6 @@ def _is_one_word(last: str, first: str, vocabulary: PdfVocabulary) -> bool:
 
 
 def _is_unspaced(char: str) -> bool:
-    """Return whether a character is one of Chinese or Japanese, which write no spaces."""
     return ("\u3001" <= char <= "\u30ff" or "\u3400" <= char <= "\u9fff" or "\uf900" <= char <= "\ufaff"
             or "\uff01" <= char <= "\uff9f" or "\U00020000" <= char <= "\U0003ffff")
 
@@ -194,6 +192,7 @@ class PdfLine:
             gap = word.x0 - before.x1 if before else 0.0
             if before is None or gap > CELL_GAP * max(word.size, before.size, 1.0):
                 found.append(word.text)
+            # Han characters come one by one, with hardly a gap: they are one run.
             elif gap > 0.08 * word.size or not _is_han(found[-1][-1:] + word.text[:1]):
                 found[-1] += f" {word.text}"
             else:
@@ -209,10 +208,12 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
         pages: all of them.
         keep_repeated: keep running heads and page numbers.
     """
+    # In this order: heads and page numbers would part paragraphs, and columns are found by what is left.
     lines = [lines_of(page.words) for page in pages]
     repeated = [set[int]()] * len(lines) if keep_repeated else repeated_words(lines)
     bodies = [[word for word in page.words if id(word) not in out]
               for page, out in zip(pages, repeated, strict=True)]
+    # The document's own words tell which parts at the end of a line belong together.
     vocabulary = PdfVocabulary(word.text for words in bodies for word in words)
     paragraphs: list[str] = []
     for words in bodies:
@@ -222,13 +223,13 @@ def pages_text(pages: Sequence[Page], *, keep_repeated: bool = False) -> str:
 
 
 def lines_of(words: Sequence[Word]) -> list[PdfLine]:
-    """Return words as lines, from the top."""
     found: list[list[Word]] = []
     boxes: list[tuple[float, float]] = []
     for word in sorted(words, key=lambda w: ((w.y0 + w.y1) / 2, w.x0)):
         middle = (word.y0 + word.y1) / 2
         # small signs such as "." and "'" have boxes that meet their line's at its edge only
         around = 0.1 * word.size
+        # Words come from the top down, so only the last lines can be theirs.
         for place in range(len(found) - 1, max(len(found) - 5, -1), -1):
             top, bottom = boxes[place]
             if top - around <= middle <= bottom + around:
@@ -245,6 +246,7 @@ def lines_of(words: Sequence[Word]) -> list[PdfLine]:
 def repeated_words(pages: Sequence[Sequence[PdfLine]]) -> list[set[int]]:
     """Return of each page the identities of the words in its running heads and page numbers: outer lines that
     a page nearby has too, at the same height, numbers aside."""
+    # Without counting a line twice on a page of few lines.
     outer = [[*lines[:OUTER_LINES], *lines[max(OUTER_LINES, len(lines) - OUTER_LINES):]] for lines in pages]
     keys = [[(_key(line), line.y0) for line in lines] for lines in outer]
     found = []
@@ -273,6 +275,8 @@ def columns_of(words: Sequence[Word]) -> list[list[Word]]:
     right: list[Word] = []
     for line in lines:
         if _crosses(line, x):
+            # A line across both columns ends them: left is read before right, and each may have columns in
+            # turn.
             blocks += [*columns_of(left), *columns_of(right), line.words]
             left, right = [], []
         else:
@@ -297,7 +301,6 @@ def _merged(blocks: list[list[Word]]) -> list[list[Word]]:
 
 
 def _crosses(line: PdfLine, x: float) -> bool:
-    """Return whether a line has no gap at x that could be one between columns."""
     inside = [w for w in line.words if w.x0 < x < w.x1]
     if inside:
         return True
@@ -307,13 +310,13 @@ def _crosses(line: PdfLine, x: float) -> bool:
 
 
 def _gutter(lines: Sequence[PdfLine]) -> float | None:
-    """Return where the gap between two columns of prose is, or None."""
     if len(lines) < COLUMN_LINES:
         return None
     gaps: dict[int, int] = {}
     for line in lines:
         for before, word in pairwise(line.words):
             if word.x0 - before.x1 > 0.8 * line.size:
+                # Gaps are counted on a raster of 4 points: the column that most of them cover is the gutter.
                 for place in range(int(before.x1 / 4) + 1, int(word.x0 / 4) + 1):
                     gaps[place] = gaps.get(place, 0) + 1
     best = max(gaps, key=lambda place: gaps[place], default=None)
@@ -325,11 +328,11 @@ def _gutter(lines: Sequence[PdfLine]) -> float | None:
         return None
     sides = [[[w for w in line.words if (w.x1 <= x) == is_left] for line in lines if not _crosses(line, x)]
              for is_left in (True, False)]
+    # A table has gaps below each other too, but its cells do not fill their columns.
     return x if all(map(_is_prose, sides)) else None
 
 
 def _is_prose(side: Sequence[Sequence[Word]]) -> bool:
-    """Return whether what stands on one side of a gap are lines of a column."""
     lines = [PdfLine(list(words)) for words in side if words]
     if len(lines) < COLUMN_LINES:
         return False
@@ -357,7 +360,6 @@ def block_paragraphs(lines: Sequence[PdfLine], vocabulary: PdfVocabulary) -> lis
 
 
 def _rows(lines: Sequence[PdfLine]) -> list[bool]:
-    """Return which lines are rows: of a table of contents, or with cells below those of the next row."""
     starts = [_cell_starts(line) for line in lines]
     found = [bool(_LEADER.search(" ".join(line.cells()))) for line in lines]
     for i, (line, below) in enumerate(pairwise(lines)):
@@ -375,7 +377,6 @@ def _cell_starts(line: PdfLine) -> list[float]:
 
 
 def _pitch(lines: Sequence[PdfLine]) -> float:
-    """Return the usual distance between two lines."""
     steps = [b.y0 - a.y0 for a, b in pairwise(lines)
              if 0.5 * a.size < b.y0 - a.y0 < 2.2 * max(a.size, 1.0)]
     return statistics.median(steps) if steps else 1.3 * lines[0].size
@@ -394,6 +395,7 @@ def _begins(line: PdfLine, before: PdfLine, pitch: float, left: float, right: fl
         return False
     if _BULLET.match(line.words[0].text) and len(line.words) > 1:
         return True
+    # Either the first line is set in, or the line before ended early and with a sentence.
     indented = line.x0 - before.x0 > 0.8 * line.size and before.x0 - left < 0.5 * line.size
     ended = before.x1 < right - 0.12 * (right - left) and before.words[-1].text.endswith(_CLOSED)
     return indented or ended
@@ -408,8 +410,8 @@ def _group_text(group: Sequence[PdfLine], is_rows: bool, vocabulary: PdfVocabula
 
 
 def _code(group: Sequence[PdfLine]) -> str:
-    """Return lines of code, indented as they stand."""
     left = min(line.x0 for line in group)
+    # The width of a letter gives the column: indents of code are spaces that the file does not hold.
     widths = [(w.x1 - w.x0) / len(w.text) for line in group for w in line.words if len(w.text) > 2]
     width = statistics.median(widths) if widths else 0.6 * group[0].size
     text = []
@@ -469,7 +471,6 @@ class PdfReader(FileReader):
 
     @classmethod
     def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        """Yield the file's text."""
         yield pdf_document(read_whole(job.file, job.options), job.name, job)
 
 
@@ -487,6 +488,7 @@ def pdf_document(data: bytes, place: str, job: ReadingJob) -> Raw | Broken:
         code = "encrypted" if "password" in str(e).lower() else "pdf"
         raise BadRecord(code, f"cannot be opened ({str(e)[:120]}); fetch it again, or take its password away"
                         ) from None
+    # PDFium holds the pages: all words are taken out before it is closed.
     with document:
         if len(document) > job.options.max_pages:
             raise BadRecord("too_long", f"has {len(document):,} pages, of at most max_pages = "
@@ -497,6 +499,7 @@ def pdf_document(data: bytes, place: str, job: ReadingJob) -> Raw | Broken:
     if not text.strip():
         raise BadRecord("no_text", f"has no text on its {len(pages)} pages, which are pictures; recognise "
                                    "the characters first (OCR)")
+    # Glyphs without a map to characters: what was read would be noise.
     if text.count("\ufffd") > MAX_REPLACED * len(text):
         raise BadRecord("no_text", "has fonts that do not say which characters they show; recognise the "
                                    "characters first (OCR)")
@@ -507,8 +510,8 @@ def _facts(document: Any) -> dict[str, Any]:
     told = {name: value.replace("\0", "").encode("utf-8", "replace").decode().strip()[:500]
             for name, value in document.get_metadata_dict(skip_empty=True).items()}
     date = _DATE.match(told.get("CreationDate", ""))
-    return kept({"title": told.get("Title"),
-                 "date": "-".join(part for part in date.groups() if part) if date else ""})
+    return drop_empty({"title": told.get("Title"),
+                       "date": "-".join(part for part in date.groups() if part) if date else ""})
 
 
 def _page(document: Any, number: int) -> Page:
@@ -533,7 +536,6 @@ def _page(document: Any, number: int) -> Page:
 
 
 def _bounds(codes: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield where words begin and end."""
     start = None
     for index, code in enumerate(codes):
         if code in _WHITE:

@@ -1,4 +1,4 @@
-"""What all readers of files share: listing them, and reading each in a process with limits."""
+"""What all readers of files share: which files a source has, and reading each in a process with limits."""
 
 from __future__ import annotations
 
@@ -7,16 +7,80 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
-from data_prep.curate.sources.listing import shown, source_files
 from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.files import why_left_out
+from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files, why_left_out
+from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import read
 from megatron_sov.work.processes.channel import receive, send
 from megatron_sov.work.sandbox.readers import KeptReader, Wording
+
+
+def source_files(source: SourceSettings, wanted: Callable[[str], bool],
+                 left_out: list[SourcePiece] | None = None,
+                 tell: Callable[[str], object] = lambda sentence: None) -> list[str]:
+    """Return the names of a source's files, sorted, each once.
+
+    A file that the settings name is read whatever it is called.  Of a folder those that are `wanted` (by
+    name) are, as `walk_files` finds them.
+
+    Args:
+        source: the source.
+        wanted: tells by its name whether a file is.
+        left_out: receives a piece for everything that the walk leaves out and that is not hidden, sorted; it
+            holds nothing to read.
+        tell: is given a sentence on what is hidden or not wanted in each folder.
+
+    Raises:
+        UserError: a folder cannot be listed, or there is no such file.
+    """
+    root = source.root
+    names: set[str] = set()
+    without: list[Path] = []
+    for path in source.path:
+        # Not `resolve`: a link that the user names is read under the user's name.
+        given = Path(os.path.abspath(source.folder / path))
+        if given.is_dir():
+            found: list[Path] = []
+            walked = list(map(Path, walk_files(given, found)))
+            names.update(_name(file, root) for file in walked if wanted(file.name))
+            without += [one for one in found if not is_hidden(one.name)]
+            if sentence := passed_over([_name(file, root) for file in walked if not wanted(file.name)],
+                                       [_name(one, root) for one in found if is_hidden(one.name)]):
+                tell(visible(f"{path}: {sentence}"))
+        elif given.is_file():
+            names.add(_name(given, root))
+        else:
+            raise UserError(f"source {source.name}: {given}: is no file and no folder; name one that "
+                            "is there")
+    if not names:
+        refuse_nothing(source)
+    if left_out is not None:
+        left_out += [SourcePiece(PASSED_OVER, _name(path, root), 0, 0, 0) for path in sorted(set(without))
+                     if path.is_dir() or wanted(path.name)]
+    # By folders: the order of a walk does not depend on the signs in names.
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def refuse_nothing(source: SourceSettings) -> NoReturn:
+    raise UserError(f"source {source.name}: {', '.join(source.path)}: holds no file that format = "
+                    f"{source.format!r} reads; name another folder or format")
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def show_name(name: str) -> str:
+    r"""Return a file's name as text: bytes of it that are no UTF-8, and control characters, are written as
+    escapes such as ``\xff``, and a ``\`` of its own as two, so that no two names look the same."""
+    # A name's own backslash first: only then are escapes plain.
+    escaped = os.fsencode(name).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
+    return visible(escaped).replace("\n", r"\n").replace("\t", r"\t")
+
 
 # A piece of a source as the process that reads it gets it, and what it is cut into there.
 
@@ -39,16 +103,13 @@ class ReadingJob:
 
     @property
     def file(self) -> Path:
-        """The file's path."""
         return self.root / self.piece.file
 
     @property
     def name(self) -> str:
-        """The file's name as places have it."""
-        return shown(self.piece.file)
+        return show_name(self.piece.file)
 
     def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> Broken:
-        """Return what is told of a part of the file that cannot be read."""
         content = error.content.decode("utf-8", "replace")[:KEPT_CHARS]
         return Broken(self.name, place or self.name, error.code, str(error), content, is_left_out)
 
@@ -63,13 +124,11 @@ class SourceItem:
     """Reads it; may raise `BadRecord`, or anything that a parser raises on what it does not understand."""
 
 
-def kept(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return columns without those that say nothing."""
+def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
 def job_message(job: ReadingJob) -> dict[str, Any]:
-    """Return a job as JSON holds it; `job_of` is its inverse."""
     return {"piece": dataclasses.asdict(job.piece), "root": str(job.root), "text_field": job.text_field,
             "options": dataclasses.asdict(job.options)}
 
@@ -87,9 +146,8 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 # Reading files of others in a process of its own, with limits: one that hangs, eats memory or crashes its
 # parser costs the document and nothing else.
 #
-# The process is kept for the next file, and replaced where it was ended.  What it sends is JSON: nothing
-# that a
-# file could make of it is ever run or unpickled here.
+# The process is kept for the next file, and replaced where it was ended. What it sends is JSON: nothing that
+# a file could make of it is ever run or unpickled here.
 
 WORDING = Wording("parser", "read", "time_s")
 _MESSAGE_FACTOR = 8
@@ -104,6 +162,7 @@ def read_apart(job: ReadingJob) -> Iterator[Raw | Broken]:
     """
     skip = 0
     while True:
+        # A fresh process goes on behind the item that ended the last one.
         process = _process(str(job.root), job.options)
         last = _Last()
         finished = False
@@ -137,7 +196,7 @@ class _Process(KeptReader):
         self._root, self._limits = root, limits
 
     def serves(self, root: str, limits: EncodingLimits) -> bool:
-        """Return whether it may read files in a folder, within these limits."""
+        # Limits were given to the kernel at the start and cannot be raised.
         return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
             and Path(root).is_relative_to(self._root)
 
@@ -148,6 +207,8 @@ class _Process(KeptReader):
             BadRecord: the process was ended, or sends what it should not.
         """
         limits: EncodingLimits = job.options
+        # The sender may have been taken over by a hostile file: nothing that it sends is believed, its size
+        # least.
         most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
         with self.asking() as channel:
             send(channel, {"job": job_message(job), "skip": skip})
@@ -218,7 +279,6 @@ class FileReader:
     """Frozen dataclass of its options, with `problems()`."""
 
     def __init__(self, source: SourceSettings) -> None:
-        """Take a source without problems."""
         self.source = source
         # processes that only read start without pydantic
         given = source.options
@@ -227,27 +287,24 @@ class FileReader:
 
     @classmethod
     def takes(cls, name: str) -> bool:
-        """Return whether a file in a folder is read, by its name."""
         stem, dot, suffix = name.lower().rpartition(".")
         if cls.compressed and f".{suffix}" in COMPRESSED and stem:
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 
     def pieces(self) -> list[SourcePiece]:
-        """Return the parts of the source, in order."""
         left_out: list[SourcePiece] = []
         names = source_files(self.source, self.takes, left_out, self.told.append)
         return [piece for name in names for piece in self.pieces_of(name)] + left_out
 
     def pieces_of(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the parts of one file: itself."""
         size_bytes = self.source.file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 
     def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
         if piece.format == PASSED_OVER:
-            name, reason = shown(piece.file), why_left_out(self.source.file(piece.file))
+            name, reason = show_name(piece.file), why_left_out(self.source.file(piece.file))
             yield Broken(name, name, "left_out", reason, is_left_out=True)
             return
         job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)

@@ -54,7 +54,6 @@ class SourceSettings:
     """Options of the format."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         found = [SettingsProblem(ProblemCode.FILE, "path", f"does not exist ({self.folder / path})", path,
                                  "name a file or a folder")
                  for path in self.path if not (self.folder / path).exists()]
@@ -66,10 +65,10 @@ class SourceSettings:
     def root(self) -> Path:
         """The folder that names of files are relative to: the one that all paths lie in."""
         paths = [Path(os.path.abspath(self.folder / path)) for path in self.path]
+        # Of a file its folder: names below a root are never empty.
         return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
 
     def file(self, name: str) -> Path:
-        """Return the path of a file by the name that pieces give it."""
         return self.root / name
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, unpacked
 from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, page
 from data_prep.curate.sources.pdf_layout import PdfOptions, pdf_document
-from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, kept
+from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, drop_empty
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 
@@ -40,12 +40,12 @@ class WarcReader(FileReader):
 
     @classmethod
     def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the records that hold an answer."""
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
 
         number = 0
         with unpacked(job.file) as file:
+            # The iterator would take an error for the archive's end; `error` keeps it apart.
             stream = _UntilDamaged(file)
             try:
                 for record in ArchiveIterator(stream):
@@ -54,6 +54,7 @@ class WarcReader(FileReader):
                         yield SourceItem(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
             except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # the last: half a header
                 reason = (str(e).splitlines() or ["it ends"])[0][:200]
+                # Otherwise the stream below is damaged, and that is reported.
                 if not stream.error:
                     raise BadRecord("warc", f"is no WARC file, or damaged behind record {number} ({reason}); "
                                             "what came before is read") from None
@@ -88,6 +89,7 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
         BadRecord: it is cut off or damaged, or packed in another way.
     """
     is_gzip = packing in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b"
+    # Deflate without a head has no mark to know it by.
     is_deflate = packing == "deflate" and not _looks_written(body)
     # of zlib, as RFC 9110 has it, or without its head, as many servers send it
     is_zlib = body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0
@@ -99,10 +101,14 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
     found = b""
     try:
         while body and len(found) <= limit_bytes:
-            unpacker = zlib.decompressobj(31 if is_gzip else 15 if is_zlib else -15)
+            # 31: gzip; 15: with zlib's head; -15: without. One byte more than the limit shows that there is
+            # more.
+            window_bits = 15 if is_zlib else -15
+            unpacker = zlib.decompressobj(31 if is_gzip else window_bits)
             found += unpacker.decompress(body, limit_bytes + 1 - len(found))
             if not unpacker.eof and len(found) <= limit_bytes:
                 raise BadRecord("truncated", "is cut off inside its Content-Encoding", content=found[:1000])
+            # A gzip body may be several members in a row.
             body = unpacker.unused_data if is_gzip and unpacker.unused_data[:2] == b"\x1f\x8b" else b""
     except zlib.error as e:
         raise BadRecord("truncated", f"is damaged ({e})", content=found[:1000]) from None
@@ -110,7 +116,6 @@ def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
 
 
 def _looks_written(body: bytes) -> bool:
-    """Return whether bytes are those of a page, a PDF or a text, and not of something packed."""
     if body.lstrip()[:1] == b"<" or body.startswith(b"%PDF"):
         return True
     try:
@@ -183,9 +188,9 @@ class _Record:
 
     def _facts(self) -> dict[str, Any]:
         headers = self._record.rec_headers
-        return kept({"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"),
-                     "crawled": headers.get_header("WARC-Date"),
-                     "own_id": (headers.get_header("WARC-Record-ID") or "").strip("<>")})
+        return drop_empty({"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"),
+                           "crawled": headers.get_header("WARC-Date"),
+                           "own_id": (headers.get_header("WARC-Record-ID") or "").strip("<>")})
 
     def _refuse_cut(self) -> None:
         """Raise `BadRecord` where the archive ends inside the record; reads it to its end, as whoever wants
@@ -197,6 +202,5 @@ class _Record:
             raise BadRecord("truncated", "is cut off; fetch the archive again")
 
     def _left_out(self, code: str, reason: str) -> Broken:
-        """Return why it is left out; what is cut off may say so of itself by what its header lacks."""
         self._refuse_cut()
         return self._job.broken(BadRecord(code, reason), self._place, is_left_out=True)

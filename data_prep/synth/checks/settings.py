@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.decontamination.benchmarks import text_in
+from data_prep.curate.decontamination.step import text_in
 from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.checks.labels import read_labels
 from data_prep.synth.generator import Kind

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
-from data_prep.curate.scoring.training import library_problems, sparse_rows
+from data_prep.curate.scoring.scorer import library_problems, sparse_rows
 from data_prep.json_lines import read_objects
 from data_prep.synth.difficulty.estimator import (
     KIND, Estimator, EstimatorSettings, figures, form, load_estimator, scaled, write_estimator)

@@ -22,9 +22,7 @@ import yaml
 from annotated_types import Ge, Gt, Le
 from tqdm import tqdm
 
-from data_prep.curate.decontamination.benchmarks import benchmark_files, text_in
-from data_prep.curate.decontamination.hits import find_hits
-from data_prep.curate.decontamination.step import DecontaminateSettings
+from data_prep.curate.decontamination.step import DecontaminateSettings, benchmark_files, find_hits, text_in
 from data_prep.json_lines import read_objects
 from data_prep.synth.final_answers import boxes, check, ends_in_box
 from data_prep.synth.generator import (

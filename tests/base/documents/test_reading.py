@@ -11,7 +11,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from data_prep.curate.sources.listing import source_files
+from data_prep.curate.sources.reader import source_files
 from data_prep.curate.sources.source import SourceSettings
 from megatron_sov.base import documents
 from megatron_sov.base.documents import (

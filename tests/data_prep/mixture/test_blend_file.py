@@ -83,7 +83,7 @@ phases:
         (("ko",), ("true",)): 0.1, (("ko",), ("false",)): 0.15, (("domain:*",), ("true",)): 0.3,
         (("domain:*",), ("false",)): 0.45})
     assert {e.where["level"] for e in phase.entries} == {("L2", "L3")}
-    assert phase.entries[0].shown() == "level=L2|L3 kind=ko synthetic=true (10 %)"
+    assert phase.entries[0].describe() == "level=L2|L3 kind=ko synthetic=true (10 %)"
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_judgements() -> None:
     perfect = judge(np.array([1.0, 2, 3]), np.array([10.0, 20, 30]))
     assert perfect.spearman == 1.0 and perfect.rmse == pytest.approx(np.sqrt((81 + 324 + 729) / 3))
     assert judge(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])).spearman is None
-    assert judge(np.array([1.0, 2]), np.array([1.0, 2])).shown() == (
+    assert judge(np.array([1.0, 2]), np.array([1.0, 2])).describe() == (
         "within 0.0000 (rmse), rank correlation none (too few, or all alike)")
 
 

@@ -16,8 +16,8 @@ from pyarrow import parquet
 
 from data_prep.cli import main
 from data_prep.mixture import search as search_module
+from data_prep.mixture.blend_file import MixtureSearchSettings
 from data_prep.mixture.search import Losses, ProxySettings
-from data_prep.mixture.search_file import MixtureSearchSettings
 from megatron_sov.base.artifacts import read_manifest
 
 PAGE = (Path(__file__).parents[3] / "docs/mixtures.md").read_text(encoding="utf-8")

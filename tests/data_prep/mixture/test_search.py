@@ -13,12 +13,11 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.mixture import search as search_module
-from data_prep.mixture.blend_file import read_blend
+from data_prep.mixture.blend_file import Cluster, MixtureSearchSettings, read_blend, read_search
 from data_prep.mixture.fitting import Judgement, Shares, space_of
 from data_prep.mixture.search import (
     BEST, JUDGED, NATURAL, UNIFORM, FoundMixture, Losses, ProxySettings, Tried, blend_of, clusters_of, page,
     search, summary)
-from data_prep.mixture.search_file import Cluster, MixtureSearchSettings, read_search
 from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError

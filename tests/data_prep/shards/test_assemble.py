@@ -14,8 +14,7 @@ from data_prep.shards import assemble
 from data_prep.shards.assemble import (
     EncodedSource, ShardedWriter, bad_rows, survey, write_quarantine, write_shards)
 from data_prep.shards.encode import Encoder, EncodingSettings
-from data_prep.shards.splits import HeldoutRule, document_hash
-from data_prep.shards.token_artifact import open_split
+from data_prep.shards.token_artifact import HeldoutRule, document_hash, open_split
 from data_prep.shards.units import UnitEncoder, UnitSettings
 from megatron_sov.base.documents import Document, RecordReading, files, plan_units
 

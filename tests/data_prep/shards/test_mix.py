@@ -14,7 +14,7 @@ from data_prep.cli import main
 from data_prep.shards import mix as mix_module
 from data_prep.shards.mix import MixPart, mix, parse_part
 from data_prep.shards.pack import PackSettings, PackSource, pack
-from data_prep.shards.splits import document_hash
+from data_prep.shards.token_artifact import document_hash
 from data_prep.shards.verify import check
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import Document, RecordReading

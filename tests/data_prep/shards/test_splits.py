@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 from hypothesis import given, strategies as st
 
-from data_prep.shards.splits import HeldoutRule, document_hash
+from data_prep.shards.token_artifact import HeldoutRule, document_hash
 from megatron_sov.base.documents import Conversation, Document, Message
 
 

@@ -19,7 +19,7 @@ from megatron_sov.base.settings import read_file
 from megatron_sov.base.settings.text import Text
 from megatron_sov.version import __version__
 
-# What a team says of its data that no manifest knows: a YAML file, each mistake in which is told at once.
+# What a team says of its data that no manifest knows: a YAML file, whose mistakes are all reported at once.
 
 Category = Literal["public", "licensed", "third_party", "crawled", "user", "synthetic", "other", ""]
 CATEGORIES: dict[str, str] = {
@@ -159,6 +159,7 @@ def make_card(found: DataLineage, about: About) -> dict[str, Any]:
             "bytes": facts.num_bytes if found.corpora else None,
             "packed_documents": packed if found.token_sources else None,
             "tokens": tokens if found.token_sources else None,
+            # An estimate only where nothing was counted: the card has one figure of tokens.
             "tokens_estimate": (round(facts.num_bytes / BYTES_PER_TOKEN)
                                 if found.corpora and not found.token_sources else None)},
         "sources": sources,
@@ -217,15 +218,16 @@ def _synthetic_tokens(sources: Iterable[TokenSource]) -> dict[str, Any] | None:
     """Return how many tokens models wrote, by the tags of the sources; None where there are no tokens."""
     counted: dict[bool | None, int] = {True: 0, False: 0, None: 0}
     for source in sources:
+        # Two values, or none: then it is unknown how many of the tokens a model wrote.
         said = list(source.tags.get(SYNTHETIC, ()))
-        counted[{"true": True, "false": False}.get(said[0]) if len(said) == 1 else None] += source.num_tokens
+        is_synthetic = {"true": True, "false": False}.get(said[0]) if len(said) == 1 else None
+        counted[is_synthetic] += source.num_tokens
     whole = sum(counted.values())
     return {"tokens": counted[True], "share": counted[True] / whole,
             "tokens_not_recorded": counted[None]} if whole else None
 
 
 def _unstated(found: DataLineage) -> Iterable[str]:
-    """Yield what nobody has stated of samples of models, and of packed sources."""
     for one in found.syntheses:
         if unstated := one.licences.get("", 0):
             yield (f"samples {one.origin.name!r}: the licence of what {unstated:,} of {one.num_kept:,} were "
@@ -239,7 +241,6 @@ def _unstated(found: DataLineage) -> Iterable[str]:
 
 
 def _steps(corpus: CorpusRecord) -> list[dict[str, Any]]:
-    """Return each step with its settings and what it did, over all sources of a corpus."""
     found = []
     for number, kind in corpus.summary.steps():
         done = corpus.summary.of_step(number)
@@ -261,7 +262,6 @@ def _steps(corpus: CorpusRecord) -> list[dict[str, Any]]:
 
 
 def _public(value: Any, hide: bool = False) -> Any:
-    """Return settings in which a place on a machine is its last part alone."""
     if isinstance(value, dict):
         return {key: _public(item, key in HIDDEN_SETTINGS) for key, item in value.items()}
     if isinstance(value, list):
@@ -272,20 +272,18 @@ def _public(value: Any, hide: bool = False) -> Any:
 
 
 def _values(facts: Facts) -> dict[str, Any]:
-    """Return the shares of each value of the counted columns."""
     names = {"language": "languages", "form": "forms", "kind": "kinds", "level": "levels",
              "licence": "licences", "topic": "topics"}
     return {name: _shares(facts.values.get(column, {})) for column, name in names.items()}
 
 
 def _shares(counts: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """Return values with their documents and bytes, most bytes first."""
+    # What has no value, or is the rest, comes last, however large.
     ranked = sorted(counts.items(), key=lambda item: (item[0] in (NONE, REST), -item[1][1], item[0]))
     return [{"value": value or NOT_RECORDED, "documents": n[0], "bytes": n[1]} for value, n in ranked]
 
 
 def _dates(facts: Facts) -> dict[str, Any]:
-    """Return the first and the last date that documents carry."""
     dated = sorted(month for month in facts.months if month)
     return {"earliest": dated[0] if dated else None, "latest": dated[-1] if dated else None,
             "documents_without": facts.months.get(NONE, 0) if facts.months else facts.num_documents}
@@ -302,7 +300,6 @@ def _raw(origin: Origin, raw: RawFiles) -> dict[str, Any]:
 
 
 def _missing(sources: Iterable[dict[str, Any]], about: About) -> list[str]:
-    """Return one sentence for each thing of the sources that nobody has recorded."""
     missing = []
     for source in sources:
         wanted = {"licence": source["licence"], "category": source["category"],

@@ -31,7 +31,6 @@ class DataCardOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = (f"Write a Hugging Face dataset card ({README}), the same as {CARD}, and the "
                           f"public summary that the EU AI Act asks for ({TRAINING_CONTENT}). Every figure "
                           "comes from manifests; what nobody has recorded is called so. Without --output "
@@ -40,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Write or print the card; returns 0."""
     args = read_options(DataCardOptions, typed)
+    # Imported here: `--help` loads no pyarrow.
     from data_prep.curate.journey.card.card import About, make_card, read_about
     from data_prep.curate.journey.card.dataset_card import answers, dataset_card, training_content
     from data_prep.curate.journey.card.lineage import lineage
@@ -50,6 +49,8 @@ def run(typed: argparse.Namespace) -> int:
     if args.output is not None:
         if args.output.exists() and not args.output.is_dir():
             raise UserError(f"--output {args.output}: is a file; name a folder")
+        # All names are checked before the first file is written. A folder that has a card of ours may be
+        # written over.
         for name in names:
             check_output("--output", args.output / name)
             if (args.output / name).exists() and not (args.output / CARD).is_file():

@@ -17,8 +17,7 @@ from megatron_sov.runs.obs.figures import large, size
 # The European Commission's template for the public summary of training content, answered from a card.
 #
 # What a manifest knows stands there as it is; what only the team knows comes from its --about file; the
-# rest is
-# "not recorded".  The questions lie in training_content.yaml.
+# rest is "not recorded".  The questions lie in training_content.yaml.
 
 PROTECTING = ("pii", "safety", "decontaminate")
 """Steps that remove or mask content for other reasons than its quality."""
@@ -58,6 +57,8 @@ def answers(card: dict[str, Any], about: About) -> dict[str, str]:
         found[f"modality_{category}"] = (MODALITY if _of(card, category) else
                                          "None" if found[f"has_{category}"] else "")
     found["list_unsorted"] = _listed(card, "")
+    # The template wants large public datasets by name and the others in a summary, and of private ones those
+    # that the public knows.
     large_bytes = LARGE_SHARE * sum(s["bytes_kept"] for s in _of(card, "public"))
     for key, category, chosen in (
             ("large_public", "public", lambda s: s["bytes_kept"] > large_bytes),
@@ -80,7 +81,6 @@ def answers(card: dict[str, Any], about: About) -> dict[str, str]:
 
 
 def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
-    """Return the answers that samples of `sov-data synth` change."""
     samples = card.get("synthesis", ())
     if not samples:
         return {}
@@ -96,7 +96,6 @@ def _written(card: dict[str, Any], said: dict[str, str]) -> dict[str, str]:
 
 
 def training_content(card: dict[str, Any], about: About) -> str:
-    """Return the summary in the template's form, as Markdown."""
     said = answers(card, about)
     lines = ["# Public summary of training content", "",
              "In the form of the European Commission's template (Regulation (EU) 2024/1689, Article "
@@ -133,13 +132,14 @@ def _has(card: dict[str, Any], category: str, is_from_model: bool | None = None)
     chosen = [s for s in found if is_from_model is None or s["is_from_model"] == is_from_model]
     if chosen:
         return f"Yes: {', '.join(s['name'] for s in chosen)}"
+    # "No" is a statement to an authority: it is made only where every source has a category and, of user
+    # data, an origin.
     is_unknown = is_from_model is not None and any(s["is_from_model"] is None for s in found)
     return "No" if card["sources"] and not _of(card, "") and not is_unknown else ""
 
 
 def _listed(card: dict[str, Any], category: str, chosen: Callable[[dict[str, Any]], bool] = lambda s: True
             ) -> str:
-    """Return the sources of a category, of those that are chosen; "" where nobody knows of one."""
     if not (found := [s for s in _of(card, category) if chosen(s)]):
         return "" if _of(card, "") or not card["sources"] else "None"
     return "; ".join(
@@ -185,10 +185,10 @@ def _languages(card: dict[str, Any], about: About) -> str:
 
 
 def _domains(card: dict[str, Any], about: About) -> str:
-    """Return the hosts with most text, as many as the template asks for."""
     hosts = card["hosts"]
     if not hosts:
         return ""
+    # The template: the top 10 % of all domain names; for small enterprises 5 %, or 1,000 if that is fewer.
     most = (min(SMALL_MOST, round(len(hosts) * SMALL_TOP_SHARE)) if about.is_small
             else round(len(hosts) * TOP_SHARE))
     named = [row["value"] for row in hosts[:max(1, most)]]
@@ -198,7 +198,6 @@ def _domains(card: dict[str, Any], about: About) -> str:
 
 
 def _steps(card: dict[str, Any], only: tuple[str, ...] = ()) -> str:
-    """Return the steps with their settings, and what each dropped and changed."""
     return "; ".join(
         f"{s['step']} {json.dumps(s['settings'], ensure_ascii=False)}: {s['documents_in']:,} documents in, "
         f"{s['documents_kept']:,} kept, {s['documents_changed']:,} changed"
@@ -212,7 +211,6 @@ SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "1
 
 
 def dataset_card(card: dict[str, Any]) -> str:
-    """Return a card as the README.md of a Hugging Face dataset."""
     metadata = yaml.safe_dump(hub_metadata(card), allow_unicode=True, sort_keys=False, width=100)
     parts = [f"---\n{metadata}---", f"# {md(card['name'])}", *_opening(card), *_sources(card),
              *_synthesis(card), *_content(card), *_making(card), *_hashes(card), *_not_recorded(card),
@@ -226,6 +224,7 @@ def hub_metadata(card: dict[str, Any]) -> dict[str, Any]:
     languages = hub_languages(row["value"] for row in card["languages"])
     if any(row["value"] == "code" for row in card["forms"]):
         languages.append("code")
+    # The collection's own licence counts; else those of documents; else those that the sources name.
     names = [card["licence"]] if card["licence"] else [
         row["value"] for row in card["licences"] if row["value"] != NOT_RECORDED] or [
         source["licence"] for source in card["sources"] if source["licence"]]
@@ -243,7 +242,6 @@ def hub_metadata(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_one_corpus(card: dict[str, Any]) -> bool:
-    """Return whether the files of the card's output lie below one folder."""
     return [artifact["kind"] for artifact in card["artifacts"]] == ["corpus"]
 
 
@@ -263,7 +261,10 @@ def _opening(card: dict[str, Any]) -> list[str]:
     if dates["latest"]:
         facts.append(f"Documents carry dates from {md(dates['earliest'])} to {md(dates['latest'])}; "
                      f"{dates['documents_without']:,} carry none.")
-    return [md(card["description"])] * bool(card["description"]) + [" ".join(facts)] * bool(facts)
+    parts = [md(card["description"])] if card["description"] else []
+    if facts:
+        parts.append(" ".join(facts))
+    return parts
 
 
 def _sources(card: dict[str, Any]) -> list[str]:
@@ -293,7 +294,6 @@ def _synthesis(card: dict[str, Any]) -> list[str]:
 
 
 def _synthetic_share(card: dict[str, Any]) -> list[str]:
-    """Return a sentence about the tokens that models wrote; none where there are no tokens."""
     counted = card["synthetic_tokens"]
     if counted is None:
         return []

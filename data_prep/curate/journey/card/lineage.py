@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import BLAKE3
 from megatron_sov.base.errors import UserError
 
-# The raw files that a corpus was made of, with their hashes, as far as its folder tells.
+# The raw files that a corpus was made of, with their hashes, as far as its folder has them.
 
 INPUTS = "inputs"
 """Folder of a pipeline's output that keeps the hashes of a source's files; no part of the artifact."""
@@ -193,7 +193,10 @@ class _DataWalk:
         if len(self._seen) >= MAX_ARTIFACTS:
             raise UserError(f"{path}: was made from more than {MAX_ARTIFACTS:,} artifacts; nothing of this "
                             "house is, so look at its manifest")
+        # Noted before its inputs are followed: manifests that name each other in a circle end here.
         self._seen.add(sha256)
+        # Its place in the list comes before those of its inputs; what it was made from is filled in after
+        # them.
         place = len(self.origins)
         self.origins.append(origin := Origin(manifest.kind, path.resolve().name, sha256, manifest.created_s))
         if manifest.kind == CORPUS:
@@ -204,6 +207,8 @@ class _DataWalk:
         if manifest.kind == TOKENS:
             around = self._packed_by_around(path, sha256)
             if around is not None:
+                # The corpus around it names these shards, and not they it: its own input of this kind is that
+                # corpus.
                 inputs = [item for item in inputs if item["kind"] != CORPUS]
             elif not any(item["kind"] in (CORPUS, TOKENS, SYNTHESIS) for item in inputs):
                 self.unknown.append(f"tokens {origin.name!r}: the manifest names no corpus")
@@ -244,6 +249,7 @@ class _DataWalk:
             return
         counted = [name for name in manifest.files
                    if name == SUMMARY or (name.startswith(f"{TEXT}/") and name.endswith(".json"))]
+        # Only files that figures are read from are hashed: hashing all text would take as long as making it.
         if damaged := damaged_files(path, counted):
             raise UserError(f"{damaged[0]}; a card tells nothing that its manifest does not vouch for, so "
                             "run the pipeline again or restore the file")
@@ -283,11 +289,13 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> DataLineag
     for path in paths:
         _refuse_other_kinds(path)
     given = {manifest_sha256(path): path for path in paths}
+    # A wrong --from is refused even where the walk does not come to it.
     for other in elsewhere:
         read_manifest(other)
     walk = _DataWalk(elsewhere)
     for path in given.values():
         walk.visit(path, read_manifest(path))
+    # What is part of another one that was asked for counts once, with that.
     inside = {sha256 for origin in walk.origins for sha256 in origin.made_from}
     tops = {sha256: path for sha256, path in given.items() if sha256 not in inside}
     sources: list[TokenSource] = []
@@ -299,6 +307,7 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> DataLineag
             sources += [TokenSource(
                 sha256, s["name"], sum(p["num_tokens"] for p in s["splits"].values()),
                 sum(p["num_documents"] for p in s["splits"].values()),
+                # Weights of several mixes are not shares of one run.
                 s.get("weight") if len(tops) == 1 else None, str(s.get("input_sha256", "")), tags_of(s))
                 for s in content["sources"]]
     return DataLineage([o for o in walk.origins if o.sha256 in tops], walk.corpora, walk.origins, sources,
@@ -306,7 +315,6 @@ def lineage(paths: Sequence[Path], elsewhere: Sequence[Path] = ()) -> DataLineag
 
 
 def _refuse_other_kinds(path: Path) -> None:
-    """Raise `UserError` where an artifact is neither a corpus, nor samples of models, nor token shards."""
     if (kind := read_manifest(path).kind) not in (CORPUS, TOKENS, SYNTHESIS):
         raise UserError(f"{path}: is a '{kind}' artifact; pass what `sov-data run`, `sov-data synth`, "
                         "`sov-data pack` or `sov-data mix` wrote")

@@ -23,8 +23,7 @@ from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProbl
 # Finders of personal data: each yields the spans of a text that are of its kind.
 #
 # A span counts only where its surroundings and, if it has any, its check digits say so: numbers of
-# versions,
-# dates, identifiers and measurements look like numbers of people.
+# versions, dates, identifiers and measurements look like numbers of people.
 
 Span = tuple[int, int]
 REGIONS = {
@@ -101,6 +100,7 @@ def phones(text: str, language: str) -> Iterator[Span]:
     parts = [m.span() for m in _PART.finditer(text)]
     place = 0
     while place < len(parts):
+        # The longest run of parts that is a number wins: its own parts may be numbers too.
         length = next((n for n in range(_MAX_PARTS, 0, -1)
                        if _is_phone(text, parts[place:place + n], n, language)), 0)
         if length:
@@ -109,11 +109,13 @@ def phones(text: str, language: str) -> Iterator[Span]:
 
 
 def _is_phone(text: str, parts: list[Span], num_parts: int, language: str) -> bool:
+    # Parts of a number have one space between them: anything else parts two columns of a table.
     if len(parts) < num_parts or any(text[a[1]:b[0]] != " " for a, b in pairwise(parts)):
         return False
     start, stop = parts[0][0], parts[-1][1]
     written = text[start:stop]
     num_digits = sum(map(str.isdigit, written))
+    # 15 is the most that E.164 allows; with fewer than 8 local numbers look like any other.
     if not 8 <= num_digits <= 15:
         return False
     is_announced = bool(_ANNOUNCED.search(text, max(start - 30, 0), start))
@@ -123,6 +125,7 @@ def _is_phone(text: str, parts: list[Span], num_parts: int, language: str) -> bo
 def _is_set_out(written: str, is_announced: bool) -> bool:
     """Say whether digits stand as those of a phone number do, and not as a date, a sum or a table does."""
     groups = re.findall(r"\d+", written)
+    # One point is that of a decimal number, or of a sum of money.
     if written.count(".") == 1:
         return False
     if written.lstrip("(").startswith("+"):
@@ -141,6 +144,7 @@ def _is_valid(written: str, language: str) -> bool:
 
     is_bare = written.isdigit()
     international = written.lstrip("(").startswith("+")
+    # With a country code any plan counts; without, those of the countries where the language is spoken.
     for region in (None,) if international else REGIONS.get(language, ()):
         try:
             number = phonenumbers.parse(written, region)
@@ -160,8 +164,10 @@ def is_card(digits: str) -> bool:
     (ISO/IEC 7812-1, annex B)."""
     if not any(len(digits) in lengths and low <= digits[:len(low)] <= high for low, high, lengths in _CARDS):
         return False
+    # Luhn: every second digit from the right is doubled, and its digits added; the table has the sums.
     total = sum(int(d) if place % 2 == 0 else int("0246813579"[int(d)])
                 for place, d in enumerate(reversed(digits)))
+    # Rows of one digit pass Luhn's check and are fillers.
     return total % 10 == 0 and len(set(digits)) > 1
 
 
@@ -196,11 +202,11 @@ def is_iban(text: str) -> bool:
     """Say whether letters and digits are an IBAN: its country's length, and 1 modulo 97 (ISO 13616)."""
     if IBAN_CHARS.get(text[:2]) != len(text) or not text.isalnum() or not text.isascii():
         return False
+    # The first four characters go to the end, letters become 10 to 35.
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 
 def emails(text: str, language: str) -> Iterator[Span]:
-    """Yield addresses of e-mail, less those that are reserved for examples."""
     if "@" in text:
         for m in _EMAIL.finditer(text):
             if not (_NO_DOMAIN.search(m.group().rpartition("@")[2]) or ".." in m.group()
@@ -225,7 +231,6 @@ def addresses(text: str, language: str) -> Iterator[Span]:
 
 
 def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], bare: bool) -> Iterator[Span]:
-    """Yield numbers that a check proves: set out in groups, or also bare digits."""
     for m in pattern.finditer(text):
         written = m.group()
         if (bare or not written.isdigit()) and check(re.sub(r"\D", "", written)):
@@ -233,7 +238,6 @@ def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], b
 
 
 def cards(text: str, language: str) -> Iterator[Span]:
-    """Yield numbers of payment cards."""
     yield from _proven(text, _CARD, is_card, bare=True)
 
 
@@ -248,8 +252,8 @@ def thai_ids(text: str, language: str) -> Iterator[Span]:
 
 
 def ibans(text: str, language: str) -> Iterator[Span]:
-    """Yield international bank account numbers."""
     for m in _IBAN.finditer(text):
+        # The pattern may reach into the words behind an account: its country's length says where it ends.
         places = [place for place in range(*m.span(1)) if text[place] != " "]
         size = IBAN_CHARS.get(text[m.start():m.start() + 2], len(places) + 1)
         if size > len(places):
@@ -261,7 +265,6 @@ def ibans(text: str, language: str) -> Iterator[Span]:
 
 
 def api_keys(text: str, language: str) -> Iterator[Span]:
-    """Yield keys of services, and private keys."""
     yield from (m.span() for m in _API_KEY.finditer(text))
 
 
@@ -302,7 +305,6 @@ class PiiSettings:
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return list(map(as_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
 
 
@@ -322,11 +324,9 @@ class Pii(Step):
     settings: PiiSettings
 
     def files(self) -> Sequence[Path]:
-        """Return the file of the names."""
         return [NAMES_FILE]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its personal data masked and counted."""
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -357,6 +357,7 @@ def found_in(text: str, language: str, kinds: Sequence[str]) -> list[tuple[int, 
     taken: list[tuple[int, int, str]] = []
     for kind in kinds:
         for start, stop in FINDERS[kind](text, language):
+            # Spans stay sorted and apart: one is taken only if it fits between its neighbours.
             place = bisect_left(taken, (start,))
             if (place == 0 or taken[place - 1][1] <= start) and (
                     place == len(taken) or taken[place][0] >= stop):

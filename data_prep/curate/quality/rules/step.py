@@ -140,7 +140,6 @@ class LanguageRules:
     """What a document may be."""
 
     def num_stop_words(self, text: str, vocabulary: list[str]) -> int:
-        """Return how many different stop words a text has."""
         if self.unit == "characters":
             return sum(word in text for word in self.stop_words)
         return len(self.stop_words.intersection(vocabulary))
@@ -152,13 +151,11 @@ class LanguageRules:
 
 @lru_cache(maxsize=1)
 def known_languages() -> tuple[str, ...]:
-    """Return the codes of the languages that have rules of their own."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != OTHER))
 
 
 @lru_cache(maxsize=256)
 def language_rules(code: str) -> LanguageRules:
-    """Return the shipped rules of a language, or those of `OTHER` where it has none."""
     file = FOLDER / f"{code if code in known_languages() else OTHER}.yaml"
     raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert raw.get("unit", "words") in get_args(Unit), file
@@ -169,7 +166,6 @@ def language_rules(code: str) -> LanguageRules:
 
 
 def with_thresholds(rules: LanguageRules, changes: dict[str, Any]) -> LanguageRules:
-    """Return rules with some thresholds changed."""
     return dataclasses.replace(rules, thresholds=dataclasses.replace(rules.thresholds, **changes))
 
 
@@ -197,11 +193,13 @@ def c4(text: str, rules: LanguageRules) -> tuple[str, str]:
             continue
         if t.without_citation_marks:
             line, whole = _CITATION.sub("", line), _CITATION.sub("", whole)
+        # An ellipsis is a line that was cut short, not one that ends.
         if t.lines_end_with_mark and (not line.endswith(_END_MARKS) or line.endswith("...")):
             continue
         if t.min_line_words is not None and rules.num_words(line, words) < t.min_line_words:
             continue
         lower = line.lower()
+        # Two rules drop the whole document: filler text and code show what the page is.
         if t.without_placeholder and "lorem ipsum" in lower:
             return "c4: lorem ipsum", text
         if t.without_script_notes and "javascript" in lower:
@@ -237,6 +235,7 @@ def quality(text: str, words: RuleWords, rules: LanguageRules) -> str:
             return "gopher: short words"
         if t.max_mean_word_chars is not None and mean_chars > t.max_mean_word_chars:
             return "gopher: long words"
+    # Gopher counts runs of punctuation as words here, and leaves them out above.
     num_tokens = words.num_tokens or 1.0
     if t.max_hashes_per_word is not None and text.count("#") / num_tokens > t.max_hashes_per_word:
         return "gopher: many hashes"
@@ -263,6 +262,7 @@ def repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which rule of repetition a text breaks first, "" where it breaks none."""
     t, num_chars = rules.thresholds, len(text) or 1
     paragraphs = _PARAGRAPHS.split(text.strip())
+    # The coarse parts first: they are cheap, and drop most of what repeats.
     number, chars = duplicates(paragraphs)
     if (t.max_duplicate_paragraph_share is not None
             and number / len(paragraphs) > t.max_duplicate_paragraph_share):
@@ -280,6 +280,7 @@ def repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
         if words.top_ngram_chars(n) / num_chars > share:
             return f"repetition: top {n}-gram"
     for n, share in sorted(t.max_duplicate_ngram_char_share.items()):
+        # With the bound, so that the exact walk is done only where it can decide.
         chars = words.duplicate_ngram_chars(n, share * num_chars)
         if chars / num_chars > share:
             return f"repetition: {n}-grams"
@@ -309,6 +310,7 @@ def fineweb(text: str, words: RuleWords, rules: LanguageRules) -> str:
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         return "fineweb: empty"
+    # Empty lines are no lines to FineWeb's rules.
     num_ended = sum(line.endswith(TERMINAL_MARKS) for line in lines)
     if t.min_terminal_line_share is not None and num_ended / len(lines) < t.min_terminal_line_share:
         return "fineweb: lines without end"
@@ -359,7 +361,6 @@ class RulesSettings:
     """Forms that are judged, where the step `language` has told them; the rules were made for prose."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [problem.below(where) for where, changes in (
                     ("thresholds", self.thresholds),
                     *((f"languages.{code}", changes) for code, changes in self.languages.items()))
@@ -380,11 +381,9 @@ class Rules(Step):
         self._rules: dict[str, LanguageRules] = {}
 
     def files(self) -> Sequence[Path]:
-        """Return the files of the rules."""
         return sorted(FOLDER.glob("*.yaml"))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return each document with its words counted, or which rule it breaks."""
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -396,15 +395,17 @@ class Rules(Step):
             return StepOutcome(
                 reason="no rules for its language" if self.settings.without_rules == "drop" else "")
         preset = self.settings.preset
+        # FineWeb's rules were tuned on English; FineWeb 2 has those that hold elsewhere.
         sets = SETS[ONLY_ENGLISH.get(preset, preset) if rules.code != "en" else preset]
         reason, text, words = judge(document.text, rules, sets)
         return StepOutcome(reason=reason, text=text if text != document.text and not reason else None,
                            values={"rules_word_count": round(words.num_words), "rules_language": rules.code})
 
     def _rules_of(self, language: str) -> LanguageRules:
-        """Return the rules of a language with the changes of the settings."""
         rules = language_rules(language)
         if rules.code not in self._rules:
+            # From the general to the particular: the preset, the settings for all languages, those for this
+            # one.
             changes = {**({"lines_end_with_mark": False} if self.settings.preset == "fineweb" else {}),
                        **self.settings.thresholds, **self.settings.languages.get(rules.code, {})}
             made = find_problems(Thresholds, changes)[0]  # with numbers as keys, which are text in a file

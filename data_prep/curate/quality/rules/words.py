@@ -26,7 +26,6 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 @lru_cache(maxsize=1)
 def punctuation() -> frozenset[str]:
-    """Return the signs that are no part of a word."""
     return frozenset(c for c in map(chr, range(0x10000))
                      if (unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~") and c != "_")
 
@@ -55,6 +54,7 @@ class RuleWords:
         tokens = _pattern(unit).findall(text)
         self.vocabulary = list(dict.fromkeys(tokens))
         """The different words, in the order in which they occur first."""
+        # Words become numbers once: all that follows is arithmetic on arrays, and not a loop per word.
         number = dict(zip(self.vocabulary, range(len(self.vocabulary)), strict=True))
         self.ids = np.array(list(map(number.__getitem__, tokens)), dtype=np.int64)
         """int64 [num_tokens]: word of each place, as its number in the vocabulary."""
@@ -63,6 +63,7 @@ class RuleWords:
         weights = counts.astype(np.float64)
         if unit == "characters":
             character = _spaceless().match
+            # A character of a spaceless script counts as its share of a word.
             weights[[character(word) is not None for word in self.vocabulary]] /= chars_per_word
         is_word = np.array([word[0] not in signs for word in self.vocabulary], dtype=bool)
         has_letter = np.array([word.isalpha() or any(map(str.isalpha, word)) for word in self.vocabulary],
@@ -96,6 +97,8 @@ class RuleWords:
                 seed = np.arange(1, len(self.vocabulary) + 1, dtype=np.uint64) * _FACTOR
                 self._hashes[n] = _mixed(seed)[self.ids]
             else:
+                # The hash of n places from those of two halves: log2(n) passes, and the halves are kept for
+                # other n. The factor makes the order of the halves count.
                 left, right = self.hashes(n // 2), self.hashes(n - n // 2)
                 length = max(len(self.ids) - n + 1, 0)
                 self._hashes[n] = _mixed(left[:length] * _FACTOR + right[n // 2:n // 2 + length])
@@ -112,7 +115,9 @@ class RuleWords:
         starts = np.flatnonzero(np.concatenate([[True], hashes[order][1:] != hashes[order][:-1]]))
         counts = np.diff(starts, append=len(order))
         most = int(counts.max())
+        # The sort is stable, so a run begins with its first place in the text.
         first = int(order[starts[counts == most]].min())
+        # n - 1 spaces join the words of an n-gram.
         return (int(self._chars_before[first + n] - self._chars_before[first]) + num_words - 1) * most
 
     def duplicate_ngram_chars(self, num_words: int, enough: float) -> int:
@@ -124,12 +129,15 @@ class RuleWords:
         n = self.size(num_words)
         hashes = self.hashes(n)
         ordered = np.sort(hashes)
+        # Most texts repeat no long n-gram, and end here after one sort.
         if not np.any(ordered[1:] == ordered[:-1]):
             return 0
         order = np.argsort(hashes, kind="stable")
         same = hashes[order][1:] == hashes[order][:-1]
         repeated = np.zeros(len(hashes), dtype=bool)
         repeated[order[1:][same]] = repeated[order[:-1][same]] = True
+        # Where an n-gram repeats, +1 at its begin and -1 behind its end: the running sum is above zero on
+        # every place that one covers. Their characters bound the walk's count from above.
         bounds = np.zeros(len(self.ids) + 1, np.int64)
         bounds[:len(hashes)] += repeated
         bounds[n:n + len(hashes)] -= repeated
@@ -141,6 +149,7 @@ class RuleWords:
         seen: set[int] = set()
         total, free_from, before = 0, 0, self._chars_before
         for place, value in zip(places, hashes[places].tolist(), strict=True):
+            # Its words were counted with the n-gram before.
             if place < free_from:
                 continue
             if value in seen:
@@ -161,4 +170,3 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.curate.decontamination.benchmarks import FIELDS, benchmark_files, read_items
-from data_prep.curate.decontamination.step import DecontaminateSettings
+from data_prep.curate.decontamination.step import FIELDS, DecontaminateSettings, benchmark_files, read_items
 from megatron_sov.base.documents.item_search import SearchItem
 from megatron_sov.base.errors import UserError
 

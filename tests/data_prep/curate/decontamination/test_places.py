@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from data_prep.curate.decontamination.places import places, whole_lines, without
+from data_prep.curate.decontamination.step import places, whole_lines, without
 from megatron_sov.base.documents.overlap import find_units
 
 

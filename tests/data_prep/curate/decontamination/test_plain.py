@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.curate.decontamination.hits import find_hits
+from data_prep.curate.decontamination.step import find_hits
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
 from tests.data_prep.curate.decontamination.disguises import ITEMS, MARKUP_DISGUISES
 

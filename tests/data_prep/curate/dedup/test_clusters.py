@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.curate.dedup.minhash import DROPPED, Clusters
-from data_prep.curate.dedup.numbering import Register
-from data_prep.curate.dedup.work_files import bucket_slice
+from data_prep.curate.dedup.work_files import Register, bucket_slice
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs
 
 

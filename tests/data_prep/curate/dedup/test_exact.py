@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.dedup import occurrences
+from data_prep.curate.dedup import exact
 from data_prep.curate.dedup.exact import ExactDedup, ExactSettings
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
@@ -42,7 +42,7 @@ def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
     expected = {place: first[text] for place, text in enumerate(texts)
                 if first.setdefault(text, place) != place}
     for size, records in ((200, 1 << 20), (30, 7), (23, 40)):
-        monkeypatch.setattr(occurrences, "RANGE_RECORDS", records)
+        monkeypatch.setattr(exact, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 200, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
         found = dropped(MemoryView.of(shards, tmp_path / str(size)), partitions=5)

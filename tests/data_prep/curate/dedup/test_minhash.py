@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.curate.dedup import minhash
+from data_prep.curate.dedup.exact import OCCURRENCE
 from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, shingles
-from data_prep.curate.dedup.occurrences import OCCURRENCE
 from data_prep.curate.pipeline.step import Doc
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of

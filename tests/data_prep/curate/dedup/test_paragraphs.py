@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.dedup.paragraphs import ParagraphDedup, ParagraphSettings, paragraphs
+from data_prep.curate.dedup.exact import ParagraphDedup, ParagraphSettings, paragraphs
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.curate.pipeline import addresses
 from data_prep.curate.pipeline.addresses import (
-    Batch, address, batches, hashes_of, is_much, read_batch, told, tree_hash, unknown_inputs)
+    Batch, address, batches, describe_unknown, hashes_of, is_much, read_batch, tree_hash, unknown_inputs)
 from data_prep.curate.pipeline.pipeline_file import load_pipeline
 from megatron_sov.base.digests import BLAKE3, file_digest
 from megatron_sov.base.errors import UserError
@@ -69,7 +69,7 @@ def test_batches_are_of_one_source_and_as_large_as_a_job_may_read(monkeypatch: p
     assert [(batch.source, len(batch.files)) for batch in found] == [("a", 2), ("a", 1), ("a", 1), ("a", 3),
                                                                      ("a", 1), ("b", 1)]
     assert [file for batch in found if batch.source == "a" for file in batch.files] == list("01234567")
-    assert told(sizes) == "111 B in 8 files of source a, 1 B in 1 files of source b"
+    assert describe_unknown(sizes) == "111 B in 8 files of source a, 1 B in 1 files of source b"
     assert not is_much(sizes)
     monkeypatch.setattr(addresses, "READ_HERE_BYTES", 111)
     assert is_much(sizes)

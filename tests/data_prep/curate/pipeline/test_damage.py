@@ -17,14 +17,14 @@ import pytest
 from data_prep.curate.dedup.work_files import (
     BucketWriter, bucket_slice, read_array, write_array, write_buckets)
 from data_prep.curate.pipeline.addresses import mark_of, refuse_changed
-from data_prep.curate.pipeline.layers import LayerFile, groups
 from data_prep.curate.pipeline.step import StepOutcome
+from data_prep.curate.pipeline.tasks import LayerFile, groups
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base import sealed
 from megatron_sov.base.documents import read_documents
 from megatron_sov.base.errors import UserError
-from tests.data_prep.curate.pipeline.test_layers import write_base
 from tests.data_prep.curate.pipeline.test_running import run, texts
+from tests.data_prep.curate.pipeline.test_tasks import write_base
 
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
 

@@ -160,7 +160,7 @@ def test_kinds_are_told_row_by_row(raw: Path) -> None:
 @pytest.mark.parametrize("where", ["write_json", "TableFile.write"])
 def test_a_full_disk_is_a_sentence_and_loses_nothing(raw: Path, where: str, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    import data_prep.curate.pipeline.layers as layers
+    import data_prep.curate.pipeline.tasks as layers
 
     number = 0
     really: Any = tasks.write_json if where == "write_json" else layers.TableFile.write

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_prep.curate.pipeline.step import Doc, StepOutcome
-from data_prep.curate.quality.language import Language, LanguageSettings
+from data_prep.curate.quality.identify import Language, LanguageSettings
 from tests.typed_words import keys_of
 
 KOREAN = "이 문서는 설치 과정을 설명합니다. 데이터를 다시 내려받으세요."

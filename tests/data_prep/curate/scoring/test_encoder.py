@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from data_prep.curate.scoring.encoder import EncoderSettings, ScoringEncoder, copy_encoder
-from data_prep.curate.scoring.scorer import load_scorer, scorer_files
-from data_prep.curate.scoring.training import TrainSettings, train
+from data_prep.curate.scoring.scorer import TrainSettings, load_scorer, scorer_files, train
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.scoring.planted import BAD, BAD_KO, FILLER, FILLER_KO, GOOD, GOOD_KO

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.pipeline.step import step_class
-from data_prep.curate.scoring.grades import Education, EducationSettings, Quality, QualitySettings
+from data_prep.curate.scoring.kinds import Education, EducationSettings, Quality, QualitySettings
 from data_prep.curate.scoring.scorer import load_scorer
 from megatron_sov.base.settings import problems_of
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes

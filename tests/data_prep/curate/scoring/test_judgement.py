@@ -7,8 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from data_prep.curate.scoring.judgement import judge, told
-from data_prep.curate.scoring.labels import Label
+from data_prep.curate.scoring.labels import Label, describe_figures, judge
 
 
 def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:
@@ -49,5 +48,5 @@ def test_figures_of_a_regressor() -> None:
 def test_what_cannot_be_said_is_a_dash() -> None:
     figures = judge("regressor", [Label("", 1.0, "")] * 3, np.array([1.0, 2.0, 0.0]))
     assert (figures["auc"], figures["spearman"]) == (None, None)
-    assert told("regressor", figures)[0] == (
+    assert describe_figures("regressor", figures)[0] == (
         "  3 texts: AUC -, precision -, recall -, Spearman -, mean error 0.6667 (good: 3 or more)")

@@ -9,8 +9,8 @@ from sklearn.feature_extraction.text import TfidfTransformer
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.scorer import sparse_rows
 from data_prep.curate.scoring.topics import TopicModel, find_topics
-from data_prep.curate.scoring.training import sparse_rows
 from tests.data_prep.curate.scoring.planted import text_of
 
 NGRAMS = Ngrams(NgramSettings(num_buckets=1 << 10))

@@ -17,8 +17,8 @@ from sklearn.metrics import roc_auc_score
 from data_prep.curate.scoring.encoder import EncoderSettings
 from data_prep.curate.scoring.labels import read_labels, split
 from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.scorer import load_scorer
-from data_prep.curate.scoring.training import INVERSE_PENALTIES, PENALTIES, TrainSettings, check, fit, train
+from data_prep.curate.scoring.scorer import (
+    INVERSE_PENALTIES, PENALTIES, TrainSettings, check, fit, load_scorer, train)
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.scoring.planted import planted, text_of, write_lines

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.sources.formats import FORMATS, reader, reader_class
-from data_prep.curate.sources.listing import shown
+from data_prep.curate.sources.reader import show_name
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError
@@ -130,11 +130,11 @@ def test_names_that_are_no_utf8_are_read_and_shown(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"na\xefve.txt")).write_text("text")
     found = reader(SourceSettings("s", (".",), tmp_path))
     (document,) = [one for piece in found.pieces() for one in found.read(piece)]
-    assert document == Raw("text", "na\\xefve.txt") and shown("plain") == "plain"
+    assert document == Raw("text", "na\\xefve.txt") and show_name("plain") == "plain"
 
 
 def test_no_two_names_are_shown_alike_and_none_moves_a_cursor(tmp_path: Path) -> None:
     names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
              b"a\\nb.txt"]
-    told = {shown(os.fsdecode(name)) for name in names}
+    told = {show_name(os.fsdecode(name)) for name in names}
     assert len(told) == len(names) and all(name.isprintable() for name in told)

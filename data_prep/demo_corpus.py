@@ -63,6 +63,7 @@ def korean_pages() -> dict[str, str]:
     """
     with tempfile.TemporaryDirectory(prefix="korean-") as name:
         folder = Path(name)
+        # One deadline for all commands together.
         runner = _Runner(folder, time.monotonic() + TIMEOUT_S)
         try:
             _download(runner)
@@ -81,6 +82,7 @@ def _pages(archive: bytes) -> dict[str, str]:
     """Return the text of the pages in a package's archive that lie in a folder `ko`;
     nothing is written to disk."""
     texts = {}
+    # Members are read in memory: no path of an archive reaches the disk.
     with tarfile.open(fileobj=io.BytesIO(archive)) as members:
         for member in members:
             path = PurePosixPath(member.name)
@@ -112,7 +114,6 @@ class _Runner:
 
 
 def _download(runner: _Runner) -> None:
-    """Download the packages one by one; raises the first reason where none comes."""
     options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::http::Timeout=15"]
     reasons = []
     for package in KOREAN_PACKAGES:
@@ -133,27 +134,24 @@ class _TextParser(HTMLParser):
         self._skipping: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin a line at a block, and silence at what a reader does not see."""
         if tag in _SKIPPED_TAGS:
             self._skipping.append(tag)
         elif tag in _BLOCK_TAGS:
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        """End the line, or the silence."""
+        # Only the innermost ends: pages of others leave tags open.
         if self._skipping and tag == self._skipping[-1]:
             self._skipping.pop()
         elif tag in _BLOCK_TAGS:
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        """Collect text with its white space as a browser shows it."""
         if not self._skipping:
             self.parts.append(re.sub(r"\s+", " ", data))
 
 
 def html_text(page: str) -> str:
-    """Return the visible text of an HTML page, one block a line."""
     parser = _TextParser()
     parser.feed(page)
     parser.close()
@@ -161,7 +159,6 @@ def html_text(page: str) -> str:
 
 
 def is_korean(line: str) -> bool:
-    """Tell whether enough of a line's letters are Hangul."""
     letters = sum(c.isalpha() for c in line)
     hangul = sum("\uac00" <= c <= "\ud7a3" for c in line)
     return hangul > 0 and hangul >= MIN_HANGUL_SHARE * letters
@@ -243,16 +240,15 @@ def _python_files(folder: Path, prefix: str) -> list[tuple[str, Path]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted, without going into `SKIPPED_FOLDERS`."""
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
+        # In place: `os.walk` goes into what is left in the list.
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         found += [Path(place, name) for name in names]
     return sorted(found)
 
 
 def read_source(file: Path) -> str:
-    """Return a source file's text, or "" where it is no UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -260,7 +256,6 @@ def read_source(file: Path) -> str:
 
 
 def docstrings(name: str, source: str) -> list[Docstring]:
-    """Return the docstrings of a source file in order; nothing where it does not parse."""
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     try:
         with warnings.catch_warnings():
@@ -291,7 +286,6 @@ def clean(text: str) -> str:
 
 
 def documentation(found: list[Docstring]) -> dict[str, str]:
-    """Return one text per module: its docstrings, each under its name."""
     parts: dict[str, list[str]] = {}
     for d in found:
         if text := clean(d.text):
@@ -354,7 +348,6 @@ class DemoCorpusOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's "
                           "Python, its packages and Debian documentation packages; "
                           "or, with --user, user.jsonl and chat.jsonl.")
@@ -362,7 +355,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-data demo-corpus`; returns 0."""
     args = read_options(DemoCorpusOptions, typed)
     gather(args.output, user=args.user, overwrite=args.overwrite)
     return 0
@@ -423,6 +415,7 @@ def select(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
     chosen: dict[str, str] = {}
     seen: set[str] = set()
     total_bytes = 0
+    # A fixed shuffle: the same machine gives the same corpus, and no package is preferred.
     for id_ in sorted(texts, key=order_key):
         size_bytes = len(texts[id_].encode())
         if len(texts[id_]) < MIN_CHARS or texts[id_] in seen or total_bytes + size_bytes > limit_bytes:
@@ -443,7 +436,6 @@ def chats(found: list[Docstring]) -> list[dict[str, object]]:
 
 
 def _write_jsonl(file: Path, records: Iterable[dict[str, object]]) -> int:
-    """Write one JSON object a line; returns the file's bytes."""
     with open(file, "w", encoding="utf-8") as f:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")

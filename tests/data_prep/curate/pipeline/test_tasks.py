@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.curate.pipeline.layers import BASE_SCHEMA, LayerFile, LayerRow, TableFile, groups
 from data_prep.curate.pipeline.step import StepOutcome
+from data_prep.curate.pipeline.tasks import BASE_SCHEMA, LayerFile, LayerRow, TableFile, groups
 from megatron_sov.base.errors import UserError
 
 

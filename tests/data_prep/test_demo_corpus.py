@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import demo_corpus
 from data_prep.cli import main
-from data_prep.demo import corpus
-from data_prep.demo.corpus import (
+from data_prep.demo_corpus import (
     CorpusUnavailable, Docstring, clean, docstrings, documentation, html_text, is_korean, korean_only,
     korean_pages, question_and_answer, select, stdlib_files, topics)
 from megatron_sov.base.artifacts import read_manifest
@@ -92,7 +92,7 @@ def test_a_missing_command_or_a_dead_network_is_said(tmp_path: Path, monkeypatch
     def hang(command: list[str], **settings: object) -> None:
         raise subprocess.TimeoutExpired(command, 1)
 
-    monkeypatch.setattr(corpus.subprocess, "run", hang)
+    monkeypatch.setattr(demo_corpus.subprocess, "run", hang)
     with pytest.raises(CorpusUnavailable, match="did not finish within"):
         korean_pages()
 
@@ -162,10 +162,10 @@ def test_this_python_brings_text() -> None:
 @pytest.fixture(autouse=True)
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a twentieth of the standard library and no packages: the whole takes a quarter of a minute."""
-    library = corpus.stdlib_files()[::20]
-    monkeypatch.setattr(corpus, "stdlib_files", lambda: library)
-    monkeypatch.setattr(corpus, "package_files", list)
-    monkeypatch.setattr(corpus, "readmes", dict)
+    library = demo_corpus.stdlib_files()[::20]
+    monkeypatch.setattr(demo_corpus, "stdlib_files", lambda: library)
+    monkeypatch.setattr(demo_corpus, "package_files", list)
+    monkeypatch.setattr(demo_corpus, "readmes", dict)
 
 
 def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -173,7 +173,7 @@ def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch:
     def unavailable() -> dict[str, str]:
         raise CorpusUnavailable("apt-get is not on this machine")
 
-    monkeypatch.setattr(corpus, "korean_pages", unavailable)
+    monkeypatch.setattr(demo_corpus, "korean_pages", unavailable)
     assert main(["demo-corpus", "--output", str(tmp_path / "corpus")]) == 0
     assert "korean: left out, because apt-get is not on this machine" in capsys.readouterr().out
     content = read_manifest(tmp_path / "corpus", "corpus").content
@@ -188,7 +188,7 @@ def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch:
 
 def test_korean_is_a_source_where_it_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {f"page {i}": f"한국어 문서 {i}번입니다. " * 20 for i in range(12)} | {"short": "예"}
-    monkeypatch.setattr(corpus, "korean_pages", lambda: pages)
+    monkeypatch.setattr(demo_corpus, "korean_pages", lambda: pages)
     assert main(["demo-corpus", "--output", str(tmp_path / "a")]) == 0
     assert main(["demo-corpus", "--output", str(tmp_path / "b")]) == 0
     assert read_manifest(tmp_path / "a").content["korean"]["num_documents"] == 12
