@@ -74,7 +74,7 @@ def test_every_command_explains_itself_without_a_heavy_library(program: str) -> 
 @pytest.mark.parametrize("command", ["convert", "codec", "eval", "tools", "rl store"])
 def test_the_list_of_commands_names_what_each_of_several_does(command: str) -> None:
     parser = argparse.ArgumentParser()
-    importlib.import_module(cli.COMMANDS[command].module).add_arguments(parser)
+    cli.COMMANDS[command].load().add_arguments(parser)
     (actions,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     assert set(actions.choices) == set(cli.COMMANDS[command].help.partition(":")[0].split(", "))
 

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.artifacts import to_json, write_output
@@ -37,11 +38,7 @@ class EvalContaminationOptions(RecordOptions):
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that search (default: one for each core)."""
 
-
-add_arguments = partial(add_options, cls=EvalContaminationOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_contamination(typed: argparse.Namespace) -> int:
     """Write what was found into OUT.json, and the places into OUT.hits.json beside it.
 
     Raises:
@@ -95,3 +92,7 @@ def _table(found: ContaminationCheck, hits_file: Path) -> str:
                      f"{value}, {without} without them"
                      + (f"; {short:,} items are too short to be looked for" if short else ""))
     return "\n".join([*lines, f"{found.num_documents:,} documents searched; places in {hits_file}"])
+
+
+CONTAMINATION = SimpleNamespace(add_arguments=partial(add_options, cls=EvalContaminationOptions),
+                                run=run_contamination)

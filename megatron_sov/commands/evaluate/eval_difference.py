@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 from megatron_sov.base.artifacts import to_json, write_output
@@ -30,11 +31,7 @@ class EvalDifferenceOptions:
     out: Annotated[Path | None, Flag(value="FILE")] = None
     """Also write the figures into a JSON file, which appears whole."""
 
-
-add_arguments = partial(add_options, cls=EvalDifferenceOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_difference(typed: argparse.Namespace) -> int:
     """Print the difference of each figure with its interval.
 
     Raises:
@@ -61,3 +58,7 @@ def run(typed: argparse.Namespace) -> int:
 def named_tasks(names: str | None) -> list[str]:
     """Return the tasks of an option, separated by commas."""
     return [name for name in (part.strip() for part in (names or "").split(",")) if name]
+
+
+DIFFERENCE = SimpleNamespace(add_arguments=partial(add_options, cls=EvalDifferenceOptions),
+                             run=run_difference)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from importlib import import_module
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.command_line import Parser
@@ -32,8 +31,7 @@ def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
 
 def _declare(command: str, parser: argparse.ArgumentParser) -> None:
     """Declare what a command takes; it is imported now."""
-    module = import_module(PROGRAMS[command.replace("-", " ")].module)
-    module.add_arguments(parser)
+    PROGRAMS[command.replace("-", " ")].load().add_arguments(parser)
 
 
 COMMANDS: Commands = {"eval-lm": _declare_eval_lm} | {name: partial(_declare, name) for name in (

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
@@ -75,10 +76,6 @@ class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
     """How long to wait for a policy, or for pieces that other jobs have claimed (default: not at all, but
     until it is known that these jobs live; the command then ends with 75)."""
 
-
-add_arguments = partial(add_options, cls=RlGenerateOptions)
-
-
 def rounds_of(given: str | None, last: int) -> range:
     """Return the rounds that --rounds means; without it those up to the last.
 
@@ -92,7 +89,7 @@ def rounds_of(given: str | None, last: int) -> range:
     return range(1, last + 1)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_generate(args: argparse.Namespace) -> int:
     """Write what is missing, and say what was written.
 
     Raises:
@@ -286,3 +283,6 @@ def _tell(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> in
         return ExitCode.STOPPED
     print(f"rounds {rounds[0]} to {rounds[-1]} are written")
     return ExitCode.OK
+
+
+GENERATE = SimpleNamespace(add_arguments=partial(add_options, cls=RlGenerateOptions), run=run_generate)

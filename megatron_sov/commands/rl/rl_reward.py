@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
@@ -53,11 +54,7 @@ class RewardOptions(JudgedOptions, JudgeOptions):
     lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
     """Without a sign of life after which another job's claim is taken over."""
 
-
-add_arguments = partial(add_options, cls=RewardOptions)
-
-
-def run(args: argparse.Namespace) -> int:
+def run_reward(args: argparse.Namespace) -> int:
     """Judge what is not judged.
 
     Raises:
@@ -117,3 +114,6 @@ def _tell(options: RewardOptions, version: str, summary: RewardSummary) -> int:
              "patience with --wait")
         return ExitCode.STOPPED
     return ExitCode.OK
+
+
+REWARD = SimpleNamespace(add_arguments=partial(add_options, cls=RewardOptions), run=run_reward)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import ProblemCode, SettingsProblem, add_options, read_options
@@ -31,11 +32,7 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
                             "takes what an environment said of its episodes, and there is none",
                             self.reward, "add --environment, or choose another reward")]
 
-
-add_arguments = partial(add_options, cls=RlRunOptions)
-
-
-def run(args: argparse.Namespace) -> int:
+def run_all(args: argparse.Namespace) -> int:
     """Write, judge and train all rounds; returns 0 when the run is complete.
 
     Raises:
@@ -75,3 +72,6 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         train_rounds(args, parsed, began_s, produce=producer.produce)
     finally:
         producer.close()
+
+
+RUN = SimpleNamespace(add_arguments=partial(add_options, cls=RlRunOptions), run=run_all)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import write_output
@@ -337,5 +338,4 @@ def _gc(args: StoreGcOptions) -> int:
 ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
                     "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
                     "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}
-add_arguments = partial(add_actions, actions=ACTIONS)
-run = partial(run_action, ACTIONS)
+STORE = SimpleNamespace(add_arguments=partial(add_actions, actions=ACTIONS), run=partial(run_action, ACTIONS))

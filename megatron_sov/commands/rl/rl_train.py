@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import ExitCode
@@ -40,11 +41,7 @@ class RlTrainOptions(RoundsOptions):
     """How long a round is waited for that is not written and judged yet, before the run ends with 75
     (default: not at all)."""
 
-
-add_arguments = partial(add_options, cls=RlTrainOptions)
-
-
-def run(args: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> int:
     """Train the rounds that are there; returns 0 when the run is complete.
 
     Raises:
@@ -124,3 +121,6 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
                     dry_run=args.dry_run), args.nproc, began_s)
+
+
+TRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=RlTrainOptions), run=run_train)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 from megatron_sov.base.artifacts import MANIFEST
@@ -28,11 +29,7 @@ class SspFuseOptions(PluginOptions, OverwriteOptions, RedoOptions):
     workers: AtLeastOne = 1
     """Files at a time, each with two tensors in memory."""
 
-
-add_arguments = partial(add_options, cls=SspFuseOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_fuse(typed: argparse.Namespace) -> int:
     """Merge, and print what was merged.
 
     Raises:
@@ -61,3 +58,6 @@ def run(typed: argparse.Namespace) -> int:
         print(f"{weight / total:.4g} of {path}")
     print(f"wrote checkpoint {args.output}")
     return ExitCode.OK
+
+
+FUSE = SimpleNamespace(add_arguments=partial(add_options, cls=SspFuseOptions), run=run_fuse)

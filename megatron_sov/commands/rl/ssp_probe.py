@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import damaged_files, disk_errors, read_manifest
@@ -55,11 +56,7 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     dry_run: bool = False
     """Print the command for each checkpoint that is not probed yet, and start none."""
 
-
-add_arguments = partial(add_options, cls=SspProbeOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_probe(typed: argparse.Namespace) -> int:
     """Probe what is not probed yet and write the table; returns 0, or the exit code of a command that did not
     end well.
 
@@ -150,3 +147,6 @@ def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -
     return ["eval", "passk", *words_of(EvalPasskOptions(
         **same, target=candidate.path, input=problems, k=tuple(sorted({1, args.k})), output=folder,
         overwrite=folder.exists()))]  # what is there is of files that have changed since
+
+
+PROBE = SimpleNamespace(add_arguments=partial(add_options, cls=SspProbeOptions), run=run_probe)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from annotated_types import Gt, Le
@@ -51,11 +52,7 @@ class DistillRoundsOptions(RecipeOptions, TeacherOptions):
     rounds: AtLeastOne = 1
     """How many."""
 
-
-add_arguments = partial(add_options, cls=DistillRoundsOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_rounds(typed: argparse.Namespace) -> int:
     """Do the rounds that are not complete; returns what the first command gives that is not."""
     args = read_options(DistillRoundsOptions, typed)
     return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv],
@@ -142,3 +139,6 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
             states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,
             run=trained, resume=True, nproc=args.nproc))]
         student = trained
+
+
+ROUNDS = SimpleNamespace(add_arguments=partial(add_options, cls=DistillRoundsOptions), run=run_rounds)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from megatron_sov.base.errors import ExitCode
@@ -40,11 +41,7 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
     """The data are of another tokenizer than the teacher's: hear it where tokens of both end at the same
     byte (needs --top-k)."""
 
-
-add_arguments = partial(add_options, cls=DistillStatesOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_states(typed: argparse.Namespace) -> int:
     """Read the documents and print what was kept.
 
     Raises:
@@ -72,3 +69,6 @@ def run(typed: argparse.Namespace) -> int:
                 else f"of hidden size {manifest.content['hidden_size']:,} in {args.dtype}")
         print(f"{args.output}: {manifest.content['num_tokens']:,} tokens {what}, {size_bytes / 1e6:.1f} MB")
     return ExitCode.OK
+
+
+STATES = SimpleNamespace(add_arguments=partial(add_options, cls=DistillStatesOptions), run=run_states)

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 from megatron_sov.base.errors import ExitCode
@@ -39,11 +40,7 @@ class DistillWriteOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpti
     """Token shards of conversations; a killed command goes on where it was."""
     sampling: StudentSampling = field(default_factory=StudentSampling)
 
-
-add_arguments = partial(add_options, cls=DistillWriteOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_write(typed: argparse.Namespace) -> int:
     """Answer the prompts and print what was kept.
 
     Raises:
@@ -68,3 +65,6 @@ def run(typed: argparse.Namespace) -> int:
             print(f"{args.output}: {split['num_documents']:,} answers to {source['name']}, "
                   f"{split['num_tokens']:,} tokens with their prompts")
     return ExitCode.OK
+
+
+WRITE = SimpleNamespace(add_arguments=partial(add_options, cls=DistillWriteOptions), run=run_write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
@@ -16,10 +17,8 @@ from megatron_sov.train.guards.fault_injection import parse
 from megatron_sov.train.stages.stage_config import (
     convert_start, find_start, refuse_many_converters, stage_request)
 
-add_arguments = partial(add_options, cls=TunedOptions)
 
-
-def run(typed: argparse.Namespace) -> int:
+def run_extend(typed: argparse.Namespace) -> int:
     """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
 
     Every stage's settings, data and folder are checked before a Hugging Face folder is converted and
@@ -57,3 +56,6 @@ def run(typed: argparse.Namespace) -> int:
             with contextlib.suppress(OSError):  # not empty: a stage has begun
                 folder.rmdir()
     return 0
+
+
+EXTEND = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_extend)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from types import SimpleNamespace
 
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.model.objectives import factory
 from megatron_sov.train.stages.stage_config import StageOptions, parse_stage
 
-add_arguments = partial(add_options, cls=StageOptions)
 
-
-def run(typed: argparse.Namespace) -> int:
+def run_pretrain(typed: argparse.Namespace) -> int:
     """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
     args = read_options(StageOptions, typed)
     parsed = parse_stage(args, "lm")
@@ -33,3 +32,6 @@ def run(typed: argparse.Namespace) -> int:
                   faults=parsed.faults, dry_run=args.dry_run)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
+
+
+PRETRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=StageOptions), run=run_pretrain)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from types import SimpleNamespace
 
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
 from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of
 from megatron_sov.train.stages.stage_config import parse_stage
 
-add_arguments = partial(add_options, cls=TunedOptions)
 
-
-def run(typed: argparse.Namespace) -> int:
+def run_sft(typed: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
     args = read_options(TunedOptions, typed)
     parsed = parse_stage(args, "sft")
@@ -36,3 +35,6 @@ def run(typed: argparse.Namespace) -> int:
                   tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
+
+
+SFT = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_sft)
