@@ -17,8 +17,7 @@ from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.command import HeldoutTextOptions, TokenizerPath
-from tokenizer.report.measures import NamedText, read_texts
+from tokenizer.report.measures import HeldoutTextOptions, NamedText, TokenizerPath, read_texts
 
 DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import to_json, write_output
@@ -33,12 +35,7 @@ class TokenizerExportOptions:
     """Replace files that are already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, TokenizerExportOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_export(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer export`; returns 0."""
     args = read_options(TokenizerExportOptions, typed)
     export_tokenizer(args.path, args.format, args.output, texts=args.text,
@@ -119,3 +116,6 @@ def _sentencepiece(source: Any, name: str) -> Made:
     except NotSentencepiece as e:
         raise UserError(f"{source.file}: has no form in sentencepiece: {e}") from None
     return [model], processor(model).encode
+
+
+EXPORT = SimpleNamespace(add_arguments=partial(add_options, cls=TokenizerExportOptions), run=run_export)

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
@@ -44,12 +46,7 @@ class TokenizerImportOptions:
     """Special token for padding (default: eos), if the source names none."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, TokenizerImportOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_import(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer import`; returns 0."""
     args = read_options(TokenizerImportOptions, typed)
     named = {"bos_token": args.bos, "eos_token": args.eos, "pad_token": args.pad}
@@ -184,3 +181,6 @@ def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], ch
     }
     artifact.settings = {"source": source.file.name, "source_sha256": sha256_file(source.file),
                          "library": source.library}
+
+
+IMPORT = SimpleNamespace(add_arguments=partial(add_options, cls=TokenizerImportOptions), run=run_import)

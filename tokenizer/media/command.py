@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 from annotated_types import Le
@@ -20,7 +22,7 @@ from megatron_sov.base.settings import (
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
-KIND = "tokenizer"
+TOKENIZER = "tokenizer"
 NOISE = 0.1
 """Standard deviations of each column (ours: the authors of the published model do not say how they began)."""
 
@@ -105,12 +107,7 @@ class TokenizerMediaOptions:
     """Replace what is already there."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_options(parser, TokenizerMediaOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_media(typed: argparse.Namespace) -> int:
     """Run `sov-tokenizer media`; returns 0."""
     args = read_options(TokenizerMediaOptions, typed)
     if (args.tokenizer / "config.json").is_file():
@@ -140,25 +137,25 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
     from tokenizer.formats.reader import find_file, ids_of, open_hf, opened
 
-    refuse_existing(output, KIND, overwrite)
-    manifest = read_manifest(tokenizer, KIND)
+    refuse_existing(output, TOKENIZER, overwrite)
+    manifest = read_manifest(tokenizer, TOKENIZER)
     if problems := damaged_files(tokenizer):
         raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
     source = open_hf(find_file(tokenizer))
     surgery, blocks = _operated(source, asked)
     config = read_json(tokenizer / CONFIG_JSON)
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with new_artifact(output, TOKENIZER, overwrite=overwrite) as artifact:
         text = opened(surgery.finished(), tokenizer).to_str()
         (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
         (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
-        checked = _check(artifact.path, source, surgery)
+        checked = _check_media(artifact.path, source, surgery)
         artifact.add_input(tokenizer, leaves=True)
         artifact.content = {**manifest.content,
                             "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
                             "vocab_size": max(ids_of(surgery.raw).values()) + 1, "checked": checked,
                             MEDIA: described(blocks)}
         artifact.settings = {"tokenizer": tokenizer.resolve().name, "asked": asked}
-    _tell(blocks, artifact.content["vocab_size"], checked, output)
+    _tell_blocks(blocks, artifact.content["vocab_size"], checked, output)
 
 
 def _operated(source: Any, asked: MediaTokens) -> tuple[Any, list[Any]]:
@@ -178,7 +175,7 @@ def _laid_out(source: Any, asked: MediaTokens) -> tuple[list[str], list[Any]]:
     return laid_out(asked, ids.keys(), max(ids.values()) + 1)
 
 
-def _check(folder: Path, source: Any, surgery: Any) -> str:
+def _check_media(folder: Path, source: Any, surgery: Any) -> str:
     """Compare ids of text before and after, and look for each new token in its own text; returns a sentence.
 
     Raises:
@@ -213,13 +210,16 @@ def _grow_model(model: Path, output: Path, asked: MediaTokens, noise: float, see
     words, blocks = _laid_out(open_hf(find_file(model)), asked)
     graft(model, output, add=[], overwrite=overwrite, codebooks=Codebooks(
         tuple(words), noise, seed, {MEDIA: described(blocks), "media_noise": noise}))
-    _tell(blocks, 0, "", output)
+    _tell_blocks(blocks, 0, "", output)
 
 
-def _tell(blocks: list[Any], vocab_size: int, checked: str, output: Path) -> None:
+def _tell_blocks(blocks: list[Any], vocab_size: int, checked: str, output: Path) -> None:
     for block in blocks:
         print(f"{block.kind}: ids {block.first:,} to {block.end - 1:,}; set model.{block.kind}_tokens.first="
               f"{block.first} and model.{block.kind}_tokens.size={block.size}")
     if checked:
         print(f"vocabulary of {vocab_size:,}; {checked}")
         print(f"wrote {output}")
+
+
+MEDIA_COMMAND = SimpleNamespace(add_arguments=partial(add_options, cls=TokenizerMediaOptions), run=run_media)

@@ -10,23 +10,9 @@ from typing import Annotated
 from megatron_sov.base.artifacts import sha256_file, to_json, write_output
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
+from megatron_sov.base.settings import Flag, add_options, read_options
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.measures import DEFAULT_MB, read_texts
-
-TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
-    "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
-    "FILE.tiktoken.json."))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldoutTextOptions:
-    """Held-out text."""
-
-    text: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)] = ()
-    """Held-out text: a text file, .jsonl, .parquet or a folder of them, one for each language or domain."""
-    max_text_mb: Annotated[AboveZero, Flag(value="MB")] = DEFAULT_MB
-    """Most text of each that is read, spread evenly over its files."""
+from tokenizer.report.measures import HeldoutTextOptions, TokenizerPath, read_texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,10 @@ from megatron_sov.base.pages.page import PageTable
 from tokenizer.formats.loaders import Opened, open_tokenizer
 from tokenizer.report.charts import bars
 from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
-from tokenizer.report.measures import NamedText, pieces
+from tokenizer.report.measures import NUM_EXAMPLES, NamedText, pieces
 
 # What is in a vocabulary: its size and parts, tokens of several words, the longest ones.
 
-NUM_EXAMPLES = 20
 
 
 def check_inventory(tokenizer: Opened) -> TokenizerCheck:

@@ -15,13 +15,13 @@ from tokenizer.report.check import TokenizerCheck, cut, shown
 from tokenizer.report.coverage import (
     END, check_determinism, check_inventory, check_scalars, check_scripts, check_streaming, check_superwords,
     num_blocks, try_scalars)
-from tokenizer.report.measures import NamedText, check_digits, check_texts, check_whitespace, measure, pieces
+from tokenizer.report.measures import (
+    NUM_EXAMPLES, NamedText, check_digits, check_texts, check_whitespace, measure, pieces)
 from tokenizer.report.reach import check_reach, check_used, check_worst, worst_inputs
 
 _CONTROL = re.compile(r"\s*[<\[{|].*[>\]}|]\s*", re.DOTALL)
 """How tokens look that steer a model; other added tokens, such as runs of spaces,
 are meant to be found in text."""
-NUM_EXAMPLES = 20
 BLOCKS_PER_STEP = 16
 """Blocks of Unicode that take about as long as another step."""
 CHECKS = ("texts", "used", "inventory", "superwords", "reach", "digits", "whitespace", "scalars", "scripts",

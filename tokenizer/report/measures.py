@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_sov.base.documents import Document, RecordReading, cut_text, list_files, plan_units, read_span
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageTable
+from megatron_sov.base.settings import AboveZero, Flag
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars, lines
 from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
@@ -137,6 +139,21 @@ DEFAULT_MB = 10.0
 _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """Thai, Lao, Burmese, Khmer, kana, Han."""
+
+
+TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
+    "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
+    "FILE.tiktoken.json."))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutTextOptions:
+    """Held-out text."""
+
+    text: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)] = ()
+    """Held-out text: a text file, .jsonl, .parquet or a folder of them, one for each language or domain."""
+    max_text_mb: Annotated[AboveZero, Flag(value="MB")] = DEFAULT_MB
+    """Most text of each that is read, spread evenly over its files."""
 
 
 @dataclass(frozen=True)

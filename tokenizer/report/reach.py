@@ -19,7 +19,7 @@ from megatron_sov.base.pages.page import PageTable
 from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import lines
 from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
-from tokenizer.report.measures import TokenizerMeasures
+from tokenizer.report.measures import NUM_EXAMPLES, TokenizerMeasures
 
 # Inputs that make tokenizers slow: one megabyte of one thing.
 
@@ -135,7 +135,6 @@ def check_worst(tokenizer: Opened, progress: Callable[[int], object],
                           [drawn])
 
 
-NUM_EXAMPLES = 20
 BEFORE = ("", "a", " ", "1", ".", "\n", "가", "x ", " a", "(")
 AFTER = ("", "a", " ", "1", ".", "\n", "가", " x", "a ", ")")
 MAX_COMPLETIONS = 1000

@@ -91,11 +91,11 @@ def run_play(args: EvalPlayOptions) -> int:
     events = RunEvents(args.run)
     with stoppable() as flag:
         if is_address(args.target):
-            stopped = _by_endpoint(_checked(args, flag), events)
+            stopped = _by_endpoint(_checked_game(args, flag), events)
         else:
             refuse_missing(Path(args.target))
             _refuse_of_endpoints(args)
-            stopped = _by_engine(_checked(args, flag), events)
+            stopped = _by_engine(_checked_game(args, flag), events)
     if stopped:
         raise StopRequested(stopped)
     return ExitCode.OK
@@ -107,7 +107,7 @@ def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
         raise UserError(f"{shlex.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
 
 
-def _checked(args: EvalPlayOptions, flag: StopFlag) -> _Game:
+def _checked_game(args: EvalPlayOptions, flag: StopFlag) -> _Game:
     from megatron_sov.bench.suites.catalogue import chosen, read_task, require_data
     from megatron_sov.bench.suites.episodes import order_of, tasks_of
     from megatron_sov.bench.suites.protocol import changed_as_asked

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
                      "sft, prefer, distill, convert, eval, eval lm, rl run, rl train, rl generate, rl "
                      "reward; sov-tokenizer; sov-data.  Chains that come "
-                     f"with the package, besides files of your own: {', '.join(chain.names())}.")
+                     f"with the package, besides files of your own: {', '.join(chain.chain_names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
                         help="the stage's own, or the chain's file")
@@ -127,7 +127,7 @@ def _option(name: str) -> str:
 def _chain(argv: list[str], options: SubmitOptions) -> int:
     if len(argv) != 1:
         raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their "
-                        f"arguments stand in it (chains of the package: {', '.join(chain.names())})")
+                        f"arguments stand in it (chains of the package: {', '.join(chain.chain_names())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(options, name)]
     if given:
         raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; "
@@ -135,7 +135,7 @@ def _chain(argv: list[str], options: SubmitOptions) -> int:
     if options.scripts is not None and (options.dry_run or options.continue_chain):
         raise UserError(f"--scripts {options.scripts}: submits nothing; leave out --dry-run and --continue")
     if options.scripts is None:
-        return chain.run(argv[0], options, COMMANDS)
+        return chain.submit_chain(argv[0], options, COMMANDS)
     for script in chain.write_scripts(argv[0], options.scripts, options, COMMANDS):
         print(script)
     return 0

@@ -118,7 +118,7 @@ def run_generate(args: argparse.Namespace) -> int:
     refuse_no_tokenizer(options.start_from, start.tokenizer_folder)
     engine = _engine(options, start, rollout, environment)
     summary = _write(options, config, rounds, prompts, start, engine, environment)
-    return ExitCode.OK if summary is None else _tell(options, rounds, summary)
+    return ExitCode.OK if summary is None else _tell_written(options, rounds, summary)
 
 
 def _config(args: RlGenerateOptions) -> RunConfig:
@@ -274,7 +274,7 @@ def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPromp
     return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
 
 
-def _tell(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
+def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
     print(f"{args.store}: {summary['parts']:,} parts with {summary['responses']:,} responses of "
           f"{summary['tokens']:,} tokens were written by this job"
           + (f", {summary['unfinished']:,} of them unfinished" if summary["unfinished"] else ""))

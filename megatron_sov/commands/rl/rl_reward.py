@@ -73,7 +73,7 @@ def run_reward(args: argparse.Namespace) -> int:
         with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
-    return _tell(options, version, summary)
+    return _tell_judged(options, version, summary)
 
 
 def opened_store(path: Path, wait_s: float) -> RolloutStore:
@@ -94,7 +94,7 @@ def opened_store(path: Path, wait_s: float) -> RolloutStore:
     return RolloutStore.open(path)
 
 
-def _tell(options: RewardOptions, version: str, summary: RewardSummary) -> int:
+def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -> int:
     tally = summary.tally
     for text in tally.told:
         print(visible(text), file=sys.stderr)

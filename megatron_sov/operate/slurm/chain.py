@@ -101,7 +101,7 @@ def work_folder() -> str:
     return str(Path(os.environ["WORK"]).absolute())
 
 
-def names() -> list[str]:
+def chain_names() -> list[str]:
     """Return the names of the chains that come with the package."""
     return [*cluster.shipped("chains")]
 
@@ -113,12 +113,12 @@ def read_chain(name: str) -> ChainConfig:
         UserError: it is not there, is no YAML, has other fields, or stages that cannot be
             one after the other.
     """
-    if name in names():
+    if name in chain_names():
         text = cluster.shipped("chains")[name].read_text(encoding="utf-8")
     elif Path(name).is_file():
         text = read_text(Path(name), name)
     else:
-        raise UserError(f"{name}: does not exist{nearest(name, names())} (chains: {', '.join(names())}; "
+        raise UserError(f"{name}: does not exist{nearest(name, chain_names())} (chains: {', '.join(chain_names())}; "
                         "your own: a YAML file with `stages`, docs/slurm.md)")
     config = read_yaml(ChainConfig, text, name, rules=False)
     if not config.stages:
@@ -158,7 +158,7 @@ class Submitted:
     """Stage -> its jobs, of which the last is the one that others wait for."""
 
 
-def run(chain: str, options: SubmitOptions, commands: Commands) -> int:
+def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
     """Submit a chain, or what is not complete of it; returns 0.
 
     Everything is checked before the first job is submitted.
@@ -205,7 +205,7 @@ def run(chain: str, options: SubmitOptions, commands: Commands) -> int:
 def _state_file(chain: str) -> Path:
     """Return where it stands what was submitted: beside a user's file, in $WORK for a chain that
     comes with the package."""
-    return Path(work_folder(), f"{chain}.yaml.jobs.json") if chain in names() else Path(f"{chain}.jobs.json")
+    return Path(work_folder(), f"{chain}.yaml.jobs.json") if chain in chain_names() else Path(f"{chain}.jobs.json")
 
 
 def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None:
