@@ -338,4 +338,5 @@ def _gc(args: StoreGcOptions) -> int:
 ACTIONS: Actions = {"ls": (StoreLsOptions, _ls), "show": (StoreShowOptions, _show),
                     "page": (StorePageOptions, _page), "stats": (StoreStatsOptions, _stats),
                     "verify": (StoreVerifyOptions, _verify), "gc": (StoreGcOptions, _gc)}
-RL_STORE = SimpleNamespace(add_arguments=partial(add_actions, actions=ACTIONS), run=partial(run_action, ACTIONS))
+RL_STORE = SimpleNamespace(add_arguments=partial(add_actions, actions=ACTIONS),
+                           run=partial(run_action, ACTIONS))

@@ -118,7 +118,8 @@ def read_chain(name: str) -> ChainConfig:
     elif Path(name).is_file():
         text = read_text(Path(name), name)
     else:
-        raise UserError(f"{name}: does not exist{nearest(name, chain_names())} (chains: {', '.join(chain_names())}; "
+        known = chain_names()
+        raise UserError(f"{name}: does not exist{nearest(name, known)} (chains: {', '.join(known)}; "
                         "your own: a YAML file with `stages`, docs/slurm.md)")
     config = read_yaml(ChainConfig, text, name, rules=False)
     if not config.stages:
@@ -205,7 +206,9 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
 def _state_file(chain: str) -> Path:
     """Return where it stands what was submitted: beside a user's file, in $WORK for a chain that
     comes with the package."""
-    return Path(work_folder(), f"{chain}.yaml.jobs.json") if chain in chain_names() else Path(f"{chain}.jobs.json")
+    if chain in chain_names():
+        return Path(work_folder(), f"{chain}.yaml.jobs.json")
+    return Path(f"{chain}.jobs.json")
 
 
 def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None:

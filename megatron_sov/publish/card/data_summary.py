@@ -83,7 +83,8 @@ def read_data_card(folder: Path) -> DataCard:
         raise UserError(f"{file}: cannot be read ({e}); write it with `sov-data card`") from None
     known = DATA_FORMAT, DATA_VERSION
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != known:
-        raise UserError(f"{file}: is no data card of version {DATA_VERSION}; write it again with `sov-data card`")
+        raise UserError(f"{file}: is no data card of version {DATA_VERSION}; write it again with "
+                        "`sov-data card`")
     return DataCard(content, sha256_file(file), {
         found.name: found.read_bytes() for found in sorted(folder.iterdir()) if found.is_file()})
 
