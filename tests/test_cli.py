@@ -183,16 +183,18 @@ def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
     assert "run `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "first"),
-                         [("commands/train/pretrain.py", "train.stages.stage"),
-                          ("commands/train/extend.py", "post.extend.stages"),
-                          ("commands/train/sft.py", "post.sft import"),
-                          ("commands/models/generate.py", "infer.engines.target import find_target"),
-                          ("commands/evaluate/eval_passk.py", "infer.engines.target import find_target")])
-def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
+@pytest.mark.parametrize(("command", "function", "first"),
+                         [("commands/train/lm.py", "run_pretrain", "train.stages.stage"),
+                          ("commands/train/lm.py", "run_extend", "post.extend.stages"),
+                          ("commands/train/lm.py", "run_sft", "post.sft import"),
+                          ("commands/models/generate.py", "run", "infer.engines.target import find_target"),
+                          ("commands/evaluate/eval_judged.py", "_checked",
+                           "infer.engines.target import find_target")])
+def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, function: str,
+                                                                    first: str) -> None:
     """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step,
     and warnings abound."""
-    text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8")
+    text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8").partition(f"\ndef {function}(")[2]
     assert 0 < text.index("    prepare_megatron()\n") < text.index(f"    from megatron_sov.{first}")
 
 

@@ -42,8 +42,8 @@ from megatron_sov.base.documents.records import completion_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.code import PluginCode
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options,
-    name_options, num_cores, problems_of, read_options)
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
+    num_cores, problems_of, read_options)
 from megatron_sov.base.warning import warn
 from megatron_sov.work.progress.parts import open_parts
 

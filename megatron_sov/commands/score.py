@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +14,26 @@ from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, add_options, parse_nested, read_options
-from megatron_sov.commands.reward_options import JudgeOptions, RewardName
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.opinions import read_opinions
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import BUILT_IN, make, order
 from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringSummary, score_file
 from megatron_sov.work.progress.work_bar import work_bar
+
+REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME"
+RewardName = Annotated[str, Flag(value="NAME", help=REWARDS)]
+RewardSet = Annotated[tuple[str, ...], Flag(value="key=value",
+                                            help="A setting of the reward; may be repeated")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """How much is judged at a time."""
+
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that judge (default: one for each core)."""
+
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""

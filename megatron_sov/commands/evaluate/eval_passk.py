@@ -23,7 +23,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import behind_links
 from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.settings import AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, parse_nested
-from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
+from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of
 from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
 from megatron_sov.infer.engine import ChosenEngine, Engine, engine_for, run_engine

@@ -17,8 +17,7 @@ from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.bench.lm.settings import (
     ENDPOINTS, EndpointModel, EndpointSettings, JudgedSettings, Settings)
-from megatron_sov.commands.option_words import words_of
-from megatron_sov.commands.shared_options import AnyTarget, RecordOptions, RedoOptions
+from megatron_sov.commands.shared_options import AnyTarget, RecordOptions, RedoOptions, words_of
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import EpisodeLines, lines_in
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play

@@ -17,7 +17,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.base.warning import warn
-from megatron_sov.commands.option_words import words_of
+from megatron_sov.commands.shared_options import words_of
 from megatron_sov.model.config import RunConfig, data_paths, from_dict
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
 from megatron_sov.runs.launch_environment import num_ranks

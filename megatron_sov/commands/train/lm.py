@@ -1,4 +1,4 @@
-"""`megatron-sov extend RECIPE --from CHECKPOINT --data DIR[:weight] ... --run DIR`."""
+"""`megatron-sov pretrain | extend | sft RECIPE [--from CHECKPOINT] --data DIR[:weight] ... --run DIR`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,32 @@ from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
 from megatron_sov.train.stages.stage_config import (
-    convert_start, find_start, refuse_many_converters, stage_request)
+    StageOptions, convert_start, find_start, parse_stage, refuse_many_converters, stage_request)
+
+
+def run_pretrain(typed: argparse.Namespace) -> int:
+    """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
+    args = read_options(StageOptions, typed)
+    parsed = parse_stage(args, "lm")
+    refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.lm import LanguageModelling
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    objective = factory(parsed.config, LanguageModelling)
+    stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
+                  faults=parsed.faults, dry_run=args.dry_run)
+    run_stage(stage, args.nproc, typed.began_s)
+    return 0
+
+
+PRETRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=StageOptions), run=run_pretrain)
 
 
 def run_extend(typed: argparse.Namespace) -> int:
@@ -59,3 +84,31 @@ def run_extend(typed: argparse.Namespace) -> int:
 
 
 EXTEND = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_extend)
+
+
+def run_sft(typed: argparse.Namespace) -> int:
+    """Fine-tune on conversations; returns 0 when the run is complete."""
+    args = read_options(TunedOptions, typed)
+    parsed = parse_stage(args, "sft")
+    refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
+    gate = gate_of(args, parsed.config, parsed.start)
+
+    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.sft import SupervisedFineTuning, check_sources
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
+    check_sources(parsed.config, sources)
+    stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
+                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
+    run_stage(stage, args.nproc, typed.began_s)
+    return 0
+
+
+SFT = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_sft)

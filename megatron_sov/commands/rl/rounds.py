@@ -1,24 +1,34 @@
-"""`megatron-sov rl generate RECIPE --prompts FILE --store DIR --from START --run RUN`."""
+"""`megatron-sov rl generate | reward | train RECIPE ...`, three jobs that meet in a rollout store, and
+`megatron-sov rl run`, all rounds by one command, each written by the model that learns."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Ge, Lt
+
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.base.digests import file_digest
-from megatron_sov.base.errors import ExitCode, UserError, list_problems
+from megatron_sov.base.documents.visible import visible
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, list_problems
 from megatron_sov.base.plugins.orders import PluginOrder
 from megatron_sov.base.settings import (
-    Flag, NotNegative, add_options, change, not_with, only_with, parse_nested, read_options)
+    Flag, NotNegative, ProblemCode, SettingsProblem, add_options, change, not_with, only_with, parse_nested,
+    read_options)
 from megatron_sov.base.warning import warn
-from megatron_sov.commands.operate.start_tokenizer import refuse_no_tokenizer
-from megatron_sov.engine.data.vocabulary import tokenizer_digest
+from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
+from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
+from megatron_sov.commands.train.forgetting_gate import ForgettingGate, TunedOptions, gate_of
+from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
 from megatron_sov.infer.request import Batching, BatchSize
@@ -28,15 +38,126 @@ from megatron_sov.judge.tools.limits import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.rollout import RolloutConfig
+from megatron_sov.model.config.rounds import with_rounds
 from megatron_sov.model.recipes.requested import RecipeOptions, requested
+from megatron_sov.post.rl.reward import (
+    ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.folder import ROLLOUT, RunFolder
+from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
 from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, tokenizer_of
 from megatron_sov.work.progress.claims import Claims
+from megatron_sov.work.progress.work_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.feed import Produce
     from megatron_sov.post.rl.generate import Writer
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions:
+    """Where responses are, and what judges them."""
+
+    store: Annotated[Path, Flag(value="DIR", writes=True)]
+    """Rollout store: responses of `rl generate`, and their rewards."""
+    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; or {ENVIRONMENT}: what the "
+                                                   "environment of the episodes said")]
+    reward_set: RewardSet = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(JudgedOptions, JudgeOptions):
+    """Which responses are judged, and how long they are waited for."""
+
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Rounds to judge (default: all that are in the store)."""
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for more responses, each time that all are judged (default: not at all); ends with
+    75 where the jobs that write have not come to their end by then, and with 0 as soon as --rounds are
+    judged."""
+    lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
+    """Without a sign of life after which another job's claim is taken over."""
+
+def run_reward(args: argparse.Namespace) -> int:
+    """Judge what is not judged.
+
+    Raises:
+        UserError: no such reward, setting or store.
+        GateFailed: not one of the responses that were judged has a reward.
+        StopRequested: the store that was waited for has not come.
+    """
+    options = read_options(RewardOptions, args)
+    rounds = None if options.rounds is None else rounds_between(options.rounds)
+    version = reward_version(options.reward, options.reward_set)
+    store = opened_store(options.store, options.wait)
+    with judging(options.reward, options.reward_set, options.workers) as judge:
+        job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
+                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait,
+                         opinions=second_opinions(options.reward, options.reward_set, version, store))
+        with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
+            job.progress = bar.update
+            summary = job.run()
+    return _tell_judged(options, version, summary)
+
+
+def opened_store(path: Path, wait_s: float) -> RolloutStore:
+    """Return a store, which is waited for: of jobs that begin together the one that writes makes it.
+
+    Raises:
+        UserError: there is none, or something else has its place.
+        StopRequested: none has come.
+    """
+    from megatron_sov.judge.rollouts.store import RolloutStore
+
+    ends_s = time.monotonic() + wait_s
+    while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
+        time.sleep(min(1.0, wait_s))
+    if wait_s and not path.exists():
+        raise StopRequested(f"{path}: nobody has made this store within {wait_s:g} s; see whether "
+                            "`rl generate` is at work, and give the same command again")
+    return RolloutStore.open(path)
+
+
+def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -> int:
+    tally = summary.tally
+    for text in tally.told:
+        print(visible(text), file=sys.stderr)
+    more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
+    print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
+          f"{tally.line('responses')}{more}")
+    if tally.statuses and not tally.num_rewards:
+        raise GateFailed(f"{options.store}: not one of {tally.statuses.total():,} responses has a reward; "
+                         "see why above")
+    if summary.left:
+        print(f"{summary.left:,} parts are with other jobs; give the same command again, or more patience "
+              "with --wait", file=sys.stderr)
+        return ExitCode.STOPPED
+    if summary.waited_for:
+        warn(f"{options.store}: nothing more has come for {options.wait:g} s, and {summary.waited_for} are "
+             "not written: whoever trains waits for their rewards; give the same command again, or more "
+             "patience with --wait")
+        return ExitCode.STOPPED
+    return ExitCode.OK
+
+
+REWARD = SimpleNamespace(add_arguments=partial(add_options, cls=RewardOptions), run=run_reward)
+
+
+def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
+    """Refuse a start without tokenizer.
+
+    Args:
+        start_from: what --from names.
+        folder: where its tokenizer would lie.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
+                        "a checkpoint or Hugging Face folder that has one")
+
 
 OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
 """Limit of an episode -> the setting of `rollout` that it is."""
@@ -76,7 +197,7 @@ class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
     """How long to wait for a policy, or for pieces that other jobs have claimed (default: not at all, but
     until it is known that these jobs live; the command then ends with 75)."""
 
-def rounds_of(given: str | None, last: int) -> range:
+def chosen_rounds(given: str | None, last: int) -> range:
     """Return the rounds that --rounds means; without it those up to the last.
 
     Raises:
@@ -98,7 +219,7 @@ def run_generate(args: argparse.Namespace) -> int:
     options = read_options(RlGenerateOptions, args)
     config = _config(options)
     rollout = config.rollout
-    rounds = rounds_of(options.rounds, rollout.rounds)
+    rounds = chosen_rounds(options.rounds, rollout.rounds)
     if 0 < rollout.rounds < rounds[-1]:
         raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
                         "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
@@ -286,3 +407,160 @@ def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any
 
 
 GENERATE = SimpleNamespace(add_arguments=partial(add_options, cls=RlGenerateOptions), run=run_generate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsOptions(TunedOptions, JudgedOptions):
+    """What is trained, and where its rounds come from."""
+
+    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
+    """The prompts that responses are written to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlTrainOptions(RoundsOptions):
+    """Rounds that other jobs write and judge."""
+
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long a round is waited for that is not written and judged yet, before the run ends with 75
+    (default: not at all)."""
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train the rounds that are there; returns 0 when the run is complete.
+
+    Raises:
+        UserError: a mistake in the arguments, or the store does not belong to the run.
+        StopRequested: a round is not there yet, and everything is saved.
+    """
+    options = read_options(RlTrainOptions, args)
+    train_rounds(options, parse_rounds(options), args.began_s, options.wait)
+    return ExitCode.OK
+
+
+@dataclass(frozen=True)
+class ParsedRounds:
+    """What a command that trains rounds is to do, checked."""
+
+    stage: ParsedStage
+    prompts: list[RolloutPrompt]
+    """All of them."""
+    reward_version: str
+    gate: ForgettingGate | None
+    """What judges the last policy."""
+
+
+def parse_rounds(args: RoundsOptions) -> ParsedRounds:
+    """Return what the options ask for.
+
+    Raises:
+        UserError: a mistake in them.
+    """
+    prompts = read_prompts(args.prompts)
+    version = reward_version(args.reward, args.reward_set)
+    parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
+    refuse_unknown_benchmarks(parsed.config)
+    round_prompts(prompts, parsed.config.rollout, 1)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
+    return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
+
+
+def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
+                 produce: Produce | None = None) -> None:
+    """Run the stage.
+
+    Args:
+        args: of the command.
+        parsed: the same, checked.
+        began_s: Unix time at which the command began.
+        wait_s: how long a round is waited for.
+        produce: writes and judges rounds; None: other jobs do.
+    """
+    from megatron_sov.engine.data.rounds import rounds_of, rounds_source
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.policy import check_sources, objective_of, texts_of
+    from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
+    from megatron_sov.post.rl.publish import Publisher
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    config, start = parsed.stage.config, parsed.stage.start
+    assert start is not None, f"--from is required, it is {args.start_from}"
+    tokenizer = tokenizer_of(start)
+    refuse_no_tokenizer(args.start_from, tokenizer)
+    publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
+                          tokenizer)
+    publisher.refuse_other_store()
+    objective = objective_of(config)
+    columns = columns_of_run(config, objective.columns, start)
+    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
+                           columns.routes)
+    texts = texts_of(config)
+    check_sources(config, [*texts, source])
+    rounds = rounds_of([source])
+    assert rounds is not None, "the source has no rounds"
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
+    run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
+                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
+                    dry_run=args.dry_run), args.nproc, began_s)
+
+
+TRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=RlTrainOptions), run=run_train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
+    """Rounds that the model which learns writes itself."""
+
+    def problems(self) -> list[SettingsProblem]:
+        """Return what does not go together."""
+        return [] if self.reward != ENVIRONMENT or self.environment is not None else [
+            SettingsProblem(ProblemCode.RULE, "reward",
+                            "takes what an environment said of its episodes, and there is none",
+                            self.reward, "add --environment, or choose another reward")]
+
+def run_all(args: argparse.Namespace) -> int:
+    """Write, judge and train all rounds; returns 0 when the run is complete.
+
+    Raises:
+        UserError: a mistake in the arguments, or the store does not belong to the run.
+        StopRequested: it was asked to stop, and everything is saved.
+    """
+    options = read_options(RlRunOptions, args)
+    parsed = parse_rounds(options)
+    if options.environment is None:
+        refuse_unaskable(options.prompts, parsed.prompts)
+    _run(options, parsed, args.began_s)
+    return ExitCode.OK
+
+
+def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.feed import Producer
+
+    assert parsed.stage.start is not None, "--from is required"
+    config, start = parsed.stage.config, find_target(parsed.stage.start)
+    refuse_no_tokenizer(args.start_from, start.tokenizer_folder)
+    environment = environment_of(args, config)
+    refuse_too_long(config.rollout, environment, start)
+    digest = tokenizer_digest(start.tokenizer_folder)
+    producer = Producer(
+        partial(RolloutStore.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
+        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
+        Batching(args.batch_size), parsed.reward_version,
+        partial(judging, args.reward, args.reward_set, args.workers),
+        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
+        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
+    try:
+        train_rounds(args, parsed, began_s, produce=producer.produce)
+    finally:
+        producer.close()
+
+
+RUN = SimpleNamespace(add_arguments=partial(add_options, cls=RlRunOptions), run=run_all)
