@@ -70,7 +70,7 @@ MAY_START = {"megatron_sov/engine/mcore/parallel/launcher.py": "ranks",
 """File outside of work that starts processes or holds locks -> why."""
 MAY_RENAME = {"megatron_sov/engine/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
-              "megatron_sov/commands/evaluate/eval_passk.py": "into an artifact that is made"}
+              "megatron_sov/commands/evaluate/eval_judged.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
@@ -400,7 +400,7 @@ BAD = [
     ("megatron_sov/cellar/wine.py", "", "has no place"),
     ("megatron_sov/operate/slurm/stages.py", "from megatron_sov.commands import eval",
      "hall 'operate' may not import 'commands'"),
-    ("megatron_sov/operate/slurm/chain.py", "from megatron_sov.train import stage_config",
+    ("megatron_sov/commands/operate/submit.py", "from megatron_sov.train import stage_config",
      "hall 'operate' may not import 'train'"),
     ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
     ("slurm/chains.py", "", "slurm holds data alone"),

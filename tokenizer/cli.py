@@ -8,12 +8,12 @@ from megatron_sov.base.command_line import Command, Parser, parser_of, run_progr
 
 COMMANDS = {
     "train": Command("tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text"),
-    "import": Command("tokenizer.formats.import_command:IMPORT",
+    "import": Command("tokenizer.formats.commands:IMPORT",
                       "take over a tokenizer of Hugging Face, tiktoken or sentencepiece"),
-    "export": Command("tokenizer.formats.export_command:EXPORT",
+    "export": Command("tokenizer.formats.commands:EXPORT",
                       "write a tokenizer for tiktoken or sentencepiece"),
     "graft": Command("tokenizer.graft.command", "add or replace tokens of a Hugging Face model"),
-    "media": Command("tokenizer.media.command:MEDIA_COMMAND",
+    "media": Command("tokenizer.graft.command:MEDIA_COMMAND",
                      "add tokens of pictures and sounds to a tokenizer or a model"),
     "report": Command("tokenizer.report.command", "check a tokenizer and write what was found as a page"),
     "compare": Command("tokenizer.compare.command", "compare tokenizers on the same text"),

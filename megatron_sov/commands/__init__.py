@@ -38,9 +38,9 @@ COMMANDS = {
     "eval": Command("megatron_sov.commands.evaluate.eval",
                     "ppl, needle, pairs, passk, lm, media, play, suites, bigram, logits: judge a checkpoint "
                     "or a Hugging Face folder"),
-    "eval difference": Command("megatron_sov.commands.evaluate.eval_difference:DIFFERENCE",
+    "eval difference": Command("megatron_sov.commands.evaluate.eval_results:DIFFERENCE",
                                "what the scores of two models on the same items tell, with intervals"),
-    "eval contamination": Command("megatron_sov.commands.evaluate.eval_contamination:CONTAMINATION",
+    "eval contamination": Command("megatron_sov.commands.evaluate.eval_results:CONTAMINATION",
                                   "which items of a score stand in the training data, and the score without "
                                   "them"),
     "ssp probe": Command("megatron_sov.commands.rl.ssp:PROBE",

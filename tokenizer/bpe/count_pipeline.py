@@ -19,14 +19,14 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import atomic_write, new_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.pool import in_processes
-from tokenizer.bpe.count_units import CountUnit, UnitSizes, group_sizes, look_through, plan
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces
 from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.mixture import (
-    NUM_BUCKETS, Excerpt, Share, Sizes, SourceGroup, describe, pieces, repeats, share_bytes, share_of)
+    NUM_BUCKETS, CountUnit, Excerpt, Share, Sizes, SourceGroup, UnitSizes, describe, group_sizes,
+    look_through, pieces, plan, repeats, share_bytes, share_of)
 from tokenizer.presets import NUM_BYTES, Preset
 
 # Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.base.documents.byte_bpe import byte_characters, ranks, split_pattern
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe.segmenting import merge_of
-from tokenizer.formats.hf_files import special_token
-from tokenizer.formats.hostile import ID_DIGITS, no_panics, refuse_far_ids
+from tokenizer.formats.hf_files import ID_DIGITS, no_panics, refuse_far_ids, special_token
 
 if TYPE_CHECKING:
     import tiktoken

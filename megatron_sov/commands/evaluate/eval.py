@@ -15,10 +15,8 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.markdown import address_of
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
-from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
-from megatron_sov.commands.evaluate.eval_passk import EvalPasskOptions, run_passk
-from megatron_sov.commands.evaluate.eval_play import EvalPlayOptions, run_play
-from megatron_sov.commands.evaluate.eval_suites import EvalSuitesOptions, run_suites
+from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, EvalSuitesOptions, run_lm, run_suites
+from megatron_sov.commands.evaluate.eval_judged import EvalPasskOptions, EvalPlayOptions, run_passk, run_play
 from megatron_sov.commands.models.generate import EvalMediaOptions, check_media, media_decoders, shown_media
 from megatron_sov.commands.shared_options import (
     PARITY_LENGTHS, CheckpointPath, ModelPath, RecordOptions, step_of)

@@ -95,7 +95,7 @@ def run(typed: argparse.Namespace) -> int:
 
 def _members(args: LadderOptions, request: RecipeRequest) -> tuple[list[Member], Member]:
     from megatron_sov.publish.ladder.family import members, parse_size, parse_sizes
-    from megatron_sov.publish.ladder.laws import LEAST_POINTS
+    from megatron_sov.publish.ladder.results import LEAST_POINTS
 
     sizes = parse_sizes(args.sizes, "--sizes")
     ratios = _ratios(args.tokens_per_param)

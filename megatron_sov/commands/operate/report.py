@@ -55,9 +55,9 @@ def run(typed: argparse.Namespace) -> int:
     check_output("--out", args.out)
     runs = [read_run(path) for path in args.runs]
     if args.compare:
-        from megatron_sov.publish.report import compare
+        from megatron_sov.publish.report import scores
 
-        page = compare.render(runs, score_differences(runs, compare.unique_names(runs)))
+        page = scores.render(runs, score_differences(runs, scores.unique_names(runs)))
     else:
         from megatron_sov.publish.report.page import render
 

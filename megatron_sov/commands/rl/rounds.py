@@ -25,7 +25,7 @@ from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsProblem, add_options, change, not_with, only_with, parse_nested,
     read_options)
 from megatron_sov.base.warning import warn
-from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
+from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate, TunedOptions, gate_of
 from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest

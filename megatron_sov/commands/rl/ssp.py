@@ -20,7 +20,7 @@ from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, at_most, parse_nested, read_options
-from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
+from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions, JudgedSamplingOptions
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order

@@ -19,8 +19,7 @@ from megatron_sov.base.settings import Flag, NotNegative, add_options, read_opti
 from megatron_sov.base.warning import warn
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
-from megatron_sov.commands.evaluate.eval_difference import named_tasks
-from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, named_tasks, run_lm
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import GATE

@@ -8,7 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from megatron_sov.base.settings import add_options, read_options
-from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
+from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of
 from megatron_sov.model.objectives import factory
 from megatron_sov.runs.folder import STAGES

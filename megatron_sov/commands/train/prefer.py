@@ -20,7 +20,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, only_with, parse_nested,
     read_options)
-from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
+from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.score import ScoreOptions
 from megatron_sov.commands.shared_options import words_of

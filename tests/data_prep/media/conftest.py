@@ -22,7 +22,7 @@ from megatron_sov.omni.media.reading.reader import ReadMedia
 from megatron_sov.omni.media.reading.sounds import read_sound
 from megatron_sov.omni.media.reading.videos import VideoFrames, read_video
 from tests.data_prep.media.chats import Encode
-from tokenizer.media.command import MediaTokens, add_media
+from tokenizer.graft.command import MediaTokens, add_media
 
 
 class Greys:

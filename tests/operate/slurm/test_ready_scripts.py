@@ -16,8 +16,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.commands.operate.submit import COMMANDS
-from megatron_sov.operate.slurm.chain import chain_names, read_chain
+from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.runs.obs.events import final_steps, read_events

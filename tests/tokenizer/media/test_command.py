@@ -17,7 +17,7 @@ from megatron_sov.base.chat.media_marks import AUDIO_PAD, IMAGE_PAD, MARKS, VIDE
 from megatron_sov.base.chat.media_vocabulary import AUDIO, IMAGE, VocabularyBlock, read_blocks
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main
-from tokenizer.media.command import MediaTokens, laid_out
+from tokenizer.graft.command import MediaTokens, laid_out
 
 
 @pytest.fixture

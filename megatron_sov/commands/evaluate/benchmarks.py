@@ -1,4 +1,5 @@
-"""`megatron-sov eval suites [list | check | bring]`: the benchmarks that come along, and their data."""
+"""`megatron-sov eval lm` and `eval suites`: benchmarks, those that come along, and what a run refuses of them
+before it begins."""
 
 from __future__ import annotations
 
@@ -7,13 +8,47 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.documents.visible import visible
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag
+from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.commands.shared_options import AnyTarget
+from megatron_sov.model.config import RunConfig
 
 if TYPE_CHECKING:
     from megatron_sov.bench.suites.catalogue import DataCheck, TaskFile
     from megatron_sov.bench.suites.protocol import Protocol
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLmOptions:
+    """Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline."""
+
+    target: AnyTarget
+    tasks: Annotated[str, Flag(value="A,B")]
+    """Names of tasks and groups."""
+    settings: Settings
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def run_lm(args: EvalLmOptions) -> int:
+    """Measure, write, and print the table.
+
+    Raises:
+        UserError: the model, a task or a setting cannot be used.
+        StopRequested: a signal asked for it.
+    """
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.bench.lm.results import table
+    from megatron_sov.bench.lm.run import evaluate
+
+    found = evaluate(args.target, [name for name in args.tasks.split(",") if name], args.settings)
+    if found is not None:
+        print(to_json(found).rstrip() if args.json else table(found))
+    return ExitCode.OK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,3 +182,32 @@ def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     else:
         print(f"{path}: {num_kept:,} of {num_rows:,} rows")
     return ExitCode.OK
+
+
+def refuse_unknown_benchmarks(config: RunConfig) -> None:
+    """Look for the benchmarks that exports are to be measured on.
+
+    Raises:
+        UserError: lm-eval is not installed, a folder is not there, or no folder has a task.
+    """
+    if "lm" not in config.evaluate.background.tasks:
+        return
+    from megatron_sov.bench.lm.tasks import TaskSources, refuse_unknown, require_harness
+
+    require_harness()
+    lm = config.evaluate.lm
+    for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
+        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is no folder; name one that is there before "
+                            "the run begins")
+    try:
+        refuse_unknown(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
+                                             allow_code=lm.allow_task_code,
+                                             allow_download=lm.allow_download))
+    except UserError as e:
+        raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None
+
+
+def named_tasks(names: str | None) -> list[str]:
+    """Return the tasks of an option, separated by commas."""
+    return [name for name in (part.strip() for part in (names or "").split(",")) if name]
