@@ -41,8 +41,8 @@ BLOCK_ROWS = 4096
 class RowPlan:
     """What becomes of the rows of embedding and output head.
 
-    A new row is the mean of the rows of which its text was made before (sub-token mean); where there are none,
-    the mean of all rows, which keeps the model's distribution over old tokens nearly as it was (Hewitt,
+    A new row is the mean of the rows of which its text was made before (sub-token mean); where there are
+    none, the mean of all rows, which keeps the model's distribution over old tokens nearly as it was (Hewitt,
     "Initializing New Word Embeddings for Pretrained Language Models", 2021).  Rows of codebook entries, whose
     spelling says nothing, are that mean with noise, or all would be one.  Means are taken in float64 and
     rounded once.  Old rows are copied as bytes; memory holds one tensor of a file that has such rows, and a

@@ -54,13 +54,13 @@ class Prediction:
 
 
 class PowerLaw:
-    """L = E + A N^-a, as a cloud of laws that the losses do not refute; for models that all saw as many tokens
-    per parameter.
+    """L = E + A N^-a, as a cloud of laws that the losses do not refute; for models that all saw as many
+    tokens per parameter.
 
-    Four to eight losses say little about three numbers, so none is picked: with flat priors on the loss of the
-    largest model and on the fall from the smallest to it, a prior on a that is flat over its logarithm, and
-    Jeffreys' prior on the noise, the posterior given a is a linear regression's, and a is summed over on a
-    grid.  Draws with E or A below zero are left out.
+    Four to eight losses say little about three numbers, so none is picked: with flat priors on the loss of
+    the largest model and on the fall from the smallest to it, a prior on a that is flat over its logarithm,
+    and Jeffreys' prior on the noise, the posterior given a is a linear regression's, and a is summed over on
+    a grid.  Draws with E or A below zero are left out.
     """
 
     name = "E + A N^-a"
