@@ -21,7 +21,6 @@ COMMANDS = {
 
 
 def build_parser() -> Parser:
-    """Return the parser of all commands."""
     return parser_of("sov-tokenizer", "Train tokenizers and look after them.", COMMANDS)
 
 

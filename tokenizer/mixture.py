@@ -189,12 +189,10 @@ class Excerpt:
 
     @property
     def text(self) -> str:
-        """The text."""
         return self.raw.decode()
 
 
 def pieces(document: Document) -> Iterator[Excerpt]:
-    """Yield the pieces of a document."""
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):

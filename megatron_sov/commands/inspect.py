@@ -357,7 +357,6 @@ add_arguments = partial(add_options, cls=InspectOptions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known."""
     options = read_options(InspectOptions, args)
     look(options.path, options, {STORE: KIND})
     return ExitCode.OK

@@ -67,14 +67,12 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     """List rows of which the class fails in failed.jsonl, and go on."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster are two places", self.ray,
                                 "name one of them")
                 ] if self.ray and self.cluster else []
 
     @property
     def file(self) -> Path:
-        """Return the file of rows."""
         return self.rows / ROWS if self.rows.is_dir() else self.rows
 
 
@@ -146,7 +144,6 @@ class MapShare:
     num_shares: int
 
     def __call__(self, task: int) -> None:
-        """Do a share."""
         refuse_many_restarts("megatron-sov map", "take more --workers")
         run_share(self.order.job(1), task, self.num_shares)
 

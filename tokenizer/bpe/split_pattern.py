@@ -114,7 +114,6 @@ class _Parser:
         self._pattern, self._at = pattern, 0
 
     def rest(self) -> str:
-        """Return what is not read yet."""
         return self._pattern[self._at :]
 
     def _take(self, text: str) -> bool:
@@ -124,7 +123,6 @@ class _Parser:
         return taken
 
     def choice(self, ignore_case: bool) -> Node:
-        """Read alternatives."""
         options = [self._sequence(ignore_case)]
         while self._take("|"):
             options.append(self._sequence(ignore_case))
@@ -517,7 +515,6 @@ class Splitter:
             return
 
     def normalize(self, text: str) -> str:
-        """Return text in the form in which it is split."""
         return (text if self._normalizer is None or text.isascii()
                 else str(self._normalizer.normalize_str(text)))
 

@@ -111,7 +111,6 @@ class MergeLearner:
                 self._grow(stopped)
 
     def _grow(self, which: int, more: int = 1) -> None:
-        """Enlarge an array of the store."""
         array = getattr(self._store, _GROWTH[which])
         grown = np.empty((len(array) + len(array) // 4 + more, *array.shape[1:]), array.dtype)
         grown[: len(array)] = array

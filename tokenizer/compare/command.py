@@ -252,7 +252,6 @@ class TokenizerCompareOptions(HeldoutTextOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     add_options(parser, TokenizerCompareOptions)
 
 
@@ -329,7 +328,6 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
 
 
 def _plain(table: PageTable) -> str:
-    """Return a table for a terminal."""
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
     rows = [
         [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]

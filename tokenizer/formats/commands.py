@@ -49,7 +49,6 @@ class TokenizerImportOptions:
 
 
 def run_import(typed: argparse.Namespace) -> int:
-    """Run `sov-tokenizer import`; returns 0."""
     args = read_options(TokenizerImportOptions, typed)
     named = {"bos_token": args.bos, "eos_token": args.eos, "pad_token": args.pad}
     import_tokenizer(args.path, args.output, rules=args.rules, named=named, texts=args.text,
@@ -208,7 +207,6 @@ class TokenizerExportOptions:
 
 
 def run_export(typed: argparse.Namespace) -> int:
-    """Run `sov-tokenizer export`; returns 0."""
     args = read_options(TokenizerExportOptions, typed)
     export_tokenizer(args.path, args.format, args.output, texts=args.text,
                      overwrite=args.overwrite)

@@ -82,7 +82,6 @@ def finished(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def tokenizer_config(preset: Preset) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json for a preset."""
     return config_json(preset.bos_token, preset.eos_token, preset.pad_token, preset.chat_template)
 
 

@@ -117,7 +117,6 @@ def opened(raw: dict[str, Any], where: object) -> Tokenizer:
 
 
 def plain_ids(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Return the encoding of ordinary text, nothing added."""
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -60,12 +60,10 @@ def new_proto() -> Any:
 
 
 def processor(model: bytes) -> Any:
-    """Return the library's encoder of a serialised model."""
     return library().SentencePieceProcessor(model_proto=model)
 
 
 def byte_piece(byte: int) -> str:
-    """Return the name of a byte's piece."""
     return f"<0x{byte:02X}>"
 
 

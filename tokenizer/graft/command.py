@@ -78,12 +78,10 @@ class Codebooks:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     add_options(parser, GraftOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-tokenizer graft`; returns 0."""
     args = read_options(GraftOptions, typed)
     graft(args.model, args.output, add=args.add, special=args.special, replace=args.replace,
           vocab_size=args.vocab_size, texts=args.text, overwrite=args.overwrite)
@@ -367,7 +365,6 @@ class MediaTokens:
     """Id of the first picture, likewise."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [] if self.audio_tokens or self.image_tokens else [
             SettingsProblem(ProblemCode.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
 
@@ -431,7 +428,6 @@ class TokenizerMediaOptions:
 
 
 def run_media(typed: argparse.Namespace) -> int:
-    """Run `sov-tokenizer media`; returns 0."""
     args = read_options(TokenizerMediaOptions, typed)
     if (args.tokenizer / "config.json").is_file():
         noise = NOISE if args.noise is None else args.noise
@@ -482,7 +478,6 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
 
 
 def _operated(source: Any, asked: MediaTokens) -> tuple[Any, list[Any]]:
-    """Return the tokenizer with its new tokens, and their blocks."""
     from tokenizer.graft.vocabulary import Surgery
 
     surgery = Surgery(source.raw, str(source.file), set())
@@ -526,7 +521,6 @@ def _check_media(folder: Path, source: Any, surgery: Any) -> str:
 
 def _grow_model(model: Path, output: Path, asked: MediaTokens, noise: float, seed: int,
                 overwrite: bool) -> None:
-    """Write a Hugging Face model with tokens of media and rows for them."""
     from tokenizer.formats.reader import find_file, open_hf
 
     words, blocks = _laid_out(open_hf(find_file(model)), asked)

@@ -382,7 +382,6 @@ class Surgery:
         return True
 
     def _take_id(self, token: str) -> int:
-        """Give a new token the next id."""
         self._ids[token] = self.num_ids
         self.num_ids += 1
         return self._ids[token]

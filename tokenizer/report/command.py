@@ -79,7 +79,6 @@ class Timed:
 
 
 def worst_inputs() -> dict[str, str]:
-    """Return name -> text that is repeated up to the size."""
     noise = "".join(random.Random(0).choices(string.ascii_letters + string.digits + "+/", k=SIZE_BYTES))
     return UNITS | {"base64": noise, "letters without spaces": "".join(c for c in noise if c.islower())}
 
@@ -233,7 +232,6 @@ def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> TokenizerCheck:
 
 
 def _in_context(text: str) -> list[str]:
-    """Return a text alone and between others."""
     return [before + text + after for before in BEFORE for after in AFTER]
 
 
@@ -527,7 +525,6 @@ class TokenizerReportOptions(HeldoutTextOptions):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     add_options(parser, TokenizerReportOptions)
 
 

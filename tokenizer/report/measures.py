@@ -29,7 +29,6 @@ NUM_EXAMPLES = 20
 
 
 def pieces(tokenizer: Opened, text: str) -> list[bytes]:
-    """Return the bytes of each token of a text."""
     return [tokenizer.tokens.get(i, b"") for i in tokenizer.encode(text)]
 
 
@@ -309,7 +308,6 @@ def check_inventory(tokenizer: Opened) -> TokenizerCheck:
 
 
 def words_in(token: bytes) -> int:
-    """Return how many words with a letter in them stand in a token."""
     return sum(any(c.isalpha() for c in word) for word in token.decode("utf-8", errors="ignore").split())
 
 

@@ -384,7 +384,6 @@ class _Game:
 
     @property
     def num_episodes(self) -> int:
-        """Return how many episodes there are in all."""
         return len(self.tasks) * self.protocol.samples
 
 

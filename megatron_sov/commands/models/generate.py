@@ -69,7 +69,6 @@ def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
 
 
 def media_decoders(args: CodecsOptions, seed: int) -> MediaDecoders:
-    """Return what draws and speaks."""
     from megatron_sov.infer.media.media_replies import MediaDecoders
 
     given = {IMAGE: args.image_decoder, AUDIO: args.vocoder}
@@ -169,7 +168,6 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
         return bool(self.image or self.audio or self.out_image or self.out_audio)
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not go together."""
         return self._media_problems() if self.has_media else self._text_problems()
 
     def _text_problems(self) -> list[SettingsProblem]:

@@ -98,7 +98,6 @@ def as_text(config: RunConfig, sources: Sources) -> str:
 
 
 def summary(config: RunConfig) -> str:
-    """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
     experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
                else "dense")

@@ -55,7 +55,6 @@ add_arguments = partial(add_options, cls=ServeOptions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until it is asked to stop."""
     options = read_options(ServeOptions, args)
     load_plugins(options.plugins)
     settings = dataclasses.replace(options.serving, name=options.model_name,

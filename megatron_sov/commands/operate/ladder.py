@@ -136,7 +136,6 @@ def _ratios(text: str) -> list[float]:
 
 
 def _check(args: LadderOptions, members: Sequence[Member]) -> None:
-    """Look at everything before the first run."""
     if args.submit is not None:
         cluster.load(args.submit, account=args.account)
     elif args.account is not None:
@@ -259,7 +258,6 @@ def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> i
 
 def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point], law: Law,
            told: LadderText, predicted: Member) -> None:
-    """Write ladder.json and the page."""
     from megatron_sov.publish.ladder import results
     from megatron_sov.publish.ladder.results import page
 
@@ -269,7 +267,6 @@ def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point
 
 
 def _print(table: PageTable) -> None:
-    """Print a table, its columns in line."""
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
     for row in (table.head, *table.rows):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -69,7 +69,6 @@ def _plain(state: RunState) -> dict[str, Any]:
 
 
 def in_full(state: RunState) -> str:
-    """Return everything about one run."""
     lines = [f"{state.path}: {', '.join(w for w in (state.stage, state.recipe) if w)}".rstrip(": "),
              f"  state       {state.state}{f' ({state.why})' if state.why else ''}"
              f"{_ago(', last event', state.last_event_age_s)}",
@@ -131,7 +130,6 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
 
 
 def as_table(states: list[RunState]) -> str:
-    """Return one line for each run."""
     head = ["run", "stage", "state", "step", "loss", "tokens/s", "left", "checkpoint", "restarts",
             "effective"]
     rows = [head, *map(_row, states)]

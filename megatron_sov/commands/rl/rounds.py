@@ -515,7 +515,6 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
     """Rounds that the model which learns writes itself."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not go together."""
         return [] if self.reward != ENVIRONMENT or self.environment is not None else [
             SettingsProblem(ProblemCode.RULE, "reward",
                             "takes what an environment said of its episodes, and there is none",

@@ -76,7 +76,6 @@ class History:
                                          or {"outcome": "cancelled"})["outcome"] == "cancelled" else None
 
     def strikes(self) -> Counter[str]:
-        """Return node -> failures that began there."""
         return Counter(node for a in self.attempts if a.end is not None for node in a.end["blamed"])
 
     def excluded(self, max_strikes: int) -> list[str]:
@@ -96,7 +95,6 @@ class History:
         return count
 
     def begin(self, restart: int, nodes: list[str], progress: int) -> None:
-        """Record that an attempt begins."""
         self._write("begin", restart, nodes=nodes, progress=progress)
 
     def end(self, restart: int, outcome: str, reason: str, progress: int, *, blamed: list[str] | None = None,
@@ -340,7 +338,6 @@ class AttemptedJob:
         self.history = History(options.folder, self.number)
 
     def progress(self) -> int:
-        """Return what the stage has reached."""
         return progress_of(self.options.target)
 
     def again(self) -> str:
@@ -362,7 +359,6 @@ class AttemptedJob:
 
 
 def say(text: str) -> None:
-    """Tell people, in the job's log."""
     print(f"job: {text}", file=sys.stderr, flush=True)
 
 
@@ -398,7 +394,6 @@ def begin(job: AttemptedJob, queue: str) -> str:
 
 
 def _saved(job: AttemptedJob) -> str:
-    """Return what a stage has reached, in words."""
     count = job.progress()
     return (f"step {count}" if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
             if count else "nothing")

@@ -172,7 +172,6 @@ class StageWork:
 
     @property
     def kind(self) -> StageKind:
-        """What stage it is."""
         return STAGES[self.stage]
 
 
@@ -239,7 +238,6 @@ def _artifact(stage: str, arguments: list[str]) -> StageWork:
 
 
 def _path_of(text: str) -> Path:
-    """Return the path in [NAME=]PATH[:WEIGHT]."""
     if Path(text).exists():
         return Path(text)
     path = text.partition("=")[2] if "=" in text else text

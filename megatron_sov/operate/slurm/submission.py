@@ -352,7 +352,6 @@ def check(prepared: Prepared) -> None:
 
 
 def submitted_jobs(records: Path) -> list[str]:
-    """Return the numbers of a stage's jobs, oldest first."""
     return [str(r["job"]) for r in read_events(records / JOBS) if r["event"] == "submitted"]
 
 
@@ -442,6 +441,5 @@ def _copy_code(folder: Path) -> None:
 
 
 def show(prepared: Prepared) -> None:
-    """Print the scripts."""
     for job, text in zip(prepared.jobs, prepared.texts, strict=True):
         sys.stdout.write(f"# {job.script}\n{text}\n")

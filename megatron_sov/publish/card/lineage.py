@@ -82,7 +82,6 @@ class Graph:
         return old is None
 
     def join(self, source: str, target: str, told_by: str) -> None:
-        """Add an edge between two nodes."""
         self.edges.setdefault((source, target), Edge(source, target, told_by))
 
     def order(self) -> list[Node]:
@@ -248,7 +247,6 @@ class Lineage:
 
     @property
     def data(self) -> list[Path]:
-        """Folders of the token shards that the runs read."""
         read = {sha256 for run in self.runs for sha256 in run.inputs}
         return [self.places[i] for i, m in self.manifests.items() if m.kind == TOKENS and i in read]
 
@@ -455,7 +453,6 @@ def _is_below(folder: Path, root: Path) -> bool:
 
 
 def _described(record: CardRunRecord) -> str:
-    """Return what a run did, in a few words."""
     done = record.completion or {}
     steps = done.get("step") or (record.attempts[-1].last_step if record.attempts else None)
     return f"{record.config.objective.name}, {steps or 0:,} steps"

@@ -68,7 +68,6 @@ class Figure:
 
     @property
     def known(self) -> bool:
-        """Whether there is a value."""
         return self.value is not None
 
 
@@ -97,7 +96,6 @@ def as_json(value: Any) -> Any:
 
 
 def figures_in(value: Any) -> Iterator[Figure]:
-    """Yield all figures of a card's content."""
     if isinstance(value, Figure):
         yield value
     elif isinstance(value, (dict, list, tuple)):
@@ -276,7 +274,6 @@ class CardRunRecord:
 
     @property
     def id(self) -> str:
-        """Its name in the provenance graph."""
         return f"run {self.name}"
 
     @property
@@ -286,7 +283,6 @@ class CardRunRecord:
 
     @property
     def outcome(self) -> str:
-        """How it stands, in words."""
         if self.completion is not None:
             return COMPLETE
         return self.attempts[-1].outcome if self.attempts else "not started"
@@ -351,7 +347,6 @@ class _Timeline:
         self.flops_again = 0.0
 
     def add(self, step: int, tokens: int, per_token: float) -> None:
-        """Take a step's event in."""
         while self._steps and self._steps[-1][0] >= step:
             self.flops_again += self._steps.pop()[2]
         before = self._steps[-1][1] if self._steps else 0
@@ -359,12 +354,10 @@ class _Timeline:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the steps that stand."""
         return math.fsum(flops for _, _, flops in self._steps)
 
     @property
     def tokens(self) -> int:
-        """Tokens up to the last one."""
         return self._steps[-1][1] if self._steps else 0
 
 
@@ -468,7 +461,6 @@ def flops_per_token(config: RunConfig, seq_len: int) -> float:
 
 
 def compute_of(run: CardRunRecord, answers: CardAnswers) -> Compute:
-    """Return what one run has cost."""
     process_hours = _process_hours(run)
     gpu_hours = _gpu_hours(run, process_hours)
     energy = _energy(run, process_hours, gpu_hours, answers)
@@ -477,7 +469,6 @@ def compute_of(run: CardRunRecord, answers: CardAnswers) -> Compute:
 
 
 def total_compute(parts: Sequence[Compute]) -> Compute:
-    """Return the sum over runs."""
     return Compute(*(total([getattr(part, name) for part in parts], f"{what} of all runs") for name, what in (
         ("process_hours", "process hours"), ("gpu_hours", "GPU hours"), ("flops", "FLOPs"),
         ("flops_again", "repeated FLOPs"), ("energy_kwh", "energy"), ("carbon_g", "carbon"))))

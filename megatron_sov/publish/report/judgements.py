@@ -43,7 +43,6 @@ class _AccountRow:
 
     @property
     def num_steps(self) -> int:
-        """Steps on record."""
         return sum(len(m.times_s) for m in self.measured)
 
 
@@ -175,7 +174,6 @@ def _energy_lines(run: Run, plan: KeptPlan, planned_s: float, measured_s: float)
 
 
 def _processes(plan: KeptPlan) -> str:
-    """Return the number of processes and the layout."""
     sizes = ", ".join(f"{name} {plan.layout[name]}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")
                       if isinstance(plan.layout.get(name), int) and plan.layout[name] > 1)
     return f"{plan.num_ranks:,}" + (f" ({sizes})" if sizes else "")
@@ -357,7 +355,6 @@ def _baseline(run: Run) -> list[list[str]]:
 
 
 def _exports(run: Run) -> list[list[str]]:
-    """Return the last proof of an export."""
     proofs = [c for c in run.of("conversion") if c.get("checks")]
     if not proofs:
         return []

@@ -166,7 +166,6 @@ class Run:
         return self.curves.get("", {}).get(name)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """Return the events of a kind of `KEPT`."""
         return self.events.get(kind, [])
 
     def start(self, name: str) -> Any:
