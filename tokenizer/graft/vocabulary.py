@@ -120,6 +120,7 @@ def graft_file(file: Path, target: Path, tables: set[str], plan: RowPlan) -> Fil
         for name in names:
             shape, size_bytes = slices[name].get_shape(), _size_bytes(slices[name])
             if name in tables:
+                # rows are whole: the size is a multiple of the old number of rows
                 size_bytes = size_bytes // plan.old_rows * plan.new_rows
                 shape = [plan.new_rows, *shape[1:]]
             header[name] = {"dtype": slices[name].get_dtype(), "shape": shape,
@@ -128,7 +129,9 @@ def graft_file(file: Path, target: Path, tables: set[str], plan: RowPlan) -> Fil
 
         def blocks() -> Iterator[bytes | memoryview]:
             head = json.dumps(header, separators=(",", ":")).encode()
+            # safetensors aligns tensors to 8 bytes by spaces behind the header
             head += b" " * (-len(head) % 8)
+            # the format: 8 bytes of length, the header, then the tensors in the order of their offsets
             yield len(head).to_bytes(8, "little") + head
             for name in names:
                 if name in tables:
@@ -163,6 +166,7 @@ def _rows(table: Any, plan: RowPlan, name: str) -> Iterator[torch.Tensor]:
     """Yield the rows of a table in blocks: the old ones, some of them replaced, and the new ones."""
     import torch
 
+    # padding rows are left out: they were never trained
     mean, deviation = _mean_and_deviation(table, plan.known_ids)
 
     def row(id_: int) -> torch.Tensor:
@@ -174,17 +178,20 @@ def _rows(table: Any, plan: RowPlan, name: str) -> Iterator[torch.Tensor]:
             return (mean + plan.noise * deviation * noise).to(table[0:1].dtype)
         if not old:
             return mean.to(table[0:1].dtype)
+        # single slices: only these rows are read from the file
         rows = torch.cat([table[i:i + 1] for i in old])
         return rows.double().mean(0).to(rows.dtype)
 
     for start in range(0, plan.new_rows, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, plan.new_rows)
+        # a copy, since some rows are written into
         block = table[start:min(stop, plan.old_rows)].clone() if start < plan.old_rows else None
         if block is not None:
             for id_ in range(start, min(stop, plan.old_rows)):
                 if id_ in plan.made_of:
                     block[id_ - start] = row(id_)
             yield block
+        # rows behind the old ones, which also fill up to the asked size
         fresh = [row(id_) for id_ in range(max(start, plan.old_rows), stop)]
         if fresh:
             yield torch.stack(fresh)
@@ -194,6 +201,7 @@ def _mean_and_deviation(table: Any, num_rows: int) -> tuple[torch.Tensor, torch.
     """Return mean and standard deviation of each column of the first rows, in float64."""
     blocks = [(start, min(start + BLOCK_ROWS, num_rows)) for start in range(0, num_rows, BLOCK_ROWS)]
     mean: torch.Tensor = sum(table[start:stop].double().sum(0) for start, stop in blocks) / num_rows
+    # in a second pass: sums of squares minus squares of means lose digits
     squares: torch.Tensor = sum((table[start:stop].double() - mean).square().sum(0) for start, stop in blocks)
     return mean, (squares / num_rows).sqrt()
 
@@ -254,6 +262,7 @@ class Surgery:
             where: its name in messages.
             protected: tokens that may not be replaced, e.g. eos.
         """
+        # the old one stays as it was: rows of new tokens are means over old ids
         self.raw = copy.deepcopy(raw)
         self.new: list[NewToken] = []
         self.skipped: dict[str, list[str]] = {}
@@ -266,6 +275,7 @@ class Surgery:
         """The largest id and one."""
         self._old_ids_of = ids_of(raw)
         self._ranks = {pair: i for i, pair in enumerate(merges(raw))} if raw["model"]["type"] == "BPE" else {}
+        # before any graft: what a text was made of then
         self._old_ranks = dict(self._ranks)
 
     def knows(self, token: str) -> bool:
@@ -287,6 +297,7 @@ class Surgery:
         if spelled in self._protected:
             raise UserError(f"--replace {old}={new}: {old!r} is in use (as bos, eos, pad or unknown token, "
                             "in the chat template or the post-processor); replace a reserved token")
+        # asked before the change: its text as the model knows it
         id_, before = self._ids[spelled], self._old_tokens(new)
         if spelled in contents:
             contents[spelled]["content"] = new
@@ -296,11 +307,13 @@ class Surgery:
             self.raw["added_tokens"].sort(key=lambda token: token["id"])
         vocab = self.raw["model"]["vocab"]
         if isinstance(vocab, list) and id_ < len(vocab):
+            # the score never wins: the added token takes the text before the model sees it
             vocab[id_] = [new, NEVER]
         elif isinstance(vocab, dict) and spelled in vocab:
             self.raw["model"]["vocab"] = {new if token == spelled else token: i for token, i in vocab.items()}
         del self._ids[spelled]
         self._ids[new] = id_
+        # its own id is left out of the mean: that row is being replaced
         self.new.append(NewToken(id_, new, new, f"instead of {spelled}", [i for i in before if i != id_]))
 
     def add_words(self, words: Iterable[str], *, special: bool) -> None:
@@ -331,9 +344,11 @@ class Surgery:
         ids = ids_of(other)
         left_out = ({token["content"] for token in other["added_tokens"]}
                     | {byte_piece(b) for b in range(256)} | self._ids.keys())
+        # in the order of ids: what a token is made of mostly comes before it
         waiting = [token for token in sorted(ids, key=ids.__getitem__) if token not in left_out]
         self._pin()
         while waiting:
+            # again as long as one more could be added: a merge may need one that came later in the list
             left = [token for token in waiting if not self._merge(token, max_ids)]
             if len(left) == len(waiting):
                 break
@@ -348,6 +363,7 @@ class Surgery:
     def finished(self) -> dict[str, Any]:
         """Return the tokenizer.json, which `tokenizers` reads with exactly these ids."""
         tokenizer = opened(self.raw, self._where)
+        # `tokenizers` gives added tokens ids by itself unless the vocabulary has them
         if any(tokenizer.token_to_id(token) != id_ for token, id_ in self._ids.items()):
             self._pin()
             tokenizer = opened(self.raw, self._where)
@@ -370,12 +386,14 @@ class Surgery:
         if (max_ids is not None and self.num_ids >= max_ids) or self._obstacle(token):
             return False
         parts = merged(list(token), lambda a, b: self._ranks.get((a, b)))
+        # two old parts become one by a new merge; three would need a merge in between
         if len(parts) > 2:
             return False
         old = self._old_parts(token)
         id_ = self._take_id(token)
         self.raw["model"]["vocab"][token] = id_
         if len(parts) == 2:
+            # behind all others, so text is first cut as before
             self._ranks[parts[0], parts[1]] = len(self._ranks)
         self.new.append(NewToken(id_, token, self.text_of(token),
                                  "merge" if len(parts) == 2 else "character", old))
@@ -388,9 +406,11 @@ class Surgery:
 
     def _obstacle(self, token: str) -> str | None:
         """Return why no text would ever become this token."""
+        # merges begin with characters: without one the token is never reached
         if len(token) > 1 and any(c not in self._ids for c in token):
             return "it has a character that is no token"
         text = self.text_of(token)
+        # a part of a character has no text of its own that could be tried
         if "\ufffd" in text:
             return None
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
@@ -411,6 +431,7 @@ class Surgery:
     def _ids_of_part(self, part: str) -> list[int]:
         if part in self._old_ids_of:
             return [self._old_ids_of[part]]
+        # a part that is no token is spelled in bytes, where the model has them
         pieces = [byte_piece(b) for b in part.encode()] if self._old["model"].get("byte_fallback") else []
         return [self._old_ids_of[piece] for piece in pieces if piece in self._old_ids_of]
 
@@ -441,6 +462,7 @@ class Surgery:
         """
         if self.raw["model"]["type"] == "Unigram":
             return
+        # dropping its merge would take other tokens along
         if maker := next((pair for pair in self._ranks if token in pair), None):
             raise UserError(f"{option}: {token!r} is a part of {''.join(maker)!r} and cannot go; "
                             "replace a reserved token, or one of which no other is made")

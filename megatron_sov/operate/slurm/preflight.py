@@ -46,6 +46,7 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=scratch) as f:
             f.write(b"x" * (1 << 20))
+            # down to the disk: a full or broken one often fails only here
             f.flush()
             os.fsync(f.fileno())
         status = os.statvfs(scratch)
@@ -59,14 +60,17 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
             report.transformer_engine_error = told_in_a_line(e)
     device = torch.device("cuda", own_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    # small whole numbers: their sums are exact, so all healthy ranks get the same checksum
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-1, 2, (size, size), generator=generator).to(device, dtype) for _ in range(2))
     times = []
+    # the fastest counts: the first one loads kernels
     for _ in range(REPEATS):
         product, took_s = timed_product(a, b)
         report.checksum = float(product.double().sum())
         times.append(took_s)
     report.matmul_s = min(times)
+    # 2 n^3 operations
     report.matmul_tflops = 2 * size**3 / report.matmul_s / 1e12
 
 
@@ -109,12 +113,15 @@ def look_together(report: Report, timeout_s: float) -> None:
                             timeout=datetime.timedelta(seconds=timeout_s),
                             device_id=device if kind == "cuda" else None)
     values = torch.ones(ALLREDUCE_BYTES[kind] // 4, device=device)
+    # not timed: the first one sets up the connections
     dist.all_reduce(values)
     clocks = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
     dist.barrier()
+    # right behind the barrier; the sum of vectors with one entry each is all clocks
     clocks[dist.get_rank()] = time.time()
     dist.all_reduce(clocks)
     report.clock_skew_s = float(clocks[dist.get_rank()] - clocks.median())
+    # ones again, since the first all-reduce left its sums in place
     values.fill_(1.0)
     start = time.perf_counter()
     dist.all_reduce(values)
@@ -152,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             look()
         except Exception as e:  # whatever a sick node raises is what is to be reported
             report.error = report.error or told_in_a_line(e)
+        # after each look: a rank that hangs in the second one has left what the first one found
         atomic_write(file, to_json(asdict(report)))
     return 0
 

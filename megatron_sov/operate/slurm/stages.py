@@ -189,6 +189,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
                         f"{', '.join(STAGES)}, chain)")
+    # of another program, whose parser is not handed in: read as far as paths go
     if stage not in commands:
         return _artifact(stage, arguments)
     parser = Parser(prog=f"submit {stage}")
@@ -214,7 +215,9 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
                                lengthens=stage == "extend")
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
+    # a job may start several times; without --resume its second start would refuse its own run
     argv = arguments if args.resume else [*arguments, "--resume"]
+    # checked before submission: a job should not wait for days to say that a folder is missing
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     others = (args.start_from, args.config,
               *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
@@ -240,6 +243,7 @@ def _artifact(stage: str, arguments: list[str]) -> StageWork:
 def _path_of(text: str) -> Path:
     if Path(text).exists():
         return Path(text)
+    # NAME=PATH:WEIGHT, where a path may hold signs of both kinds
     path = text.partition("=")[2] if "=" in text else text
     head, colon, weight = path.rpartition(":")
     return Path(head if colon and re.fullmatch(r"[0-9.e+-]+", weight) else path)
@@ -267,6 +271,7 @@ def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if subject is None:
         raise UserError(f"submit eval {typed.action}: names no model or run; pass --run, "
                         "the job's records lie beside it")
+    # records lie beside the target, and an address has no folder beside it
     if str(subject).startswith(ADDRESSES):
         raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
                         "where you are, or `submit eval-lm`, whose records lie beside its --output")
@@ -282,6 +287,7 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
     begins anew."""
     target = (args.settings.output if stage == "eval-lm" else args.store).absolute()
     records = target.with_name(f"{target.name}.{stage}.slurm")
+    # other arguments are another piece of work, with a completion of its own
     asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
     named = (args.settings.sources.data_dir, args.settings.endpoint.tokenizer) if stage == "eval-lm" else (
         getattr(args, "prompts", None), getattr(args, "start_from", None))
@@ -294,11 +300,13 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
 
 def check_inputs(work: StageWork, promised: set[Path]) -> None:
     """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
+    # what an earlier stage of the chain will make cannot be looked at yet
     made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
         if path not in made and not path.exists():
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
+    # weights are parsed where nothing is promised, since data must be there for that
     if not made:
         data_paths(list(work.data))
 
@@ -324,8 +332,10 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
     """
     assert work.config is not None, work.stage
     fitting: dict[int, tuple[str, ...]] = {}
+    # a job that lost nodes goes on with fewer, where the layout fits that many
     for count in range(num_nodes, least - 1, -1):
         num_ranks, said = count * profile_ranks, settings.get(count, ())
+        # a layout that the user named is never replaced by a recommended one
         open_ = work.layout_open and not says_layout(said)
         chosen = (*(settings_for(work.config, num_ranks, gpu) if open_ else ()), *said)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
@@ -334,6 +344,7 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
             if gpu:
                 refuse_too_large(config, num_ranks, CHIPS[gpu])
             fitting[count] = chosen
+        # numbers in between may not fit: the job just does not run on them
         elif count in (num_nodes, least) or count in settings:
             raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
                             f"{'; '.join(map(str, problems))}")

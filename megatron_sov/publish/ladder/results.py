@@ -78,22 +78,31 @@ class PowerLaw:
         n, y = np.asarray(num_params, float), np.asarray(losses, float)
         _refuse_too_few(len(n), "power")
         self._small, self._large = n.min(), n.max()
+        # even in log a: that is the flat prior over its logarithm
         exponents = np.geomspace(*EXPONENTS, NUM_EXPONENTS)
+        # [exponents, runs]: for each a the law is a line in z
         z = self._z(n, exponents[:, None])
         zbar, ybar = z.mean(1), y.mean()
         spread = ((z - zbar[:, None])**2).sum(1)
         falls = ((z - zbar[:, None]) * (y - ybar)).sum(1) / spread
         levels = ybar - falls * zbar
+        # the floor keeps a perfect fit of few points from claiming no noise at all
         rss = ((y - levels[:, None] - falls[:, None] * z)**2).sum(1) + len(n) * (NOISE_FLOOR * ybar)**2
+        # two coefficients of the line are estimated
         freedom = len(n) - 2
+        # marginal likelihood of a: level, fall and noise are integrated out
         log_weight = -0.5 * np.log(len(n) * spread) - 0.5 * freedom * np.log(rss)
+        # shifted by the largest, or all would underflow
         weight = np.exp(log_weight - log_weight.max())
         rng = np.random.default_rng(SEED)
         drawn = rng.choice(NUM_EXPONENTS, NUM_DRAWS, p=weight / weight.sum())
+        # scaled inverse chi-square: what Jeffreys' prior gives for the variance
         noise = np.sqrt(rss[drawn] / rng.chisquare(freedom, NUM_DRAWS))
         fall = falls[drawn] + noise / np.sqrt(spread[drawn]) * rng.standard_normal(NUM_DRAWS)
+        # mean and slope are independent when z is centred, so they are drawn apart
         level = ybar - fall * zbar[drawn] + noise / np.sqrt(len(n)) * rng.standard_normal(NUM_DRAWS)
         a = exponents[drawn]
+        # back from (level, fall) to A and E
         scale = fall / (self._small**-a - self._large**-a)
         floor = level - scale * self._large**-a
         kept = (scale > 0) & (floor >= 0)
@@ -103,6 +112,7 @@ class PowerLaw:
                             "are gone through too often, breaks a ladder")
         self._a, self._level, self._fall, self._noise = (v[kept] for v in (a, level, fall, noise))
         self._scale, self._floor = scale[kept], floor[kept]
+        # each prediction draws the same noise, so asking twice gives the same interval
         self._rng_state = rng.bit_generator.state
 
     def _z(self, n: Any, a: Any) -> Any:
@@ -155,8 +165,10 @@ class ParametricLaw:
         self._theta = min((_minimise(start, *self._logs, y) for start in _starts(*self._logs, y)),
                           key=lambda found: found[0])[1]
         fitted = _log_loss(self._theta, *self._logs)
+        # residuals of a fit are too small: 5 parameters took their share
         residuals = (y - fitted) * np.sqrt(len(y) / (len(y) - 5))
         rng = np.random.default_rng(SEED)
+        # a refit starts at the best fit, so it stays in its basin
         self._thetas = np.array([_minimise(self._theta, *self._logs, fitted + rng.choice(
             residuals, len(y)))[1] for _ in range(NUM_REFITS)])
         self._noise = rng.choice(residuals, NUM_REFITS)
@@ -214,6 +226,7 @@ def _objective(theta: Floats, log_n: Floats, log_d: Floats, y: Floats) -> tuple[
     small = np.abs(error) <= HUBER_DELTA
     value = np.where(small, error**2 / 2, HUBER_DELTA * (np.abs(error) - HUBER_DELTA / 2)).sum()
     slope = np.where(small, error, HUBER_DELTA * np.sign(error))
+    # softmax of the terms: the gradient of logaddexp
     shares = np.exp(terms - fitted) * slope
     gradient = np.array([shares[0].sum(), shares[1].sum(), shares[2].sum(), -(shares[0] * log_n).sum(),
                          -(shares[1] * log_d).sum()])
@@ -229,6 +242,7 @@ def _minimise(start: Floats, log_n: Floats, log_d: Floats, y: Floats) -> tuple[f
                         f"{how_to_install('data')}, or give one --tokens-per-param") from None
 
     found = minimize(_objective, start, (log_n, log_d, y), "L-BFGS-B", jac=True, bounds=[
+        # logarithms are free; exponents outside this range are no law
         (None, None), (None, None), (None, None), (0.0, 3.0), (0.0, 3.0)],
         options={"maxiter": 2000, "ftol": 1e-12, "gtol": 1e-8})
     return float(found.fun), np.asarray(found.x)
