@@ -129,6 +129,7 @@ def listed(store: RolloutStore, round_: int | None = None) -> Iterator[str]:
                f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
                + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
+    # who works on what is not there yet
     for holder in _held(store):
         where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
         job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
@@ -323,6 +324,7 @@ def _gc(args: StoreGcOptions) -> int:
             raise UserError(f"--version {version}: {args.store} has no rewards of it (there are: "
                             f"{', '.join(folders) or 'none'})")
     found = store.clearable(args.version, () if args.rounds is None else rounds_between(args.rounds))
+    # responses cannot be written again by another command: they need a second word
     waits = args.rounds is not None and not args.yes
     if not waits:
         clear(found)

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(ScoreOptions, args)
     asked = order(options.reward, parse_nested(options.settings))
     made = make(asked)
+    # both before the first row: judging takes hours, and a missing folder is known now
     check_output("--output", options.output)
     check_output("--disagreements", options.disagreements)
     has_second = getattr(made.reward, "second", None) is not None
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     tell(summary, options.reward, made.version, options.output)
     if has_second:
         _tell_disagreements(options.output, made.version, options.disagreements)
+    # all rows are written first, with the reason of each in its row
     if not summary.tally.num_rewards:
         raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
                          "in their `reason`")

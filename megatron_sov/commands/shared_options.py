@@ -26,6 +26,7 @@ def words_of(options: Any) -> list[str]:
     add_options(parser, type(options))
     arguments, named = list[str](), list[str]()
     for action in parser._actions:
+        # only options that a class declares can be read again
         if not hasattr(action, "declared"):  # --dry-run, which no class has
             continue
         value = reduce(getattr, action.dest.split("."), options)
@@ -39,6 +40,7 @@ def words_of(options: Any) -> list[str]:
             arguments += values
             continue
         (option,) = action.option_strings
+        # the form with = is unambiguous whatever the value begins with
         for text in values:  # one that begins with a dash would be taken for an option
             named += [f"{option}={text}"] if text.startswith("-") else [option, text]
     return [*arguments, *named]

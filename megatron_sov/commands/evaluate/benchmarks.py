@@ -83,6 +83,7 @@ def run_suites(args: EvalSuitesOptions) -> int:
     from megatron_sov.bench.suites.catalogue import chosen
 
     tasks = chosen([name.strip() for name in args.tasks.split(",") if name.strip()])
+    # options of `bring` that would else be silently without effect
     given = {"--from": args.source, "--as": args.name, "--where": args.where, "--overwrite": args.overwrite}
     if args.what != "bring" and (unused := [option for option, value in given.items() if value]):
         raise UserError(f"{', '.join(unused)}: is for `eval suites bring`; add bring, or leave this out")
@@ -163,6 +164,7 @@ def _remark(check: DataCheck) -> str:
 def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     from megatron_sov.bench.suites.catalogue import SuiteSpan, bring
 
+    # one file belongs to one task
     if not args.tasks or len(tasks) != 1:
         raise UserError("eval suites bring needs --tasks with one task, e.g. --tasks aime24")
     if args.source is None:
@@ -190,6 +192,7 @@ def refuse_unknown_benchmarks(config: RunConfig) -> None:
     Raises:
         UserError: lm-eval is not installed, a folder is not there, or no folder has a task.
     """
+    # the bench package and lm-eval are optional; who measures nothing needs neither
     if "lm" not in config.evaluate.background.tasks:
         return
     from megatron_sov.bench.lm.tasks import TaskSources, refuse_unknown, require_harness

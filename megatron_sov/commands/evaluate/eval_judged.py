@@ -183,6 +183,7 @@ class _Plan:
     @property
     def sampled_file(self) -> Path:
         """Where responses stand until they are judged; its name tells on what they depend."""
+        # another model, sampling or file of prompts makes another name: responses are never mixed
         digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
         return work_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
 
@@ -196,6 +197,7 @@ def run_passk(args: EvalPasskOptions) -> int:
     events = RunEvents(args.run)
     if args.target is not None:
         refuse_missing(args.target)
+    # everything that can be refused is refused before a model is loaded
     plan = _checked(args)
     if not is_first():  # of a torchrun, or of ranks that run this command again
         if plan.target is not None:
@@ -203,6 +205,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         return ExitCode.OK
     from megatron_sov.work.progress.resumable_artifact import resumable_artifact
 
+    # the artifact appears whole; what was sampled stays beside it until then
     with resumable_artifact(args.output, KIND, "megatron-sov eval passk", plan.responses,
                             overwrite=args.overwrite, redo=args.redo) as artifact:
         responses = args.source if plan.target is None else _sample(plan)
@@ -224,6 +227,7 @@ def run_passk(args: EvalPasskOptions) -> int:
 def _checked(args: EvalPasskOptions) -> _Plan:
     asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
     made = make(asked)
+    # rows are checked before Megatron is imported, which takes seconds
     if args.sampled is None:
         check_rows(args.source, field=PROMPT)
     else:
@@ -253,6 +257,7 @@ def _grouped_by(file: Path, asked: str | None) -> str:
         if group_by not in row:
             raise UserError(f"--sampled {file}: line {line} has no {group_by!r}, by which the responses to "
                             "one prompt are known; name the field that they share with --group-by")
+        # digests and not values: rows may hold long texts, and all first ones are kept
         problem = {name: _digest(row[name]) for name in OF_A_PROBLEM if row.get(name) is not None}
         first_line, known = first.setdefault(_digest(row[group_by]), (line, {}))
         differs = next((name for name in problem if known.get(name, problem[name]) != problem[name]), None)
@@ -260,6 +265,7 @@ def _grouped_by(file: Path, asked: str | None) -> str:
             raise UserError(f"--sampled {file}: lines {first_line} and {line} have one {group_by!r} and "
                             f"differ in {differs!r}, so they answer two problems; name a field that tells "
                             "problems apart with --group-by")
+        # a field that the first row lacks is taken from a later one, and holds for all after it
         known.update(problem)
     return group_by
 
@@ -272,11 +278,13 @@ def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
     args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
     assert target is not None
+    # read before the file is looked for, see below
     done = done_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     rows = [dict(row) for _, row in read_rows(args.source, field=PROMPT)]
     asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
+    # no engine can continue nothing
     if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
         raise UserError(f"--input {args.input}: prompt {empty[0]} is empty; write at least one character")
     longest = asked.longest + args.sampling.max_new_tokens
@@ -303,6 +311,7 @@ def _sample(plan: _Plan) -> Path:
     if done and is_first():
         num_done = sum(len(calls[int(number)]) for number in done) * args.samples
         print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
+    # an engine is loaded only where something is left to ask
     if len(done) < len(calls):
         run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
                    settings=args.settings, nproc=args.nproc)
@@ -316,8 +325,10 @@ def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Sampli
     """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
     its own, by its place among all."""
     stop = StopRule(asked.end_ids, tuple(args.stop), asked.decode)
+    # prompt by prompt, so that equal prompts are neighbours in a batch
     places = [(i, sample) for i in prompts for sample in range(args.samples)]
     found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
+                            # a stream for each response, however many are asked at once
                             streams=[i * args.samples + sample for i, sample in places])
     made = [{**rows[i], PROMPT_INDEX: i, "sample": sample, "response": stop.cut_text(asked.decode(tokens)),
              "num_tokens": len(tokens), "finish_reason": reason}
@@ -346,6 +357,7 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     for told in summary.tally.told:
         print(visible(told), file=sys.stderr)
     figures = read_judged(scored, plan.group_by, plan.args.right_from).figures(plan.args.k)
+    # within the artifact under way, so nothing half-written is visible
     os.replace(scored, folder / SAMPLES)
     (folder / RESULTS).write_text(to_json({**plan.whole, **figures}), encoding="utf-8")
     return figures
@@ -404,6 +416,7 @@ def run_play(args: EvalPlayOptions) -> int:
     check_output("--output", args.output)
     events = RunEvents(args.run)
     with stoppable() as flag:
+        # an address or a folder: the first speaks for a server, the second loads weights here
         if is_address(args.target):
             stopped = _by_endpoint(_checked_game(args, flag), events)
         else:
@@ -437,6 +450,7 @@ def _checked_game(args: EvalPlayOptions, flag: StopFlag) -> _Game:
     assert protocol is not None
     protocol = changed_as_asked(protocol, args)
     require_data(task, args.data_dir)
+    # made once before the model is loaded: an environment that cannot start is told now
     make(order_of(protocol, args.data_dir))
     prepare_megatron()
     return _Game(args, task, protocol, tasks_of(task, args.data_dir, args.num_items), flag)
@@ -483,6 +497,7 @@ def _by_endpoint(game: _Game, events: RunEvents) -> str:
     subject = subject_of(args.target, settings)
 
     def sleep(seconds: float) -> None:
+        # in small steps: a signal must not wait for a server's retry delay
         end_s = time.monotonic() + seconds
         while (left_s := end_s - time.monotonic()) > 0:
             if flag.reason is not None:
@@ -507,6 +522,7 @@ def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], pla
 
     args, protocol, num_ended = game.args, game.protocol, 0
     _, version = make(order_of(protocol, args.data_dir))
+    # all that a turn depends on: an unfinished evaluation goes on only if nothing of it changed
     identity = identity_of(digest_of(game.tasks), version, protocol.episode_limits, known_by,
                            {**protocol.as_json()["sampling"], "mode": protocol.mode})
 
@@ -522,6 +538,7 @@ def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], pla
     try:
         with (open_journal(args.output, "megatron-sov eval play", identity, redo=args.redo) as journal,
               work_bar("play", game.num_episodes, "episode") as bar):
+            # one long list: samples of a task are neighbours, and are cut apart again below
             flat = play_on([task for task in game.tasks for _ in range(protocol.samples)], lines_in(journal),
                            ended, check)
             episodes = [flat[i:i + protocol.samples] for i in range(0, len(flat), protocol.samples)]

@@ -208,6 +208,7 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(options.plugins)
     if options.has_media:
         return _run_with_media(options)
+    # samples are copies of the prompt: each continuation has random numbers of its own
     prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
                for _ in range(options.samples)]
     refuse_missing(options.target)
@@ -292,8 +293,10 @@ def _run_with_media(args: GenerateOptions) -> int:
     out = {kind: folder for kind, folder in ((IMAGE, args.out_image), (AUDIO, args.out_audio))
            if folder is not None}
     check_media(args, out)
+    # all pictures, then all sounds, in the order of the command line
     files = [(kind, file) for kind, given in ((IMAGE, args.image), (AUDIO, args.audio)) for file in given]
     root = _root([file for _, file in files])
+    # paths below one root, as rows of `eval media` have them
     parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
                                    for kind, file in files]
     refuse_missing(args.target)

@@ -108,12 +108,14 @@ def gather(bundle: Bundle, output: Path, *, overwrite: bool = False) -> Manifest
         MANIFEST, disk_errors, new_artifact, read_manifest, refuse_existing)
     from megatron_sov.base.digests import SHA256
 
+    # before pip, which may load gigabytes
     refuse_existing(output, KIND, overwrite)
     bundle.check()
     with new_artifact(output, KIND, overwrite=overwrite) as writer:
         writer.algorithm = SHA256  # check.py has nothing but Python's own library
         wheels = writer.path / WHEELS
         wheels.mkdir()
+        # our own wheel first: its metadata says which others are needed
         own = _build(bundle.source, wheels)
         _refuse_unknown_extras(own, bundle.extras)
         shutil.copyfile(bundle.source / CONSTRAINTS, writer.path / CONSTRAINTS)

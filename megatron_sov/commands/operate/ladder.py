@@ -85,6 +85,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.dry_run:
         _print(member_table([*members, predicted], []))
         return ExitCode.OK
+    # the predicted size too: its prediction should not fail when it is verified
     _check_data(args, [*members, predicted])
     _declare(args.run, [*members, predicted])
     code = _train(args, members)
@@ -109,6 +110,7 @@ def _members(args: LadderOptions, request: RecipeRequest) -> tuple[list[Member],
             raise UserError(f"--set {setting}: a ladder makes {key} itself, for each size its own; leave it "
                             "out, or change --tokens-per-param")
     if args.predict is None:
+        # the next step of a geometric ladder
         size = round(sizes[-1]**2 / sizes[-2])
     else:
         size = parse_size(args.predict, "--predict")
@@ -182,6 +184,7 @@ def _declare(folder: Path, members: Sequence[Member]) -> None:
                       f"--run {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not settings.is_dir():
         raise UserError(f"--run {folder}: is not empty and holds no ladder; choose another folder")
+    # settings first: a ladder that is killed goes on with those it was begun with
     settings.mkdir(parents=True, exist_ok=True)
     for member in members:
         file = settings / f"{member.name}.json"

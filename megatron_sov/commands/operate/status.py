@@ -123,6 +123,7 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
     """Return a line of `width` characters, as many of each category as its share of the time; the largest
     remainders round up."""
     exact = {name: width * spent_s / time.total_s for name, spent_s in time.spent_s.items()}
+    # largest remainders: rounding each by itself would make the bar too long or too short
     counts = {name: int(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda n: counts[n] - exact[n])[:width - sum(counts.values())]:
         counts[name] += 1

@@ -376,8 +376,10 @@ def run(typed: argparse.Namespace) -> int:
     """Submit; returns 0 when Slurm has the job."""
     parser = Parser(prog="megatron-sov submit", add_help=False, allow_abbrev=False)
     add_options(parser, SubmitOptions)
+    # options of `submit` may stand among the stage's own: taken out here, the rest is the stage's
     typed, argv = parser.parse_known_args(typed.arguments, typed)
     options = read_options(SubmitOptions, typed)
+    # which options mean something is known only with the kind of the profile
     if options.cluster is not None and kubernetes.is_kubernetes(options.cluster):
         return _kubernetes(typed.stage, argv, options.cluster, options)
     if given := [name for name in OF_KUBERNETES if getattr(options, name)]:
@@ -402,6 +404,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
         submission.show(prepared)
         return 0
     check_inputs(prepared.work, set())
+    # Slurm is asked last: it is the slowest, and everything else is known without it
     submission.check(prepared)
     numbers = submission.submit(prepared, [])
     print(f"submitted {stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"

@@ -110,6 +110,7 @@ def opened_store(path: Path, wait_s: float) -> RolloutStore:
     """
     from megatron_sov.judge.rollouts.store import RolloutStore
 
+    # jobs of a round begin together: whoever judges may come before whoever writes
     ends_s = time.monotonic() + wait_s
     while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
         time.sleep(min(1.0, wait_s))
@@ -126,6 +127,7 @@ def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -
     more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
     print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
           f"{tally.line('responses')}{more}")
+    # one reward is enough: none at all is a wrong reward or broken judges
     if tally.statuses and not tally.num_rewards:
         raise GateFailed(f"{options.store}: not one of {tally.statuses.total():,} responses has a reward; "
                          "see why above")
@@ -236,6 +238,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if not (start.path / MANIFEST).is_file():
         raise UserError(f"--from {options.start_from}: has no {MANIFEST}, by whose hash its responses would "
                         "be known; make a checkpoint of it with `megatron-sov convert from-hf`")
+    # a store has the digest of its tokenizer, and responses are tokens of it
     refuse_no_tokenizer(options.start_from, start.tokenizer_folder)
     engine = _engine(options, start, rollout, environment)
     summary = _write(options, config, rounds, prompts, start, engine, environment)
@@ -253,6 +256,7 @@ def _config(args: RlGenerateOptions) -> RunConfig:
 def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
     """Return a sentence for each setting by which the trainer, where it has begun, would not take what is
     written, or counts its rounds otherwise."""
+    # both jobs count rounds by the same settings, or one waits for pieces that the other never writes
     trained = RunFolder(run).config()
     if trained is None:
         return []
@@ -297,6 +301,7 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
         name = given.partition("=")[0]
         if name in OF_ROLLOUT:
             raise UserError(f"--limit {given}: is rollout.{OF_ROLLOUT[name]}; set it there")
+    # a turn is a response: it may not be longer than rollout.max_new_tokens
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
     limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
@@ -345,6 +350,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
     folder, rollout = start.tokenizer_folder, config.rollout
     writer = writer_of(args, config, prompts, start, engine_name, environment)
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    # the policy that the engine begins with; later ones are loaded as checkpoints appear
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
@@ -353,6 +359,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           lambda number: key_digest(rollout, number, writer.chosen_by))
+        # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
         return write_rounds(engine, take, held, writer, PieceQueue(missing, store, args.wait, told))
 
@@ -492,9 +499,11 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     refuse_no_tokenizer(args.start_from, tokenizer)
     publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
                           tokenizer)
+    # rounds that were published from another store would be trained as if they were of this one
     publisher.refuse_other_store()
     objective = objective_of(config)
     columns = columns_of_run(config, objective.columns, start)
+    # a source whose rounds open one by one, as they are published
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            columns.routes)
     texts = texts_of(config)
@@ -558,6 +567,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
     try:
         train_rounds(args, parsed, began_s, produce=producer.produce)
+    # workers that judge end with the run, also with one that failed
     finally:
         producer.close()
 

@@ -72,10 +72,12 @@ def run_probe(typed: argparse.Namespace) -> int:
     candidates = probing.candidates_of(args.checkpoints)
     enter_rounds(args.output, args.output / probing.ASKED, _asked(args, domains), "--output", "answers",
                  {args.output / probing.PROBLEMS})
+    # also those of earlier commands in this folder: the table is of all
     known = probing.known_candidates(args.output, candidates)
     with disk_errors(args.output):
         problems = probing.write_problems(args.output, domains)
     missing = [c for c in known if not c.is_done(args.output)]
+    # all commands are made before the first starts, so a mistake in the last is told now
     commands = [_words(args, candidate, problems) for candidate in missing]
     if args.dry_run:
         for words in commands:
@@ -133,6 +135,7 @@ def _frozen(folder: Path) -> dict[str, Path]:
 def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
     """Return what is the same for every checkpoint, or their figures could not be compared."""
     version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
+    # digests: a file of problems that changed would make figures that cannot be compared
     return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
             "reward_version": version,
             **{name: getattr(args, name) for name in (
@@ -177,6 +180,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
     from megatron_sov.post.ssp.probing import TABLE, experts_of
 
     first = Path(args.checkpoints[0])
+    # a probe says by itself which checkpoints are experts and how often each counts
     if (first / TABLE / MANIFEST).is_file():
         if len(args.checkpoints) > 1:
             raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "

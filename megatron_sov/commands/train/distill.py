@@ -77,6 +77,7 @@ def run_states(typed: argparse.Namespace) -> int:
     from megatron_sov.post.distillation.state_files import KIND, Kept
     from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
+    # states of every token, or its most probable tokens: top-k is smaller, states are exact
     kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
     reading = TeacherReading(find_target(args.teacher), data_paths(args.data), kept=kept)
     read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
@@ -182,6 +183,7 @@ def run(typed: argparse.Namespace) -> int:
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:
+        # a Hugging Face start is converted once, beside the run
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
@@ -203,6 +205,7 @@ def run(typed: argparse.Namespace) -> int:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states = args.states or [args.run.with_name(f"{args.run.name}.states")]
 
+    # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:
         _make_states(args, config, folder, states, sources)
     read: list[KeptTeacher] = []
@@ -241,6 +244,7 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
         raise UserError(f"--teacher {args.teacher}: has {target.vocab_size} token ids, the student "
                         f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
                         "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
+    # only the manifest tells that a folder is complete
     missing = [path for path in states if not (path / MANIFEST).is_file()]
     if len(missing) > 1:
         raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
@@ -346,8 +350,10 @@ def do_rounds(args: DistillRoundsOptions, command: Callable[[list[str]], int]) -
     """
     _check(args)
     config = requested(args).config()
+    # another teacher or sampling in the same folder would mix two experiments
     enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
     for done, argv in _commands(args, config):
+        # each command goes on by itself, so a kill costs no complete one
         if not is_done(done) and (code := command(argv)):
             return code
     print(f"{args.output}: {args.rounds} rounds are complete, the student is "
@@ -390,6 +396,7 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
     asked = config.distillation
     of_data, shares = args.output / "data.states", data_paths(args.data)
     total = sum(shares.values())
+    # weights of --data together are what the student's own answers leave
     data = [f"{path}:{(1 - args.share) * share / total:.9g}" for path, share in shares.items()]
     if data:
         yield of_data / MANIFEST, ["distill", "states", *words_of(DistillStatesOptions(
@@ -402,6 +409,7 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
         answers, trained = folder / "answers", folder / "run"
         yield answers / MANIFEST, ["distill", "write", *words_of(DistillWriteOptions(
             student=student, prompts=args.prompts, output=answers,
+            # a new seed each round, or an unchanged student would write the same answers
             sampling=replace(args.sampling, seed=args.sampling.seed + number),
             settings=tuple(layout_settings(config)), plugins=args.plugins, redo=True, nproc=args.nproc))]
         # or every round would learn from the same part of --data

@@ -60,6 +60,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     from megatron_sov.train.objectives.lm import LanguageModelling
     from megatron_sov.train.objectives.objective import formats_of
 
+    # all stages are planned before the first one starts
     stages = planned_stages(request, args.start_from, args.run, args.nproc,
                             lambda config: formats_of(factory(config, LanguageModelling)))
     refuse_unknown_benchmarks(stages[-1].config)
@@ -69,6 +70,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     start = find_start(args.start_from)
     refuse_many_converters(start, args.run)
     if not args.dry_run:
+        # only after every stage has been checked: a conversion takes long
         start = convert_start(start, args.run)
     gate = gate_of(args, stages[-1].config, start)
     from megatron_sov.post.extend.running import run_stages

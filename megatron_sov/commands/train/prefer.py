@@ -118,6 +118,7 @@ def run_rounds(args: PreferOptions) -> int:
         read = None
         for job in jobs_of(args, config, number):
             if not is_done(job.result):
+                # what a command reads must be the bytes that the one before wrote
                 if read is not None:
                     keep_result(read, is_new=False)
                 print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
@@ -229,6 +230,7 @@ def run(typed: argparse.Namespace) -> int:
         parsed = parsed.with_checkpoint(args.run)
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     gate = gate_of(args, parsed.config, parsed.start)
+    # looked up before Megatron is imported
     fixed = _fixed_reference(args.reference, parsed.config)
 
     from megatron_sov.engine.data.token_shards import open_sources
@@ -244,6 +246,7 @@ def run(typed: argparse.Namespace) -> int:
     objective = objective_of(config)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
     _refuse_other_judgements(config, sources)
+    # single judged responses (kto) have no pairs that could be ranked
     pairs = [s for s in sources if s.format == "preference" and config.preference.method != "kto"]
     reference = (_reference(args, parsed, sources, fixed) if config.preference.method in WITH_REFERENCE
                  else None)
@@ -310,6 +313,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
         folder.enter(config, args.resume)
         if not args.dry_run:
             reference.make_apart(fixed, config, args.nproc)
+    # a run that goes on must compare with the same reference as before
     elif checkpoints.latest(folder.checkpoints) is not None:
         reference.refuse_changed()
     return reference
