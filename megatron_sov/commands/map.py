@@ -225,7 +225,9 @@ def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[
 
 
 def _lines_of(made: Any) -> list[bytes]:
-    rows = [] if made is None else made if isinstance(made, list) else [made]
+    if made is None:
+        return []
+    rows = made if isinstance(made, list) else [made]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
     return [json_line(row, allow_nan=False) for row in rows]

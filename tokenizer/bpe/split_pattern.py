@@ -142,7 +142,9 @@ class _Parser:
         if numbers := _NUMBERS.match(self._pattern, self._at):
             self._at = numbers.end()
             least = int(numbers[1])
-            most = (int(numbers[3]) if numbers[3] else None) if numbers[2] else least
+            most = least
+            if numbers[2]:  # {n,} has no upper end
+                most = int(numbers[3]) if numbers[3] else None
         elif self.rest()[:1] in ("*", "+", "?"):
             least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[self.rest()[0]]
             self._at += 1

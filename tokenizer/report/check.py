@@ -16,6 +16,13 @@ from tokenizer.formats.reader import Opened
 Verdict = Literal["good", "note", "bad"]
 
 
+def verdict_of(is_bad: object, is_note: object) -> Verdict:
+    """Return "bad" or "note" where that holds, "bad" before "note", else "good"."""
+    if is_bad:
+        return "bad"
+    return "note" if is_note else "good"
+
+
 @dataclass(frozen=True)
 class TokenizerCheck:
     """One question about a tokenizer and its answer."""
@@ -36,9 +43,8 @@ class TokenizerCheck:
 def shown(token: bytes | str) -> str:
     """Return a token for people: spaces as ␣, controls and bytes that are no character as escapes."""
     text = token if isinstance(token, str) else token.decode("utf-8", errors="backslashreplace")
-    visible = (c if c.isprintable() and c != " " else "␣" if c == " " else c.encode("unicode_escape").decode()
-               for c in text)
-    return "".join(visible)
+    visible = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(visible).replace(" ", "␣")
 
 
 def cut(tokens: list[bytes]) -> str:

@@ -26,7 +26,7 @@ from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import Flag, add_options, read_options
 from tokenizer.formats.reader import Opened, open_tokenizer
-from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, lines, shown
+from tokenizer.report.check import TokenizerCheck, cut, is_text, lines, shown, verdict_of
 from tokenizer.report.measures import (
     END, NUM_EXAMPLES, HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, check_determinism,
     check_inventory, check_scalars, check_scripts, check_streaming, check_superwords, check_texts, measure,
@@ -226,7 +226,7 @@ def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> TokenizerCheck:
              "reason": u.reason} for u in found]}
     rows = [[shown(u.token), f"{u.id:,}", cut([tokens.get(i, b"") for i in u.becomes]), u.reason]
             for u in found[:3 * NUM_EXAMPLES]]
-    verdict: Verdict = "good" if not found else "bad" if share > TOLERATED_SHARE else "note"
+    verdict = verdict_of(found and share > TOLERATED_SHARE, found)
     return TokenizerCheck("reach", "Unreachable tokens", verdict, summary, numbers,
                           [PageTable(["unreachable", "id", "becomes", "why"], rows)] if rows else [])
 
@@ -342,10 +342,12 @@ def check_digits(tokenizer: Opened) -> TokenizerCheck:
     shapes = {n: _shapes(tokenizer, numbers) for n, numbers in by_length.items()}
     single = all(shape == (1,) * n for n, found in shapes.items() for shape in found)
     regular = all(len(found) == 1 for found in shapes.values())
-    verdict: Verdict = "good" if single and not several else "note" if regular else "bad"
-    how = ("every digit is a token of its own" if single
-           else "numbers are cut in groups that depend on their length alone"
-           if regular else "how a number is cut depends on which digits it has")
+    verdict = verdict_of(not regular, several or not single)
+    how = "how a number is cut depends on which digits it has"
+    if single:
+        how = "every digit is a token of its own"
+    elif regular:
+        how = "numbers are cut in groups that depend on their length alone"
     example = f", such as {shown(tokenizer.tokens[several[0]])}" if several else ""
     summary = f"{how}; {len(several):,} tokens hold several digits{example}"
     numbers = {"single_digits": single, "regular": regular, "num_multi_digit_tokens": len(several),
@@ -392,7 +394,7 @@ def check_whitespace(tokenizer: Opened) -> TokenizerCheck:
     spaces, tabs, breaks = (max((len(t) for t in white.values() if not t.strip(unit)), default=0)
                             for unit in (b" ", b"\t", b"\n"))
     dear = [n for n in USUAL_INDENTS if cost[" "][n - 1] > 1]
-    verdict: Verdict = "bad" if lost else "note" if dear else "good"
+    verdict = verdict_of(lost, dear)
     comes_back = (f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost
                   else "every run comes back")
     summary = (f"{len(white)} tokens are white space (longest: spaces {spaces}, tabs {tabs}, "

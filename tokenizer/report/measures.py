@@ -22,7 +22,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, Flag
 from tokenizer.formats.reader import Opened, open_tokenizer
-from tokenizer.report.check import TokenizerCheck, Verdict, bars, cut, is_text, shown
+from tokenizer.report.check import TokenizerCheck, bars, cut, is_text, shown, verdict_of
 
 NUM_EXAMPLES = 20
 """Shown of what a check finds."""
@@ -423,7 +423,7 @@ def check_scalars(found: Scalars) -> TokenizerCheck:
     rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
             for c in found.lost[:NUM_SCALARS_SHOWN]]
     tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
-    return TokenizerCheck("scalars", "All of Unicode", "bad" if bad else "note" if found.changed else "good",
+    return TokenizerCheck("scalars", "All of Unicode", verdict_of(bad, found.changed),
                           summary, numbers, tables)
 
 
@@ -471,9 +471,13 @@ def check_scripts(tokenizer: Opened) -> TokenizerCheck:
         for name, text in samples.items():
             ids = tokenizer.encode(text)
             back = tokenizer.decode(ids)
-            state = "same" if back == text else "equivalent" if _nfc(back) == _nfc(text) else "lost"
-            lost += [f"{group}: {name}"] * (state == "lost")
-            changed += [f"{group}: {name}"] * (state == "equivalent")
+            state = "same"
+            if back != text:
+                state = "equivalent" if _nfc(back) == _nfc(text) else "lost"
+            if state == "lost":
+                lost.append(f"{group}: {name}")
+            elif state == "equivalent":
+                changed.append(f"{group}: {name}")
             found[f"{group}: {name}"] = {
                 "text": text, "num_chars": len(text), "num_bytes": len(text.encode()), "num_tokens": len(ids),
                 "num_tokens_nfc": len(tokenizer.encode(_nfc(text))), "back": state}
@@ -484,7 +488,7 @@ def check_scripts(tokenizer: Opened) -> TokenizerCheck:
                             for form in ("decomposed (NFD)", "composed (NFC)"))
     ratio = decomposed / max(1, composed)
     dear = ratio > DEAR_DECOMPOSED
-    verdict: Verdict = "bad" if lost else "note" if changed or dear else "good"
+    verdict = verdict_of(lost, changed or dear)
     summary = (f"{syllables[1]:,} of {len(HANGUL_SYLLABLES):,} Hangul syllables are one token; "
                f"decomposed Korean costs {ratio:.1f} times as much as composed"
                + (", so normalize the corpus to NFC" if dear else "")
@@ -542,7 +546,7 @@ def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerC
     summary = f"one character more takes back at most {most} tokens; " + (
         f"decoding the first tokens gives other text than the beginning in {', '.join(broken)}" if broken
         else "the first tokens always decode to the beginning of the text")
-    verdict: Verdict = "bad" if broken else "note" if most > LONG_REWIND else "good"
+    verdict = verdict_of(broken, most > LONG_REWIND)
     return TokenizerCheck("streaming", "Streaming", verdict, summary, {"texts": found}, [
         PageTable(["text", "tokens", "most taken back", "mean", "where", "prefixes decode"], rows)])
 

@@ -121,7 +121,9 @@ def _told(task: TaskFile) -> dict[str, Any]:
 
 def _items(task: TaskFile) -> str:
     items = task.sov.get("items")
-    return f"{items:,}" if items is not None else "yours" if task.sov.get("kind") == "like" else "-"
+    if items is not None:
+        return f"{items:,}"
+    return "yours" if task.sov.get("kind") == "like" else "-"
 
 
 def protocol_line(protocol: Protocol | None) -> str:

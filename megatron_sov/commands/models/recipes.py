@@ -103,8 +103,10 @@ def summary(config: RunConfig) -> str:
                else "dense")
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
-    budget = f"{config.train.steps:,} steps" if config.train.steps else \
-        f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
+    if config.train.steps:
+        budget = f"{config.train.steps:,} steps"
+    else:
+        budget = f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
     return (f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, "
             f"{attention}, {budget}")
 

@@ -414,8 +414,9 @@ def begin(job: AttemptedJob, queue: str) -> str:
 
 def _saved(job: AttemptedJob) -> str:
     count = job.progress()
-    return (f"step {count}" if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
-            if count else "nothing")
+    if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir():
+        return f"step {count}"
+    return f"{count} files" if count else "nothing"
 
 
 def _held_by_another(job: AttemptedJob, queue: str) -> str | None:

@@ -441,7 +441,9 @@ def _phase_tables(run: Run) -> list[PageTable]:
 def _batch_sizes(phase: Phase) -> str:
     """Return the samples of a step: one number, or first to last of a ramp."""
     sizes = [f"{n:,}" for n in phase.batch_sizes if n]
-    return "–" if not sizes else sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    if not sizes:
+        return "–"
+    return sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _heldout_tables(run: Run) -> list[PageTable]:
