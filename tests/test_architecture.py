@@ -400,7 +400,7 @@ BAD = [
     ("megatron_sov/cellar/wine.py", "", "has no place"),
     ("megatron_sov/operate/slurm/stages.py", "from megatron_sov.commands import eval",
      "hall 'operate' may not import 'commands'"),
-    ("megatron_sov/commands/operate/submit.py", "from megatron_sov.train import stage_config",
+    ("megatron_sov/operate/slurm/submission.py", "from megatron_sov.train import stage_config",
      "hall 'operate' may not import 'train'"),
     ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
     ("slurm/chains.py", "", "slurm holds data alone"),
