@@ -85,6 +85,7 @@ def parse_input(argument: str) -> SourceGroup:
     Raises:
         UserError: the weight is not a positive number.
     """
+    # a path that exists is meant, whatever = and : it holds
     if argument and Path(argument).exists():
         return SourceGroup(argument, (Path(argument),))
     named = _NAMED.fullmatch(argument)
@@ -93,6 +94,7 @@ def parse_input(argument: str) -> SourceGroup:
         raise UserError(f"--input {argument!r}: names no file or folder; write [NAME=]PATH[:WEIGHT]")
     weight = None
     head, colon, tail = rest.rpartition(":")
+    # a colon may belong to the name of a file
     if colon and not Path(rest).exists():
         try:
             weight = float(tail)
@@ -116,6 +118,7 @@ def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceG
     found: dict[str, SourceGroup] = {}
     for argument in arguments:
         group = parse_input(argument)
+        # several inputs may form one group: its weight is that of all together
         known = found.setdefault(group.name, dataclasses.replace(group, paths=()))
         if None not in (known.weight, group.weight) and known.weight != group.weight:
             raise UserError(f"--input {argument!r}: the group {group.name} has weight {known.weight:g} "
@@ -126,6 +129,7 @@ def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceG
         found[group.name] = SourceGroup(group.name, known.paths + group.paths, weight)
     if mixture is not None:
         found = _weighted(found, mixture)
+    # by name: the order on the command line changes nothing that is learned
     return [found[name] for name in sorted(found)]
 
 
@@ -156,6 +160,7 @@ def repeats(groups: list[SourceGroup], sizes: list[Sizes]) -> list[float]:
     Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to
     their weights, so the amount of text stays the same.
     """
+    # groups without a weight stay out of the sum: they are seen once
     weighted = [(g.weight, s.num_bytes) for g, s in zip(groups, sizes, strict=True) if g.weight is not None]
     total_weight, total_bytes = sum(w for w, _ in weighted), sum(n for _, n in weighted)
     return [1.0 if g.weight is None else total_bytes * (g.weight / total_weight) / s.num_bytes
@@ -166,8 +171,10 @@ def share_of(sizes: Sizes, factor: float) -> Share:
     """Return the share of a group that comes nearest to `factor` times its bytes,
     and holds at least one piece."""
     whole = math.floor(factor)
+    # bytes of the pieces below each bucket; the nearest bound is taken, above or below
     bytes_below = np.concatenate(([0], np.cumsum(sizes.bucket_bytes)))
     buckets = int(np.argmin(np.abs(bytes_below - (factor - whole) * sizes.num_bytes)))
+    # a share of nothing would make the group vanish
     if not whole and not bytes_below[buckets]:
         buckets = int(np.argmax(bytes_below > 0))
     return Share(whole, buckets)
@@ -196,6 +203,7 @@ def pieces(document: Document) -> Iterator[Excerpt]:
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
+            # the hash of the content: the same piece is in the sample whatever file it stands in
             yield Excerpt(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
 
 
@@ -229,6 +237,7 @@ class CountUnit:
         facts: list[Any] = [settings]
         for span in self.spans:
             try:
+                # by time and place, not content: to hash terabytes would take as long as to count them
                 changed_ns = span.file.stat().st_mtime_ns
             except OSError as e:
                 raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
@@ -257,6 +266,7 @@ def _digest(facts: list[Any]) -> str:
 def _placed(span: FileSpan, item: BadRecord) -> UserError:
     """Return the mistake with its place in the whole file, of which a span is a part."""
     try:
+        # a span does not know its line number: the file is read from the start once more
         for _ in read_documents([span.file]):
             continue
     except UserError as e:
@@ -300,6 +310,7 @@ def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, 
     Raises:
         UserError: bad input, or a group without text.
     """
+    # named by all units: one changed file makes another name
     file = work / f"sizes-{_digest([unit.key({}) for unit in units])}.npz"
     if file.exists():
         with np.load(file) as saved:
@@ -329,6 +340,7 @@ def group_sizes(groups: list[SourceGroup], units: list[CountUnit], found: Iterab
     documents, buckets = np.zeros(len(groups), np.int64), np.zeros((len(groups), NUM_BUCKETS), np.int64)
     for unit, sizes in zip(units, found, strict=True):
         documents[unit.group] += sizes.num_documents
+        # only buckets that occur are kept for a unit: small units touch few of the many
         buckets[unit.group, sizes.buckets] += sizes.bytes_
     return _sizes(groups, documents, buckets)
 

@@ -71,6 +71,7 @@ def find_file(path: Path) -> Path:
         raise UserError(f"{path}: does not exist; pass {FORMS}{download(path)}")
     if (path / TOKENIZER_JSON).is_file():
         return path / TOKENIZER_JSON
+    # two candidates are a question to the user and no choice of ours
     found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(found) != 1:
         raise UserError(f"{path}: holds {len(found)} tokenizers "
@@ -91,6 +92,7 @@ def open_foreign(path: Path, rules: Path | None = None) -> Foreign:
     file = find_file(path)
     if file.suffix == ".json":
         return open_hf(file)
+    # by content: Llama 3 calls such a file tokenizer.model
     if tiktoken_format.is_ranks_file(file):
         return _open_tiktoken(file, rules or tiktoken_format.rules_path(file))
     return _open_sentencepiece(file)
@@ -112,6 +114,7 @@ def opened(raw: dict[str, Any], where: object) -> Tokenizer:
         raise
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{where}: tokenizers cannot read it ({e}); restore it from its source") from None
+    # or a user's text could spell the end of a turn
     tokenizer.encode_special_tokens = True
     return tokenizer
 

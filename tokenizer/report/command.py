@@ -93,7 +93,9 @@ def time_input(tokenizer: Opened, unit: str, size_bytes: int = SIZE_BYTES) -> Ti
         wanted = size_bytes // FACTOR ** k
         if times and times[-1] * FACTOR ** 2 > LIMIT_S:
             break
+        # cut by characters, so the last one is whole
         text = (unit * (wanted // len(unit.encode()) + 1))[:max(1, wanted * len(unit) // len(unit.encode()))]
+        # processor time: a busy machine must not make a tokenizer look slow
         started_s = time.process_time()
         try:
             num_tokens = len(tokenizer.encode(text))
@@ -120,6 +122,7 @@ def check_worst(tokenizer: Opened, progress: Callable[[int], object],
         progress(1)
     failed = [name for name, t in found.items() if t.error]
     steep = [name for name, t in found.items() if (t.exponent or 0) >= SLOW_EXPONENT]
+    # stopped because a larger size would have taken too long
     short = [name for name, t in found.items() if not t.error and t.sizes_bytes[-1] < 0.9 * size_bytes]
     slowest = min((name for name in found if found[name].times_s), key=lambda name: found[name].mb_per_s)
     summary = (f"slowest: {slowest}, {found[slowest].mb_per_s:.2f} MB per CPU second" + (
@@ -176,6 +179,7 @@ def check_used(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokenize
                f"{num_bytes / 1e6:.2f} MB of text"
                + ("; more text would use more of them" if share > 0.1 else ""))
     ranked = np.sort(counts[ordinary])[::-1]
+    # even on a logarithmic axis, at most 60 points
     ranks = np.unique(np.geomspace(1, len(ranked), 60).astype(int))
     drawn = lines(
         [int(r) for r in ranks], {"count": [int(ranked[r - 1]) for r in ranks if ranked[r - 1] > 0]},

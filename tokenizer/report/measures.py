@@ -214,6 +214,7 @@ def measure(tokenizer: Opened, text: NamedText) -> TokenizerMeasures:
     changed = 0
     for chunk, ids in zip(text.chunks, tokenizer.encode_many(text.chunks), strict=True):
         counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
+        # a normalizer may change text; beyond that, decoding has to give it back
         changed += tokenizer.decode(ids) != tokenizer.normalize(chunk)
     return TokenizerMeasures(text, counts, changed)
 
@@ -226,6 +227,7 @@ def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokeniz
     all_bytes, all_tokens = sum(m.text.num_bytes for m in measured), sum(m.num_tokens for m in measured)
     numbers = {}
     for m in measured:
+        # tokens are what a model computes: a text's share of them over its share of bytes is its cost
         share_bytes, share_tokens = m.text.num_bytes / all_bytes, m.num_tokens / all_tokens
         numbers[m.text.name] = m.numbers() | {
             "share_of_bytes": share_bytes, "share_of_flops": share_tokens, "cost_against_mean": share_tokens
@@ -362,6 +364,7 @@ def try_scalars(tokenizer: Opened, progress: Callable[[int], object], end: int =
     found = Scalars(np.zeros(tokenizer.vocab_size, np.bool_))
     for codes in _blocks(end):
         found.num_tried += len(codes)
+        # planes without characters once: they are large, and no text has them
         names = list(SEPARATORS)[:1] if codes[0] in EMPTY_PLANES else list(SEPARATORS)
         texts = [SEPARATORS[name].join(map(chr, codes)) for name in names]
         encoded = tokenizer.encode_many(texts)
@@ -370,9 +373,11 @@ def try_scalars(tokenizer: Opened, progress: Callable[[int], object], end: int =
         same = [tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True)]
         if not all(same):
             before = len(found.lost)
+            # a block that does not come back is looked at character by character
             _look_closer(tokenizer, codes, found)
             explained = len(found.lost) > before
             for name, text, ids in zip(names, texts, encoded, strict=True):
+                # characters that are fine alone and not together
                 if not explained and not _equivalent(tokenizer.decode(ids), text):
                     found.lost_blocks.append(f"U+{codes[0]:04X} to U+{codes[-1]:04X}, {name}")
         progress(1)

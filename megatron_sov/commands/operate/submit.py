@@ -136,6 +136,7 @@ def read_chain(name: str) -> ChainConfig:
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise UserError(f"{name}: {twice[0]!r} names two stages; give one of them another `name`")
     for number, stage in enumerate(config.stages):
+        # only stages above it: so a chain can have no circle
         for before in stage.after or ():
             if before not in labels[:number]:
                 raise UserError(f"{name}: {stage.label} comes after {before!r}, which is no stage before it"
@@ -187,6 +188,7 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
             print(f"# {link.name}: {state}, after {', '.join(link.after) or 'nothing'}")
             submission.show(link.prepared)
         return 0
+    # in order: a stage may read what an earlier one will have made
     promised: set[Path] = set()
     for link in links:
         check_inputs(link.prepared.work, promised)
@@ -197,12 +199,14 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
         living = client.states([number for numbers in before.jobs.values() for number in numbers])
         for link in links:
             print(f"{link.name}: {_state(link, before, living)}")
+        # a second copy of a job would write into the same folders
         if living:
             raise UserError(f"{chain}: jobs of it wait or run; wait for them, "
                             f"or `scancel {' '.join(living)}`")
         if not options.continue_chain:
             raise UserError(f"{chain}: was submitted before; pass --continue to submit what is not complete")
     open_links = [link for link in links if not link.complete]
+    # all are asked about before the first is submitted
     for link in open_links:
         submission.check(link.prepared)
     _submit(open_links, before, state_file)
@@ -224,6 +228,7 @@ def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None
     now = Submitted(time.time(), {})
     try:
         for link in links:
+            # a stage that is complete from before is no job to wait for
             after = [now.jobs[name][-1] for name in link.after if name in now.jobs]
             now.jobs[link.name] = jobs = submission.submit(link.prepared, after)
             print(f"{link.name}: submitted as job {' and '.join(jobs)}"
@@ -231,6 +236,7 @@ def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None
         if links:
             atomic_write(state_file, to_json(Submitted(now.time_s, before.jobs | now.jobs)))
     except UserError:
+        # jobs that wait for one that was never submitted would wait for ever
         client.cancel([number for numbers in now.jobs.values() for number in numbers])
         raise
 
@@ -264,6 +270,7 @@ def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Cha
     config = read_chain(chain)
     links: list[ChainLink] = []
     for number, stage in enumerate(config.stages):
+        # a chain is a line unless a stage says otherwise
         before = (config.stages[number - 1].label,) if number else ()
         after = before if stage.after is None else stage.after
         needs = tuple(link.prepared.work.done for link in links if link.name in after)
@@ -273,6 +280,7 @@ def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[Cha
             links.append(ChainLink(stage.label, after, submission.prepare(request, commands)))
         except UserError as e:
             raise UserError(f"{chain}: stage {stage.label}: {e}") from None
+    # the same stage in the same folder: their records and logs would mix
     targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
     if same := [records for (records, _), count in targets.items() if count > 1]:
         raise UserError(f"{chain}: two stages write to {same[0].parent}; give each a folder of its own")

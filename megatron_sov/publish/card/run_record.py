@@ -347,6 +347,7 @@ class _Timeline:
         self.flops_again = 0.0
 
     def add(self, step: int, tokens: int, per_token: float) -> None:
+        # a restart goes back to a checkpoint: the steps behind it count as done again
         while self._steps and self._steps[-1][0] >= step:
             self.flops_again += self._steps.pop()[2]
         before = self._steps[-1][1] if self._steps else 0
@@ -372,6 +373,7 @@ def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) ->
         index = numbers[kind]
         numbers[kind] += 1
         if kind == "run_start":
+            # each start announces its curriculum from the beginning
             phases.clear()
             _add_inputs(run, event, index)
         elif kind == "phase" and 1 <= number(event.get("seq_len")) < MOST_TOKENS and "step" in event:
@@ -379,11 +381,14 @@ def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) ->
         elif kind == "step" and event.get("step") is not None:
             step = int(event["step"])
             run.final_loss = number(event.get("loss"))
+            # the phase that began before this step; its length decides the FLOPs of a token
             seq_len = next((length for first, length in reversed(phases) if first < step), 0)
             run.longest_tokens = max(run.longest_tokens, seq_len)
+            # once for each length: a run has hundreds of thousands of steps
             if seq_len not in per_token:
                 per_token[seq_len] = flops_per_token(seq_len) if seq_len else 0.0
             tokens = number(event.get("tokens"))
+            # events are data of others: a number that is none must not spoil the sum
             if 0 <= tokens < math.inf:
                 timeline.add(step, int(tokens), per_token[seq_len])
             work.starts_with_steps.add(numbers["run_start"] - 1)
@@ -396,6 +401,7 @@ def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) ->
         elif kind in KEPT:
             kept = run.kept.setdefault(kind, [])
             kept.append((index, event))
+            # the newest ones: memory stays bounded however long the run was
             del kept[:-MAX_KEPT]
     run.attempts = attempts.all
     work.flops, work.flops_again, work.tokens = timeline.flops, timeline.flops_again, timeline.tokens
@@ -412,7 +418,9 @@ def _add_inputs(run: CardRunRecord, event: dict[str, Any], index: int) -> None:
 
 def _add_energy(work: RecordedWork, event: dict[str, Any], place: int, start: dict[str, Any]) -> None:
     """Take in the energy of all GPUs since a start; that of some of them is no measure of the run."""
+    # the last word of a start counts: its energy is cumulative
     work.energy_by_start.pop(place, None)
+    # written with "not" so that NaN, where a start names no ranks, lets the energy pass
     if not number(event.get("num_gpus")) < number(start.get("num_ranks")):
         work.energy_by_start[place] = number(event["energy_j"])
 
@@ -429,6 +437,7 @@ def _add_power(work: RecordedWork, event: dict[str, Any], seq_len: int) -> None:
         work.num_energy_steps += 1
         gpus = number(event.get("energy_gpus"))
         work.energy_gpus = int(gpus) if 0 < gpus < math.inf else 0
+    # power times time, for runs whose drivers tell watts and no joules
     if 0 <= watts < math.inf and 0 < seconds < math.inf:
         work.power_ws += watts * seconds
         work.power_s += seconds
@@ -482,6 +491,7 @@ def _process_hours(run: CardRunRecord) -> Figure:
     for attempt in run.attempts:
         began = number(attempt.start.get("began_s", attempt.start.get("time_s")))
         wall_s = attempt.last_time_s - began
+        # clocks of two machines may differ
         seconds += max(0.0, wall_s) * max(0.0, number(attempt.start.get("num_ranks")))
     if not seconds < float("inf"):
         return unknown(f"hours of run {run.name}", "a start does not tell when, or how many processes")
@@ -494,6 +504,7 @@ def _process_hours(run: CardRunRecord) -> Figure:
 def _gpu_hours(run: CardRunRecord, process_hours: Figure) -> Figure:
     """Return the process hours of a run whose processes had a GPU each."""
     on_gpu = [attempt.start.get("on_gpu") for attempt in run.attempts]
+    # mixed or silent starts: a figure for a part of the run would be taken for all of it
     if not process_hours.known or not (all(x is True for x in on_gpu) or all(x is False for x in on_gpu)):
         return unknown(f"GPU hours of run {run.name}", "its starts do not tell whether it ran on GPUs; runs "
                        "of this version do")
