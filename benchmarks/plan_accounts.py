@@ -20,7 +20,7 @@ from kills import make_data
 
 from megatron_sov.plan.calibration.calibrate import calibrate
 from megatron_sov.plan.calibration.expected import PARAMETERS
-from megatron_sov.publish.report.accounts import accounts_section
+from megatron_sov.publish.report.judgements import accounts_section
 from megatron_sov.publish.report.run_data import read_run
 
 COMMON = ("model.vocab_size=368", "train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0",

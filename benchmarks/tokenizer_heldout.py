@@ -28,9 +28,9 @@ from tokenizer.bpe.count_pipeline import ANYTHING
 from tokenizer.bpe.segmenting import merged
 from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.formats import tiktoken_format
-from tokenizer.formats.loaders import open_tokenizer
+from tokenizer.formats.reader import open_tokenizer
 from tokenizer.presets import Preset
-from tokenizer.report.reach import check_worst
+from tokenizer.report.command import check_worst
 
 PARTS = ("steps", "worst", "ratios", "paper")
 CHUNK_BYTES = 100_000

@@ -11,7 +11,6 @@ import argparse
 import importlib
 import sys
 import time
-from types import ModuleType
 from typing import Any
 
 from megatron_sov.base.command_line import (
@@ -122,10 +121,10 @@ def _listed(what: str, children: dict[str, str]) -> str | None:
     return "\n".join([f"{what}, each with a --help of its own:", *lines]) if lines else None
 
 
-def _command(name: str) -> tuple[ModuleType, str]:
+def _command(name: str) -> tuple[Any, str]:
     """Return a command's module and description; a built-in one goes before those of packages."""
     if name in COMMANDS:
-        return importlib.import_module(COMMANDS[name].module), COMMANDS[name].help
+        return COMMANDS[name].load(), COMMANDS[name].help
     installed = declared(GROUP)
     entry = next((d for d in installed if d.name == name), None)
     if entry is None:

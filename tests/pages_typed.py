@@ -111,7 +111,7 @@ def parse(line: str) -> Any:
         return options_of(importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv))
     name, rest = cli.named(argv)
     parser = Parser(prog=f"megatron-sov {name}")
-    importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
+    cli.COMMANDS[name].load().add_arguments(parser)
     return options_of(parser.parse_args(rest))
 
 

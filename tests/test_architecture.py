@@ -71,7 +71,7 @@ MAY_START = {"megatron_sov/engine/mcore/parallel/launcher.py": "ranks",
 """File outside of work that starts processes or holds locks -> why."""
 MAY_RENAME = {"megatron_sov/engine/mcore/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
-              "megatron_sov/commands/evaluate/eval_passk.py": "into an artifact that is made"}
+              "megatron_sov/commands/evaluate/eval_judged.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
@@ -402,8 +402,8 @@ BAD = [
     ("megatron_sov/engine/data/order.py", "import pickle", "not unpickled"),
     ("megatron_sov/model/recipes/sources.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
      "at module level"),
-    ("megatron_sov/commands/train/pretrain.py", "from transformers import AutoTokenizer", "at module level"),
-    ("megatron_sov/commands/train/sft.py", "import torch.distributed as dist", "at module level"),
+    ("megatron_sov/commands/train/lm.py", "from transformers import AutoTokenizer", "at module level"),
+    ("megatron_sov/commands/train/lm.py", "import torch.distributed as dist", "at module level"),
     ("megatron_sov/train/loop.py", "x = torch.load(f)", "weights_only=True"),
     ("megatron_sov/train/loop.py", "x = torch.load(f, weights_only=False)", "weights_only=True"),
     ("megatron_sov/engine/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
@@ -414,7 +414,7 @@ BAD = [
     ("megatron_sov/cellar/wine.py", "", "has no place"),
     ("megatron_sov/operate/slurm/stages.py", "from megatron_sov.commands import eval",
      "hall 'operate' may not import 'commands'"),
-    ("megatron_sov/operate/slurm/chain.py", "from megatron_sov.train import stage_config",
+    ("megatron_sov/operate/slurm/submission.py", "from megatron_sov.train import stage_config",
      "hall 'operate' may not import 'train'"),
     ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
     ("slurm/chains.py", "", "slurm holds data alone"),
@@ -451,7 +451,7 @@ def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
 
 
 def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "megatron_sov/commands/train/pretrain.py"
+    path = tmp_path / "megatron_sov/commands/train/lm.py"
     path.parent.mkdir(parents=True)
     path.write_text("from typing import TYPE_CHECKING\n"
                     "if TYPE_CHECKING:\n    import torch\ndef run():\n    import torch\n")

@@ -8,11 +8,12 @@ from megatron_sov.base.command_line import Command, Parser, parser_of, run_progr
 
 COMMANDS = {
     "train": Command("tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text"),
-    "import": Command("tokenizer.formats.import_command",
+    "import": Command("tokenizer.formats.commands:IMPORT",
                       "take over a tokenizer of Hugging Face, tiktoken or sentencepiece"),
-    "export": Command("tokenizer.formats.export_command", "write a tokenizer for tiktoken or sentencepiece"),
+    "export": Command("tokenizer.formats.commands:EXPORT",
+                      "write a tokenizer for tiktoken or sentencepiece"),
     "graft": Command("tokenizer.graft.command", "add or replace tokens of a Hugging Face model"),
-    "media": Command("tokenizer.media.command",
+    "media": Command("tokenizer.graft.command:MEDIA_COMMAND",
                      "add tokens of pictures and sounds to a tokenizer or a model"),
     "report": Command("tokenizer.report.command", "check a tokenizer and write what was found as a page"),
     "compare": Command("tokenizer.compare.command", "compare tokenizers on the same text"),
@@ -20,7 +21,6 @@ COMMANDS = {
 
 
 def build_parser() -> Parser:
-    """Return the parser of all commands."""
     return parser_of("sov-tokenizer", "Train tokenizers and look after them.", COMMANDS)
 
 

@@ -85,7 +85,6 @@ class Preset:
 
     @property
     def final_pattern(self) -> str:
-        """The split pattern of the finished tokenizer."""
         return self.superword_pattern or self.split_pattern
 
     def problems(self) -> list[SettingsProblem]:

@@ -68,12 +68,10 @@ class TokenizerTrainOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     add_options(parser, TokenizerTrainOptions)
 
 
 def run(typed: argparse.Namespace) -> int:
-    """Run `sov-tokenizer train`; returns 0."""
     args = read_options(TokenizerTrainOptions, typed)
     preset = adjusted(load_preset(args.preset, args.config), args)
     groups = gather_groups(args.input, args.mixture)

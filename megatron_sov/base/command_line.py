@@ -9,6 +9,7 @@ import errno
 import importlib.util
 import io
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -102,9 +103,14 @@ class Command:
     """One command of a program: the module that implements it and its line in `--help`."""
 
     module: str
-    """Dotted path of the module with `add_arguments(parser)` and `run(args) -> exit code`."""
+    """Dotted path of the module with `add_arguments(parser)` and `run(args) -> exit code`, or, where several
+    commands share a file, `module:NAME` of an object with these."""
     help: str
     """One line for `--help`."""
+
+    def load(self) -> Any:
+        """Import it."""
+        return pkgutil.resolve_name(self.module)
 
 
 class _CommandParser(Parser):
@@ -118,7 +124,7 @@ class _CommandParser(Parser):
         # emptied first: filling twice would declare every option twice
         module, self._module = self._module, ""
         if module:
-            importlib.import_module(module).add_arguments(self)
+            pkgutil.resolve_name(module).add_arguments(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
@@ -155,7 +161,7 @@ def parser_of(program: str, description: str, commands: Mapping[str, Command]) -
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     def action() -> int:
         args = parser.parse_args(argv)
-        return int(importlib.import_module(commands[args.command].module).run(args))
+        return int(commands[args.command].load().run(args))
 
     return exit_code(action)
 

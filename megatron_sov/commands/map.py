@@ -63,14 +63,12 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     """List rows of which the class fails in failed.jsonl, and go on."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together."""
         return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster are two places", self.ray,
                                 "name one of them")
                 ] if self.ray and self.cluster else []
 
     @property
     def file(self) -> Path:
-        """Return the file of rows."""
         return self.rows / ROWS if self.rows.is_dir() else self.rows
 
 
@@ -116,6 +114,7 @@ class MapOrder:
         """Write the artifact, and say what it holds."""
         options, counts = self.options, {"num_rows": 0, "num_failed": 0}
         with new_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
+            # a record's lines begin with the file that they belong to
             files = {b"+": artifact.path / ROWS, b"-": artifact.path / FAILED}
             with open(files[b"+"], "wb") as made, open(files[b"-"], "wb") as failed:
                 for _, record in journal.records():
@@ -142,7 +141,7 @@ class MapShare:
     num_shares: int
 
     def __call__(self, task: int) -> None:
-        """Do a share."""
+        # a class that kills its process would be started again and again by Slurm
         refuse_many_restarts("megatron-sov map", "take more --workers")
         run_share(self.order.job(1), task, self.num_shares)
 
@@ -168,8 +167,10 @@ def run(args: argparse.Namespace) -> int:
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
     asked = registry.ordered(options.step, parse_nested(options.settings), {}, STEPS)
+    # built once before any work: a bad argument is told here and not by each worker
     registry.build(asked, {}, STEPS)
     num_rows = check_rows(options.file, "ROWS", "")
+    # a complete output is told by `_submit`; whoever works here must not write over it
     if not (options.cluster and (options.output / MANIFEST).is_file()):
         refuse_existing(options.output, KIND, options.overwrite)
     refuse_nowhere(options.output)
@@ -177,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
     if options.cluster:
         _submit(order)
         return ExitCode.OK
+    # jobs that work on it already would do the same rows again
     refuse_living(slurm_folder(options.output))
     with work_bar("map", num_rows, "row") as bar:
         run_job(order.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
@@ -192,6 +194,7 @@ def _batches(file: Path) -> Iterator[Batch]:
 def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
     """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
     that failed, behind "-"."""
+    # in the worker: a class of the user's own need not be picklable
     step = registry.build(asked, {}, STEPS).value
 
     def do(line: tuple[int, bytes]) -> bytes:
@@ -201,6 +204,7 @@ def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[
             raise UserError(f"line {number}: {row}; the file has changed since it was checked")
         try:
             return b"".join(b"+" + line for line in _lines_of(step.do(dict(row))))
+        # a mistake that the class itself explains passes, whatever --skip-failures says
         except UserError:
             raise
         except Exception as e:
@@ -211,12 +215,15 @@ def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[
 
     if threads == 1:
         return lambda batch: b"".join(map(do, batch))
+    # threads end in any order; line numbers bring the rows back into that of the input
     return lambda batch: b"".join(record for _, record in sorted(
         in_threads(lambda line: (line[0], do(line)), batch, threads)))
 
 
 def _lines_of(made: Any) -> list[bytes]:
-    rows = [] if made is None else made if isinstance(made, list) else [made]
+    if made is None:
+        return []
+    rows = made if isinstance(made, list) else [made]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
     return [json_line(row, allow_nan=False) for row in rows]
@@ -224,6 +231,7 @@ def _lines_of(made: Any) -> list[bytes]:
 
 def _submit(order: MapOrder) -> None:
     """Submit what is not done, or tell how far jobs are that work on it."""
+    # jobs run in folders of their own
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
     order, profile = replace(order, options=options), profile_of(options)

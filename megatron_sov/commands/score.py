@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +13,26 @@ from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, add_options, parse_nested, read_options
-from megatron_sov.commands.reward_options import JudgeOptions, RewardName
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.opinions import read_opinions
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import BUILT_IN, make, order
 from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringSummary, score_file
 from megatron_sov.work.progress.progress_bar import work_bar
+
+REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME"
+RewardName = Annotated[str, Flag(value="NAME", help=REWARDS)]
+RewardSet = Annotated[tuple[str, ...], Flag(value="key=value",
+                                            help="A setting of the reward; may be repeated")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """How much is judged at a time."""
+
+    workers: AtLeastOne = field(default_factory=num_cores)
+    """Processes that judge (default: one for each core)."""
+
 
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
@@ -53,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(ScoreOptions, args)
     asked = order(options.reward, parse_nested(options.settings))
     made = make(asked)
+    # both before the first row: judging takes hours, and a missing folder is known now
     check_output("--output", options.output)
     check_output("--disagreements", options.disagreements)
     has_second = getattr(made.reward, "second", None) is not None
@@ -69,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     tell(summary, options.reward, made.version, options.output)
     if has_second:
         _tell_disagreements(options.output, made.version, options.disagreements)
+    # all rows are written first, with the reason of each in its row
     if not summary.tally.num_rewards:
         raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
                          "in their `reason`")

@@ -1,16 +1,50 @@
-"""Options that several commands have; to import them costs nothing."""
+"""Options that several commands have, and their words for commands that start others; to import them costs
+nothing."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.settings import Flag
+from megatron_sov.base.settings import Flag, add_options
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.runs.folder import RunEvents
+
+def words_of(options: Any) -> list[str]:
+    """Return the words that `read_options` reads as these options again: positional arguments, then all that
+    is not its default.
+
+    Args:
+        options: of a class that `add_options` takes.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser, type(options))
+    arguments, named = list[str](), list[str]()
+    for action in parser._actions:
+        # only options that a class declares can be read again
+        if not hasattr(action, "declared"):  # --dry-run, which no class has
+            continue
+        value = reduce(getattr, action.dest.split("."), options)
+        if value is None or value == action.declared:
+            continue
+        if action.nargs == 0:
+            named += action.option_strings
+            continue
+        values = map(str, value if isinstance(value, tuple) else (value,))
+        if not action.option_strings:
+            arguments += values
+            continue
+        (option,) = action.option_strings
+        # the form with = is unambiguous whatever the value begins with
+        for text in values:  # one that begins with a dash would be taken for an option
+            named += [f"{option}={text}"] if text.startswith("-") else [option, text]
+    return [*arguments, *named]
+
 
 PARITY_LENGTHS = (1, 7, 64, 200)
 """Tokens of the documents on which two forms of a model are compared."""

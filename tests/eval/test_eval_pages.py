@@ -14,7 +14,7 @@ from megatron_sov.bench.suites.catalogue import check_data, read_task, suite_tas
 from megatron_sov.bench.suites.folding import fold
 from megatron_sov.bench.suites.protocol import SuiteResponse, TaskItem
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate.eval_suites import protocol_line
+from megatron_sov.commands.evaluate.benchmarks import protocol_line
 
 DOCS = Path(__file__).parents[2] / "docs"
 SUITES_PAGE = (DOCS / "eval_suites.md").read_text(encoding="utf-8")

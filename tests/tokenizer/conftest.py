@@ -20,7 +20,7 @@ from tokenizer.bpe.counting import WordTable
 from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import finished
-from tokenizer.formats.loaders import Opened
+from tokenizer.formats.reader import Opened
 from tokenizer.presets import NUM_BYTES, Preset
 
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import atomic_write, new_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.pool import in_processes
-from tokenizer.bpe.count_units import CountUnit, UnitSizes, group_sizes, look_through, plan
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces
 from tokenizer.bpe.split_pattern import Splitter
 from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.mixture import (
-    NUM_BUCKETS, Excerpt, Share, Sizes, SourceGroup, describe, pieces, repeats, share_bytes, share_of)
+    NUM_BUCKETS, CountUnit, Excerpt, Share, Sizes, SourceGroup, UnitSizes, describe, group_sizes,
+    look_through, pieces, plan, repeats, share_bytes, share_of)
 from tokenizer.presets import NUM_BYTES, Preset
 
 # Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
@@ -92,6 +92,7 @@ def count_units(units: list[CountUnit], settings: CountSettings, work: Path, wor
     Raises:
         UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
     """
+    # memory is bounded for all workers together, and a worker needs some words to make progress at all
     limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
     splitter = Splitter(settings.preset, settings.pattern)  # made once, not by every worker
     yield from in_processes(_counter, (settings, splitter, work, limit_words), units, workers)
@@ -114,10 +115,12 @@ class _UnitCounter:
         """Return the counts of a unit; it is read unless they are there."""
         file = self._work / f"{self._settings.key(unit)}.arrow"
         record = file.with_suffix(".json")
+        # the record is written behind the file: a kill between the two only costs a second count
         if not (record.exists() and file.exists()):
             with new_file(file) as temporary:
                 facts = self._count(unit, temporary)
             atomic_write(record, json.dumps(facts, ensure_ascii=False))
+        # read back also when just written, so a resumed run sees the same values as the first
         facts = json.loads(record.read_text(encoding="utf-8"))
         sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),
                           np.array(facts["bucket_bytes"], np.int64))
@@ -141,10 +144,12 @@ class _UnitCounter:
                     raw = piece.raw
                     if self._settings.preset.normalization != "none":
                         raw = splitter.normalize(piece.text).encode()
+                    # one probe for each unit: a difference between the engines turns the fast one off
                     if not checked:
                         splitter.check(raw.decode())
                         checked = True
                     words.add(raw, splitter.ends(raw), times)
+                    # bytes before normalization: that is what shares are computed from
                     seen_bytes += times * len(piece.raw)
                     # words of text without spaces are long: their text is bounded too
                     if len(words) > self._limit_words or words.text_bytes() > self._limit_text_bytes:
@@ -176,9 +181,11 @@ class _RunWriter:
         import pyarrow as pa
 
         text, word_ends, counts, parts = words.words()
+        # sorted by part, so that one part of all runs can be read without the others
         order = np.argsort(parts, kind="stable")
         offsets = np.zeros(len(order) + 1, np.int32)
         offsets[1:] = word_ends
+        # no copy: Arrow reads our arrays of text and offsets as they are
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
         column = pa.Array.from_buffers(pa.binary(), len(order), buffers)
         batch = pa.record_batch([column, pa.array(counts)], schema=self._schema).take(pa.array(order))
@@ -234,6 +241,7 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
             will be depends on the text.
         progress: told how many merges there are more.
     """
+    # first superwords alone; when the text has no more of them, merging fills up within words
     for only_superwords in [True] * only + [False]:
         if len(vocabulary.tokens) < num_tokens:
             rule = JoinRule(vocabulary.max_token_bytes, max_words, False, only_superwords)
@@ -252,6 +260,7 @@ def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64
     encode = vocabulary.as_tiktoken(ANYTHING).encode_ordinary
     lengths, symbols = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
     words = table.words()
+    # in blocks: all words as Python numbers would take many times their bytes
     while block := [encode(word.decode()) for word in itertools.islice(words, BLOCK_WORDS)]:
         lengths.append(np.fromiter(map(len, block), np.int64, len(block)))
         symbols.append(np.fromiter(itertools.chain.from_iterable(block), np.int32, int(lengths[-1].sum())))
@@ -339,9 +348,11 @@ def learn(plan_: CountPlan, groups: list[SourceGroup],
     """
     units = plan(groups, UNIT_BYTES)
     input_bytes = sum(unit.size_bytes for unit in units)
+    # a process more than the input is worth costs more than it brings
     plan_ = dataclasses.replace(plan_, workers=min(plan_.workers, 1 + input_bytes // WORKER_BYTES))
     special = plan_.preset.num_special_ids
     vocabulary = Vocabulary(plan_.preset.max_token_bytes)
+    # without weights everything is seen once, and nothing needs to be looked through
     shares, factors = [Share(1, 0)] * len(groups), [1.0] * len(groups)
     if any(group.weight is not None for group in groups):
         with _bar("looking through", input_bytes, "B") as progress:
@@ -358,11 +369,13 @@ def learn(plan_: CountPlan, groups: list[SourceGroup],
     table = _gather(plan_, counted, "words")
     stages = [_stage(plan_.transition_size, seen_bytes, table)]
     target = plan_.transition_size - special
+    # words are counted, so the cores are free: what is needed later loads beside the merging
     before_merging()
     with _bar("merging", target - NUM_BYTES, "merges") as progress:
         learn_words(table, vocabulary, target, plan_.preset, progress)
     _check_reached(plan_, vocabulary, plan_.transition_size, seen_bytes)
     if plan_.transition_size < plan_.vocab_size:
+        # the sample is a part of what stage 1 saw: a smaller share is contained in a larger one
         fraction = min(1.0, plan_.superword_sample_bytes / seen_bytes)
         some = [share_of(s, factor * fraction) for s, factor in zip(sizes, factors, strict=True)]
         units_counted = _count(plan_, groups, units, some, plan_.preset.superword_pattern, "superwords")
@@ -370,6 +383,7 @@ def learn(plan_: CountPlan, groups: list[SourceGroup],
         sample_bytes = sum(share_bytes(s, share) for s, share in zip(sizes, some, strict=True))
         stages.append(_stage(plan_.vocab_size, sample_bytes, table))
         with _bar("joining words", plan_.vocab_size - plan_.transition_size, "merges") as progress:
+            # stage 2 goes on with the merges of stage 1 in the same vocabulary
             learn_superwords(table, vocabulary, plan_.vocab_size - special,
                                       plan_.preset.max_superword_words, plan_.only_superwords, progress)
         _check_reached(plan_, vocabulary, plan_.vocab_size, sample_bytes)
@@ -423,6 +437,7 @@ def _count(plan_: CountPlan, groups: list[SourceGroup], units: list[CountUnit], 
     def sizes(progress: Callable[[int], object]) -> Iterator[UnitSizes]:
         """Yield each unit's sizes; what is known of one unit is not kept beside that of all others."""
         counted = count_units(units, settings, plan_.work, plan_.workers, limit_bytes)
+        # in the order of units, so samples and files do not depend on which worker was faster
         for unit, found in zip(units, counted, strict=True):
             files.append(found.file)
             for piece in found.lowest:
@@ -458,6 +473,7 @@ def _check_reached(plan_: CountPlan, vocabulary: Vocabulary, wanted: int, seen_b
     reached = len(vocabulary.tokens) + plan_.preset.num_special_ids
     if reached < wanted:
         least = plan_.preset.smallest_vocab
+        # an estimate for the message alone
         needed_bytes = seen_bytes * ((wanted - least) / max(reached - least, 1)) ** NEEDED_POWER
         raise UserError(f"--vocab-size {plan_.vocab_size}: the text is too small for it, only {reached} "
                         f"tokens were reached from {seen_bytes / 1e6:.3g} MB (pairs must occur at least "
@@ -471,6 +487,7 @@ def _samples(groups: list[SourceGroup], counted: _Counted) -> dict[str, str]:
     samples = {}
     for group, sizes, lowest in zip(groups, counted.sizes, counted.lowest, strict=True):
         share = share_of(sizes, min(1.0, SAMPLE_BYTES / sizes.num_bytes))
+        # pieces of the lowest hashes, cut at the share that the sample needs
         found = sorted(piece.text for piece in lowest.found() if share.times(piece.bucket))
         samples[group.name] = "\n".join(found)[:SAMPLE_BYTES]
     return samples

@@ -39,6 +39,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
     Returns:
         How many words there are.
     """
+    # the last column is the end of the text, so a look ahead has an answer there too
     at_end = steps.shape[1] - 1
     num_words, begin, at = 0, 0, 0
     while at < len(raw):
@@ -49,12 +50,14 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
                 code, size = _code_point(raw, place)
                 kind = np.int64(kinds[code])
             step = steps[state, kind]
+            # the match that ends here is remembered; a longer one may follow
             if step & 1:
                 matched = place
             state = step >> 1
             if not state:
                 break
             place += size
+        # no match begins here: this character belongs to the text between matches
         if matched < 0:
             at += _code_point(raw, at)[1]
             continue
@@ -63,6 +66,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
             num_words += 1
         ends[num_words] = matched
         num_words += 1
+        # patterns match no empty text, so this always moves on
         begin = at = matched
     if begin < len(raw):
         ends[num_words] = len(raw)
@@ -109,9 +113,11 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
         hash_ = _FNV_OFFSET
         for i in range(begin, end):
             hash_ = (hash_ ^ np.uint64(raw[i])) * _FNV_PRIME
+        # FNV leaves the low bits weak for short words: the mix spreads them, 32 bits fit the slot
         hash_ = (hash_ ^ (hash_ >> NUMBER_BITS)) * _MIX >> NUMBER_BITS
         at = hash_ & mask
         while True:
+            # number + 1, so that 0 means empty
             slot = slots[at]
             if not slot:
                 slots[at] = (hash_ << NUMBER_BITS) | np.uint64(num_words + 1)
@@ -122,12 +128,14 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
                 counts[num_words] = times
                 num_words += 1
                 break
+            # the bytes are compared where the hashes agree: 32 bits collide among millions of words
             if slot >> NUMBER_BITS == hash_:
                 number = np.int64(slot & NUMBER_MASK) - 1
                 start = word_ends[number - 1] if number else 0
                 if word_ends[number] - start == end - begin and _equal(raw, begin, text, start, end - begin):
                     counts[number] += times
                     break
+            # linear probing; the table is at most half full, so runs stay short
             at = (at + _ONE) & mask
         begin = np.int64(end)
     return num_words
@@ -150,6 +158,7 @@ def move_slots(slots: NDArray[np.uint64], larger: NDArray[np.uint64]) -> None:
             at = (slot >> NUMBER_BITS) & mask
             while larger[at]:
                 at = (at + _ONE) & mask
+            # no bytes are compared: the words of a table differ already
             larger[at] = slot
 
 
@@ -178,6 +187,7 @@ class WordCounter:
 
     def add(self, raw: bytes, ends: NDArray[np.int32], times: int) -> None:
         """Count the words of a text, which end at `ends`, each `times` times."""
+        # room for the worst case, every word new, before the compiled loop that cannot grow arrays
         most = self._size + len(ends)
         self._text = _with_room(self._text, self.text_bytes() + len(raw))
         self._ends, self._counts = _with_room(self._ends, most), _with_room(self._counts, most)
@@ -197,12 +207,14 @@ class WordCounter:
         its count and its part."""
         used = self._slots[self._slots != 0]
         parts = np.empty(self._size, np.int64)
+        # upper bits of the hash choose the part: the same word is in the same part in every run
         parts[(used & NUMBER_MASK).astype(np.int64) - 1] = used >> np.uint64(2 * int(NUMBER_BITS) - PART_BITS)
         return (self._text[: self.text_bytes()], self._ends[: self._size], self._counts[: self._size],
                 parts)
 
     def clear(self) -> None:
         """Forget all words."""
+        # the other arrays keep their memory; a size of 0 says that nothing in them counts
         self._slots[:] = 0
         self._size = 0
 
@@ -211,6 +223,7 @@ def _with_room(array: NDArray[Number], size: int) -> NDArray[Number]:
     """Return an array with room for `size`, and what is in it."""
     if size <= len(array):
         return array
+    # by half: growth by what is asked for alone would copy the array again for each text
     grown = np.empty(max(size, len(array) + len(array) // 2), array.dtype)
     grown[: len(array)] = array
     return grown
@@ -265,6 +278,7 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
     """
     import pyarrow as pa
 
+    # one part in memory at a time; two reads of the sums then bound what the words kept take
     sums = [_sum_part(files, part, work) for part in range(NUM_PARTS)]
     levels = _levels(sums)
     min_count = _cut_off(levels, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
@@ -272,6 +286,7 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
     for file in sums:
         file.unlink()
     counts, lengths = table["count"].to_numpy(), _lengths(table)
+    # stable: words of equal count keep the order of the parts, so the result is the same on each run
     order = np.argsort(-counts, kind="stable")
     raw = np.zeros(0, np.uint8)
     if len(order):
@@ -308,6 +323,7 @@ def _levels(sums: list[Path]) -> _Levels:
 def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Add up the rows (count, words, bytes) of equal count."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    # one row for each distinct count stays, however many words there are
     firsts = np.flatnonzero(np.r_[True, rows[1:, 0] != rows[:-1, 0]][: len(rows)])
     if not len(firsts):
         return rows
@@ -317,6 +333,7 @@ def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def _cut_off(levels: _Levels, max_bytes: int) -> int:
     """Return the smallest count at which the words that occur as often, or more often,
     fit with an end mark each."""
+    # from the most frequent down; all words of one count are kept or left out together
     sizes = np.cumsum((levels.bytes_ + levels.words)[::-1])
     fitting = int(np.searchsorted(sizes, max_bytes, side="right"))
     return 1 if fitting == len(sizes) else int(levels.counts[::-1][fitting]) + 1
@@ -338,7 +355,9 @@ def _sum_part(files: list[Path], part: int, work: Path) -> Path:
     for file in files:
         with pa.memory_map(str(file)) as source:
             reader = pa.ipc.open_file(source)
+            # a run is NUM_PARTS batches in order, so every NUM_PARTS-th one is of this part
             batches += [reader.get_batch(i) for i in range(part, reader.num_record_batches, NUM_PARTS)]
+    # one thread: several would give the words in an order that changes from run to run
     summed = pa.Table.from_batches(batches).group_by("word", use_threads=False).aggregate([("count", "sum")])
     summed = summed.rename_columns({"count_sum": "count"}).combine_chunks()
     target = work / f"part-{part}.arrow"

@@ -35,6 +35,7 @@ class LowestPieces:
 
     def add(self, piece: Excerpt) -> None:
         """Take a piece into the sample, if it may belong to it."""
+        # buckets above the limit were dropped once, and the sum of those below only grows
         if piece.bucket <= self._highest:
             self._pieces.append(piece)
             self._size_bytes += len(piece.raw)
@@ -55,6 +56,7 @@ class LowestPieces:
             kept += pieces
             self._size_bytes += sum(len(piece.raw) for piece in kept[first:])
         self._pieces = kept
+        # sort rarely: at four times the limit, or twice of what one full bucket forces us to keep
         self._drop_at_bytes = max(_SLACK * self._limit_bytes, 2 * self._size_bytes)
 
     def found(self) -> list[Excerpt]:
@@ -142,6 +144,7 @@ def describe(store: MergeStore, token: int) -> None:
     traits = store.traits[token]
     traits[SIZE_BYTES] = len(raw)
     traits[SPACES] = spaces
+    # a space in front belongs to the word behind it, so it parts no words
     traits[INNER_SPACES] = spaces - first
     traits[ENDS_IN_WORD] = 1 if _in_word(raw[-1]) else 0
     traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _in_word(raw[1])) else 0
@@ -160,6 +163,7 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
     """Return whether tokens of these traits may join."""
     if left[SIZE_BYTES] + right[SIZE_BYTES] > rule.max_bytes:
         return False
+    # words of the joined token: each space inside begins one more
     if rule.max_words and left[INNER_SPACES] + right[SPACES] >= rule.max_words:
         return False
     next_word = left[ENDS_IN_WORD] and right[BEGINS_NEXT_WORD]
@@ -172,6 +176,7 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
 @compiled
 def _weight(store: MergeStore, place: int) -> int:
     """Return the count of the word at a place."""
+    # words lie by falling count, so a place tells its count, without an array of a count for each place
     low, high = store.block_levels[place >> BLOCK_BITS], store.block_levels[(place >> BLOCK_BITS) + 1]
     while low < high:
         middle = (low + high + 1) >> 1
@@ -201,6 +206,7 @@ def _push(store: MergeStore, count: int, key: np.int64, start: int, length: int)
     heap, at = store.heap, store.sizes[HEAP_SIZE]
     heap[at, COUNT], heap[at, KEY], heap[at, START], heap[at, LENGTH] = count, key, start, length
     store.sizes[HEAP_SIZE] += 1
+    # sift up; ties go to the lower key, or the merges would depend on the order of insertion
     while at and _better(heap, at, (at - 1) >> 1):
         _swap(heap, at, (at - 1) >> 1)
         at = (at - 1) >> 1
@@ -238,6 +244,7 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArr
     num_distinct = 0
     for i in range(len(others)):
         other = others[i]
+        # first pass: sums by the other token, in arrays that are all 0 between calls
         if not lengths[other]:
             distinct[num_distinct] = other
             num_distinct += 1
@@ -246,13 +253,16 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArr
     for i in range(num_distinct):
         other = distinct[i]
         left, right = (token, other) if token_is_left else (other, token)
+        # -1: rarer than asked for or not allowed, so its places are not even stored
         starts[other] = -1
         if counts[other] >= min_count and _may_join(store.traits[left], store.traits[right], rule):
             starts[other] = store.sizes[PLACES_SIZE]
             store.sizes[PLACES_SIZE] += lengths[other]
             key = (np.int64(left) << _ID_BITS) | right
             _push(store, counts[other], key, starts[other], lengths[other])
+        # cleared by the list of those touched: clearing whole arrays would cost the vocabulary at each merge
         counts[other] = lengths[other] = 0
+    # second pass: places of one pair become neighbours; `starts` moves on as they are written
     for i in range(len(others)):
         other = others[i]
         if starts[other] >= 0:
@@ -267,8 +277,10 @@ def add_first_pairs(store: MergeStore, places: NDArray[np.int32], rule: JoinRule
     done = 0
     while done < len(places):
         left, end = store.symbols[places[done]], done
+        # all pairs of one left symbol at a time, since `_add_pairs` counts for a single token
         while end < len(places) and store.symbols[places[end]] == left:
             end += 1
+        # told before anything is written: the caller enlarges and comes back with what is left
         if not _has_room(store, end - done):
             return done
         others = np.empty(end - done, np.int32)
@@ -301,6 +313,7 @@ def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min
         key = heap[0, KEY]
         left, right, start = key >> _ID_BITS, key & _ID_MASK, heap[0, START]
         # the pair is taken from the heap when nothing can keep it from being merged
+        # two new pairs for each place at most: one with either neighbour
         if store.sizes[HEAP_SIZE] + 2 * length > len(heap):
             return num_merges, HEAP_FULL
         if store.sizes[PLACES_SIZE] + 2 * length > len(store.places):
@@ -325,12 +338,14 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
     gone.
     """
     heap = store.heap
+    # a lazy heap: counts fall only when their row comes to the top, not whenever a neighbour is merged
     while store.sizes[HEAP_SIZE]:
         key, start, length = heap[0, KEY], heap[0, START], heap[0, LENGTH]
         left, right = key >> _ID_BITS, key & _ID_MASK
         span, alive = store.spans[left], 0
         for i in range(start, start + length):
             place = store.places[i]
+            # dead places are squeezed out in place, so each is looked at once after it died
             if store.symbols[place] == left and store.symbols[place + span] == right:
                 store.places[start + alive] = place
                 alive += 1
@@ -344,6 +359,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
             continue
         heap[0, COUNT], heap[0, LENGTH] = count, alive
         _sink_first(heap, store.sizes[HEAP_SIZE])
+        # it is still the best with its right count; else the next row is refreshed
         if heap[0, KEY] == key:
             return alive
     return 0
@@ -363,6 +379,7 @@ def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], 
         if place < merged_end:
             continue  # of "aaaa" the first and the third are merged
         second, merged_end = place + left_span, place + span
+        # only the ends of a token carry its id: what lies between is never read
         symbols[second - 1] = symbols[second] = DEAD
         symbols[place] = symbols[merged_end - 1] = token
         places[merged] = place
@@ -371,6 +388,7 @@ def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], 
     found = 0
     for i in range(merged):
         other = symbols[places[i] - 1]
+        # a token has its id at its last place too; END is below 0
         if other >= 0 and other != token:  # token token: counted at its left one
             others[found], at[found] = other, places[i] - store.spans[other]
             found += 1
@@ -390,6 +408,7 @@ def _add_token(store: MergeStore, left: int, right: int, span: int) -> None:
     token = store.sizes[NUM_TOKENS]
     store.spans[token] = span
     end = store.token_ends[token - 1]
+    # bytes are copied from the same array: both parts lie before `end`
     for part in (left, right):
         start = store.token_ends[part - 1] if part else 0
         for i in range(start, store.token_ends[part]):

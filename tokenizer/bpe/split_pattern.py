@@ -85,8 +85,10 @@ def parse(pattern: str) -> Node:
     """
     parser = _Parser(pattern)
     tree = parser.choice(ignore_case=False)
+    # what is left could not be read as a whole, such as a closing bracket without its opening one
     if parser.rest():
         raise Unsupported(parser.rest())
+    # the automaton would stand still on a match without a character
     if may_be_empty(tree):
         raise Unsupported(pattern)
     return tree
@@ -97,6 +99,7 @@ def may_be_empty(node: Node) -> bool:
     match node:
         case OneOf():
             return False
+        # a look ahead takes nothing
         case Next():
             return True
         case Sequence(parts):
@@ -114,7 +117,6 @@ class _Parser:
         self._pattern, self._at = pattern, 0
 
     def rest(self) -> str:
-        """Return what is not read yet."""
         return self._pattern[self._at :]
 
     def _take(self, text: str) -> bool:
@@ -124,7 +126,6 @@ class _Parser:
         return taken
 
     def choice(self, ignore_case: bool) -> Node:
-        """Read alternatives."""
         options = [self._sequence(ignore_case)]
         while self._take("|"):
             options.append(self._sequence(ignore_case))
@@ -141,7 +142,9 @@ class _Parser:
         if numbers := _NUMBERS.match(self._pattern, self._at):
             self._at = numbers.end()
             least = int(numbers[1])
-            most = (int(numbers[3]) if numbers[3] else None) if numbers[2] else least
+            most: int | None = least
+            if numbers[2]:  # {n,} has no upper end
+                most = int(numbers[3]) if numbers[3] else None
         elif self.rest()[:1] in ("*", "+", "?"):
             least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[self.rest()[0]]
             self._at += 1
@@ -157,6 +160,7 @@ class _Parser:
         for opening, negated in (("(?!", True), ("(?=", False)):
             if self._take(opening):
                 look = self.choice(ignore_case)
+                # one character is enough for the patterns in use, and is known when a state is left
                 if not isinstance(look, Sequence) or len(look.parts) != 1:
                     raise Unsupported(opening)
                 (only,) = look.parts
@@ -168,6 +172,7 @@ class _Parser:
         if self._take("(?i:"):
             start = self._at
             inside = self.choice(ignore_case=True)
+            # Oniguruma folds some characters to two; a table that looks at one at a time cannot
             if _folds_together(self._pattern[start : self._at]):
                 raise Unsupported("(?i:")
             return self._closed(inside)
@@ -181,6 +186,7 @@ class _Parser:
     def _character(self, ignore_case: bool) -> OneOf:
         """Read what stands for one character."""
         if self.rest()[0] == "[" or _CLASS.match(self._pattern, self._at):
+            # what a class holds without case is a matter of the engine's tables: not read here
             if ignore_case:
                 raise Unsupported(self.rest())
             return OneOf(self._bracket() if self.rest()[0] == "[" else self._match(_CLASS))
@@ -266,6 +272,7 @@ def automaton(pattern: str) -> Automaton:
         raise Unsupported(f"{len(program.classes)} classes")
     members = np.stack([_members(class_) for class_ in program.classes])
     # code points that are in the same classes are of one kind
+    # a bit for each class, at most MOST_CLASSES of 64
     signatures = (1 << np.arange(len(members))) @ members
     _, firsts, kinds = np.unique(signatures, return_index=True, return_inverse=True)
     if len(firsts) > MOST_KINDS:
@@ -282,13 +289,16 @@ def _members(pattern: str) -> NDArray[np.bool_]:
     from tokenizers import Regex, normalizers
 
     codes, text, cased = _probe()
+    # a plain character needs no engine
     if len(pattern) == 1 and pattern != ".":
         return codes == ord(pattern)
     some, text = (cased, "".join(map(chr, cased))) if pattern.startswith("(?i:") else (codes, text)
     try:
+        # what is left after a replacement is what does not match: one call for all of Unicode
         left = normalizers.Replace(Regex(pattern), "").normalize_str(text)
     except Exception:  # the binding raises a bare Exception
         raise Unsupported(pattern) from None
+    # characters without case were not asked: a single letter without case cannot match them
     found = np.ones(len(codes), np.bool_) if some is codes else np.isin(codes, some)
     found[np.searchsorted(codes, np.frombuffer(left.encode("utf-32-le"), np.uint32))] = False
     return found
@@ -313,6 +323,7 @@ def code_points() -> Iterator[int]:
     """Yield all code points except the inside of large blocks that are of one kind,
     and of planes without characters."""
     for code in range(0x40000):
+        # Hangul syllables, private use and Han extension B: their ends are probed, and stand for the inside
         uniform = 0xAC10 <= code < 0xD790 or 0xE010 <= code < 0xF8F0 or 0x20010 <= code < 0x2A000
         if not 0xD800 <= code < 0xE000 and not uniform:
             yield code
@@ -349,6 +360,7 @@ class _Program:
             case Next(pattern, negated):
                 return self._emit("unless" if negated else "if", self._class(pattern), after)
             case Sequence(parts):
+                # built from the end: each instruction knows what comes after it
                 for part in reversed(parts):
                     after = self.add(part, after)
                 return after
@@ -359,12 +371,14 @@ class _Program:
 
     def _repeat(self, part: Node, least: int, most: int | None, after: int) -> int:
         if most is None:
+            # the loop refers to itself, so its instruction is made first and completed after its body
             loop = self._emit("either", 0)
             self.code[loop] = ("either", 0, (self.add(part, loop), after))
             begin = loop
         else:
             begin = after
             for _ in range(most - least):
+                # greedy: to take one more is the better choice, and to stop stays possible each time
                 begin = self._emit("either", 0, self.add(part, begin), after)
         for _ in range(least):
             begin = self.add(part, begin)
@@ -373,12 +387,14 @@ class _Program:
 
 def _determined(program: _Program, start: int, kinds: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Return the steps of the automaton; kinds of characters as [classes, kinds]."""
+    # a state is an ordered tuple: two with the same places in another order prefer other matches
     numbers: dict[tuple[int, ...], int] = {(): DEAD_STATE, (start,): FIRST_STATE}
     steps = [[DEAD_STATE] * kinds.shape[1]]
     for state in _growing(numbers):
         row = []
         for kind in range(kinds.shape[1]):
             following, matched = _step(program, state, kinds[:, kind])
+            # the match is a bit of the step, so the loop reads one number for each character
             row.append(2 * numbers.setdefault(following, len(numbers)) + matched)
         steps.append(row)
         if len(numbers) > MOST_STATES:
@@ -390,6 +406,7 @@ def _growing(numbers: dict[tuple[int, ...], int]) -> Iterator[tuple[int, ...]]:
     """Yield the states behind the dead one, those too that are found on the way."""
     at = FIRST_STATE
     while at < len(numbers):
+        # the dictionary grows while its states are worked off, in the order in which they were found
         yield list(numbers)[at]
         at += 1
 
@@ -400,6 +417,7 @@ def _step(program: _Program, state: tuple[int, ...],
     ends before it."""
     following: dict[int, None] = {}
     seen: set[int] = set()
+    # the best place is on top: priorities are the order of a depth-first walk
     stack = list(reversed(state))
     while stack:
         at = stack.pop()
@@ -408,10 +426,12 @@ def _step(program: _Program, state: tuple[int, ...],
         seen.add(at)
         what, class_, after = program.code[at]
         if what == "match":
+            # places behind a match are of lower priority, and backtracking would never come to them
             return tuple(following), True
         if what == "take":
             if holds[class_]:
                 following[after[0]] = None
+        # a look ahead that fails ends its branch
         elif what == "either" or holds[class_] == (what == "if"):
             stack += reversed(after)
     return tuple(following), False
@@ -479,6 +499,7 @@ def check_coverage(pattern: str, name: str) -> None:
 
 
     text = "".join(map(chr, code_points()))
+    # also backwards, with a space in front: some alternatives hold only behind one
     for probe in (text, " " + text[::-1]):
         if left := normalizers.Replace(Regex(pattern), "").normalize_str(probe):
             raise UserError(f"preset {name}: split pattern {pattern!r} passes over some text, "
@@ -494,6 +515,7 @@ def _matches_empty(pattern: str) -> str:
         compiled = regex.compile(pattern)
     except regex.error:
         return ""  # Oniguruma alone knows the pattern; the splits that it gives are what counts
+    # the module `regex` is close to Oniguruma, and tells an empty match, which `tokenizers` does not
     for probe in _PROBES:
         if any(match.start() == match.end() for match in compiled.finditer(probe)):
             return f"in {probe!r}" if probe else "at once"
@@ -517,7 +539,6 @@ class Splitter:
             return
 
     def normalize(self, text: str) -> str:
-        """Return text in the form in which it is split."""
         return (text if self._normalizer is None or text.isascii()
                 else str(self._normalizer.normalize_str(text)))
 
@@ -525,6 +546,7 @@ class Splitter:
         """Return where each piece of normalised text, in UTF-8, ends."""
         from tokenizer.bpe.counting import split_words
 
+        # slower by far, and always right
         if self._automaton is None:
             pieces = self._slow.pre_tokenize_str(raw.decode())
             return np.cumsum([len(piece.encode()) for piece, _ in pieces], dtype=np.int32)
@@ -540,5 +562,6 @@ class Splitter:
     def check(self, text: str) -> None:
         """Compare the engines on some text, and from a difference on use Oniguruma alone."""
         text = text[:PROBE_CHARS]
+        # the same text by both: the fast way is taken on trust of this comparison alone
         if self.split(text) != [piece for piece, _ in self._slow.pre_tokenize_str(text)]:
             self._automaton = None

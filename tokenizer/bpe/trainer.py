@@ -72,6 +72,7 @@ class MergeLearner:
             min_count: a pair that occurs less often is not merged.
             max_merges: merges to learn, at most.
         """
+        # places are 32-bit numbers, which halves the memory of the largest arrays
         if len(words.symbols) + len(words.lengths) >= MAX_PLACES:
             raise ValueError(f"{len(words.symbols)} symbols in {len(words.lengths)} words are too "
                              "many for 32 bits")
@@ -84,17 +85,21 @@ class MergeLearner:
         """Find the pairs of single symbols, some left symbols at a time,
         so that sorting takes little memory."""
         symbols = self._store.symbols
+        # pairs never cross a word: END stands between words
         places = np.flatnonzero((symbols[:-1] >= 0) & (symbols[1:] >= 0)).astype(np.int32)
         lefts = symbols[places]
+        # left symbols with about FIRST_PLACES places together form a group
         groups = np.cumsum(np.bincount(lefts, minlength=int(self._store.sizes[NUM_TOKENS]))) // FIRST_PLACES
         for group in np.unique(groups):
             first, behind = np.searchsorted(groups, [group, group + 1])
             some = places[(lefts >= first) & (lefts < behind)]
             # of 16 bits and less numpy sorts by counting
             of_some = symbols[some].astype(np.min_scalar_type(int(self._store.sizes[NUM_TOKENS])))
+            # stable: places of a pair rise, and `_merge` relies on that where matches overlap
             some = some[np.argsort(of_some, kind="stable")]
             while (done := add_first_pairs(self._store, some, self._rule, self._min_count)) < len(some):
                 some = some[done:]
+                # as many as places are left is enough for certain, so this happens once for a group
                 self._grow(HEAP_FULL, len(some))
                 self._grow(PLACES_FULL, len(some))
 
@@ -107,14 +112,15 @@ class MergeLearner:
             for merge in merges[:num_merges].tolist():
                 yield Merge(*merge)
             left -= num_merges
+            # the loop stopped before it changed anything, so it goes on with the larger array
             if stopped in _GROWTH:
                 self._grow(stopped)
 
     def _grow(self, which: int, more: int = 1) -> None:
-        """Enlarge an array of the store."""
         array = getattr(self._store, _GROWTH[which])
         grown = np.empty((len(array) + len(array) // 4 + more, *array.shape[1:]), array.dtype)
         grown[: len(array)] = array
+        # a new tuple with the same arrays but one: nothing else is copied
         self._store = self._store._replace(**{_GROWTH[which]: grown})
 
 
@@ -123,12 +129,15 @@ def _laid_out(words: PretokenWords, tokens: list[bytes], max_merges: int) -> Mer
     ends = np.r_[0, np.cumsum(words.lengths + 1)]
     symbols = np.full(int(ends[-1]) + 1, END, np.int32)
     inside = np.ones(len(symbols), np.bool_)
+    # one END before the first word and one behind each, so a neighbour can be read without a bound check
     inside[ends] = False
     symbols[inside] = words.symbols
     del inside
+    # words come with falling counts: a level is a run of equal ones
     changes = (np.flatnonzero(np.r_[True, words.counts[1:] != words.counts[:-1]]) if len(words.counts)
                else np.zeros(0, int))
     level_starts = ends[changes].astype(np.int32)
+    # two blocks more than places: the level of the next block is read as the upper bound
     blocks = np.arange(0, len(symbols) + (2 << BLOCK_BITS), 1 << BLOCK_BITS)
     num_tokens, raw = len(tokens) + max_merges, np.frombuffer(b"".join(tokens), np.uint8)
     token_ends = np.zeros(num_tokens, np.int64)
@@ -140,6 +149,7 @@ def _laid_out(words: PretokenWords, tokens: list[bytes], max_merges: int) -> Mer
         (level_starts.searchsorted(blocks, "right") - 1).clip(0).astype(np.int32),
         heap=np.empty((FIRST_PAIRS, 4), np.int64), places=np.empty(max(len(words.symbols), 1), np.int32),
         spans=np.ones(num_tokens, np.int32), token_ends=token_ends,
+        # a guess of 8 bytes for each merge; the loop asks for more where tokens are longer
         token_bytes=np.concatenate((raw, np.zeros(8 * max_merges, np.uint8))),
         traits=np.zeros((num_tokens, NUM_TRAITS), np.int32), other_counts=np.zeros(num_tokens, np.int64),
         other_lengths=np.zeros(num_tokens, np.int32), other_starts=np.zeros(num_tokens, np.int64),

@@ -55,7 +55,6 @@ class Vocabulary:
         self.max_token_bytes = max_token_bytes
 
     def add(self, merge: Merge) -> None:
-        """Add a merge's token."""
         self.tokens.append(self.tokens[merge.left] + self.tokens[merge.right])
         self.merges.append((merge.left, merge.right))
 

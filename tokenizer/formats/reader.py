@@ -7,16 +7,19 @@ Each comes as the tokenizer.json that says the same, beside the library that it 
 from __future__ import annotations
 
 import json
+import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.base.documents.byte_bpe import byte_characters
 from megatron_sov.base.errors import UserError, download
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
-from tokenizer.formats.hostile import no_panics, refuse_far_ids
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, no_panics, refuse_far_ids
+from tokenizer.formats.sentencepiece_format import SPACE, byte_piece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,6 +71,7 @@ def find_file(path: Path) -> Path:
         raise UserError(f"{path}: does not exist; pass {FORMS}{download(path)}")
     if (path / TOKENIZER_JSON).is_file():
         return path / TOKENIZER_JSON
+    # two candidates are a question to the user and no choice of ours
     found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(found) != 1:
         raise UserError(f"{path}: holds {len(found)} tokenizers "
@@ -88,6 +92,7 @@ def open_foreign(path: Path, rules: Path | None = None) -> Foreign:
     file = find_file(path)
     if file.suffix == ".json":
         return open_hf(file)
+    # by content: Llama 3 calls such a file tokenizer.model
     if tiktoken_format.is_ranks_file(file):
         return _open_tiktoken(file, rules or tiktoken_format.rules_path(file))
     return _open_sentencepiece(file)
@@ -109,12 +114,12 @@ def opened(raw: dict[str, Any], where: object) -> Tokenizer:
         raise
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{where}: tokenizers cannot read it ({e}); restore it from its source") from None
+    # or a user's text could spell the end of a turn
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def plain_ids(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Return the encoding of ordinary text, nothing added."""
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -192,3 +197,226 @@ def _open_sentencepiece(file: Path) -> Foreign:
     raw = sentencepiece_format.from_sentencepiece(proto, str(file))
     return Foreign(file, "sentencepiece", raw, processor.encode, processor.decode,
                    sentencepiece_format.named_tokens(proto))
+
+
+PROBE = "a 가 😀\n"
+_BYTES = {byte_piece(b): bytes([b]) for b in range(256)}
+
+
+class Opened(ABC):
+    """A tokenizer that encodes ordinary text: special tokens spelled out in it stay text wherever its
+    library can do that.  Nothing is converted: what is reported is what the library itself does."""
+
+    library: str
+    """tokenizers, tiktoken or sentencepiece."""
+    special: dict[int, str]
+    """Ids that stand for no text of their own: special, control and unknown tokens."""
+    added: dict[int, str]
+    """Further tokens that are found before text is split."""
+    tokens: dict[int, bytes]
+    """Id -> UTF-8 bytes, or a part of a character, of every other token."""
+
+    def __init__(self, path: Path, file: Path) -> None:
+        self.path = path
+        self.file = file
+        self.name = path.name if path.suffix else path.resolve().name
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that a model's embedding needs: the largest id + 1."""
+        return max([*self.special, *self.added, *self.tokens]) + 1
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ordinary text."""
+
+    @abstractmethod
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+
+    @abstractmethod
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of text in which special tokens are read as such."""
+
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids; bytes that are no character become U+FFFD."""
+
+    def normalize(self, text: str) -> str:
+        """Return the text that `decode(encode(text))` is meant to give."""
+        return text
+
+    def merged_alone(self, id_: int) -> list[int] | None:
+        """Return what a token's own bytes become by merges alone, unsplit;
+        None where the library does not tell.
+
+        In byte-pair encoding a token that its own bytes do not become is never given for any text: merges
+        inside it come in the same order whatever stands around it.
+        """
+        return None
+
+
+class HuggingFace(Opened):
+    """A tokenizer.json, by `tokenizers`."""
+
+    library = "tokenizers"
+
+    def __init__(self, path: Path, file: Path) -> None:
+        """Raises: UserError: the file is no tokenizer.json that the library reads, or it cannot encode."""
+        super().__init__(path, file)
+        self._raw = open_hf(file).raw
+        self._tokenizer = opened(self._raw, file)
+        try:
+            self.encode(PROBE)
+        except Exception as e:  # the binding raises a bare Exception
+            raise UserError(f"{file}: cannot encode {PROBE!r} ({' '.join(str(e).split())[:200]}); "
+                            "give it a token for the unknown") from None
+        found = self._tokenizer.get_added_tokens_decoder()
+        self.special = {id_: token.content for id_, token in found.items() if token.special}
+        self.added = {id_: token.content for id_, token in found.items() if not token.special}
+        spelled = self._tokenizer.get_vocab(with_added_tokens=False)
+        if (unknown := self._raw["model"].get("unk_token")) in spelled:
+            self.special[spelled[unknown]] = unknown
+        self._spelled = {id_: token
+                         for token, id_ in spelled.items() if id_ not in found and id_ not in self.special}
+        # a space, which the decoder takes away again
+        self._prepends = "Prepend" in _kinds(self._raw.get("normalizer"))
+        kinds = _kinds(self._raw.get("decoder"))
+        self.tokens = {id_: self._bytes(id_, token, kinds) for id_, token in self._spelled.items()}
+
+    def _bytes(self, id_: int, token: str, kinds: set[str]) -> bytes:
+        if "ByteLevel" in kinds:
+            back = byte_characters()
+            return bytes(back[c] for c in token) if all(c in back for c in token) else token.encode()
+        if kinds & {"ByteFallback", "Metaspace"}:
+            return _piece_bytes(token)
+        return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_special(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def normalize(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        if normalizer is None:
+            return text
+        normal = str(normalizer.normalize_str(text)).replace(SPACE, " ")
+        return normal.removeprefix(" ") if self._prepends else normal
+
+    def merged_alone(self, id_: int) -> list[int] | None:
+        model = self._raw["model"]
+        if model["type"] != "BPE" or model.get("ignore_merges"):
+            return None
+        return [token.id for token in self._tokenizer.model.tokenize(self._spelled[id_])]
+
+
+class Tiktoken(Opened):
+    """A file of ranks and the rules beside it, by `tiktoken`."""
+
+    library = "tiktoken"
+
+    def __init__(self, path: Path, file: Path) -> None:
+        """Raises: UserError: the ranks are damaged, or there are no rules for them."""
+        super().__init__(path, file)
+        ranks, rules = (tiktoken_format.read_ranks(file),
+                        tiktoken_format.read_rules(tiktoken_format.rules_path(file)))
+        self._encoding = tiktoken_format.encoding(ranks, rules)
+        self._form: Any = rules.normalization
+        self.special = {id_: token for token, id_ in rules.special_tokens.items()}
+        self.added = {}
+        self.tokens = {rank: token for token, rank in ranks.items()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(self.normalize(text))
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch([self.normalize(text) for text in texts], num_threads=2)
+
+    def encode_special(self, text: str) -> list[int]:
+        return self._encoding.encode(self.normalize(text), allowed_special="all")
+
+    def decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids, errors="replace")
+
+    def normalize(self, text: str) -> str:
+        return text if self._form is None else unicodedata.normalize(self._form, text)
+
+
+class SentencePiece(Opened):
+    """A .model file, by `sentencepiece`."""
+
+    library = "sentencepiece"
+
+    def __init__(self, path: Path, file: Path) -> None:
+        """Raises: UserError: the package is not installed, or the file is no model of its."""
+        super().__init__(path, file)
+        try:
+            self._model = sentencepiece_format.processor(file.read_bytes())
+        except (RuntimeError, OSError):
+            raise UserError(f"{file}: is none of the forms that are read (or a damaged one); "
+                            f"pass {FORMS}") from None
+        ids = range(self._model.get_piece_size())
+        self.special = {i: self._model.id_to_piece(i)
+                        for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
+        self.added = {}
+        self.tokens = {i: _piece_bytes(self._model.id_to_piece(i)) for i in ids if i not in self.special}
+        self._adds_space = self._model.normalize("a").startswith(SPACE)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._model.encode(text, out_type=int))
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        return list(self._model.encode(texts, out_type=int, num_threads=2))
+
+    def encode_special(self, text: str) -> list[int]:
+        return self.encode(text)  # control tokens are never read from text
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._model.decode(ids))
+
+    def normalize(self, text: str) -> str:
+        normal = str(self._model.normalize(text)).replace(SPACE, " ")
+        return normal.removeprefix(" ") if self._adds_space else normal
+
+
+def open_tokenizer(path: Path) -> Opened:
+    """Open a tokenizer.
+
+    Raises:
+        UserError: there is none at the path, or it cannot be read.
+    """
+    file = find_file(path)
+    if file.suffix == ".json":
+        opened: Opened = HuggingFace(path, file)
+    elif tiktoken_format.is_ranks_file(file):  # Llama 3 has ranks in a file called tokenizer.model
+        opened = Tiktoken(path, file)
+    else:
+        opened = SentencePiece(path, file)
+    if not opened.tokens:
+        raise UserError(f"{file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
+    return opened
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Return the bytes of a token that is spelled as sentencepiece does."""
+    return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
+
+
+def _kinds(rules: dict[str, Any] | None) -> set[str]:
+    """Return the types of a decoder or normalizer and of those inside it."""
+    if not rules:
+        return set()
+    inner = [*rules.get("decoders", []), *rules.get("normalizers", [])]
+    return {rules["type"]}.union(*map(_kinds, inner))

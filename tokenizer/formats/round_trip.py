@@ -73,17 +73,20 @@ def check(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1:
     """
     splitter = Splitter(preset, preset.final_pattern)
     texts = [*samples, *_unicode()]
+    # from the files, as a user's program loads them
     ids = _by_transformers(folder, texts)
     normal = [splitter.normalize(text) for text in texts]
     _expect("decoding does not give back", texts, tokenizer.decode_batch(ids, skip_special_tokens=False),
             normal)
     encoding = vocabulary.as_tiktoken(preset.final_pattern)
     first = preset.num_special_ids
+    # another implementation of the same merges: it shares no code with `tokenizers`
     by_tiktoken = encoding.encode_ordinary_batch(normal, num_threads=len(os.sched_getaffinity(0)))
     _expect("tiktoken and transformers differ on", texts,
             [[i + first for i in found] for found in by_tiktoken], ids)
     if stage_1 < len(vocabulary.tokens):
         heads = [text[:TWO_STEP_CHARS] for text in normal[: len(samples)]]
+        # SuperBPE is learned in two steps and encoded in one: both must agree
         one_step = [encoding.encode_ordinary(text) for text in heads]
         _expect("two steps differ from one on", heads,
                 list(_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
@@ -127,6 +130,7 @@ def _in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
         found: list[int] = []
         for unit in splitter.split(text):
             if unit not in known:
+                # plain BPE by ranks, slow and obvious
                 parts = merged([bytes([b]) for b in unit.encode()], first)
                 known[unit] = [ids[token] for token in merged(parts, second)]
             found += known[unit]

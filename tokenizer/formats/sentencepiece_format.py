@@ -60,12 +60,10 @@ def new_proto() -> Any:
 
 
 def processor(model: bytes) -> Any:
-    """Return the library's encoder of a serialised model."""
     return library().SentencePieceProcessor(model_proto=model)
 
 
 def byte_piece(byte: int) -> str:
-    """Return the name of a byte's piece."""
     return f"<0x{byte:02X}>"
 
 
@@ -84,6 +82,7 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
         UserError: the model uses something that `tokenizers` has no form for.
     """
     trainer = proto.trainer_spec
+    # these have no counterpart in tokenizer.json: refused, since ids would differ in silence
     reasons = {
         trainer.model_type not in (UNIGRAM, BPE): "its model type is "
                                                   f"{_MODELS.get(trainer.model_type, trainer.model_type)}, "
@@ -100,10 +99,12 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
                                                       "or damaged"):
         raise UserError(f"{name}: {reason}")
     pieces = [p.piece for p in proto.pieces]
+    # longest first: an alternation takes the first that fits, and sentencepiece the longest
     users = sorted((p.piece for p in proto.pieces if p.type == USER_DEFINED), key=lambda p: (-len(p), p))
     model = _bpe(proto, name, unknown[0], bool(users)) if trainer.model_type == BPE \
         else _unigram(proto, name, pieces.index(unknown[0]))
     special = [(i, p.piece) for i, p in enumerate(proto.pieces) if p.type in (CONTROL, UNKNOWN)]
+    # the space that encoding put in front is taken away once, by the decoder
     prefixed = proto.normalizer_spec.add_dummy_prefix
     return {
         "version": "1.0", "truncation": None, "padding": None,
@@ -138,6 +139,7 @@ def _normalizers(spec: Any) -> list[dict[str, Any]]:
         # `tokenizers` maps characters one by one, so letters and marks, and Hangul's parts,
         # have to be composed before
         steps.insert(0, {"type": "NFC"})
+    # before the prefix, which would itself be taken for an extra space
     if spec.remove_extra_whitespaces:
         steps += [_replace(_EDGES, "", "Regex"), _replace(_RUNS, " ", "Regex")]
     if spec.add_dummy_prefix:
@@ -157,10 +159,13 @@ def _bpe(proto: Any, name: str, unknown: str, whole_pieces: bool) -> dict[str, A
     # the best score merges first; of equal scores the library takes the leftmost, whatever the piece
     rank_of: dict[str, float] = {p.piece: -p.score for _, p in normal}
     long = sorted((-p.score, id_, p.piece) for id_, p in normal if len(p.piece) > 1)
+    # a list of merges has a fixed order, and the library's ties depend on the place in the text
     if twice := next((b for a, b in pairwise(long) if a[0] == b[0]), None):
         raise UserError(f"{name}: its pieces {twice[2]!r} and another one have the same score {-twice[0]}, "
                         "so which merges first depends on the text, for which a list of merges has no form")
+    # each piece's last merge: the best pair of what shorter pieces make of it
     pairs = [pair for _, _, piece in long if (pair := merge_of(list(piece), rank_of))]
+    # a piece that is reached through text that is no piece itself
     if broken := next((pair for pair in pairs if not set(pair) <= vocab.keys()), None):
         raise UserError(f"{name}: its piece {''.join(broken)!r} has a character that is no piece of its own, "
                         "for which a list of merges has no form")
@@ -178,6 +183,7 @@ def _unigram(proto: Any, name: str, unknown: int) -> dict[str, Any]:
             # what is unknown costs more than any piece, so more than this one
             raise UserError(f"{name}: it has no piece for {strange!r}, so text that reads {piece!r} would "
                             "become that piece")
+    # other types get a score that never wins: text must not become a control token
     scores = {NORMAL: None, USER_DEFINED: 0.0}
     vocab = [[p.piece, p.score if scores.get(p.type, NEVER) is None else scores.get(p.type, NEVER)]
              for p in proto.pieces]
@@ -199,6 +205,7 @@ def to_sentencepiece(raw: dict[str, Any], named: dict[str, str | None]) -> bytes
     pieces = _pieces(raw)
     for piece, (score, kind) in pieces.items():
         proto.pieces.add(piece=piece, score=score, type=kind)
+    # sentencepiece has exactly one
     if sum(kind == UNKNOWN for _, kind in pieces.values()) != 1:
         raise NotSentencepiece("its model has no token for the unknown, which sentencepiece always has")
     _read_normalizers(raw, proto.normalizer_spec)
@@ -231,6 +238,7 @@ def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
         ids, order = {piece: id_ for id_, (piece, _) in enumerate(model["vocab"])}, dict(model["vocab"])
         unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None
     ids |= {content: token["id"] for content, token in added.items()}
+    # an id is a place in the list of pieces
     if sorted(ids.values()) != list(range(len(ids))):
         raise NotSentencepiece("its ids have gaps")
     byte_pieces = {byte_piece(b) for b in range(256)} if model.get("byte_fallback") else set()
@@ -246,6 +254,7 @@ def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
         elif piece in cut_out:
             found[piece] = (0.0, USER_DEFINED)
         else:
+            # pieces that no merge makes, such as characters, come behind all merges
             found[piece] = (order.get(piece, -float(len(ids))), NORMAL)
     return found
 
@@ -260,6 +269,7 @@ def _cut_out(raw: dict[str, Any]) -> list[str]:
                                "while sentencepiece merges characters and splits at spaces alone; "
                                "take --format tiktoken")
     vocab = raw["model"]["vocab"]
+    # escaped as they were written, so each part is found again exactly
     pieces = {_escaped(piece): piece
               for piece in (vocab if isinstance(vocab, dict) else (p for p, _ in vocab))}
     parts = (step["pattern"].get("Regex", "").split("|")
@@ -275,6 +285,7 @@ def _read_normalizers(raw: dict[str, Any], spec: Any) -> None:
     step = raw.get("normalizer") or {"type": "Sequence", "normalizers": []}
     left = list(step["normalizers"] if step["type"] == "Sequence" else [step])
     spec.name = "identity"
+    # the steps are taken off from the front; what is left over at the end has no form
     if [s["type"] for s in left[:2]] == ["NFC", "Precompiled"]:
         spec.name = "nfkc"
         left.pop(0)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.base.documents.byte_bpe import byte_characters, ranks, split_pattern
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe.segmenting import merge_of
-from tokenizer.formats.hf_files import special_token
-from tokenizer.formats.hostile import ID_DIGITS, no_panics, refuse_far_ids
+from tokenizer.formats.hf_files import ID_DIGITS, no_panics, refuse_far_ids, special_token
 
 if TYPE_CHECKING:
     import tiktoken
@@ -56,6 +55,7 @@ def for_oniguruma(pattern: str) -> str:
             return pattern  # malformed: whoever compiles it says so
         text, position = match.group(), match.end()
         if match["interval"]:
+            # possessive quantifiers on an interval: Ruby would read the + as another quantifier
             out[last:] = ["(?>", *out[last:], text[:-1], ")"]
             continue
         if match["atom"]:
@@ -64,6 +64,7 @@ def for_oniguruma(pattern: str) -> str:
             starts.append(len(out))
         elif text == ")" and starts:
             last = starts.pop()
+        # without the multi-line flag these are ends of the text; in Ruby they are ends of lines
         out.append({"^": r"\A", "$": r"\z"}.get(text, text))
     return "".join(out)
 
@@ -140,6 +141,7 @@ def to_tiktoken(raw: dict[str, Any], name: str,
         if way := next((w for w in ("lstrip", "rstrip", "single_word") if token.get(w)), None):
             raise UserError(f"{name}: added token {token['content']!r} has {way}, "
                             "for which tiktoken has no form")
+        # one special token that begins another: which is found is not said by the library
         if longer := next((s for s in special if s != token["content"] and s.startswith(token["content"])),
                           None):
             raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, "
@@ -167,6 +169,7 @@ def is_ranks_file(file: Path) -> bool:
 def _rank_line(line: bytes) -> tuple[bytes, int] | None:
     token, _, id_ = line.rstrip(b"\r\n").partition(b" ")
     try:
+        # a limit on digits: int() of a huge number takes quadratic time
         is_id = id_.isdigit() and len(id_) <= ID_DIGITS
         return (base64.b64decode(token, validate=True), int(id_)) if is_id else None
     except binascii.Error:
@@ -194,7 +197,9 @@ def read_ranks(file: Path) -> dict[bytes, int]:
                                 "restore the file from its source")
             found[token] = id_
             ids.add(id_)
+    # the library makes room for the largest id
     refuse_far_ids(ids, file)
+    # all bytes, or there is text that cannot be encoded
     if missing := [b for b in range(256) if bytes([b]) not in found]:
         raise UserError(f"{file}: byte 0x{missing[0]:02X} is no token, so text that holds it could not be "
                         "encoded; add all 256 bytes or take another tokenizer")
@@ -230,6 +235,7 @@ def encoding(found: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding
     """
     import tiktoken
 
+    # told here by name, before the library builds its tables
     by_id = {id_: token for token, id_ in found.items()}
     if taken := next((t for t, id_ in rules.special_tokens.items() if id_ in by_id), None):
         id_ = rules.special_tokens[taken]
@@ -264,10 +270,12 @@ def from_tiktoken(found: dict[bytes, int], rules: TiktokenRules) -> dict[str, An
     characters = {byte: character for character, byte in byte_characters().items()}
     spelled = {token: "".join(characters[b] for b in token) for token in sorted(found, key=found.__getitem__)}
     vocab = {text: found[token] for token, text in spelled.items()}
+    # tokenizer.json has one table for both, so text could become a special token
     if taken := next((t for t in rules.special_tokens if t in vocab), None):
         raise UserError(f"{rules.name}: special token {taken!r} is spelled like an ordinary token, "
                         "so text could become its id; rename it")
     as_ranks: dict[bytes, float] = dict(found)
+    # ranks hold results of merges; the pair is found again by merging what is below its rank
     pairs = [merge_of([bytes([b]) for b in token], as_ranks) for token in spelled if len(token) > 1]
     added = sorted(rules.special_tokens.items(), key=lambda e: e[1])
     return {

@@ -1,15 +1,18 @@
-"""How much text a token holds: the figures by which tokenizers are compared, for each text."""
+"""How much text a token holds, the figures by which tokenizers are compared, and what a tokenizer covers: its
+tokens, characters, scripts, and text that comes in pieces."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import random
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,113 +20,16 @@ from numpy.typing import NDArray
 from megatron_sov.base.documents import Document, RecordReading, cut_text, list_files, plan_units, read_span
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageTable
-from tokenizer.formats.loaders import Opened
-from tokenizer.report.charts import bars, lines
-from tokenizer.report.check import TokenizerCheck, Verdict, cut, is_text, shown
+from megatron_sov.base.settings import AboveZero, Flag
+from tokenizer.formats.reader import Opened, open_tokenizer
+from tokenizer.report.check import TokenizerCheck, bars, cut, is_text, shown, verdict_of
 
-# How numbers and white space are cut.
-
-MAX_DIGITS = 12
-NUMBERS_PER_LENGTH = 60
 NUM_EXAMPLES = 20
-_DIGITS = re.compile(rb"[0-9]+")
-MAX_SPACES, MAX_TABS = 64, 16
-USUAL_INDENTS = (4, 8, 12, 16)
-MIXED = ("\r\n", "\r\n\r\n", "\t \t ", " \n", "\n \n", "\u3000", "\u00a0\u00a0", " \t\n\r\n  x")
-EXAMPLES = ("\n    x", "\n        x", "\n\tx", "\n\n\nx", "a  b", "a\r\nb", "\n \n x")
+"""Shown of what a check finds."""
 
 
 def pieces(tokenizer: Opened, text: str) -> list[bytes]:
-    """Return the bytes of each token of a text."""
     return [tokenizer.tokens.get(i, b"") for i in tokenizer.encode(text)]
-
-
-def digit_shape(tokenizer: Opened, number: str) -> tuple[int, ...]:
-    """Return how many digits of a number each of its tokens holds, from the left."""
-    digits = (sum(len(run) for run in _DIGITS.findall(piece)) for piece in pieces(tokenizer, f"n={number}"))
-    return tuple(n for n in digits if n)
-
-
-def check_digits(tokenizer: Opened) -> TokenizerCheck:
-    """How numbers of 1 to 12 digits are cut: one by one, in regular groups,
-    or depending on which digits they are."""
-    several = [i for i, token in sorted(tokenizer.tokens.items()) if _several_digits(token)]
-    draw = random.Random(0)
-    learned = [run.decode() for i in several for run in _DIGITS.findall(tokenizer.tokens[i])]
-    by_length = {n: [f"{draw.randrange(10 ** (n - 1), 10 ** n)}" for _ in range(NUMBERS_PER_LENGTH)]
-                 for n in range(1, MAX_DIGITS + 1)}
-    for number in learned[:2000]:
-        if len(number) <= MAX_DIGITS:
-            by_length[len(number)].append(number)
-    shapes = {n: _shapes(tokenizer, numbers) for n, numbers in by_length.items()}
-    single = all(shape == (1,) * n for n, found in shapes.items() for shape in found)
-    regular = all(len(found) == 1 for found in shapes.values())
-    verdict: Verdict = "good" if single and not several else "note" if regular else "bad"
-    how = ("every digit is a token of its own" if single
-           else "numbers are cut in groups that depend on their length alone"
-           if regular else "how a number is cut depends on which digits it has")
-    example = f", such as {shown(tokenizer.tokens[several[0]])}" if several else ""
-    summary = f"{how}; {len(several):,} tokens hold several digits{example}"
-    numbers = {"single_digits": single, "regular": regular, "num_multi_digit_tokens": len(several),
-               "multi_digit_tokens": [shown(tokenizer.tokens[i]) for i in several[:200]],
-               "shapes": {str(n): {_sum(s): number for s, number in found.items()}
-                          for n, found in shapes.items()}}
-    rows = [
-        [str(n), f"{len(found)}", "; ".join(f"{_sum(s)} ({number})" for s, number in list(found.items())[:4])]
-        for n, found in shapes.items()]
-    return TokenizerCheck("digits", "Digits", verdict, summary, numbers,
-                          [PageTable(["digits", "ways", "groups, with an example"], rows)])
-
-
-def _sum(shape: tuple[int, ...]) -> str:
-    return "+".join(map(str, shape))
-
-
-def _several_digits(token: bytes) -> bool:
-    """Return whether a token holds two digits, or numerals, side by side."""
-    text = token.decode("utf-8", errors="replace")
-    return any(a[0] == b[0] == "N" for a, b in itertools.pairwise(map(unicodedata.category, text)))
-
-
-def _shapes(tokenizer: Opened, numbers: list[str]) -> dict[tuple[int, ...], str]:
-    found: dict[tuple[int, ...], str] = {}
-    for number in numbers:
-        found.setdefault(digit_shape(tokenizer, number), number)
-    return found
-
-
-def check_whitespace(tokenizer: Opened) -> TokenizerCheck:
-    """Indentation by 1 to 64 spaces and 1 to 16 tabs, line breaks and mixed white space: tokens,
-    and whether it comes back."""
-    indents = {" ": MAX_SPACES, "\t": MAX_TABS}
-    base = len(tokenizer.encode("if x:\nreturn y"))
-    cost = {unit: [len(tokenizer.encode(f"if x:\n{unit * n}return y")) - base for n in range(1, most + 1)]
-            for unit, most in indents.items()}
-    runs = [unit * n for unit, most in indents.items() for n in range(1, most + 1)]
-    runs += [*("\n" * n for n in range(1, 9)), *MIXED]
-    texts = [f"{before}{run}{after}" for run in runs for before, after in (("", ""), ("x", "y"), ("\n", "y"))]
-    lost = [text for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True)
-            if tokenizer.decode(ids) != text]
-    white = {id_: token for id_, token in tokenizer.tokens.items() if token and not token.strip(b" \t\r\n")}
-    spaces, tabs, breaks = (max((len(t) for t in white.values() if not t.strip(unit)), default=0)
-                            for unit in (b" ", b"\t", b"\n"))
-    dear = [n for n in USUAL_INDENTS if cost[" "][n - 1] > 1]
-    verdict: Verdict = "bad" if lost else "note" if dear else "good"
-    comes_back = (f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost
-                  else "every run comes back")
-    summary = (f"{len(white)} tokens are white space (longest: spaces {spaces}, tabs {tabs}, "
-               f"line breaks {breaks}); {comes_back}"
-               + (f"; indentation by {', '.join(map(str, dear))} spaces takes more than one token more"
-                  if dear else ""))
-    numbers = {"num_whitespace_tokens": len(white), "longest_spaces": spaces, "longest_tabs": tabs,
-               "longest_line_breaks": breaks, "num_tried": len(texts),
-               "not_given_back": [shown(t) for t in lost],
-               "tokens_more_for_spaces": cost[" "], "tokens_more_for_tabs": cost["\t"]}
-    drawn = lines(list(range(1, MAX_SPACES + 1)), {"spaces": cost[" "], "tabs": cost["\t"]},
-                  ("indentation", "tokens more than without"), "What indentation of a line of code costs.")
-    rows = [[shown(text), cut(pieces(tokenizer, text))] for text in EXAMPLES]
-    return TokenizerCheck("whitespace", "Indentation and white space", verdict, summary, numbers,
-                          [PageTable(["text", "tokens"], rows)], [drawn])
 
 
 # Held-out texts by name, one for each language or domain; of a large one,
@@ -137,6 +43,21 @@ DEFAULT_MB = 10.0
 _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """Thai, Lao, Burmese, Khmer, kana, Han."""
+
+
+TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
+    "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
+    "FILE.tiktoken.json."))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutTextOptions:
+    """Held-out text."""
+
+    text: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)] = ()
+    """Held-out text: a text file, .jsonl, .parquet or a folder of them, one for each language or domain."""
+    max_text_mb: Annotated[AboveZero, Flag(value="MB")] = DEFAULT_MB
+    """Most text of each that is read, spread evenly over its files."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +214,7 @@ def measure(tokenizer: Opened, text: NamedText) -> TokenizerMeasures:
     changed = 0
     for chunk, ids in zip(text.chunks, tokenizer.encode_many(text.chunks), strict=True):
         counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
+        # a normalizer may change text; beyond that, decoding has to give it back
         changed += tokenizer.decode(ids) != tokenizer.normalize(chunk)
     return TokenizerMeasures(text, counts, changed)
 
@@ -305,6 +227,7 @@ def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokeniz
     all_bytes, all_tokens = sum(m.text.num_bytes for m in measured), sum(m.num_tokens for m in measured)
     numbers = {}
     for m in measured:
+        # tokens are what a model computes: a text's share of them over its share of bytes is its cost
         share_bytes, share_tokens = m.text.num_bytes / all_bytes, m.num_tokens / all_tokens
         numbers[m.text.name] = m.numbers() | {
             "share_of_bytes": share_bytes, "share_of_flops": share_tokens, "cost_against_mean": share_tokens
@@ -340,3 +263,314 @@ def table(measured: list[TokenizerMeasures]) -> PageTable:
                      f"{m.text.num_bytes / all_bytes:.1%}", f"{m.num_tokens / all_tokens:.1%}"])
     return PageTable(["text", "MB", "tokens", "bytes/token", "tokens/word", "tokens/character",
                       "context for 1,000 words", "% of bytes", "% of FLOPs"], rows)
+
+
+# What is in a vocabulary: its size and parts, tokens of several words, the longest ones.
+
+
+
+def check_inventory(tokenizer: Opened) -> TokenizerCheck:
+    """Size, special tokens, bytes, parts of characters and the longest tokens."""
+    tokens = tokenizer.tokens
+    ids = {*tokens, *tokenizer.special, *tokenizer.added}
+    single = {token[0] for token in tokens.values() if len(token) == 1}
+    partial = [id_ for id_, token in tokens.items() if len(token) > 1 and not is_text(token)]
+    unused_ids = tokenizer.vocab_size - len(ids)
+    twins = [token for token, count in Counter(tokens.values()).items() if count > 1]
+    by_length = sorted(tokens, key=lambda id_: (-len(tokens[id_]), id_))
+    longest = [id_ for id_ in by_length if tokens[id_].strip()][:NUM_EXAMPLES]
+    numbers = {
+        "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
+        "num_special": len(tokenizer.special), "num_added": len(tokenizer.added),
+        "special": {str(i): t for i, t in sorted(tokenizer.special.items())},
+        "added": {str(i): t for i, t in sorted(tokenizer.added.items())}, "num_single_bytes": len(single),
+        "num_parts_of_characters": len(partial),
+        "share_parts_of_characters": len(partial) / tokenizer.vocab_size, "ids_without_token": unused_ids,
+        "num_same_bytes": len(twins), "same_bytes": [shown(t) for t in twins[:NUM_EXAMPLES]],
+        "mean_bytes": sum(map(len, tokens.values())) / max(1, len(tokens)),
+        "longest": [{"id": i, "token": shown(tokens[i]), "num_bytes": len(tokens[i])} for i in longest],
+        "tokens_by_num_bytes": dict(sorted(Counter(map(len, tokens.values())).items()))}
+    summary = (f"{tokenizer.vocab_size:,} ids: {len(tokenizer.special):,} special, {len(tokenizer.added):,} "
+               f"added, {len(single)} single bytes, {len(partial):,} parts of characters; "
+               f"the longest token has {len(tokens[by_length[0]])} bytes"
+               + (f"; {unused_ids:,} ids have no token" if unused_ids else "")
+               + (f"; {len(twins):,} tokens share their bytes with another" if twins else ""))
+    tables = [PageTable(["longest tokens", "id", "bytes"],
+                        [[shown(tokens[i]), f"{i:,}", f"{len(tokens[i])}"] for i in longest])]
+    if named := sorted((tokenizer.special | tokenizer.added).items()):
+        rows = [[shown(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
+                for i, t in named[:3 * NUM_EXAMPLES]]
+        tables.insert(0, PageTable(["special and added tokens", "id", "kind"], rows))
+    lengths = Counter(min(len(t), 24) for t in tokens.values())
+    labels = [f"{n}" if n < 24 else "24 and more" for n in sorted(lengths)]
+    drawn = bars(labels, {"tokens": [lengths[n] for n in sorted(lengths)]}, "tokens",
+                 "Tokens by their bytes.")
+    return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or twins else "good", summary,
+                          numbers, tables, [drawn])
+
+
+def words_in(token: bytes) -> int:
+    return sum(any(c.isalpha() for c in word) for word in token.decode("utf-8", errors="ignore").split())
+
+
+def check_superwords(tokenizer: Opened) -> TokenizerCheck:
+    """Tokens that span several words (SuperBPE, arXiv 2503.13423)."""
+    words = {id_: n for id_, token in tokenizer.tokens.items()
+             if b" " in token and (n := words_in(token)) > 1}
+    share = len(words) / tokenizer.vocab_size
+    longest = sorted(words, key=lambda id_: (-words[id_], -len(tokenizer.tokens[id_]), id_))
+    step = max(1, len(words) // NUM_EXAMPLES)
+    spread = sorted(words)[::step][:NUM_EXAMPLES]
+    numbers = {"num_superwords": len(words), "share": share,
+               "by_num_words": dict(sorted(Counter(words.values()).items())),
+               "longest": [shown(tokenizer.tokens[i]) for i in longest[:NUM_EXAMPLES]],
+               "examples": [shown(tokenizer.tokens[i]) for i in spread]}
+    summary = (f"{len(words):,} tokens span words, {share:.1%} of the vocabulary; "
+               f"the longest spans {max(words.values())} words" if words else "no token spans words")
+    rows = [[shown(tokenizer.tokens[i]), f"{i:,}", f"{words[i]}"] for i in [*longest[:10], *spread]]
+    tables = [PageTable(["superwords: longest, then some of all ids", "id", "words"], rows)] if rows else []
+    return TokenizerCheck("superwords", "Superwords", "good", summary, numbers, tables)
+
+
+# Every Unicode scalar value, encoded and decoded: side by side and, in planes with characters, behind a
+# letter and a space.
+
+BLOCK = 2048
+NUM_SCALARS_SHOWN = 20
+END = 0x110000
+EMPTY_PLANES = range(0x40000, 0xE0000)
+"""No character of any writing stands there; they are tried side by side only."""
+SEPARATORS = {"side by side": "", "behind a letter": "a", "behind a space": " "}
+
+
+@dataclass
+class Scalars:
+    """What became of all of Unicode."""
+
+    seen: NDArray[np.bool_]
+    """Ids that came up, [vocab]."""
+    num_tried: int = 0
+    changed: list[int] = field(default_factory=list)
+    """Code points that the normalizer writes in another, equivalent way (NFC)."""
+    lost: list[int] = field(default_factory=list)
+    """Code points that come back as other text, or not at all."""
+    lost_blocks: list[str] = field(default_factory=list)
+    """Blocks that do not come back although each of their characters does."""
+
+
+def try_scalars(tokenizer: Opened, progress: Callable[[int], object], end: int = END) -> Scalars:
+    """Encode and decode all 1,112,064 scalar values, or those below `end`;
+    `progress` is told of each block."""
+    found = Scalars(np.zeros(tokenizer.vocab_size, np.bool_))
+    for codes in _blocks(end):
+        found.num_tried += len(codes)
+        # planes without characters once: they are large, and no text has them
+        names = list(SEPARATORS)[:1] if codes[0] in EMPTY_PLANES else list(SEPARATORS)
+        texts = [SEPARATORS[name].join(map(chr, codes)) for name in names]
+        encoded = tokenizer.encode_many(texts)
+        for ids in encoded:
+            found.seen[ids] = True
+        same = [tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True)]
+        if not all(same):
+            before = len(found.lost)
+            # a block that does not come back is looked at character by character
+            _look_closer(tokenizer, codes, found)
+            explained = len(found.lost) > before
+            for name, text, ids in zip(names, texts, encoded, strict=True):
+                # characters that are fine alone and not together
+                if not explained and not _equivalent(tokenizer.decode(ids), text):
+                    found.lost_blocks.append(f"U+{codes[0]:04X} to U+{codes[-1]:04X}, {name}")
+        progress(1)
+    return found
+
+
+def _look_closer(tokenizer: Opened, codes: list[int], found: Scalars) -> None:
+    """Try each character of a block on its own, between letters."""
+    texts = [f"a{chr(code)}a" for code in codes]
+    for code, text, ids in zip(codes, texts, tokenizer.encode_many(texts), strict=True):
+        back = tokenizer.decode(ids)
+        if back != text:
+            (found.changed if _equivalent(back, text) else found.lost).append(code)
+
+
+def _equivalent(a: str, b: str) -> bool:
+    """Return whether two texts are canonically equivalent (Unicode Standard Annex 15)."""
+    return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
+
+
+def num_blocks() -> int:
+    """Return how often `try_scalars` tells of its progress."""
+    return sum(1 for _ in _blocks(END))
+
+
+def _blocks(end: int) -> Iterator[list[int]]:
+    for start in range(0, end, BLOCK):
+        if not 0xD800 <= start < 0xE000:
+            yield list(range(start, min(start + BLOCK, end)))
+
+
+def check_scalars(found: Scalars) -> TokenizerCheck:
+    """Say whether all of Unicode survives."""
+    bad = bool(found.lost or found.lost_blocks)
+    summary = f"{found.num_tried:,} characters tried"
+    if found.lost:
+        summary += f", {len(found.lost):,} lost, the first U+{found.lost[0]:04X}"
+    if found.lost_blocks:
+        summary += f", {len(found.lost_blocks):,} blocks do not come back"
+    if found.changed:
+        summary += f", {len(found.changed):,} written in another, equivalent way (normalization)"
+    if not bad and not found.changed:
+        summary += ", all come back"
+    numbers = {"num_tried": found.num_tried, "num_lost": len(found.lost),
+               "lost": [f"U+{c:04X}" for c in found.lost[:1000]], "num_normalized": len(found.changed),
+               "normalized": [f"U+{c:04X}" for c in found.changed[:NUM_SCALARS_SHOWN]],
+               "lost_blocks": found.lost_blocks}
+    rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
+            for c in found.lost[:NUM_SCALARS_SHOWN]]
+    tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
+    return TokenizerCheck("scalars", "All of Unicode", verdict_of(bad, found.changed),
+                          summary, numbers, tables)
+
+
+# Writing that tokenizers treat badly: Hangul in its parts, Thai marks, emoji sequences,
+# and how dear each syllable is.
+
+HANGUL_SYLLABLES = range(0xAC00, 0xD7A4)
+DEAR_DECOMPOSED = 2.0
+"""Tokens of decomposed Korean over those of composed Korean, from which it is worth a remark."""
+KOREAN = "한국어 문서를 읽고 쓰는 데에는 많은 낱말이 필요하다."
+
+SAMPLES: dict[str, dict[str, str]] = {
+    "Hangul": {
+        "composed (NFC)": KOREAN, "decomposed (NFD)": unicodedata.normalize("NFD", KOREAN),
+        "compatibility jamo": "ㅋㅋㅋ ㅎㅎ ㅠㅠ",
+        "halfwidth jamo": "ﾤﾷﾱ", "old Hangul": "나랏말ᄊᆞ미 듕귁에 달아", "jamo alone": "ᄀ ᅡ ᆨ ᄀᅠ",
+    },
+    "Thai": {
+        "tone and vowel marks": "กำลังที่นี้ ผู้ใหญ่ เก็บน้ำผึ้ง", "sara am in two parts": "นํ้า กํา",
+        "marks out of order": "ก่ี ก้ิ", "mark without a letter": "่ ี", "digits": "๑๒๓๔๕๖",
+    },
+    "Emoji": {
+        "joined family (ZWJ)": "👨\u200d👩\u200d👧\u200d👦", "flags": "🇰🇷🇹🇭🇯🇵", "skin tones": "👍🏻👍🏽👍🏿",
+        "keycap": "1\ufe0f\u20e3 #\ufe0f\u20e3",
+        "variation selectors": "❤\ufe0f ❤\ufe0e",
+        "subdivision flag (tags)": "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+        "profession with skin tone": "👩🏽\u200d🔬 🏳\ufe0f\u200d🌈",
+    },
+    "Others": {
+        "combining accents": "e\u0301 a\u0323\u0302 n\u0303", "Vietnamese": "Tiếng Việt",
+        "Arabic marks": "العَرَبِيَّة", "Hebrew points": "שָׁלוֹם",
+        "Devanagari": "क्षत्रिय हिन्दी", "direction marks": "a\u200eb\u200fc\u202ed\u202c",
+        "zero width": "a\u200bb\u2060c\ufeffd", "ligature and width forms": "ﬁ Ａ Å ½ ㎏",
+        "kana with marks": "か\u3099 がﾊﾟ",
+        "rare Han": "𠮷野家 㐀 﨎", "mathematics": "𝒜𝟙 ∑∫√",
+        "replacement and noncharacters": "\ufffd \ufffe \uffff", "controls": "\x00\x01\x1b\x7f\x85",
+    },
+}
+
+
+def check_scripts(tokenizer: Opened) -> TokenizerCheck:
+    """Encode and decode each sample; count the tokens of Hangul syllables and of decomposed Korean."""
+    rows, found, lost, changed = [], {}, [], []
+    for group, samples in SAMPLES.items():
+        for name, text in samples.items():
+            ids = tokenizer.encode(text)
+            back = tokenizer.decode(ids)
+            state = "same"
+            if back != text:
+                state = "equivalent" if _nfc(back) == _nfc(text) else "lost"
+            if state == "lost":
+                lost.append(f"{group}: {name}")
+            elif state == "equivalent":
+                changed.append(f"{group}: {name}")
+            found[f"{group}: {name}"] = {
+                "text": text, "num_chars": len(text), "num_bytes": len(text.encode()), "num_tokens": len(ids),
+                "num_tokens_nfc": len(tokenizer.encode(_nfc(text))), "back": state}
+            rows.append([group, name, text, f"{len(text)}", f"{len(ids)}", state,
+                         cut(pieces(tokenizer, text))])
+    syllables = Counter(len(ids) for ids in tokenizer.encode_many([chr(c) for c in HANGUL_SYLLABLES]))
+    decomposed, composed = (len(tokenizer.encode(SAMPLES["Hangul"][form]))
+                            for form in ("decomposed (NFD)", "composed (NFC)"))
+    ratio = decomposed / max(1, composed)
+    dear = ratio > DEAR_DECOMPOSED
+    verdict = verdict_of(lost, changed or dear)
+    summary = (f"{syllables[1]:,} of {len(HANGUL_SYLLABLES):,} Hangul syllables are one token; "
+               f"decomposed Korean costs {ratio:.1f} times as much as composed"
+               + (", so normalize the corpus to NFC" if dear else "")
+               + (f"; {len(lost)} samples are lost: {', '.join(lost[:3])}" if lost
+                  else "; all samples come back")
+               + (f", {len(changed)} in an equivalent form" if changed else ""))
+    numbers = {"hangul_syllables_by_tokens": {str(n): count for n, count in sorted(syllables.items())},
+               "decomposed_over_composed": ratio, "samples": found, "lost": lost, "equivalent": changed}
+    by_tokens = [[str(n), f"{c:,}"] for n, c in sorted(syllables.items())]
+    tables = [PageTable(["tokens of a Hangul syllable", "syllables"], by_tokens),
+              PageTable(["script", "sample", "text", "characters", "tokens", "comes back", "cut"], rows)]
+    return TokenizerCheck("scripts", "Hangul, Thai, emoji and others", verdict, summary, numbers, tables)
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+# Text and tokens that arrive one by one, and the same text encoded again.
+
+SAMPLE_CHARS = 300
+"""Of each text, character by character."""
+LONG_REWIND = 8
+NUM_CHUNKS, CHUNK_CHARS = 200, 10_000
+"""Text that is encoded again."""
+MIXED = ("The quick brown fox isn't here, it's 2026.  def f(x):\n    return x ** 2\n\n"
+         "한국어 문장은 띄어쓰기가 있다. 日本語と中文。 "
+         "กำลังที่นี้ 👨\u200d👩\u200d👧 naïve e\u0301 <|end|> https://example.org/a?b=1&c=2")
+
+
+def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerCheck:
+    """Let text grow by a character and see how many tokens are taken back; decode tokens as they come.
+
+    A server that shows text while it is made, or caches the tokens of a prompt, meets both.
+    """
+    samples = {"mixed": MIXED} | {t.name: t.chunks[len(t.chunks) // 2].strip()[:SAMPLE_CHARS] for t in texts}
+    found, rows, broken = {}, [], []
+    for name, text in samples.items():
+        if not text:
+            continue
+        grown = tokenizer.encode_many([text[:n] for n in range(1, len(text) + 1)])
+        back = [len(a) - _common(a, b) for a, b in itertools.pairwise(grown)]
+        whole = tokenizer.decode(grown[-1])
+        decoded = [tokenizer.decode(grown[-1][:k]).rstrip("\ufffd") for k in range(1, len(grown[-1]) + 1)]
+        if not all(whole.startswith(part) for part in decoded):
+            broken.append(name)
+        most = max(back, default=0)
+        where = text[:back.index(most) + 2] if back else text
+        found[name] = {"num_chars": len(text), "num_tokens": len(grown[-1]), "most_taken_back": most,
+                       "mean_taken_back": sum(back) / max(1, len(back)),
+                       "prefixes_decode": name not in broken}
+        rows.append([name, f"{len(grown[-1])}", f"{most}", f"{sum(back) / max(1, len(back)):.2f}",
+                     shown(where[-24:]), "no" if name in broken else "yes"])
+    most = max(int(f["most_taken_back"]) for f in found.values())
+    summary = f"one character more takes back at most {most} tokens; " + (
+        f"decoding the first tokens gives other text than the beginning in {', '.join(broken)}" if broken
+        else "the first tokens always decode to the beginning of the text")
+    verdict = verdict_of(broken, most > LONG_REWIND)
+    return TokenizerCheck("streaming", "Streaming", verdict, summary, {"texts": found}, [
+        PageTable(["text", "tokens", "most taken back", "mean", "where", "prefixes decode"], rows)])
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Return how many ids two lists begin with in common."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def check_determinism(tokenizer: Opened, texts: Sequence[NamedText]) -> TokenizerCheck:
+    """Encode the same text alone, among others, and by the same files opened again."""
+    chunks = [MIXED] + [chunk[:CHUNK_CHARS] for text in texts
+                        for chunk in text.chunks[:max(1, NUM_CHUNKS // len(texts))]]
+    together = tokenizer.encode_many(chunks)
+    again = open_tokenizer(tokenizer.path).encode_many(list(reversed(chunks)))[::-1]
+    differ = [i for i, chunk in enumerate(chunks) if not together[i] == again[i] == tokenizer.encode(chunk)]
+    digest = hashlib.sha256(repr(together).encode()).hexdigest()
+    summary = f"{len(chunks):,} pieces of text encoded three times: " + (
+        f"{len(differ)} differ, the first {shown(chunks[differ[0]][:40])}" if differ
+        else f"the same ids (SHA-256 {digest[:12]})")
+    numbers = {"num_chunks": len(chunks), "num_different": len(differ), "ids_sha256": digest}
+    return TokenizerCheck("determinism", "Determinism", "bad" if differ else "good", summary, numbers)

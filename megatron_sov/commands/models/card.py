@@ -65,6 +65,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.publish.card.model_card import ANNEX, PICTURE, PROVENANCE, annex_xi, model_card
     from megatron_sov.publish.card.run_record import CardAnswers, read_answers
 
+    # all places first: hashing checkpoints takes minutes, and nothing should be half-written then
     _check_places(args, (README, CARD, PROVENANCE, PICTURE, ANNEX))
     answers = CardAnswers() if args.answers is None else read_answers(args.answers)
     scores = _scores(args.eval)
@@ -79,6 +80,7 @@ def run(typed: argparse.Namespace) -> int:
                         "of; pass --from with where the token shards lie")
     answers_sha256 = "" if args.answers is None else sha256_file(args.answers)
     card = make_card(found, data, scores, answers, answers_sha256)
+    # README.md is written last: a card is there when everything that it names is
     files: dict[str, str | bytes] = {
         **({f"{DATA}/{name}": text for name, text in data.files.items()} if data is not None else {}),
         CARD: to_json(card_json(card)), PROVENANCE: to_json(found.graph.as_json()),

@@ -134,7 +134,6 @@ def _train_decoder(args: CodecTrainOptions) -> dict[str, float]:
 
 
 def _device(asked: str | None) -> str:
-    """Return where to compute."""
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
@@ -143,7 +142,6 @@ def _device(asked: str | None) -> str:
 
 
 def _told(figures: dict[str, Any]) -> str:
-    """Return figures as one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 

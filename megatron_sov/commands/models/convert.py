@@ -266,6 +266,7 @@ def _read(source: str, family: str) -> tuple[TranslatedSettings, dict[str, str]]
     if source.endswith(YAML):
         return translate(of_sections(read_sections(Path(source))), family), {}
     text = source
+    # arguments in quotes, or the name of a file that holds them
     if "--" not in source or Path(source[:4096]).is_file():
         try:
             with open(source, encoding="utf-8") as file:
@@ -284,6 +285,7 @@ def _read(source: str, family: str) -> tuple[TranslatedSettings, dict[str, str]]
 def run_from_megatron(args: FromMegatronOptions) -> int:
     """Convert; returns the exit code."""
     overrides, family = model_settings(args.settings), args.family
+    # --set wins over the recipe
     if args.recipe:
         model = dataclasses.asdict(recipes.get(args.recipe).model)
         family = family or model["family"]

@@ -98,14 +98,15 @@ def as_text(config: RunConfig, sources: Sources) -> str:
 
 
 def summary(config: RunConfig) -> str:
-    """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
     experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
                else "dense")
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
-    budget = f"{config.train.steps:,} steps" if config.train.steps else \
-        f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
+    if config.train.steps:
+        budget = f"{config.train.steps:,} steps"
+    else:
+        budget = f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
     return (f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, "
             f"{attention}, {budget}")
 

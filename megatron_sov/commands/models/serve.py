@@ -55,11 +55,11 @@ add_arguments = partial(add_options, cls=ServeOptions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until it is asked to stop."""
     options = read_options(ServeOptions, args)
     load_plugins(options.plugins)
     settings = dataclasses.replace(options.serving, name=options.model_name,
                                    api_key=_key(options.api_key_env))
+    # refuses a wrong --nproc before a model is read
     num_ranks(options.nproc)
     refuse_missing(options.target)
     check_output("--address-file", settings.address_file)
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
+    # aiohttp is optional; its absence is told before weights are loaded
     try:
         import aiohttp  # noqa: F401
     except ImportError:

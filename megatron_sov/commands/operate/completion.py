@@ -29,7 +29,6 @@ add_arguments = partial(add_options, cls=CompletionOptions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the completion file."""
     options = read_options(CompletionOptions, args)
     import shtab
 

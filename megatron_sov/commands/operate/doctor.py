@@ -1,15 +1,328 @@
-"""`megatron-sov doctor`: what works on this machine, what is missing, and the command that adds it."""
+"""`megatron-sov doctor`: what works on this machine, what is missing, and the command that adds it.
+
+One function per subject, each returning checks; nothing here changes anything.  Optional parts are looked for
+in the way that tells the truth: Transformer Engine by importing it (its bare package installs without a GPU
+and fails on import), apex by its files (a package of another kind bears the same name).
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import psutil
 
 from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.errors import ExitCode, UserError, how_to_install
 from megatron_sov.base.settings import add_options, read_options
-from megatron_sov.operate.doctor.checks import MachineCheck, all_checks
+from megatron_sov.version import OUR_PACKAGES
+from megatron_sov.work.clusters.units import GIB
+from megatron_sov.work.sandbox import machine_enclosure
+
+Status = Literal["ok", "missing", "warning", "broken"]
+
+MIN_PYTHON = (3, 11)
+MIN_FREE_DISK_BYTES = 5 * 10**9
+MIN_FREE_MEMORY_BYTES = 4 * 10**9
+REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
+                     "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
+                     "numba")
+OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "vllm": "rollout", "math-verify": "rl",
+                     "httpx": "judge", "aiohttp": "serve", "mlflow-skinny": "mlflow", "ray": "ray"}
+TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
+BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
+"""First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch
+counts."""
+ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
+               "landlock": "programs are kept to their folder and away from the network by Landlock and a "
+                           "filter of system calls; namespaces, which hold better, are not allowed"}
+_COMMAND_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class MachineCheck:
+    """What was found about one subject."""
+
+    name: str
+    """The subject."""
+    status: Status
+    """ok: works; missing: an optional part is not there; warning: works, but look at it; broken:
+    needed and does not work."""
+    detail: str
+    """What was found."""
+    remedy: str = ""
+    """What adds or mends it; empty where there is nothing to do."""
+
+
+def all_checks() -> list[MachineCheck]:
+    """Look at everything, in the order in which it is read: what is needed first,
+    then accelerators, cluster, machine."""
+    groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
+              quantization_checks, apex_checks, optional_checks, sandbox_checks, slurm_checks,
+              compiler_checks, machine_checks)
+    return [check for group in groups for check in group()]
+
+
+def python_checks() -> Iterator[MachineCheck]:
+    """The interpreter's version."""
+    needed = ".".join(map(str, MIN_PYTHON))
+    if sys.version_info >= MIN_PYTHON:
+        yield MachineCheck("Python", "ok", platform.python_version())
+    else:
+        yield MachineCheck("Python", "broken", f"{platform.python_version()} is older than {needed}",
+                           f"install Python {needed} or newer")
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None; nothing is imported."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_checks() -> Iterator[MachineCheck]:
+    """The libraries that every path needs, by their metadata."""
+    for name in REQUIRED_PACKAGES:
+        version = installed_version(name)
+        if version is None:
+            yield MachineCheck(name, "broken", "is not installed", "make setup, or install the wheel again")
+        else:
+            yield MachineCheck(name, "ok", version)
+
+
+def shadow_checks() -> Iterator[MachineCheck]:
+    """Foreign packages that install a top-level name of ours and would be imported,
+    or overwrite it, in our place."""
+    root = Path(__file__).parents[3]
+    owners = importlib.metadata.packages_distributions()
+    for name in OUR_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).parent if spec and spec.origin else None
+        foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
+        if found != root / name:
+            remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
+                      else "remove that folder from PYTHONPATH, or start elsewhere")
+            yield MachineCheck(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
+        elif foreign:
+            yield MachineCheck(name, "warning", f"{', '.join(foreign)} installs a package of the same name",
+                               f"pip uninstall {' '.join(foreign)}, then make setup, or install the wheel "
+                               "again")
+        else:
+            yield MachineCheck(name, "ok", "is ours")
+
+
+def torch_checks() -> Iterator[MachineCheck]:
+    """PyTorch, its process groups, and the GPUs it sees."""
+    try:
+        import torch
+        import torch.distributed as dist
+    except Exception as e:  # a broken CUDA library raises OSError, a broken build RuntimeError
+        yield MachineCheck("torch", "broken", f"cannot be imported ({type(e).__name__}: {e})",
+                           "make setup, or pip install torch again")
+        return
+    yield MachineCheck("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}"
+                                                                  if torch.version.cuda
+                                                                  else "CPU build"))
+    if dist.is_available() and dist.is_gloo_available():
+        yield MachineCheck("gloo", "ok", "processes on CPUs can talk to each other")
+    else:
+        yield MachineCheck("gloo", "broken", "this torch has no gloo process group",
+                           "pip install the torch of constraints.txt")
+    if not torch.cuda.is_available():
+        why = "no usable NVIDIA driver or device" if torch.version.cuda else "torch is a CPU build"
+        yield MachineCheck("GPU", "missing", f"{why}; training runs on the CPU",
+                           "" if torch.version.cuda else "on a machine with an NVIDIA GPU: "
+                                                         "install torch from the default index")
+        return
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        memory_gib = gpu.total_memory / GIB
+        yield MachineCheck(f"GPU {i}", "ok",
+                           f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    yield from _determinism_checks()
+    if dist.is_nccl_available():
+        yield MachineCheck("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield MachineCheck("NCCL", "broken", "this torch has no NCCL, which GPUs need",
+                           "pip install torch from the default index")
+
+
+def _determinism_checks() -> Iterator[MachineCheck]:
+    """Whether attention can repeat its bits on the GPUs here (Transformer Engine's pull requests 2130, 2584).
+    """
+    import torch
+
+    majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
+    version = torch.backends.cudnn.version() or 0
+    if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
+        yield MachineCheck("deterministic", "warning",
+                           f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits "
+                           "on these GPUs, so train.deterministic=true ends with an error",
+                           f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave "
+                           "train.deterministic off")
+
+
+def _cudnn(version: int) -> str:
+    """Return a version of cuDNN, which torch counts as major * 10,000 + minor * 100 + patch."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def transformer_engine_checks() -> Iterator[MachineCheck]:
+    """Transformer Engine, by importing it; a machine with GPUs cannot train in bf16 without."""
+    gpu = _has_gpu()
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield MachineCheck("Transformer Engine", "broken" if gpu else "missing",
+                           "is not installed; fused GPU kernels need it"
+                           + (", and so does train.precision=bf16 on the GPUs here" if gpu else ""),
+                           TE_COMMAND)
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as e:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
+        first_line = (str(e).splitlines() or ["no message"])[0]
+        yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
+                           f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
+        return
+    yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def quantization_checks() -> Iterator[MachineCheck]:
+    """The recipes of `train.fp8` that the first GPU can take, by Transformer Engine's own answer."""
+    if not _has_gpu():
+        yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
+        return
+    from megatron_sov.engine.mcore.model.gpu_settings import lacking
+
+    try:
+        reasons = lacking()
+    except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
+        yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
+        return
+    there = ", ".join(fp8 for fp8, why in reasons.items() if not why)
+    lacks = "; ".join(f"not {fp8} ({why})" for fp8, why in reasons.items() if why)
+    yield MachineCheck("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
+
+
+def _has_gpu() -> bool:
+    """Return whether torch sees a GPU; False where it does not import, which has a check of its own."""
+    try:
+        import torch
+    except Exception:
+        return False
+    return torch.cuda.is_available()
+
+
+def apex_checks() -> Iterator[MachineCheck]:
+    """NVIDIA's apex is not needed; PyPI's `apex` is another project and misleads libraries that
+    look for the name."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        yield MachineCheck("NVIDIA apex", "missing", "is not installed and not needed; "
+                           "PyPI's 'apex' is another project, do not install it")
+        return
+    folders = [Path(p) for p in spec.submodule_search_locations or []]
+    if importlib.util.find_spec("amp_C") is not None or any((f / "normalization").is_dir() for f in folders):
+        yield MachineCheck("NVIDIA apex", "ok", "is installed; it is not needed")
+    else:
+        yield MachineCheck("NVIDIA apex", "warning",
+                           f"the 'apex' at {', '.join(map(str, folders)) or spec.origin} is not NVIDIA's",
+                           "pip uninstall apex")
+
+
+def optional_checks() -> Iterator[MachineCheck]:
+    """Trackers and rollout engines, by their metadata."""
+    for name, extra in OPTIONAL_PACKAGES.items():
+        version = installed_version(name)
+        if version is None:
+            yield MachineCheck(name, "missing", "is not installed; optional", how_to_install(extra))
+        else:
+            yield MachineCheck(name, "ok", version)
+
+
+def sandbox_checks() -> Iterator[MachineCheck]:
+    """What encloses the programs of a model, by enclosing one."""
+    try:
+        found = machine_enclosure()
+    except UserError as e:
+        reasons = "; ".join(line.strip() for line in str(e).splitlines()[1:])
+        yield MachineCheck("Sandbox", "missing",
+                           "this machine cannot enclose a program, which the reward code "
+                           f"needs: {reasons}",
+                           "allow user namespaces, or set a command that encloses (docs/sandbox.md)")
+    else:
+        yield MachineCheck("Sandbox", "ok", f"{found}: {ENCLOSED_BY[found]}")
+
+
+def first_line_of(command: list[str]) -> str | None:
+    """Return the first line that a program prints, or None where it is missing, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if lines else None
+
+
+def slurm_checks() -> Iterator[MachineCheck]:
+    """The scheduler's client."""
+    version = first_line_of(["sbatch", "--version"])
+    if version is None:
+        yield MachineCheck("Slurm", "missing",
+                           "sbatch is not on PATH or does not answer; jobs run on this machine only",
+                           "run on a login node of the cluster, or load its Slurm module")
+    else:
+        yield MachineCheck("Slurm", "ok", version)
+
+
+def compiler_checks() -> Iterator[MachineCheck]:
+    """A C++ compiler and the CUDA compiler, which only the GPU extra needs."""
+    compiler = first_line_of(["c++", "--version"])
+    if compiler is None:
+        yield MachineCheck("C++ compiler", "missing", "is not on PATH; only building the GPU extra needs it",
+                           "Debian, Ubuntu: apt-get install g++")
+    else:
+        yield MachineCheck("C++ compiler", "ok", compiler)
+    if first_line_of(["nvcc", "--version"]) is None:
+        yield MachineCheck("CUDA compiler", "missing",
+                           "nvcc is not on PATH; only building the GPU extra needs it",
+                           "install the CUDA toolkit that matches torch, or load its module")
+    else:
+        yield MachineCheck("CUDA compiler", "ok", f"nvcc at {shutil.which('nvcc')}")
+
+
+def machine_checks() -> Iterator[MachineCheck]:
+    """Cores, memory and disk, as this process may use them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield MachineCheck("CPU cores", "ok", str(cores))
+    free_memory_bytes = psutil.virtual_memory().available
+    yield _room("Memory", free_memory_bytes, MIN_FREE_MEMORY_BYTES,
+                "close other programs, or use a smaller micro-batch")
+    free_disk_bytes = shutil.disk_usage(Path.cwd()).free
+    yield _room("Disk", free_disk_bytes, MIN_FREE_DISK_BYTES, f"free some space on the disk of {Path.cwd()}")
+
+
+def _room(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> MachineCheck:
+    detail = f"{free_bytes / 1e9:.1f} GB free"
+    if free_bytes >= wanted_bytes:
+        return MachineCheck(name, "ok", detail)
+    return MachineCheck(name, "warning",
+                        f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants", remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
-from megatron_sov.commands.option_words import words_of
+from megatron_sov.commands.shared_options import words_of
 from megatron_sov.model.config import RunConfig, data_paths, from_dict
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
 from megatron_sov.runs.launch_environment import num_ranks
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from megatron_sov.base.pages.page import PageTable
     from megatron_sov.publish.ladder.family import Member
     from megatron_sov.publish.ladder.results import LadderText, Law, Point
+
 
 SETTINGS, PAGE = "settings", "ladder.html"
 DECIDED = ("train.tokens", "train.steps", "optim.groups", "optim.warmup_steps")
@@ -84,6 +85,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.dry_run:
         _print(member_table([*members, predicted], []))
         return ExitCode.OK
+    # the predicted size too: its prediction should not fail when it is verified
     _check_data(args, [*members, predicted])
     _declare(args.run, [*members, predicted])
     code = _train(args, members)
@@ -94,7 +96,7 @@ def run(typed: argparse.Namespace) -> int:
 
 def _members(args: LadderOptions, request: RecipeRequest) -> tuple[list[Member], Member]:
     from megatron_sov.publish.ladder.family import members, parse_size, parse_sizes
-    from megatron_sov.publish.ladder.laws import LEAST_POINTS
+    from megatron_sov.publish.ladder.results import LEAST_POINTS
 
     sizes = parse_sizes(args.sizes, "--sizes")
     ratios = _ratios(args.tokens_per_param)
@@ -108,6 +110,7 @@ def _members(args: LadderOptions, request: RecipeRequest) -> tuple[list[Member],
             raise UserError(f"--set {setting}: a ladder makes {key} itself, for each size its own; leave it "
                             "out, or change --tokens-per-param")
     if args.predict is None:
+        # the next step of a geometric ladder
         size = round(sizes[-1]**2 / sizes[-2])
     else:
         size = parse_size(args.predict, "--predict")
@@ -135,7 +138,6 @@ def _ratios(text: str) -> list[float]:
 
 
 def _check(args: LadderOptions, members: Sequence[Member]) -> None:
-    """Look at everything before the first run."""
     if args.submit is not None:
         cluster.load(args.submit, account=args.account)
     elif args.account is not None:
@@ -182,6 +184,7 @@ def _declare(folder: Path, members: Sequence[Member]) -> None:
                       f"--run {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not settings.is_dir():
         raise UserError(f"--run {folder}: is not empty and holds no ladder; choose another folder")
+    # settings first: a ladder that is killed goes on with those it was begun with
     settings.mkdir(parents=True, exist_ok=True)
     for member in members:
         file = settings / f"{member.name}.json"
@@ -258,7 +261,6 @@ def _fit(args: LadderOptions, members: Sequence[Member], predicted: Member) -> i
 
 def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point], law: Law,
            told: LadderText, predicted: Member) -> None:
-    """Write ladder.json and the page."""
     from megatron_sov.publish.ladder import results
     from megatron_sov.publish.ladder.results import page
 
@@ -268,7 +270,6 @@ def _write(args: LadderOptions, members: Sequence[Member], found: Sequence[Point
 
 
 def _print(table: PageTable) -> None:
-    """Print a table, its columns in line."""
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
     for row in (table.head, *table.rows):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -61,6 +61,7 @@ def log_files(run: Path) -> list[LogFile]:
     found = _of_jobs(run / JOB_LOGS, "")
     found += [LogFile(p, f"{p.name.partition('-rank-')[0]} {_who(p)} hangs", _rank(p))
               for p in sorted(run.glob("hang/*.txt"))]
+    # hidden logs of what runs beside training; they go when an export is complete
     found += [LogFile(p, f"{folder} {p.stem.removeprefix('.')}", None)
               for folder in ("exports", "evaluations")
               for p in sorted(run.glob(f"{folder}/.*.log"), key=_numbers_of)]
@@ -146,6 +147,7 @@ class Tail:
                 f.seek(self._offset)
                 while block := f.read(READ_BYTES):
                     self._offset += len(block)
+                    # the last part has no line end yet: it waits for the next look
                     *complete, self._rest = (self._rest + block).split(b"\n")
                     yield from complete
                     if len(self._rest) > LONGEST_LINE_BYTES:  # a file that is no text
@@ -220,10 +222,12 @@ class _Reader:
 
     def __init__(self, run: Path, ranks: set[int], tail_lines: int) -> None:
         self._run, self._ranks, self._tail_lines = run, ranks, tail_lines
+        # a tail for each file keeps its offset, so no line is shown twice
         self._tails: dict[Path, Tail] = {}
 
     def everything(self, follow: bool) -> Iterator[LogLine]:
         """Yield the lines that there are, then, if asked, new ones until the run has ended."""
+        # without --follow the last line is shown even if it is not complete
         yield from self._look(first=True, whole=not follow)
         quiet_since_s = time.monotonic()
         while follow:
@@ -231,11 +235,13 @@ class _Reader:
             for line in self._look():
                 quiet_since_s = time.monotonic()
                 yield line
+            # the state costs a read of all events, so it is asked only when nothing comes any more
             if time.monotonic() - quiet_since_s > ENDED_AFTER_S and self._has_ended():
                 yield from self._look(whole=True)
                 return
 
     def _look(self, first: bool = False, whole: bool = False) -> Iterator[LogLine]:
+        # listed again at each look: a restart brings new files
         for file in log_files(self._run):
             if not self._ranks or file.rank in self._ranks:
                 tail = self._tails.setdefault(file.path, Tail(file))

@@ -85,7 +85,6 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
-    """Print a run's schedule alone."""
     from megatron_sov.base.artifacts import to_json
     from megatron_sov.plan.pages import telling
 

@@ -46,6 +46,7 @@ def run(typed: argparse.Namespace) -> int:
     if args.compare and not 2 <= len(args.runs) <= MAX_COMPARED:
         raise UserError(f"--compare: needs 2 to {MAX_COMPARED} runs, and there are {len(args.runs)}; name "
                         "the one to compare with first")
+    # by their real paths: a link and its target are one run
     found = [path.resolve() for path in args.runs]
     if twice := [path for path in args.runs if found.count(path.resolve()) > 1]:
         raise UserError(f"{twice[0]}: is named twice, and its tokens would count twice; name each run once")
@@ -55,9 +56,9 @@ def run(typed: argparse.Namespace) -> int:
     check_output("--out", args.out)
     runs = [read_run(path) for path in args.runs]
     if args.compare:
-        from megatron_sov.publish.report import compare
+        from megatron_sov.publish.report import scores
 
-        page = compare.render(runs, score_differences(runs, compare.unique_names(runs)))
+        page = scores.render(runs, score_differences(runs, scores.unique_names(runs)))
     else:
         from megatron_sov.publish.report.page import render
 
@@ -72,6 +73,7 @@ def score_differences(runs: list[Run], names: list[str]) -> list[dict[str, Any]]
     compared says why."""
     from megatron_sov.bench.score_differences import differences, read_scored
 
+    # the first run's results are compared with each other run's: read once
     read, results = cache(read_scored), [_results(run) for run in runs]
     found: list[dict[str, Any]] = []
     for (name, of_run), task in product(zip(names[1:], results[1:], strict=True), results[0]):

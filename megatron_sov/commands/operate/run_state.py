@@ -44,11 +44,13 @@ MAX_DEPTH = 3
 def explain(run: Path, attempts: list[Attempt]) -> None:
     """Give attempts that ended without a word, or by a signal,
     the reason that their job's script recorded."""
+    # what the job's script knows: a rank that was killed cannot say why
     ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
             for r in read_events(run / JOBS / ATTEMPTS) if r["event"] == "end"]
     for i, attempt in enumerate(attempts):
         began_s = number(attempt.start.get("time_s"))
         after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
+        # the last end between this start and the next one is this attempt's
         for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
             if attempt.outcome == UNFINISHED:
                 attempt.outcome = f"{outcome}: {reason}"
@@ -181,6 +183,7 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
         keeper.add(event)
         last_s = number(event.get("time_s"))
         if event["event"] == "run_start":
+            # speeds of an earlier start say nothing about this one
             recent.clear()
             state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
                                              event.get("num_steps") or state.num_steps)
@@ -226,20 +229,24 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
     outcome = attempts[-1].outcome if attempts else ""
     if holder is not None:
         step_times_s = [row[3] for row in recent if math.isfinite(row[3])]
+        # by its own steps: a step of a large model may take minutes
         patience_s = max(SILENT_AFTER_S,
                          SILENT_AFTER_STEPS * statistics.median(step_times_s) if step_times_s else 0.0)
         silent = state.last_event_age_s > patience_s
         state.state = "silent" if silent else "running"
         state.why = f"process {holder['pid']} on {holder['host']}" + (" lives, and writes nothing"
                                                                       if silent else "")
+        # the lock is held, and no event of this start is written yet
         if not attempts or (outcome != UNFINISHED and outcome != COMPLETE):
             state.why += ", starting"
+    # the lock comes first: a living process may be writing on a run that was complete
     elif (folder.path / COMPLETION).is_file():
         state.state, state.why = "complete", f"at step {(folder.completion() or {}).get('step')}"
     elif (failure := folder.failure()) is not None:
         state.state, state.why = "gate failed", failure.partition("\n")[0]
     elif folder.held() is not None:
         state.state, state.why = "waiting", "its last checkpoint is not judged yet"
+    # Slurm is asked only where the folder alone says nothing
     elif job := living_job(folder.path):
         state.state, state.why = "waiting", job
     elif outcome.startswith("stopped: "):
@@ -258,6 +265,7 @@ def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
     tokens_per_s = statistics.median(speeds) if speeds else math.nan
     if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
         return tokens_per_s, math.nan
+    # wall time between steps, with evaluations and checkpoints in it, and not the steps' own time
     wall_s = (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
     return tokens_per_s, max(0.0, (state.num_steps - state.step) * wall_s - (now_s - recent[-1][1]))
 

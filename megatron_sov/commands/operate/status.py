@@ -69,7 +69,6 @@ def _plain(state: RunState) -> dict[str, Any]:
 
 
 def in_full(state: RunState) -> str:
-    """Return everything about one run."""
     lines = [f"{state.path}: {', '.join(w for w in (state.stage, state.recipe) if w)}".rstrip(": "),
              f"  state       {state.state}{f' ({state.why})' if state.why else ''}"
              f"{_ago(', last event', state.last_event_age_s)}",
@@ -124,6 +123,7 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
     """Return a line of `width` characters, as many of each category as its share of the time; the largest
     remainders round up."""
     exact = {name: width * spent_s / time.total_s for name, spent_s in time.spent_s.items()}
+    # largest remainders: rounding each by itself would make the bar too long or too short
     counts = {name: int(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda n: counts[n] - exact[n])[:width - sum(counts.values())]:
         counts[name] += 1
@@ -131,7 +131,6 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
 
 
 def as_table(states: list[RunState]) -> str:
-    """Return one line for each run."""
     head = ["run", "stage", "state", "step", "loss", "tokens/s", "left", "checkpoint", "restarts",
             "effective"]
     rows = [head, *map(_row, states)]

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     fields = Fields(options.text_field, options.document_field, options.section_field, options.records_in,
                     (field, value) if options.split is not None else None)
     refuse_existing(options.output, KIND, options.overwrite)
+    # the test is read first: no section is written before it is known what must not be in it
     answers, tests = answer_runs(options.tests, options.answer_field)
     counts: Counter[str] = Counter()
     with new_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             for chat in sections(options.input, fields, answers, counts):
                 out.write(json.dumps(chat) + "\n")
         told = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
+        # inside the artifact's context: an error here leaves nothing behind
         if not counts[KEPT]:
             raise UserError(f"--input {', '.join(map(str, options.input))}: no section is left ({told}); "
                             "name its fields with --text-field, --document-field and --section-field")
@@ -168,6 +170,7 @@ def _became(row: Mapping[str, Any], fields: Fields, text: str, key: str | None, 
             answers: set[int]) -> str:
     from megatron_sov.base.documents.overlap import runs
 
+    # in the order of the reasons that are told: a section counts for the first that applies
     if fields.split is not None and str(value_at(row, fields.split[0])) != fields.split[1]:
         return OTHER_SPLIT
     if not text.strip():
@@ -176,6 +179,7 @@ def _became(row: Mapping[str, Any], fields: Fields, text: str, key: str | None, 
         return NO_NAME
     if key in seen:
         return REPEATED
+    # runs of ten words
     return KEPT if answers.isdisjoint(runs(text)) else IN_ANSWERS
 
 

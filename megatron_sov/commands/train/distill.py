@@ -1,24 +1,34 @@
-"""`megatron-sov distill RECIPE --teacher TEACHER --data DIR[:weight] ... --run DIR [--from CHECKPOINT]`."""
+"""`megatron-sov distill RECIPE --teacher TEACHER --data DIR[:weight] ... --run DIR [--from CHECKPOINT]`, and
+its parts as commands of their own: `distill states`, `distill write`, `distill rounds`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Gt, Le
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.commands.evaluate.benchmarks_beside import refuse_unknown_benchmarks
-from megatron_sov.commands.train.distill_states import StatesDtype
+from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, read_options
+from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.commands.train.forgetting_gate import GateOptions, gate_of
-from megatron_sov.model.config import DistillationConfig, RunConfig
+from megatron_sov.infer.request import RankOptions, Temperature, WholeSampling
+from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths, layout_settings
+from megatron_sov.model.recipes.requested import PluginOptions, RecipeOptions, load_plugins, requested
 from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.folder import COMPLETION
+from megatron_sov.runs.launch_environment import is_first, under_launcher
+from megatron_sov.runs.rounds import ASKED, enter_rounds, is_done
 from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
+from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
     from megatron_sov.engine.data.token_shards import Source
@@ -26,6 +36,114 @@ if TYPE_CHECKING:
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stages.gate import GateView
+
+StatesDtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOptions):
+    """Have a teacher read token shards, and keep what it says of them."""
+
+    teacher: Annotated[Path, Flag("TEACHER")]
+    """Checkpoint, run (its newest one) or Hugging Face folder."""
+    data: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards of the teacher's own tokenizer."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """The artifact; a killed command goes on where it was."""
+    dtype: StatesDtype = "bfloat16"
+    """Of the states."""
+    top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
+    """Keep the most probable tokens and their log-probabilities in the place of states."""
+    temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
+    """--top-k: what the logits are divided by."""
+    other_tokenizer: bool = False
+    """The data are of another tokenizer than the teacher's: hear it where tokens of both end at the same
+    byte (needs --top-k)."""
+
+def run_states(typed: argparse.Namespace) -> int:
+    """Read the documents and print what was kept.
+
+    Raises:
+        UserError: the data do not belong to the teacher, or cannot be read.
+    """
+    args = read_options(DistillStatesOptions, typed)
+    load_plugins(args.plugins)
+    refuse_missing(args.teacher)
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.base.artifacts import read_manifest
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.post.distillation.state_files import KIND, Kept
+    from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
+
+    # states of every token, or its most probable tokens: top-k is smaller, states are exact
+    kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
+    reading = TeacherReading(find_target(args.teacher), data_paths(args.data), kept=kept)
+    read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
+                   redo=args.redo)
+    if is_first():
+        manifest = read_manifest(args.output, KIND)
+        size_bytes = sum(record.size_bytes for record in manifest.files.values())
+        what = (f"with the {args.top_k:,} most probable ones behind each" if args.top_k
+                else f"of hidden size {manifest.content['hidden_size']:,} in {args.dtype}")
+        print(f"{args.output}: {manifest.content['num_tokens']:,} tokens {what}, {size_bytes / 1e6:.1f} MB")
+    return ExitCode.OK
+
+
+STATES = SimpleNamespace(add_arguments=partial(add_options, cls=DistillStatesOptions), run=run_states)
+
+
+@dataclass(frozen=True)
+class StudentSampling(WholeSampling):
+    """How each token of a student's answer is chosen."""
+
+    max_new_tokens: AtLeastOne = 2048
+    """Longest answer."""
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillWriteOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOptions):
+    """Have a student answer prompts, as conversations that a teacher can read."""
+
+    student: Annotated[Path, Flag("STUDENT")]
+    """Checkpoint, run (its newest one) or Hugging Face folder."""
+    prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards of prompts (`sov-data pack --format prompt`)."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Token shards of conversations; a killed command goes on where it was."""
+    sampling: StudentSampling = field(default_factory=StudentSampling)
+
+def run_write(typed: argparse.Namespace) -> int:
+    """Answer the prompts and print what was kept.
+
+    Raises:
+        UserError: the prompts do not belong to the student, or cannot be read.
+    """
+    args = read_options(DistillWriteOptions, typed)
+    load_plugins(args.plugins)
+    refuse_missing(args.student)
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.base.artifacts import read_manifest
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.post.distillation.state_files import KIND
+    from megatron_sov.post.distillation.teacher import StudentWriting, write_answers
+
+    asked = StudentWriting(find_target(args.student), data_paths(args.prompts), args.sampling)
+    write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite,
+                  redo=args.redo)
+    if is_first():
+        for source in read_manifest(args.output, KIND).content["sources"]:
+            split = source["splits"]["train"]
+            print(f"{args.output}: {split['num_documents']:,} answers to {source['name']}, "
+                  f"{split['num_tokens']:,} tokens with their prompts")
+    return ExitCode.OK
+
+
+WRITE = SimpleNamespace(add_arguments=partial(add_options, cls=DistillWriteOptions), run=run_write)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +184,7 @@ def run(typed: argparse.Namespace) -> int:
     parsed = parse_stage(args, "distill")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:
+        # a Hugging Face start is converted once, beside the run
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
@@ -86,6 +205,7 @@ def run(typed: argparse.Namespace) -> int:
         refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states = args.states or [args.run.with_name(f"{args.run.name}.states")]
 
+    # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:
         _make_states(args, config, folder, states, sources)
     read: list[KeptTeacher] = []
@@ -124,6 +244,7 @@ def _make_states(args: DistillOptions, config: RunConfig, folder: RunFolder, sta
         raise UserError(f"--teacher {args.teacher}: has {target.vocab_size} token ids, the student "
                         f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
                         "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
+    # only the manifest tells that a folder is complete
     missing = [path for path in states if not (path / MANIFEST).is_file()]
     if len(missing) > 1:
         raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
@@ -187,3 +308,120 @@ def _refuse_views(config: RunConfig, sources: list[Source]) -> None:
         if other := [name for name in phase.blend if name not in names]:
             raise UserError(f"data.phases blend {other[0]!r}: a teacher reads the sources as they are packed "
                             f"({', '.join(sorted(names))}); blend those")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRoundsOptions(RecipeOptions, TeacherOptions):
+    """On-policy rounds: the student writes, the teacher reads, the student learns."""
+    # arXiv 2306.13649; on one set of GPUs the two take turns, since each is a command of its own
+
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")]
+    """The student."""
+    prompts: Annotated[tuple[str, ...], Flag(value="DIR")]
+    """Token shards of prompts, which the student answers in every round."""
+    data: Annotated[tuple[str, ...], Flag(value="DIR[:weight]")] = ()
+    """Token shards that are learned from beside the student's answers."""
+    share: Annotated[float, Gt(0), Le(1), Flag(value="LAMBDA")] = 1.0
+    """Part of each round's tokens that the student wrote itself; the rest are of --data."""
+    output: Annotated[Path, Flag(value="DIR")]
+    """Folder of the rounds; the same command goes on where a killed one was."""
+    sampling: StudentSampling = field(default_factory=StudentSampling)
+    nproc: AtLeastOne | None = None
+    """Local processes."""
+    rounds: AtLeastOne = 1
+    """How many."""
+
+def run_rounds(typed: argparse.Namespace) -> int:
+    """Do the rounds that are not complete; returns what the first command gives that is not."""
+    args = read_options(DistillRoundsOptions, typed)
+    return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv],
+                                                    "continue with the same command"))
+
+
+def do_rounds(args: DistillRoundsOptions, command: Callable[[list[str]], int]) -> int:
+    """Run the commands of all rounds.
+
+    Args:
+        args: the command's.
+        command: runs `megatron-sov ARGV`, and returns its exit code.
+
+    Raises:
+        UserError: the arguments cannot be used.
+    """
+    _check(args)
+    config = requested(args).config()
+    # another teacher or sampling in the same folder would mix two experiments
+    enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
+    for done, argv in _commands(args, config):
+        # each command goes on by itself, so a kill costs no complete one
+        if not is_done(done) and (code := command(argv)):
+            return code
+    print(f"{args.output}: {args.rounds} rounds are complete, the student is "
+          f"{args.output / f'round-{args.rounds}' / 'run'}")
+    return ExitCode.OK
+
+
+def _check(args: DistillRoundsOptions) -> None:
+    if under_launcher():
+        raise UserError("distill rounds: starts the processes of each command itself; under torchrun or "
+                        "Slurm run `distill write`, `distill states` and `distill` one after the other")
+    if (args.share < 1) != bool(args.data):
+        raise UserError(f"--share {args.share}: must be less than 1 with --data for the rest and "
+                        f"1 without; --data is {', '.join(args.data) or 'left out'}")
+    if args.data and not sum(data_paths(args.data).values()):
+        raise UserError(f"--data {', '.join(args.data)}: at least one weight must be positive")
+    for path, name in ((args.start_from, "--from "), (args.teacher, "--teacher ")):
+        refuse_missing(path, name)
+    for prompts in data_paths(args.prompts):  # else it would be told behind the teacher's reading of --data
+        for source in read_manifest(prompts, "tokens").content["sources"]:
+            if source["format"] != "prompt":
+                raise UserError(f"--prompts {prompts}: source {source['name']!r} holds data of format "
+                                f"{source['format']!r}; pack prompts with `sov-data pack --format prompt`")
+
+
+def _asked(args: DistillRoundsOptions) -> dict[str, Any]:
+    """Return what decides rounds that are complete, so that others cannot go on behind them; how many there
+    will be, and how they are trained, may change."""
+    def of(paths: dict[str, float]) -> dict[str, float]:
+        return {read_manifest(path, "tokens").sha256 or path: weight for path, weight in paths.items()}
+
+    return {"from": str(args.start_from), "teacher": str(args.teacher),
+            "prompts": of(data_paths(args.prompts)), "data": of(data_paths(args.data)), "share": args.share,
+            **{name: getattr(args.sampling, name) for name in (
+                "max_new_tokens", "temperature", "top_p", "seed")}, "states_dtype": args.states_dtype}
+
+
+def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
+    """Yield what exists when a command is complete, and the command, in order."""
+    asked = config.distillation
+    of_data, shares = args.output / "data.states", data_paths(args.data)
+    total = sum(shares.values())
+    # weights of --data together are what the student's own answers leave
+    data = [f"{path}:{(1 - args.share) * share / total:.9g}" for path, share in shares.items()]
+    if data:
+        yield of_data / MANIFEST, ["distill", "states", *words_of(DistillStatesOptions(
+            teacher=args.teacher, data=tuple(shares), output=of_data, dtype=args.states_dtype,
+            top_k=asked.top_k, temperature=asked.temperature, other_tokenizer=asked.other_tokenizer,
+            settings=args.teacher_settings, plugins=args.plugins, redo=True, nproc=args.nproc))]
+    student = args.start_from
+    for number in range(1, args.rounds + 1):
+        folder = args.output / f"round-{number}"
+        answers, trained = folder / "answers", folder / "run"
+        yield answers / MANIFEST, ["distill", "write", *words_of(DistillWriteOptions(
+            student=student, prompts=args.prompts, output=answers,
+            # a new seed each round, or an unchanged student would write the same answers
+            sampling=replace(args.sampling, seed=args.sampling.seed + number),
+            settings=tuple(layout_settings(config)), plugins=args.plugins, redo=True, nproc=args.nproc))]
+        # or every round would learn from the same part of --data
+        seed = f"train.seed={config.train.seed + number - 1}"
+        of_answers = answers.with_name(f"{answers.name}.states")
+        yield trained / COMPLETION, ["distill", *words_of(DistillOptions(
+            recipe=args.recipe, config=args.config, plugins=args.plugins, settings=(*args.settings, seed),
+            start_from=student, teacher=args.teacher, teacher_settings=args.teacher_settings,
+            data=(*data, f"{answers}:{args.share:.9g}"),
+            states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,
+            run=trained, resume=True, nproc=args.nproc))]
+        student = trained
+
+
+ROUNDS = SimpleNamespace(add_arguments=partial(add_options, cls=DistillRoundsOptions), run=run_rounds)

@@ -18,8 +18,7 @@ from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import Flag, NotNegative, add_options, read_options
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
-from megatron_sov.commands.evaluate.eval_difference import named_tasks
-from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, named_tasks, run_lm
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.runs.folder import GATE, RunEvents
 from megatron_sov.runs.launch_environment import is_first, under_launcher
@@ -86,6 +85,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
     tasks = named_tasks(args.gate)
     if not tasks:
         raise UserError(f"--gate {args.gate!r}: names no task; name some, separated by commas")
+    # a run from scratch has nothing to forget
     if start is None:
         raise UserError(f"--gate {args.gate}: compares with what the stage starts from; name it by --from")
     try:
@@ -99,6 +99,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
     layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
     ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     gate = ForgettingGate(args.run, start, tuple(tasks), tolerance, (*layout, *ranks, *more))
+    # parsed now: the gate's own command begins only when the run has ended
     gate.refuse_wrong_arguments()
     return gate
 
@@ -173,6 +174,7 @@ class ForgettingGate:
 
     def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
         words = [*self._words(target, when), *more]
+        # the ranks are there already; else a command of its own starts them
         if under_launcher():
             code = run_lm(_eval_options(words))
         else:

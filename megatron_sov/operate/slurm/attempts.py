@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
@@ -26,7 +27,6 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, to_json
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.operate.slurm.preflight import sick_nodes
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.folder import FAILURE
 from megatron_sov.runs.lock import forget, recorded_holder
@@ -59,6 +59,7 @@ class History:
 
     def __init__(self, folder: Path, job: str) -> None:
         self._file, self._job = folder / ATTEMPTS, job
+        # the file has the attempts of all jobs of this run: a new submission begins with a clean record
         records = [r for r in read_events(self._file) if r.get("job") == job]
         ends = {r["restart"]: r for r in records if r["event"] == "end"}
         self.attempts = [JobAttempt(r["restart"], tuple(r["nodes"]), r["progress"], ends.get(r["restart"]))
@@ -71,17 +72,18 @@ class History:
         A cancelled job does not begin again, so this one was put back, as Slurm does when another node than
         the script's dies.
         """
+        # of those before, the last: an attempt cannot know how one that began later ended
         before = [a for a in self.attempts if a.restart < restart]
         return before[-1] if before and (before[-1].end
                                          or {"outcome": "cancelled"})["outcome"] == "cancelled" else None
 
     def strikes(self) -> Counter[str]:
-        """Return node -> failures that began there."""
         return Counter(node for a in self.attempts if a.end is not None for node in a.end["blamed"])
 
     def excluded(self, max_strikes: int) -> list[str]:
         """Return the nodes that the job must not run on any more: sick ones,
         and those with too many failures."""
+        # a sick node is left out at once, one that failed only after several strikes
         sick = {node for a in self.attempts if a.end is not None for node in a.end["sick"]}
         return sorted(sick | {node for node, count in self.strikes().items() if count >= max_strikes})
 
@@ -90,13 +92,14 @@ class History:
         found a sick node."""
         count = 0
         for attempt in reversed([a for a in self.attempts if a.end is not None]):
+            # progress clears the count: a run that fails once a day for weeks is not given up
             if attempt.moved:
                 break
+            # a sick node is not the run's fault, so it does not use up its attempts
             count += not (attempt.end or {})["sick"]
         return count
 
     def begin(self, restart: int, nodes: list[str], progress: int) -> None:
-        """Record that an attempt begins."""
         self._write("begin", restart, nodes=nodes, progress=progress)
 
     def end(self, restart: int, outcome: str, reason: str, progress: int, *, blamed: list[str] | None = None,
@@ -131,9 +134,11 @@ def progress_of(target: Path) -> int:
     """
     steps = 0
     for folder in (target, *target.glob("stages/*")):
+        # over all stages: when a stage ends and the next begins, the sum still grows
         steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()),
                      default=0)
     parts = sum(1 for pattern in ("rollouts/*", "rewards/*/*") for _ in target.glob(f"{pattern}/{MANIFEST}"))
+    # an artifact under way lies in hidden neighbours of its target until it is complete
     hidden = (path for folder in target.parent.glob(f".{target.name}*") for path in folder.rglob("*"))
     return steps + parts + sum(path.is_file() for path in hidden)
 
@@ -190,6 +195,112 @@ def last_lines(log: Path) -> str:
     return "\n".join(f"    {line}" for line in lines if line.strip())
 
 
+@dataclass
+class Report:
+    """What one rank found in the look at its node (preflight.py)."""
+
+    node: str
+    rank: int
+    num_gpus: int = 0
+    """GPUs that torch sees on the node: all of them, or this rank's alone."""
+    gpu_uuid: str = ""
+    """Which one is this rank's."""
+    gpu_used_bytes: int = 0
+    """Memory on it that was in use before this look began."""
+    gpu_illness: str = ""
+    """What its driver says is wrong with it: memory errors, heat, lack of power."""
+    transformer_engine_error: str = ""
+    """What it raised on import; empty: it imports, or nobody asked."""
+    free_disk_bytes: int = 0
+    """Free space on the scratch folder's disk."""
+    disk_error: str = ""
+    """Why a file could not be written there; empty: it could."""
+    matmul_s: float = 0.0
+    """Shortest of some matrix products, of the product alone."""
+    matmul_tflops: float = 0.0
+    checksum: float = 0.0
+    """Sum of the product of two matrices of small whole numbers: the same on every rank."""
+    clock_skew_s: float | None = None
+    """Clock against the median of all ranks, right after a barrier."""
+    allreduce_s: float | None = None
+    """Seconds of the second all-reduce; None: it did not come to that."""
+    error: str = ""
+    """What was raised on the way."""
+
+
+def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[str, str]:
+    """Return node -> why it is not fit, from the reports of its ranks; under "all nodes" what
+    cannot be laid to one.
+
+    Args:
+        folder: where the reports lie.
+        nodes: the nodes that were looked at.
+        limits: fields of `PreflightConfig`, `num_gpus` and `ranks_per_node`.
+    """
+    reports = [Report(**json.loads(file.read_text(encoding="utf-8")))
+               for file in sorted(folder.glob("rank-*.json"))]
+    sick: dict[str, str] = {}
+    written = Counter(r.node for r in reports)
+    for node in nodes:
+        if written[node] < limits["ranks_per_node"]:
+            sick[node] = f"{written[node]} of {limits['ranks_per_node']} ranks came to look at it"
+    if not reports:
+        return {"all nodes": "no rank came to look at its node (see the pre-flight logs)"}
+    # against the median, so one limit fits every kind of GPU
+    usual_s = statistics.median(r.matmul_s for r in reports)
+    # whole numbers sum exactly: what most ranks say is right, and any other sum is a defect
+    usual_checksum = Counter(r.checksum for r in reports).most_common(1)[0][0]
+    # a rank may see its own GPU alone, so a node's GPUs are also counted by their ids
+    own = {node: {r.gpu_uuid for r in reports if r.node == node and r.gpu_uuid} for node in written}
+    for r in reports:
+        problem = _problem(r, limits, usual_s, usual_checksum, max(r.num_gpus, len(own[r.node])))
+        if problem:
+            # the first problem of a node is told: others mostly follow from it
+            sick.setdefault(r.node, f"rank {r.rank}: {problem}")
+    # one hung rank stops all: nobody is blamed unless something else shows whose fault it is
+    if not sick and any(r.allreduce_s is None for r in reports):
+        errors = Counter(r.error for r in reports if r.error).most_common(1)
+        sick["all nodes"] = f"the all-reduce did not end ({errors[0][0] if errors else 'it hung'})"
+    return sick
+
+
+def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: float, num_gpus: int) -> str:
+    """Return what is wrong with a rank's figures, or an empty string.
+
+    Args:
+        r: what it found.
+        limits: as `sick_nodes` takes them.
+        usual_s: the median of all ranks' products.
+        usual_checksum: the sum of most of them.
+        num_gpus: GPUs of its node, which its ranks see together.
+    """
+    skew_s, allreduce_s = r.clock_skew_s or 0.0, r.allreduce_s or 0.0
+    rules = [
+        (num_gpus >= limits["num_gpus"], f"{num_gpus} GPUs, {limits['num_gpus']} wanted"),
+        (r.gpu_used_bytes <= limits["max_gpu_used_bytes"],
+         f"{r.gpu_used_bytes / 1e9:.1f} GB of its GPU's memory were in use before the start, at most "
+         f"{limits['max_gpu_used_bytes'] / 1e9:.1f} GB wanted"),
+        (not r.gpu_illness, f"its GPU has {r.gpu_illness}"),
+        (not r.transformer_engine_error,
+         f"Transformer Engine does not import ({r.transformer_engine_error})"),
+        (not r.disk_error, f"disk cannot be written ({r.disk_error})"),
+        (r.disk_error or r.free_disk_bytes >= limits["min_free_disk_bytes"],
+         f"{r.free_disk_bytes / 1e9:.1f} GB of disk free, {limits['min_free_disk_bytes'] / 1e9:.1f} "
+         "GB wanted"),
+        (r.checksum == usual_checksum,
+         f"a matrix product sums to {r.checksum:g}, on the others to {usual_checksum:g}"),
+        (r.matmul_s <= limits["max_matmul_ratio"] * usual_s,
+         f"a matrix product takes {r.matmul_s * 1e3:.2f} ms, the others' median is {usual_s * 1e3:.2f} ms"),
+        (r.matmul_tflops >= limits["min_matmul_tflops"],
+         f"a matrix product runs at {r.matmul_tflops:.2f} TFLOP/s, {limits['min_matmul_tflops']:g} wanted"),
+        (abs(skew_s) <= limits["max_clock_skew_s"], f"its clock is {skew_s:+.1f} s off the others"),
+        (allreduce_s <= limits["max_allreduce_s"],
+         f"the all-reduce took {allreduce_s:.2f} s, at most {limits['max_allreduce_s']:g} s wanted"),
+    ]
+    # the first rule that does not hold is told
+    return next((sentence for holds, sentence in rules if not holds), "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttemptOptions:
     """Answer a question of a job's script."""
@@ -240,17 +351,18 @@ class AttemptedJob:
         self.history = History(options.folder, self.number)
 
     def progress(self) -> int:
-        """Return what the stage has reached."""
         return progress_of(self.options.target)
 
     def again(self) -> str:
         """Return whether and where the job goes on after an attempt that was not its last."""
+        # the order matters: a run that gets nowhere stops before nodes are counted
         failures, excluded = self.history.failures_in_a_row(), self.history.excluded(self.options.max_strikes)
         if failures >= self.options.max_failures:
             ended = [a.end for a in self.history.attempts if a.end is not None]
             say(f"stops here: {failures} attempts in a row left nothing new, the last by this: "
                 f"{ended[-1]['reason']}; look at the logs, mend it and submit again")
             return f"exit {ExitCode.CRASH}"
+        # Slurm would queue a job for nodes that it can never have, and wait for ever
         left = [node for node in self.usable if node not in excluded]
         if excluded and self.usable and len(left) < self.options.min_nodes:
             say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, "
@@ -262,7 +374,6 @@ class AttemptedJob:
 
 
 def say(text: str) -> None:
-    """Tell people, in the job's log."""
     print(f"job: {text}", file=sys.stderr, flush=True)
 
 
@@ -273,6 +384,7 @@ def begin(job: AttemptedJob, queue: str) -> str:
         job: this job.
         queue: Slurm's jobs that hold nodes, "NUMBER STATE" each; without this job in it nothing is concluded.
     """
+    # Slurm may start a job again that was complete: nothing is recorded then
     if job.options.done.is_file():
         say(f"{job.options.done} exists: there is nothing left to do")
         return "exit 0"
@@ -280,17 +392,20 @@ def begin(job: AttemptedJob, queue: str) -> str:
         return held
     cut_off = job.history.cut_off(job.restart)
     if cut_off is not None:
+        # only a node that Slurm calls down is blamed; preemption is nobody's fault
         dead = sorted(set(cut_off.nodes) & set(job.down))
         reason = (f"{', '.join(dead)} went down" if dead
                   else "Slurm took it away (preempted, cancelled or put back by hand)")
         job.history.end(cut_off.restart, "cut_off", reason, job.progress(), blamed=dead)
         say(f"attempt {cut_off.restart + 1} was cut off: {reason}")
+    # after a requeue Slurm may still give a node that the job asked to avoid
     excluded = sorted(set(job.history.excluded(job.options.max_strikes)) & set(job.nodes))
     job.history.begin(job.restart, job.nodes, job.progress())
     say(f"attempt {job.restart + 1} begins on {', '.join(job.nodes)}; saved so far: {_saved(job)}")
     if excluded:
         job.history.end(job.restart, "sick_nodes", f"{', '.join(excluded)} must not be used", job.progress())
         return job.again()
+    # cut-off attempts count as failures too, or a job that is killed at once would be requeued for ever
     if cut_off is not None and (answer := job.again()).startswith("exit"):
         job.history.end(job.restart, "crash", "too many attempts left nothing new", job.progress())
         return answer
@@ -298,23 +413,26 @@ def begin(job: AttemptedJob, queue: str) -> str:
 
 
 def _saved(job: AttemptedJob) -> str:
-    """Return what a stage has reached, in words."""
     count = job.progress()
-    return (f"step {count}" if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
-            if count else "nothing")
+    if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir():
+        return f"step {count}"
+    return f"{count} files" if count else "nothing"
 
 
 def _held_by_another(job: AttemptedJob, queue: str) -> str | None:
     """Return what to do while another job works in the run's folder; a lock that an ended job
     left is taken away."""
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
+    # without this job in the list the answer is no answer: nothing is taken away on its word
     if job.number not in states:
         return None
     for folder in (job.options.target, *job.options.target.glob("stages/*")):
         holder = recorded_holder(folder)
+        # a lock without a Slurm job is of a run started by hand, whose process may live
         if holder is None or not holder["slurm_job"] or holder["slurm_job"] == job.number:
             continue
         state = states.get(holder["slurm_job"])
+        # Slurm does not know the holder any more, so it cannot come back
         if state is None:
             forget(folder)
         elif state == "COMPLETING":
@@ -333,6 +451,7 @@ def preflight(job: AttemptedJob) -> str:
         say(f"{node} is not fit: {why}")
     if not sick:
         return RUN
+    # "all nodes" is no node, and excludes none
     named = [node for node in sick if node in job.nodes]
     reason = "; ".join(f"{node}: {why}" for node, why in sick.items())
     job.history.end(job.restart, "sick_nodes", reason, job.progress(), sick=named)
@@ -342,6 +461,7 @@ def preflight(job: AttemptedJob) -> str:
 def end(job: AttemptedJob) -> str:
     """Judge how an attempt ended."""
     options, done = job.options, job.options.done
+    # for stages that leave no manifest of their own, exit code 0 is the proof
     if options.write_done and options.code == 0 and not options.asked:
         atomic_write(done, to_json({"job": job.number}))
     log = options.logs / "srun.log"
@@ -352,16 +472,20 @@ def end(job: AttemptedJob) -> str:
         job.history.end(job.restart, outcome, reason, job.progress(), blamed=blamed, sick=sick)
         say(f"attempt {job.restart + 1}: {outcome}, {reason}")
 
+    # the completion decides, not the exit code: srun may fail after all was saved
     if done.is_file():
         ended("complete", f"{done} exists")
         return "exit 0"
+    # a gate that did not pass will not pass by another attempt
     if gate := next((f for f in (options.target / FAILURE, *options.target.glob(f"stages/*/{FAILURE}"))
                      if f.is_file()), None):
         ended("gate", str(json.loads(gate.read_text(encoding="utf-8"))["failure"]))
         return f"exit {ExitCode.GATE_FAILED}"
+    # not requeued: the user wants it gone, or Slurm puts it back itself
     if options.asked == "cancel":
         ended("cancelled", f"{ASKED[options.asked]}; saved so far: {_saved(job)}")
         return f"exit {ExitCode.STOPPED}"
+    # exit 0 without completion: the ranks stopped early with everything saved
     if options.asked or options.code == 0:
         ended("stopped", f"{ASKED[options.asked]}; saved so far: {_saved(job)}")
         return job.again()
@@ -380,6 +504,7 @@ def end(job: AttemptedJob) -> str:
             "mistake",
             f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
         return f"exit {ExitCode.USER_ERROR}"
+    # the rank that died first is not the one that computed wrongly; the event names the hosts
     if failure.exit_code == ExitCode.CORRUPTION:
         ended("corruption", f"a rank computed wrongly, see {options.target / EVENTS}",
               sick=_corrupt_nodes(job))
@@ -394,6 +519,7 @@ def _corrupt_nodes(job: AttemptedJob) -> list[str]:
     """Return the nodes that the run's last `corruption` event names; none where they are half of
     the nodes, or more."""
     named = [e["hosts"] for e in read_events(job.options.target / EVENTS) if e["event"] == "sdc"]
+    # hosts may be named in full, nodes by their first part
     found = [node for node in job.nodes
              if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
     return found if 2 * len(found) < len(job.nodes) else []

@@ -1,5 +1,5 @@
-"""The stages that can be submitted: which command each one is, where its records lie,
-and when it is complete.
+"""The stages that can be submitted: which command each one is, where its records lie, and when it is
+complete; and a stage as a job of Kubernetes.
 
 Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their
 `add_arguments` in.
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+
+import yaml
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.command_line import Parser
@@ -27,6 +30,8 @@ from megatron_sov.plan.search.recommended import leaves_layout_open, says_layout
 from megatron_sov.runs.folder import COMPLETION, JOBS
 from megatron_sov.work.clusters import cluster, kubernetes
 from megatron_sov.work.clusters.chips import CHIPS
+from megatron_sov.work.clusters.cluster import time_limit_s
+from megatron_sov.work.clusters.kubernetes import KubernetesProfile, literal, pod_of, variables_of
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
@@ -167,7 +172,6 @@ class StageWork:
 
     @property
     def kind(self) -> StageKind:
-        """What stage it is."""
         return STAGES[self.stage]
 
 
@@ -185,6 +189,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> StageWork:
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
                         f"{', '.join(STAGES)}, chain)")
+    # of another program, whose parser is not handed in: read as far as paths go
     if stage not in commands:
         return _artifact(stage, arguments)
     parser = Parser(prog=f"submit {stage}")
@@ -210,7 +215,9 @@ def _training(stage: str, arguments: list[str], args: Any) -> StageWork:
                                lengthens=stage == "extend")
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
+    # a job may start several times; without --resume its second start would refuse its own run
     argv = arguments if args.resume else [*arguments, "--resume"]
+    # checked before submission: a job should not wait for days to say that a folder is missing
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     others = (args.start_from, args.config,
               *(getattr(args, name, None) for name in ("teacher", "reference", "prompts")))
@@ -234,9 +241,9 @@ def _artifact(stage: str, arguments: list[str]) -> StageWork:
 
 
 def _path_of(text: str) -> Path:
-    """Return the path in [NAME=]PATH[:WEIGHT]."""
     if Path(text).exists():
         return Path(text)
+    # NAME=PATH:WEIGHT, where a path may hold signs of both kinds
     path = text.partition("=")[2] if "=" in text else text
     head, colon, weight = path.rpartition(":")
     return Path(head if colon and re.fullmatch(r"[0-9.e+-]+", weight) else path)
@@ -264,6 +271,7 @@ def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if subject is None:
         raise UserError(f"submit eval {typed.action}: names no model or run; pass --run, "
                         "the job's records lie beside it")
+    # records lie beside the target, and an address has no folder beside it
     if str(subject).startswith(ADDRESSES):
         raise UserError(f"submit eval lm {subject}: runs no model, and its records would lie nowhere; run it "
                         "where you are, or `submit eval-lm`, whose records lie beside its --output")
@@ -279,6 +287,7 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
     begins anew."""
     target = (args.settings.output if stage == "eval-lm" else args.store).absolute()
     records = target.with_name(f"{target.name}.{stage}.slurm")
+    # other arguments are another piece of work, with a completion of its own
     asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
     named = (args.settings.sources.data_dir, args.settings.endpoint.tokenizer) if stage == "eval-lm" else (
         getattr(args, "prompts", None), getattr(args, "start_from", None))
@@ -291,11 +300,13 @@ def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
 
 def check_inputs(work: StageWork, promised: set[Path]) -> None:
     """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
+    # what an earlier stage of the chain will make cannot be looked at yet
     made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
         if path not in made and not path.exists():
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
+    # weights are parsed where nothing is promised, since data must be there for that
     if not made:
         data_paths(list(work.data))
 
@@ -321,8 +332,10 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
     """
     assert work.config is not None, work.stage
     fitting: dict[int, tuple[str, ...]] = {}
+    # a job that lost nodes goes on with fewer, where the layout fits that many
     for count in range(num_nodes, least - 1, -1):
         num_ranks, said = count * profile_ranks, settings.get(count, ())
+        # a layout that the user named is never replaced by a recommended one
         open_ = work.layout_open and not says_layout(said)
         chosen = (*(settings_for(work.config, num_ranks, gpu) if open_ else ()), *said)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
@@ -331,8 +344,135 @@ def fitting_nodes(work: StageWork, profile_ranks: int, num_nodes: int, least: in
             if gpu:
                 refuse_too_large(config, num_ranks, CHIPS[gpu])
             fitting[count] = chosen
+        # numbers in between may not fit: the job just does not run on them
         elif count in (num_nodes, least) or count in settings:
             raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
                             f"{'; '.join(map(str, problems))}")
     return fitting
 
+
+API = "trainer.kubeflow.org/v1alpha1"
+MANAGER = "megatron-sov/submit"
+"""Who patches the runtime, as the operator wants it named."""
+TRAINER = "node"
+"""What the operator calls the replicated job of the ranks, and its container."""
+SCRIPT = """\
+done=$1 folder=$2; shift 2
+cd "$folder" || exit 2
+"$@" & program=$!
+stop() {  # the ranks save and end with 0; torchrun itself would give them 30 s
+  trapped=1
+  read -r ranks <"/proc/$program/task/$program/children"
+  kill -TERM ${ranks:-$program} 2>/dev/null
+}
+trap stop TERM
+while :; do trapped=''; wait "$program"; code=$?; [ -n "$trapped" ] || break; done
+[ "$code" -eq 0 ] || exit "$code"
+[ -z "$done" ] || [ -e "$done" ] || { echo "job: no $done, so the stage is not complete" >&2; exit 75; }
+"""
+"""What runs in each pod: with 0 it ends only where the stage is complete.  Nothing in it is one of
+Kubernetes' own references, $(NAME)."""
+NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+"""What a TrainJob may be called (RFC 1035)."""
+LONGEST_POD = 63
+"""Characters of a pod's host name."""
+
+
+# Kubernetes: the stage as a TrainJob of Kubeflow Trainer (trainer.kubeflow.org/v1alpha1), the operator that
+# runs distributed training there; `kubectl` is asked by the command alone, where the user says so.
+
+
+def trainjob_of(stage: str, arguments: list[str], profile: KubernetesProfile, commands: Commands, *,
+                nodes: int = 1, name: str | None = None, time_limit: str | None = None) -> str:
+    """Return a stage's manifest, as YAML; nothing is written and nobody is asked.
+
+    Args:
+        stage: name in `STAGES`.
+        arguments: as a user would type them.
+        profile: where.
+        commands: the parsers of the stages' commands.
+        nodes: pods.
+        name: of the job; None: the stage's and its target's.
+        time_limit: as sbatch takes it; None: no limit.
+
+    Raises:
+        UserError: the stage, its arguments, the nodes, the name or a path do not fit.
+    """
+    work = work_of(stage, arguments, commands)
+    if not work.kind.ranks and nodes > 1:
+        raise UserError(f"--nodes {nodes}: {stage} works on one node; leave it out")
+    settings: tuple[str, ...] = ()
+    if work.kind.ranks:
+        settings = fitting_nodes(work, profile.tasks_per_node, nodes, nodes, {},
+                                 profile.gpu if profile.gpus_per_node else "")[nodes]
+    if (work.config is not None and work.config.evaluate.background.tasks
+            and work.config.evaluate.background.where == "slurm"):
+        raise UserError("evaluate.background.where = slurm: there is no Slurm in a pod; set it to another "
+                        "place, or leave evaluate.background.tasks empty")
+    profile.refuse_elsewhere(work.target, written=work.stage != "eval")
+    for path in work.inputs:
+        profile.refuse_elsewhere(path)
+    if name is None:
+        name = re.sub(r"[._]+", "-", f"{stage}-{work.target.name}".lower())
+    longest = LONGEST_POD - len(f"-node-0-{nodes - 1}-xxxxx")
+    if not NAME.fullmatch(name) or len(name) > longest:
+        raise UserError(f"--job-name {name}: must be a DNS label of at most {longest} of a-z, 0-9 and -, "
+                        "that begins with a letter and does not end with -; pass another --job-name")
+    job = _manifest(work, profile, settings, nodes, name)
+    if time_limit is not None and (seconds := time_limit_s(time_limit)) < math.inf:
+        job["spec"]["activeDeadlineSeconds"] = int(seconds)
+    return yaml.dump(job, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def _manifest(work: StageWork, profile: KubernetesProfile, settings: tuple[str, ...], nodes: int,
+              name: str) -> dict[str, Any]:
+    """Return the manifest's content; `settings` follow from the number of nodes."""
+    asked = dict(profile.resources)
+    if work.kind.gpus and profile.gpus_per_node:
+        asked[profile.gpu_resource] = str(profile.gpus_per_node)
+    trainer: dict[str, Any] = {
+        "image": profile.image,
+        "command": ["bash", "-c", SCRIPT, "megatron-sov"],
+        "args": [literal(word) for word in _words(profile, work, settings)],
+        "env": variables_of(profile),
+        "numNodes": nodes,
+        "numProcPerNode": profile.tasks_per_node if work.kind.ranks else 1,
+    }
+    if asked:
+        trainer["resourcesPerNode"] = {"requests": asked, "limits": dict(asked)}
+    pod = {"spec": {"template": {"spec": pod_of(profile, {"name": TRAINER})}}}
+    patch = {"manager": MANAGER, "trainingRuntimeSpec": {
+        "template": {"spec": {"replicatedJobs": [{"name": TRAINER, "template": pod}]}}}}
+    spec: dict[str, Any] = {"runtimeRef": {"apiGroup": API.partition("/")[0], "kind": profile.runtime_kind,
+                                           "name": profile.runtime},
+                            "trainer": trainer, "runtimePatches": [patch]}
+    metadata = {"name": name, "namespace": profile.namespace} | (
+        {"labels": dict(profile.labels)} if profile.labels else {})
+    return {"apiVersion": API, "kind": "TrainJob", "metadata": metadata, "spec": spec}
+
+
+def _words(profile: KubernetesProfile, work: StageWork, settings: tuple[str, ...]) -> list[str]:
+    """Return what follows the script: what shows that the stage is complete, the folder where relative paths
+    start, the command."""
+    command = [*work.kind.program, *work.arguments]
+    for setting in settings:
+        command += ["--set", setting]
+    launcher = (["torch.distributed.run", "--max-restarts", str(profile.max_restarts), "-m", "--"]
+                if work.kind.ranks else [])
+    return [str(work.done) if work.writes_done else "", str(Path.cwd() if profile.holds(Path.cwd()) else "/"),
+            profile.python, "-m", *launcher, *command]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lines below each other where a text has several, and says everything where it stands."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Return that no value is a reference to another place."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)

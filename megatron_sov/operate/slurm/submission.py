@@ -123,6 +123,7 @@ def render(job: SlurmJob) -> str:
             raise UserError(f"{path}: holds a character that Slurm reads as a placeholder (%, "
                             "\\ or a line end); choose another")
     work, profile = job.work, job.profile
+    # limits go into the script: a job that starts next week judges by today's profile
     limits = {**dataclasses.asdict(profile.preflight), "num_gpus": profile.gpus_per_node,
               "ranks_per_node": profile.tasks_per_node}
     template = "array" if job.array else "training" if work.kind.ranks else "work"
@@ -138,6 +139,7 @@ def _environment(ready: bool) -> jinja2.Environment:
     """Return what fills templates; compiled ones are kept."""
     import jinja2
 
+    # no escaping for HTML: `sh` quotes for the shell, and an undefined name is an error
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_source), undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
                                      autoescape=False)
@@ -169,6 +171,7 @@ def _quoted(value: Any) -> str:
 
 def _quoted_ready(value: Any) -> str:
     """Quote a value in which the shell is to put the folder of $WORK."""
+    # "$WORK" stays open for the shell, everything around it is quoted
     parts = str(value).split(READY_ROOT)
     return '"$WORK"'.join(shlex.quote(part) if part else "" for part in parts) or "''"
 
@@ -240,6 +243,7 @@ def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
     Raises:
         UserError: the stage, its arguments or the nodes do not fit.
     """
+    # first the stage's own parser: its complaints are about what the user typed
     work = work_of(request.stage, list(request.arguments), commands)
     if request.ready and not str(work.target).startswith(READY_ROOT):
         raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; "
@@ -260,12 +264,15 @@ def prepare(request: SubmitRequest, commands: Commands) -> Prepared:
     if work.kind.ranks:
         layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings,
                                 request.profile.gpu if request.profile.gpus_per_node else "")
+    # before anything is written
     _check_side_jobs(work)
+    # named by its content: two submissions of the same code share a copy
     code = None if request.ready else work.records / _code_name(ROOT)
     script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"
     base = SlurmJob(work, request.profile, Path.cwd(), code, script, layouts, needs=request.needs,
                     time_limit=_time_limit(request, work), ready=request.ready,
                     cluster=_told_cluster(request))
+    # parts first, then what joins them: `submit` makes each wait for the one before
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
 
@@ -296,6 +303,7 @@ def _time_limit(request: SubmitRequest, work: StageWork) -> str:
         UserError: it is none, or so short that the job would be asked to stop as soon as it has
             begun, again and again.
     """
+    # the tighter of the stage's and the profile's, by their length and not as text
     defaults = [limit for limit in (work.kind.time_limit, request.profile.time_limit) if limit]
     limit = request.time_limit if request.time_limit is not None else min(defaults, key=time_limit_s)
     lead_s = request.profile.signal_lead_s
@@ -312,6 +320,7 @@ def _parts(base: SlurmJob, count: int) -> tuple[SlurmJob, ...]:
     whose jobs share its work by themselves."""
     work = base.work
     argv = list(work.arguments)
+    # these share their work by themselves, so all tasks run the same command
     if work.kind.shares and count > 0:
         return (dataclasses.replace(base, array=count),)
     if work.stage != "data" or argv[0] != "pack":
@@ -320,6 +329,7 @@ def _parts(base: SlurmJob, count: int) -> tuple[SlurmJob, ...]:
     parser = Parser(prog="submit data pack", add_help=False, allow_abbrev=False)
     parser.add_argument("--input", nargs="+", action="extend", default=[])
     parser.add_argument("--output")
+    # each task gets its own inputs and output; everything else is the same for all
     found, others = parser.parse_known_args(argv)
     inputs = found.input
     if not 1 < count <= len(inputs):
@@ -328,6 +338,7 @@ def _parts(base: SlurmJob, count: int) -> tuple[SlurmJob, ...]:
     parts = [f"{work.target}.parts/part-{i}" for i in range(count)]
     packing = dataclasses.replace(work, arguments=tuple(others))
     joining = dataclasses.replace(work, arguments=("mix", *parts, "--output", str(work.target)))
+    # the joining job also checks that each part is complete: a part's exit code is not enough
     needs = tuple(Path(p) / "manifest.json" for p in parts)
     return (dataclasses.replace(base, work=packing, array=count, array_inputs=tuple(inputs),
                                 script=base.script.with_name(f"{base.script.stem}-parts.sbatch")),
@@ -341,9 +352,11 @@ def check(prepared: Prepared) -> None:
         UserError: Slurm is not there, has no such partition, refuses a script, or has a living
             job of this stage.
     """
+    # the cheap questions first; `sbatch --test-only` then looks at each script
     client.check_partition(prepared.jobs[0].profile.partition)
     for text in prepared.texts:
         client.check_script(text)
+    # two jobs of one stage would work in the same folder
     living = client.states(submitted_jobs(prepared.work.records))
     if living:
         number, state = next(iter(living.items()))
@@ -352,7 +365,6 @@ def check(prepared: Prepared) -> None:
 
 
 def submitted_jobs(records: Path) -> list[str]:
-    """Return the numbers of a stage's jobs, oldest first."""
     return [str(r["job"]) for r in read_events(records / JOBS) if r["event"] == "submitted"]
 
 
@@ -378,6 +390,7 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
     records = prepared.work.records
     with disk_errors(records):
         try:
+            # before the first write, so that a file in the way is told and not a traceback
             records.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{records}: cannot be made, since a file is in the way; "
@@ -389,10 +402,12 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
         for job, text in zip(prepared.jobs, prepared.texts, strict=True):
             atomic_write(job.script, text)
             atomic_write(job.script.with_suffix(".json"), to_json(_settings(job)))
+            # logged at once: a kill between two submissions leaves no job that nobody knows of
             numbers.append(client.submit(job.script, after=numbers[-1:] or after))
             log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name,
                       nodes=max(job.layouts), after=numbers[-2:-1] or after)
     except UserError:
+        # all or none: parts without what joins them would be work for nothing
         client.cancel(numbers)
         raise
     finally:
@@ -423,6 +438,7 @@ def _code_name(root: Path) -> str:
     """Return the name of a copy of the code below a folder: it tells the content."""
     digest = hashlib.sha256()
     for path, name in _sources(root):
+        # names and bytes, separated: content that moves from one file to another changes the digest
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return f"code-{digest.hexdigest()[:12]}"
 
@@ -432,16 +448,17 @@ def _copy_code(folder: Path) -> None:
     a copy of the same content is kept."""
     if folder.is_dir():
         return
+    # two submissions at once may copy the same code: the first one stays
     with new_folder(folder, first_stays=True) as temporary:
         for path, name in _sources(ROOT):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)
+        # someone edited while the copy was made: the job would run neither the old code nor the new
         if folder.name != _code_name(temporary):
             raise UserError(f"{folder}: the code changed while it was copied; submit again when it stands "
                             "still")
 
 
 def show(prepared: Prepared) -> None:
-    """Print the scripts."""
     for job, text in zip(prepared.jobs, prepared.texts, strict=True):
         sys.stdout.write(f"# {job.script}\n{text}\n")

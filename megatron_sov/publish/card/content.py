@@ -50,12 +50,10 @@ def quantity(found: Figure | None) -> str:
 
 
 def with_basis(name: str, found: Figure) -> str:
-    """Return a figure with what it is and rests on."""
     return f"{name}: {quantity(found)} ({found.basis}{f': {found.how}' if found.how else ''})"
 
 
 def score(row: dict[str, Any]) -> str:
-    """Return a score with its interval."""
     value = number(row["value"].value)
     if not math.isfinite(value):
         return NOT_KNOWN
@@ -66,7 +64,6 @@ def score(row: dict[str, Any]) -> str:
 
 
 def params(found: Figure) -> str:
-    """Return a number of parameters."""
     return large(float(found.value)) if found.known else NOT_KNOWN
 
 
@@ -240,7 +237,6 @@ def make_card(found: Lineage, data: DataCard | None, scores: Sequence[ScoreFile]
 
 
 def card_json(card: dict[str, Any]) -> Any:
-    """Return a card as plain values."""
     scores = [{name: value for name, value in row.items() if name != "key"} for row in card["scores"]]
     return as_json({**card, "scores": scores})
 
@@ -346,7 +342,6 @@ def _compute(compute: Compute) -> dict[str, Figure]:
 
 
 def _stated(answers: CardAnswers) -> dict[str, Figure]:
-    """Return what the team says, each marked as stated."""
     return {name: Figure(list(value) if isinstance(value, tuple) else value, "stated",
                          (RecordedOrigin(ANSWERS, ANSWERS, name),))
             for name, value in asdict(answers).items() if value not in ("", (), None) and name != "licences"}

@@ -19,7 +19,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.publish.card.lineage import Graph, Node
 from megatron_sov.publish.card.run_record import ANSWERS, CardAnswers, Figure, RecordedOrigin, unknown
 
-CARD, FORMAT, VERSION = "card.json", "megatron-sov data card", 2
+CARD, DATA_FORMAT, DATA_VERSION = "card.json", "megatron-sov data card", 2
 DATA = "data"
 """Folder of the data's card, below the model's; also what origins call it."""
 FILE = f"{DATA}/{CARD}"
@@ -81,8 +81,10 @@ def read_data_card(folder: Path) -> DataCard:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file}: cannot be read ({e}); write it with `sov-data card`") from None
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{file}: is no data card of version {VERSION}; write it again with `sov-data card`")
+    known = DATA_FORMAT, DATA_VERSION
+    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != known:
+        raise UserError(f"{file}: is no data card of version {DATA_VERSION}; write it again with "
+                        "`sov-data card`")
     return DataCard(content, sha256_file(file), {
         found.name: found.read_bytes() for found in sorted(folder.iterdir()) if found.is_file()})
 

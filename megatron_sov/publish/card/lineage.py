@@ -81,7 +81,6 @@ class Graph:
         return old is None
 
     def join(self, source: str, target: str, told_by: str) -> None:
-        """Add an edge between two nodes."""
         self.edges.setdefault((source, target), Edge(source, target, told_by))
 
     def order(self) -> list[Node]:
@@ -247,7 +246,6 @@ class Lineage:
 
     @property
     def data(self) -> list[Path]:
-        """Folders of the token shards that the runs read."""
         read = {sha256 for run in self.runs for sha256 in run.inputs}
         return [self.places[i] for i, m in self.manifests.items() if m.kind == TOKENS and i in read]
 
@@ -264,6 +262,7 @@ def lineage(runs: Sequence[Path], elsewhere: Sequence[Path] = (), hf_folder: Pat
         UserError: a folder is none of these, is damaged, or belongs to another model.
     """
     walk = _LineageWalk(elsewhere)
+    # each run with the one before it, in the order of the command line
     for before, path in zip((None, *runs), runs, strict=False):
         walk.run(path)
         if before is not None:
@@ -274,7 +273,9 @@ def lineage(runs: Sequence[Path], elsewhere: Sequence[Path] = (), hf_folder: Pat
     exports = sorted(p.parent for p in (runs[-1] / EXPORTS).glob(f"*/{MANIFEST}"))
     for export in [*exports, *([hf_folder] if hf_folder is not None else [])]:
         walk.export(export, last, is_asked=export is hf_folder)
+    # last: runs and exports have put their artifacts on the list
     walk.drain()
+    # causes before effects, so the first run comes first whatever order they were found in
     order = [node.id for node in found.graph.order()]
     found.runs.sort(key=lambda run: order.index(run.id))
     return found
@@ -291,6 +292,7 @@ class _LineageWalk:
         for path in elsewhere:
             for folder in [path, *sorted((path / CHECKPOINTS_OF_A_RUN).glob("step-*"))]:
                 if (folder / MANIFEST).is_file():
+                    # by hash: a folder that was moved or renamed is known again
                     self._elsewhere[manifest_sha256(folder)] = folder
             if not (path / MANIFEST).is_file() and not (path / CONFIG).is_file():
                 raise UserError(f"--from {path}: is neither a run nor an artifact; pass a folder that one of "
@@ -299,8 +301,10 @@ class _LineageWalk:
     def run(self, path: Path) -> CardRunRecord:
         """Follow a run."""
         place = path.resolve()
+        # by real path, so a link to a run does not make a second one
         if place in self._runs:
             return self._runs[place]
+        # a bound, since events of strangers could name runs without end
         if len(self._runs) >= MAX_RUNS:
             raise UserError(f"{path}: the model was made by more than {MAX_RUNS} runs; look at their events")
         names = {run.name for run in self._runs.values()}
@@ -320,6 +324,7 @@ class _LineageWalk:
     def joined_by_hand(self, before: Path, path: Path) -> None:
         """Join two runs that the user named in order, unless the later one's events say where it started."""
         record, earlier = self.run(path), self.run(before)
+        # what the events prove goes before what the command line says
         if any(item["kind"] == KIND for item, _ in record.inputs.values()):
             return
         model = self.model_of(earlier)
@@ -338,6 +343,7 @@ class _LineageWalk:
         if folder is None:
             self._note(f"run {record.name!r} has no checkpoint")
             return ""
+        # complete.json is a file like others: its path must not lead out of the run
         if _is_below(folder, record.path) and (folder / MANIFEST).is_file():
             found = manifest_sha256(folder)
             if isinstance(sha256, str) and found != sha256:
@@ -358,6 +364,7 @@ class _LineageWalk:
         """Add a Hugging Face folder, if it was made from a checkpoint of a run."""
         manifest = read_manifest(folder)
         left = (record.path / CHECKPOINTS_OF_A_RUN).glob(f"step-*/{MANIFEST}")
+        # the completed checkpoint may be gone, and its hash is still known
         own = ({manifest_sha256(p.parent) for p in left} | {self.found.model}) - {""}
         inputs = [item["manifest_sha256"] for item in inputs_of(folder, manifest) if item["kind"] == KIND]
         if manifest.kind != HF_MODEL or not own & set(inputs):
@@ -377,6 +384,7 @@ class _LineageWalk:
         if not files:
             return
         hashes = {file.parent.name: manifest_sha256(file.parent) for file in files[:MAX_FILES]}
+        # one hash for all rounds, whose own hashes stand in the node
         whole = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
         node = f"{ROUNDS} of {record.id}"
         self.found.graph.add(Node(node, ROUNDS, f"{ROUNDS} of {record.name}", whole,
@@ -386,6 +394,7 @@ class _LineageWalk:
     def _input(self, by: Path, path: str, sha256: str, kind: str, target: str, told_by: str) -> None:
         """Follow one input to where it lies now, if it is what it was."""
         folder = find_input(path, sha256, by, self._elsewhere | self.found.places)
+        # found by hash; a folder of that name with other content is another thing
         if folder is not None:
             self._artifact(folder, sha256)
         else:
@@ -396,6 +405,7 @@ class _LineageWalk:
     def _artifact(self, folder: Path, sha256: str) -> None:
         """Add an artifact that was found; what it was made from is followed by and by (`drain`)."""
         found = self.found
+        # many runs share data and tokenizer
         if sha256 in found.places:
             return
         manifest = read_manifest(folder)
@@ -405,6 +415,7 @@ class _LineageWalk:
         found.graph.add(Node(sha256, manifest.kind, name, sha256,
                              f"{len(manifest.files):,} files", content={"files": files}))
         found.places[sha256], found.manifests[sha256] = folder, manifest
+        # a list instead of recursion: chains of checkpoints may be long
         if manifest.kind not in (TOKENS, CORPUS):  # which `sov-data card` follows
             self._waiting.append(sha256)
 
@@ -454,7 +465,6 @@ def _is_below(folder: Path, root: Path) -> bool:
 
 
 def _described(record: CardRunRecord) -> str:
-    """Return what a run did, in a few words."""
     done = record.completion or {}
     steps = done.get("step") or (record.attempts[-1].last_step if record.attempts else None)
     return f"{record.config.objective.name}, {steps or 0:,} steps"

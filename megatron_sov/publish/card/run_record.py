@@ -67,7 +67,6 @@ class Figure:
 
     @property
     def known(self) -> bool:
-        """Whether there is a value."""
         return self.value is not None
 
 
@@ -96,7 +95,6 @@ def as_json(value: Any) -> Any:
 
 
 def figures_in(value: Any) -> Iterator[Figure]:
-    """Yield all figures of a card's content."""
     if isinstance(value, Figure):
         yield value
     elif isinstance(value, (dict, list, tuple)):
@@ -275,7 +273,6 @@ class CardRunRecord:
 
     @property
     def id(self) -> str:
-        """Its name in the provenance graph."""
         return f"run {self.name}"
 
     @property
@@ -285,7 +282,6 @@ class CardRunRecord:
 
     @property
     def outcome(self) -> str:
-        """How it stands, in words."""
         if self.completion is not None:
             return COMPLETE
         return self.attempts[-1].outcome if self.attempts else "not started"
@@ -350,7 +346,7 @@ class _Timeline:
         self.flops_again = 0.0
 
     def add(self, step: int, tokens: int, per_token: float) -> None:
-        """Take a step's event in."""
+        # a restart goes back to a checkpoint: the steps behind it count as done again
         while self._steps and self._steps[-1][0] >= step:
             self.flops_again += self._steps.pop()[2]
         before = self._steps[-1][1] if self._steps else 0
@@ -358,12 +354,10 @@ class _Timeline:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the steps that stand."""
         return math.fsum(flops for _, _, flops in self._steps)
 
     @property
     def tokens(self) -> int:
-        """Tokens up to the last one."""
         return self._steps[-1][1] if self._steps else 0
 
 
@@ -378,6 +372,7 @@ def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) ->
         index = numbers[kind]
         numbers[kind] += 1
         if kind == "run_start":
+            # each start announces its curriculum from the beginning
             phases.clear()
             _add_inputs(run, event, index)
         elif kind == "phase" and 1 <= number(event.get("seq_len")) < MOST_TOKENS and "step" in event:
@@ -385,11 +380,14 @@ def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) ->
         elif kind == "step" and event.get("step") is not None:
             step = int(event["step"])
             run.final_loss = number(event.get("loss"))
+            # the phase that began before this step; its length decides the FLOPs of a token
             seq_len = next((length for first, length in reversed(phases) if first < step), 0)
             run.longest_tokens = max(run.longest_tokens, seq_len)
+            # once for each length: a run has hundreds of thousands of steps
             if seq_len not in per_token:
                 per_token[seq_len] = flops_per_token(seq_len) if seq_len else 0.0
             tokens = number(event.get("tokens"))
+            # events are data of others: a number that is none must not spoil the sum
             if 0 <= tokens < math.inf:
                 timeline.add(step, int(tokens), per_token[seq_len])
             work.starts_with_steps.add(numbers["run_start"] - 1)
@@ -402,6 +400,7 @@ def _read_events(run: CardRunRecord, flops_per_token: Callable[[int], float]) ->
         elif kind in KEPT:
             kept = run.kept.setdefault(kind, [])
             kept.append((index, event))
+            # the newest ones: memory stays bounded however long the run was
             del kept[:-MAX_KEPT]
     run.attempts = attempts.all
     work.flops, work.flops_again, work.tokens = timeline.flops, timeline.flops_again, timeline.tokens
@@ -418,7 +417,9 @@ def _add_inputs(run: CardRunRecord, event: dict[str, Any], index: int) -> None:
 
 def _add_energy(work: RecordedWork, event: dict[str, Any], place: int, start: dict[str, Any]) -> None:
     """Take in the energy of all GPUs since a start; that of some of them is no measure of the run."""
+    # the last word of a start counts: its energy is cumulative
     work.energy_by_start.pop(place, None)
+    # written with "not" so that NaN, where a start names no ranks, lets the energy pass
     if not number(event.get("num_gpus")) < number(start.get("num_ranks")):
         work.energy_by_start[place] = number(event["energy_j"])
 
@@ -435,6 +436,7 @@ def _add_power(work: RecordedWork, event: dict[str, Any], seq_len: int) -> None:
         work.num_energy_steps += 1
         gpus = number(event.get("energy_gpus"))
         work.energy_gpus = int(gpus) if 0 < gpus < math.inf else 0
+    # power times time, for runs whose drivers tell watts and no joules
     if 0 <= watts < math.inf and 0 < seconds < math.inf:
         work.power_ws += watts * seconds
         work.power_s += seconds
@@ -467,7 +469,6 @@ def flops_per_token(config: RunConfig, seq_len: int) -> float:
 
 
 def compute_of(run: CardRunRecord, answers: CardAnswers) -> Compute:
-    """Return what one run has cost."""
     process_hours = _process_hours(run)
     gpu_hours = _gpu_hours(run, process_hours)
     energy = _energy(run, process_hours, gpu_hours, answers)
@@ -476,7 +477,6 @@ def compute_of(run: CardRunRecord, answers: CardAnswers) -> Compute:
 
 
 def total_compute(parts: Sequence[Compute]) -> Compute:
-    """Return the sum over runs."""
     return Compute(*(total([getattr(part, name) for part in parts], f"{what} of all runs") for name, what in (
         ("process_hours", "process hours"), ("gpu_hours", "GPU hours"), ("flops", "FLOPs"),
         ("flops_again", "repeated FLOPs"), ("energy_kwh", "energy"), ("carbon_g", "carbon"))))
@@ -490,6 +490,7 @@ def _process_hours(run: CardRunRecord) -> Figure:
     for attempt in run.attempts:
         began = number(attempt.start.get("began_s", attempt.start.get("time_s")))
         wall_s = attempt.last_time_s - began
+        # clocks of two machines may differ
         seconds += max(0.0, wall_s) * max(0.0, number(attempt.start.get("num_ranks")))
     if not seconds < float("inf"):
         return unknown(f"hours of run {run.name}", "a start does not tell when, or how many processes")
@@ -502,6 +503,7 @@ def _process_hours(run: CardRunRecord) -> Figure:
 def _gpu_hours(run: CardRunRecord, process_hours: Figure) -> Figure:
     """Return the process hours of a run whose processes had a GPU each."""
     on_gpu = [attempt.start.get("on_gpu") for attempt in run.attempts]
+    # mixed or silent starts: a figure for a part of the run would be taken for all of it
     if not process_hours.known or not (all(x is True for x in on_gpu) or all(x is False for x in on_gpu)):
         return unknown(f"GPU hours of run {run.name}", "its starts do not tell whether it ran on GPUs; runs "
                        "of this version do")

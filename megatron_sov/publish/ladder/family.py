@@ -64,6 +64,7 @@ def parse_sizes(text: str, option: str) -> list[int]:
 
 def size_of(model: ModelConfig) -> int:
     """Return the parameters of the trunk that one token meets, without embeddings and head."""
+    # embedding and head: most of a small model, and no part of N
     outside = (1 if model.tied_embeddings else 2) * model.vocab_size * model.hidden_size
     return num_params(model).active - outside
 
@@ -86,8 +87,10 @@ def family(base: ModelConfig, sizes: Sequence[int], beyond: int) -> list[ModelCo
     head_dim = base.head_dim
     found = [_nearest(base, size, head_dim) for size in sizes]
     while head_dim // 2 >= MIN_HEAD_DIM and any(_misfit(base, model) > HEADS_TOLERANCE for model in found):
+        # smaller heads until their joint width comes near its share; one head is as wide at all sizes
         head_dim = head_dim // 4 * 2  # even, for rotations are of pairs
         found = [_nearest(base, size, head_dim) for size in sizes]
+    # the predicted size follows the ladder's heads and does not choose them
     found.append(_nearest(base, beyond, head_dim))
     for model, size in zip(found, [*sizes, beyond], strict=True):
         if abs(size_of(model) / size - 1) > TOLERANCE:
@@ -100,10 +103,12 @@ def family(base: ModelConfig, sizes: Sequence[int], beyond: int) -> list[ModelCo
 def scaled(base: ModelConfig, width: int, num_layers: int, head_dim: int) -> ModelConfig:
     """Return `base` at another width and depth."""
     ratio, group = width / base.hidden_size, base.num_heads // base.num_kv_heads
+    # queries per key/value head stay: kv heads are rounded, query heads follow
     heads_width = base.num_heads * base.head_dim * ratio
     num_kv_heads = max(1, round(heads_width / (head_dim * group)))
 
     def inner(ffn_dim: int) -> int:
+        # multiples that kernels like, and never 0
         step = _step(ffn_dim * ratio)
         return max(step, round(ffn_dim * ratio / step) * step) if ffn_dim else 0
 
@@ -129,6 +134,7 @@ def _nearest(base: ModelConfig, size: int, head_dim: int) -> ModelConfig:
 
     def cost(model: ModelConfig) -> float:
         shape = model.hidden_size / model.num_layers / aspect
+        # on a log scale: twice too large is as bad as half
         return abs(math.log(size_of(model) / size)) + SHAPE_WEIGHT * abs(math.log(shape))
 
     return min(_shapes(base, size, head_dim, aspect), key=cost)
@@ -141,6 +147,7 @@ def _shapes(base: ModelConfig, size: int, head_dim: int, aspect: float) -> Itera
     width = 0
     while True:
         width += _step(width)
+        # around width / aspect, the recipe's width over depth
         fewest = max(least, math.floor(width / aspect) - 1)
         shapes = [scaled(base, width, fewest + more, head_dim) for more in range(4)]
         yield from shapes
@@ -193,16 +200,21 @@ def mup_model(model: ModelConfig, base_width: int) -> ModelConfig:
 def mup_optim(optim: OptimConfig, model: ModelConfig, base_width: int) -> OptimConfig:
     """Return an optimizer whose matrices learn at the rate that belongs to the model's width."""
     width = model.hidden_size
+    # mup, table 8: Adam's rate for weights that a width goes into
     factor = head = base_width / width
     if optim.name == "muon":  # never of the head
+        # square matrices stand for all of the trunk: their ratio of sides is the same at every width
         factor = _muon_reach(optim, base_width, base_width) / _muon_reach(optim, width, width)
     factors = dict.fromkeys(_MATRICES, factor)
     if model.num_moe_layers():
+        # a router is [experts, width]: its sides do not grow together
         factors["*.router.weight"] = head if optim.name != "muon" else (
             _muon_reach(optim, model.num_experts, base_width) / _muon_reach(optim, model.num_experts, width))
     if model.num_mtp_layers:
         factors["*.eh_proj.weight"] = factor
+    # a head that is the embedding too is treated as a head
     factors["*.word_embeddings.weight" if model.tied_embeddings else "output_layer.weight"] = head
+    # decay over the factor: a step's decay is rate x decay, which should not shrink with the rate
     groups = tuple(GroupConfig(pattern, lr_scale=scale, weight_decay=optim.weight_decay / scale)
                    for pattern, scale in factors.items())
     return replace(optim, groups=groups + optim.groups)
@@ -220,6 +232,7 @@ def step_law_optim(optim: OptimConfig, num_params: int, num_tokens: int) -> Opti
     """Return an optimizer at the fitted rate; the least rate keeps its share of it."""
     factor, by_params, by_tokens = STEP_LAW_LR
     lr = factor * num_params**by_params * num_tokens**by_tokens
+    # the floor of the schedule keeps its ratio to the peak
     return replace(optim, lr=lr, min_lr=optim.min_lr / optim.lr * lr)
 
 
@@ -268,6 +281,7 @@ def members(base: RunConfig, sizes: Sequence[int], predicted: int, tokens_per_pa
             name = large(size).replace(" ", "") + (f"-{ratio:g}" if len(tokens_per_param) > 1 else "")
             num_params = size_of(model)
             num_tokens = round(ratio * num_params)
+            # one process by default: a small model does not fit the layout of a large one
             config = replace(base, model=model, parallel=base.parallel if keeps_layout else ParallelConfig(),
                              data=replace(base.data, phases=tuple(map(_whole, base.data.phases))))
             config = _trained(config, base, num_params, num_tokens, rates)
@@ -278,6 +292,7 @@ def members(base: RunConfig, sizes: Sequence[int], predicted: int, tokens_per_pa
                                 f"{LEAST_STEPS} are needed")
             found.append(Member(name, num_params, num_tokens, config))
     names = [m.name for m in found]
+    # coarse steps of width can make two sizes one model: a law needs different ones
     if len(set(names)) < len(names) or len({m.num_params for m in found}) <= len(sizes):
         raise UserError(f"--sizes: some give the same model or name ({', '.join(names)}); take sizes that "
                         "are further apart")
@@ -288,12 +303,14 @@ def members(base: RunConfig, sizes: Sequence[int], predicted: int, tokens_per_pa
 
 def _whole(phase: PhaseConfig) -> PhaseConfig:
     """Return a phase with its part of the run kept, at the run's own batch size and rate."""
+    # phases keep their share of a run whose length is another for each size
     return replace(phase, tokens=0, share=phase.tokens or phase.share, global_batch_size=0, lr=0.0,
                    rewarm_steps=0)
 
 
 def _trained(config: RunConfig, base: RunConfig, num_params: int, num_tokens: int, rates: Rates) -> RunConfig:
     """Return settings with the rates, batch size and length that belong to the size."""
+    # the length is in tokens; ramps, evaluations and exports are of the large run
     train = replace(config.train, steps=0, tokens=num_tokens, ramp_from_batch_size=0, ramp_increment=0,
                     ramp_steps=0, eval_every_steps=0, export_every_checkpoints=0, keep_checkpoints=1)
     model, optim = config.model, config.optim

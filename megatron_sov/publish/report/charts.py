@@ -131,7 +131,6 @@ def loss_charts(run: Run) -> list[Chart]:
 
 
 def meter_charts(run: Run) -> list[Chart]:
-    """Return a chart of each meter of the objective."""
     charts = [_curves([curve], plain(name), f"{name}, mean of each step's batch.", run, smooth=True)
               for name, curve in run.curves["meters"].items()]
     return [c for c in charts if c]

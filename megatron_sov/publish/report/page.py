@@ -236,7 +236,6 @@ def _cut(text: Any) -> str:
 
 
 def _proof_tables(run: Run) -> list[PageTable]:
-    """Return the checks of each export against the trained model, with what each was measured on."""
     return [PageTable(["check", "measured", "limit"],
                       [[str(c.get("name", "")), _with_detail(c), measured(c.get("limit"))]
                        for c in conversion["checks"]])

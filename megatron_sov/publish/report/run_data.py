@@ -165,7 +165,6 @@ class Run:
         return self.curves.get("", {}).get(name)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """Return the events of a kind of `KEPT`."""
         return self.events.get(kind, [])
 
     def start(self, name: str) -> Any:
@@ -184,6 +183,7 @@ class Run:
     def energy_j(self) -> float:
         """Return the energy of all GPUs up to the last checkpoint of each start, in joules; NaN: no driver
         told, or not every one."""
+        # one entry for each start, the last one: energies are cumulative within a start
         of_starts = {event["attempt"]: number(event.get("energy_j")) for event in self.of("energy")}
         ranks = [math.nan, *(number(attempt.start.get("num_ranks")) for attempt in self.attempts)]
         partly = any(number(event.get("num_gpus")) < ranks[event["attempt"]] for event in self.of("energy"))
@@ -207,6 +207,7 @@ def read_run(path: Path) -> Run:
     by_source: dict[str, dict[str, Any]] = {}
     attempts, keeper, stretches = Attempts(), Timekeeper(), Stretches()
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
+    # one pass; what is shown is kept, everything else is forgotten
     for event in read_events(path / EVENTS):
         kind = event["event"]
         attempts.add(event)
@@ -220,6 +221,7 @@ def read_run(path: Path) -> Run:
             steps.add(event)
         elif kind in kept:
             kept[kind].append(event)
+        # samples of the newest step alone
         elif kind == "sample":
             run.samples = [s for s in run.samples if s.get("step") == event.get("step")] + [event]
         elif kind == "expert_load" and event.get("source") is not None:
@@ -227,6 +229,7 @@ def read_run(path: Path) -> Run:
         elif kind in ("expert_load", "data_consumed", "compute_time"):
             last[kind] = event
     run.attempts = attempts.all
+    # of a living run the time since its last event is not lost yet
     lives = living_holder(path) is not None
     run.wall_time = keeper.account(max((a.last_time_s for a in run.attempts), default=0.0) if lives else None)
     run.curves = steps.curves()
@@ -314,6 +317,7 @@ def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
         for row in event.get("heldout", {}).values():
             source_bits = number(row.get("loss")) * number(row.get("tokens")) / math.log(2)
             per_byte = number(row.get("bits_per_byte"))
+            # a source without bytes per token has no share in the sum
             if math.isfinite(source_bits) and math.isfinite(per_byte) and per_byte > 0:
                 bits += source_bits
                 num_bytes += source_bits / per_byte
@@ -331,12 +335,14 @@ def _expert_load(event: dict[str, Any] | None) -> ReportedExpertLoad | None:
         layers = [int(x) for x in event.get("layers") or range(len(load))]
     except (TypeError, ValueError):  # rows of several lengths are no table
         return None
+    # names of layers that do not fit the rows are no table either
     return ReportedExpertLoad(int(event.get("step") or 0), layers, load) if len(layers) == len(load) else None
 
 
 def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
     """Return the records of the layers that the last one has; a record of other layers is left out."""
     names = ("max_violation", "entropy", "dead", "bias_spread")
+    # a resumed run may have other layers: only records that fit the last one make a curve
     layers: Any = events[-1].get("layers") if events else []
     events = [e for e in events if e.get("layers") == layers and isinstance(layers, list)
               and all(isinstance(e.get(name), list) and len(e[name]) == len(layers) for name in names)]
@@ -375,6 +381,7 @@ def _provenance(path: Path, run: Run) -> list[Provenance]:
                                               i["manifest_sha256"]) for i in inputs}
     manifests = list((path / "checkpoints").glob(f"step-*/{MANIFEST}"))
     if manifests:
+        # by number: as text, step 1000 comes before step 999
         newest = max(manifests, key=lambda m: int("0" + "".join(filter(str.isdigit, m.parent.name)))).parent
         manifest = read_manifest(newest)
         run.checkpoint_bytes = sum(f.size_bytes for f in manifest.files.values())

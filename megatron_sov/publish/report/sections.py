@@ -17,12 +17,11 @@ from megatron_sov.base.pages.page import (
     Chart, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
 from megatron_sov.model.config import from_dict
 from megatron_sov.plan.pages.page import schedule_charts, schedule_table
-from megatron_sov.publish.report.accounts import accounts_section
 from megatron_sov.publish.report.charts import (
     beside_charts, expert_chart, heldout_charts, loss_charts, meter_charts, needle_charts, plan_chart,
     scalar_charts)
 from megatron_sov.publish.report.judgements import (
-    VERDICTS, forgetting_section, gate_section, media_section, passk_section, round_section)
+    VERDICTS, accounts_section, forgetting_section, gate_section, media_section, passk_section, round_section)
 from megatron_sov.publish.report.run_data import (
     Heldout, Phase, Provenance, ReportedExpertLoad, RoutingHistory, Run)
 from megatron_sov.publish.report.scores import score_section
@@ -441,7 +440,9 @@ def _phase_tables(run: Run) -> list[PageTable]:
 def _batch_sizes(phase: Phase) -> str:
     """Return the samples of a step: one number, or first to last of a ramp."""
     sizes = [f"{n:,}" for n in phase.batch_sizes if n]
-    return "–" if not sizes else sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    if not sizes:
+        return "–"
+    return sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _heldout_tables(run: Run) -> list[PageTable]:

@@ -52,6 +52,7 @@ class StepTable:
     as in `final_steps`."""
 
     def __init__(self) -> None:
+        # machine arrays: a Python number for each value would take many times as much
         self._steps = array("q")
         self._phases = array("q")
         self._phase_names: dict[str, int] = {}
@@ -74,6 +75,7 @@ class StepTable:
         column = self._columns.get(key)
         if column is None:
             column = self._columns[key] = (array("q"), array("d"))
+        # the row and not the step: which row of a repeated step counts is known at the end
         column[0].append(row)
         column[1].append(number(value))
 
@@ -81,12 +83,14 @@ class StepTable:
         """Return group -> name -> curve; the group of plain fields (loss, lr, ...) is ""."""
         steps = _numbers(self._steps)
         is_last = np.zeros(len(steps), dtype=bool)
+        # values of steps that were done again belong to no model any more
         is_last[self._last_rows()] = True
         found: dict[str, dict[str, Curve]] = {"": {}, **{group: {} for group in GROUPS}}
         for (group, name), (row_array, value_array) in self._columns.items():
             rows, values = (np.frombuffer(row_array, dtype=np.int64),
                             np.frombuffer(value_array, dtype=np.float64))
             keep = is_last[rows]
+            # after a restart steps come in another order than rows
             order = np.argsort(steps[rows[keep]], kind="stable")
             found[group][name] = Curve(name, steps[rows[keep]][order], values[keep][order])
         return found
@@ -97,6 +101,7 @@ class StepTable:
         if not len(rows):
             return []
         steps, phases = _numbers(self._steps)[rows], _numbers(self._phases)[rows]
+        # a phase begins where its number changes
         starts = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist()]
         names = list(self._phase_names)
         return [(names[phases[start]], int(steps[start]), int(steps[end - 1]))
@@ -122,6 +127,7 @@ def downsample(curve: Curve, max_points: int = 2000) -> Curve:
     n = len(curve.steps)
     if n <= max_points:
         return curve
+    # two points from each stretch, and the ends
     edges = np.linspace(0, n, (max_points - 2) // 2 + 1).astype(int)
     keep = [0, n - 1]
     for low, high in pairwise(edges):
@@ -136,6 +142,7 @@ def moving_mean(curve: Curve, window: int) -> Curve:
 
     All values must be finite.
     """
+    # sums before each place: a window's sum is one difference, whatever its width
     sums = np.concatenate([[0.0], np.cumsum(curve.values)])
     centre = np.arange(len(curve.values))
     low = np.maximum(centre - window // 2, 0)
@@ -173,6 +180,7 @@ def read_evaluations(run: Path) -> list[ExportEvaluation]:
         figures, failure = {}, ""
         try:
             text = file.read_text(encoding="utf-8", errors="replace")
+            # .failed holds the reason as text
             figures, failure = (json.loads(text), "") if name[3] == "json" else ({}, text.strip())
         except (OSError, ValueError) as e:
             failure = f"{file.name} cannot be read ({e})"

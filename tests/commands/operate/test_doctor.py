@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.commands.operate import doctor
-from megatron_sov.operate.doctor.checks import MachineCheck
+from megatron_sov.commands.operate.doctor import MachineCheck
 
 GOOD = [MachineCheck("Python", "ok", "3.11.7"), MachineCheck("GPU", "missing", "torch is a CPU build"),
         MachineCheck("Disk", "warning", "1.0 GB free", "free some")]

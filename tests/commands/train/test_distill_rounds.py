@@ -15,7 +15,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.train import distill_rounds
+from megatron_sov.commands.train import distill
 from megatron_sov.commands.train.distill import DistillOptions
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import apply_settings
@@ -23,9 +23,9 @@ from megatron_sov.runs.obs.events import read_events
 from tests.typed_words import typed
 
 
-def asking(words: list[str]) -> distill_rounds.DistillRoundsOptions:
+def asking(words: list[str]) -> distill.DistillRoundsOptions:
     """Return what a command line asks for."""
-    return typed(distill_rounds.DistillRoundsOptions, words)
+    return typed(distill.DistillRoundsOptions, words)
 
 
 @pytest.mark.distributed
@@ -49,7 +49,7 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     asked = ["tiny-solar-open", "--from", str(teacher), "--teacher", str(teacher), "--prompts",
              str(tmp_path / "prompts"), "--rounds", "2", "--output", str(tmp_path / "out"),
              "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set", "train.steps=1"]
-    assert distill_rounds.do_rounds(asking(asked), command) == 75
+    assert distill.do_rounds(asking(asked), command) == 75
     assert [argv[:2] for argv in commands] == [
         ["distill", "write"], ["distill", "tiny-solar-open"], ["distill", "write"]]
     answers, run = tmp_path / "out/round-1/answers", tmp_path / "out/round-1/run"
@@ -76,21 +76,21 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
 
     # the same command goes on; here nothing is run any more
     commands.clear()
-    assert distill_rounds.do_rounds(asking(asked), note) == 0
+    assert distill.do_rounds(asking(asked), note) == 0
     assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
     assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
     # what is done is of this student, and of these answers
     for changed, text in ((("--from", str(run)), f"from = {teacher}, now it is {run}; resume with the same"),
                           (("--temperature", "0.5"), "temperature = 1.0, now it is 0.5")):
         with pytest.raises(UserError, match=re.escape(text)):
-            distill_rounds.do_rounds(asking([*asked, *changed]), note)
-    assert distill_rounds.do_rounds(asking([*asked, "--rounds", "3"]), note) == 0
+            distill.do_rounds(asking([*asked, *changed]), note)
+    assert distill.do_rounds(asking([*asked, "--rounds", "3"]), note) == 0
 
     # beside other data, which the teacher reads once
     commands.clear()
     beside = [*asked, "--data", f"{packed_data.chats}:3", "--share", "0.25", "--output",
               str(tmp_path / "more")]
-    assert distill_rounds.do_rounds(asking(beside), note) == 0
+    assert distill.do_rounds(asking(beside), note) == 0
     assert [argv[:2] for argv in commands[:2]] == [["distill", "states"], ["distill", "write"]]
     assert len(commands) == 5
     seeds = [word for words in commands for word in words if word.startswith("train.seed=")]
@@ -111,7 +111,7 @@ def test_a_student_writes_at_the_layout_of_its_training(packed_data: Any, tmp_pa
     args = asking(["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data", str(packed_data.chats),
                    "--share", "0.5", "--output", str(tmp_path), "--plugin", "own.py:MINE"])
     config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "parallel.sp=true"])
-    commands = {argv[1]: argv for _, argv in distill_rounds._commands(args, config)}
+    commands = {argv[1]: argv for _, argv in distill._commands(args, config)}
     assert {"parallel.ep=2", "parallel.sp=true", "train.precision=fp32"} <= set(commands["write"])
     for argv in commands.values():
         assert argv[argv.index("--plugin") + 1] == "own.py:MINE"

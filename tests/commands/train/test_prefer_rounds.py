@@ -40,7 +40,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
     """Runs in a process that has imported everything, where commands are forks and not new processes; each of
     the first ones of `megatron-sov` is killed when so many of its own commands are done."""
     import data_prep.cli
-    from megatron_sov.commands.train import prefer_rounds
+    from megatron_sov.commands.train import prefer
     from megatron_sov.engine.mcore.parallel.world import STORE_PORT
 
     mains = {"megatron_sov": main, "data_prep.cli": data_prep.cli.main}
@@ -67,7 +67,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
             os.kill(os.getpid(), signal.SIGKILL)
         return code
 
-    prefer_rounds.run_command = run_job
+    prefer.run_command = run_job
     return [forked("megatron_sov", argv) for _ in range(len(kills) + 1)]
 
 
@@ -130,15 +130,15 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
 def test_a_result_that_changed_between_two_commands_is_not_read(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first two commands of a round leave are plain files, of which nothing else says anything."""
-    from megatron_sov.commands.train import prefer_rounds
+    from megatron_sov.commands.train import prefer
 
     folder = tmp_path / "rounds/01"
     folder.mkdir(parents=True)
-    jobs = [prefer_rounds.RoundJob(folder / name, ["x", name]) for name in ("responses.jsonl", "scored.jsonl",
-                                                                           "judged.jsonl")]
-    monkeypatch.setattr(prefer_rounds, "_checked", lambda args: (None, "1"))
-    monkeypatch.setattr(prefer_rounds, "_enter", lambda *_: None)
-    monkeypatch.setattr(prefer_rounds, "jobs_of", lambda *_: iter(jobs))
+    jobs = [prefer.RoundJob(folder / name, ["x", name])
+            for name in ("responses.jsonl", "scored.jsonl", "judged.jsonl")]
+    monkeypatch.setattr(prefer, "_checked", lambda args: (None, "1"))
+    monkeypatch.setattr(prefer, "_enter", lambda *_: None)
+    monkeypatch.setattr(prefer, "jobs_of", lambda *_: iter(jobs))
     done: list[str] = []
 
     def command(argv: list[str], go_on_by: str) -> int:
@@ -148,20 +148,20 @@ def test_a_result_that_changed_between_two_commands_is_not_read(
         done.append(argv[1])
         return 0
 
-    monkeypatch.setattr(prefer_rounds, "run_command", command)
+    monkeypatch.setattr(prefer, "run_command", command)
     args: Any = SimpleNamespace(rounds=1, num_rounds=1, run=tmp_path)
     stops_at = "scored.jsonl"
-    assert prefer_rounds.run_rounds(args) == 75
+    assert prefer.run_rounds(args) == 75
     whole = (folder / "responses.jsonl").read_bytes()
     (folder / "responses.jsonl").write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(UserError, match=r"responses.jsonl: is not what its command wrote .* or delete it"):
-        prefer_rounds.run_rounds(args)
+        prefer.run_rounds(args)
     (folder / "responses.jsonl").unlink()
     stops_at = ""
-    assert prefer_rounds.run_rounds(args) == 0
+    assert prefer.run_rounds(args) == 0
     assert done == ["responses.jsonl", "responses.jsonl", "scored.jsonl", "judged.jsonl"]
     (folder / "responses.jsonl").write_text("nobody reads it any more")
-    assert prefer_rounds.run_rounds(args) == 0 and len(done) == 4
+    assert prefer.run_rounds(args) == 0 and len(done) == 4
 
 
 @pytest.mark.parametrize(("more", "said"), [

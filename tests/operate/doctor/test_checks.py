@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.operate.doctor import checks
-from megatron_sov.operate.doctor.checks import MachineCheck
+from megatron_sov.commands.operate import doctor
+from megatron_sov.commands.operate.doctor import MachineCheck
 
 
 def module(folder: Path, name: str, text: str = "", **files: str) -> None:
@@ -41,38 +41,38 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_old_python_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [c.status for c in checks.python_checks()] == ["ok"]
-    monkeypatch.setattr(checks, "MIN_PYTHON", (9, 1))
-    (check,) = checks.python_checks()
+    assert [c.status for c in doctor.python_checks()] == ["ok"]
+    monkeypatch.setattr(doctor, "MIN_PYTHON", (9, 1))
+    (check,) = doctor.python_checks()
     assert (check.status, check.remedy) == ("broken", "install Python 9.1 or newer")
 
 
 def test_a_missing_library_is_broken_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {c.name: c.status for c in checks.package_checks()} == dict.fromkeys(
-        checks.REQUIRED_PACKAGES, "ok")
-    monkeypatch.setattr(checks, "REQUIRED_PACKAGES", ("numpy", "no-such-library"))
-    assert [(c.name, c.status) for c in checks.package_checks()] == [
+    assert {c.name: c.status for c in doctor.package_checks()} == dict.fromkeys(
+        doctor.REQUIRED_PACKAGES, "ok")
+    monkeypatch.setattr(doctor, "REQUIRED_PACKAGES", ("numpy", "no-such-library"))
+    assert [(c.name, c.status) for c in doctor.package_checks()] == [
         ("numpy", "ok"), ("no-such-library", "broken")]
 
 
 def test_a_foreign_package_that_is_imported_in_our_place_is_broken(site: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {c.status for c in checks.shadow_checks()} == {"ok"}
+    assert {c.status for c in doctor.shadow_checks()} == {"ok"}
     module(site, "tokenizer")
     monkeypatch.delitem(sys.modules, "tokenizer", raising=False)
-    found = {c.name: c for c in checks.shadow_checks()}
+    found = {c.name: c for c in doctor.shadow_checks()}
     assert found["data_prep"].status == "ok"
     assert found["tokenizer"].status == "broken"
     assert str(site / "tokenizer") in found["tokenizer"].detail
     monkeypatch.setattr(importlib.metadata, "packages_distributions",
                         lambda: {"tokenizer": ["other-tokenizer"]})
-    assert {c.name: c.remedy for c in checks.shadow_checks()}["tokenizer"] == "pip uninstall other-tokenizer"
+    assert {c.name: c.remedy for c in doctor.shadow_checks()}["tokenizer"] == "pip uninstall other-tokenizer"
 
 
 def test_a_foreign_distribution_that_owns_our_name_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     owners = {"data_prep": ["megatron-sov", "prep-tools"], "tokenizer": ["megatron-sov"]}
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
-    found = {c.name: c.status for c in checks.shadow_checks()}
+    found = {c.name: c.status for c in doctor.shadow_checks()}
     assert found == {"megatron_sov": "ok", "tokenizer": "ok", "data_prep": "warning", "slurm": "ok"}
 
 
@@ -80,10 +80,10 @@ def test_torch_without_gpu_works_on_gloo(monkeypatch: pytest.MonkeyPatch) -> Non
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = {c.name: c.status for c in checks.torch_checks()}
+    found = {c.name: c.status for c in doctor.torch_checks()}
     assert found == {"torch": "ok", "gloo": "ok", "GPU": "missing"}
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
-    assert {c.name: c.status for c in checks.torch_checks()}["gloo"] == "broken"
+    assert {c.name: c.status for c in doctor.torch_checks()}["gloo"] == "broken"
 
 
 def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    found = {c.name: c for c in checks.torch_checks()}
+    found = {c.name: c for c in doctor.torch_checks()}
     assert found["GPU 1"].detail == "Test GPU, 141 GiB, compute capability 9.0"
     assert found["NCCL"].status == "broken"
 
@@ -111,7 +111,7 @@ def test_determinism_needs_a_cudnn_of_its_own_on_blackwell(major: int, cudnn: in
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    found = {c.name: c for c in checks.torch_checks()}
+    found = {c.name: c for c in doctor.torch_checks()}
     assert ("deterministic" in found) == warned
     if warned:
         assert "cuDNN 9.18.0 has no attention for packed rows" in found["deterministic"].detail
@@ -121,7 +121,7 @@ def test_determinism_needs_a_cudnn_of_its_own_on_blackwell(major: int, cudnn: in
 def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "torch.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    (check,) = checks.torch_checks()
+    (check,) = doctor.torch_checks()
     assert check.status == "broken"
     assert check.detail == "cannot be imported (OSError: libcudart.so: cannot open shared object file)"
 
@@ -135,7 +135,7 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
 ])
 def test_transformer_engine_is_what_imports(site: Path, text: str, status: str, detail: str) -> None:
     module(site, "transformer_engine", pytorch=text)
-    assert [(c.status, c.detail) for c in checks.transformer_engine_checks()] == [(status, detail)]
+    assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [(status, detail)]
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
@@ -144,16 +144,16 @@ def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
-    assert [(c.status, c.detail) for c in checks.transformer_engine_checks()] == [
+    assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [
         ("broken", "is installed but does not import (OSError: libcublas.so.13: cannot open)")]
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    assert only(checks.transformer_engine_checks()).status == "broken"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert only(doctor.transformer_engine_checks()).status == "broken"
 
 
 def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    (check,) = checks.transformer_engine_checks()
-    assert (check.status, check.remedy) == ("missing", checks.TE_COMMAND)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    (check,) = doctor.transformer_engine_checks()
+    assert (check.status, check.remedy) == ("missing", doctor.TE_COMMAND)
 
 
 @pytest.mark.parametrize(("gpu", "text", "status", "detail"), [
@@ -172,17 +172,17 @@ def test_the_recipes_that_the_gpu_can_take_are_listed(site: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     module(site, "transformer_engine", pytorch=text)
-    check = only(checks.quantization_checks())
+    check = only(doctor.quantization_checks())
     assert (check.name, check.status, check.detail) == ("train.fp8", status, detail)
 
 
 def test_apex_is_told_from_its_namesake_by_its_files(site: Path) -> None:
-    assert "do not install it" in only(checks.apex_checks()).detail
+    assert "do not install it" in only(doctor.apex_checks()).detail
     module(site, "apex", "raise SystemExit('never imported')")
-    assert (only(checks.apex_checks()).status, only(checks.apex_checks()).remedy) == (
+    assert (only(doctor.apex_checks()).status, only(doctor.apex_checks()).remedy) == (
         "warning", "pip uninstall apex")
     (site / "apex/normalization").mkdir()
-    assert only(checks.apex_checks()).status == "ok"
+    assert only(doctor.apex_checks()).status == "ok"
 
 
 def only(found) -> MachineCheck:
@@ -192,39 +192,39 @@ def only(found) -> MachineCheck:
 
 def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert only(checks.slurm_checks()).status == "missing"
-    assert {c.name: c.status for c in checks.compiler_checks()} == {"C++ compiler": "missing",
+    assert only(doctor.slurm_checks()).status == "missing"
+    assert {c.name: c.status for c in doctor.compiler_checks()} == {"C++ compiler": "missing",
                                                                     "CUDA compiler": "missing"}
     program(tmp_path, "sbatch", "echo slurm 24.11.1")
     program(tmp_path, "c++", "echo 'c++ 12.2.0'\necho more")
     program(tmp_path, "nvcc", "exit 1")
-    assert only(checks.slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
-    assert {c.name: c.detail for c in checks.compiler_checks()}["C++ compiler"] == "c++ 12.2.0"
-    assert {c.name: c.status for c in checks.compiler_checks()}["CUDA compiler"] == "missing"
+    assert only(doctor.slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
+    assert {c.name: c.detail for c in doctor.compiler_checks()}["C++ compiler"] == "c++ 12.2.0"
+    assert {c.name: c.status for c in doctor.compiler_checks()}["CUDA compiler"] == "missing"
 
 
 def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = only(checks.sandbox_checks())
+    check = only(doctor.sandbox_checks())
     assert (check.status, check.detail.partition(":")[0]) in (
         ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot enclose a program"))
 
     def refuse() -> str:
         raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
 
-    monkeypatch.setattr(checks, "machine_enclosure", refuse)
-    check = only(checks.sandbox_checks())
+    monkeypatch.setattr(doctor, "machine_enclosure", refuse)
+    check = only(doctor.sandbox_checks())
     assert check.status == "missing" and "namespaces: not allowed; landlock: version 0" in check.detail
 
 
 def test_a_program_that_hangs_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "sbatch", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(checks, "_COMMAND_TIMEOUT_S", 0.2)
-    assert only(checks.slurm_checks()).status == "missing"
+    monkeypatch.setattr(doctor, "_COMMAND_TIMEOUT_S", 0.2)
+    assert only(doctor.slurm_checks()).status == "missing"
 
 
 def test_little_disk_is_a_warning_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    disk = {c.name: c for c in checks.machine_checks()}["Disk"]
+    disk = {c.name: c for c in doctor.machine_checks()}["Disk"]
     assert (disk.status, disk.detail) == ("warning", "1.0 GB free, less than the 5 GB that the demo wants")

@@ -18,7 +18,7 @@ import yaml
 
 from megatron_sov import cli
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.operate.kubernetes import SCRIPT
+from megatron_sov.operate.slurm.stages import SCRIPT
 from megatron_sov.work.clusters import kubernetes
 from tests.operate.kubernetes.local_cluster import expanded
 

@@ -16,8 +16,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.commands.operate.submit import COMMANDS
-from megatron_sov.operate.slurm.chain import names, read_chain
+from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.runs.obs.events import final_steps, read_events
@@ -32,9 +31,9 @@ TINY = ("tiny-k-exaone", "tiny-solar-open")
 
 
 def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> None:
-    assert names() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
-    assert set(names()) <= set(recipes.names())
-    for name in names():
+    assert chain_names() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
+    assert set(chain_names()) <= set(recipes.names())
+    for name in chain_names():
         stages = [stage.stage for stage in read_chain(name).stages]
         assert {"tokenizer", "data", "pretrain", "extend", "sft", "convert", "eval"} == set(stages), name
 

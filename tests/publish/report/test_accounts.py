@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageSection
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
-from megatron_sov.publish.report.accounts import TITLE, accounts_section
+from megatron_sov.publish.report.judgements import TITLE, accounts_section
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import sections

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.publish.report.compare import flat, render, unique_names
 from megatron_sov.publish.report.run_data import Provenance, Run, read_run
-from megatron_sov.publish.report.scores import NOT_TOLD, published_tables, read_table
+from megatron_sov.publish.report.scores import (
+    NOT_TOLD, flat, published_tables, read_table, render, unique_names)
 from megatron_sov.publish.report.steps import Curve
 
 

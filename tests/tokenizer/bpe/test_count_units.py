@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from tokenizer.bpe.count_units import CountUnit, look_through, plan
-from tokenizer.mixture import SourceGroup
+from tokenizer.mixture import CountUnit, SourceGroup, look_through, plan
 
 
 @pytest.fixture

@@ -15,10 +15,9 @@ from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe import count_pipeline
 from tokenizer.bpe.count_pipeline import CountSettings, UnitCounts, count_units
-from tokenizer.bpe.count_units import plan
 from tokenizer.bpe.counting import NUM_PARTS, WordTable, gather_words
 from tokenizer.bpe.split_pattern import Splitter
-from tokenizer.mixture import Share, SourceGroup
+from tokenizer.mixture import Share, SourceGroup, plan
 from tokenizer.presets import SOLAR_OPEN
 
 ONCE = Share(1, 0)

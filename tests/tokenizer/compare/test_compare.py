@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tokenizer.cli import main
-from tokenizer.compare.measuring import ModelSize, different_lines, different_words, names_of, overlap, speeds
-from tokenizer.formats.loaders import open_tokenizer
+from tokenizer.compare.command import ModelSize, different_lines, different_words, names_of, overlap, speeds
+from tokenizer.formats.reader import open_tokenizer
 from tokenizer.report.measures import read_texts
 
 Build = Callable[..., Path]

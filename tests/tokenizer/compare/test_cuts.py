@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenizer.compare import measuring
-from tokenizer.compare.measuring import different_lines, different_words
+from tokenizer.compare import command
+from tokenizer.compare.command import different_lines, different_words
 from tokenizer.report.measures import NamedText
 
 Toy = Callable[..., Any]
@@ -49,4 +49,4 @@ def test_lines_come_by_the_ratio_of_tokens_and_only_those_that_fit(toy: Toy) -> 
 def test_no_more_than_a_page_shows(toy: Toy) -> None:
     words = " ".join(f"x{chr(ord('a') + i)}" for i in range(26))
     assert len(different_words([toy(*(f" x{chr(ord('a') + i)}" for i in range(26))), toy()],
-                               text(words))) == measuring.NUM_WORDS
+                               text(words))) == command.NUM_WORDS

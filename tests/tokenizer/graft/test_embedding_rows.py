@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.errors import UserError
-from tokenizer.graft.embedding_rows import RowPlan, copy_file, find_tables, graft_file, row_bytes
+from tokenizer.graft.vocabulary import RowPlan, copy_file, find_tables, graft_file, row_bytes
 
 PLAN = RowPlan(old_rows=6, new_rows=9, known_ids=5, made_of={1: [2, 3], 5: [0, 0, 4], 6: [4], 7: []})
 OTHERS = {"a.scale": torch.tensor(1.5, dtype=torch.float64), "b.mask": torch.tensor([True, False, True]),

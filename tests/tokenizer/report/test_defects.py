@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import tiktoken
 
-from tokenizer.formats.loaders import Opened, Tiktoken, open_tokenizer
-from tokenizer.report import coverage as scalars_module
+from tokenizer.formats.reader import Opened, Tiktoken, open_tokenizer
+from tokenizer.report import measures as scalars_module
 from tokenizer.report.check import TokenizerCheck
-from tokenizer.report.coverage import (
+from tokenizer.report.command import (
+    CHECKS, Timed, check_all, check_digits, check_neutral, check_reach, check_used, check_whitespace,
+    time_input, worst_inputs)
+from tokenizer.report.measures import (
     check_determinism, check_inventory, check_scalars, check_scripts, check_streaming, check_superwords,
-    num_blocks, try_scalars)
-from tokenizer.report.everything import CHECKS, check_all, check_neutral
-from tokenizer.report.measures import check_digits, check_whitespace, measure, read_texts
-from tokenizer.report.reach import Timed, check_reach, check_used, time_input, worst_inputs
+    measure, num_blocks, read_texts, try_scalars)
 
 Build = Callable[..., Path]
 PAIRS = [("t", "h"), ("th", "e"), ("Ġ", "the")]

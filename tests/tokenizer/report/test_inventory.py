@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokenizer.report.coverage import check_inventory, check_superwords, words_in
+from tokenizer.report.measures import check_inventory, check_superwords, words_in
 
 Toy = Callable[..., Any]
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_sov.base.errors import UserError
-from tokenizer.formats.loaders import open_tokenizer
+from tokenizer.formats.reader import open_tokenizer
 from tokenizer.report.measures import (
     CHUNK_BYTES, NamedText, check_texts, measure, parse_text, read_text, read_texts)
 

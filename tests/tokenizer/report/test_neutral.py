@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokenizer.report.everything import check_neutral
+from tokenizer.report.command import check_neutral
 
 Toy = Callable[..., Any]
 SPECIAL = ("<|end|>", "[UNK]", "pad")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenizer.report import reach
+from tokenizer.report import command
+from tokenizer.report.command import check_reach, check_used
 from tokenizer.report.measures import NamedText, TokenizerMeasures
-from tokenizer.report.reach import check_reach, check_used
 
 Toy = Callable[..., Any]
 HEAD, TAIL = "안".encode()[:2], "안".encode()[1:]
@@ -38,7 +38,7 @@ def test_what_was_not_seen_is_looked_for_and_found(toy: Toy) -> None:
     check = check_reach(opened, np.zeros(opened.vocab_size, np.bool_))
     assert check.numbers["num_unreachable"] == 0 and check.verdict == "good"
     assert check.summary.startswith("every token is given by some text; ")
-    assert check.numbers["num_bytes_never_alone"] == 256 - len(reach.NEVER_IN_UTF8), "nothing was seen"
+    assert check.numbers["num_bytes_never_alone"] == 256 - len(command.NEVER_IN_UTF8), "nothing was seen"
 
 
 def test_a_token_that_is_never_taken_is_explained_and_a_seen_one_is_believed(toy: Toy) -> None:
@@ -67,18 +67,18 @@ def test_few_of_many_are_a_remark(toy: Toy) -> None:
 
 @pytest.mark.parametrize("token", [HEAD, TAIL, TAIL + b"t", b" " + HEAD, TAIL + " 가 ".encode() + HEAD])
 def test_texts_that_are_tried_for_a_part_of_a_character_hold_its_bytes(token: bytes) -> None:
-    (texts,) = reach._completions({1: token}).values()
+    (texts,) = command._completions({1: token}).values()
     if token == TAIL:  # the inside of a character: all of Unicode was tried for it
         assert texts == []
     else:
-        assert 1 < len(texts) <= reach.MAX_COMPLETIONS and all(token in text.encode() for text in texts)
+        assert 1 < len(texts) <= command.MAX_COMPLETIONS and all(token in text.encode() for text in texts)
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 2), (1, 5), (70, 70), (0, 4)])
 def test_pairs_of_surroundings_come_once_and_the_frequent_ones_first(left: int, right: int) -> None:
     before, after = [f"b{i}" for i in range(left)], [f"a{i}" for i in range(right)]
-    pairs = reach._mixed(before, after)
-    assert len(pairs) == len(set(pairs)) == min(left * right, reach.MAX_COMPLETIONS)
+    pairs = command._mixed(before, after)
+    assert len(pairs) == len(set(pairs)) == min(left * right, command.MAX_COMPLETIONS)
     sums = [int(b[1:]) + int(a[1:]) for b, a in pairs]
     assert sums == sorted(sums)
 
@@ -91,5 +91,5 @@ def test_every_text_of_a_token_is_tried_until_it_is_found() -> None:
         return [[{"b": 2, "z": 1}.get(text, 0)] for text in texts]
 
     opened: Any = SimpleNamespace(encode_many=encode_many)
-    assert reach._not_found(opened, {1: ["x", "y", "z"], 2: ["a", "b", "c"], 3: ["u"], 4: []}) == [4, 3]
+    assert command._not_found(opened, {1: ["x", "y", "z"], 2: ["a", "b", "c"], 3: ["u"], 4: []}) == [4, 3]
     assert asked == [["x", "a", "u"], ["y", "b"], ["z"]]

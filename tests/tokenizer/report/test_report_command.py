@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tokenizer.cli import main
-from tokenizer.report.everything import CHECKS
+from tokenizer.report.command import CHECKS
 
 Build = Callable[..., Path]
 HOSTILE = "<|<img src=x onerror=alert(1)>|>"

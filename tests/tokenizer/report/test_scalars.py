@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenizer.report import coverage
-from tokenizer.report.coverage import Scalars, check_scalars, num_blocks, try_scalars
+from tokenizer.report import measures
+from tokenizer.report.measures import Scalars, check_scalars, num_blocks, try_scalars
 
 Toy = Callable[..., Any]
 
@@ -32,7 +32,7 @@ def test_everything_that_came_up_is_seen_and_all_come_back(toy: Toy) -> None:
 
 
 def test_all_scalar_values_stand_in_blocks_and_surrogates_are_none() -> None:
-    blocks = list(coverage._blocks(coverage.END))
+    blocks = list(measures._blocks(measures.END))
     every = chain(range(0xD800), range(0xE000, 0x110000))
     assert all(a == b for a, b in zip(chain.from_iterable(blocks), every, strict=True))
     assert num_blocks() == len(blocks)
@@ -64,7 +64,7 @@ def test_a_block_that_only_neighbours_spoil_is_told_with_how_it_was_written(toy:
 
 def test_planes_without_characters_are_tried_side_by_side_only(toy: Toy,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "EMPTY_PLANES", range(0x800, 0x1000))
+    monkeypatch.setattr(measures, "EMPTY_PLANES", range(0x800, 0x1000))
     opened, texts = toy(), []
     encoded = opened.encode_many
     opened.encode_many = lambda several: texts.append(len(several)) or encoded(several)

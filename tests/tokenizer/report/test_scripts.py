@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tokenizer.report import coverage
-from tokenizer.report.coverage import HANGUL_SYLLABLES, KOREAN, SAMPLES, check_scripts
+from tokenizer.report import measures
+from tokenizer.report.measures import HANGUL_SYLLABLES, KOREAN, SAMPLES, check_scripts
 
 Toy = Callable[..., Any]
 
@@ -17,7 +17,7 @@ Toy = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def few_syllables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ten Hangul syllables stand for all."""
-    monkeypatch.setattr(coverage, "HANGUL_SYLLABLES", HANGUL_SYLLABLES[:10])
+    monkeypatch.setattr(measures, "HANGUL_SYLLABLES", HANGUL_SYLLABLES[:10])
 
 
 def test_bytes_alone_lose_nothing(toy: Toy) -> None:

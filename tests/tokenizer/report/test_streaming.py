@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tokenizer.report import coverage
-from tokenizer.report.coverage import LONG_REWIND, check_determinism, check_streaming
-from tokenizer.report.measures import NamedText
+from tokenizer.report import measures
+from tokenizer.report.measures import LONG_REWIND, NamedText, check_determinism, check_streaming
 
 Toy = Callable[..., Any]
 
@@ -22,7 +21,7 @@ def text(*chunks: str, name: str = "t") -> NamedText:
     ([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 1), ([], [1], 0), ([1, 2], [1, 2], 2), ([5, 2], [1, 2], 0)])
 def test_the_beginning_that_two_encodings_have_in_common(ids: list[int], others: list[int],
                                                          common: int) -> None:
-    assert coverage._common(ids, others) == common
+    assert measures._common(ids, others) == common
 
 
 def test_tokens_that_a_longer_one_swallows_are_counted_by_hand(toy: Toy) -> None:
@@ -54,7 +53,7 @@ def test_parts_of_characters_at_the_end_are_no_defect_and_other_text_is(toy: Toy
 
 def test_ids_that_depend_on_company_or_order_are_found(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = toy("the")
-    monkeypatch.setattr(coverage, "open_tokenizer", lambda path: opened)
+    monkeypatch.setattr(measures, "open_tokenizer", lambda path: opened)
     texts = [text("the first", "the second", "last")]
     good = check_determinism(opened, texts)
     assert (good.verdict, good.numbers["num_chunks"], good.numbers["num_different"]) == ("good", 4, 0)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tokenizer.report import reach
-from tokenizer.report.reach import LIMIT_S, MEASURABLE_S, Timed, check_worst, time_input, worst_inputs
+from tokenizer.report import command
+from tokenizer.report.command import LIMIT_S, MEASURABLE_S, Timed, check_worst, time_input, worst_inputs
 
 Toy = Callable[..., Any]
 Costs = Callable[[str], float]
@@ -20,8 +20,8 @@ class Timer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.costs_s, self.sizes = 0.0, (lambda text: 0.0), list[int]()
-        monkeypatch.setattr(reach, "SIZE_BYTES", 10_000)  # of the noise
-        monkeypatch.setattr(reach, "time", SimpleNamespace(process_time=lambda: self.now_s))
+        monkeypatch.setattr(command, "SIZE_BYTES", 10_000)  # of the noise
+        monkeypatch.setattr(command, "time", SimpleNamespace(process_time=lambda: self.now_s))
 
     def encode(self, text: str) -> list[int]:
         self.sizes.append(len(text.encode()))

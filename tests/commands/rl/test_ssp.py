@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate import eval_passk
-from megatron_sov.commands.rl import ssp_probe
+from megatron_sov.commands.evaluate import eval_judged
+from megatron_sov.commands.rl import ssp
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import spectrum_section
@@ -74,8 +74,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[s
         names.append(Path(argv[3]).name)
         return main(argv[1:])
 
-    monkeypatch.setattr(eval_passk, "run_engine", planted)
-    monkeypatch.setattr(ssp_probe, "run_command", in_this_process)
+    monkeypatch.setattr(eval_judged, "run_engine", planted)
+    monkeypatch.setattr(ssp, "run_command", in_this_process)
     return names
 
 
@@ -110,9 +110,9 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
 
 def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ssp_probe.run_command
+    run = ssp.run_command
     with monkeypatch.context() as killed:
-        killed.setattr(ssp_probe, "run_command",
+        killed.setattr(ssp, "run_command",
                        lambda argv, go_on_by: run(argv, go_on_by) if not asked else ExitCode.STOPPED)
         assert main(["ssp", "probe", "first", "second", *ASK]) == ExitCode.STOPPED
     assert not Path("probe/table").exists()

@@ -13,7 +13,7 @@ import tiktoken
 from tokenizers import Tokenizer, models
 
 from megatron_sov.base.errors import UserError
-from tokenizer.formats.loaders import open_tokenizer
+from tokenizer.formats.reader import open_tokenizer
 
 Build = Callable[..., Path]
 TEXT = "the other, 가나다 <|end|>  x\n"

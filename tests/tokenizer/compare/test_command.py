@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tokenizer.compare import measuring
-from tokenizer.compare.measuring import ModelSize, costs, names_of, overlap, speeds
+from tokenizer.compare import command
+from tokenizer.compare.command import ModelSize, costs, names_of, overlap, speeds
 from tokenizer.report.measures import NamedText, measure
 
 Toy = Callable[..., Any]
@@ -55,7 +55,7 @@ def test_shared_tokens_are_those_of_the_same_bytes(toy: Toy) -> None:
 def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is busy in the first round: everything takes four times as long."""
     clock, order = SimpleNamespace(now_s=0.0), []
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(process_time=lambda: clock.now_s))
+    monkeypatch.setattr(command, "time", SimpleNamespace(process_time=lambda: clock.now_s))
 
     def made(name: str, s_per_chunk: float) -> Any:
         def encode(text: str) -> None:
@@ -67,4 +67,4 @@ def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.Monke
     found = speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
     num_mb = 21 / 1e6
     assert found == pytest.approx([num_mb / 9, num_mb / 3])
-    assert order == (["slow"] * 3 + ["fast"] * 3) * measuring.SPEED_ROUNDS
+    assert order == (["slow"] * 3 + ["fast"] * 3) * command.SPEED_ROUNDS

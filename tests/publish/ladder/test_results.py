@@ -15,8 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings, from_dict
 from megatron_sov.model.families.count import num_params
 from megatron_sov.publish.ladder.family import TOLERANCE, family, members, parse_size, parse_sizes, size_of
-from megatron_sov.publish.ladder.laws import ParametricLaw, PowerLaw, _objective
-from megatron_sov.publish.ladder.results import FILE, read
+from megatron_sov.publish.ladder.results import FILE, ParametricLaw, PowerLaw, _objective, read
 
 SIZES = np.array([1e6, 2e6, 4e6, 8e6, 16e6])
 NEXT = 64e6

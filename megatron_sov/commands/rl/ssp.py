@@ -1,4 +1,4 @@
-"""`megatron-sov ssp probe`: pass@k of many checkpoints in many domains; each checkpoint is asked once.
+"""`megatron-sov ssp probe | fuse`: pass@k of many checkpoints in many domains, and their experts as one.
 
 A checkpoint is asked by one `eval passk` over all domains' problems, so its weights are loaded once, and a
 user can give these commands one by one, on other machines too: --dry-run prints them.
@@ -12,17 +12,20 @@ import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import damaged_files, disk_errors, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, damaged_files, disk_errors, read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, at_most, parse_nested, read_options
-from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
-from megatron_sov.commands.option_words import words_of
+from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions, JudgedSamplingOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.model.config import weighted_path
+from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import under_launcher
@@ -32,6 +35,7 @@ from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp import ProbedCheckpoint
+
 
 PROBING_SETS = "probing_sets"
 """Kind of the artifact that `sov-data probing-sets` writes."""
@@ -55,11 +59,7 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     dry_run: bool = False
     """Print the command for each checkpoint that is not probed yet, and start none."""
 
-
-add_arguments = partial(add_options, cls=SspProbeOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_probe(typed: argparse.Namespace) -> int:
     """Probe what is not probed yet and write the table; returns 0, or the exit code of a command that did not
     end well.
 
@@ -73,10 +73,12 @@ def run(typed: argparse.Namespace) -> int:
     candidates = ssp.candidates_of(args.checkpoints)
     enter_rounds(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output", "answers",
                  {args.output / ssp.PROBLEMS})
+    # also those of earlier commands in this folder: the table is of all
     known = ssp.known_candidates(args.output, candidates)
     with disk_errors(args.output):
         problems = ssp.write_problems(args.output, domains)
     missing = [c for c in known if not c.is_done(args.output)]
+    # all commands are made before the first starts, so a mistake in the last is told now
     commands = [_words(args, candidate, problems) for candidate in missing]
     if args.dry_run:
         for words in commands:
@@ -134,6 +136,7 @@ def _frozen(folder: Path) -> dict[str, Path]:
 def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
     """Return what is the same for every checkpoint, or their figures could not be compared."""
     version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
+    # digests: a file of problems that changed would make figures that cannot be compared
     return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
             "reward_version": version,
             **{name: getattr(args, name) for name in (
@@ -150,3 +153,53 @@ def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -
     return ["eval", "passk", *words_of(EvalPasskOptions(
         **same, target=candidate.path, input=problems, k=tuple(sorted({1, args.k})), output=folder,
         overwrite=folder.exists()))]  # what is there is of files that have changed since
+
+
+PROBE = SimpleNamespace(add_arguments=partial(add_options, cls=SspProbeOptions), run=run_probe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SspFuseOptions(PluginOptions, OverwriteOptions, RedoOptions):
+    """Merge the best checkpoint of each domain, or any checkpoints, into one."""
+
+    checkpoints: Annotated[tuple[str, ...], Flag("PROBE_DIR|CHECKPOINT[:weight]")]
+    """The folder of a probe, whose best checkpoint of each domain counts once for each, or checkpoints (a
+    run: its newest one) with weights, 1 each unless given."""
+    output: Annotated[Path, Flag(value="CHECKPOINT")]
+    """Checkpoint to write: the mean of all weights, in float64."""
+    workers: AtLeastOne = 1
+    """Files at a time, each with two tensors in memory."""
+
+def run_fuse(typed: argparse.Namespace) -> int:
+    """Merge, and print what was merged.
+
+    Raises:
+        UserError: the checkpoints have no mean, or nothing can be written there.
+    """
+    args = read_options(SspFuseOptions, typed)
+    load_plugins(args.plugins)
+    from megatron_sov.post.ssp import TABLE, experts_of
+
+    first = Path(args.checkpoints[0])
+    # a probe says by itself which checkpoints are experts and how often each counts
+    if (first / TABLE / MANIFEST).is_file():
+        if len(args.checkpoints) > 1:
+            raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
+                            f"{args.checkpoints[1]}")
+        found = experts_of(first)
+        if len(found) < 2:
+            raise UserError(f"{first}: {found[0][0] if found else 'no single checkpoint'} is the best in "
+                            "every domain, so there is nothing to merge; use it as it is")
+    else:
+        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
+    from megatron_sov.engine import convert
+
+    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo)
+    total = sum(weight for _, weight in found)
+    for path, weight in found:
+        print(f"{weight / total:.4g} of {path}")
+    print(f"wrote checkpoint {args.output}")
+    return ExitCode.OK
+
+
+FUSE = SimpleNamespace(add_arguments=partial(add_options, cls=SspFuseOptions), run=run_fuse)

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.base.artifacts import damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate import eval_passk
+from megatron_sov.commands.evaluate import eval_judged
 from megatron_sov.eval.pass_at_k import table
 from megatron_sov.infer.engines.libraries import HfEngine
 from megatron_sov.publish.report.judgements import passk_section
@@ -128,7 +128,7 @@ def responses(folder: str) -> list[dict]:
 def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
-    monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
+    monkeypatch.setattr(eval_judged, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
     generate = HfEngine.generate
 
@@ -169,7 +169,7 @@ def test_where_all_is_sampled_no_process_waits_for_the_first(
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "write_to", killed)  # behind the last response
         assert main(["eval", "passk", *JUDGE, *command]) == ExitCode.INTERRUPTED
-    monkeypatch.setattr("megatron_sov.commands.evaluate.eval_passk.run_engine", asked)
+    monkeypatch.setattr("megatron_sov.commands.evaluate.eval_judged.run_engine", asked)
     with monkeypatch.context() as second:
         second.setenv("RANK", "1")
         second.setenv("WORLD_SIZE", "2")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.commands.evaluate.eval_passk import EvalPasskOptions
+from megatron_sov.commands.evaluate.eval_judged import EvalPasskOptions
 from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.models.serve import ServeOptions
-from megatron_sov.commands.option_words import words_of
+from megatron_sov.commands.shared_options import words_of
 from megatron_sov.infer.request import Sampling
 from tests.typed_words import typed
 

@@ -1,11 +1,15 @@
-"""`megatron-sov eval passk`: sample, judge, estimate; each step goes on behind a kill."""
+"""`megatron-sov eval passk` and `eval play`: a model answers, or plays with tools, and its responses are
+judged; each step goes on behind a kill."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shlex
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,27 +22,41 @@ from megatron_sov.base.digests import file_digest, fingerprint
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import ExitCode, UserError, visible
-from megatron_sov.base.outputs import behind_links
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError, visible
+from megatron_sov.base.outputs import behind_links, check_output
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, parse_nested
-from megatron_sov.commands.reward_options import JudgeOptions, RewardName, RewardSet
-from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions, step_of
+from megatron_sov.bench.lm.settings import (
+    ENDPOINTS, EndpointModel, EndpointSettings, JudgedSettings, Settings)
+from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
+from megatron_sov.commands.shared_options import (
+    AnyTarget, OverwriteOptions, RecordOptions, RedoOptions, step_of, words_of)
 from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
 from megatron_sov.infer.engine import ChosenEngine, Engine, engine_for, run_engine
 from megatron_sov.infer.request import (
     Batching, BatchSize, RankOptions, ResponseSampling, StopRule, Temperature)
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
 from megatron_sov.judge.rewards.scoring import score_file
+from megatron_sov.judge.tools.environment import Task
+from megatron_sov.judge.tools.episode import EpisodeLines, lines_in
+from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play
+from megatron_sov.judge.tools.registry import digest_of
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.stopping import StopFlag, stoppable
+from megatron_sov.work.endpoints.transport import is_address
 from megatron_sov.work.progress.jobs import Job, here, run_job
-from megatron_sov.work.progress.journal import done_items, work_folder
+from megatron_sov.work.progress.journal import done_items, open_journal, work_folder
 from megatron_sov.work.progress.progress_bar import work_bar
 
 if TYPE_CHECKING:
+    from megatron_sov.bench.lm.results import EvaluatedModel, Results
+    from megatron_sov.bench.suites.catalogue import TaskFile
+    from megatron_sov.bench.suites.protocol import Protocol
     from megatron_sov.infer.engines.target import Target
+    from megatron_sov.judge.tools.episode import Episode
+
 
 KIND = "passk"
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
@@ -164,6 +182,7 @@ class _Plan:
     @property
     def sampled_file(self) -> Path:
         """Where responses stand until they are judged; its name tells on what they depend."""
+        # another model, sampling or file of prompts makes another name: responses are never mixed
         digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
         return work_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
 
@@ -177,6 +196,7 @@ def run_passk(args: EvalPasskOptions) -> int:
     events = RunEvents(args.run)
     if args.target is not None:
         refuse_missing(args.target)
+    # everything that can be refused is refused before a model is loaded
     plan = _checked(args)
     if not is_first():  # of a torchrun, or of ranks that run this command again
         if plan.target is not None:
@@ -184,6 +204,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         return ExitCode.OK
     from megatron_sov.work.progress.resumable import resumable_artifact
 
+    # the artifact appears whole; what was sampled stays beside it until then
     with resumable_artifact(args.output, KIND, "megatron-sov eval passk", plan.responses,
                             overwrite=args.overwrite, redo=args.redo) as artifact:
         responses = args.source if plan.target is None else _sample(plan)
@@ -205,6 +226,7 @@ def run_passk(args: EvalPasskOptions) -> int:
 def _checked(args: EvalPasskOptions) -> _Plan:
     asked = order(args.reward, parse_nested(args.reward_set, "--reward-set"))
     made = make(asked)
+    # rows are checked before Megatron is imported, which takes seconds
     if args.sampled is None:
         check_rows(args.source, field=PROMPT)
     else:
@@ -234,6 +256,7 @@ def _grouped_by(file: Path, asked: str | None) -> str:
         if group_by not in row:
             raise UserError(f"--sampled {file}: line {line} has no {group_by!r}, by which the responses to "
                             "one prompt are known; name the field that they share with --group-by")
+        # digests and not values: rows may hold long texts, and all first ones are kept
         problem = {name: _digest(row[name]) for name in OF_A_PROBLEM if row.get(name) is not None}
         first_line, known = first.setdefault(_digest(row[group_by]), (line, {}))
         differs = next((name for name in problem if known.get(name, problem[name]) != problem[name]), None)
@@ -241,6 +264,7 @@ def _grouped_by(file: Path, asked: str | None) -> str:
             raise UserError(f"--sampled {file}: lines {first_line} and {line} have one {group_by!r} and "
                             f"differ in {differs!r}, so they answer two problems; name a field that tells "
                             "problems apart with --group-by")
+        # a field that the first row lacks is taken from a later one, and holds for all after it
         known.update(problem)
     return group_by
 
@@ -253,11 +277,13 @@ def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
     args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
     assert target is not None
+    # read before the file is looked for, see below
     done = done_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     rows = [dict(row) for _, row in read_rows(args.source, field=PROMPT)]
     asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
+    # no engine can continue nothing
     if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
         raise UserError(f"--input {args.input}: prompt {empty[0]} is empty; write at least one character")
     longest = asked.longest + args.sampling.max_new_tokens
@@ -284,6 +310,7 @@ def _sample(plan: _Plan) -> Path:
     if done and is_first():
         num_done = sum(len(calls[int(number)]) for number in done) * args.samples
         print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
+    # an engine is loaded only where something is left to ask
     if len(done) < len(calls):
         run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
                    settings=args.settings, nproc=args.nproc)
@@ -297,8 +324,10 @@ def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Sampli
     """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
     its own, by its place among all."""
     stop = StopRule(asked.end_ids, tuple(args.stop), asked.decode)
+    # prompt by prompt, so that equal prompts are neighbours in a batch
     places = [(i, sample) for i in prompts for sample in range(args.samples)]
     found = engine.generate([asked.ids[i] for i, _ in places], args.sampling, stop=stop,
+                            # a stream for each response, however many are asked at once
                             streams=[i * args.samples + sample for i, sample in places])
     made = [{**rows[i], PROMPT_INDEX: i, "sample": sample, "response": stop.cut_text(asked.decode(tokens)),
              "num_tokens": len(tokens), "finish_reason": reason}
@@ -327,6 +356,219 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     for told in summary.tally.told:
         print(visible(told), file=sys.stderr)
     figures = read_judged(scored, plan.group_by, plan.args.right_from).figures(plan.args.k)
+    # within the artifact under way, so nothing half-written is visible
     os.replace(scored, folder / SAMPLES)
     (folder / RESULTS).write_text(to_json({**plan.whole, **figures}), encoding="utf-8")
     return figures
+
+
+POLL_S = 0.2
+"""How often one who waits looks whether to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPlayOptions(JudgedSettings, RecordOptions, RedoOptions):
+    """Have a model play a benchmark's tasks with tools, and score its episodes."""
+
+    target: AnyTarget
+    tasks: Annotated[str, Flag(value="NAME")]
+    """A task of `eval suites` with an environment, or the path of a task file of yours."""
+    data_dir: Annotated[Path, Flag(value="DIR")]
+    """Folder of your copies of the data."""
+    output: Annotated[Path, Flag(value="OUT.json")]
+    """Scores; episodes beside them in OUT.items.jsonl."""
+    parallel: AtLeastOne = 8
+    """Episodes at a time."""
+    cache: Annotated[Path | None, Flag(value="DIR", group=ENDPOINTS, writes=True)] = None
+    """Folder of the endpoint's answers (default: OUT.cache)."""
+    endpoint: EndpointModel = field(default_factory=EndpointModel)
+    """Used where the target is an address."""
+
+
+@dataclass(frozen=True)
+class _Game:
+    args: EvalPlayOptions
+    task: TaskFile
+    protocol: Protocol
+    tasks: Sequence[Task]
+    flag: StopFlag
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.tasks) * self.protocol.samples
+
+
+Ended = Callable[[int], object]
+"""Is told how many more episodes have ended."""
+Check = Callable[[], object]
+"""Raises to end the play; the journal keeps what was said."""
+Play = Callable[[list[Task], EpisodeLines, Ended, Check], "list[Episode]"]
+
+
+def run_play(args: EvalPlayOptions) -> int:
+    """Play, score and write; an evaluation that was killed goes on where it was.
+
+    Raises:
+        UserError: there is no such task, data are missing, or the model cannot play.
+        StopRequested: a signal asked for it; what was played is kept.
+    """
+    check_output("--output", args.output)
+    events = RunEvents(args.run)
+    with stoppable() as flag:
+        # an address or a folder: the first speaks for a server, the second loads weights here
+        if is_address(args.target):
+            stopped = _by_endpoint(_checked_game(args, flag), events)
+        else:
+            refuse_missing(Path(args.target))
+            _refuse_of_endpoints(args)
+            stopped = _by_engine(_checked_game(args, flag), events)
+    if stopped:
+        raise StopRequested(stopped)
+    return ExitCode.OK
+
+
+def _refuse_of_endpoints(args: EvalPlayOptions) -> None:
+    given = [*words_of(args.endpoint), *(["--cache", str(args.cache)] if args.cache else [])]
+    if given:
+        raise UserError(f"{shlex.join(given)}: for an endpoint, and {args.target} is a folder; leave it out")
+
+
+def _checked_game(args: EvalPlayOptions, flag: StopFlag) -> _Game:
+    from megatron_sov.bench.suites.catalogue import chosen, read_task, require_data
+    from megatron_sov.bench.suites.episodes import order_of, tasks_of
+    from megatron_sov.bench.suites.protocol import changed_as_asked
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+    from megatron_sov.judge.tools.registry import make
+
+    found = [read_task(Path(args.tasks))] if args.tasks.endswith((".yaml", ".yml")) else chosen([args.tasks])
+    played = [task for task in found if task is not None and task.protocol and task.protocol.environment]
+    if len(played) != 1:
+        raise UserError(f"--tasks {args.tasks}: names {len(played)} tasks with an environment, must be one; "
+                        "`megatron-sov eval suites` lists them, and `eval lm` asks the others")
+    task, protocol = played[0], played[0].protocol
+    assert protocol is not None
+    protocol = changed_as_asked(protocol, args)
+    require_data(task, args.data_dir)
+    # made once before the model is loaded: an environment that cannot start is told now
+    make(order_of(protocol, args.data_dir))
+    prepare_megatron()
+    return _Game(args, task, protocol, tasks_of(task, args.data_dir, args.num_items), flag)
+
+
+def _by_engine(game: _Game, events: RunEvents) -> str:
+    """Play with a model of a folder; returns why it was stopped."""
+    from megatron_sov.bench.lm.results import EvaluatedModel
+    from megatron_sov.bench.lm.subject import content_hash
+    from megatron_sov.bench.suites.episodes import order_of
+    from megatron_sov.infer.turns import Player, Runs
+
+    args, protocol = game.args, game.protocol
+    player = Player(Path(args.target), Runs(args.engine, args.settings, args.nproc), protocol.episode_limits,
+                    "lower `limits` in a task file of your own", protocol.chat_template_kwargs)
+    target = player.target
+    table = EpisodeTable(order_of(protocol, args.data_dir), player.encoder, protocol.episode_limits,
+                         args.parallel)
+
+    def played(policy: ToolPolicy) -> str:
+        model = EvaluatedModel(str(target.path), content_hash(target),
+                               "huggingface" if target.is_hf else "checkpoint", target.step)
+        known_by: dict[str, object] = {
+            "path": str(target.path), "hash": model.hash, "engine": player.engine, "chat": player.chat}
+
+        def play_on(tasks: list[Task], lines: EpisodeLines, ended: Ended, check: Check) -> list[Episode]:
+            return play(tasks, policy, table, lines, ended, lambda: bool(check()))
+
+        return _played(game, model, known_by, play_on, events)
+
+    return str(player.run(protocol.sampling, args.parallel, played) or "")
+
+
+def _by_endpoint(game: _Game, events: RunEvents) -> str:
+    """Play with a model behind an endpoint; returns why it was stopped."""
+    from megatron_sov.bench.lm.subject import subject_of
+    from megatron_sov.bench.suites.episodes import EndpointSpeaker, order_of
+    from megatron_sov.judge.tools.playing import MessageTable, play_by_messages
+
+    args, flag = game.args, game.flag
+    endpoint = EndpointSettings(**vars(args.endpoint), concurrent=args.parallel)
+    settings = Settings(output=args.output, cache=args.cache, engine=args.engine, settings=args.settings,
+                        nproc=args.nproc, endpoint=endpoint)
+    subject = subject_of(args.target, settings)
+
+    def sleep(seconds: float) -> None:
+        # in small steps: a signal must not wait for a server's retry delay
+        end_s = time.monotonic() + seconds
+        while (left_s := end_s - time.monotonic()) > 0:
+            if flag.reason is not None:
+                raise StopRequested(flag.reason)
+            time.sleep(min(left_s, POLL_S))
+
+    speaker = EndpointSpeaker(args.target, endpoint, game.protocol, settings.cache_folder, sleep)
+
+    table = MessageTable(order_of(game.protocol, args.data_dir), game.protocol.episode_limits, args.parallel)
+
+    def play_on(tasks: list[Task], lines: EpisodeLines, ended: Ended, check: Check) -> list[Episode]:
+        return play_by_messages(tasks, speaker, table, lines, ended, check)
+
+    return _played(game, subject.model, subject.identity, play_on, events)
+
+
+def _played(game: _Game, model: EvaluatedModel, known_by: dict[str, object], play_on: Play,
+            events: RunEvents) -> str:
+    """Play what is left, score and write; returns why it was stopped, empty at the end."""
+    from megatron_sov.bench.suites.episodes import fold_episodes, order_of, write_episodes
+    from megatron_sov.judge.tools.registry import make
+
+    args, protocol, num_ended = game.args, game.protocol, 0
+    _, version = make(order_of(protocol, args.data_dir))
+    # all that a turn depends on: an unfinished evaluation goes on only if nothing of it changed
+    identity = identity_of(digest_of(game.tasks), version, protocol.episode_limits, known_by,
+                           {**protocol.as_json()["sampling"], "mode": protocol.mode})
+
+    def ended(count: int) -> None:
+        nonlocal num_ended
+        num_ended += count
+        bar.update(count)
+
+    def check() -> None:
+        if game.flag.reason is not None:
+            raise StopRequested(game.flag.reason)
+
+    try:
+        with (open_journal(args.output, "megatron-sov eval play", identity, redo=args.redo) as journal,
+              work_bar("play", game.num_episodes, "episode") as bar):
+            # one long list: samples of a task are neighbours, and are cut apart again below
+            flat = play_on([task for task in game.tasks for _ in range(protocol.samples)], lines_in(journal),
+                           ended, check)
+            episodes = [flat[i:i + protocol.samples] for i in range(0, len(flat), protocol.samples)]
+            folded = fold_episodes(protocol, game.tasks, episodes, args.data_dir, args.workers)
+            results = write_episodes(args.output, game.task, protocol, model, game.tasks, episodes, folded,
+                                     args.data_dir, args.num_items)
+    except StopRequested as e:
+        return (f"{e}: {num_ended:,} of {game.num_episodes:,} episodes have ended, and all turns are kept; "
+                "run the same command again to go on")
+    _tell(game, results, events)
+    for item in folded.items:
+        if item.failed:
+            print(visible(item.failed), file=sys.stderr)
+            break
+    return ""
+
+
+def _tell(game: _Game, results: Results, events: RunEvents) -> None:
+    """Print the scores, and add them to a run's events."""
+    args, told, scores = game.args, game.protocol.as_json(), results.tasks[game.task.name]
+    step = results.model.step if results.model.step is not None else events.last_step()
+    for metric in scores.metrics:
+        events.add("eval_lm", step=step, model_hash=results.model.hash, task=game.task.name,
+                   task_hash=scores.task_hash, metric=metric.name, filter=metric.filter, k=metric.k,
+                   value=metric.value, interval=metric.interval and list(metric.interval),
+                   items=scores.items, failed=scores.failed, at_limit=scores.at_limit,
+                   sampling=told["sampling"], mode=game.protocol.mode, contamination=None,
+                   published_as=scores.published_as, output=str(args.output.absolute()))
+        value = "-" if metric.value is None else f"{metric.value:.4f}"
+        if not args.json:
+            print(f"{game.task.name}  {metric.label}  {value}  {scores.items} items, {scores.failed} failed, "
+                  f"{scores.at_limit} episodes at a limit")
+    if args.json:
+        print(json.dumps(json.loads(args.output.read_text(encoding="utf-8")), indent=1, ensure_ascii=False))

@@ -1,4 +1,5 @@
-"""`megatron-sov eval suites [list | check | bring]`: the benchmarks that come along, and their data."""
+"""`megatron-sov eval lm` and `eval suites`: benchmarks, those that come along, and what a run refuses of them
+before it begins."""
 
 from __future__ import annotations
 
@@ -7,12 +8,47 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import ExitCode, UserError, visible
 from megatron_sov.base.settings import Flag
+from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.commands.shared_options import AnyTarget
+from megatron_sov.model.config import RunConfig
 
 if TYPE_CHECKING:
     from megatron_sov.bench.suites.catalogue import DataCheck, TaskFile
     from megatron_sov.bench.suites.protocol import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLmOptions:
+    """Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline."""
+
+    target: AnyTarget
+    tasks: Annotated[str, Flag(value="A,B")]
+    """Names of tasks and groups."""
+    settings: Settings
+    json: bool = False
+    """Print the figures as JSON."""
+
+
+def run_lm(args: EvalLmOptions) -> int:
+    """Measure, write, and print the table.
+
+    Raises:
+        UserError: the model, a task or a setting cannot be used.
+        StopRequested: a signal asked for it.
+    """
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.bench.lm.results import table
+    from megatron_sov.bench.lm.run import evaluate
+
+    found = evaluate(args.target, [name for name in args.tasks.split(",") if name], args.settings)
+    if found is not None:
+        print(to_json(found).rstrip() if args.json else table(found))
+    return ExitCode.OK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +83,7 @@ def run_suites(args: EvalSuitesOptions) -> int:
     from megatron_sov.bench.suites.catalogue import chosen
 
     tasks = chosen([name.strip() for name in args.tasks.split(",") if name.strip()])
+    # options of `bring` that would else be silently without effect
     given = {"--from": args.source, "--as": args.name, "--where": args.where, "--overwrite": args.overwrite}
     if args.what != "bring" and (unused := [option for option, value in given.items() if value]):
         raise UserError(f"{', '.join(unused)}: is for `eval suites bring`; add bring, or leave this out")
@@ -84,7 +121,9 @@ def _told(task: TaskFile) -> dict[str, Any]:
 
 def _items(task: TaskFile) -> str:
     items = task.sov.get("items")
-    return f"{items:,}" if items is not None else "yours" if task.sov.get("kind") == "like" else "-"
+    if items is not None:
+        return f"{items:,}"
+    return "yours" if task.sov.get("kind") == "like" else "-"
 
 
 def protocol_line(protocol: Protocol | None) -> str:
@@ -127,6 +166,7 @@ def _remark(check: DataCheck) -> str:
 def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     from megatron_sov.bench.suites.catalogue import SuiteSpan, bring
 
+    # one file belongs to one task
     if not args.tasks or len(tasks) != 1:
         raise UserError("eval suites bring needs --tasks with one task, e.g. --tasks aime24")
     if args.source is None:
@@ -146,3 +186,33 @@ def _bring(tasks: list[TaskFile], args: EvalSuitesOptions, folder: Path) -> int:
     else:
         print(f"{path}: {num_kept:,} of {num_rows:,} rows")
     return ExitCode.OK
+
+
+def refuse_unknown_benchmarks(config: RunConfig) -> None:
+    """Look for the benchmarks that exports are to be measured on.
+
+    Raises:
+        UserError: lm-eval is not installed, a folder is not there, or no folder has a task.
+    """
+    # the bench package and lm-eval are optional; who measures nothing needs neither
+    if "lm" not in config.evaluate.background.tasks:
+        return
+    from megatron_sov.bench.lm.tasks import TaskSources, refuse_unknown, require_harness
+
+    require_harness()
+    lm = config.evaluate.lm
+    for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
+        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is no folder; name one that is there before "
+                            "the run begins")
+    try:
+        refuse_unknown(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
+                                             allow_code=lm.allow_task_code,
+                                             allow_download=lm.allow_download))
+    except UserError as e:
+        raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None
+
+
+def named_tasks(names: str | None) -> list[str]:
+    """Return the tasks of an option, separated by commas."""
+    return [name for name in (part.strip() for part in (names or "").split(",")) if name]

@@ -1,5 +1,5 @@
-"""`megatron-sov eval contamination OUT.json --data SHARDS|FILES ...`: which items a model may have learned
-by heart."""
+"""`megatron-sov eval difference A.json B.json` and `eval contamination OUT.json --data ...`: what scores of
+`eval lm` tell of two models, and which items a model may have learned by heart."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.outputs import check_output
+from megatron_sov.base.outputs import check_output, refuse_input
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
+from megatron_sov.commands.evaluate.benchmarks import named_tasks
 from megatron_sov.commands.shared_options import RecordOptions
 from megatron_sov.runs.folder import RunEvents
 
@@ -37,11 +39,7 @@ class EvalContaminationOptions(RecordOptions):
     workers: AtLeastOne = field(default_factory=num_cores)
     """Processes that search (default: one for each core)."""
 
-
-add_arguments = partial(add_options, cls=EvalContaminationOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_contamination(typed: argparse.Namespace) -> int:
     """Write what was found into OUT.json, and the places into OUT.hits.json beside it.
 
     Raises:
@@ -95,3 +93,50 @@ def _table(found: ContaminationCheck, hits_file: Path) -> str:
                      f"{value}, {without} without them"
                      + (f"; {short:,} items are too short to be looked for" if short else ""))
     return "\n".join([*lines, f"{found.num_documents:,} documents searched; places in {hits_file}"])
+
+
+CONTAMINATION = SimpleNamespace(add_arguments=partial(add_options, cls=EvalContaminationOptions),
+                                run=run_contamination)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDifferenceOptions:
+    """Compare two models item by item, with confidence intervals."""
+
+    first: Annotated[Path, Flag("A.json")]
+    """Results of `megatron-sov eval lm`."""
+    second: Annotated[Path, Flag("B.json")]
+    """Those of the model to compare with it."""
+    tasks: Annotated[str | None, Flag(value="A,B")] = None
+    """These alone (default: all that both have)."""
+    json: bool = False
+    """Print the figures as JSON."""
+    out: Annotated[Path | None, Flag(value="FILE")] = None
+    """Also write the figures into a JSON file, which appears whole."""
+
+def run_difference(typed: argparse.Namespace) -> int:
+    """Print the difference of each figure with its interval.
+
+    Raises:
+        UserError: a file is damaged, or the two were not measured in the same way.
+    """
+    args = read_options(EvalDifferenceOptions, typed)
+    from megatron_sov.bench.score_differences import differences, read_scored, table
+
+    if args.out is not None:
+        check_output("--out", args.out)
+        refuse_input("--out", args.out, args.first, args.second)
+    tasks = named_tasks(args.tasks)
+    if args.tasks is not None and not tasks:
+        raise UserError(f"--tasks {args.tasks!r}: names no task; name some, separated by commas")
+    found = differences(read_scored(args.first), read_scored(args.second), tasks)
+    values = {"first": str(args.first), "second": str(args.second),
+              "differences": [d.fields() for d in found]}
+    if args.out is not None:
+        write_output(args.out, to_json(values))
+    print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else table(found))
+    return ExitCode.OK
+
+
+DIFFERENCE = SimpleNamespace(add_arguments=partial(add_options, cls=EvalDifferenceOptions),
+                             run=run_difference)

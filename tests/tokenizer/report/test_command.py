@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenizer.report import everything
+from tokenizer.report import command
 from tokenizer.report.check import TokenizerCheck
-from tokenizer.report.coverage import Scalars, num_blocks
-from tokenizer.report.everything import CHECKS, NEED_TEXT, check_all
-from tokenizer.report.measures import NamedText
+from tokenizer.report.command import CHECKS, NEED_TEXT, check_all
+from tokenizer.report.measures import NamedText, Scalars, num_blocks
 
 Toy = Callable[..., Any]
 TEXTS = [NamedText(name, name, ["the cat"], True) for name in ("a", "b")]
@@ -45,7 +44,7 @@ bars: list[Bar] = []
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow checks are told of their progress, and do nothing else."""
     def worst(tokenizer: Any, progress: Callable[[int], object]) -> TokenizerCheck:
-        for _ in everything.worst_inputs():
+        for _ in command.worst_inputs():
             progress(1)
         return TokenizerCheck("worst", "", "good", "", {})
 
@@ -54,14 +53,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             progress(1)
         return Scalars(np.zeros(tokenizer.vocab_size, np.bool_))
 
-    monkeypatch.setattr(everything, "tqdm", Bar)
-    monkeypatch.setattr(everything, "check_worst", worst)
-    monkeypatch.setattr(everything, "try_scalars", all_of_unicode)
-    monkeypatch.setattr(everything, "check_scripts",
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr(command, "check_worst", worst)
+    monkeypatch.setattr(command, "try_scalars", all_of_unicode)
+    monkeypatch.setattr(command, "check_scripts",
                         lambda tokenizer: TokenizerCheck("scripts", "", "good", "", {}))
-    monkeypatch.setattr(everything, "worst_inputs", lambda: {"one letter": "a", "spaces": " "})
+    monkeypatch.setattr(command, "worst_inputs", lambda: {"one letter": "a", "spaces": " "})
     for name in ("streaming", "determinism"):
-        monkeypatch.setattr(everything, f"check_{name}",
+        monkeypatch.setattr(command, f"check_{name}",
                             lambda tokenizer, texts, name=name: TokenizerCheck(name, "", "good", "", {}))
 
 
@@ -79,7 +78,7 @@ def test_checks_come_in_order_and_the_bar_ends_at_its_end(
 
 def test_tokens_of_the_texts_count_as_seen(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, seen = toy("the", " c"), []
-    monkeypatch.setattr(everything, "check_reach",
+    monkeypatch.setattr(command, "check_reach",
                         lambda tokenizer, known: seen.append(known) or TokenizerCheck("reach", "", "good", "",
                                                                                       {}))
     check_all(opened, TEXTS[:1], [name for name in CHECKS if name != "reach"])

@@ -1,0 +1,574 @@
+"""`megatron-sov rl generate | reward | train RECIPE ...`, three jobs that meet in a rollout store, and
+`megatron-sov rl run`, all rounds by one command, each written by the model that learns."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Lt
+
+from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
+from megatron_sov.base.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.base.digests import file_digest
+from megatron_sov.base.errors import (
+    ExitCode, GateFailed, StopRequested, UserError, list_problems, visible, warn)
+from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.base.settings import (
+    Flag, NotNegative, ProblemCode, SettingsProblem, add_options, change, not_with, only_with, parse_nested,
+    read_options)
+from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
+from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
+from megatron_sov.commands.train.forgetting_gate import ForgettingGate, TunedOptions, gate_of
+from megatron_sov.engine.data.vocabulary import TOKENIZER_JSON, tokenizer_digest
+from megatron_sov.infer.asking import EngineOptions, check_engine, check_length
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, Engine, engine_for
+from megatron_sov.infer.request import Batching, BatchSize
+from megatron_sov.judge.rollouts.prompts import (
+    RolloutPrompt, read_prompts, refuse_unaskable, round_prompts, rounds_between)
+from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
+from megatron_sov.judge.tools.registry import BUILT_IN, make, order
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.recipes.requested import RecipeOptions, requested
+from megatron_sov.post.rl.reward import (
+    ENVIRONMENT, JudgingJob, RewardSummary, judging, reward_version, second_opinions)
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.folder import ROLLOUT, ROUNDS, RunFolder
+from megatron_sov.runs.rounds import Policy, policy_of_round
+from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, tokenizer_of
+from megatron_sov.work.progress.locks import Claims
+from megatron_sov.work.progress.progress_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.infer.engines.target import Target
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.feed import Produce
+    from megatron_sov.post.rl.generate import Writer
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions:
+    """Where responses are, and what judges them."""
+
+    store: Annotated[Path, Flag(value="DIR", writes=True)]
+    """Rollout store: responses of `rl generate`, and their rewards."""
+    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; or {ENVIRONMENT}: what the "
+                                                   "environment of the episodes said")]
+    reward_set: RewardSet = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(JudgedOptions, JudgeOptions):
+    """Which responses are judged, and how long they are waited for."""
+
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Rounds to judge (default: all that are in the store)."""
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for more responses, each time that all are judged (default: not at all); ends with
+    75 where the jobs that write have not come to their end by then, and with 0 as soon as --rounds are
+    judged."""
+    lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
+    """Without a sign of life after which another job's claim is taken over."""
+
+def run_reward(args: argparse.Namespace) -> int:
+    """Judge what is not judged.
+
+    Raises:
+        UserError: no such reward, setting or store.
+        GateFailed: not one of the responses that were judged has a reward.
+        StopRequested: the store that was waited for has not come.
+    """
+    options = read_options(RewardOptions, args)
+    rounds = None if options.rounds is None else rounds_between(options.rounds)
+    version = reward_version(options.reward, options.reward_set)
+    store = opened_store(options.store, options.wait)
+    with judging(options.reward, options.reward_set, options.workers) as judge:
+        job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
+                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait,
+                         opinions=second_opinions(options.reward, options.reward_set, version, store))
+        with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
+            job.progress = bar.update
+            summary = job.run()
+    return _tell_judged(options, version, summary)
+
+
+def opened_store(path: Path, wait_s: float) -> RolloutStore:
+    """Return a store, which is waited for: of jobs that begin together the one that writes makes it.
+
+    Raises:
+        UserError: there is none, or something else has its place.
+        StopRequested: none has come.
+    """
+    from megatron_sov.judge.rollouts.store import RolloutStore
+
+    # jobs of a round begin together: whoever judges may come before whoever writes
+    ends_s = time.monotonic() + wait_s
+    while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
+        time.sleep(min(1.0, wait_s))
+    if wait_s and not path.exists():
+        raise StopRequested(f"{path}: nobody has made this store within {wait_s:g} s; see whether "
+                            "`rl generate` is at work, and give the same command again")
+    return RolloutStore.open(path)
+
+
+def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -> int:
+    tally = summary.tally
+    for text in tally.told:
+        print(visible(text), file=sys.stderr)
+    more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
+    print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
+          f"{tally.line('responses')}{more}")
+    # one reward is enough: none at all is a wrong reward or broken judges
+    if tally.statuses and not tally.num_rewards:
+        raise GateFailed(f"{options.store}: not one of {tally.statuses.total():,} responses has a reward; "
+                         "see why above")
+    if summary.left:
+        print(f"{summary.left:,} parts are with other jobs; give the same command again, or more patience "
+              "with --wait", file=sys.stderr)
+        return ExitCode.STOPPED
+    if summary.waited_for:
+        warn(f"{options.store}: nothing more has come for {options.wait:g} s, and {summary.waited_for} are "
+             "not written: whoever trains waits for their rewards; give the same command again, or more "
+             "patience with --wait")
+        return ExitCode.STOPPED
+    return ExitCode.OK
+
+
+REWARD = SimpleNamespace(add_arguments=partial(add_options, cls=RewardOptions), run=run_reward)
+
+
+def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
+    """Refuse a start without tokenizer.
+
+    Args:
+        start_from: what --from names.
+        folder: where its tokenizer would lie.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
+                        "a checkpoint or Hugging Face folder that has one")
+
+
+OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
+"""Limit of an episode -> the setting of `rollout` that it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingOptions:
+    """How prompts are asked."""
+
+    plain: Annotated[bool, not_with("environment")] = False
+    """Continue each prompt as it is, without the chat template."""
+    environment: Annotated[str | None, Flag(
+        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
+                          "FILE.py:NAME")] = None
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    """A setting of the environment; may be repeated."""
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    """A limit of an episode, e.g. max_turns=7; may be repeated."""
+    batch_size: BatchSize = Batching.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlGenerateOptions(RecipeOptions, AskingOptions, EngineOptions):
+    """Which rounds are written, and from where their policies come."""
+
+    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
+    """A JSON object per line: `prompt` or `messages`, or a task, and what the reward needs."""
+    store: Annotated[Path, Flag(value="DIR", writes=True)]
+    """The rollout store, which is made where there is none."""
+    start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
+    """The policy of the first round: what `rl train` starts from."""
+    run: Annotated[Path, Flag(value="DIR")]
+    """The run of `rl train`, whose checkpoints are the later policies; it need not be there yet."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Rounds to write (default: all of rollout.rounds)."""
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for a policy, or for pieces that other jobs have claimed (default: not at all, but
+    until it is known that these jobs live; the command then ends with 75)."""
+
+def chosen_rounds(given: str | None, last: int) -> range:
+    """Return the rounds that --rounds means; without it those up to the last.
+
+    Raises:
+        UserError: it has another form.
+    """
+    if given is not None:
+        return rounds_between(given)
+    if not last:
+        raise UserError("rollout.rounds = 0: there are no rounds; set it, or name some with --rounds")
+    return range(1, last + 1)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Write what is missing, and say what was written.
+
+    Raises:
+        UserError: the settings, prompts or start cannot be used, or the store is another one's.
+    """
+    options = read_options(RlGenerateOptions, args)
+    config = _config(options)
+    rollout = config.rollout
+    rounds = chosen_rounds(options.rounds, rollout.rounds)
+    if 0 < rollout.rounds < rounds[-1]:
+        raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
+                        "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
+    prompts = _prompts(options)
+    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
+    environment = environment_of(options, config)
+    refuse_missing(options.start_from, "--from ")
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.engines.target import find_target
+
+    start = find_target(options.start_from)
+    if not (start.path / MANIFEST).is_file():
+        raise UserError(f"--from {options.start_from}: has no {MANIFEST}, by whose hash its responses would "
+                        "be known; make a checkpoint of it with `megatron-sov convert from-hf`")
+    # a store has the digest of its tokenizer, and responses are tokens of it
+    refuse_no_tokenizer(options.start_from, start.tokenizer_folder)
+    engine = _engine(options, start, rollout, environment)
+    summary = _write(options, config, rounds, prompts, start, engine, environment)
+    return ExitCode.OK if summary is None else _tell_written(options, rounds, summary)
+
+
+def _config(args: RlGenerateOptions) -> RunConfig:
+    config = requested(args).config()
+    problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
+    if problems:
+        raise UserError(list_problems("rl generate", problems))
+    return config
+
+
+def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
+    """Return a sentence for each setting by which the trainer, where it has begun, would not take what is
+    written, or counts its rounds otherwise."""
+    # both jobs count rounds by the same settings, or one waits for pieces that the other never writes
+    trained = RunFolder(run).config()
+    if trained is None:
+        return []
+    return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
+            f"{getattr(trained.rollout, name)}; give the same" for name in ROLLOUT
+            if getattr(rollout, name) != getattr(trained.rollout, name)]
+
+
+def _prompts(args: RlGenerateOptions) -> list[RolloutPrompt]:
+    prompts = read_prompts(args.prompts)
+    if args.environment is None:
+        refuse_unaskable(args.prompts, prompts)
+    return prompts
+
+
+@dataclass(frozen=True)
+class AskedEnvironment:
+    """The environment that prompts are played in."""
+
+    order: PluginOrder
+    version: str
+    """Of its code and settings."""
+    limits: EpisodeLimits
+
+
+def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment | None:
+    """Return the environment; None: there is none.
+
+    Raises:
+        UserError: the arguments contradict the settings.
+    """
+    if args.environment is None:
+        return None
+    if config.policy.router_replay:
+        raise UserError(f"--environment {args.environment}: the experts of episodes' tokens are not kept, "
+                        "and policy.router_replay = True replays them; set it to false")
+    if config.rollout.budget_text:
+        raise UserError(f"--environment {args.environment}: turns of episodes are not told how long to be, "
+                        f"as rollout.budget_text = {config.rollout.budget_text!r} asks; leave one of them "
+                        "out")
+    for given in args.limit:
+        name = given.partition("=")[0]
+        if name in OF_ROLLOUT:
+            raise UserError(f"--limit {given}: is rollout.{OF_ROLLOUT[name]}; set it there")
+    # a turn is a response: it may not be longer than rollout.max_new_tokens
+    most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
+    own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
+    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
+    asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
+    _, version = make(asked)
+    return AskedEnvironment(asked, version, limits)
+
+
+def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
+            environment: AskedEnvironment | None) -> str:
+    name = args.engine or engine_for(start)
+    check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
+    refuse_too_long(rollout, environment, start)
+    if rollout.deadline_s and name != MEGATRON and environment is None:
+        raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
+                        f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
+    return name
+
+
+def refuse_too_long(rollout: RolloutConfig, environment: AskedEnvironment | None, start: Target) -> None:
+    """Refuse responses, or turns, that reach beyond the end of the model.
+
+    Raises:
+        UserError: they may.
+    """
+    turn = "" if environment is None else " and a turn's max_turn_tokens"
+    check_length(start, _longest(rollout, environment), f"rollout.max_prompt_tokens = "
+                 f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
+                 "lower them")
+
+
+def _longest(rollout: RolloutConfig, environment: AskedEnvironment | None) -> int:
+    # of a turn an engine is asked for the whole length that one may have, whatever is left of the episode
+    more = 0 if environment is None else environment.limits.max_turn_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + more
+
+
+def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: list[RolloutPrompt],
+           start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
+    """Load the policy and write; None on other processes than the first."""
+    from megatron_sov.engine.mcore.parallel.world import on_first
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.generate import Missing, PieceQueue, Take, run_policies, write_rounds
+    from megatron_sov.post.rl.responses import key_digest
+
+    folder, rollout = start.tokenizer_folder, config.rollout
+    writer = writer_of(args, config, prompts, start, engine_name, environment)
+    policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    # the policy that the engine begins with; later ones are loaded as checkpoints appear
+    held = Policy(start.path, 0, manifest_sha256(start.path))
+
+    def work(engine: Engine, take: Take) -> dict[str, Any]:
+        create = partial(RolloutStore.create, args.store, tokenizer_digest(folder), start.vocab_size)
+        on_first(lambda: create() and None)  # made by one, before all open it
+        store = create()
+        missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
+                          lambda number: key_digest(rollout, number, writer.chosen_by))
+        # how rows were written goes into the parts' provenance
+        told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
+        return write_rounds(engine, take, held, writer, PieceQueue(missing, store, args.wait, told))
+
+    found: dict[str, Any] | None = run_policies(
+        engine_name, start, work, longest=_longest(rollout, environment),
+        batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
+        option=ENGINE_SET, with_routes=config.policy.router_replay)
+    return found
+
+
+def writer_of(args: AskingOptions, config: RunConfig, prompts: list[RolloutPrompt], start: Target,
+              engine_name: str, environment: AskedEnvironment | None) -> Writer:
+    """Return what makes rows: plain responses, or episodes.
+
+    Raises:
+        UserError: a prompt is too long, or the model has no chat template.
+    """
+    from megatron_sov.base.chat.encode import TurnEncoder
+    from megatron_sov.infer.asking import Asker
+    from megatron_sov.judge.tools.playing import EpisodeTable
+    from megatron_sov.post.rl.responses import Episodes, ResponseSource
+
+    folder, rollout = start.tokenizer_folder, config.rollout
+    chat = read_chat_encoder(folder)
+    if not args.plain and chat is None:
+        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
+                        "first, or continue the prompts as they are with --plain")
+    asker = Asker(start, not args.plain)
+    chosen_by: dict[str, Any] = {
+        "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
+    if environment is None:
+        responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
+                                   with_routes=config.policy.router_replay)
+        responses.refuse_unfit(prompts)
+        return responses
+    limits = environment.limits
+    assert chat is not None, "options refuse --plain"
+    table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, args.batch_size)
+    chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
+    return Episodes(table, environment.version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
+
+
+def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:
+    print(f"{args.store}: {summary['parts']:,} parts with {summary['responses']:,} responses of "
+          f"{summary['tokens']:,} tokens were written by this job"
+          + (f", {summary['unfinished']:,} of them unfinished" if summary["unfinished"] else ""))
+    if summary["waits_for"]:
+        warn(f"{summary['waits_for']}; give the same command again, or more patience with --wait")
+        return ExitCode.STOPPED
+    print(f"rounds {rounds[0]} to {rounds[-1]} are written")
+    return ExitCode.OK
+
+
+GENERATE = SimpleNamespace(add_arguments=partial(add_options, cls=RlGenerateOptions), run=run_generate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsOptions(TunedOptions, JudgedOptions):
+    """What is trained, and where its rounds come from."""
+
+    prompts: Annotated[Path, Flag(value="FILE.jsonl")]
+    """The prompts that responses are written to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlTrainOptions(RoundsOptions):
+    """Rounds that other jobs write and judge."""
+
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long a round is waited for that is not written and judged yet, before the run ends with 75
+    (default: not at all)."""
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train the rounds that are there; returns 0 when the run is complete.
+
+    Raises:
+        UserError: a mistake in the arguments, or the store does not belong to the run.
+        StopRequested: a round is not there yet, and everything is saved.
+    """
+    options = read_options(RlTrainOptions, args)
+    train_rounds(options, parse_rounds(options), args.began_s, options.wait)
+    return ExitCode.OK
+
+
+@dataclass(frozen=True)
+class ParsedRounds:
+    """What a command that trains rounds is to do, checked."""
+
+    stage: ParsedStage
+    prompts: list[RolloutPrompt]
+    """All of them."""
+    reward_version: str
+    gate: ForgettingGate | None
+    """What judges the last policy."""
+
+
+def parse_rounds(args: RoundsOptions) -> ParsedRounds:
+    """Return what the options ask for.
+
+    Raises:
+        UserError: a mistake in them.
+    """
+    prompts = read_prompts(args.prompts)
+    version = reward_version(args.reward, args.reward_set)
+    parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
+    refuse_unknown_benchmarks(parsed.config)
+    round_prompts(prompts, parsed.config.rollout, 1)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
+    return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start))
+
+
+def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait_s: float = 0.0,
+                 produce: Produce | None = None) -> None:
+    """Run the stage.
+
+    Args:
+        args: of the command.
+        parsed: the same, checked.
+        began_s: Unix time at which the command began.
+        wait_s: how long a round is waited for.
+        produce: writes and judges rounds; None: other jobs do.
+    """
+    from megatron_sov.engine.data.rounds import rounds_of, rounds_source
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.policy import check_sources, objective_of, texts_of
+    from megatron_sov.post.rl.feed import RoundFeed, columns_of_run
+    from megatron_sov.post.rl.publish import Publisher
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    config, start = parsed.stage.config, parsed.stage.start
+    assert start is not None, f"--from is required, it is {args.start_from}"
+    tokenizer = tokenizer_of(start)
+    refuse_no_tokenizer(args.start_from, tokenizer)
+    publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
+                          tokenizer)
+    # rounds that were published from another store would be trained as if they were of this one
+    publisher.refuse_other_store()
+    objective = objective_of(config)
+    columns = columns_of_run(config, objective.columns, start)
+    # a source whose rounds open one by one, as they are published
+    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
+                           columns.routes)
+    texts = texts_of(config)
+    check_sources(config, [*texts, source])
+    rounds = rounds_of([source])
+    assert rounds is not None, "the source has no rounds"
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
+    run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
+                    feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
+                    dry_run=args.dry_run), args.nproc, began_s)
+
+
+TRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=RlTrainOptions), run=run_train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions):
+    """Rounds that the model which learns writes itself."""
+
+    def problems(self) -> list[SettingsProblem]:
+        return [] if self.reward != ENVIRONMENT or self.environment is not None else [
+            SettingsProblem(ProblemCode.RULE, "reward",
+                            "takes what an environment said of its episodes, and there is none",
+                            self.reward, "add --environment, or choose another reward")]
+
+def run_all(args: argparse.Namespace) -> int:
+    """Write, judge and train all rounds; returns 0 when the run is complete.
+
+    Raises:
+        UserError: a mistake in the arguments, or the store does not belong to the run.
+        StopRequested: it was asked to stop, and everything is saved.
+    """
+    options = read_options(RlRunOptions, args)
+    parsed = parse_rounds(options)
+    if options.environment is None:
+        refuse_unaskable(options.prompts, parsed.prompts)
+    _run(options, parsed, args.began_s)
+    return ExitCode.OK
+
+
+def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.judge.rollouts.store import RolloutStore
+    from megatron_sov.post.rl.feed import Producer
+
+    assert parsed.stage.start is not None, "--from is required"
+    config, start = parsed.stage.config, find_target(parsed.stage.start)
+    refuse_no_tokenizer(args.start_from, start.tokenizer_folder)
+    environment = environment_of(args, config)
+    refuse_too_long(config.rollout, environment, start)
+    digest = tokenizer_digest(start.tokenizer_folder)
+    producer = Producer(
+        partial(RolloutStore.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
+        args.run, start.path, writer_of(args, config, parsed.prompts, start, MEGATRON, environment),
+        Batching(args.batch_size), parsed.reward_version,
+        partial(judging, args.reward, args.reward_set, args.workers),
+        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward},
+        partial(second_opinions, args.reward, args.reward_set, parsed.reward_version))
+    try:
+        train_rounds(args, parsed, began_s, produce=producer.produce)
+    # workers that judge end with the run, also with one that failed
+    finally:
+        producer.close()
+
+
+RUN = SimpleNamespace(add_arguments=partial(add_options, cls=RlRunOptions), run=run_all)

@@ -1,0 +1,116 @@
+"""`megatron-sov pretrain | extend | sft RECIPE [--from CHECKPOINT] --data DIR[:weight] ... --run DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from functools import partial
+from types import SimpleNamespace
+
+from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
+from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of
+from megatron_sov.model.objectives import factory
+from megatron_sov.runs.folder import STAGES
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.guards.fault_injection import parse
+from megatron_sov.train.stages.stage_config import (
+    StageOptions, convert_start, find_start, parse_stage, refuse_many_converters, stage_request)
+
+
+def run_pretrain(typed: argparse.Namespace) -> int:
+    """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
+    args = read_options(StageOptions, typed)
+    parsed = parse_stage(args, "lm")
+    refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    objective = factory(parsed.config, LanguageModelling)
+    stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
+                  faults=parsed.faults, dry_run=args.dry_run)
+    run_stage(stage, args.nproc, typed.began_s)
+    return 0
+
+
+PRETRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=StageOptions), run=run_pretrain)
+
+
+def run_extend(typed: argparse.Namespace) -> int:
+    """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
+
+    Every stage's settings, data and folder are checked before a Hugging Face folder is converted and
+    the first one starts.
+    """
+    args = read_options(TunedOptions, typed)
+    request = stage_request(args, "lm", lengthens=True)
+    faults = parse(args.inject, num_ranks(args.nproc))
+
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.extend.stages import planned_stages
+    from megatron_sov.train.objectives.data_objective import LanguageModelling
+    from megatron_sov.train.objectives.objective import formats_of
+
+    # all stages are planned before the first one starts
+    stages = planned_stages(request, args.start_from, args.run, args.nproc,
+                            lambda config: formats_of(factory(config, LanguageModelling)))
+    refuse_unknown_benchmarks(stages[-1].config)
+    for stage in stages:
+        stage.config.check(num_ranks(args.nproc))
+        stage.folder.enter(stage.config, args.resume)
+    start = find_start(args.start_from)
+    refuse_many_converters(start, args.run)
+    if not args.dry_run:
+        # only after every stage has been checked: a conversion takes long
+        start = convert_start(start, args.run)
+    gate = gate_of(args, stages[-1].config, start)
+    from megatron_sov.post.extend.running import run_stages
+
+    try:
+        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
+                   typed.began_s, faults, gate, dry_run=args.dry_run)
+    finally:
+        for folder in () if args.dry_run else (args.run / STAGES, args.run):
+            with contextlib.suppress(OSError):  # not empty: a stage has begun
+                folder.rmdir()
+    return 0
+
+
+EXTEND = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_extend)
+
+
+def run_sft(typed: argparse.Namespace) -> int:
+    """Fine-tune on conversations; returns 0 when the run is complete."""
+    args = read_options(TunedOptions, typed)
+    parsed = parse_stage(args, "sft")
+    refuse_unknown_benchmarks(parsed.config)
+    if not args.dry_run:
+        parsed = parsed.with_checkpoint(args.run)
+    gate = gate_of(args, parsed.config, parsed.start)
+
+    from megatron_sov.engine.data.token_shards import open_sources
+    from megatron_sov.engine.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.sft import SupervisedFineTuning, check_sources
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.stages.stage import Stage, run_stage
+
+    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
+    check_sources(parsed.config, sources)
+    stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
+                  tuple(sources), end_gate=gate, faults=parsed.faults, dry_run=args.dry_run)
+    run_stage(stage, args.nproc, typed.began_s)
+    return 0
+
+
+SFT = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_sft)

@@ -1,1 +1,0 @@
-"""Tokens of pictures and sounds behind those of text."""
