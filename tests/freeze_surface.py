@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,5 +77,6 @@ def surface() -> str:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this folder: what mirrors a package in it has the package's name
     FILE.write_text(surface(), encoding="utf-8")
     print(f"{FILE}: {len(surface().splitlines())} lines")

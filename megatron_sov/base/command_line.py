@@ -9,7 +9,6 @@ import errno
 import importlib.util
 import io
 import os
-import pkgutil
 import re
 import shlex
 import sys
@@ -110,7 +109,14 @@ class Command:
 
     def load(self) -> Any:
         """Import it."""
-        return pkgutil.resolve_name(self.module)
+        return _load(self.module)
+
+
+def _load(reference: str) -> Any:
+    # not by pkgutil.resolve_name: of a module that is not there it says that its package lacks an attribute
+    module, _, name = reference.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
 
 
 class _CommandParser(Parser):
@@ -124,7 +130,7 @@ class _CommandParser(Parser):
         # emptied first: filling twice would declare every option twice
         module, self._module = self._module, ""
         if module:
-            pkgutil.resolve_name(module).add_arguments(self)
+            _load(module).add_arguments(self)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
@@ -132,16 +138,18 @@ class _CommandParser(Parser):
 
 
 def part_of(module: str) -> str:
-    """Return the part of our distribution that a module is in (`version.PARTS`); "" for the core."""
+    """Return the part of our distribution that `module` or `module:NAME` is in (`version.PARTS`); "" for the
+    core."""
+    module = module.partition(":")[0]
     found = [(len(name), part) for part, names in PARTS.items() for name in names
              if f"{module}.".startswith(f"{name}.")]
     return max(found)[1] if found else ""
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module's part is here, without importing the module."""
+    """Return whether the part of `module` or `module:NAME` is here, without importing the module."""
     try:
-        return importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(module.partition(":")[0]) is not None
     except ModuleNotFoundError:
         return False
 
