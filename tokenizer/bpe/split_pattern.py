@@ -142,7 +142,7 @@ class _Parser:
         if numbers := _NUMBERS.match(self._pattern, self._at):
             self._at = numbers.end()
             least = int(numbers[1])
-            most = least
+            most: int | None = least
             if numbers[2]:  # {n,} has no upper end
                 most = int(numbers[3]) if numbers[3] else None
         elif self.rest()[:1] in ("*", "+", "?"):
