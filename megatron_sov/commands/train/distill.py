@@ -129,14 +129,13 @@ def run_write(typed: argparse.Namespace) -> int:
     prepare_megatron()
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.distillation.state_files import KIND
-    from megatron_sov.post.distillation.teacher import StudentWriting, write_answers
+    from megatron_sov.post.distillation.teacher import WRITTEN_KIND, StudentWriting, write_answers
 
     asked = StudentWriting(find_target(args.student), data_paths(args.prompts), args.sampling)
     write_answers(asked, args.output, args.settings, args.nproc, overwrite=args.overwrite,
                   redo=args.redo)
     if is_first():
-        for source in read_manifest(args.output, KIND).content["sources"]:
+        for source in read_manifest(args.output, WRITTEN_KIND).content["sources"]:
             split = source["splits"]["train"]
             print(f"{args.output}: {split['num_documents']:,} answers to {source['name']}, "
                   f"{split['num_tokens']:,} tokens with their prompts")
