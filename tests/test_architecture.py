@@ -89,6 +89,18 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
+MIN_LINES_OF_ONE_USER = 150
+ALONE = {
+    "data_prep/curate/dedup/minhash_loops.py": "compiled loops, loaded where they are called",
+    "data_prep/shards/sample.py": "a command",
+    "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
+    "megatron_sov/api.py": "names of the interface, found on first use",
+    "megatron_sov/engine/mcore/checkpoint/gather.py": "megatron's side of exporting a live model",
+    "megatron_sov/judge/rewards/check_program.py": _INSIDE,
+    "megatron_sov/train/guards/watchdog.py": "runs without megatron",
+    "megatron_sov/work/processes/process_tree.py": "processes are work's",
+    "tokenizer/formats/round_trip.py": "loaded where a check is asked for"}
+"""File that is short, has one user, and is not merged into it -> why."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +336,21 @@ def data_problems(source: Source) -> Iterator[str]:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
+def lonely(found: list[Source]) -> list[str]:
+    """Return the short files that one other file imports: such a one belongs into its user."""
+    modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
+               for source in found}
+    users: dict[str, set[str]] = {}
+    for name, source in modules.items():
+        for _, imported in source.imports():
+            module = imported if imported in modules else imported.rpartition(".")[0]
+            if module in modules and module != name:
+                users.setdefault(module, set()).add(name)
+    short = {name for name, source in modules.items() if source.path.name != "__init__.py"
+             and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}
+    return sorted(modules[name].name for name in short & users.keys() if len(users[name]) == 1)
+
+
 def part_problems(source: Source) -> Iterator[str]:
     """A part that may not be installed is imported where it is needed, and only there."""
     here = part_of(source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
@@ -366,6 +393,17 @@ def test_no_files_import_each_other_in_a_circle(tmp_path: Path, house: list[Sour
     (tmp_path / "tokenizer/a.py").write_text("from tokenizer import b")
     (tmp_path / "tokenizer/b.py").write_text("def f():\n    from tokenizer.a import x")
     assert sorted(set(circles(sources(tmp_path)))) == ["tokenizer.a", "tokenizer.b"]
+
+
+def test_a_short_file_with_one_user_stands_in_its_user(tmp_path: Path, house: list[Source]) -> None:
+    assert [name for name in lonely(house) if name not in ALONE] == []
+    assert set(ALONE) <= set(lonely(house))
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/a.py").write_text("from tokenizer import b\nfrom tokenizer.c import x\n"
+                                             + "\n" * 150)
+    (tmp_path / "tokenizer/b.py").write_text("")
+    (tmp_path / "tokenizer/c.py").write_text("x = 1\n" * 150)
+    assert lonely(sources(tmp_path)) == ["tokenizer/b.py"]
 
 
 BAD = [

@@ -191,3 +191,14 @@ def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) ->
     spec.loader.exec_module(generator)
     written = (ROOT / f"docs/{made}").read_text()
     assert written == generator.page(), f"docs/{made} is stale: run `make docs`"
+
+
+WHERE = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$",
+                   (ROOT / "docs/house.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("what", "file", "name"), WHERE)
+def test_what_the_page_says_is_in_a_file_is_there(what: str, file: str, name: str) -> None:
+    assert len(WHERE) > 20
+    assert re.search(rf"(def|class) {name}\b|^ *{name}\b.*=|^ *{name}: |\.{name}\b",
+                     (ROOT / file).read_text(), re.MULTILINE), what
