@@ -31,11 +31,11 @@ __all__ = [
 _PLACES = {
     "__version__": "version", "UserError": "base.errors", "RunConfig": "model.config",
     "apply_settings": "model.config", "from_dict": "model.config", "Family": "model.families.family",
-    "Document": "base.documents", "LeftOut": "base.documents", "NeededColumn": "engine.data.columns",
+    "Document": "base.documents", "LeftOut": "base.documents", "NeededColumn": "engine.data.requirements",
     "read_events": "runs.obs.events", "pretrain": "api", "generate_text": "api",
 }
 _ON_MEGATRON = {
-    "LanguageModelling": "train.objectives.lm",
+    "LanguageModelling": "train.objectives.data_objective",
     **dict.fromkeys(("GlobalBatch", "LossSums", "Objective", "per_source", "with_denominators"),
                     "train.objectives.objective"),
 }
