@@ -71,6 +71,7 @@ def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
     aside = checkpoints.set_aside(damaged)
     text = (f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the "
             "checkpoint before it")
+    # a log of its own: when a run starts its records are not open yet
     events = EventLog(folder.path / EVENTS)
     warn(text, events.write, step=checkpoints.step_of(damaged))
     events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
@@ -233,6 +234,7 @@ class Checkpointer:
                  **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
                           Companions(state, self._config.to_dict(), self._tokenizer),
+                          # behind the rename: a crash while the new one is written must leave the one before
                           then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
                           waits=not settings.async_save)
@@ -250,6 +252,7 @@ class Checkpointer:
         Raises:
             UserError: the outstanding checkpoint failed.
         """
+        # one message for both: an all-reduce costs its latency, however few its numbers
         sums = sum_dict({STOP: float(stop.reason is not None), **self._saver.progress()},
                         collectives.all_reduce_world)
         self._saver.advance(sums)
@@ -285,6 +288,7 @@ class Checkpointer:
         """
         state = load.read_state(path)
         for name, read_so_far in state["data"].items():
+            # before a weight is touched; of a source that is no longer read no cursor is used
             if self._data.get(name, read_so_far) != read_so_far:
                 raise UserError(f"source {name!r}: its data was packed anew since {path} was written, "
                                 "and the cursor into it means nothing now; resume with the data of before, "
@@ -300,4 +304,5 @@ class Checkpointer:
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
         load.load_model(path, self._model, new_encoders=new_encoders)
+        # else the next update would write the optimizer's older copies over what was loaded
         self._optimizer.sync_master_weights()

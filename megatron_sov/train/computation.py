@@ -97,6 +97,7 @@ class Computation:
         size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
+        # before the sum over ranks, which would spread one rank's NaN to all and hide whose it is
         self.is_finite = bool(local.isfinite().all())
         # behind the finite check: these are counts, and the same on every stage
         local = torch.cat([local, _replayed(batch.micro_batches)])
@@ -111,6 +112,7 @@ class Computation:
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Leave only this process's gradients of the first micro-batches in the model;
         each turn draws the same dropout."""
+        # an interleaved schedule takes whole multiples of pp micro-batches
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         reseed(self._config.train.seed, step - 1)
         self._unsynced(batch, batch.micro_batches[:count], objective)
@@ -175,10 +177,12 @@ class Computation:
 
     def _own_part_done(self) -> None:
         """Note that this process has its gradients, and now waits for those of others."""
+        # before the clock stops: a process that is slow on purpose has to look slow
         time.sleep(self._faults.delay_s(self._step))
         self._miscompute(self._step)
         if self._clock is not None:
             self._clock.stop()
+        # with overlap the gradients are sums over ranks by now, and would name no process
         if self._config.guards.attribute and not self._config.parallel.overlap_grad_reduce:
             self._own_gradients = self._checksum()
 
@@ -204,6 +208,7 @@ def _replayed(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     found = torch.zeros(2, dtype=torch.float64)
     for inputs in (m.host.inputs for m in micro_batches if m.inputs.routes is not None):
         assert inputs.routes is not None
+        # one choice stands for all of a layer: the largest number of the dtype marks "not recorded"
         first = inputs.routes[~inputs.padding.numpy(), :, 0]
         found += torch.tensor([(first != np.iinfo(first.dtype).max).sum(), first.size])
     return found

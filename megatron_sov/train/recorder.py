@@ -377,6 +377,7 @@ class Recorder:
             self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
+        # before the telemetry, which observes every event
         self.events.close()
         if self._telemetry is not None:
             self._telemetry.close()

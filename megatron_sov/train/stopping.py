@@ -23,6 +23,7 @@ class StopFlag:
         return StopFlag, ()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # only noted: a save or a collective from a handler could fall into one that is under way
         self.reason = signal.Signals(number).name
 
 

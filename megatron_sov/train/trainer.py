@@ -79,6 +79,7 @@ class Trainer:
             feed: brings what is not there yet when the run begins; None: everything is.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
+        # first: behind `build` it would count the model, which the plan predicts
         self._memory_before_bytes = int(peak_memory()["peak_memory_bytes"])
         self._feed = feed
         self.schedule = Schedule(config)
@@ -167,6 +168,7 @@ class Trainer:
     def rollback_to(self, path: Path) -> int:
         """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the
         checkpoint's step."""
+        # the step count goes on: the samples since then are passed over and not learned again
         then = self.checkpointer.load(path, data_too=False)
         self.state.tokens = then.tokens
         return then.step
@@ -312,6 +314,7 @@ class Trainer:
 
     def save(self) -> None:
         """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
+        # before anything is written: a checkpoint of corrupt weights would be the one to return to
         self.guards.sdc.compare(self.step, self.model, self.events)
         self.recorder.memory(self.step, collectives.of_all_ranks(peak_memory()["peak_memory_bytes"]))
         if on_gpu():
@@ -335,6 +338,7 @@ class Trainer:
     def abandon(self) -> None:
         """Keep what there is when an error has ended the steps; other processes may be gone."""
         self.guards.watchdog.close()  # the step that it watches has ended
+        # no collective here: a process that has gone would be waited for without end
         self.checkpointer.finish_alone()
 
     def close(self) -> None:

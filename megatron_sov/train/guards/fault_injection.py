@@ -125,6 +125,7 @@ def corrupt(checkpoint: Path) -> None:
     file = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     with open(file, "r+b") as f:
         f.seek(file.stat().st_size // 2)
+        # the size stays as it is, so that the hash alone can find it
         byte = f.read(1)[0]
         f.seek(-1, os.SEEK_CUR)
         f.write(bytes([byte ^ 0xFF]))
@@ -151,6 +152,7 @@ class Faults:
     def _note(self, fault: Fault, step: int) -> bool:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
+            # on the disk before the fault comes: a run that is started again must not meet it forever
             with open(_file(fault, self._folder), "x", encoding="utf-8") as f:
                 json.dump({"fault": fault.name, "kind": fault.kind, "state": fault.state, "step": step,
                            "rank": fault.rank}, f)
@@ -195,6 +197,7 @@ class Faults:
         if not self._faults or not events.is_open or not self._folder.is_dir():
             return
         for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
+            # a mark on the disk: a resumed run must not tell of the fault again
             told = file.with_suffix(".told")
             if file.name not in self._told and not told.exists():
                 try:

@@ -39,6 +39,7 @@ def _count_waiting() -> None:
     """Have every wait for a collective add to `_waited_s`: all of torch's collectives on CPU tensors
     end in `Work.wait`."""
     global _counting
+    # once a process: a patched patch would count every wait twice
     if _counting:
         return
     _counting = True
@@ -91,6 +92,7 @@ class ComputeClock:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
+        # a clock that stands still while a collective is waited for
         return time.perf_counter() - _waited_s
 
 
@@ -136,6 +138,7 @@ class SdcChecks:
         named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {what} ({named})"
         fields = {"step": step, "ranks": ranks, "hosts": [hosts[r] for r in ranks]}
+        # `ranks` is the same everywhere, so all raise and none stays behind in a collective
         if self._settings.on_sdc == "exit":
             events.write("sdc", **fields, text=text)
             raise SilentCorruption(f"{text}; nothing is saved from here on, "
@@ -168,6 +171,7 @@ class Stragglers:
             return
         compute_s = collectives.of_all_ranks(self._total_s / self._steps)
         self._total_s, self._steps = 0.0, 0
+        # of two processes the lower one: the mean of both would hide the slower
         median_s = statistics.median_low(compute_s)
         slowest = sorted(range(len(compute_s)), key=lambda rank: -compute_s[rank])[:MAX_SHOWN_RANKS]
         slow = [rank for rank in slowest if compute_s[rank] > self._ratio * median_s]
@@ -209,6 +213,7 @@ class RoutingMonitor:
         events.write("routing", step=step, layers=names, max_violation=routing.max_violation(counts).tolist(),
                      entropy=entropy.tolist(), dead=routing.num_dead(counts).tolist(),
                      bias_spread=spread.tolist())
+        # in no checkpoint: after a resume experts have to be idle for as many records again
         before = np.zeros_like(counts, np.int64) if self._idle is None else self._idle
         idle = self._idle = np.where(counts == 0, before + 1, 0)
         alarms = dict(self._alarms(names, entropy, spread, idle))

@@ -77,6 +77,7 @@ class StepGuard:
     def enter(self, step: int, ledger: Ledger) -> None:
         """Begin a step (0-based): what was usual no longer is, where the data change."""
         if step and _kind_of_data(ledger, step - 1) != _kind_of_data(ledger, step):
+            # another length or blend has another usual loss: its first steps would all look like outliers
             self._losses, self._grad_norms = [], []
 
     def accepts(self, loss: float, grad_norm: float) -> bool:
@@ -137,6 +138,7 @@ class StepGuard:
         for name, value, usual in figures[0 if self._losses_compare else 1:]:
             if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))
+                # one-sided: a loss or norm far below the others does no harm
                 if value > mean + self._settings.sigma * sigma:
                     reason = (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} "
                               f"standard deviations above the mean {mean:g} of the last {len(usual)} steps")

@@ -85,6 +85,7 @@ class Watchdog:
             with open(file, "w", encoding="utf-8") as f:
                 f.write(f"{self._place()}\n\nrank {self._rank} stood still in step {step} for "
                         f"{self._timeout_s:g} s\n\n")
+                # faulthandler writes to the descriptor, past Python's buffer
                 f.flush()
                 faulthandler.dump_traceback(f)
             # the others notice soon, since all wait for one another; each needs time to write its stacks

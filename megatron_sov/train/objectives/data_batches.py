@@ -98,6 +98,7 @@ class DataBatches:
         self._stream.close()
 
     def _advance(self) -> RankBatch:
+        # the batch carries its state: the order itself is ahead by the batches that are prepared
         batch = self._stream.next()
         self._step, self._state, self.epochs = self._step + 1, batch.order_state, batch.epochs
         return batch

@@ -77,6 +77,7 @@ def _record(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> Mic
 def segments(batch: MicroBatch) -> torch.Tensor:
     """Return [n] int64: number of the segment, a document's or padding's, that each token belongs to."""
     bounds = batch.inputs.cu_seqlens
+    # right=True: the token at a bound begins the next segment
     return torch.searchsorted(bounds[1:].long(), torch.arange(len(batch.labels), device=bounds.device),
                               right=True)
 
@@ -89,6 +90,7 @@ def shifted(batch: MicroBatch, depth: int) -> MicroBatch:
     """
     n = len(batch.labels)
     index, segment = torch.arange(n, device=batch.labels.device), segments(batch)
+    # clamped only to be a valid index: `inside` masks what is read there
     source = (index + depth).clamp(max=n - 1)
     inside = (index + depth < n) & (segment[source] == segment)
     return dataclasses.replace(

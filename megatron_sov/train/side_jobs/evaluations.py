@@ -87,6 +87,7 @@ class Evaluations:
         if self._running is not None and self._running.job in jobs:
             self.close()
         for job in jobs:
+            # else figures of the earlier export would pass for those of this one
             for file in (self._result(job), self._result(job).with_suffix(".failed"),
                          self._file(job, ".submitted")):
                 file.unlink(missing_ok=True)
@@ -163,6 +164,7 @@ class Evaluations:
         elif self._result(job).is_file():
             self._succeed(job, took_s)
         elif self._settings.where == "slurm":
+            # on the disk: the job outlives this process, and a resumed run looks for its figures
             self._file(job, ".submitted").touch()
             self._submitted.append(job)
         else:

@@ -39,6 +39,7 @@ class Garbage:
         self._every_steps = every_steps
         if every_steps:
             gc.collect()
+            # collected first: garbage that is frozen is never freed
             gc.freeze()
             gc.disable()
 
@@ -171,6 +172,7 @@ class Exports:
         self.folder, self._train, self._record, self._made = run / EXPORTS, train, record, made
         self._waiting: list[int] = []
         for source in self.folder.glob(".step-*.source"):
+            # the manifest is linked last: a source without it was cut off
             if (source / MANIFEST).is_file():
                 self._waiting.append(int(source.name.removeprefix(".step-").removesuffix(".source")))
             else:
@@ -299,6 +301,7 @@ class SideJobs:
     def wait(self) -> None:
         """Finish everything; for the end of a run, when nothing is held up any more."""
         self._average()
+        # before the evaluations: an export that ends still offers one
         self._exports.wait()
         self._evaluations.wait()
 

@@ -124,4 +124,5 @@ def conclude(folder: RunFolder, gate: EndGate | None) -> None:
     else:
         RunEvents(folder.path).add("gate_failed", step=held["step"], text=verdict.failure)
         folder.fail(verdict.failure)
+    # last: a crash before this line has the checkpoint judged again, or finds the verdict on the disk
     folder.release()

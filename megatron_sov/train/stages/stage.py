@@ -136,6 +136,7 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
     code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
+        # only a folder that these ranks declared; one that was there before is another run's
         if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
             stage.folder.remove_unstarted()
         raise SystemExit(code)  # the rank that failed has said why
@@ -329,6 +330,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         if lock is not None:
             lock.release()
             stage.folder.remove_if_empty()
+    # nobody leaves while rank 0 still works: the end of a process breaks the connections of all
     dist.barrier()
     world.leave()
     return 0
