@@ -79,8 +79,7 @@ class Trainer:
             feed: brings what is not there yet when the run begins; None: everything is.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
-        # first: behind `build` it would count the model, which the plan predicts
-        self._memory_before_bytes = int(peak_memory()["peak_memory_bytes"])
+        self._memory_before_bytes = int(peak_memory()["peak_memory_bytes"])  # before the model counts in it
         self._feed = feed
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
