@@ -181,6 +181,7 @@ def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple
     for span in spans:
         for document in read_span(span, reading):
             if isinstance(document, BadRecord):
+                # a record that is skipped unread could be the one that holds an item
                 if document.code != "empty":
                     raise UserError(f"{span.file}: {document.reason}")
                 continue

@@ -71,6 +71,7 @@ class Difference:
         """Whether the second model is better, by the whole interval."""
         if self.interval is None:
             return UNKNOWN
+        # turned round where less is better: from here on more is better
         low, high = self.interval if self.higher_is_better else (-self.interval[1], -self.interval[0])
         if low > 0:
             return BETTER
@@ -90,6 +91,7 @@ def read_scored(path: Path) -> ScoredItem:
     items: dict[str, dict[str, ResultItem]] = {name: {} for name in results.tasks}
     for item in read_items(path, results):
         of_task = items.setdefault(item.task, {})
+        # a second one would replace the first, and the mean would be of other items than the figure
         if item.item in of_task:
             raise UserError(f"{path}: item {item.item} of task {item.task} stands in its items twice; run "
                             "`megatron-sov eval lm` again")
@@ -137,10 +139,12 @@ def not_alike(name: str, before: TaskScores, after: TaskScores) -> list[str]:
     """Return one sentence for everything by which two scores of a task cannot be compared."""
     found = [f"task {name}: {field} {getattr(before, field)!r} is not {getattr(after, field)!r}"
              for field in SAME if getattr(before, field) != getattr(after, field)]
+    # each model has a chat template of its own: framed prompts differ without being other questions
     if not (before.chat_template or after.chat_template) and before.prompt_hash != after.prompt_hash:
         found.append(f"task {name}: its prompts are not the same (prompt_hash {before.prompt_hash[:12]}, "
                      f"{after.prompt_hash[:12]})")
     if before.output_type == "generate_until" and not found:
+        # samples of two seeds are draws of one distribution, so seeds need not agree
         was, now = ({k: v for k, v in asdict(side.sampling).items() if k != SEED} for side in (before, after))
         found += [f"task {name}: sampling.{key} {was[key]!r} is not {now[key]!r}"
                   for key in was if was[key] != now[key]]
@@ -149,6 +153,7 @@ def not_alike(name: str, before: TaskScores, after: TaskScores) -> list[str]:
 
 def _other_items(task: str, before: ScoredItem, after: ScoredItem) -> list[str]:
     now = after.items[task]
+    # by content: by its number alone an item of reordered data would be paired with another question
     found = [name for name, item in before.items[task].items()
              if name in now and now[name].doc_sha256 != item.doc_sha256]
     return [f"task {task}: {len(found):,} items are others than of the same name, e.g. {found[0]} "
@@ -198,6 +203,7 @@ def values_of(scored: ScoredItem, task: str, metric: Metric) -> dict[str, float]
     found = {}
     for name, item in scored.items[task].items():
         score = item.scores.get(said(metric))
+        # a failed item is no fault of the model, and no wrong answer
         if score is not None and item.failed is None and math.isfinite(score):
             found[name] = float(score)
     return found

@@ -160,7 +160,9 @@ class Answers(dict[str, Answer]):
         if self._journal is None:
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+                # a file of its own for each process, so that none writes into another's lines
                 self._journal = Journal(self.folder, uuid.uuid4().hex)
+        # on the disk first: what only memory has would be asked and paid for again after a kill
         self._journal.add((key, json.dumps(answer).encode()) for key, answer in answers.items())
         self.update(answers)
 
@@ -296,12 +298,14 @@ class AsksEndpoint:
     def _asking(self, request: Request) -> tuple[Endpoint, dict[str, Any], Callable[[Any], Answer]]:
         if isinstance(request, AnswerScore):
             tokens = [*request.context, *request.continuation]
+            # endpoints must write one token at least; `_likelihood` reads only those that were given
             return (self._texts, {"model": self._settings.model, "prompt": tokens, "max_tokens": 1,
                                   "temperature": 0, "logprobs": 1, "echo": True},
                     lambda raw: _likelihood(raw, len(request.context), len(tokens)))
         payload: dict[str, Any] = {"model": self._settings.model, "max_tokens": request.max_tokens,
                                    "temperature": request.temperature}
         if request.until:
+            # the rest are cut in `_text`: the answer is the same, only longer under way
             payload["stop"] = list(request.until[:MAX_STOPS])
         if request.temperature:
             payload |= {"top_p": request.top_p, "seed": (request.seed + request.stream) % 2**31}

@@ -178,6 +178,7 @@ def _chunk_answers(model: _Model, running: LocalEvaluation, chunk: Sequence[Requ
         return model.score(readings(scores))
     writes = [r for r in chunk if isinstance(r, Write)]
     first = writes[0]
+    # a special token never shows in decoded text, so it has to stop by its id
     special = [running.special_ids[text] for text in first.until if text in running.special_ids]
     stop = StopRule((*running.end_ids, *special),
                     tuple(text for text in first.until if text not in running.special_ids), running.decode)
@@ -284,6 +285,7 @@ def _lines(groups: Sequence[Group], limit_tokens: int) -> list[Sequence[Group]]:
     begin = 0
     for end in range(1, len(groups) + 1):
         longest = max(len(g[0].read) for g in groups[begin:end + 1])
+        # what counts is the padded size together with the next group
         if end == len(groups) or longest * (end + 1 - begin) > limit_tokens:
             found.append(groups[begin:end])
             begin = end

@@ -189,6 +189,7 @@ def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -
     """
     beside = items_file(output)
     lines = b"".join(json_line(dataclasses.asdict(item)) for item in items)
+    # items first: a kill behind this leaves earlier results whose hash no longer fits, and says so
     write_output(beside, lines)
     digest = hashlib.sha256(lines).hexdigest()
     whole = dataclasses.replace(results, items={"file": beside.name, "sha256": digest})
@@ -206,6 +207,7 @@ def read_results(path: Path) -> Results:
         raw = json.loads(path.read_bytes())
         if not isinstance(raw, dict) or raw.get("kind") != KIND:
             raise UserError(f"{path}: is no result of `megatron-sov eval lm`; pass its --output")
+        # before the fields are read, which a newer version may have others of
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{path}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
@@ -223,6 +225,7 @@ def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
     Raises:
         UserError: they are not there, or not those that the results were computed from.
     """
+    # the name alone: a stranger's results must not lead to a file of another folder
     path = output.with_name(Path(results.items.get("file", "")).name or items_file(output).name)
     if not path.is_file():
         raise UserError(f"{path}: does not exist, and {output} names it; restore it, or run `megatron-sov "

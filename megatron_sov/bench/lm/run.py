@@ -108,6 +108,7 @@ def _run_only(target: str, settings: Settings, flag: StopFlag) -> None:
     from megatron_sov.bench.lm.local import answer_locally
     from megatron_sov.bench.lm.subject import subject_of
 
+    # no hash: the first process tells it, and to read all weights once more takes minutes
     running = subject_of(target, settings, whole=False).running
     if running is not None:
         answer_locally(running, [], None, flag)
@@ -259,6 +260,7 @@ def _ask(subject: Any, asker: AsksEndpoint | None, requests: Sequence[Request], 
     elif under_launcher() or (left and not stopped):  # other processes wait to be told
         assert isinstance(answers, Answers)
         stopped = answer_locally(subject.running, requests, answers.folder, flag)
+        # `answer_locally` wrote them into the folder, and so did other jobs; this mapping knows none of them
         answers.reread()
     if lacking := sum(request.key not in answers for request in requests):
         if not stopped:
@@ -320,6 +322,7 @@ def _groups(loaded: LoadedTasks, scores: dict[str, TaskScores]) -> dict[str, Tas
         if not group.has_aggregation or not members:
             continue
         metrics = group_metrics(group, {task: s.metrics for task, s in members.items()},
+                                # the items with a score: of these the tasks' figures are means
                                 {task: s.items - s.failed for task, s in members.items()})
         first = next(iter(members.values()))
         whole = hashlib.sha256("".join(s.task_hash for s in members.values()).encode()).hexdigest()
@@ -338,6 +341,7 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
     step = results.model.step if results.model.step is not None else events.last_step()
     known = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVENT]
     for event in score_events(asdict(results), step, settings.output):
+        # jobs of an array all come here, and a command may be given again
         if not is_recorded(event, known):
             events.add(EVENT, **event)
 

@@ -51,6 +51,7 @@ def documents_of(task: Any) -> dict[int, list[Any]]:
     found: dict[int, list[Any]] = {}
     for instance in task.instances:
         found.setdefault(instance.doc_id, []).append(instance)
+    # choices are compared by their places, whatever order the instances come in
     return {number: sorted(instances, key=lambda i: int(i.idx)) for number, instances in found.items()}
 
 
@@ -96,6 +97,7 @@ def doc_hash(doc: Any) -> str:
 def _fill(document: _Document, bridge: Bridge) -> None:
     try:
         for instance in document.instances:
+            # one object several times: by its id `generate_until` counts which sample comes next
             repeated = [instance] * int(instance.repeats or 1)
             instance.resps = list(getattr(bridge, instance.request_type)(repeated))
             instance.filtered_resps = {}
@@ -122,6 +124,7 @@ def _metric(name: str, filter_name: str, values: Sequence[Any], clusters: Sequen
     value, why = _figure(aggregate, values)
     if value is None:
         notes.append(f"{score_name(name, filter_name)} is not known: {why}")
+    # an item without a cluster is one of its own; its number never equals a cluster's name
     groups: list[Hashable] = [number if c is None else c for number, c in enumerate(clusters)]
     count = len(set(groups))
     stderr: float | None = None
@@ -302,6 +305,7 @@ def score_dialogues(protocol: Any, task: Any, dialogues: Dialogues, workers: int
         turn = made.doc[TURN]
         values = {metric: scores.scores.get(metric) for metric in folded.metric_names}
         items.append(ResultItem(task.task_name, name, doc_hash(made.doc),
+                                # turns build on one another: without a field the conversation is the cluster
                                 protocol.cluster(made.doc) or name.partition("/")[0],
                                 made.doc[protocol.turns_field][turn],
                                 known[turn] if turn < len(known) else "",
@@ -377,6 +381,7 @@ class Dialogues:
         return _Dialogue(doc, messages, [self._asking(instance, messages)])
 
     def _asking(self, instance: Any, messages: Messages) -> Any:
+        # set at every turn: the bridge is shared, and another task leaves its own mode there
         self._bridge.template_kwargs = self._template_kwargs
         prompt = self._bridge.apply_chat_template(messages)
         return replace(instance, arguments=(prompt, instance.args[1]))
@@ -406,6 +411,7 @@ class Dialogues:
             dialogue.items.append(TaskItem({**dialogue.doc, TURN: turn}, list(dialogue.messages),
                                        [SuiteResponse(text, str(found["finish_reason"]))]))
             if turn + 1 < len(questions):
+                # as chat templates do: thoughts of earlier turns are not shown to the model again
                 dialogue.messages += [
                     {"role": "assistant", "content": as_written(without_thoughts(text, self._protocol.mode))},
                     {"role": "user", "content": questions[turn + 1]}]

@@ -165,6 +165,7 @@ def _endpoint(url: str, settings: Settings) -> Subject:
         from megatron_sov.infer.engines.load import load_tokenizer
 
         tokenizer = load_tokenizer(endpoint.tokenizer)
+    # nothing else is known of a model behind an address; probes tell when another one answers
     digest = hashlib.sha256(json.dumps([url.rstrip("/"), endpoint.model]).encode()).hexdigest()
     reading = SubjectReading(tokenizer, settings.max_length_tokens or UNKNOWN_LENGTH, settings.chat_template,
                              settings.chat_template and tokenizer is None, settings.max_gen_tokens,
@@ -323,6 +324,7 @@ class Bridge(TemplateLM):
                             f"and the model ends at {self.max_length}; leave the task out")
         # The last token is judged and never read, hence the + 1.
         kept = max(1, self.max_length + 1 - len(continuation))
+        # cut at its beginning, as lm-eval does: what is next to the continuation decides most
         return AnswerScore(tuple(context[-kept:]), tuple(continuation))
 
     def _write(self, prompt: str, given: dict[str, Any], sample: int, instance: Instance) -> Write:
@@ -356,6 +358,7 @@ class Bridge(TemplateLM):
         if max_tokens < 1 or not 0 <= temperature < math.inf:
             raise ValueError("it asks for no token, or a temperature that is none")
         asked = Write("", tuple(dict.fromkeys(text for text in given["until"] if text)), max_tokens)
+        # at temperature 0 all samples are one request: seed and number stay out of its key
         if temperature:
             asked = replace(asked, temperature=temperature, top_k=max(0, int(kwargs.get("top_k") or 0)),
                             top_p=float(kwargs.get("top_p") or 1.0), sample=sample,

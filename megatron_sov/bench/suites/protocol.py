@@ -197,6 +197,7 @@ def protocol_of(metadata: Any, task: str, allow_code: bool = False) -> Protocol 
     if not isinstance(given, Mapping):
         raise UserError(f"task {task}: metadata.{KEY} must be an object of settings")
     settings = {str(name): value for name, value in given.items() if name not in DESCRIBING}
+    # metadata that only describe a task leave its protocol to lm-eval
     if not {"samples", "reward", "environment"} & set(settings):
         return None
     where = f"task {task}: metadata.{KEY}"
@@ -219,6 +220,7 @@ def _untrusted(protocol: Protocol) -> list[str]:
         p += [f"reward_settings.{name} says how or where the reward runs; give it on the command line"
               for name in settings if name in _of_operation(protocol.reward)]
     for name, value in protocol.environment_settings.items():
+        # a path elsewhere would have the environment read the user's files for a stranger's task
         if isinstance(value, str) and ("/" in value or name == "corpus") and (
                 not value.startswith("${DATA}/") or ".." in value.split("/")):
             p.append(f"environment_settings.{name} = {value!r} must lie in ${{DATA}}")
