@@ -202,6 +202,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield visible(value)
         elif value not in (None, ""):
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            # a line each: a value with a line break would look like the next field
             yield visible(f"{name}: {shown}").replace("\n", "\\n")
 
 

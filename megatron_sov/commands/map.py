@@ -122,6 +122,7 @@ class MapOrder:
                         (made if line[:1] == b"+" else failed).write(line[1:] + b"\n")
                         counts["num_rows" if line[:1] == b"+" else "num_failed"] += 1
             if not options.skip_failures:
+                # an empty list of failures would say that failures were allowed
                 files[b"-"].unlink()
             artifact.content = counts | {"num_rows_in": self.num_rows}
             artifact.settings = {"step": self.step.reference, "code": dict(self.step.files),
@@ -226,6 +227,7 @@ def _lines_of(made: Any) -> list[bytes]:
     rows = made if isinstance(made, list) else [made]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
+    # NaN is no JSON: other readers of the file would fail on it
     return [json_line(row, allow_nan=False) for row in rows]
 
 

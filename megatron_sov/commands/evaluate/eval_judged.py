@@ -164,6 +164,7 @@ class _Plan:
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(self.args.settings), "chat": self.args.chat, "stop": list(self.args.stop),
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
+                # and the batch size: an engine may round otherwise in another batch, and samples then differ
                 "sampling": asdict(self.args.sampling), "batch_size": self.args.batch_size,
                 "files": fingerprint(self.target.path)}
 
@@ -213,6 +214,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         artifact.writer.settings = plan.whole
         if plan.target is not None and (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
+    # rows that were sampled elsewhere name no checkpoint: they count for the run's last step
     step = events.last_step() if plan.target is None else step_of(plan.target, events)
     events.add(KIND, step=step, input=str(args.source), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model and plan.model["sampling"], **figures)
@@ -566,6 +568,7 @@ def _tell(game: _Game, results: Results, events: RunEvents) -> None:
                    items=scores.items, failed=scores.failed, at_limit=scores.at_limit,
                    sampling=told["sampling"], mode=game.protocol.mode, contamination=None,
                    published_as=scores.published_as, output=str(args.output.absolute()))
+        # a figure that is not known is no 0
         value = "-" if metric.value is None else f"{metric.value:.4f}"
         if not args.json:
             print(f"{game.task.name}  {metric.label}  {value}  {scores.items} items, {scores.failed} failed, "

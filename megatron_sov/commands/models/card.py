@@ -122,6 +122,7 @@ def _refuse_other(readme: Path, option: str, overwrite: bool) -> None:
     if overwrite or not readme.exists():
         return
     with open(readme, encoding="utf-8", errors="replace") as f:
+        # the metadata stand at the top: of a stranger's file no more is read
         text = f.read(MAX_README_BYTES)
     front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     if front is None or f"\n- {slug(MARK)}\n" not in f"{front[1]}\n":

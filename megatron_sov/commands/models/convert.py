@@ -253,6 +253,7 @@ def run_settings(args: TranslateOptions) -> int:
     if made.unknown:
         print(f"\nnot known here, so look at them yourself:\n  {', '.join(sorted(made.unknown))}")
     if args.output is not None:
+        # behind the printing: the lines are of use where no file can be made
         if not made.is_whole:
             raise UserError(f"--output {args.output}: the settings do not say a whole architecture, which "
                             "a config has; use the --set lines above with a recipe")
@@ -289,6 +290,7 @@ def run_from_megatron(args: FromMegatronOptions) -> int:
     if args.recipe:
         model = dataclasses.asdict(recipes.get(args.recipe).model)
         family = family or model["family"]
+        # the family goes by an argument of its own
         overrides = {name: value for name, value in model.items() if name != "family"} | overrides
     if args.tokenizer is not None and not (args.tokenizer / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: has no tokenizer.json; name a tokenizer's folder")
@@ -426,6 +428,7 @@ def _verify(args: VerifyOptions) -> int:
     # be missing in them
     logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
         args.a, args.b, args.lengths, args.settings, args.nproc)
+    # the ranks were there for the logits: files are compared by one process
     if not is_first():
         return ExitCode.OK
     weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)

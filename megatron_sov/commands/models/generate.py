@@ -279,6 +279,7 @@ def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str]
         return
     for prompt, text in zip(prompts, texts, strict=True):
         shown = f"{prompt.text}{text}"
+        # a terminal obeys control characters; a file or pipe gets the text as it is
         if sys.stdout.isatty():
             shown = visible(shown)
         print(f"{shown}\n" if len(prompts) > 1 else shown)
@@ -336,5 +337,6 @@ def _root(files: Sequence[Path]) -> Path:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: is no file; name a picture or a sound")
+    # not resolved: a link among the files is followed by the reader, which refuses what leads out
     return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
                 if files else os.getcwd())

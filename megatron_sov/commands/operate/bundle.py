@@ -83,10 +83,12 @@ class Bundle:
             if not folder.is_dir():
                 raise UserError(f"--with {folder}: is no folder; pass a tokenizer, "
                                 "a Hugging Face folder or a checkpoint")
+            # here and not over there, where nothing could be fetched again
             if (folder / MANIFEST).is_file() and (damage := damaged_files(folder, workers=2)):
                 raise UserError(f"--with {damage[0]}; make it again, or restore it from a copy")
         twice = [name for name, count in Counter(folder.resolve().name for folder in self.folders).items()
                  if count > 1]
+        # they would be copied into one folder
         if twice:
             raise UserError(f"--with: two folders are named {twice[0]}; rename one of them")
 
@@ -153,6 +155,7 @@ def _build(source: Path, wheels: Path) -> Path:
                 shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         # where setuptools is here already, a build needs nothing else
         isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
+        # without the others: `_download` takes those that fit the other machine
         _pip("wheel", "--no-deps", *isolation, "--wheel-dir", str(wheels), str(copy))
     (own,) = wheels.glob("*.whl")
     return own
@@ -175,6 +178,7 @@ def _download(bundle: Bundle, own: Path, folder: Path) -> None:
     if bundle.python or bundle.platforms:
         chosen += [f"--python-version={bundle.python_version}", "--implementation=cp"]
     extras = f"[{','.join(bundle.extras)}]" if bundle.extras else ""
+    # no sources: the other machine may have neither compiler nor network to build them
     _pip("download", "--only-binary=:all:", *chosen, "--constraint", str(folder / CONSTRAINTS), "--dest",
          str(own.parent), f"{own}{extras}")
 

@@ -110,10 +110,12 @@ def shadow_checks() -> Iterator[MachineCheck]:
     root = Path(__file__).parents[3]
     owners = importlib.metadata.packages_distributions()
     for name in OUR_PACKAGES:
+        # found and not imported: a foreign package would run here
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).parent if spec and spec.origin else None
         foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
         if found != root / name:
+            # a folder on the path belongs to no distribution that pip could take away
             remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
                       else "remove that folder from PYTHONPATH, or start elsewhere")
             yield MachineCheck(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
@@ -235,6 +237,7 @@ def apex_checks() -> Iterator[MachineCheck]:
                            "PyPI's 'apex' is another project, do not install it")
         return
     folders = [Path(p) for p in spec.submodule_search_locations or []]
+    # by what only NVIDIA's has: a built extension, or its package of norms
     if importlib.util.find_spec("amp_C") is not None or any((f / "normalization").is_dir() for f in folders):
         yield MachineCheck("NVIDIA apex", "ok", "is installed; it is not needed")
     else:
@@ -308,6 +311,7 @@ def compiler_checks() -> Iterator[MachineCheck]:
 
 def machine_checks() -> Iterator[MachineCheck]:
     """Cores, memory and disk, as this process may use them."""
+    # the cores that this process may use: Slurm and containers give fewer than there are
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield MachineCheck("CPU cores", "ok", str(cores))
     free_memory_bytes = psutil.virtual_memory().available

@@ -121,6 +121,7 @@ def _members(args: LadderOptions, request: RecipeRequest) -> tuple[list[Member],
     if config.objective.name != "lm":
         raise UserError(f"{config.recipe}: trains by objective {config.objective.name}; a ladder is of "
                         "pretraining: name a recipe that trains by lm")
+    # a layout that was typed is meant for the ladder; that of the recipe is for its own size
     keeps = any(s.startswith("parallel.") for s in request.settings)
     found = members(config, sizes, size, ratios, args.rates, keeps_layout=keeps)
     return found[:-len(ratios)], found[-1]
@@ -161,6 +162,7 @@ def _check_data(args: LadderOptions, members: Sequence[Member]) -> None:
     from megatron_sov.engine.data.token_shards import open_sources
 
     sources = open_sources(data_paths(args.data), members[0].config.model.vocab_size)
+    # now: without it the last run would end before anybody learned that nothing can be compared
     if not any(source.num_tokens.get("heldout") for source in sources):
         raise UserError(f"--data {', '.join(args.data)}: holds no held-out text, by whose loss models are "
                         "compared; pack it with --heldout SHARE")
@@ -188,6 +190,7 @@ def _declare(folder: Path, members: Sequence[Member]) -> None:
     settings.mkdir(parents=True, exist_ok=True)
     for member in members:
         file = settings / f"{member.name}.json"
+        # runs of two ladders would be points of one law
         if file.is_file() and _read(file) != member.config:
             raise UserError(f"{file}: the ladder in this folder was started with other settings for this "
                             "size; go on with those, or choose another --run")

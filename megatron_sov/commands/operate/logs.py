@@ -110,6 +110,7 @@ def _told(raw: str) -> str | None:
         kind, step = event["event"], event.get("step", event.get("resumed_from", 0))
     except (ValueError, TypeError, KeyError):
         return None
+    # an event may lack some of these, and a line of a log must not fail for that
     known = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
     words = describe(event) if is_incident(event) else event.get("text") or event.get("error")
     if words is None and kind not in TOLD:

@@ -89,6 +89,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.plan.pages import telling
 
     config = request.config()
+    # the fewest processes that are whole replicas of the trunk and of the experts
     config.check(math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
                  if args.nproc is None else args.nproc)
     print(to_json(telling.timetable_json(config)) if args.json else telling.timetable_text(config))

@@ -52,6 +52,7 @@ def explain(run: Path, attempts: list[Attempt]) -> None:
         after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
         # the last end between this start and the next one is this attempt's
         for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
+            # the run's own words go first: a process that was killed could write none
             if attempt.outcome == UNFINISHED:
                 attempt.outcome = f"{outcome}: {reason}"
             elif attempt.outcome.startswith("stopped: "):
@@ -71,6 +72,7 @@ def living_job(run: Path) -> str:
     or Slurm does not answer."""
     try:
         states = client.states(submitted_jobs(run / JOBS))
+    # a status has to work on machines without Slurm
     except UserError:
         return ""
     return next((f"job {job} is {state.lower()}" for job, state in states.items()), "")
@@ -189,6 +191,7 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
                                              event.get("num_steps") or state.num_steps)
             state.step = int(event.get("resumed_from") or 0)
         elif event["event"] == "step":
+            # of the last steps alone: the speed of now, whatever the curriculum did before
             recent.append((int(event["step"]), last_s, number(event.get("tokens_per_s")),
                            number(event.get("step_time_s"))))
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
@@ -267,6 +270,7 @@ def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
         return tokens_per_s, math.nan
     # wall time between steps, with evaluations and checkpoints in it, and not the steps' own time
     wall_s = (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
+    # less what has passed since the last event, or the figure would stand still between steps
     return tokens_per_s, max(0.0, (state.num_steps - state.step) * wall_s - (now_s - recent[-1][1]))
 
 

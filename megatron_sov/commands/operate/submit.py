@@ -233,6 +233,7 @@ def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None
             now.jobs[link.name] = jobs = submission.submit(link.prepared, after)
             print(f"{link.name}: submitted as job {' and '.join(jobs)}"
                   + (f", after job {' and '.join(after)}" if after else ""))
+        # in the `try`: jobs that no file names would be lost to --continue, so they are cancelled
         if links:
             atomic_write(state_file, to_json(Submitted(now.time_s, before.jobs | now.jobs)))
     except UserError:
@@ -250,6 +251,7 @@ def _state(link: ChainLink, before: Submitted, living: dict[str, str]) -> str:
         if number in living:
             return f"job {number} is {living[number].lower()}"
     records = link.prepared.work.records
+    # only of this submission: the records have earlier attempts as well
     ends = [r for file in (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}")))
             for r in read_events(file)
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
@@ -334,6 +336,7 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
     links = links_of(chain, options, commands)
     scripts = {job.script: text for link in links
                for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
+    # all are looked at before the first is written
     if there := [path for path in scripts if path.exists()]:
         raise UserError(f"{there[0]}: is there already, and may have been changed; "
                         "remove it, or choose another --scripts folder")

@@ -88,6 +88,7 @@ def run_reward(args: argparse.Namespace) -> int:
     """
     options = read_options(RewardOptions, args)
     rounds = None if options.rounds is None else rounds_between(options.rounds)
+    # before the store is waited for: a wrong reward is told at once
     version = reward_version(options.reward, options.reward_set)
     store = opened_store(options.store, options.wait)
     with judging(options.reward, options.reward_set, options.workers) as judge:
@@ -113,6 +114,7 @@ def opened_store(path: Path, wait_s: float) -> RolloutStore:
     ends_s = time.monotonic() + wait_s
     while not path.exists() and time.monotonic() < ends_s:  # it appears by a rename
         time.sleep(min(1.0, wait_s))
+    # without --wait `open` says that there is none: nobody was to make it meanwhile
     if wait_s and not path.exists():
         raise StopRequested(f"{path}: nobody has made this store within {wait_s:g} s; see whether "
                             "`rl generate` is at work, and give the same command again")
@@ -259,6 +261,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
     trained = RunFolder(run).config()
     if trained is None:
         return []
+    # rounds, staleness, deadline and lease are not among them: a resumed run may change these as well
     return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
             f"{getattr(trained.rollout, name)}; give the same" for name in ROLLOUT
             if getattr(rollout, name) != getattr(trained.rollout, name)]
@@ -357,6 +360,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: l
         on_first(lambda: create() and None)  # made by one, before all open it
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
+                          # in the key: rows that were written otherwise are not taken for these
                           lambda number: key_digest(rollout, number, writer.chosen_by))
         # how rows were written goes into the parts' provenance
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}

@@ -297,6 +297,7 @@ def _not_read(paths: dict[str, float], made: list[Path]) -> dict[str, float]:
     """Return the data that none of the folders was made from."""
     from megatron_sov.post.distillation.state_files import KIND
 
+    # by hash: data that were packed again under the same name are other data
     read = {i["manifest_sha256"] for path in made for i in read_manifest(path, KIND).inputs}
     return {path: weight for path, weight in paths.items() if manifest_sha256(Path(path)) not in read}
 
@@ -382,6 +383,7 @@ def _asked(args: DistillRoundsOptions) -> dict[str, Any]:
     """Return what decides rounds that are complete, so that others cannot go on behind them; how many there
     will be, and how they are trained, may change."""
     def of(paths: dict[str, float]) -> dict[str, float]:
+        # by hash, so that rounds cannot go on with data that were packed again
         return {read_manifest(path, "tokens").sha256 or path: weight for path, weight in paths.items()}
 
     return {"from": str(args.start_from), "teacher": str(args.teacher),
@@ -419,7 +421,9 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
             start_from=student, teacher=args.teacher, teacher_settings=args.teacher_settings,
             data=(*data, f"{answers}:{args.share:.9g}"),
             states=(of_data, of_answers) if data else (of_answers,), states_dtype=args.states_dtype,
+            # resume: a killed command may have begun this run
             run=trained, resume=True, nproc=args.nproc))]
+        # the run, and not a checkpoint: its newest one is the next round's student
         student = trained
 
 

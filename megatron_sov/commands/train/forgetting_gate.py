@@ -148,6 +148,7 @@ class ForgettingGate:
 
         first, last = (read_scored(self._output(when)) for when in ("start", "last"))
         found = judge(first, last, self.tolerance)
+        # before the verdict is told: a report shows a gate that did not pass as well
         RunEvents(self.run).add(self.name, step=last.results.model.step, start=str(self.start),
                                 **found.fields())
         self._tell(found)
@@ -173,6 +174,7 @@ class ForgettingGate:
                 str(self.run / GATE / "cache"), *self.words]
 
     def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
+        # the same words for both models: a figure of another mode or prompt could not be compared
         words = [*self._words(target, when), *more]
         # the ranks are there already; else a command of its own starts them
         if under_launcher():

@@ -140,6 +140,7 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Rou
     assert args.reward is not None and args.tokenizer is not None, "options are checked"
     yield RoundJob(responses, ["megatron_sov", "generate", *words_of(GenerateOptions(
         target=start, prompts=args.prompts, chat=True, samples=args.samples, engine=MEGATRON,
+        # another seed each round, or the same numbers would draw from a policy that has hardly moved
         sampling=Sampling(args.max_new_tokens, args.temperature, seed=config.train.seed + number),
         settings=tuple(layout_settings(config)), plugins=args.plugins, nproc=args.nproc, output=responses))])
     yield RoundJob(scored, ["megatron_sov", "score", *words_of(ScoreOptions(
@@ -196,6 +197,7 @@ def _enter(args: PreferOptions, reward_version: str) -> None:
     """Take note of what the rounds are asked for, or check that it is what they were begun with."""
     assert args.prompts is not None
     file = args.run / ROUNDS / ASKED
+    # their number, too: the last round trains in --run itself, the others below it
     asked = {"rounds": args.rounds, "from": str(args.start_from), "prompts": file_digest(args.prompts),
              "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
              "reward_version": reward_version,
