@@ -97,9 +97,11 @@ def score_rows(files: Sequence[ScoreFile], found: Lineage) -> list[dict[str, Any
     known = {row["key"] for row in rows}
     run = found.runs[-1]
     for index, event in run.kept.get("eval_lm", []):
+        # without "", which stands for a run that has no checkpoint and is the hash of no model
         if str(event.get("model_hash")) in {found.model, *found.exports} - {""}:
             row = _of_event(run, index, event)
             if row["key"] not in known:
+                # a later event of the same figure replaces an earlier one; figures of files stay
                 rows = [r for r in rows if r["key"] != row["key"]] + [row]
     return rows[:MAX_ROWS]
 
@@ -231,6 +233,7 @@ def make_card(found: Lineage, data: DataCard | None, scores: Sequence[ScoreFile]
             one.name: measured_while_training(one) for one in found.runs},
         "stated": _stated(answers), "licence": _licence(answers),
         "read": _read(found, data, scores, answers_sha256)}
+    # last: they follow from what the card says by now
     content["limits"] = _limits(content, found)
     content["not_known"] = _not_known(content, found, data, answers)
     return content

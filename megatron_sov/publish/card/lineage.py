@@ -149,6 +149,7 @@ def picture(graph: Graph) -> str:
              f'height="{height}" font-family="sans-serif" font-size="11">',
              '<title>What the model was made from</title>',
              f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
+    # before the boxes, which then cover the arrows' ends; sorted, so that equal graphs give equal bytes
     lines += [_arrow(places[source], places[target]) for source, target in sorted(arrows) if source != target]
     lines += [_box(node, *places[node.id]) for column in columns for node in column]
     return "\n".join([*lines, "</svg>"]) + "\n"
@@ -177,6 +178,7 @@ def _columns(graph: Graph) -> tuple[list[list[Node]], dict[str, str]]:
         shown, rest = nodes[:MAX_ROWS], nodes[MAX_ROWS:]
         if rest:
             more = Node(f"more {number}", "", f"and {len(rest) + 1:,} more", detail="in provenance.json")
+            # the last box gives its place to the one that says how many
             rest = [shown.pop(), *rest]
             shown.append(more)
             drawn |= dict.fromkeys((n.id for n in rest), more.id)
@@ -213,6 +215,7 @@ def _arrow(source: tuple[int, int], target: tuple[int, int]) -> str:
 def _text(text: str, chars: int = MAX_CHARS) -> str:
     """Return text as XML takes it, cut, on one line."""
     line = visible(" ".join(text.split()))
+    # XML has no such characters, not even escaped: one in a name would make the file unreadable
     line = "".join(c if c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF and ord(c) not in (0xFFFE, 0xFFFF)
                    else "\N{REPLACEMENT CHARACTER}" for c in line)
     return html.escape(line if len(line) <= chars else f"{line[:chars - 1]}…")

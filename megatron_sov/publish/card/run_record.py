@@ -91,6 +91,7 @@ def as_json(value: Any) -> Any:
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_json(item) for item in value]
+    # NaN is no JSON, and a figure that is none should be seen
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
@@ -115,6 +116,7 @@ def total(parts: Sequence[Figure], what: str) -> Figure:
                       how=f"{what}, since a part is not known: {'; '.join(dict.fromkeys(missing))}")
     order: tuple[Basis, ...] = ("estimated", "stated", "computed", "measured", "counted", "recorded")
     weakest = next(basis for basis in order if any(part.basis == basis for part in parts))
+    # a sum stands in no file, though each of its parts does
     if len(parts) > 1 and weakest == "recorded":
         weakest = "computed"
     return Figure(sum(part.value for part in parts), weakest,
@@ -289,6 +291,7 @@ class CardRunRecord:
     def last(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """Return the kept events of a kind, of a step that was done again the last one."""
         numbered = self.kept.get(kind, [])
+        # by identity: equal events may stand twice, and the card names the place of the one that counts
         numbers = {id(event): i for i, event in numbered}
         chosen = final_steps([event for _, event in numbered], kind)
         return [(numbers[id(event)], event) for event in chosen]
@@ -514,6 +517,7 @@ def _gpu_hours(run: CardRunRecord, process_hours: Figure) -> Figure:
 
 def _flops(run: CardRunRecord) -> tuple[Figure, Figure]:
     """Return the FLOPs of the steps that led to the model, and of those that were done again."""
+    # one step without a price would make the sum too small
     if not run.work.num_steps or run.work.unpriced_steps:
         missing = unknown(f"FLOPs of run {run.name}", "its events do not tell tokens and phase of each step; "
                           "they cannot be added later")
@@ -531,6 +535,7 @@ def _flops(run: CardRunRecord) -> tuple[Figure, Figure]:
 def _energy(run: CardRunRecord, process_hours: Figure, gpu_hours: Figure, answers: CardAnswers) -> Figure:
     """Return kilowatt hours by the best that there is: joules, watts, the chip's maker, a person's word."""
     work, ranks = run.work, number(run.start.get("num_ranks"))
+    # all starts or none: a start without this event would be left out of the sum, and nobody would see it
     if work.starts_with_steps and work.starts_with_steps <= set(work.energy_by_start):
         return Figure(sum(work.energy_by_start.values()) / JOULES_OF_A_KWH, "measured",
                       _of(run, "energy[*].energy_j"), "kWh", "of all GPUs by their own meters, up to the "

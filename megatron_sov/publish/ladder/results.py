@@ -162,6 +162,7 @@ class ParametricLaw:
         self._logs = np.log(np.asarray(num_params, float)), np.log(np.asarray(num_tokens, float))
         y = np.log(np.asarray(losses, float))
         _refuse_too_few(len(y), "parametric")
+        # the objective has many minima, and a search ends in the nearest one
         self._theta = min((_minimise(start, *self._logs, y) for start in _starts(*self._logs, y)),
                           key=lambda found: found[0])[1]
         fitted = _log_loss(self._theta, *self._logs)
@@ -338,6 +339,7 @@ def fitted(found: Sequence[Point]) -> Law:
     """
     params, tokens, losses = ([getattr(p, name) for p in found]
                               for name in ("num_params", "num_tokens", "loss"))
+    # rounded: tokens are whole, so equal ratios differ in their last digits
     ratios = {round(p.num_tokens / p.num_params, 3) for p in found}
     return ParametricLaw(params, tokens, losses) if len(ratios) > 1 else PowerLaw(params, losses)
 

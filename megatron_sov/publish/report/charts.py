@@ -107,6 +107,7 @@ def _mark_incidents(figure: go.Figure, run: Run, curve: Curve) -> None:
         if not events:
             continue
         steps = np.array([int(e["step"]) for e in events], dtype=np.int32)
+        # a step that was refused has no point of its own
         nearest = np.clip(np.searchsorted(curve.steps, steps), 0, len(curve.steps) - 1)
         words = [plain(str(e.get("text") or e.get("reason") or "")) for e in events]
         figure.add_trace(go.Scatter(x=steps, y=curve.values[nearest].astype(np.float32), mode="markers",
@@ -176,6 +177,7 @@ def expert_chart(load: ReportedExpertLoad, source: str = "") -> Chart:
     figure = go.Figure(go.Heatmap(
         z=relative.astype(np.float32), x=np.arange(num_experts, dtype=np.int32),
         y=[f"{layer}" for layer in load.layers], customdata=(100 * load.load).astype(np.float32), zmid=1,
+        # 2 at least, or an even load would show its noise in full colour
         zmin=0, zmax=max(2.0, float(np.nanmax(relative))),
         colorscale=[[0, "var(--low)"], [0.5, "var(--mid)"], [1, "var(--high)"]],
         colorbar=colour_bar("x fair"),

@@ -72,6 +72,7 @@ def _rows(run: Run) -> list[_AccountRow]:
     for measured in run.stretches:
         plan = _plan_of(run, numbers[id(measured.start)])
         planned = run.plans[plan].stretch(measured.first_step)
+        # a start that ended within its first steps has no time that could be held against a plan
         if planned is None or not measured.warm_times_s():
             continue
         key = (plan, planned.phase, planned.seq_len, planned.global_batch_size)
@@ -105,6 +106,7 @@ def _memory_tables(run: Run) -> list[PageTable]:
             planned = plan.stage_bytes(stage)
             items = ", ".join(f"{name.replace('_', ' ')} {value / GIB:.2f}" for name, value in
                               sorted(plan.memory_bytes[stage].items(), key=lambda item: -item[1])
+                              # what is less than a hundredth would fill the cell and explain nothing
                               if value >= 0.01 * planned)
             before = (f"{plan.memory_before_bytes / GIB:.2f} before the model, " if plan.memory_before_bytes
                       else "")
@@ -141,6 +143,7 @@ def _total_tables(run: Run, rows: Sequence[_AccountRow], plan: KeptPlan) -> list
         body.append(["energy of all GPUs, start-up, evaluation and saving counted in", "–",
                      f"{run.energy_j() / JOULES_OF_A_KWH:,.4g} kWh", "–"])
     if run.wall_time is not None and run.wall_time.total_s > 0:
+        # a stop that was asked for is no fault
         faults = sum(a.outcome not in (UNFINISHED, COMPLETE) and not a.outcome.startswith("stopped")
                      for a in run.attempts)
         planned = plan.failures_per_hour * run.wall_time.total_s / SECONDS_OF_AN_HOUR
@@ -367,6 +370,7 @@ def passk_section(events: list[Event]) -> PageSection:
     Args:
         events: `passk` events; of one set of prompts, reward and step the newest counts.
     """
+    # a later event takes the key of an earlier one: the newest counts
     found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in events if e.get("pass_at_k")}
     shared = Counter(file.rpartition("/")[2] for file in {file for file, *_ in found})
 

@@ -147,6 +147,7 @@ def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
 
 def num_tokens(runs: list[Run]) -> float:
     """Return the tokens that the runs trained on, all together; 0 where none has recorded any."""
+    # NaN, of a run without tokens, is the one number that differs from itself
     return sum(n for run in runs if (n := last_value(run.curve("tokens"))) == n)
 
 

@@ -186,6 +186,7 @@ class Run:
         # one entry for each start, the last one: energies are cumulative within a start
         of_starts = {event["attempt"]: number(event.get("energy_j")) for event in self.of("energy")}
         ranks = [math.nan, *(number(attempt.start.get("num_ranks")) for attempt in self.attempts)]
+        # the energy of some of the GPUs would be read as that of all
         partly = any(number(event.get("num_gpus")) < ranks[event["attempt"]] for event in self.of("energy"))
         return sum(of_starts.values()) if of_starts and not partly else math.nan
 
@@ -274,6 +275,7 @@ def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> 
     found = []
     for name, first, last in spans:
         announced = [e for e in events if e.get("name") == name]
+        # the last one: a resumed run may have announced the phase with other settings
         event = announced[-1] if announced else {}
         sizes = tuple(dict.fromkeys(int(e.get("global_batch_size") or 0) for e in announced))
         found.append(Phase(name, first, last, int(event.get("seq_len") or 0),

@@ -134,6 +134,7 @@ def scores_of(events: Iterable[dict[str, Any]]) -> list[ReportedScore]:
         step = event.get("step")
         key = (str(event.get("task")), metric, step, str(event.get("task_hash")),
                str(event.get("model_hash")))
+        # taken out first: among scores of one step the newest then stands last
         found.pop(key, None)
         found[key] = ReportedScore(key[0], metric, step, number(event.get("value")),
                                    _interval(event.get("interval")), event)
@@ -214,6 +215,7 @@ def _published(newest: list[ReportedScore]) -> list[PageTable]:
     for s in {s.task: s for s in reversed(newest)}.values():
         key = str(s.event.get("published_as") or s.task)
         for table in published_tables():
+            # published figures are in percent: one of another unit cannot stand beside them
             if key in table.figures and s.is_share:
                 f = table.figures[key]
                 rows.append([f.name, s.task, f"{s.shown(s.value)} ({s.metric})", table.model,
@@ -230,6 +232,7 @@ def _protocols(newest: list[ReportedScore]) -> list[PageTable]:
     ways: dict[tuple[str, ...], list[str]] = {}
     for s in newest:
         sampling = s.event.get("sampling")
+        # where likelihoods are compared nothing was sampled
         words = ", ".join(f"{name} {value}" for name, value in sampling.items()) if isinstance(
             sampling, dict) and s.event.get("output_type", "generate_until") == "generate_until" else "–"
         way = (words, str(s.event.get("mode") or "default"), str(s.event.get("judge") or "–"))
@@ -249,6 +252,7 @@ def _charts(scores: list[ReportedScore]) -> list[Chart]:
     drawn = {name: points for name, points in lines.items() if len({s.step for s in points}) > 1}
     shares = [n for n, points in drawn.items() if all(s.is_share for s in points)]
     groups = [shares[i:i + MAX_LINES] for i in range(0, len(shares), MAX_LINES)]
+    # a chart each: their units differ, and the largest would flatten the others
     groups += [[name] for name in drawn if name not in shares]
     notes = [f"{len(groups) - MAX_CHARTS:,} more charts are left out."] if len(groups) > MAX_CHARTS else []
     return [score_chart({f"{task}, {metric}": drawn[task, metric] for task, metric in group},
