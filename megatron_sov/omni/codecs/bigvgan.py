@@ -119,6 +119,7 @@ def low_pass(cutoff: float, half_width: float, num_taps: int) -> torch.Tensor:
         half_width: of the band in which it falls off, likewise.
         num_taps: an even number.
     """
+    # Kaiser's design rules: attenuation of the stop band in dB, and the window's beta for it
     attenuation = 2.285 * (num_taps // 2 - 1) * math.pi * 4 * half_width + 7.95
     if attenuation > 50:
         beta = 0.1102 * (attenuation - 8.7)
@@ -161,9 +162,11 @@ class CausalSnake(nn.Module):
         taps = self.taps.expand(channels, 1, -1)
         num_before = TAPS // RATIO - 1
         joined = past.before(self, piece, num_before, repeats=True)
+        # zeros between the samples take away half of the level: the factor gives it back
         spread = RATIO * functional.conv_transpose1d(joined, taps, stride=RATIO, groups=channels)
         first = num_before * RATIO
         bent = self.snake(spread[..., first:first + length * RATIO])
+        # a second past in one layer: the inner module stands for it
         joined = past.before(self.snake, bent, TAPS - RATIO, repeats=True)
         return functional.conv1d(joined, taps, stride=RATIO, groups=channels)
 
@@ -249,6 +252,7 @@ class UnitBigVGAN(nn.Module):
 
     def _piece(self, ids: torch.Tensor, voices: torch.Tensor, past: Past) -> torch.Tensor:
         """Return what [n, t] tokens add to sounds: late by the lookahead."""
+        # embeddings begin with a deviation of 1 a number: this makes a vector of about length 1
         unit = self.units(ids).transpose(1, 2) * self.settings.unit_width**-0.5
         piece = self.first(torch.cat([unit, voices[:, :, None].expand(-1, -1, ids.shape[1])], 1), past)
         for level in self.levels:
@@ -278,6 +282,7 @@ class UnitBigVGAN(nn.Module):
         Raises:
             UserError: an unknown speaker, a vector of another width, an id outside of the codebook.
         """
+        # with an empty tensor: torch joins no empty list
         return torch.cat([*self.stream([ids], speaker), torch.zeros(0, device=ids.device)])
 
     @torch.no_grad()

@@ -74,6 +74,7 @@ def _refuse_larger(folder: Path) -> None:
     settings = read(VAESettings, said, str(file))
     with torch.device("meta"):
         asked = sum(tensor.numel() for tensor in new_vae(settings).state_dict().values())
+    # a number takes one byte at least
     if asked > held_bytes:
         raise UserError(f"{folder}: is no folder of diffusers' AutoencoderKL ({file.name} asks for {asked:,} "
                         f"numbers, and {weights.name} has {held_bytes:,} bytes); download both again")
@@ -136,8 +137,10 @@ class DiT(nn.Module):
         beside = nn.functional.interpolate(seen.transpose(1, 2).unflatten(2, (s.grid, s.grid)),
                                            size=(rows, columns), mode="bilinear")
         hidden = self.place_in(torch.cat([_to_places(noisy, s.patch), beside.flatten(2).transpose(1, 2)], 2))
+        # diffusers' embedding expects the scheduler's scale, 0 to 1000
         condition = self.condition_in(level * LEVELS, seen.mean(1))
         turns = self.turns(_places(rows, columns, noisy.device))
+        # the block joins places of a text with those of the picture; here is no text
         none = hidden[:, :0]
         for block in self.blocks:
             _, hidden = block(hidden, none, condition, turns)
@@ -149,6 +152,7 @@ class DiT(nn.Module):
         if self.vae is None or self.settings.vae is None:
             return pictures
         sizes = self.settings.vae
+        # the mode and no draw: a picture has one target
         latents: torch.Tensor = self.vae.encode(pictures).latent_dist.mode()
         return (latents - sizes.shift_factor) * sizes.scaling_factor
 
@@ -188,6 +192,7 @@ class DiT(nn.Module):
         ids = ids.to(weight.device)
         for time in scheduler.timesteps:
             velocity = self(latents.to(weight.dtype), (time / LEVELS).expand(len(ids)), ids)
+            # steps are summed up in float32: bf16 would lose small ones
             latents = scheduler.step(velocity.float(), time, latents).prev_sample
         return self.to_pictures(latents.to(weight.dtype)).float()
 

@@ -61,6 +61,7 @@ class UnitSimVQ(nn.Module):
 
     def nearest(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return the ids [n, t] of [n, t, width] vectors, in bounded memory."""
+        # once and not for each part: the whole table goes through the learned layer
         codes, flat = self.book.codebook, F.normalize(vectors, dim=-1).flatten(0, 1)
         # 1,024 vectors at a time for 65,536 codes, else the table of distances is the largest tensor
         rows = max(1, _SCORES // self.codebook_size)
@@ -169,6 +170,7 @@ class SimVQTokenizer(nn.Module):
     def _draw(self, codes: torch.Tensor) -> torch.Tensor:
         patches = self.to_pixels(self.decoder(self.from_code(codes) + self.drawn_at)).transpose(1, 2)
         patch = self.side_pixels // self.grid
+        # around grey, the middle of 0..1: the network need not learn it
         drawn = F.fold(patches, self.grid * patch, kernel_size=patch, stride=patch) + 0.5
         # SigLIP leaves a border unseen where patches do not fill the side: the picture is stretched over it
         if self.grid * patch == self.side_pixels:

@@ -118,6 +118,7 @@ def open_bank(file: Path, shape: BankShape) -> np.ndarray:
         if size_bytes % shape.record_bytes:
             raise UserError(f"{file}: has {size_bytes} bytes, which are no whole records of "
                             f"{shape.record_bytes}; write the data again or restore it from a copy")
+        # an empty file cannot be mapped; files are little-endian whatever the machine
         numbers = (np.memmap(file, np.dtype(shape.dtype).newbyteorder("<"), "r") if size_bytes
                    else np.zeros(0, shape.dtype))
     except OSError as e:
@@ -160,6 +161,7 @@ def banks_of(data: Iterable[str | Path]) -> set[str] | None:
             for source in read_manifest(Path(folder)).content["sources"]:
                 found |= set(source.get(MEDIA) or {})
     except (UserError, KeyError, TypeError, AttributeError):
+        # what was read so far is known, whatever the others held
         return found or None
     return found if folders else None
 

@@ -87,6 +87,7 @@ class MeantTokens:
         for kind in KINDS:
             places = np.flatnonzero(np.isin(tokens, self.placeholder_ids(kind)))
             held, slots = rows.get(kind, ()), self._slots.get(kind, 0)
+            # rows come from a stranger's record: a wrong one would point into another one's features
             if any(row < 0 or not 0 < used <= slots for row, used in held):
                 raise BadRecord("media_rows", f"names rows of {kind} that cannot be; encode the media again")
             features = [row * slots + slot for row, used in held for slot in range(used)]

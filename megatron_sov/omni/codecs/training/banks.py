@@ -59,6 +59,7 @@ def media_files(given: Path, endings: tuple[str, ...], heldout_share: float) -> 
         names = _listed(given)
     sizes = "".join(f"{name}\0{os.stat(root / name).st_size}\n" for name in names)
     num_heldout = min(len(names) - 1, max(1, round(heldout_share * len(names)))) if heldout_share else 0
+    # by a hash: neighbours in a folder are alike, and should fall on both sides
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     out = set(ranked[:num_heldout])
     return MediaFiles(root, tuple(n for n in names if n not in out), tuple(n for n in names if n in out),
@@ -146,6 +147,7 @@ class Ragged:
         lengths = file.with_suffix(".json")
         if names and not (file.exists() and lengths.exists()):
             counts = _write(file, names, read, dtype)
+            # behind the numbers: a kill in between leaves no lengths, and both are written again
             atomic_write(lengths, json.dumps(counts))
         counts = json.loads(lengths.read_text(encoding="utf-8")) if names else []
         self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))

@@ -435,6 +435,7 @@ class ImageDecoderTask:
     def _loss(self, pictures: Pictures, ids: Ids, draws: torch.Generator) -> torch.Tensor:
         device = self.decoder.place_in.weight.device
         with torch.no_grad():
+            # a copy: the bank is mapped for reading alone, and torch wants memory that may be written
             latents = self.decoder.to_latents(torch.from_numpy(pictures.copy()).to(device) / 255)
         # drawn on the CPU: the same on every device
         noise = torch.randn(latents.shape, generator=draws).to(device)
@@ -517,6 +518,7 @@ def _of_sounds(settings: VocoderTraining, codec: Any, files: MediaFiles) -> Voco
     if rate != settings.model.tokens_per_s:
         raise UserError(f"--set model.tokens_per_s={settings.model.tokens_per_s}: the tokenizer has {rate:g} "
                         "tokens a second; give its rate, and `model.rates` that fit it")
+    # the held-out ones as well: a voice that is heard there alone needs a row of the table, too
     speakers = tuple(sorted({_speaker(name) for name in (*files.train, *files.heldout)}))
     return replace(settings, model=replace(settings.model, codebook_size=codec.codebook_size,
                                            speakers=speakers))

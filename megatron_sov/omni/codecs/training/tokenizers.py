@@ -343,6 +343,7 @@ def _task(settings: Training, files: MediaFiles, reader: MediaReader, encoder: P
                                        name_refusals(files.root, picture))
                           for part, names in (("train", files.train), ("heldout", files.heldout)))
         task = ImageTokenizerTask.create(settings, train, heldout, device=device)
+        # over the weights that were drawn: what sees is the published network, and stays it
         if encoder is not None and isinstance(sees := task.network.encoder, SiglipFeatures):
             load_siglip(sees, encoder)
         return task

@@ -26,9 +26,11 @@ def main(fd: int) -> None:
     try:
         order = receive(channel)
         limits = MediaLimits(**order["limits"])
+        # before the first medium: a decoder that it deceives can neither write nor reach a network
         enclose_reader(order["readable"], limits.memory_bytes)
         while True:
             asked = receive(channel)
+            # processor time, since a slow disk is no fault of the medium; the signal ends this process
             signal.setitimer(signal.ITIMER_PROF, limits.time_s)
             header, arrays = _answer(asked, limits)
             signal.setitimer(signal.ITIMER_PROF, 0)

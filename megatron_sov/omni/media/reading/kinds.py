@@ -125,6 +125,7 @@ def _in_colour(picture: Image) -> Image:
         if deep.min() < 0 or deep.max() > 65535:
             raise BadRecord("depth", f"has pixels from {deep.min()} to {deep.max()}, which are neither 8 nor "
                                      "16 bits; convert it")
+        # the upper byte: Pillow's conversion of wide integers cuts at 255, and leaves a white picture
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise BadRecord("depth", "has pixels of floating point, whose white nobody knows; convert it")
@@ -224,6 +225,7 @@ def resampled(samples: np.ndarray, own_hz: int, rate_hz: int) -> np.ndarray:
         return samples.astype(np.float32, copy=False)
     from scipy.signal import resample_poly
 
+    # in lowest terms: the filter grows with the numbers
     common = math.gcd(own_hz, rate_hz)
     return np.asarray(resample_poly(samples, rate_hz // common, own_hz // common), np.float32)
 
@@ -362,8 +364,10 @@ def _of_container(file: Path, sampling: VideoFrames, limits: MediaLimits) -> tup
                 while len(frames) < len(waiting) and (frame.time or 0.0) >= waiting[len(frames)]:
                     frames.append(squared(frame.to_image(), sampling.side))
                 last = frame
+            # the length that a container tells may be longer than its frames are
             frames += [squared(last.to_image(), sampling.side)] * (len(waiting) - len(frames))
             return frames, duration_s
+    # UnboundLocalError: not one frame came, so there is no last one
     except (av.error.FFmpegError, IndexError, UnboundLocalError) as e:
         raise BadRecord("truncated", f"is no video that is read, cut off or damaged ({str(e)[:200]}); fetch "
                                      "it again, or leave it out") from None

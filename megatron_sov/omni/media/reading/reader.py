@@ -80,6 +80,7 @@ class MediaReader:
         self.root, self.limits = root.resolve(), limits or MediaLimits()
         self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         for _ in range(processes):
+            # a place for a process, which is started when a medium wants it
             self._free.put(None)
         self._children: weakref.WeakSet[_Child] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -136,6 +137,7 @@ class MediaReader:
                 child = None
                 raise BadRecord(e.code, e.reason) from None
         finally:
+            # whatever happened: a place that is lost is waited for without end
             self._free.put(child)
         return ReadMedia(arrays, str(facts["mime_type"]), int(facts.get("width", 0)),
                          int(facts.get("height", 0)), float(facts.get("duration_s", 0.0)))
@@ -166,6 +168,7 @@ class _Child(KeptReader):
 
     def _arrays(self, shapes: list[tuple[int, ...]], dtype: str, most_bytes: int) -> list[np.ndarray]:
         sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape in shapes]
+        # before memory is reserved: the process has read a stranger's bytes and may say anything
         if any(n < 1 for shape in shapes for n in shape) or sum(sizes) > most_bytes:
             raise ValueError(f"{sum(sizes)} bytes of numbers, of at most {most_bytes}")
         found = []
