@@ -128,7 +128,7 @@ class EncodedBatch:
     ids: NDArray[np.int32]
     """[sum of lengths]."""
     kinds: NDArray[np.uint8]
-    """What each is learned as (`chat.kinds`), [sum of lengths]; empty for plain text."""
+    """What each is learned as (`chat.marks`), [sum of lengths]; empty for plain text."""
     media: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """What the sidecar of banks says of each, [sum of lengths]; empty where there are no media."""
 

@@ -142,14 +142,14 @@ def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
                         yield PackedShard(described, name, data / record["prefix"], record)
 
 
-# Megatron-Core's indexed token format as it is written and read (`documents.indexed_writer`).
+# Megatron-Core's indexed token format as it is written and read (`documents.shard_files`).
 
 
 SMALLEST_INT32_VOCAB = 65500
 """Megatron's DType.optimal_dtype: vocabularies below it fit uint16 with room for ids of its own."""
 SIDECARS = {"loss": "float32", "type": "uint8", "kind": "uint8"}
 """Files of the same geometry as .bin: the weight of each token in the loss, the token's type, and, of chats,
-what it is learned as (`chat.kinds`)."""
+what it is learned as (`chat.marks`)."""
 COLUMN_DTYPE = "float32"
 """Of the other sidecars: columns, each a file of its name."""
 

@@ -154,6 +154,14 @@ def is_installed(module: str) -> bool:
         return False
 
 
+def missing_part(module: str) -> str:
+    """Return the part of `module` where it is not installed; "" for the core, and where the part is here and
+    has no such module."""
+    part = part_of(module)
+    roots = [name for name in PARTS.get(part, ()) if f"{module}.".startswith(f"{name}.")]
+    return "" if any(map(is_installed, roots)) else part
+
+
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
     """Return the parser of a program; a command is imported when it is parsed."""
     parser = Parser(prog=program, description=description)
@@ -206,7 +214,7 @@ def exit_code(action: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except ModuleNotFoundError as e:
-        part = part_of(e.name or "")
+        part = missing_part(e.name or "")
         if not part:  # a defect
             raise
         print(f"error: this needs the part '{part}', which is not installed: install the wheel "

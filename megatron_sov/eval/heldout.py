@@ -46,7 +46,7 @@ ROW_TOKENS = 8192
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """The held-out splits of token artifacts, cut as `train.evaluate.HeldoutEvaluator` cuts them."""
+    """The held-out splits of token artifacts, cut as `train.stages.evaluate.HeldoutEvaluator` cuts them."""
 
     sources: list[Source]
     """All sources, with those that hold nothing out."""

@@ -45,7 +45,7 @@ class MediaRow:
     """A prompt with what is to be recognised in the reply."""
 
     content: list[dict[str, Any]]
-    """Parts, as `generate.media_prompts.Parts`."""
+    """Parts, as `infer.media.media_prompts.Parts`."""
     answer: str
     """What a text is to be, or what a judge is to recognise."""
     labels: tuple[str, ...] = ()

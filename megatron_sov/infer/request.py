@@ -303,7 +303,7 @@ class Generated:
     """How many of them the model took."""
     routes: list[np.ndarray] | None = field(default=None, compare=False)
     """Of each prompt with its continuation but for the last token, which the model never read: experts that
-    tokens visited, [tokens - 1, layers, top_k] (`documents.routes`); None: not asked for."""
+    tokens visited, [tokens - 1, layers, top_k] (`documents.shard_files`); None: not asked for."""
 
     @classmethod
     def of(cls, written: Sequence[Written], sampling: Sampling, stop: StopRule, version: int,

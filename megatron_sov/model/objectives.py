@@ -16,7 +16,7 @@ from megatron_sov.base.settings import read_arguments
 from megatron_sov.model.config import RunConfig
 
 Factory = Callable[[Any], Any]
-"""The run's `train.objective_context.ObjectiveContext` -> a `train.objective.Objective`."""
+"""The run's `train.objectives.data_batches.ObjectiveContext` -> a `train.objectives.objective.Objective`."""
 BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",
             "policy": "rl train"}
 """Built-in objective -> the command that trains by it."""
@@ -93,12 +93,12 @@ class OwnFactory:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """See `train.objective.formats_of`."""
+        """See `train.objectives.objective.formats_of`."""
         return tuple(getattr(self.made, "formats", ("text", "chat")))
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """See `train.objective.columns_of`."""
+        """See `train.objectives.objective.columns_of`."""
         found: Mapping[str, Any] = getattr(self.made, "columns", {})
         return found
 

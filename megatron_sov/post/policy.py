@@ -317,8 +317,8 @@ class PolicyLearning(DataObjective):
         return dataclasses.replace(counted, micro_batches=tuple(map(sharing_prompts, counted.micro_batches)))
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
-        """As `train.objective.doubt_of`: a clip that acts where nothing was learned yet, and an engine that
-        speaks for another model."""
+        """As `train.objectives.objective.doubt_of`: a clip that acts where nothing was learned yet, and an
+        engine that speaks for another model."""
         # Later steps of a round have moved the policy, and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MOST_CLIPPED:
@@ -457,9 +457,9 @@ class PolicyObjective:
     """Makes the objective."""
 
     formats: tuple[str, ...]
-    """See `train.objective.formats_of`."""
+    """See `train.objectives.objective.formats_of`."""
     columns: Mapping[str, NeededColumn]
-    """See `train.objective.columns_of`."""
+    """See `train.objectives.objective.columns_of`."""
 
     def __call__(self, context: ObjectiveContext) -> PolicyLearning:
         return PolicyLearning(context)

@@ -49,7 +49,7 @@ class EncodedChat:
 
     ids: list[int]
     kinds: bytearray
-    """What each is learned as (`chat.kinds`); `KIND_NONE`: it is part of a prompt."""
+    """What each is learned as (`chat.marks`); `KIND_NONE`: it is part of a prompt."""
     is_open: bool
     """Whether it ends in a response that no special token has ended: what is put behind it ends it."""
 

@@ -3,8 +3,8 @@ answered, and answers of an OpenAI-compatible endpoint.  No torch here.
 
 Each request has a key, which is the same wherever the same is asked; answers are kept by it.
 
-    CACHE/MODEL/records-*                 answers, in a journal of each process that asked (`work.journal`)
-    CACHE/MODEL/asking/*                  chunks that are being asked for, held (`work.locks`)
+    CACHE/MODEL/records-*                 answers, in a journal of each asking process (`progress.journal`)
+    CACHE/MODEL/asking/*                  chunks that are being asked for, held (`progress.locks`)
 
 An endpoint, as vLLM, SGLang and others serve it, gives texts by `/completions`, with a chat template by
 `/chat/completions`; likelihoods by `/completions` with `echo` and `logprobs`, which not every endpoint has.

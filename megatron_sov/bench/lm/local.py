@@ -48,7 +48,7 @@ Group = Sequence[AnswerScore]
 class LocalEvaluation:
     target: Target
     engine: str
-    """One of `generate.engine.ENGINES`."""
+    """One of `infer.engine.ENGINES`."""
     settings: tuple[str, ...]
     """`key=value` changes of layout and precision (megatron)."""
     nproc: int | None

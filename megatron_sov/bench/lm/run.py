@@ -49,7 +49,7 @@ class _EvaluatedTask:
     name: str
     task: Any
     protocol: Any
-    """Of `eval.suites`; None: the task is lm-eval's alone."""
+    """Of `bench.suites`; None: the task is lm-eval's alone."""
     files: dict[str, str]
     num_fewshot: int
     """Examples in front of each item."""

@@ -102,18 +102,18 @@ class Protocol:
     row: Mapping[str, str] = field(default_factory=dict)
     """Field that the reward needs -> field of the task's data."""
     row_maker: str = ""
-    """Name in `rows.ROW_MAKERS` of what makes such fields where copying is not enough."""
+    """Name in `folding.ROW_MAKERS` of what makes such fields where copying is not enough."""
     messages_field: str = ""
     """Field with a whole conversation as JSON, which is the prompt then, framed by the chat template."""
     turns_field: str = ""
     """Field with a list of questions that are asked in one conversation, each behind the answers to those
     before it; every turn is judged as an item, with the conversation up to it."""
     environment: Annotated[str, _bound_of_names(ENVIRONMENTS)] = ""
-    """Tool environment of room `tools` that is played in place of one answer."""
+    """Tool environment of `judge.tools` that is played in place of one answer."""
     environment_settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the environment; `${DATA}` stands for the folder of the data."""
     limits: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to the limits of an episode; the others are those of `tools.limits` for tests."""
+    """Changes to the limits of an episode; the others are those of `tools.environment` for tests."""
     cluster_field: str = ""
     """Field that items which belong together share: a document that several questions are about, a question
     in several languages.  Standard errors are clustered by it."""

@@ -106,7 +106,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> Forgett
 
 @dataclass(frozen=True)
 class ForgettingGate:
-    """A `train.gate.EndGate` that compares the last checkpoint with what the stage started from."""
+    """A `train.stages.gate.EndGate` that compares the last checkpoint with what the stage started from."""
 
     run: Path
     """The run's folder."""

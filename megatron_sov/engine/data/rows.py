@@ -59,7 +59,7 @@ class PackedRow:
     origins: tuple[RowOrigin, ...] = ()
     """Where each segment comes from; padding comes from nowhere."""
     routes: np.ndarray | None = None
-    """[n, layers, top_k]: where each token went when it was generated (`documents.routes`), marked where
+    """[n, layers, top_k]: where each token went when it was generated (`documents.shard_files`), marked where
     that is not known; None: of no token it is."""
     media: Media | None = None
     """Pictures and sounds whose features stand over placeholders; None: there are none."""

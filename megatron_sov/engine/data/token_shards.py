@@ -193,7 +193,7 @@ class Documents(Protocol):
         ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each of these tokens went, [count, layers, top_k] (`documents.routes`); asked of
+        """Return where each of these tokens went, [count, layers, top_k] (`documents.shard_files`); asked of
         sources that have `routes` alone."""
         ...
 

@@ -94,6 +94,6 @@ def drawing_call(block: str) -> dict[str, object]:
 
 
 def nearest_ratio(width: int, height: int) -> tuple[int, int]:
-    """Return the ratio of `marks.RATIOS` whose logarithm is nearest to that of a picture."""
+    """Return the ratio of `media_tokens.RATIOS` whose logarithm is nearest to that of a picture."""
     wanted = math.log(width / height)
     return min(RATIOS, key=lambda r: abs(math.log(r[0] / r[1]) - wanted))

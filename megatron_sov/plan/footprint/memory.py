@@ -72,7 +72,7 @@ DISTILL = "distill"
 """The objective that compares two distributions over the vocabulary."""
 MATRIX_ROUND = 1 << 24
 """Elements of whole matrices that a process has in a round of Muon's exchange
-(`mcore.optimizer.matrix_exchange`)."""
+(`mcore.optimizer.muon`)."""
 ROUND_COPIES = 4
 """Sent, received, whole and updated ones."""
 PASSING_COPIES = 3

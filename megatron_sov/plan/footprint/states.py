@@ -208,7 +208,7 @@ class StatePlace:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How a parameter is updated (`mcore.optimizer.parameter_groups.Rule`)."""
+    """How a parameter is updated (`engine.mcore.optimizer.parameter_groups.GroupRule`)."""
 
     frozen: bool
     by_muon: bool

@@ -257,8 +257,6 @@ def expert_exchange(w: Workload) -> TrafficMessage:
         copies, outside = choices * (w.etp - 1 / w.ep), choices * (1 - 1 / domains)
     if w.dispatcher == "allgather":
         copies, outside = float(size - 1), (size - 1) * (1 - 1 / domains)
-    # Inside one domain nothing leaves it; the formulas above would give a little.
-    outside = outside if domains > 1 else 0.0
     inside_s = copies / w.links.inside_bytes_per_s
     # Both kinds of links work at the same time: the slower one counts.
     seconds = max(inside_s, outside / w.links.between_bytes_per_s) if outside else inside_s

@@ -204,7 +204,7 @@ class ModelShape:
     def forward_flops_per_token(self, seq_len: int) -> float:
         """Return the FLOPs of a token's forward pass, the mean over a row of one document.
 
-        Counted as in `models.count`: two for each weight of a product, prediction layers and their heads
+        Counted as in `families.count`: two for each weight of a product, prediction layers and their heads
         included, and of attention the causal half.
         """
         predicting = (self.mtp_params(self.num_experts_per_token)

@@ -86,7 +86,7 @@ class Kept:
     temperature: float = 1.0
     """What the logits were divided by, of whose softmax the most probable tokens' log-probabilities are."""
     translated: bool = False
-    """Whether they are the student's tokens, and the teacher's others (`parts.translation`)."""
+    """Whether they are the student's tokens, and the teacher's others (`distillation.translation`)."""
 
 
 def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: Kept,

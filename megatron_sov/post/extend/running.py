@@ -164,7 +164,7 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
 
 
 class StageGate:
-    """A `train.gate.Gate` that judges needles and the short context."""
+    """A `train.stages.gate.Gate` that judges needles and the short context."""
 
     def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
                  min_steps: int, clean: Decontamination) -> None:

@@ -204,7 +204,7 @@ the end; returns figures for its event."""
 
 @dataclass
 class RoundFeed:
-    """A `train.feed.Feed` of rounds."""
+    """A `train.stages.feed.Feed` of rounds."""
 
     rounds: RoundDocuments
     """The source that they are opened in."""

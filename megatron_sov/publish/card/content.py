@@ -84,7 +84,7 @@ class ScoreFile:
     sha256: str
     """Hash of its bytes."""
     content: dict[str, Any]
-    """What it holds (`eval.lm.results`)."""
+    """What it holds (`bench.lm.results`)."""
 
 
 def score_rows(files: Sequence[ScoreFile], found: Lineage) -> list[dict[str, Any]]:

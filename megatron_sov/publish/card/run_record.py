@@ -213,7 +213,7 @@ class RecordedWork:
     """What the steps of a run add up to."""
 
     flops: float = 0.0
-    """Model FLOPs of the steps that led to the model; by the formula of `models.count`."""
+    """Model FLOPs of the steps that led to the model; by the formula of `families.count`."""
     flops_again: float = 0.0
     """Of steps that were done again, after a fault or a step back."""
     tokens: int = 0
@@ -467,7 +467,7 @@ class Compute:
 
 
 def flops_per_token(config: RunConfig, seq_len: int) -> float:
-    """Return the model FLOPs of a token in training (`models.count`)."""
+    """Return the model FLOPs of a token in training (`families.count`)."""
     return train_flops_per_token(config.model, seq_len)
 
 

@@ -167,7 +167,7 @@ class ExportEvaluation:
     failure: str = ""
     """Why there are no figures."""
     scores: tuple[dict[str, Any], ...] = ()
-    """lm: the figures as the run's events tell them (`runs.score_events`)."""
+    """lm: the figures as the run's events tell them (`runs.obs.events.score_events`)."""
 
 
 def read_evaluations(run: Path) -> list[ExportEvaluation]:

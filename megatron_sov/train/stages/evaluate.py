@@ -93,7 +93,7 @@ class HeldoutLoss:
     turns: Mapping[str, PartLoss] = field(default_factory=dict)
     """Of conversations: "first", the first learned turn of each, and "later", all others."""
     kinds: Mapping[str, PartLoss] = field(default_factory=dict)
-    """Of conversations: "thought", "call" and "answer" (`chat.kinds`); none of data that tell no kinds."""
+    """Of conversations: "thought", "call" and "answer" (`chat.marks`); none of data that tell no kinds."""
 
 
 class HeldoutEvaluator:

@@ -1,9 +1,9 @@
 """Child processes: how they end with their parent, what they may take, what they get of the environment, and
 how they are talked to.
 
-A child has a socket to this process, for messages of JSON (`work.channel`): nothing that it sends is ever
-unpickled.  It is an interpreter of its own, a fork of a small server (`work.workers`), or a command.
-No torch here.
+A child has a socket to this process, for messages of JSON (`processes.channel`): nothing that it sends is
+ever unpickled.  It is an interpreter of its own, a fork of a small server (`processes.workers`), or a
+command.  No torch here.
 """
 
 from __future__ import annotations

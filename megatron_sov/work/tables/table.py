@@ -3,7 +3,7 @@
     TABLE/HEAD                            what all parts share
     TABLE/ROWS/NAME/                      a part: rows that one job has published
     TABLE/ADDED/VERSION/NAME/             columns that a later job has added to a part's rows
-    TABLE/claims/                         who works on what, see `work.claims`
+    TABLE/claims/                         who works on what, see `progress.locks`
 
 A part is a Parquet file with a manifest.  It appears whole, by a rename, and never changes; of two of one
 name the first one stays: whoever reads needs no lock.

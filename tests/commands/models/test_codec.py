@@ -33,7 +33,7 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but `codec import`, which takes what others publish: tests/omni/codecs/test_importing.py."""
+    """All but `codec import`, which takes what others publish: tests/omni/codecs/test_published.py."""
     typed = [line for line in commands_of(PAGE) if " import " not in line]
     assert len(typed) == 5
     for line in typed:

@@ -200,7 +200,7 @@ def test_qwen3_next_is_refused_by_what_the_library_lacks(tmp_path: Path) -> None
 
 def test_the_librarys_gated_delta_net_does_not_serve_yet() -> None:
     """Where this fails, the library can do more than it could: see whether Qwen3-Next can be a family now
-    (docs/families.md, `models.WITHOUT_LAYER`)."""
+    (docs/families.md, `families.WITHOUT_LAYER`)."""
     file = Path(str(distribution("megatron-core").locate_file("megatron/core/ssm/gated_delta_net.py")))
     layer = ast.parse(file.read_text(encoding="utf-8"))
     refused = {ast.unparse(branch.test) for branch in ast.walk(layer) if isinstance(branch, ast.If)

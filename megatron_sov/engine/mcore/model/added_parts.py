@@ -126,7 +126,7 @@ class LinearAdapter(torch.nn.Module):
 
     def __init__(self, modules: Sequence[Adapted], lora: LoraConfig, config: Any, expert: int | None = None,
                  rows: int | None = None) -> None:
-        """Make the factors; their values are set by `init`.
+        """Make the factors; their values are set by `load.initialise`.
 
         Args:
             modules: what of the layer is adapted.
@@ -154,7 +154,7 @@ class LinearAdapter(torch.nn.Module):
 
     def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
         """Return this process's rows of the fused weight as axes, the axis along which the adapted modules
-        follow one another, and their extents there (`models.weights.Layout`)."""
+        follow one another, and their extents there (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
         if first.num_experts:
             return [first.out_features // cut], 0, [first.out_features // cut]
@@ -287,7 +287,7 @@ class EmbeddingAdapter(torch.nn.Module):
     """The adapter of a chunk's embedding."""
 
     def __init__(self, of: Adapted, lora: LoraConfig, config: Any, rows: int) -> None:
-        """Make the factors; their values are set by `init`.
+        """Make the factors; their values are set by `load.initialise`.
 
         Args:
             of: the embedding.
@@ -435,7 +435,7 @@ class MediaEncoders(torch.nn.Module):
     """The encoders of a model, which its first chunk owns."""
 
     def __init__(self, model: ModelConfig, config: Any) -> None:
-        """Make them; their values are set by `init` or loaded.
+        """Make them; their values are set by `load.initialise` or loaded.
 
         Args:
             model: the architecture.

@@ -269,7 +269,7 @@ class ModelInputs:
     host_bounds: Sequence[int] | None = None
     """`cu_seqlens` on the host; None: they are fetched where they are needed, and the host waits."""
     routes: np.ndarray | None = None
-    """[tokens, layers, top_k] on the host: experts that tokens visit (`documents.routes`); None: routers
+    """[tokens, layers, top_k] on the host: experts that tokens visit (`documents.shard_files`); None: routers
     choose."""
     shared: SharedPrompts | None = None
     """What documents share, of which the row holds each token once; None: nothing."""

@@ -55,7 +55,7 @@ class RouteTable:
         """Send routes to the device.
 
         Args:
-            routes: [tokens, layers, top_k] uint8 or uint16, see `documents.routes`.
+            routes: [tokens, layers, top_k] uint8 or uint16, see `documents.shard_files`.
             first_layer: the library's number, from 1, of the first layer that has experts.
         """
         self._first_layer = first_layer
