@@ -20,9 +20,9 @@ DRY_LIMIT = 0.1
 
 def available(setting: Setting) -> dict[str, str]:
     """Return recipe -> why this chip has not got it; empty: it has."""
-    from megatron_sov.engine.mcore.model.gpu_settings import lacking
+    from megatron_sov.engine.mcore.parallel.device import lacking_fp8
 
-    return dict.fromkeys(RECIPES, "") if setting.dry else lacking()
+    return dict.fromkeys(RECIPES, "") if setting.dry else lacking_fp8()
 
 
 def products(setting: Setting, fp8: str) -> dict[str, float]:

@@ -23,9 +23,9 @@ def install() -> None:
     specs.transformer_engine_serves = lambda dtype: True
     import transformer_engine.pytorch as te
 
-    from megatron_sov.engine.mcore.model.gpu_settings import AVAILABLE
+    from megatron_sov.engine.mcore.parallel.device import FP8_FUNCTIONS
 
-    for name in AVAILABLE.values():  # as on a GPU that has every recipe
+    for name in FP8_FUNCTIONS.values():  # as on a GPU that has every recipe
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
 
 

@@ -207,10 +207,10 @@ def quantization_checks() -> Iterator[MachineCheck]:
     if not _has_gpu():
         yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
         return
-    from megatron_sov.engine.mcore.model.gpu_settings import lacking
+    from megatron_sov.engine.mcore.parallel.device import lacking_fp8
 
     try:
-        reasons = lacking()
+        reasons = lacking_fp8()
     except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
         yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
         return

@@ -15,16 +15,13 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken
 from megatron_sov.engine.mcore.model import router
-from megatron_sov.engine.mcore.parallel.device import on_gpu
+from megatron_sov.engine.mcore.parallel.device import lacking_fp8, on_gpu
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
 # Matrix products of the transformer layers in 8 or 4 bits, by Transformer Engine: the library's settings for
 # `train.fp8`, what the machine must have, and a defect of the library in checkpoints.
 
-AVAILABLE = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
-             "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}
-"""Recipe -> function of Transformer Engine that says whether this GPU has it, and why not."""
 FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields of the library's configuration that forward passes ask whether to quantise."""
 
@@ -66,19 +63,11 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
         raise UserError(f"train.fp8 = {train.fp8} needs an NVIDIA GPU with Transformer Engine, and this "
                         "process has none; set train.fp8=none, or run it where `megatron-sov doctor` "
                         "finds both")
-    reasons = lacking()
+    reasons = lacking_fp8()
     if reason := reasons[train.fp8]:
         others = [fp8 for fp8, why in reasons.items() if not why]
         raise UserError(f"train.fp8 = {train.fp8} cannot run on this GPU (Transformer Engine: {reason}); set "
                         f"train.fp8 to {' or '.join([*others, 'none'])}")
-
-
-def lacking() -> dict[str, str]:
-    """Return recipe -> why Transformer Engine does not have it on this process's GPU; empty: it has."""
-    import transformer_engine.pytorch as te
-
-    answers = {fp8: getattr(te, name)(return_reason=True) for fp8, name in AVAILABLE.items()}
-    return {fp8: "" if available else str(reason) for fp8, (available, reason) in answers.items()}
 
 
 @contextmanager

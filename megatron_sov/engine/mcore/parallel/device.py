@@ -189,3 +189,18 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
     store.wait(["gpu/all"], timeout)
     if store.check(["gpu/problem"]):
         raise UserError(store.get("gpu/problem").decode())
+
+
+# What Transformer Engine says of the GPU; asked here, where nothing imports megatron, which imports it too.
+
+FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
+                 "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}
+"""Recipe of `train.fp8` -> function of Transformer Engine that says whether this GPU has it, and why not."""
+
+
+def lacking_fp8() -> dict[str, str]:
+    """Return recipe -> why Transformer Engine does not have it on this process's GPU; empty: it has."""
+    import transformer_engine.pytorch as te
+
+    answers = {fp8: getattr(te, name)(return_reason=True) for fp8, name in FP8_FUNCTIONS.items()}
+    return {fp8: "" if available else str(reason) for fp8, (available, reason) in answers.items()}
