@@ -13,6 +13,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import doctor
 from megatron_sov.commands.operate.doctor import MachineCheck
+from megatron_sov.version import OUR_PACKAGES
 
 
 def module(folder: Path, name: str, text: str = "", **files: str) -> None:
@@ -74,6 +75,20 @@ def test_a_foreign_distribution_that_owns_our_name_is_a_warning(monkeypatch: pyt
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
     found = {c.name: c.status for c in doctor.shadow_checks()}
     assert found == {"megatron_sov": "ok", "tokenizer": "ok", "data_prep": "warning", "slurm": "ok"}
+
+
+def test_our_parts_are_ours_and_one_that_is_not_installed_is_not_broken(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = {name: ["megatron-sov", "megatron-sov-data"] for name in OUR_PACKAGES}
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
+    assert {c.status for c in doctor.shadow_checks()} == {"ok"}
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec",
+                        lambda name: None if name in ("tokenizer", "slurm") else find(name))
+    found = {c.name: c for c in doctor.shadow_checks()}
+    assert {name: c.status for name, c in found.items()} == {
+        "megatron_sov": "ok", "tokenizer": "missing", "data_prep": "ok", "slurm": "broken"}
+    assert "megatron_sov_tokenizer" in found["tokenizer"].remedy
 
 
 def test_torch_without_gpu_works_on_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
