@@ -131,7 +131,8 @@ class BuildPart(build_py):
 
 LIBRARIES = sorted({line for name, lines in EXTRAS.items() if name not in ("dev", "gpu", "rollout", "docs")
                     for line in lines})
-EXTRAS["all"] = LIBRARIES + ([f"megatron-sov-{part}=={VERSION}" for part in PARTS] if PART == "core" else [])
+# the libraries alone: pip would ask an index for our parts by name, which has none of ours
+EXTRAS["all"] = LIBRARIES
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
 if PART == "synth":

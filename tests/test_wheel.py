@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.command_line import part_of
-from megatron_sov.version import PARTS
+from megatron_sov.version import PARTS, __version__
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
@@ -83,6 +83,11 @@ def test_the_core_works_without_its_parts_and_names_what_is_missing(
     for built, part in ((core, ""), (serve, "serve")):
         with zipfile.ZipFile(built) as archive:
             assert {name for name in archive.namelist() if ".dist-info/" not in name} == parts[part]
+            metadata = archive.read(next(name for name in archive.namelist()
+                                         if name.endswith(".dist-info/METADATA"))).decode()
+        # pip looks in an index for what a wheel asks for by name, and no index has ours
+        own = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: megatron-sov")]
+        assert own == ([f"Requires-Dist: megatron-sov=={__version__}"] if part else [])
     alone, both = install_wheels(core), install_wheels(core, serve)
     program = "from megatron_sov.cli import main; raise SystemExit(main())"
     done = run_installed(alone, sys.executable, "-P", "-c", program, "--help")
