@@ -164,6 +164,21 @@ def missing_part(module: str) -> str:
 
 def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
     """Return the parser of a program; a command is imported when it is parsed."""
+def check_part(module: str) -> None:
+    """Check, before work begins, that the part of a module is installed that another process will run.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if part := missing_part(module):
+        raise UserError(_part_is_missing(part))
+
+
+def _part_is_missing(part: str) -> str:
+    return (f"this needs the part '{part}', which is not installed: install the wheel "
+            f"megatron_sov_{part}-{__version__}-py3-none-any.whl from where the core came (make parts)")
+
+
     parser = Parser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
@@ -217,9 +232,7 @@ def exit_code(action: Callable[[], int]) -> int:
         part = missing_part(e.name or "")
         if not part:  # a defect
             raise
-        print(f"error: this needs the part '{part}', which is not installed: install the wheel "
-              f"megatron_sov_{part}-{__version__}-py3-none-any.whl from where the core came (make parts)",
-              file=sys.stderr)
+        print(f"error: {_part_is_missing(part)}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except MemoryError as e:
         print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "

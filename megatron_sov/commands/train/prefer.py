@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
+from megatron_sov.base.command_line import check_part
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from megatron_sov.train.stages.gate import GateView
 
 
+SOV_DATA = "data_prep.cli"
+"""Module of `sov-data`, which a round runs between its commands."""
 NEEDED = ("prompts", "reward", "tokenizer")
 LINES = ".jsonl"
 """Results that have no manifest."""
@@ -148,9 +151,9 @@ def jobs_of(args: PreferOptions, config: RunConfig, number: int) -> Iterator[Rou
     step, columns = (("groups", ["--column", "advantage", "--column", "group_share"])
                      if config.preference.method == "grouper" else ("pairs", []))
     kept = ["--keep-unfinished"] if args.keep_unfinished else []
-    yield RoundJob(judged / MANIFEST, ["data_prep.cli", step, "--input", str(scored), *kept,
-                                       "--output", str(judged)])
-    yield RoundJob(packed / MANIFEST, ["data_prep.cli", "pack", "--tokenizer", str(args.tokenizer),
+    yield RoundJob(judged / MANIFEST, [SOV_DATA, step, "--input", str(scored), *kept, "--output",
+                                       str(judged)])
+    yield RoundJob(packed / MANIFEST, [SOV_DATA, "pack", "--tokenizer", str(args.tokenizer),
                                        "--format", "chat" if columns else "preference", *columns, "--input",
                                        f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
     run = _run_of(args, number)
@@ -179,6 +182,8 @@ def _checked(args: PreferOptions) -> tuple[RunConfig, str]:
     """Return the settings of the rounds' runs and the version of their reward, after everything that can be
     checked before the first one."""
     assert args.reward is not None and args.prompts is not None and args.tokenizer is not None
+    # its commands come after those that generate, which may take hours
+    check_part(SOV_DATA)
     for prompt in read_prompts([], args.prompts):
         if framed := [name for name in FRAMED if prompt.record.get(name)]:
             raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "

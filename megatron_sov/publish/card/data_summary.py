@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import sha256_file
+from megatron_sov.base.command_line import check_part
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.publish.card.lineage import Graph, Node
 from megatron_sov.publish.card.run_record import ANSWERS, CardAnswers, Figure, RecordedOrigin, unknown
 
 CARD, DATA_FORMAT, DATA_VERSION = "card.json", "megatron-sov data card", 2
+SOV_DATA = "data_prep.cli"
+"""Module of `sov-data`."""
 DATA = "data"
 """Folder of the data's card, below the model's; also what origins call it."""
 FILE = f"{DATA}/{CARD}"
@@ -50,10 +53,11 @@ def data_card(shards: Sequence[Path], elsewhere: Sequence[Path], about: Path | N
         about: what no manifest knows of the data.
 
     Raises:
-        UserError: as `sov-data card` tells it.
+        UserError: as `sov-data card` tells it, or the part with that command is not installed.
     """
+    check_part(SOV_DATA)
     with tempfile.TemporaryDirectory(prefix="sov-card-") as folder:
-        command = [sys.executable, "-m", "data_prep.cli", "card", *_paths(shards), "--output", folder]
+        command = [sys.executable, "-m", SOV_DATA, "card", *_paths(shards), "--output", folder]
         command += ["--from", *_paths(elsewhere)] if elsewhere else []
         command += ["--about", *_paths([about])] if about is not None else []
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

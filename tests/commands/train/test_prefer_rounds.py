@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.base import command_line
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
@@ -176,6 +177,14 @@ def test_what_is_wrong_is_said_before_the_first_round(more: tuple[str, ...], sai
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--rounds",
                  "2", *given]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_rounds_want_the_part_that_their_later_commands_are_in(tmp_path: Path, capsys,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "is_installed", lambda module: not module.startswith("data_prep"))
+    assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--rounds",
+                 "2", "--prompts", "none", "--reward", "length", "--tokenizer", "t"]) == 2
+    assert "this needs the part 'data'" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_prompt_is_learned_as_it_was_asked(tmp_path: Path, capsys) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.base import command_line
 from megatron_sov.base.artifacts import manifest_sha256, sha256_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.publish.card.content import ScoreFile, card_json, make_card
@@ -238,3 +239,9 @@ def test_answers_that_yaml_falls_over_are_told_in_a_sentence(tmp_path: Path, tex
     (tmp_path / "answers.yaml").write_text(text)
     with pytest.raises(UserError, match=r"answers\.yaml, line 1: .* is no plain value"):
         read_answers(tmp_path / "answers.yaml")
+
+
+def test_the_card_of_data_wants_the_part_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "is_installed", lambda module: not module.startswith("data_prep"))
+    with pytest.raises(UserError, match="needs the part 'data'"):
+        data_card([], [], None)
