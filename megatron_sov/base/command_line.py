@@ -149,9 +149,11 @@ def part_of(module: str) -> str:
 def is_installed(module: str) -> bool:
     """Return whether the part of `module` or `module:NAME` is here, without importing the module."""
     try:
-        return importlib.util.find_spec(module.partition(":")[0]) is not None
+        found = importlib.util.find_spec(module.partition(":")[0])
     except ModuleNotFoundError:
         return False
+    # without a location: a folder without modules, as bytecode of a part that was uninstalled leaves it
+    return found is not None and found.has_location
 
 
 def missing_part(module: str) -> str:
@@ -162,8 +164,6 @@ def missing_part(module: str) -> str:
     return "" if any(map(is_installed, roots)) else part
 
 
-def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
-    """Return the parser of a program; a command is imported when it is parsed."""
 def check_part(module: str) -> None:
     """Check, before work begins, that the part of a module is installed that another process will run.
 
@@ -179,6 +179,8 @@ def _part_is_missing(part: str) -> str:
             f"megatron_sov_{part}-{__version__}-py3-none-any.whl from where the core came (make parts)")
 
 
+def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
+    """Return the parser of a program; a command is imported when it is parsed."""
     parser = Parser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",

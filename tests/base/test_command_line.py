@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli
-from megatron_sov.base.command_line import Parser, exit_code
+from megatron_sov.base import command_line
+from megatron_sov.base.command_line import Parser, check_part, exit_code, is_installed
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
 from megatron_sov.operate.slurm.stages import work_of
 from megatron_sov.version import __version__
@@ -143,3 +144,16 @@ def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -
     with pytest.raises(SystemExit) as ended:
         exit_code(child_fails)
     assert ended.value.code == kept
+
+
+def test_a_folder_that_an_uninstalled_part_left_is_no_part(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, file in (("left_over", "__pycache__/cli.cpython-311.pyc"), ("whole_part", "__init__.py")):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(command_line, "PARTS", {"old": ("left_over",), "new": ("whole_part",)})
+    assert (is_installed("left_over"), is_installed("whole_part")) == (False, True)
+    check_part("whole_part.cli")
+    with pytest.raises(UserError, match=r"needs the part 'old', .* wheel megatron_sov_old-"):
+        check_part("left_over.cli")
