@@ -132,7 +132,7 @@ wheel: setup  ## build dist/megatron_sov-*.whl
 
 parts: setup  ## build the core and its parts as wheels of their own: dist/parts/*.whl
 	rm -rf build dist/parts
-	for part in core tokenizer data synth publish serve; do \
+	for part in core $$("$(PY)" -c "from megatron_sov.version import PARTS; print(*PARTS)"); do \
 	  SOV_PART=$$part "$(PY)" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist/parts .; rm -rf build; \
 	done
 	@ls dist/parts/*.whl

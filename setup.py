@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import os
+import runpy
 from pathlib import Path
-from typing import Any
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-
-
-def constants(file: Path) -> dict[str, Any]:
-    """Return the plain values that a module assigns; it is read and not imported,
-    for its package may lack what it needs."""
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value)
-            for node in body if isinstance(node, ast.Assign)}
-
-
-DISTRIBUTED = constants(ROOT / "megatron_sov/version.py")
+DISTRIBUTED = runpy.run_path(str(ROOT / "megatron_sov/version.py"))
+"""That file alone is run: its package may lack what it needs."""
 DATA_FILES = ("j2", "css", "js", "json", "yaml", "sh", "sbatch", "md")
 
 INSTALL_REQUIRES = [
@@ -107,11 +97,9 @@ if PART not in ("", "core", *PARTS):
     raise SystemExit(f"SOV_PART={PART} must be core, {', '.join(PARTS)}, or not be set")
 
 
-def part_of(module: str) -> str:
-    """Return the part that a module is in: that of the longest name, since parts lie inside of others."""
-    found = [(len(name), part) for part, names in PARTS.items() for name in names
-             if f"{module}.".startswith(f"{name}.")]
-    return max(found)[1] if found else "core"
+def is_built(module: str) -> bool:
+    """Return whether a module, or a folder of data, goes into what is built."""
+    return not PART or (DISTRIBUTED["part_of"](module) or "core") == PART
 
 
 class BuildPart(build_py):
@@ -121,18 +109,17 @@ class BuildPart(build_py):
         """Return (package, module, file) of those modules that are built."""
         found = super().find_package_modules(package, package_dir)
         return [(of, module, file) for of, module, file in found
-                if not PART or part_of(of if module == "__init__" else f"{of}.{module}") == PART]
+                if is_built(of if module == "__init__" else f"{of}.{module}")]
 
     def find_data_files(self, package: str, src_dir: str) -> list[str]:
         """Return those data files that are built: they go with the package whose folder they are in."""
         return [file for file in super().find_data_files(package, src_dir)
-                if not PART or part_of(os.path.dirname(os.path.relpath(file)).replace(os.sep, ".")) == PART]
+                if is_built(os.path.dirname(os.path.relpath(file)).replace(os.sep, "."))]
 
 
-LIBRARIES = sorted({line for name, lines in EXTRAS.items() if name not in ("dev", "gpu", "rollout", "docs")
-                    for line in lines})
 # the libraries alone: pip would ask an index for our parts by name, which has none of ours
-EXTRAS["all"] = LIBRARIES
+EXTRAS["all"] = sorted({line for name, lines in EXTRAS.items()
+                        if name not in ("dev", "gpu", "rollout", "docs") for line in lines})
 NEEDS = (INSTALL_REQUIRES if PART in ("", "core") else
          [f"megatron-sov=={VERSION}", *(line for name in OF_PART.get(PART, []) for line in EXTRAS[name])])
 if PART == "synth":

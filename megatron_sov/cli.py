@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    Parser, exit_code, fill_commands, is_installed, parser_of, part_of, version_of)
+    Parser, exit_code, fill_commands, missing_part, parser_of, version_of)
 from megatron_sov.base.errors import ExitCode, UserError, nearest
 from megatron_sov.base.plugins.registry import Declared, declared, takes
 from megatron_sov.commands import COMMANDS
@@ -45,7 +45,8 @@ def help_parser(installed: list[Declared]) -> argparse.ArgumentParser:
 
 def _missing(module: str) -> str:
     """Return what the help says of a command whose part is not installed."""
-    return "" if is_installed(module) else f" (part '{part_of(module)}', not installed)"
+    part = missing_part(module)
+    return f" (part '{part}', not installed)" if part else ""
 
 
 def build_parser() -> Parser:

@@ -1,6 +1,6 @@
 """What is distributed: the version, for the wheel and for provenance, and the packages.
 
-setup.py reads these constants without importing anything, so they stay plain values.
+setup.py runs this file alone, so it imports nothing.
 """
 
 from __future__ import annotations
@@ -20,3 +20,12 @@ PARTS = {
     "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""
+
+
+def part_of(module: str) -> str:
+    """Return the part that `module` or `module:NAME` is in; "" for the core.  The longest name counts, since
+    parts lie inside of others."""
+    module = module.partition(":")[0]
+    found = [(len(name), part) for part, names in PARTS.items() for name in names
+             if f"{module}.".startswith(f"{name}.")]
+    return max(found)[1] if found else ""

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.command_line import part_of
-from megatron_sov.version import OUR_PACKAGES
+from megatron_sov.version import OUR_PACKAGES, part_of
 
 ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}

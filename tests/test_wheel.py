@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.command_line import part_of
-from megatron_sov.version import PARTS, __version__
+from megatron_sov.version import PARTS, __version__, part_of
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, GateFailed, StopRequested, UserError, nearest, to_exit_code, visible)
-from megatron_sov.version import PARTS, __version__
+from megatron_sov.version import PARTS, __version__, part_of
 
 MAX_PATH_CHARS = 300
 """Of a path that is shown; the longest that a disk takes are longer than a screen."""
@@ -88,7 +88,7 @@ def _options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """Import every command below a parser whose part is installed; returns the parser and all below it."""
-    if isinstance(parser, _CommandParser) and is_installed(parser._module or "megatron_sov"):
+    if isinstance(parser, _CommandParser) and not missing_part(parser._module):
         parser.fill()
     found = [parser]
     for action in parser._actions:
@@ -135,15 +135,6 @@ class _CommandParser(Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.fill()
         return super().parse_known_args(args, namespace)
-
-
-def part_of(module: str) -> str:
-    """Return the part of our distribution that `module` or `module:NAME` is in (`version.PARTS`); "" for the
-    core."""
-    module = module.partition(":")[0]
-    found = [(len(name), part) for part, names in PARTS.items() for name in names
-             if f"{module}.".startswith(f"{name}.")]
-    return max(found)[1] if found else ""
 
 
 def is_installed(module: str) -> bool:

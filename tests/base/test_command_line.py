@@ -12,11 +12,10 @@ import pytest
 
 from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli
-from megatron_sov.base import command_line
 from megatron_sov.base.command_line import Parser, check_part, exit_code, is_installed
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
 from megatron_sov.operate.slurm.stages import work_of
-from megatron_sov.version import __version__
+from megatron_sov.version import PARTS, __version__
 from tokenizer.cli import build_parser as sov_tokenizer
 
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
@@ -152,7 +151,8 @@ def test_a_folder_that_an_uninstalled_part_left_is_no_part(tmp_path: Path,
         (tmp_path / name / file).parent.mkdir(parents=True)
         (tmp_path / name / file).touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(command_line, "PARTS", {"old": ("left_over",), "new": ("whole_part",)})
+    monkeypatch.setitem(PARTS, "old", ("left_over",))
+    monkeypatch.setitem(PARTS, "new", ("whole_part",))
     assert (is_installed("left_over"), is_installed("whole_part")) == (False, True)
     check_part("whole_part.cli")
     with pytest.raises(UserError, match=r"needs the part 'old', .* wheel megatron_sov_old-"):
