@@ -52,9 +52,8 @@ def rules() -> ModuleType:
     return module
 
 
-def arrows() -> Counter[tuple[str, str]]:
-    """Return (hall, hall that it imports) -> number of imports."""
-    table = rules()
+def arrows(table: ModuleType) -> Counter[tuple[str, str]]:
+    """Return (hall, hall that it imports) -> number of imports, of the rules' `table`."""
     return Counter((source.hall, name.split(".")[1]) for source in table.sources(ROOT)
                    for _, name in source.imports()
                    if name.startswith("megatron_sov.") and source.hall in SAYS
@@ -63,7 +62,8 @@ def arrows() -> Counter[tuple[str, str]]:
 
 def page() -> str:
     """Return the whole picture: a row for each hall, a mark under each one that it imports."""
-    found, halls = arrows(), list(SAYS)
+    table, halls = rules(), list(SAYS)
+    found = arrows(table)
     width, height = LEFT + CELL * len(halls) + 20, TOP + ROW * len(halls) + 20
     parts = []
     for column, hall in enumerate(halls[:-2]):
@@ -72,7 +72,7 @@ def page() -> str:
                      "</text>\n")
     for row, hall in enumerate(halls):
         y = TOP + row * ROW
-        shade = "#dfe9dc" if hall in rules().LEAVES else "#dce8ee" if hall in halls[-2:] else "#f0ece2"
+        shade = "#dfe9dc" if hall in table.LEAVES else "#dce8ee" if hall in halls[-2:] else "#f0ece2"
         parts.append(f'<rect x="8" y="{y + 2}" width="{width - 16}" height="{ROW - 4}" rx="4" '
                      f'fill="{shade}"/>\n'
                      f'<text class="name" x="18" y="{y + 20}">{hall}</text>\n'
@@ -90,7 +90,7 @@ def page() -> str:
 
 def counts() -> str:
     """Return the table of imports: who imports, and how often whom."""
-    found, halls = arrows(), list(SAYS)
+    found, halls = arrows(rules()), list(SAYS)
     lines = [" " * 10 + "".join(f"{hall[:8]:>9}" for hall in halls[:-2])]
     lines += [f"{hall:<10}" + "".join(f"{found[hall, other] or '.':>9}" for other in halls[:-2])
               for hall in halls]

@@ -550,7 +550,7 @@ def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def files_of_the_rooms() -> set[str]:
+def packaged_files() -> set[str]:
     """Return every file below the packages, leaving out what Python and editors put there."""
     from megatron_sov.version import OUR_PACKAGES
 
@@ -559,13 +559,13 @@ def files_of_the_rooms() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def build_wheel(files_of_the_rooms: set[str],
+def build_wheel(packaged_files: set[str],
                 tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `build(part="")`: the wheel of the whole, of the core or of a part, built from a copy of the
     sources, so that nothing is written beside them."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
-    for name in files_of_the_rooms | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
+    for name in packaged_files | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
 

@@ -1,4 +1,4 @@
-"""The wheel: it holds every file of the rooms, and its commands work elsewhere, away from the sources."""
+"""The wheel: it holds every file of our packages, and its commands work elsewhere, away from the sources."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess
                           env={**os.environ, "PYTHONPATH": str(installed)})
 
 
-def test_the_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path,
-                                                                  files_of_the_rooms: set[str]) -> None:
+def test_the_wheel_holds_every_packaged_file_and_nothing_else(wheel: Path, packaged_files: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(next(n for n in archive.namelist()
                                      if n.endswith(".dist-info/METADATA"))).decode()
-    assert inside == files_of_the_rooms
+    assert inside == packaged_files
     assert "Name: megatron-sov" in metadata
     assert "License: Apache-2.0" in metadata
     assert "License-File: LICENSE" in metadata
@@ -75,9 +74,9 @@ def parts_in(files: set[str]) -> dict[str, set[str]]:
 
 def test_the_core_works_without_its_parts_and_names_what_is_missing(
         build_wheel: Callable[..., Path], install_wheels: Callable[..., Path],
-        files_of_the_rooms: set[str]) -> None:
+        packaged_files: set[str]) -> None:
     core, serve = build_wheel("core"), build_wheel("serve")
-    parts = parts_in(files_of_the_rooms)
+    parts = parts_in(packaged_files)
     assert set(parts) == {"", *PARTS}
     for built, part in ((core, ""), (serve, "serve")):
         with zipfile.ZipFile(built) as archive:

@@ -14,10 +14,6 @@ from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 
-_LABELS = ("JSONL file of {\"text\": ..., \"label\": 0 or 1, or 0 to 5, \"language\": \"ko\"}; the language "
-           "may be left out")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScorerTrainOptions:
     """Train a linear model over hashed n-grams, or over the embeddings of a local Hugging Face encoder.

@@ -39,7 +39,6 @@ DESCRIPTION = """Take over .bin and .idx pairs that Megatron-LM's preprocess_dat
 token shards: every number of the index is checked, ids against the tokenizer's vocabulary, the ends of
 documents, and whether the text that they spell gives the same ids again."""
 BLOCK_TOKENS = 1 << 22
-EODS = ("auto", "append", "none")
 
 
 # What is found in token shards of others: their range of ids, the ends of their documents, the text that

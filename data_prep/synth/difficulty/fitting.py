@@ -39,8 +39,6 @@ from megatron_sov.base.settings import RISING, SettingsError, Share, as_problem,
 
 GRADED = "corpus"
 BUCKETS = ("hard", "middle", "easy")
-FIELDS = ("pass_rate", "difficulty", "difficulty_from", "bucket")
-"""What a row is given; what it has of these is replaced."""
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,6 @@ PREFIXES = ("", "module.")
 HALVES = ("_w", "_v")
 """What a gated matrix's halves, gate and up, are called behind its name."""
 REMEDY = "restore the checkpoint from its source"
-_EXPERT_AXIS = ".experts.experts."
 _KEPT_HEADERS = 4096
 """Of stored parts, whose places are remembered."""
 
@@ -425,7 +424,7 @@ class TorchDistWeights:
         missing: dict[str, tuple[int, ...]] = {}
         expected: dict[str, tuple[int, ...]] = {}
         for link in self.links:
-            expert = link.offset[0] if _EXPERT_AXIS in link.key else None
+            expert = link.offset[0] if _EXPERTS in link.key else None
             at = sources(link.key, expert, theirs)
             if at is None:
                 missing[link.key] = link.shape

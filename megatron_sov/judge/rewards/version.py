@@ -83,7 +83,7 @@ def _source(module: str) -> str:
 
 
 def _room(module: str) -> str:
-    """Return a module's package: `megatron_sov.judge.rewards` of `megatron_sov.judge.rewards.answers`."""
+    """Return the folder of its hall that a module is in: `megatron_sov.judge.tools` of all of its worlds."""
     return ".".join(module.split(".")[:3])
 
 

@@ -34,7 +34,6 @@ def _schema(nullable: Collection[str], **types: pa.DataType) -> pa.Schema:
 
 
 _KEY = {"prompt": pa.string(), "sample": pa.int32(), "policy": pa.string(), "sampling": pa.string()}
-KEYS = _schema((), **_KEY, attempt=pa.int32(), problem=pa.string())
 ROLLOUTS = _schema(
     ("outcome", "routes"), **_KEY, round=pa.int32(), attempt=pa.int32(), record=pa.string(),
     prompt_tokens=_lists_of(pa.int32()), tokens=_lists_of(pa.int32()), logprobs=_lists_of(pa.float32()),

@@ -22,7 +22,6 @@ _ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s()]+|\"[^\"]*\"|'
                        re.MULTILINE)
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)(?::-([^}]*))?\}?")
 _OPTION = re.compile(r"--[a-z][a-z0-9_-]*\Z")
-_BOUNDS = re.compile(r"[()\[\]]")
 NEGATED = {"no_position_embedding": "add_position_embedding", "no_rope_fusion": "apply_rope_fusion",
            "no_masked_softmax_fusion": "masked_softmax_fusion",
            "no_async_tensor_model_parallel_allreduce": "",

@@ -33,8 +33,6 @@ Basis = Literal["recorded", "measured", "counted", "computed", "estimated", "sta
 """recorded: stands in the file as it is; measured: a sum or mean of measurements; counted: how often
 something stands there; computed: by a formula from what is recorded; estimated: rests on an assumption, which
 `how` names; stated: a person's word; unknown: nobody has recorded it."""
-EXACT = ("recorded", "stated")
-"""Bases whose value is that of the key itself."""
 
 
 @dataclass(frozen=True)
