@@ -14,6 +14,7 @@ from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerTrainOptions:
     """Train a linear model over hashed n-grams, or over the embeddings of a local Hugging Face encoder.

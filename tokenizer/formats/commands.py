@@ -6,16 +6,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json, write_output)
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.base.settings import Flag, command_of, read_options
 
 PRESET = "imported"
 """What the manifest says where it names the preset of a trained tokenizer."""
@@ -184,7 +182,7 @@ def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], ch
                          "library": source.library}
 
 
-IMPORT = SimpleNamespace(add_arguments=partial(add_options, cls=TokenizerImportOptions), run=run_import)
+IMPORT = command_of(TokenizerImportOptions, run_import)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,4 +286,4 @@ def _sentencepiece(source: Any, name: str) -> Made:
     return [model], processor(model).encode
 
 
-EXPORT = SimpleNamespace(add_arguments=partial(add_options, cls=TokenizerExportOptions), run=run_export)
+EXPORT = command_of(TokenizerExportOptions, run_export)

@@ -8,9 +8,7 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 from annotated_types import Le
@@ -22,8 +20,8 @@ from megatron_sov.base.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, add_options, only_with,
-    read_options)
+    AtLeastOne, Flag, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, add_options, command_of,
+    only_with, read_options)
 from megatron_sov.model.pretrained import INDEX, hub_name, read_json, weight_files
 
 KIND = "hf_model"
@@ -538,4 +536,4 @@ def _tell_blocks(blocks: list[Any], vocab_size: int, checked: str, output: Path)
         print(f"wrote {output}")
 
 
-MEDIA_COMMAND = SimpleNamespace(add_arguments=partial(add_options, cls=TokenizerMediaOptions), run=run_media)
+MEDIA_COMMAND = command_of(TokenizerMediaOptions, run_media)

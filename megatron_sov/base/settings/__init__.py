@@ -2,7 +2,8 @@
 for JSON, YAML and `key=value`, one table of sentences.  Nothing here imports torch."""
 
 from megatron_sov.base.settings.options import (
-    NO_FLAG, Actions, Flag, add_actions, add_options, num_cores, options_of, read_options, run_action)
+    NO_FLAG, Actions, Flag, add_actions, add_options, command_of, num_cores, options_of, read_options,
+    run_action)
 from megatron_sov.base.settings.problem import (
     ONCE, RISING, AboveZero, AtLeastOne, Bound, Breach, Finite, Fraction, NotBlank, NotNegative,
     NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, as_problem, at_most, below,
@@ -17,8 +18,8 @@ __all__ = [
     "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "AtLeastOne", "Bound", "Breach", "Finite", "Flag",
     "Fraction", "Located", "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation",
     "SettingsError", "SettingsProblem", "Share", "add_actions", "add_options", "as_problem", "assign_all",
-    "at_most", "below", "change", "check", "find_broken", "find_problems", "multiple_of", "name_options",
-    "not_with", "num_cores", "one_of", "only_with", "options_of", "other_than", "parse_changes",
-    "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments", "read_file", "read_located",
-    "read_options", "read_text", "read_yaml", "rules_of", "run_action",
+    "at_most", "below", "change", "check", "command_of", "find_broken", "find_problems", "multiple_of",
+    "name_options", "not_with", "num_cores", "one_of", "only_with", "options_of", "other_than",
+    "parse_changes", "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments",
+    "read_file", "read_located", "read_options", "read_text", "read_yaml", "rules_of", "run_action",
 ]

@@ -23,9 +23,9 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from megatron_sov.base.errors import DryRun
@@ -140,6 +140,11 @@ class _Given:
     @property
     def dest(self) -> str:
         return ".".join(self.path)
+
+
+def command_of(cls: type, run: Callable[[argparse.Namespace], int]) -> SimpleNamespace:
+    """Return a command with the options of a class, for a file that holds several (`Command.module`)."""
+    return SimpleNamespace(add_arguments=partial(add_options, cls=cls), run=run)
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:

@@ -6,15 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.artifacts import to_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output, refuse_input
-from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
+from megatron_sov.base.settings import AtLeastOne, Flag, command_of, num_cores, read_options
 from megatron_sov.commands.evaluate.benchmarks import named_tasks
 from megatron_sov.commands.shared_options import RecordOptions
 from megatron_sov.runs.folder import RunEvents
@@ -95,8 +93,7 @@ def _table(found: ContaminationCheck, hits_file: Path) -> str:
     return "\n".join([*lines, f"{found.num_documents:,} documents searched; places in {hits_file}"])
 
 
-CONTAMINATION = SimpleNamespace(add_arguments=partial(add_options, cls=EvalContaminationOptions),
-                                run=run_contamination)
+CONTAMINATION = command_of(EvalContaminationOptions, run_contamination)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,5 +135,4 @@ def run_difference(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-DIFFERENCE = SimpleNamespace(add_arguments=partial(add_options, cls=EvalDifferenceOptions),
-                             run=run_difference)
+DIFFERENCE = command_of(EvalDifferenceOptions, run_difference)

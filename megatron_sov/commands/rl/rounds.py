@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -22,7 +21,7 @@ from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, list_problems, visible, warn)
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import (
-    Flag, NotNegative, ProblemCode, SettingsProblem, add_options, change, not_with, only_with, parse_nested,
+    Flag, NotNegative, ProblemCode, SettingsProblem, change, command_of, not_with, only_with, parse_nested,
     read_options)
 from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
@@ -144,7 +143,7 @@ def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -
     return ExitCode.OK
 
 
-REWARD = SimpleNamespace(add_arguments=partial(add_options, cls=RewardOptions), run=run_reward)
+REWARD = command_of(RewardOptions, run_reward)
 
 
 def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
@@ -416,7 +415,7 @@ def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any
     return ExitCode.OK
 
 
-GENERATE = SimpleNamespace(add_arguments=partial(add_options, cls=RlGenerateOptions), run=run_generate)
+GENERATE = command_of(RlGenerateOptions, run_generate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,7 +518,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
                     dry_run=args.dry_run), args.nproc, began_s)
 
 
-TRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=RlTrainOptions), run=run_train)
+TRAIN = command_of(RlTrainOptions, run_train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -575,4 +574,4 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         producer.close()
 
 
-RUN = SimpleNamespace(add_arguments=partial(add_options, cls=RlRunOptions), run=run_all)
+RUN = command_of(RlRunOptions, run_all)

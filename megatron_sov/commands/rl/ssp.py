@@ -10,16 +10,14 @@ import argparse
 import shlex
 import sys
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST, damaged_files, disk_errors, read_manifest
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, add_options, at_most, parse_nested, read_options
+from megatron_sov.base.settings import AtLeastOne, Flag, at_most, command_of, parse_nested, read_options
 from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions, JudgedSamplingOptions
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.infer.request import RankOptions
@@ -155,7 +153,7 @@ def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -
         overwrite=folder.exists()))]  # what is there is of files that have changed since
 
 
-PROBE = SimpleNamespace(add_arguments=partial(add_options, cls=SspProbeOptions), run=run_probe)
+PROBE = command_of(SspProbeOptions, run_probe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,4 +200,4 @@ def run_fuse(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-FUSE = SimpleNamespace(add_arguments=partial(add_options, cls=SspFuseOptions), run=run_fuse)
+FUSE = command_of(SspFuseOptions, run_fuse)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, read_options
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, Flag, NotNegativeInt, add_options, command_of, read_options)
 from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.commands.train.forgetting_gate import GateOptions, gate_of
@@ -91,7 +91,7 @@ def run_states(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-STATES = SimpleNamespace(add_arguments=partial(add_options, cls=DistillStatesOptions), run=run_states)
+STATES = command_of(DistillStatesOptions, run_states)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def run_write(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-WRITE = SimpleNamespace(add_arguments=partial(add_options, cls=DistillWriteOptions), run=run_write)
+WRITE = command_of(DistillWriteOptions, run_write)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -427,4 +427,4 @@ def _commands(args: DistillRoundsOptions, config: RunConfig) -> Iterator[tuple[P
         student = trained
 
 
-ROUNDS = SimpleNamespace(add_arguments=partial(add_options, cls=DistillRoundsOptions), run=run_rounds)
+ROUNDS = command_of(DistillRoundsOptions, run_rounds)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from functools import partial
-from types import SimpleNamespace
 
-from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.base.settings import command_of, read_options
 from megatron_sov.commands.evaluate.benchmarks import refuse_unknown_benchmarks
 from megatron_sov.commands.train.forgetting_gate import TunedOptions, gate_of
 from megatron_sov.model.objectives import factory
@@ -40,7 +38,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
     return 0
 
 
-PRETRAIN = SimpleNamespace(add_arguments=partial(add_options, cls=StageOptions), run=run_pretrain)
+PRETRAIN = command_of(StageOptions, run_pretrain)
 
 
 def run_extend(typed: argparse.Namespace) -> int:
@@ -85,7 +83,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     return 0
 
 
-EXTEND = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_extend)
+EXTEND = command_of(TunedOptions, run_extend)
 
 
 def run_sft(typed: argparse.Namespace) -> int:
@@ -113,4 +111,4 @@ def run_sft(typed: argparse.Namespace) -> int:
     return 0
 
 
-SFT = SimpleNamespace(add_arguments=partial(add_options, cls=TunedOptions), run=run_sft)
+SFT = command_of(TunedOptions, run_sft)
