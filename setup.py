@@ -89,7 +89,8 @@ EXTRAS = {
 VERSION, PARTS = DISTRIBUTED["__version__"], DISTRIBUTED["PARTS"]
 PART = os.environ.get("SOV_PART", "")
 """What is built: the whole (""), "core", or one of its parts (`make parts`)."""
-OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "serve": ["serve"]}
+OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "omni": ["omni"],
+           "serve": ["serve"]}
 """Part -> extras whose libraries it needs."""
 SCRIPTS = {"core": "megatron-sov=megatron_sov.cli:main", "tokenizer": "sov-tokenizer=tokenizer.cli:main",
            "data": "sov-data=data_prep.cli:main"}

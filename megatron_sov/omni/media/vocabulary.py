@@ -1,11 +1,9 @@
-"""Tokens of media in texts that `sov-data encode-media` wrote: there they are meant, where other texts
-only spell
-them."""
+"""Tokens of media in texts that `sov-data encode-media` wrote: they are special tokens there, and ordinary
+text where other texts spell them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,26 +11,18 @@ from tokenizers import Tokenizer
 
 from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, SPELLED, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.banks import KINDS, NONE, PICTURES, SOUNDS
+from megatron_sov.base.documents.shard_files import NO_FEATURE
+from megatron_sov.model.modality import PICTURES, SOUNDS, MediaEncoding, Rows
+from megatron_sov.omni.media.banks import KINDS
 
 PLACEHOLDERS = {PICTURES: (IMAGE_PAD, VIDEO_PAD), SOUNDS: (AUDIO_PAD,)}
 """Bank -> the tokens that stand for its features."""
-Rows = Mapping[str, Sequence[tuple[int, int]]]
-"""Bank -> row and used slots of each of a document's records, in the order of the placeholders."""
 
 
-@dataclass(frozen=True)
-class MediaEncoding:
-    """What ids of documents with media depend on besides the tokenizer."""
-
-    slots: tuple[tuple[str, int], ...] = ()
-    """Bank and slots of its records."""
-
-
-class MeantTokens:
+class MediaVocabulary:
     """The tokens of media of a tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, encoding: MediaEncoding = MediaEncoding()) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> None:
         """`tokenizer`: one that `sov-tokenizer media` wrote."""
         self._id_of = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()
                        if SPELLED.fullmatch(token.content)}
@@ -83,7 +73,7 @@ class MeantTokens:
             BadRecord: placeholders and features are not as many.
         """
         tokens = np.asarray(ids, np.int64)
-        found = np.full(len(tokens), NONE, np.int64)
+        found = np.full(len(tokens), NO_FEATURE, np.int64)
         for kind in KINDS:
             places = np.flatnonzero(np.isin(tokens, self.placeholder_ids(kind)))
             held, slots = rows.get(kind, ()), self._slots.get(kind, 0)
