@@ -19,8 +19,8 @@ from megatron_sov.model.families.encoders import HF_PREFIXES
 from megatron_sov.model.modality import (
     ENCODERS, Banks, EncoderInput, EncoderInputs, FeatureTokens, MediaEncoding, take_records)
 from megatron_sov.omni.media.banks import KINDS, BankShape, codecs_of, open_bank, read_shapes
+from megatron_sov.omni.media.items import MediaVocabulary
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
-from megatron_sov.omni.media.vocabulary import MediaVocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

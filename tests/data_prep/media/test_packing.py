@@ -30,7 +30,7 @@ from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import VisionEncoderConfig
 from megatron_sov.model.modality import MediaEncoding, check_encoders
 from megatron_sov.omni.media.banks import open_bank, read_shapes
-from megatron_sov.omni.media.vocabulary import MediaVocabulary
+from megatron_sov.omni.media.items import MediaVocabulary
 from tests.data_prep.media.chats import Encode, shown
 
 CHATS = [shown(("image", "light.png")),

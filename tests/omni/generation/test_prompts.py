@@ -91,10 +91,11 @@ def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
 
 def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
     prompts = asked()
-    for row, ids, media in zip(site.rows, prompts.ids, prompts.encoder_inputs, strict=True):
+    for row, ids, inputs in zip(site.rows, prompts.ids, prompts.encoder_inputs, strict=True):
         assert ids == row.tokens[:len(ids)].tolist() and len(ids) + len(site.answers[0]) <= len(row.tokens)
-        assert row.encoder_inputs is not None and {"pictures", "sounds"} == set(media) == set(row.encoder_inputs)
-        for kind, part in media.items():
+        assert row.encoder_inputs is not None
+        assert {"pictures", "sounds"} == set(inputs) == set(row.encoder_inputs)
+        for kind, part in inputs.items():
             trained = row.encoder_inputs[kind]
             assert (part.places == trained.places).all() and (part.features == trained.features).all()
             assert all((a == b).all() for a, b in zip(part.records, trained.records, strict=True))
@@ -118,8 +119,8 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     from megatron_sov.train.objectives.microbatch import from_row
 
     prompts, answers = asked(), site.answers
-    pictures = replace(prompts.encoder_inputs[0]["pictures"], records=prompts.encoder_inputs[1]["pictures"].records)
-    seen, other = prompts.encoder_inputs[0], {**prompts.encoder_inputs[0], "pictures": pictures}
+    seen, second = prompts.encoder_inputs
+    other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}
 
     def work(loaded: Loaded) -> Any:
         batches = [from_row(row) for row in site.rows]
@@ -127,7 +128,8 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
         for batch in batches:
             (found,) = loaded.policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
             trained.append(found[batch.weights > 0].tolist())
-        questions = [Question(prompts.ids[i], [answers[i], answers[i][:2]], prompts.encoder_inputs[i]) for i in (0, 1)]
+        questions = [Question(prompts.ids[i], [answers[i], answers[i][:2]], prompts.encoder_inputs[i])
+                     for i in (0, 1)]
         scored = [answer_logprobs(loaded.policy, questions, Batching(1, tokens)) for tokens in (8192, 7)]
         written = []
         for tokens in (8192, 7):

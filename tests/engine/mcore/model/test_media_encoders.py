@@ -58,7 +58,8 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     pieces = []
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
-            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3], slice_inputs(shown(0, 1), start, 3))],
+            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
+                                          slice_inputs(shown(0, 1), start, 3))],
                                 decoder.common_row_tokens(3))
             pieces.append(collectives.broadcast_from_last_stage(
                 gather_sequence(read.hidden, model.config)[:3] if read.hidden is not None
