@@ -64,7 +64,7 @@ EXTRAS = {
     "mlflow": ["mlflow-skinny>=3.1"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
-    "omni": ["pillow", "soundfile", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
+    "omni": ["pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "isort>=9", "mypy", "setuptools>=77",
@@ -79,7 +79,7 @@ EXTRAS = {
         "lm-eval==0.4.13", "accelerate>=1.10", "aiohttp>=3.11",
         "opentelemetry-sdk>=1.40", "opentelemetry-exporter-otlp-proto-http>=1.40", "prometheus-client>=0.26",
         "nvidia-ml-py>=13", "mlflow-skinny>=3.1", "ray>=2.40",
-        "pillow", "soundfile", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
+        "pillow", "soundfile", "scipy", "vector-quantize-pytorch>=1.32", "diffusers>=0.42", "jiwer>=4",
         # measures and judges of media in benchmarks/omni
         "scikit-image", "pystoi", "pocketsphinx", "espeakng-loader",
         "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0",
@@ -89,7 +89,8 @@ EXTRAS = {
 VERSION, PARTS = DISTRIBUTED["__version__"], DISTRIBUTED["PARTS"]
 PART = os.environ.get("SOV_PART", "")
 """What is built: the whole (""), "core", or one of its parts (`make parts`)."""
-OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "serve": ["serve"]}
+OF_PART = {"tokenizer": ["sentencepiece"], "data": ["data"], "synth": ["synth", "data"], "omni": ["omni"],
+           "serve": ["serve"]}
 """Part -> extras whose libraries it needs."""
 SCRIPTS = {"core": "megatron-sov=megatron_sov.cli:main", "tokenizer": "sov-tokenizer=tokenizer.cli:main",
            "data": "sov-data=data_prep.cli:main"}

@@ -17,6 +17,8 @@ PARTS = {
     "synth": ("data_prep.synth",),
     "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
                 "megatron_sov.commands.operate.ladder", "megatron_sov.commands.models.card"),
+    "omni": ("megatron_sov.omni", "megatron_sov.commands.models.codec",
+             "megatron_sov.commands.evaluate.eval_media", "data_prep.media"),
     "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""

@@ -41,7 +41,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
 
     prepare_megatron()
     from megatron_sov.engine.mcore.checkpoint import load
-    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model.language_model import build_configured
     from megatron_sov.engine.mcore.parallel import world
 
     tokenizer = path.with_name(f"{path.name}-tokenizer")
@@ -59,7 +59,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
           for name in ("first", "size")), *settings])
     world.join(config.parallel)
     try:
-        model = build(config.model, config.parallel, config.train, config.gpu, config.lora, config.media)
+        model = build_configured(config)
         load.initialise(model, config.model, 1)
         if likes:
             with torch.no_grad():  # states all point one way, and so do the rows of what it likes

@@ -19,10 +19,12 @@ from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.messages import refuse_deep
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
-from megatron_sov.omni.media.banks import MEDIA, PICTURES, SOUNDS, BankShape
+from megatron_sov.model.modality import PICTURES, SOUNDS
+from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
 from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia, place_of
@@ -460,8 +462,8 @@ def parse_record(line: bytes) -> MediaRecord:
     if not isinstance(record, dict) or ("messages" in record) == ("content" in record):
         raise BadRecord("fields", "must be an object with either 'messages' (a chat) or 'content' (a "
                                   "document)")
-    if MEDIA in record:
-        raise BadRecord("fields", f"has a field {MEDIA!r}, which this step writes; remove it")
+    if FEATURES in record:
+        raise BadRecord("fields", f"has a field {FEATURES!r}, which this step writes; remove it")
     if "content" in record:
         kind, own = TEXT, "content"
         messages = [MediaMessage({}, _parts(record["content"], "content"))]

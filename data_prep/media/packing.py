@@ -3,7 +3,7 @@ documents name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -11,12 +11,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.media.units import KIND, RECORDS
-from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.chat.media_tokens import MEDIA as BLOCKS, read_blocks
+from megatron_sov.base.documents.files import MEDIA_CORPUS, media_corpus_of
+from megatron_sov.base.documents.shard_files import FEATURE_DTYPE, FEATURES, NO_FEATURE
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.media.banks import MEDIA, NONE, SIDECAR_DTYPE, BankShape, open_bank, read_shapes
-from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
+from megatron_sov.model.modality import FeatureTokens, MediaEncoding
+from megatron_sov.omni.media.banks import BankShape, open_bank, read_shapes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class SourceBanks:
     folder: Path
     shapes: Mapping[str, BankShape]
     """Kind -> what its records are."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what the manifest of token shards says of them."""
+        return {kind: shape.record() for kind, shape in self.shapes.items()}
+
+    def open_shard(self, prefix: Path) -> ShardBanks:
+        """Begin the banks of a shard of the source."""
+        return ShardBanks(self, prefix)
 
 
 class ShardBanks:
@@ -70,56 +79,70 @@ class ShardBanks:
             file.close()
 
 
-def corpus_of(path: Path) -> Path | None:
-    """Return the media corpus that a path is, or lies in; None: none."""
-    for folder in (path, path.absolute().parent):
-        # its records first: text may lie beside a `manifest.json` that is another program's
-        complete = all((folder / name).is_file() for name in (RECORDS, MANIFEST))
-        if complete and read_manifest(folder).kind == KIND:
-            return folder
-    return None
+class MediaCorpora:
+    """The media corpora that are packed together."""
+
+    def __init__(self, sources: Mapping[str, Path], kind: str | None) -> None:
+        """Take them.
+
+        Args:
+            sources: name -> path of what is packed together, some of which are media corpora.
+            kind: the format that was asked for.
+
+        Raises:
+            UserError: one is a part of a media corpus, others are none, they hold records of another format,
+                or banks of one kind have other slots.
+        """
+        self._folders = {name: folder for name, path in sources.items()
+                         if (folder := media_corpus_of(path)) is not None}
+        for name, folder in self._folders.items():
+            if sources[name].is_file():
+                raise UserError(f"--input {sources[name]}: belongs to the media corpus {folder}, and its "
+                                "media would be lost; pass the folder")
+            if (holds := read_manifest(folder, MEDIA_CORPUS).content["format"]) != kind:
+                raise UserError(f"--input {folder}: holds media in records of format {holds}; pack it with "
+                                f"--format {holds}")
+        if len(self._folders) < len(sources):
+            other = next(path for name, path in sources.items() if name not in self._folders)
+            raise UserError(f"--input {other}: is no media corpus, and {next(iter(self._folders.values()))} "
+                            "is one; pack each on its own (training takes several --data, and `sov-data mix` "
+                            "joins them)")
+        self.encoding = _encoding_of(self.folders)
+        """What ids depend on."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """Return the folder of each, in the order of the sources."""
+        return list(self._folders.values())
+
+    def check_tokenizer(self, tokenizer: Path) -> None:
+        """Refuse a tokenizer without the tokens that the corpora hold.
+
+        Raises:
+            UserError: it has none, or a smaller codebook.
+        """
+        blocks = read_blocks(read_manifest(tokenizer).content.get(BLOCKS), str(tokenizer))
+        for folder in self.folders:
+            for kind, codec in read_manifest(folder, MEDIA_CORPUS).content["codecs"].items():
+                have = blocks[kind].size if kind in blocks else 0
+                if (needed := codec["codebook_size"] or 0) > have:
+                    raise UserError(f"--tokenizer {tokenizer}: has {have} tokens of {kind}, and {folder} was "
+                                    f"encoded with a codebook of {needed}; make one with `sov-tokenizer "
+                                    f"media {tokenizer} --{kind}-tokens {needed} ...`")
+        if not blocks:
+            raise UserError(f"--tokenizer {tokenizer}: has no tokens of media; make one with `sov-tokenizer "
+                            "media`")
+
+    def banks(self, source: str, tokens: FeatureTokens) -> SourceBanks:
+        """Return the banks of a source, with the placeholders of the tokenizer."""
+        folder = self._folders[source]
+        return SourceBanks(folder, {kind: replace(shape, placeholder_ids=tokens.placeholder_ids(kind))
+                                    for kind, shape in _shapes(folder).items()})
 
 
-def records_of(path: Path) -> Path:
-    """Return what is read of an input: of a media corpus its records alone."""
-    return path / RECORDS if path.is_dir() and corpus_of(path) else path
-
-
-def media_of(sources: Mapping[str, Path], kind: str | None) -> dict[str, Path]:
-    """Return source -> its media corpus; nothing where none is one.
-
-    Args:
-        sources: name -> path of what is packed together.
-        kind: the format that was asked for.
-
-    Raises:
-        UserError: one is a part of a media corpus, others are none, or they hold records of another format.
-    """
-    corpora = {name: folder for name, path in sources.items() if (folder := corpus_of(path)) is not None}
-    for name, folder in corpora.items():
-        if sources[name].is_file():
-            raise UserError(f"--input {sources[name]}: belongs to the media corpus {folder}, and its media "
-                            "would be lost; pass the folder")
-        if (holds := read_manifest(folder, KIND).content["format"]) != kind:
-            raise UserError(f"--input {folder}: holds media in records of format {holds}; pack it with "
-                            f"--format {holds}")
-    if corpora and len(corpora) < len(sources):
-        other = next(path for name, path in sources.items() if name not in corpora)
-        raise UserError(f"--input {other}: is no media corpus, and {next(iter(corpora.values()))} is one; "
-                        "pack each on its own (training takes several --data, and `sov-data mix` joins them)")
-    return corpora
-
-
-def encoding_of(corpora: Mapping[str, Path]) -> MediaEncoding | None:
-    """Return what ids depend on; None: there are no media.
-
-    Raises:
-        UserError: banks of one kind have other slots.
-    """
-    if not corpora:
-        return None
+def _encoding_of(folders: Iterable[Path]) -> MediaEncoding:
     slots: dict[str, int] = {}
-    for folder in corpora.values():
+    for folder in folders:
         for kind, shape in _shapes(folder).items():
             # The number of slots decides how many placeholders stand for a record.
             if slots.setdefault(kind, shape.slots) != shape.slots:
@@ -129,39 +152,7 @@ def encoding_of(corpora: Mapping[str, Path]) -> MediaEncoding | None:
 
 
 def _shapes(folder: Path) -> dict[str, BankShape]:
-    return read_shapes(read_manifest(folder, KIND).content.get(MEDIA), str(folder))
-
-
-def banks_of(corpora: Mapping[str, Path], meant: MeantTokens | None) -> dict[str, SourceBanks]:
-    """Return source -> its banks, with the placeholders of the tokenizer; no source has none."""
-    if meant is None:
-        return {}
-    return {name: SourceBanks(folder, {
-        kind: replace(shape, placeholder_ids=meant.placeholder_ids(kind))
-        for kind, shape in _shapes(folder).items()}) for name, folder in corpora.items()}
-
-
-def described(banks: SourceBanks | None) -> dict[str, Any]:
-    return {} if banks is None else {MEDIA: {kind: shape.record() for kind, shape in banks.shapes.items()}}
-
-
-def check_tokenizer(tokenizer: Path, corpora: Mapping[str, Path]) -> None:
-    """Refuse a tokenizer without the tokens that media corpora hold.
-
-    Raises:
-        UserError: it has none, or a smaller codebook.
-    """
-    blocks = read_blocks(read_manifest(tokenizer).content.get(BLOCKS), str(tokenizer))
-    for folder in corpora.values():
-        for kind, codec in read_manifest(folder, KIND).content["codecs"].items():
-            have = blocks[kind].size if kind in blocks else 0
-            if (needed := codec["codebook_size"] or 0) > have:
-                raise UserError(f"--tokenizer {tokenizer}: has {have} tokens of {kind}, and {folder} was "
-                                f"encoded with a codebook of {needed}; make one with `sov-tokenizer media "
-                                f"{tokenizer} --{kind}-tokens {needed} ...`")
-    if corpora and not blocks:
-        raise UserError(f"--tokenizer {tokenizer}: has no tokens of media; make one with `sov-tokenizer "
-                        "media`")
+    return read_shapes(read_manifest(folder, MEDIA_CORPUS).content.get(FEATURES), str(folder))
 
 
 # Whether the banks of a shard are whole, and what its sidecar names is in them.
@@ -175,15 +166,15 @@ def media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.gene
         source: the manifest's record of its source.
         tokens: its ids.
     """
-    file = Path(f"{prefix}.{MEDIA}")
+    file = Path(f"{prefix}.{FEATURES}")
     try:
-        shapes = read_shapes(source.get(MEDIA), f"source {source['name']!r}")
+        shapes = read_shapes(source.get(FEATURES), f"source {source['name']!r}")
         rows = {kind: len(open_bank(Path(f"{prefix}.{kind}"), shape)) for kind, shape in shapes.items()}
     except UserError as e:
         return [str(e)]
     if not file.is_file():
         return []  # a missing file is reported with the hashes
-    numbers = np.fromfile(file, np.dtype(SIDECAR_DTYPE).newbyteorder("<"))
+    numbers = np.fromfile(file, np.dtype(FEATURE_DTYPE).newbyteorder("<"))
     if len(numbers) != len(tokens):
         return [f"{file}: has {len(numbers)} numbers, and the shard {len(tokens)} tokens"]
     problems, stands = [], np.zeros(len(tokens), bool)
@@ -193,6 +184,6 @@ def media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.gene
         stands |= here
         if wrong := int(((numbers < 0) | (numbers >= rows[kind] * shape.slots))[here].sum()):
             problems.append(f"{file}: {wrong} placeholders of {kind} name none of its {rows[kind]} records")
-    if wrong := int((numbers[~stands] != NONE).sum()):
+    if wrong := int((numbers[~stands] != NO_FEATURE).sum()):
         problems.append(f"{file}: {wrong} tokens that are no placeholders name a record")
     return problems

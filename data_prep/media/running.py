@@ -16,16 +16,17 @@ import numpy as np
 
 from data_prep.libraries import require
 from data_prep.media.encoder import STOP, EncodeMediaOptions, MediaSettings
-from data_prep.media.units import (
-    BAD, KIND, RECORDS, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan)
+from data_prep.media.units import BAD, ROWS, SUMMARY, MediaUnit, MediaUnitEncoder, bad_medium, plan
 from megatron_sov.base.artifacts import (
     MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing)
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
+from megatron_sov.base.documents.files import CORPUS_RECORDS, MEDIA_CORPUS
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, add_options, as_problem, read_options)
-from megatron_sov.omni.media.banks import KINDS, MEDIA, BankShape, open_bank
+from megatron_sov.omni.media.banks import KINDS, BankShape, open_bank
 from megatron_sov.work.progress.journal import slurm_folder, work_folder
 from megatron_sov.work.progress.progress_bar import work_bar
 from megatron_sov.work.progress.resumable import begin_parts, open_parts, part_folder
@@ -81,7 +82,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
                     input=tuple(path.absolute() for path in asked.input))
     profile = profile_of(asked)
     if (asked.output / MANIFEST).is_file() and not asked.overwrite:
-        read_manifest(asked.output, KIND)
+        read_manifest(asked.output, MEDIA_CORPUS)
         print(f"{asked.output}: complete from before")
         return
     units = _ready(asked)
@@ -137,7 +138,7 @@ def _ready(asked: EncodeMediaOptions) -> list[MediaUnit]:
                                  "name the one that paths in the records begin from"))
     if p:
         raise SettingsError("", p)
-    refuse_existing(asked.output, KIND, asked.overwrite)
+    refuse_existing(asked.output, MEDIA_CORPUS, asked.overwrite)
     refuse_nowhere(asked.output)
     units = list(plan(_files(asked.input)))
     if not units:
@@ -161,13 +162,13 @@ def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
     """
     settings, output = asked.settings, asked.output
     banks, work, identity = settings.banks(), work_folder(output), settings.identity()
-    with new_artifact(output, KIND, overwrite=asked.overwrite) as artifact, ExitStack() as stack:
+    with new_artifact(output, MEDIA_CORPUS, overwrite=asked.overwrite) as artifact, ExitStack() as stack:
         def opened(name: str, mode: str) -> Any:
             encoding = None if "b" in mode else "utf-8"
             return stack.enter_context(open(artifact.path / name, mode, encoding=encoding))
 
         # Units are joined in the order of the input, however many workers made them.
-        joined = _JoinedRecords(banks, opened(RECORDS, "w"), opened(BAD_MEDIA, "w"),
+        joined = _JoinedRecords(banks, opened(CORPUS_RECORDS, "w"), opened(BAD_MEDIA, "w"),
                                 {kind: opened(f"{kind}.bin", "wb") for kind in banks},
                                 settings.bad_media == STOP)
         for unit in units:
@@ -187,7 +188,7 @@ def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
         artifact.content = {
             "format": kind, "num_records": joined.counts["records"], "num_media": media,
             "num_bad": dict(sorted(joined.num_bad.items())), "codecs": _codecs(settings, joined.codebooks),
-            MEDIA: {kind: shape.record() for kind, shape in banks.items()},
+            FEATURES: {kind: shape.record() for kind, shape in banks.items()},
             "num_rows": {kind: len(joined.rows[kind]) for kind in banks}}
         artifact.settings = {**vars(settings)}
     print(f"{joined.counts['records']:,} records of kind {kind} with {media[IMAGE]:,} pictures, "
@@ -230,12 +231,12 @@ class _JoinedRecords:
                 self.num_bad[row["code"]] += 1
                 self.bad.write(json.dumps(row, ensure_ascii=False) + "\n")
         places = self._banks(folder)
-        with open(folder / RECORDS, encoding="utf-8") as f:
+        with open(folder / CORPUS_RECORDS, encoding="utf-8") as f:
             for line in f:
                 record = json.loads(line)
-                for kind, rows in record[MEDIA].items():
+                for kind, rows in record[FEATURES].items():
                     # From rows of the unit's banks to rows of the joined ones.
-                    record[MEDIA][kind] = [[places[kind][row], used] for row, used in rows]
+                    record[FEATURES][kind] = [[places[kind][row], used] for row, used in rows]
                 self.out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _banks(self, folder: Path) -> dict[str, list[int]]:

@@ -23,15 +23,17 @@ from data_prep.media.encoder import (
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.files import CORPUS_RECORDS
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, visible
-from megatron_sov.omni.media.banks import KINDS, MEDIA, PICTURES, SOUNDS
+from megatron_sov.model.modality import PICTURES, SOUNDS
+from megatron_sov.omni.media.banks import KINDS
 from megatron_sov.omni.media.items import MediaItem, drawing_call
 from megatron_sov.work.progress.resumable import make_part, part_folder
 
-KIND = "media_corpus"
 RECORDS_PER_UNIT = 128
 MOST_LINE_BYTES = 64 << 20
-RECORDS, BAD, ROWS, SUMMARY = "records.jsonl", "bad.jsonl", "rows.json", "unit.json"
+BAD, ROWS, SUMMARY = "bad.jsonl", "rows.json", "unit.json"
 
 
 # Records as `sov-data pack` reads them: text in which tokens of media stand, and the rows of their banks.
@@ -99,7 +101,7 @@ def encoded(record: MediaRecord, media: Mapping[MessagePart, Medium], drawn: str
     else:
         found = {"messages": [writer.message(message) for message in record.messages]}
     rows = {kind: writer.rows[kind] for kind in KINDS if kind in writer.rows}
-    return {**record.fields, **found, MEDIA: rows}
+    return {**record.fields, **found, FEATURES: rows}
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class MediaUnitEncoder:
         good = {part: medium for part, medium in media.items() if not isinstance(medium, BadRecord)}
         counts: Counter[str] = Counter()
         kinds = set()
-        with open(folder / RECORDS, "w", encoding="utf-8") as out:
+        with open(folder / CORPUS_RECORDS, "w", encoding="utf-8") as out:
             for number, record in records:
                 part = next((p for p in record.media() if p not in good), None)
                 try:

@@ -12,19 +12,20 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.media.packing import ShardBanks, SourceBanks
 from data_prep.shards.token_artifact import HELDOUT, SPLITS, HeldoutRule, sidecars_of
 from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.base.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.base.chat.marks import KIND_NONE
 from megatron_sov.base.documents import FileSpan
-from megatron_sov.base.documents.shard_files import IndexedWriter
-from megatron_sov.omni.media.banks import MEDIA, NONE
+from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE, IndexedWriter
+
+if TYPE_CHECKING:
+    from data_prep.media.packing import SourceBanks
 
 BLOCK_TOKENS = 1 << 22
 """Tokens that are held in memory at a time."""
@@ -144,9 +145,9 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
         if source.kind == "chat":
             columns["kind"] = kinds
     if unit.media is not None:
-        columns[MEDIA] = unit.media[tokens][mask]
+        columns[FEATURES] = unit.media[tokens][mask]
         # In texts everything is learned but placeholders of features.
-        columns.setdefault("loss", (columns[MEDIA] == NONE).astype(np.float32))
+        columns.setdefault("loss", (columns[FEATURES] == NO_FEATURE).astype(np.float32))
     for i, name in enumerate(source.columns):
         columns[name] = np.repeat(unit.columns[block, i][chosen], lengths[chosen])
     extra = [line for line, keep in zip(lines, chosen, strict=True) if keep] if lines else []
@@ -238,7 +239,7 @@ class ShardedWriter:
         self.shards.append(ShardRecord(f"{self._name}-{len(self.shards):05d}"))
         prefix = self._artifact / self.shards[-1].prefix
         self._writer = IndexedWriter(prefix, self._dtype, self._sidecars)
-        self._banks = ShardBanks(self._source_banks, prefix) if self._source_banks else None
+        self._banks = self._source_banks.open_shard(prefix) if self._source_banks else None
         self._lines: IO[bytes] | None = (open(f"{prefix}.extra.jsonl", "wb")  # noqa: SIM115  (closed in _end)
                                          if self._extra else None)
 
@@ -272,7 +273,7 @@ class ShardedWriter:
             here = {suffix: column[part] for suffix, column in columns.items()}
             if self._banks is not None:
                 # Each shard numbers the rows of its banks from 0.
-                here[MEDIA] = self._banks.moved(here["bin"], here[MEDIA].astype(np.int64))
+                here[FEATURES] = self._banks.moved(here["bin"], here[FEATURES].astype(np.int64))
             self._writer.write(lengths_tokens[done:stop], here)
             if self._lines is not None:
                 self._lines.writelines(extra[done:stop])

@@ -22,9 +22,9 @@ from megatron_sov.base.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.base.chat.template import ChatTemplate, odd_opening
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
+from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.media.banks import NONE
-from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
+from megatron_sov.model.modality import FeatureTokens, MediaEncoding, modality
 
 LONGEST_WHITESPACE_CHARS = 10_000
 """tiktoken's regular expression overflows its stack on a far longer run;
@@ -169,10 +169,12 @@ class Encoder:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
         self.odd_opening = partial(odd_opening, chat_template)
-        self.meant = (MeantTokens(self._with_special, self.settings.media) if self.settings.media is not None
-                      else None)
+        encoding = self.settings.media
+        self.feature_tokens = (modality().feature_tokens(self._with_special, encoding)
+                               if encoding is not None else None)
+        """Of pictures and sounds, which documents may spell; None: they are text."""
         self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None,
-                                 self.meant)
+                                 self.feature_tokens)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
         """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a
@@ -187,8 +189,8 @@ class Encoder:
             BadRecord: the chat template refuses a document (encode them one by one to know which).
         """
         if documents[0].kind == "text":
-            if self.meant is not None:
-                return self._media_texts(documents, self.meant)
+            if self.feature_tokens is not None:
+                return self._spelling_texts(documents, self.feature_tokens)
             sequences = self._texts([d.text for d in documents])
             lengths = np.array([len(s) for s in sequences], dtype=np.int32)
             return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8))
@@ -197,17 +199,19 @@ class Encoder:
         num_tokens = int(lengths.sum())
         kinds = np.frombuffer(b"".join(kinds for _, kinds in pairs), np.uint8)
         flat = _flat([ids for ids, _ in pairs], num_tokens)
-        if self.meant is None:
+        if self.feature_tokens is None:
             return EncodedBatch(lengths, flat, kinds)
-        media = _media(self.meant, [ids for ids, _ in pairs], documents)
+        media = _features(self.feature_tokens, [ids for ids, _ in pairs], documents)
         # what stands for a feature is never said
-        return EncodedBatch(lengths, flat, np.where(media == NONE, kinds, KIND_NONE).astype(np.uint8), media)
+        kinds = np.where(media == NO_FEATURE, kinds, KIND_NONE).astype(np.uint8)
+        return EncodedBatch(lengths, flat, kinds, media)
 
-    def _media_texts(self, documents: list[Document], meant: MeantTokens) -> EncodedBatch:
+    def _spelling_texts(self, documents: list[Document], tokens: FeatureTokens) -> EncodedBatch:
+        """Return texts among whose tokens are those that they spell."""
         sequences = []
         for document in documents:
             ids = [] if self.bos_id is None else [self.bos_id]
-            for text, id_ in meant.split(document.text):
+            for text, id_ in tokens.split(document.text):
                 if id_ is not None:
                     ids.append(id_)
                 elif self._fast:
@@ -217,7 +221,7 @@ class Encoder:
             sequences.append(ids + ([self.eos_id] if self.settings.eod == "append" else []))
         lengths = np.array([len(s) for s in sequences], np.int32)
         return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8),
-                            _media(meant, sequences, documents))
+                            _features(tokens, sequences, documents))
 
     def _texts(self, texts: list[str]) -> list[list[int]]:
         if self._fast is not None:
@@ -285,10 +289,12 @@ def _refuse_foreign(path: Path) -> None:
                     f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
 
 
-def _media(meant: MeantTokens, sequences: list[list[int]], documents: list[Document]) -> NDArray[np.int64]:
+def _features(tokens: FeatureTokens, sequences: list[list[int]],
+              documents: list[Document]) -> NDArray[np.int64]:
+    """Return what the sidecar says of each token."""
     for ids, document in zip(sequences, documents, strict=True):
-        meant.refuse_lost(ids, document.texts())
-    return np.concatenate([meant.numbers(ids, document.media or {})
+        tokens.refuse_lost(ids, document.texts())
+    return np.concatenate([tokens.numbers(ids, document.media or {})
                            for ids, document in zip(sequences, documents, strict=True)])
 
 

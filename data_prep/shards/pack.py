@@ -16,15 +16,14 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Lt
 from tqdm import tqdm
 
-from data_prep.media.packing import banks_of, check_tokenizer, described, encoding_of, media_of, records_of
 from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
 from data_prep.shards.token_artifact import (
@@ -36,14 +35,18 @@ from data_prep.tags import (
 from megatron_sov.base.artifacts import (
     ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
 from megatron_sov.base.documents import Document, FileSpan, RecordReading, list_files, plan_units, read_span
-from megatron_sov.base.documents.files import JSON_SUFFIX, RECORD_SUFFIXES
+from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, media_corpus_of
 from megatron_sov.base.documents.records import column_problems, completion_of
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
 from megatron_sov.work.progress.resumable import open_parts
+
+if TYPE_CHECKING:
+    from data_prep.media.packing import MediaCorpora
 
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
 format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
@@ -216,13 +219,9 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     # From here on what is cheap to find out comes before what takes time.
     refuse_existing(output, KIND, overwrite)
     refuse_unknown_sources(settings.tags, [source.name for source in sources])
-    corpora = media_of({source.name: source.path for source in sources}, settings.reading.kind)
-    settings = replace(settings, reading=replace(settings.reading, media=bool(corpora)))
-    encoding = EncodingSettings(settings.bos, settings.eod, media=encoding_of(corpora))
-    encoder = Encoder(tokenizer, encoding)
-    check_tokenizer(tokenizer, corpora)
-    if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
-        warn(sentence)
+    corpora = _media_corpora({source.name: source.path for source in sources}, settings.reading.kind)
+    settings = replace(settings, reading=replace(settings.reading, media=corpora is not None))
+    encoder = _open_encoder(tokenizer, settings, corpora)
     units = [(source, unit) for source in sources
              for unit in _units_of(source.path, cut=settings.heldout_share > 0)]
     if settings.reading.kind == "prompt" and (sentence := _unlearned([unit for _, unit in units], settings)):
@@ -232,11 +231,12 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     print(sentence)
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
                                  sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
-                                 settings.reading, replace(encoding, fast=fast), settings.steps)
+                                 settings.reading, replace(encoder.settings, fast=fast), settings.steps)
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
-        for source in encoded:
-            source.banks = banks_of(corpora, encoder.meant).get(source.name)
+        if corpora and encoder.feature_tokens:
+            for source in encoded:
+                source.banks = corpora.banks(source.name, encoder.feature_tokens)
         with new_artifact(output, KIND, overwrite=overwrite) as artifact:
             rule = HeldoutRule(settings.heldout_share)
             records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
@@ -247,15 +247,40 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
                 "heldout": rule.to_dict(), "sources": records}
             artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
             carry_tokenizer(artifact, tokenizer)
-            for origin in dict.fromkeys([*origins.values(), *corpora.values()]):
+            for origin in dict.fromkeys([*origins.values(), *(corpora.folders if corpora else ())]):
                 artifact.add_input(origin)
     _tell(artifact.content["sources"], output, settings.heldout_share)
+
+
+def _media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
+    """Return the media corpora among what is packed together; None: it is all text.
+
+    Raises:
+        UserError: they cannot be packed so, or the part that packs them is not installed.
+    """
+    if not any(map(media_corpus_of, sources.values())):
+        return None
+    from data_prep.media.packing import MediaCorpora
+
+    return MediaCorpora(sources, kind)
+
+
+def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: MediaCorpora | None) -> Encoder:
+    """Return the tokenizer, ready to encode, and warn of a chat template that opens answers oddly."""
+    encoder = Encoder(tokenizer, EncodingSettings(settings.bos, settings.eod,
+                                                  media=corpora.encoding if corpora else None))
+    if corpora:
+        corpora.check_tokenizer(tokenizer)
+    if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
+        warn(sentence)
+    return encoder
 
 
 def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
     """Yield the units of a source; `cut` is whether a text that is all of it becomes several documents, of
     which some can be held out."""
-    files = list_files(records_of(path), print)
+    # Of a media corpus its records alone are read.
+    files = list_files(path / CORPUS_RECORDS if path.is_dir() and media_corpus_of(path) else path, print)
     for unit in plan_units(files):
         text = unit[0]
         part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
@@ -374,7 +399,7 @@ def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: 
             num_bad: dict[str, int], tags: dict[str, list[str]]) -> dict[str, Any]:
     return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
             "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
-            **described(source.banks),
+            **({FEATURES: source.banks.record()} if source.banks else {}),
             # Keys of units hash their input and settings, so their hash identifies the source.
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
             "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),

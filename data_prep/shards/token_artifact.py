@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import Manifest, read_manifest
 from megatron_sov.base.documents import Document
-from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION
+from megatron_sov.base.documents.shard_files import (
+    DTYPE_CODES, FEATURE_DTYPE, FEATURES, HEADER, MAGIC, VERSION)
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.media.banks import MEDIA, SIDECAR_DTYPE
 
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
@@ -158,7 +158,7 @@ def sidecars_of(kind: str, columns: Sequence[str] = (), has_media: bool = False)
     """Return ending -> dtype of the sidecars of a source of that kind (one of `documents.KINDS`)."""
     own = {} if kind == "text" else {n: d for n, d in SIDECARS.items() if n != "kind" or kind == "chat"}
     # placeholders of features weigh nothing, in texts too
-    media = {"loss": SIDECARS["loss"], MEDIA: SIDECAR_DTYPE} if has_media else {}
+    media = {"loss": SIDECARS["loss"], FEATURES: FEATURE_DTYPE} if has_media else {}
     return own | media | dict.fromkeys(columns, COLUMN_DTYPE)
 
 

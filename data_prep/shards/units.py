@@ -29,9 +29,9 @@ from megatron_sov.base.documents import BadRecord, Document, FileSpan, LeftOut, 
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
 from megatron_sov.base.documents.records import check_texts
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import PluginCode
-from megatron_sov.omni.media.banks import MEDIA
 from megatron_sov.work.processes.pool import in_processes
 from megatron_sov.work.progress.resumable import make_part, part_folder
 
@@ -127,7 +127,7 @@ class _UnitWriter:
                  *(["extra"] if settings.reading.kind == "prompt" else []),
                  *(["columns"] if settings.reading.columns else []),
                  *(["buckets"] if settings.reading.bucket_by else []),
-                 *([MEDIA] if settings.encoding.media is not None else [])]
+                 *([FEATURES] if settings.encoding.media is not None else [])]
         self._files: dict[str, IO[bytes]] = {
             name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
         self._num_sequences = self._num_tokens = 0
@@ -231,8 +231,8 @@ class _UnitWriter:
         self._files["sequences"].write(sequences.tobytes())
         if "kinds" in self._files:
             self._files["kinds"].write(encoded.kinds.tobytes())
-        if MEDIA in self._files:
-            self._files[MEDIA].write(encoded.media.astype("<i8").tobytes())
+        if FEATURES in self._files:
+            self._files[FEATURES].write(encoded.media.astype("<i8").tobytes())
         self._num_sequences += len(sequences)
         self._num_tokens += len(encoded.ids)
 
@@ -346,7 +346,7 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     columns = mapped("columns", np.dtype("<f4")) if (folder / "columns").exists() else np.zeros(0, "<f4")
     return StoredUnit(sequences, mapped("tokens", np.dtype(dtype).newbyteorder("<")), kinds,
                       columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder,
-                      mapped(MEDIA, np.dtype("<i8")) if (folder / MEDIA).exists() else None)
+                      mapped(FEATURES, np.dtype("<i8")) if (folder / FEATURES).exists() else None)
 
 
 def encode_units(units: list[Unit], settings: UnitSettings, work: Path,

@@ -17,10 +17,9 @@ from data_prep.shards.token_artifact import (
     read_tokens_manifest, shards_of)
 from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.chat.marks import KIND_NONE, KINDS
-from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import FEATURES, ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
-from megatron_sov.omni.media.banks import MEDIA
 from megatron_sov.work.progress.progress_bar import work_bar
 
 _BLOCK_ITEMS = 1 << 22
@@ -125,7 +124,7 @@ def _shard_problems(shard: PackedShard, split: IndexedSplit, content: dict[str, 
         file = Path(f"{prefix}.{suffix}")
         if suffix == ROUTES:
             problems += _routes_problems(file, shard.source, len(split.tokens))
-        elif suffix == MEDIA:
+        elif suffix == FEATURES:
             from data_prep.media.packing import media_problems
 
             problems += media_problems(shard.prefix, shard.source, split.tokens)

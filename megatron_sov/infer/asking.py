@@ -21,7 +21,7 @@ from megatron_sov.infer.request import Generated
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
+    from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
 @dataclass(frozen=True)
 class ModelPrompt:
@@ -120,13 +120,13 @@ class SamplingRequest:
 class Asker:
     """A model's own tokenizer, and its chat template if wanted."""
 
-    def __init__(self, target: Target, chat: bool, media: MediaEncoding | None = None) -> None:
+    def __init__(self, target: Target, chat: bool, encoding: MediaEncoding | None = None) -> None:
         """Read both.
 
         Args:
             target: the model.
             chat: whether prompts are framed by the chat template.
-            media: how tokens of media that prompts spell, and then mean, are numbered; None: they are text.
+            encoding: how tokens of pictures and sounds that prompts spell are numbered; None: they are text.
 
         Raises:
             UserError: the model has no tokenizer or no chat template.
@@ -139,9 +139,10 @@ class Asker:
         self._eos = tuple(ends)
         # A folder may name more ends than the tokenizer's eos; without them an answer runs on.
         ends |= generation_ends(target)
-        self.meant = None if media is None else _read_meant_tokens(target.tokenizer_folder, media)
-        """Tokens of media that prompts mean; None: none."""
-        encoder = read_chat_encoder(target.tokenizer_folder, self.meant) if chat else None
+        self.feature_tokens = (None if encoding is None
+                               else _read_feature_tokens(target.tokenizer_folder, encoding))
+        """Tokens of pictures and sounds that prompts may spell; None: they are text."""
+        encoder = read_chat_encoder(target.tokenizer_folder, self.feature_tokens) if chat else None
         if encoder is not None:
             ends |= set(encoder.end_ids())
         elif chat:
@@ -171,7 +172,7 @@ class Asker:
 
     def _text_ids(self, text: str) -> list[int]:
         try:
-            pieces = self.meant.split(text) if self.meant else [(text, None)]
+            pieces = self.feature_tokens.split(text) if self.feature_tokens else [(text, None)]
         except BadRecord as e:
             raise UserError(f"the prompt {text[:40]!r} {e}") from None
         return [i for piece, id_ in pieces for i in (
@@ -232,13 +233,14 @@ def generation_ends(target: Target) -> set[int]:
     return set()
 
 
-def _read_meant_tokens(folder: Path, media: MediaEncoding) -> MeantTokens:
+def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
     from tokenizers import Tokenizer
 
-    from megatron_sov.omni.media.meant import MeantTokens
+    from megatron_sov.model.modality import modality
 
+    omni = modality()
     try:
-        return MeantTokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), media)
+        return omni.feature_tokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), encoding)
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 

@@ -384,7 +384,7 @@ def sharing_prompts(batch: MicroBatch) -> MicroBatch:
     Placeholders of two pictures are the same tokens, so a row that has any is left as it is.
     """
     host = batch.host
-    if host.inputs.media:
+    if host.inputs.encoder_inputs:
         return batch
     source, kept = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
     spans = _spans(host, source, kept)

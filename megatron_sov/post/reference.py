@@ -25,7 +25,6 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage, write_sealed
 from megatron_sov.engine import convert
-from megatron_sov.engine.data.media_shards import banks_of, media_of
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import join_rows, rows_per_micro_batch, sample_row
 from megatron_sov.engine.data.streams import PackedSegment, Row, best_fit
@@ -38,7 +37,7 @@ from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
-from megatron_sov.omni.media.placed import Media
+from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
@@ -251,8 +250,8 @@ class WithReference:
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         return self._documents.routes(document, start, count)
 
-    def media(self, document: int, start: int, count: int) -> Media:
-        return media_of(self._documents, document, start, count)
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
+        return inputs_of(self._documents, document, start, count)
 
 
 class Reference:

@@ -23,7 +23,7 @@ from megatron_sov.engine.mcore.checkpoint.save import Saved
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
 from megatron_sov.engine.mcore.model import replica_checks
 from megatron_sov.engine.mcore.model.expert_load import ExpertLoad
-from megatron_sov.engine.mcore.model.language_model import LanguageModel, build
+from megatron_sov.engine.mcore.model.language_model import LanguageModel, build_configured
 from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.engine.mcore.parallel import collectives
 from megatron_sov.engine.mcore.parallel.device import on_gpu
@@ -84,8 +84,7 @@ class Trainer:
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
-        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
-                           config.media)
+        self.model = build_configured(config)
         _begin(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)

@@ -19,8 +19,8 @@ from megatron_sov.engine.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.mcore.model.local_shards import local_shards
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.model.config import apply_settings
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.omni.media.placed import Media, PlacedMedia, place_media
+from megatron_sov.model.modality import PICTURES, SOUNDS, EncoderInput, EncoderInputs, take_records
+from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
@@ -81,15 +81,15 @@ class Documents:
         """Return zeros."""
         return np.zeros(count, np.uint8)
 
-    def media(self, document: int, start: int, count: int) -> Media:
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
         """Return the pictures and sounds of some tokens."""
         tokens, features = self.tokens(document, start, count), self.features[document][start:start + count]
-        found: dict[str, PlacedMedia] = {}
+        found: dict[str, EncoderInput] = {}
         for kind, bank in self.banks.items():
             mine = np.isin(tokens, bank.placeholder_ids)
             if mine.any():
-                found[kind] = place_media(np.flatnonzero(mine), features[mine], self.records[kind],
-                                          bank.slots)
+                found[kind] = take_records(np.flatnonzero(mine), features[mine], self.records[kind],
+                                           bank.slots)
         return found
 
 
@@ -129,7 +129,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
                                "media": {kind: {"places": part.places.tolist(),
                                                 "features": part.features.tolist(),
                                                 "records": np.stack(part.records).tolist()}
-                                         for kind, part in (m.inputs.media or {}).items()}}
+                                         for kind, part in (m.inputs.encoder_inputs or {}).items()}}
                               for m in batch.micro_batches]}
 
 

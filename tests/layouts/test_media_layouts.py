@@ -87,7 +87,7 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
     encoders = {key for key in every if ".encoder." in key}
     expected = {"both": places, "adapters": encoders, "none": every}
     for (name, frozen), (result,) in zip(expected.items(), results, strict=True):
-        assert {key.removeprefix("media.") for key in result["frozen"]} == frozen, name
+        assert {key.removeprefix("encoders.") for key in result["frozen"]} == frozen, name
         moments = {key.removeprefix("exp_avg/") for key in result["moments"]}
         assert moments & every == every - frozen, name
         gradients = TensorReader(tmp_path / name / "gradients", "model")

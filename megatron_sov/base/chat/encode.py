@@ -71,7 +71,7 @@ class _ChatPart:
     """Whether it is a response that a model sees again when it is asked for a later turn."""
 
 
-class Meant(Protocol):
+class InlineTokens(Protocol):
     """Special tokens that are meant where a content spells them, such as those of pictures and sounds."""
 
     @property
@@ -95,7 +95,8 @@ class ChatEncoder:
     """A tokenizer with its chat template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
-                 encode_plain: Callable[[str], list[int]] | None = None, meant: Meant | None = None) -> None:
+                 encode_plain: Callable[[str], list[int]] | None = None,
+                 inline: InlineTokens | None = None) -> None:
         """Take both.
 
         Args:
@@ -103,11 +104,11 @@ class ChatEncoder:
             tokenizer: finds special tokens in text.
             encode_plain: gives the ids of ordinary text, in which special tokens are text, where something is
                 faster than the tokenizer itself.
-            meant: special tokens that contents may spell and then mean; None: none.
+            inline: special tokens that contents may spell and then mean; None: none.
         """
         from tokenizers import Tokenizer
 
-        self._meant = meant
+        self._inline = inline
         self._template, self._with_special = template, tokenizer
         # a copy of its own, since the switch below changes the tokenizer for all who hold it
         self._plain = Tokenizer.from_str(tokenizer.to_str())
@@ -122,7 +123,7 @@ class ChatEncoder:
 
     def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
         own = None if self._encode_plain == self._plain_ids else self._encode_plain
-        return ChatEncoder, (self._template, self._with_special, own, self._meant)
+        return ChatEncoder, (self._template, self._with_special, own, self._inline)
 
     def encode(self, chat: Conversation, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
         """Return a conversation as tokens.
@@ -184,7 +185,7 @@ class ChatEncoder:
             return around_contents(self._template, chat, awaits_response, wanted)
         except BadRecord as marked:
             # prefixes find turns in the text alone, so a content must not spell what could end a turn there
-            means: Collection[int] = self._meant.ids if self._meant else ()
+            means: Collection[int] = self._inline.ids if self._inline else ()
             spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
                 return around_turns(self._template, chat, wanted, self._ends, awaits_response)
@@ -298,7 +299,7 @@ class ChatEncoder:
         return parts, is_open
 
     def _pieces(self, text: str) -> list[tuple[str, int | None]]:
-        return [(text, None)] if self._meant is None else self._meant.split(text)
+        return [(text, None)] if self._inline is None else self._inline.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
         if run[0].special is not None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.chat.encode import ChatEncoder, Meant
+from megatron_sov.base.chat.encode import ChatEncoder, InlineTokens
 from megatron_sov.base.chat.template import ChatTemplate
 from megatron_sov.base.errors import UserError
 
@@ -35,12 +35,12 @@ def open_tokenizer(folder: Path) -> Tokenizer:
                         "its source") from None
 
 
-def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder | None:
+def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatEncoder | None:
     """Return the encoder of a folder's chats; None where it has no chat template or no tokenizer.json.
 
     Args:
         folder: of a tokenizer or a model.
-        meant: special tokens that contents may spell and then mean; None: none.
+        inline: special tokens that contents may spell and then mean; None: none.
 
     Raises:
         UserError: a file cannot be read, or the template is no Jinja.
@@ -61,7 +61,7 @@ def read_chat_encoder(folder: Path, meant: Meant | None = None) -> ChatEncoder |
     # a missing token is an empty text: templates add it to strings
     bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
-                       meant=meant)
+                       inline=inline)
 
 
 def chat_form(folder: Path) -> dict[str, Any]:

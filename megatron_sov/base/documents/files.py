@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from megatron_sov.base import sealed
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import UserError, first_line, visible
 
@@ -129,6 +130,20 @@ class FileSpan:
     def suffix(self) -> str:
         """Return the ending that says what the file holds, without that of a compression."""
         return (Path(self.file.stem) if self.compression else self.file).suffix.lower()
+
+
+MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
+"""Kind of the artifact that `sov-data encode-media` writes, and its file of records."""
+
+
+def media_corpus_of(path: Path) -> Path | None:
+    """Return the media corpus that a path is, or lies in; None: none."""
+    for folder in (path, path.absolute().parent):
+        # its records first: text may lie beside a `manifest.json` that is another program's
+        complete = all((folder / name).is_file() for name in (CORPUS_RECORDS, MANIFEST))
+        if complete and read_manifest(folder).kind == MEDIA_CORPUS:
+            return folder
+    return None
 
 
 def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None) -> list[Path]:

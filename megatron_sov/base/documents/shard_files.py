@@ -86,6 +86,14 @@ def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> 
         f.write(np.arange(len(lengths_tokens) + 1, dtype="<i8").tobytes())
 
 
+FEATURES, FEATURE_DTYPE = "media", "int64"
+"""Ending of the sidecar of token shards that says which feature of an encoder replaces a token's embedding,
+as record * slots + slot (a bank's records beside it begin with 0), and its numbers; the name is also that of
+the banks' description in a source's record."""
+NO_FEATURE = -1
+"""In that sidecar: of a token that no feature replaces."""
+DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
+
 ROUTES = "routes"
 """Ending of the sidecar of token shards that holds routes, and name of their shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"

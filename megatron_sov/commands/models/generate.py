@@ -35,8 +35,8 @@ from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.infer.media.media_prompts import ShownMedia
-    from megatron_sov.infer.media.media_replies import MediaDecoders
+    from megatron_sov.omni.generation.prompts import ShownMedia
+    from megatron_sov.omni.generation.replies import MediaDecoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,14 @@ class CodecsOptions:
 
 def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
     """Return what sees and hears media below a folder."""
-    from megatron_sov.infer.media.media_prompts import ShownMedia
+    from megatron_sov.omni.generation.prompts import ShownMedia
 
     given = {IMAGE: args.image_tokenizer, AUDIO: args.audio_tokenizer}
     return ShownMedia(root, {kind: folder for kind, folder in given.items() if folder is not None})
 
 
 def media_decoders(args: CodecsOptions, seed: int) -> MediaDecoders:
-    from megatron_sov.infer.media.media_replies import MediaDecoders
+    from megatron_sov.omni.generation.replies import MediaDecoders
 
     given = {IMAGE: args.image_decoder, AUDIO: args.vocoder}
     return MediaDecoders({kind: folder for kind, folder in given.items() if folder is not None},
@@ -289,7 +289,7 @@ def _run_with_media(args: GenerateOptions) -> int:
     """Answer the prompts, each with all the media before it; print text and files.
 
     Raises:
-        UserError: a codec is missing, or see `media_replies.replies`.
+        UserError: a codec is missing, or see `omni.generation.replies`.
     """
     out = {kind: folder for kind, folder in ((IMAGE, args.out_image), (AUDIO, args.out_audio))
            if folder is not None}
@@ -305,7 +305,7 @@ def _run_with_media(args: GenerateOptions) -> int:
 
     prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.infer.media.media_replies import Asking, replies
+    from megatron_sov.omni.generation.replies import Asking, replies
 
     asking = Asking(shown_media(args, root), media_decoders(args, args.sampling.seed), out, args.sampling,
                     chat=args.chat, max_audio_tokens=args.max_audio_tokens, batching=args.batching,

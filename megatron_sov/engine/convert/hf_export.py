@@ -4,8 +4,7 @@ being written."""
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,6 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
     MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, refuse_existing, to_json)
-from megatron_sov.base.chat import media_tokens as marks
-from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
@@ -33,12 +30,9 @@ from megatron_sov.engine.convert.sources import (
     HfWeights, Weights, check_dtypes, newest_of_run, tensors_left_out)
 from megatron_sov.engine.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.model import families as models
-from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
-from megatron_sov.model.families.encoders import HF_PREFIXES
 from megatron_sov.model.families.family import TokenIds
+from megatron_sov.model.modality import modality
 from megatron_sov.model.pretrained import CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare
-from megatron_sov.omni.media.banks import codecs_of
-from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
 from megatron_sov.runs.obs.figures import size
 from megatron_sov.work.progress.resumable import resumable_artifact
@@ -209,103 +203,7 @@ def _check_memory(path: Path) -> None:
                         "are free; pass --no-load to compare the files alone")
 
 
-PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
-BICUBIC = 3
-"""Pillow's number of this resampling."""
 KIND = HF_MODEL
-
-
-# What stands beside the weights of a Hugging Face folder of a model that reads or writes media: how
-# pictures and sounds become the records of its encoders, in transformers' form, and which tokens stand for
-# media.
-
-
-def processor_files(model: ModelConfig, tokenizer: Path,
-                    codecs: Mapping[str, Set[str]]) -> dict[str, dict[str, Any]]:
-    """Return file -> content of what transformers' processors of pictures and sounds read; {} for a model of
-    text alone.
-
-    `processor_config.json` has a part for each processor, and under `media` what no class of transformers
-    knows; `preprocessor_config.json` has the fields of both processors side by side, for older readers.
-
-    Args:
-        model: the architecture.
-        tokenizer: folder whose tokenizer.json tells how ids are spelled.
-        codecs: kind -> hashes of the manifests of the codecs that its data were encoded with; a kind of which
-            nothing is known is left out.
-
-    Raises:
-        UserError: tokenizer.json cannot be read.
-    """
-    spelled = _added_tokens(tokenizer)
-    parts: dict[str, dict[str, Any]] = {}
-    media: dict[str, Any] = {}
-    if model.vision is not None:
-        parts["image_processor"] = _image_processor(model.vision)
-        media["pictures"] = _placeholders(model.vision, spelled, "vision.")
-    if model.audio is not None:
-        if model.audio.num_frames * HOP_SAMPLES % SAMPLE_RATE_HZ == 0:  # else no class has such pieces
-            parts["feature_extractor"] = _feature_extractor(model.audio)
-        media["sounds"] = _placeholders(model.audio, spelled, "audio.")
-    for kind, block, around in ((IMAGE, model.image_tokens, marks.DISCRETE_IMAGE),
-                                (AUDIO, model.audio_tokens, marks.DISCRETE_AUDIO)):
-        if block is not None:
-            media[f"{kind}_tokens"] = {
-                "first": block.first, "size": block.size, "first_token": marks.entry(kind, 0),
-                "marks": list(around),
-                **({"end_of_line": marks.END_OF_LINE, "end_of_frame": marks.END_OF_FRAME,
-                    "ratios": [marks.ratio(w, h) for w, h in marks.RATIOS]} if kind == IMAGE else {}),
-                "codecs": sorted(codecs.get(kind, ()))}
-    if not media:
-        return {}
-    flat = {name: value for part in parts.values() for name, value in part.items()}
-    return {PROCESSOR: {**parts, "media": media}, **({PREPROCESSOR: flat} if flat else {})}
-
-
-def _image_processor(c: VisionEncoderConfig) -> dict[str, Any]:
-    """Return the fields of transformers' class of a kind of encoder, which gives pictures of its one size."""
-    found: dict[str, Any] = {"do_convert_rgb": True, "do_resize": True, "resample": BICUBIC,
-                             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                             "image_mean": list(c.mean), "image_std": list(c.std)}
-    if c.kind == "siglip":
-        return {"image_processor_type": "SiglipImageProcessor",
-                "size": {"height": c.image_size, "width": c.image_size}, **found}
-    pixels = c.image_size ** 2
-    return {"image_processor_type": "Qwen2VLImageProcessor", **found,
-            "size": {"shortest_edge": pixels, "longest_edge": pixels}, "patch_size": c.patch_size,
-            "temporal_patch_size": c.temporal_patch_size, "merge_size": c.merge_size}
-
-
-def _feature_extractor(c: AudioEncoderConfig) -> dict[str, Any]:
-    return {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": c.num_mels,
-            "sampling_rate": SAMPLE_RATE_HZ, "hop_length": HOP_SAMPLES, "n_fft": WINDOW_SAMPLES,
-            "chunk_length": c.num_frames * HOP_SAMPLES // SAMPLE_RATE_HZ, "padding_side": "right",
-            "padding_value": 0.0, "return_attention_mask": False}
-
-
-def _placeholders(c: VisionEncoderConfig | AudioEncoderConfig, spelled: Mapping[int, str],
-                  encoder: str) -> dict[str, Any]:
-    """Return what stands for features, how many a record has, and where the encoder's tensors are."""
-    return {"placeholder_ids": list(c.placeholder_ids),
-            "placeholders": [spelled.get(i) for i in c.placeholder_ids], "slots": c.slots,
-            "record_shape": list(c.record_shape),
-            "marks": ([list(marks.CONTINUOUS_IMAGE), list(marks.CONTINUOUS_VIDEO)] if encoder == "vision."
-                      else [list(marks.CONTINUOUS_AUDIO)]),
-            "prefixes": [prefix for name, prefix in HF_PREFIXES.items() if name.startswith(encoder)
-                         and ("compressor" not in name or getattr(c, "compression", 1) > 1)]}
-
-
-def _added_tokens(folder: Path) -> dict[int, str]:
-    """Return how ids are spelled that a tokenizer has beside its pieces; {} where there is none."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
-        return {int(token["id"]): str(token["content"]) for token in found}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: its added tokens cannot be read ({e!r}); restore it from its "
-                        "source") from None
 
 
 def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
@@ -393,9 +291,11 @@ def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str
 
 
 def _processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Return file -> content of what reads pictures and sounds for a model."""
-    codecs = codecs_of(settings_of(checkpoint).data.paths)
-    return processor_files(source.model, checkpoint / "tokenizer", codecs)
+    """Return file -> content of what reads pictures and sounds for a model; {} for a model of text."""
+    if not source.model.is_multimodal:
+        return {}
+    return modality().processor_files(source.model, checkpoint / "tokenizer",
+                                      settings_of(checkpoint).data.paths)
 
 
 def _write_beside(folder: Path, files: dict[str, list[TensorSpec]],

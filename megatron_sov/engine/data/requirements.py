@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.media_shards import check_encoders
 from megatron_sov.engine.data.token_shards import Source
 from megatron_sov.model.config import ModelConfig, RunConfig
+from megatron_sov.model.modality import check_encoders
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ import numpy as np
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.data.ledger import LedgerEntry
-from megatron_sov.engine.data.media_shards import media_of
 from megatron_sov.engine.data.order import OrderedSample, SampleOrder
 from megatron_sov.engine.data.streams import PackedSegment, best_fit, concatenate, cut
 from megatron_sov.engine.data.token_shards import Documents
 from megatron_sov.model.config import RunConfig
-from megatron_sov.omni.media.placed import Media, joined
+from megatron_sov.model.modality import EncoderInputs, inputs_of, join_inputs
 
 
 class RowOrigin(NamedTuple):
@@ -61,7 +60,7 @@ class PackedRow:
     routes: np.ndarray | None = None
     """[n, layers, top_k]: where each token went when it was generated (`documents.shard_files`), marked where
     that is not known; None: of no token it is."""
-    media: Media | None = None
+    encoder_inputs: EncoderInputs | None = None
     """Pictures and sounds whose features stand over placeholders; None: there are none."""
 
 
@@ -85,7 +84,7 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
     positions, places = np.empty(seq_len, np.int64), _places(seq_len)
     went = None if routes is None else routes.absent(seq_len)
     bounds = [0]
-    found: list[tuple[int, Media]] = []
+    found: list[tuple[int, EncoderInputs]] = []
     for document, start, count in sample.segments:
         first, end = bounds[-1], bounds[-1] + count
         length = documents.lengths[document]
@@ -104,7 +103,7 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
                 numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
         if went is not None:  # of the tokens themselves, not of their labels
             went[first:end] = documents.routes(document, start, count)
-        found.append((first, media_of(documents, document, start, count)))
+        found.append((first, inputs_of(documents, document, start, count)))
         bounds.append(end)
     filled = bounds[-1]
     if filled < seq_len:
@@ -113,7 +112,7 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
     return PackedRow(tokens, labels, weights, positions, types,
                      sources=np.full(seq_len, sample.source, np.int64),
                      padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers,
-                     routes=went, media=joined(found) or None,
+                     routes=went, encoder_inputs=join_inputs(found) or None,
                      origins=tuple(RowOrigin(first, sample.source, segment) for first, segment in zip(
                          bounds, sample.segments, strict=False)))
 
@@ -136,7 +135,8 @@ def join_rows(rows: list[PackedRow]) -> PackedRow:
     origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
                     for o in r.origins)
     return PackedRow(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows),
-                     media=joined((int(s), r.media) for r, s in zip(rows, starts, strict=True)) or None)
+                     encoder_inputs=join_inputs((int(s), r.encoder_inputs)
+                                                for r, s in zip(rows, starts, strict=True)) or None)
 
 
 def _joined_routes(rows: list[PackedRow]) -> np.ndarray | None:

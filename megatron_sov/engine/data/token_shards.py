@@ -3,7 +3,9 @@ with optional sidecars of the same geometry."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import resource
 import sys
 from bisect import bisect_right
@@ -16,12 +18,81 @@ import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.chat.marks import KIND
-from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import DAMAGED, FEATURE_DTYPE, FEATURES, ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.engine.data.media_shards import MediaShard, allow_open_files, numbers, read_index
-from megatron_sov.omni.media.banks import MEDIA, BankShape, read_shapes
-from megatron_sov.omni.media.placed import Media
+from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
 from megatron_sov.runs.launch_environment import is_first
+
+# Files of a token shard by memory maps: Megatron-Core's index, and flat files of numbers beside it.
+
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
+                                           6: np.float64, 7: np.float32, 8: np.uint16}
+"""Dtype codes of the `.idx` header, as in megatron.core.datasets.indexed_dataset."""
+_HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an `.idx` file says."""
+
+    dtype: np.dtype
+    """Of token ids."""
+    lengths: np.ndarray
+    """[documents] int32: their tokens."""
+    pointers: np.ndarray
+    """[documents] int64: the byte of `.bin` at which each begins."""
+
+    @property
+    def num_tokens(self) -> int:
+        if not len(self.lengths):
+            return 0
+        return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+
+
+def read_index(file: Path) -> Index:
+    """Open an index.
+
+    Raises:
+        UserError: it is none.
+        IndexError, KeyError, ValueError: it is damaged.
+    """
+    content = mapped(file)
+    if content[:9] != IDX_MAGIC:
+        raise UserError(f"{file}: is not a Megatron index (its first bytes are {content[:9]!r}); "
+                        "pack the data again")
+    count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
+    return Index(np.dtype(IDX_DTYPES[content[17]]),
+                 np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES),
+                 np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count))
+
+
+def numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """Return the numbers of a flat file.
+
+    Raises:
+        UserError: they are not `count`.
+    """
+    size_bytes, expected_bytes = file.stat().st_size, count * dtype.itemsize
+    if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
+        raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
+                        "pack the data again")
+    return np.frombuffer(mapped(file), dtype)
+
+
+def mapped(file: Path) -> mmap.mmap | bytes:
+    """Return a file's bytes by a memory map."""
+    with open(file, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit on open files as far as it may: a mapped file keeps its
+    descriptor (CPython's mmap)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
 
 # The tokens of each document of a source, without reading those of all.
 
@@ -101,11 +172,10 @@ OF_SOURCE = ("name", "format", "splits")
 OF_SPLIT = ("num_tokens", "shards")
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
-NO_COLUMNS = ("loss", "type", ROUTES, MEDIA)
+NO_COLUMNS = ("loss", "type", ROUTES, FEATURES)
 """Sidecars that are not columns of one number for each token as a label."""
 COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
 """Of the columns that are not float32."""
-NO_BANKS: Mapping[str, BankShape] = {}
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
 
@@ -202,7 +272,7 @@ class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
     def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = (),
-                 routes: RouteShape | None = None, banks: Mapping[str, BankShape] = NO_BANKS) -> None:
+                 routes: RouteShape | None = None, banks: Banks = NO_BANKS) -> None:
         """Open the files.
 
         Args:
@@ -210,7 +280,7 @@ class TokenShard:
             vocab_size: what token ids must lie below.
             columns: those that it has, each a file of that ending.
             routes: shape of its routes, a file `.routes`; None: it has none.
-            banks: kind -> its bank of pictures or sounds, files of these endings beside `.media`.
+            banks: kind -> its bank of pictures or sounds, files of these endings beside the sidecar.
 
         Raises:
             UserError: a file is damaged, or too many are open.
@@ -231,7 +301,9 @@ class TokenShard:
                 row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
                 self._routes = self._map(f".{ROUTES}", row)
             self.banks = banks
-            self._media = MediaShard(prefix, banks, self._num_tokens) if banks else None
+            if banks:
+                self._features = self._map_features()
+                self._bank_reader = modality().open_banks(prefix, banks)
             self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
@@ -250,6 +322,13 @@ class TokenShard:
 
     def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
         return numbers(self._file(suffix), dtype, self._num_tokens)
+
+    def _map_features(self) -> np.ndarray:
+        try:
+            return self._map(f".{FEATURES}", np.dtype(FEATURE_DTYPE).newbyteorder("<"))
+        except OSError as e:
+            raise UserError(f"{self._file(f'.{FEATURES}')}: cannot be read ({e.strerror or e}); "
+                            f"{DAMAGED}") from None
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return `count` token ids of a document from `start`, int64.
@@ -306,15 +385,15 @@ class TokenShard:
                             " write the routes again")
         return found
 
-    def media(self, document: int, start: int, count: int) -> Media:
-        """Return the pictures and sounds of these tokens, placed from the first of them.
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
+        """Return what these tokens have for encoders, placed from the first of them.
 
         Raises:
             UserError: the bank has no such feature, or a placeholder stands for none.
         """
-        assert self._media is not None
-        return self._media.placed(document, self._range(document, start, count),
-                                  self.tokens(document, start, count))
+        features = self._features[self._range(document, start, count)]
+        return self._bank_reader.inputs(self.tokens(document, start, count), features,
+                                        f"{self._file(f'.{FEATURES}')}: document {document}")
 
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
@@ -331,7 +410,7 @@ class ShardChain:
 
     def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
                  columns: tuple[str, ...] = (), routes: RouteShape | None = None,
-                 banks: Mapping[str, BankShape] = NO_BANKS) -> None:
+                 banks: Banks = NO_BANKS) -> None:
         allow_open_files()
         self._opened_by = prefixes, vocab_size, columns, routes, banks
         self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
@@ -362,9 +441,9 @@ class ShardChain:
         shard, index = self.lengths.find(document)
         return self._shards[shard].routes(index, start, count)
 
-    def media(self, document: int, start: int, count: int) -> Media:
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
         shard, index = self.lengths.find(document)
-        return self._shards[shard].media(index, start, count)
+        return self._shards[shard].encoder_inputs(index, start, count)
 
 
 @dataclass(frozen=True)
@@ -396,7 +475,7 @@ class Source:
     """Folder of the tokenizer; None: that in the artifact."""
     routes: RouteShape | None = None
     """Shape of the routes that its documents have, which are replayed; None: they have none."""
-    banks: Mapping[str, BankShape] = field(default_factory=dict)
+    banks: Banks = field(default_factory=dict)
     """Kind -> bank of pictures or sounds whose features stand over placeholders."""
 
     @property
@@ -485,7 +564,7 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
             columns=tuple(name for name in sidecars if name not in NO_COLUMNS),
             group=s.get("group_documents", 1),
             routes=RouteShape.from_record(s.get(ROUTES), where) if ROUTES in sidecars else None,
-            banks=read_shapes(s.get(MEDIA), where)))
+            banks=read_banks(s.get(FEATURES), where)))
     return found
 
 

@@ -13,10 +13,9 @@ import numpy as np
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.chat.encode import TYPE_TEXT
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.media_shards import banks_of, media_of
 from megatron_sov.engine.data.token_shards import ChainedLengths, Documents, Source
 from megatron_sov.model.config import PhaseConfig, RunConfig
-from megatron_sov.omni.media.placed import Media
+from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 
 
 class LongDocuments:
@@ -57,8 +56,8 @@ class LongDocuments:
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         return self._documents.routes(int(self.index[document]), start, count)
 
-    def media(self, document: int, start: int, count: int) -> Media:
-        return media_of(self._documents, int(self.index[document]), start, count)
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
+        return inputs_of(self._documents, int(self.index[document]), start, count)
 
 
 # Chats as text: of their tokens the weights say what is learned, and not who wrote them.
@@ -94,8 +93,8 @@ class AsText:
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         return self._documents.routes(document, start, count)
 
-    def media(self, document: int, start: int, count: int) -> Media:
-        return media_of(self._documents, document, start, count)
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
+        return inputs_of(self._documents, document, start, count)
 
 
 def as_text(source: Source) -> Source:
@@ -178,9 +177,9 @@ class Pieces:
         whole, first = self.lengths.find(document)
         return self._documents.routes(whole, first + start, count)
 
-    def media(self, document: int, start: int, count: int) -> Media:
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
         whole, first = self.lengths.find(document)
-        return media_of(self._documents, whole, first + start, count)
+        return inputs_of(self._documents, whole, first + start, count)
 
 
 def with_views(config: RunConfig, sources: list[Source]) -> list[Source]:

@@ -12,7 +12,7 @@ import torch
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.engine.mcore.model.kv_cache import CacheSpan
 from megatron_sov.infer.request import Sampling, StopRule, Tells, Written
-from megatron_sov.omni.media.placed import Media, cut, fingerprint
+from megatron_sov.model.modality import EncoderInputs, hash_inputs, slice_inputs
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Continuation:
     """What ends it before it is as long as allowed."""
     stream: int
     """Number of its stream of random numbers, which with the seed decides them."""
-    media: Media | None = None
+    encoder_inputs: EncoderInputs | None = None
     """Pictures and sounds that its prompt shows, placed from its first token; None: none."""
     logprobs: list[float] = field(default_factory=list)
     """Of each token of the continuation."""
@@ -64,12 +64,12 @@ class Continuation:
             return b""
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
         # Placeholders of two pictures are the same tokens: what is shown is a part of the prompt.
-        return tokens + fingerprint(self.media) if self.media else tokens
+        return tokens + hash_inputs(self.encoder_inputs) if self.encoder_inputs else tokens
 
     def span(self, slot: int, count: int) -> CacheSpan:
         """Return the next `count` tokens that are read, with the pictures and sounds that they stand for."""
         return CacheSpan(slot, self.read, self.tokens[self.read:self.read + count],
-                         cut(self.media, self.read, count) or None)
+                         slice_inputs(self.encoder_inputs, self.read, count) or None)
 
     @property
     def has_ended(self) -> bool:

@@ -42,7 +42,7 @@ from megatron_sov.infer.decoder.sampling import (
     accepted_by_chance, accepted_greedily, best_words, draw, probabilities, rows_of)
 from megatron_sov.infer.request import (
     Batching, Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written)
-from megatron_sov.omni.media.placed import Media
+from megatron_sov.model.modality import EncoderInputs
 
 
 class Decoding:
@@ -374,11 +374,11 @@ class MegatronEngine:
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None, bounds: Bounds | None = None,
-                 media: Sequence[Media | None] | None = None) -> Generated:
+                 encoder_inputs: Sequence[EncoderInputs | None] | None = None) -> Generated:
         """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts.
 
-        `bounds` end continuations otherwise; of the processes the first one's `should_stop` counts.  `media`
-        are the pictures and sounds that stand over placeholders of each prompt, placed from its first token.
+        `bounds` end continuations otherwise; of the processes the first one's `should_stop` counts.
+        `encoder_inputs` are what each prompt has for encoders, placed from its first token.
         """
         sampling.check()
         version = self._held.version
@@ -395,7 +395,7 @@ class MegatronEngine:
         rank, size = share_place()
         # Dealt out in turn, so that processes differ by at most one sequence.
         mine = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
-                             sampling, stop, numbers[i], media[i] if media else None)
+                             sampling, stop, numbers[i], encoder_inputs[i] if encoder_inputs else None)
                 for i in range(rank, len(prompts), size)]
         # The cache fits this process's own sequences; the others size theirs.
         longest = max((s.prompt_tokens + s.limit for s in mine), default=sampling.max_new_tokens)

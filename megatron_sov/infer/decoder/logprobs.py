@@ -19,7 +19,7 @@ from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem
 from megatron_sov.infer.decoder.sampling import probabilities
 from megatron_sov.infer.request import Batching, Sampling, Written
-from megatron_sov.omni.media.placed import Media, cut
+from megatron_sov.model.modality import EncoderInputs, slice_inputs
 
 CHUNK_PLACES = 64
 """Whose logits are held at a time."""
@@ -100,7 +100,7 @@ class Question:
     """Token ids, at least one."""
     answers: Sequence[Sequence[int]]
     """Token ids of each, at least one."""
-    media: Media = field(default_factory=dict)
+    encoder_inputs: EncoderInputs = field(default_factory=dict)
     """What stands over the prompt's placeholders."""
 
 
@@ -160,11 +160,11 @@ def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, s
     for number in mine:
         question = questions[number]
         # the last token of a prompt is read with each answer, whose first token stands behind it
-        past, media = len(question.prompt) - 1, question.media
+        past, inputs = len(question.prompt) - 1, question.encoder_inputs
         for start in range(0, past, prefill_tokens):
             piece = question.prompt[start:min(past, start + prefill_tokens)]
-            yield _Step([CacheSpan(0, start, piece, cut(media, start, len(piece)) or None)])
-        last = cut(media, past, 1) or None
+            yield _Step([CacheSpan(0, start, piece, slice_inputs(inputs, start, len(piece)) or None)])
+        last = slice_inputs(inputs, past, 1) or None
         for first in range(0, len(question.answers), slots - 1):
             here = range(first, min(len(question.answers), first + slots - 1))
             if past:

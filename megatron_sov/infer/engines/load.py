@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.mcore.checkpoint import load
 from megatron_sov.engine.mcore.decode.forward_only import ForwardModel
-from megatron_sov.engine.mcore.model.language_model import build
+from megatron_sov.engine.mcore.model.language_model import build_configured
 from megatron_sov.engine.mcore.parallel import launcher, world
 from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config
 from megatron_sov.model.config import RunConfig
@@ -45,7 +45,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     # those of a run that has trained in this process: the library refuses another attention than it had;
     # what is only for backward passes is left out
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
-    model = build(config.model, config.parallel, config.train, gpu, config.lora, config.media)
+    model = build_configured(config, gpu)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 

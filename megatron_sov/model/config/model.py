@@ -257,6 +257,12 @@ class ModelConfig:
         """Whether the queries of latent attention are made of the layer's input."""
         return self.latent_attention is not None and self.latent_attention.q_lora_rank is None
 
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether it reads or writes pictures or sounds."""
+        parts = (self.vision, self.audio, self.image_tokens, self.audio_tokens)
+        return any(part is not None for part in parts)
+
     def norms_per_layer(self) -> int:
         """Return how many RMSNorms a layer has over the residual's width."""
         return 4 if self.block_norms == "both" else 2

@@ -69,17 +69,6 @@ class AudioTokenizer(Protocol):
         ...
 
 
-class ImageDecoder(Protocol):
-    """Pictures from the ids of one image tokenizer."""
-
-    side_pixels: int
-    """Height and width of what it draws."""
-
-    def decode(self, ids: torch.Tensor, *, steps: int, seed: int) -> torch.Tensor:
-        """Return [n, 3, side, side] float32 pictures in 0..1 of [n, tokens] ids; a function of the seed."""
-        ...
-
-
 class Vocoder(Protocol):
     """Speech from the ids of one audio tokenizer."""
 

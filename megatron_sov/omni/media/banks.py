@@ -16,16 +16,13 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.documents.files import MEDIA_CORPUS
+from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
+from megatron_sov.model.modality import ENCODERS, PICTURES, SOUNDS
 
-MEDIA = "media"
-"""Ending of the sidecar, int64 per token (-1: it stands for no feature); and name of the banks' description
-in a source's record."""
-PICTURES, SOUNDS = "pictures", "sounds"
+KINDS = tuple(ENCODERS)
 """Kinds of banks, and endings of their files."""
-KINDS = (PICTURES, SOUNDS)
-SIDECAR_DTYPE = "int64"
-NONE = -1
 MOST_SLOTS, MOST_RECORD_BYTES = 1 << 20, 1 << 30
 _DTYPES = {PICTURES: "uint8", SOUNDS: "float16"}
 _DIMENSIONS = {PICTURES: 3, SOUNDS: 2}
@@ -87,7 +84,7 @@ class BankShape:
             if record["dtype"] != shape.dtype:
                 raise ValueError(f"{kind} are {shape.dtype}")
         except (KeyError, TypeError, ValueError, ArithmeticError) as e:
-            raise UserError(f"{where}: {MEDIA}.{kind} = {str(record)[:200]} cannot be read "
+            raise UserError(f"{where}: {FEATURES}.{kind} = {str(record)[:200]} cannot be read "
                             f"({type(e).__name__}: {e}); must have shape, dtype, slots and placeholder_ids; "
                             "write the data again") from None
         return shape
@@ -102,8 +99,8 @@ def read_shapes(record: Any, where: str) -> dict[str, BankShape]:
     if record is None:
         return {}
     if not isinstance(record, dict) or not set(record) <= set(KINDS):
-        raise UserError(f"{where}: {MEDIA} = {str(record)[:200]} must describe {' and '.join(KINDS)}; write "
-                        "the data again")
+        raise UserError(f"{where}: {FEATURES} = {str(record)[:200]} must describe {' and '.join(KINDS)}; "
+                        "write the data again")
     return {kind: BankShape.from_record(kind, record[kind], where) for kind in KINDS if kind in record}
 
 
@@ -127,9 +124,6 @@ def open_bank(file: Path, shape: BankShape) -> np.ndarray:
     return numbers.reshape(-1, *shape.shape)
 
 
-CORPUS = "media_corpus"
-
-
 def codecs_of(data: Iterable[str | Path]) -> dict[str, set[str]]:
     """Return kind -> hashes of the codecs of token shards, as far as shards and corpora are still there.
 
@@ -140,9 +134,9 @@ def codecs_of(data: Iterable[str | Path]) -> dict[str, set[str]]:
     for folder in data:
         try:
             corpora = [record["path"] for record in read_manifest(Path(folder)).inputs
-                       if record.get("kind") == CORPUS]
+                       if record.get("kind") == MEDIA_CORPUS]
             for corpus in corpora:
-                for kind, codec in read_manifest(Path(corpus), CORPUS).content["codecs"].items():
+                for kind, codec in read_manifest(Path(corpus), MEDIA_CORPUS).content["codecs"].items():
                     found.setdefault(kind, set()).add(codec["manifest_sha256"])
         except (UserError, KeyError, TypeError, AttributeError):
             continue  # moved or deleted: nothing is known of it
@@ -159,7 +153,7 @@ def banks_of(data: Iterable[str | Path]) -> set[str] | None:
     try:
         for folder in folders:
             for source in read_manifest(Path(folder)).content["sources"]:
-                found |= set(source.get(MEDIA) or {})
+                found |= set(source.get(FEATURES) or {})
     except (UserError, KeyError, TypeError, AttributeError):
         # what was read so far is known, whatever the others held
         return found or None

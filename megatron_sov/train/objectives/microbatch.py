@@ -69,7 +69,7 @@ def _record(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> Mic
     inputs = ModelInputs(
         tokens=found["tokens"], positions=found["positions"], cu_seqlens=found["bounds"],
         max_document_tokens=int(np.diff(bounds).max()), padding=found["padding"],
-        host_bounds=bounds.tolist(), routes=row.routes, media=row.media)
+        host_bounds=bounds.tolist(), routes=row.routes, encoder_inputs=row.encoder_inputs)
     return MicroBatch(inputs=inputs, labels=found["labels"], weights=found["weights"], types=found["types"],
                       sources=found["sources"], columns=columns, origins=row.origins)
 

@@ -18,7 +18,8 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import ExitCode
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS, open_bank, read_shapes
+from megatron_sov.model.modality import PICTURES, SOUNDS
+from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.work.clusters import client
 from megatron_sov.work.submit.arrays import WORK, Jobs, keeping_failure
 from tests.data_prep.media.chats import Encode, shown

@@ -21,15 +21,16 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import new_artifact, read_manifest
 from megatron_sov.base.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.media_shards import check_encoders
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import sample_row
 from megatron_sov.engine.data.streams import PackedSegment
 from megatron_sov.engine.data.token_shards import open_sources
 from megatron_sov.model.config import VisionEncoderConfig
-from megatron_sov.omni.media.banks import MEDIA, NONE, open_bank, read_shapes
-from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
+from megatron_sov.model.modality import MediaEncoding, check_encoders
+from megatron_sov.omni.media.banks import open_bank, read_shapes
+from megatron_sov.omni.media.items import MediaVocabulary
 from tests.data_prep.media.chats import Encode, shown
 
 CHATS = [shown(("image", "light.png")),
@@ -55,9 +56,9 @@ def columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
     shards = []
     for record in source["splits"]["train"]["shards"]:
         prefix = folder / record["prefix"]
-        shapes = read_shapes(source[MEDIA], "it")
+        shapes = read_shapes(source[FEATURES], "it")
         shards.append({"ids": np.asarray(open_split(prefix).tokens),
-                       MEDIA: np.fromfile(f"{prefix}.{MEDIA}", "<i8"),
+                       FEATURES: np.fromfile(f"{prefix}.{FEATURES}", "<i8"),
                        "loss": np.fromfile(f"{prefix}.loss", "<f4")}
                       | {kind: open_bank(Path(f"{prefix}.{kind}"), shape) for kind, shape in shapes.items()})
     return source, shards
@@ -71,17 +72,17 @@ def test_each_placeholder_finds_its_feature_in_its_shard(encode: Encode, omni: P
                 shard_tokens) == 0
     source, shards = columns(tmp_path / "shards")
     token = Tokenizer.from_file(str(omni / "tokenizer.json")).token_to_id
-    assert source[MEDIA]["pictures"]["placeholder_ids"] == [token(IMAGE_PAD), token(VIDEO_PAD)]
+    assert source[FEATURES]["pictures"]["placeholder_ids"] == [token(IMAGE_PAD), token(VIDEO_PAD)]
     seen: list[int] = []
     for shard in shards:
         stands = np.isin(shard["ids"], [token(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
-        assert ((shard[MEDIA] != NONE) == stands).all() and not shard["loss"][stands].any()
-        numbers = shard[MEDIA][np.isin(shard["ids"], source[MEDIA]["pictures"]["placeholder_ids"])]
+        assert ((shard[FEATURES] != NO_FEATURE) == stands).all() and not shard["loss"][stands].any()
+        numbers = shard[FEATURES][np.isin(shard["ids"], source[FEATURES]["pictures"]["placeholder_ids"])]
         assert (numbers % 3).tolist() == [0, 1, 2] * (len(numbers) // 3)
         seen += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
         assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # each content once
     assert seen == [255, 0, 255, 0, 255]
-    sounds = np.concatenate([s[MEDIA][s["ids"] == token(AUDIO_PAD)] for s in shards])
+    sounds = np.concatenate([s[FEATURES][s["ids"] == token(AUDIO_PAD)] for s in shards])
     assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert check(tmp_path / "shards")[0] == []
 
@@ -139,17 +140,17 @@ def test_other_texts_only_spell_tokens_of_media(omni: Path, tmp_path: Path) -> N
 
 def test_placeholders_and_features_must_be_as_many(omni: Path) -> None:
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
-    meant = MeantTokens(tokenizer, MediaEncoding((("pictures", 2), ("sounds", 5))))
+    vocabulary = MediaVocabulary(tokenizer, MediaEncoding((("pictures", 2), ("sounds", 5))))
     pad = tokenizer.token_to_id(IMAGE_PAD)
-    assert meant.numbers([1, pad, pad, 2], {"pictures": [(3, 2)]}).tolist() == [-1, 6, 7, -1]
+    assert vocabulary.numbers([1, pad, pad, 2], {"pictures": [(3, 2)]}).tolist() == [-1, 6, 7, -1]
     for ids, rows, code in (([pad], {}, "placeholders"), ([1], {"pictures": [(0, 1)]}, "placeholders"),
                             ([pad] * 3, {"pictures": [(0, 3)]}, "media_rows"),
                             ([pad], {"sounds": [(0, 1)]}, "placeholders")):
         with pytest.raises(BadRecord) as found:
-            meant.numbers(ids, rows)  # type: ignore[arg-type]
+            vocabulary.numbers(ids, rows)  # type: ignore[arg-type]
         assert found.value.code == code
     with pytest.raises(BadRecord, match="no such token"):
-        meant.split("<|vision09999|>")
+        vocabulary.split("<|vision09999|>")
 
 
 def test_what_does_not_fit_is_one_sentence(encode: Encode, omni: Path, tokenizers: dict[str, Path],
@@ -187,8 +188,8 @@ def test_rows_have_the_pictures_and_sounds_of_their_placeholders(encode: Encode,
     documents, shades, slots = source.shard("train"), [], []
     for document, length in enumerate(documents.lengths):
         row = sample_row(OrderedSample(0, (PackedSegment(document, 0, int(length)),)), documents, int(length))
-        assert row.media is not None
-        for kind, part in row.media.items():
+        assert row.encoder_inputs is not None
+        for kind, part in row.encoder_inputs.items():
             ids = source.banks[kind].placeholder_ids
             assert np.flatnonzero(np.isin(row.tokens, ids)).tolist() == part.places.tolist()
             assert not row.weights[part.places[part.places > 0] - 1].any(), "a placeholder is no target"

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.omni.media.banks import MEDIA
+from megatron_sov.base.documents.shard_files import FEATURES
 from tests.data_prep.media.chats import Encode
 from tokenizer.cli import main as sov_tokenizer
 
@@ -35,7 +35,7 @@ def test_the_page_leads_from_media_to_shards(encode: Encode, tokenizers: dict[st
         program, *words = [SMALLER.get(word, word) for word in shlex.split(line)]
         assert (main(words) if program == "sov-data" else sov_tokenizer(words)) == 0, line
     source = read_manifest(Path("work/tokens")).content["sources"][0]
-    assert source[MEDIA]["sounds"]["slots"] == 5
+    assert source[FEATURES]["sounds"]["slots"] == 5
     assert sum(split["num_documents"] for split in source["splits"].values()) == 2
     corpus = [json.loads(line) for line in Path("work/media/records.jsonl").read_text().splitlines()]
     assert corpus[1]["messages"][1]["content"].startswith("Listen:\n<|discrete_audio_start|>")

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.convert.hf_export import processor_files, to_hf
+from megatron_sov.engine.convert.hf_export import to_hf
 from megatron_sov.engine.mcore.decode.forward_only import Inputs
 from megatron_sov.engine.mcore.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
+from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
 from megatron_sov.model.recipes import get
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS
-from megatron_sov.omni.media.placed import place_media
+from megatron_sov.omni.modality import processor_files
 from megatron_sov.runs.checkpoints import settings_of
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
@@ -125,14 +125,14 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
     config = settings_of(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
-    media = {}
+    inputs = {}
     for kind, encoder in pads.items():
         places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
-        media[kind] = place_media(places, np.arange(len(places)), records[kind], encoder.slots)
+        inputs[kind] = take_records(places, np.arange(len(places)), records[kind], encoder.slots)
     world.join(config.parallel)
     try:
         row = Inputs([ids], torch.device("cpu"))
-        row.inputs = dataclasses.replace(row.inputs, media=media)
+        row.inputs = dataclasses.replace(row.inputs, encoder_inputs=inputs)
         return load_forward_model(checkpoint, config).logits(row, torch.arange(len(ids)))
     finally:
         world.leave()

@@ -12,15 +12,15 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.data.media_shards import IDX_MAGIC, check_encoders
 from megatron_sov.engine.data.order import OrderedSample
 from megatron_sov.engine.data.rows import join_rows, sample_row
 from megatron_sov.engine.data.streams import PackedSegment
-from megatron_sov.engine.data.token_shards import ShardChain, Source
+from megatron_sov.engine.data.token_shards import IDX_MAGIC, ShardChain, Source
 from megatron_sov.engine.data.views import LongDocuments, Pieces
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS, BankShape
-from megatron_sov.omni.media.placed import Media, cut, joined
+from megatron_sov.model.modality import (
+    PICTURES, SOUNDS, EncoderInputs, check_encoders, join_inputs, slice_inputs)
+from megatron_sov.omni.media.banks import BankShape
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
 BANKS = {PICTURES: BankShape(PICTURES, (3, 4, 4), 4, (IMAGE_PAD,)),
@@ -56,7 +56,7 @@ def chain(tmp_path: Path) -> ShardChain:
     return ShardChain([tmp_path / "a", tmp_path / "b"], 32, banks=BANKS)
 
 
-def said(media: Media | None) -> list[tuple[int, int]]:
+def said(media: EncoderInputs | None) -> list[tuple[int, int]]:
     """Return (place, feature of the bank), by the numbers that records hold."""
     found = []
     for part in (media or {}).values():
@@ -76,8 +76,8 @@ def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
     [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
 def test_a_row_has_what_its_placeholders_stand_for(chain: ShardChain, pieces: list[Any]) -> None:
     row = sample_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
-    assert said(row.media) == expected(*pieces)
-    assert (row.media is None) == (not expected(*pieces))
+    assert said(row.encoder_inputs) == expected(*pieces)
+    assert (row.encoder_inputs is None) == (not expected(*pieces))
 
 
 def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
@@ -86,15 +86,15 @@ def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
     whole = join_rows(rows)
     found = [(place + 12, feature) for place, feature in expected((0, 0, 9))] + [
         (place + 24, feature) for place, feature in expected((2, 0, 11))]
-    assert said(whole.media) == found
-    parts = [cut(whole.media, start, 7) for start in range(0, 36, 7)]
-    assert [p for start, part in enumerate(parts) for p in said(joined([(7 * start, part)]))] == found
+    assert said(whole.encoder_inputs) == found
+    parts = [slice_inputs(whole.encoder_inputs, start, 7) for start in range(0, 36, 7)]
+    assert [p for start, part in enumerate(parts) for p in said(join_inputs([(7 * start, part)]))] == found
     assert all(len(part.records) <= 3 for media in parts for part in media.values())
 
 
 def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
-    assert said(Pieces(chain, 4).media(1, 0, 4)) == expected((0, 4, 4))
-    assert said(LongDocuments(chain, 9).media(1, 2, 6)) == expected((2, 2, 6))
+    assert said(Pieces(chain, 4).encoder_inputs(1, 0, 4)) == expected((0, 4, 4))
+    assert said(LongDocuments(chain, 9).encoder_inputs(1, 2, 6)) == expected((2, 2, 6))
 
 
 @pytest.mark.parametrize(("pair", "message"), [
@@ -104,7 +104,7 @@ def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
 def test_a_number_that_means_nothing_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
     write(tmp_path / "a", [[(10, -1), pair]])
     with pytest.raises(UserError, match=message):
-        ShardChain([tmp_path / "a"], 32, banks=BANKS).media(0, 0, 2)
+        ShardChain([tmp_path / "a"], 32, banks=BANKS).encoder_inputs(0, 0, 2)
 
 
 @pytest.mark.parametrize(("suffix", "size_bytes"), [(".media", 8), (".pictures", 47), (".sounds", None)])

@@ -13,9 +13,10 @@ from megatron_sov.base.artifacts import manifest_sha256, new_artifact
 from megatron_sov.base.chat.media_tokens import (
     AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, RATIOS, VIDEO, VocabularyBlock, describe_blocks, entries,
     entry, read_blocks, spelled)
+from megatron_sov.base.documents.files import MEDIA_CORPUS
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.media.banks import (
-    CORPUS, PICTURES, SOUNDS, BankShape, codecs_of, open_bank, read_shapes, refuse_other_codecs)
+from megatron_sov.model.modality import PICTURES, SOUNDS
+from megatron_sov.omni.media.banks import BankShape, codecs_of, open_bank, read_shapes, refuse_other_codecs
 from megatron_sov.omni.media.items import (
     MediaItem, discrete_audio, discrete_image, drawing_call, nearest_ratio)
 
@@ -130,7 +131,7 @@ def artifact(path: Path, kind: str, content: dict[str, object], *inputs: Path) -
 
 def test_a_codec_is_known_by_its_hash_as_long_as_the_data_are_there(tmp_path: Path) -> None:
     one, other = (artifact(tmp_path / name, "codec", {"codec": name}) for name in ("one", "other"))
-    corpus = artifact(tmp_path / "corpus", CORPUS, {
+    corpus = artifact(tmp_path / "corpus", MEDIA_CORPUS, {
         "codecs": {"image": {"manifest_sha256": manifest_sha256(one)}}})
     shards = artifact(tmp_path / "shards", "token_shards", {}, corpus)
     known = codecs_of([shards, tmp_path / "gone"])

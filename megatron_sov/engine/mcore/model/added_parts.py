@@ -20,9 +20,7 @@ from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import to_device
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
-from megatron_sov.omni.codecs.encoders import MediaEncoder
-from megatron_sov.omni.media.banks import PICTURES, SOUNDS
-from megatron_sov.omni.media.placed import Media, PlacedMedia, chosen
+from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, modality, select_placeholders
 
 # Low-rank adapters of a frozen model's linear layers, at any layout: W x + alpha / rank B A x (LoRA,
 # arXiv 2106.09685), or that with rows of trained length (DoRA, arXiv 2402.09353).
@@ -427,8 +425,6 @@ def _behind_grouped(adapters: list[LinearAdapter]) -> Callable[..., Any]:
 # compute the same one.
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-OF_BANK = {PICTURES: "vision", SOUNDS: "audio"}
-"""Kind of bank -> the encoder of its records."""
 
 
 class MediaEncoders(torch.nn.Module):
@@ -442,8 +438,9 @@ class MediaEncoders(torch.nn.Module):
             config: the library's TransformerConfig.
         """
         super().__init__()
-        self.vision = MediaEncoder(model.vision, model.hidden_size) if model.vision is not None else None
-        self.audio = MediaEncoder(model.audio, model.hidden_size) if model.audio is not None else None
+        make = modality().encoder
+        self.vision = make(model.vision, model.hidden_size) if model.vision is not None else None
+        self.audio = make(model.audio, model.hidden_size) if model.audio is not None else None
         # families that scale embeddings scale what stands over them as well
         self._factor = float(model.embedding_multiplier)
         self._recomputed = config.recompute_granularity == "full"
@@ -453,23 +450,23 @@ class MediaEncoders(torch.nn.Module):
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, embedded: torch.Tensor, row_tokens: int, media: Media | None,
+    def forward(self, embedded: torch.Tensor, row_tokens: int, inputs: EncoderInputs | None,
                 *, cut_for_context: bool = True) -> torch.Tensor:
         """Return embeddings [local tokens, 1, hidden] with features over those of placeholders.
 
         Args:
             embedded: those of this process's part of a row.
             row_tokens: tokens of the whole row.
-            media: what stands at which place of the row; None: nothing.
+            inputs: what the row has for encoders; None: nothing.
             cut_for_context: whether the row is cut over the context-parallel group.
         """
-        places = _places(row_tokens, self._sequence_parallel, cut_for_context) if media else None
-        for kind, name in OF_BANK.items():
-            encoder, part = getattr(self, name), (media or {}).get(kind)
+        places = _places(row_tokens, self._sequence_parallel, cut_for_context) if inputs else None
+        for kind, name in ENCODERS.items():
+            encoder, part = getattr(self, name), (inputs or {}).get(kind)
             here = None
             if part is not None and places is not None:
                 at = places[part.places]
-                here = chosen(part, at >= 0, at[at >= 0])
+                here = select_placeholders(part, at >= 0, at[at >= 0])
             if here is not None and len(here.places):
                 if encoder is None:
                     raise ValueError(f"a row has {kind}, and the model has no model.{name}")
@@ -481,13 +478,13 @@ class MediaEncoders(torch.nn.Module):
                 embedded = embedded.index_copy(0, nothing, self._features(encoder, None)[nothing][:, None])
         return embedded
 
-    def _over(self, embedded: torch.Tensor, encoder: MediaEncoder, here: PlacedMedia) -> torch.Tensor:
+    def _over(self, embedded: torch.Tensor, encoder: Any, here: EncoderInput) -> torch.Tensor:
         records, numbers, places = (to_device(torch.from_numpy(values), embedded.device)
                                     for values in (np.stack(here.records), here.features, here.places))
         over = self._features(encoder, records)[numbers] * self._factor
         return embedded.index_copy(0, places, over[:, None].to(embedded.dtype))
 
-    def _features(self, encoder: MediaEncoder, records: torch.Tensor | None) -> torch.Tensor:
+    def _features(self, encoder: Any, records: torch.Tensor | None) -> torch.Tensor:
         if self._recomputed and torch.is_grad_enabled():
             features: torch.Tensor = checkpoint(encoder, records, use_reentrant=False)
         else:

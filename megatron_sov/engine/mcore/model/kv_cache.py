@@ -32,7 +32,7 @@ from megatron_sov.engine.mcore.model.rotary import softmax_scale
 from megatron_sov.engine.mcore.model.softcap import FUSED, Kernel, kernel_of
 from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.omni.media.placed import Media, joined
+from megatron_sov.model.modality import EncoderInputs, join_inputs
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CacheSpan:
     """How many of its tokens the cache holds; what it holds beyond is taken back."""
     tokens: Sequence[int]
     """What is read now, at least one token."""
-    media: Media | None = None
+    encoder_inputs: EncoderInputs | None = None
     """Pictures and sounds that these tokens stand for, placed from the first of them; None: nothing."""
 
 
@@ -96,7 +96,7 @@ class ReadRow:
     """Row index after each span."""
     packed: PackedSpans
     """The spans."""
-    media: Media | None = None
+    encoder_inputs: EncoderInputs | None = None
     """Pictures and sounds that its tokens stand for; None: nothing."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
@@ -133,8 +133,9 @@ def read_row(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) 
     whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
     packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest,
                          max_seqlen_kv=longest, groups=groups)
-    media = joined((end - len(span.tokens), span.media) for end, span in zip(ends, spans, strict=True))
-    return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed, media)
+    inputs = join_inputs((end - len(span.tokens), span.encoder_inputs)
+                         for end, span in zip(ends, spans, strict=True))
+    return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed, inputs)
 
 
 class CachedAttention(torch.nn.Module):

@@ -34,9 +34,9 @@ from megatron_sov.engine.mcore.model.specs import (
 from megatron_sov.engine.mcore.parallel import context
 from megatron_sov.engine.mcore.parallel.device import local_device, on_gpu
 from megatron_sov.model.config import (
-    GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, TrainConfig)
+    GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
 from megatron_sov.model.config.gpu import AUTO
-from megatron_sov.omni.media.placed import Media
+from megatron_sov.model.modality import EncoderInputs
 from megatron_sov.runs.checkpoints import AdapterBase
 
 # Where a model's weights lie: on the device of its process, every one of them.
@@ -103,7 +103,7 @@ SINKS = "core_attention.softmax_offset"
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with a row per token id, split by rows over the tensor-parallel group."""
 NO_ADAPTERS = LoraConfig()
-MEDIA = MediaConfig()
+ENCODER_TRAINING = MediaConfig()
 
 
 # The multi-token prediction layer of rows of packed documents.
@@ -273,7 +273,7 @@ class ModelInputs:
     choose."""
     shared: SharedPrompts | None = None
     """What documents share, of which the row holds each token once; None: nothing."""
-    media: Media | None = None
+    encoder_inputs: EncoderInputs | None = None
     """Pictures and sounds whose features stand over placeholders, on the host; None: there are none."""
 
 
@@ -287,7 +287,7 @@ class Chunk(GPTModel):
 
     adapters: Adapters | None
     """Low-rank adapters of its linear layers, where they are trained in the place of the weights."""
-    media: MediaEncoders | None
+    encoders: MediaEncoders | None
     """Encoders of pictures and sounds, on the first run of a model that has some."""
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
@@ -307,7 +307,7 @@ class Chunk(GPTModel):
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
                                                 packed_seq_params=packed)
-        embedded = self._with_media(embedded, len(inputs.tokens), inputs.media)
+        embedded = self._with_features(embedded, len(inputs.tokens), inputs.encoder_inputs)
         # the fused kernel finds each token's angles itself
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
@@ -332,7 +332,8 @@ class Chunk(GPTModel):
         """
         embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
                                                 packed_seq_params=row.packed)
-        embedded = self._with_media(embedded, len(row.tokens), row.media, cut_for_context=False)
+        embedded = self._with_features(embedded, len(row.tokens), row.encoder_inputs,
+                                       cut_for_context=False)
         return self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
@@ -354,15 +355,15 @@ class Chunk(GPTModel):
         return self.mtp.layers[0].transform(hidden, embedded,
                                             rotary[row.positions], row.packed)
 
-    def _with_media(self, embedded: torch.Tensor, row_tokens: int, media: Media | None, *,
-                    cut_for_context: bool = True) -> torch.Tensor:
+    def _with_features(self, embedded: torch.Tensor, row_tokens: int, inputs: EncoderInputs | None, *,
+                       cut_for_context: bool = True) -> torch.Tensor:
         """Return embeddings with features over those of placeholders, on the run that embeds tokens."""
-        if self.media is not None:
-            with_features: torch.Tensor = self.media(embedded, row_tokens, media,
-                                                     cut_for_context=cut_for_context)
+        if self.encoders is not None:
+            with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,
+                                                        cut_for_context=cut_for_context)
             return with_features
-        if self.pre_process and media:
-            raise ValueError(f"a row has {' and '.join(media)}, and the model has no encoder of such")
+        if self.pre_process and inputs:
+            raise ValueError(f"a row has {' and '.join(inputs)}, and the model has no encoder of such")
         return embedded
 
     def _local_padding(self, padding: torch.Tensor, first_route: int | None) -> torch.Tensor:
@@ -383,13 +384,14 @@ class LanguageModel(torch.nn.ModuleList):
     """This process's part of the model: one chunk, or several under an interleaved pipeline."""
 
     def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
-                 lora: LoraConfig = NO_ADAPTERS, media: MediaConfig = MEDIA) -> None:
+                 lora: LoraConfig = NO_ADAPTERS,
+                 encoder_training: MediaConfig = ENCODER_TRAINING) -> None:
         super().__init__(chunks)
         self.architecture = architecture
         """What it is, in our own terms."""
         self.lora = lora
         """Its adapters."""
-        self.media = media
+        self.encoder_training = encoder_training
         """Which weights of its encoders are trained."""
         self.adapter_base: AdapterBase | None = None
         """The checkpoint that the frozen weights are from; None: they are trained, or come of a seed."""
@@ -426,7 +428,7 @@ class LanguageModel(torch.nn.ModuleList):
 
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
           gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS,
-          media: MediaConfig = MEDIA) -> LanguageModel:
+          encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train, gpu)
     if config.fp8 or config.fp4:
@@ -439,11 +441,17 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
     with without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     for chunk in chunks:
-        if chunk.media is not None:
-            chunk.media.overlapped = parallel.overlap_grad_reduce or parallel.overlap_param_gather
+        if chunk.encoders is not None:
+            chunk.encoders.overlapped = parallel.overlap_grad_reduce or parallel.overlap_param_gather
         with made_here():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
-    return LanguageModel(chunks, model, lora, media)
+    return LanguageModel(chunks, model, lora, encoder_training)
+
+
+def build_configured(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
+    """Build what a run's settings describe, see `build`; `gpu` replaces their part of that name."""
+    return build(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
+                 config.lora, config.media)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
@@ -470,7 +478,7 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
             post_process=last_stage, rotary_percent=model.rope_share, rotary_base=model.rope_theta,
             mtp_block_spec=mtp, share_embeddings_and_output_weights=model.tied_embeddings, vp_stage=vp_stage)
         encodes = chunk.pre_process and (model.vision is not None or model.audio is not None)
-        chunk.media = MediaEncoders(model, config) if encodes else None
+        chunk.encoders = MediaEncoders(model, config) if encodes else None
     place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256

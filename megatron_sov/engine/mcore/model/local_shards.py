@@ -53,8 +53,8 @@ def local_shards(model: LanguageModel) -> list[LocalShard]:
         blocks += [
             LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
             for t in nested_values(declared) if isinstance(t, ShardedTensor)]
-        if chunk.media is not None:
-            blocks += [LocalShard(*block) for block in chunk.media.blocks()]
+        if chunk.encoders is not None:
+            blocks += [LocalShard(*block) for block in chunk.encoders.blocks()]
         if chunk.adapters is not None:
             blocks += [LocalShard(*block) for factors in chunk.adapters.factors()
                        for block in factors.blocks()]

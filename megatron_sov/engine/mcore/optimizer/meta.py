@@ -100,13 +100,12 @@ def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer
     import torch
     from megatron.core import parallel_state
 
-    from megatron_sov.engine.mcore.model.language_model import build
+    from megatron_sov.engine.mcore.model.language_model import build_configured
     from megatron_sov.engine.mcore.optimizer.optimizer import Optimizer
 
     with fake_world(config.parallel, num_ranks, rank), _nothing_has_memory():
         with torch.device("meta"):
-            model = build(config.model, config.parallel, config.train, config.gpu, config.lora,
-                          config.media)
+            model = build_configured(config)
         shapes = [[tuple(weight.shape) for weight in chunk.parameters()] for chunk in model.chunks]
         optimizer = Optimizer(model, config.optim, config.parallel, config.gpu)
         place = StatePlace(parallel_state.get_data_parallel_rank(with_context_parallel=True),

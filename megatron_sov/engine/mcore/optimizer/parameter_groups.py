@@ -124,7 +124,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
         if parameter is not None:
             rule = rule_for(config, block.key, parameter.dim())
             adapted = model.lora.on and not block.key.startswith(PREFIX)
-            if adapted or is_frozen(block.key, model.media):
+            if adapted or is_frozen(block.key, model.encoder_training):
                 rule = replace(rule, frozen=True)
             found[id(parameter)] = rule
             matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}

@@ -31,21 +31,21 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     from megatron_sov.engine.mcore.model.kv_cache import CacheSize, CacheSpan
     from megatron_sov.engine.mcore.model.language_model import gather_sequence
     from megatron_sov.engine.mcore.parallel import collectives, context
-    from megatron_sov.omni.media.placed import cut, joined, place_media
+    from megatron_sov.model.modality import join_inputs, slice_inputs, take_records
 
     _, model = tiny_model("tiny-qwen3", *SETTINGS, layout=layout)
     bank = np.random.default_rng(0).integers(0, 256, (3, 3, 8, 8), dtype=np.uint8)
     policy = ForwardModel(model, 64)
 
-    def media(first: int, second: int) -> Any:
+    def shown(first: int, second: int) -> Any:
         places = np.flatnonzero(np.array(DOCUMENT) == 5)
         numbers = np.array([4 * first + i for i in range(4)] + [4 * second, 4 * second + 1])
-        return {"pictures": place_media(places, numbers, bank, 4)}
+        return {"pictures": take_records(places, numbers, bank, 4)}
 
     def last(pictures: list[tuple[int, int]]) -> torch.Tensor:
         row = Inputs([DOCUMENT] * len(pictures), torch.device("cpu"), 4 * len(DOCUMENT))
-        row.inputs = dataclasses.replace(row.inputs, media=joined(
-            (i * len(DOCUMENT), media(*of)) for i, of in enumerate(pictures)))
+        row.inputs = dataclasses.replace(row.inputs, encoder_inputs=join_inputs(
+            (i * len(DOCUMENT), shown(*of)) for i, of in enumerate(pictures)))
         end = len(pictures) * len(DOCUMENT)
         found = policy.map([row], lambda depths, *_: context.gather(
             gather_sequence(depths[0], model.config))[end - len(DOCUMENT):end])
@@ -58,7 +58,8 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     pieces = []
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
-            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3], cut(media(0, 1), start, 3))],
+            read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
+                                          slice_inputs(shown(0, 1), start, 3))],
                                 decoder.common_row_tokens(3))
             pieces.append(collectives.broadcast_from_last_stage(
                 gather_sequence(read.hidden, model.config)[:3] if read.hidden is not None

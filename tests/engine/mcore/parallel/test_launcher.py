@@ -17,8 +17,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import load
-from megatron_sov.engine.data.media_shards import numbers
-from megatron_sov.engine.data.token_shards import ShardChain, open_sources
+from megatron_sov.engine.data.token_shards import ShardChain, numbers, open_sources
 from megatron_sov.engine.mcore.parallel import launcher
 from megatron_sov.engine.mcore.parallel.launcher import plan_file, read_plan
 from megatron_sov.train.stopping import stoppable

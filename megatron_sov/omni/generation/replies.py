@@ -28,9 +28,9 @@ from megatron_sov.base.chat import media_tokens as spelling
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.asking import check_length
-from megatron_sov.infer.media.media_prompts import (
-    Parts, ShownMedia, blocks_of, prompts_of, refuse_unknown_kinds)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
+from megatron_sov.omni.generation.prompts import (
+    Parts, ShownMedia, blocks_of, prompts_of, refuse_unknown_kinds)
 
 if TYPE_CHECKING:
     import torch
@@ -426,7 +426,7 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
         from megatron_sov.infer.decoder.generator import MegatronEngine
 
         engine = MegatronEngine(loaded.policy, asking.batching)
-        return engine.generate(ids, sampling, stop=stop, media=asked.media).continuations
+        return engine.generate(ids, sampling, stop=stop, encoder_inputs=asked.encoder_inputs).continuations
 
     from megatron_sov.infer.engines.load import run_forward_model
 

@@ -83,7 +83,7 @@ def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
 def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
     """Return both prompts as the model reads them."""
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.infer.media.media_prompts import ShownMedia, prompts_of
+    from megatron_sov.omni.generation.prompts import ShownMedia, prompts_of
 
     shown = ShownMedia(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
     return prompts_of(find_target(Path("model")), [RECORD, OTHER], shown, **options)
@@ -91,20 +91,21 @@ def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
 
 def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
     prompts = asked()
-    for row, ids, media in zip(site.rows, prompts.ids, prompts.media, strict=True):
+    for row, ids, inputs in zip(site.rows, prompts.ids, prompts.encoder_inputs, strict=True):
         assert ids == row.tokens[:len(ids)].tolist() and len(ids) + len(site.answers[0]) <= len(row.tokens)
-        assert row.media is not None and {"pictures", "sounds"} == set(media) == set(row.media)
-        for kind, part in media.items():
-            trained = row.media[kind]
+        assert row.encoder_inputs is not None
+        assert {"pictures", "sounds"} == set(inputs) == set(row.encoder_inputs)
+        for kind, part in inputs.items():
+            trained = row.encoder_inputs[kind]
             assert (part.places == trained.places).all() and (part.features == trained.features).all()
             assert all((a == b).all() for a, b in zip(part.records, trained.records, strict=True))
     # a picture of 4 features; 2.5 s in pieces of 2 s, 50 features each
-    assert [len(prompts.media[0][kind].places) for kind in ("pictures", "sounds")] == [4, 63]
+    assert [len(prompts.encoder_inputs[0][kind].places) for kind in ("pictures", "sounds")] == [4, 63]
     with pytest.raises(UserError, match="learned from discrete tokens of kind audio, which needs --audio-to"):
         asked(tokenizers={"image": Path("pictures")})
     bare = asked(with_features=False)
     pads = {prompts.asker.id_of(IMAGE_PAD), prompts.asker.id_of(AUDIO_PAD)}
-    assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.media == [{}, {}]
+    assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
 
 
 def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
@@ -118,8 +119,8 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     from megatron_sov.train.objectives.microbatch import from_row
 
     prompts, answers = asked(), site.answers
-    pictures = replace(prompts.media[0]["pictures"], records=prompts.media[1]["pictures"].records)
-    seen, other = prompts.media[0], {**prompts.media[0], "pictures": pictures}
+    seen, second = prompts.encoder_inputs
+    other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}
 
     def work(loaded: Loaded) -> Any:
         batches = [from_row(row) for row in site.rows]
@@ -127,13 +128,14 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
         for batch in batches:
             (found,) = loaded.policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
             trained.append(found[batch.weights > 0].tolist())
-        questions = [Question(prompts.ids[i], [answers[i], answers[i][:2]], prompts.media[i]) for i in (0, 1)]
+        questions = [Question(prompts.ids[i], [answers[i], answers[i][:2]], prompts.encoder_inputs[i])
+                     for i in (0, 1)]
         scored = [answer_logprobs(loaded.policy, questions, Batching(1, tokens)) for tokens in (8192, 7)]
         written = []
         for tokens in (8192, 7):
             engine = MegatronEngine(loaded.policy, Batching(prefill_tokens=tokens))
             written.append(engine.generate([prompts.ids[0]] * 3, Sampling(4),
-                                           media=[seen, other, seen]))
+                                           encoder_inputs=[seen, other, seen]))
         behind = [[Question(prompts.ids[0], [of], media)] for of, media in zip(
             written[0].continuations, (seen, other, seen), strict=True)]
         again = [answer_logprobs(loaded.policy, question)[0][0] for question in behind]
@@ -155,9 +157,9 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
 def test_retrieval_ranks_by_these_probabilities(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_sov.infer.asking import Asker
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.omni.media.meant import MediaEncoding
+    from megatron_sov.model.modality import MediaEncoding
 
-    asker = Asker(find_target(Path("model")), chat=True, media=MediaEncoding())
+    asker = Asker(find_target(Path("model")), chat=True, encoding=MediaEncoding())
     assert [asker.answer("Seven and two.")] * 2 == site.answers, "an answer ends as in training"
     rows = [{"content": content, "answer": answer}
             for content, answer in ((RECORD, "a"), (OTHER, "b"), (OTHER, "c"))]

@@ -7,10 +7,10 @@ import torch
 
 from megatron_sov.base.chat import media_tokens as spelling
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
-from megatron_sov.infer.media.media_replies import (
-    Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
 from megatron_sov.omni.codecs.bigvgan import UnitBigVGAN
 from megatron_sov.omni.codecs.decoder_settings import UnitBigVGANSettings
+from megatron_sov.omni.generation.replies import (
+    Audio, Image, MarkIds, Part, SpokenReply, Text, parts_of, speak, transcript)
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
 
 WORDS = ["a", "b", *spelling.MARKS]

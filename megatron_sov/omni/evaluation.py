@@ -30,7 +30,7 @@ from megatron_sov.work.progress.progress_bar import work_bar
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.load import Loaded
     from megatron_sov.infer.engines.target import Target
-    from megatron_sov.infer.media.media_prompts import ShownMedia
+    from megatron_sov.omni.generation.prompts import ShownMedia
 
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{a}-{b}": (a, b) for a in (IMAGE, TEXT, AUDIO) for b in (TEXT, IMAGE, AUDIO)
@@ -45,7 +45,7 @@ class MediaRow:
     """A prompt with what is to be recognised in the reply."""
 
     content: list[dict[str, Any]]
-    """Parts, as `infer.media.media_prompts.Parts`."""
+    """Parts, as `generation.prompts.Parts`."""
     answer: str
     """What a text is to be, or what a judge is to recognise."""
     labels: tuple[str, ...] = ()
@@ -271,11 +271,11 @@ def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[Media
         None on other processes than the first of a torchrun or Slurm job.
 
     Raises:
-        UserError: see `media_prompts.prompts_of`; or a row is longer than the model reads.
+        UserError: see `generation.prompts.prompts_of`; or a row is longer than the model reads.
     """
     from megatron_sov.infer.asking import check_length
     from megatron_sov.infer.engines.load import run_forward_model
-    from megatron_sov.infer.media.media_prompts import prompts_of
+    from megatron_sov.omni.generation.prompts import prompts_of
 
     # Prompts in the order of groups, which is how the results are cut apart again.
     order = [number for group in groups for number in group.rows]
@@ -289,8 +289,8 @@ def likelihoods(target: Target, rows: Sequence[MediaRow], groups: Sequence[Media
         from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
 
         answers = [[ids[answer] for answer in group.answers] for group in groups for _ in group.rows]
-        questions = [Question(prompt, of, media) for prompt, of, media
-                     in zip(prompts.ids, answers, prompts.media, strict=True)]
+        questions = [Question(prompt, of, inputs) for prompt, of, inputs
+                     in zip(prompts.ids, answers, prompts.encoder_inputs, strict=True)]
         with work_bar("comparing", len(questions), "prompt", is_first()) as bar:
             told = answer_logprobs(loaded.policy, questions, batching, bar.update)
         return [[math.fsum(tokens) for tokens in of] for of in told]

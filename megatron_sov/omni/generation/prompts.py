@@ -17,11 +17,10 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.infer.asking import Asker
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
-from megatron_sov.omni.media.banks import (
-    PICTURES, SOUNDS, BankShape, banks_of, codecs_of, refuse_other_codecs)
+from megatron_sov.model.modality import (
+    ENCODERS, PICTURES, SOUNDS, EncoderInputs, FeatureTokens, MediaEncoding, take_records)
+from megatron_sov.omni.media.banks import BankShape, banks_of, codecs_of, refuse_other_codecs
 from megatron_sov.omni.media.items import MediaItem, discrete_audio, discrete_image
-from megatron_sov.omni.media.meant import MeantTokens, MediaEncoding
-from megatron_sov.omni.media.placed import Media, place_media
 from megatron_sov.omni.media.reading.kinds import VideoFrames
 from megatron_sov.omni.media.reading.reader import MediaReader
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
@@ -50,7 +49,7 @@ def encoders_of(target: Target, shown: set[str]) -> dict[str, VisionEncoderConfi
     banks = banks_of(config.data.paths) if config is not None else None
     trained = config is None or config.media.train_adapters or config.media.train_encoders
     found: dict[str, VisionEncoderConfig | AudioEncoderConfig] = {}
-    for kind, encoder in ((PICTURES, model.vision), (SOUNDS, model.audio)):
+    for kind, encoder in ((kind, getattr(model, name)) for kind, name in ENCODERS.items()):
         if encoder is None or kind not in shown:
             continue
         if banks is None:
@@ -66,14 +65,14 @@ def encoding_of(encoders: Encoders) -> MediaEncoding:
     return MediaEncoding(tuple((kind, encoder.slots) for kind, encoder in encoders.items()))
 
 
-def placed_media(ids: Sequence[int], records: Records, meant: MeantTokens, encoders: Encoders,
-                 where: str) -> Media:
+def place_records(ids: Sequence[int], records: Records, tokens: FeatureTokens, encoders: Encoders,
+                  where: str) -> EncoderInputs:
     """Return what stands over the placeholders of a prompt.
 
     Args:
         ids: of the prompt.
         records: what it shows.
-        meant: the tokenizer's tokens of media, made with `encoding_of` these encoders.
+        tokens: the tokenizer's tokens of media, made with `encoding_of` these encoders.
         encoders: which see it.
         where: names the prompt in a message.
 
@@ -81,21 +80,20 @@ def placed_media(ids: Sequence[int], records: Records, meant: MeantTokens, encod
         UserError: the chat template has lost placeholders, or the tokenizer's are not the encoder's.
     """
     try:
-        numbers = meant.numbers(ids, {kind: [(row, used) for row, (_, used) in enumerate(of_kind)]
+        numbers = tokens.numbers(ids, {kind: [(row, used) for row, (_, used) in enumerate(of_kind)]
                                       for kind, of_kind in records.items()})
     except BadRecord as e:
         raise UserError(f"{where}: {e}; its chat template must show what a user says as it is") from None
-    tokens, found = np.asarray(ids, np.int64), {}
+    prompt, found = np.asarray(ids, np.int64), {}
     for kind, of_kind in records.items():
         encoder = encoders[kind]
         # `numbers` tells which feature each of these placeholders stands for.
-        places = np.flatnonzero(np.isin(tokens, meant.placeholder_ids(kind)))
-        if unknown := sorted({*tokens[places].tolist()} - {*encoder.placeholder_ids}):
-            name = "vision" if kind == PICTURES else "audio"
+        places = np.flatnonzero(np.isin(prompt, tokens.placeholder_ids(kind)))
+        if unknown := sorted({*prompt[places].tolist()} - {*encoder.placeholder_ids}):
             raise UserError(f"{where}: its {kind} stand at placeholders {unknown}, which are not among "
-                            f"model.{name}.placeholder_ids = {list(encoder.placeholder_ids)}; put the "
-                            "tokenizer there that the model was trained with")
-        found[kind] = place_media(places, numbers[places], [record for record, _ in of_kind], encoder.slots)
+                            f"model.{ENCODERS[kind]}.placeholder_ids = {list(encoder.placeholder_ids)}; put "
+                            "the tokenizer there that the model was trained with")
+        found[kind] = take_records(places, numbers[places], [record for record, _ in of_kind], encoder.slots)
     return found
 
 
@@ -260,8 +258,8 @@ class Prompts:
     """The model's tokenizer."""
     ids: list[list[int]]
     """Of each prompt."""
-    media: list[Media]
-    """What stands over the placeholders of each."""
+    encoder_inputs: list[EncoderInputs]
+    """What each has for encoders."""
 
 
 def blocks_of(target: Target) -> dict[str, VocabularyBlock]:
@@ -305,12 +303,12 @@ def prompts_of(target: Target, prompts: Sequence[Parts], shown: ShownMedia, *, c
                             f"{option} CODEC, the one that its data were encoded with")
     encoders = encoders_of(target, {BANK_OF[kind] for kind in kinds}) if with_features else {}
     asker = Asker(target, chat, encoding_of(encoders))
-    assert asker.meant is not None, "it was asked for"
+    assert asker.feature_tokens is not None, "it was asked for"
     shown = replace(shown, encoders=encoders)
     with MediaReader(shown.root) as reader:
         told = [shown.shown(parts, reader, f"prompt {n}") for n, parts in enumerate(prompts, 1)]
     # First the ids, then the places: placeholders are found in what the template made of the text.
     ids = asker.ask([one.text for one in told])
-    media = [placed_media(of, one.records, asker.meant, encoders, f"prompt {n}")
+    inputs = [place_records(of, one.records, asker.feature_tokens, encoders, f"prompt {n}")
              for n, (of, one) in enumerate(zip(ids, told, strict=True), 1)]
-    return Prompts(asker, ids, media)
+    return Prompts(asker, ids, inputs)

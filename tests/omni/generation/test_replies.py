@@ -19,8 +19,8 @@ from megatron_sov import cli
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, entry
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.media import media_replies
-from megatron_sov.infer.media.media_replies import BlockRules, MarkIds, parts_of
+from megatron_sov.omni.generation import replies
+from megatron_sov.omni.generation.replies import BlockRules, MarkIds, parts_of
 from tests.omni_model import save_codecs, save_omni_model
 
 LIKES = ("<|discrete_image_start|>", "<|discrete_audio_start|>", "<|discrete_audio_end|>")
@@ -146,10 +146,10 @@ def test_whatever_is_allowed_is_well_formed(seed: int) -> None:
     text = "".join(NAMES[i] for i in reply)
     assert re.fullmatch(rf"([ab]|{PICTURE}|{SPEECH})*<end>", text), text
     parts = parts_of(reply, list(BLOCKS.values()), MarkIds.of(IDS.get))
-    pictures = [part for part in parts if isinstance(part, media_replies.Image)]
+    pictures = [part for part in parts if isinstance(part, replies.Image)]
     assert all(part.complete and len(part.tokens) == GRID ** 2 for part in pictures)
     assert len(pictures) == text.count("discrete_image_start")
-    said = sum(len(part.tokens) for part in parts if isinstance(part, media_replies.Audio))
+    said = sum(len(part.tokens) for part in parts if isinstance(part, replies.Audio))
     assert said == len(re.findall(r"<\|audio\d", text))
 
 
