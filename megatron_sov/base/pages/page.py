@@ -99,12 +99,22 @@ def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArr
 
 # What a page holds: chapters of sections of text, charts and tables.
 
+MAX_OPEN_ROWS = 12
+"""Of a table that may be folded."""
+
+
 @dataclass(frozen=True)
 class PageTable:
     """A table; cells are text and are escaped, unless they are `Markup`."""
 
     head: list[str]
     rows: list[list[str]]
+    fold: str = ""
+    """What its rows are; many of them are folded under their number.  Empty: they are never folded."""
+
+    @property
+    def is_folded(self) -> bool:
+        return bool(self.fold) and len(self.rows) > MAX_OPEN_ROWS
 
 
 def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:

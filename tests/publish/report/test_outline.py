@@ -1,7 +1,7 @@
 """What a report holds, as its outline: every section with its charts and tables, against `outline.txt`.
 
-A change of how pages are made must leave the outline as it is; a change of what they hold is seen in the file:
-`python -m tests.publish.report.test_outline` writes it anew.
+A change of how pages are made leaves the outline as it is; a change of what they hold is seen in the file,
+which `python -m tests.publish.report.test_outline` writes it anew.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def outline(runs: list[Run], others: list[Run]) -> Iterator[str]:
 
 def _held(part: object) -> Iterator[str]:
     yield from (f"  chart {masked(chart.caption)} {masked(chart.note)}".rstrip() for chart in part.charts)
-    yield from (f"  table of {len(table.rows)} rows: {masked(' | '.join(table.head))}" for table in part.tables)
+    yield from (f"  table of {len(table.rows)} rows: {masked(' | '.join(table.head))}"
+                for table in part.tables)
 
 
 def masked(text: str) -> str:
