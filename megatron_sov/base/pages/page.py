@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.version import __version__
 
 if TYPE_CHECKING:
+    import jinja2
     import numpy as np
     import numpy.typing as npt
     import plotly.graph_objects as go
@@ -190,6 +192,15 @@ class Panel:
     tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    figures: list[tuple[str, str, str]] = field(default_factory=list)
+    """(label, value, detail), as large cards."""
+    text: str = ""
+    share: float = -1.0
+    """How much is done, from 0 to 1, as a bar; below 0: there is no bar."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.facts or self.tables or self.charts or self.comparisons or self.figures or self.text)
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ class Chapter:
 
 def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
-           anchor: str = "part", nothing: str = "There is nothing to show.",
+           anchor: str = "part", nothing: str = "There is nothing to show.", live: str = "",
            now_s: float | None = None) -> str:
     """Return the HTML of a page.
 
@@ -224,22 +235,35 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         overview: a heading and a table before the chapters.
         anchor: how the chapters' addresses begin.
         nothing: said in a chapter without sections.
+        live: address of a stream of events that renews the opening; empty: the page stays as it is.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    # StrictUndefined: a misspelt name in the template is an error and not an empty place
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(_resource("page.html.j2"))
-    plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")
-    return template.render(
+    plotly_js, draw_js, live_js = get_plotlyjs(), _resource("draw.js"), _resource("live.js")
+    scripts = [plotly_js, draw_js, *([live_js] if live else [])]
+    return _templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"),
-        plotly_js=plotly_js, draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}",
+        plotly_js=plotly_js, draw_js=draw_js, live_js=live_js, live=live,
+        script_hashes=" ".join(map(_csp_hash, scripts)),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
+
+
+def render_panel(panel: Panel) -> str:
+    """Return the HTML of a panel alone, for a page that is open already; text is escaped as in a page."""
+    return str(_templates().get_template("parts.html.j2").module.panel_of(panel))
+
+
+@lru_cache(maxsize=1)
+def _templates() -> jinja2.Environment:
+    import jinja2
+
+    # StrictUndefined: a misspelt name in the template is an error and not an empty place
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                              loader=jinja2.FunctionLoader(_resource))
 
 
 def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:

@@ -133,7 +133,7 @@ def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
         Panel("What it writes", 7 if proof else 12, comparisons=_samples(runs)),
         Panel("The export's proof", 5, tables=proof[-1:]),
     ]
-    return [p for p in panels if p.facts or p.tables or p.charts or p.comparisons]
+    return [p for p in panels if not p.is_empty]
 
 
 def num_tokens(runs: list[Run]) -> float:
