@@ -16,7 +16,8 @@ PARTS = {
     "data": ("data_prep",),
     "synth": ("data_prep.synth",),
     "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
-                "megatron_sov.commands.operate.ladder", "megatron_sov.commands.models.card"),
+                "megatron_sov.commands.operate.ladder", "megatron_sov.commands.operate.watch",
+                "megatron_sov.commands.models.card"),
     "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""

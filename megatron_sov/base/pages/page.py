@@ -254,7 +254,8 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
 
 def render_panel(panel: Panel) -> str:
     """Return the HTML of a panel alone, for a page that is open already; text is escaped as in a page."""
-    return str(_templates().get_template("parts.html.j2").module.panel_of(panel))
+    return _templates().from_string('{% from "parts.html.j2" import panel_of %}{{ panel_of(panel) }}').render(
+        panel=panel).strip()
 
 
 @lru_cache(maxsize=1)

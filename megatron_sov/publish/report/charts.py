@@ -205,10 +205,10 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
 
 
 def _curves(curves: Sequence[Curve], unit: str, caption: str, run: Run, *, smooth: bool = False,
-            incidents: bool = False) -> Chart | None:
+            incidents: bool = False, small: bool = False) -> Chart | None:
     """Return a chart of one run's curves over its steps; None where there is nothing to draw."""
     return draw_lines([DrawnLine(curve.name, curve) for curve in curves], unit, caption, smooth=smooth,
-                      run=run, incidents=incidents)
+                      run=run, incidents=incidents, small=small)
 
 
 def _mark_phases(figure: go.Figure, phases: list[Phase]) -> None:
@@ -271,16 +271,17 @@ def meter_charts(run: Run) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def heldout_charts(run: Run) -> list[Chart]:
+def heldout_charts(run: Run, *, small: bool = False) -> list[Chart]:
     """Return held-out loss and bits per byte of each source over the run."""
     loss = [h.loss for h in run.heldout.values()]
     bits = [h.bits_per_byte for h in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
         bits.append(run.overall_bits_per_byte)
     charts = [_curves(loss, "loss (nats per token)",
-                      "Loss on held-out documents, which training never sees.", run),
+                      "Loss on held-out documents, which training never sees.", run, small=small),
               _curves(bits, "bits per byte",
-                      "Bits per byte on held-out documents; comparable between tokenizers.", run)]
+                      "Bits per byte on held-out documents; comparable between tokenizers.", run,
+                      small=small)]
     return [c for c in charts if c]
 
 

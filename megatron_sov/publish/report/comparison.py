@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.publish.report.charts import (
-    BALANCE, COMPARED_SPEED, PER_TOKEN, DrawnLine, by_tokens, draw_lines, loss_unit, named, step_charts)
+    BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, DrawnLine, by_tokens, draw_lines, loss_unit, named, step_charts)
 from megatron_sov.publish.report.headline import HIGHER, LOWER, headline_charts, headlines
 from megatron_sov.publish.report.judgements import verdict_table
 from megatron_sov.publish.report.run_data import Run
@@ -61,7 +61,7 @@ def _over_tokens(runs: Sequence[Run], of: Callable[[Run], Curve | None], unit: s
     counted = all(run.curve("tokens") for run in runs)
     lines = [DrawnLine(name, curve, by_tokens(run)) if counted else DrawnLine(name, curve)
              for run, name in named(runs) if (curve := of(run)) is not None]
-    return draw_lines(lines, unit, caption, smooth=smooth, **({"axis": "tokens"} if counted else {}))
+    return draw_lines(lines, unit, caption, axis="tokens" if counted else STEP, smooth=smooth)
 
 
 def _headline_charts(runs: Sequence[Run]) -> list[Chart]:

@@ -343,7 +343,8 @@ def _provenance_tables(run: Run) -> list[PageTable]:
         "SHA-256 of the manifest": lambda p: Markup("<code>{}</code>").format(p.manifest_sha256)})
 
 
-def _phase_tables(run: Run) -> list[PageTable]:
+def phase_tables(run: Run) -> list[PageTable]:
+    """Return what each phase of the curriculum was and did; many are folded."""
     loss, tokens = run.curve("loss"), run.curve("tokens")
     if not run.phases or loss is None:
         return []
@@ -516,7 +517,7 @@ class ReportSection:
 
 
 SECTIONS = {section.title: section for section in (
-    ReportSection("Training loss", charts=loss_charts, tables=_phase_tables, side_by_side=False),
+    ReportSection("Training loss", charts=loss_charts, tables=phase_tables, side_by_side=False),
     ReportSection("Meters", "What the objective measures beside its loss.", charts=meter_charts),
     ReportSection("Held-out loss", charts=heldout_charts, tables=_joined(_heldout_tables, turn_tables)),
     ReportSection("Held-out pairs", "The share of pairs whose chosen answer the model would rather write "
