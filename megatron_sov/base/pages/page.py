@@ -53,9 +53,9 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
         height_px: with axis titles and legend.
         small: for a `Panel`, where the curve needs the room that margins take.
     """
-    has_legend = len(figure.data) > 1
+    has_legend = len(figure.data) > 1 or bool(figure.layout.showlegend)
     bottom = 76 if has_legend else 56
-    margins = SMALL_MARGINS if small else {**MARGINS, "b": bottom}
+    margins = ({**SMALL_MARGINS, **({} if has_legend else {"b": 42})} if small else {**MARGINS, "b": bottom})
     # The legend may take the whole width, not only that of the curves: names are long and phones are narrow.
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container",
               "x": 0}
@@ -197,6 +197,8 @@ class Panel:
     text: str = ""
     share: float = -1.0
     """How much is done, from 0 to 1, as a bar; below 0: there is no bar."""
+    is_wide: bool = False
+    """Its charts are wide: two stand beside one another."""
 
     @property
     def is_empty(self) -> bool:

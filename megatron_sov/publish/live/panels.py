@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from megatron_sov.base.errors import visible
 from megatron_sov.base.pages.page import Chart, Comparison, PageTable, Panel, tables
 from megatron_sov.publish.live.watched import ShownGroup, WatchedRun, WatchedWork
 from megatron_sov.publish.report.charts import (
-    LEARNING, SPEED, DrawnLine, StepLine, draw_lines, heldout_charts, loss_unit, named, step_charts)
+    LEARNING, PER_TOKEN, SPEED, StepLine, draw_lines, heldout_charts, lines_of, loss_in, loss_unit, named,
+    step_charts)
 from megatron_sov.publish.report.headline import caption_of, headline_charts, headlines
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import phase_tables
+from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs.figures import duration, figure, large
+from megatron_sov.work.clusters.units import GIB
 
 MAX_CHARACTERS = 1200
 """Of a prompt or an answer."""
 MAX_SAMPLES = 2
 MAX_NEWS = 20
-THROUGHPUT = tuple(line for line in SPEED if line.column in ("tokens_per_s", "peak_memory_bytes"))
-LIVING = ("running", "waiting")
+THROUGHPUT = tuple(line for line in SPEED if line.column == "tokens_per_s")
+PHASE_COLUMNS = ("phase", "steps", "sample (tokens)", "tokens", "loss, mean of the last 5 %")
+"""Of the report's table of phases, those that have room beside the events."""
 
 
 def run_panels(watched: Sequence[WatchedRun]) -> list[Panel]:
@@ -31,25 +36,28 @@ def run_panels(watched: Sequence[WatchedRun]) -> list[Panel]:
     several = len(watched) > 1
     panels = [
         _table_of(watched) if several else _cards_of(watched[0]),
-        Panel("What it is after", 12, charts=headline_charts(runs, small=True) if _has_meters(runs) else []),
-        Panel("Learning", 12, charts=_learning_charts(runs)),
-        Panel("Held-out", 12, charts=_heldout_charts(runs)),
+        Panel("What it is after", 12, charts=headline_charts(runs, small=True, but_loss=True)),
+        Panel("Learning", 12, charts=_learning_charts(runs), is_wide=True),
+        Panel("Held-out", 12, charts=_heldout_charts(runs), is_wide=True),
         *(Panel(f"Rollouts{f' of {one.path.name}' if several else ''}", 12, text=_about(one.groups),
                 comparisons=[_group(group) for group in one.groups]) for one in watched if one.groups),
         *(Panel(f"Samples{f' of {name}' if several else ''}", 12, comparisons=_samples(run))
           for run, name in named(runs)),
-        Panel("What happened", 7, tables=_news(watched, several)),
-        Panel("Phases", 5, tables=phase_tables(runs[0]) if len(watched) == 1 and runs else [])]
+        Panel("What happened", 12 if several else 7, tables=_news(watched, several)),
+        Panel("Phases", 5, tables=[_columns(table, PHASE_COLUMNS) for run in runs if not several
+                                   for table in phase_tables(run)])]
     return [panel for panel in panels if not panel.is_empty]
 
 
-def _has_meters(runs: Sequence[Run]) -> bool:
-    return any(meter.name != "loss" for run in runs for meter, _ in headlines(run))
+def _columns(table: PageTable, names: Sequence[str]) -> PageTable:
+    """Return some columns of a table."""
+    at = [i for i, name in enumerate(table.head) if name in names]
+    return PageTable([table.head[i] for i in at], [[row[i] for i in at] for row in table.rows], table.fold)
 
 
 def _cards_of(one: WatchedRun) -> Panel:
     """Return how one run stands, in large figures."""
-    title, state, run = one.path.name or str(one.path), one.state, one.run
+    title, state, run = "Now", one.state, one.run
     if state is None:
         return Panel(title, 12, text=one.problem or "Nothing is there yet. The page shows the run as soon as "
                                                     "its folder appears.")
@@ -62,10 +70,11 @@ def _cards_of(one: WatchedRun) -> Panel:
             values = curve.finite().values
             cards.append((caption_of(meter).partition(",")[0].partition(";")[0].rstrip("."),
                           meter.shown(float(values[-1])).removesuffix(f" {meter.unit}"),
-                          ", ".join(w for w in (f"from {meter.shown(float(values[0]))}",
-                                                f"{meter.better} is better" if meter.better else "") if w)))
+                          f"from {meter.shown(float(values[0]))}"))
     if math.isfinite(state.tokens_per_s):
-        cards.append(("Tokens a second", f"{state.tokens_per_s:,.0f}", f"{large(state.tokens)} so far"))
+        memory = last_value(run.curve("peak_memory_bytes")) / GIB if run is not None else math.nan
+        cards.append(("Tokens a second", f"{state.tokens_per_s:,.0f}", f"{large(state.tokens)} so far"
+                      + (f", {memory:.2f} GiB" if math.isfinite(memory) else "")))
     cards.append(("Checkpoint", f"step {state.checkpoint_step:,}" if state.checkpoint else "none yet",
                   f"{duration(state.checkpoint_age_s)} ago" if math.isfinite(state.checkpoint_age_s) else ""))
     if found := state.warnings + sum(state.incidents.values()):
@@ -105,9 +114,9 @@ def _learning_charts(runs: Sequence[Run]) -> list[Chart]:
     no axis."""
     charts: list[Chart | None] = []
     for unit in dict.fromkeys(loss_unit(run) for run in runs):
-        lines = [DrawnLine(name, curve) for run, name in named(runs)
-                 if loss_unit(run) == unit and (curve := run.curve("loss")) is not None]
-        charts.append(draw_lines(lines, unit, f"Training loss, {unit}.", smooth=True, small=True))
+        caption = "Training loss, nats per token." if unit == PER_TOKEN else f"{unit[:1].upper()}{unit[1:]}."
+        charts.append(draw_lines(lines_of(runs, partial(loss_in, unit)), unit, caption, smooth=True,
+                                 small=True))
     declared: tuple[StepLine, ...] = (*reversed(LEARNING), *THROUGHPUT)
     return [*(one for one in charts if one), *step_charts(runs, declared, small=True)]
 
@@ -115,9 +124,8 @@ def _learning_charts(runs: Sequence[Run]) -> list[Chart]:
 def _heldout_charts(runs: Sequence[Run]) -> list[Chart]:
     if len(runs) == 1:
         return heldout_charts(runs[0], small=True)
-    lines = [DrawnLine(name, run.overall_bits_per_byte) for run, name in named(runs)
-             if run.overall_bits_per_byte is not None]
-    drawn = draw_lines(lines, "bits per byte", "Held-out bits per byte of all sources.", small=True)
+    drawn = draw_lines(lines_of(runs, lambda run: run.overall_bits_per_byte), "bits per byte",
+                       "Held-out bits per byte of all sources.", small=True)
     return [drawn] if drawn else []
 
 

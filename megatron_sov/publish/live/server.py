@@ -22,7 +22,7 @@ from aiohttp import web
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Panel, render, render_panel
 from megatron_sov.publish.live.panels import run_panels, work_panels
-from megatron_sov.publish.live.watched import StateReader, WatchedRun, WatchedWork, is_work
+from megatron_sov.publish.live.watched import DAMAGE, StateReader, WatchedRun, WatchedWork, is_work
 
 EVERY_S, SPENT_TIMES = 1.0, 5
 """How often the disk is looked at; never more than one part in so many of the time."""
@@ -64,17 +64,24 @@ class Board:
                 now = WatchedWork(path) if is_work(path) else WatchedRun(path, self._state_reader)
                 self._watched[path] = now
             now.look()
-        runs = [one for one in self._watched.values() if isinstance(one, WatchedRun)]
-        panels = [*(run_panels(runs) if runs else []), *(
-            panel for one in self._watched.values() if isinstance(one, WatchedWork)
-            for panel in work_panels(one))]
+        try:
+            panels = self._panels()
+        except DAMAGE as e:
+            self.lead, self.version = f"what is recorded cannot be shown ({e!r:.200})", self.version + 1
+            return
         made = {}
         for panel in panels:
             html = render_panel(panel)
             made[panel.title] = (hashlib.blake2b(html.encode(), digest_size=16).hexdigest(), html)
         # replaced as a whole: viewers read it from another thread
         self.panels, self.version = made, self.version + 1
-        self.lead = f"renewed {time.strftime('%H:%M:%S UTC', time.gmtime())}, every second or so"
+        self.lead = f"live, renewed {time.strftime('%H:%M:%S UTC', time.gmtime())}"
+
+    def _panels(self) -> list[Panel]:
+        runs = [one for one in self._watched.values() if isinstance(one, WatchedRun)]
+        return [*(run_panels(runs) if runs else []), *(
+            panel for one in self._watched.values() if isinstance(one, WatchedWork)
+            for panel in work_panels(one))]
 
     def page(self) -> str:
         """Return the page that the stream fills."""

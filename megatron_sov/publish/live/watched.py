@@ -10,17 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rollouts.rows import Key, RewardRow, Rollout
 from megatron_sov.judge.rollouts.store import RolloutStore
 from megatron_sov.publish.report.run_data import Run, RunReader
-from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
 from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import tell
 from megatron_sov.work.progress.journal import later_records, read_job, work_folder
 
+DAMAGE = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
+"""What events and records of a stranger may raise; the page goes on with what it has."""
 MAX_NEWS = 60
 """Events in words, the newest."""
 STATE_EVERY_S = 10.0
@@ -99,39 +100,32 @@ class WatchedRun:
             self.problem = ""
         except (UserError, OSError) as e:
             self.problem = str(e)
+        except DAMAGE as e:
+            self.problem = f"what it has recorded cannot be read ({e!r:.200})"
         self._look_at_rollouts()
 
     def _patience_s(self) -> float:
         return LIVELY_S if self.state is not None and self.state.state == "running" else STATE_EVERY_S
 
     def _add(self, event: dict[str, Any]) -> None:
+        if event["event"] == "store" and (Path(str(event.get("path"))) / STORE).is_file():
+            self._store = Path(str(event["path"]))
         # a run that a stranger wrote must not end the page
         try:
             self._events.add(event)
             self._states.add(event)
             words = tell(event)
-        except (TypeError, ValueError, KeyError, AttributeError) as e:
+        except DAMAGE as e:
             words = f"an event cannot be read ({e!r:.100})"
         if words is not None:
             self.news.append((number(event.get("time_s")), int(event.get("step") or 0), words))
 
     def _look_at_rollouts(self) -> None:
         try:
-            self._store = self._store or _store_of(self.path)
             if self._store is not None:
                 self.groups, self._parts = newest_groups(self._store, self.groups, self._parts)
-        except (UserError, OSError, ValueError, KeyError) as e:
+        except (UserError, OSError, *DAMAGE) as e:
             self.problem = f"its rollouts cannot be read: {e}"
-
-
-def _store_of(run: Path) -> Path | None:
-    """Return the rollout store that a run's rounds come from; None where no round is there, or it is gone."""
-    for file in sorted((run / ROUNDS).glob(f"[0-9]*/{MANIFEST}"))[:1]:
-        for one in read_manifest(file.parent).inputs:
-            for folder in Path(one["path"]).parents:
-                if (folder / STORE).is_file():
-                    return folder
-    return None
 
 
 def newest_groups(store_path: Path, before: list[ShownGroup], parts_before: str
@@ -143,16 +137,16 @@ def newest_groups(store_path: Path, before: list[ShownGroup], parts_before: str
     if not parts:
         return [], ""
     newest = [part for part in parts if part.round == max(one.round for one in parts)]
-    judged = {version: [part.name for part in store.parts(newest[0].round, version)]
-              for version in store.versions()}
+    # by what their parts say: folders have short names
+    judged = {part.version: part.name for folder in store.versions()
+              for part in store.parts(newest[0].round, folder) if part.name == newest[0].name}
     now = json.dumps([[part.name for part in newest], judged], default=str)
     if now == parts_before:
         return before, parts_before
     rows = store.read_rollouts(newest[0].name, ("record", "tokens", "versions", "finish_reason", "response"))
     found: dict[tuple[Key, int], RewardRow] = {}
-    for version, names in judged.items():
-        if newest[0].name in names:
-            found |= {(one.key, one.attempt): one for one in store.read_rewards(version, newest[0].name)}
+    for version, name in judged.items():
+        found |= {(one.key, one.attempt): one for one in store.read_rewards(version, name)}
     groups: dict[str, list[tuple[Rollout, RewardRow | None]]] = {}
     for row in rows:
         groups.setdefault(row.key.prompt, []).append((row, found.get((row.key, row.attempt))))
@@ -224,7 +218,7 @@ class WatchedWork:
             else:
                 self._look_at_journal()
             self.problem = ""
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, *DAMAGE) as e:
             self.problem = f"{self.path}: cannot be read now ({e!r:.200})"
         self.is_complete = (self.path / MANIFEST).is_file()
         self._times.append((time.monotonic(), self.num_done))

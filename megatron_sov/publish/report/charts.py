@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,8 @@ class DrawnLine:
     name: str
     curve: Curve
     place: Place = field(default=lambda curve: curve.steps)
+    hue: int | None = None
+    """Number of its run among several, which has the same colour in all charts; None: of one run."""
 
 
 def step_charts(runs: Sequence[Run], declared: Sequence[StepLine], *, small: bool = False) -> list[Chart]:
@@ -95,11 +98,20 @@ def step_charts(runs: Sequence[Run], declared: Sequence[StepLine], *, small: boo
     several with a line for each."""
     charts = []
     for one in declared:
-        lines = [DrawnLine(name, curve.times(one.scale)) for run, name in named(runs)
-                 if (curve := run.curve(one.column)) is not None]
-        charts.append(draw_lines(lines, one.unit, one.caption, smooth=one.smooth, small=small,
-                                 run=runs[0] if len(runs) == 1 else None))
+        charts.append(draw_lines(lines_of(runs, partial(_column, one)), one.unit, one.caption,
+                                 smooth=one.smooth, small=small, run=runs[0] if len(runs) == 1 else None))
     return [c for c in charts if c]
+
+
+def _column(declared: StepLine, run: Run) -> Curve | None:
+    curve = run.curve(declared.column)
+    return None if curve is None else curve.times(declared.scale)
+
+
+def lines_of(runs: Sequence[Run], of: Callable[[Run], Curve | None]) -> list[DrawnLine]:
+    """Return a line for each run that has a curve; of several runs each keeps its colour."""
+    return [DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
+            for i, (run, name) in enumerate(named(runs)) if (curve := of(run)) is not None]
 
 
 def named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
@@ -124,6 +136,11 @@ def loss_unit(*runs: Run) -> str:
     names = [str(run.setting("objective", "name") or "lm") for run in runs]
     units = dict.fromkeys(LOSSES.get(name, f"loss of {name}") for name in names)
     return next(iter(units)) if len(units) == 1 else "each objective's own"
+
+
+def loss_in(unit: str, run: Run) -> Curve | None:
+    """Return a run's training loss if it is measured in a unit."""
+    return run.curve("loss") if loss_unit(run) == unit else None
 
 
 def _window(num_steps: int, part: int) -> int:
@@ -188,10 +205,18 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
         return None
     figure, notes = go.Figure(), []
     for i, line in enumerate(lines):
-        traces, found = _traces(line, colour(i), alone=len(lines) == 1, smooth=smooth, small=small)
+        stroke = colour(i if line.hue is None else line.hue)
+        traces, found = _traces(line, stroke, alone=len(lines) == 1, smooth=smooth, small=small)
         figure.add_traces(traces)
         notes += found
+    # a line of one of several runs says which, though it is alone
+    figure.update_layout(showlegend=any(line.hue is not None for line in lines))
+    if unit == "share":
+        most = max(float(line.curve.finite().values.max()) for line in lines)
+        ends = {"range": [0, 1.05]} if 0.5 <= most <= 1 else {"rangemode": "tozero"}
+        figure.update_layout(yaxis={"tickformat": ".0%" if most >= 0.1 else ".1%", **ends})
     if small:
+        figure.update_layout(yaxis={"exponentformat": "power"})
         figure.update_layout(xaxis={"title": {"text": axis, "standoff": 4}, "nticks": 6})
         return chart(figure, caption, height_px=OVERVIEW_HEIGHT_PX, small=True)
     figure.update_layout(xaxis={"title": axis, **({} if axis == STEP else {"exponentformat": "SI"})}, yaxis={

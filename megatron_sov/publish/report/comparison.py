@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.publish.report.charts import (
-    BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, DrawnLine, by_tokens, draw_lines, loss_unit, named, step_charts)
+    BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, by_tokens, draw_lines, lines_of, loss_unit, loss_in,
+    named, step_charts)
 from megatron_sov.publish.report.headline import HIGHER, LOWER, headline_charts, headlines
 from megatron_sov.publish.report.judgements import verdict_table
 from megatron_sov.publish.report.run_data import Run
@@ -39,9 +40,9 @@ def _loss_charts(runs: Sequence[Run]) -> list[Chart]:
     """Return the loss and the held-out bits per byte over tokens, in all and of common sources.  Losses of
     several objectives share no axis, so that each objective has a chart."""
     units = dict.fromkeys(loss_unit(run) for run in runs)
-    found = [_over_tokens([run for run in runs if loss_unit(run) == unit], lambda run: run.curve("loss"),
-                          f"loss ({unit})", "Training loss over tokens." if unit == PER_TOKEN
-                          else f"Training loss over tokens: {unit}.", smooth=True) for unit in units]
+    found = [_over_tokens(runs, partial(loss_in, unit), f"loss ({unit})", "Training loss over tokens."
+                          if unit == PER_TOKEN else f"Training loss over tokens: {unit}.", smooth=True)
+             for unit in units]
     found.append(_over_tokens(runs, lambda run: run.overall_bits_per_byte, "bits per byte",
                               "Held-out bits per byte over tokens; comparable between tokenizers."))
     common = [name for name in runs[0].heldout if all(name in run.heldout for run in runs)]
@@ -59,14 +60,13 @@ def _over_tokens(runs: Sequence[Run], of: Callable[[Run], Curve | None], unit: s
                  smooth: bool = False) -> Chart | None:
     """Draw curves over tokens where all runs have counted them, else over steps."""
     counted = all(run.curve("tokens") for run in runs)
-    lines = [DrawnLine(name, curve, by_tokens(run)) if counted else DrawnLine(name, curve)
-             for run, name in named(runs) if (curve := of(run)) is not None]
+    places = {name: by_tokens(run) for run, name in named(runs)}
+    lines = [replace(line, place=places[line.name]) if counted else line for line in lines_of(runs, of)]
     return draw_lines(lines, unit, caption, axis="tokens" if counted else STEP, smooth=smooth)
 
 
 def _headline_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return the headline meters but the loss, which has its own chart."""
-    return headline_charts([run for run in runs if any(m.name != "loss" for m, _ in headlines(run))])
+    return headline_charts(runs, but_loss=True)
 
 
 def _score_charts(runs: Sequence[Run]) -> list[Chart]:

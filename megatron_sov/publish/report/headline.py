@@ -73,12 +73,16 @@ def column(run: Run, name: str) -> Curve | None:
                  if name in (curves := run.curves.get(group, {}))), None)
 
 
-def headline_charts(runs: Sequence[Run], *, small: bool = False) -> list[Chart]:
-    """Return a chart for each headline meter of the runs, a line for each run that has it."""
+def headline_charts(runs: Sequence[Run], *, small: bool = False, but_loss: bool = False
+                    ) -> list[Chart]:
+    """Return a chart for each headline meter of the runs, a line for each run that has it; `but_loss` leaves
+    losses out, which have a chart elsewhere."""
     lines: dict[str, tuple[HeadlineMeter, list[DrawnLine]]] = {}
-    for run, name in named(runs):
+    for i, (run, name) in enumerate(named(runs)):
         for meter, curve in headlines(run):
-            lines.setdefault(meter.label, (meter, []))[1].append(DrawnLine(name, curve))
+            if not (but_loss and meter.name == "loss"):
+                line = DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
+                lines.setdefault(meter.label, (meter, []))[1].append(line)
     charts = [draw_lines(of_runs, meter.unit or meter.label, caption_of(meter), smooth=meter.name == "loss",
                          small=small, run=runs[0] if len(runs) == 1 else None)
               for meter, of_runs in lines.values()]

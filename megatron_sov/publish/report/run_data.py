@@ -390,10 +390,10 @@ def round_curves(rounds: list[dict[str, Any]]) -> dict[str, Curve]:
     """Return the means of a run's rounds over its steps, and the share of groups that learn."""
     values: dict[str, dict[int, float]] = {}
     for event in rounds:
-        step, groups = int(event.get("step") or 0), event.get("groups") or {}
-        means = {name: value for name, value in (event.get("means") or {}).items()
-                 if not isinstance(value, dict)}
-        if groups:
+        step, groups, told = int(event.get("step") or 0), event.get("groups"), event.get("means")
+        means = {name: value for name, value in told.items()
+                 if not isinstance(value, dict)} if isinstance(told, dict) else {}
+        if isinstance(groups, dict) and groups:
             means[LEARNING_GROUPS] = number(groups.get(LEARNS, 0)) / max(1.0, sum(map(number,
                                                                                       groups.values())))
         for name, value in means.items():

@@ -51,7 +51,7 @@
     for (const plot of document.querySelectorAll(".plot")) drawOne(plot, printing);
   }
 
-  const fold = () => { contents.open = wide.matches; };  // on a phone a list would hide what the page tells
+  const fold = () => { if (contents) contents.open = wide.matches; };  // on a phone a list would hide what the page tells
   wide.addEventListener("change", fold);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(false));
   addEventListener("beforeprint", () => {
