@@ -34,18 +34,20 @@ def run_panels(watched: Sequence[WatchedRun]) -> list[Panel]:
     """Return the panels of runs: one in full, several side by side."""
     runs = [one.run for one in watched if one.run is not None]
     several = len(watched) > 1
+    # rounds are phases too, and the charts tell of them
+    phases = [_columns(table, PHASE_COLUMNS) for run in runs if not several and not run.curves["rounds"]
+              for table in phase_tables(run)]
     panels = [
         _table_of(watched) if several else _cards_of(watched[0]),
         Panel("What it is after", 12, charts=headline_charts(runs, small=True, but_loss=True)),
-        Panel("Learning", 12, charts=_learning_charts(runs), is_wide=True),
-        Panel("Held-out", 12, charts=_heldout_charts(runs), is_wide=True),
         *(Panel(f"Rollouts{f' of {one.path.name}' if several else ''}", 12, text=_about(one.groups),
                 comparisons=[_group(group) for group in one.groups]) for one in watched if one.groups),
+        Panel("Learning", 12, charts=_learning_charts(runs), is_wide=True),
+        Panel("Held-out", 12, charts=_heldout_charts(runs), is_wide=True),
         *(Panel(f"Samples{f' of {name}' if several else ''}", 12, comparisons=_samples(run))
           for run, name in named(runs)),
-        Panel("What happened", 12 if several else 7, tables=_news(watched, several)),
-        Panel("Phases", 5, tables=[_columns(table, PHASE_COLUMNS) for run in runs if not several
-                                   for table in phase_tables(run)])]
+        Panel("What happened", 7 if phases else 12, tables=_news(watched, several)),
+        Panel("Phases", 5, tables=phases)]
     return [panel for panel in panels if not panel.is_empty]
 
 
