@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,24 @@ def test_the_terminal_shows_all_until_all_is_complete(tmp_path: Path,
     (tmp_path / "run" / "complete.json").write_text(json.dumps({"step": 3}))
     assert main(["watch", str(tmp_path / "run")]) == 0
     assert "complete (at step 3)" in capsys.readouterr().out
+
+
+PAGE = (Path(__file__).parents[3] / "docs/watching.md").read_text(encoding="utf-8")
+TYPED = re.findall(r"^megatron-sov watch .*$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_what_the_page_types_is_shown(line: str, tmp_path: Path, watch: Watch,
+                                      monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)[1:]
+    if "--http" not in words:
+        start(run := Path(words[1]), num_steps=1).close()
+        (run / "complete.json").write_text(json.dumps({"step": 1}))
+        assert main(words) == 0 and "complete" in capsys.readouterr().out
+    else:
+        assert watch(*map(Path, words[1:words.index("--http")])).startswith("http://127.0.0.1:")
 
 
 def test_only_who_has_the_secret_reads_and_nothing_can_be_sent(tmp_path: Path, watch: Watch) -> None:
