@@ -15,8 +15,8 @@ from markupsafe import Markup
 
 from megatron_sov.base.pages.page import Chapter, Chart, PageSection, PageTable, Panel, render as render_page
 from megatron_sov.publish.report.charts import (
-    BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, by_tokens, draw_lines, lines_of, loss_unit, loss_in,
-    named, step_charts)
+    BALANCE, COMPARED_SPEED, PER_TOKEN, STEP, by_tokens, draw_lines, lines_of, loss_in, loss_unit, named,
+    step_charts)
 from megatron_sov.publish.report.headline import HIGHER, LOWER, headline_charts, headlines
 from megatron_sov.publish.report.judgements import verdict_table
 from megatron_sov.publish.report.run_data import Run
