@@ -55,7 +55,7 @@ def headlines(run: Run) -> list[tuple[HeadlineMeter, Curve]]:
     or those of its objective; the loss where there are none."""
     declared = run.start("headline")
     meters = [HeadlineMeter(str(one.get("name")), str(one.get("unit") or ""), str(one.get("better") or ""),
-                            str(one.get("title") or "")) for one in declared if isinstance(one, dict)
+                            str(one.get("label") or "")) for one in declared if isinstance(one, dict)
               ] if isinstance(declared, list) else HEADLINES.get(str(run.setting("objective", "name")), ())
     found = [(meter, curve) for meter in meters
              if (curve := column(run, meter.name)) is not None and len(curve.finite().steps)]
@@ -68,8 +68,8 @@ def headlines(run: Run) -> list[tuple[HeadlineMeter, Curve]]:
 
 
 def column(run: Run, name: str) -> Curve | None:
-    """Return a column of the steps, of their meters, or of the means of rounds."""
-    return next((curves[name] for group in ("", "meters", "rounds")
+    """Return a column of the steps' meters, losses or own fields, or of the means of rounds."""
+    return next((curves[name] for group in ("meters", "losses", "", "rounds")
                  if name in (curves := run.curves.get(group, {}))), None)
 
 

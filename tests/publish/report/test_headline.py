@@ -45,9 +45,11 @@ def test_an_objective_is_judged_by_what_it_is_after(objective: str, labels: list
 
 
 def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
-    declared = [{"name": "mine", "unit": "share", "better": "higher"}, {"name": "absent"}, "odd"]
+    declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"},
+                {"name": "absent"}, "odd"]
     ((meter, curve),) = headlines(read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared)))
-    assert (meter.name, meter.shown(0.5), curve.values.tolist()) == ("mine", "50.0%", [1, 2, 3, 4])
+    assert (meter.name, meter.label, meter.shown(0.5)) == ("mine", "My share", "50.0%")
+    assert curve.values.tolist() == [1, 2, 3, 4]
 
 
 def test_rounds_are_points_over_steps_and_many_phases_are_folded(tmp_path: Path) -> None:
