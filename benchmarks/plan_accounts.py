@@ -20,7 +20,7 @@ from kills import make_data
 
 from megatron_sov.plan.calibration.calibrate import calibrate
 from megatron_sov.plan.calibration.expected import PARAMETERS
-from megatron_sov.publish.report.judgements import accounts_section
+from megatron_sov.publish.report.judgements import accounts_tables
 from megatron_sov.publish.report.run_data import read_run
 
 COMMON = ("model.vocab_size=368", "train.num_threads=1", "train.eval_every_steps=0", "data.max_epochs=0",
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = work / name.replace(" ", "-")
             train(data, folder, nproc, chosen, learned)
             print(f"\n{name}: {', '.join(chosen)}")
-            for table in accounts_section(read_run(folder)).tables:
+            for table in accounts_tables(read_run(folder)):
                 for row in table.rows:
                     print("  " + " | ".join(row))
     return 0

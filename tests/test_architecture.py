@@ -96,6 +96,7 @@ ALONE = {
     "data_prep/shards/sample.py": "a command",
     "data_prep/synth/generators/triples.py": "a generator, loaded by its name",
     "megatron_sov/api.py": "names of the interface, found on first use",
+    "megatron_sov/commands/operate/status.py": "a command",
     "megatron_sov/engine/mcore/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/train/guards/watchdog.py": "runs without megatron",

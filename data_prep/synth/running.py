@@ -290,7 +290,8 @@ def begun_run(made: ReadyRun) -> Iterator[RunningTally]:
         tally = open_items(made)
         with disk_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-            atomic_write(output / RUN, to_json(asdict(made.record)))
+            atomic_write(output / RUN, to_json({**asdict(made.record),
+                                                "num_items": tally.num_items + len(tally.todo)}))
         merge_answers(output)
         yield tally
 

@@ -65,6 +65,9 @@ COMMANDS = {
                       "submit a stage or a chain of stages to a Slurm cluster, a stage to Kubernetes"),
     "status": Command("megatron_sov.commands.operate.status",
                       "how runs stand: step, speed, time left, restarts, use of time"),
+    "watch": Command("megatron_sov.commands.operate.watch",
+                     "runs and work on rows while they go on: in the terminal, or as a page that renews "
+                     "itself"),
     "logs": Command("megatron_sov.commands.operate.logs",
                     "what a run's processes wrote, across ranks and restarts"),
     "plan": Command("megatron_sov.commands.operate.plan",

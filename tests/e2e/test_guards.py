@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.publish.report.run_data import read_run
-from megatron_sov.publish.report.sections import incident_section
+from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.runs.obs.events import read_events
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
@@ -127,7 +127,7 @@ def _storm_is_told(run: Path) -> None:
                for e in events_of(run, "alarm") if e["step"] == 30)
     assert {tuple(e["layers"]) for e in events_of(run, "routing")} == {(1, 2)}
     assert {e.get("source") for e in events_of(run, "expert_load")} == {None, "even", "odd"}
-    _, incidents, _ = incident_section(read_run(run)).tables
+    _, incidents, _ = SECTIONS["Warnings, guards and faults"].of(read_run(run)).tables
     assert {row[1] for row in incidents.rows} == {
         "step not learned", "started again", "hang", "silent corruption", "alarm", "fault on purpose",
         "damaged checkpoint"}

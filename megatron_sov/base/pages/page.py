@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.version import __version__
 
 if TYPE_CHECKING:
+    import jinja2
     import numpy as np
     import numpy.typing as npt
     import plotly.graph_objects as go
@@ -51,9 +53,9 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
         height_px: with axis titles and legend.
         small: for a `Panel`, where the curve needs the room that margins take.
     """
-    has_legend = len(figure.data) > 1
+    has_legend = len(figure.data) > 1 or bool(figure.layout.showlegend)
     bottom = 76 if has_legend else 56
-    margins = SMALL_MARGINS if small else {**MARGINS, "b": bottom}
+    margins = ({**SMALL_MARGINS, **({} if has_legend else {"b": 42})} if small else {**MARGINS, "b": bottom})
     # The legend may take the whole width, not only that of the curves: names are long and phones are narrow.
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container",
               "x": 0}
@@ -99,12 +101,22 @@ def line_with_intervals(name: str, i: int, x: npt.NDArray[Any], value: npt.NDArr
 
 # What a page holds: chapters of sections of text, charts and tables.
 
+MAX_OPEN_ROWS = 12
+"""Of a table that may be folded."""
+
+
 @dataclass(frozen=True)
 class PageTable:
     """A table; cells are text and are escaped, unless they are `Markup`."""
 
     head: list[str]
     rows: list[list[str]]
+    fold: str = ""
+    """What its rows are; many of them are folded under their number.  Empty: they are never folded."""
+
+    @property
+    def is_folded(self) -> bool:
+        return bool(self.fold) and len(self.rows) > MAX_OPEN_ROWS
 
 
 def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
@@ -180,6 +192,17 @@ class Panel:
     tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    figures: list[tuple[str, str, str]] = field(default_factory=list)
+    """(label, value, detail), as large cards."""
+    text: str = ""
+    share: float = -1.0
+    """How much is done, from 0 to 1, as a bar; below 0: there is no bar."""
+    is_wide: bool = False
+    """Its charts are wide: two stand beside one another."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.facts or self.tables or self.charts or self.comparisons or self.figures or self.text)
 
 
 @dataclass(frozen=True)
@@ -197,7 +220,7 @@ class Chapter:
 
 def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
-           anchor: str = "part", nothing: str = "There is nothing to show.",
+           anchor: str = "part", nothing: str = "There is nothing to show.", live: str = "",
            now_s: float | None = None) -> str:
     """Return the HTML of a page.
 
@@ -214,22 +237,36 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         overview: a heading and a table before the chapters.
         anchor: how the chapters' addresses begin.
         nothing: said in a chapter without sections.
+        live: address of a stream of events that renews the opening; empty: the page stays as it is.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    # StrictUndefined: a misspelt name in the template is an error and not an empty place
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(_resource("page.html.j2"))
-    plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")
-    return template.render(
+    plotly_js, draw_js, live_js = get_plotlyjs(), _resource("draw.js"), _resource("live.js")
+    scripts = [plotly_js, draw_js, *([live_js] if live else [])]
+    return _templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"),
-        plotly_js=plotly_js, draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}",
+        plotly_js=plotly_js, draw_js=draw_js, live_js=live_js, live=live,
+        script_hashes=" ".join(map(_csp_hash, scripts)),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
+
+
+def render_panel(panel: Panel) -> str:
+    """Return the HTML of a panel alone, for a page that is open already; text is escaped as in a page."""
+    return _templates().from_string('{% from "parts.html.j2" import panel_of %}{{ panel_of(panel) }}').render(
+        panel=panel).strip()
+
+
+@lru_cache(maxsize=1)
+def _templates() -> jinja2.Environment:
+    import jinja2
+
+    # StrictUndefined: a misspelt name in the template is an error and not an empty place
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                              loader=jinja2.FunctionLoader(_resource))
 
 
 def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:

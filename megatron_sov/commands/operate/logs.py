@@ -11,7 +11,6 @@ every run has, tell of warnings, stops and restarts.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections import deque
@@ -23,18 +22,13 @@ from typing import Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegativeInt, add_options, read_options
-from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.runs.obs.history import KINDS, describe, is_incident
+from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
+from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.history import tell
 
 JOB_LOGS = "slurm"
 OF_A_RANK = re.compile(r"rank-0*(\d+)\.(?:log|txt)$")
 OF_AN_ATTEMPT = re.compile(r"^(\d+(?:_\d+)?)-(\d+)$")
-TOLD = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
-        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
-"""Event -> how it is told where it has no `text` of its own and is no incident."""
-READ_BYTES = 1 << 16
-LONGEST_LINE_BYTES = 1 << 20
-
 
 @dataclass(frozen=True)
 class LogFile:
@@ -103,30 +97,22 @@ def _who(file: Path) -> str:
     return file.stem if rank is None else f"rank {rank}"
 
 
-def _told(raw: str) -> str | None:
+def _told(raw: bytes) -> str | None:
     """Return what a line of the events says to people, or None: most are for programs."""
-    try:
-        event = json.loads(raw)
-        kind, step = event["event"], event.get("step", event.get("resumed_from", 0))
-    except (ValueError, TypeError, KeyError):
+    event = parse_event(raw)
+    words = None if event is None else tell(event)
+    if event is None or words is None:
         return None
-    # an event may lack some of these, and a line of a log must not fail for that
-    known = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
-    words = describe(event) if is_incident(event) else event.get("text") or event.get("error")
-    if words is None and kind not in TOLD:
-        return None
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(float(event.get("time_s") or 0)))
-    return f"{when} UTC step {step}: " + (TOLD[kind].format_map(known) if words is None
-                                          else f"{KINDS.get(kind, kind)}: {words}")
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(number(event.get("time_s") or 0)))
+    return f"{when} UTC step {event.get('step', event.get('resumed_from', 0))}: {words}"
 
 
 class Tail:
-    """Reads whole lines of one file as it grows."""
+    """Reads lines of one log file as it grows, as people read them."""
 
     def __init__(self, file: LogFile) -> None:
         self.file = file
-        self._offset = 0
-        self._rest = b""
+        self._growing = GrowingFile(file.path)
 
     def lines(self, whole: bool = False) -> Iterator[LogLine]:
         """Yield the lines that are complete and new; of the events, those that say something to people.
@@ -134,31 +120,13 @@ class Tail:
         Args:
             whole: also the last one, which has no end yet.
         """
-        for raw in self._raw(whole):
+        for raw in self._growing.lines(whole):
             # of a progress bar, what it showed last
-            text = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
-            said = _told(text) if self.file.path.name == EVENTS else text
+            said = (_told(raw) if self.file.path.name == EVENTS
+                    else raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2])
             if said is not None:
                 yield LogLine(self.file.label, "".join(c if c.isprintable() or c == "\t" else "·"
                                                        for c in said))
-
-    def _raw(self, whole: bool) -> Iterator[bytes]:
-        try:
-            with open(self.file.path, "rb") as f:
-                f.seek(self._offset)
-                while block := f.read(READ_BYTES):
-                    self._offset += len(block)
-                    # the last part has no line end yet: it waits for the next look
-                    *complete, self._rest = (self._rest + block).split(b"\n")
-                    yield from complete
-                    if len(self._rest) > LONGEST_LINE_BYTES:  # a file that is no text
-                        yield self._rest
-                        self._rest = b""
-        except OSError:  # it was deleted, as an export's log is when the export is there
-            return
-        if whole and self._rest:
-            rest, self._rest = self._rest, b""
-            yield rest
 
 
 LOOK_EVERY_S = 0.5

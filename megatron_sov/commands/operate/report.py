@@ -56,9 +56,10 @@ def run(typed: argparse.Namespace) -> int:
     check_output("--out", args.out)
     runs = [read_run(path) for path in args.runs]
     if args.compare:
-        from megatron_sov.publish.report import scores
+        from megatron_sov.publish.report import comparison
+        from megatron_sov.publish.report.charts import named
 
-        page = scores.render(runs, score_differences(runs, scores.unique_names(runs)))
+        page = comparison.render(runs, score_differences(runs, [name for _, name in named(runs)]))
     else:
         from megatron_sov.publish.report.page import render
 

@@ -7,8 +7,9 @@ import math
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model import objectives
@@ -160,40 +161,35 @@ def _is_run(path: Path) -> bool:
         return False
 
 
-def read_state(path: Path, now_s: float | None = None) -> RunState:
-    """Read a run folder.
+class RunStateReader:
+    """Takes a run's events in one by one, and says how the run stands whenever it is asked.
 
     Args:
-        path: the folder.
-        now_s: Unix time; the current one by default.
-
-    Raises:
-        UserError: its settings are damaged.
+        path: the run's folder; it may not be there yet.
     """
-    now_s = time.time() if now_s is None else now_s
-    state = RunState(path)
-    config = RunFolder(path).config()
-    if config is not None:
-        state.recipe, state.num_steps = config.recipe, config.num_steps()
-        state.stage = ("extend" if _extends(path, config)
-                       else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
-    attempts, keeper = Attempts(), Timekeeper()
-    recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
-    last_s = math.nan
-    for event in read_events(path / EVENTS):
-        attempts.add(event)
-        keeper.add(event)
-        last_s = number(event.get("time_s"))
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._so_far = path, RunState(path)
+        self._attempts, self._keeper = Attempts(), Timekeeper()
+        self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
+        self._last_s = math.nan
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take one event in."""
+        state = self._so_far
+        self._attempts.add(event)
+        self._keeper.add(event)
+        self._last_s = number(event.get("time_s"))
         if event["event"] == "run_start":
             # speeds of an earlier start say nothing about this one
-            recent.clear()
+            self._recent.clear()
             state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
                                              event.get("num_steps") or state.num_steps)
             state.step = int(event.get("resumed_from") or 0)
-        elif event["event"] == "step":
+        elif event["event"] == "step" and event.get("step") is not None:
             # of the last steps alone: the speed of now, whatever the curriculum did before
-            recent.append((int(event["step"]), last_s, number(event.get("tokens_per_s")),
-                           number(event.get("step_time_s"))))
+            self._recent.append((int(event["step"]), self._last_s, number(event.get("tokens_per_s")),
+                                 number(event.get("step_time_s"))))
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
         elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
@@ -201,16 +197,48 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
         state.warnings += event["event"] == "warning"
         if is_incident(event) and event["event"] not in TOLD_ELSEWHERE:
             state.incidents[event["event"]] = state.incidents.get(event["event"], 0) + 1
-    state.last_event_age_s = now_s - last_s
-    explain(path, attempts.all)
-    _judge(state, attempts.all, recent, now_s)
-    state.starts = [_start(a) for a in attempts.all]
-    alive = state.state in ("running", "silent", "waiting")
-    state.wall_time = keeper.account(now_s if alive else None, waits=state.state == "waiting")
-    if alive and state.state != "waiting":
-        state.tokens_per_s, state.eta_s = _speed(state, recent, now_s)
-    _find_checkpoint(state, now_s)
-    return state
+
+    def state(self, now_s: float | None = None) -> RunState:
+        """Return how the run stands.
+
+        Args:
+            now_s: Unix time; the current one by default.
+
+        Raises:
+            UserError: its settings are damaged.
+        """
+        now_s = time.time() if now_s is None else now_s
+        # copies: reasons are added to them, and the next call adds its own
+        attempts = [replace(attempt) for attempt in self._attempts.all]
+        state = replace(self._so_far, incidents=dict(self._so_far.incidents))
+        self._add_settings(state)
+        state.last_event_age_s = now_s - self._last_s
+        explain(self._path, attempts)
+        _judge(state, attempts, self._recent, now_s)
+        state.starts = [_start(a) for a in attempts]
+        alive = state.state in ("running", "silent", "waiting")
+        state.wall_time = self._keeper.account(now_s if alive else None, waits=state.state == "waiting")
+        if alive and state.state != "waiting":
+            state.tokens_per_s, state.eta_s = _speed(state, self._recent, now_s)
+        _find_checkpoint(state, now_s)
+        return state
+
+    def _add_settings(self, state: RunState) -> None:
+        config = RunFolder(self._path).config()
+        if config is not None:
+            state.recipe = state.recipe or config.recipe
+            state.num_steps = state.num_steps or config.num_steps()
+            if not state.stage:
+                state.stage = ("extend" if _extends(self._path, config)
+                               else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
+
+
+def read_state(path: Path, now_s: float | None = None) -> RunState:
+    """Read a run folder; arguments and errors as of `RunStateReader.state`."""
+    reader = RunStateReader(path)
+    for event in read_events(path / EVENTS):
+        reader.add(event)
+    return reader.state(now_s)
 
 
 def _extends(path: Path, config: RunConfig) -> bool:

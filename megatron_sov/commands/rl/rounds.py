@@ -512,7 +512,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce,
+                     args.store)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, end_gate=parsed.gate, faults=parsed.stage.faults,
                     dry_run=args.dry_run), args.nproc, began_s)

@@ -217,10 +217,16 @@ class RoundFeed:
     """How long a round is waited for."""
     produce: Produce | None = None
     """None: other jobs write and judge."""
+    store: Path | None = None
+    """Where its responses are; who looks on finds them there.  None: it is not told."""
     _figures: Mapping[str, float] = field(default_factory=dict)
+    _has_told: bool = False
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """As `Feed.bring`: open the round of the next step."""
+        if self.store is not None and not self._has_told and view.world.is_main:
+            view.events.write("store", step=view.step, path=str(self.store.absolute()))
+        self._has_told = True
         before, step = divmod(view.step, self.rollout.steps_per_round)
         number = before + 1
         # Later steps of a round find it open.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import plotly.graph_objects as go
 
 from megatron_sov.base.pages.page import Chart, chart, colour, colour_bar, plain
@@ -12,7 +16,12 @@ from megatron_sov.publish.report.run_data import Phase, ReportedExpertLoad, Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
 from megatron_sov.runs.obs.figures import number
+from megatron_sov.work.clusters.units import GIB
 
+PER_TOKEN = "nats per token"
+LOSSES = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss", "preference": "preference loss",
+          "policy": "policy loss"}
+"""Built-in objective -> what its training loss is measured in."""
 MAX_POINTS = 2000
 """Points of one drawn curve at most."""
 SMOOTH_FROM_STEPS = 50
@@ -28,54 +37,203 @@ MAX_WINDOW_STEPS = 500
 """Longest moving mean; a wider one would smooth away what happens in a morning."""
 
 
-def _line(curve: Curve, name: str, stroke: str, width: float = 1.8,
-          opacity: float = 1.0) -> tuple[go.Scatter, list[str]]:
+OVERVIEW_POINTS, OVERVIEW_PART, OVERVIEW_HEIGHT_PX = 300, 20, 190
+"""Of a line of a small chart: points at most, and the part of its steps that a moving mean is over."""
+PART = 50
+"""The part of a line's steps that a moving mean is over in a chart of full size."""
+STEP = "optimizer step"
+Place = Callable[[Curve], npt.NDArray[Any]]
+"""Where the points of a curve are on a chart's axis."""
+
+
+# Columns of the step events that have a chart: declared once for the report, comparisons and the live page.
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """A column of the step events, as pages draw it."""
+
+    column: str
+    unit: str
+    """Title of the axis."""
+    caption: str
+    scale: float = 1.0
+    """What the column's values are multiplied with to be in the unit."""
+    smooth: bool = True
+    """Whether a moving mean is drawn."""
+
+
+LEARNING = (StepLine("lr", "learning rate", "Learning rate.", smooth=False),
+            StepLine("grad_norm", "gradient norm", "Global gradient norm, before clipping."))
+SPEED = (
+    StepLine("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
+    StepLine("step_time_s", "seconds", "Time of one optimizer step."),
+    StepLine("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
+    StepLine("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
+    StepLine("peak_memory_bytes", "GiB", "Most memory that process 0 has had, on its GPU or the host.",
+             1 / GIB),
+    StepLine("reserved_memory_bytes", "GiB", "Most memory that process 0's allocator has held.", 1 / GIB),
+    StepLine("gpu_power_w", "W", "Power of process 0's GPU."),
+    StepLine("gpu_utilization", "share", "Share of time in which process 0's GPU computed something."),
+    StepLine("gpu_temperature_c", "°C", "Temperature of process 0's GPU."))
+COMPARED_SPEED = tuple(line for line in SPEED
+                       if line.column in ("tokens_per_s", "mfu", "step_time_s", "peak_memory_bytes"))
+BALANCE = (StepLine("max_violation", "MaxVio", "MaxVio of the worst layer over steps."),)
+PADDING = (StepLine("padding_share", "share", "Part of each batch that is padding."),)
+
+
+@dataclass(frozen=True)
+class DrawnLine:
+    """One line of a chart."""
+
+    name: str
+    curve: Curve
+    place: Place = field(default=lambda curve: curve.steps)
+    hue: int | None = None
+    """Number of its run among several, which has the same colour in all charts; None: of one run."""
+
+
+def step_charts(runs: Sequence[Run], declared: Sequence[StepLine], *, small: bool = False) -> list[Chart]:
+    """Return a chart for each declared column that a run has: of one run with its phases and restarts, of
+    several with a line for each."""
+    charts = []
+    for one in declared:
+        charts.append(draw_lines(lines_of(runs, partial(_column, one)), one.unit, one.caption,
+                                 smooth=one.smooth, small=small, run=runs[0] if len(runs) == 1 else None))
+    return [c for c in charts if c]
+
+
+def _column(declared: StepLine, run: Run) -> Curve | None:
+    curve = run.curve(declared.column)
+    return None if curve is None else curve.times(declared.scale)
+
+
+def lines_of(runs: Sequence[Run], of: Callable[[Run], Curve | None]) -> list[DrawnLine]:
+    """Return a line for each run that has a curve; of several runs each keeps its colour."""
+    return [DrawnLine(name, curve, hue=i if len(runs) > 1 else None)
+            for i, (run, name) in enumerate(named(runs)) if (curve := of(run)) is not None]
+
+
+def named(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Return the runs with their names, numbered where two have the same."""
+    names = [run.name for run in runs]
+    return [(run, f"{run.name} ({names[:i + 1].count(run.name)})" if names.count(run.name) > 1 else run.name)
+            for i, run in enumerate(runs)]
+
+
+def by_tokens(run: Run, before: float = 0.0) -> Place:
+    """Return what places a run's points over the tokens that it has seen, behind those of earlier stages."""
+    tokens = run.curve("tokens")
+    # a measurement before the first step is at the beginning
+    steps = np.append(0, tokens.steps) if tokens else np.zeros(1)
+    seen = before + np.append(0.0, tokens.values if tokens else np.empty(0))
+    return lambda curve: np.interp(curve.steps, steps, seen)
+
+
+def loss_unit(*runs: Run) -> str:
+    """Return what the training loss of some runs is measured in, which is nats per token only where each
+    learns tokens by cross-entropy."""
+    names = [str(run.setting("objective", "name") or "lm") for run in runs]
+    units = dict.fromkeys(LOSSES.get(name, f"loss of {name}") for name in names)
+    return next(iter(units)) if len(units) == 1 else "each objective's own"
+
+
+def loss_in(unit: str, run: Run) -> Curve | None:
+    """Return a run's training loss if it is measured in a unit."""
+    return run.curve("loss") if loss_unit(run) == unit else None
+
+
+def _window(num_steps: int, part: int) -> int:
+    return min(MAX_WINDOW_STEPS, max(5, num_steps // part))
+
+
+def _trace(curve: Curve, name: str, stroke: str, place: Place, most: int, **style: Any
+           ) -> tuple[go.Scatter, list[str]]:
     """Return a drawable line and notes about what it leaves out."""
-    finite = curve.finite()
-    drawn = downsample(finite, MAX_POINTS)
-    notes = []
-    if len(finite.steps) < len(curve.steps):
-        bad = curve.steps[~np.isfinite(curve.values)]
-        notes.append(f"{len(bad):,} values are not finite and not drawn (first at step {int(bad[0]):,}).")
-    if len(drawn.steps) < len(finite.steps):
-        notes.append(f"Of {len(finite.steps):,} points at most {MAX_POINTS:,} are drawn; "
+    drawn, notes = downsample(curve, most), []
+    if len(drawn.steps) < len(curve.steps):
+        notes.append(f"Of {len(curve.steps):,} points at most {most:,} are drawn; "
                      "the lowest and highest value of every stretch are kept.")
+    at = place(drawn)
     # Integers and single precision halve the file; hover text shows no more digits than that.
-    trace = go.Scatter(x=drawn.steps.astype(np.int32), y=drawn.values.astype(np.float32), name=plain(name),
-                       opacity=opacity, mode="lines+markers" if len(drawn.steps) <= 20 else "lines",
-                       line={"color": stroke, "width": width})
-    return trace, notes
+    return go.Scatter(x=at.astype(np.int32 if at.dtype.kind == "i" else np.float32),
+                      y=drawn.values.astype(np.float32), name=plain(name),
+                      mode="lines+markers" if len(drawn.steps) <= 20 else "lines", marker={"size": 5},
+                      line={"color": stroke, "width": style.pop("width", 1.8)}, **style), notes
 
 
-def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: bool = False,
-            incidents: bool = False) -> Chart | None:
-    """Draw curves over steps with the run's phases behind them; None where there is nothing to draw."""
-    curves = [c for c in curves if len(c.finite().steps)]
-    if not curves:
+def _traces(line: DrawnLine, stroke: str, *, alone: bool, smooth: bool, small: bool
+            ) -> tuple[list[go.Scatter], list[str]]:
+    """Return a line's values, their moving mean, or both where there is no other line; and notes."""
+    finite, most = line.curve.finite(), OVERVIEW_POINTS if small else MAX_POINTS
+    notes: list[str] = []
+    if (missing := len(line.curve.steps) - len(finite.steps)) and not small:
+        first = int(line.curve.steps[~np.isfinite(line.curve.values)][0])
+        whose = "" if alone else f" of {line.name}"
+        notes.append(f"{missing:,} values{whose} are not finite and not drawn (first at step {first:,}).")
+    if not smooth or len(finite.steps) < SMOOTH_FROM_STEPS:
+        trace, found = _trace(finite, line.name, stroke, line.place, most)
+        return [trace], notes + found
+    window = _window(len(finite.steps), OVERVIEW_PART if small else PART)
+    mean = moving_mean(finite, window)
+    if not alone or small:
+        trace, found = _trace(mean, line.name, stroke, line.place, most)
+        return [trace], [*notes, *([] if small else [f"Each line is a moving mean over {window:,} steps."]),
+                         *found]
+    raw, found = _trace(finite, "each step", stroke, line.place, most, width=1, opacity=0.5)
+    trace, more = _trace(mean, f"mean of {window:,} steps", stroke, line.place, most)
+    return [raw, trace], [*notes, *found, *more]
+
+
+def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str = STEP,
+               smooth: bool = False, run: Run | None = None, incidents: bool = False,
+               small: bool = False) -> Chart | None:
+    """Return a chart of lines; None where there is nothing to draw.
+
+    Args:
+        lines: one for each colour.
+        unit: title of the upward axis; a small chart's caption names it.
+        caption: one sentence below the chart.
+        axis: title of the other one.
+        smooth: draw moving means.
+        run: whose phases and restarts are behind the lines; None: of no run.
+        incidents: mark those of the run on the first line.
+        small: for a page's first screen.
+    """
+    lines = [line for line in lines if len(line.curve.finite().steps)]
+    if not lines:
         return None
     figure, notes = go.Figure(), []
-    for i, curve in enumerate(curves):
-        name, stroke = curve.name, colour(i)
-        if smooth and len(curve.finite().steps) >= SMOOTH_FROM_STEPS:
-            raw, window = curve, min(MAX_WINDOW_STEPS, max(5, len(curve.finite().steps) // 50))
-            curve = moving_mean(curve.finite(), window)
-            if len(curves) == 1:
-                name = f"mean of {window:,} steps"
-                trace, found = _line(raw, "each step", stroke, width=1, opacity=0.5)
-                figure.add_trace(trace)
-                notes += found
-            else:
-                notes.append(f"Each line is a moving mean over {window:,} steps.")
-        trace, found = _line(curve, name, stroke)
-        figure.add_trace(trace)
+    for i, line in enumerate(lines):
+        stroke = colour(i if line.hue is None else line.hue)
+        traces, found = _traces(line, stroke, alone=len(lines) == 1, smooth=smooth, small=small)
+        figure.add_traces(traces)
         notes += found
-    figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={
-        "title": title, "exponentformat": "power", "minexponent": 5, "separatethousands": True})
-    _mark_phases(figure, run.phases)
-    _mark_restarts(figure, run)
-    if incidents:
-        _mark_incidents(figure, run, curves[0].finite())
+    # a line of one of several runs says which, though it is alone
+    figure.update_layout(showlegend=any(line.hue is not None for line in lines))
+    if unit == "share":
+        most = max(float(line.curve.finite().values.max()) for line in lines)
+        ends = {"range": [0, 1.05]} if 0.5 <= most <= 1 else {"rangemode": "tozero"}
+        figure.update_layout(yaxis={"tickformat": ".0%" if most >= 0.1 else ".1%", **ends})
+    if small:
+        figure.update_layout(yaxis={"exponentformat": "power"})
+        figure.update_layout(xaxis={"title": {"text": axis, "standoff": 4}, "nticks": 6})
+        return chart(figure, caption, height_px=OVERVIEW_HEIGHT_PX, small=True)
+    figure.update_layout(xaxis={"title": axis, **({} if axis == STEP else {"exponentformat": "SI"})}, yaxis={
+        "title": unit, "exponentformat": "power", "minexponent": 5, "separatethousands": True})
+    if run is not None:
+        _mark_phases(figure, run.phases)
+        _mark_restarts(figure, run)
+        if incidents:
+            _mark_incidents(figure, run, lines[0].curve.finite())
     return chart(figure, caption, notes)
+
+
+def _curves(curves: Sequence[Curve], unit: str, caption: str, run: Run, *, smooth: bool = False,
+            incidents: bool = False, small: bool = False) -> Chart | None:
+    """Return a chart of one run's curves over its steps; None where there is nothing to draw."""
+    return draw_lines([DrawnLine(curve.name, curve) for curve in curves], unit, caption, smooth=smooth,
+                      run=run, incidents=incidents, small=small)
 
 
 def _mark_phases(figure: go.Figure, phases: list[Phase]) -> None:
@@ -119,15 +277,16 @@ def _mark_incidents(figure: go.Figure, run: Run, curve: Curve) -> None:
 def loss_charts(run: Run) -> list[Chart]:
     """Return the training loss, its terms where there are several, and the loss of each source."""
     total, terms, sources = run.curve("loss"), run.curves["losses"], run.curves["losses_by_source"]
-    charts = [_curves([total] if total else [], "loss (nats per token)",
+    unit = f"loss ({loss_unit(run)})"
+    charts = [_curves([total] if total else [], unit,
                       "Training loss. Phases are shaded; a dotted line marks a restart.", run, smooth=True,
                       incidents=True)]
     if len(terms) > 1:
         charts.append(_curves(list(terms.values()), "loss", "The terms of the training loss.", run,
                               smooth=True))
     if len(sources) > 1:
-        charts.append(_curves(list(sources.values()), "loss (nats per token)",
-                              "Training loss of each source.", run, smooth=True))
+        charts.append(_curves(list(sources.values()), unit, "Training loss of each source.", run,
+                              smooth=True))
     return [c for c in charts if c]
 
 
@@ -137,16 +296,17 @@ def meter_charts(run: Run) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def heldout_charts(run: Run) -> list[Chart]:
+def heldout_charts(run: Run, *, small: bool = False) -> list[Chart]:
     """Return held-out loss and bits per byte of each source over the run."""
     loss = [h.loss for h in run.heldout.values()]
     bits = [h.bits_per_byte for h in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
         bits.append(run.overall_bits_per_byte)
     charts = [_curves(loss, "loss (nats per token)",
-                      "Loss on held-out documents, which training never sees.", run),
+                      "Loss on held-out documents, which training never sees.", run, small=small),
               _curves(bits, "bits per byte",
-                      "Bits per byte on held-out documents; comparable between tokenizers.", run)]
+                      "Bits per byte on held-out documents; comparable between tokenizers.", run,
+                      small=small)]
     return [c for c in charts if c]
 
 
@@ -158,14 +318,6 @@ def beside_charts(run: Run) -> list[Chart]:
                       "Needles found by the exports, over all lengths and depths.", run),
               _curves(pair_curves(run.evaluations), "% right",
                       "Held-out pairs whose better response the exports would rather write.", run)]
-    return [c for c in charts if c]
-
-
-def scalar_charts(run: Run, wanted: list[tuple[str, str, str]]) -> list[Chart]:
-    """Return a chart for each (step field, axis title, caption) that the run has."""
-    found = [(run.curve(name), title, caption) for name, title, caption in wanted]
-    charts = [_curves([curve], title, caption, run, smooth=curve.name != "lr")
-              for curve, title, caption in found if curve]
     return [c for c in charts if c]
 
 

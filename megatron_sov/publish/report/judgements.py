@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from megatron_sov.base.pages.markdown import is_picture, is_sound
 from megatron_sov.base.pages.page import (
-    Chart, Exhibit, PageSection, PageTable, chart, colour, line_with_intervals, plain, tables)
+    Chart, Exhibit, PageTable, chart, colour, line_with_intervals, plain, tables)
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
@@ -23,8 +23,6 @@ from megatron_sov.runs.obs.figures import duration, figure, number, of_field, si
 from megatron_sov.runs.obs.history import COMPLETE, UNFINISHED, MeasuredStretch
 from megatron_sov.runs.rounds import LEARNS
 from megatron_sov.work.clusters.units import GIB, JOULES_OF_A_KWH, SECONDS_OF_AN_HOUR
-
-TITLE = "Plan against what happened"
 
 
 @dataclass
@@ -45,18 +43,27 @@ class _AccountRow:
         return sum(len(m.times_s) for m in self.measured)
 
 
-def accounts_section(run: Run) -> PageSection:
-    """Return the section; a run that has kept no plan has none."""
+def accounts_tables(run: Run) -> list[PageTable]:
+    """Return what a plan held for beside what was measured; a run that has kept no plan has none."""
     if not run.plans:
-        return PageSection(TITLE)
+        return []
     rows = _rows(run)
-    used = run.plans[_plan_of(run, len(run.attempts))] if run.attempts else run.plans[-1]
-    tables = [*_speed_tables(run, rows), *_memory_tables(run), *_total_tables(run, rows, used)]
-    text = ("The plan was written by the run itself before its first step; the error is planned / measured "
+    return [*_speed_tables(run, rows), *_memory_tables(run), *_total_tables(run, rows, _newest_plan(run))]
+
+
+def accounts_text(run: Run) -> str:
+    """Return what the plan was made for."""
+    if not run.plans:
+        return ""
+    used = _newest_plan(run)
+    return ("The plan was written by the run itself before its first step; the error is planned / measured "
             f"- 1. Planned for {used.num_ranks:,} processes on {used.device or 'an unknown machine'}"
             + (f" with the parameters {used.parameters}." if not used.no_speed else f"; {used.no_speed}.")
             + (f" Network, storage and failures: {used.cluster}." if used.cluster else ""))
-    return PageSection(TITLE, text=text if tables else "", tables=tables)
+
+
+def _newest_plan(run: Run) -> KeptPlan:
+    return run.plans[_plan_of(run, len(run.attempts))] if run.attempts else run.plans[-1]
 
 
 def _plan_of(run: Run, attempt: int) -> int:
@@ -205,13 +212,10 @@ Event = dict[str, Any]
 _STEP = of_field("step", ",.0f", "–")
 
 
-def gate_section(checks: list[Event], searches: list[Event]) -> PageSection:
-    """Return every check of an extension's gate with what failed, and the search that proves the test clean.
-
-    Args:
-        checks: `gate` events in the order of steps.
-        searches: `decontamination` events.
-    """
+def gate_tables(run: Run) -> list[PageTable]:
+    """Return every check of an extension's gate with what failed, and the search that proves the test
+    clean."""
+    checks = run.gate_checks
     failing = (checks[-1].get("failing_cells") or []) if checks else []
     below = tables(failing[:MAX_CELLS], {
         "cells below at the last check": of_field("kind"), "language": of_field("language"),
@@ -220,7 +224,7 @@ def gate_section(checks: list[Event], searches: list[Event]) -> PageSection:
         "95 % interval": lambda c: f"{number(c['interval'][0]):.1%} to {number(c['interval'][1]):.1%}"})
     if len(failing) > MAX_CELLS:
         below[0].rows.append([f"and {len(failing) - MAX_CELLS:,} more", "", "", "", "", ""])
-    return PageSection("Gate", tables=[*tables(checks, {
+    return [*tables(checks, {
         "step": lambda c: f"{int(c.get('step') or 0):,}",
         "worst row": lambda c: f"{min(worst):.1%}" if (worst := _accuracies(c)) else "–",
         "threshold": of_field("threshold", ".0%"),
@@ -228,10 +232,7 @@ def gate_section(checks: list[Event], searches: list[Event]) -> PageSection:
         "cells below for sure": lambda c: str(len(c.get("failing_cells") or [])),
         "short-context loss": of_field("loss", ".4f"), "at the start": of_field("start_loss", ".4f"),
         "limit": of_field("loss_limit", ".4f"), "verdict": verdict,
-    }), *below, *map(_search, searches[-1:])], text=(
-        "A stage is complete when every row of needles (kind, language, length) reaches the threshold, "
-        "no single cell lies below it with its whole confidence interval, and the loss on the short context "
-        "is within its tolerance."))
+    }), *below, *map(_search, run.of("decontamination")[-1:])]
 
 
 def verdict(check: Event) -> Markup:
@@ -257,11 +258,9 @@ def _search(found: Event) -> PageTable:
     return PageTable(["search for the test in the training data", "found"], rows)
 
 
-def forgetting_section(events: list[Event]) -> PageSection:
+def forgetting_tables(run: Run) -> list[PageTable]:
     """Return each task of the newest `forgetting_gate` event before and after, with the paired difference."""
-    event = events[-1] if events else {}
-    step = number(event.get("step"))
-    return PageSection("Forgetting gate", tables=tables(event.get("tasks") or [], {
+    return tables(_newest_gate(run).get("tasks") or [], {
         "task": of_field("task"), "metric": of_field("metric"),
         "at the start": lambda t: figure(number(t.get("before"))),
         "at the end": lambda t: figure(number(t.get("after"))),
@@ -269,11 +268,21 @@ def forgetting_section(events: list[Event]) -> PageSection:
         "90 % interval": lambda t: " to ".join(map(_signed, ends)) if len(
             ends := _list(t.get("interval"))) == 2 else "–",
         "items": of_field("items", ",.0f"),
-        "verdict": lambda t: WORDS.get(str(t.get("verdict")), str(t.get("verdict")))}), text=(
-        "What the stage started from against its last checkpoint (step "
-        f"{'not known' if math.isnan(step) else f'{step:,.0f}'}), on the same items. "
-        f"Forgotten: the whole interval lies below -{number(event.get('tolerance')):g}; not proven: too few "
-        "items to tell."))
+        "verdict": lambda t: WORDS.get(str(t.get("verdict")), str(t.get("verdict")))})
+
+
+def forgetting_text(run: Run) -> str:
+    """Return what was held against what, and by which rule."""
+    event = _newest_gate(run)
+    step = number(event.get("step"))
+    return ("What the stage started from against its last checkpoint (step "
+            f"{'not known' if math.isnan(step) else f'{step:,.0f}'}), on the same items. "
+            f"Forgotten: the whole interval lies below -{number(event.get('tolerance')):g}; not proven: too "
+            "few items to tell.")
+
+
+def _newest_gate(run: Run) -> Event:
+    return (run.of("forgetting_gate") or [{}])[-1]
 
 
 def _signed(value: Any) -> str:
@@ -364,36 +373,40 @@ def _exports(run: Run) -> list[list[str]]:
     return [["Export", VERDICTS[all(passed)], f"{run.name}: {sum(passed)} of {len(passed)} checks"]]
 
 
-def passk_section(events: list[Event]) -> PageSection:
-    """Return a curve over k for each set of prompts, and what the responses were.
-
-    Args:
-        events: `passk` events; of one set of prompts, reward and step the newest counts.
-    """
+def _passk_events(run: Run) -> list[tuple[str, Event]]:
+    """Return the `passk` events with their names; of one set of prompts, reward and step the newest
+    counts."""
     # a later event takes the key of an earlier one: the newest counts
-    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in events if e.get("pass_at_k")}
+    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in run.of("passk")
+             if e.get("pass_at_k")}
     shared = Counter(file.rpartition("/")[2] for file in {file for file, *_ in found})
+    # the path where several files have one name
+    return [(f"{file if shared[last] > 1 else last}, {reward}", event)
+            for (file, reward, _), event in found.items() for last in [file.rpartition("/")[2]]]
 
-    def name(event: Event) -> str:  # the path where several files have one name
-        file = str(event.get("input"))
-        last = file.rpartition("/")[2]
-        return f"{file if shared[last] > 1 else last}, {event.get('reward')}"
 
+def passk_charts(run: Run) -> list[Chart]:
+    """Return a curve over k for each set of prompts."""
+    return [_passk_chart(event, name) for name, event in _passk_events(run)]
+
+
+def passk_tables(run: Run) -> list[PageTable]:
+    """Return what the responses to each set of prompts were."""
     def share(event: Event, at: int) -> str:
         return f"{number(event['pass_at_k'][at]['value']):.1%} (k = {event['pass_at_k'][at]['k']})"
 
-    return PageSection("pass@k", side_by_side=True, charts=[_passk_chart(e, name(e)) for e in found.values()],
-                       tables=tables(found.values(), {
-            "prompts, reward": name, "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
+    def of(cell: Callable[[Event], str]) -> Callable[[tuple[str, Event]], str]:
+        return lambda named: cell(named[1])
+
+    return tables(_passk_events(run), {"prompts, reward": lambda named: named[0], **{
+        head: of(cell) for head, cell in {
+            "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
             "responses": of_field("num_samples", ",.0f"),
             "without a reward": of_field("num_unscored", ",.0f"),
             "pass@k": lambda e: share(e, 0), "at most": lambda e: share(e, -1),
             "mean reward": of_field("mean_reward", ".4f"),
             "sampling": lambda e: "temperature {temperature}, top-p {top_p}, seed {seed}".format_map(
-                e["sampling"]) if e.get("sampling") else "sampled elsewhere",
-        }),
-                       text="The probability that of k responses to a prompt one at least is right (pass@k), "
-                 "or the most frequent answer (maj@k).")
+                e["sampling"]) if e.get("sampling") else "sampled elsewhere"}.items()}})
 
 
 def _passk_chart(event: Event, name: str) -> Chart:
@@ -412,17 +425,15 @@ def _passk_chart(event: Event, name: str) -> Chart:
                         f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
-def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> PageSection:
-    """Return what a model was shown of pictures and speech, what it made of it, what others recognised.
+def _newest_media(run: Run, kind: str, count: str) -> list[Event]:
+    """Return the events of a kind in which something was counted; of one pair and step the newest."""
+    return list({(str(e.get("pair")), str(e.get("step"))): e for e in run.of(kind)
+                 if number(e.get(count)) > 0}.values())
 
-    Args:
-        events: `media` events; of one pair and step the newest counts.
-        retrieval: `media_retrieval` events, likewise.
-    """
-    def newest(of: Sequence[Event], count: str) -> list[Event]:
-        return list({(str(e.get("pair")), str(e.get("step"))): e for e in of
-                     if number(e.get(count)) > 0}.values())
 
+def media_tables(run: Run) -> list[PageTable]:
+    """Return how often others recognised what a model made of pictures and speech, and how often it found
+    the right candidate."""
     def share(event: Event, name: str, more: str = "") -> str:
         low, high = (*_list(event.get(f"{name}_interval")), 0, 0)[:2]
         return f"{number(event.get(name)):.1%} ({number(low):.1%} to {number(high):.1%}{more})"
@@ -430,21 +441,22 @@ def media_section(events: list[Event], retrieval: Sequence[Event] = ()) -> PageS
     def recall(event: Event, k: int) -> str:
         return share(event, f"recall_at_{k}", f"; {number(event.get(f'chance_at_{k}')):.1%}")
 
-    found = newest(events, "num_rows")
-    return PageSection("From one modality to another", tables=[*tables(found, {
+    return [*tables(_newest_media(run, "media", "num_rows"), {
         "pair": of_field("pair"), "step": _STEP, "rows": of_field("num_rows", ",.0f"),
         "right (95 %)": lambda e: share(e, "accuracy"), "chance": of_field("chance", ".1%", "–"),
         "words wrong": of_field("wer", ".3f", "–"), "characters wrong": of_field("cer", ".3f", "–"),
-    }), *tables(newest(retrieval, "num_questions"), {
+    }), *tables(_newest_media(run, "media_retrieval", "num_questions"), {
         "retrieval": of_field("pair"), "step": _STEP, "questions": of_field("num_questions", ",.0f"),
         "candidates": of_field("num_candidates", ",.0f"),
         "right first (95 %; chance)": lambda e: recall(e, 1), "among the first 5": lambda e: recall(e, 5),
         "mean rank (chance)": lambda e: f"{number(e.get('mean_rank')):.2f} "
-                                        f"({number(e.get('chance_mean_rank')):.2f})",
-    })], exhibits=[_exhibit(e, sample) for e in found for sample in _list(e.get("samples"))[:SHOWN]
-                   if isinstance(sample, dict)],
-        text="What was recognised in what the model wrote, drew or said, and samples of it; and how often a "
-             "right candidate is among those that it holds for the most probable.")
+                                        f"({number(e.get('chance_mean_rank')):.2f})"})]
+
+
+def media_exhibits(run: Run) -> list[Exhibit]:
+    """Return what a model was shown, and what it made of it."""
+    return [_exhibit(e, sample) for e in _newest_media(run, "media", "num_rows")
+            for sample in _list(e.get("samples"))[:SHOWN] if isinstance(sample, dict)]
 
 
 def _exhibit(event: dict[str, Any], sample: dict[str, Any]) -> Exhibit:
@@ -462,25 +474,24 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def round_section(rounds: Sequence[dict[str, Any]]) -> PageSection:
-    """Return the section; of a run without rounds it has no content, and is left out."""
+def round_charts(run: Run) -> list[Chart]:
+    """Return reward, length and groups over the rounds of reinforcement learning."""
+    rounds = run.rounds
     means = [content["means"] for content in rounds]
     charts = [
         _round_chart(rounds, {"reward": _values(means, "reward"), **_of_names(means, "components")}, "reward",
-               "Mean reward of a round's responses, and the parts that it is made of."),
+                     "Mean reward of a round's responses, and the parts that it is made of."),
         _round_chart(rounds, _of_domains(means), "reward", "Mean reward by domain of the prompts."),
         _round_chart(rounds, {"tokens": _values(means, "response_tokens")}, "tokens",
-               "Mean length of responses, in tokens that the policy wrote."),
+                     "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
-               "Share of responses that were as long as allowed and did not end."),
+                     "Share of responses that were as long as allowed and did not end."),
         _round_chart(rounds, {"staleness": _values(means, "staleness_steps")}, "optimizer steps",
-               "Age of the policy that wrote a token, when its round began to be trained."),
+                     "Age of the policy that wrote a token, when its round began to be trained."),
         _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
-                        for reason in _reasons(rounds)}, "groups", "What became of each group of responses.")]
-    return PageSection("Rounds", charts=[c for c in charts if c is not None],
-                       tables=_round_tables(rounds[-MAX_ROUNDS:]), side_by_side=True,
-                       text="A round is written by a policy, judged, and trained; a group is the responses "
-                            "to one prompt.")
+                              for reason in _reasons(rounds)}, "groups",
+                     "What became of each group of responses.")]
+    return [c for c in charts if c is not None]
 
 
 def _values(means: Sequence[dict[str, Any]], name: str) -> np.ndarray:
@@ -523,7 +534,8 @@ def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray]
     return chart(figure, caption)
 
 
-def _round_tables(rounds: Sequence[Event]) -> list[PageTable]:
+def round_tables(run: Run) -> list[PageTable]:
+    """Return a row for each of the newest rounds."""
     def counts(of: Event | None, *, but: str = "") -> str:
         return ", ".join(f"{name} {number(count):,.0f}" for name, count in sorted((of or {}).items())
                          if name != but) or "–"
@@ -531,7 +543,7 @@ def _round_tables(rounds: Sequence[Event]) -> list[PageTable]:
     def mean(name: str, form: str) -> Callable[[Event], str]:
         return lambda c: of_field(name, form)(c["means"])
 
-    return tables(rounds, {
+    return tables(run.rounds[-MAX_ROUNDS:], {
         "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
         "mean reward": mean("reward", ".4f"), "mean tokens": mean("response_tokens", ",.1f"),
         "did not end": mean("truncated", ".1%"),

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import plotly.graph_objects as go
 
 from megatron_sov.base.pages.page import (
-    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, colour, plain, render as render_page)
-from megatron_sov.publish.report.charts import MAX_WINDOW_STEPS, needle_map
+    Chapter, Chart, Comparison, PageSection, PageTable, Panel, chart, render as render_page)
+from megatron_sov.publish.report.charts import (
+    OVERVIEW_HEIGHT_PX, PER_TOKEN, DrawnLine, Place, by_tokens, draw_lines, loss_unit, needle_map)
+from megatron_sov.publish.report.headline import facts_of, headline_charts
 from megatron_sov.publish.report.judgements import gate, verdict_table
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import key_figures, measured, sections
-from megatron_sov.publish.report.steps import Curve, downsample, last_value, moving_mean
+from megatron_sov.publish.report.steps import Curve, last_value
 from megatron_sov.runs.obs.figures import duration, figure, large, number
 
 # The first screen of a report: what was trained, on what, what was proved of it, and what it writes.
 
-HEIGHT_PX = 190
-MAX_POINTS = 300
-"""Points of one stage's line at most."""
-Place = Callable[[Curve], npt.NDArray[np.float64]]
-"""Where the points of a run's curve lie on the axis of all stages."""
+MAX_PICTURES = 3
 MAX_SOURCES = 6
 """Rows of the table of data; the smallest sources share the last one."""
 MAX_CHARACTERS = 600
@@ -39,16 +35,30 @@ MAX_CHARACTERS = 600
 
 
 def pictures(runs: list[Run]) -> list[Chart]:
-    """Return at most three charts of a model's stages: the loss, the held-out figures, and the needles found
-    last or, without any, the speed."""
+    """Return at most three charts of a model's stages: what the last one is after, the held-out figures, and
+    the needles found last or, without any, the speed."""
     places = _places(runs)
-    seen = "tokens" if all(run.curve("tokens") for run in runs) else "optimizer steps"
+    seen = "tokens" if _count_tokens(runs) else "optimizer steps"
     needles = [(run.name, n) for run in runs for n in run.needles if n.get("cells")]
     third = (_needles(*needles[-1]) if needles
-             else _by_stage(runs, places, "tokens_per_s", "Tokens per second.", seen))
-    found = [_by_stage(runs, places, "loss", "Training loss, nats per token.", seen),
-             _heldout(runs, places, seen), third]
-    return [one for one in found if one]
+             else _by_stage(runs, places, lambda run: run.curve("tokens_per_s"), "Tokens per second.", seen))
+    found = [*_learned(runs, places, seen), _heldout(runs, places, seen), third]
+    return [one for one in found if one][:MAX_PICTURES]
+
+
+def _learned(runs: list[Run], places: list[Place], seen: str) -> list[Chart | None]:
+    """Return the headline meters of a last stage that learns by no per-token loss, and that loss of all
+    stages that do."""
+    by_token = [run for run in runs if loss_unit(run) == PER_TOKEN]
+    others = ", ".join(run.name for run in runs if run not in by_token)
+    loss = _by_stage(runs, places, lambda run: run.curve("loss") if run in by_token else None,
+                     "Training loss, nats per token"
+                     + (f"; without {others}, which learns by another loss." if others else "."), seen)
+    return [*(headline_charts(runs[-1:], small=True)[:2] if runs and runs[-1] not in by_token else []), loss]
+
+
+def _count_tokens(runs: list[Run]) -> bool:
+    return all(run.curve("tokens") for run in runs)
 
 
 def _places(runs: list[Run]) -> list[Place]:
@@ -56,36 +66,26 @@ def _places(runs: list[Run]) -> list[Place]:
 
     Steps stand for tokens where a run has not recorded any.
     """
-    by_tokens = all(run.curve("tokens") for run in runs)
+    counted = _count_tokens(runs)
     found: list[Place] = []
     before = 0.0
     for run in runs:
-        counted = run.curve("tokens" if by_tokens else "loss")
-        at = counted.steps if counted else np.zeros(1, np.int64)
-        seen = counted.values if by_tokens and counted else at.astype(np.float64)
-        # A measurement before the first step lies at the stage's beginning.
-        found.append(partial(_place, np.append(0, at), before + np.append(0.0, seen)))
-        before += float(seen[-1])
+        found.append(by_tokens(run, before) if counted else _by_steps(before))
+        last = run.curve("tokens" if counted else "loss")
+        before += float((last.values if counted else last.steps)[-1]) if last else 0.0
     return found
 
 
-def _place(at: npt.NDArray[np.int64], seen: npt.NDArray[np.float64],
-           curve: Curve) -> npt.NDArray[np.float64]:
-    return np.interp(curve.steps, at, seen)
+def _by_steps(before: float) -> Place:
+    return lambda curve: curve.steps + before
 
 
-def _by_stage(runs: list[Run], places: list[Place], name: str, caption: str, seen: str) -> Chart | None:
+def _by_stage(runs: list[Run], places: list[Place], of: Callable[[Run], Curve | None], caption: str,
+              seen: str) -> Chart | None:
     """Return the moving mean of one figure of the steps, each stage in its own colour."""
-    figure = go.Figure()
-    for i, (run, place) in enumerate(zip(runs, places, strict=True)):
-        curve = run.curve(name)
-        if curve is None or not len(curve.finite().steps):
-            continue
-        curve = curve.finite()
-        window = min(MAX_WINDOW_STEPS, max(1, len(curve.steps) // 20))
-        drawn = downsample(moving_mean(curve, window), MAX_POINTS)
-        figure.add_trace(_line(place(drawn), drawn.values, run.name, i))
-    return _small(figure, caption, seen)
+    lines = [DrawnLine(run.name, curve, place) for run, place in zip(runs, places, strict=True)
+             if (curve := of(run)) is not None]
+    return draw_lines(lines, "", caption, axis=seen, smooth=True, small=True)
 
 
 def _heldout(runs: list[Run], places: list[Place], seen: str) -> Chart | None:
@@ -96,11 +96,15 @@ def _heldout(runs: list[Run], places: list[Place], seen: str) -> Chart | None:
             curve = heldout.bits_per_byte.finite()
             if len(curve.steps):
                 points.setdefault(source, []).append((place(curve), curve.values))
-    figure = go.Figure()
-    for i, (source, parts) in enumerate(points.items()):
-        figure.add_trace(_line(np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts]),
-                               source, i))
-    return _small(figure, "Held-out bits per byte of each source.", seen)
+    lines = [DrawnLine(source, Curve(source, np.arange(len(x := np.concatenate([x for x, _ in parts]))),
+                                     np.concatenate([y for _, y in parts])), _at(x))
+             for source, parts in points.items()]
+    return draw_lines(lines, "", "Held-out bits per byte of each source.", axis=seen, small=True)
+
+
+def _at(x: npt.NDArray[np.float64]) -> Place:
+    """Return what places points that are counted and have no steps."""
+    return lambda curve: x[curve.steps]
 
 
 def _needles(stage: str, needle: dict[str, Any]) -> Chart:
@@ -109,21 +113,8 @@ def _needles(stage: str, needle: dict[str, Any]) -> Chart:
     figure = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
     figure.update_layout(xaxis={"title": {"text": "context (tokens)", "standoff": 4}},
                          yaxis={"title": {"text": "depth", "standoff": 10}})
-    return chart(figure, f"Needles found by {stage}: {kind}, {language}.", height_px=HEIGHT_PX, small=True)
-
-
-def _line(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], name: str, i: int) -> go.Scatter:
-    return go.Scatter(x=x.astype(np.float32), y=y.astype(np.float32), name=plain(name),
-                      mode="lines+markers" if len(x) <= 20 else "lines", marker={"size": 5},
-                      line={"color": colour(i), "width": 1.8})
-
-
-def _small(figure: go.Figure, caption: str, seen: str) -> Chart | None:
-    """Return the chart; its caption names what goes upwards, so that no title stands beside the axis."""
-    if not figure.data:
-        return None
-    figure.update_layout(xaxis={"title": {"text": seen, "standoff": 4}, "nticks": 6})
-    return chart(figure, caption, height_px=HEIGHT_PX, small=True)
+    return chart(figure, f"Needles found by {stage}: {kind}, {language}.", height_px=OVERVIEW_HEIGHT_PX,
+                 small=True)
 
 
 def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
@@ -142,7 +133,7 @@ def opening(runs: list[Run], others: list[Run]) -> list[Panel]:
         Panel("What it writes", 7 if proof else 12, comparisons=_samples(runs)),
         Panel("The export's proof", 5, tables=proof[-1:]),
     ]
-    return [p for p in panels if p.facts or p.tables or p.charts or p.comparisons]
+    return [p for p in panels if not p.is_empty]
 
 
 def num_tokens(runs: list[Run]) -> float:
@@ -166,6 +157,7 @@ def _trained(runs: list[Run]) -> list[tuple[str, str]]:
     if len(runs) > 1:
         facts += [(run.name, f"{large(tokens)} in {steps} steps") for run in runs
                   if (tokens := num_tokens([run])) and (steps := _num_steps(run))]
+    facts += facts_of(runs[-1])
     length = max((phase.seq_len_tokens for run in runs for phase in run.phases), default=0)
     facts.append(("Context", f"{length:,} tokens" if length else ""))
     wall_s = sum(run.wall_s() for run in runs)

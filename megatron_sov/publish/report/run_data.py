@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.plan.footprint import kept as kept_plans
 from megatron_sov.publish.report.steps import (
-    Curve, ExportEvaluation, StepTable, read_evaluations, untold_scores)
+    Curve, ExportEvaluation, StepTable, read_evaluations, sorted_curve, untold_scores)
 from megatron_sov.runs.checkpoints import refuse_no_run, short_name
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.lock import living_holder
@@ -28,11 +28,15 @@ from megatron_sov.runs.obs.figures import number
 from megatron_sov.runs.obs.history import (
     BY_SETTING, KINDS, Attempt, Attempts, MeasuredStretch, Stretches, is_incident)
 from megatron_sov.runs.obs.wall_time import Timekeeper, WallTime
+from megatron_sov.runs.rounds import LEARNS
 
 CONFIG = "config.json"
+LEARNING_GROUPS = "learning_groups"
+"""Name of the curve of the share of a round's groups that are trained."""
 KEPT = ("phase", "eval", "baseline", "needle", "passk", "media", "media_retrieval", "ssp_probe", "gate",
         "decontamination", "conversion", "checkpoint", "memory", "energy", "warning", "routing",
-        "heldout_pairs", "heldout_divergence", "eval_lm", "eval_contamination", "forgetting_gate", *KINDS)
+        "heldout_pairs", "heldout_divergence", "round", "eval_lm", "eval_contamination",
+        "forgetting_gate", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -195,64 +199,91 @@ class Run:
         return str(self.config.get("recipe") or self.start("recipe") or "")
 
 
-def read_run(path: Path) -> Run:
-    """Read a run folder.
+class RunReader:
+    """Takes a run's events in one by one, and makes a `Run` of them whenever it is asked.
 
-    Raises:
-        UserError: it is no run folder (it has no events), or its config.json is damaged.
+    Args:
+        path: the run's folder; it may not be there yet.
     """
-    refuse_no_run(path)
-    run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
-    steps = StepTable()
-    last: dict[str, dict[str, Any]] = {}
-    by_source: dict[str, dict[str, Any]] = {}
-    attempts, keeper, stretches = Attempts(), Timekeeper(), Stretches()
-    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
-    # one pass; what is shown is kept, everything else is forgotten
-    for event in read_events(path / EVENTS):
-        kind = event["event"]
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._steps, self._attempts = StepTable(), Attempts()
+        self._keeper, self._stretches = Timekeeper(), Stretches()
+        # what is shown is kept, everything else is forgotten
+        self._kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
+        self._last: dict[str, dict[str, Any]] = {}
+        self._by_source: dict[str, dict[str, Any]] = {}
+        self._samples: list[dict[str, Any]] = []
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take one event in."""
+        kind, kept, attempts = event["event"], self._kept, self._attempts
         attempts.add(event)
-        keeper.add(event)
-        stretches.add(event)
+        self._keeper.add(event)
+        self._stretches.add(event)
         if kind == "phase" and kept["phase"] and kept["phase"][-1]["attempt"] != len(attempts.all):
             kept["phase"].clear()  # every start announces the whole curriculum anew, as it is from then on
         if kind in ("phase", "memory", "energy"):
             event["attempt"] = len(attempts.all)
         if kind == "step" and event.get("step") is not None:
-            steps.add(event)
+            self._steps.add(event)
         elif kind in kept:
             kept[kind].append(event)
         # samples of the newest step alone
         elif kind == "sample":
-            run.samples = [s for s in run.samples if s.get("step") == event.get("step")] + [event]
+            self._samples = [s for s in self._samples if s.get("step") == event.get("step")] + [event]
         elif kind == "expert_load" and event.get("source") is not None:
-            by_source[str(event["source"])] = event
+            self._by_source[str(event["source"])] = event
         elif kind in ("expert_load", "data_consumed", "compute_time"):
-            last[kind] = event
-    run.attempts = attempts.all
-    # of a living run the time since its last event is not lost yet
-    lives = living_holder(path) is not None
-    run.wall_time = keeper.account(max((a.last_time_s for a in run.attempts), default=0.0) if lives else None)
-    run.curves = steps.curves()
-    run.phases = _phases(steps.phases(), kept["phase"])
-    evals = final_steps(kept["eval"], "eval")
-    run.heldout = _heldout(evals, kept["baseline"])
-    run.overall_bits_per_byte = _overall_bits_per_byte(evals)
-    run.expert_load = _expert_load(last.get("expert_load"))
-    run.expert_load_by_source = {name: load
-                                 for name, e in by_source.items() if (load := _expert_load(e)) is not None}
-    run.routing = _routing(final_steps(kept["routing"], "routing"))
-    run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
-    run.events, run.gate_checks = kept, final_steps(kept["gate"], "gate")
-    run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
-    run.plans, run.stretches = kept_plans.read(path), stretches.all
-    run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
-                         if e.get("reason") == BY_SETTING]
-    run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
-                           key=lambda e: number(e.get("time_s")))
-    run.evaluations, run.rounds = read_evaluations(path), read_rounds(path)
-    run.needles = _last_of_each_when(kept["needle"])
-    run.scores = kept["eval_lm"] + untold_scores(run.evaluations, kept["eval_lm"])
+            self._last[kind] = event
+
+    def run(self) -> Run:
+        """Return the run as far as its events have come.
+
+        Raises:
+            UserError: its config.json is damaged.
+        """
+        path, kept, last, attempts = self._path, self._kept, self._last, self._attempts.all
+        # of a living run the time since its last event is not lost yet
+        lives = living_holder(path) is not None
+        now_s = max((a.last_time_s for a in attempts), default=0.0) if lives else None
+        evals = final_steps(kept["eval"], "eval")
+        run = Run(path.resolve().name, _read_config(path / CONFIG), attempts, self._keeper.account(now_s))
+        run.curves = self._steps.curves() | {"rounds": round_curves(kept["round"])}
+        run.phases = _phases(self._steps.phases(), kept["phase"])
+        run.heldout = _heldout(evals, kept["baseline"])
+        run.overall_bits_per_byte = _overall_bits_per_byte(evals)
+        run.expert_load = _expert_load(last.get("expert_load"))
+        run.expert_load_by_source = {name: load for name, e in self._by_source.items()
+                                     if (load := _expert_load(e)) is not None}
+        run.routing = _routing(final_steps(kept["routing"], "routing"))
+        run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
+        run.events, run.gate_checks = kept, final_steps(kept["gate"], "gate")
+        run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
+        run.stretches, run.samples = self._stretches.all, self._samples
+        run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
+                             if e.get("reason") == BY_SETTING]
+        run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
+                               key=lambda e: number(e.get("time_s")))
+        run.needles, run.scores = _last_of_each_when(kept["needle"]), kept["eval_lm"]
+        return run
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder: its events, and the files beside them.
+
+    Raises:
+        UserError: it is no run folder (it has no events), or its config.json is damaged.
+    """
+    refuse_no_run(path)
+    reader = RunReader(path)
+    for event in read_events(path / EVENTS):
+        reader.add(event)
+    run = reader.run()
+    run.plans, run.rounds = kept_plans.read(path), read_rounds(path)
+    run.evaluations = read_evaluations(path)
+    run.scores = run.scores + untold_scores(run.evaluations, run.scores)
     run.provenance = _provenance(path, run)
     return run
 
@@ -353,6 +384,21 @@ def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
     values = {name: np.array([[number(x) for x in e[name]] for e in events]) for name in names}
     return RoutingHistory(np.array([int(e["step"]) for e in events], dtype=np.int64),
                           [int(x) for x in layers], values)
+
+
+def round_curves(rounds: list[dict[str, Any]]) -> dict[str, Curve]:
+    """Return the means of a run's rounds over its steps, and the share of groups that learn."""
+    values: dict[str, dict[int, float]] = {}
+    for event in rounds:
+        step, groups, told = int(event.get("step") or 0), event.get("groups"), event.get("means")
+        means = {name: value for name, value in told.items()
+                 if not isinstance(value, dict)} if isinstance(told, dict) else {}
+        if isinstance(groups, dict) and groups:
+            means[LEARNING_GROUPS] = number(groups.get(LEARNS, 0)) / max(1.0, sum(map(number,
+                                                                                      groups.values())))
+        for name, value in means.items():
+            values.setdefault(name, {})[step] = number(value)
+    return {name: sorted_curve(name, of_step) for name, of_step in values.items()}
 
 
 def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

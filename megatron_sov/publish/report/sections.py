@@ -6,6 +6,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,22 +16,22 @@ from markupsafe import Markup
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import (
-    Chart, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
-from megatron_sov.model.config import from_dict
+    Chart, Exhibit, PageSection, PageTable, chart, colour, colour_bar, plain, tables)
+from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.plan.pages.page import schedule_charts, schedule_table
 from megatron_sov.publish.report.charts import (
-    beside_charts, expert_chart, heldout_charts, loss_charts, meter_charts, needle_charts, plan_chart,
-    scalar_charts)
+    BALANCE, LEARNING, PADDING, SPEED, StepLine, beside_charts, expert_chart, heldout_charts, loss_charts,
+    loss_unit, meter_charts, needle_charts, plan_chart, step_charts)
 from megatron_sov.publish.report.judgements import (
-    VERDICTS, accounts_section, forgetting_section, gate_section, media_section, passk_section, round_section)
-from megatron_sov.publish.report.run_data import (
-    Heldout, Phase, Provenance, ReportedExpertLoad, RoutingHistory, Run)
-from megatron_sov.publish.report.scores import score_section
+    VERDICTS, accounts_tables, accounts_text, forgetting_tables, forgetting_text, gate_tables, media_exhibits,
+    media_tables, passk_charts, passk_tables, round_charts, round_tables)
+from megatron_sov.publish.report.run_data import Heldout, Phase, RoutingHistory, Run
+from megatron_sov.publish.report.scores import checkpoint_score_charts, score_tables
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.runs.obs import routing
 from megatron_sov.runs.obs.figures import duration, figure, large, number, of_field
 from megatron_sov.runs.obs.history import KINDS, Attempt, describe
-from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
+from megatron_sov.runs.obs.wall_time import CATEGORIES
 from megatron_sov.work.clusters.units import GIB
 
 MAX_COLUMNS = 400
@@ -58,20 +60,15 @@ MAX_SAMPLE_CHARACTERS = 4000
 # biases drift.
 
 
-def expert_section(run: Run) -> PageSection:
-    """Return the section; without charts for a dense model."""
+def _expert_charts(run: Run) -> list[Chart]:
+    """Return load and balance over layers and steps; nothing for a dense model."""
     charts = [expert_chart(run.expert_load)] if run.expert_load else []
-    charts += scalar_charts(run, [("max_violation", "MaxVio", "MaxVio of the worst layer over steps.")])
+    charts += step_charts([run], BALANCE)
     if run.routing is not None:
         charts += [_history_chart(run.routing, *shown)
                    for shown in SHOWN if run.routing.values[shown[0]].any()]
     by_source = run.expert_load_by_source
-    if len(by_source) > 1:
-        charts += [expert_chart(load, name) for name, load in by_source.items()]
-    return PageSection("Expert load", charts=charts, tables=_source_tables(by_source), side_by_side=True,
-                       text="MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
-                            "2408.15664); 0 is perfect balance. What belongs to a source was counted on its "
-                            "held-out documents.")
+    return charts + [expert_chart(load, name) for name, load in by_source.items() if len(by_source) > 1]
 
 
 def _history_chart(history: RoutingHistory, name: str, title: str, best: float, caption: str) -> Chart:
@@ -92,9 +89,10 @@ def _history_chart(history: RoutingHistory, name: str, title: str, best: float, 
     return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
 
 
-def _source_tables(loads: dict[str, ReportedExpertLoad]) -> list[PageTable]:
+def _expert_tables(run: Run) -> list[PageTable]:
     """Return for each source how its tokens spread over experts, and how far that is from the
     spread of all sources."""
+    loads = run.expert_load_by_source
     common = np.mean([load.load for load in loads.values()], axis=0) if loads else 0
     own = {name: np.abs(load.load - common).sum(axis=1) / 2 for name, load in loads.items()}
     return tables(loads, {
@@ -108,16 +106,10 @@ def _source_tables(loads: dict[str, ReportedExpertLoad]) -> list[PageTable]:
 # The spectrum of a run's checkpoints in the report: pass@k of each in each domain, and the best ones.
 
 
-def spectrum_section(events: list[dict[str, Any]]) -> PageSection:
-    """Return the section; without events it has no content, and is left out.
-
-    Args:
-        events: `ssp_probe` events; of one probe's folder the newest counts.
-    """
-    newest = {str(e.get("output")): e for e in events if e.get("table")}.values()
-    return PageSection("Spectrum of the checkpoints", tables=[t for e in newest for t in _spectrum_tables(e)],
-                       text="pass@k of each checkpoint in each domain, with 95 % intervals over problems; "
-                            "the best single checkpoint of a domain is bold.")
+def _spectra(run: Run) -> list[PageTable]:
+    """Return the tables of `ssp_probe` events; of one probe's folder the newest counts."""
+    newest = {str(e.get("output")): e for e in run.of("ssp_probe") if e.get("table")}.values()
+    return [table for event in newest for table in _spectrum_tables(event)]
 
 
 def _spectrum_tables(event: dict[str, Any]) -> list[PageTable]:
@@ -148,12 +140,6 @@ def _spectrum_tables(event: dict[str, Any]) -> list[PageTable]:
 
 
 # The report's section on what went wrong, and what the run did about it.
-
-
-def incident_section(run: Run) -> PageSection:
-    """Return the section; without tables where nothing happened."""
-    return PageSection("Warnings, guards and faults",
-                       tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
 
 
 def _warning_tables(run: Run) -> list[PageTable]:
@@ -193,17 +179,20 @@ def _compute_tables(run: Run) -> list[PageTable]:
 # Where a run's wall time went: one bar and its figures.
 
 
-def time_section(time: WallTime | None) -> PageSection:
-    """Return the section; without a start it has no content, and is left out."""
+def _time_tables(run: Run) -> list[PageTable]:
+    """Return how long each category took; without a start there is nothing."""
+    time = run.wall_time
     if time is None or time.total_s <= 0:
-        return PageSection("Where the time went")
+        return []
     rows = [[label, duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}", MEANINGS[name]]
             for name, label in CATEGORIES.items()]
-    return PageSection("Where the time went", charts=[_bar(time)],
-                       tables=[PageTable(["", "time", "share", "what it is"], rows)])
+    return [PageTable(["", "time", "share", "what it is"], rows)]
 
 
-def _bar(time: WallTime) -> Chart:
+def _time_charts(run: Run) -> list[Chart]:
+    time = run.wall_time
+    if time is None or time.total_s <= 0:
+        return []
     figure = go.Figure()
     for i, (name, label) in enumerate(CATEGORIES.items()):
         share = 100 * time.spent_s[name] / time.total_s
@@ -214,7 +203,7 @@ def _bar(time: WallTime) -> Chart:
                          yaxis={"showticklabels": False})
     caption = (f"Of {duration(time.total_s)} since the first start, "
                f"{time.goodput:.1%} moved the model forward.")
-    return chart(figure, caption, height_px=240)  # on a phone the legend has three rows
+    return [chart(figure, caption, height_px=240)]  # on a phone the legend has three rows
 
 
 # Held-out loss of conversations: their first learned turns beside all later ones, and what is thought
@@ -238,29 +227,12 @@ def turn_tables(run: Run) -> list[PageTable]:
 # Held-out figures of runs that learn from a teacher or from preferences, before and after.
 
 
-def divergence_section(events: list[dict[str, Any]]) -> PageSection:
-    """Return the section of `heldout_divergence` events, in the order in which they were written."""
-    return PageSection("Distance from the teacher", tables=_before_and_after(events, "tokens", {
-        "KL": ("kl", ".4g"), "learned divergence": ("divergence", ".4g")}),
-                       text="On held-out documents, means over the tokens that are learned, in nats: "
-                            "KL(teacher || student), and the divergence that the run learns.")
-
-
-def pair_section(events: list[dict[str, Any]]) -> PageSection:
-    """Return the section of `heldout_pairs` events, in the order in which they were written; of an older
-    step one may come later, by `megatron-sov eval pairs --run`."""
-    in_order = sorted(events, key=lambda event: number(event.get("step")))
-    return PageSection("Held-out pairs", tables=_before_and_after(in_order, "pairs", {
-        "ranked right": ("right", ".1%")}),
-                       text="The share of pairs whose chosen answer the model would rather write than the "
-                            "rejected one: greater log-probability per token.")
-
-
-def _before_and_after(events: list[dict[str, Any]], count: str,
-                      figures: Mapping[str, tuple[str, str]]) -> list[PageTable]:
-    """Return each source's first and last figures: title -> field and format."""
+def _before_and_after(kind: str, count: str, figures: Mapping[str, tuple[str, str]], run: Run
+                      ) -> list[PageTable]:
+    """Return each source's first and last figures in the events of a kind: title -> field and format."""
     by_source: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
+    # of an older step one may come later, by `megatron-sov eval pairs --run`
+    for event in sorted(run.of(kind), key=lambda event: number(event.get("step") or 0)):
         by_source.setdefault(str(event.get("source")), []).append(event)
 
     def cell(name: str, form: str, at: int) -> Callable[[list[dict[str, Any]]], str]:
@@ -306,7 +278,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
                       f"bits per byte, step {int(bits.steps[best]):,}"))
     final = run.curve("loss")
     if final and math.isfinite(last_value(final)):
-        found.append(("Last training loss", f"{last_value(final):.4f}", "nats per token"))
+        found.append(("Last training loss", f"{last_value(final):.4f}", loss_unit(run)))
     for needle in run.needles[-1:]:
         if needle.get("cells"):
             longest = max(int(c["length_tokens"]) for c in needle["cells"])
@@ -331,74 +303,32 @@ def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
 
 
 def sections(run: Run) -> list[PageSection]:
-    """Return a run's sections in reading order."""
-    wanted = [
-        PageSection("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
-        PageSection("Meters", charts=meter_charts(run), side_by_side=True,
-                    text="What the objective measures beside its loss."),
-        PageSection("Held-out loss", charts=heldout_charts(run),
-                    tables=_heldout_tables(run) + turn_tables(run), side_by_side=True),
-        pair_section(run.of("heldout_pairs")),
-        divergence_section(run.of("heldout_divergence")),
-        score_section(run.scores, run.of("eval_contamination")),
-        forgetting_section(run.of("forgetting_gate")),
-        round_section(run.rounds),
-        PageSection("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
-                    side_by_side=True),
-        PageSection("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
-            ("lr", "learning rate", "Learning rate."),
-            ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
-        _plan_section(run),
-        accounts_section(run),
-        expert_section(run),
-        PageSection("Speed", side_by_side=True, charts=scalar_charts(run, [
-            ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
-            ("step_time_s", "seconds", "Time of one optimizer step."),
-            ("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
-            ("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
-            ("peak_memory_bytes", "bytes", "Most memory that process 0 has had, on its GPU or the host."),
-            ("reserved_memory_bytes", "bytes", "Most memory that process 0's allocator has held."),
-            ("gpu_power_w", "W", "Power of process 0's GPU."),
-            ("gpu_utilization", "share", "Share of time in which process 0's GPU computed something."),
-            ("gpu_temperature_c", "°C", "Temperature of process 0's GPU.")]),
-            tables=_checkpoint_tables(run)),
-        _data_section(run),
-        incident_section(run),
-        PageSection("Needle in a haystack", side_by_side=True,
-                    charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
-                    text="Share of questions about hidden facts that the model answers, by the length of the "
-                         "context and their depth in it."),
-        passk_section(run.of("passk")),
-        media_section(run.of("media"), run.of("media_retrieval")),
-        spectrum_section(run.of("ssp_probe")),
-        gate_section(run.gate_checks, run.of("decontamination")),
-        _sample_section(run),
-        PageSection("Proof of the conversion",
-                    tables=[t for c in run.of("conversion") if c.get("checks") for t in _conversion_table(c)],
-                    text="The exported model against the trained one."),
-        time_section(run.wall_time),
-        PageSection("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
-        PageSection("Settings", json=json.dumps(run.config, indent=2,
-                                                ensure_ascii=False) if run.config else "",
-                    text="The resolved settings that the run was started with."),
-        PageSection("Provenance", tables=_provenance_tables(run.provenance),
-                    text="An artifact's manifest holds the hashes of all its files, "
-                         "so its own hash stands for them."),
-    ]
-    return [s for s in wanted if s.charts or s.tables or s.samples or s.json]
+    """Return a run's sections in reading order, without those that have nothing to show."""
+    found = [declared.of(run) for declared in SECTIONS.values()]
+    return [s for s in found if s.charts or s.tables or s.samples or s.json]
 
 
-def _plan_section(run: Run) -> PageSection:
-    """Return what the settings plan for each step; nothing for settings of another version."""
-    title = "Plan: learning rate, batch size, blends"
+def _plan(run: Run) -> RunConfig | None:
+    """Return the settings that say what each step is to do; None for settings of another version."""
     try:
         config = from_dict(run.config) if run.config else None
     except UserError:
-        config = None
-    if config is None or config.problems(run.start("num_ranks") or 1):
-        return PageSection(title)
-    return PageSection(title, charts=schedule_charts(config), tables=[schedule_table(config)],
-                       side_by_side=True)
+        return None
+    return None if config is None or config.problems(run.start("num_ranks") or 1) else config
+
+
+def _plan_charts(run: Run) -> list[Chart]:
+    config = _plan(run)
+    return [] if config is None else schedule_charts(config)
+
+
+def _plan_tables(run: Run) -> list[PageTable]:
+    config = _plan(run)
+    return [] if config is None else [schedule_table(config)]
+
+
+def _settings(run: Run) -> str:
+    return json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else ""
 
 
 def _beside_tables(run: Run) -> list[PageTable]:
@@ -407,13 +337,14 @@ def _beside_tables(run: Run) -> list[PageTable]:
         "why there is no figure": lambda b: b.failure})
 
 
-def _provenance_tables(provenance: list[Provenance]) -> list[PageTable]:
-    return tables(provenance, {
+def _provenance_tables(run: Run) -> list[PageTable]:
+    return tables(run.provenance, {
         "": lambda p: p.role, "kind": lambda p: p.kind, "artifact": lambda p: p.path,
         "SHA-256 of the manifest": lambda p: Markup("<code>{}</code>").format(p.manifest_sha256)})
 
 
-def _phase_tables(run: Run) -> list[PageTable]:
+def phase_tables(run: Run) -> list[PageTable]:
+    """Return what each phase of the curriculum was and did; many are folded."""
     loss, tokens = run.curve("loss"), run.curve("tokens")
     if not run.phases or loss is None:
         return []
@@ -434,7 +365,7 @@ def _phase_tables(run: Run) -> list[PageTable]:
                      figure(float(np.mean(tail)))])
     head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss",
             "loss, mean of the last 5 %"]
-    return [PageTable(head, rows)] if rows else []
+    return [PageTable(head, rows, fold="phases")] if rows else []
 
 
 def _batch_sizes(phase: Phase) -> str:
@@ -471,34 +402,38 @@ def _checkpoint_tables(run: Run) -> list[PageTable]:
                       [row])]
 
 
-def _data_section(run: Run) -> PageSection:
-    padding = scalar_charts(run, [("padding_share", "share", "Part of each batch that is padding.")])
+def _data_charts(run: Run) -> list[Chart]:
+    drawn = plan_chart(run.data_consumed or {})
+    return [*([drawn] if drawn else []), *step_charts([run], PADDING)]
+
+
+def _data_tables(run: Run) -> list[PageTable]:
     consumed = run.data_consumed or {}
-    drawn = plan_chart(consumed)
-    if drawn is None:
-        return PageSection("Data consumed", charts=padding)
     tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
     rows = []
     for name in dict.fromkeys([*plan, *tokens]):
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
                      f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
+    if not rows:
+        return []
     tables = [PageTable(["source", "tokens consumed", "tokens planned", "difference"], rows)]
     if over_long := consumed.get("over_long"):
         fate = {"cut": "cut", "drop": "left out"}.get(str(consumed.get("over_long_are")), "too long")
         tables.append(PageTable(["source", f"conversations or pairs longer than a sample, {fate}"],
                                 [[name, f"{number(count):,.0f}"] for name, count in over_long.items()]))
-    return PageSection("Data consumed", charts=[drawn, *padding], tables=tables)
+    return tables
 
 
-def _sample_section(run: Run) -> PageSection:
-    shown = [{k: _cut(s.get(k)) for k in ("prompt", "text", "target")} for s in run.samples[:MAX_SAMPLES]]
-    text = ""
-    if shown:
-        left_out = len(run.samples) - len(shown)
-        more = f" {left_out:,} more are in the run's events." if left_out else ""
-        text = f"What the model wrote at step {int(run.samples[0].get('step') or 0):,}, unedited.{more}"
-    return PageSection("Samples", text=text, samples=shown)
+def _samples(run: Run) -> list[dict[str, str]]:
+    return [{k: _cut(s.get(k)) for k in ("prompt", "text", "target")} for s in run.samples[:MAX_SAMPLES]]
+
+
+def _sample_text(run: Run) -> str:
+    left_out = len(run.samples) - MAX_SAMPLES
+    more = f" {left_out:,} more are in the run's events." if left_out > 0 else ""
+    step = int(run.samples[0].get("step") or 0) if run.samples else 0
+    return f"What the model wrote at step {step:,}, unedited.{more}"
 
 
 def _cut(text: Any) -> str:
@@ -507,11 +442,11 @@ def _cut(text: Any) -> str:
     return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out:,} more characters)"
 
 
-def _conversion_table(conversion: dict[str, Any]) -> list[PageTable]:
-    return tables(conversion["checks"], {
+def _conversion_tables(run: Run) -> list[PageTable]:
+    return [table for conversion in run.of("conversion") for table in tables(conversion.get("checks") or [], {
         f"check of {conversion.get('target') or 'the export'}": of_field("name", none=""),
         "measured": lambda c: measured(c.get("value")), "limit": lambda c: measured(c.get("limit")),
-        "result": lambda c: VERDICTS[bool(c.get("passed"))]})
+        "result": lambda c: VERDICTS[bool(c.get("passed"))]})]
 
 
 def measured(value: Any) -> str:
@@ -521,7 +456,7 @@ def measured(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _attempt_tables(attempts: list[Attempt]) -> list[PageTable]:
+def _attempt_tables(run: Run) -> list[PageTable]:
     def origin(attempt: Attempt) -> str:
         resumed = attempt.start.get("resumed_from")
         why = f" ({attempt.resume_reason})" if attempt.resume_reason else ""
@@ -531,7 +466,7 @@ def _attempt_tables(attempts: list[Attempt]) -> list[PageTable]:
         layout = ", ".join(f"{k} {v}" for k, v in (attempt.start.get("layout") or {}).items())
         return f"{attempt.start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
 
-    return tables(enumerate(attempts, 1), {
+    return tables(enumerate(run.attempts, 1), {
         "": lambda one: str(one[0]),
         "started": lambda one: time.strftime("%Y-%m-%d %H:%M:%S UTC",
                                              time.gmtime(number(one[1].start.get("time_s")))),
@@ -546,3 +481,91 @@ def machine(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     return str(value or "–")
+
+
+# The table of sections, in reading order.
+
+
+def _nothing(run: Run) -> list[Any]:
+    return []
+
+
+def _joined(*parts: Callable[[Run], list[PageTable]]) -> Callable[[Run], list[PageTable]]:
+    return lambda run: [table for part in parts for table in part(run)]
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """What a section of the report shows of a run; it is left out where that is nothing."""
+
+    title: str
+    text: str | Callable[[Run], str] = ""
+    lines: tuple[StepLine, ...] = ()
+    """Columns of the step events, a chart each."""
+    charts: Callable[[Run], list[Chart]] = _nothing
+    tables: Callable[[Run], list[PageTable]] = _nothing
+    samples: Callable[[Run], list[dict[str, str]]] = _nothing
+    exhibits: Callable[[Run], list[Exhibit]] = _nothing
+    json: Callable[[Run], str] = lambda run: ""
+    side_by_side: bool = True
+
+    def of(self, run: Run) -> PageSection:
+        return PageSection(
+            self.title, self.text if isinstance(self.text, str) else self.text(run),
+            [*step_charts([run], self.lines), *self.charts(run)], self.tables(run), self.samples(run),
+            exhibits=self.exhibits(run), json=self.json(run), side_by_side=self.side_by_side)
+
+
+SECTIONS = {section.title: section for section in (
+    ReportSection("Training loss", charts=loss_charts, tables=phase_tables, side_by_side=False),
+    ReportSection("Meters", "What the objective measures beside its loss.", charts=meter_charts),
+    ReportSection("Held-out loss", charts=heldout_charts, tables=_joined(_heldout_tables, turn_tables)),
+    ReportSection("Held-out pairs", "The share of pairs whose chosen answer the model would rather write "
+                  "than the rejected one: greater log-probability per token.", tables=partial(
+                      _before_and_after, "heldout_pairs", "pairs", {"ranked right": ("right", ".1%")})),
+    ReportSection("Distance from the teacher", "On held-out documents, means over the tokens that are "
+                  "learned, in nats: KL(teacher || student), and the divergence that the run learns.",
+                  tables=partial(_before_and_after, "heldout_divergence", "tokens", {
+                      "KL": ("kl", ".4g"), "learned divergence": ("divergence", ".4g")})),
+    ReportSection("Scores", "Tasks of eval lm with 95 % intervals over clusters of items. A published "
+                  "figure stands beside a score by the benchmark's name alone: its prompts, examples and "
+                  "sampling are its authors', so that a difference is no comparison of models unless both "
+                  "were measured in the same way.", charts=checkpoint_score_charts, tables=score_tables),
+    ReportSection("Forgetting gate", forgetting_text, tables=forgetting_tables),
+    ReportSection("Rounds", "A round is written by a policy, judged, and trained; a group is the responses "
+                  "to one prompt.", charts=round_charts, tables=round_tables),
+    ReportSection("Evaluation beside training", charts=beside_charts, tables=_beside_tables),
+    ReportSection("Learning rate and gradient norm", lines=LEARNING),
+    ReportSection("Plan: learning rate, batch size, blends",
+                  charts=_plan_charts, tables=_plan_tables),
+    ReportSection("Plan against what happened", accounts_text, tables=accounts_tables),
+    ReportSection("Expert load", "MaxVio is the load of the busiest expert over the fair load, less 1 (arXiv "
+                  "2408.15664); 0 is perfect balance. What belongs to a source was counted on its held-out "
+                  "documents.", charts=_expert_charts, tables=_expert_tables),
+    ReportSection("Speed", lines=SPEED, tables=_checkpoint_tables),
+    ReportSection("Data consumed", charts=_data_charts, tables=_data_tables, side_by_side=False),
+    ReportSection("Warnings, guards and faults",
+                  tables=_joined(_warning_tables, _incident_tables, _compute_tables)),
+    ReportSection("Needle in a haystack", "Share of questions about hidden facts that the model answers, by "
+                  "the length of the context and their depth in it.",
+                  charts=lambda run: [c for n in run.needles if n.get("cells") for c in needle_charts(n)]),
+    ReportSection("pass@k", "The probability that of k responses to a prompt one at least is right (pass@k), "
+                  "or the most frequent answer (maj@k).", charts=passk_charts, tables=passk_tables),
+    ReportSection("From one modality to another", "What was recognised in what the model wrote, drew or "
+                  "said, and samples of it; and how often a right candidate is among those that it holds for "
+                  "the most probable.", tables=media_tables, exhibits=media_exhibits),
+    ReportSection("Spectrum of the checkpoints", "pass@k of each checkpoint in each domain, with 95 % "
+                  "intervals over problems; the best single checkpoint of a domain is bold.",
+                  tables=_spectra),
+    ReportSection("Gate", "A stage is complete when every row of needles (kind, language, length) reaches "
+                  "the threshold, no single cell lies below it with its whole confidence interval, and the "
+                  "loss on the short context is within its tolerance.", tables=gate_tables),
+    ReportSection("Samples", _sample_text, samples=_samples),
+    ReportSection("Proof of the conversion", "The exported model against the trained one.",
+                  tables=_conversion_tables),
+    ReportSection("Where the time went", charts=_time_charts, tables=_time_tables, side_by_side=False),
+    ReportSection("Starts, stops and restarts", tables=_attempt_tables),
+    ReportSection("Settings", "The resolved settings that the run was started with.", json=_settings),
+    ReportSection("Provenance", "An artifact's manifest holds the hashes of all its files, so its own hash "
+                  "stands for them.", tables=_provenance_tables),
+)}

@@ -41,6 +41,10 @@ class Curve:
         keep = np.isfinite(self.values)
         return Curve(self.name, self.steps[keep], self.values[keep])
 
+    def times(self, factor: float) -> Curve:
+        """Return the curve in another unit."""
+        return self if factor == 1 else Curve(self.name, self.steps, self.values * factor)
+
 
 def last_value(curve: Curve | None) -> float:
     """Return a curve's last value, NaN without one."""
@@ -215,7 +219,7 @@ def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:
             for source, row in one.figures.items():
                 values.setdefault(source, {})[one.step] = number(
                     row.get(field) if isinstance(row, dict) else None)
-    return [_sorted_curve(source, by_step) for source, by_step in values.items()]
+    return [sorted_curve(source, by_step) for source, by_step in values.items()]
 
 
 def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
@@ -226,7 +230,7 @@ def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
             name = f"{cell.get('kind')}, {cell.get('language')}"
             share = 100 * number(cell.get("correct")) / max(1.0, number(cell.get("samples")))
             rights.setdefault(name, {}).setdefault(one.step, []).append(share)
-    return [_sorted_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()})
+    return [sorted_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()})
             for name, by_step in rights.items()]
 
 
@@ -237,10 +241,11 @@ def pair_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
         for source, row in one.figures.items() if one.task == "pairs" else ():
             share = number(row.get("right") if isinstance(row, dict) else None)
             values.setdefault(source, {})[one.step] = 100 * share
-    return [_sorted_curve(source, by_step) for source, by_step in values.items()]
+    return [sorted_curve(source, by_step) for source, by_step in values.items()]
 
 
-def _sorted_curve(name: str, by_step: dict[int, float]) -> Curve:
+def sorted_curve(name: str, by_step: dict[int, float]) -> Curve:
+    """Return step -> value as a curve."""
     steps = sorted(by_step)
     return Curve(name, np.array(steps, dtype=np.int64),
                  np.array([by_step[step] for step in steps], dtype=np.float64))

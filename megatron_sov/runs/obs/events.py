@@ -131,15 +131,71 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
     is no whole number, are passed over; an event may belong to no step."""
     if not Path(path).exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with open(path, "rb") as f:
         for line in f:
-            try:
-                record = json.loads(line)
-            # RecursionError: a hostile line of many brackets, which json cannot parse.
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and "event" in record and _is_step(record.get("step")):
-                yield record
+            if (event := parse_event(line)) is not None:
+                yield event
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line; None of a line that is none."""
+    try:
+        record = json.loads(line.decode(errors="replace"))
+    # RecursionError: a hostile line of many brackets, which json cannot parse.
+    except (ValueError, RecursionError):
+        return None
+    found = isinstance(record, dict) and "event" in record and _is_step(record.get("step"))
+    return record if found else None
+
+
+READ_BYTES = 1 << 16
+LONGEST_LINE_BYTES = 1 << 20
+
+
+class GrowingFile:
+    """Reads the whole lines of a file as it grows; one that was replaced or cut back is read from its start.
+
+    Args:
+        path: the file; it may not be there yet, or any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._rest = b""
+        self._identity: tuple[int, int] | None = None
+        self.generation = 0
+        """Counts how often it was begun from its start again."""
+
+    def lines(self, whole: bool = False) -> Iterator[bytes]:
+        """Yield the lines that are complete and new.
+
+        Args:
+            whole: also the last one, which has no end yet.
+        """
+        try:
+            with open(self._path, "rb") as f:
+                self._begin(os.fstat(f.fileno()))
+                f.seek(self._offset)
+                while block := f.read(READ_BYTES):
+                    self._offset += len(block)
+                    # the last part has no line end yet: it waits for the next look
+                    *complete, self._rest = (self._rest + block).split(b"\n")
+                    yield from complete
+                    if len(self._rest) > LONGEST_LINE_BYTES:  # a file that is no text
+                        yield self._rest
+                        self._rest = b""
+        except OSError:  # it was deleted, as an export's log is when the export is there
+            return
+        if whole and self._rest:
+            rest, self._rest = self._rest, b""
+            yield rest
+
+    def _begin(self, status: os.stat_result) -> None:
+        identity = status.st_dev, status.st_ino
+        if self._identity not in (None, identity) or status.st_size < self._offset:
+            self._offset, self._rest, self.generation = 0, b"", self.generation + 1
+        self._identity = identity
 
 
 def _is_step(step: Any) -> bool:

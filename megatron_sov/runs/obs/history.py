@@ -181,3 +181,19 @@ def describe(event: dict[str, Any]) -> str:
     if kind == "damaged_checkpoint":
         return f"{event.get('reason', '')}; set aside as {event.get('renamed_to', '')}"
     return str(event.get("text", ""))
+
+
+TOLD = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
+        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
+"""Event -> how it is told where it has no `text` of its own and is no incident."""
+
+
+def tell(event: dict[str, Any]) -> str | None:
+    """Return what an event says to people; None of most, which are for programs."""
+    kind = event["event"]
+    words = describe(event) if is_incident(event) else event.get("text") or event.get("error")
+    if words is not None:
+        return f"{KINDS.get(kind, kind)}: {words}"
+    # an event may lack some of these, and a line of a log must not fail for that
+    known = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
+    return TOLD[kind].format_map(known) if kind in TOLD else None

@@ -13,7 +13,8 @@ from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
 from megatron_sov.eval.pass_at_k import table
 from megatron_sov.infer.engines.libraries import HfEngine
-from megatron_sov.publish.report.judgements import passk_section
+from megatron_sov.publish.report.run_data import Run
+from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.work.progress.journal import Journal
 
@@ -65,7 +66,7 @@ def test_responses_that_are_there_are_judged_and_counted(capsys: pytest.CaptureF
     rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]
     (event,) = read_events(Path(EVENTS))
-    section = passk_section([event])
+    section = SECTIONS["pass@k"].of(Run("r", {}, events={"passk": [event]}))
     assert (event["event"], event["pass_at_k"]) == ("passk", found["pass_at_k"])
     assert "sampled.jsonl, stem" in section.charts[0].caption
     assert section.tables[0].rows[0][-1] == "sampled elsewhere"

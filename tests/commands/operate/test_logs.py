@@ -13,8 +13,8 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.commands.operate import logs, run_state as states
-from megatron_sov.commands.operate.logs import LONGEST_LINE_BYTES, LogFile, Tail, log_files
-from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.commands.operate.logs import LogFile, Tail, log_files
+from megatron_sov.runs.obs.events import LONGEST_LINE_BYTES, EventLog
 
 Follow = Callable[..., list[str]]
 

@@ -19,8 +19,8 @@ from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
 from megatron_sov.commands.rl import ssp
 from megatron_sov.publish.report.page import render
-from megatron_sov.publish.report.run_data import read_run
-from megatron_sov.publish.report.sections import spectrum_section
+from megatron_sov.publish.report.run_data import Run, read_run
+from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 SAMPLES = 4
@@ -103,7 +103,8 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
     assert [i["kind"] for i in read_manifest("probe/table").inputs] == ["passk"] * 3
 
     (event,) = read_events(Path(EVENTS))
-    figures, choices = spectrum_section([event]).tables
+    figures, choices = SECTIONS["Spectrum of the checkpoints"].of(
+        Run("r", {}, events={"ssp_probe": [event]})).tables
     assert figures.head[1:] == ["algebra (2 problems)", "geometry (2 problems)"]
     assert figures.rows[2][2].startswith("<strong>100.0%") and choices.rows[0][:2] == ["algebra", "first"]
 

@@ -12,13 +12,13 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageSection
 from megatron_sov.plan.footprint import kept
 from megatron_sov.plan.footprint.kept import KeptPlan, StretchPlan
-from megatron_sov.publish.report.judgements import TITLE, accounts_section
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
-from megatron_sov.publish.report.sections import sections
+from megatron_sov.publish.report.sections import SECTIONS, sections
 from megatron_sov.runs.folder import PLAN
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 
+TITLE = "Plan against what happened"
 GIB = 1 << 30
 PLANNED = KeptPlan(
     time_s=100.0, recipe="tiny-solar-open", num_ranks=4, layout={"tp": 1, "pp": 2, "zero1": True},
@@ -35,14 +35,13 @@ def start(log: EventLog, plan: int | None, first: int = 0, **fields: Any) -> Non
     for step, name, seq_len in ((0, "1", 32), (10, "2", 64)):
         log.write("phase", step=step, name=name, seq_len=seq_len, global_batch_size=8, blend={})
 
-
 def steps(log: EventLog, first: int, last: int, step_s: float, **fields: Any) -> None:
     for step in range(first, last + 1):
         log.write("step", step=step, step_time_s=step_s, peak_memory_bytes=5 * GIB, **fields)
 
 
 def of(run: Path) -> PageSection:
-    return accounts_section(read_run(run))
+    return SECTIONS[TITLE].of(read_run(run))
 
 
 def rows(run: Path, head: str) -> list[list[str]]:

@@ -18,7 +18,7 @@ from megatron_sov.publish.report.charts import (
     expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart)
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import ReportedExpertLoad, read_run
-from megatron_sov.publish.report.sections import MAX_COLUMNS, expert_section
+from megatron_sov.publish.report.sections import MAX_COLUMNS, SECTIONS
 from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
 from megatron_sov.runs.obs.events import EventLog, final_steps
 
@@ -116,7 +116,7 @@ def written(tmp_path: Path, num_records: int, biases: bool = True) -> PageSectio
                          ("en", [[0.0, 0.2, 0.4, 0.4], [0.25] * 4])):
         log.write("expert_load", step=10 * num_records, source=source, layers=[2, 3], load=load)
     log.close()
-    return expert_section(read_run(tmp_path))
+    return SECTIONS["Expert load"].of(read_run(tmp_path))
 
 
 def decoded(array: dict[str, str]) -> np.ndarray:
@@ -145,7 +145,8 @@ def test_the_worst_record_of_a_long_run_is_drawn(tmp_path: Path) -> None:
     log.write("routing", step=10 * 302, layers=[2, 3], **bad)
     log.close()
     for name, drawn in (("Entropy", [0.125, 0.75]), ("Experts", [2, 3])):
-        chart = next(c for c in expert_section(read_run(tmp_path)).charts if c.caption.startswith(name))
+        section = SECTIONS["Expert load"].of(read_run(tmp_path))
+        chart = next(c for c in section.charts if c.caption.startswith(name))
         assert chart.note == "Each column is the worst of 3 records."
         (data,) = json.loads(chart.figure_json)["data"]
         steps, figures = decoded(data["x"]), decoded(data["z"]).reshape(2, -1)
@@ -168,7 +169,7 @@ def test_one_source_needs_no_comparison(tmp_path: Path, sources: int) -> None:
     for name in ("all",)[:sources]:
         log.write("expert_load", step=1, source=name, layers=[1], load=[[0.5, 0.5]])
     log.close()
-    assert expert_section(read_run(tmp_path)).charts == []
+    assert SECTIONS["Expert load"].of(read_run(tmp_path)).charts == []
 
 
 # Step curves: restarts, downsampling, smoothing.

@@ -12,9 +12,10 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
+from megatron_sov.publish.report.charts import named
+from megatron_sov.publish.report.comparison import figure_table, flat, render
 from megatron_sov.publish.report.run_data import Provenance, Run, read_run
-from megatron_sov.publish.report.scores import (
-    NOT_TOLD, flat, published_tables, read_table, render, unique_names)
+from megatron_sov.publish.report.scores import NOT_TOLD, published_tables, read_table
 from megatron_sov.publish.report.steps import Curve
 
 
@@ -47,8 +48,30 @@ def test_losses_are_drawn_over_tokens() -> None:
     assert page.count('<div class="plot"') == 1
 
 
+def test_a_figure_has_its_difference_and_the_better_value_a_mark() -> None:
+    worse = run_of("b")
+    worse.curves[""]["loss"] = Curve("loss", np.arange(1, 5), 5.0 - np.arange(1, 5) / 2)
+    gib = [np.full(4, n * 2.0 ** 30) for n in (1, 3)]
+    first = run_of("a")
+    for run, values in zip((first, worse), gib, strict=True):
+        run.curves[""]["peak_memory_bytes"] = Curve("peak_memory_bytes", np.arange(1, 5), values)
+    rows = {row[0]: row[1:] for row in figure_table([first, worse]).rows}
+    assert rows["last training loss"] == ['<span class="good">2, best</span>', "3 (+50.0%)"]
+    assert rows["peak memory of process 0"] == ['<span class="good">1.00 GiB, best</span>',
+                                                "3.00 GiB (+200.0%)"]
+    assert rows["steps"] == ['<span class="same">4</span>'] * 2
+
+
+def test_losses_of_two_objectives_share_no_axis() -> None:
+    second = run_of("b")
+    second.config["objective"] = {"name": "preference"}
+    page = render([run_of("a"), second], now_s=0)
+    assert page.count('<div class="plot"') == 2
+    assert "loss (nats per token)" in page and "loss (preference loss)" in page and ", best" not in page
+
+
 def test_runs_of_one_name_are_told_apart_and_hostile_names_stay_text(hostile: str) -> None:
-    assert unique_names([run_of("a"), run_of("b"), run_of("a")]) == ["a (1)", "b", "a (2)"]
+    assert [name for _, name in named([run_of("a"), run_of("b"), run_of("a")])] == ["a (1)", "b", "a (2)"]
     page = render([run_of(hostile), run_of("b")], [{"first": hostile, "second": "b", "task": hostile,
                                                    "problem": hostile}], now_s=0)
     assert hostile not in page and "<img" not in page

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov.publish.report.charts import loss_charts
 from megatron_sov.publish.report.run_data import read_run
-from megatron_sov.publish.report.sections import MAX_ROWS, incident_section
+from megatron_sov.publish.report.sections import MAX_ROWS, SECTIONS
 from megatron_sov.runs.obs.events import EventLog
 
 
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
-    by_setting, incidents, compute = incident_section(read_run(run)).tables
+    by_setting, incidents, compute = SECTIONS["Warnings, guards and faults"].of(read_run(run)).tables
     assert by_setting.rows == [["20", "step 20 was passed over: their samples were drawn and not learned"]]
     assert incidents.rows == [
         ["9", "step not learned", "the loss is nan; not finite on rank 3"],
@@ -67,5 +67,5 @@ def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:
     for step in range(1, MAX_ROWS + 31):
         log.write("skip", step=step, reason="the loss is inf", ranks=[])
     log.close()
-    (table,) = incident_section(read_run(tmp_path)).tables
+    (table,) = SECTIONS["Warnings, guards and faults"].of(read_run(tmp_path)).tables
     assert len(table.rows) == MAX_ROWS + 1 and table.rows[-1][2] == "… and 30 more in the run's events"

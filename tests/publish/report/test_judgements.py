@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_sov.base.pages.page import Chapter, render
-from megatron_sov.publish.report.judgements import SHOWN, media_section
+from megatron_sov.base.pages.page import Chapter, PageSection, render
+from megatron_sov.publish.report.judgements import SHOWN
+from megatron_sov.publish.report.run_data import Run
+from megatron_sov.publish.report.sections import SECTIONS
 
 PICTURE, SOUND = "data:image/png;base64,AAAA", "data:audio/wav;base64,BBBB"
+
+
+def media_section(media: Sequence[dict[str, Any]], retrieval: Sequence[dict[str, Any]] = ()) -> PageSection:
+    return SECTIONS["From one modality to another"].of(
+        Run("run", {}, events={"media": list(media), "media_retrieval": list(retrieval)}))
 
 
 def event(**changed: Any) -> dict[str, Any]:
@@ -19,7 +27,7 @@ def event(**changed: Any) -> dict[str, Any]:
 
 
 def page(*events: dict[str, Any]) -> str:
-    return render("k", "t", "", [Chapter("run", "", [], [media_section(list(events))])])
+    return render("k", "t", "", [Chapter("run", "", [], [media_section(events)])])
 
 
 def test_a_sample_is_seen_and_heard_in_the_page() -> None:

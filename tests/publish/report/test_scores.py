@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.publish.report.judgements import (
-    MAX_CELLS, forgetting_section, gate_section, passk_section, verdict_table)
+from megatron_sov.base.pages.page import PageSection
+from megatron_sov.publish.report.judgements import MAX_CELLS, verdict_table
 from megatron_sov.publish.report.run_data import Run, read_run
-from megatron_sov.publish.report.scores import score_section, scores_of
-from megatron_sov.publish.report.sections import sections
+from megatron_sov.publish.report.scores import scores_of
+from megatron_sov.publish.report.sections import SECTIONS, sections
 from megatron_sov.publish.report.steps import curves, needle_curves, pair_curves, read_evaluations
 from megatron_sov.runs.obs.events import EVENTS, EventLog
+
+
+def section(title: str, **events: list[dict[str, Any]]) -> PageSection:
+    """Return a section of a run that has these events."""
+    return SECTIONS[title].of(Run("run", {}, scores=events.get("eval_lm", []), events=events))
 
 
 def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fields: Any) -> dict[str, Any]:
@@ -30,10 +35,10 @@ def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
 
 
 def test_the_section_has_a_line_for_each_task_and_figures_of_others_beside_them() -> None:
-    section = score_section([event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
-                             event("own", step=200, value=None, interval=None)], [])
-    assert len(section.charts) == 1 and "aime24, acc" in section.charts[0].figure_json
-    ours, published, ways = section.tables
+    found = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
+                                       event("own", step=200, value=None, interval=None)])
+    assert len(found.charts) == 1 and "aime24, acc" in found.charts[0].figure_json
+    ours, published, ways = found.tables
     assert ours.rows[0] == ["aime24", "acc", "200", "62.0%", "50.0% to 70.0%", "30", "0", "2", "not checked"]
     assert ours.rows[1][3:5] == ["not known", "–"]
     told = {row[3]: row for row in published.rows}
@@ -45,7 +50,7 @@ def test_the_section_has_a_line_for_each_task_and_figures_of_others_beside_them(
 def test_a_published_figure_stands_beside_the_first_figure_of_a_task_alone() -> None:
     events = [event("ko", metric=name, k=k, value=value, published_as="aime24")
               for name, k, value in (("avg@k", 64, 0.5), ("pass@k", 8, 0.9))]
-    published = score_section([event("mmlu_pro"), *events], []).tables[1]
+    published = section("Scores", eval_lm=[event("mmlu_pro"), *events]).tables[1]
     assert {row[2] for row in published.rows if row[0] == "AIME24"} == {"50.0% (avg@64)"}
     assert published.rows[0][1] == "mmlu_pro"
 
@@ -54,7 +59,8 @@ def test_what_was_found_in_the_training_data_stands_beside_the_score() -> None:
     check = {"event": "eval_contamination", "task": "aime24", "task_hash": "t", "model_hash": "m100",
              "metric": "acc", "items_hit": 3, "value_without": 0.45}
     def cell(*checks: dict[str, Any], **fields: Any) -> str:
-        return score_section([event(**fields)], list(checks)).tables[0].rows[0][-1]
+        return section("Scores", eval_lm=[event(**fields)], eval_contamination=list(checks)
+                       ).tables[0].rows[0][-1]
 
     assert cell(check) == "3 of 30 items; 45.0% without them"
     assert cell({**check, "task_hash": "another"}) == "not checked"
@@ -64,8 +70,8 @@ def test_what_was_found_in_the_training_data_stands_beside_the_score() -> None:
 
 
 def test_a_perplexity_is_no_share_and_has_no_published_percentage_beside_it() -> None:
-    section = score_section([event(metric="word_perplexity", value=14.2, interval=None)], [])
-    assert section.tables[0].rows[0][3] == "14.2" and len(section.tables) == 2
+    found = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
+    assert found.tables[0].rows[0][3] == "14.2" and len(found.tables) == 2
 
 
 def test_the_forgetting_gate_is_told_task_by_task() -> None:
@@ -74,17 +80,17 @@ def test_the_forgetting_gate_is_told_task_by_task() -> None:
              {"task": "other", "metric": "acc", "before": None, "after": 0.3, "value": None, "interval": None,
               "items": 0, "verdict": "not proven"}]
     gate = {"event": "forgetting_gate", "step": 40, "passed": False, "tolerance": 0.03, "tasks": tasks}
-    table, = forgetting_section([gate]).tables
+    table, = section("Forgetting gate", forgetting_gate=[gate]).tables
     assert table.rows[0][4:6] == ["-0.2000", "-0.2500 to -0.1500"] and "FORGOTTEN" in table.rows[0][7]
     assert table.rows[1][2] == "–" and table.rows[1][4] == "–"
     (row,) = verdict_table([Run("tuned", {}, events={"forgetting_gate": [gate]})], [])[0].rows
     assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
-    assert forgetting_section([]).tables == [] and verdict_table([Run("tuned", {})], []) == []
+    assert section("Forgetting gate").tables == [] and verdict_table([Run("tuned", {})], []) == []
 
 
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
     events = [event(step=1 << 40, task_hash=["a"], model_hash={}), event(step=5, task_hash=["a"])]
-    assert len(score_section(events, []).charts) == 1
+    assert len(section("Scores", eval_lm=events).charts) == 1
 
 
 # Curves of what was judged beside training.
@@ -170,8 +176,8 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
 def test_files_of_one_name_are_two_sets_of_prompts() -> None:
     events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
               for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
-    section = passk_section(events)
-    assert [row[0] for row in section.tables[0].rows] == [
+    found = section("pass@k", passk=events)
+    assert [row[0] for row in found.tables[0].rows] == [
         "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
 
 
@@ -227,13 +233,16 @@ def check(step: int, passed: bool, judged: bool, cells: list[dict[str, Any]]) ->
             "failing_rows": [{}] * len(cells), "rows": [{"accuracy": 0.45}, {"accuracy": 0.97}]}
 
 
+def gate_section(checks: list[dict[str, Any]], searches: list[dict[str, Any]]) -> PageSection:
+    return SECTIONS["Gate"].of(Run("run", {}, gate_checks=checks, events={"decontamination": searches}))
+
+
 def test_checks_failing_cells_and_the_search() -> None:
     search = {"scanned_tokens": {"web": 500}, "train_tokens": {"web": 90_000}, "questions": 812,
               "questions_found": 0, "windows": 1000, "windows_found": 3, "window_tokens": 32,
               "overlap": 0.003}
     found = [check(0, False, False, [CELL]), check(20, False, True, []), check(40, False, False, [CELL])]
-    section = gate_section(found, [search])
-    checks, cells, searched = section.tables
+    checks, cells, searched = gate_section(found, [search]).tables
     assert [[str(row[i]) for i in (0, 1, 4)] for row in checks.rows] == [
         ["0", "45.0%", "1"], ["20", "45.0%", "0"], ["40", "45.0%", "1"]]
     assert "FAILED" in str(checks.rows[0][-1]) and str(checks.rows[1][-1]) == "good, before step 40"
@@ -242,8 +251,8 @@ def test_checks_failing_cells_and_the_search() -> None:
 
 
 def test_long_lists_end_and_a_run_without_a_gate_has_no_section() -> None:
-    section = gate_section([check(9, False, False, [CELL] * (MAX_CELLS + 2))], [])
-    assert section.tables[1].rows[-1][0] == "and 2 more"
+    shown = gate_section([check(9, False, False, [CELL] * (MAX_CELLS + 2))], [])
+    assert shown.tables[1].rows[-1][0] == "and 2 more"
     passed = gate_section([check(9, True, True, [])], [])
     assert len(passed.tables) == 1 and "passed" in str(passed.tables[0].rows[0][-1])
     assert gate_section([], []).tables == []

@@ -12,10 +12,9 @@ import pytest
 
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.pages.page import Chart, PageSection
-from megatron_sov.publish.report.judgements import round_section
 from megatron_sov.publish.report.page import of_one_model, opening, render
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
-from megatron_sov.publish.report.sections import MEANINGS, key_figures, sections, time_section
+from megatron_sov.publish.report.sections import MEANINGS, SECTIONS, key_figures, sections
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.obs.wall_time import CATEGORIES, WallTime
@@ -185,7 +184,7 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
     publish(tmp_path, 2, means=means(0.75), groups={"learns": 6, "all right": 2}, late=[["p", 1]],
             late_from=[[1, "q", 0, ""], [1, "q", 3, "all_right"]], unjudged={"failed": 3})
     publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, late=[], unjudged={})
-    section = round_section(read_rounds(tmp_path))
+    section = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path)))
     assert values(section.charts[0]) == {"reward": [0.5, 0.75], "&lt;b&gt;form&lt;/b&gt;": [1, 1],
                                          "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
@@ -198,7 +197,7 @@ def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_p
     publish(tmp_path, 1, means={"responses": 0}, groups={}, late=[], unjudged={"failed": 9})
     publish(tmp_path, 2, means=means(0.5), groups={"learns": 1}, late=[], unjudged={})
     (tmp_path / "rounds" / "0002" / "manifest.json").write_text("{")
-    rows = round_section(read_rounds(tmp_path)).tables[0].rows
+    rows = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path))).tables[0].rows
     assert [row[0] for row in rows] == ["1"] and rows[0][-3] == "failed 9"
 
 
@@ -232,7 +231,7 @@ def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[
 def test_the_bar_and_the_table_say_the_same() -> None:
     spent_s = {"productive": 3000.0, "lost": 600.0, "evaluation": 120.0, "saving": 30.0, "startup": 150.0,
                "waiting": 100.0}
-    section = time_section(WallTime(0.0, spent_s))
+    section = SECTIONS["Where the time went"].of(Run("r", {}, wall_time=WallTime(0.0, spent_s)))
     (chart,), (table,) = section.charts, section.tables
     bars = json.loads(chart.figure_json)["data"]
     assert {b["name"]: b["x"][0] for b in bars} == pytest.approx({CATEGORIES[k]: v / 40

@@ -31,25 +31,27 @@
     }
   }
 
-  function draw(printing) {
-    const style = getComputedStyle(root);
-    for (const plot of document.querySelectorAll(".plot")) {
-      const figure = themed(JSON.parse(plot.nextElementSibling.textContent), style);
-      figure.layout.font.family = getComputedStyle(document.body).fontFamily;
-      figure.layout.dragmode = touch ? false : "zoom";
-      if (printing) {
-        figure.layout.width = plot.closest(".grid, .pictures") ? PRINT_WIDTH_PX / 2 - 12 : PRINT_WIDTH_PX;
-      }
-      const drawn = plot.classList.contains("js-plotly-plot");
-      Plotly.react(plot, figure.data, figure.layout, {
-        responsive: true, displayModeBar: false,  // dragging zooms and a double click resets without buttons
-      });
-      if (!drawn) plot.on("plotly_afterplot", () => thin(plot));
-      thin(plot);
+  function drawOne(plot, printing) {
+    const figure = themed(JSON.parse(plot.nextElementSibling.textContent), getComputedStyle(root));
+    figure.layout.font.family = getComputedStyle(document.body).fontFamily;
+    figure.layout.dragmode = touch ? false : "zoom";
+    figure.layout.uirevision = "same";  // what the reader has zoomed to stays when a page renews its charts
+    if (printing) {
+      figure.layout.width = plot.closest(".grid, .pictures") ? PRINT_WIDTH_PX / 2 - 12 : PRINT_WIDTH_PX;
     }
+    const drawn = plot.classList.contains("js-plotly-plot");
+    Plotly.react(plot, figure.data, figure.layout, {
+      responsive: true, displayModeBar: false,  // dragging zooms and a double click resets without buttons
+    });
+    if (!drawn) plot.on("plotly_afterplot", () => thin(plot));
+    thin(plot);
   }
 
-  const fold = () => { contents.open = wide.matches; };  // on a phone a list would hide what the page tells
+  function draw(printing) {
+    for (const plot of document.querySelectorAll(".plot")) drawOne(plot, printing);
+  }
+
+  const fold = () => { if (contents) contents.open = wide.matches; };  // on a phone a list would hide what the page tells
   wide.addEventListener("change", fold);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(false));
   addEventListener("beforeprint", () => {
@@ -58,6 +60,7 @@
     draw(true);
   });
   addEventListener("afterprint", () => { delete root.dataset.theme; fold(); draw(false); });
+  document.addEventListener("redraw", (event) => drawOne(event.target, false));
   fold();
   draw(false);
 })();
