@@ -216,20 +216,37 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         nothing: said in a chapter without sections.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    # StrictUndefined: a misspelt name in the template is an error and not an empty place
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(_resource("page.html.j2"))
     plotly_js, draw_js = get_plotlyjs(), _resource("draw.js")
-    return template.render(
+    return _filled(
+        "page.html.j2",
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
-        opening=opening, overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"),
+        opening=opening, overview=overview, overview_anchor=f"{anchor}s",
+        css=_resource("colours.css") + _resource("page.css"),
         plotly_js=plotly_js, draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}",
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
+
+
+def render_chat() -> str:
+    """Return the HTML of the page that talks to the models of the server that it comes from.
+
+    Its policy lets its own script and style work and its own server be asked; what a model writes is inserted
+    as text.
+    """
+    css, js = _resource("colours.css") + _resource("chat.css"), _resource("chat.js")
+    return _filled("chat.html.j2", css=css, js=js, style_hash=_csp_hash(css), script_hash=_csp_hash(js),
+                   version=__version__)
+
+
+def _filled(name: str, **values: object) -> str:
+    import jinja2
+
+    # StrictUndefined: a misspelt name in the template is an error and not an empty place
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(_resource(name)).render(**values)
 
 
 def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:
