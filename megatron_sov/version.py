@@ -17,7 +17,8 @@ PARTS = {
     "synth": ("data_prep.synth",),
     "publish": ("megatron_sov.publish", "megatron_sov.commands.operate.report",
                 "megatron_sov.commands.operate.ladder", "megatron_sov.commands.models.card"),
-    "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve"),
+    "serve": ("megatron_sov.serve", "megatron_sov.commands.models.serve",
+              "megatron_sov.commands.models.chat"),
 }
 """Part that an installation can do without -> its packages and modules; all others are the core."""
 
